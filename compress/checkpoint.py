@@ -1,0 +1,175 @@
+"""A checkpoint's folder read without torch: its config, and every tensor's name, type, shape and place, checked."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, cast
+
+from compress.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_DTYPE_BITS = {
+    "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
+    "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
+}  # fmt: skip
+_MAX_HEADER = 100_000_000
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
+@dataclass(frozen=True)
+class TensorEntry:
+    """One tensor on disk: `dtype` as safetensors names it, `start` and `end` its bytes in `file`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    file: Path
+    start: int
+    end: int
+
+    @property
+    def bytes(self) -> int:
+        """Its size on disk."""
+        return self.end - self.start
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A folder in Hugging Face layout whose safetensors headers were read and found whole."""
+
+    folder: Path
+    config: Mapping[str, Any]
+    tensors: Mapping[str, TensorEntry]
+
+    @cached_property
+    def weight_bytes(self) -> int:
+        """The size of all tensors, in bytes."""
+        return sum(entry.bytes for entry in self.tensors.values())
+
+    @property
+    def text_config(self) -> Mapping[str, Any]:
+        """The decoder's part of the config; older files keep it at the top."""
+        return cast("Mapping[str, Any]", self.config.get("text_config") or self.config)
+
+    @property
+    def tied(self) -> bool:
+        """Whether the output head is the embedding's own matrix."""
+        return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
+
+
+def open_checkpoint(folder: Path) -> Checkpoint:
+    """Read a checkpoint's config and tensor table.
+
+    Raises:
+        CheckpointError: no checkpoint, a pickle one, or one with a missing, truncated or inconsistent file.
+    """
+    config = read_config(folder)
+    if (folder / INDEX).is_file():
+        tensors = _read_sharded(folder)
+    elif (folder / SINGLE).is_file():
+        tensors = read_header(folder / SINGLE)
+    elif any((folder / name).exists() for name in _PICKLES):
+        raise CheckpointError(
+            f"{folder}: holds a pickle checkpoint, which can run code when loaded; set model.allow_pickle: true in the recipe "
+            "if you trust its author, or use a safetensors copy"
+        )
+    else:
+        raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; is this a checkpoint's folder?")
+    return Checkpoint(folder=folder, config=config, tensors=tensors)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """Return the folder's config.json.
+
+    Raises:
+        CheckpointError: it is missing or no JSON object.
+    """
+    if not folder.is_dir():
+        raise CheckpointError(f"{folder}: no such folder")
+    return read_json_object(folder / "config.json")
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Return a JSON file's object.
+
+    Raises:
+        CheckpointError: it is missing, unreadable or something else than an object.
+    """
+    try:
+        value: object = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; is {path.parent} a checkpoint's folder?") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: holds no JSON object; fetch the file again")
+    return cast("dict[str, Any]", value)
+
+
+def _read_sharded(folder: Path) -> dict[str, TensorEntry]:
+    index = folder / INDEX
+    weight_map = read_json_object(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: has no weight_map; fetch the file again")
+    owners = cast("dict[str, object]", weight_map)
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    tensors: dict[str, TensorEntry] = {}
+    for name, shard in owners.items():
+        if not isinstance(shard, str) or Path(shard).name != shard:
+            raise CheckpointError(
+                f"{index}: {name} points to {shard!r}, outside the checkpoint's folder; do not use this checkpoint"
+            )
+        if shard not in headers:
+            headers[shard] = read_header(folder / shard)
+        if name not in headers[shard]:
+            raise CheckpointError(f"{index}: {name} is said to be in {shard}, which does not hold it; fetch both again")
+        tensors[name] = headers[shard][name]
+    return tensors
+
+
+def read_header(path: Path) -> dict[str, TensorEntry]:
+    """Return the tensor table of one safetensors file, checked against the file's size.
+
+    Format: https://huggingface.co/docs/safetensors (an 8-byte little-endian length, a JSON header, the data).
+
+    Raises:
+        CheckpointError: the file is missing, truncated or corrupt.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = struct.unpack("<Q", prefix)[0] if len(prefix := file.read(8)) == 8 else -1
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise CheckpointError(f"{path}: truncated or no safetensors file ({size} bytes); fetch it again")
+            header: object = json.loads(file.read(length))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; fetch the checkpoint again") from error
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise CheckpointError(f"{path}: its header cannot be read ({error}); fetch the file again") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path}: its header is no JSON object; fetch the file again")
+    start = 8 + length
+    rows = cast("dict[str, object]", header)
+    return {name: _entry(path, name, row, start, size) for name, row in rows.items() if name != "__metadata__"}
+
+
+def _entry(path: Path, name: str, row: object, start: int, size: int) -> TensorEntry:
+    try:
+        fields = cast("dict[str, Any]", row)
+        dtype, shape = str(fields["dtype"]), tuple(int(extent) for extent in fields["shape"])
+        first, last = (int(offset) for offset in fields["data_offsets"])
+        expected = math.prod(shape) * _DTYPE_BITS[dtype] // 8
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header's entry for {name} is malformed ({error}); fetch the file again") from error
+    if last - first != expected or first < 0:
+        raise CheckpointError(f"{path}: {name} has {last - first} bytes, its shape {shape} needs {expected}; fetch the file again")
+    if start + last > size:
+        raise CheckpointError(f"{path}: truncated: {name} ends at byte {start + last}, the file at {size}; fetch it again")
+    return TensorEntry(name=name, dtype=dtype, shape=shape, file=path, start=start + first, end=start + last)

@@ -1,0 +1,1 @@
+"""The walk over a model's blocks that every compression method shares."""

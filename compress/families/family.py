@@ -1,0 +1,81 @@
+"""The record that describes one model architecture, and how a checkpoint finds its own."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+from compress.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A module whose output channels feed linears of the same block, so that a scale can move from one to the other.
+
+    Names are relative to a block. `source` is a norm (its weight, and bias where it has one, are divided) or a linear
+    (its output rows are). Where `grouped` is set, source channels are key-value heads which grouped-query attention repeats
+    for the linears' input.
+    """
+
+    source: str
+    linears: tuple[str, ...]
+    grouped: bool = False
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where the parts of an architecture are; module names are those of the model in memory.
+
+    `renames` turns names on disk into module names: the first pattern that matches a name is replaced, any other name stays.
+    `frontends` are the modules whose outputs enter the decoder beside its blocks' own chain (embeddings, vision tower).
+    """
+
+    name: str
+    model_type: str
+    architecture: str
+    renames: tuple[tuple[str, str], ...]
+    vision: str
+    projector: str
+    vision_blocks: str
+    embeddings: str
+    blocks: str
+    head: str
+    image_token_keys: tuple[str, ...]
+    pairs: tuple[Pair, ...]
+    vision_pairs: tuple[Pair, ...]
+
+    @property
+    def frontends(self) -> tuple[str, ...]:
+        """The modules with weights that run before the first block."""
+        return (self.embeddings, self.vision)
+
+    def module_name(self, disk_name: str) -> str:
+        """Return the in-memory name of a tensor or module that a checkpoint calls `disk_name`."""
+        for pattern, replacement in self.renames:
+            renamed, count = re.subn(pattern, replacement, disk_name, count=1)
+            if count:
+                return renamed
+        return disk_name
+
+
+def family_of(config: Mapping[str, Any]) -> Family:
+    """Return the family of a model by its config.json.
+
+    Raises:
+        CheckpointError: no family has this `model_type`.
+    """
+    from compress.families import FAMILIES
+
+    known: list[str] = []
+    for row in FAMILIES.values():
+        module, _, attribute = row.partition(":")
+        family = cast("Family", getattr(importlib.import_module(module), attribute))
+        if family.model_type == config.get("model_type"):
+            return family
+        known.append(family.model_type)
+    raise CheckpointError(
+        f"config.json: model_type {config.get('model_type')!r} is no supported architecture; supported are {', '.join(known)}"
+    )

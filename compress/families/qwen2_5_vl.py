@@ -1,0 +1,18 @@
+"""Qwen2.5-VL (arXiv 2502.13923): Qwen2-VL's decoder behind a vision tower with window attention and gated feed-forward."""
+
+from dataclasses import replace
+
+from compress.families.family import Pair
+from compress.families.qwen2_vl import QWEN2_VL
+
+QWEN2_5_VL = replace(
+    QWEN2_VL,
+    name="qwen2.5-vl",
+    model_type="qwen2_5_vl",
+    architecture="Qwen2_5_VLForConditionalGeneration",
+    vision_pairs=(
+        Pair("norm1", ("attn.qkv",)),
+        Pair("norm2", ("mlp.gate_proj", "mlp.up_proj")),
+        Pair("mlp.up_proj", ("mlp.down_proj",)),
+    ),
+)

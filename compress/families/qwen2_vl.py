@@ -1,0 +1,32 @@
+"""Qwen2-VL (arXiv 2409.12191)."""
+
+from compress.families.family import Family, Pair
+
+RENAMES = (
+    (r"^visual\.", "model.visual."),
+    (r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
+)
+"""Published checkpoints keep the names of before transformers 4.52; newer ones carry the module names themselves."""
+
+DECODER_PAIRS = (
+    Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Pair("self_attn.v_proj", ("self_attn.o_proj",), grouped=True),
+    Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    Pair("mlp.up_proj", ("mlp.down_proj",)),
+)
+
+QWEN2_VL = Family(
+    name="qwen2-vl",
+    model_type="qwen2_vl",
+    architecture="Qwen2VLForConditionalGeneration",
+    renames=RENAMES,
+    vision="model.visual",
+    projector="model.visual.merger",
+    vision_blocks="model.visual.blocks",
+    embeddings="model.language_model.embed_tokens",
+    blocks="model.language_model.layers",
+    head="lm_head",
+    image_token_keys=("image_token_id", "video_token_id"),
+    pairs=DECODER_PAIRS,
+    vision_pairs=(Pair("norm1", ("attn.qkv",)), Pair("norm2", ("mlp.fc1",))),
+)

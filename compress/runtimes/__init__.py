@@ -1,0 +1,7 @@
+"""The engines that run an artifact, one file each."""
+
+RUNTIMES = {
+    "transformers": "compress.runtimes.transformers:Transformers",
+    "vllm": "compress.runtimes.vllm:Vllm",
+}
+"""The runtimes a recipe can name: runtime → the class whose fields are its keys."""

@@ -1,0 +1,60 @@
+"""What the recipe's models share: the frozen base class, sources that are a path or a hub id, and lazy unions."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Union, cast
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+
+_PATH_MARKS = ("/", "./", "../", "~")
+_FILE_SUFFIXES = {".txt", ".tokens", ".raw", ".parquet", ".jsonl", ".json", ".yaml", ".yml"}
+
+
+class Frozen(BaseModel):
+    """A part of a recipe: checked when made, never changed afterwards."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+def resolve_source(value: str, info: ValidationInfo) -> str:
+    """Return an absolute path where `value` names something on disk, otherwise `value`, a hub id such as `org/name`.
+
+    Paths are relative to the recipe's folder (the validation context's `base`).
+
+    Raises:
+        ValueError: `value` is neither an existing path nor of the form of a hub id.
+    """
+    context = cast("Mapping[str, Any]", info.context or {})
+    path = Path(value).expanduser()
+    full = path if path.is_absolute() else Path(context.get("base", ".")) / path
+    if full.exists():
+        return str(full.resolve())
+    looks_like_path = value.startswith(_PATH_MARKS) or path.suffix.lower() in _FILE_SUFFIXES
+    if looks_like_path or value.count("/") > 1 or not value.strip():
+        raise ValueError(f"no file or folder at {full}; name an existing path or a hub id such as org/name")
+    return value
+
+
+Source = Annotated[str, AfterValidator(resolve_source)]
+
+
+def is_local(source: str) -> bool:
+    """Return whether a resolved source is a path on this machine, not a hub id."""
+    return Path(source).is_absolute()
+
+
+def load_row(table: Mapping[str, str], name: str) -> type[Frozen]:
+    """Import the class that a table's row `name → "module:Class"` points to."""
+    module, _, attribute = table[name].partition(":")
+    return cast("type[Frozen]", getattr(importlib.import_module(module), attribute))
+
+
+def union_of(table: Mapping[str, str], discriminator: str) -> Any:
+    """Return the type of "one of the table's classes, told apart by the field `discriminator`"."""
+    classes = tuple(load_row(table, name) for name in table)
+    if len(classes) == 1:  # pydantic refuses a discriminator where there is nothing to tell apart
+        return next(iter(classes))
+    return Annotated[Union[classes], Field(discriminator=discriminator)]  # noqa: UP007 - built at run time

@@ -1,0 +1,59 @@
+"""What every compression method is: a part of a recipe that turns one checkpoint into another."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from compress.checkpoint import Checkpoint
+from compress.families import Family
+from compress.progress import Progress
+from compress.schema import Frozen
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What a stage is given beside its own fields.
+
+    `source` is the checkpoint it reads, `target` an empty folder it fills with a whole checkpoint, `calibration` the folder
+    that `compress.calibration.collect` wrote (None where the stage needs none).
+    """
+
+    source: Path
+    target: Path
+    calibration: Path | None
+    family: Family
+    device: str
+    seed: int
+    progress: Progress
+
+
+class Stage(Frozen, ABC):
+    """One compression method with its settings; keeps nothing beyond its fields."""
+
+    revision: ClassVar[int]
+    """Raised whenever the same settings give another result, so that the store forgets the old one."""
+
+    calibrated: ClassVar[bool] = True
+    """Whether the stage reads calibration samples."""
+
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
+    """The distributions whose versions shape the result."""
+
+    @abstractmethod
+    def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
+        """Return what stands against running on this checkpoint, one line each with its remedy; reads headers only."""
+
+    @abstractmethod
+    def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int:
+        """Return the expected size of the weights it writes, in bytes."""
+
+    @abstractmethod
+    def apply(self, context: StageContext) -> None:
+        """Read the checkpoint at `context.source` and write the compressed one to `context.target`.
+
+        Raises:
+            CheckpointError: the weights cannot be used, NaN or infinite ones included.
+        """
