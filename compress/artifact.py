@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+import subprocess
+from collections.abc import Mapping
 from pathlib import Path
+
+from compress.files import write_json
 
 SIDE_FILES = (
     "added_tokens.json",
@@ -45,3 +49,36 @@ def folder_digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder by its relative POSIX path, in order of the paths."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """Return a checkpoint's safetensors files and their index."""
+    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+
+
+def checkpoint_files(folder: Path) -> list[Path]:
+    """Return the files that make up a checkpoint: config, weights, and how text and images enter the model."""
+    named = [folder / name for name in ("config.json", *SIDE_FILES) if (folder / name).is_file()]
+    templates = [path for path in (folder / "additional_chat_templates").rglob("*") if path.is_file()]
+    return sorted([*named, *weight_files(folder), *templates])
+
+
+def checkpoint_bytes(folder: Path) -> int:
+    """Return a checkpoint's size on disk, whatever else lies in its folder."""
+    return sum(path.stat().st_size for path in checkpoint_files(folder))
+
+
+def write_record(folder: Path, record: Mapping[str, object]) -> None:
+    """Write `compress.json` into an artifact: `record`, and the digest of every other file."""
+    (folder / RECORD).unlink(missing_ok=True)
+    write_json(folder / RECORD, {"schema": 1, **record, "files": folder_digests(folder)})
+
+
+def source_commit() -> str | None:
+    """Return the git commit of this package's own source, None where it was installed without one."""
+    package = Path(__file__).resolve().parent
+    if not (package.parent / ".git").exists():
+        return None
+    command = ["git", "-C", str(package), "rev-parse", "HEAD"]
+    found = subprocess.run(command, capture_output=True, text=True, check=False)
+    return found.stdout.strip() or None

@@ -5,7 +5,7 @@ CompressError                 exit code 2
 ├── UsageError                a command or call that cannot be meant
 ├── DataError                 a calibration or evaluation file is at fault
 ├── CheckpointError           a model folder is at fault
-├── StoreError                the store or an output folder cannot be read or written
+├── StoreError                exit code 3: the store or an output folder cannot be read or written
 └── MissingError              exit code 3: something is not here (model, runtime, GPU)
     └── ServerError           a runtime was started and did not serve
 """
@@ -43,6 +43,8 @@ class CheckpointError(CompressError):
 
 class StoreError(CompressError):
     """The store, a run folder or an output folder cannot be read or written."""
+
+    exit_code = 3
 
 
 class MissingError(CompressError):

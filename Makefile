@@ -1,0 +1,46 @@
+# make demo    the whole way on a small model that ships here: no GPU, no hub, no server
+# make test    every test, the vLLM runtime included
+# make check   format, lint and types
+# make lock    resolve the tested set of versions again
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := $(BIN)/python -m uv
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check lock clean
+
+help:
+	@sed -n 's/^# //p' Makefile
+
+$(BIN)/uv:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+
+$(VENV)/.user: $(BIN)/uv requirements/user.txt pyproject.toml
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements/user.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
+	@touch $@
+
+$(VENV)/.developer: $(VENV)/.user requirements/developer.txt
+	$(UV) pip install --quiet --python $(BIN)/python -r requirements/developer.txt
+	@touch $@
+
+demo: $(VENV)/.user
+	$(BIN)/compress run recipes/demo.yaml
+
+test: $(VENV)/.developer
+	$(BIN)/compress runtime install vllm
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.developer
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/basedpyright
+
+lock: $(BIN)/uv
+	PATH="$(CURDIR)/$(BIN):$$PATH" requirements/lock.sh
+
+clean:
+	rm -rf $(VENV) runs published

@@ -1,0 +1,39 @@
+"""Compress vision-language models and prove that they are still the same models."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.report import Report
+
+__all__ = ["__version__", "run"]
+__version__ = "0.1.0"
+
+
+def run(
+    recipe: str | Path,
+    *,
+    set: Mapping[str, Any] | None = None,  # noqa: A002 - the command line's own word
+    runs: str | Path = "runs",
+    store: str | Path | None = None,
+    fresh: bool = False,
+    force: bool = False,
+) -> Report:
+    """Run a recipe as `compress run` does and return its report; progress goes to standard error.
+
+    `set` maps dotted paths of the recipe to values, `runs` and `store` are folders, `fresh` makes every step again and `force`
+    publishes even if the gate does not pass.
+
+    Raises:
+        CompressError: the recipe, a file, the model or the machine is at fault; the message says which and what to do.
+    """
+    from rich.console import Console
+
+    from compress.display import Display
+    from compress.run import Places, run_recipe
+
+    places = Places(runs=Path(runs), store=None if store is None else Path(store))
+    return run_recipe(Path(recipe), dict(set or {}), places, Display(Console(stderr=True)), fresh=fresh, force=force)

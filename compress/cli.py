@@ -1,0 +1,203 @@
+"""The command line: the only place that prints and that decides how a process ends.
+
+Exit codes: 0 gate passed, 1 gate failed or inconclusive, 2 recipe or usage error, 3 something is missing here, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from compress import __version__
+from compress.errors import CompressError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+_INTERRUPTED = 130
+_EPILOG = """\
+examples:
+  compress run recipes/demo.yaml
+  compress plan recipes/qwen-vl-awq.yaml --set model.source=/models/qwen --set stages.0.group_size=64
+  compress runtime install vllm
+
+exit codes: 0 gate passed, 1 gate failed or inconclusive, 2 recipe or usage error,
+3 something is missing on this machine, 130 interrupted"""
+
+
+def main(arguments: Sequence[str] | None = None) -> NoReturn:
+    """Run one command and end the process with its exit code."""
+    options = _parser().parse_args(arguments)
+    signal.signal(signal.SIGTERM, _as_interrupt)
+    try:
+        code = int(options.command(options))
+        sys.stdout.flush()
+    except CompressError as error:
+        _complain(str(error), as_json=getattr(options, "json", False), code=error.exit_code)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on where this one was", file=sys.stderr)
+        code = _INTERRUPTED
+    except BrokenPipeError:  # whoever read our output has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
+    except Exception:
+        traceback.print_exc()
+        print("this is a fault of compress itself; please report it with the lines above", file=sys.stderr)
+        code = 1
+    sys.exit(code)
+
+
+def _as_interrupt(number: int, frame: FrameType | None) -> NoReturn:
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def _complain(message: str, *, as_json: bool, code: int) -> None:
+    for line in message.splitlines():
+        print(f"compress: {line}", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
+
+
+def _console(options: argparse.Namespace) -> Console:
+    """Return where people read: standard error when standard output is kept for JSON."""
+    from rich.console import Console
+
+    return Console(stderr=bool(options.json), soft_wrap=True)
+
+
+def _settings(options: argparse.Namespace) -> dict[str, Any]:
+    from compress.document import parse_setting
+
+    return dict(parse_setting(text) for text in options.set)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from compress.display import Display
+    from compress.report import show
+    from compress.run import Places, run_recipe
+
+    console = _console(options)
+    places = Places(runs=options.runs, store=options.store)
+    report = run_recipe(options.recipe, _settings(options), places, Display(console), fresh=options.fresh, force=options.force)
+    if options.json:
+        print(report.to_json())
+    show(report, console)
+    return 0 if report.gate.verdict == "pass" else 1
+
+
+def _plan(options: argparse.Namespace) -> int:
+    from compress.plan import make_plan, show
+    from compress.store import Store, default_store
+
+    store = Store(options.store or default_store())
+    console = _console(options)
+    plan = make_plan(options.recipe, _settings(options), store)
+    if options.json:
+        print(json.dumps(plan.summary(store), indent=2, ensure_ascii=False))
+    else:
+        show(plan, store, console)
+    return 0
+
+
+def _schema(options: argparse.Namespace) -> int:
+    del options
+    from compress.recipe import recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2, ensure_ascii=False))
+    return 0
+
+
+def _store(options: argparse.Namespace) -> int:
+    from compress import store_commands
+
+    value, code = store_commands.ACTIONS[options.action](options, _console(options))
+    if options.json:
+        print(json.dumps(value, indent=2))
+    return code
+
+
+def _runtime(options: argparse.Namespace) -> int:
+    from compress.display import Display
+    from compress.runtimes import environment
+
+    console = _console(options)
+    if options.action == "install":
+        installed = environment.install(options.name, Display(console))
+        rows = {installed.name: installed}
+    else:
+        rows = {name: environment.find(name) for name in environment.LOCKS}
+    found = {name: {"python": str(row.python), "versions": row.versions} if row else None for name, row in rows.items()}
+    if options.json:
+        print(json.dumps(found, indent=2))
+    for name, row in found.items():
+        console.print(f"{name}: {row['python'] if row else f'not installed; compress runtime install {name}'}", highlight=False)
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="compress",
+        description="Compress vision-language models and prove that they are still the same models.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"compress {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    recipe = argparse.ArgumentParser(add_help=False)
+    recipe.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe file (YAML)")
+    recipe.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="replace one value of the recipe")
+
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("--json", action="store_true", help="print JSON alone on standard output")
+    store = argparse.ArgumentParser(add_help=False)
+    store.add_argument("--store", type=Path, metavar="DIR", help="where step outputs are kept (default: the user's cache)")
+
+    run = commands.add_parser("run", parents=[recipe, store, shared], help="compress, evaluate, judge and publish")
+    run.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go (default: runs)")
+    run.add_argument("--fresh", action="store_true", help="make every step again, whatever is cached")
+    run.add_argument("--force", action="store_true", help="publish even if the gate does not pass; the model card says so")
+    run.set_defaults(command=_run)
+
+    plan = commands.add_parser("plan", parents=[recipe, store, shared], help="show what a run would do, and what is cached")
+    plan.set_defaults(command=_plan)
+
+    schema = commands.add_parser("schema", help="print the recipe's JSON Schema, for editors")
+    schema.set_defaults(command=_schema)
+
+    _store_parser(commands, [store, shared])
+
+    runtime = commands.add_parser("runtime", help="install the engines that run artifacts, or list them")
+    actions = runtime.add_subparsers(required=True, metavar="ACTION")
+    install = actions.add_parser("install", parents=[shared], help="make a runtime's own environment from its lock file")
+    install.add_argument("name", metavar="NAME", help="vllm")
+    install.set_defaults(command=_runtime, action="install")
+    actions.add_parser("list", parents=[shared], help="say which are installed").set_defaults(command=_runtime, action="list")
+    return parser
+
+
+def _store_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
+    store = commands.add_parser("store", help="list, check or shrink the cache of step outputs")
+    actions = store.add_subparsers(required=True, metavar="ACTION")
+    actions.add_parser("list", parents=parents, help="what is there, the latest used first").set_defaults(action="list")
+    actions.add_parser("verify", parents=parents, help="read every file again").set_defaults(action="verify")
+    prune = actions.add_parser("prune", parents=parents, help="remove what was not used for long")
+    prune.add_argument("--unused-for", type=float, default=30.0, metavar="DAYS", help="days without use (default: 30; 0: all)")
+    prune.add_argument("--keep", type=float, metavar="GB", help="then remove the longest unused until this size is left")
+    prune.set_defaults(action="prune")
+    for action in actions.choices.values():
+        action.set_defaults(command=_store)
+
+
+if __name__ == "__main__":
+    main()

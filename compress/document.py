@@ -1,0 +1,147 @@
+"""A YAML document that remembers on which line everything stands, and the overrides laid over it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+import yaml
+
+from compress.errors import RecipeError
+
+Place = tuple[str | int, ...]
+"""Where a value stands in a document: keys and list positions from the root."""
+
+_READ_FROM_HERE = ("source", "definition")
+
+
+@dataclass
+class Document:
+    """Plain data read from `path`, the line of each place, and the overrides that replaced places."""
+
+    path: Path
+    data: dict[str, Any]
+    lines: dict[Place, int]
+    overridden: dict[Place, str] = field(default_factory=lambda: dict[Place, str]())
+
+    def whereabouts(self, place: Place) -> str:
+        """Return how a message names the place: the override that set it, or `file:line`."""
+        for end in range(len(place), -1, -1):
+            if place[:end] in self.overridden:
+                return f"--set {self.overridden[place[:end]]}"
+            if place[:end] in self.lines:
+                return f"{self.path.name}:{self.lines[place[:end]]}"
+        return self.path.name
+
+
+def read_document(path: Path) -> Document:
+    """Read a YAML mapping; only plain data is ever built from it.
+
+    Raises:
+        RecipeError: the file is missing, is no YAML, holds no mapping, or names a key twice.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise RecipeError([f"{path}: no such file"]) from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError([f"{path}: cannot be read as text ({error})"]) from error
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+        data: object = yaml.safe_load(text)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise RecipeError([f"{path.name}:{line}: no valid YAML: {error.problem}"]) from error
+    except yaml.YAMLError as error:
+        raise RecipeError([f"{path.name}: no valid YAML: {error}"]) from error
+    if root is None or not isinstance(data, dict):
+        raise RecipeError([f"{path.name}:1: holds no mapping of keys to values"])
+    lines: dict[Place, int] = {}
+    twice: list[str] = []
+    _note_lines(root, (), lines, twice)
+    if twice:
+        raise RecipeError([f"{path.name}:{fault}" for fault in twice])
+    return Document(path=path, data=cast("dict[str, Any]", data), lines=lines)
+
+
+def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int], twice: list[str]) -> None:
+    lines.setdefault(place, node.start_mark.line + 1)
+    if isinstance(node, yaml.MappingNode):
+        for key, value in cast("list[tuple[yaml.ScalarNode, yaml.Node]]", node.value):
+            here = (*place, str(key.value))
+            if here in lines:
+                twice.append(f"{key.start_mark.line + 1}: {dotted(here)}: stands twice; keep one")
+            lines[here] = key.start_mark.line + 1
+            _note_lines(value, here, lines, twice)
+    elif isinstance(node, yaml.SequenceNode):
+        for position, value in enumerate(cast("list[yaml.Node]", node.value)):
+            _note_lines(value, (*place, position), lines, twice)
+
+
+def dotted(place: Place) -> str:
+    """Return a place the way `--set` writes it."""
+    return ".".join(str(part) for part in place)
+
+
+def override(document: Document, settings: Mapping[str, Any]) -> None:
+    """Lay `settings` (dotted path → value) over the document; a file named by one is looked up from the current folder.
+
+    Raises:
+        RecipeError: a path that leads nowhere; all faults at once.
+    """
+    faults: list[str] = []
+    for path, value in settings.items():
+        place = tuple(int(part) if part.isdigit() else part for part in path.split("."))
+        fault = _assign(document.data, place, _from_here(place, value))
+        if fault:
+            faults.append(f"--set {path}: {fault}")
+        document.overridden[place] = f"{path}={value}"
+    if faults:
+        raise RecipeError(faults)
+
+
+def _from_here(place: Place, value: Any) -> Any:
+    named = isinstance(value, str) and place[-1] in _READ_FROM_HERE
+    here = Path(cast("str", value)).expanduser().absolute() if named and value else None
+    return str(here) if here and here.exists() else value
+
+
+def _assign(data: dict[str, Any], place: Place, value: Any) -> str | None:
+    current: Any = data
+    for depth, part in enumerate(place):
+        last = depth == len(place) - 1
+        where = dotted(place[:depth]) or "the recipe"
+        if isinstance(current, list):
+            items = cast("list[Any]", current)
+            if not isinstance(part, int) or part > len(items) or (part == len(items) and not last):
+                return f"{where} has {len(items)} items, numbered from 0; {part} names none of them"
+            if last:
+                items[part:] = [value, *items[part + 1 :]]
+            else:
+                current = items[part]
+        elif isinstance(current, dict):
+            keys = cast("dict[str, Any]", current)
+            if last:
+                keys[str(part)] = value
+            else:
+                current = keys.setdefault(str(part), {})
+        else:
+            return f"{where} is {current!r}, which holds no {part}"
+    return None
+
+
+def parse_setting(text: str) -> tuple[str, Any]:
+    """Split `PATH=VALUE` as given on a command line; the value is read as YAML.
+
+    Raises:
+        RecipeError: there is no `=`, or the value is no YAML.
+    """
+    path, equals, value = text.partition("=")
+    if not equals or not path:
+        raise RecipeError([f"--set {text}: must be PATH=VALUE, for example --set stages.0.group_size=64"])
+    try:
+        return path, yaml.safe_load(value) if value else ""
+    except yaml.YAMLError as error:
+        raise RecipeError([f"--set {text}: the value is no valid YAML ({error})"]) from error

@@ -1,0 +1,76 @@
+"""A run's own record of what happened when: one JSON object per line in `events.jsonl`."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Protocol
+
+from compress.progress import Progress
+
+_SECONDS_BETWEEN = 1.0
+
+
+class Watcher(Progress, Protocol):
+    """Progress that is also told where a run stands among its steps."""
+
+    def step_started(self, name: str, position: int, count: int) -> None:
+        """Say that step `position` of `count` (from 1) began."""
+        ...
+
+    def step_finished(self, name: str, seconds: float, *, cached: bool) -> None:
+        """Say that a step's output is there."""
+        ...
+
+
+class EventLog:
+    """Writes what happens to `events.jsonl` and passes it on to whoever watches."""
+
+    def __init__(self, path: Path, watcher: Watcher) -> None:
+        self._path = path
+        self._watcher = watcher
+        self.warnings: list[str] = []
+
+    def write(self, event: str, **fields: object) -> None:
+        """Append one event with its time."""
+        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, default=str)
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    def step_started(self, name: str, position: int, count: int) -> None:
+        """Record that a step began."""
+        self.write("step-started", step=name, position=position, count=count)
+        self._watcher.step_started(name, position, count)
+
+    def step_finished(self, name: str, seconds: float, *, cached: bool) -> None:
+        """Record that a step's output is there."""
+        self.write("step-finished", step=name, seconds=round(seconds, 3), cached=cached)
+        self._watcher.step_finished(name, seconds, cached=cached)
+
+    def warn(self, message: str) -> None:
+        """Record a warning; the report repeats each once."""
+        if message not in self.warnings:
+            self.warnings.append(message)
+        self.write("warning", message=message)
+        self._watcher.warn(message)
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+        """Record how counted work goes on, at most once a second."""
+        done, last = 0, time.monotonic()
+        with self._watcher.task(name, total, unit) as advance:
+
+            def count(units: int) -> None:
+                nonlocal done, last
+                done += units
+                advance(units)
+                if time.monotonic() - last >= _SECONDS_BETWEEN:
+                    last = time.monotonic()
+                    self.write("progress", task=name, done=done, total=total, unit=unit)
+
+            yield count
+        self.write("progress", task=name, done=done, total=total, unit=unit)

@@ -1,0 +1,54 @@
+"""Writing so that a reader sees the old or the new, never a part; and errors of the file system that say what to do."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+from compress.errors import StoreError
+
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+
+
+def write_json(path: Path, value: object) -> None:
+    """Write JSON aside and rename it into place."""
+    write_text(path, json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file aside and rename it into place."""
+    aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+@contextmanager
+def telling_where(folder: Path) -> Generator[None]:
+    """Turn the system's own error on writing below a folder into one that says what to do.
+
+    Raises:
+        StoreError: the disk is full, the folder read-only, or the like.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or folder
+        if error.errno in _FULL:
+            remedy = "free some space, or name a folder on another disk"
+        elif error.errno in _REFUSED:
+            remedy = "name a folder you can write"
+        else:
+            raise
+        raise StoreError(f"{where}: {error.strerror}; {remedy} (--store, --runs, publish.to)") from error

@@ -1,0 +1,94 @@
+"""Publishing to a folder: the artifact, its model card, and the digest of every file."""
+
+from __future__ import annotations
+
+import secrets
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from compress.artifact import RECORD, source_commit, write_record
+from compress.checkpoint import read_json_object
+from compress.errors import StoreError
+from compress.files import telling_where, write_text
+from compress.progress import Progress
+from compress.report import Published, Report, checks_of, table
+
+_CARD = "README.md"
+
+
+def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: Progress) -> tuple[Published, ...]:
+    """Copy each artifact to `to/<recipe>/<artifact>` with its card and record; what stood there before is replaced whole.
+
+    Raises:
+        StoreError: the place cannot be written, or holds something that was not published by this program.
+    """
+    published: list[Published] = []
+    with progress.task("publishing", total=len(artifacts), unit="artifact") as advance:
+        for name, folder in artifacts.items():
+            place = (to / report.name / name).absolute()
+            with telling_where(place):
+                _replace(place, folder, name, report)
+            published.append(Published(artifact=name, path=str(place), forced=report.gate.verdict != "pass"))
+            advance(1)
+    return tuple(published)
+
+
+def _replace(place: Path, folder: Path, name: str, report: Report) -> None:
+    if place.exists() and not (place / RECORD).is_file():
+        raise StoreError(f"{place}: holds something else than a published artifact; name another publish.to or move it away")
+    place.parent.mkdir(parents=True, exist_ok=True)
+    aside = place.with_name(f".{name}.{secrets.token_hex(4)}")
+    try:
+        shutil.copytree(folder, aside)
+        write_text(aside / _CARD, card(report, name))
+        record = read_json_object(aside / RECORD)
+        record |= {"recipe": report.recipe, "gate": report.gate.model_dump(mode="json"), "hardware": report.hardware}
+        write_record(aside, {**record, "git_commit": source_commit()})
+        if place.exists():
+            old = place.with_name(f".{name}.{secrets.token_hex(4)}")
+            place.replace(old)
+            aside.replace(place)
+            shutil.rmtree(old)
+        else:
+            aside.replace(place)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def card(report: Report, name: str) -> str:
+    """Return the model card of one artifact: what it is, the table, the verdict, how to run it, where it comes from."""
+    rows = tuple(row for row in report.rows if row.artifact in ("original", name))
+    source = report.source["model"]
+    forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
+    front = f"---\nbase_model: {source}\nlibrary_name: vllm\npipeline_tag: image-text-to-text\ntags: [compress]\n---"
+    steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])
+    provenance = "\n".join(f"- {key}: {value}" for key, value in report.source.items())
+    return f"""{front}
+
+# {report.name}: {name}
+
+{source}, compressed ({steps}). Its licence is the original's.
+{forced}
+## Measured on this artifact and on the original, same prompts, same runtime
+
+{table(rows)}
+
+{chr(10).join(f"{key}: {text}" for key, text in report.notes.items())}
+
+## Gate: {report.gate.verdict}
+
+{checks_of(report.gate, name)}
+
+## Use
+
+```
+vllm serve FOLDER
+```
+
+## Provenance
+
+{provenance}
+
+`{RECORD}` beside this page holds the recipe, the calibration samples' digests, seeds, versions, and the SHA-256 of every file.
+"""

@@ -1,0 +1,212 @@
+"""The recipe: the YAML file parsed to a frozen, fully checked model; every fault is told at once with its line."""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
+
+from pydantic import BaseModel, Field, ValidationError
+from pydantic_core import ErrorDetails
+
+from compress.calibration import SETS
+from compress.document import Document, Place, dotted, override, read_document
+from compress.errors import RecipeError
+from compress.eval import TASKS
+from compress.export import FORMATS
+from compress.gate import Gate
+from compress.runtimes import RUNTIMES
+from compress.schema import Frozen, Source, union_of
+from compress.stages import STAGES
+
+if TYPE_CHECKING:
+    from compress.calibration.sets import Text, Vqa, Wikitext
+    from compress.eval.task import Task as AnyTask
+    from compress.export.format import Export as AnyExport
+    from compress.runtimes.runtime import Runtime as AnyRuntime
+    from compress.stages.stage import Stage as AnyStage
+
+    AnySet = Text | Wikitext | Vqa
+else:
+    AnySet = union_of(SETS, "dataset")
+    AnyStage = union_of(STAGES, "stage")
+    AnyExport = union_of(FORMATS, "format")
+    AnyTask = union_of(TASKS, "task")
+    AnyRuntime = union_of(RUNTIMES, "runtime")
+
+
+class Model(Frozen):
+    """The model to compress: a folder, or an id on a hub, pinned to the commit that `revision` names when the plan is made."""
+
+    source: Source
+    hub: Literal["huggingface", "modelscope"] = "huggingface"
+    revision: str = "main"
+    allow_pickle: bool = False
+    trust_remote_code: bool = False
+
+
+class Calibration(Frozen):
+    """The samples every stage sees, drawn with `seed`."""
+
+    seed: int
+    sets: Annotated[tuple[AnySet, ...], Field(min_length=1)]
+
+
+class Eval(Frozen):
+    """What is measured on the original and on every exported artifact, in which runtime."""
+
+    runtime: AnyRuntime
+    tasks: Annotated[tuple[AnyTask, ...], Field(min_length=1)]
+
+
+class Publish(Frozen):
+    """Where artifacts go that passed the gate: a folder, relative to where the command runs."""
+
+    to: Annotated[str, Field(min_length=1, pattern=r"^(?!\w+://)")]
+
+
+class Recipe(Frozen):
+    """One compression job, from the published weights to the published artifact."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    model: Model
+    calibration: Calibration | None = None
+    stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
+    export: Annotated[tuple[AnyExport, ...], Field(min_length=1)]
+    eval: Eval
+    gate: Gate
+    publish: Publish | None = None
+
+
+def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Document]:
+    """Read a recipe, lay `settings` (dotted path → value) over it, and check everything that needs no model.
+
+    The document is given back too: it knows the line of every place.
+
+    Raises:
+        RecipeError: with every fault found, each naming file and line, or the override, and what is allowed.
+    """
+    document = read_document(path)
+    override(document, settings)
+    try:
+        recipe = Recipe.model_validate(document.data, context={"base": path.resolve().parent})
+    except ValidationError as error:
+        details = error.errors(include_url=False)
+        raise RecipeError([_fault(document, detail) for detail in details]) from error
+    faults = _cross_check(document, recipe)
+    if faults:
+        raise RecipeError(faults)
+    return recipe, document
+
+
+def _cross_check(document: Document, recipe: Recipe) -> list[str]:
+    faults: list[str] = []
+    if recipe.calibration is None:
+        faults += [
+            f"{document.whereabouts(('stages', position))}: stages.{position}: needs calibration samples, and the recipe has "
+            "no calibration; add calibration: with a seed and at least one set"
+            for position, stage in enumerate(recipe.stages)
+            if stage.calibrated
+        ]
+    names = [task.name for task in recipe.eval.tasks]
+    for position, name in enumerate(names):
+        if name in names[:position]:
+            where = document.whereabouts(("eval", "tasks", position))
+            faults.append(f"{where}: eval.tasks.{position}: a second task called {name}; give one of them another name")
+    for check, tasks in recipe.gate.tasks_needed().items():
+        if not any(task.task in tasks for task in recipe.eval.tasks):
+            where = document.whereabouts(("gate", check))
+            faults.append(f"{where}: gate.{check}: nothing measures it; add a task of kind {' or '.join(tasks)} to eval.tasks")
+    return faults
+
+
+def _fault(document: Document, detail: ErrorDetails) -> str:
+    place = _place_of(document.data, detail["loc"])
+    return f"{document.whereabouts(place)}: {dotted(place) or 'the recipe'}: {_message(detail)}"
+
+
+def _place_of(data: Any, location: tuple[str | int, ...]) -> Place:
+    """Drop from a pydantic location what is no key of the document: the tags of unions."""
+    place: list[str | int] = []
+    current = data
+    for depth, part in enumerate(location):
+        held = (isinstance(current, dict) and part in current) or (
+            isinstance(current, list) and isinstance(part, int) and part < len(cast("list[Any]", current))
+        )
+        if held:
+            current = cast("Any", current)[part]
+        elif depth < len(location) - 1 or not isinstance(current, dict):
+            continue
+        place.append(part)
+    return tuple(place)
+
+
+def _message(detail: ErrorDetails) -> str:
+    given: object = detail["input"]
+    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
+    match detail["type"]:
+        case "extra_forbidden":
+            return _unknown_key(detail["loc"])
+        case "missing":
+            return "missing; write it out, it has no default"
+        case "union_tag_invalid":
+            context = detail.get("ctx", {})
+            return f"{context.get('tag')!r} is not one of {context.get('expected_tags')}"
+        case "union_tag_not_found":
+            return f"needs the key {detail.get('ctx', {}).get('discriminator')}, which says what it is"
+        case "too_short":
+            return "is empty; needs at least one entry"
+        case "value_error":
+            return detail["msg"].removeprefix("Value error, ")
+        case "string_pattern_mismatch":
+            return f"does not have the form {detail.get('ctx', {}).get('pattern')}{shown}"
+        case _:
+            return detail["msg"] + shown
+
+
+def _unknown_key(location: tuple[str | int, ...]) -> str:
+    allowed = sorted(_fields_at(location[:-1]))
+    near = difflib.get_close_matches(str(location[-1]), allowed, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"unknown key; allowed here: {', '.join(allowed)}{hint}"
+
+
+def _fields_at(location: tuple[str | int, ...]) -> set[str]:
+    """Return the keys that a part of the recipe may have, following fields, list items and union tags."""
+    candidates = _models_in(Recipe)
+    for part in location:
+        if isinstance(part, int):
+            continue
+        tagged = [model for model in candidates if part in _tags(model)]
+        if tagged:
+            candidates = tagged
+            continue
+        fields = [model.model_fields[part].annotation for model in candidates if part in model.model_fields]
+        candidates = [model for annotation in fields for model in _models_in(annotation)]
+    return {name for model in candidates for name in model.model_fields}
+
+
+def _tags(model: type[BaseModel]) -> set[object]:
+    return {
+        value
+        for info in model.model_fields.values()
+        if typing.get_origin(info.annotation) is Literal
+        for value in typing.get_args(info.annotation)
+    }
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
+        return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
+    return []
+
+
+def recipe_schema() -> dict[str, Any]:
+    """Return the JSON Schema of recipes, for editors."""
+    schema = Recipe.model_json_schema()
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema, "title": "compress recipe"}

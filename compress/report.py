@@ -1,0 +1,162 @@
+"""A run's report: the facts as JSON (schema 1), and the page that people read, rendered from them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import ConfigDict, Field
+
+from compress.eval.results import Fidelity, PerplexityMetrics, VqaMetrics
+from compress.gate import Verdict
+from compress.schema import Frozen
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+
+class Row(Frozen):
+    """One artifact in one runtime; `metrics` and `fidelity` hold each task's figures by the task's name.
+
+    `bytes` are those on disk, `size_ratio` to the original's, `bits_per_weight` the weight files' over the original's weights.
+    """
+
+    artifact: str
+    runtime: str
+    path: str
+    bytes: int
+    size_ratio: float
+    bits_per_weight: float
+    metrics: Mapping[str, VqaMetrics | PerplexityMetrics]
+    fidelity: Mapping[str, Fidelity] | None
+
+
+class Timing(Frozen):
+    """What one step took; a cached one shows what finding it took."""
+
+    step: str
+    seconds: float
+    peak_host_bytes: int
+    peak_device_bytes: int
+    cached: bool
+
+
+class Published(Frozen):
+    """Where an artifact was published, and whether the gate had to be forced."""
+
+    artifact: str
+    path: str
+    forced: bool
+
+
+class Report(Frozen):
+    """Everything one run found out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    schema_version: Literal[1] = Field(default=1, alias="schema")
+    name: str
+    run: str
+    source: Mapping[str, Any]
+    rows: tuple[Row, ...]
+    gate: Verdict
+    timings: tuple[Timing, ...]
+    warnings: tuple[str, ...]
+    published: tuple[Published, ...]
+    notes: Mapping[str, str]
+    recipe: Mapping[str, Any]
+    versions: Mapping[str, str]
+    hardware: Mapping[str, Any]
+
+    def to_json(self) -> str:
+        """Return the report as `report.json` holds it."""
+        return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
+
+
+def size(count: float) -> str:
+    """Return a number of bytes the way people say it, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def table(rows: tuple[Row, ...]) -> str:
+    """Return the accuracy-against-size table in Markdown."""
+    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
+    heads = ["artifact", "size", "of original", "bits/weight"]
+    for name in names:
+        heads += [name, "KL", "same top token", "flips"]
+    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    for row in rows:
+        cells = [row.artifact, size(row.bytes), f"{row.size_ratio:.1%}", f"{row.bits_per_weight:.2f}"]
+        for name in names:
+            cells += _cells(row, name)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(_without_empty_columns(lines))
+
+
+def _cells(row: Row, task: str) -> list[str]:
+    metrics = row.metrics[task]
+    value = f"{metrics.accuracy:.2%}" if isinstance(metrics, VqaMetrics) else f"{metrics.perplexity:.4g}"
+    found = (row.fidelity or {}).get(task)
+    if not found:
+        return [value, "", "", ""]
+    flips = "" if found.lost is None else f"{found.lost} lost, {found.gained} gained"
+    return [value, f"{found.kl_mean:.2g}", f"{found.top1_agreement:.2%}", flips]
+
+
+def _without_empty_columns(lines: list[str]) -> list[str]:
+    cells = [line.strip("|").split("|") for line in lines]
+    kept = [place for place in range(len(cells[0])) if any(row[place].strip() for row in cells[2:])]
+    return ["|" + "|".join(row[place] for place in kept) + "|" for row in cells]
+
+
+def checks(gate: Verdict) -> str:
+    """Return the gate's checks as a Markdown list, each with its reason."""
+    return "\n".join(f"- **{check.verdict}** · {check.artifact} · {check.check}: {check.reason}" for check in gate.checks)
+
+
+def checks_of(gate: Verdict, artifact: str) -> str:
+    """Return the checks of one artifact alone."""
+    return checks(gate.model_copy(update={"checks": tuple(check for check in gate.checks if check.artifact == artifact)}))
+
+
+def render(report: Report) -> str:
+    """Return `report.md`: the verdict first, then the table, what lies behind it, and where it comes from."""
+    from compress.display import duration
+
+    parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows)]
+    parts += [f"{name}: {text}" for name, text in report.notes.items()]
+    if report.warnings:
+        parts.append("\n".join(f"- warning: {warning}" for warning in report.warnings))
+    if report.published:
+        parts.append("\n".join(_published(row) for row in report.published))
+    lines = ["| step | time | peak memory | |", "| --- | ---: | ---: | --- |"]
+    for row in report.timings:
+        peak = size(row.peak_host_bytes) + (f", device {size(row.peak_device_bytes)}" if row.peak_device_bytes else "")
+        lines.append(f"| {row.step} | {duration(row.seconds)} | {peak} | {'cached' if row.cached else ''} |")
+    parts.append("\n".join(lines))
+    source = ", ".join(f"{key} {value}" for key, value in report.source.items())
+    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
+    parts.append(f"Source: {source}  \nVersions: {versions}  \nMachine: {report.hardware['processor']}")
+    return "\n\n".join(parts) + "\n"
+
+
+def _published(row: Published) -> str:
+    forced = " by force, though the gate did not pass" if row.forced else ""
+    return f"- published {row.artifact} to {row.path}{forced}"
+
+
+def show(report: Report, console: Console) -> None:
+    """Print the report's page and, last, the run's folder."""
+    from rich.markdown import Markdown
+
+    page = render(report)
+    if console.is_terminal:
+        console.print(Markdown(page))
+    else:
+        console.print(page, markup=False, highlight=False)
+    console.print(report.run, markup=False, highlight=False)

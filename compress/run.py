@@ -1,0 +1,189 @@
+"""Running a recipe: each step from the store or made anew, then the gate, the report, and publishing."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from compress.artifact import checkpoint_bytes
+from compress.checkpoint import open_checkpoint
+from compress.errors import CheckpointError
+from compress.eval.results import Measured, read_measured
+from compress.events import EventLog, Watcher
+from compress.files import telling_where, write_json, write_text
+from compress.gate import judge
+from compress.hardware import describe
+from compress.meter import Meter
+from compress.plan import ORIGINAL, Plan, Step, artifact_name, make_plan
+from compress.publish import publish
+from compress.report import Report, Row, Timing, render
+from compress.steps import Workshop
+from compress.store import Entry, Store, default_store
+
+
+@dataclass(frozen=True)
+class Places:
+    """Where a run keeps its folder, and its store (None: the user's cache)."""
+
+    runs: Path
+    store: Path | None
+
+
+def run_recipe(
+    recipe: Path, settings: Mapping[str, Any], places: Places, watcher: Watcher, *, fresh: bool = False, force: bool = False
+) -> Report:
+    """Run a recipe to its report; a step whose output is stored is not made again, unless `fresh`.
+
+    `force` publishes even if the gate does not pass.
+
+    Raises:
+        CompressError: the recipe, a file, the model or the machine is at fault; the store and earlier runs stay as they were.
+    """
+    store = Store(places.store or default_store())
+    plan = make_plan(recipe, settings, store)
+    folder = _make_folder(places.runs, plan.recipe.name)
+    events = EventLog(folder / "events.jsonl", watcher)
+    events.write("started", recipe=str(recipe), settings=dict(settings))
+    write_json(folder / "plan.json", plan.summary(store))
+    try:
+        with store.using(step.key for step in plan.steps):
+            report = _Run(plan, store, folder, events, fresh=fresh).report(force=force)
+    except BaseException as error:
+        events.write("stopped", error=f"{type(error).__name__}: {error}")
+        raise
+    events.write("finished", verdict=report.gate.verdict)
+    return report
+
+
+def _make_folder(runs: Path, name: str) -> Path:
+    stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
+    folder = (runs / f"{name}-{stamp}-{secrets.token_hex(2)}").absolute()
+    with telling_where(folder):
+        folder.mkdir(parents=True)
+    return folder
+
+
+class _Run:
+    """One execution of a plan."""
+
+    def __init__(self, plan: Plan, store: Store, folder: Path, events: EventLog, *, fresh: bool) -> None:
+        self.plan = plan
+        self.store = store
+        self.folder = folder
+        self.events = events
+        self.fresh = fresh
+        self.timings: list[Timing] = []
+        self.entries: dict[str, Entry] = {}
+
+    def report(self, *, force: bool) -> Report:
+        """Make every step, judge, publish, and write the report."""
+        workshop = Workshop(self.plan, self.folder, self.events, self.entries)
+        for position, step in enumerate(self.plan.steps, 1):
+            self.events.step_started(step.name, position, len(self.plan.steps))
+            self._make(step, workshop.maker(step))
+        report = self._judge(workshop)
+        recipe = self.plan.recipe
+        if recipe.publish and (report.gate.verdict == "pass" or force):
+            artifacts = {name: self.entries[f"export {name}"].folder for name in self._artifacts}
+            done = publish(report, artifacts, Path(recipe.publish.to), self.events)
+            report = report.model_copy(update={"published": done})
+        with telling_where(self.folder):
+            write_text(self.folder / "report.json", report.to_json() + "\n")
+            write_text(self.folder / "report.md", render(report))
+        return report
+
+    @cached_property
+    def _artifacts(self) -> list[str]:
+        return [artifact_name(self.plan.recipe, position) for position in range(len(self.plan.recipe.export))]
+
+    def _make(self, step: Step, make: Callable[[Path], None]) -> None:
+        began = time.perf_counter()
+        entry = None if self.fresh else self.store.find(step.key, self.events.warn)
+        meter = Meter()
+        if entry is None:
+            entry, meter = self._make_anew(step, make)
+        cached = meter.seconds == 0
+        self.entries[step.name] = entry
+        seconds = time.perf_counter() - began
+        self.timings.append(
+            Timing(
+                step=step.name,
+                seconds=round(seconds, 3),
+                peak_host_bytes=meter.peak_host_bytes,
+                peak_device_bytes=meter.peak_device_bytes,
+                cached=cached,
+            )
+        )
+        self.events.step_finished(step.name, seconds, cached=cached)
+
+    def _make_anew(self, step: Step, make: Callable[[Path], None]) -> tuple[Entry, Meter]:
+        asked = datetime.now(UTC).timestamp()
+        with self.store.lock(step.key, lambda: self.events.warn(f"{step.name}: another run is making this; waiting for it")):
+            entry = self.store.find(step.key, self.events.warn)
+            made_meanwhile = entry is not None and (entry.folder.parent / "entry.json").stat().st_ctime >= asked
+            if entry is not None and (not self.fresh or made_meanwhile):
+                return entry, Meter()
+            with Meter() as meter, self.store.write(step.key, step.name) as target:
+                make(target)
+            entry = self.store.find(step.key, self.events.warn)
+        if entry is None:
+            raise CheckpointError(
+                f"{step.name}: its output was damaged as soon as it was written; check the disk of {self.store.folder}"
+            )
+        return entry, meter
+
+    def _judge(self, workshop: Workshop) -> Report:
+        recipe = self.plan.recipe
+        measured = {name: read_measured(self.entries[f"measure {name}"].folder) for name in (ORIGINAL, *self._artifacts)}
+        rows = self._rows(measured, workshop)
+        verdict = judge(recipe.gate, rows[0], rows[1:], measured)
+        return Report(
+            name=recipe.name,
+            run=str(self.folder),
+            source=self.plan.model.describe(),
+            rows=tuple(rows),
+            gate=verdict,
+            timings=tuple(self.timings),
+            warnings=tuple(self.events.warnings),
+            published=(),
+            notes={"KL": recipe.eval.runtime.kl_definition, **{task.name: task.note() for task in recipe.eval.tasks}},
+            recipe=recipe.model_dump(mode="json"),
+            versions=workshop.versions(),
+            hardware=describe(),
+        )
+
+    def _rows(self, measured: Mapping[str, Measured], workshop: Workshop) -> list[Row]:
+        original = workshop.original()
+        checkpoint = open_checkpoint(original)
+        weights = sum(_elements(entry.shape) for entry in checkpoint.tensors.values())
+        whole = checkpoint_bytes(original)
+        rows: list[Row] = []
+        for name, found in measured.items():
+            path = original if name == ORIGINAL else self.entries[f"export {name}"].folder
+            compared = {task: row.fidelity for task, row in found.tasks.items() if row.fidelity}
+            rows.append(
+                Row(
+                    artifact=name,
+                    runtime=self.plan.recipe.eval.runtime.runtime,
+                    path=str(path),
+                    bytes=checkpoint_bytes(path),
+                    size_ratio=checkpoint_bytes(path) / whole,
+                    bits_per_weight=8 * open_checkpoint(path).weight_bytes / weights,
+                    metrics={task: row.metrics for task, row in found.tasks.items()},
+                    fidelity=compared or None,
+                )
+            )
+        return rows
+
+
+def _elements(shape: tuple[int, ...]) -> int:
+    count = 1
+    for extent in shape:
+        count *= extent
+    return count

@@ -1,0 +1,135 @@
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from compress.errors import StoreError
+from compress.files import telling_where, write_json
+from compress.store import Store
+
+
+def nothing() -> None:
+    return None
+
+
+def fill(store: Store, key: str, text: str = "content") -> None:
+    with store.lock(key, nothing), store.write(key, "a step") as folder:
+        (folder / "sub").mkdir()
+        (folder / "sub" / "file.txt").write_text(text, encoding="utf-8")
+
+
+def test_what_was_written_is_found_again(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k1")
+    entry = Store(tmp_path).find("k1", pytest.fail)
+    assert entry is not None
+    assert (entry.folder / "sub" / "file.txt").read_text(encoding="utf-8") == "content"
+    assert entry.bytes == len("content")
+    assert store.find("k2", pytest.fail) is None
+
+
+def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(ValueError, match="broke"), store.lock("k", nothing), store.write("k", "a step") as folder:
+        (folder / "half").write_text("x", encoding="utf-8")
+        raise ValueError("broke")
+    assert store.find("k", pytest.fail) is None
+    assert list((tmp_path / "aside").iterdir()) == []
+
+
+@pytest.mark.parametrize("damage", ["shorter", "other", "gone", "record"])
+def test_a_damaged_entry_is_a_miss_with_a_warning(tmp_path: Path, damage: str) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    path = tmp_path / "entries" / "k" / "data" / "sub" / "file.txt"
+    match damage:
+        case "shorter":
+            path.write_text("con", encoding="utf-8")
+        case "other":
+            path.write_text("CONTENT", encoding="utf-8")
+        case "gone":
+            path.unlink()
+        case _:
+            (tmp_path / "entries" / "k" / "entry.json").write_text("{", encoding="utf-8")
+    warnings: list[str] = []
+    assert store.find("k", warnings.append) is None
+    assert len(warnings) == 1
+    assert "made again" in warnings[0]
+    fill(store, "k")
+    assert store.find("k", pytest.fail) is not None
+
+
+def test_a_touched_but_unchanged_file_is_still_whole(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    os.utime(tmp_path / "entries" / "k" / "data" / "sub" / "file.txt", (1, 1))
+    assert store.find("k", pytest.fail) is not None
+
+
+def test_verify_reads_what_a_hit_trusts(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    path = tmp_path / "entries" / "k" / "data" / "sub" / "file.txt"
+    before = path.stat()
+    path.write_text("CONTENT", encoding="utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert store.find("k", pytest.fail) is not None
+    assert "digest" in store.verify()["k"]
+
+
+def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    store.prepare()
+    (tmp_path / "aside" / "k.dead").mkdir()
+    (tmp_path / "aside" / "other.dead").mkdir()
+    fill(store, "k")
+    assert [path.name for path in (tmp_path / "aside").iterdir()] == ["other.dead"]
+    store.prune(unused_for=1e9, keep_bytes=None)
+    assert list((tmp_path / "aside").iterdir()) == []
+
+
+def test_prune_spares_what_a_living_run_uses(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "used")
+    fill(store, "unused")
+    with store.using(["used"]):
+        assert [entry.key for entry in Store(tmp_path).prune(unused_for=0, keep_bytes=None)] == ["unused"]
+    assert [entry.key for entry in store.prune(unused_for=0, keep_bytes=None)] == ["used"]
+
+
+def test_prune_forgets_the_mark_of_a_dead_run(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    write_json(tmp_path / "active" / "dead.json", ["k"])
+    assert [entry.key for entry in store.prune(unused_for=0, keep_bytes=None)] == ["k"]
+
+
+def test_prune_keeps_to_a_size_and_drops_the_longest_unused_first(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    for age, key in enumerate(("old", "middle", "new")):
+        fill(store, key, "x" * 100)
+        os.utime(tmp_path / "entries" / key / "entry.json", (1000 + age, 1000 + age))
+    assert [entry.key for entry in store.prune(unused_for=1e12, keep_bytes=150)] == ["old", "middle"]
+
+
+def test_fingerprints_follow_the_file(tmp_path: Path) -> None:
+    store = Store(tmp_path / "store")
+    path = tmp_path / "file"
+    path.write_bytes(b"one")
+    first = store.fingerprint(path)
+    assert store.fingerprint(path) == first
+    path.write_bytes(b"two!")
+    assert store.fingerprint(path) != first
+    assert str(path) in json.loads((tmp_path / "store" / "fingerprints.json").read_text(encoding="utf-8"))
+
+
+def test_a_store_that_cannot_be_made_says_where(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(StoreError, match=r"file.*name a folder you can write.*--store"):
+        Store(tmp_path / "file").prepare()
+
+
+def test_a_full_disk_is_told_as_one() -> None:
+    with pytest.raises(StoreError, match=r"free some space"), telling_where(Path("/dev")), Path("/dev/full").open("w") as file:
+        file.write("x" * 100_000)
