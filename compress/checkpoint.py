@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -113,19 +112,29 @@ def read_json_object(path: Path) -> dict[str, Any]:
     return cast("dict[str, Any]", value)
 
 
-def _read_sharded(folder: Path) -> dict[str, TensorEntry]:
-    index = folder / INDEX
+def read_index(index: Path) -> dict[str, str]:
+    """Return which shard holds each tensor, from a checkpoint's index file.
+
+    Raises:
+        CheckpointError: it cannot be read, or names a file outside the checkpoint's folder.
+    """
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map; fetch the file again")
     owners = cast("dict[str, object]", weight_map)
-    headers: dict[str, dict[str, TensorEntry]] = {}
-    tensors: dict[str, TensorEntry] = {}
     for name, shard in owners.items():
         if not isinstance(shard, str) or Path(shard).name != shard:
             raise CheckpointError(
                 f"{index}: {name} points to {shard!r}, outside the checkpoint's folder; do not use this checkpoint"
             )
+    return cast("dict[str, str]", owners)
+
+
+def _read_sharded(folder: Path) -> dict[str, TensorEntry]:
+    index = folder / INDEX
+    headers: dict[str, dict[str, TensorEntry]] = {}
+    tensors: dict[str, TensorEntry] = {}
+    for name, shard in read_index(index).items():
         if shard not in headers:
             headers[shard] = read_header(folder / shard)
         if name not in headers[shard]:
@@ -137,27 +146,42 @@ def _read_sharded(folder: Path) -> dict[str, TensorEntry]:
 def read_header(path: Path) -> dict[str, TensorEntry]:
     """Return the tensor table of one safetensors file, checked against the file's size.
 
-    Format: https://huggingface.co/docs/safetensors (an 8-byte little-endian length, a JSON header, the data).
-
     Raises:
         CheckpointError: the file is missing, truncated or corrupt.
     """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
-            length = struct.unpack("<Q", prefix)[0] if len(prefix := file.read(8)) == 8 else -1
-            if not 0 < length <= min(_MAX_HEADER, size - 8):
-                raise CheckpointError(f"{path}: truncated or no safetensors file ({size} bytes); fetch it again")
-            header: object = json.loads(file.read(length))
+            start = file.read(8)
+            length = int.from_bytes(start, "little")
+            if length <= min(_MAX_HEADER, size):
+                start += file.read(length)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except OSError as error:
+        raise CheckpointError(f"{path}: its header cannot be read ({error}); fetch the file again") from error
+    return parse_header(path, start, size)
+
+
+def parse_header(path: Path, start: bytes, size: int) -> dict[str, TensorEntry]:
+    """Return the tensor table of a safetensors file of `size` bytes from its first bytes, which hold the whole header.
+
+    Format: https://huggingface.co/docs/safetensors (an 8-byte little-endian length, a JSON header, the data).
+
+    Raises:
+        CheckpointError: the file is truncated or corrupt.
+    """
+    length = int.from_bytes(start[:8], "little")
+    if not 0 < length <= min(_MAX_HEADER, size - 8, len(start) - 8):
+        raise CheckpointError(f"{path}: truncated or no safetensors file ({size} bytes); fetch it again")
+    try:
+        header: object = json.loads(start[8 : 8 + length])
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path}: its header cannot be read ({error}); fetch the file again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is no JSON object; fetch the file again")
-    start = 8 + length
     rows = cast("dict[str, object]", header)
-    return {name: _entry(path, name, row, start, size) for name, row in rows.items() if name != "__metadata__"}
+    return {name: _entry(path, name, row, 8 + length, size) for name, row in rows.items() if name != "__metadata__"}
 
 
 def _entry(path: Path, name: str, row: object, start: int, size: int) -> TensorEntry:

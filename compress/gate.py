@@ -200,13 +200,15 @@ def _accuracy(limit: AccuracyLimit, original: Subject, artifact: Subject, task: 
     counts = count_pairs([item.right for item in before], [item.right for item in after])
     if counts.original == 0:
         return held.leave_open(
-            f"the original answers none of the {counts.items:,} items right, so there is nothing to keep; choose a task it can do"
+            f"{task}: the original answers none of the {counts.items:,} items right, so there is nothing to keep; "
+            "choose a task it can do"
         )
     finding = judge_recovery(counts, limit.min_recovery, limit.confidence)
     bounds = f" ({100 * finding.interval[0]:.2f}–{100 * finding.interval[1]:.2f} %)" if finding.interval else ""
     return held.decide(
         finding,
-        f"recovery {100 * finding.value:.2f} %{bounds} of {counts.items:,} items, {counts.lost} lost and {counts.gained} gained; "
+        f"{task}: recovery {100 * finding.value:.2f} %{bounds} of {counts.items:,} items, {counts.lost} lost and "
+        f"{counts.gained} gained; "
         f"the limit is {100 * limit.min_recovery:g} %{_outlook(finding, 'items')}",
     )
 
@@ -226,7 +228,7 @@ def _perplexity(limit: PerplexityLimit, original: Subject, artifact: Subject, ta
     outlook = _outlook(finding, "windows") if finding.interval else ": a single window has no spread; measure more of them"
     return held.decide(
         finding,
-        f"{finding.value:.4f} times the original's perplexity{bounds} over {len(before):,} windows; "
+        f"{task}: {finding.value:.4f} times the original's perplexity{bounds} over {len(before):,} windows; "
         f"the limit is {limit.max_ratio:g}{outlook}",
     )
 
@@ -238,7 +240,7 @@ def _fidelity(artifact: Subject, check: str, limit: float) -> Iterator[Check]:
     for task in tasks:
         held = _Held(artifact.artifact, check, task.name, limit)
         if task.fidelity is None:
-            yield held.leave_open("was not compared with the original; measure it against the original's record")
+            yield held.leave_open(f"{task.name}: was not compared with the original; measure it against the original's record")
         else:
             yield _alike(held, task.fidelity)
 
@@ -255,7 +257,7 @@ def _alike(held: _Held, fidelity: Fidelity) -> Check:
         shown = f"the same top token for {100 * fidelity.top1_agreement:.2f} % of tokens"
         finding = Finding(fidelity.top1_agreement, None, outcome, None)
     limit = f"{held.limit:g}" if held.check == "fidelity.max_kl" else f"{100 * held.limit:g} %"
-    return held.decide(finding, f"{shown}, {fidelity.tokens:,} tokens; the limit is {limit}")
+    return held.decide(finding, f"{held.task}: {shown}, {fidelity.tokens:,} tokens; the limit is {limit}")
 
 
 def _size(limit: float, original: Subject, artifact: Subject) -> Check:

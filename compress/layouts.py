@@ -86,17 +86,23 @@ def linear_tensors(name: str) -> tuple[str, ...]:
     return tuple(f"{name}.{suffix}" for suffix in (_PACKED, _SCALE, _SHAPE, _ZERO_POINT))
 
 
+def is_quantized(config: Mapping[str, Any]) -> bool:
+    """Return whether a config.json says that weights are quantized."""
+    return bool(config.get("quantization_config"))
+
+
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) -> dict[str, Any]:
     """Return config.json's `quantization_config`: `schemes` by the quantized linears' names, `ignore` the names of all others.
 
-    With one scheme its group targets every `Linear`; with several, each targets its linears by name.
+    With one scheme its group targets every `Linear`; with several, each targets its linears by name. A name without a dot is the
+    output head's: it is no `Linear` to vLLM, which knows it by another prefix, so it is always targeted by a pattern.
     """
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
     return {
         "config_groups": {
-            f"group_{number}": _group(scheme, ["Linear"] if len(groups) == 1 else sorted(names))
+            f"group_{number}": _group(scheme, _targets(names, alone=len(groups) == 1))
             for number, (scheme, names) in enumerate(groups.items())
         },
         "format": PACK_QUANTIZED,
@@ -156,6 +162,11 @@ def unquantized_linears(checkpoint: Checkpoint, family: Family, quantized: Itera
 
 def _words(codes: int, bits: int) -> int:
     return -(-codes * bits // 32)
+
+
+def _targets(names: list[str], alone: bool) -> list[str]:
+    heads = [rf"re:(.*\.)?{name}$" for name in sorted(names) if "." not in name]
+    return (["Linear"] if alone else [name for name in sorted(names) if "." in name]) + heads
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

@@ -49,11 +49,15 @@ class Step:
 
 @dataclass(frozen=True)
 class DataPin:
-    """A calibration set's or task's data, pinned: the digest of a local file, or a hub dataset's commit and files."""
+    """A calibration set's or task's data, pinned: the digest of a local file, or a hub dataset's commit and files.
+
+    `label` says which hub dataset it is, empty for a local file.
+    """
 
     digest: str
     path: Path | None
     remote: DatasetPin | None
+    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -62,6 +66,7 @@ class Plan:
 
     recipe: Recipe
     model: ModelPin
+    source_digest: str
     family: Family
     device: str
     sets: tuple[DataPin, ...]
@@ -124,6 +129,7 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     return Plan(
         recipe=recipe,
         model=pin,
+        source_digest=planner.source_key,
         family=family,
         device=planner.device,
         sets=planner.sets,
@@ -245,7 +251,7 @@ def _pin_data(data: TextSource | QuestionSource) -> DataPin:
         columns = data.columns if isinstance(data, QuestionSource) else None
         return DataPin(digest=source_digest(path, columns), path=path, remote=None)
     remote = resolve_dataset(data.source, data.subset, data.split, data.revision)
-    return DataPin(digest=remote.digest, path=None, remote=remote)
+    return DataPin(digest=remote.digest, path=None, remote=remote, label=remote.label)
 
 
 def show(plan: Plan, store: Store, console: Console) -> None:

@@ -59,7 +59,7 @@ def _replace(place: Path, folder: Path, name: str, report: Report) -> None:
 def card(report: Report, name: str) -> str:
     """Return the model card of one artifact: what it is, the table, the verdict, how to run it, where it comes from."""
     rows = tuple(row for row in report.rows if row.artifact in ("original", name))
-    source = report.source["model"]
+    source = report.source["source"]
     forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
     front = f"---\nbase_model: {source}\nlibrary_name: vllm\npipeline_tag: image-text-to-text\ntags: [compress]\n---"
     steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])

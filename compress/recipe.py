@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
 
-from pydantic import BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, Field, ValidationError
 from pydantic_core import ErrorDetails
 
 from compress.calibration import SETS
@@ -62,10 +62,16 @@ class Eval(Frozen):
     tasks: Annotated[tuple[AnyTask, ...], Field(min_length=1)]
 
 
+def _folder(value: str) -> str:
+    if "://" in value:
+        raise ValueError(f"{value} is no folder; artifacts are published to folders, upload from there")
+    return value
+
+
 class Publish(Frozen):
     """Where artifacts go that passed the gate: a folder, relative to where the command runs."""
 
-    to: Annotated[str, Field(min_length=1, pattern=r"^(?!\w+://)")]
+    to: Annotated[str, Field(min_length=1), AfterValidator(_folder)]
 
 
 class Recipe(Frozen):
@@ -94,7 +100,7 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Docume
     try:
         recipe = Recipe.model_validate(document.data, context={"base": path.resolve().parent})
     except ValidationError as error:
-        details = error.errors(include_url=False)
+        details = [detail for detail in error.errors(include_url=False) if not _follows(detail)]
         raise RecipeError([_fault(document, detail) for detail in details]) from error
     faults = _cross_check(document, recipe)
     if faults:
@@ -121,6 +127,11 @@ def _cross_check(document: Document, recipe: Recipe) -> list[str]:
             where = document.whereabouts(("gate", check))
             faults.append(f"{where}: gate.{check}: nothing measures it; add a task of kind {' or '.join(tasks)} to eval.tasks")
     return faults
+
+
+def _follows(detail: ErrorDetails) -> bool:
+    """Return whether a fault only repeats others: a list counts as too short when none of its entries could be read."""
+    return detail["type"] == "too_short" and bool(detail["input"])
 
 
 def _fault(document: Document, detail: ErrorDetails) -> str:

@@ -17,7 +17,7 @@ from compress.errors import CheckpointError
 from compress.eval.results import Measured, read_measured
 from compress.events import EventLog, Watcher
 from compress.files import telling_where, write_json, write_text
-from compress.gate import judge
+from compress.gate import Subject, judge
 from compress.hardware import describe
 from compress.meter import Meter
 from compress.plan import ORIGINAL, Plan, Step, artifact_name, make_plan
@@ -142,7 +142,8 @@ class _Run:
         recipe = self.plan.recipe
         measured = {name: read_measured(self.entries[f"measure {name}"].folder) for name in (ORIGINAL, *self._artifacts)}
         rows = self._rows(measured, workshop)
-        verdict = judge(recipe.gate, rows[0], rows[1:], measured)
+        subjects = [Subject(row.artifact, row.bytes, measured[row.artifact]) for row in rows]
+        verdict = judge(recipe.gate, subjects[0], subjects[1:])
         return Report(
             name=recipe.name,
             run=str(self.folder),

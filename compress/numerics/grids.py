@@ -7,22 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.numerics.scheme import Scheme
 
-@dataclass(frozen=True)
-class Scheme:
-    """How a weight matrix is held: `bits` per code, one scale (and zero point) per `group_size` input channels of each row.
-
-    Symmetric grids have their zero point fixed at 2^(bits-1).
-    """
-
-    bits: int
-    group_size: int
-    symmetric: bool
-
-    @property
-    def levels(self) -> int:
-        """How many codes there are."""
-        return 1 << self.bits
+__all__ = ["QuantizedWeight", "Scheme", "grid"]
 
 
 @dataclass(frozen=True)
@@ -43,3 +30,19 @@ class QuantizedWeight:
         groups = self.codes.view(rows, -1, self.scheme.group_size).to(torch.float32)
         shifted = groups - self.zero_points.unsqueeze(-1).to(torch.float32)
         return (shifted * self.scales.unsqueeze(-1).to(torch.float32)).view(rows, columns)
+
+
+def grid(groups: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
+    """Return scales, in `dtype`, and zero points, float32, both [out, groups], for values [out, groups, group_size].
+
+    An asymmetric grid spans from the lowest to the highest value, and always holds zero; a symmetric one reaches half a step
+    past its outermost codes. `shrink` makes the range smaller by a factor. A group of zeros has the scale 1.
+    """
+    low = groups.amin(dim=-1).clamp_(max=0)
+    extent = groups.abs().amax(dim=-1) * 2 if scheme.symmetric else groups.amax(dim=-1).clamp_(min=0) - low
+    scales = (extent * shrink / (scheme.levels - 1)).to(dtype)
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    if scheme.symmetric:
+        return scales, torch.full_like(scales, scheme.levels // 2, dtype=torch.float32)
+    zero_points = (-low * shrink / scales.to(torch.float32)).round_().clamp_(0, scheme.levels - 1)
+    return scales, zero_points

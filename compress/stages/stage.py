@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from compress.checkpoint import Checkpoint
 from compress.families import Family
+from compress.numerics.scheme import Scheme
 from compress.progress import Progress
 from compress.schema import Frozen
 
@@ -33,6 +34,9 @@ class StageContext:
 class Stage(Frozen, ABC):
     """One compression method with its settings; keeps nothing beyond its fields."""
 
+    stage: Any
+    """The row it stands for in the table of stages."""
+
     revision: ClassVar[int]
     """Raised whenever the same settings give another result, so that the store forgets the old one."""
 
@@ -45,6 +49,11 @@ class Stage(Frozen, ABC):
     @abstractmethod
     def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
         """Return what stands against running on this checkpoint, one line each with its remedy; reads headers only."""
+
+    def schemes(self, checkpoint: Checkpoint, family: Family) -> dict[str, Scheme]:
+        """Return how each linear that it quantizes will be held, by its name on disk; empty for a stage that quantizes none."""
+        del checkpoint, family
+        return {}
 
     @abstractmethod
     def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int:

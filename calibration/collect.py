@@ -1,0 +1,213 @@
+"""Calibration samples drawn from their sources and written to one folder, with a manifest that pins each by its content."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import numpy as tensors
+
+from compress.calibration.questions import Question, count_questions, read_questions
+from compress.calibration.sets import Text, Vqa, Wikitext
+from compress.calibration.texts import read_documents
+from compress.calibration.windows import Encode, Wanted, choose, pack_windows
+from compress.checkpoint import read_config
+from compress.conversation import decode_image
+from compress.errors import CheckpointError, DataError
+from compress.files import write_json, write_text
+from compress.progress import Progress
+
+MANIFEST = "manifest.json"
+QUESTIONS = "questions.jsonl"
+WINDOWS = "windows.safetensors"
+IMAGES = "images"
+
+
+@dataclass(frozen=True)
+class PinnedSet:
+    """A recipe's calibration set with its files on this machine; `label` says which hub dataset they are, empty for local ones."""
+
+    spec: Text | Wikitext | Vqa
+    files: tuple[Path, ...]
+    label: str = ""
+
+
+@dataclass(frozen=True)
+class Selection:
+    """All calibration sets of a recipe and the seed their samples are drawn with."""
+
+    seed: int
+    sets: tuple[PinnedSet, ...]
+
+
+def collect(selection: Selection, model: Path, target: Path, progress: Progress, trust_remote_code: bool = False) -> None:
+    """Draw the samples with the tokenizer of the checkpoint at `model` and write them below `target`.
+
+    `manifest.json` has an entry per sample (kind, id, origin, SHA-256 of its content, and what the overlap check compares) and
+    a digest of them all; `windows.safetensors` the token ids of each text set; `questions.jsonl` and `images/` the questions.
+
+    Raises:
+        DataError: a source cannot be used or gives fewer samples than asked for, or a sample does not fit the model.
+        CheckpointError: the checkpoint's tokenizer cannot be loaded.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    tokenizer = _load_tokenizer(model, trust_remote_code)
+    longest = longest_input(model)
+    samples, windows, rows = list[dict[str, Any]](), dict[str, NDArray[np.int32]](), list[dict[str, Any]]()
+    for place, pinned in enumerate(selection.sets):
+        seed, name = f"{selection.seed}:{place}", f"calibration.sets.{place}"
+        if isinstance(pinned.spec, Vqa):
+            drawn = _draw_questions(pinned, seed, name, progress)
+            reserved = set[str](tokenizer.all_special_tokens)
+            for question in drawn:
+                row, sample = _write_question(pinned, question, target, reserved)
+                rows.append({"set": place, **row})
+                samples.append({"set": place, **sample})
+            continue
+        if longest is not None and pinned.spec.tokens > longest:
+            raise DataError(
+                f"{name}: windows of {pinned.spec.tokens} tokens, and the model takes {longest}; lower {name}.tokens in the recipe"
+            )
+        wanted = Wanted(samples=pinned.spec.samples, tokens=pinned.spec.tokens, seed=seed, name=name)
+        entries, windows[name] = _draw_windows(pinned, wanted, _encoder(tokenizer), progress)
+        samples += [{"set": place, **entry} for entry in entries]
+    if windows:
+        tensors.save_file(windows, target / WINDOWS)
+    if rows:
+        write_text(target / QUESTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    total = hashlib.sha256("\n".join([str(selection.seed), *(sample["sha256"] for sample in samples)]).encode()).hexdigest()
+    write_json(target / MANIFEST, {"schema": 1, "seed": selection.seed, "digest": total, "samples": samples})
+
+
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return the manifest of a calibration folder.
+
+    Raises:
+        DataError: the folder holds none, or one that cannot be read.
+    """
+    try:
+        return cast("dict[str, Any]", json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
+    except (OSError, ValueError) as error:
+        raise DataError(
+            f"{folder}: its {MANIFEST} cannot be read ({error}); run again with --fresh to collect the samples anew"
+        ) from error
+
+
+def longest_input(model: Path) -> int | None:
+    """Return how many tokens the checkpoint's config says its decoder takes, None where it does not say."""
+    config = read_config(model)
+    text = cast("dict[str, Any]", config.get("text_config") or config)
+    length: object = text.get("max_position_embeddings", config.get("max_position_embeddings"))
+    return length if isinstance(length, int) else None
+
+
+def _load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return cast("Any", AutoTokenizer).from_pretrained(model, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{model}: its tokenizer cannot be loaded ({error}); fetch the checkpoint again") from error
+
+
+def _encoder(tokenizer: Any) -> Encode:
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,  # what reads like an image token in a text is text
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return cast("list[list[int]]", encoded["input_ids"])
+
+    return encode
+
+
+def _draw_windows(
+    pinned: PinnedSet, wanted: Wanted, encode: Encode, progress: Progress
+) -> tuple[list[dict[str, Any]], NDArray[np.int32]]:
+    spec = cast("Text | Wikitext", pinned.spec)
+    documents = chain.from_iterable(read_documents(path, spec.column) for path in pinned.files)
+    with progress.task(f"{wanted.name}: pack text", wanted.samples, "windows") as advance:
+        windows = pack_windows(documents, encode, wanted)
+        advance(len(windows))
+    entries = [
+        {
+            "kind": "text",
+            "id": f"{wanted.name}:{number}",
+            "origin": _origin(pinned, window.first if window.first == window.last else f"{window.first} to {window.last}"),
+            "sha256": hashlib.sha256(window.token_ids.astype("<i4").tobytes()).hexdigest(),
+            "paragraphs": {digest: _origin(pinned, origin) for digest, origin in window.paragraphs.items()},
+        }
+        for number, window in enumerate(windows)
+    ]
+    return entries, np.stack([window.token_ids for window in windows])
+
+
+def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress) -> list[Question]:
+    spec = cast("Vqa", pinned.spec)
+    total = count_questions(pinned.files, spec.columns)
+    if total < spec.samples:
+        raise DataError(
+            f"{name}: {', '.join(map(str, pinned.files))} holds {total} questions, {spec.samples} are asked for; "
+            f"lower {name}.samples, or name a file with more"
+        )
+    drawn = list[Question]()
+    with progress.task(f"{name}: read questions", spec.samples, "questions") as advance:
+        for question in read_questions(pinned.files, spec.columns, frozenset(choose(total, spec.samples, seed))):
+            drawn.append(question)
+            advance(1)
+    return drawn
+
+
+def _write_question(
+    pinned: PinnedSet, question: Question, target: Path, reserved: set[str]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Write a question's images; return its row in `questions.jsonl` and its entry in the manifest."""
+    prompt = cast("Vqa", pinned.spec).prompt.replace("{question}", question.question)
+    answer = Counter(question.answers).most_common(1)[0][0] if question.answers else None
+    origin = _origin(pinned, question.origin)
+    for token in reserved:
+        if token in prompt or token in (answer or ""):
+            raise DataError(f"{origin}: question {question.id}: holds {token!r}, a special token of the model; remove the row")
+    images = [
+        _write_image(image, digest, target, origin) for image, digest in zip(question.images, question.image_digests, strict=True)
+    ]
+    content = json.dumps([prompt, answer, *question.image_digests], ensure_ascii=False)
+    row = {"id": question.id, "prompt": prompt, "answer": answer, "images": images}
+    sample = {
+        "kind": "question",
+        "id": question.id,
+        "origin": origin,
+        "sha256": hashlib.sha256(content.encode()).hexdigest(),
+        "question": question.digest,
+        "images": list(question.image_digests),
+    }
+    return row, sample
+
+
+def _write_image(data: bytes, digest: str, target: Path, origin: str) -> str:
+    """Write an image under its digest after decoding all of it; return its path below `target`."""
+    decode_image(data, origin)
+    with Image.open(io.BytesIO(data)) as image:
+        suffix = (image.format or "image").lower()
+    path = target / IMAGES / f"{digest}.{suffix}"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return f"{IMAGES}/{path.name}"
+
+
+def _origin(pinned: PinnedSet, place: str) -> str:
+    return f"{pinned.label}/{place}" if pinned.label else place

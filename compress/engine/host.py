@@ -1,0 +1,87 @@
+"""Activations between blocks: kept in host memory up to a limit, past it in scratch files that are mapped to memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+import mmap
+import os
+import tempfile
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from compress.errors import StoreError
+
+
+class Host:
+    """Holds tensors off the device. A scratch file has no name and goes with its tensor."""
+
+    def __init__(self, scratch: Path, limit: int) -> None:
+        self.scratch = scratch
+        self.limit = limit
+        self.resident = 0
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Return the tensor on the host, in memory while there is room and in a mapped file otherwise.
+
+        Raises:
+            StoreError: the scratch folder is full or cannot be written.
+        """
+        size = tensor.numel() * tensor.element_size()
+        if size == 0 or self.resident + size <= self.limit:
+            kept = tensor.detach().to("cpu", copy=True)
+            self.resident += size
+            weakref.finalize(kept, self._release, size)
+            return kept
+        return self._spill(tensor, size)
+
+    def keep_all(self, tree: Any) -> Any:
+        """Return a copy of nested containers with every tensor in them kept."""
+        return map_tensors(tree, self.keep)
+
+    def _release(self, size: int) -> None:
+        self.resident -= size
+
+    def _spill(self, tensor: Tensor, size: int) -> Tensor:
+        try:
+            with tempfile.TemporaryFile(dir=self.scratch) as file:
+                file.truncate(size)
+                _reserve(file.fileno(), size)
+                view = mmap.mmap(file.fileno(), size)
+        except OSError as error:
+            cause = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written ({error})"
+            raise StoreError(
+                f"{self.scratch}: {cause}; {size:,} bytes of activations did not fit in memory nor there. "
+                "Free space, or use fewer calibration samples"
+            ) from error
+        kept = torch.frombuffer(view, dtype=tensor.dtype).view(tensor.shape)
+        return kept.copy_(tensor)
+
+
+def _reserve(descriptor: int, size: int) -> None:
+    """Claim the file's blocks now: a full disk met while writing to the mapping would kill the process."""
+    if hasattr(os, "posix_fallocate"):
+        os.posix_fallocate(descriptor, 0, size)
+
+
+def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
+    """Return a copy of nested tuples, lists, dicts and dataclasses with `function` applied to every tensor in them."""
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, dict):
+        items = {key: map_tensors(value, function) for key, value in cast("dict[Any, Any]", tree).items()}
+        return items if type(cast("object", tree)) is dict else cast("Any", type(cast("object", tree)))(**items)
+    if isinstance(tree, tuple) and hasattr(cast("object", tree), "_fields"):
+        return cast("Any", type(cast("object", tree)))(*(map_tensors(value, function) for value in cast("tuple[Any, ...]", tree)))
+    if isinstance(tree, (tuple, list)):
+        values = (map_tensors(value, function) for value in cast("list[Any]", tree))
+        return tuple(values) if isinstance(tree, tuple) else list(values)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        changed = {item.name: map_tensors(getattr(tree, item.name), function) for item in dataclasses.fields(tree)}
+        return dataclasses.replace(cast("Any", tree), **changed)
+    return tree

@@ -1,0 +1,384 @@
+"""The walk over a model's blocks: each block meets, one after the other, the inputs that the model's own forward gives it.
+
+The model is built without weights. For block i its own forward runs with every earlier block replaced by a stub that returns
+what the block returned when it was visited, and is stopped at block i, whose arguments are recorded. So whatever the author
+does between blocks happens as written. Where a first pass shows that a block's input *is* the block before's output, and that
+nothing else it is given depends on the blocks, the walk feeds it directly and skips the replay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint import Checkpoint
+from compress.engine.host import Host, map_tensors
+from compress.engine.weights import DTYPES, WeightReader, unload
+from compress.errors import CheckpointError
+from compress.families import Family
+from compress.skeleton import build_skeleton
+
+HOST_BYTES = 16 << 30
+"""How much host memory activations may take before they spill to disk."""
+
+Forward = Callable[..., Any]
+
+
+class Batch(Protocol):
+    """Calibration samples that go through the model together; made when asked for."""
+
+    def inputs(self) -> dict[str, Tensor]:
+        """Return the arguments of the model's forward: `input_ids` [samples, tokens], `attention_mask`, image inputs, …"""
+        ...
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Which rows of a linear's input count: masks [samples · tokens] over text and vision tokens, padding in neither."""
+
+    text: Tensor
+    vision: Tensor
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a block, its tensors on the host; `positions` is None inside the vision tower, where every row is vision."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    positions: Positions | None
+
+
+class _Previous:
+    """Stands in recorded arguments for what the block before returned."""
+
+
+_PREVIOUS = _Previous()
+
+
+class _ReachedError(Exception):
+    """Unwinds the model's forward once what was wanted is recorded."""
+
+
+@dataclass
+class _Trace:
+    """One batch's way through the model: what its parts returned, and how its blocks were called."""
+
+    positions: Positions
+    reached: bool = True
+    frontends: dict[str, list[Any]] = field(default_factory=lambda: dict[str, list[Any]]())
+    calls: dict[str, tuple[Any, Any]] = field(default_factory=lambda: dict[str, tuple[Any, Any]]())
+    outputs: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
+
+
+@dataclass(frozen=True)
+class Walkthrough:
+    """What a walk needs: the checkpoint, its family, the calibration batches, the device, where activations may spill."""
+
+    checkpoint: Checkpoint
+    family: Family
+    batches: Sequence[Batch]
+    device: str
+    scratch: Path
+    host_bytes: int = HOST_BYTES
+
+
+@dataclass(frozen=True)
+class Visit:
+    """A part of the model with its weights in place; changes made to them before the walk goes on are what later parts see."""
+
+    name: str
+    module: nn.Module
+    calls: Sequence[Call]
+    device: str
+
+    @torch.no_grad()
+    def run(self, call: Call) -> Any:
+        """Return what the module returns for one recorded call."""
+        move = _mover(self.device)
+        return self.module(*map_tensors(call.args, move), **map_tensors(call.kwargs, move))
+
+
+class Replay:
+    """Visits the parts of a model in the order in which they run."""
+
+    def __init__(self, plan: Walkthrough) -> None:
+        self.plan = plan
+        self.family = plan.family
+        self.reader = WeightReader(plan.checkpoint, plan.family)
+        self.host = Host(plan.scratch, plan.host_bytes)
+        dtype = _storage_dtype(self.reader, plan.family)
+        self.model: nn.Module = build_skeleton(plan.checkpoint.folder, dtype, torch.device(plan.device))
+        self._traces: list[_Trace] = []
+
+    def vision_units(self) -> list[str]:
+        """The vision tower's parts in order: its blocks, then the projector."""
+        return [*self._blocks(self.family.vision_blocks), self.family.projector]
+
+    def decoder_units(self) -> list[str]:
+        """The decoder's blocks in order."""
+        return self._blocks(self.family.blocks)
+
+    @torch.no_grad()
+    def walk(self, units: Sequence[str]) -> Iterator[Visit]:
+        """Visit parts of the vision tower, or of the decoder (the output head may follow its blocks), in order.
+
+        To have both, walk the vision tower first. A part's outputs are computed when the walk goes on to the next.
+
+        Raises:
+            CheckpointError: weights are missing or not finite, or a part of the model is never reached.
+        """
+        inside_vision = self._inside_vision(units[0])
+        frontends = (self.family.embeddings,) if inside_vision else self.family.frontends
+        surroundings = self._surroundings(units)
+        for name in surroundings:
+            self.reader.put(self.model, name, name, self.plan.device)
+        self._first_pass(units, frontends)
+        for name in frontends:
+            unload(self.model.get_submodule(name))
+        for index, name in enumerate(units):
+            yield from self._visit(units, index, frontends)
+            unload(self.model.get_submodule(name))
+            if not inside_vision:
+                self._forget(units[index + 1 :])
+        if inside_vision:
+            unload(self.model.get_submodule(self.family.vision))
+
+    def _visit(self, units: Sequence[str], index: int, frontends: Sequence[str]) -> Iterator[Visit]:
+        name = units[index]
+        calls = [self._call(number, units, index, frontends) for number in range(len(self._traces))]
+        module = self.model.get_submodule(name)
+        self.reader.load(module, name, self.plan.device)
+        visit = Visit(name, module, [call for call in calls if call is not None], self.plan.device)
+        if not visit.calls:
+            raise CheckpointError(f"{name}: no calibration sample reaches it; add samples that do, images for the vision tower")
+        yield visit
+        if index + 1 == len(units) and not self._inside_vision(name):
+            return
+        for trace, call in zip(self._traces, calls, strict=True):
+            if call is not None:
+                trace.outputs[name] = self.host.keep_all(visit.run(call))
+
+    def _call(self, number: int, units: Sequence[str], index: int, frontends: Sequence[str]) -> Call | None:
+        name, trace = units[index], self._traces[number]
+        if not trace.reached:
+            return None
+        if name in trace.calls:
+            args, kwargs = trace.calls.pop(name)
+            previous = trace.outputs[units[index - 1]] if index else None
+            args, kwargs = _fill(args, previous), _fill(kwargs, previous)
+        else:
+            recorded = self._replay(number, units[index:], frontends)
+            if recorded is None:
+                return None
+            args, kwargs = recorded
+        return Call(args, kwargs, None if self._inside_vision(name) else trace.positions)
+
+    def _inside_vision(self, name: str) -> bool:
+        return _within(name, self.family.vision)
+
+    def _blocks(self, container: str) -> list[str]:
+        return [f"{container}.{name}" for name, _ in self.model.get_submodule(container).named_children()]
+
+    def _surroundings(self, units: Sequence[str]) -> list[str]:
+        """Return the tensors a first pass needs: of the frontends, and of all that lies between the units."""
+        visited = {name for trace in self._traces for name in trace.outputs}
+        apart = (*units, *visited, *self._blocks(self.family.blocks), self.family.head)
+        needed = [name for name in self.model.state_dict() if not any(_within(name, part) for part in apart)]
+        if self._inside_vision(units[0]):
+            needed = [name for name in needed if _within(name, self.family.vision) or _within(name, self.family.embeddings)]
+        return needed
+
+    def _first_pass(self, units: Sequence[str], frontends: Sequence[str]) -> None:
+        """Run each batch with a recording stub in every block's place, to learn which blocks are fed directly."""
+        container = units[0].rpartition(".")[0]
+        chain = [name for name in units if name.rpartition(".")[0] == container]
+        first = not self._traces
+        for number, batch in enumerate(self.plan.batches):
+            inputs = batch.inputs()
+            if first:
+                self._traces.append(_Trace(self._positions(inputs)))
+            trace = self._traces[number]
+            recorder = _Recorder(chain, self.host)
+            stubs: dict[str, Forward] = {name: _returning(output, self.plan.device) for name, output in trace.outputs.items()}
+            stubs |= {name: recorder.stub(name) for name in chain}
+            stubs |= self._stops(units)
+            outputs: dict[str, list[Any]] = {name: [] for name in frontends}
+            for name in frontends:
+                stubs[name] = _recording(self.model.get_submodule(name).forward, outputs[name], self.host)
+            self._forward(inputs, stubs)
+            trace.outputs.clear()
+            trace.calls = recorder.calls
+            trace.reached = bool(recorder.calls)
+            if trace.reached and any(name not in trace.calls for name in units):
+                trace.frontends = outputs
+
+    def _replay(self, number: int, ahead: Sequence[str], frontends: Sequence[str]) -> tuple[Any, Any] | None:
+        """Return the arguments of the part `ahead[0]`, or None where the model's forward does not call it for this batch."""
+        trace = self._traces[number]
+        found: list[tuple[Any, Any]] = []
+
+        def stop(*args: Any, **kwargs: Any) -> NoReturn:
+            found.append((self.host.keep_all(args), self.host.keep_all(kwargs)))
+            raise _ReachedError
+
+        stubs: dict[str, Forward] = {name: _returning(output, self.plan.device) for name, output in trace.outputs.items()}
+        for name in frontends:
+            stubs[name] = _returning_each(name, trace.frontends.get(name, []), self.plan.device)
+        stubs |= self._stops(ahead)
+        stubs[ahead[0]] = stop
+        self._forward(self.plan.batches[number].inputs(), stubs)
+        return found[0] if found else None
+
+    def _stops(self, units: Sequence[str]) -> dict[str, Forward]:
+        """Return stubs that end a forward before any part which is yet to come, and has no weights."""
+        container = units[0].rpartition(".")[0]
+        later = [name for name in units if name.rpartition(".")[0] != container]
+        if self._inside_vision(units[0]):
+            later.append(self._blocks(self.family.blocks)[0])
+        return dict.fromkeys([*later, self.family.head] if self.family.head not in units else later, _stop)
+
+    def _forward(self, inputs: Mapping[str, Tensor], stubs: Mapping[str, Forward]) -> None:
+        move = _mover(self.plan.device)
+        with replaced(self.model, stubs):
+            try:
+                self.model(**{name: move(value) for name, value in inputs.items()}, use_cache=False)
+            except _ReachedError:
+                return
+
+    def _positions(self, inputs: Mapping[str, Tensor]) -> Positions:
+        tokens = inputs["input_ids"]
+        config = self.plan.checkpoint.config
+        images = [int(config[key]) for key in self.family.image_token_keys if config.get(key) is not None]
+        vision = torch.isin(tokens, torch.tensor(images, dtype=tokens.dtype)).reshape(-1)
+        mask = inputs.get("attention_mask")
+        valid = torch.ones_like(vision) if mask is None else mask.bool().reshape(-1)
+        return Positions(text=valid & ~vision, vision=valid & vision)
+
+    def _forget(self, ahead: Sequence[str]) -> None:
+        """Let go of what no later replay needs."""
+        for trace in self._traces:
+            if all(name in trace.calls for name in ahead):
+                trace.frontends.clear()
+                for name in list(trace.outputs)[:-1]:
+                    del trace.outputs[name]
+
+
+class _Recorder:
+    """Takes the place of a chain of blocks for one forward and records the calls of those that are fed directly."""
+
+    def __init__(self, names: Sequence[str], host: Host) -> None:
+        self.calls: dict[str, tuple[Any, Any]] = {}
+        self._names = names
+        self._host = host
+        self._previous: Tensor | None = None
+        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def stub(self, name: str) -> Forward:
+        """Return what runs in place of the block `name`."""
+
+        def run(*args: Any, **kwargs: Any) -> Tensor:
+            given = (args, kwargs)
+            if self._previous is None or self._direct(given):
+                self.calls[name] = map_tensors(given, self._keep)
+            if name == self._names[-1]:
+                raise _ReachedError
+            self._previous = torch.zeros_like(_first_tensor(given))
+            return self._previous
+
+        return run
+
+    def _direct(self, given: Any) -> bool:
+        tensors: list[Tensor] = []
+        map_tensors(given, tensors.append)
+        fed = any(tensor is self._previous for tensor in tensors)
+        return fed and all(tensor is self._previous or id(tensor) in self._seen for tensor in tensors)
+
+    def _keep(self, tensor: Tensor) -> Any:
+        if tensor is self._previous:
+            return _PREVIOUS
+        if id(tensor) not in self._seen:
+            self._seen[id(tensor)] = (tensor, self._host.keep(tensor))  # holding the tensor keeps its id its own
+        return self._seen[id(tensor)][1]
+
+
+@contextmanager
+def replaced(model: nn.Module, stubs: Mapping[str, Forward]) -> Generator[None]:
+    """Let modules, by name, run something else than their own forward for a while."""
+    modules = {model.get_submodule(name): stub for name, stub in stubs.items()}
+    for module, stub in modules.items():
+        module.forward = stub
+    try:
+        yield
+    finally:
+        for module in modules:
+            del module.forward
+
+
+def _storage_dtype(reader: WeightReader, family: Family) -> torch.dtype:
+    name = f"{family.embeddings}.weight"
+    if name not in reader.disk_names:
+        raise CheckpointError(f"{reader.checkpoint.folder}: holds no {name}; fetch the checkpoint again")
+    return DTYPES[reader.checkpoint.tensors[reader.disk_names[name]].dtype]
+
+
+def _within(name: str, prefix: str) -> bool:
+    return name == prefix or name.startswith(f"{prefix}.")
+
+
+def _stop(*args: Any, **kwargs: Any) -> NoReturn:
+    del args, kwargs
+    raise _ReachedError
+
+
+def _mover(device: str) -> Callable[[Tensor], Tensor]:
+    return lambda tensor: tensor.to(device)
+
+
+def _fill(tree: Any, previous: Any) -> Any:
+    """Put the previous block's output into recorded arguments."""
+    if isinstance(tree, _Previous):
+        return previous
+    if isinstance(tree, dict):
+        return {key: _fill(value, previous) for key, value in cast("dict[str, Any]", tree).items()}
+    if type(tree) is tuple:
+        return tuple(_fill(value, previous) for value in cast("tuple[Any, ...]", tree))
+    return tree
+
+
+def _returning(output: Any, device: str) -> Forward:
+    return lambda *args, **kwargs: map_tensors(output, _mover(device))
+
+
+def _returning_each(name: str, outputs: list[Any], device: str) -> Forward:
+    left = iter(outputs)
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        del args, kwargs
+        try:
+            return map_tensors(next(left), _mover(device))
+        except StopIteration:
+            raise CheckpointError(f"{name}: the model calls it another number of times than before; it cannot be walked") from None
+
+    return run
+
+
+def _recording(forward: Forward, outputs: list[Any], host: Host) -> Forward:
+    def run(*args: Any, **kwargs: Any) -> Any:
+        output = forward(*args, **kwargs)
+        outputs.append(host.keep_all(output))
+        return output
+
+    return run
+
+
+def _first_tensor(tree: Any) -> Tensor:
+    tensors: list[Tensor] = []
+    map_tensors(tree, tensors.append)
+    return tensors[0]

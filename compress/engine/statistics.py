@@ -1,0 +1,139 @@
+"""Second moments and magnitudes of what linears are given, over all calibration tokens, text and vision apart."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compress.engine.replay import Positions, Visit
+from compress.errors import CheckpointError
+
+
+class Moment:
+    """Sums over the tokens of one kind: `gram` Σ xᵀx [in, in], `abs_sum` Σ |x| [in], `abs_max` max |x| [in], all float32."""
+
+    def __init__(self, channels: int, device: torch.device) -> None:
+        self.gram = torch.zeros(channels, channels, device=device)
+        self.abs_sum = torch.zeros(channels, device=device)
+        self.abs_max = torch.zeros(channels, device=device)
+        self.tokens = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Count tokens [tokens, in]."""
+        values = rows.to(torch.float32)
+        self.gram.addmm_(values.t(), values)
+        magnitudes = values.abs()
+        self.abs_sum += magnitudes.sum(dim=0)
+        self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
+        self.tokens += rows.shape[0]
+
+
+@dataclass
+class Moments:
+    """What one distinct linear input was over the calibration samples; a kind of token that never came is None."""
+
+    text: Moment | None = None
+    vision: Moment | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many tokens were counted."""
+        return sum(part.tokens for part in self._parts())
+
+    def gram(self) -> Tensor:
+        """Σ xᵀx over all tokens, float32 [in, in]."""
+        parts = self._parts()
+        return parts[0].gram if len(parts) == 1 else parts[0].gram + parts[1].gram
+
+    def mean_abs(self) -> Tensor:
+        """Mean |x| over all tokens, float32 [in]."""
+        parts = self._parts()
+        total = parts[0].abs_sum if len(parts) == 1 else parts[0].abs_sum + parts[1].abs_sum
+        return total / self.tokens
+
+    def _parts(self) -> list[Moment]:
+        parts = [part for part in (self.text, self.vision) if part is not None]
+        if not parts:
+            raise CheckpointError("no calibration token was counted; every sample is padding only, give others")
+        return parts
+
+    def add(self, inputs: Tensor, positions: Positions | None) -> None:
+        """Count a linear's input [..., in]; without positions every row is a vision token."""
+        rows = inputs.reshape(-1, inputs.shape[-1])
+        if positions is None:
+            self.vision = self._added(self.vision, rows)
+            return
+        for kind, mask in (("text", positions.text), ("vision", positions.vision)):
+            count = int(mask.sum())
+            if count:
+                chosen = rows if count == rows.shape[0] else rows[mask.to(rows.device)]
+                setattr(self, kind, self._added(getattr(self, kind), chosen))
+
+    @staticmethod
+    def _added(part: Moment | None, rows: Tensor) -> Moment:
+        moment = part or Moment(rows.shape[-1], rows.device)
+        moment.add(rows)
+        return moment
+
+
+class Observer:
+    """Watches linears of a module while it runs; those that are given the same tensor share one `Moments`."""
+
+    def __init__(self, module: nn.Module, linears: Iterable[str]) -> None:
+        self.moments: dict[str, Moments] = {}
+        self.positions: Positions | None = None
+        self._module = module
+        self._linears = tuple(linears)
+        self._hooks: list[RemovableHandle] = []
+        self._leader: dict[str, str] = {}
+        self._last: tuple[str, Tensor] | None = None
+
+    def __enter__(self) -> Self:
+        for name in self._linears:
+            self._hooks.append(self._module.get_submodule(name).register_forward_pre_hook(self._hook(name)))
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._last = None
+
+    def _hook(self, name: str) -> Any:
+        def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+            del module
+            inputs: Tensor = args[0]
+            if name not in self._leader:
+                shared = self._last is not None and self._last[1] is inputs
+                self._leader[name] = self._last[0] if shared and self._last is not None else name
+                self.moments.setdefault(self._leader[name], Moments())
+                self.moments[name] = self.moments[self._leader[name]]
+            leader = self._leader[name]
+            if leader == name:
+                self._last = (name, inputs)
+                self.moments[name].add(inputs, self.positions)
+
+        return count
+
+
+def observe(visit: Visit, linears: Iterable[str]) -> dict[str, Moments]:
+    """Run a visited module over all its calls and return what its linears (names within the module) were given.
+
+    Linears with the same input share one object.
+
+    Raises:
+        CheckpointError: a linear was never called.
+    """
+    names = tuple(linears)
+    with Observer(visit.module, names) as observer:
+        for call in visit.calls:
+            observer.positions = call.positions
+            visit.run(call)
+    missing = [name for name in names if name not in observer.moments]
+    if missing:
+        raise CheckpointError(f"{visit.name}.{missing[0]}: its block ran without calling it; leave it out of the stage")
+    return observer.moments

@@ -1,0 +1,317 @@
+"""Weights from a checkpoint to a device and back to disk, one at a time, so that they are never all in memory."""
+
+from __future__ import annotations
+
+import errno
+import json
+import mmap
+import os
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry
+from compress.errors import CheckpointError, StoreError
+from compress.families import Family
+from compress.files import write_json
+
+SHARD_BYTES = 5_000_000_000
+"""The largest file a checkpoint is split into, in bytes."""
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16,
+    "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+"""Types by the names that safetensors files carry."""
+
+_DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_COPY_CHUNK = 1 << 24
+_CHECK_CHUNK = 1 << 24
+_HEADER_SLACK = 160  # more than a header's entry takes beside the tensor's name
+
+
+class WeightReader:
+    """Gives a checkpoint's tensors by the names of the model's modules, each mapped from its file and checked to be finite."""
+
+    def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
+        self.checkpoint = checkpoint
+        self.disk_names = {family.module_name(name): name for name in checkpoint.tensors}
+
+    def tensor(self, name: str, device: str = "cpu") -> Tensor:
+        """Return the tensor that the model calls `name`.
+
+        Raises:
+            CheckpointError: there is none, or it holds NaN or infinite values.
+        """
+        if name not in self.disk_names:
+            raise CheckpointError(f"{self.checkpoint.folder}: holds no tensor for the model's {name}; fetch the checkpoint again")
+        return self.disk_tensor(self.disk_names[name], device)
+
+    def disk_tensor(self, name: str, device: str = "cpu") -> Tensor:
+        """Return the tensor that the checkpoint calls `name`; on the CPU it stays a view of the file and must not be written to.
+
+        Raises:
+            CheckpointError: it holds NaN or infinite values.
+        """
+        entry = self.checkpoint.tensors[name]
+        tensor = map_tensor(entry).to(device)
+        if not is_finite(tensor):
+            raise CheckpointError(f"{entry.file}: {name} holds NaN or infinite values; fetch the checkpoint again or mend it")
+        return tensor
+
+    def load(self, module: nn.Module, prefix: str, device: str = "cpu") -> None:
+        """Give every parameter and kept buffer of the module called `prefix` its value from the checkpoint.
+
+        Raises:
+            CheckpointError: a tensor is missing, has another shape than the module, or is not finite.
+        """
+        for name in module.state_dict():
+            self.put(module, name, f"{prefix}.{name}", device)
+
+    def put(self, module: nn.Module, name: str, full: str, device: str = "cpu") -> None:
+        """Give one parameter or buffer of a module the value that the model calls `full`; raises as `load` does."""
+        owner, _, leaf = name.rpartition(".")
+        current = cast("Tensor", getattr(module.get_submodule(owner), leaf))
+        value = self.tensor(full, device)
+        if value.shape != current.shape:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {full} has shape {list(value.shape)}, config.json asks for {list(current.shape)}; "
+                "fetch both again"
+            )
+        place(module, name, value)
+
+
+def place(module: nn.Module, name: str, value: Tensor) -> None:
+    """Put `value` in place of the parameter or buffer `name` (dotted) of a module."""
+    owner_name, _, leaf = name.rpartition(".")
+    owner = module.get_submodule(owner_name)
+    if leaf in owner._parameters:  # pyright: ignore[reportPrivateUsage]
+        owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
+    else:
+        owner.register_buffer(leaf, value)
+
+
+def unload(module: nn.Module) -> None:
+    """Take the memory of a module's parameters and kept buffers away again; shapes and types stay."""
+    for name, current in list(module.state_dict(keep_vars=True).items()):
+        place(module, name, torch.empty_like(current, device="meta"))
+
+
+def map_tensor(entry: TensorEntry) -> Tensor:
+    """Return a tensor on disk as a private mapping of just its bytes; the mapping ends with the tensor."""
+    dtype = DTYPES[entry.dtype]
+    if entry.bytes == 0:
+        return torch.empty(entry.shape, dtype=dtype)
+    first = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
+    try:
+        with entry.file.open("rb") as file:
+            view = mmap.mmap(file.fileno(), entry.end - first, access=mmap.ACCESS_COPY, offset=first)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{entry.file}: {entry.name} cannot be read ({error}); fetch the file again") from error
+    flat = torch.frombuffer(view, dtype=torch.uint8, count=entry.bytes, offset=entry.start - first)
+    if (entry.start - first) % dtype.itemsize:
+        flat = flat.clone()
+    return flat.view(dtype).view(entry.shape)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Return whether a tensor holds neither NaN nor infinite values."""
+    if not tensor.is_floating_point():
+        return True
+    flat = tensor.reshape(-1)
+    if tensor.dtype.itemsize > 1 and bool(
+        flat.sum(dtype=torch.float32).isfinite()
+    ):  # NaN and infinity both survive a sum, in one pass without a copy
+        return True
+    return all(bool(part.float().isfinite().all()) for part in torch.split(flat, _CHECK_CHUNK))
+
+
+@dataclass
+class _Shard:
+    """A shard being written: its data in the order of arrival, each tensor's place in it, and the header's expected length."""
+
+    data: Path
+    places: dict[str, tuple[Tensor, int, int]] = field(default_factory=lambda: dict[str, tuple[Tensor, int, int]]())
+    bytes: int = 0
+    header: int = 0
+
+
+class ShardWriter:
+    """Writes tensors, as they come, into a checkpoint's safetensors files; nothing is held back in memory.
+
+    A shard's data goes to a temporary file; when all is there, header and data are put together, the widest types first (so
+    that every tensor is aligned), then by name. Use as a context manager: the files appear when it ends without an error.
+    """
+
+    def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
+        self.folder = folder
+        self.limit = limit
+        self._shards: list[_Shard] = []
+        self._file: IO[bytes] | None = None
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        finally:
+            self._close()
+            for shard in self._shards:
+                shard.data.unlink(missing_ok=True)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Write one tensor.
+
+        Raises:
+            StoreError: the disk is full, or the name was added before.
+        """
+        if any(name in shard.places for shard in self._shards):
+            raise StoreError(f"{self.folder}: {name} is written twice; remove one of the two from the checkpoint")
+        value = tensor.detach().contiguous()
+        size = value.numel() * value.element_size()
+        header = len(json.dumps(name)) + _HEADER_SLACK
+        shard = self._shards[-1] if self._shards else None
+        if shard is None or (shard.places and shard.bytes + size + shard.header + header > self.limit):
+            shard = self._open()
+        try:
+            assert self._file is not None
+            if size:
+                self._file.write(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
+        except OSError as error:
+            raise self._full(error, size) from error
+        shard.places[name] = (torch.empty_like(value, device="meta"), shard.bytes, shard.bytes + size)
+        shard.bytes += size
+        shard.header += header
+
+    def _open(self) -> _Shard:
+        self._close()
+        shard = _Shard(self.folder / f".shard-{len(self._shards) + 1:05}.data")
+        self._shards.append(shard)
+        try:
+            self._file = shard.data.open("wb")
+        except OSError as error:
+            raise self._full(error, 0) from error
+        return shard
+
+    def _close(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            file.close()
+
+    def _finish(self) -> None:
+        try:
+            self._close()
+        except OSError as error:
+            raise self._full(error, 0) from error
+        count = len(self._shards)
+        weight_map: dict[str, str] = {}
+        for number, shard in enumerate(self._shards, start=1):
+            name = SINGLE if count == 1 else f"model-{number:05}-of-{count:05}.safetensors"
+            try:
+                _assemble(shard, self.folder / name)
+            except OSError as error:
+                raise self._full(error, shard.bytes) from error
+            shard.data.unlink()
+            weight_map |= dict.fromkeys(shard.places, name)
+        if count > 1:
+            total = sum(shard.bytes for shard in self._shards)
+            index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+            write_json(self.folder / INDEX, index)
+        sync_folder(self.folder)
+
+    def _full(self, error: OSError, more: int) -> StoreError:
+        written = sum(shard.bytes for shard in self._shards)
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return StoreError(
+                f"{self.folder}: the disk is full; {written:,} bytes of weights were ready and {more:,} more did not fit. "
+                "Free at least twice that much and run again"
+            )
+        return StoreError(f"{self.folder}: cannot write weights ({error}); make the folder writable and run again")
+
+
+def _assemble(shard: _Shard, path: Path) -> None:
+    order = sorted(shard.places.items(), key=lambda item: (-item[1][0].element_size(), item[0]))
+    table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, (tensor, start, end) in order:
+        table[name] = {
+            "dtype": _DTYPE_NAMES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [offset, offset + end - start],
+        }
+        offset += end - start
+    header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with shard.data.open("rb") as source, temporary.open("wb") as target:
+            target.write(len(header).to_bytes(8, "little") + header)
+            target.flush()
+            for start, end in _runs([(start, end) for _, (_, start, end) in order]):
+                _copy_range(source, target, start, end)
+            target.flush()
+            os.fsync(target.fileno())
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _runs(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Join ranges that follow each other."""
+    runs: list[tuple[int, int]] = []
+    for start, end in ranges:
+        if runs and runs[-1][1] == start:
+            runs[-1] = (runs[-1][0], end)
+        elif end > start:
+            runs.append((start, end))
+    return runs
+
+
+def _copy_range(source: IO[bytes], target: IO[bytes], start: int, end: int) -> None:
+    """Copy bytes start to end to the target's end, inside the kernel where it can."""
+    in_kernel = hasattr(os, "copy_file_range")
+    while start < end:
+        size = min(_COPY_CHUNK, end - start)
+        done = 0
+        if in_kernel:
+            try:
+                done = os.copy_file_range(source.fileno(), target.fileno(), size, start)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
+                    raise
+            in_kernel = done > 0
+        if not done:
+            source.seek(start)
+            part = source.read(size)
+            target.write(part)
+            target.flush()
+            done = len(part)
+            if not done:
+                raise OSError(errno.EIO, "the temporary file is shorter than what was written to it")
+        start += done
+
+
+def write_aside(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name in its folder, bring it to the disk and rename it into place."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring a folder's list of files to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,227 @@
+"""Where models and datasets come from: a folder, the Hugging Face hub or ModelScope, each pinned to one state; imports no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, cast
+
+from compress.artifact import SIDE_FILES
+from compress.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry, open_checkpoint, parse_header, read_config, read_index
+from compress.errors import CheckpointError
+from compress.hubs import huggingface, modelscope
+from compress.hubs.datasets import DatasetPin, fetch_dataset_files, resolve_dataset
+from compress.hubs.pickles import PICKLE, PICKLE_INDEX, convert_pickle
+from compress.hubs.repository import RemoteFile, Repository, content_digest
+from compress.progress import Progress
+from compress.schema import is_local
+
+__all__ = [
+    "DatasetPin",
+    "ModelPin",
+    "convert_pickle",
+    "fetch_dataset_files",
+    "fetch_metadata",
+    "fetch_model",
+    "open_pinned",
+    "resolve_dataset",
+    "resolve_model",
+]
+
+_CONFIG = "config.json"
+_SIDE_SUFFIXES = {".jinja", ".model", ".tiktoken"}
+_SIDE_NAMES = {*SIDE_FILES, _CONFIG, "vocab.txt", "tokenizer_file.json", "spiece.model"}
+_FIRST_READ = 1 << 16
+
+Fingerprint = Callable[[Path], str]
+"""Returns a file's SHA-256; may remember it."""
+
+
+@dataclass(frozen=True)
+class ModelPin:
+    """A model at one state: a folder on this machine, or a hub's repository at a commit."""
+
+    source: str
+    hub: Literal["folder", "huggingface", "modelscope"]
+    repository: Repository | None = None
+
+    @property
+    def pickled(self) -> bool:
+        """Whether its weights are only there as a pickle."""
+        names = self.names
+        return not names & {SINGLE, INDEX} and bool(names & {PICKLE, PICKLE_INDEX})
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """The paths of its files, relative to its root."""
+        if self.repository is not None:
+            return frozenset(self.repository.by_name)
+        folder = Path(self.source)
+        kept = [path for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")) if path.is_file()]
+        return frozenset(path.relative_to(folder).as_posix() for path in kept)
+
+    @cached_property
+    def config(self) -> Mapping[str, Any]:
+        """The content of its config.json, fetched where it is on a hub.
+
+        Raises:
+            CheckpointError: there is none, or it cannot be read.
+        """
+        return read_config(fetch_metadata(self))
+
+    @cached_property
+    def weights(self) -> tuple[str, ...]:
+        """The names of the files that hold its weights, in order.
+
+        Raises:
+            CheckpointError: there are none, or an index names a file that is not there.
+        """
+        if SINGLE in self.names and INDEX not in self.names:
+            return (SINGLE,)
+        if not self.pickled and INDEX not in self.names:
+            raise CheckpointError(f"{self.source}: holds no {SINGLE} and no {INDEX}; is this a model's repository?")
+        if self.pickled and PICKLE_INDEX not in self.names:
+            return (PICKLE,)
+        index = fetch_metadata(self) / (PICKLE_INDEX if self.pickled else INDEX)
+        shards = tuple(sorted(set(read_index(index).values())))
+        for shard in shards:
+            if shard not in self.names:
+                raise CheckpointError(
+                    f"{self.source}: {index.name} names {shard}, which is not there; use another revision or copy"
+                )
+        return shards
+
+    def digest(self, fingerprint: Fingerprint) -> str:
+        """Return one SHA-256 over everything of it that shapes a result: weights, config, tokenizer, processor, code."""
+        shaping = sorted(name for name in self.names if _is_side(name) or name.endswith(".py")) + list(self.weights)
+        return self._digest(shaping, fingerprint)
+
+    def side_digest(self, fingerprint: Fingerprint) -> str:
+        """Return one SHA-256 over the files that say how text and images enter it."""
+        return self._digest(sorted(name for name in self.names if _is_side(name)), fingerprint)
+
+    def describe(self) -> dict[str, str]:
+        """Return what a report says of where it came from."""
+        if self.repository is None:
+            return {"source": self.source}
+        kind = "commit" if self.hub == "huggingface" else "files"
+        return {"source": self.source, "hub": self.hub, "revision": self.repository.revision, kind: self.repository.commit}
+
+    def _digest(self, names: Sequence[str], fingerprint: Fingerprint) -> str:
+        if self.repository is not None:
+            files = self.repository.by_name
+            return content_digest({name: files[name].content for name in names})
+        return content_digest({name: f"sha256:{fingerprint(Path(self.source) / name)}" for name in names})
+
+
+def resolve_model(source: str, hub: Literal["huggingface", "modelscope"], revision: str) -> ModelPin:
+    """Pin a model without fetching its weights; a path is a folder whatever `hub` says.
+
+    Raises:
+        CheckpointError: the folder is no checkpoint's.
+        MissingError: the hub has no such model or revision, wants a token, or cannot be reached.
+    """
+    if is_local(source):
+        read_config(Path(source))
+        return ModelPin(source=source, hub="folder")
+    listed = huggingface.list_files("model", source, revision) if hub == "huggingface" else modelscope.list_files(source, revision)
+    if _CONFIG not in listed.by_name:
+        raise CheckpointError(f"{source}: holds no {_CONFIG} at revision {revision}; is this a model's repository?")
+    return ModelPin(source=source, hub=hub, repository=listed)
+
+
+def fetch_metadata(pin: ModelPin) -> Path:
+    """Fetch a model's small files (config, tokenizer, processor, index); return the folder they are in.
+
+    Raises:
+        MissingError: they cannot be fetched.
+    """
+    if pin.repository is None:
+        return Path(pin.source)
+    small = [file for file in pin.repository.files if _is_side(file.name) or file.name in {INDEX, PICKLE_INDEX}]
+    return _fetch(pin, small, lambda count: None)
+
+
+def fetch_model(pin: ModelPin, progress: Progress, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Path:
+    """Fetch what a model needs to be loaded and nothing else; return its folder.
+
+    Python files come only with `trust_remote_code`, pickled weights only with `allow_pickle`.
+
+    Raises:
+        CheckpointError: only pickled weights are there and they are not allowed, or a file is missing in the repository.
+        MissingError: a file cannot be fetched.
+    """
+    _refuse_pickle(pin, allow_pickle)
+    if pin.repository is None:
+        return Path(pin.source)
+    fetch_metadata(pin)
+    files = pin.repository.by_name
+    wanted = [name for name in files if trust_remote_code and name.endswith(".py")]
+    listed = [files[name] for name in (*wanted, *pin.weights)]
+    small = [file for file in files.values() if _is_side(file.name) or file.name in {INDEX, PICKLE_INDEX}]
+    with progress.task(f"fetch {pin.source}", sum(file.size for file in (*small, *listed)), "B") as advance:
+        return _fetch(pin, [*small, *listed], advance)
+
+
+def open_pinned(pin: ModelPin, *, allow_pickle: bool = False) -> Checkpoint | None:
+    """Return a model's config and tensor table, read from the headers alone; None where its weights are a pickle that is allowed.
+
+    The tensors' files are where `fetch_model` will put them.
+
+    Raises:
+        CheckpointError: the weights are a pickle and not allowed, or a header is damaged.
+        MissingError: the hub cannot be read.
+    """
+    _refuse_pickle(pin, allow_pickle)
+    if pin.pickled:
+        return None
+    if pin.repository is None:
+        return open_checkpoint(Path(pin.source))
+    folder = fetch_metadata(pin)
+    tensors: dict[str, TensorEntry] = {}
+    headers = {shard: _remote_header(pin, folder, shard) for shard in pin.weights}
+    if pin.weights == (SINGLE,):
+        tensors = headers[SINGLE]
+    else:
+        for name, shard in read_index(folder / INDEX).items():
+            if name not in headers[shard]:
+                raise CheckpointError(
+                    f"{pin.source}: {name} is said to be in {shard}, which does not hold it; use another revision"
+                )
+            tensors[name] = headers[shard][name]
+    return Checkpoint(folder=folder, config=pin.config, tensors=tensors)
+
+
+def _remote_header(pin: ModelPin, folder: Path, name: str) -> dict[str, TensorEntry]:
+    """Read one safetensors file's tensor table from its first bytes."""
+    repository = cast("Repository", pin.repository)
+    read = huggingface.read_part if pin.hub == "huggingface" else modelscope.read_part
+    size = repository.by_name[name].size
+    start = read(repository, name, 0, min(_FIRST_READ, size))
+    length = 8 + int.from_bytes(start[:8], "little")
+    if len(start) < length <= min(size, 100_000_000):
+        start += read(repository, name, len(start), length)
+    return parse_header(folder / name, start, size)
+
+
+def _fetch(pin: ModelPin, files: Sequence[RemoteFile], report: Callable[[int], None]) -> Path:
+    fetch = huggingface.fetch if pin.hub == "huggingface" else modelscope.fetch
+    return fetch(cast("Repository", pin.repository), files, report)
+
+
+def _refuse_pickle(pin: ModelPin, allow_pickle: bool) -> None:
+    if pin.pickled and not allow_pickle:
+        raise CheckpointError(
+            f"{pin.source}: holds a pickle checkpoint, which can run code when loaded; set model.allow_pickle: true in the recipe "
+            "if you trust its author, or use a safetensors copy"
+        )
+
+
+def _is_side(name: str) -> bool:
+    """Return whether a file belongs to config, tokenizer, processor or chat template."""
+    path = Path(name)
+    if path.parent.name == "additional_chat_templates":
+        return path.suffix == ".jinja"
+    return path.parent == Path() and (name in _SIDE_NAMES or path.suffix in _SIDE_SUFFIXES)

@@ -1,0 +1,173 @@
+"""Datasets of the Hugging Face hub: which files are a split's, and fetching no more of them than are needed."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path, PurePosixPath
+from typing import Any, cast
+
+import yaml
+
+from compress.errors import MissingError
+from compress.hubs import huggingface
+from compress.hubs.repository import RemoteFile, Repository, content_digest
+from compress.progress import Progress
+
+READABLE = (".parquet", ".jsonl", ".json", ".txt")
+CONVERTED = "refs/convert/parquet"
+"""The hub's own branch with every dataset as parquet, made from `main`."""
+
+Enough = Callable[[Sequence[Path]], bool]
+"""Says whether the files fetched so far hold as much as is needed."""
+
+
+@dataclass(frozen=True)
+class DatasetPin:
+    """The files of one split of a dataset at one commit, in order."""
+
+    repository: Repository
+    subset: str | None
+    split: str
+    files: tuple[RemoteFile, ...]
+
+    @cached_property
+    def digest(self) -> str:
+        """One SHA-256 for the content of all its files."""
+        return content_digest({file.name: file.content for file in self.files})
+
+    @property
+    def label(self) -> str:
+        """How samples' origins name it: the dataset and its commit."""
+        return f"{self.repository.source}@{self.repository.commit[:12]}"
+
+
+def resolve_dataset(source: str, subset: str | None, split: str, revision: str) -> DatasetPin:
+    """Find the files of a split: as the dataset's card lists them, else by the usual names, else in the hub's parquet branch.
+
+    Raises:
+        MissingError: the hub has no such dataset, subset or split (names what there is), wants a token, or cannot be reached.
+    """
+    repository = huggingface.list_files("dataset", source, revision)
+    configs = _card_configs(repository)
+    found = _by_card(repository, configs, subset, split) or _by_name(repository, subset, split)
+    if not found and revision == "main" and _has_converted(configs, subset):
+        converted = _converted(source)
+        found = _by_name(converted, subset, split) if converted else []
+        repository = converted if converted and found else repository
+    if not found:
+        wanted = f"split {split!r} of subset {subset!r}" if subset else f"split {split!r}"
+        raise MissingError(
+            f"{source}: has no parquet or JSONL files for {wanted} at revision {revision}; "
+            f"there are: {_what_there_is(repository, configs)}"
+        )
+    return DatasetPin(repository=repository, subset=subset, split=split, files=tuple(sorted(found, key=lambda file: file.name)))
+
+
+def fetch_dataset_files(pin: DatasetPin, enough: Enough | int | None, progress: Progress) -> list[Path]:
+    """Fetch the split's files in order until they hold enough; return where they are.
+
+    `enough` is a number of rows, or says of the files so far whether they do (`compress.calibration.enough`); None takes all.
+
+    Raises:
+        MissingError: a file cannot be fetched.
+    """
+    from compress.calibration.enough import enough_rows
+
+    satisfied = enough if callable(enough) else enough_rows(enough)
+    paths = list[Path]()
+    for file in pin.files:
+        with progress.task(f"fetch {pin.repository.source}/{file.name}", file.size, "B") as advance:
+            paths.append(huggingface.fetch(pin.repository, [file], advance) / file.name)
+        if satisfied(paths):
+            break
+    return paths
+
+
+def _card_configs(repository: Repository) -> list[dict[str, Any]]:
+    """Return the `configs` of a dataset card's YAML header, none where it has no readable one."""
+    card = repository.by_name.get("README.md")
+    if card is None:
+        return []
+    text = (huggingface.fetch(repository, [card], lambda count: None) / card.name).read_text(encoding="utf-8", errors="replace")
+    header = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
+    try:
+        data: object = yaml.safe_load(header.group(1)) if header else None
+    except yaml.YAMLError:
+        return []
+    configs: object = cast("dict[str, object]", data).get("configs") if isinstance(data, dict) else None
+    rows = cast("list[object]", configs) if isinstance(configs, list) else []
+    return [cast("dict[str, Any]", row) for row in rows if isinstance(row, dict) and "data_files" in row]
+
+
+def _by_card(repository: Repository, configs: list[dict[str, Any]], subset: str | None, split: str) -> list[RemoteFile]:
+    config = _choose_config(configs, subset)
+    patterns = [pattern for name, pattern in _patterns(config) if name == split] if config else []
+    return [
+        file
+        for file in repository.files
+        if file.name.endswith(READABLE) and any(fnmatch.fnmatchcase(file.name, pattern) for pattern in patterns)
+    ]
+
+
+def _choose_config(configs: list[dict[str, Any]], subset: str | None) -> dict[str, Any] | None:
+    if subset is not None:
+        return next((config for config in configs if str(config.get("config_name", "default")) == subset), None)
+    if len(configs) == 1:
+        return configs[0]
+    return next((config for config in configs if config.get("default") or config.get("config_name") == "default"), None)
+
+
+def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """Yield the split and pattern of each of a card's data files, in the forms a card may write them."""
+    data_files: object = config["data_files"]
+    folder = str(config.get("data_dir") or "").strip("/")
+    entries = cast("list[object]", data_files if isinstance(data_files, list) else [data_files])
+    for entry in entries:
+        fields = cast("dict[str, Any]", entry) if isinstance(entry, dict) else {"split": "train", "path": entry}
+        pairs = [(fields["split"], fields.get("path"))] if "split" in fields else list(fields.items())
+        for name, paths in pairs:
+            for path in cast("list[object]", paths if isinstance(paths, list) else [paths]):
+                pattern = str(path).removeprefix("./").replace("**/", "*")
+                yield str(name), f"{folder}/{pattern}" if folder else pattern
+
+
+def _by_name(repository: Repository, subset: str | None, split: str) -> list[RemoteFile]:
+    """Return a split's files by the usual names: SUBSET/SPLIT-*.parquet, SUBSET/SPLIT/*.parquet, data/SPLIT-*.parquet, …"""
+    folders = [subset, f"data/{subset}"] if subset else []
+    if subset is None:
+        subsets = {PurePosixPath(file.name).parts[0] for file in repository.files if file.name.count("/") == 2}
+        folders += sorted(subsets) if repository.revision == CONVERTED and len(subsets) == 1 else []
+    if subset in {None, "default"}:
+        folders += ["data", "", "default"]
+    for folder in folders:
+        start = re.escape(f"{folder}/") if folder else ""
+        for suffix in ("parquet", "jsonl"):
+            name = re.compile(rf"{start}{re.escape(split)}([-_.][^/]*)?(/[^/]+)?\.{suffix}")
+            found = [file for file in repository.files if name.fullmatch(file.name)]
+            if found:
+                return found
+    return []
+
+
+def _has_converted(configs: list[dict[str, Any]], subset: str | None) -> bool:
+    """Return whether the hub's parquet branch may hold what is asked for: not where the card lists other subsets only."""
+    return not configs or _choose_config(configs, subset) is not None
+
+
+def _converted(source: str) -> Repository | None:
+    try:
+        return huggingface.list_files("dataset", source, CONVERTED)
+    except MissingError:
+        return None
+
+
+def _what_there_is(repository: Repository, configs: list[dict[str, Any]]) -> str:
+    if configs:
+        splits = {str(config.get("config_name", "default")): sorted({name for name, _ in _patterns(config)}) for config in configs}
+        return "; ".join(f"subset {name} with {', '.join(found)}" for name, found in splits.items())
+    names = [file.name for file in repository.files if not file.name.startswith(".")]
+    return ", ".join(names[:20]) + (f" and {len(names) - 20} more files" if len(names) > 20 else "") or "no files at all"

@@ -1,0 +1,239 @@
+"""The Hugging Face hub through huggingface_hub: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME mean what they mean there."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.errors import MissingError, UsageError
+from compress.files import telling_where
+from compress.hubs.repository import RemoteFile, Report, Repository
+
+if TYPE_CHECKING:
+    pass
+
+Kind = Literal["model", "dataset"]
+
+
+def list_files(kind: Kind, source: str, revision: str) -> Repository:
+    """Pin a repository: ask for the commit that `revision` is now and its files, without fetching any.
+
+    Where the hub is not reached, the state that the cache holds of that revision is taken.
+
+    Raises:
+        MissingError: there is no such repository or revision, it is gated, or neither hub nor cache has it.
+        UsageError: `source` cannot be a repository's name.
+    """
+    import httpx
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
+    with telling(kind, source, revision):
+        try:
+            api = HfApi()
+            info = (api.model_info if kind == "model" else api.dataset_info)(source, revision=revision, files_metadata=True)
+        except (httpx.TransportError, OfflineModeIsEnabled):
+            cached = _cached(kind, source, revision)
+            if cached is None:
+                raise
+            return cached
+    if info.sha is None:
+        raise MissingError(f"{source}: the hub does not say which commit {revision} is; try another endpoint (HF_ENDPOINT)")
+    files = tuple(
+        RemoteFile(
+            name=entry.rfilename,
+            size=entry.size or 0,
+            content=f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}",
+        )
+        for entry in info.siblings or ()
+    )
+    _remember(kind, source, revision, info.sha)
+    return Repository(kind=kind, source=source, revision=revision, commit=info.sha, files=files)
+
+
+def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -> Path:
+    """Bring files of a pinned repository into huggingface_hub's cache; return the folder of that commit in it.
+
+    A large file that had to be fetched is checked against the hub's SHA-256.
+
+    Raises:
+        MissingError: a file cannot be fetched, or arrived damaged twice.
+        StoreError: the cache cannot be written, or the disk is full.
+    """
+    from huggingface_hub import constants, try_to_load_from_cache
+
+    with telling(repository.kind, repository.source, repository.revision), telling_where(Path(constants.HF_HUB_CACHE)):
+        for file in files:
+            known = try_to_load_from_cache(repository.source, file.name, revision=repository.commit, repo_type=repository.kind)
+            if isinstance(known, str):
+                report(file.size)
+            elif not _download(repository, file, report) and not _download(repository, file, lambda count: None):
+                raise MissingError(f"{repository.source}: {file.name} arrived damaged twice; check the network or HF_ENDPOINT")
+        return _snapshot(repository)
+
+
+def _download(repository: Repository, file: RemoteFile, report: Report) -> bool:
+    """Fetch a file; return whether it is the one the hub lists, removed where it is not."""
+    from huggingface_hub import HfApi
+
+    path = Path(
+        HfApi().hf_hub_download(
+            repository.source, file.name, repo_type=repository.kind, revision=repository.commit, tqdm_class=_bar(report)
+        )
+    )
+    if _whole(path, file):
+        return True
+    path.resolve().unlink()
+    path.unlink(missing_ok=True)
+    return False
+
+
+def read_part(repository: Repository, name: str, start: int, end: int) -> bytes:
+    """Return the bytes of a file from `start` up to `end`, fewer where the file ends before.
+
+    Raises:
+        MissingError: they cannot be fetched.
+    """
+    from huggingface_hub import HfApi, hf_hub_url, utils
+
+    path = _snapshot(repository) / name
+    if path.is_file():
+        with path.open("rb") as file:
+            file.seek(start)
+            return file.read(end - start)
+    url = hf_hub_url(repository.source, name, revision=repository.commit, endpoint=HfApi().endpoint)
+    headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+    with (
+        telling(repository.kind, repository.source, repository.revision),
+        utils.get_session().stream("GET", url, headers=headers, follow_redirects=True) as response,
+    ):
+        utils.hf_raise_for_status(response)
+        skipped = start if response.status_code == 200 else 0  # a server that knows no ranges sends the file from its start
+        held = b""
+        for chunk in response.iter_bytes():
+            held += chunk
+            if len(held) >= skipped + end - start:
+                break
+    return held[skipped : skipped + end - start]
+
+
+@contextmanager
+def telling(kind: Kind, source: str, revision: str) -> Generator[None]:
+    """Turn the hub client's errors into ones that say what to do."""
+    import httpx
+    from huggingface_hub import HfApi, errors
+
+    page = f"{HfApi().endpoint}/{'datasets/' if kind == 'dataset' else ''}{source}"
+    try:
+        yield
+    except errors.HFValidationError as error:
+        raise UsageError(f"{source!r}: is no {kind} id such as org/name; correct the source in the recipe") from error
+    except errors.GatedRepoError as error:
+        raise MissingError(
+            f"{source}: is gated; accept its licence at {page} and set HF_TOKEN to a token of that account"
+        ) from error
+    except errors.RepositoryNotFoundError as error:
+        raise MissingError(f"{source}: no such {kind} at {page}, or a private one; correct the source, or set HF_TOKEN") from error
+    except errors.RevisionNotFoundError as error:
+        raise MissingError(f"{source}: has no revision {revision!r}; name one listed at {page}/tree/main") from error
+    except errors.OfflineModeIsEnabled as error:
+        raise MissingError(
+            f"{source}: not in the cache at revision {revision!r}, and HF_HUB_OFFLINE is set; unset it once"
+        ) from error
+    except errors.EntryNotFoundError as error:
+        raise MissingError(
+            f"{source}: a file cannot be had ({_first_line(error)}); check the network, or name another source"
+        ) from error
+    except errors.HfHubHTTPError as error:
+        raise MissingError(f"{source}: {HfApi().endpoint} answered {_first_line(error)}; try again, or set HF_TOKEN") from error
+    except httpx.TransportError as error:
+        raise MissingError(
+            f"{source}: {HfApi().endpoint} cannot be reached ({_first_line(error)}) and the cache does not have it; "
+            "check the network, set HF_ENDPOINT to a mirror, or name a local path as source"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def _bar(report: Report) -> Any:
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument] - the class itself takes none
+        """Passes on what the client counts, and shows nothing itself."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            kwargs.pop("name", None)
+            super().__init__(*args, **{**kwargs, "disable": True})
+            report(int(kwargs.get("initial") or 0))
+
+        def update(self, n: float | None = 1) -> bool | None:
+            report(int(n or 0))
+            return None
+
+        def update_transfer(self, n: float | None = 1) -> None:
+            """Drop the count of bytes on the wire: `update` counts those of the file."""
+
+    return Bar
+
+
+def _whole(path: Path, file: RemoteFile) -> bool:
+    if path.stat().st_size != file.size:
+        return False
+    if file.sha256 is None:
+        return True
+    with path.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest() == file.sha256
+
+
+def _storage(kind: Kind, source: str) -> Path:
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE) / f"{kind}s--{source.replace('/', '--')}"
+
+
+def _snapshot(repository: Repository) -> Path:
+    return _storage(repository.kind, repository.source) / "snapshots" / repository.commit
+
+
+def _remember(kind: Kind, source: str, revision: str, commit: str) -> None:
+    """Note in the cache which commit a revision is, as the client does when it is asked by revision."""
+    if revision == commit:
+        return
+    path = _storage(kind, source) / "refs" / revision
+    with telling_where(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
+        aside.write_text(commit, encoding="utf-8")
+        aside.replace(path)
+
+
+def _cached(kind: Kind, source: str, revision: str) -> Repository | None:
+    """Return what the cache holds of a revision: its files may be fewer than the hub's."""
+    storage = _storage(kind, source)
+    reference = storage / "refs" / revision
+    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    folder = storage / "snapshots" / commit
+    paths = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+    if not paths:
+        return None
+    files = tuple(
+        RemoteFile(name=path.relative_to(folder).as_posix(), size=path.stat().st_size, content=_content(path)) for path in paths
+    )
+    return Repository(kind=kind, source=source, revision=revision, commit=commit, files=files)
+
+
+def _content(path: Path) -> str:
+    """Return a cached file's content digest: blobs are named by it, in SHA-256 or git's SHA-1."""
+    name = path.resolve().name
+    if len(name) == 64:
+        return f"sha256:{name}"
+    if len(name) == 40:
+        return f"git:{name}"
+    with path.open("rb") as file:  # copied, where the file system has no links
+        return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

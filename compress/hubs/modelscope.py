@@ -1,0 +1,134 @@
+"""ModelScope through its own client: MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN and MODELSCOPE_CACHE mean what they mean there."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING
+
+from compress.errors import MissingError
+from compress.hubs.repository import RemoteFile, Report, Repository, content_digest
+
+if TYPE_CHECKING:
+    from modelscope_hub import HubApi, ProgressCallback
+
+
+def list_files(source: str, revision: str) -> Repository:
+    """Pin a model repository: ask for the files of a branch or tag, without fetching any.
+
+    ModelScope does not name the commit that a branch is at; the pin is a digest over its files' SHA-256, and what is fetched
+    later must still have these.
+
+    Raises:
+        MissingError: the client is not installed, there is no such repository or revision, or the hub cannot be reached.
+    """
+    with telling(source, revision):
+        entries = _api(source).list_repo_files(source, "model", revision=revision)
+    files = tuple(
+        RemoteFile(name=entry.path, size=entry.size, content=f"sha256:{entry.sha256}") for entry in entries if not entry.is_dir
+    )
+    nameless = [file.name for file in files if file.sha256 in {None, "", "None"}]
+    if nameless:
+        raise MissingError(
+            f"{source}: the hub gives no SHA-256 of {nameless[0]}, so it cannot be pinned; use a local copy as source"
+        )
+    commit = content_digest({file.name: file.content for file in files})
+    return Repository(kind="model", source=source, revision=revision, commit=commit, files=files)
+
+
+def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -> Path:
+    """Bring files of a pinned repository into the client's cache, each checked against its SHA-256; return their folder.
+
+    Raises:
+        MissingError: a file cannot be fetched, or is not the one that was pinned.
+    """
+    folder = Path()
+    with telling(repository.source, repository.revision):
+        downloader = _api(repository.source).downloader
+        for file in files:
+            bar, told = _bar(report)
+            path = downloader.download_file(
+                repository.source,
+                "model",
+                file.name,
+                revision=repository.revision,
+                expected_sha256=file.sha256,
+                file_size=file.size,
+                progress_callbacks=[bar],
+            )
+            report(max(0, file.size - sum(told)))
+            folder = path.parents[len(PurePosixPath(file.name).parts) - 1]
+    return folder
+
+
+def read_part(repository: Repository, name: str, start: int, end: int) -> bytes:
+    """Return the bytes of a file from `start` up to `end`, fewer where the file ends before.
+
+    Raises:
+        MissingError: they cannot be fetched.
+    """
+    with telling(repository.source, repository.revision):
+        client = _api(repository.source).legacy
+        headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        with client.download_stream(repository.source, "model", name, repository.revision, headers) as response:
+            skipped = start if response.status_code == 200 else 0  # a server that knows no ranges sends the file from its start
+            held = b""
+            for chunk in response.iter_content(chunk_size=1 << 16):
+                held += chunk
+                if len(held) >= skipped + end - start:
+                    break
+    return held[skipped : skipped + end - start]
+
+
+@contextmanager
+def telling(source: str, revision: str) -> Generator[None]:
+    """Turn the client's errors into ones that say what to do."""
+    try:
+        import requests
+        from modelscope_hub import errors
+    except ModuleNotFoundError as error:
+        raise MissingError(
+            f'{source}: ModelScope\'s client is not installed; run pip install "vlm-compress[modelscope]"'
+        ) from error
+    try:
+        yield
+    except (errors.AuthenticationError, errors.PermissionDeniedError) as error:
+        raise MissingError(f"{source}: ModelScope refuses access; set MODELSCOPE_API_TOKEN to a token that may read it") from error
+    except errors.NotExistError as error:
+        raise MissingError(
+            f"{source}: ModelScope has no such model with a revision {revision!r}; correct model.source, or set model.revision "
+            "(the usual branch there is master)"
+        ) from error
+    except (errors.FileIntegrityError, errors.FileDownloadError) as error:
+        raise MissingError(
+            f"{source}: a file changed or was damaged since {revision} was pinned ({error.message}); run the command again"
+        ) from error
+    except (errors.HubError, requests.RequestException) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise MissingError(
+            f"{source}: ModelScope cannot be reached or refuses ({reason}); check the network or MODELSCOPE_ENDPOINT, "
+            "or name a local folder as model.source"
+        ) from error
+
+
+def _api(source: str) -> HubApi:
+    from modelscope_hub import HubApi, HubConfig
+
+    endpoint = HubApi(config=HubConfig()).resolve_endpoint_for_read(source)
+    return HubApi(config=HubConfig(endpoint=endpoint))
+
+
+def _bar(report: Report) -> tuple[type[ProgressCallback], list[int]]:
+    from modelscope_hub import ProgressCallback
+
+    told = list[int]()
+
+    class Bar(ProgressCallback):
+        """Passes on what the client counts."""
+
+        def update(self, size: int) -> None:
+            told.append(size)
+            report(size)
+
+    return Bar, told

@@ -1,0 +1,98 @@
+"""Pickled weights turned to safetensors, for recipes that allow them; nothing in them is run."""
+
+from __future__ import annotations
+
+import pickle
+import shutil
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from compress.artifact import copy_side_files
+from compress.checkpoint import INDEX, SINGLE, read_config, read_index
+from compress.errors import CheckpointError
+from compress.files import telling_where, write_json
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PICKLE = "pytorch_model.bin"
+PICKLE_INDEX = "pytorch_model.bin.index.json"
+
+
+def convert_pickle(folder: Path, target: Path) -> None:
+    """Write the pickled checkpoint in `folder` to `target` as safetensors, shard by shard, with config, tokenizer and processor.
+
+    Only tensors are read (torch's `weights_only`). Tensors that share memory are written each on its own, but for an output head
+    that the config ties to the embedding, which is left out as is usual.
+
+    Raises:
+        CheckpointError: a shard is missing, damaged, or holds something else than tensors.
+        StoreError: `target` cannot be written.
+    """
+    config = read_config(folder)
+    sharded = (folder / PICKLE_INDEX).is_file()
+    shards = sorted(set(read_index(folder / PICKLE_INDEX).values())) if sharded else [PICKLE]
+    owners, total = dict[str, str](), 0
+    with telling_where(target):
+        target.mkdir(parents=True, exist_ok=True)
+        copy_side_files(folder, target)
+        for path in (folder / "config.json", *folder.glob("*.py")):
+            shutil.copyfile(path, target / path.name)
+        for number, shard in enumerate(shards, start=1):
+            tensors = _unshare(_load(folder / shard), tied=_is_tied(config))
+            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
+            _save(tensors, target / name)
+            owners |= dict.fromkeys(tensors, name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        if len(shards) > 1:
+            write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": owners})
+
+
+def _load(path: Path) -> dict[str, Tensor]:
+    import torch
+
+    try:
+        # files from before torch 1.6 are no zip archives and cannot be mapped
+        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; fetch the checkpoint again") from error
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path}: holds more than tensors, or is damaged, and is not loaded; use a safetensors copy"
+        ) from error
+    except (RuntimeError, EOFError, OSError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(f"{path}: cannot be read ({reason}); fetch the checkpoint again") from error
+    rows = cast("dict[object, object]", loaded) if isinstance(loaded, dict) else {}
+    if not rows or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in rows.items()):
+        raise CheckpointError(f"{path}: is no table of named tensors; use a safetensors copy of the checkpoint")
+    return cast("dict[str, Tensor]", rows)
+
+
+def _unshare(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
+    owned: dict[str, Tensor] = {}
+    storages = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
+    for name, tensor in tensors.items():
+        shared = storages.count(tensor.untyped_storage().data_ptr()) > 1
+        if shared and tied and name.endswith("lm_head.weight"):
+            continue
+        owned[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
+    return owned
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
+    from safetensors import torch as safetensors_torch
+
+    aside = path.with_name(f".{path.name}.part")
+    try:
+        safetensors_torch.save_file(dict(tensors), aside, metadata={"format": "pt"})
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _is_tied(config: Mapping[str, Any]) -> bool:
+    text = cast("Mapping[str, Any]", config.get("text_config") or {})
+    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))

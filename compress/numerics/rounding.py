@@ -1,0 +1,80 @@
+"""Rounding matrices to integer grids, and the search for the ranges that lose least on given inputs."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from compress.numerics.grids import QuantizedWeight, Scheme, grid
+
+_CHUNK = 1 << 24
+
+
+def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> QuantizedWeight:
+    """Round a matrix [out, in] to the nearest codes; scales are rounded to `dtype` first, so that codes fit them as stored.
+
+    `shrink` makes each group's range smaller by a factor (a number, or one per group [out, in / group_size]).
+    """
+    rows, columns = weight.shape
+    scheme = own_scheme(scheme, columns)
+    groups = weight.to(torch.float32).view(rows, -1, scheme.group_size)
+    scales, zero_points = grid(groups, scheme, dtype, shrink)
+    codes = round_to(groups, scales, zero_points, scheme)
+    return QuantizedWeight(codes.to(torch.uint8).view(rows, columns), scales, zero_points.to(torch.uint8), scheme)
+
+
+def own_scheme(scheme: Scheme, columns: int) -> Scheme:
+    """Return the scheme with its group size written out for a matrix of so many input channels."""
+    return replace(scheme, group_size=columns) if scheme.group_size == -1 else scheme
+
+
+def round_to(groups: Tensor, scales: Tensor, zero_points: Tensor, scheme: Scheme) -> Tensor:
+    """Return the nearest codes, float32 [out, groups, group_size], for values of that shape and grids [out, groups]."""
+    steps = scales.to(torch.float32).unsqueeze(-1)
+    return (groups / steps).round_().add_(zero_points.unsqueeze(-1)).clamp_(0, scheme.levels - 1)
+
+
+def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+    """Return rounded minus given, float32 [out, in]."""
+    rows, columns = weight.shape
+    scheme = own_scheme(scheme, columns)
+    groups = weight.view(rows, -1, scheme.group_size)
+    scales, zero_points = grid(groups, scheme, dtype)
+    codes = round_to(groups, scales, zero_points, scheme)
+    return codes.sub_(zero_points.unsqueeze(-1)).mul_(scales.to(torch.float32).unsqueeze(-1)).sub_(groups).view(rows, columns)
+
+
+def output_error(error: Tensor, gram: Tensor) -> Tensor:
+    """Return tr(ΔW G ΔWᵀ), the squared error of a linear's output over all tokens, for ΔW [out, in] and G [in, in]."""
+    return torch.einsum("oi,oi->", error @ gram, error)
+
+
+def clip(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:
+    """Return the shrink factor of each group's range, [out, in / group_size], that loses least on inputs with second moment `gram`.
+
+    Minimises ΔW_g G_gg ΔW_gᵀ for each row and group over `steps` factors from 1 down to above 0.5 (arXiv 2306.00978,
+    section 3.2), with G_gg the block of `gram` [in, in] that belongs to the group.
+    """
+    columns = weight.shape[1]
+    scheme = own_scheme(scheme, columns)
+    size = scheme.group_size
+    blocks = gram.view(columns // size, size, columns // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+    parts = torch.split(weight.to(torch.float32), max(1, _CHUNK // columns))
+    return torch.cat([_clip_rows(part.reshape(part.shape[0], -1, size), blocks, scheme, dtype, steps) for part in parts])
+
+
+def _clip_rows(groups: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:
+    best = torch.full(groups.shape[:2], torch.inf, device=groups.device)
+    shrink = torch.ones_like(best)
+    for step in range(steps):
+        factor = 1 - step / (2 * steps)
+        scales, zero_points = grid(groups, scheme, dtype, factor)
+        codes = round_to(groups, scales, zero_points, scheme)
+        error = codes.sub_(zero_points.unsqueeze(-1)).mul_(scales.to(torch.float32).unsqueeze(-1)).sub_(groups).transpose(0, 1)
+        loss = (torch.bmm(error, blocks) * error).sum(dim=-1).t()
+        better = loss < best
+        best = torch.where(better, loss, best)
+        shrink = torch.where(better, factor, shrink)
+    return shrink

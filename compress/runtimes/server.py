@@ -1,0 +1,126 @@
+"""A runtime's server as a subprocess: started, watched until it serves, and ended in every case."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from compress.errors import ServerError, StoreError
+
+_GUARD = Path(__file__).with_name("guard.py")
+_GRACE = 10.0
+"""Seconds a server has to end by itself."""
+_SHOWN_LINES = 20
+_INTERVAL = 0.25
+_CAUSE = re.compile(r"(\b\w*(?:Error|Exception)\b: .+)")
+_HARMLESS = re.compile(r"\b(?:DEBUG|INFO|WARNING|Warning)\b")
+
+
+@dataclass(frozen=True)
+class Server:
+    """A started server; `name` says in messages what it is, `log` takes all that it prints, from byte `start` on."""
+
+    name: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    start: int
+
+    def check(self) -> None:
+        """See that it is still running.
+
+        Raises:
+            ServerError: it ended; the message holds its last log lines.
+        """
+        if self.process.poll() is not None:
+            raise ServerError(f"{self.name} ended.\n{self.last_words()}")
+
+    def wait(self, ready: Callable[[], bool], seconds: float) -> None:
+        """Wait until `ready` says that it serves.
+
+        Raises:
+            ServerError: it ended before, or was not ready after so many seconds; the message holds its last log lines.
+        """
+        deadline = time.monotonic() + seconds
+        while not ready():
+            if self.process.poll() is not None:
+                raise ServerError(f"{self.name} ended while it was loading.\n{self.last_words()}")
+            if time.monotonic() > deadline:
+                raise ServerError(
+                    f"{self.name} did not answer within {seconds:g} seconds; raise startup_seconds if the log shows that it is "
+                    f"still loading.\n{self.last_words()}"
+                )
+            time.sleep(_INTERVAL)
+
+    def last_words(self) -> str:
+        """Return what the log tells of an end: the first error named in it, its last lines, and where the whole is."""
+        with self.log.open("rb") as file:
+            file.seek(self.start)
+            lines = [line.rstrip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+        tail = lines[-_SHOWN_LINES:]
+        causes = (found.group(1) for line in lines if not _HARMLESS.search(line) and (found := _CAUSE.search(line)))
+        cause = next((f"The first error it named: {found}\n" for found in causes), "")
+        shown = "\n".join(f"  {line}" for line in tail)
+        return f"{cause}The last lines of {self.log}:\n{shown}"
+
+
+@contextmanager
+def run_server(name: str, command: Sequence[str], environment: Mapping[str, str], log: Path) -> Generator[Server]:
+    """Start a server in a process group of its own; the whole group is ended when the context is left or this process dies.
+
+    Raises:
+        StoreError: the log cannot be written.
+        ServerError: the command cannot be run.
+    """
+    try:
+        log.parent.mkdir(parents=True, exist_ok=True)
+        sink = log.open("ab")
+    except OSError as error:
+        raise StoreError(f"{log}: the log of {name} cannot be written ({error}); choose a folder that can be written to") from error
+    with sink:
+        start = sink.tell()
+        try:
+            process = subprocess.Popen(
+                [sys.executable, "-I", str(_GUARD), str(_GRACE), *command],
+                stdin=subprocess.PIPE,
+                stdout=sink,
+                stderr=subprocess.STDOUT,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        except OSError as error:
+            raise ServerError(f"{name} cannot be started ({error}): {command[0]}") from error
+    try:
+        yield Server(name=name, process=process, log=log, start=start)
+    finally:
+        if process.stdin is not None:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+        process.wait()
+        with suppress(ProcessLookupError):  # nothing is left, unless the guard was killed
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def choose_port(wanted: int | None, name: str) -> int:
+    """Return `wanted` if nothing listens there on loopback, or a free port of the system's choice.
+
+    Raises:
+        ServerError: the wanted port is in use.
+    """
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted or 0))
+        except OSError as error:
+            raise ServerError(
+                f"{name} cannot serve on port {wanted} ({error.strerror}); name another port, or leave it out to take a free one"
+            ) from error
+        return int(probe.getsockname()[1])

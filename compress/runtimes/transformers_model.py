@@ -1,0 +1,75 @@
+"""Loading an artifact into a dense transformers model, one tensor after the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoint import open_checkpoint
+from compress.errors import CheckpointError, MissingError
+from compress.families import family_of
+from compress.progress import Progress
+from compress.runtimes.unpack import dense_tensors
+from compress.skeleton import build_skeleton
+
+
+def choose_device(wanted: str) -> torch.device:
+    """Return the device a recipe's `auto`, `cpu` or `cuda` stands for here.
+
+    Raises:
+        MissingError: `cuda` without a usable CUDA device.
+    """
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise MissingError("device: cuda, and torch finds no CUDA device here; set device: auto, or run where there is one")
+    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(wanted: str, artifact: Path, device: torch.device) -> torch.dtype:
+    """Return the type to compute in; `auto` is float32 on a CPU, elsewhere the type named in the artifact's config.json."""
+    if wanted == "auto" and device.type != "cpu":
+        checkpoint = open_checkpoint(artifact)
+        sources = (checkpoint.config, checkpoint.text_config)
+        named = [source.get(key) for source in sources for key in ("dtype", "torch_dtype")]
+        wanted = next((str(name) for name in named if name), "bfloat16")
+    return cast("torch.dtype", getattr(torch, "float32" if wanted == "auto" else wanted))
+
+
+def load_model(
+    artifact: Path, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
+) -> Any:
+    """Return the artifact as a dense transformers model in evaluation mode.
+
+    Raises:
+        CheckpointError: a weight is missing, superfluous, or of another shape than the model's.
+    """
+    checkpoint = open_checkpoint(artifact)
+    family = family_of(checkpoint.config)
+    model: Any = build_skeleton(artifact, dtype, device, trust_remote_code)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    with progress.task("load weights", len(checkpoint.tensors), "tensors") as advance:
+        for name, tensor in dense_tensors(checkpoint, dtype, device):
+            path, _, leaf = family.module_name(name).rpartition(".")
+            if path not in modules:
+                raise CheckpointError(f"{artifact}: holds {name}, which this model does not have; fetch or export it again")
+            _assign(artifact, name, modules[path], leaf, tensor)
+            advance(1)
+    if checkpoint.tied:
+        model.tie_weights()
+    for name, parameter in cast("nn.Module", model).named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(f"{artifact}: holds no weight for {name}; fetch or export it again")
+    return model
+
+
+def _assign(artifact: Path, name: str, module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    current = getattr(module, leaf, None)
+    if not isinstance(current, Tensor) or current.shape != tensor.shape:
+        has = "no such weight" if not isinstance(current, Tensor) else f"{tuple(current.shape)} there"
+        raise CheckpointError(f"{artifact}: {name} has the shape {tuple(tensor.shape)}, the model {has}; config.json does not fit")
+    if isinstance(current, nn.Parameter):
+        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+    else:
+        setattr(module, leaf, tensor)

@@ -1,0 +1,170 @@
+"""A model in this process that answers and scores."""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from compress.checkpoint import read_json_object
+from compress.progress import Progress
+from compress.runtimes.fidelity import Head, Predictions, Record, Recorder, predict
+from compress.runtimes.inputs import Encoded, Encoder, load_processor, scored_tokens
+from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Score
+from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A runtime's fields, as the recipe gives them."""
+
+    dtype: str
+    device: str
+    tokens_per_batch: int
+
+
+@contextmanager
+def open_session(context: OpenContext, settings: Settings) -> Generator[TransformersSession]:
+    """Load an artifact; its memory is free again when the context ends.
+
+    Raises:
+        CheckpointError: it cannot be read.
+        MissingError: the device is not there.
+    """
+    device = choose_device(settings.device)
+    dtype = choose_dtype(settings.dtype, context.artifact, device)
+    processor = load_processor(context.artifact, context.trust_remote_code)
+    model = load_model(context.artifact, dtype, device, context.progress, context.trust_remote_code)
+    stops, pad_id = _stops(context.artifact, processor, model)
+    session = TransformersSession(model, Encoder(processor, pad_id, settings.tokens_per_batch), device, stops)
+    del model
+    try:
+        yield session
+    finally:
+        session.close()
+
+
+class TransformersSession:
+    """An artifact that is loaded in this process."""
+
+    def __init__(self, model: Any, encoder: Encoder, device: torch.device, stops: tuple[int, ...]) -> None:
+        self._model: Any = model
+        self._encoder = encoder
+        self._device = device
+        self._stops = stops
+        # What generate takes from here, though it is given its own settings, must be neutral: models ship sampling and penalties.
+        model.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=encoder.pad_id)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self._model = None
+        gc.collect()
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @torch.inference_mode()
+    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress) -> list[Answer]:
+        """Answer each prompt by greedy decoding, in the order given; the model's sampling settings and penalties are left out."""
+        greedy = GenerationConfig(
+            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(self._stops), pad_token_id=self._encoder.pad_id
+        )
+        answers: dict[int, Answer] = {}
+        with progress.task("answer", len(prompts), "prompts") as advance:
+            for batch in self._encoder.prompts(prompts, room=max_new_tokens):
+                inputs = self._encoder.collate(batch, "left", self._device)
+                sequences = self._model.generate(**inputs, generation_config=greedy)
+                new = cast("list[list[int]]", sequences[:, inputs["input_ids"].shape[1] :].tolist())
+                for sample, ids in zip(batch, new, strict=True):
+                    answers[sample.place] = self._finish(prompts[sample.place], ids)
+                advance(len(batch))
+        return [answers[place] for place in range(len(prompts))]
+
+    @torch.inference_mode()
+    def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
+        """Score the passages, in the order given.
+
+        Raises:
+            UsageError: `against` was recorded on other passages, or by a model of another vocabulary.
+            StoreError: the record cannot be written.
+        """
+        output = self._model.get_output_embeddings()
+        head = Head(output.weight, getattr(output, "bias", None))
+        original = Record(against, passages, self._device) if against is not None else None
+        recorder = Recorder(record, passages, head) if record is not None else None
+        nothing = _nothing(compared=original is not None)
+        scores = [_score(passage, nothing, slice(0)) for passage in passages]
+        try:
+            with progress.task("score", sum(len(scored_tokens(passage)) for passage in passages), "tokens") as advance:
+                for batch in self._encoder.passages(passages):
+                    hidden = self._hidden(batch, passages)
+                    if recorder is not None:
+                        recorder.add(hidden)
+                    predictions = self._predict(hidden, passages, head, original)
+                    first = 0
+                    for place, states in hidden.items():
+                        part = slice(first, first := first + len(states))
+                        scores[place] = _score(passages[place], predictions, part)
+                    advance(first)
+            if recorder is not None:
+                recorder.finish()
+        finally:
+            if recorder is not None:
+                recorder.discard()
+        return scores
+
+    def _hidden(self, batch: Sequence[Encoded], passages: Sequence[Passage]) -> dict[int, Tensor]:
+        """Return, by the passages' places, the hidden states that their scored tokens are predicted from."""
+        inputs = self._encoder.collate(batch, "right", self._device)
+        states: Tensor = self._model.base_model(**inputs, use_cache=False).last_hidden_state
+        rows: dict[int, Tensor] = {}
+        for row, sample in enumerate(batch):
+            last = sample.length - 1
+            rows[sample.place] = states[row, last - len(scored_tokens(passages[sample.place])) : last]
+        return rows
+
+    def _predict(self, hidden: dict[int, Tensor], passages: Sequence[Passage], head: Head, original: Record | None) -> Predictions:
+        tokens = [token for place in hidden for token in scored_tokens(passages[place])]
+        reference = None
+        if original is not None:
+            reference = (torch.cat([original.hidden(place) for place in hidden]), original.head)
+        return predict(torch.cat(list(hidden.values())), head, torch.tensor(tokens, device=self._device), reference)
+
+    def _finish(self, prompt: Prompt, ids: list[int]) -> Answer:
+        end = next((place for place, token in enumerate(ids) if token in self._stops), len(ids))
+        text = self._encoder.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Answer(id=prompt.id, text=text, token_ids=tuple(ids[:end]))
+
+
+def _nothing(compared: bool) -> Predictions:
+    """Return what is said of a passage that has no token to predict."""
+    return Predictions(np.empty(0), np.empty(0) if compared else None, np.empty(0, dtype=np.bool_) if compared else None)
+
+
+def _score(passage: Passage, predictions: Predictions, part: slice) -> Score:
+    return Score(
+        id=passage.id,
+        negative_log_likelihood=predictions.negative_log_likelihood[part],
+        kl=None if predictions.kl is None else predictions.kl[part],
+        same_top=None if predictions.same_top is None else predictions.same_top[part],
+    )
+
+
+def _stops(artifact: Path, processor: Any, model: Any) -> tuple[tuple[int, ...], int]:
+    """Return the tokens that end an answer, and the one to pad with, by generation_config.json, config.json or the tokenizer."""
+    path = artifact / "generation_config.json"
+    generation = read_json_object(path) if path.is_file() else {}
+    text = model.config.get_text_config()
+    tokenizer = processor.tokenizer
+    candidates = (generation.get("eos_token_id"), getattr(text, "eos_token_id", None), tokenizer.eos_token_id)
+    chosen = next((value for value in candidates if value is not None), None)
+    stops = tuple(cast("list[int]", chosen)) if isinstance(chosen, list) else (() if chosen is None else (int(chosen),))
+    pads = (generation.get("pad_token_id"), tokenizer.pad_token_id, *stops, 0)
+    return stops, int(next(value for value in pads if value is not None))

@@ -1,0 +1,118 @@
+"""Reading any artifact of ours back to dense weights, written from the formats' descriptions alone.
+
+Nothing is shared with the code that packs, so that a mistake there cannot cancel out here. What is read: plain tensors; AutoAWQ's
+GEMM layout (`qweight`, `qzeros`, `scales`; https://github.com/casper-hansen/AutoAWQ); compressed-tensors' pack-quantized
+(`weight_packed`, `weight_scale`, `weight_shape`, `weight_zero_point`; https://github.com/vllm-project/compressed-tensors).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator, Iterable, Mapping
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compress.checkpoint import Checkpoint
+from compress.errors import CheckpointError
+
+Read = Callable[[str], Tensor]
+_AWQ, _COMPRESSED_TENSORS = "awq", "compressed-tensors"
+_COLUMNS_OF_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+_PARTS = (".weight_scale", ".weight_shape", ".weight_zero_point", ".qzeros", ".scales")
+_CHUNK = 1 << 22
+
+
+def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Generator[tuple[str, Tensor]]:
+    """Give every weight of an artifact by its name on disk, dense, in the order of the files; one is in memory at a time.
+
+    A quantized matrix [out, in] is (code - zero point) · scale, computed in float32 and then rounded once to `dtype`.
+
+    Raises:
+        CheckpointError: it is quantized in a way that none of our exports writes.
+    """
+    quantization = cast("Mapping[str, Any]", checkpoint.config.get("quantization_config") or {})
+    method = quantization.get("quant_method", "")
+    if method not in ("", _AWQ, _COMPRESSED_TENSORS):
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: quant_method {method!r} cannot be read here; evaluate it with runtime: vllm"
+        )
+    with _open_files(checkpoint, device) as read:
+        for entry in sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.start)):
+            owner, _, kind = entry.name.rpartition(".")
+            if kind == "weight_packed":
+                weight = _unpack_compressed(owner, _weight_settings(quantization, owner), read)
+            elif kind == "qweight":
+                weight = _unpack_awq(owner, read)
+            elif method and entry.name.endswith(_PARTS):
+                continue
+            else:
+                yield entry.name, read(entry.name).to(dtype)
+                continue
+            yield f"{owner}.weight", weight.to(dtype)
+
+
+@contextmanager
+def _open_files(checkpoint: Checkpoint, device: torch.device) -> Generator[Read]:
+    """Open every file of a checkpoint, memory-mapped; what is given reads a tensor by its name."""
+    opening: Any = safe_open
+    with ExitStack() as stack:
+        files: dict[Path, Any] = {}
+        for file in {entry.file for entry in checkpoint.tensors.values()}:
+            files[file] = stack.enter_context(opening(file, framework="pt", device=str(device)))
+        yield lambda name: files[checkpoint.tensors[name].file].get_tensor(name)
+
+
+def _weight_settings(quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    groups = cast("Iterable[Mapping[str, Any]]", quantization.get("config_groups", {}).values())
+    for group in groups:
+        for target in group["targets"]:
+            if target in ("Linear", name) or (target.startswith("re:") and re.match(target[3:], name)):
+                return group["weights"]
+    raise CheckpointError(f"config.json: quantization_config has no group for {name}, which is packed; export the artifact again")
+
+
+def _unpack_compressed(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
+    """Codes lie in a row's stream of bits, lowest first; zero points likewise, but along the outputs. Both are unsigned."""
+    bits = int(settings["num_bits"])
+    rows, columns = cast("list[int]", read(f"{name}.weight_shape").tolist())
+    scales = read(f"{name}.weight_scale").to(torch.float32)
+    if settings["symmetric"]:
+        zero_points = torch.full_like(scales, 2 ** (bits - 1))
+    else:
+        zero_points = _bit_fields(read(f"{name}.weight_zero_point").t(), bits, rows).t().to(torch.float32)
+    packed = read(f"{name}.weight_packed")
+    dense = torch.empty(rows, columns, device=scales.device)
+    step = max(1, _CHUNK // columns)
+    for first in range(0, rows, step):
+        part = slice(first, first + step)
+        codes = _bit_fields(packed[part], bits, columns).to(torch.float32)
+        grouped = codes.view(codes.shape[0], scales.shape[1], -1)
+        dense[part] = ((grouped - zero_points[part].unsqueeze(2)) * scales[part].unsqueeze(2)).flatten(1)
+    return dense
+
+
+def _bit_fields(words: Tensor, bits: int, count: int) -> Tensor:
+    """Return `count` unsigned fields of `bits` bits from each row of int32 words, int64 [rows, count]."""
+    start = torch.arange(count, device=words.device) * bits
+    unsigned = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, 1))
+    low = unsigned[:, start // 32]
+    high = unsigned[:, start // 32 + 1]
+    return ((low | (high << 32)) >> (start % 32)) & ((1 << bits) - 1)
+
+
+def _unpack_awq(name: str, read: Read) -> Tensor:
+    """Words run along the outputs: nibble i of word c holds output 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]; matrices are [in, out]."""
+    packed, zeros, scales = read(f"{name}.qweight"), read(f"{name}.qzeros"), read(f"{name}.scales").to(torch.float32)
+    columns, words = packed.shape
+    group = columns // scales.shape[0]
+    dense = torch.empty(words * 8, columns, device=scales.device)
+    for nibble, column in enumerate(_COLUMNS_OF_NIBBLES):
+        codes = ((packed >> (4 * nibble)) & 15).to(torch.float32)
+        shifts = ((zeros >> (4 * nibble)) & 15).to(torch.float32).repeat_interleave(group, 0)
+        dense[column::8] = ((codes - shifts) * scales[:, column::8].repeat_interleave(group, 0)).t()
+    return dense

@@ -1,0 +1,76 @@
+"""The vLLM runtime: `vllm serve` on loopback, or a server at a URL, asked through the OpenAI API."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from typing import Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt, model_validator
+
+from compress.runtimes.environment import require
+from compress.runtimes.runtime import OpenContext, Runtime, Session
+
+
+class Vllm(Runtime):
+    """Greedy answers and scores of given tokens by vLLM, with real images.
+
+    The server is started in vLLM's own environment and ended with the measurement; with `url`, one that runs already and serves
+    the same artifact is asked instead, with the key in the environment variable `key_variable` names. `max_model_len` is in
+    tokens; left out, it is the model's own, at most 8,192. `kv_cache_gib` holds on a CPU, `gpu_memory_utilization` on a GPU.
+    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart. `arguments` go to `vllm serve`.
+
+    With `concurrency` above 1 the server batches requests as they come, which can change the last bits of a number.
+    """
+
+    revision: ClassVar[int] = 1
+    kl_definition: ClassVar[str] = (
+        "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise) and one "
+        "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "
+        "both. Merging tokens only lowers KL: this is a lower bound of the KL over the whole vocabulary"
+    )
+
+    runtime: Literal["vllm"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: PositiveInt | None = None
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    kv_cache_gib: PositiveInt = 2
+    top_logprobs: PositiveInt = 20
+    concurrency: PositiveInt = 8
+    eager: bool = True
+    startup_seconds: PositiveInt = 600
+    request_seconds: PositiveInt = 600
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    arguments: tuple[str, ...] = ()
+    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    key_variable: str | None = None
+
+    @model_validator(mode="after")
+    def _one_server(self) -> Vllm:
+        if self.url is not None and (self.port is not None or self.arguments):
+            raise ValueError("url names a server that runs already: leave out port and arguments, or leave out url")
+        if self.url is None and self.key_variable is not None:
+            raise ValueError("key_variable belongs to url: add url, or leave it out")
+        return self
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions in vLLM's environment, or the one that the server at `url` tells.
+
+        Raises:
+            MissingError: vLLM is not installed here, or the server at `url` does not answer.
+        """
+        if self.url is None:
+            return require("vllm").versions
+        from compress.runtimes.vllm_server import remote_version
+
+        return {"vllm": remote_version(self)}
+
+    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
+        """Start a server for the artifact and wait until it serves; its log is `vllm.log` among the context's logs.
+
+        Raises:
+            MissingError: vLLM is not installed here.
+            ServerError: the server did not come up, or nothing serves at `url`.
+        """
+        from compress.runtimes.vllm_server import open_session
+
+        return open_session(self, context)

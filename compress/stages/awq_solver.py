@@ -1,0 +1,212 @@
+"""AWQ on one block: scales that move from a linear's input channels into the layer before, then ranges, then codes.
+
+arXiv 2306.00978. With W a weight, G the second moment of its input and Q rounding, a scale s per input channel is chosen to
+minimise tr(ΔW G ΔWᵀ), ΔW = Q(W·s)/s - W: the squared error of the output over all calibration tokens, at a cost that does not
+depend on their number.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from compress.engine.statistics import Moments
+from compress.families import Pair
+from compress.numerics.grids import QuantizedWeight, Scheme
+from compress.numerics.rounding import clip, output_error, own_scheme, quantize, rounding_error
+
+_FINALISTS = 3
+_EXTREME = 1e4
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a block is quantized: the scheme, whether ranges are searched, and how many grid points each search has."""
+
+    scheme: Scheme
+    clip: bool
+    grid: int
+
+
+@dataclass
+class BlockWeights:
+    """A block's linears to be quantized, in float32, with what was done to them; `heads` and `kv_heads` as in its attention.
+
+    `input_scales` holds what each linear's input channels were multiplied by, `changed` the new norms and biases in the type
+    they are stored in. Names are relative to the block.
+    """
+
+    module: nn.Module
+    weights: dict[str, Tensor]
+    heads: int
+    input_scales: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
+    changed: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
+
+    @classmethod
+    def of(cls, module: nn.Module, linears: Iterable[str], heads: int) -> BlockWeights:
+        """Take the weights of a block's linears."""
+        weights = {name: _parameter(module, f"{name}.weight").to(torch.float32) for name in linears}
+        return cls(module, weights, heads)
+
+
+def solve(block: BlockWeights, pairs: Sequence[Pair], moments: Mapping[str, Moments], method: Method) -> dict[str, QuantizedWeight]:
+    """Return each linear's codes; `block.changed` then holds the norms and biases that go with them."""
+    for pair in pairs:
+        fold(block, pair, moments, method)
+    return {name: _round(block, name, moments[name], method) for name in block.weights}
+
+
+def fold(block: BlockWeights, pair: Pair, moments: Mapping[str, Moments], method: Method) -> None:
+    """Search a pair's scale and move it from the linears' input into their source; a pair with a part left out stays as it is."""
+    source = block.module.get_submodule(pair.source)
+    from_linear = isinstance(source, nn.Linear)
+    if any(name not in block.weights for name in pair.linears) or (from_linear and pair.source not in block.weights):
+        return
+    channels = _channels(block, pair)
+    scale = search(block, pair, channels, moments[pair.linears[0]], method)
+    if scale is None:
+        return
+    scale = divide_linear(block, pair.source, scale) if from_linear else divide_norm(block, pair.source, scale)
+    spread = scale if channels is None else scale[channels]
+    for name in pair.linears:
+        block.weights[name] = block.weights[name] * spread
+        block.input_scales[name] = spread
+
+
+def _channels(block: BlockWeights, pair: Pair) -> Tensor | None:
+    """Return which source channel each input channel reads, where grouped-query attention repeats them; otherwise None.
+
+    Input channel h·D + d, of query head h, reads source channel (h // repeats)·D + d.
+    """
+    if not pair.grouped:
+        return None
+    columns = block.weights[pair.linears[0]].shape[1]
+    rows = block.weights[pair.source].shape[0]
+    if columns == rows:
+        return None
+    head_dim = columns // block.heads
+    channel = torch.arange(columns, device=block.weights[pair.source].device)
+    return channel // head_dim // (columns // rows) * head_dim + channel % head_dim
+
+
+def search(block: BlockWeights, pair: Pair, channels: Tensor | None, moments: Moments, method: Method) -> Tensor | None:
+    """Return the best scale per source channel, float32, or None where none is better than no scale."""
+    weight = torch.cat([block.weights[name] for name in pair.linears])
+    dtype = _parameter(block.module, f"{pair.linears[0]}.weight").dtype
+    gram = moments.gram() / moments.tokens
+    magnitude, importance = moments.mean_abs(), _relative_magnitude(weight, method.scheme)
+    if channels is not None:
+        rows = block.weights[pair.source].shape[0]
+        magnitude, importance = (_pooled(values, channels, rows) for values in (magnitude, importance))
+    ranked: list[tuple[float, int, Tensor]] = []
+    for number, scale in enumerate(_candidates(magnitude, importance, method.grid)):
+        spread = scale if channels is None else scale[channels]
+        error = rounding_error(weight * spread, method.scheme, dtype).div_(spread)
+        ranked.append((float(output_error(error, gram)), number, scale))
+    ranked.sort(key=lambda entry: entry[:2])
+    best = ranked[0]
+    if method.clip:
+        finalists = {number: (loss, number, scale) for loss, number, scale in ranked[:_FINALISTS]}
+        best = min(
+            (
+                (_clipped_loss(weight, scale if channels is None else scale[channels], gram, dtype, method), number, scale)
+                for _, number, scale in finalists.values()
+            ),
+            key=lambda entry: entry[:2],
+        )
+    return None if bool((best[2] == 1).all()) else best[2]
+
+
+def _clipped_loss(weight: Tensor, spread: Tensor, gram: Tensor, dtype: torch.dtype, method: Method) -> float:
+    scaled = weight * spread
+    shrink = clip(scaled, gram / torch.outer(spread, spread), method.scheme, dtype, method.grid)
+    error = quantize(scaled, method.scheme, dtype, shrink).dequantize().sub_(scaled).div_(spread)
+    return float(output_error(error, gram))
+
+
+def _candidates(magnitude: Tensor, importance: Tensor, steps: int) -> Iterator[Tensor]:
+    """Give no scale, then a^α and a^α / w^(1-α) for `steps` exponents each (a: mean |x|, w: mean relative |W|), normalised."""
+    yield torch.ones_like(magnitude)
+    for step in range(1, steps + 1):
+        yield _normalised(magnitude.pow(step / steps))
+    for step in range(steps):
+        exponent = step / steps
+        yield _normalised(magnitude.pow(exponent) / importance.pow(1 - exponent))
+
+
+def _normalised(scale: Tensor) -> Tensor:
+    scale = scale.clamp(min=1e-12)
+    return (scale / (scale.max() * scale.min()).sqrt()).clamp_(1 / _EXTREME, _EXTREME)
+
+
+def _relative_magnitude(weight: Tensor, scheme: Scheme) -> Tensor:
+    """Return the mean over rows of |W| relative to the largest of its group, float32 [in]."""
+    groups = weight.abs().view(weight.shape[0], -1, own_scheme(scheme, weight.shape[1]).group_size)
+    relative = groups / groups.amax(dim=-1, keepdim=True).clamp_(min=1e-12)
+    return relative.mean(dim=0).view(-1).clamp_(min=1e-4)
+
+
+def _pooled(values: Tensor, channels: Tensor, rows: int) -> Tensor:
+    """Return the mean of the values of all input channels that read the same source channel."""
+    sums = torch.stack([values[channels == row].mean() for row in range(rows)])
+    return sums
+
+
+def divide_norm(block: BlockWeights, name: str, scale: Tensor) -> Tensor:
+    """Divide a norm's weight and bias by a scale; return the scale that its weight, as stored, was really divided by.
+
+    Channels whose weight is zero pass nothing on and keep the scale 1.
+    """
+    old = _current(block, f"{name}.weight")
+    new = (old.to(torch.float32) / scale).to(old.dtype)
+    usable = (old != 0) & (new != 0) & new.isfinite()
+    new = torch.where(usable, new, old)
+    effective = torch.where(usable, old.to(torch.float32) / new.to(torch.float32), 1.0)
+    block.changed[f"{name}.weight"] = new
+    _divide_bias(block, name, effective)
+    return effective
+
+
+def divide_linear(block: BlockWeights, name: str, scale: Tensor) -> Tensor:
+    """Divide a linear's output rows and bias by a scale; return the scale that its bias, as stored, was really divided by."""
+    bias = _current(block, f"{name}.bias") if _has(block.module, f"{name}.bias") else None
+    if bias is not None:
+        new = (bias.to(torch.float32) / scale).to(bias.dtype)
+        usable = (bias != 0) & (new != 0) & new.isfinite()
+        scale = torch.where(usable, bias.to(torch.float32) / new.to(torch.float32), scale)
+        block.changed[f"{name}.bias"] = new
+    block.weights[name] = block.weights[name] / scale.unsqueeze(1)
+    return scale
+
+
+def _divide_bias(block: BlockWeights, name: str, scale: Tensor) -> None:
+    if _has(block.module, f"{name}.bias"):
+        bias = _current(block, f"{name}.bias")
+        block.changed[f"{name}.bias"] = (bias.to(torch.float32) / scale).to(bias.dtype)
+
+
+def _round(block: BlockWeights, name: str, moments: Moments, method: Method) -> QuantizedWeight:
+    weight = block.weights[name]
+    dtype = _parameter(block.module, f"{name}.weight").dtype
+    if not method.clip:
+        return quantize(weight, method.scheme, dtype)
+    gram = moments.gram() / moments.tokens
+    if name in block.input_scales:
+        gram = gram / torch.outer(block.input_scales[name], block.input_scales[name])
+    return quantize(weight, method.scheme, dtype, clip(weight, gram, method.scheme, dtype, method.grid))
+
+
+def _parameter(module: nn.Module, name: str) -> Tensor:
+    return module.get_parameter(name)
+
+
+def _has(module: nn.Module, name: str) -> bool:
+    owner, _, leaf = name.rpartition(".")
+    return getattr(module.get_submodule(owner), leaf, None) is not None
+
+
+def _current(block: BlockWeights, name: str) -> Tensor:
+    return block.changed.get(name, _parameter(block.module, name))

@@ -1,0 +1,187 @@
+"""What each step of a plan does to make its output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, cast
+
+from compress.artifact import file_digest, write_record
+from compress.calibration.collect import MANIFEST, PinnedSet, Selection, collect, read_manifest
+from compress.calibration.overlap import check_overlap
+from compress.calibration.questions import count_questions
+from compress.calibration.sets import Text, Vqa, Wikitext
+from compress.calibration.tables import parquet_bytes
+from compress.eval.measure import MeasureContext, measure
+from compress.export.format import ExportContext
+from compress.files import write_json
+from compress.hub import fetch_dataset_files, fetch_model
+from compress.hubs.datasets import Enough
+from compress.hubs.pickles import convert_pickle
+from compress.plan import ORIGINAL, DataPin, Plan, Step, artifact_name
+from compress.progress import Progress
+from compress.runtimes.runtime import OpenContext
+from compress.stages.stage import StageContext
+from compress.store import Entry
+
+Make = Callable[[Path], None]
+
+_BYTES_PER_TOKEN = 8
+"""More than a token of running text takes in any script, so that the text fetched is enough."""
+
+
+@dataclass(frozen=True)
+class Workshop:
+    """Makes the outputs of a plan's steps; `entries` holds those of the steps before, by name, and grows as the run goes on."""
+
+    plan: Plan
+    folder: Path
+    progress: Progress
+    entries: Mapping[str, Entry]
+
+    def maker(self, step: Step) -> Make:
+        """Return what fills a step's output folder."""
+        makers: Mapping[str, Callable[[Step, Path], None]] = {
+            "convert": self._convert,
+            "calibration": self._collect,
+            "overlap": self._check_overlap,
+            "stage": self._apply_stage,
+            "export": self._export,
+            "measure": self._measure,
+        }
+        return partial(makers[step.kind], step)
+
+    @cached_property
+    def fetched(self) -> Path:
+        """The model's folder as its source gives it, fetched from a hub where it is not on this machine yet."""
+        model = self.plan.recipe.model
+        return fetch_model(
+            self.plan.model, self.progress, allow_pickle=model.allow_pickle, trust_remote_code=model.trust_remote_code
+        )
+
+    def original(self) -> Path:
+        """Return the original's checkpoint folder, in safetensors."""
+        converted = next((self.entries[step.name].folder for step in self.plan.steps if step.kind == "convert"), None)
+        return converted or self.fetched
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of this package and of the libraries that shaped the weights."""
+        import importlib.metadata
+
+        own = {name for stage in self.plan.recipe.stages for name in stage.libraries}
+        stages = {name: importlib.metadata.version(name) for name in sorted(own)}
+        return {"vlm-compress": importlib.metadata.version("vlm-compress"), **stages}
+
+    def _convert(self, step: Step, target: Path) -> None:
+        del step
+        convert_pickle(self.fetched, target)
+
+    def _collect(self, step: Step, target: Path) -> None:
+        del step
+        calibration = self.plan.recipe.calibration
+        assert calibration is not None
+        sets = tuple(
+            PinnedSet(spec, self._files(pin, _enough_for_set(spec)), pin.label)
+            for spec, pin in zip(calibration.sets, self.plan.sets, strict=True)
+        )
+        remote_code = self.plan.recipe.model.trust_remote_code
+        collect(Selection(calibration.seed, sets), self.original(), target, self.progress, remote_code)
+
+    def _check_overlap(self, step: Step, target: Path) -> None:
+        del step
+        warnings: list[str] = []
+        for task, pin in zip(self.plan.recipe.eval.tasks, self.plan.tasks, strict=True):
+            questions, documents = task.contents(self._files(pin, _all_files))
+            warnings += check_overlap(self.entries["calibration"].folder, questions, documents)
+        for warning in warnings[:1]:
+            others = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
+            self.progress.warn(warning + others)
+        write_json(target / "overlap.json", {"overlap": [], "warnings": warnings})
+
+    def _apply_stage(self, step: Step, target: Path) -> None:
+        stage = self.plan.recipe.stages[step.position]
+        calibration = self.plan.recipe.calibration
+        stage.apply(
+            StageContext(
+                source=self._checkpoint_before(step.position),
+                target=target,
+                calibration=self.entries["calibration"].folder if stage.calibrated else None,
+                family=self.plan.family,
+                device=self.plan.device,
+                seed=calibration.seed if calibration else 0,
+                progress=self.progress,
+            )
+        )
+
+    def _checkpoint_before(self, position: int) -> Path:
+        stages = [step for step in self.plan.steps if step.kind == "stage"]
+        return self.entries[stages[position - 1].name].folder if position else self.original()
+
+    def _export(self, step: Step, target: Path) -> None:
+        export = self.plan.recipe.export[step.position]
+        source = self._checkpoint_before(len(self.plan.recipe.stages))
+        export.apply(ExportContext(source=source, target=target, family=self.plan.family, progress=self.progress))
+        write_record(target, self._record(step))
+
+    def _record(self, step: Step) -> dict[str, Any]:
+        """Return what an artifact says of its making: where it comes from, and every setting that shaped it."""
+        plan, recipe = self.plan, self.plan.recipe
+        record: dict[str, Any] = {
+            "artifact": artifact_name(recipe, step.position),
+            "source": plan.model.describe(),
+            "source_digest": plan.source_digest,
+            "stages": [stage.model_dump(mode="json") for stage in recipe.stages],
+            "export": recipe.export[step.position].model_dump(mode="json"),
+            "device": plan.device,
+            "versions": self.versions(),
+        }
+        if recipe.calibration:
+            folder = self.entries["calibration"].folder
+            manifest = read_manifest(folder)
+            record["calibration"] = {
+                "seed": recipe.calibration.seed,
+                "digest": manifest["digest"],
+                "manifest_sha256": file_digest(folder / MANIFEST),
+                "samples": [sample["sha256"] for sample in cast("list[dict[str, Any]]", manifest["samples"])],
+            }
+        return record
+
+    def _measure(self, step: Step, target: Path) -> None:
+        name = step.name.removeprefix("measure ")
+        recipe = self.plan.recipe
+        artifact = self.original() if name == ORIGINAL else self.entries[f"export {name}"].folder
+        context = MeasureContext(
+            original=self.original(),
+            data={task.name: self._files(pin, _all_files) for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True)},
+            target=target,
+            against=None if name == ORIGINAL else self.entries[f"measure {ORIGINAL}"].folder,
+            progress=self.progress,
+        )
+        logs = self.folder / "logs" / name
+        logs.mkdir(parents=True, exist_ok=True)
+        opening = OpenContext(
+            artifact=artifact, logs=logs, progress=self.progress, trust_remote_code=recipe.model.trust_remote_code
+        )
+        with recipe.eval.runtime.open(opening) as session:
+            measure(session, recipe.eval.tasks, context)
+
+    def _files(self, pin: DataPin, enough: Enough) -> tuple[Path, ...]:
+        if pin.path is not None:
+            return (pin.path,)
+        assert pin.remote is not None
+        return tuple(fetch_dataset_files(pin.remote, enough, self.progress))
+
+
+def _enough_for_set(spec: Text | Wikitext | Vqa) -> Enough:
+    if isinstance(spec, Vqa):
+        return lambda paths: count_questions(paths, spec.columns) >= spec.samples
+    needed = spec.samples * spec.tokens * _BYTES_PER_TOKEN
+    return lambda paths: sum(parquet_bytes(path, spec.column) for path in paths if path.suffix == ".parquet") >= needed
+
+
+def _all_files(paths: Sequence[Path]) -> bool:
+    """An evaluation reads a split whole: taking its first files only would take another sample than the recipe says."""
+    del paths
+    return False

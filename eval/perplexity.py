@@ -1,0 +1,148 @@
+"""How well a model predicts a text: perplexity over non-overlapping windows of the joined text."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+from pydantic import Field, PositiveInt, model_validator
+
+from compress.calibration.sets import TextSource
+from compress.errors import DataError
+from compress.eval.results import PerplexityMetrics, TaskMeasurement, WindowItem, check_pairs, read_items, write_items
+from compress.eval.statistics import bounded_exp
+from compress.eval.task import Task, TaskContext, count, fidelity_of, score_passages, total, warn_of_few
+from compress.runtimes.runtime import Passage
+from compress.schema import Source
+
+if TYPE_CHECKING:
+    from compress.calibration.questions import Question
+    from compress.calibration.texts import Document
+
+_WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
+
+
+class Perplexity(Task):
+    """Exp of the mean negative log-likelihood per token, in windows of `window` tokens that do not overlap.
+
+    The text is joined and tokenised as a whole; each window is predicted from its own first token on, which is not scored
+    itself; what is left after the last whole window is dropped. `samples` takes at most so many, the first ones.
+    """
+
+    task_revision: ClassVar[int] = 1
+
+    task: Literal["perplexity"]
+    dataset: Literal["wikitext", "text"]
+    source: Source | None = None
+    subset: str | None = None
+    split: str = "test"
+    revision: str = "main"
+    column: str = "text"
+    window: int = Field(ge=2)
+    samples: PositiveInt | None = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        given = cast("dict[str, Any]", data)
+        if given.get("dataset") == "wikitext":
+            published = {"source": _WIKITEXT[0], "subset": _WIKITEXT[1]} if given.get("source") is None else {}
+            return {"name": "wikitext"} | published | {key: value for key, value in given.items() if value is not None}
+        return {"name": "text", **given}
+
+    @model_validator(mode="after")
+    def _check_source(self) -> Self:
+        if self.source is None:
+            raise ValueError("needs source: a text, parquet or JSONL file, or a hub dataset")
+        return self
+
+    @property
+    def data(self) -> TextSource:
+        """Where the text comes from."""
+        return TextSource.model_construct(
+            source=str(self.source), subset=self.subset, split=self.split, revision=self.revision, column=self.column
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the window, the number of windows, and the task's revision."""
+        return {"task": self.task, "revision": self.task_revision, "column": self.column} | self.model_dump(
+            include={"name", "window", "samples"}
+        )
+
+    def note(self) -> str:
+        """Return over which windows the perplexity is."""
+        taken = f"the first {self.samples:,} of them" if self.samples else "all of them"
+        return (
+            f"perplexity per token over windows of {self.window:,} tokens that do not overlap, {taken}, of the joined text; the "
+            "first token of each is given"
+        )
+
+    def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:
+        """Return the text's documents, read as they are asked for; see `Task.contents`."""
+        from compress.calibration.texts import read_documents
+
+        return (), (document for path in files for document in read_documents(path, self.column))
+
+    def measure(self, context: TaskContext) -> TaskMeasurement:
+        """Score the text's windows; see `Task.measure`."""
+        passages = self.windows(context.files, context.original)
+        warn_of_few(context, self.name, self.samples, len(passages), "windows")
+        digests = [_digest(passage.token_ids) for passage in passages]
+        if context.against is not None:
+            original = [item for item in read_items(context.against, self.name) if isinstance(item, WindowItem)]
+            check_pairs(self.name, original, zip((passage.id for passage in passages), digests, strict=True))
+        scores = score_passages(context, self.name, passages)
+        items = [
+            WindowItem(
+                id=score.id,
+                digest=digest,
+                tokens=len(score.negative_log_likelihood),
+                nll=float(score.negative_log_likelihood.sum()),
+                kl=total(score.kl),
+                same_top=count(score.same_top),
+            )
+            for score, digest in zip(scores, digests, strict=True)
+        ]
+        write_items(context.target, self.name, items)
+        tokens = sum(item.tokens for item in items)
+        metrics = PerplexityMetrics(
+            perplexity=bounded_exp(math.fsum(item.nll for item in items) / tokens),
+            window=self.window,
+            windows=len(items),
+            tokens=tokens,
+        )
+        return TaskMeasurement(name=self.name, metrics=metrics, fidelity=fidelity_of(scores))
+
+    def windows(self, files: Sequence[Path], original: Path) -> list[Passage]:
+        """Return the text's windows as tokens of the original's tokenizer, `window` each.
+
+        Raises:
+            DataError: a file cannot be used, or the text gives no whole window.
+        """
+        from transformers import AutoTokenizer
+
+        from compress.calibration.texts import SEPARATOR, read_joined
+
+        text = SEPARATOR.join(read_joined(path, self.column) for path in files)
+        tokenizer = cast("Any", AutoTokenizer).from_pretrained(original)
+        ids = cast("list[int]", tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        whole = len(ids) // self.window
+        if whole == 0:
+            raise DataError(
+                f"task {self.name}: {', '.join(map(str, files))} has {len(ids)} tokens, not one window of {self.window}; take a "
+                "longer text or a smaller window"
+            )
+        return [
+            Passage(id=f"window-{number:05d}", token_ids=tuple(ids[number * self.window : (number + 1) * self.window]))
+            for number in range(min(whole, self.samples or whole))
+        ]
+
+
+def _digest(token_ids: Sequence[int]) -> str:
+    return hashlib.sha256(np.asarray(token_ids, dtype="<i8").tobytes()).hexdigest()

@@ -1,0 +1,146 @@
+"""What every evaluation task is: a part of a recipe that asks a model something and turns what comes back into figures."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field
+
+from compress.calibration.sets import QuestionSource, TextSource
+from compress.errors import CheckpointError
+from compress.eval.results import Fidelity, TaskMeasurement
+from compress.eval.statistics import mean_interval
+from compress.progress import Progress
+from compress.runtimes.runtime import Passage, Score, Session
+from compress.schema import Frozen
+
+if TYPE_CHECKING:
+    from compress.calibration.questions import Question
+    from compress.calibration.texts import Document
+
+FIDELITY_CONFIDENCE = 0.95
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """What a task is given beside its own fields.
+
+    `session` runs the model that is measured; `original` is the original's checkpoint folder, whose tokenizer and end tokens
+    count for every artifact; `files` hold the task's data, in order; items are written to `target`. `against` is the folder
+    that measuring the original wrote, None where the original itself is measured.
+    """
+
+    session: Session
+    original: Path
+    files: tuple[Path, ...]
+    target: Path
+    against: Path | None
+    progress: Progress
+
+
+class Task(Frozen, ABC):
+    """One evaluation with its settings; keeps nothing beyond its fields."""
+
+    task_revision: ClassVar[int]
+    """Raised whenever the same settings measure something else."""
+
+    name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
+    """What reports call it, filled in from what it asks where the recipe does not say; names files, unique in a recipe."""
+
+    @property
+    @abstractmethod
+    def data(self) -> TextSource | QuestionSource:
+        """Where its data come from."""
+
+    @abstractmethod
+    def settings(self) -> dict[str, Any]:
+        """Return all that shapes its figures but the data's content, free of paths, as plain JSON values."""
+
+    @abstractmethod
+    def note(self) -> str:
+        """Return how its figures come about, one sentence for the report."""
+
+    @abstractmethod
+    def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:
+        """Return the questions and the text that are asked, to be compared with what the stages were calibrated on.
+
+        Raises:
+            DataError: a file cannot be used.
+        """
+
+    @abstractmethod
+    def measure(self, context: TaskContext) -> TaskMeasurement:
+        """Ask the model, write the items, and return the figures.
+
+        Raises:
+            DataError: the data cannot be used, or are not those the original was measured on.
+            CheckpointError: the model gives no finite predictions; names the item.
+        """
+
+
+def score_passages(context: TaskContext, name: str, passages: Sequence[Passage]) -> list[Score]:
+    """Score a task's passages: the original's predictions are recorded, an artifact's compared with that record.
+
+    Raises:
+        CheckpointError: the score of a passage is missing or not finite; names it.
+    """
+    record = None if context.against else context.target / "record" / name
+    against = context.against / "record" / name if context.against else None
+    if record is not None:
+        record.parent.mkdir(parents=True, exist_ok=True)
+    scores = context.session.score(passages, record, against, context.progress)
+    if [score.id for score in scores] != [passage.id for passage in passages]:
+        raise CheckpointError(f"task {name}: the runtime did not score the {len(passages)} items it was given in their order")
+    for score in scores:
+        missing = against is not None and (score.kl is None or score.same_top is None)
+        if missing or not np.isfinite(score.negative_log_likelihood).all():
+            raise CheckpointError(_no_number(name, score.id))
+        if score.kl is not None and not np.isfinite(score.kl).all():
+            raise CheckpointError(_no_number(name, score.id))
+    return scores
+
+
+def warn_of_few(context: TaskContext, name: str, asked: int | None, found: int, what: str) -> None:
+    """Tell the user where the data hold fewer items than the recipe asks for; all of them are used."""
+    if asked is not None and found < asked:
+        context.progress.warn(f"task {name}: the data hold {found:,} {what}, samples asks for {asked:,}; all of them are used")
+
+
+def _no_number(task: str, item: str) -> str:
+    return (
+        f"task {task}: item {item}: the model's predictions are not finite; its weights overflow in this runtime's dtype: set "
+        "another dtype for the runtime, or a gentler stage"
+    )
+
+
+def total(values: NDArray[np.float64] | NDArray[np.bool_] | None) -> float | None:
+    """Return the sum of an item's per-token values, None where there are none."""
+    return None if values is None else float(values.sum())
+
+
+def count(values: NDArray[np.bool_] | None) -> int | None:
+    """Return for how many of an item's tokens something holds, None where it was not asked."""
+    return None if values is None else int(values.sum())
+
+
+def fidelity_of(scores: Sequence[Score]) -> Fidelity | None:
+    """Summarise how alike the predictions were; None where they were not compared."""
+    kept = [(score.kl, score.same_top) for score in scores if score.kl is not None and score.same_top is not None]
+    if not kept:
+        return None
+    sums = np.array([kl.sum() for kl, _ in kept], dtype=np.float64)
+    sizes = np.array([len(kl) for kl, _ in kept], dtype=np.float64)
+    every = np.concatenate([kl for kl, _ in kept])
+    return Fidelity(
+        tokens=len(every),
+        kl_mean=float(every.mean()),
+        kl_p99=float(np.quantile(every, 0.99)),
+        kl_interval=mean_interval(sums, sizes, FIDELITY_CONFIDENCE),
+        top1_agreement=float(np.concatenate([same for _, same in kept]).mean()),
+    )

@@ -1,0 +1,68 @@
+"""What every export is: a part of a recipe that turns the last checkpoint into what a runtime loads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+from compress.checkpoint import Checkpoint
+from compress.families import Family
+from compress.numerics.scheme import Scheme
+from compress.progress import Progress
+from compress.schema import Frozen
+
+
+@dataclass(frozen=True)
+class Outlook:
+    """What is to be exported, known from headers alone: before any stage ran, or of the checkpoint that the last one wrote.
+
+    `schemes` says how each quantized linear of `checkpoint` is held, or will be, by its name on disk.
+    """
+
+    checkpoint: Checkpoint
+    family: Family
+    schemes: Mapping[str, Scheme]
+
+
+@dataclass(frozen=True)
+class ExportContext:
+    """What an export is given beside its own fields: the checkpoint at `source` and the empty folder `target` to fill."""
+
+    source: Path
+    target: Path
+    family: Family
+    progress: Progress
+
+
+class Export(Frozen, ABC):
+    """One format with its settings; the fields are the recipe's keys."""
+
+    revision: ClassVar[int]
+    """Raised whenever the same settings write something else, so that the store forgets the old artifact."""
+
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
+    """The distributions whose versions shape the result."""
+
+    @property
+    @abstractmethod
+    def artifact(self) -> str:
+        """What reports and folders call what it writes; unique among a recipe's exports."""
+
+    @abstractmethod
+    def check(self, outlook: Outlook) -> list[str]:
+        """Return what stands against this export, one line each with its remedy; reads headers only."""
+
+    @abstractmethod
+    def predict_bytes(self, outlook: Outlook) -> int:
+        """Return the expected size of the weights it writes, in bytes."""
+
+    @abstractmethod
+    def apply(self, context: ExportContext) -> None:
+        """Write the artifact of the checkpoint at `context.source` to `context.target`.
+
+        Raises:
+            CheckpointError: the checkpoint cannot be held by this format.
+        """

@@ -1,0 +1,146 @@
+"""Writing a checkpoint's tensors the way vLLM's kernels read them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.artifact import copy_side_files
+from compress.checkpoint import INDEX, Checkpoint
+from compress.engine.weights import ShardWriter, WeightReader
+from compress.errors import CheckpointError
+from compress.export.format import ExportContext, Outlook
+from compress.files import telling_where, write_json
+from compress.layouts import linear_tensors, read_linear, unquantized_linears
+from compress.numerics.grids import QuantizedWeight
+from compress.numerics.packing import pack_awq
+from compress.progress import Progress
+
+_FLOAT16_MAX = 65504.0
+
+
+@dataclass
+class Rounding:
+    """What storing scales as float16 changed: in which linears, and by how much of a scale at most."""
+
+    linears: list[str]
+    largest: float = 0.0
+
+
+def awq_config(outlook: Outlook) -> dict[str, Any]:
+    """Return config.json's `quantization_config` for AutoAWQ's GEMM layout."""
+    scheme = next(iter(outlook.schemes.values()))
+    family = outlook.family
+    return {
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "lm_head": family.head in {family.module_name(name) for name in outlook.schemes},
+        "modules_to_not_convert": unquantized_linears(outlook.checkpoint, family, outlook.schemes),
+        "quant_method": "awq",
+        "version": "gemm",
+        "zero_point": True,
+    }
+
+
+def write_awq(context: ExportContext, outlook: Outlook) -> None:
+    """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, from the same integers.
+
+    Raises:
+        CheckpointError: a scale is too large for float16.
+        StoreError: the target cannot be written.
+    """
+    reader = WeightReader(outlook.checkpoint, context.family)
+    owners = {part: name for name in outlook.schemes for part in linear_tensors(name)}
+    rounding = Rounding([])
+    with (
+        ShardWriter(context.target) as writer,
+        context.progress.task("export", len(outlook.checkpoint.tensors), "tensors") as advance,
+    ):
+        for name in sorted(outlook.checkpoint.tensors):
+            owner = owners.get(name)
+            if owner is None:
+                writer.add(name, reader.disk_tensor(name))
+            elif name == f"{owner}.weight_packed":
+                weight = read_linear(owner, outlook.schemes[owner], reader.disk_tensor)
+                for part, tensor in awq_linear(owner, weight, rounding).items():
+                    writer.add(part, tensor)
+            advance(1)
+    _tell(rounding, context.progress)
+    _write_rest(context, {**outlook.checkpoint.config, "quantization_config": awq_config(outlook)})
+
+
+def awq_linear(name: str, weight: QuantizedWeight, rounding: Rounding) -> dict[str, Tensor]:
+    """Return the tensors of one linear; what its scales lose as float16 is noted in `rounding`.
+
+    Raises:
+        CheckpointError: a scale is too large for float16.
+    """
+    exact = weight.scales.to(torch.float32)
+    if bool((exact.abs() > _FLOAT16_MAX).any()):
+        raise CheckpointError(
+            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and layout awq stores them as float16, which ends at "
+            f"{_FLOAT16_MAX:.0f}; set layout: compressed-tensors"
+        )
+    scales = exact.to(torch.float16)
+    change = (scales.to(torch.float32) - exact).abs()
+    if bool(change.any()):
+        rounding.linears.append(name)
+        rounding.largest = max(rounding.largest, float((change / exact.abs().clamp_min(torch.finfo(torch.float32).tiny)).max()))
+    return {
+        f"{name}.qweight": pack_awq(weight.codes),
+        f"{name}.qzeros": pack_awq(weight.zero_points),
+        f"{name}.scales": scales.t().contiguous(),
+    }
+
+
+def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[str]) -> None:
+    """Give the target the source's own weight files, as links where the disk allows it, and its config and side files.
+
+    Raises:
+        CheckpointError: config.json leaves a linear that is not quantized to vLLM as if it were.
+        StoreError: the target cannot be written.
+    """
+    config = dict(checkpoint.config)
+    if quantization := config.get("quantization_config"):
+        missing = sorted(set(ignored) - set(quantization.get("ignore", [])))
+        if missing and any("Linear" in group["targets"] for group in quantization["config_groups"].values()):
+            raise CheckpointError(
+                f"{checkpoint.folder}/config.json: quantization_config.ignore leaves out {', '.join(missing[:3])}"
+                f"{' and others' if len(missing) > 3 else ''}, which are not quantized; write the checkpoint again"
+            )
+    files = sorted({entry.file for entry in checkpoint.tensors.values()})
+    if (context.source / INDEX).is_file():
+        files.append(context.source / INDEX)
+    with context.progress.task("export", len(files), "files") as advance, telling_where(context.target):
+        for file in files:
+            _link(file, context.target / file.name)
+            advance(1)
+    _write_rest(context, config)
+
+
+def _link(source: Path, target: Path) -> None:
+    try:
+        os.link(source.resolve(), target)
+    except OSError:  # another disk, or one that has no links
+        shutil.copyfile(source, target)
+
+
+def _write_rest(context: ExportContext, config: Mapping[str, Any]) -> None:
+    with telling_where(context.target):
+        write_json(context.target / "config.json", config)
+        copy_side_files(context.source, context.target)
+
+
+def _tell(rounding: Rounding, progress: Progress) -> None:
+    if rounding.linears:
+        progress.warn(
+            f"layout awq stores scales as float16: those of {len(rounding.linears)} linears ({rounding.linears[0]} first) are no "
+            f"float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; layout: compressed-tensors keeps them"
+        )

@@ -1,0 +1,275 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from compress.artifact import folder_digests
+from compress.calibration.collect import PinnedSet, Selection, collect, read_manifest
+from compress.calibration.load import Batches, load_batches
+from compress.calibration.overlap import check_overlap
+from compress.calibration.questions import read_questions
+from compress.calibration.sets import Columns, Text, Vqa
+from compress.calibration.texts import read_documents
+from compress.conversation import messages, open_images
+from compress.errors import CheckpointError, CompressError, DataError
+from compress.progress import Silent
+from compress.runtimes.runtime import Prompt
+from tests.tiny import build_qwen2_5_vl, picture
+
+SENTENCE = "The harbour of town {0} was closed in the year {0} , when the river changed its course and left the quays dry . "
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_qwen2_5_vl(tmp_path_factory.mktemp("model"))
+
+
+def write_text(folder: Path, first: int, last: int, name: str = "text.txt") -> Path:
+    path = folder / name
+    path.write_text("".join(f" = Heading = \n\n{SENTENCE.format(number)}\n\n" for number in range(first, last)))
+    return path
+
+
+def write_questions(folder: Path, first: int, last: int, name: str = "questions.jsonl", **changes: Any) -> Path:
+    rows = list[dict[str, Any]]()
+    for number in range(first, last):
+        images = [f"{number}-{place}.png" for place in range(1 + number % 2)]
+        for place, image in enumerate(images):
+            (folder / image).write_bytes(picture(1000 * place + number, 112 + 28 * (number % 3), 112))
+        question = "What is it, " + "really " * (number % 5) + f"in scene {number}?"
+        rows.append({"id": number, "image": images, "question": question, "answer": ["red", "blue", "blue"], **changes})
+    path = folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def selection(text: Path | None, questions: Path | None, seed: int = 0, **changes: Any) -> Selection:
+    sets = list[PinnedSet]()
+    if text:
+        fields = {"dataset": "text", "source": str(text), "samples": 6, "tokens": 96}
+        sets.append(PinnedSet(Text(**{**fields, **changes}), (text,)))
+    if questions:
+        fields = {"dataset": "vqa", "source": str(questions), "samples": 8, "prompt": "{question} One word."}
+        sets.append(PinnedSet(Vqa(**{**fields, **changes}), (questions,)))
+    return Selection(seed, tuple(sets))
+
+
+@pytest.fixture(scope="module")
+def collected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("calibration")
+    data = tmp_path_factory.mktemp("data")
+    collect(selection(write_text(data, 0, 200), write_questions(data, 0, 12)), model, folder, Silent())
+    return folder
+
+
+def test_manifest_pins_every_sample(collected: Path) -> None:
+    manifest = read_manifest(collected)
+    samples = manifest["samples"]
+    assert [sample["kind"] for sample in samples] == ["text"] * 6 + ["question"] * 8
+    assert len({sample["sha256"] for sample in samples}) == 14
+    joined = "\n".join(["0", *(sample["sha256"] for sample in samples)])
+    assert manifest["digest"] == hashlib.sha256(joined.encode()).hexdigest()
+    rows = [json.loads(line) for line in (collected / "questions.jsonl").read_text().splitlines()]
+    assert [row["id"] for row in rows] == [sample["id"] for sample in samples[6:]]
+    for row, sample in zip(rows, samples[6:], strict=True):
+        assert row["prompt"].endswith("? One word.")
+        assert row["answer"] == "blue"
+        held = [hashlib.sha256((collected / image).read_bytes()).hexdigest() for image in row["images"]]
+        assert held == sample["images"]
+    assert samples[0]["origin"].startswith("text.txt:")
+    assert samples[6]["origin"].startswith("questions.jsonl:")
+
+
+def test_collecting_again_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
+    text, questions = write_text(tmp_path, 0, 200), write_questions(tmp_path, 0, 12)
+    found = list[dict[str, str]]()
+    for number, seed in enumerate((0, 0, 1)):
+        collect(selection(text, questions, seed), model, tmp_path / f"out{number}", Silent())
+        found.append(folder_digests(tmp_path / f"out{number}"))
+    assert found[0] == found[1]
+    assert read_manifest(tmp_path / "out2")["digest"] != read_manifest(tmp_path / "out0")["digest"]
+
+
+def test_the_checkpoint_is_not_touched(model: Path, tmp_path: Path) -> None:
+    before = folder_digests(model)
+    collect(selection(write_text(tmp_path, 0, 200), write_questions(tmp_path, 0, 12)), model, tmp_path / "out", Silent())
+    for batch in load_batches(tmp_path / "out", model, 512):
+        batch.inputs()
+    assert folder_digests(model) == before
+
+
+def rows_of(batches: Batches) -> dict[str, dict[str, torch.Tensor]]:
+    return {
+        batch.ids[row]: {"input_ids": inputs["input_ids"][row][inputs["attention_mask"][row].bool()]}
+        for batch in batches
+        for inputs in [batch.inputs()]
+        for row in range(len(batch.ids))
+    }
+
+
+def test_batches_hold_every_sample_whole(collected: Path, model: Path) -> None:
+    alone, together = load_batches(collected, model, 1), load_batches(collected, model, 400)
+    assert all(len(batch.ids) == 1 for batch in alone)
+    assert 1 < len(together) < len(alone)
+    assert all(batch.tokens <= 400 for batch in together)
+    single, joint = rows_of(alone), rows_of(together)
+    assert single.keys() == joint.keys()
+    assert all(torch.equal(single[name]["input_ids"], joint[name]["input_ids"]) for name in single)
+
+
+def test_padding_stands_right_and_is_masked(collected: Path, model: Path) -> None:
+    padded = 0
+    for batch in load_batches(collected, model, 2000):
+        inputs = batch.inputs()
+        mask = inputs["attention_mask"]
+        assert tuple(mask.shape) == tuple(inputs["input_ids"].shape) == tuple(inputs["mm_token_type_ids"].shape)
+        assert batch.tokens == mask.numel()
+        assert torch.equal(mask, mask.sort(dim=1, descending=True).values)
+        padded += int((mask == 0).sum())
+    assert padded > 0
+
+
+def test_questions_are_as_the_processor_makes_them(collected: Path, model: Path) -> None:
+    processor: Any = AutoProcessor.from_pretrained(model)
+    batch = load_batches(collected, model, 1)[-1]
+    row = next(
+        json.loads(line)
+        for line in (collected / "questions.jsonl").read_text().splitlines()
+        if json.loads(line)["id"] == batch.ids[0]
+    )
+    prompt = Prompt(row["id"], row["prompt"], tuple((collected / name).read_bytes() for name in row["images"]))
+    text = processor.apply_chat_template(messages(prompt, row["answer"]), tokenize=False)
+    expected = processor(text=[text], images=open_images(prompt), return_tensors="pt")
+    inputs = batch.inputs()
+    assert inputs.keys() == expected.keys()
+    assert all(torch.equal(inputs[name], expected[name]) for name in inputs)
+    assert "blue<|im_end|>" in processor.tokenizer.decode(inputs["input_ids"][0])
+
+
+def test_the_model_takes_every_batch_and_padding_changes_nothing(collected: Path, model: Path) -> None:
+    network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    alone = {batch.ids[0]: batch for batch in load_batches(collected, model, 1)}
+    batch = max(load_batches(collected, model, 2000), key=lambda batch: int((batch.inputs()["attention_mask"] == 0).sum()))
+    with torch.no_grad():
+        logits = network(**batch.inputs()).logits
+        for row, name in enumerate(batch.ids):
+            expected = network(**alone[name].inputs()).logits[0]
+            assert torch.allclose(logits[row, : len(expected)], expected, atol=1e-4)
+
+
+def test_special_tokens_in_text_stay_text(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.txt"
+    path.write_text("An <|image_pad|> in the middle . " * 200)
+    collect(selection(path, None), model, tmp_path / "out", Silent())
+    image_token = json.loads((model / "config.json").read_text())["image_token_id"]
+    for batch in load_batches(tmp_path / "out", model, 512):
+        assert not bool((batch.inputs()["input_ids"] == image_token).any())
+
+
+def test_special_tokens_in_a_question_are_refused(model: Path, tmp_path: Path) -> None:
+    path = write_questions(tmp_path, 0, 8, question="What does <|image_pad|> mean?")
+    with pytest.raises(DataError, match=r"questions.jsonl:1: question 0: holds '<\|image_pad\|>', a special token of the model"):
+        collect(selection(None, path), model, tmp_path / "out", Silent())
+
+
+def test_a_question_without_answer_ends_where_the_model_begins(model: Path, tmp_path: Path) -> None:
+    path = write_questions(tmp_path, 0, 8, answer=None)
+    collect(selection(None, path), model, tmp_path / "out", Silent())
+    processor: Any = AutoProcessor.from_pretrained(model)
+    row = load_batches(tmp_path / "out", model, 1)[0].inputs()["input_ids"][0]
+    assert processor.tokenizer.decode(row).endswith("<|im_start|>assistant\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"tokens": 4096},
+            r"calibration.sets.0: windows of 4096 tokens, and the model takes 2048; lower calibration.sets.0.tokens",
+        ),
+        ({"samples": 9999}, r"calibration.sets.0: the text gives \d+ windows of 96 tokens, 9999 are asked for"),
+    ],
+)
+def test_text_that_does_not_fit(model: Path, tmp_path: Path, changes: dict[str, int], message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        collect(selection(write_text(tmp_path, 0, 20), None, **changes), model, tmp_path / "out", Silent())
+
+
+def test_questions_that_do_not_fit(model: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"calibration.sets.0: .*questions.jsonl holds 3 questions, 8 are asked for; lower"):
+        collect(selection(None, write_questions(tmp_path, 0, 3)), model, tmp_path / "out", Silent())
+    path = write_questions(tmp_path, 0, 8, question="long " * 2100)
+    collect(selection(None, path), model, tmp_path / "out", Silent())
+    with pytest.raises(DataError, match=r"calibration question \d+: takes \d+ tokens, and the model takes 2048; leave it out"):
+        load_batches(tmp_path / "out", model, 512)
+
+
+def test_a_truncated_image_is_found_while_collecting(model: Path, tmp_path: Path) -> None:
+    path = write_questions(tmp_path, 0, 8)
+    whole = (tmp_path / "3-0.png").read_bytes()
+    (tmp_path / "3-0.png").write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=r"questions.jsonl:4.*cannot be read as an image"):
+        collect(selection(None, path), model, tmp_path / "out", Silent())
+
+
+def test_damaged_folders(model: Path, collected: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match="holds no calibration samples; run again with --fresh"):
+        load_batches(tmp_path / "empty", model, 512)
+    with pytest.raises(DataError, match=r"its manifest.json cannot be read .* run again with --fresh"):
+        read_manifest(tmp_path / "empty")
+    broken = shutil.copytree(collected, tmp_path / "broken")
+    shutil.rmtree(broken / "images")
+    with pytest.raises(DataError, match=r"questions.jsonl: cannot be read .* run again with --fresh"):
+        load_batches(broken, model, 512)
+    bare = shutil.copytree(model, tmp_path / "bare")
+    (bare / "chat_template.jinja").unlink()
+    with pytest.raises(CheckpointError, match="bare: has no chat template; use an instruction-tuned checkpoint"):
+        load_batches(collected, bare, 512)
+    (bare / "tokenizer.json").write_text("{")
+    with pytest.raises(CompressError, match="bare: its tokenizer cannot be loaded"):
+        collect(selection(write_text(tmp_path, 0, 200), None), bare, tmp_path / "out", Silent())
+
+
+def test_no_overlap(collected: Path, tmp_path: Path) -> None:
+    questions = read_questions([write_questions(tmp_path, 20, 24)], Columns())
+    assert check_overlap(collected, questions, read_documents(write_text(tmp_path, 300, 400))) == []
+
+
+def test_a_question_in_both_stops(collected: Path, tmp_path: Path) -> None:
+    row = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
+    path = write_questions(tmp_path, 20, 22)
+    shared = write_questions(tmp_path, int(row["id"]), int(row["id"]) + 1, "shared.jsonl")
+    path.write_text(path.read_text() + shared.read_text().replace("What is it,", "what  is IT,"))
+    message = (
+        rf"question {row['id']} \(questions.jsonl:3\) of the evaluation is calibration sample {row['id']} "
+        rf"\(questions.jsonl:\d+\): a measurement on it proves nothing; use another split or file"
+    )
+    with pytest.raises(DataError, match=message):
+        check_overlap(collected, read_questions([path], Columns()), [])
+
+
+def test_an_image_in_both_with_another_question_warns(collected: Path, tmp_path: Path) -> None:
+    row = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
+    path = write_questions(tmp_path, int(row["id"]), int(row["id"]) + 1, question="Something else?")
+    (warning, *_) = check_overlap(collected, read_questions([path], Columns()), [])
+    assert warning.startswith(f"an image of question {row['id']} (questions.jsonl:1) of the evaluation is also calibration sample")
+
+
+def test_a_paragraph_in_both_stops(collected: Path, tmp_path: Path) -> None:
+    origins = [origin for sample in read_manifest(collected)["samples"] for origin in sample.get("paragraphs", {}).values()]
+    number = (int(origins[0].removeprefix("text.txt:")) - 3) // 4
+    path = write_text(tmp_path, number, number + 1, "test.txt")
+    message = (
+        rf"a paragraph of the evaluation's text \(test.txt:3: 'The harbour of town {number} .*…'\) is part of calibration sample "
+        rf"calibration.sets.0:\d+ \({origins[0]}\): a measurement on it proves nothing"
+    )
+    with pytest.raises(DataError, match=message):
+        check_overlap(collected, [], read_documents(path))

@@ -1,0 +1,96 @@
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from compress.engine.replay import Positions
+from compress.engine.statistics import Moments, Observer, observe
+from compress.errors import CheckpointError
+from tests.engine.test_replay import batches, open_walk
+from tests.tiny import build_qwen2_5_vl
+
+
+def test_sums_equal_brute_force() -> None:
+    generator = torch.Generator().manual_seed(0)
+    inputs = [torch.randn(2, 5, 8, generator=generator) for _ in range(3)]
+    text = torch.tensor([1, 1, 0, 0, 0, 1, 1, 1, 1, 0], dtype=torch.bool)
+    vision = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 0, 0], dtype=torch.bool)
+    moments = Moments()
+    for part in inputs:
+        moments.add(part, Positions(text, vision))
+    rows = {
+        "text": torch.cat([part.view(10, 8)[text] for part in inputs]),
+        "vision": torch.cat([part.view(10, 8)[vision] for part in inputs]),
+    }
+    for kind, expected in rows.items():
+        moment = getattr(moments, kind)
+        torch.testing.assert_close(moment.gram, expected.t() @ expected)
+        torch.testing.assert_close(moment.abs_sum, expected.abs().sum(0))
+        assert torch.equal(moment.abs_max, expected.abs().amax(0))
+        assert moment.tokens == len(expected)
+    everything = torch.cat(list(rows.values()))
+    torch.testing.assert_close(moments.gram(), everything.t() @ everything)
+    torch.testing.assert_close(moments.mean_abs(), everything.abs().mean(0))
+
+
+def test_linears_with_one_input_share_their_sums() -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.o = (nn.Linear(4, 4) for _ in range(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.o(self.q(x) + self.k(x))
+
+    block = Block()
+    with torch.no_grad(), Observer(block, ("q", "k", "o")) as observer:
+        block(torch.ones(3, 4))
+    assert observer.moments["q"] is observer.moments["k"]
+    assert observer.moments["q"] is not observer.moments["o"]
+    assert observer.moments["q"].tokens == 3
+    block(torch.ones(3, 4))  # nothing watches any more
+    assert observer.moments["q"].tokens == 3
+
+
+def test_a_walked_block_counts_text_and_vision_tokens_and_no_padding(tmp_path: Path) -> None:
+    given = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32))
+    model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path).eval()
+    name = "model.language_model.layers.1"
+    seen: list[Tensor] = []
+    model.get_submodule(f"{name}.mlp.down_proj").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    kept: dict[str, list[Tensor]] = {"text": [], "vision": []}
+    with torch.no_grad():
+        for batch in given:
+            model(**batch.inputs(), use_cache=False)
+            tokens, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"].bool()
+            image = tokens == model.config.image_token_id
+            kept["vision"].append(seen[-1][image & mask])
+            kept["text"].append(seen[-1][~image & mask])
+    assert any((batch.tensors["attention_mask"] == 0).any() for batch in given)
+    replay = open_walk(tmp_path, given)
+    moments = next(observe(visit, ["mlp.down_proj"]) for visit in replay.walk(replay.decoder_units()) if visit.name == name)
+    for kind, parts in kept.items():
+        rows = torch.cat(parts)
+        moment = getattr(moments["mlp.down_proj"], kind)
+        assert moment.tokens == len(rows)
+        torch.testing.assert_close(moment.gram, rows.t() @ rows)
+
+
+def test_in_the_vision_tower_every_row_is_vision(tmp_path: Path) -> None:
+    given = batches(build_qwen2_5_vl(tmp_path))
+    replay = open_walk(tmp_path, given)
+    visit = next(iter(replay.walk(replay.vision_units())))
+    moments = observe(visit, ["attn.qkv"])["attn.qkv"]
+    assert moments.text is None
+    assert moments.tokens == len(given[0].tensors["pixel_values"])
+
+
+def test_padding_alone_is_an_error() -> None:
+    moments = Moments()
+    nothing = torch.zeros(4, dtype=torch.bool)
+    moments.add(torch.ones(1, 4, 2), Positions(nothing, nothing))
+    with pytest.raises(CheckpointError, match="every sample is padding only"):
+        moments.gram()

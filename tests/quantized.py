@@ -1,0 +1,69 @@
+"""Quantized checkpoints for tests: every decoder linear of a tiny model, rounded to nearest, in the layout between stages."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from compress.artifact import copy_side_files
+from compress.checkpoint import open_checkpoint
+from compress.engine.weights import ShardWriter, WeightReader
+from compress.families import family_of
+from compress.files import write_json
+from compress.layouts import pack_linear, quantization_config, unquantized_linears
+from compress.numerics.rounding import quantize
+from compress.numerics.scheme import Scheme
+
+
+def round_checkpoint(
+    source: Path, target: Path, scheme: Scheme | Callable[[str], Scheme | None], limit: int = 10**9
+) -> dict[str, Scheme]:
+    """Write `source` with its decoder's linears rounded; return the scheme of each by its name on disk.
+
+    `scheme` may choose by the linear's name, None leaving it as it is; `limit` is the size of a shard in bytes.
+    """
+    choose = scheme if callable(scheme) else _always(scheme)
+    checkpoint = open_checkpoint(source)
+    family = family_of(checkpoint.config)
+    reader = WeightReader(checkpoint, family)
+    schemes: dict[str, Scheme] = {}
+    target.mkdir()
+    with ShardWriter(target, limit) as writer:
+        for name in sorted(checkpoint.tensors):
+            tensor = reader.disk_tensor(name)
+            owner = name.removesuffix(".weight")
+            inside = family.module_name(name).startswith(family.blocks) and tensor.dim() == 2
+            chosen = choose(owner) if inside else None
+            if chosen is None:
+                writer.add(name, tensor)
+                continue
+            schemes[owner] = chosen
+            for part, packed in pack_linear(owner, quantize(tensor, chosen, tensor.dtype)).items():
+                writer.add(part, packed)
+    ignore = unquantized_linears(checkpoint, family, schemes)
+    write_json(target / "config.json", {**checkpoint.config, "quantization_config": quantization_config(schemes, ignore)})
+    copy_side_files(source, target)
+    return schemes
+
+
+def _always(scheme: Scheme) -> Callable[[str], Scheme]:
+    def choose(name: str) -> Scheme:
+        del name
+        return scheme
+
+    return choose
+
+
+def scheme(bits: int = 4, group_size: int = 32, symmetric: bool = False) -> Scheme:
+    """Return a scheme, the usual one where nothing is said."""
+    return Scheme(bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def exact_weights(source: Path, schemes: dict[str, Scheme]) -> dict[str, torch.Tensor]:
+    """Return what the rounded linears of `source` stand for, float32, by their names on disk."""
+    checkpoint = open_checkpoint(source)
+    reader = WeightReader(checkpoint, family_of(checkpoint.config))
+    weights = {name: reader.disk_tensor(f"{name}.weight") for name in schemes}
+    return {name: quantize(weight, schemes[name], weight.dtype).dequantize() for name, weight in weights.items()}

@@ -1,0 +1,248 @@
+"""A real vLLM server with a tiny model: its answers and scores are those of the in-process runtime."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import socket
+from collections.abc import Generator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+
+from compress.errors import MissingError, ServerError
+from compress.progress import Silent
+from compress.runtimes.environment import install
+from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Score
+from compress.runtimes.transformers import Transformers
+from compress.runtimes.vllm import Vllm
+from compress.runtimes.vllm_server import stop_tokens
+from compress.runtimes.vllm_session import VllmSession
+from tests.tiny import build_qwen2_5_vl, picture
+
+SILENT = Silent()
+PROMPTS = (
+    Prompt("one picture", "What colour is the shape?", (picture(0),)),
+    Prompt("another", "What colour is the shape?", (picture(1),)),
+    Prompt("two pictures", "Which is larger?", (picture(2, 56, 168), picture(3, 140, 84))),
+    Prompt("only text", "How many circles are there?"),
+)
+PASSAGES = (
+    Passage("text", tuple(range(40, 340, 3))),
+    Passage("forced", (51, 140, 347, 483, 594), PROMPTS[0]),
+    Passage("one token", (70,)),
+    Passage("forced, two pictures", (12, 13), PROMPTS[2]),
+    Passage("forced nothing", (), PROMPTS[3]),
+)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_qwen2_5_vl(tmp_path_factory.mktemp("vllm") / "model")
+
+
+@pytest.fixture(scope="module")
+def runtime() -> Vllm:
+    install("vllm", SILENT)
+    return Vllm(runtime="vllm", dtype="float32", kv_cache_gib=1, max_model_len=512)
+
+
+@pytest.fixture(scope="module")
+def session(runtime: Vllm, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[VllmSession]:
+    with runtime.open(OpenContext(model, tmp_path_factory.mktemp("logs"), SILENT)) as opened:
+        assert isinstance(opened, VllmSession)
+        yield opened
+
+
+@pytest.fixture(scope="module")
+def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Answer], list[Score]]:
+    context = OpenContext(model, tmp_path_factory.mktemp("logs"), SILENT)
+    with Transformers(runtime="transformers", dtype="float32", device="cpu").open(context) as inside:
+        return inside.answer(PROMPTS, 8, SILENT), inside.score(PASSAGES, None, None, SILENT)
+
+
+@pytest.mark.slow
+def test_answers_equal_the_in_process_ones(session: VllmSession, expected: tuple[list[Answer], list[Score]]) -> None:
+    assert session.answer(PROMPTS, 8, SILENT) == expected[0]
+
+
+@pytest.mark.slow
+def test_answers_depend_on_the_pictures_and_come_in_order(session: VllmSession) -> None:
+    answers = session.answer(PROMPTS * 3, 8, SILENT)
+    assert [answer.id for answer in answers] == [prompt.id for prompt in PROMPTS * 3]
+    assert answers[0].token_ids != answers[1].token_ids
+    assert answers[:4] == answers[4:8] == answers[8:]
+
+
+@pytest.mark.slow
+def test_answers_are_as_long_as_allowed(session: VllmSession) -> None:
+    short, long = (session.answer(PROMPTS[:2], tokens, SILENT) for tokens in (2, 6))
+    for few, many in zip(short, long, strict=True):
+        assert len(few.token_ids) == 2
+        assert len(many.token_ids) == 6
+        assert many.token_ids[:2] == few.token_ids
+
+
+@pytest.mark.slow
+def test_answer_ends_before_its_stop_token(session: VllmSession, model: Path, runtime: Vllm) -> None:
+    whole = session.answer(PROMPTS[:1], 8, SILENT)[0].token_ids
+    assert stop_tokens(model) == (594, 595)
+    stopping = VllmSession(session.endpoint, runtime, (whole[3],))
+    assert stopping.answer(PROMPTS[:1], 8, SILENT)[0].token_ids == whole[: whole.index(whole[3])]
+
+
+@pytest.mark.slow
+def test_scores_equal_the_in_process_ones(session: VllmSession, expected: tuple[list[Answer], list[Score]]) -> None:
+    scores = session.score(PASSAGES, None, None, SILENT)
+    assert [len(score.negative_log_likelihood) for score in scores] == [99, 5, 0, 2, 0]
+    for ours, theirs in zip(scores, expected[1], strict=True):
+        assert ours.id == theirs.id
+        np.testing.assert_allclose(ours.negative_log_likelihood, theirs.negative_log_likelihood, atol=2e-3)
+
+
+@pytest.mark.slow
+def test_model_compared_with_itself_does_not_differ(session: VllmSession, tmp_path: Path) -> None:
+    recorded = session.score(PASSAGES, tmp_path / "record", None, SILENT)
+    compared = session.score(PASSAGES, None, tmp_path / "record", SILENT)
+    for before, after in zip(recorded, compared, strict=True):
+        np.testing.assert_allclose(before.negative_log_likelihood, after.negative_log_likelihood, atol=1e-4)
+        assert before.kl is None
+        assert after.kl is not None
+        assert after.same_top is not None
+        assert after.kl.shape == after.same_top.shape == after.negative_log_likelihood.shape
+        assert (after.kl < 1e-5).all()
+        assert after.same_top.all()
+
+
+@pytest.mark.slow
+def test_changed_model_is_compared_with_the_original(session: VllmSession, runtime: Vllm, model: Path, tmp_path: Path) -> None:
+    """KL over the top tokens is at most, and for a small change nearly, the exact one."""
+    changed = tmp_path / "changed"
+    shutil.copytree(model, changed)
+    tensors = load_file(changed / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight") and "visual" not in name:
+            tensors[name] = (tensor * (1 + 0.1 * torch.randn(tensor.shape, generator=generator))).to(tensor.dtype)
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+
+    session.score(PASSAGES, tmp_path / "record", None, SILENT)
+    with runtime.open(OpenContext(changed, tmp_path / "logs", SILENT)) as other:
+        scores = other.score(PASSAGES, None, tmp_path / "record", SILENT)
+    inside = Transformers(runtime="transformers", dtype="float32", device="cpu")
+    with inside.open(OpenContext(model, tmp_path, SILENT)) as original:
+        original.score(PASSAGES, tmp_path / "exact", None, SILENT)
+    with inside.open(OpenContext(changed, tmp_path, SILENT)) as artifact:
+        exact = artifact.score(PASSAGES, None, tmp_path / "exact", SILENT)
+
+    ours = np.concatenate([score.kl for score in scores if score.kl is not None])
+    true = np.concatenate([score.kl for score in exact if score.kl is not None])
+    assert (ours <= true + 1e-4).all()
+    assert 0.2 * true.mean() < ours.mean() < true.mean()
+    same = [score.same_top for score in scores if score.same_top is not None]
+    same_exact = [score.same_top for score in exact if score.same_top is not None]
+    assert (np.concatenate(same) == np.concatenate(same_exact)).mean() > 0.98
+
+
+@pytest.mark.slow
+def test_item_that_cannot_be_scored_is_named(session: VllmSession) -> None:
+    long = Passage("too long a passage", tuple(range(30, 590)))
+    with pytest.raises(
+        ServerError, match=r"too long a passage: vLLM did not answer /v1/completions \(400: .*512.*leave the item out"
+    ):
+        session.score([PASSAGES[0], long], None, None, SILENT)
+
+
+@pytest.mark.slow
+def test_unreadable_image_is_named(session: VllmSession) -> None:
+    with pytest.raises(ServerError, match="broken picture: vLLM did not answer /v1/chat/completions"):
+        session.answer([Prompt("broken picture", "What?", (b"\x89PNG nothing",))], 4, SILENT)
+
+
+@pytest.mark.slow
+def test_server_at_a_url_is_asked_with_its_key(
+    session: VllmSession, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = session.endpoint.client
+    monkeypatch.setenv("THE_KEY", client.headers["Authorization"].removeprefix("Bearer "))
+    remote = Vllm(runtime="vllm", url=f"{str(client.base_url).rstrip('/')}/v1", key_variable="THE_KEY")
+    assert remote.versions() == {"vllm": "0.32.0"}
+    with remote.open(OpenContext(model, tmp_path, SILENT)) as opened:
+        assert opened.answer(PROMPTS, 4, SILENT) == session.answer(PROMPTS, 4, SILENT)
+    monkeypatch.setenv("THE_KEY", "wrong")
+    with pytest.raises(ServerError, match="no vLLM server answers there"), remote.open(OpenContext(model, tmp_path, SILENT)):
+        pass
+
+
+@pytest.mark.slow
+def test_server_that_dies_while_loading_shows_its_last_lines(runtime: Vllm, model: Path, tmp_path: Path) -> None:
+    broken = tmp_path / "broken"
+    shutil.copytree(model, broken)
+    config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["intermediate_size"] += 32
+    (broken / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ServerError) as caught, runtime.open(OpenContext(broken, tmp_path / "logs", SILENT)):
+        pass
+    message = str(caught.value)
+    assert f"vLLM, serving {broken}, ended while it was loading." in message
+    assert "The first error it named: " in message
+    assert f"The last lines of {tmp_path / 'logs' / 'vllm.log'}:" in message
+    assert "The server ended with exit code 1." in message
+
+
+@pytest.mark.slow
+def test_port_in_use_is_refused_before_anything_starts(runtime: Vllm, model: Path, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        context = runtime.model_copy(update={"port": port}).open(OpenContext(model, tmp_path / "logs", SILENT))
+        with pytest.raises(ServerError, match=f"vLLM cannot serve on port {port} "), context:
+            pass
+    assert not (tmp_path / "logs").exists()
+
+
+@pytest.mark.slow
+def test_versions_are_those_of_its_environment(runtime: Vllm) -> None:
+    versions = runtime.versions()
+    assert versions["transformers"] == "5.17.0"
+    assert versions["vllm"].startswith("0.32.0")
+
+
+def test_missing_runtime_says_how_to_install_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_RUNTIMES", str(tmp_path))
+    runtime = Vllm(runtime="vllm")
+    model = build_qwen2_5_vl(tmp_path / "model")
+    with pytest.raises(MissingError, match="run `compress runtime install vllm`"):
+        runtime.versions()
+    with (
+        pytest.raises(MissingError, match="run `compress runtime install vllm`"),
+        runtime.open(OpenContext(model, tmp_path, SILENT)),
+    ):
+        pass
+
+
+def test_url_and_port_exclude_each_other() -> None:
+    with pytest.raises(ValidationError, match="leave out port and arguments, or leave out url"):
+        Vllm(runtime="vllm", url="http://127.0.0.1:1", port=8000)
+    with pytest.raises(ValidationError, match="key_variable belongs to url"):
+        Vllm(runtime="vllm", key_variable="KEY")
+
+
+def test_absent_server_at_a_url(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    remote = Vllm(runtime="vllm", url=url)
+    with pytest.raises(ServerError, match=f"{url}: no vLLM server answers there .* start it, or correct url"):
+        remote.versions()
+    context = OpenContext(build_qwen2_5_vl(tmp_path / "model"), tmp_path, SILENT)
+    with pytest.raises(ServerError, match="no vLLM server answers there"), remote.open(context):
+        pass
+
+
+def test_key_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("THE_KEY", raising=False)
+    with pytest.raises(MissingError, match="set the environment variable THE_KEY"):
+        Vllm(runtime="vllm", url="http://127.0.0.1:1", key_variable="THE_KEY").versions()

@@ -1,0 +1,234 @@
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+from pydantic import ValidationError
+
+from compress.errors import DataError, UsageError
+from compress.eval.results import (
+    Fidelity,
+    Measured,
+    PerplexityMetrics,
+    QuestionItem,
+    TaskMeasurement,
+    VqaMetrics,
+    WindowItem,
+)
+from compress.gate import Check, Gate, Subject, Verdict, judge
+
+WINDOWS = 12
+TOKENS = 63
+
+
+def question(number: int, right: bool) -> QuestionItem:
+    return QuestionItem(
+        id=f"q{number}",
+        digest=f"digest-{number}",
+        prompt="Which colour?",
+        accepted=("red",),
+        said="red" if right else "blue",
+        right=right,
+        token_ids=(1, 2),
+        tokens=2,
+        nll=0.5,
+    )
+
+
+def window(number: int, nll: float) -> WindowItem:
+    return WindowItem(id=f"window-{number:05d}", digest=f"text-{number}", tokens=TOKENS, nll=nll)
+
+
+def fidelity(**changes: Any) -> Fidelity:
+    fields: dict[str, Any] = {"tokens": 800, "kl_mean": 0.01, "kl_p99": 0.2, "kl_interval": (0.008, 0.012), "top1_agreement": 0.97}
+    return Fidelity(**(fields | changes))
+
+
+def subject(
+    name: str, size: int, right: list[bool] | None = None, nll: list[float] | None = None, alike: Fidelity | None = None
+) -> Subject:
+    tasks: dict[str, TaskMeasurement] = {}
+    items: dict[str, tuple[QuestionItem | WindowItem, ...]] = {}
+    if right is not None:
+        metrics = VqaMetrics(accuracy=sum(right) / len(right), right=sum(right), items=len(right), definition_version=1)
+        tasks["scenes"] = TaskMeasurement(name="scenes", metrics=metrics, fidelity=alike)
+        items["scenes"] = tuple(question(number, answer) for number, answer in enumerate(right))
+    if nll is not None:
+        tokens = TOKENS * len(nll)
+        perplexity = PerplexityMetrics(perplexity=math.exp(sum(nll) / tokens), window=TOKENS + 1, windows=len(nll), tokens=tokens)
+        tasks["text"] = TaskMeasurement(name="text", metrics=perplexity, fidelity=alike)
+        items["text"] = tuple(window(number, value) for number, value in enumerate(nll))
+    return Subject(artifact=name, bytes=size, measured=Measured(tasks, items))
+
+
+def outcomes(both: int, lost: int, gained: int, neither: int) -> tuple[list[bool], list[bool]]:
+    original = [True] * (both + lost) + [False] * (gained + neither)
+    artifact = [True] * both + [False] * lost + [True] * gained + [False] * neither
+    return original, artifact
+
+
+def only(verdict: Verdict) -> Check:
+    assert len(verdict.checks) == 1
+    return verdict.checks[0]
+
+
+def judge_accuracy(counts: tuple[int, int, int, int], min_recovery: float) -> Check:
+    before, after = outcomes(*counts)
+    gate = Gate.model_validate({"accuracy": {"min_recovery": min_recovery, "confidence": 0.95}})
+    return only(judge(gate, subject("original", 100, before), [subject("small", 40, after)]))
+
+
+def test_accuracy_that_is_kept_passes() -> None:
+    check = judge_accuracy((385, 1, 1, 13), 0.97)
+    assert (check.artifact, check.check, check.task, check.verdict) == ("small", "accuracy.min_recovery", "scenes", "pass")
+    assert (check.value, check.limit, check.items_needed) == (1.0, 0.97, None)
+    assert check.interval is not None
+    assert 0.97 <= check.interval[0] < 1 < check.interval[1]
+    low, high = (f"{100 * bound:.2f}" for bound in check.interval)
+    assert check.reason == f"scenes: recovery 100.00 % ({low}–{high} %) of 400 items, 1 lost and 1 gained; the limit is 97 %"
+
+
+def test_accuracy_that_is_lost_fails() -> None:
+    check = judge_accuracy((330, 50, 2, 18), 0.97)
+    assert check.verdict == "fail"
+    assert check.interval is not None
+    assert check.interval[1] < 0.97
+
+
+def test_too_few_items_are_inconclusive_and_say_how_many_would_do() -> None:
+    check = judge_accuracy((380, 3, 2, 15), 0.99)
+    assert check.verdict == "inconclusive"
+    assert check.items_needed is not None
+    assert check.items_needed > 400
+    assert check.reason.endswith(f"the limit is 99 %: {check.items_needed:,} items would settle it")
+    factor = check.items_needed / 400
+    settled = judge_accuracy((math.ceil(380 * factor), int(3 * factor), math.ceil(2 * factor), round(15 * factor)), 0.99)
+    assert settled.verdict == "pass"
+
+
+def test_an_estimate_at_the_limit_says_that_no_number_would_do() -> None:
+    check = judge_accuracy((90, 10, 0, 0), 0.9)
+    assert (check.verdict, check.items_needed) == ("inconclusive", None)
+    assert check.reason.endswith("what was observed stands at the limit, so no number of items would settle it")
+
+
+def test_an_original_that_is_never_right_proves_nothing() -> None:
+    check = judge_accuracy((0, 0, 3, 20), 0.9)
+    assert (check.verdict, check.value, check.interval) == ("inconclusive", None, None)
+    assert "the original answers none of the 23 items right" in check.reason
+
+
+def judge_text(extra: list[float], max_ratio: float) -> Check:
+    before = [200.0 + 3 * number for number in range(len(extra))]
+    after = [old + new for old, new in zip(before, extra, strict=True)]
+    gate = Gate.model_validate({"perplexity": {"max_ratio": max_ratio, "confidence": 0.95}})
+    return only(judge(gate, subject("original", 100, nll=before), [subject("small", 40, nll=after)]))
+
+
+def test_perplexity_verdicts() -> None:
+    noise = np.random.default_rng(0).normal(0, 0.4, WINDOWS)
+    extra = [float(TOKENS * math.log(1.02) + part) for part in noise - noise.mean()]
+    passed = judge_text(extra, 1.05)
+    assert (passed.verdict, passed.check, passed.task) == ("pass", "perplexity.max_ratio", "text")
+    assert passed.value == pytest.approx(1.02)
+    assert passed.interval is not None
+    low, high = passed.interval
+    expected = f"text: 1.0200 times the original's perplexity ({low:.4f}–{high:.4f}) over 12 windows; the limit is 1.05"
+    assert passed.reason == expected
+    assert judge_text(extra, 1.01).verdict == "fail"
+    unsettled = judge_text(extra, 1.021)
+    assert unsettled.verdict == "inconclusive"
+    assert unsettled.reason.endswith(f"{unsettled.items_needed:,} windows would settle it")
+    single = judge_text([0.1], 1.5)
+    assert single.verdict == "inconclusive"
+    assert single.reason.endswith("a single window has no spread; measure more of them")
+
+
+@pytest.mark.parametrize(
+    ("limits", "verdict", "reason"),
+    [
+        ({"max_kl": 0.011}, "pass", "scenes: mean KL 0.01000 (0.00800–0.01200) nats per token, 800 tokens; the limit is 0.011"),
+        ({"max_kl": 0.009}, "fail", "scenes: mean KL 0.01000 (0.00800–0.01200) nats per token, 800 tokens; the limit is 0.009"),
+        ({"min_top1": 0.97}, "pass", "scenes: the same top token for 97.00 % of tokens, 800 tokens; the limit is 97 %"),
+        ({"min_top1": 0.98}, "fail", "scenes: the same top token for 97.00 % of tokens, 800 tokens; the limit is 98 %"),
+    ],
+)
+def test_fidelity_is_compared_plainly(limits: dict[str, float], verdict: str, reason: str) -> None:
+    original, artifact = subject("original", 100, [True]), subject("small", 40, [True], alike=fidelity())
+    check = only(judge(Gate.model_validate({"fidelity": limits}), original, [artifact]))
+    assert (check.check, check.verdict, check.reason) == (f"fidelity.{next(iter(limits))}", verdict, reason)
+
+
+def test_fidelity_without_a_comparison_is_inconclusive() -> None:
+    gate = Gate.model_validate({"fidelity": {"max_kl": 1, "min_top1": 0.1}})
+    verdict = judge(gate, subject("original", 100, [True]), [subject("small", 40, [True])])
+    assert [check.verdict for check in verdict.checks] == ["inconclusive", "inconclusive"]
+    assert "was not compared with the original" in verdict.checks[0].reason
+
+
+def test_size_is_compared_with_the_originals() -> None:
+    gate = Gate.model_validate({"size": {"max_ratio": 0.4}})
+    original = subject("original", 1_000_000)
+    kept = only(judge(gate, original, [subject("small", 400_000)]))
+    assert (kept.verdict, kept.value, kept.task) == ("pass", 0.4, None)
+    assert kept.reason == "400,000 bytes, 40.00 % of the original's 1,000,000; the limit is 40 %"
+    assert only(judge(gate, original, [subject("small", 400_001)])).verdict == "fail"
+
+
+def test_a_check_that_nothing_measures_is_inconclusive() -> None:
+    gate = Gate.model_validate({"accuracy": {"min_recovery": 0.9, "confidence": 0.95}, "fidelity": {"max_kl": 1}})
+    verdict = judge(gate, subject("original", 100), [subject("small", 40)])
+    assert [check.verdict for check in verdict.checks] == ["inconclusive", "inconclusive"]
+    assert "add a task to eval.tasks" in verdict.checks[0].reason
+
+
+def test_the_worst_check_decides_for_the_artifact_and_the_worst_artifact_for_the_run() -> None:
+    before, same = outcomes(390, 0, 0, 10)
+    _, few = outcomes(384, 6, 0, 10)
+    original = subject("original", 100, before)
+    gate = Gate.model_validate({"accuracy": {"min_recovery": 0.98, "confidence": 0.95}, "size": {"max_ratio": 0.5}})
+    verdict = judge(gate, original, [subject("good", 40, same), subject("open", 40, few)])
+    assert verdict.artifacts == {"good": "pass", "open": "inconclusive"}
+    assert verdict.verdict == "inconclusive"
+    verdict = judge(gate, original, [subject("good", 40, same), subject("open", 40, few), subject("large", 60, same)])
+    assert verdict.artifacts == {"good": "pass", "open": "inconclusive", "large": "fail"}
+    assert verdict.verdict == "fail"
+    assert judge(gate, original, [subject("good", 40, same)]).verdict == "pass"
+    assert Verdict.model_validate_json(verdict.model_dump_json()) == verdict
+
+
+def test_other_items_than_the_originals_are_refused() -> None:
+    gate = Gate.model_validate({"accuracy": {"min_recovery": 0.9, "confidence": 0.95}})
+    with pytest.raises(DataError, match="task scenes: 2 items, and 3 when the original was measured"):
+        judge(gate, subject("original", 100, [True] * 3), [subject("small", 40, [True] * 2)])
+
+
+def test_nothing_to_judge_is_refused() -> None:
+    with pytest.raises(UsageError, match="the gate was given no artifact"):
+        judge(Gate.model_validate({"size": {"max_ratio": 0.4}}), subject("original", 100), [])
+
+
+@pytest.mark.parametrize(
+    ("gate", "fault"),
+    [
+        ({}, "checks nothing; write at least one of accuracy, perplexity, fidelity, size"),
+        ({"size": None}, "checks nothing"),
+        ({"fidelity": {}}, "sets no limit; write max_kl, min_top1 or both"),
+        ({"accuracy": {"min_recovery": 0.9}}, "confidence\n  Field required"),
+        ({"accuracy": {"min_recovery": 1.1, "confidence": 0.95}}, "less than or equal to 1"),
+        ({"accuracy": {"min_recovery": 0.9, "confidence": 95}}, "less than 1"),
+        ({"accuracy": {"min_recovery": 0.9, "confidence": 0.5}}, "greater than 0.5"),
+        ({"size": {"max_ratio": 0}}, "greater than 0"),
+        ({"size": {"max_ratio": float("inf")}}, "finite number"),
+        ({"speed": {}}, "Extra inputs are not permitted"),
+    ],
+)
+def test_faults_of_a_gate(gate: dict[str, Any], fault: str) -> None:
+    with pytest.raises(ValidationError, match=fault):
+        Gate.model_validate(gate)
+
+
+def test_the_tasks_that_checks_need() -> None:
+    assert Gate.model_validate({"size": {"max_ratio": 1}}).tasks_needed() == {}
+    gate = Gate.model_validate({"accuracy": {"min_recovery": 0.9, "confidence": 0.95}, "fidelity": {"max_kl": 1}})
+    assert gate.tasks_needed() == {"accuracy": ("vqa",), "fidelity": ("vqa", "perplexity")}

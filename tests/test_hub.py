@@ -1,0 +1,455 @@
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import huggingface_hub
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from safetensors import torch as safetensors_torch
+
+from compress.artifact import file_digest
+from compress.calibration.enough import enough_for
+from compress.calibration.sets import Text
+from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.errors import CheckpointError, CompressError, MissingError, UsageError
+from compress.hub import (
+    convert_pickle,
+    fetch_dataset_files,
+    fetch_model,
+    open_pinned,
+    resolve_dataset,
+    resolve_model,
+)
+from compress.progress import Silent
+from tests.hub_server import HubServer, Repo, hub_server
+from tests.tiny import build_qwen2_5_vl
+
+
+class Counting(Silent):
+    """Progress that keeps what it was told."""
+
+    def __init__(self) -> None:
+        self.tasks: list[tuple[str, int, list[int]]] = []
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+        assert unit == "B"
+        counts = list[int]()
+        self.tasks.append((name, total, counts))
+        yield counts.append
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
+    with hub_server() as server:
+        monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+        monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", server.endpoint)
+        template = f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.setenv("MODELSCOPE_ENDPOINT", server.endpoint)
+        monkeypatch.setenv("MODELSCOPE_CACHE", str(tmp_path / "modelscope"))
+        monkeypatch.setenv("MODELSCOPE_HOME", str(tmp_path / "modelscope-home"))
+        monkeypatch.setenv("MODELSCOPE_CREDENTIALS_PATH", str(tmp_path / "modelscope-home"))
+        yield server
+        huggingface_hub.close_session()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_qwen2_5_vl(tmp_path_factory.mktemp("model"))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def sharded(folder: Path) -> dict[str, bytes]:
+    """Return the checkpoint's files with its weights in two shards."""
+    files = files_of(folder)
+    tensors = safetensors_torch.load_file(folder / "model.safetensors")
+    names = sorted(tensors)
+    parts = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    del files["model.safetensors"]
+    for shard, held in parts.items():
+        files[shard] = safetensors_torch.save({name: tensors[name] for name in held})
+    weight_map = {name: shard for shard, held in parts.items() for name in held}
+    files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
+    return files
+
+
+def parquet(**columns: list[Any]) -> bytes:
+    buffer = io.BytesIO()
+    pq.write_table(cast("Any", pa).table(columns), buffer)
+    return buffer.getvalue()
+
+
+def shapes(checkpoint: Checkpoint) -> dict[str, tuple[str, tuple[int, ...], int, int]]:
+    return {name: (entry.dtype, entry.shape, entry.start, entry.end) for name, entry in checkpoint.tensors.items()}
+
+
+def test_plan_reads_headers_only(hub: HubServer, checkpoint: Path) -> None:
+    hub.repos["model", "org/tiny"] = repo = Repo(sharded(checkpoint))
+    pin = resolve_model("org/tiny", "huggingface", "main")
+    opened = open_pinned(pin)
+    assert opened is not None
+    plain = open_checkpoint(checkpoint)
+    assert {name: entry.shape for name, entry in opened.tensors.items()} == {
+        name: entry.shape for name, entry in plain.tensors.items()
+    }
+    assert opened.weight_bytes == plain.weight_bytes
+    assert opened.config == plain.config
+    assert pin.describe() == {"source": "org/tiny", "hub": "huggingface", "revision": "main", "commit": repo.commit}
+    assert not any(name.endswith(".safetensors") for name in hub.names())
+
+
+def test_fetch_takes_the_listed_files_only(hub: HubServer, checkpoint: Path) -> None:
+    extra = {
+        "modeling.py": b"raise SystemExit",
+        "pytorch_model.bin": b"no",
+        "consolidated.safetensors": b"no",
+        "notes.txt": b"no",
+        "README.md": b"no",
+    }
+    hub.repos["model", "org/tiny"] = Repo({**sharded(checkpoint), **extra})
+    pin = resolve_model("org/tiny", "huggingface", "main")
+    progress = Counting()
+    folder = fetch_model(pin, progress)
+    assert not set(hub.names()) & set(extra)
+    assert shapes(open_checkpoint(folder)).keys() == shapes(open_checkpoint(checkpoint)).keys()
+    for name in ("config.json", "tokenizer.json", "processor_config.json", "chat_template.jinja"):
+        assert file_digest(folder / name) == file_digest(checkpoint / name)
+    ((_, total, counts),) = progress.tasks
+    assert sum(counts) == total
+    fetch_model(pin, Silent(), trust_remote_code=True)
+    assert "modeling.py" in hub.names()
+
+
+def test_remote_table_equals_the_fetched_one(hub: HubServer, checkpoint: Path) -> None:
+    hub.repos["model", "org/tiny"] = Repo(files_of(checkpoint))
+    pin = resolve_model("org/tiny", "huggingface", "main")
+    before = open_pinned(pin)
+    assert before is not None
+    fetched = open_checkpoint(fetch_model(pin, Silent()))
+    assert shapes(before) == shapes(fetched)
+    assert before.folder == fetched.folder
+    assert before.tensors["lm_head.weight"].file == fetched.tensors["lm_head.weight"].file
+
+
+def test_digest_follows_the_content(hub: HubServer, checkpoint: Path) -> None:
+    files = files_of(checkpoint)
+    hub.repos["model", "org/tiny"] = Repo(files)
+    first = resolve_model("org/tiny", "huggingface", "main")
+    hub.repos["model", "org/tiny"] = Repo({**files, "README.md": b"x"}, commit="beef" * 10)
+    readme = resolve_model("org/tiny", "huggingface", "main")
+    hub.repos["model", "org/tiny"] = Repo({**files, "chat_template.jinja": b"x"}, commit="feed" * 10)
+    template = resolve_model("org/tiny", "huggingface", "main")
+    weights = {"model.safetensors": files["model.safetensors"][:-1] + b"x"}
+    hub.repos["model", "org/tiny"] = Repo({**files, **weights}, commit="dead" * 10)
+    retrained = resolve_model("org/tiny", "huggingface", "main")
+    assert first.digest(file_digest) == readme.digest(file_digest)
+    assert len({pin.digest(file_digest) for pin in (first, template, retrained)}) == 3
+    assert first.side_digest(file_digest) == retrained.side_digest(file_digest) != template.side_digest(file_digest)
+
+
+def test_folder_digest_follows_the_content(tmp_path: Path, checkpoint: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name, data in files_of(checkpoint).items():
+        (copy / name).write_bytes(data)
+    original, other = (resolve_model(str(folder), "huggingface", "main") for folder in (checkpoint, copy))
+    assert original.digest(file_digest) == other.digest(file_digest)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert original.digest(file_digest) != other.digest(file_digest)
+    assert other.describe() == {"source": str(copy)}
+    assert fetch_model(other, Silent()) == copy
+
+
+def test_offline_takes_the_cache(hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos["model", "org/tiny"] = Repo(files_of(checkpoint))
+    online = resolve_model("org/tiny", "huggingface", "main")
+    folder = fetch_model(online, Silent())
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    served = len(hub.served)
+    offline = resolve_model("org/tiny", "huggingface", "main")
+    assert offline.digest(file_digest) == online.digest(file_digest)
+    assert offline.describe() == online.describe()
+    assert fetch_model(offline, Silent()) == folder
+    assert open_pinned(offline) is not None
+    assert len(hub.served) == served
+    with pytest.raises(MissingError, match=r"org/other: not in the cache at revision 'main', and HF_HUB_OFFLINE is set"):
+        resolve_model("org/other", "huggingface", "main")
+
+
+def test_unreachable_hub_takes_the_cache_or_says_so(hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos["model", "org/tiny"] = Repo(files_of(checkpoint))
+    online = resolve_model("org/tiny", "huggingface", "main")
+    fetch_model(online, Silent())
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert resolve_model("org/tiny", "huggingface", "main").digest(file_digest) == online.digest(file_digest)
+    with pytest.raises(MissingError, match=r"127.0.0.1:9 cannot be reached .* set HF_ENDPOINT to a mirror, or name a local path"):
+        resolve_model("org/other", "huggingface", "main")
+
+
+def test_missing_things_are_named(hub: HubServer, checkpoint: Path) -> None:
+    hub.repos["model", "org/tiny"] = Repo(files_of(checkpoint))
+    hub.repos["model", "org/gated"] = Repo(files_of(checkpoint), gated=True)
+    hub.repos["model", "org/empty"] = Repo({"README.md": b""})
+    with pytest.raises(MissingError, match=r"org/none: no such model at http.*/org/none, or a private one; .*HF_TOKEN"):
+        resolve_model("org/none", "huggingface", "main")
+    with pytest.raises(MissingError, match="org/tiny: has no revision 'v9'"):
+        resolve_model("org/tiny", "huggingface", "v9")
+    with pytest.raises(CheckpointError, match=r"org/empty: holds no config.json at revision main"):
+        resolve_model("org/empty", "huggingface", "main")
+    with pytest.raises(UsageError, match="'a b': is no model id such as org/name"):
+        resolve_model("a b", "huggingface", "main")
+    gated = resolve_model("org/gated", "huggingface", "main")
+    with pytest.raises(MissingError, match=r"org/gated: is gated; accept its licence at http.*/org/gated and set HF_TOKEN"):
+        open_pinned(gated)
+
+
+def test_damaged_download_is_fetched_again_then_refused(hub: HubServer, checkpoint: Path) -> None:
+    files = files_of(checkpoint)
+    hub.repos["model", "org/once"] = Repo(files, damaged={"model.safetensors": 1})
+    folder = fetch_model(resolve_model("org/once", "huggingface", "main"), Silent())
+    assert (folder / "model.safetensors").read_bytes() == files["model.safetensors"]
+    hub.repos["model", "org/always"] = Repo(files, damaged={"model.safetensors": 9})
+    pin = resolve_model("org/always", "huggingface", "main")
+    with pytest.raises(MissingError, match=r"org/always: model.safetensors arrived damaged twice"):
+        fetch_model(pin, Silent())
+    hub.repos["model", "org/always"].damaged.clear()
+    assert (fetch_model(pin, Silent()) / "model.safetensors").read_bytes() == files["model.safetensors"]
+
+
+def test_index_naming_an_absent_shard_is_refused(hub: HubServer, checkpoint: Path) -> None:
+    files = sharded(checkpoint)
+    del files["model-00002-of-00002.safetensors"]
+    hub.repos["model", "org/tiny"] = Repo(files)
+    with pytest.raises(CheckpointError, match=r"names model-00002-of-00002.safetensors, which is not there"):
+        open_pinned(resolve_model("org/tiny", "huggingface", "main"))
+
+
+def test_endpoint_and_cache_come_from_the_environment(hub: HubServer, checkpoint: Path, tmp_path: Path) -> None:
+    hub.repos["model", "org/tiny"] = Repo(files_of(checkpoint))
+    program = (
+        "from compress.hub import fetch_model, resolve_model\n"
+        "from compress.progress import Silent\n"
+        "print(fetch_model(resolve_model('org/tiny', 'huggingface', 'main'), Silent()))\n"
+        "import sys\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    settings = {"HF_ENDPOINT": hub.endpoint, "HF_HOME": str(tmp_path / "home"), "NO_PROXY": "127.0.0.1"}
+    done = subprocess.run([sys.executable, "-c", program], env={**os.environ, **settings}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Path(done.stdout.strip()).is_relative_to(tmp_path / "home")
+    assert done.stderr == ""
+
+
+def test_modelscope(hub: HubServer, checkpoint: Path) -> None:
+    files = sharded(checkpoint)
+    hub.repos["modelscope", "org/tiny"] = Repo({**files, "modeling.py": b"raise SystemExit"}, revisions=("master",))
+    pin = resolve_model("org/tiny", "modelscope", "master")
+    opened = open_pinned(pin)
+    assert opened is not None
+    assert not any(name.endswith(".safetensors") for name in hub.names())
+    progress = Counting()
+    folder = fetch_model(pin, progress)
+    assert shapes(open_checkpoint(folder)) == shapes(opened)
+    assert folder == opened.folder
+    assert "modeling.py" not in hub.names()
+    ((_, total, counts),) = progress.tasks
+    assert sum(counts) == total
+    assert pin.describe()["hub"] == "modelscope"
+    assert pin.digest(file_digest) == resolve_model("org/tiny", "modelscope", "master").digest(file_digest)
+
+
+def test_modelscope_faults(hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.repos["modelscope", "org/tiny"] = Repo(files_of(checkpoint), revisions=("master",))
+    with pytest.raises(MissingError, match=r"org/tiny: ModelScope has no such model with a revision 'main'; .*master"):
+        resolve_model("org/tiny", "modelscope", "main")
+    pin = resolve_model("org/tiny", "modelscope", "master")
+    hub.repos["modelscope", "org/tiny"].files["config.json"] += b" "
+    monkeypatch.setattr("modelscope_hub._download.DOWNLOAD_INTEGRITY_RETRY_BACKOFF", 0)
+    with pytest.raises(MissingError, match=r"org/tiny: a file changed or was damaged since master was pinned"):
+        fetch_model(pin, Silent())
+    monkeypatch.setitem(sys.modules, "modelscope_hub", None)
+    with pytest.raises(MissingError, match=r'not installed; run pip install "vlm-compress\[modelscope\]"'):
+        resolve_model("org/tiny", "modelscope", "master")
+
+
+WIKITEXT_CARD = b"""---
+configs:
+- config_name: wikitext-2-raw-v1
+  data_files:
+  - split: test
+    path: wikitext-2-raw-v1/test-*
+  - split: train
+    path: [wikitext-2-raw-v1/train-*]
+- config_name: other
+  data_dir: elsewhere
+  data_files: {train: "*.jsonl"}
+---
+# Wikitext
+"""
+
+
+def test_dataset_by_its_card(hub: HubServer) -> None:
+    files = {
+        "README.md": WIKITEXT_CARD,
+        "wikitext-2-raw-v1/test-00000-of-00001.parquet": parquet(text=["a"]),
+        "wikitext-2-raw-v1/train-00001-of-00002.parquet": parquet(text=["c"]),
+        "wikitext-2-raw-v1/train-00000-of-00002.parquet": parquet(text=["b"]),
+        "elsewhere/x.jsonl": b'{"text": "d"}\n',
+    }
+    hub.repos["dataset", "org/wikitext"] = Repo(files)
+    pin = resolve_dataset("org/wikitext", "wikitext-2-raw-v1", "train", "main")
+    assert [file.name for file in pin.files] == [
+        "wikitext-2-raw-v1/train-00000-of-00002.parquet",
+        "wikitext-2-raw-v1/train-00001-of-00002.parquet",
+    ]
+    assert pin.label == "org/wikitext@c0ffee000000"
+    assert [file.name for file in resolve_dataset("org/wikitext", "other", "train", "main").files] == ["elsewhere/x.jsonl"]
+    with pytest.raises(
+        MissingError, match=r"split 'dev' of subset 'other' .*subset wikitext-2-raw-v1 with test, train; subset other"
+    ):
+        resolve_dataset("org/wikitext", "other", "dev", "main")
+
+
+@pytest.mark.parametrize(
+    ("subset", "names"),
+    [
+        (None, ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]),
+        (None, ["train.jsonl"]),
+        ("en", ["en/train-00000-of-00001.parquet"]),
+        ("en", ["en/train/0000.parquet", "en/train/0001.parquet"]),
+    ],
+)
+def test_dataset_by_the_usual_names(hub: HubServer, subset: str | None, names: list[str]) -> None:
+    others = ["data/training_notes.md", "fr/train/0000.parquet", "data/test-00000-of-00001.parquet", "trainer.jsonl"]
+    hub.repos["dataset", "org/data"] = Repo(dict.fromkeys([*names, *others], b"x"))
+    assert [file.name for file in resolve_dataset("org/data", subset, "train", "main").files] == names
+
+
+def test_dataset_from_the_converted_branch(hub: HubServer) -> None:
+    hub.repos["dataset", "org/data"] = Repo({"data.zip": b"x"})
+    with pytest.raises(MissingError, match=r"no parquet or JSONL files for split 'train' at revision main; there are: data.zip"):
+        resolve_dataset("org/data", None, "train", "main")
+    converted = Repo({"default/train/0000.parquet": parquet(text=["a"])}, revisions=("refs/convert/parquet",))
+    hub.repos["dataset", "org/data"] = converted
+    with pytest.raises(MissingError, match="has no revision 'main'"):
+        resolve_dataset("org/data", None, "train", "main")
+    converted.revisions = ("main", "refs/convert/parquet")
+    assert [file.name for file in resolve_dataset("org/data", None, "train", "main").files] == ["default/train/0000.parquet"]
+
+
+def test_no_more_shards_than_needed(hub: HubServer) -> None:
+    shards = {f"data/train-0000{number}-of-00003.parquet": parquet(text=[f"word {number} " * 50] * 10) for number in range(3)}
+    hub.repos["dataset", "org/data"] = Repo(shards)
+    pin = resolve_dataset("org/data", None, "train", "main")
+    assert len(fetch_dataset_files(pin, 10, Silent())) == 1
+    assert len(fetch_dataset_files(pin, 11, Silent())) == 2
+    assert len(hub.names()) == 2
+    spec = Text(dataset="text", source="org/data", samples=1, tokens=4)
+    assert len(fetch_dataset_files(pin, enough_for(spec), Silent())) == 1
+    paths = fetch_dataset_files(pin, None, Silent())
+    assert [path.read_bytes() for path in paths] == list(shards.values())
+
+
+def save_pickles(folder: Path, target: Path, shards: Sequence[Sequence[str]]) -> None:
+    """Write the checkpoint again with pickled weights, the names of each shard as given."""
+    tensors = safetensors_torch.load_file(folder / "model.safetensors")
+    for name, data in files_of(folder).items():
+        if name != "model.safetensors":
+            (target / name).write_bytes(data)
+    if len(shards) == 1:
+        torch.save(tensors, target / "pytorch_model.bin")
+        return
+    weight_map = dict[str, str]()
+    for number, names in enumerate(shards):
+        torch.save({name: tensors[name] for name in names}, target / f"part-{number}.bin")
+        weight_map |= dict.fromkeys(names, f"part-{number}.bin")
+    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_pickle_converts_to_the_same_tensors(checkpoint: Path, tmp_path: Path, count: int) -> None:
+    names = sorted(open_checkpoint(checkpoint).tensors)
+    source, target = tmp_path / "pickled", tmp_path / "converted"
+    source.mkdir()
+    save_pickles(checkpoint, source, [names[place::count] for place in range(count)])
+    pin = resolve_model(str(source), "huggingface", "main")
+    assert pin.pickled
+    with pytest.raises(CheckpointError, match=r"holds a pickle checkpoint, .* set model.allow_pickle: true"):
+        open_pinned(pin)
+    with pytest.raises(CheckpointError, match="holds a pickle checkpoint"):
+        fetch_model(pin, Silent())
+    assert open_pinned(pin, allow_pickle=True) is None
+    convert_pickle(fetch_model(pin, Silent(), allow_pickle=True), target)
+    converted = open_checkpoint(target)
+    assert len({entry.file for entry in converted.tensors.values()}) == count
+    expected = safetensors_torch.load_file(checkpoint / "model.safetensors")
+    found = {name: tensor for path in target.glob("*.safetensors") for name, tensor in safetensors_torch.load_file(path).items()}
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert file_digest(target / "tokenizer.json") == file_digest(checkpoint / "tokenizer.json")
+
+
+def test_pickle_on_the_hub_is_fetched_only_when_allowed(hub: HubServer, checkpoint: Path, tmp_path: Path) -> None:
+    save_pickles(checkpoint, tmp_path, [[]])
+    hub.repos["model", "org/old"] = Repo(files_of(tmp_path))
+    pin = resolve_model("org/old", "huggingface", "main")
+    with pytest.raises(CheckpointError, match="org/old: holds a pickle checkpoint"):
+        fetch_model(pin, Silent())
+    assert "pytorch_model.bin" not in hub.names()
+    assert (fetch_model(pin, Silent(), allow_pickle=True) / "pytorch_model.bin").is_file()
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_pickle_with_a_shared_head(tmp_path: Path, tied: bool) -> None:
+    source, target = tmp_path / "pickled", tmp_path / "converted"
+    source.mkdir()
+    (source / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
+    embedding = torch.arange(12.0).reshape(4, 3)
+    torch.save({"embed.weight": embedding, "lm_head.weight": embedding}, source / "pytorch_model.bin")
+    convert_pickle(source, target)
+    found = safetensors_torch.load_file(target / "model.safetensors")
+    assert set(found) == ({"embed.weight"} if tied else {"embed.weight", "lm_head.weight"})
+    assert all(torch.equal(tensor, embedding) for tensor in found.values())
+
+
+class Harmful:
+    """What a pickle can do when it is loaded without care."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (Path.touch, (Path("harm"),))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"weight": Harmful()}, "holds more than tensors, or is damaged, and is not loaded"),
+        ({"step": 3}, "is no table of named tensors"),
+        (b"PK\x03\x04 cut short", "cannot be read|holds more than tensors"),
+        (None, "missing; fetch the checkpoint again"),
+    ],
+)
+def test_bad_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, message: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    if isinstance(content, bytes):
+        (tmp_path / "pytorch_model.bin").write_bytes(content)
+    elif content is not None:
+        torch.save(content, tmp_path / "pytorch_model.bin")
+    with pytest.raises(CompressError, match=message):
+        convert_pickle(tmp_path, tmp_path / "converted")
+    assert not (tmp_path / "harm").exists()

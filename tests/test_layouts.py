@@ -1,0 +1,134 @@
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from torch import Tensor
+
+from compress.checkpoint import open_checkpoint
+from compress.errors import CheckpointError
+from compress.families import family_of
+from compress.layouts import (
+    linear_shape,
+    pack_linear,
+    packed_bytes,
+    quantization_config,
+    quantized_linears,
+    read_linear,
+    unquantized_linears,
+)
+from compress.numerics.rounding import quantize
+from compress.numerics.scheme import Scheme
+from tests.quantized import round_checkpoint, scheme
+from tests.tiny import build_qwen2_5_vl
+
+SCHEMES = [scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (16, 32, -1) for symmetric in (False, True)]
+
+
+def random_weight(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
+
+
+@pytest.mark.parametrize("held", SCHEMES)
+def test_a_linear_reads_back_as_it_was_packed(held: Scheme) -> None:
+    weight = quantize(random_weight(24, 96), held, torch.bfloat16)
+    tensors = pack_linear("decoder.proj", weight)
+    back = read_linear("decoder.proj", held, tensors.__getitem__)
+    assert torch.equal(back.codes, weight.codes)
+    assert torch.equal(back.scales, weight.scales)
+    assert torch.equal(back.zero_points, weight.zero_points)
+    assert torch.equal(back.dequantize(), weight.dequantize())
+
+
+@pytest.mark.parametrize("held", SCHEMES)
+def test_compressed_tensors_reads_the_same_matrix(held: Scheme) -> None:
+    weight = quantize(random_weight(64, 96), held, torch.float32)
+    tensors = {name.removeprefix("proj."): tensor for name, tensor in pack_linear("proj", weight).items()}
+    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
+    theirs = PackedQuantizationCompressor.decompress(tensors, config.config_groups["group_0"])
+    assert torch.equal(theirs["weight"], weight.dequantize())
+
+
+@pytest.mark.parametrize("held", SCHEMES)
+@pytest.mark.parametrize("shape", [(24, 96), (5, 32), (64, 160)])
+def test_predicted_bytes_are_exact(held: Scheme, shape: tuple[int, int]) -> None:
+    tensors = pack_linear("proj", quantize(random_weight(*shape), held, torch.bfloat16))
+    assert packed_bytes(shape, held) == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def test_the_config_is_one_that_compressed_tensors_accepts() -> None:
+    content = quantization_config({"layers.0.q_proj": scheme(4, 64)}, ignore=["lm_head", "visual.merger.mlp.0"])
+    theirs: Any = QuantizationConfig.model_validate(content)
+    assert theirs.format == "pack-quantized"
+    assert theirs.quantization_status == QuantizationStatus.COMPRESSED
+    assert theirs.ignore == ["lm_head", "visual.merger.mlp.0"]
+    weights = theirs.config_groups["group_0"].weights
+    assert (weights.num_bits, weights.group_size, weights.symmetric, weights.strategy) == (4, 64, False, "group")
+    assert theirs.config_groups["group_0"].targets == ["Linear"]
+
+
+def test_several_schemes_target_their_linears_by_name() -> None:
+    held = {"a.up": scheme(4), "a.down": scheme(8), "b.up": scheme(4), "lm_head": scheme(8)}
+    groups = quantization_config(held, ignore=[])["config_groups"]
+    assert [group["targets"] for group in groups.values()] == [["a.up", "b.up"], ["a.down", r"re:(.*\.)?lm_head$"]]
+
+
+def test_a_checkpoint_tells_how_its_linears_are_held(tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source")
+
+    def choose(name: str) -> Scheme | None:
+        if name.endswith("v_proj"):
+            return None
+        return scheme(8, -1, symmetric=True) if name.endswith("down_proj") else scheme(3, 16)
+
+    written = round_checkpoint(source, tmp_path / "rounded", choose)
+    checkpoint = open_checkpoint(tmp_path / "rounded")
+    assert quantized_linears(checkpoint) == written
+    assert quantized_linears(open_checkpoint(source)) == {}
+    shape = open_checkpoint(source).tensors["model.layers.0.mlp.down_proj.weight"].shape
+    assert linear_shape(checkpoint, "model.layers.0.mlp.down_proj") == shape
+    assert linear_shape(checkpoint, "model.layers.0.self_attn.v_proj") == (64, 128)
+
+
+def test_what_stays_as_it_is_is_listed_by_its_name_on_disk(tmp_path: Path) -> None:
+    source = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", tied=True))
+    taken = [name.removesuffix(".weight") for name in source.tensors if "proj.weight" in name and name.startswith("model.layers.")]
+    left = unquantized_linears(source, family_of(source.config), taken)
+    assert "lm_head" in left  # tied: in no file, but a module all the same
+    assert "visual.blocks.0.attn.qkv" in left
+    assert "visual.merger.mlp.2" in left
+    assert not [name for name in left if "embed" in name or "norm" in name or "layers" in name]
+
+
+def test_a_checkpoint_quantized_by_others_is_refused(tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source")
+    path = source / "config.json"
+    content = json.loads(path.read_text())
+    path.write_text(json.dumps({**content, "quantization_config": {"quant_method": "gptq", "bits": 4}}))
+    with pytest.raises(CheckpointError, match=r"config\.json: quantized as 'gptq'.*start from the model's original"):
+        quantized_linears(open_checkpoint(source))
+
+
+def test_tensors_that_do_not_fit_the_scheme_are_refused() -> None:
+    tensors = pack_linear("proj", quantize(random_weight(8, 64), scheme(4, 32), torch.bfloat16))
+    with pytest.raises(CheckpointError, match=r"proj: its packed tensors .* do not hold a matrix \[8, 64\] of 8 bits"):
+        read_linear("proj", scheme(8, 32), tensors.__getitem__)
+
+
+def test_the_plans_part_needs_no_torch() -> None:
+    code = "import sys, compress.layouts, compress.export.vllm, compress.runtimes.transformers; print('torch' in sys.modules)"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert found.stdout.strip() == "False"
+
+
+def test_bits_per_weight_follow_from_the_sizes() -> None:
+    shape = (4096, 4096)
+    bits = 8 * packed_bytes(shape, scheme(4, 128)) / math.prod(shape)
+    assert bits == pytest.approx(4 + 16 / 128 + 4 / 128, abs=1e-4)
