@@ -134,7 +134,7 @@ def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's processor, set to pad at the right; it is for use in memory only.
 
     Raises:
-        CheckpointError: it cannot be loaded or has no chat template.
+        CheckpointError: it cannot be loaded, or has no image processor or chat template.
     """
     from transformers import AutoProcessor
 
@@ -142,6 +142,8 @@ def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
         processor = cast("Any", AutoProcessor).from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{model}: its processor cannot be loaded ({error}); fetch the checkpoint again") from error
+    if not hasattr(processor, "image_processor"):
+        raise CheckpointError(f"{model}: has no image processor; add its preprocessor_config.json, or use a vision-language model")
     if getattr(processor, "chat_template", None) is None:
         raise CheckpointError(f"{model}: has no chat template; use an instruction-tuned checkpoint, or add chat_template.jinja")
     tokenizer = processor.tokenizer

@@ -60,7 +60,8 @@ def read_questions(files: Sequence[Path], columns: Columns, chosen: Container[in
 
     A JSONL line gives `image` as a path relative to its file or a list of such paths, `answer` as one answer or a list. A parquet
     row gives `image` as on the hub (a struct of `bytes` and `path`) or a list of them, `answer` as text, a list of texts or of
-    structs with the field `answer`. Where a file has no `id`, its rows are numbered.
+    structs with the field `answer`. Where a file lacks a renamed column but has the usual one, that is read; where it has no `id`,
+    its rows are numbered.
 
     Raises:
         DataError: a file is missing, malformed or holds no question; a row lacks a field, its question is empty, its id was there
@@ -90,6 +91,7 @@ def source_digest(path: Path, columns: Columns | None = None) -> str:
     """
     total = hashlib.sha256(_read_bytes(path, str(path)))
     if columns is not None and path.suffix in _JSONL:
+        columns = _names_in(path, columns)
         for number, row in read_json_lines(path):
             for image in _as_list(row.get(columns.image)):
                 place = f"{path}:{number}"
@@ -112,8 +114,24 @@ def _unique(files: Sequence[Path], columns: Columns) -> Sequence[Path]:
     return files
 
 
+def _names_in(path: Path, columns: Columns) -> Columns:
+    """Return the names under which a file has the fields: those given, or the usual ones where it has only these.
+
+    So a recipe that renames a hub dataset's columns also takes a local file in this package's own form in its place.
+    """
+    if path.suffix in _JSONL:
+        known = {name for _, row in read_json_lines(path) for name in row}
+    else:
+        known = set(parquet_columns(path)) if path.suffix == ".parquet" else set[str]()
+    given, usual = columns.model_dump(), Columns().model_dump()
+    return Columns(
+        **{field: usual[field] if given[field] not in known and usual[field] in known else given[field] for field in given}
+    )
+
+
 def _read_ids(path: Path, columns: Columns) -> dict[int, str]:
     """Return each row's id by its number, after checking the row's question."""
+    columns = _names_in(path, columns)
     ids = dict[int, str]()
     for number, identity, question in _read_light(path, columns):
         place = f"{path}:{number}"
@@ -151,6 +169,7 @@ def _read_light(path: Path, columns: Columns) -> Iterator[tuple[int, object, obj
 
 
 def _read_rows(path: Path, columns: Columns, wanted: Container[int]) -> Iterator[tuple[int, str, object, object]]:
+    columns = _names_in(path, columns)
     if path.suffix in _JSONL:
         for number, row in read_json_lines(path):
             if number in wanted:

@@ -33,7 +33,7 @@ def run(
     from rich.console import Console
 
     from compress.display import Display
-    from compress.run import Places, run_recipe
+    from compress.runner import Places, run_recipe
 
     places = Places(runs=Path(runs), store=None if store is None else Path(store))
     return run_recipe(Path(recipe), dict(set or {}), places, Display(Console(stderr=True)), fresh=fresh, force=force)

@@ -84,7 +84,7 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 def _run(options: argparse.Namespace) -> int:
     from compress.display import Display
     from compress.report import show
-    from compress.run import Places, run_recipe
+    from compress.runner import Places, run_recipe
 
     console = _console(options)
     places = Places(runs=options.runs, store=options.store)

@@ -78,7 +78,7 @@ class Display:
             nonlocal done, last
             done += units
             now = time.monotonic()
-            if now - last >= _SECONDS_BETWEEN_LINES:
+            if now - last >= _SECONDS_BETWEEN_LINES and done < total:
                 last = now
                 speed = done / (now - began)
                 left = duration((total - done) / speed) if speed else "unknown"

@@ -43,7 +43,7 @@ class Model(Frozen):
 
     source: Source
     hub: Literal["huggingface", "modelscope"] = "huggingface"
-    revision: str = "main"
+    revision: str = Field(default_factory=lambda data: "master" if data.get("hub") == "modelscope" else "main")
     allow_pickle: bool = False
     trust_remote_code: bool = False
 
@@ -117,11 +117,15 @@ def _cross_check(document: Document, recipe: Recipe) -> list[str]:
             for position, stage in enumerate(recipe.stages)
             if stage.calibrated
         ]
-    names = [task.name for task in recipe.eval.tasks]
-    for position, name in enumerate(names):
-        if name in names[:position]:
-            where = document.whereabouts(("eval", "tasks", position))
-            faults.append(f"{where}: eval.tasks.{position}: a second task called {name}; give one of them another name")
+    named = {
+        ("eval", "tasks"): ("task", [task.name for task in recipe.eval.tasks], "give one of them another name"),
+        ("export",): ("export", [export.artifact for export in recipe.export], "remove one"),
+    }
+    for place, (kind, names, remedy) in named.items():
+        for position, name in enumerate(names):
+            if name in names[:position]:
+                where = document.whereabouts((*place, position))
+                faults.append(f"{where}: {dotted((*place, position))}: a second {kind} called {name}; {remedy}")
     for check, tasks in recipe.gate.tasks_needed().items():
         if not any(task.task in tasks for task in recipe.eval.tasks):
             where = document.whereabouts(("gate", check))

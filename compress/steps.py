@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -10,10 +10,8 @@ from typing import Any, cast
 
 from compress.artifact import file_digest, write_record
 from compress.calibration.collect import MANIFEST, PinnedSet, Selection, collect, read_manifest
+from compress.calibration.enough import enough_for
 from compress.calibration.overlap import check_overlap
-from compress.calibration.questions import count_questions
-from compress.calibration.sets import Text, Vqa, Wikitext
-from compress.calibration.tables import parquet_bytes
 from compress.eval.measure import MeasureContext, measure
 from compress.export.format import ExportContext
 from compress.files import write_json
@@ -28,8 +26,6 @@ from compress.store import Entry
 
 Make = Callable[[Path], None]
 
-_BYTES_PER_TOKEN = 8
-"""More than a token of running text takes in any script, so that the text fetched is enough."""
 
 
 @dataclass(frozen=True)
@@ -83,7 +79,7 @@ class Workshop:
         calibration = self.plan.recipe.calibration
         assert calibration is not None
         sets = tuple(
-            PinnedSet(spec, self._files(pin, _enough_for_set(spec)), pin.label)
+            PinnedSet(spec, self._files(pin, enough_for(spec)), pin.label)
             for spec, pin in zip(calibration.sets, self.plan.sets, strict=True)
         )
         remote_code = self.plan.recipe.model.trust_remote_code
@@ -93,7 +89,7 @@ class Workshop:
         del step
         warnings: list[str] = []
         for task, pin in zip(self.plan.recipe.eval.tasks, self.plan.tasks, strict=True):
-            questions, documents = task.contents(self._files(pin, _all_files))
+            questions, documents = task.contents(self._files(pin, None))
             warnings += check_overlap(self.entries["calibration"].folder, questions, documents)
         for warning in warnings[:1]:
             others = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
@@ -154,7 +150,7 @@ class Workshop:
         artifact = self.original() if name == ORIGINAL else self.entries[f"export {name}"].folder
         context = MeasureContext(
             original=self.original(),
-            data={task.name: self._files(pin, _all_files) for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True)},
+            data={task.name: self._files(pin, None) for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True)},
             target=target,
             against=None if name == ORIGINAL else self.entries[f"measure {ORIGINAL}"].folder,
             progress=self.progress,
@@ -167,21 +163,8 @@ class Workshop:
         with recipe.eval.runtime.open(opening) as session:
             measure(session, recipe.eval.tasks, context)
 
-    def _files(self, pin: DataPin, enough: Enough) -> tuple[Path, ...]:
+    def _files(self, pin: DataPin, enough: Enough | None) -> tuple[Path, ...]:
         if pin.path is not None:
             return (pin.path,)
         assert pin.remote is not None
         return tuple(fetch_dataset_files(pin.remote, enough, self.progress))
-
-
-def _enough_for_set(spec: Text | Wikitext | Vqa) -> Enough:
-    if isinstance(spec, Vqa):
-        return lambda paths: count_questions(paths, spec.columns) >= spec.samples
-    needed = spec.samples * spec.tokens * _BYTES_PER_TOKEN
-    return lambda paths: sum(parquet_bytes(path, spec.column) for path in paths if path.suffix == ".parquet") >= needed
-
-
-def _all_files(paths: Sequence[Path]) -> bool:
-    """An evaluation reads a split whole: taking its first files only would take another sample than the recipe says."""
-    del paths
-    return False

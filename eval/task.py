@@ -47,6 +47,9 @@ class TaskContext:
 class Task(Frozen, ABC):
     """One evaluation with its settings; keeps nothing beyond its fields."""
 
+    task: Any
+    """The row it stands for in the table of tasks."""
+
     task_revision: ClassVar[int]
     """Raised whenever the same settings measure something else."""
 

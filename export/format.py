@@ -6,7 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from compress.checkpoint import Checkpoint
 from compress.families import Family
@@ -39,6 +39,9 @@ class ExportContext:
 
 class Export(Frozen, ABC):
     """One format with its settings; the fields are the recipe's keys."""
+
+    format: Any
+    """The row it stands for in the table of formats."""
 
     revision: ClassVar[int]
     """Raised whenever the same settings write something else, so that the store forgets the old artifact."""

@@ -23,6 +23,7 @@ class Repo:
     commit: str = "c0ffee" + "0" * 34
     revisions: tuple[str, ...] = ("main",)
     gated: bool = False
+    down: bool = False
     damaged: dict[str, int] = field(default_factory=lambda: dict[str, int]())
 
     def listing(self) -> list[dict[str, Any]]:
@@ -90,7 +91,6 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self) -> None:
         url = urlsplit(self.path)
         parts = [unquote(part) for part in url.path.strip("/").split("/")]
-        print("REQ", self.command, self.path)
         if parts[:2] == ["api", "v1"]:
             self._modelscope(parts[2:], {name: values[0] for name, values in parse_qs(url.query).items()})
         elif parts[0] == "api" and len(parts) != 6:
@@ -106,6 +106,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.state.repos.get((kind, name))
         if repo is None:
             self._refuse(404, "RepoNotFound")
+        elif repo.down:
+            self._refuse(503, "Overloaded")
         elif revision not in (*repo.revisions, repo.commit):
             self._refuse(404, "RevisionNotFound")
         else:

@@ -213,6 +213,9 @@ def test_missing_things_are_named(hub: HubServer, checkpoint: Path) -> None:
         resolve_model("org/empty", "huggingface", "main")
     with pytest.raises(UsageError, match="'a b': is no model id such as org/name"):
         resolve_model("a b", "huggingface", "main")
+    hub.repos["model", "org/down"] = Repo({}, down=True)
+    with pytest.raises(MissingError, match=r"org/down: http.* answered .*503.*; try again, or set HF_TOKEN"):
+        resolve_model("org/down", "huggingface", "main")
     gated = resolve_model("org/gated", "huggingface", "main")
     with pytest.raises(MissingError, match=r"org/gated: is gated; accept its licence at http.*/org/gated and set HF_TOKEN"):
         open_pinned(gated)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -86,6 +86,9 @@ class OpenContext:
 
 class Runtime(Frozen, ABC):
     """One engine with its settings; the fields are the recipe's keys."""
+
+    runtime: Any
+    """The row it stands for in the table of runtimes."""
 
     revision: ClassVar[int]
     """Raised whenever the same settings measure something else."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
+from math import gcd
 from pathlib import Path
 from typing import Any, cast
 
@@ -84,25 +85,35 @@ def _unpack_compressed(name: str, settings: Mapping[str, Any], read: Read) -> Te
     if settings["symmetric"]:
         zero_points = torch.full_like(scales, 2 ** (bits - 1))
     else:
-        zero_points = _bit_fields(read(f"{name}.weight_zero_point").t(), bits, rows).t().to(torch.float32)
+        zero_points = _bit_fields(read(f"{name}.weight_zero_point").t(), bits, rows).t()
     packed = read(f"{name}.weight_packed")
     dense = torch.empty(rows, columns, device=scales.device)
     step = max(1, _CHUNK // columns)
     for first in range(0, rows, step):
         part = slice(first, first + step)
-        codes = _bit_fields(packed[part], bits, columns).to(torch.float32)
-        grouped = codes.view(codes.shape[0], scales.shape[1], -1)
+        codes = _bit_fields(packed[part], bits, columns)
+        grouped = codes.reshape(codes.shape[0], scales.shape[1], -1)
         dense[part] = ((grouped - zero_points[part].unsqueeze(2)) * scales[part].unsqueeze(2)).flatten(1)
     return dense
 
 
 def _bit_fields(words: Tensor, bits: int, count: int) -> Tensor:
-    """Return `count` unsigned fields of `bits` bits from each row of int32 words, int64 [rows, count]."""
-    start = torch.arange(count, device=words.device) * bits
-    unsigned = torch.nn.functional.pad(words.to(torch.int64) & 0xFFFFFFFF, (0, 1))
-    low = unsigned[:, start // 32]
-    high = unsigned[:, start // 32 + 1]
-    return ((low | (high << 32)) >> (start % 32)) & ((1 << bits) - 1)
+    """Return the first `count` unsigned fields of `bits` bits in each row of int32 words, float32 [rows, count].
+
+    Fields begin at a word's border again every lcm(bits, 32) bits; all at one place between two such borders are read together.
+    """
+    fields, period = 32 // gcd(bits, 32), bits // gcd(bits, 32)
+    spans = -(-count // fields)
+    padded = torch.nn.functional.pad(words, (0, spans * period - words.shape[1])).view(words.shape[0], spans, period)
+    values = torch.empty(words.shape[0], spans, fields, device=words.device)
+    for field in range(fields):
+        word, start = divmod(field * bits, 32)
+        inside = min(bits, 32 - start)
+        value = (padded[:, :, word] >> start) & ((1 << inside) - 1)
+        if inside < bits:
+            value |= (padded[:, :, word + 1] & ((1 << (bits - inside)) - 1)) << inside
+        values[:, :, field] = value
+    return values.flatten(1)[:, :count]
 
 
 def _unpack_awq(name: str, read: Read) -> Tensor:

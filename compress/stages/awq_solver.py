@@ -18,7 +18,6 @@ from compress.families import Pair
 from compress.numerics.grids import QuantizedWeight, Scheme
 from compress.numerics.rounding import clip, output_error, own_scheme, quantize, rounding_error
 
-_FINALISTS = 3
 _EXTREME = 1e4
 
 
@@ -101,30 +100,14 @@ def search(block: BlockWeights, pair: Pair, channels: Tensor | None, moments: Mo
     if channels is not None:
         rows = block.weights[pair.source].shape[0]
         magnitude, importance = (_pooled(values, channels, rows) for values in (magnitude, importance))
-    ranked: list[tuple[float, int, Tensor]] = []
+    best, least = None, float("inf")
     for number, scale in enumerate(_candidates(magnitude, importance, method.grid)):
         spread = scale if channels is None else scale[channels]
         error = rounding_error(weight * spread, method.scheme, dtype).div_(spread)
-        ranked.append((float(output_error(error, gram)), number, scale))
-    ranked.sort(key=lambda entry: entry[:2])
-    best = ranked[0]
-    if method.clip:
-        finalists = {number: (loss, number, scale) for loss, number, scale in ranked[:_FINALISTS]}
-        best = min(
-            (
-                (_clipped_loss(weight, scale if channels is None else scale[channels], gram, dtype, method), number, scale)
-                for _, number, scale in finalists.values()
-            ),
-            key=lambda entry: entry[:2],
-        )
-    return None if bool((best[2] == 1).all()) else best[2]
-
-
-def _clipped_loss(weight: Tensor, spread: Tensor, gram: Tensor, dtype: torch.dtype, method: Method) -> float:
-    scaled = weight * spread
-    shrink = clip(scaled, gram / torch.outer(spread, spread), method.scheme, dtype, method.grid)
-    error = quantize(scaled, method.scheme, dtype, shrink).dequantize().sub_(scaled).div_(spread)
-    return float(output_error(error, gram))
+        loss = float(output_error(error, gram))
+        if loss < least:
+            best, least = (scale if number else None), loss
+    return best
 
 
 def _candidates(magnitude: Tensor, importance: Tensor, steps: int) -> Iterator[Tensor]:

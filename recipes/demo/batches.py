@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,9 +15,9 @@ from transformers import Qwen2_5_VLProcessor
 
 GRID = scenes.SIZE // 14  # patches along an edge
 IMAGE_TOKENS = (GRID // 2) ** 2
-SEGMENT = 18  # tokens of a question with its answer at most
+SEGMENT = 16  # tokens of a question with its answer at most
 IGNORED = -100
-ASKED: tuple[scenes.Topic, ...] = (*scenes.TOPICS, "yes/no")  # of each scene; yes or no is the hardest to learn
+ASKED: tuple[scenes.Topic, ...] = (*scenes.TOPICS, "yes/no", "yes/no")  # of each scene; yes or no is the hardest to learn
 
 
 @dataclass(frozen=True)
@@ -61,13 +62,15 @@ class Layout:
 class SceneBatch:
     """Scenes as patches, their attributes as classes, and the questions' tokens.
 
-    patches: float [scenes, 64, 1176]; tokens and labels: int [scenes, questions, SEGMENT]; colours: int [scenes];
+    patches: float [scenes, 64, 1176]; tokens and labels: int [scenes, questions, SEGMENT]; matches: int of the same shape,
+    in questions answered yes or no whether the colour, kind or number that ends here is the scene's; colours: int [scenes];
     cells: int [scenes, 16], for each image token 0 where no shape has its centre, otherwise the kind counted from 1.
     """
 
     patches: Tensor
     tokens: Tensor
     labels: Tensor
+    matches: Tensor
     colours: Tensor
     cells: Tensor
 
@@ -102,6 +105,7 @@ class Batches:
         self.rng = random.Random(f"batches {seed}")
         self.source = scenes.scenes("train", seed)
         self.known: dict[tuple[str, str], tuple[list[int], list[int]]] = {}
+        self.ends: dict[str, list[tuple[int, str]]] = {}
         self.pad: int = self.tokenizer.pad_token_id
         self.layout = Layout(
             before=self.encode("<|im_start|>user\n<|vision_start|>"),
@@ -118,11 +122,14 @@ class Batches:
         found = [next(self.source) for _ in range(count)]
         pixels = torch.from_numpy(np.stack([np.asarray(scenes.render(scene)) for scene in found]))
         colours = tuple(scenes.COLOURS)
-        pairs = [[self._segment(scenes.ask(self.rng, s, topic)) for topic in ASKED] for s in found]
+        asked = [[scenes.ask(self.rng, scene, topic) for topic in ASKED] for scene in found]
+        pairs = [[self._segment(question) for question in row] for row in asked]
+        matches = [[self._matches(question, scene) for question in row] for row, scene in zip(asked, found, strict=True)]
         return SceneBatch(
             patches=to_patches(pixels, self.processor),
             tokens=torch.tensor([[tokens for tokens, _ in row] for row in pairs]),
             labels=torch.tensor([[labels for _, labels in row] for row in pairs]),
+            matches=torch.tensor(matches),
             colours=torch.tensor([colours.index(scene.colour) for scene in found]),
             cells=torch.stack([cells(scene) for scene in found]),
         )
@@ -140,6 +147,25 @@ class Batches:
             labels = [IGNORED] * (len(asked) - 1) + answer + [IGNORED] * (padding + 1)
             self.known[key] = (tokens, labels)
         return self.known[key]
+
+    def _matches(self, question: scenes.Question, scene: scenes.Scene) -> list[int]:
+        """For each token of a yes-or-no question 1 or 0 where it ends a colour, kind or number that is or is not the scene's."""
+        found = [IGNORED] * SEGMENT
+        if question.topic == "yes/no":
+            true = {scene.colour, scene.kind, scenes.PLURALS[scene.kind], scenes.NUMBERS[scene.count - 1]}
+            for place, word in self._attributes(question.text):
+                found[place] = int(word in true)
+        return found
+
+    def _attributes(self, text: str) -> list[tuple[int, str]]:
+        """The colours, kinds and numbers of a question, each with the place of its last token."""
+        if text not in self.ends:
+            offsets = self.tokenizer(text, return_offsets_mapping=True).offset_mapping
+            last = {end: place for place, (_, end) in enumerate(offsets)}
+            words = [*scenes.COLOURS, *scenes.KINDS, *scenes.PLURALS.values(), *scenes.NUMBERS]
+            spans = re.finditer(rf"\b({'|'.join(words)})\b", text)
+            self.ends[text] = [(last[span.end()], span.group()) for span in spans]
+        return self.ends[text]
 
 
 def text_batches(streams: list[list[int]], rows: int, length: int, seed: int) -> Iterator[Tensor]:

@@ -76,12 +76,8 @@ class Network:
         self.mask = layout.mask()
         self.positions = layout.positions()
 
-    def answers(self, batch: SceneBatch) -> Tensor:
-        """Logits of the labelled tokens, in the order of the labels: [labelled, vocabulary]."""
-        return self.model.lm_head(self.hidden(batch)[batch.labels != IGNORED])
-
-    def hidden(self, batch: SceneBatch) -> Tensor:
-        """What the decoder makes of every question token, [scenes, questions, SEGMENT, hidden]."""
+    def hidden(self, batch: SceneBatch) -> tuple[Tensor, Tensor]:
+        """Every question token in the middle of the decoder and behind it, each [scenes, questions, SEGMENT, hidden]."""
         decoder = self.model.model.language_model
         count = len(batch.patches)
         image = self.vision(batch.patches)
@@ -92,13 +88,16 @@ class Network:
             image.float(),
             decoder.embed_tokens(torch.cat([after, batch.tokens.flatten(1)], dim=1)),
         ]
-        hidden = decoder(
+        found = decoder(
             inputs_embeds=torch.cat(embedded, dim=1),
             attention_mask={"full_attention": self.mask},
             position_ids=self.positions.expand(-1, count, -1),
             use_cache=False,
-        ).last_hidden_state
-        return hidden[:, self.layout.prefix :].reshape(*batch.tokens.shape, -1)
+            output_hidden_states=True,
+        )
+        states = (found.hidden_states[len(decoder.layers) // 2], found.last_hidden_state)
+        middle, last = (state[:, self.layout.prefix :].reshape(*batch.tokens.shape, -1) for state in states)
+        return middle, last
 
     def text(self, tokens: Tensor) -> Tensor:
         """Logits of running text, [rows, length, vocabulary]."""
@@ -121,5 +120,5 @@ def check(network: Network, batch: SceneBatch, prompt: list[int], answer: int) -
         image_grid_thw=torch.tensor([[1, GRID, GRID]]),
         mm_token_type_ids=torch.tensor([[int(token == model.config.image_token_id) for token in prompt]]),
     ).logits[0, -1]
-    ours = model.lm_head(network.hidden(batch)[0, -1, answer])
+    ours = model.lm_head(network.hidden(batch)[1][0, -1, answer])
     torch.testing.assert_close(ours, own, atol=1e-4, rtol=1e-4)

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForImageTextToText
 
 from compress.artifact import folder_digests
 from compress.calibration.collect import PinnedSet, Selection, collect, read_manifest
-from compress.calibration.load import Batches, load_batches
+from compress.calibration.load import Batches, load_batches, load_processor
 from compress.calibration.overlap import check_overlap
 from compress.calibration.questions import read_questions
 from compress.calibration.sets import Columns, Text, Vqa
@@ -53,11 +53,11 @@ def write_questions(folder: Path, first: int, last: int, name: str = "questions.
 def selection(text: Path | None, questions: Path | None, seed: int = 0, **changes: Any) -> Selection:
     sets = list[PinnedSet]()
     if text:
-        fields = {"dataset": "text", "source": str(text), "samples": 6, "tokens": 96}
-        sets.append(PinnedSet(Text(**{**fields, **changes}), (text,)))
+        windows: dict[str, Any] = {"dataset": "text", "source": str(text), "samples": 6, "tokens": 96, **changes}
+        sets.append(PinnedSet(Text(**windows), (text,)))
     if questions:
-        fields = {"dataset": "vqa", "source": str(questions), "samples": 8, "prompt": "{question} One word."}
-        sets.append(PinnedSet(Vqa(**{**fields, **changes}), (questions,)))
+        asked: dict[str, Any] = {"dataset": "vqa", "source": str(questions), "samples": 8, "prompt": "{question} One word."}
+        sets.append(PinnedSet(Vqa(**asked), (questions,)))
     return Selection(seed, tuple(sets))
 
 
@@ -137,7 +137,7 @@ def test_padding_stands_right_and_is_masked(collected: Path, model: Path) -> Non
 
 
 def test_questions_are_as_the_processor_makes_them(collected: Path, model: Path) -> None:
-    processor: Any = AutoProcessor.from_pretrained(model)
+    processor = load_processor(model)
     batch = load_batches(collected, model, 1)[-1]
     row = next(
         json.loads(line)
@@ -182,7 +182,7 @@ def test_special_tokens_in_a_question_are_refused(model: Path, tmp_path: Path) -
 def test_a_question_without_answer_ends_where_the_model_begins(model: Path, tmp_path: Path) -> None:
     path = write_questions(tmp_path, 0, 8, answer=None)
     collect(selection(None, path), model, tmp_path / "out", Silent())
-    processor: Any = AutoProcessor.from_pretrained(model)
+    processor = load_processor(model)
     row = load_batches(tmp_path / "out", model, 1)[0].inputs()["input_ids"][0]
     assert processor.tokenizer.decode(row).endswith("<|im_start|>assistant\n")
 
@@ -232,6 +232,10 @@ def test_damaged_folders(model: Path, collected: Path, tmp_path: Path) -> None:
     bare = shutil.copytree(model, tmp_path / "bare")
     (bare / "chat_template.jinja").unlink()
     with pytest.raises(CheckpointError, match="bare: has no chat template; use an instruction-tuned checkpoint"):
+        load_batches(collected, bare, 512)
+    shutil.copyfile(model / "chat_template.jinja", bare / "chat_template.jinja")
+    (bare / "processor_config.json").unlink()
+    with pytest.raises(CheckpointError, match="bare: "):
         load_batches(collected, bare, 512)
     (bare / "tokenizer.json").write_text("{")
     with pytest.raises(CompressError, match="bare: its tokenizer cannot be loaded"):

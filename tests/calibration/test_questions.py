@@ -57,6 +57,15 @@ def test_parquet_as_on_the_hub(tmp_path: Path) -> None:
     assert third.origin == "q.parquet:3"
 
 
+def test_a_file_in_the_usual_form_needs_no_renaming(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path, [row(), row(id="b", image="1.png")])
+    renamed = Columns(id="question_id", answer="answers")
+    assert list(read_questions([path], renamed)) == list(read_questions([path], Columns()))
+    assert source_digest(path, renamed) == source_digest(path, Columns())
+    with pytest.raises(DataError, match=r"q.jsonl:1: has no field 'question_id', only image, question; add it, or rename it"):
+        count_questions([write_jsonl(tmp_path, [{"image": "0.png", "question": "x?"}])], renamed)
+
+
 def test_chosen_questions_over_several_files(tmp_path: Path) -> None:
     one = write_parquet(
         tmp_path, {"image": [[{"bytes": picture(0)}]] * 3, "question": ["a?", "b?", "c?"], "answer": ["1", "2", "3"]}
@@ -114,12 +123,9 @@ def test_faults_of_a_jsonl_file(tmp_path: Path, rows: list[dict[str, Any]], mess
 
 
 def test_faults_of_other_files(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"q.jsonl:1: is no JSON"):
-        list(
-            read_questions(
-                [write_jsonl(tmp_path, []).with_name("q.jsonl")] if (tmp_path / "q.jsonl").write_text("{") else [], Columns()
-            )
-        )
+    (tmp_path / "cut.jsonl").write_text("{")
+    with pytest.raises(DataError, match=r"cut.jsonl:1: is no JSON"):
+        list(read_questions([tmp_path / "cut.jsonl"], Columns()))
     with pytest.raises(DataError, match=r"q.parquet: has no column 'question', only id, image; name the right one under columns"):
         count_questions([write_parquet(tmp_path, {"id": ["a"], "image": ["x"]})], Columns())
     missing = {"id": ["a", "b"], "image": [{"bytes": picture(0)}, None], "question": ["a?", "b?"]}

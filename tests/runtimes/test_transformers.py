@@ -1,6 +1,6 @@
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint import open_checkpoint, read_json_object
 from compress.conversation import messages, open_images
 from compress.errors import CheckpointError, DataError, MissingError, StoreError, UsageError
 from compress.export.format import ExportContext
@@ -69,18 +69,17 @@ def score(session: Session, passages: Sequence[Passage], record: Path | None = N
 
 def generated_by_transformers(folder: Path, prompt: Prompt) -> list[int]:
     """Return what transformers' own loading and generation say, one prompt at a time."""
-    model = AUTO_MODEL.from_pretrained(folder, dtype=torch.float32).eval()
+    model: Any = AUTO_MODEL.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AUTO_PROCESSOR.from_pretrained(folder)
     text = processor.apply_chat_template(messages(prompt), add_generation_prompt=True, tokenize=False)
     inputs = processor(text=[text], images=open_images(prompt) or None, return_tensors="pt")
     model.generation_config = GenerationConfig(**{**model.generation_config.to_dict(), "repetition_penalty": 1.0})
-    ids: Any = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None)
-    new: list[int] = ids[0, inputs["input_ids"].shape[1] :].tolist()
-    return new
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None)
+    return cast("list[int]", ids[0, inputs["input_ids"].shape[1] :].tolist())
 
 
 def stops(folder: Path) -> list[int]:
-    return GenerationConfig.from_pretrained(folder).eos_token_id  # pyright: ignore[reportReturnType]
+    return cast("list[int]", read_json_object(folder / "generation_config.json")["eos_token_id"])
 
 
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])

@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runtime() -> Vllm:
     install("vllm", SILENT)
-    return Vllm(runtime="vllm", dtype="float32", kv_cache_gib=1, max_model_len=512)
+    return Vllm(runtime="vllm", dtype="float32", kv_cache_gib=1, max_model_len=512, top_logprobs=128)
 
 
 @pytest.fixture(scope="module")
@@ -67,7 +67,10 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
 
 @pytest.mark.slow
 def test_answers_equal_the_in_process_ones(session: VllmSession, expected: tuple[list[Answer], list[Score]]) -> None:
-    assert session.answer(PROMPTS, 8, SILENT) == expected[0]
+    """Up to the mark that stands for a character whose last bytes are still to come: vLLM holds it back."""
+    for ours, theirs in zip(session.answer(PROMPTS, 8, SILENT), expected[0], strict=True):
+        assert (ours.id, ours.token_ids) == (theirs.id, theirs.token_ids)
+        assert ours.text.rstrip("\ufffd") == theirs.text.rstrip("\ufffd")
 
 
 @pytest.mark.slow
@@ -120,7 +123,7 @@ def test_model_compared_with_itself_does_not_differ(session: VllmSession, tmp_pa
 
 @pytest.mark.slow
 def test_changed_model_is_compared_with_the_original(session: VllmSession, runtime: Vllm, model: Path, tmp_path: Path) -> None:
-    """KL over the top tokens is at most, and for a small change nearly, the exact one."""
+    """KL over the top tokens is a bound from below of the exact one, and a good part of it even of predictions as flat as these."""
     changed = tmp_path / "changed"
     shutil.copytree(model, changed)
     tensors = load_file(changed / "model.safetensors")
@@ -142,7 +145,7 @@ def test_changed_model_is_compared_with_the_original(session: VllmSession, runti
     ours = np.concatenate([score.kl for score in scores if score.kl is not None])
     true = np.concatenate([score.kl for score in exact if score.kl is not None])
     assert (ours <= true + 1e-4).all()
-    assert 0.2 * true.mean() < ours.mean() < true.mean()
+    assert 0.3 * true.mean() < ours.mean() < true.mean()
     same = [score.same_top for score in scores if score.same_top is not None]
     same_exact = [score.same_top for score in exact if score.same_top is not None]
     assert (np.concatenate(same) == np.concatenate(same_exact)).mean() > 0.98

@@ -1,0 +1,137 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from compress.errors import RecipeError
+from compress.recipe import read_recipe, recipe_schema
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "model").mkdir()
+    for name in ("calibration.txt", "test.txt", "test.jsonl"):
+        (tmp_path / name).write_text("{}", encoding="utf-8")
+    return tmp_path
+
+
+def whole() -> dict[str, Any]:
+    return {
+        "name": "r",
+        "model": {"source": "model"},
+        "calibration": {"seed": 0, "sets": [{"dataset": "text", "source": "calibration.txt", "samples": 1, "tokens": 8}]},
+        "stages": [{"stage": "awq", "bits": 4, "group_size": 64}],
+        "export": [{"format": "vllm", "layout": "awq"}],
+        "eval": {
+            "runtime": {"runtime": "transformers"},
+            "tasks": [{"task": "perplexity", "dataset": "text", "source": "test.txt", "window": 64}],
+        },
+        "gate": {"perplexity": {"max_ratio": 1.1, "confidence": 0.95}},
+    }
+
+
+def faults(folder: Path, data: dict[str, Any], **settings: Any) -> tuple[str, ...]:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    with pytest.raises(RecipeError) as caught:
+        read_recipe(path, {key.replace("__", "."): value for key, value in settings.items()})
+    return caught.value.faults
+
+
+def read(folder: Path, data: dict[str, Any]) -> Any:
+    path = folder / "recipe.yaml"
+    path.write_text(yaml.safe_dump(data, sort_keys=False), encoding="utf-8")
+    return read_recipe(path, {})[0]
+
+
+def test_a_whole_recipe_is_read_and_frozen(folder: Path) -> None:
+    recipe = read(folder, whole())
+    assert recipe.model.source == str(folder / "model")
+    assert recipe.stages[0].stage == "awq"
+    with pytest.raises(ValidationError, match="frozen"):
+        recipe.name = "other"
+
+
+def test_all_faults_come_at_once_with_line_and_remedy(folder: Path) -> None:
+    data = whole()
+    data["stages"][0] |= {"bits": 5, "groupsize": 3}
+    data["model"]["source"] = "./nowhere"
+    data["export"] = []
+    del data["gate"]
+    found = faults(folder, data)
+    assert "recipe.yaml:3: model.source: no file or folder at" in found[0]
+    assert "recipe.yaml:13: stages.0.bits: Input should be 2, 3, 4 or 8 (got 5)" in found
+    assert any(fault.startswith("recipe.yaml:15: stages.0.groupsize: unknown key;") for fault in found)
+    assert any("did you mean group_size?" in fault for fault in found)
+    assert "recipe.yaml:16: export: is empty; needs at least one entry" in found
+    assert "recipe.yaml:1: gate: missing; write it out, it has no default" in found
+    assert len(found) == 5
+
+
+def test_an_unknown_row_names_the_known_ones(folder: Path) -> None:
+    data = whole()
+    data["eval"]["runtime"]["runtime"] = "llama.cpp"
+    data["calibration"]["sets"][0]["dataset"] = "c4"
+    assert faults(folder, data) == (
+        "recipe.yaml:7: calibration.sets.0: 'c4' is not one of 'wikitext', 'text', 'vqa'",
+        "recipe.yaml:19: eval.runtime: 'llama.cpp' is not one of 'transformers', 'vllm'",
+    )
+
+
+def test_faults_of_overrides_name_the_override(folder: Path) -> None:
+    assert faults(folder, whole(), stages__0__bits=7) == (
+        "--set stages.0.bits=7: stages.0.bits: Input should be 2, 3, 4 or 8 (got 7)",
+    )
+
+
+def test_a_stage_without_its_calibration_is_refused(folder: Path) -> None:
+    data = whole()
+    del data["calibration"]
+    (fault,) = faults(folder, data)
+    assert "stages.0: needs calibration samples, and the recipe has no calibration; add calibration:" in fault
+
+
+def test_empty_calibration_is_refused(folder: Path) -> None:
+    data = whole()
+    data["calibration"]["sets"] = []
+    assert faults(folder, data) == ("recipe.yaml:6: calibration.sets: is empty; needs at least one entry",)
+
+
+def test_a_limit_that_nothing_measures_is_refused(folder: Path) -> None:
+    data = whole()
+    data["gate"]["accuracy"] = {"min_recovery": 0.99, "confidence": 0.95}
+    (fault,) = faults(folder, data)
+    assert "gate.accuracy: nothing measures it; add a task of kind vqa to eval.tasks" in fault
+
+
+def test_two_exports_or_tasks_of_one_name_are_refused(folder: Path) -> None:
+    data = whole()
+    data["export"] *= 2
+    data["eval"]["tasks"] *= 2
+    found = faults(folder, data)
+    assert any("eval.tasks.1: a second task called text; give one of them another name" in fault for fault in found)
+    assert any("export.1: a second export called vllm-awq; remove one" in fault for fault in found)
+
+
+def test_publishing_goes_to_folders(folder: Path) -> None:
+    data = whole() | {"publish": {"to": "hf://org/name"}}
+    (fault,) = faults(folder, data)
+    assert "publish.to: hf://org/name is no folder" in fault
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.name)
+def test_every_shipped_recipe_is_whole(path: Path) -> None:
+    recipe, _ = read_recipe(path, {})
+    assert recipe.gate.accuracy is not None
+    assert path.read_text(encoding="utf-8").startswith("# ")
+
+
+def test_the_schema_knows_every_row_and_forbids_the_rest() -> None:
+    schema = recipe_schema()
+    assert schema["additionalProperties"] is False
+    assert set(schema["required"]) == {"name", "model", "stages", "export", "eval", "gate"}
+    assert {"Awq", "Vllm", "Vqa", "Wikitext"} & set(schema["$defs"])

@@ -1,0 +1,203 @@
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import compress
+from compress.artifact import folder_digests
+from compress.errors import CheckpointError, DataError, RecipeError
+from compress.report import Report
+from tests.jobs import Job, make_job, sentences
+
+COMPRESS = [sys.executable, "-m", "compress.cli"]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Report]:
+    job = make_job(tmp_path_factory.mktemp("job"))
+    return job, compress.run(job.recipe, **job.places())
+
+
+def test_a_run_ends_with_a_verdict_a_table_and_published_artifacts(finished: tuple[Job, Report]) -> None:
+    job, report = finished
+    assert report.gate.verdict == "pass"
+    assert [row.artifact for row in report.rows] == ["original", "vllm-awq", "vllm-compressed-tensors"]
+    original, *artifacts = report.rows
+    assert original.size_ratio == 1.0
+    assert original.fidelity is None
+    for row in artifacts:
+        assert 0.3 < row.size_ratio < 0.9
+        assert 4 < row.bits_per_weight < 16
+        assert row.fidelity is not None
+        assert 0 < row.fidelity["text"].kl_mean < 1
+    for published in report.published:
+        folder = Path(published.path)
+        assert folder.parent.parent == job.published
+        record = json.loads((folder / "compress.json").read_text(encoding="utf-8"))
+        digests = folder_digests(folder)
+        del digests["compress.json"]
+        assert record["files"] == digests
+        assert record["gate"]["verdict"] == "pass"
+        assert len(record["calibration"]["samples"]) == 8
+        card = (folder / "README.md").read_text(encoding="utf-8")
+        assert "| original |" in card
+        assert "by force" not in card
+
+
+def test_both_layouts_hold_the_same_model(finished: tuple[Job, Report]) -> None:
+    _, report = finished
+    awq, packed = report.rows[1:]
+    assert awq.metrics == packed.metrics
+    assert awq.fidelity == packed.fidelity
+
+
+def test_the_run_folder_tells_what_happened(finished: tuple[Job, Report]) -> None:
+    _, report = finished
+    folder = Path(report.run)
+    stored = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    assert stored["schema"] == 1
+    assert stored["rows"][1]["artifact"] == "vllm-awq"
+    assert {"step", "seconds", "peak_host_bytes", "peak_device_bytes", "cached"} == set(stored["timings"][0])
+    assert (folder / "report.md").read_text(encoding="utf-8").startswith("# tiny: pass")
+    events = [json.loads(line) for line in (folder / "events.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert events[0]["event"] == "started"
+    assert events[-1] == {**events[-1], "event": "finished", "verdict": "pass"}
+    assert [event["step"] for event in events if event["event"] == "step-finished"] == [row["step"] for row in stored["timings"]]
+    assert json.loads((folder / "plan.json").read_text(encoding="utf-8"))["steps"]
+
+
+def test_a_second_run_makes_nothing_and_needs_no_torch(finished: tuple[Job, Report]) -> None:
+    job, report = finished
+    code = "import sys, compress.cli as cli\ntry: cli.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", code, *job.arguments("--json")], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout)
+    assert all(timing["cached"] for timing in again["timings"])
+    assert again["rows"] == json.loads(report.to_json())["rows"]
+    assert done.stderr.strip().splitlines()[-1] == again["run"]
+
+
+def test_changing_the_last_stage_reuses_all_before_it(finished: tuple[Job, Report]) -> None:
+    job, _ = finished
+    report = compress.run(job.recipe, set={"stages.0.clip": False}, **job.places())
+    cached = {timing.step: timing.cached for timing in report.timings}
+    assert cached == {
+        "calibration": True,
+        "overlap of calibration and evaluation": True,
+        "awq": False,
+        "measure original": True,
+        "export vllm-awq": False,
+        "measure vllm-awq": False,
+        "export vllm-compressed-tensors": False,
+        "measure vllm-compressed-tensors": False,
+    }
+
+
+def test_a_model_that_moved_is_known_by_its_content(finished: tuple[Job, Report], tmp_path: Path) -> None:
+    job, _ = finished
+    copy = tmp_path / "elsewhere"
+    subprocess.run(["cp", "-r", str(job.folder / "model"), str(copy)], check=True)
+    report = compress.run(job.recipe, set={"model.source": str(copy)}, **job.places())
+    made = [timing.step for timing in report.timings if not timing.cached]
+    assert made == ["export vllm-awq", "measure vllm-awq", "export vllm-compressed-tensors", "measure vllm-compressed-tensors"]
+
+
+def test_a_gate_that_fails_publishes_nothing_unless_forced(finished: tuple[Job, Report], tmp_path: Path) -> None:
+    job, _ = finished
+    settings = {"gate.size.max_ratio": 0.1, "publish.to": str(tmp_path / "out")}
+    report = compress.run(job.recipe, set=settings, **job.places())
+    assert report.gate.verdict == "fail"
+    assert report.published == ()
+    assert not (tmp_path / "out").exists()
+    forced = compress.run(job.recipe, set=settings, force=True, **job.places())
+    assert [row.forced for row in forced.published] == [True, True]
+    card = (tmp_path / "out" / "tiny" / "vllm-awq" / "README.md").read_text(encoding="utf-8")
+    assert "Published by force: the gate's verdict was fail" in card
+
+
+def test_fresh_makes_everything_again_with_the_same_bytes(finished: tuple[Job, Report]) -> None:
+    job, report = finished
+    before = {row.artifact: folder_digests(Path(row.path)) for row in report.rows}
+    again = compress.run(job.recipe, fresh=True, **job.places())
+    assert not any(timing.cached for timing in again.timings)
+    assert {row.artifact: folder_digests(Path(row.path)) for row in again.rows} == before
+
+
+def test_a_sample_in_calibration_and_evaluation_stops_the_run(finished: tuple[Job, Report]) -> None:
+    job, _ = finished
+    shared = {"eval.tasks.0.source": str(job.folder / "calibration.jsonl")}
+    done = subprocess.run(
+        [*COMPRESS, *job.arguments(*(f"--set={path}={value}" for path, value in shared.items()))],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert "of the evaluation is calibration sample q10" in done.stderr
+    assert "calibration.jsonl:" in done.stderr
+
+
+def test_a_paragraph_in_calibration_and_evaluation_stops_the_run(finished: tuple[Job, Report]) -> None:
+    job, _ = finished
+    mixed = job.folder / "mixed.txt"
+    mixed.write_text(sentences(2000, 30) + "\n" + sentences(0, 60), encoding="utf-8")
+    with pytest.raises(DataError, match=r"a paragraph of the evaluation's text .* is part of calibration sample"):
+        compress.run(job.recipe, set={"eval.tasks.1.source": str(mixed)}, **job.places())
+
+
+def test_weights_with_nan_are_named_and_nothing_is_kept(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    job = make_job(tmp_path)
+    path = job.folder / "model" / "model.safetensors"
+    tensors = load_file(path)
+    name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
+    tensors[name][3, 5] = torch.nan
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=rf"{name} holds NaN or infinite values"):
+        compress.run(job.recipe, **job.places())
+    assert [path.name for path in (job.store / "aside").iterdir()] == []
+
+
+def test_a_group_size_that_does_not_divide_is_refused_in_the_plan(finished: tuple[Job, Report]) -> None:
+    job, _ = finished
+    with pytest.raises(RecipeError) as caught:
+        compress.run(job.recipe, set={"stages.0.group_size": 48}, **job.places())
+    fault = caught.value.faults[0]
+    assert "stages.0:" in fault
+    assert "does not divide by group_size 48; use group_size" in fault
+    assert "leave_out" in fault
+
+
+@pytest.mark.slow
+def test_runs_that_are_killed_ten_times_end_as_one_that_was_not(finished: tuple[Job, Report], tmp_path: Path) -> None:
+    """SIGKILL at ten random moments, each told by how many lines of progress had been printed."""
+    job, report = finished
+    undisturbed = {row.artifact: folder_digests(Path(row.path)) for row in report.published}
+    chance = random.Random(20240917)
+    killed = 0
+    arguments = [
+        *COMPRESS, "run", str(job.recipe), "--runs", str(tmp_path / "runs"), "--store", str(tmp_path / "store"),
+        "--set", f"publish.to={tmp_path / 'published'}",
+    ]  # fmt: skip
+    while killed < 10:
+        extra = ["--fresh"] if killed % 3 == 2 else []
+        process = subprocess.Popen([*arguments, *extra], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
+        assert process.stdout is not None
+        for _ in range(chance.randrange(1, 14)):
+            if not process.stdout.readline():
+                break
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        process.stdout.close()
+        killed += 1
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "published" / "tiny"
+    assert {path.name: folder_digests(path) for path in folder.iterdir() if not path.name.startswith(".")} == undisturbed
