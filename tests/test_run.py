@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import safetensors.torch as safetensors
 import torch
 
 import compress
@@ -152,14 +153,12 @@ def test_a_paragraph_in_calibration_and_evaluation_stops_the_run(finished: tuple
 
 
 def test_weights_with_nan_are_named_and_nothing_is_kept(tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
     job = make_job(tmp_path)
     path = job.folder / "model" / "model.safetensors"
-    tensors = load_file(path)
+    tensors = safetensors.load_file(path)
     name = next(name for name in tensors if name.endswith("layers.1.mlp.up_proj.weight"))
     tensors[name][3, 5] = torch.nan
-    save_file(tensors, path, metadata={"format": "pt"})
+    safetensors.save_file(tensors, path, metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=rf"{name} holds NaN or infinite values"):
         compress.run(job.recipe, **job.places())
     assert [path.name for path in (job.store / "aside").iterdir()] == []

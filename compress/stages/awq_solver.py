@@ -183,7 +183,7 @@ def _round(block: BlockWeights, name: str, moments: Moments, method: Method) -> 
 
 
 def _parameter(module: nn.Module, name: str) -> Tensor:
-    return module.get_parameter(name)
+    return module.get_parameter(name).detach()
 
 
 def _has(module: nn.Module, name: str) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from batches import GRID, IGNORED, Layout, SceneBatch
+from batches import GRID, Layout, SceneBatch
 from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen2_5_VLForConditionalGeneration, vision_utils

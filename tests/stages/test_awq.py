@@ -1,0 +1,291 @@
+import json
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from pydantic import ValidationError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
+
+from compress.calibration.collect import PinnedSet, Selection, collect
+from compress.calibration.sets import Text, Vqa
+from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.engine.weights import WeightReader
+from compress.errors import CheckpointError, DataError
+from compress.families import Family, family_of
+from compress.layouts import quantized_linears, read_linear
+from compress.progress import Silent
+from compress.stages.awq import Awq
+from compress.stages.stage import StageContext
+from tests.engine.test_replay import batches
+from tests.quantized import round_checkpoint
+from tests.tiny import TEXT, build_qwen2_5_vl, build_qwen2_vl, picture
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A tiny checkpoint with calibration samples collected for it."""
+
+    folder: Path
+    calibration: Path
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return open_checkpoint(self.folder)
+
+    @property
+    def family(self) -> Family:
+        return family_of(self.checkpoint.config)
+
+    def apply(self, target: Path, stage: Awq) -> Path:
+        target.mkdir(exist_ok=True)
+        stage.apply(StageContext(self.folder, target, self.calibration, self.family, "cpu", 0, Silent()))
+        return target
+
+
+def prepare(base: Path, folder: Path) -> Bench:
+    """Collect six windows of text and four questions with an image each."""
+    (base / "text.txt").write_text(TEXT * 8)
+    (base / "images").mkdir()
+    rows: list[dict[str, str]] = []
+    for number in range(4):
+        (base / "images" / f"{number}.png").write_bytes(picture(number, 84 + 28 * number))
+        rows.append({"id": str(number), "image": f"images/{number}.png", "question": f"How many? {number}", "answer": "three"})
+    (base / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sets = (
+        PinnedSet(Text(dataset="text", source=str(base / "text.txt"), samples=6, tokens=48), (base / "text.txt",)),
+        PinnedSet(Vqa(dataset="vqa", source=str(base / "questions.jsonl"), samples=4), (base / "questions.jsonl",)),
+    )
+    collect(Selection(0, sets), folder, base / "calibration", Silent())
+    return Bench(folder, base / "calibration")
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    base = tmp_path_factory.mktemp("awq")
+    return prepare(base, build_qwen2_5_vl(base / "model"))
+
+
+def awq(**fields: Any) -> Awq:
+    return Awq.model_validate({"stage": "awq", "bits": 4, "group_size": 32, **fields})
+
+
+def tensors_of(folder: Path) -> dict[str, Tensor]:
+    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
+
+
+def dense(folder: Path) -> dict[str, Tensor]:
+    """Return a checkpoint's tensors by the model's names, the packed ones as the matrices they stand for."""
+    checkpoint = open_checkpoint(folder)
+    family = family_of(checkpoint.config)
+    reader = WeightReader(checkpoint, family)
+    packed = quantized_linears(checkpoint)
+    values = {
+        family.module_name(name): reader.disk_tensor(name)
+        for name in checkpoint.tensors
+        if name.rpartition(".weight_")[0] not in packed
+    }
+    for name, scheme in packed.items():
+        values[family.module_name(f"{name}.weight")] = read_linear(name, scheme, reader.disk_tensor).dequantize()
+    return values
+
+
+def logits(source: Path, values: Mapping[str, Tensor] | None, given: list[Any]) -> Tensor:
+    model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(source, dtype=torch.float32).eval()
+    if values is not None:
+        model.load_state_dict({name: value.float() for name, value in values.items()})
+    with torch.no_grad():
+        return torch.cat([model(**batch.inputs(), use_cache=False).logits.flatten(0, 1) for batch in given])
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"),
+    [(2, 8, False), (3, 128, False), (4, 64, True), (8, 2, False), (4, -1, False), (3, -1, True)],
+)
+def test_every_width_and_group_that_divides(bench: Bench, tmp_path: Path, bits: int, group_size: int, symmetric: bool) -> None:
+    stage = awq(bits=bits, group_size=group_size, symmetric=symmetric, grid=4)
+    written = open_checkpoint(bench.apply(tmp_path / "out", stage))
+    assert stage.check(bench.checkpoint, bench.family) == []
+    assert written.weight_bytes == stage.predict_bytes(bench.checkpoint, bench.family)
+    schemes = quantized_linears(written)
+    assert schemes == stage.schemes(bench.checkpoint, bench.family)
+    assert len(schemes) == 3 * 7
+    original, result = dense(bench.folder), dense(tmp_path / "out")
+    assert result.keys() == original.keys()
+    assert (logits(bench.folder, result, batches(bench.folder))).isfinite().all()
+
+
+def kl(original: Tensor, other: Tensor) -> float:
+    expected, given = original.log_softmax(-1), other.log_softmax(-1)
+    return float((expected.exp() * (expected - given)).sum(-1).mean())
+
+
+@pytest.mark.parametrize("bits", [3, 4])
+def test_predictions_are_closer_to_the_original_than_rounding_to_nearest(bench: Bench, tmp_path: Path, bits: int) -> None:
+    given: list[Any] = list(batches(bench.folder))
+    original = logits(bench.folder, None, given)
+    stage = awq(bits=bits)
+    ours = kl(original, logits(bench.folder, dense(bench.apply(tmp_path / "awq", stage)), given))
+    (tmp_path / "nearest").mkdir()
+    round_checkpoint(bench.folder, tmp_path / "nearest", stage.scheme)
+    nearest = kl(original, logits(bench.folder, dense(tmp_path / "nearest"), given))
+    assert ours < 0.8 * nearest
+
+
+def test_what_is_not_targeted_is_bit_identical(bench: Bench, tmp_path: Path) -> None:
+    before, after = tensors_of(bench.folder), tensors_of(bench.apply(tmp_path / "out", awq(grid=4)))
+    quantized = {name for name in before if name not in after}
+    assert len(quantized) == 3 * 7
+    assert all(".layers." in name for name in quantized)
+    changed = {name for name in before.keys() & after.keys() if not torch.equal(before[name], after[name])}
+    assert all("layernorm" in name or name.endswith("v_proj.bias") for name in changed)
+    assert {name for name in before if "visual" in name or "lm_head" in name} <= after.keys()
+    for name in ("tokenizer.json", "preprocessor_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (bench.folder / name).read_bytes()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"]["quant_method"] == "compressed-tensors"
+    assert not (tmp_path / "out" / ".blocks").exists()
+
+
+def test_every_part_can_be_targeted(bench: Bench, tmp_path: Path) -> None:
+    stage = awq(targets=("vision", "projector", "decoder", "lm_head"), group_size=16, bits=8, grid=4)
+    assert stage.check(bench.checkpoint, bench.family) == []
+    out = bench.apply(tmp_path / "out", stage)
+    names = {bench.family.module_name(name) for name in quantized_linears(open_checkpoint(out))}
+    for expected in (
+        "lm_head",
+        "model.visual.blocks.1.mlp.down_proj",
+        "model.visual.merger.mlp.2",
+        "model.language_model.layers.0.mlp.up_proj",
+    ):
+        assert expected in names
+    given: list[Any] = list(batches(bench.folder))
+    assert kl(logits(bench.folder, None, given), logits(bench.folder, dense(out), given)) < 0.01
+
+
+def test_the_second_family(tmp_path: Path) -> None:
+    bench = prepare(tmp_path, build_qwen2_vl(tmp_path / "model", tied=True, hidden=64, intermediate=96, heads=4, kv_heads=1))
+    out = bench.apply(tmp_path / "out", awq(group_size=32, grid=4, targets=("decoder", "vision")))
+    given: list[Any] = list(batches(bench.folder))
+    original, result = dense(bench.folder), dense(out)
+    head = {"lm_head.weight": original["model.language_model.embed_tokens.weight"]}
+    assert kl(logits(bench.folder, {**original, **head}, given), logits(bench.folder, {**result, **head}, given)) < 0.1
+
+
+def test_two_runs_write_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
+    first, second = (bench.apply(tmp_path / name, awq(grid=4)) for name in ("first", "second"))
+    assert (first / "model.safetensors").read_bytes() == (second / "model.safetensors").read_bytes()
+    assert (first / "config.json").read_bytes() == (second / "config.json").read_bytes()
+
+
+class KilledError(Exception):
+    pass
+
+
+class Dying(Silent):
+    """Ends the work in the middle, after two blocks."""
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+        done: list[int] = []
+
+        def advance(count: int) -> None:
+            done.append(count)
+            if len(done) == 2:
+                raise KilledError
+
+        yield advance
+
+
+def test_a_killed_run_goes_on_at_its_block_and_ends_the_same(bench: Bench, tmp_path: Path) -> None:
+    whole, target = bench.apply(tmp_path / "whole", awq(grid=4)), tmp_path / "killed"
+    target.mkdir()
+    with pytest.raises(KilledError):
+        awq(grid=4).apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, Dying()))
+    commits = sorted((target / ".blocks").iterdir())
+    assert [path.name[-len("layers.0.safetensors") :] for path in commits] == ["layers.0.safetensors", "layers.1.safetensors"]
+    commits[1].write_bytes(commits[1].read_bytes()[:100])  # damaged, so made anew
+    before = commits[0].stat().st_mtime_ns
+    stamps: list[int] = []
+
+    class Stamping(Silent):
+        @contextmanager
+        def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+            yield lambda count: stamps.append(commits[0].stat().st_mtime_ns)
+
+    awq(grid=4).apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, Stamping()))
+    assert set(stamps) == {before}
+    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+
+
+def test_a_group_that_does_not_divide_names_the_layer_and_what_would(bench: Bench) -> None:
+    fault, other = awq(group_size=48).check(bench.checkpoint, bench.family)
+    assert "layers.0.self_attn.q_proj" in fault or "layers.0.mlp.gate_proj" in fault
+    assert "(and 17 more layers as wide): its input width 128 does not divide by group_size 48" in fault
+    assert "use group_size 32, 64 or -1, or add '*.gate_proj', '*.k_proj', '*.o_proj', '*.q_proj', '*.up_proj', '*.v_proj'" in fault
+    assert "layers.0.mlp.down_proj (and 2 more layers as wide): its input width 256" in other
+    assert awq(group_size=256, leave_out=("*.self_attn.*", "*.gate_proj", "*.up_proj")).check(bench.checkpoint, bench.family) == []
+
+
+def test_what_is_left_out_keeps_its_bits(bench: Bench, tmp_path: Path) -> None:
+    out = bench.apply(tmp_path / "out", awq(grid=4, leave_out=("*.v_proj", "*.layers.1.*")))
+    before, after = tensors_of(bench.folder), tensors_of(out)
+    for name in before:
+        if name.endswith(("v_proj.weight", "v_proj.bias")) or ".layers.1." in name:
+            assert torch.equal(after[name], before[name]), name
+    assert len(quantized_linears(open_checkpoint(out))) == 2 * 6
+
+
+def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, bench: Bench) -> None:
+    (fault,) = awq(leave_out=("*.fc9",)).check(bench.checkpoint, bench.family)
+    assert fault.startswith("leave_out: '*.fc9' matches none of the targeted layers, such as model.language_model.layers.0.")
+    assert awq(leave_out=("*",)).check(bench.checkpoint, bench.family) == [
+        "leave_out: leaves no layer to work on; remove a pattern"
+    ]
+    tied = open_checkpoint(build_qwen2_5_vl(tmp_path, tied=True))
+    (fault,) = awq(targets=("decoder", "lm_head")).check(tied, bench.family)
+    assert "lm_head matches nothing" in fault
+    assert "its output head is the embedding's own matrix; leave it away" in fault
+
+
+def test_a_quantized_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> None:
+    round_checkpoint(bench.folder, tmp_path, awq().scheme)
+    checkpoint = open_checkpoint(tmp_path)
+    (fault,) = awq().check(checkpoint, bench.family)
+    assert fault.endswith("its weights are quantized already; start from the model's original")
+
+
+@pytest.mark.parametrize("place", ["layers.1.mlp.up_proj.weight", "visual.merger.mlp.0.weight", "lm_head.weight"])
+def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, place: str) -> None:
+    bench = prepare(tmp_path, build_qwen2_5_vl(tmp_path / "model"))
+    file = bench.folder / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith(place)]
+    tensors[name][0, 0] = float("nan")
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinite values"):
+        bench.apply(tmp_path / "out", awq(grid=1))
+    assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+def test_without_calibration_it_says_so(bench: Bench, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"add calibration\.sets"):
+        awq().apply(StageContext(bench.folder, tmp_path, None, bench.family, "cpu", 0, Silent()))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "message"),
+    [
+        ("bits", 5, "2, 3, 4 or 8"),
+        ("group_size", 0, "positive number of input channels, or -1"),
+        ("targets", (), "at least 1 item"),
+    ],
+)
+def test_fields_are_checked(field: str, value: object, message: str) -> None:
+    with pytest.raises(ValidationError, match=message):
+        awq(**{field: value})

@@ -1,0 +1,179 @@
+import pytest
+import torch
+from torch import Tensor, nn
+
+from compress.engine.replay import Positions
+from compress.engine.statistics import Moments
+from compress.families import Pair
+from compress.numerics.rounding import output_error, quantize
+from compress.numerics.scheme import Scheme
+from compress.stages.awq_solver import BlockWeights, Method, divide_linear, divide_norm, fold, solve
+
+HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
+WIDTH = HEADS * HEAD_DIM
+PAIRS = (
+    Pair("norm", ("q", "v")),
+    Pair("v", ("o",), grouped=True),
+    Pair("up", ("down",)),
+)
+
+
+class Block(nn.Module):
+    """An attention without positions and a feed-forward, with a LayerNorm (so with a bias) and biases on v and up."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.norm = nn.LayerNorm(WIDTH)
+        self.q = nn.Linear(WIDTH, WIDTH)
+        self.v = nn.Linear(WIDTH, KV_HEADS * HEAD_DIM)
+        self.o = nn.Linear(WIDTH, WIDTH, bias=False)
+        self.up = nn.Linear(WIDTH, 48)
+        self.down = nn.Linear(48, WIDTH)
+        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
+        nn.init.normal_(self.norm.bias)
+        self.to(dtype).requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        normed = self.norm(x)
+        query = self.q(normed).view(-1, HEADS, HEAD_DIM).transpose(0, 1)
+        value = self.v(normed).view(-1, KV_HEADS, HEAD_DIM).transpose(0, 1).repeat_interleave(HEADS // KV_HEADS, dim=0)
+        mixed = (query @ query.transpose(1, 2)).softmax(dim=-1) @ value
+        out = self.o(mixed.transpose(0, 1).reshape(-1, WIDTH))
+        return self.down(torch.relu(self.q(out)[:, :1]) * self.up(out))
+
+
+def samples(count: int = 200) -> Tensor:
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(count, WIDTH, generator=generator) * torch.logspace(-1, 1, WIDTH)
+
+
+def statistics(block: Block, x: Tensor) -> dict[str, Moments]:
+    moments: dict[str, Moments] = {}
+    hooks = []
+    for name in ("q", "v", "o", "up", "down"):
+
+        def count(module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
+            if name not in moments:
+                everything = torch.ones(len(args[0]), dtype=torch.bool)
+                moments[name] = Moments()
+                moments[name].add(args[0], Positions(everything, ~everything))
+
+        hooks.append(block.get_submodule(name).register_forward_pre_hook(count))
+    with torch.no_grad():
+        block(x)
+    for hook in hooks:
+        hook.remove()
+    return moments
+
+
+def with_folded(block: Block, state: BlockWeights) -> Block:
+    copy = Block(block.q.weight.dtype)
+    values = {**block.state_dict(), **state.changed, **{f"{name}.weight": weight for name, weight in state.weights.items()}}
+    copy.load_state_dict(values)
+    return copy
+
+
+@pytest.mark.parametrize("pair", PAIRS[1:])
+def test_a_folded_scale_keeps_the_function(pair: Pair) -> None:
+    block, x = Block(), samples()
+    moments = statistics(block, x)
+    state = BlockWeights.of(block, ("q", "v", "o", "up", "down"), HEADS)
+    fold(state, pair, moments, Method(Scheme(3, 8, symmetric=False), clip=False, grid=20))
+    (name,) = pair.linears
+    scale = state.input_scales[name]
+    assert scale.max() / scale.min() > 1.1
+    with torch.no_grad():
+        torch.testing.assert_close(with_folded(block, state)(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
+    block, x = Block(), samples()
+    moments = statistics(block, x)
+    state = BlockWeights.of(block, ("q", "v", "o", "up", "down"), HEADS)
+    fold(state, PAIRS[0], moments, Method(Scheme(3, 8, symmetric=False), clip=False, grid=20))
+    folded = with_folded(block, state)
+    with torch.no_grad():
+        for name in ("q", "v"):
+            before = block.get_submodule(name)(block.norm(x))
+            after = folded.get_submodule(name)(folded.norm(x))
+            torch.testing.assert_close(after, before, rtol=1e-5, atol=1e-5)
+    assert not torch.equal(folded.norm.weight, block.norm.weight)
+
+
+def test_grouped_heads_share_their_source_channels_scale() -> None:
+    block = Block()
+    state = BlockWeights.of(block, ("q", "v", "o", "up", "down"), HEADS)
+    fold(state, PAIRS[1], statistics(block, samples()), Method(Scheme(3, 8, symmetric=False), clip=False, grid=20))
+    heads = state.input_scales["o"].view(HEADS, HEAD_DIM)
+    assert torch.equal(heads[0], heads[1])
+    assert torch.equal(heads[2], heads[3])
+    assert not torch.equal(heads[0], heads[2])
+
+
+def test_the_scale_is_what_the_stored_norm_was_really_divided_by() -> None:
+    block = Block(torch.bfloat16)
+    block.norm.weight.data[3] = 0
+    state = BlockWeights.of(block, ("q",), HEADS)
+    asked = torch.linspace(0.3, 3, WIDTH)
+    scale = divide_norm(state, "norm", asked)
+    stored = state.changed["norm.weight"]
+    assert stored.dtype == torch.bfloat16
+    alive = torch.arange(WIDTH) != 3
+    assert torch.equal((stored.float() * scale).to(torch.bfloat16), block.norm.weight)
+    torch.testing.assert_close(scale[alive], asked[alive], rtol=1 / 128, atol=0)
+    assert scale[3] == 1
+    assert stored[3] == 0
+
+
+def test_a_linear_is_divided_by_what_its_stored_bias_was_divided_by() -> None:
+    block = Block(torch.bfloat16)
+    block.v.bias.data[1] = 0
+    state = BlockWeights.of(block, ("v",), HEADS)
+    asked = torch.linspace(0.3, 3, KV_HEADS * HEAD_DIM)
+    scale = divide_linear(state, "v", asked)
+    assert torch.equal((state.changed["v.bias"].float() * scale).to(torch.bfloat16), block.v.bias)
+    assert scale[1] == asked[1]
+    torch.testing.assert_close(state.weights["v"] * scale.unsqueeze(1), block.v.weight.float())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
+    block, x = Block(torch.bfloat16), samples()
+    block_moments = statistics(block.float(), x)
+    block.to(torch.bfloat16)
+    scheme = Scheme(bits, 8, symmetric=False)
+    names = ("q", "v", "o", "up", "down")
+    state = BlockWeights.of(block, names, HEADS)
+    codes = solve(state, PAIRS, block_moments, Method(scheme, clip=True, grid=20))
+
+    def loss(name: str, weight: Tensor) -> float:
+        original = block.get_submodule(name).weight.float()
+        return float(output_error(weight - original, block_moments[name].gram()))
+
+    total, nearest = 0.0, 0.0
+    for name in ("q", "o", "down"):
+        scale = state.input_scales.get(name, torch.ones(1))
+        total += loss(name, codes[name].dequantize() / scale)
+        nearest += loss(name, quantize(block.get_submodule(name).weight, scheme, torch.bfloat16).dequantize())
+    assert total < 0.8 * nearest
+
+
+@pytest.mark.parametrize("left_out", ["v", "o"])
+def test_a_pair_with_a_part_left_out_stays_as_it_is(left_out: str) -> None:
+    block = Block()
+    state = BlockWeights.of(block, [name for name in ("v", "o") if name != left_out], HEADS)
+    fold(state, PAIRS[1], statistics(block, samples()), Method(Scheme(3, 8, symmetric=False), clip=True, grid=20))
+    assert state.changed == {}
+    assert state.input_scales == {}
+
+
+def test_inputs_that_are_always_zero_do_no_harm() -> None:
+    block, x = Block(), samples()
+    with torch.no_grad():
+        block.norm.weight[:4] = 0
+        block.norm.bias[:4] = 0
+    state = BlockWeights.of(block, ("q", "v", "o", "up", "down"), HEADS)
+    codes = solve(state, PAIRS, statistics(block, x), Method(Scheme(4, 8, symmetric=False), clip=True, grid=20))
+    assert all(code.dequantize().isfinite().all() for code in codes.values())
+    assert all(value.isfinite().all() for value in state.changed.values())
