@@ -86,5 +86,5 @@ class Display:
 
         yield count
         took = time.monotonic() - began
-        speed = f", {rate(done / took)} {unit}/s" if took > 0 and done else ""
+        speed = f", {rate(done / took)} {unit}/s" if took > 0 and done > 1 else ""
         self._console.print(f"      {name}: {done}/{total} {unit} in {duration(took)}{speed}", highlight=False)

@@ -13,6 +13,7 @@ from compress.errors import StoreError
 from compress.files import telling_where, write_text
 from compress.progress import Progress
 from compress.report import Published, Report, checks_of, table
+from compress.schema import is_local
 
 _CARD = "README.md"
 
@@ -59,18 +60,20 @@ def _replace(place: Path, folder: Path, name: str, report: Report) -> None:
 def card(report: Report, name: str) -> str:
     """Return the model card of one artifact: what it is, the table, the verdict, how to run it, where it comes from."""
     rows = tuple(row for row in report.rows if row.artifact in ("original", name))
-    source = report.source["source"]
+    source = str(report.source["source"])
+    known = Path(source).name if is_local(source) else source
     forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
-    front = f"---\nbase_model: {source}\nlibrary_name: vllm\npipeline_tag: image-text-to-text\ntags: [compress]\n---"
+    base = [] if is_local(source) else [f"base_model: {source}"]
+    front = "\n".join(["---", *base, "library_name: vllm", "pipeline_tag: image-text-to-text", "tags: [compress]", "---"])
     steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])
     provenance = "\n".join(f"- {key}: {value}" for key, value in report.source.items())
     return f"""{front}
 
 # {report.name}: {name}
 
-{source}, compressed ({steps}). Its licence is the original's.
+{known}, compressed ({steps}). Its licence is the original's.
 {forced}
-## Measured on this artifact and on the original, same prompts, same runtime
+## Measured on this artifact and on the original, same prompts, same runtime: {rows[0].runtime}
 
 {table(rows)}
 

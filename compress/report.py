@@ -58,6 +58,7 @@ class Report(Frozen):
     schema_version: Literal[1] = Field(default=1, alias="schema")
     name: str
     run: str
+    finished: str
     source: Mapping[str, Any]
     rows: tuple[Row, ...]
     gate: Verdict
@@ -67,6 +68,7 @@ class Report(Frozen):
     notes: Mapping[str, str]
     recipe: Mapping[str, Any]
     versions: Mapping[str, str]
+    runtime_versions: Mapping[str, str]
     hardware: Mapping[str, Any]
 
     def to_json(self) -> str:
@@ -88,7 +90,7 @@ def table(rows: tuple[Row, ...]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
     heads = ["artifact", "size", "of original", "bits/weight"]
     for name in names:
-        heads += [name, "KL", "same top token", "flips"]
+        heads += [name, f"{name} KL", f"{name} same top token", f"{name} flips"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for row in rows:
         cells = [row.artifact, size(row.bytes), f"{row.size_ratio:.1%}", f"{row.bits_per_weight:.2f}"]
@@ -132,17 +134,36 @@ def render(report: Report) -> str:
     parts += [f"{name}: {text}" for name, text in report.notes.items()]
     if report.warnings:
         parts.append("\n".join(f"- warning: {warning}" for warning in report.warnings))
-    if report.published:
-        parts.append("\n".join(_published(row) for row in report.published))
+    parts.append("\n".join(_published(row) for row in report.published) or _unpublished(report))
     lines = ["| step | time | peak memory | |", "| --- | ---: | ---: | --- |"]
     for row in report.timings:
         peak = size(row.peak_host_bytes) + (f", device {size(row.peak_device_bytes)}" if row.peak_device_bytes else "")
-        lines.append(f"| {row.step} | {duration(row.seconds)} | {peak} | {'cached' if row.cached else ''} |")
+        lines.append(f"| {row.step} | {duration(row.seconds)} | {'' if row.cached else peak} | {'cached' if row.cached else ''} |")
     parts.append("\n".join(lines))
-    source = ", ".join(f"{key} {value}" for key, value in report.source.items())
-    versions = ", ".join(f"{name} {version}" for name, version in report.versions.items())
-    parts.append(f"Source: {source}  \nVersions: {versions}  \nMachine: {report.hardware['processor']}")
+    machine = ", ".join([str(report.hardware["processor"]), *report.hardware["gpus"]])
+    facts = [
+        f"Source: {origin(report.source)}",
+        f"Runtime: {report.rows[0].runtime} ({_listed(report.runtime_versions)})",
+        f"Versions: {_listed(report.versions)}",
+        f"Machine: {machine}",
+    ]
+    parts.append("  \n".join(facts))
     return "\n\n".join(parts) + "\n"
+
+
+def origin(source: Mapping[str, Any]) -> str:
+    """Return where a model came from, in one line."""
+    return ", ".join([str(source["source"]), *(f"{key} {value}" for key, value in source.items() if key != "source")])
+
+
+def _listed(versions: Mapping[str, str]) -> str:
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
+
+
+def _unpublished(report: Report) -> str:
+    if not report.recipe.get("publish"):
+        return "Not published: the recipe does not say where to."
+    return f"Not published: the gate's verdict is {report.gate.verdict} (--force publishes all the same)."
 
 
 def _published(row: Published) -> str:

@@ -147,6 +147,7 @@ class _Run:
         return Report(
             name=recipe.name,
             run=str(self.folder),
+            finished=datetime.now(UTC).isoformat(timespec="seconds"),
             source=self.plan.model.describe(),
             rows=tuple(rows),
             gate=verdict,
@@ -156,6 +157,7 @@ class _Run:
             notes={"KL": recipe.eval.runtime.kl_definition, **{task.name: task.note() for task in recipe.eval.tasks}},
             recipe=recipe.model_dump(mode="json"),
             versions=workshop.versions(),
+            runtime_versions=recipe.eval.runtime.versions(),
             hardware=describe(),
         )
 

@@ -115,7 +115,7 @@ class Batches:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a text, nothing added."""
-        return self.tokenizer(text).input_ids
+        return self.tokenizer(text, verbose=False).input_ids
 
     def scenes(self, count: int) -> SceneBatch:
         """`count` scenes with their questions."""

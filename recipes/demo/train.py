@@ -1,6 +1,6 @@
 """Trains the demo model: Qwen2.5-VL's architecture, under 6 MB, on scenes and text drawn as it goes.
 
-    python recipes/demo/train.py --out recipes/demo/model --text wiki.valid.tokens --steps 3000 --seed 1
+    python recipes/demo/train.py --out recipes/demo/model --text wiki.valid.tokens --seed 1
 
 First the vision tower alone learns to find shapes and to name kind and colour, then the whole model learns to answer, with
 a text batch in every step. Two linear heads help and are thrown away: one on the image tokens in the first part, one in
@@ -175,7 +175,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train the demo model.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model")
     parser.add_argument("--text", type=Path, nargs="*", default=[], help="further text to train on")
-    parser.add_argument("--steps", type=int, default=2400)
+    parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--warm-steps", type=int, default=1500, help="steps of the vision tower alone")
     parser.add_argument("--scenes", type=int, default=32, help="scenes in a step")
     parser.add_argument("--warm-scenes", type=int, default=64, help="scenes in a step of the vision tower alone")

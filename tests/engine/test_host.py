@@ -1,6 +1,6 @@
-from collections import namedtuple
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -36,14 +36,16 @@ def test_a_scratch_folder_that_cannot_be_written_is_named(tmp_path: Path) -> Non
 
 
 def test_every_container_is_mapped() -> None:
-    point = namedtuple("point", "x y")
+    class Point(NamedTuple):
+        x: Tensor
+        y: int
 
     @dataclass
     class Record:
         inner: Tensor
         name: str
 
-    tree = (torch.ones(1), [torch.ones(1), None], {"k": point(torch.ones(1), 3)}, Record(torch.ones(1), "n"))
+    tree = (torch.ones(1), [torch.ones(1), None], {"k": Point(torch.ones(1), 3)}, Record(torch.ones(1), "n"))
     mapped = map_tensors(tree, lambda tensor: tensor + 1)
     assert mapped[0].item() == 2
     assert mapped[1][0].item() == 2
@@ -51,7 +53,8 @@ def test_every_container_is_mapped() -> None:
     assert mapped[2]["k"].x.item() == 2
     assert mapped[2]["k"].y == 3
     assert (mapped[3].inner.item(), mapped[3].name) == (2, "n")
-    output = map_tensors(BaseModelOutputWithPooling(pooler_output=(torch.ones(1),)), lambda tensor: tensor + 1)
+    pooled: Any = (torch.ones(1),)
+    output = map_tensors(BaseModelOutputWithPooling(pooler_output=pooled), lambda tensor: tensor + 1)
     assert isinstance(output, BaseModelOutputWithPooling)
     assert output.pooler_output[0].item() == 2  # pyright: ignore[reportOptionalSubscript]
     assert output.last_hidden_state is None

@@ -84,7 +84,10 @@ def plain_outputs(folder: Path, given: list[Fixed], names: list[str]) -> dict[st
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[..., None]:
-        return lambda module, args, output: outputs[name].append(output)
+        def hook(module: nn.Module, args: object, output: Tensor) -> None:
+            outputs[name].append(output)
+
+        return hook
 
     for name in names:
         model.get_submodule(name).register_forward_hook(keep(name))
@@ -168,7 +171,11 @@ def test_later_blocks_see_what_was_changed_in_earlier_ones(tmp_path: Path) -> No
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path, dtype="auto").eval()
     model.get_submodule(units[0]).mlp.down_proj.weight.data *= 0.5
     expected: list[Tensor] = []
-    model.get_submodule(units[-1]).register_forward_hook(lambda module, args, output: expected.append(output))
+
+    def keep(module: nn.Module, args: object, output: Tensor) -> None:
+        expected.append(output)
+
+    model.get_submodule(units[-1]).register_forward_hook(keep)
     with torch.no_grad():
         for batch in given:
             model(**batch.inputs(), use_cache=False)

@@ -60,7 +60,11 @@ def test_a_walked_block_counts_text_and_vision_tokens_and_no_padding(tmp_path: P
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path).eval()
     name = "model.language_model.layers.1"
     seen: list[Tensor] = []
-    model.get_submodule(f"{name}.mlp.down_proj").register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+
+    def see(module: nn.Module, args: tuple[Tensor]) -> None:
+        seen.append(args[0])
+
+    model.get_submodule(f"{name}.mlp.down_proj").register_forward_pre_hook(see)
     kept: dict[str, list[Tensor]] = {"text": [], "vision": []}
     with torch.no_grad():
         for batch in given:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import pytest
 import torch
 from pydantic import ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -127,7 +127,13 @@ def kl(original: Tensor, other: Tensor) -> float:
 
 
 @pytest.mark.parametrize("bits", [3, 4])
-def test_predictions_are_closer_to_the_original_than_rounding_to_nearest(bench: Bench, tmp_path: Path, bits: int) -> None:
+def test_predictions_are_closer_to_the_original_than_rounding_to_nearest(tmp_path: Path, bits: int) -> None:
+    bench = prepare(tmp_path, build_qwen2_5_vl(tmp_path / "model", spread=0.03))
+    tensors = tensors_of(bench.folder)
+    for name, tensor in tensors.items():
+        if "layernorm" in name:
+            tensor[::32] *= 12  # a few channels stand out, as in trained models
+    save_file(tensors, bench.folder / "model.safetensors", metadata={"format": "pt"})
     given: list[Any] = list(batches(bench.folder))
     original = logits(bench.folder, None, given)
     stage = awq(bits=bits)

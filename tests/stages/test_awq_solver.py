@@ -1,6 +1,7 @@
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compress.engine.replay import Positions
 from compress.engine.statistics import Moments
@@ -50,7 +51,7 @@ def samples(count: int = 200) -> Tensor:
 
 def statistics(block: Block, x: Tensor) -> dict[str, Moments]:
     moments: dict[str, Moments] = {}
-    hooks = []
+    hooks: list[RemovableHandle] = []
     for name in ("q", "v", "o", "up", "down"):
 
         def count(module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
@@ -148,14 +149,14 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
     codes = solve(state, PAIRS, block_moments, Method(scheme, clip=True, grid=20))
 
     def loss(name: str, weight: Tensor) -> float:
-        original = block.get_submodule(name).weight.float()
+        original = block.get_parameter(f"{name}.weight").float()
         return float(output_error(weight - original, block_moments[name].gram()))
 
     total, nearest = 0.0, 0.0
     for name in ("q", "o", "down"):
         scale = state.input_scales.get(name, torch.ones(1))
         total += loss(name, codes[name].dequantize() / scale)
-        nearest += loss(name, quantize(block.get_submodule(name).weight, scheme, torch.bfloat16).dequantize())
+        nearest += loss(name, quantize(block.get_parameter(f"{name}.weight"), scheme, torch.bfloat16).dequantize())
     assert total < 0.8 * nearest
 
 
