@@ -66,6 +66,7 @@ def card(report: Report, name: str) -> str:
     base = [] if is_local(source) else [f"base_model: {source}"]
     front = "\n".join(["---", *base, "library_name: vllm", "pipeline_tag: image-text-to-text", "tags: [compress]", "---"])
     steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])
+    notes = "\n\n".join(f"{key}: {text}" for key, text in report.notes.items())
     provenance = "\n".join(f"- {key}: {value}" for key, value in report.source.items())
     return f"""{front}
 
@@ -77,7 +78,7 @@ def card(report: Report, name: str) -> str:
 
 {table(rows)}
 
-{chr(10).join(f"{key}: {text}" for key, text in report.notes.items())}
+{notes}
 
 ## Gate: {report.gate.verdict}
 

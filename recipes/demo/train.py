@@ -166,6 +166,7 @@ def save(model: Qwen2_5_VLForConditionalGeneration, processor: Qwen2_5_VLProcess
     shutil.rmtree(aside, ignore_errors=True)
     model.bfloat16().save_pretrained(aside)
     processor.save_pretrained(aside)
+    (aside / "model.safetensors").chmod(0o644)
     shutil.rmtree(folder, ignore_errors=True)
     aside.rename(folder)
 

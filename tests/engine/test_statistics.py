@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from compress.engine.replay import Positions
+from compress.engine.replay import Positions, ReachedError
 from compress.engine.statistics import Moments, Observer, observe
 from compress.errors import CheckpointError
 from tests.engine.test_replay import batches, open_walk
@@ -46,7 +46,7 @@ def test_linears_with_one_input_share_their_sums() -> None:
             return self.o(self.q(x) + self.k(x))
 
     block = Block()
-    with torch.no_grad(), Observer(block, ("q", "k", "o")) as observer:
+    with torch.no_grad(), Observer(block, ("q", "k", "o")) as observer, pytest.raises(ReachedError):
         block(torch.ones(3, 4))
     assert observer.moments["q"] is observer.moments["k"]
     assert observer.moments["q"] is not observer.moments["o"]

@@ -1,3 +1,4 @@
+import gc
 import json
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -297,3 +298,31 @@ def test_without_calibration_it_says_so(bench: Bench, tmp_path: Path) -> None:
 def test_fields_are_checked(field: str, value: object, message: str) -> None:
     with pytest.raises(ValidationError, match=message):
         awq(**{field: value})
+
+
+class Weighing(Silent):
+    """Notes after each piece of work how many bytes all tensors in the process have."""
+
+    def __init__(self) -> None:
+        self.live: list[int] = []
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+        yield lambda count: self.live.append(live_bytes())
+
+
+def live_bytes() -> int:
+    """Return the size of the memory, mapped files included, that tensors refer to."""
+    tensors = [value for value in gc.get_objects() if type(value) in (Tensor, torch.nn.Parameter)]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if not tensor.is_meta}
+    return sum(storages.values())
+
+
+def test_weights_are_never_all_in_memory(tmp_path: Path) -> None:
+    bench = prepare(tmp_path, build_qwen2_5_vl(tmp_path / "model", layers=24))
+    gc.collect()
+    before, weighing = live_bytes(), Weighing()
+    (tmp_path / "out").mkdir()
+    awq(grid=1).apply(StageContext(bench.folder, tmp_path / "out", bench.calibration, bench.family, "cpu", 0, weighing))
+    assert len(weighing.live) == 24 + len(bench.checkpoint.tensors)
+    assert max(weighing.live) - before < bench.checkpoint.weight_bytes / 5

@@ -6,7 +6,7 @@ from torch.utils.hooks import RemovableHandle
 from compress.engine.replay import Positions
 from compress.engine.statistics import Moments
 from compress.families import Pair
-from compress.numerics.rounding import output_error, quantize
+from compress.numerics.rounding import fold_symmetric, output_error, quantize
 from compress.numerics.scheme import Scheme
 from compress.stages.awq_solver import BlockWeights, Method, divide_linear, divide_norm, fold, solve
 
@@ -150,7 +150,7 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
 
     def loss(name: str, weight: Tensor) -> float:
         original = block.get_parameter(f"{name}.weight").float()
-        return float(output_error(weight - original, block_moments[name].gram()))
+        return float(output_error(weight - original, fold_symmetric(block_moments[name].gram())))
 
     total, nearest = 0.0, 0.0
     for name in ("q", "o", "down"):

@@ -1,0 +1,86 @@
+"""The demo recipe as it ships: its model, its verdict, and vLLM saying what the in-process runtime says."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import compress
+from compress.eval.results import read_measured
+from compress.eval.vqa import Vqa as VqaTask
+from compress.progress import Silent
+from compress.recipe import read_recipe
+from compress.report import Report
+from compress.runner import Places
+from compress.runtimes.environment import install
+from compress.runtimes.runtime import OpenContext, Prompt
+from compress.runtimes.vllm import Vllm
+from compress.store import Store
+from tests.tiny import build_qwen2_5_vl, build_qwen2_vl
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+MODEL = RECIPE.parent / "demo" / "model"
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+    folder = tmp_path_factory.mktemp("demo")
+    return Places(runs=folder / "runs", store=folder / "store")
+
+
+@pytest.fixture(scope="module")
+def report(places: Places) -> Report:
+    return compress.run(RECIPE, set={"publish.to": str(places.runs / "published")}, runs=places.runs, store=places.store)
+
+
+def test_the_model_is_small_and_right(report: Report) -> None:
+    assert sum(path.stat().st_size for path in MODEL.rglob("*")) <= 6_000_000
+    metrics = report.rows[0].metrics["scenes"]
+    assert metrics.task == "vqa"
+    assert metrics.items == 400
+    assert metrics.accuracy >= 0.95
+
+
+def test_the_gate_passes_and_both_layouts_are_published(report: Report) -> None:
+    assert report.gate.verdict == "pass"
+    assert [Path(row.path).name for row in report.published] == ["vllm-awq", "vllm-compressed-tensors"]
+    for row in report.rows[1:]:
+        assert row.fidelity is not None
+        assert 0 < row.fidelity["text"].kl_mean < 0.05
+
+
+@pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
+def test_vllm_answers_as_the_in_process_runtime_does(report: Report, places: Places, tmp_path: Path, layout: str) -> None:
+    install("vllm", Silent())
+    task = read_recipe(RECIPE, {})[0].eval.tasks[0]
+    assert isinstance(task, VqaTask)
+    questions = task.questions([Path(task.data.source)])
+    prompts = [Prompt(question.id, task.read().ask(question.question), question.images) for question in questions]
+    row = next(row for row in report.rows if row.artifact == f"vllm-{layout}")
+    assert places.store is not None
+    measured = next(entry for entry in Store(places.store).entries() if entry.step == f"measure vllm-{layout}")
+    here = {item.id: item.said for item in read_measured(measured.folder).questions("scenes")}
+    runtime = Vllm(runtime="vllm", dtype="float16", max_model_len=512, kv_cache_gib=1)
+    with runtime.open(OpenContext(Path(row.path), tmp_path, Silent())) as session:
+        there = {answer.id: answer.text for answer in session.answer(prompts, task.read().max_new_tokens, Silent())}
+    assert len(there) == 400
+    assert sum(here[name] == said for name, said in there.items()) >= 0.98 * 400
+
+
+@pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])
+def test_another_checkpoint_goes_through_the_same_recipe(places: Places, tmp_path: Path, build: Callable[..., Path]) -> None:
+    """Tied embeddings and other shapes; its random weights answer nothing, so the gate is left with size and perplexity."""
+    build(tmp_path / "model", hidden=256, intermediate=704, heads=8, kv_heads=2, tied=True)
+    settings = {
+        "model.source": str(tmp_path / "model"),
+        "calibration.sets.1.samples": 16,
+        "eval.tasks.0.samples": 24,
+        "eval.tasks.1.samples": 16,
+        "gate": {"size": {"max_ratio": 0.8}, "perplexity": {"max_ratio": 1.2, "confidence": 0.95}},
+        "publish.to": str(tmp_path / "published"),
+    }
+    report = compress.run(RECIPE, set=settings, runs=places.runs, store=places.store)
+    assert report.gate.verdict == "pass"
+    assert len(report.published) == 2
