@@ -7,9 +7,10 @@ llm-compressor has pins of its own, so it runs in an environment of its own:
     python benchmarks/awq_vs_llmcompressor.py --model recipes/demo/model --peer /tmp/llmc/bin/python \
         --calibration-text wiki.valid.tokens --test-text wiki.test.tokens --output benchmarks/results/awq_vs_llmcompressor.json
 
-Both round the decoder's linears to 4 bits, asymmetric, in groups of `--group-size`, llm-compressor with its default duo scaling. The
-time is from opening the checkpoint to the last byte of the new one, imports left out; each side is a fresh process. The loss is the
-mean over test tokens of KL(original ‖ compressed) in nats, computed by one piece of code from the weights each wrote to disk.
+Both round the decoder's linears to 4 bits, asymmetric, in groups of `--group-size`, llm-compressor with its default duo scaling.
+The time is from opening the checkpoint to the last byte of the new one, imports left out; each side is a fresh process. The
+loss is the mean over test tokens of KL(original ‖ compressed) in nats, computed by one piece of code from the weights each wrote
+to disk.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ from compress.checkpoint import open_checkpoint
 from compress.engine.weights import WeightReader
 from compress.families import family_of
 from compress.files import write_json
+from compress.hardware import describe
 from compress.layouts import quantized_linears, read_linear
 from compress.progress import Silent
 from compress.stages.awq import Awq
@@ -204,21 +206,8 @@ def _report(
         "speedup": seconds[theirs] / seconds[ours],
         "kl_nats_per_token": kl,
         "kl_ratio": kl[ours] / kl[theirs],
-        "machine": _machine(),
+        "machine": describe(),
         "versions": {"compress": _versions(Path(sys.executable)), "llm-compressor": _versions(arguments.peer)},
-    }
-
-
-def _machine() -> dict[str, Any]:
-    cpu = next(
-        (line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").open() if line.startswith("model name")), "unknown"
-    )
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-        "gpu": gpu,
     }
 
 

@@ -62,8 +62,8 @@ class _Previous:
 _PREVIOUS = _Previous()
 
 
-class _ReachedError(Exception):
-    """Unwinds the model's forward once what was wanted is recorded."""
+class ReachedError(Exception):
+    """Unwinds a forward once what was wanted of it is there."""
 
 
 @dataclass
@@ -226,7 +226,7 @@ class Replay:
 
         def stop(*args: Any, **kwargs: Any) -> NoReturn:
             found.append((self.host.keep_all(args), self.host.keep_all(kwargs)))
-            raise _ReachedError
+            raise ReachedError
 
         stubs: dict[str, Forward] = {name: _returning(output, self.plan.device) for name, output in trace.outputs.items()}
         for name in frontends:
@@ -249,7 +249,7 @@ class Replay:
         with replaced(self.model, stubs):
             try:
                 self.model(**{name: move(value) for name, value in inputs.items()}, use_cache=False)
-            except _ReachedError:
+            except ReachedError:
                 return
 
     def _positions(self, inputs: Mapping[str, Tensor]) -> Positions:
@@ -288,7 +288,7 @@ class _Recorder:
             if self._previous is None or self._direct(given):
                 self.calls[name] = map_tensors(given, self._keep)
             if name == self._names[-1]:
-                raise _ReachedError
+                raise ReachedError
             self._previous = torch.zeros_like(_first_tensor(given))
             return self._previous
 
@@ -334,7 +334,7 @@ def _within(name: str, prefix: str) -> bool:
 
 def _stop(*args: Any, **kwargs: Any) -> NoReturn:
     del args, kwargs
-    raise _ReachedError
+    raise ReachedError
 
 
 def _mover(device: str) -> Callable[[Tensor], Tensor]:

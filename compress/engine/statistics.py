@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -10,23 +11,31 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compress.engine.replay import Positions, Visit
+from compress.engine.replay import Positions, ReachedError, Visit
 from compress.errors import CheckpointError
+from compress.numerics.rounding import PANEL
 
 
 class Moment:
-    """Sums over the tokens of one kind: `gram` Σ xᵀx [in, in], `abs_sum` Σ |x| [in], `abs_max` max |x| [in], all float32."""
+    """Sums over the tokens of one kind: Σ xᵀx, `abs_sum` Σ |x| [in] and `abs_max` max |x| [in], all float32."""
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        self.gram = torch.zeros(channels, channels, device=device)
+        self._lower = torch.zeros(channels, channels, device=device)
         self.abs_sum = torch.zeros(channels, device=device)
         self.abs_max = torch.zeros(channels, device=device)
         self.tokens = 0
 
+    @property
+    def gram(self) -> Tensor:
+        """Σ xᵀx, float32 [in, in]."""
+        return self._lower.tril() + self._lower.tril(-1).t()
+
     def add(self, rows: Tensor) -> None:
         """Count tokens [tokens, in]."""
         values = rows.to(torch.float32)
-        self.gram.addmm_(values.t(), values)
+        for start in range(0, values.shape[1], PANEL):
+            panel = slice(start, start + PANEL)
+            self._lower[start:, panel].addmm_(values[:, start:].t(), values[:, panel])
         magnitudes = values.abs()
         self.abs_sum += magnitudes.sum(dim=0)
         self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
@@ -82,7 +91,10 @@ class Moments:
 
 
 class Observer:
-    """Watches linears of a module while it runs; those that are given the same tensor share one `Moments`."""
+    """Watches linears of a module while it runs; those that are given the same tensor share one `Moments`.
+
+    Once every one of them has its input, a run is ended by `ReachedError`.
+    """
 
     def __init__(self, module: nn.Module, linears: Iterable[str]) -> None:
         self.moments: dict[str, Moments] = {}
@@ -91,6 +103,7 @@ class Observer:
         self._linears = tuple(linears)
         self._hooks: list[RemovableHandle] = []
         self._leader: dict[str, str] = {}
+        self._seen: set[str] = set()
         self._last: tuple[str, Tensor] | None = None
 
     def __enter__(self) -> Self:
@@ -116,6 +129,10 @@ class Observer:
             if leader == name:
                 self._last = (name, inputs)
                 self.moments[name].add(inputs, self.positions)
+            self._seen.add(name)
+            if len(self._seen) == len(self._linears):
+                self._seen.clear()
+                raise ReachedError  # what the module does after its last linear's input is nobody's business
 
         return count
 
@@ -132,7 +149,8 @@ def observe(visit: Visit, linears: Iterable[str]) -> dict[str, Moments]:
     with Observer(visit.module, names) as observer:
         for call in visit.calls:
             observer.positions = call.positions
-            visit.run(call)
+            with suppress(ReachedError):
+                visit.run(call)
     missing = [name for name in names if name not in observer.moments]
     if missing:
         raise CheckpointError(f"{visit.name}.{missing[0]}: its block ran without calling it; leave it out of the stage")

@@ -9,6 +9,9 @@ from torch import Tensor
 
 from compress.numerics.grids import QuantizedWeight, Scheme, grid
 
+PANEL = 256
+"""How many columns of a symmetric matrix are worked on at once; what lies above them is never computed."""
+
 _CHUNK = 1 << 24
 
 
@@ -46,9 +49,18 @@ def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor
     return codes.sub_(zero_points.unsqueeze(-1)).mul_(scales.to(torch.float32).unsqueeze(-1)).sub_(groups).view(rows, columns)
 
 
-def output_error(error: Tensor, gram: Tensor) -> Tensor:
-    """Return tr(ΔW G ΔWᵀ), the squared error of a linear's output over all tokens, for ΔW [out, in] and G [in, in]."""
-    return torch.einsum("oi,oi->", error @ gram, error)
+def fold_symmetric(gram: Tensor) -> Tensor:
+    """Return the lower triangle that stands for a symmetric matrix in `output_error`: the upper one is added to it."""
+    return gram.tril() + gram.tril(-1)
+
+
+def output_error(error: Tensor, folded: Tensor) -> Tensor:
+    """Return tr(ΔW G ΔWᵀ), the squared error of a linear's output over all tokens, for ΔW [out, in] and G [in, in], folded."""
+    total = torch.zeros((), device=error.device)
+    for start in range(0, folded.shape[0], PANEL):
+        panel = slice(start, start + PANEL)
+        total += torch.einsum("oi,oi->", error[:, start:] @ folded[start:, panel], error[:, panel])
+    return total
 
 
 def clip(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:

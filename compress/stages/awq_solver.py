@@ -7,8 +7,9 @@ depend on their number.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 
 import torch
 from torch import Tensor, nn
@@ -16,8 +17,9 @@ from torch import Tensor, nn
 from compress.engine.statistics import Moments
 from compress.families import Pair
 from compress.numerics.grids import QuantizedWeight, Scheme
-from compress.numerics.rounding import clip, output_error, own_scheme, quantize, rounding_error
+from compress.numerics.rounding import clip, fold_symmetric, output_error, own_scheme, quantize, rounding_error
 
+_STRIDE = 4
 _EXTREME = 1e4
 
 
@@ -95,29 +97,38 @@ def search(block: BlockWeights, pair: Pair, channels: Tensor | None, moments: Mo
     """Return the best scale per source channel, float32, or None where none is better than no scale."""
     weight = torch.cat([block.weights[name] for name in pair.linears])
     dtype = _parameter(block.module, f"{pair.linears[0]}.weight").dtype
-    gram = moments.gram() / moments.tokens
+    gram = fold_symmetric(moments.gram() / moments.tokens)
     magnitude, importance = moments.mean_abs(), _relative_magnitude(weight, method.scheme)
     if channels is not None:
         rows = block.weights[pair.source].shape[0]
         magnitude, importance = (_pooled(values, channels, rows) for values in (magnitude, importance))
-    best, least = None, float("inf")
-    for number, scale in enumerate(_candidates(magnitude, importance, method.grid)):
+
+    @cache
+    def loss(point: Point) -> float:
+        scale = point.scale(magnitude, importance)
         spread = scale if channels is None else scale[channels]
         error = rounding_error(weight * spread, method.scheme, dtype).div_(spread)
-        loss = float(output_error(error, gram))
-        if loss < least:
-            best, least = (scale if number else None), loss
-    return best
+        return float(output_error(error, gram))
+
+    coarse = [Point(step / method.grid, duo) for duo in (False, True) for step in range(0, method.grid + 1, _STRIDE)]
+    nearest = min(coarse, key=loss)
+    steps = range(1 - _STRIDE, _STRIDE)
+    fine = [Point(round(nearest.exponent * method.grid + step) / method.grid, nearest.duo) for step in steps]
+    best = min((point for point in fine if 0 <= point.exponent <= 1), key=loss)
+    return None if best == Point(0.0, duo=False) else best.scale(magnitude, importance)
 
 
-def _candidates(magnitude: Tensor, importance: Tensor, steps: int) -> Iterator[Tensor]:
-    """Give no scale, then a^α and a^α / w^(1-α) for `steps` exponents each (a: mean |x|, w: mean relative |W|), normalised."""
-    yield torch.ones_like(magnitude)
-    for step in range(1, steps + 1):
-        yield _normalised(magnitude.pow(step / steps))
-    for step in range(steps):
-        exponent = step / steps
-        yield _normalised(magnitude.pow(exponent) / importance.pow(1 - exponent))
+@dataclass(frozen=True)
+class Point:
+    """A point of the search: the scale a^α, or with `duo` a^α / w^(1-α), with a the mean |x| and w the mean relative |W|."""
+
+    exponent: float
+    duo: bool
+
+    def scale(self, magnitude: Tensor, importance: Tensor) -> Tensor:
+        """Return the scale per channel, normalised to lie around 1."""
+        scale = magnitude.pow(self.exponent)
+        return _normalised(scale / importance.pow(1 - self.exponent) if self.duo else scale)
 
 
 def _normalised(scale: Tensor) -> Tensor:
