@@ -69,6 +69,7 @@ def main() -> None:
     result = _report(arguments, tokens, runs, kl)
     print(json.dumps(result, indent=2))
     if arguments.output:
+        arguments.output.parent.mkdir(parents=True, exist_ok=True)
         write_json(arguments.output, result)
 
 

@@ -88,12 +88,12 @@ def size(count: float) -> str:
 def table(rows: tuple[Row, ...]) -> str:
     """Return the accuracy-against-size table in Markdown."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    heads = ["artifact", "size", "of original", "bits/weight"]
+    heads = ["artifact", "size", "bits/weight"]
     for name in names:
-        heads += [name, f"{name} KL", f"{name} same top token", f"{name} flips"]
+        heads += [name, f"{name} KL", f"{name} top-1", f"{name} flips"]
     lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
     for row in rows:
-        cells = [row.artifact, size(row.bytes), f"{row.size_ratio:.1%}", f"{row.bits_per_weight:.2f}"]
+        cells = [row.artifact, f"{size(row.bytes)} ({row.size_ratio:.1%})", f"{row.bits_per_weight:.2f}"]
         for name in names:
             cells += _cells(row, name)
         lines.append("| " + " | ".join(cells) + " |")
@@ -106,7 +106,7 @@ def _cells(row: Row, task: str) -> list[str]:
     found = (row.fidelity or {}).get(task)
     if not found:
         return [value, "", "", ""]
-    flips = "" if found.lost is None else f"{found.lost} lost, {found.gained} gained"
+    flips = "" if found.lost is None else f"-{found.lost} +{found.gained}"
     return [value, f"{found.kl_mean:.2g}", f"{found.top1_agreement:.2%}", flips]
 
 
@@ -126,11 +126,14 @@ def checks_of(gate: Verdict, artifact: str) -> str:
     return checks(gate.model_copy(update={"checks": tuple(check for check in gate.checks if check.artifact == artifact)}))
 
 
+_LEGEND = "top-1: share of tokens that both put first; flips: items that went from right to wrong (-) and back (+)."
+
+
 def render(report: Report) -> str:
     """Return `report.md`: the verdict first, then the table, what lies behind it, and where it comes from."""
     from compress.display import duration
 
-    parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows)]
+    parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows), _LEGEND]
     parts += [f"{name}: {text}" for name, text in report.notes.items()]
     if report.warnings:
         parts.append("\n".join(f"- warning: {warning}" for warning in report.warnings))
@@ -177,7 +180,7 @@ def show(report: Report, console: Console) -> None:
 
     page = render(report)
     if console.is_terminal:
-        console.print(Markdown(page))
+        console.print(Markdown(page), soft_wrap=False)
     else:
         console.print(page, markup=False, highlight=False)
     console.print(report.run, markup=False, highlight=False)

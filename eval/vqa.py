@@ -132,7 +132,7 @@ class Vqa(Task):
         return (
             f"share of questions{drawn}, whose answer equals an accepted one after VQA v2's normalization; greedy, at most "
             f"{definition.max_new_tokens} tokens, prompt {definition.prompt!r} ({definition.name}, version {definition.version}); "
-            "KL and same top token are of the original's own answers"
+            "KL and top-1 are of the original's own answers"
         )
 
     def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:

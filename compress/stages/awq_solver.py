@@ -66,47 +66,53 @@ def fold(block: BlockWeights, pair: Pair, moments: Mapping[str, Moments], method
     from_linear = isinstance(source, nn.Linear)
     if any(name not in block.weights for name in pair.linears) or (from_linear and pair.source not in block.weights):
         return
-    channels = _channels(block, pair)
-    scale = search(block, pair, channels, moments[pair.linears[0]], method)
+    repeats = _repeats(block, pair)
+    scale = search(block, pair, repeats, moments[pair.linears[0]], method)
     if scale is None:
         return
     scale = divide_linear(block, pair.source, scale) if from_linear else divide_norm(block, pair.source, scale)
-    spread = scale if channels is None else scale[channels]
+    spread = repeats.spread(scale)
     for name in pair.linears:
         block.weights[name] = block.weights[name] * spread
         block.input_scales[name] = spread
 
 
-def _channels(block: BlockWeights, pair: Pair) -> Tensor | None:
-    """Return which source channel each input channel reads, where grouped-query attention repeats them; otherwise None.
+@dataclass(frozen=True)
+class Repeats:
+    """How grouped-query attention repeats source channels: input channel (k·repeats + r)·D + d reads source channel k·D + d."""
 
-    Input channel h·D + d, of query head h, reads source channel (h // repeats)·D + d.
-    """
-    if not pair.grouped:
-        return None
+    kv_heads: int
+    repeats: int
+    head_dim: int
+
+    def spread(self, values: Tensor) -> Tensor:
+        """Return the value of each input channel's source channel."""
+        heads = values.view(self.kv_heads, 1, self.head_dim)
+        return heads.expand(self.kv_heads, self.repeats, self.head_dim).reshape(-1)
+
+    def pool(self, values: Tensor) -> Tensor:
+        """Return the mean over the input channels that read each source channel."""
+        return values.view(self.kv_heads, self.repeats, self.head_dim).mean(dim=1).view(-1)
+
+
+def _repeats(block: BlockWeights, pair: Pair) -> Repeats:
     columns = block.weights[pair.linears[0]].shape[1]
-    rows = block.weights[pair.source].shape[0]
-    if columns == rows:
-        return None
-    head_dim = columns // block.heads
-    channel = torch.arange(columns, device=block.weights[pair.source].device)
-    return channel // head_dim // (columns // rows) * head_dim + channel % head_dim
+    if not pair.grouped:
+        return Repeats(1, 1, columns)
+    rows, head_dim = block.weights[pair.source].shape[0], columns // block.heads
+    return Repeats(rows // head_dim, columns // rows, head_dim)
 
 
-def search(block: BlockWeights, pair: Pair, channels: Tensor | None, moments: Moments, method: Method) -> Tensor | None:
+def search(block: BlockWeights, pair: Pair, repeats: Repeats, moments: Moments, method: Method) -> Tensor | None:
     """Return the best scale per source channel, float32, or None where none is better than no scale."""
     weight = torch.cat([block.weights[name] for name in pair.linears])
     dtype = _parameter(block.module, f"{pair.linears[0]}.weight").dtype
     gram = fold_symmetric(moments.gram() / moments.tokens)
-    magnitude, importance = moments.mean_abs(), _relative_magnitude(weight, method.scheme)
-    if channels is not None:
-        rows = block.weights[pair.source].shape[0]
-        magnitude, importance = (_pooled(values, channels, rows) for values in (magnitude, importance))
+    magnitude, importance = repeats.pool(moments.mean_abs()), repeats.pool(_relative_magnitude(weight, method.scheme))
 
     @cache
     def loss(point: Point) -> float:
-        scale = point.scale(magnitude, importance)
-        spread = scale if channels is None else scale[channels]
+        spread = repeats.spread(point.scale(magnitude, importance))
         error = rounding_error(weight * spread, method.scheme, dtype).div_(spread)
         return float(output_error(error, gram))
 
@@ -141,12 +147,6 @@ def _relative_magnitude(weight: Tensor, scheme: Scheme) -> Tensor:
     groups = weight.abs().view(weight.shape[0], -1, own_scheme(scheme, weight.shape[1]).group_size)
     relative = groups / groups.amax(dim=-1, keepdim=True).clamp_(min=1e-12)
     return relative.mean(dim=0).view(-1).clamp_(min=1e-4)
-
-
-def _pooled(values: Tensor, channels: Tensor, rows: int) -> Tensor:
-    """Return the mean of the values of all input channels that read the same source channel."""
-    sums = torch.stack([values[channels == row].mean() for row in range(rows)])
-    return sums
 
 
 def divide_norm(block: BlockWeights, name: str, scale: Tensor) -> Tensor:

@@ -3,6 +3,7 @@ from typing import Any, cast
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
@@ -98,3 +99,17 @@ def test_padding_alone_is_an_error() -> None:
     moments.add(torch.ones(1, 4, 2), Positions(nothing, nothing))
     with pytest.raises(CheckpointError, match="every sample is padding only"):
         moments.gram()
+
+
+def test_activations_that_overflow_are_named(tmp_path: Path) -> None:
+    build_qwen2_5_vl(tmp_path, dtype=torch.float16)
+    tensors = load_file(tmp_path / "model.safetensors")
+    for name, tensor in tensors.items():
+        if name.endswith("layers.0.post_attention_layernorm.weight"):
+            tensor.fill_(6e4)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    replay = open_walk(tmp_path, batches(tmp_path))
+    visit = next(iter(replay.walk(replay.decoder_units())))
+    assert observe(visit, ["self_attn.q_proj"])["self_attn.q_proj"].tokens > 0
+    with pytest.raises(CheckpointError, match=r"layers\.0\.mlp\.up_proj: its input overflows in torch\.float16"):
+        observe(visit, ["self_attn.q_proj", "mlp.up_proj"])
