@@ -289,7 +289,7 @@ class _Recorder:
                 self.calls[name] = map_tensors(given, self._keep)
             if name == self._names[-1]:
                 raise ReachedError
-            self._previous = torch.zeros_like(_first_tensor(given))
+            self._previous = torch.zeros_like(kwargs["hidden_states"] if "hidden_states" in kwargs else _first_tensor(args))
             return self._previous
 
         return run

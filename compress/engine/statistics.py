@@ -143,7 +143,7 @@ def observe(visit: Visit, linears: Iterable[str]) -> dict[str, Moments]:
     Linears with the same input share one object.
 
     Raises:
-        CheckpointError: a linear was never called.
+        CheckpointError: a linear was never called, or its input is not finite.
     """
     names = tuple(linears)
     with Observer(visit.module, names) as observer:
@@ -154,4 +154,11 @@ def observe(visit: Visit, linears: Iterable[str]) -> dict[str, Moments]:
     missing = [name for name in names if name not in observer.moments]
     if missing:
         raise CheckpointError(f"{visit.name}.{missing[0]}: its block ran without calling it; leave it out of the stage")
+    for name in names:
+        if not bool(observer.moments[name].mean_abs().isfinite().all()):
+            dtype = visit.module.get_parameter(f"{name}.weight").dtype
+            raise CheckpointError(
+                f"{visit.name}.{name}: its input overflows in {dtype} for some calibration sample; convert the checkpoint to "
+                "bfloat16, or give other samples"
+            )
     return observer.moments

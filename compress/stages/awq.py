@@ -26,9 +26,9 @@ def _group_size(value: int) -> int:
 class Awq(Stage):
     """Round weights to integers, with more of the grid for the input channels that matter by their activations.
 
-    Each group of `group_size` input channels of an output channel has its own grid (-1: the whole row). `grid` is how many
-    exponents are tried for the scales, and how many ranges for each group where `clip` is on. `leave_out` are shell patterns
-    on layer names.
+    Each group of `group_size` input channels of an output channel has its own grid (-1: the whole row). `grid` is into how many
+    steps the search of the scales is divided, and that of each group's range where `clip` is on. `leave_out` are shell
+    patterns on layer names.
     """
 
     revision: ClassVar[int] = 1

@@ -25,7 +25,7 @@ _EXTREME = 1e4
 
 @dataclass(frozen=True)
 class Method:
-    """How a block is quantized: the scheme, whether ranges are searched, and how many grid points each search has."""
+    """How a block is quantized: the scheme, whether ranges are searched, and into how many steps a search is divided."""
 
     scheme: Scheme
     clip: bool
@@ -34,7 +34,7 @@ class Method:
 
 @dataclass
 class BlockWeights:
-    """A block's linears to be quantized, in float32, with what was done to them; `heads` and `kv_heads` as in its attention.
+    """A block's linears to be quantized, in float32, with what was done to them; `heads` is how many its attention has.
 
     `input_scales` holds what each linear's input channels were multiplied by, `changed` the new norms and biases in the type
     they are stored in. Names are relative to the block.
@@ -104,7 +104,10 @@ def _repeats(block: BlockWeights, pair: Pair) -> Repeats:
 
 
 def search(block: BlockWeights, pair: Pair, repeats: Repeats, moments: Moments, method: Method) -> Tensor | None:
-    """Return the best scale per source channel, float32, or None where none is better than no scale."""
+    """Return the best scale per source channel, float32, or None where none is better than no scale.
+
+    The loss is smooth in the exponent, so every fourth step is tried first, then those around the best.
+    """
     weight = torch.cat([block.weights[name] for name in pair.linears])
     dtype = _parameter(block.module, f"{pair.linears[0]}.weight").dtype
     gram = fold_symmetric(moments.gram() / moments.tokens)
