@@ -129,7 +129,8 @@ class _Run:
             made_meanwhile = entry is not None and (entry.folder.parent / "entry.json").stat().st_ctime >= asked
             if entry is not None and (not self.fresh or made_meanwhile):
                 return entry, Meter()
-            with Meter() as meter, self.store.write(step.key, step.name) as target:
+            resume = step.kind == "stage" and not self.fresh  # stages commit what they finish, block by block
+            with Meter() as meter, self.store.write(step.key, step.name, resume=resume) as target:
                 make(target)
             entry = self.store.find(step.key, self.events.warn)
         if entry is None:

@@ -108,6 +108,7 @@ class Workshop:
                 device=self.plan.device,
                 seed=calibration.seed if calibration else 0,
                 progress=self.progress,
+                trust_remote_code=self.plan.recipe.model.trust_remote_code,
             )
         )
 

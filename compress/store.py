@@ -3,7 +3,8 @@
 store/
   entries/<key>/entry.json     what the step was, every file's size and SHA-256
   entries/<key>/data/          what it wrote
-  aside/<key>.<random>/        outputs that are being written; renamed to entries/<key> when whole
+  aside/<key>/                 an output that is being written; renamed to entries/<key> when whole
+  aside/<key>.<random>/        an entry that was replaced or pruned, on its way out
   locks/<key>.lock             held by the process that writes the entry
   active/<random>.json         the keys a living run depends on, beside a lock that the run holds
   fingerprints.json            digests of files outside the store, by path, size and time of change
@@ -117,26 +118,34 @@ class Store:
             lock.release()
 
     @contextmanager
-    def write(self, key: str, step: str) -> Generator[Path]:
-        """Give an empty folder to fill; when the block ends well it becomes the key's entry, otherwise nothing is kept.
+    def write(self, key: str, step: str, *, resume: bool = False) -> Generator[Path]:
+        """Give a folder to fill; when the block ends well it becomes the key's entry.
 
-        The caller holds the key's lock.
+        The caller holds the key's lock. With `resume` the folder holds what a process that was killed or interrupted had
+        written of the same step; otherwise it is empty. A step that fails leaves nothing.
 
         Raises:
             StoreError: the disk is full or cannot be written.
         """
-        aside = self._aside / f"{key}.{secrets.token_hex(4)}"
+        aside = self._aside / key
         data = aside / "data"
+        kept = False
         try:
             with telling_where(self.folder):
-                data.mkdir(parents=True)
+                if not resume:
+                    shutil.rmtree(aside, ignore_errors=True)
+                data.mkdir(parents=True, exist_ok=True)
                 yield data
                 files = {path.relative_to(data).as_posix(): _stored(path) for path in sorted(data.rglob("*")) if path.is_file()}
                 content = {"key": key, "step": step, "files": {name: asdict(file) for name, file in files.items()}}
                 write_json(aside / _ENTRY, content)
                 self._put(aside, key)
+        except KeyboardInterrupt:
+            kept = resume
+            raise
         finally:
-            shutil.rmtree(aside, ignore_errors=True)
+            if not kept:
+                shutil.rmtree(aside, ignore_errors=True)
 
     def _put(self, aside: Path, key: str) -> None:
         place = self._entries / key

@@ -227,6 +227,6 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing_half_done(job: Job, tmp_p
     _, said = process.communicate()
     assert process.returncode == 130
     assert "goes on where this one was" in said
-    assert not list((tmp_path / "store" / "aside").glob("*"))
+    assert not list((tmp_path / "store" / "entries").glob("*/data/.blocks"))
     (run,) = (tmp_path / "runs").iterdir()
     assert json.loads((run / "events.jsonl").read_text(encoding="utf-8").splitlines()[-1])["event"] == "stopped"

@@ -81,12 +81,25 @@ def test_verify_reads_what_a_hit_trusts(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:
     store = Store(tmp_path)
     store.prepare()
+    (tmp_path / "aside" / "k").mkdir()
     (tmp_path / "aside" / "k.dead").mkdir()
     (tmp_path / "aside" / "other.dead").mkdir()
     fill(store, "k")
     assert [path.name for path in (tmp_path / "aside").iterdir()] == ["other.dead"]
     store.prune(unused_for=1e9, keep_bytes=None)
     assert list((tmp_path / "aside").iterdir()) == []
+
+
+def test_a_resumable_step_finds_what_a_killed_one_had_written(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with pytest.raises(KeyboardInterrupt), store.lock("k", nothing), store.write("k", "a step", resume=True) as folder:
+        (folder / "block-0").write_text("done", encoding="utf-8")
+        raise KeyboardInterrupt
+    assert store.find("k", pytest.fail) is None
+    with store.lock("k", nothing), store.write("k", "a step", resume=True) as folder:
+        assert (folder / "block-0").read_text(encoding="utf-8") == "done"
+    with store.lock("k", nothing), store.write("k", "a step") as folder:
+        assert list(folder.iterdir()) == []
 
 
 def test_prune_spares_what_a_living_run_uses(tmp_path: Path) -> None:

@@ -87,6 +87,7 @@ class Walkthrough:
     device: str
     scratch: Path
     host_bytes: int = HOST_BYTES
+    trust_remote_code: bool = False
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ class Replay:
         self.reader = WeightReader(plan.checkpoint, plan.family)
         self.host = Host(plan.scratch, plan.host_bytes)
         dtype = _storage_dtype(self.reader, plan.family)
-        self.model: nn.Module = build_skeleton(plan.checkpoint.folder, dtype, torch.device(plan.device))
+        self.model: nn.Module = build_skeleton(plan.checkpoint.folder, dtype, torch.device(plan.device), plan.trust_remote_code)
         self._traces: list[_Trace] = []
 
     def vision_units(self) -> list[str]:

@@ -95,8 +95,17 @@ class _Work:
         """Quantize every part that holds a targeted linear, in the order in which the model runs."""
         assert self.context.calibration is not None
         self.commits.mkdir(parents=True, exist_ok=True)
-        batches = load_batches(self.context.calibration, self.context.source, TOKENS_PER_BATCH)
-        replay = Replay(Walkthrough(self.checkpoint, self.family, batches, self.context.device, scratch=self.context.target))
+        remote_code = self.context.trust_remote_code
+        batches = load_batches(self.context.calibration, self.context.source, TOKENS_PER_BATCH, remote_code)
+        plan = Walkthrough(
+            self.checkpoint,
+            self.family,
+            batches,
+            self.context.device,
+            scratch=self.context.target,
+            trust_remote_code=remote_code,
+        )
+        replay = Replay(plan)
         walks = self._walks(replay)
         with self.context.progress.task("awq", sum(map(len, walks)), "blocks") as advance:
             for units in walks:

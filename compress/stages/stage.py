@@ -18,8 +18,9 @@ from compress.schema import Frozen
 class StageContext:
     """What a stage is given beside its own fields.
 
-    `source` is the checkpoint it reads, `target` an empty folder it fills with a whole checkpoint, `calibration` the folder
-    that `compress.calibration.collect` wrote (None where the stage needs none).
+    `source` is the checkpoint it reads, `target` the folder it fills with a whole checkpoint, `calibration` the folder
+    that `compress.calibration.collect` wrote (None where the stage needs none). `target`
+    is empty, or holds what the same stage had finished there when it was killed.
     """
 
     source: Path
@@ -29,6 +30,7 @@ class StageContext:
     device: str
     seed: int
     progress: Progress
+    trust_remote_code: bool = False
 
 
 class Stage(Frozen, ABC):
