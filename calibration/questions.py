@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +13,7 @@ from typing import Any, cast
 
 from PIL import Image, UnidentifiedImageError
 
+from compress.artifact import file_digest
 from compress.calibration.sets import Columns
 from compress.calibration.tables import names, parquet_columns, read_json_lines, read_parquet
 from compress.errors import DataError
@@ -52,7 +53,7 @@ def count_questions(files: Sequence[Path], columns: Columns) -> int:
     Raises:
         DataError: as `read_questions` does.
     """
-    return sum(len(_read_ids(path, columns)) for path in _unique(files, columns))
+    return sum(len(_read_ids(path, columns, _prefix(files, path))) for path in _unique(files, columns))
 
 
 def read_questions(files: Sequence[Path], columns: Columns, chosen: Container[int] | None = None) -> Iterator[Question]:
@@ -69,7 +70,7 @@ def read_questions(files: Sequence[Path], columns: Columns, chosen: Container[in
     """
     before = 0
     for path in _unique(files, columns):
-        ids = _read_ids(path, columns)
+        ids = _read_ids(path, columns, _prefix(files, path))
         wanted = {number for place, number in enumerate(ids, start=before) if chosen is None or place in chosen}
         before += len(ids)
         for number, question, images, answers in _read_rows(path, columns, wanted) if wanted else ():
@@ -83,27 +84,40 @@ def read_questions(files: Sequence[Path], columns: Columns, chosen: Container[in
             )
 
 
-def source_digest(path: Path, columns: Columns | None = None) -> str:
+def source_digest(path: Path, columns: Columns | None = None, fingerprint: Callable[[Path], str] = file_digest) -> str:
     """Return the SHA-256 of a local file's content; with `columns`, of a JSONL question file's and of the images it names.
 
     Raises:
         DataError: the file or an image cannot be read, or a line is malformed.
     """
-    total = hashlib.sha256(_read_bytes(path, str(path)))
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; check the path in the recipe")
+    total = hashlib.sha256(fingerprint(path).encode())
     if columns is not None and path.suffix in _JSONL:
         columns = _names_in(path, columns)
         for number, row in read_json_lines(path):
             for image in _as_list(row.get(columns.image)):
                 place = f"{path}:{number}"
-                total.update(hashlib.sha256(_read_bytes(path.parent / str(image), f"{place}: image {image}")).digest())
+                total.update(_image_digest(path.parent / str(image), f"{place}: image {image}", fingerprint).encode())
     return total.hexdigest()
+
+
+def _image_digest(path: Path, name: str, fingerprint: Callable[[Path], str]) -> str:
+    if not path.is_file():
+        raise DataError(f"{name}: no such file as {path}; correct the path or remove the row")
+    return fingerprint(path)
+
+
+def _prefix(files: Sequence[Path], path: Path) -> str:
+    """Return what tells the rows of one file from those of the others where they are numbered; not its name, which may change."""
+    return f"{files.index(path)}:" if len(files) > 1 else ""
 
 
 def _unique(files: Sequence[Path], columns: Columns) -> Sequence[Path]:
     """Return the files after checking that there is a question and that no id stands twice."""
     seen = dict[str, str]()
     for path in files:
-        for number, identity in _read_ids(path, columns).items():
+        for number, identity in _read_ids(path, columns, _prefix(files, path)).items():
             if identity in seen:
                 raise DataError(
                     f"{path}:{number}: id {identity!r} was given before, in {seen[identity]}; give each question its own"
@@ -129,11 +143,11 @@ def _names_in(path: Path, columns: Columns) -> Columns:
     )
 
 
-def _read_ids(path: Path, columns: Columns) -> dict[int, str]:
+def _read_ids(path: Path, columns: Columns, prefix: str) -> dict[int, str]:
     """Return each row's id by its number, after checking the row's question."""
     columns = _names_in(path, columns)
     ids = dict[int, str]()
-    for number, identity, question in _read_light(path, columns):
+    for number, identity, question in _read_light(path, columns, prefix):
         place = f"{path}:{number}"
         if not isinstance(question, str) or not question.strip():
             raise DataError(f"{place}: the question ({columns.question!r}) is empty or no text; write one or remove the row")
@@ -143,7 +157,7 @@ def _read_ids(path: Path, columns: Columns) -> dict[int, str]:
     return ids
 
 
-def _read_light(path: Path, columns: Columns) -> Iterator[tuple[int, object, object]]:
+def _read_light(path: Path, columns: Columns, prefix: str) -> Iterator[tuple[int, object, object]]:
     """Yield each row's number, id and question; rows are numbered where no row has the usual id."""
     if path.suffix in _JSONL:
         rows = list(read_json_lines(path))
@@ -154,7 +168,7 @@ def _read_light(path: Path, columns: Columns) -> Iterator[tuple[int, object, obj
                     raise DataError(
                         f"{path}:{number}: has no field {column!r}, only {names(row)}; add it, or rename it under columns"
                     )
-            yield number, f"{path.stem}:{number}" if numbered else row[columns.id], row[columns.question]
+            yield number, f"{prefix}{number}" if numbered else row[columns.id], row[columns.question]
     elif path.suffix == ".parquet":
         known = parquet_columns(path)
         numbered = columns.id == _UNNUMBERED and columns.id not in known
@@ -163,7 +177,7 @@ def _read_light(path: Path, columns: Columns) -> Iterator[tuple[int, object, obj
                 raise DataError(f"{path}: has no column {column!r}, only {names(known)}; name the right one under columns")
         fields = [columns.question] if numbered else [columns.question, columns.id]
         for number, values in read_parquet(path, fields):
-            yield number, f"{path.stem}:{number}" if numbered else values[1], values[0]
+            yield number, f"{prefix}{number}" if numbered else values[1], values[0]
     else:
         raise DataError(f"{path}: questions are read from .jsonl and .parquet files; convert it to one of them")
 

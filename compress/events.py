@@ -34,6 +34,7 @@ class EventLog:
         self._path = path
         self._watcher = watcher
         self.warnings: list[str] = []
+        self._collected: list[str] = []
 
     def write(self, event: str, **fields: object) -> None:
         """Append one event with its time."""
@@ -55,8 +56,18 @@ class EventLog:
         """Record a warning; the report repeats each once."""
         if message not in self.warnings:
             self.warnings.append(message)
+        self._collected.append(message)
         self.write("warning", message=message)
         self._watcher.warn(message)
+
+    @contextmanager
+    def collecting(self, warnings: list[str]) -> Generator[None]:
+        """Note the warnings given while the block runs in `warnings` too."""
+        self._collected = warnings
+        try:
+            yield
+        finally:
+            self._collected = []
 
     @contextmanager
     def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:

@@ -52,3 +52,16 @@ def telling_where(folder: Path) -> Generator[None]:
         else:
             raise
         raise StoreError(f"{where}: {error.strerror}; {remedy} (--store, --runs, publish.to)") from error
+
+
+def check_writable(folder: Path) -> None:
+    """Check that something could be written below a folder that may not exist yet; writes nothing.
+
+    Raises:
+        StoreError: it could not.
+    """
+    place = folder.absolute()
+    while not place.exists():
+        place = place.parent
+    if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+        raise StoreError(f"{place}: cannot be written; name a folder you can write (--store, --runs, publish.to)")

@@ -95,8 +95,9 @@ class ModelPin:
 
     def digest(self, fingerprint: Fingerprint) -> str:
         """Return one SHA-256 over everything of it that shapes a result: weights, config, tokenizer, processor, code."""
-        shaping = sorted(name for name in self.names if _is_side(name) or name.endswith(".py")) + list(self.weights)
-        return self._digest(shaping, fingerprint)
+        index = {INDEX, PICKLE_INDEX} if len(self.weights) > 1 else set[str]()
+        beside = sorted(name for name in self.names if _is_side(name) or name.endswith(".py") or name in index)
+        return self._digest([*beside, *self.weights], fingerprint)
 
     def side_digest(self, fingerprint: Fingerprint) -> str:
         """Return one SHA-256 over the files that say how text and images enter it."""

@@ -182,8 +182,8 @@ class _Planner:
         self.side_key = pin.side_digest(store.fingerprint)
         self.sizes = sizes
         sets = recipe.calibration.sets if recipe.calibration else ()
-        self.sets = tuple(_pin_data(data) for data in sets)
-        self.tasks = tuple(_pin_data(task.data) for task in recipe.eval.tasks)
+        self.sets = tuple(_pin_data(data, store) for data in sets)
+        self.tasks = tuple(_pin_data(task.data, store) for task in recipe.eval.tasks)
         self.convert = pin.pickled
 
     def steps(self) -> tuple[Step, ...]:
@@ -208,7 +208,7 @@ class _Planner:
         steps.append(Step(f"measure {ORIGINAL}", "measure", original))
         for position, export in enumerate(self.recipe.export):
             fields = export.model_dump(mode="json")
-            key = self._key("export", fields, last, export.revision, self._lineage())
+            key = self._key("export", fields, last, export.revision, versions_of(export.libraries), self._lineage())
             name = artifact_name(self.recipe, position)
             steps.append(Step(f"export {name}", "export", key, position, self.sizes.exports.get(position)))
             steps.append(Step(f"measure {name}", "measure", self._measure(key, original), position))
@@ -233,23 +233,22 @@ class _Planner:
 
     def _measure(self, artifact: str, original: str | None) -> str:
         runtime = self.recipe.eval.runtime
-        shaping = [runtime.model_dump(mode="json"), runtime.revision, runtime.versions(), self.device]
+        shaping = [runtime.settings(), runtime.revision, runtime.versions(), self.device]
         return self._key("measure", artifact, original, self._task_settings(), *shaping)
 
-    def _lineage(self) -> list[Any]:
+    def _lineage(self) -> dict[str, Any]:
         """What an artifact's record says of its making beyond what shapes its weights."""
-        model = self.recipe.model.model_dump(mode="json")
-        return [model, versions_of(("safetensors",))]
+        return self.recipe.model.model_dump(mode="json")
 
     def _key(self, kind: Kind, *parts: object) -> str:
         return digest_of(kind, _REVISIONS[kind], *parts)
 
 
-def _pin_data(data: TextSource | QuestionSource) -> DataPin:
+def _pin_data(data: TextSource | QuestionSource, store: Store) -> DataPin:
     if is_local(data.source):
         path = Path(data.source)
         columns = data.columns if isinstance(data, QuestionSource) else None
-        return DataPin(digest=source_digest(path, columns), path=path, remote=None)
+        return DataPin(digest=source_digest(path, columns, store.fingerprint), path=path, remote=None)
     remote = resolve_dataset(data.source, data.subset, data.split, data.revision)
     return DataPin(digest=remote.digest, path=None, remote=remote, label=remote.label)
 

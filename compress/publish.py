@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import secrets
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
-from compress.artifact import RECORD, source_commit, write_record
+from filelock import FileLock
+
+from compress.artifact import RECORD, folder_digests, source_commit, write_record
 from compress.checkpoint import read_json_object
 from compress.errors import StoreError
 from compress.files import telling_where, write_text
@@ -29,7 +31,9 @@ def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: P
         for name, folder in artifacts.items():
             place = (to / report.name / name).absolute()
             with telling_where(place):
-                _replace(place, folder, name, report)
+                place.parent.mkdir(parents=True, exist_ok=True)
+                with FileLock(place.parent / ".publishing.lock"):
+                    _replace(place, folder, name, report)
             published.append(Published(artifact=name, path=str(place), forced=report.gate.verdict != "pass"))
             advance(1)
     return tuple(published)
@@ -38,16 +42,17 @@ def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: P
 def _replace(place: Path, folder: Path, name: str, report: Report) -> None:
     if place.exists() and not (place / RECORD).is_file():
         raise StoreError(f"{place}: holds something else than a published artifact; name another publish.to or move it away")
-    place.parent.mkdir(parents=True, exist_ok=True)
-    aside = place.with_name(f".{name}.{secrets.token_hex(4)}")
+    aside, old = place.with_name(f".{name}.new"), place.with_name(f".{name}.old")
+    for left in (aside, old):  # by a process that was killed: the lock is ours
+        shutil.rmtree(left, ignore_errors=True)
     try:
         shutil.copytree(folder, aside)
-        write_text(aside / _CARD, card(report, name))
         record = read_json_object(aside / RECORD)
+        _check_whole(aside, record, folder)
+        write_text(aside / _CARD, card(report, name))
         record |= {"recipe": report.recipe, "gate": report.gate.model_dump(mode="json"), "hardware": report.hardware}
         write_record(aside, {**record, "git_commit": source_commit()})
         if place.exists():
-            old = place.with_name(f".{name}.{secrets.token_hex(4)}")
             place.replace(old)
             aside.replace(place)
             shutil.rmtree(old)
@@ -55,6 +60,13 @@ def _replace(place: Path, folder: Path, name: str, report: Report) -> None:
             aside.replace(place)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
+
+
+def _check_whole(copy: Path, record: Mapping[str, Any], folder: Path) -> None:
+    found = folder_digests(copy)
+    del found[RECORD]
+    if found != record["files"]:
+        raise StoreError(f"{folder}: is not what was measured any more; run `compress store verify`, then this command again")
 
 
 def card(report: Report, name: str) -> str:
@@ -67,7 +79,7 @@ def card(report: Report, name: str) -> str:
     front = "\n".join(["---", *base, "library_name: vllm", "pipeline_tag: image-text-to-text", "tags: [compress]", "---"])
     steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])
     notes = "\n\n".join(f"{key}: {text}" for key, text in report.notes.items())
-    provenance = "\n".join(f"- {key}: {value}" for key, value in report.source.items())
+    provenance = "\n".join(f"- {key}: {known if key == 'source' else value}" for key, value in report.source.items())
     return f"""{front}
 
 # {report.name}: {name}

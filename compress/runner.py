@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Callable, Mapping
@@ -16,7 +17,7 @@ from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
 from compress.eval.results import Measured, read_measured
 from compress.events import EventLog, Watcher
-from compress.files import telling_where, write_json, write_text
+from compress.files import check_writable, telling_where, write_json, write_text
 from compress.gate import Subject, judge
 from compress.hardware import describe
 from compress.meter import Meter
@@ -45,8 +46,11 @@ def run_recipe(
     Raises:
         CompressError: the recipe, a file, the model or the machine is at fault; the store and earlier runs stay as they were.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS once, when it is first used
     store = Store(places.store or default_store())
     plan = make_plan(recipe, settings, store)
+    if plan.recipe.publish:
+        check_writable(Path(plan.recipe.publish.to))
     folder = _make_folder(places.runs, plan.recipe.name)
     events = EventLog(folder / "events.jsonl", watcher)
     events.write("started", recipe=str(recipe), settings=dict(settings))
@@ -88,15 +92,19 @@ class _Run:
             self.events.step_started(step.name, position, len(self.plan.steps))
             self._make(step, workshop.maker(step))
         report = self._judge(workshop)
+        self._write(report)
         recipe = self.plan.recipe
         if recipe.publish and (report.gate.verdict == "pass" or force):
             artifacts = {name: self.entries[f"export {name}"].folder for name in self._artifacts}
             done = publish(report, artifacts, Path(recipe.publish.to), self.events)
             report = report.model_copy(update={"published": done})
+            self._write(report)
+        return report
+
+    def _write(self, report: Report) -> None:
         with telling_where(self.folder):
             write_text(self.folder / "report.json", report.to_json() + "\n")
             write_text(self.folder / "report.md", render(report))
-        return report
 
     @cached_property
     def _artifacts(self) -> list[str]:
@@ -109,6 +117,8 @@ class _Run:
         if entry is None:
             entry, meter = self._make_anew(step, make)
         cached = meter.seconds == 0
+        for warning in entry.warnings if cached else ():
+            self.events.warn(warning)
         self.entries[step.name] = entry
         seconds = time.perf_counter() - began
         self.timings.append(
@@ -123,14 +133,16 @@ class _Run:
         self.events.step_finished(step.name, seconds, cached=cached)
 
     def _make_anew(self, step: Step, make: Callable[[Path], None]) -> tuple[Entry, Meter]:
-        asked = datetime.now(UTC).timestamp()
+        before = self.store.find(step.key, _unheard)
         with self.store.lock(step.key, lambda: self.events.warn(f"{step.name}: another run is making this; waiting for it")):
-            entry = self.store.find(step.key, self.events.warn)
-            made_meanwhile = entry is not None and (entry.folder.parent / "entry.json").stat().st_ctime >= asked
+            entry = self.store.find(step.key, _unheard)
+            made_meanwhile = entry is not None and (before is None or entry.made != before.made)
             if entry is not None and (not self.fresh or made_meanwhile):
                 return entry, Meter()
             resume = step.kind == "stage" and not self.fresh  # stages commit what they finish, block by block
-            with Meter() as meter, self.store.write(step.key, step.name, resume=resume) as target:
+            warnings: list[str] = []
+            writing = self.store.write(step.key, step.name, resume=resume, warnings=warnings)
+            with Meter() as meter, writing as target, self.events.collecting(warnings):
                 make(target)
             entry = self.store.find(step.key, self.events.warn)
         if entry is None:
@@ -184,6 +196,11 @@ class _Run:
                 )
             )
         return rows
+
+
+def _unheard(message: str) -> None:
+    """Take a warning that was given before."""
+    del message
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -27,7 +27,6 @@ from compress.store import Entry
 Make = Callable[[Path], None]
 
 
-
 @dataclass(frozen=True)
 class Workshop:
     """Makes the outputs of a plan's steps; `entries` holds those of the steps before, by name, and grows as the run goes on."""

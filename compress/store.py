@@ -18,7 +18,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,9 +27,11 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 
 from compress.artifact import file_digest
+from compress.errors import MissingError, StoreError
 from compress.files import telling_where, write_json
 
 _ENTRY = "entry.json"
+_WORTH_REMEMBERING = 1_000_000
 
 
 @dataclass(frozen=True)
@@ -43,12 +45,17 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Entry:
-    """A step's finished output: its files lie in `folder`."""
+    """A step's finished output: its files lie in `folder`; `made` and `used` are seconds since the epoch.
+
+    `warnings` are what making it had to say, to be said again when it is found.
+    """
 
     key: str
     step: str
     folder: Path
     files: Mapping[str, StoredFile]
+    warnings: tuple[str, ...]
+    made: float
     used: float
 
     @property
@@ -118,11 +125,12 @@ class Store:
             lock.release()
 
     @contextmanager
-    def write(self, key: str, step: str, *, resume: bool = False) -> Generator[Path]:
+    def write(self, key: str, step: str, *, resume: bool = False, warnings: Sequence[str] = ()) -> Generator[Path]:
         """Give a folder to fill; when the block ends well it becomes the key's entry.
 
         The caller holds the key's lock. With `resume` the folder holds what a process that was killed or interrupted had
-        written of the same step; otherwise it is empty. A step that fails leaves nothing.
+        written of the same step, or one that found the disk full or a device too small; otherwise it is empty. A step that fails
+        for any other reason leaves nothing. `warnings` is read when the block ends.
 
         Raises:
             StoreError: the disk is full or cannot be written.
@@ -137,10 +145,16 @@ class Store:
                 data.mkdir(parents=True, exist_ok=True)
                 yield data
                 files = {path.relative_to(data).as_posix(): _stored(path) for path in sorted(data.rglob("*")) if path.is_file()}
-                content = {"key": key, "step": step, "files": {name: asdict(file) for name, file in files.items()}}
+                content = {
+                    "key": key,
+                    "step": step,
+                    "made": time.time(),
+                    "warnings": list(warnings),
+                    "files": {name: asdict(file) for name, file in files.items()},
+                }
                 write_json(aside / _ENTRY, content)
                 self._put(aside, key)
-        except KeyboardInterrupt:
+        except (KeyboardInterrupt, StoreError, MissingError):
             kept = resume
             raise
         finally:
@@ -162,7 +176,9 @@ class Store:
         try:
             content = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
             files = {name: StoredFile(**fields) for name, fields in content["files"].items()}
-            return Entry(key, str(content["step"]), path.parent / "data", files, path.stat().st_mtime)
+            warnings = tuple(str(warning) for warning in content["warnings"])
+            made, used = float(content["made"]), path.stat().st_mtime
+            return Entry(key, str(content["step"]), path.parent / "data", files, warnings, made, used)
         except (OSError, ValueError, KeyError, TypeError):
             return None
 
@@ -172,13 +188,14 @@ class Store:
         return sorted((entry for entry in found if entry), key=lambda entry: entry.used, reverse=True)
 
     def verify(self) -> dict[str, str]:
-        """Read every file of every entry again; return what is wrong, by key."""
+        """Read every file of every entry again; remove what is damaged and return what was wrong with it, by key."""
         faults: dict[str, str] = {}
         for path in sorted(self._entries.glob("*")) if self._entries.is_dir() else []:
             entry = self._read(path.name)
             damage = _damage(entry, thorough=True) if entry else f"no readable {_ENTRY}"
             if damage:
                 faults[path.name] = damage
+                self._remove(path.name)
         return faults
 
     @contextmanager
@@ -237,17 +254,20 @@ class Store:
                 with FileLock(mark.with_suffix(".lock"), timeout=0):  # nobody holds it: the run is dead
                     mark.unlink(missing_ok=True)
             except Timeout:
-                keys |= set(cast("list[str]", json.loads(mark.read_text(encoding="utf-8"))))
+                with contextlib.suppress(FileNotFoundError):  # the run ended just now
+                    keys |= set(cast("list[str]", json.loads(mark.read_text(encoding="utf-8"))))
         return keys
 
     def fingerprint(self, path: Path) -> str:
-        """Return the SHA-256 of a file outside the store, read again only when its size or time of change differs.
+        """Return the SHA-256 of a file outside the store; a large one is read again only when its size or time of change differs.
 
         Raises:
             StoreError: the file cannot be read.
         """
         with telling_where(path):
             status = path.stat()
+            if status.st_size < _WORTH_REMEMBERING:
+                return file_digest(path)
             mark = [status.st_size, status.st_mtime_ns, status.st_ino]
             known = self._fingerprints()
             row = known.get(str(path))

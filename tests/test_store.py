@@ -129,10 +129,10 @@ def test_prune_keeps_to_a_size_and_drops_the_longest_unused_first(tmp_path: Path
 def test_fingerprints_follow_the_file(tmp_path: Path) -> None:
     store = Store(tmp_path / "store")
     path = tmp_path / "file"
-    path.write_bytes(b"one")
+    path.write_bytes(b"one" * 1_000_000)
     first = store.fingerprint(path)
     assert store.fingerprint(path) == first
-    path.write_bytes(b"two!")
+    path.write_bytes(b"two!" * 1_000_000)
     assert store.fingerprint(path) != first
     assert str(path) in json.loads((tmp_path / "store" / "fingerprints.json").read_text(encoding="utf-8"))
 

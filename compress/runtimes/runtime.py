@@ -96,6 +96,13 @@ class Runtime(Frozen, ABC):
     kl_definition: ClassVar[str]
     """What this runtime's per-token KL is, for the report: over the whole vocabulary, or the top tokens and the rest."""
 
+    incidental: ClassVar[frozenset[str]] = frozenset()
+    """The fields that shape how it is run, but nothing of what is measured."""
+
+    def settings(self) -> dict[str, Any]:
+        """Return the fields that shape what is measured, as plain JSON values."""
+        return self.model_dump(mode="json", exclude=set(self.incidental))
+
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Return the versions, by distribution, that shape what is measured; imports nothing heavy.

@@ -15,7 +15,7 @@ class Vllm(Runtime):
     """Greedy answers and scores of given tokens by vLLM, with real images.
 
     The server is started in vLLM's own environment and ended with the measurement; with `url`, one that runs already and serves
-    the same artifact is asked instead, with the key in the environment variable `key_variable` names. `max_model_len` is in
+    that very folder is asked instead, with the key in the environment variable `key_variable` names. `max_model_len` is in
     tokens; left out, it is the model's own, at most 8,192. `kv_cache_gib` holds on a CPU, `gpu_memory_utilization` on a GPU.
     `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart. `arguments` go to `vllm serve`.
 
@@ -29,10 +29,14 @@ class Vllm(Runtime):
         "both. Merging tokens only lowers KL: this is a lower bound of the KL over the whole vocabulary"
     )
 
+    incidental: ClassVar[frozenset[str]] = frozenset(
+        {"startup_seconds", "request_seconds", "port", "key_variable", "kv_cache_gib", "gpu_memory_utilization"}
+    )
+
     runtime: Literal["vllm"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     max_model_len: PositiveInt | None = None
-    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.9
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     kv_cache_gib: PositiveInt = 2
     top_logprobs: PositiveInt = 20
     concurrency: PositiveInt = 8

@@ -40,11 +40,10 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
     """
     stops = stop_tokens(context.artifact)
     if runtime.url is not None:
-        with (
-            _client(runtime, runtime.url, _remote_key(runtime)) as client,
-            closing(VllmSession(Endpoint(client, _remote_model(runtime, client), lambda: None), runtime, stops)) as session,
-        ):
-            yield session
+        with _client(runtime, runtime.url, _remote_key(runtime)) as client:
+            endpoint = Endpoint(client, _remote_model(runtime, client, context.artifact), lambda: None)
+            with closing(VllmSession(endpoint, runtime, stops)) as session:
+                yield session
         return
     environment = require("vllm")
     port = choose_port(runtime.port, "vLLM")
@@ -153,8 +152,15 @@ def _remote_key(runtime: Vllm) -> str | None:
     return key
 
 
-def _remote_model(runtime: Vllm, client: httpx.Client) -> str:
-    names = _models(client)
-    if len(names) != 1:
-        raise ServerError(f"{runtime.url} serves {', '.join(names) or 'no model'}; one server with one model is needed")
-    return names[0]
+def _remote_model(runtime: Vllm, client: httpx.Client, artifact: Path) -> str:
+    """Return the name under which the server at `url` serves the artifact.
+
+    Raises:
+        ServerError: it serves something else; measuring that would say nothing of the artifact.
+    """
+    served = {str(row["id"]): str(row.get("root", "")) for row in _get(client, "/v1/models").get("data", [])}
+    for name, root in served.items():
+        if Path(root).resolve() == artifact.resolve():
+            return name
+    shown = ", ".join(root or name for name, root in served.items()) or "no model"
+    raise ServerError(f"{runtime.url} serves {shown}, not {artifact}; start it with that folder, or leave out url")

@@ -77,7 +77,7 @@ def test_chosen_questions_over_several_files(tmp_path: Path) -> None:
     )
     found = list(read_questions([one, two], Columns(), {1, 2, 4}))
     assert [question.question for question in found] == ["b?", "c?", "e?"]
-    assert [question.id for question in found] == ["q:2", "q:3", "r:2"]
+    assert [question.id for question in found] == ["0:2", "0:3", "1:2"]
     assert len(found[2].images) == 2
 
 
