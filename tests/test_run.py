@@ -14,7 +14,9 @@ import torch
 import compress
 from compress.artifact import folder_digests
 from compress.errors import CheckpointError, DataError, RecipeError
+from compress.plan import make_plan
 from compress.report import Report
+from compress.store import Store
 from tests.jobs import Job, make_job, sentences
 
 COMPRESS = [sys.executable, "-m", "compress.cli"]
@@ -151,6 +153,25 @@ def test_a_paragraph_in_calibration_and_evaluation_stops_the_run(finished: tuple
     mixed.write_text(sentences(2000, 30) + "\n" + sentences(0, 60), encoding="utf-8")
     with pytest.raises(DataError, match=r"a paragraph of the evaluation's text .* is part of calibration sample"):
         compress.run(job.recipe, set={"eval.tasks.1.source": str(mixed)}, **job.places())
+
+
+def test_warnings_are_said_again_when_a_step_is_cached(finished: tuple[Job, Report]) -> None:
+    job, _ = finished
+    path = job.folder / "shared-image.jsonl"
+    path.write_text('{"id": "s", "image": "images/101.png", "question": "Another question?", "answer": "red"}\n', encoding="utf-8")
+    reports = [compress.run(job.recipe, set={"eval.tasks.0.source": str(path)}, **job.places()) for _ in range(2)]
+    assert "an image of question s" in reports[0].warnings[0]
+    assert reports[0].warnings == reports[1].warnings
+
+
+def test_how_a_runtime_is_run_changes_no_key(finished: tuple[Job, Report], tmp_path: Path) -> None:
+    job, _ = finished
+    runtime = {"eval.runtime": {"runtime": "vllm"}}
+    slower = {"eval.runtime": {"runtime": "vllm", "startup_seconds": 1200}}
+    other = {"eval.runtime": {"runtime": "vllm", "dtype": "float16"}}
+    keys = [[step.key for step in make_plan(job.recipe, settings, Store(tmp_path)).steps] for settings in (runtime, slower, other)]
+    assert keys[0] == keys[1]
+    assert keys[0] != keys[2]
 
 
 def test_weights_with_nan_are_named_and_nothing_is_kept(tmp_path: Path) -> None:

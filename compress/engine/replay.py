@@ -13,9 +13,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.checkpoint import Checkpoint
 from compress.engine.host import Host, map_tensors
@@ -68,10 +70,14 @@ class ReachedError(Exception):
 
 @dataclass
 class _Trace:
-    """One batch's way through the model: what its parts returned, and how its blocks were called."""
+    """One batch's way through the model: what its parts returned, and how its blocks were called.
+
+    What a block in `idle` returned is read by nothing but the next block.
+    """
 
     positions: Positions
     reached: bool = True
+    idle: frozenset[str] = frozenset()
     frontends: dict[str, list[Any]] = field(default_factory=lambda: dict[str, list[Any]]())
     calls: dict[str, tuple[Any, Any]] = field(default_factory=lambda: dict[str, tuple[Any, Any]]())
     outputs: dict[str, Any] = field(default_factory=lambda: dict[str, Any]())
@@ -107,7 +113,7 @@ class Visit:
 
 
 class Replay:
-    """Visits the parts of a model in the order in which they run."""
+    """Visits the parts of a model in the order in which they run; `at` is the part it is at."""
 
     def __init__(self, plan: Walkthrough) -> None:
         self.plan = plan
@@ -116,6 +122,7 @@ class Replay:
         self.host = Host(plan.scratch, plan.host_bytes)
         dtype = _storage_dtype(self.reader, plan.family)
         self.model: nn.Module = build_skeleton(plan.checkpoint.folder, dtype, torch.device(plan.device), plan.trust_remote_code)
+        self.at = ""
         self._traces: list[_Trace] = []
 
     def vision_units(self) -> list[str]:
@@ -135,6 +142,7 @@ class Replay:
         Raises:
             CheckpointError: weights are missing or not finite, or a part of the model is never reached.
         """
+        self.at = units[0]
         inside_vision = self._inside_vision(units[0])
         frontends = (self.family.embeddings,) if inside_vision else self.family.frontends
         surroundings = self._surroundings(units)
@@ -146,13 +154,11 @@ class Replay:
         for index, name in enumerate(units):
             yield from self._visit(units, index, frontends)
             unload(self.model.get_submodule(name))
-            if not inside_vision:
-                self._forget(units[index + 1 :])
         if inside_vision:
             unload(self.model.get_submodule(self.family.vision))
 
     def _visit(self, units: Sequence[str], index: int, frontends: Sequence[str]) -> Iterator[Visit]:
-        name = units[index]
+        self.at = name = units[index]
         calls = [self._call(number, units, index, frontends) for number in range(len(self._traces))]
         module = self.model.get_submodule(name)
         self.reader.load(module, name, self.plan.device)
@@ -179,7 +185,16 @@ class Replay:
             if recorded is None:
                 return None
             args, kwargs = recorded
+        self._release(trace, units, index)
         return Call(args, kwargs, None if self._inside_vision(name) else trace.positions)
+
+    def _release(self, trace: _Trace, units: Sequence[str], index: int) -> None:
+        """Let go of what is of no use to this batch's later replays, once the call of `units[index]` is there."""
+        if not self._inside_vision(units[index]) and all(name in trace.calls for name in units[index + 1 :]):
+            trace.frontends.clear()
+            trace.outputs.clear()
+        elif index and units[index - 1] in trace.idle:
+            trace.outputs[units[index - 1]] = map_tensors(trace.outputs[units[index - 1]], _hollow)
 
     def _inside_vision(self, name: str) -> bool:
         return _within(name, self.family.vision)
@@ -206,16 +221,17 @@ class Replay:
             if first:
                 self._traces.append(_Trace(self._positions(inputs)))
             trace = self._traces[number]
-            recorder = _Recorder(chain, self.host)
+            recorder = _Recorder(self.host)
             stubs: dict[str, Forward] = {name: _returning(output, self.plan.device) for name, output in trace.outputs.items()}
             stubs |= {name: recorder.stub(name) for name in chain}
-            stubs |= self._stops(units)
+            stubs |= dict.fromkeys(self._stops(units), recorder.stop)
             outputs: dict[str, list[Any]] = {name: [] for name in frontends}
             for name in frontends:
                 stubs[name] = _recording(self.model.get_submodule(name).forward, outputs[name], self.host)
-            self._forward(inputs, stubs)
+            with recorder:
+                self._forward(inputs, stubs)
             trace.outputs.clear()
-            trace.calls = recorder.calls
+            trace.calls, trace.idle = recorder.calls, recorder.idle
             trace.reached = bool(recorder.calls)
             if trace.reached and any(name not in trace.calls for name in units):
                 trace.frontends = outputs
@@ -232,18 +248,18 @@ class Replay:
         stubs: dict[str, Forward] = {name: _returning(output, self.plan.device) for name, output in trace.outputs.items()}
         for name in frontends:
             stubs[name] = _returning_each(name, trace.frontends.get(name, []), self.plan.device)
-        stubs |= self._stops(ahead)
+        stubs |= dict.fromkeys(self._stops(ahead), _stop)
         stubs[ahead[0]] = stop
         self._forward(self.plan.batches[number].inputs(), stubs)
         return found[0] if found else None
 
-    def _stops(self, units: Sequence[str]) -> dict[str, Forward]:
-        """Return stubs that end a forward before any part which is yet to come, and has no weights."""
+    def _stops(self, units: Sequence[str]) -> list[str]:
+        """Return the parts before which a forward has to end: they are yet to come, and have no weights."""
         container = units[0].rpartition(".")[0]
         later = [name for name in units if name.rpartition(".")[0] != container]
         if self._inside_vision(units[0]):
             later.append(self._blocks(self.family.blocks)[0])
-        return dict.fromkeys([*later, self.family.head] if self.family.head not in units else later, _stop)
+        return [*later, self.family.head] if self.family.head not in units else later
 
     def _forward(self, inputs: Mapping[str, Tensor], stubs: Mapping[str, Forward]) -> None:
         move = _mover(self.plan.device)
@@ -262,23 +278,22 @@ class Replay:
         valid = torch.ones_like(vision) if mask is None else mask.bool().reshape(-1)
         return Positions(text=valid & ~vision, vision=valid & vision)
 
-    def _forget(self, ahead: Sequence[str]) -> None:
-        """Let go of what no later replay needs."""
-        for trace in self._traces:
-            if all(name in trace.calls for name in ahead):
-                trace.frontends.clear()
-                for name in list(trace.outputs)[:-1]:
-                    del trace.outputs[name]
 
+class _Recorder(TorchDispatchMode):
+    """Takes the place of a chain of blocks for one forward and records the calls of those that are fed directly.
 
-class _Recorder:
-    """Takes the place of a chain of blocks for one forward and records the calls of those that are fed directly."""
+    Active as a context, it sees every operation, and so which outputs of the chain are read elsewhere than in the next block.
+    """
 
-    def __init__(self, names: Sequence[str], host: Host) -> None:
+    def __init__(self, host: Host) -> None:
+        super().__init__()
         self.calls: dict[str, tuple[Any, Any]] = {}
-        self._names = names
+        self.idle: frozenset[str] = frozenset()
         self._host = host
         self._previous: Tensor | None = None
+        self._returned: dict[str, ref[Tensor]] = {}
+        self._owners: dict[int, str] = {}
+        self._read: set[str] = set()
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def stub(self, name: str) -> Forward:
@@ -286,14 +301,34 @@ class _Recorder:
 
         def run(*args: Any, **kwargs: Any) -> Tensor:
             given = (args, kwargs)
+            map_tensors(given, lambda tensor: None if tensor is self._previous else self._note(tensor))
             if self._previous is None or self._direct(given):
                 self.calls[name] = map_tensors(given, self._keep)
-            if name == self._names[-1]:
-                raise ReachedError
-            self._previous = torch.zeros_like(kwargs["hidden_states"] if "hidden_states" in kwargs else _first_tensor(args))
+            like = kwargs["hidden_states"] if "hidden_states" in kwargs else _first_tensor(args)
+            self._previous = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
+            self._returned[name] = ref(self._previous)
+            self._owners[id(self._previous)] = name
             return self._previous
 
         return run
+
+    def stop(self, *args: Any, **kwargs: Any) -> NoReturn:
+        """End the forward behind the chain; what is still held by then may be read by what comes after."""
+        map_tensors((args, kwargs), self._note)
+        held = {name for name, tensor in self._returned.items() if tensor() is not None}
+        self.idle = frozenset(self._returned.keys() - self._read - held)
+        raise ReachedError
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        """Let an operation happen, having noted what it reads."""
+        del types
+        map_tensors((args, kwargs), self._note)
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, tensor: Tensor) -> None:
+        name = self._owners.get(id(tensor))
+        if name is not None and self._returned[name]() is tensor:
+            self._read.add(name)
 
     def _direct(self, given: Any) -> bool:
         tensors: list[Tensor] = []
@@ -353,8 +388,19 @@ def _fill(tree: Any, previous: Any) -> Any:
     return tree
 
 
+def _hollow(tensor: Tensor) -> Tensor:
+    return torch.empty_like(tensor, device="meta")
+
+
 def _returning(output: Any, device: str) -> Forward:
-    return lambda *args, **kwargs: map_tensors(output, _mover(device))
+    """Return what gives a kept output again, zeros where it was not kept."""
+
+    def real(tensor: Tensor) -> Tensor:
+        if tensor.is_meta:
+            return torch.zeros(tensor.shape, dtype=tensor.dtype, device=device)
+        return tensor.to(device)
+
+    return lambda *args, **kwargs: map_tensors(output, real)
 
 
 def _returning_each(name: str, outputs: list[Any], device: str) -> Forward:

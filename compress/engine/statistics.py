@@ -17,10 +17,13 @@ from compress.numerics.rounding import PANEL
 
 
 class Moment:
-    """Sums over the tokens of one kind: Σ xᵀx, `abs_sum` Σ |x| [in] and `abs_max` max |x| [in], all float32."""
+    """Sums over the tokens of one kind: Σ xᵀx, `abs_sum` Σ |x| [in] and `abs_max` max |x| [in], all float32.
+
+    Of Σ xᵀx only `lower`, what lies on and below the diagonal, is kept up.
+    """
 
     def __init__(self, channels: int, device: torch.device) -> None:
-        self._lower = torch.zeros(channels, channels, device=device)
+        self.lower = torch.zeros(channels, channels, device=device)
         self.abs_sum = torch.zeros(channels, device=device)
         self.abs_max = torch.zeros(channels, device=device)
         self.tokens = 0
@@ -28,14 +31,14 @@ class Moment:
     @property
     def gram(self) -> Tensor:
         """Σ xᵀx, float32 [in, in]."""
-        return self._lower.tril() + self._lower.tril(-1).t()
+        return _mirror(self.lower.clone())
 
     def add(self, rows: Tensor) -> None:
         """Count tokens [tokens, in]."""
         values = rows.to(torch.float32)
         for start in range(0, values.shape[1], PANEL):
             panel = slice(start, start + PANEL)
-            self._lower[start:, panel].addmm_(values[:, start:].t(), values[:, panel])
+            self.lower[start:, panel].addmm_(values[:, start:].t(), values[:, panel])
         magnitudes = values.abs()
         self.abs_sum += magnitudes.sum(dim=0)
         self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
@@ -56,8 +59,11 @@ class Moments:
 
     def gram(self) -> Tensor:
         """Σ xᵀx over all tokens, float32 [in, in]."""
-        parts = self._parts()
-        return parts[0].gram if len(parts) == 1 else parts[0].gram + parts[1].gram
+        first, *others = self._parts()
+        lower = first.lower.clone()
+        for part in others:
+            lower += part.lower
+        return _mirror(lower)
 
     def mean_abs(self) -> Tensor:
         """Mean |x| over all tokens, float32 [in]."""
@@ -88,6 +94,16 @@ class Moments:
         moment = part or Moment(rows.shape[-1], rows.device)
         moment.add(rows)
         return moment
+
+
+def _mirror(lower: Tensor) -> Tensor:
+    """Make a matrix symmetric by its lower triangle, in place: at a size of 30,000 channels a copy takes 3.6 GB."""
+    for start in range(0, lower.shape[0], PANEL):
+        panel = slice(start, start + PANEL)
+        below = slice(start + PANEL, None)
+        lower[panel, below] = lower[below, panel].t()
+        lower[panel, panel] = lower[panel, panel].tril() + lower[panel, panel].tril(-1).t()
+    return lower
 
 
 class Observer:

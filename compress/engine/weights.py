@@ -65,10 +65,10 @@ class WeightReader:
         return tensor
 
     def load(self, module: nn.Module, prefix: str, device: str = "cpu") -> None:
-        """Give every parameter and kept buffer of the module called `prefix` its value from the checkpoint.
+        """Give every parameter and kept buffer of the module called `prefix` its value from the checkpoint, in the module's type.
 
         Raises:
-            CheckpointError: a tensor is missing, has another shape than the module, or is not finite.
+            CheckpointError: a tensor is missing, has another shape than the module, or is not finite in its own or that type.
         """
         for name in module.state_dict():
             self.put(module, name, f"{prefix}.{name}", device)
@@ -83,13 +83,19 @@ class WeightReader:
                 f"{self.checkpoint.folder}: {full} has shape {list(value.shape)}, config.json asks for {list(current.shape)}; "
                 "fetch both again"
             )
+        if value.dtype != current.dtype and not is_finite(value.to(current.dtype)):
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: {full} is {value.dtype} and overflows in {current.dtype}, the model's type; "
+                "convert the whole checkpoint to bfloat16 or float32"
+            )
         place(module, name, value)
 
 
 def place(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value` in place of the parameter or buffer `name` (dotted) of a module."""
+    """Put `value`, in the type that is there, in place of the parameter or buffer `name` (dotted) of a module."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
+    value = value.to(cast("Tensor", getattr(owner, leaf)).dtype)
     if leaf in owner._parameters:  # pyright: ignore[reportPrivateUsage]
         owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     else:

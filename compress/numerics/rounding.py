@@ -51,7 +51,9 @@ def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor
 
 def fold_symmetric(gram: Tensor) -> Tensor:
     """Return the lower triangle that stands for a symmetric matrix in `output_error`: the upper one is added to it."""
-    return gram.tril() + gram.tril(-1)
+    folded = gram.tril().mul_(2)
+    folded.diagonal().mul_(0.5)
+    return folded
 
 
 def output_error(error: Tensor, folded: Tensor) -> Tensor:
