@@ -15,7 +15,9 @@ import compress
 from compress.artifact import folder_digests
 from compress.errors import CheckpointError, DataError, RecipeError
 from compress.plan import make_plan
+from compress.progress import Silent
 from compress.report import Report
+from compress.runtimes.environment import install
 from compress.store import Store
 from tests.jobs import Job, make_job, sentences
 
@@ -166,6 +168,7 @@ def test_warnings_are_said_again_when_a_step_is_cached(finished: tuple[Job, Repo
 
 def test_how_a_runtime_is_run_changes_no_key(finished: tuple[Job, Report], tmp_path: Path) -> None:
     job, _ = finished
+    install("vllm", Silent())
     runtime = {"eval.runtime": {"runtime": "vllm"}}
     slower = {"eval.runtime": {"runtime": "vllm", "startup_seconds": 1200}}
     other = {"eval.runtime": {"runtime": "vllm", "dtype": "float16"}}

@@ -31,7 +31,8 @@ class Awq(Stage):
     patterns on layer names.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
 
     stage: Literal["awq"]
     bits: Literal[2, 3, 4, 8]
@@ -82,6 +83,7 @@ class Awq(Stage):
 
         Raises:
             CheckpointError: the weights cannot be used, NaN or infinite ones included.
+            MissingError: the device has too little memory.
             StoreError: the disk is full.
         """
         from compress.stages.awq_apply import apply

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 from collections import OrderedDict
@@ -9,9 +10,11 @@ from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
 import torch
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -21,8 +24,8 @@ from compress.calibration.load import load_batches
 from compress.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_header
 from compress.engine.replay import Replay, Visit, Walkthrough
 from compress.engine.statistics import observe
-from compress.engine.weights import ShardWriter, WeightReader, map_tensor, place, write_aside
-from compress.errors import CheckpointError, DataError
+from compress.engine.weights import DTYPES, ShardWriter, WeightReader, map_tensor, place, write_aside
+from compress.errors import CheckpointError, DataError, MissingError
 from compress.families import Family, Pair
 from compress.files import telling_where, write_json
 from compress.layouts import pack_linear, quantization_config, read_linear, unquantized_linears
@@ -44,11 +47,22 @@ def apply(stage: Awq, context: StageContext) -> None:
         raise DataError("awq: needs calibration samples; add calibration.sets to the recipe")
     if faults := stage.check(checkpoint, context.family):
         raise CheckpointError("\n".join(faults))
-    with telling_where(context.target), deterministic(), torch.no_grad():
+    with telling_where(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
         work = _Work(stage, context, checkpoint)
         work.walk()
         work.write()
         shutil.rmtree(work.commits)
+
+
+@contextmanager
+def returning_memory(device: str) -> Generator[None]:
+    """Give back at the end the device memory that torch would keep, so that another process on it finds it free."""
+    try:
+        yield
+    finally:
+        if torch.device(device).type == "cuda":
+            gc.collect()
+            torch.cuda.empty_cache()
 
 
 @contextmanager
@@ -108,10 +122,12 @@ class _Work:
         replay = Replay(plan)
         walks = self._walks(replay)
         with self.context.progress.task("awq", sum(map(len, walks)), "blocks") as advance:
-            for units in walks:
-                for visit in replay.walk(units):
+            try:
+                for visit in chain.from_iterable(map(replay.walk, walks)):
                     self._visit(visit)
                     advance(1)
+            except torch.OutOfMemoryError as error:
+                raise _out_of_memory(self.context.device, replay.at) from error
 
     def _walks(self, replay: Replay) -> list[list[str]]:
         vision, decoder = replay.vision_units(), replay.decoder_units()
@@ -132,12 +148,14 @@ class _Work:
 
     def _solve(self, visit: Visit, names: list[str]) -> dict[str, Tensor]:
         """Return what is to be stored for a part of the model, by names on disk."""
+        stored = self._stored(visit)
         local = {name: _relative(name, visit.name) for name in names}
         if "" in local.values():  # the part is a linear itself
             visit = Visit(visit.name, nn.Sequential(OrderedDict(linear=visit.module)), visit.calls, visit.device)
             local = dict.fromkeys(local, "linear")
+            stored = {f"linear.{name}": tensor for name, tensor in stored.items()}
         moments = observe(visit, local.values())
-        block = BlockWeights.of(visit.module, local.values(), self._heads())
+        block = BlockWeights.of(visit.module, local.values(), self._heads(), stored)
         method = Method(scheme=self.stage.scheme, clip=self.stage.clip, grid=self.stage.grid)
         codes = solve(block, self._pairs(visit.name), moments, method)
         tensors: dict[str, Tensor] = {}
@@ -146,6 +164,15 @@ class _Work:
         for relative, value in block.changed.items():
             tensors[self.reader.disk_names[f"{visit.name}.{relative}"]] = value
         return tensors
+
+    def _stored(self, visit: Visit) -> dict[str, Tensor]:
+        """Return what the checkpoint holds of a part in another type than the model runs in."""
+        found: dict[str, Tensor] = {}
+        for name, running in visit.module.state_dict().items():
+            disk_name = self.reader.disk_names[f"{visit.name}.{name}"]
+            if DTYPES[self.checkpoint.tensors[disk_name].dtype] != running.dtype:
+                found[name] = self.reader.disk_tensor(disk_name, visit.device)
+        return found
 
     def _adopt(self, visit: Visit, names: list[str], tensors: Mapping[str, Tensor]) -> None:
         """Put stored values into the running module, so that what comes after sees them as a runtime will compute them."""
@@ -169,6 +196,7 @@ class _Work:
 
     def write(self) -> None:
         """Write the checkpoint: quantized linears and changed tensors from the commits, all else as it is in the source."""
+        self._clear()
         places = self._committed()
         changed = {f"{linear.disk_name}.weight" for linear in self.linears.values()}
         target = self.context.target
@@ -193,10 +221,27 @@ class _Work:
             target / "config.json", {**self.checkpoint.config, "quantization_config": quantization_config(quantized, ignore)}
         )
 
+    def _clear(self) -> None:
+        """Delete what a write that was killed has left, its temporary files above all."""
+        for path in self.context.target.iterdir():
+            if path.is_dir() and path != self.commits:
+                shutil.rmtree(path)
+            elif path != self.commits:
+                path.unlink()
+
     def _committed(self) -> dict[str, TensorEntry]:
         return {
             name: entry for path in sorted(self.commits.glob("*.safetensors")) for name, entry in sorted(read_header(path).items())
         }
+
+
+def _out_of_memory(device: str, part: str) -> MissingError:
+    cuda = torch.device(device).type == "cuda"
+    total = torch.cuda.mem_get_info(device)[1] if cuda else psutil.virtual_memory().total
+    return MissingError(
+        f"awq: {device} has {total / 2**30:.1f} GiB of memory, too little for {part}. End other programs that use it, use a larger "
+        "device, or none (CUDA_VISIBLE_DEVICES=); or give calibration.sets fewer tokens per sample and smaller images"
+    )
 
 
 def _read_commit(path: Path) -> dict[str, Tensor] | None:

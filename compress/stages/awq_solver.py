@@ -8,7 +8,7 @@ depend on their number.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache
 
 import torch
@@ -21,6 +21,7 @@ from compress.numerics.rounding import clip, fold_symmetric, output_error, own_s
 
 _STRIDE = 4
 _EXTREME = 1e4
+_FLOOR = 1e-3
 
 
 @dataclass(frozen=True)
@@ -36,25 +37,42 @@ class Method:
 class BlockWeights:
     """A block's linears to be quantized, in float32, with what was done to them; `heads` is how many its attention has.
 
-    `input_scales` holds what each linear's input channels were multiplied by, `changed` the new norms and biases in the type
+    `stored` holds the block's tensors that the checkpoint has in another type than the one the block runs in, as they are there;
+    `input_scales` what each linear's input channels were multiplied by, `changed` the new norms and biases in the type
     they are stored in. Names are relative to the block.
     """
 
     module: nn.Module
     weights: dict[str, Tensor]
     heads: int
+    stored: Mapping[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
     input_scales: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
     changed: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
 
     @classmethod
-    def of(cls, module: nn.Module, linears: Iterable[str], heads: int) -> BlockWeights:
+    def of(cls, module: nn.Module, linears: Iterable[str], heads: int, stored: Mapping[str, Tensor] | None = None) -> BlockWeights:
         """Take the weights of a block's linears."""
-        weights = {name: _parameter(module, f"{name}.weight").to(torch.float32) for name in linears}
-        return cls(module, weights, heads)
+        block = cls(module, {}, heads, stored or {})
+        block.weights |= {name: block.current(f"{name}.weight").to(torch.float32) for name in linears}
+        return block
+
+    def current(self, name: str) -> Tensor:
+        """Return a parameter as it is to be stored so far."""
+        if name in self.changed:
+            return self.changed[name]
+        return self.stored[name] if name in self.stored else self.module.get_parameter(name).detach()
+
+    def precision(self, name: str) -> torch.dtype:
+        """Return the type that new values of a parameter are rounded to, so that both disk and running block hold them exactly."""
+        disk, running = self.current(name).dtype, self.module.get_parameter(name).dtype
+        return running if torch.promote_types(disk, running) == disk else disk
 
 
 def solve(block: BlockWeights, pairs: Sequence[Pair], moments: Mapping[str, Moments], method: Method) -> dict[str, QuantizedWeight]:
-    """Return each linear's codes; `block.changed` then holds the norms and biases that go with them."""
+    """Return each linear's codes, their scales in the type its weight is stored in.
+
+    `block.changed` then holds the norms and biases that go with them.
+    """
     for pair in pairs:
         fold(block, pair, moments, method)
     return {name: _round(block, name, moments[name], method) for name in block.weights}
@@ -109,8 +127,8 @@ def search(block: BlockWeights, pair: Pair, repeats: Repeats, moments: Moments, 
     The loss is smooth in the exponent, so every fourth step is tried first, then those around the best.
     """
     weight = torch.cat([block.weights[name] for name in pair.linears])
-    dtype = _parameter(block.module, f"{pair.linears[0]}.weight").dtype
-    gram = fold_symmetric(moments.gram() / moments.tokens)
+    dtype = block.precision(f"{pair.linears[0]}.weight")
+    gram = fold_symmetric(moments.gram().div_(moments.tokens))
     magnitude, importance = repeats.pool(moments.mean_abs()), repeats.pool(_relative_magnitude(weight, method.scheme))
 
     @cache
@@ -141,7 +159,11 @@ class Point:
 
 
 def _normalised(scale: Tensor) -> Tensor:
-    scale = scale.clamp(min=1e-12)
+    """Bring a scale to lie around 1; channels that are given (nearly) nothing must not take part in where that is."""
+    live = scale[scale > 0]
+    if not live.numel():
+        return torch.ones_like(scale)
+    scale = scale.clamp(min=float(torch.maximum(live.min(), live.median() * _FLOOR)))
     return (scale / (scale.max() * scale.min()).sqrt()).clamp_(1 / _EXTREME, _EXTREME)
 
 
@@ -155,55 +177,51 @@ def _relative_magnitude(weight: Tensor, scheme: Scheme) -> Tensor:
 def divide_norm(block: BlockWeights, name: str, scale: Tensor) -> Tensor:
     """Divide a norm's weight and bias by a scale; return the scale that its weight, as stored, was really divided by.
 
-    Channels whose weight is zero pass nothing on and keep the scale 1.
+    Channels whose weight is zero pass nothing on and keep the scale 1, as do those which the stored type cannot hold divided.
     """
-    old = _current(block, f"{name}.weight")
-    new = (old.to(torch.float32) / scale).to(old.dtype)
-    usable = (old != 0) & (new != 0) & new.isfinite()
-    new = torch.where(usable, new, old)
+    old, new, usable = _divided(block, f"{name}.weight", scale)
     effective = torch.where(usable, old.to(torch.float32) / new.to(torch.float32), 1.0)
-    block.changed[f"{name}.weight"] = new
-    _divide_bias(block, name, effective)
+    if _has(block.module, f"{name}.bias"):
+        bias, divided, _ = _divided(block, f"{name}.bias", effective)
+        usable &= divided.isfinite()
+        effective = torch.where(usable, effective, 1.0)
+        block.changed[f"{name}.bias"] = torch.where(usable, divided, bias)
+    block.changed[f"{name}.weight"] = torch.where(usable, new, old)
     return effective
 
 
 def divide_linear(block: BlockWeights, name: str, scale: Tensor) -> Tensor:
-    """Divide a linear's output rows and bias by a scale; return the scale that its bias, as stored, was really divided by."""
-    bias = _current(block, f"{name}.bias") if _has(block.module, f"{name}.bias") else None
-    if bias is not None:
-        new = (bias.to(torch.float32) / scale).to(bias.dtype)
-        usable = (bias != 0) & (new != 0) & new.isfinite()
-        scale = torch.where(usable, bias.to(torch.float32) / new.to(torch.float32), scale)
-        block.changed[f"{name}.bias"] = new
+    """Divide a linear's output rows and bias by a scale; return the scale that its bias, as stored, was really divided by.
+
+    Rows whose bias the stored type cannot hold divided keep the scale 1; those without a bias take any.
+    """
+    if _has(block.module, f"{name}.bias"):
+        bias, new, usable = _divided(block, f"{name}.bias", scale)
+        scale = torch.where(usable, bias.to(torch.float32) / new.to(torch.float32), torch.where(bias == 0, scale, 1.0))
+        block.changed[f"{name}.bias"] = torch.where(usable, new, bias)
     block.weights[name] = block.weights[name] / scale.unsqueeze(1)
     return scale
 
 
-def _divide_bias(block: BlockWeights, name: str, scale: Tensor) -> None:
-    if _has(block.module, f"{name}.bias"):
-        bias = _current(block, f"{name}.bias")
-        block.changed[f"{name}.bias"] = (bias.to(torch.float32) / scale).to(bias.dtype)
+def _divided(block: BlockWeights, name: str, scale: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return a parameter as stored, the same divided by a scale, and where that is neither zero nor out of the type's range."""
+    old = block.current(name)
+    new = (old.to(torch.float32) / scale).to(block.precision(name)).to(old.dtype)
+    return old, new, (new != 0) & new.isfinite()
 
 
 def _round(block: BlockWeights, name: str, moments: Moments, method: Method) -> QuantizedWeight:
-    weight = block.weights[name]
-    dtype = _parameter(block.module, f"{name}.weight").dtype
-    if not method.clip:
-        return quantize(weight, method.scheme, dtype)
-    gram = moments.gram() / moments.tokens
-    if name in block.input_scales:
-        gram = gram / torch.outer(block.input_scales[name], block.input_scales[name])
-    return quantize(weight, method.scheme, dtype, clip(weight, gram, method.scheme, dtype, method.grid))
-
-
-def _parameter(module: nn.Module, name: str) -> Tensor:
-    return module.get_parameter(name).detach()
+    weight, shrink = block.weights[name], 1.0
+    dtype = block.precision(f"{name}.weight")
+    if method.clip:
+        gram = moments.gram().div_(moments.tokens)
+        if name in block.input_scales:
+            gram.div_(torch.outer(block.input_scales[name], block.input_scales[name]))
+        shrink = clip(weight, gram, method.scheme, dtype, method.grid)
+    rounded = quantize(weight, method.scheme, dtype, shrink)
+    return replace(rounded, scales=rounded.scales.to(block.current(f"{name}.weight").dtype))
 
 
 def _has(module: nn.Module, name: str) -> bool:
     owner, _, leaf = name.rpartition(".")
     return getattr(module.get_submodule(owner), leaf, None) is not None
-
-
-def _current(block: BlockWeights, name: str) -> Tensor:
-    return block.changed.get(name, _parameter(block.module, name))

@@ -42,7 +42,8 @@ def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], le
     faults: list[str] = []
     found: list[Linear] = []
     for target in targets:
-        linears = [linear for linear in _linears(checkpoint, family) if _part_of(linear.name, family) == target]
+        tied = target == "lm_head" and checkpoint.tied  # a head on disk beside it is never read
+        linears = [linear for linear in _linears(checkpoint, family) if not tied and _part_of(linear.name, family) == target]
         if not linears:
             reason = "its output head is the embedding's own matrix" if target == "lm_head" else "it has no such linear layers"
             faults.append(f"targets: {target} matches nothing in {checkpoint.folder}: {reason}; leave it away")

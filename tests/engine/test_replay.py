@@ -78,9 +78,13 @@ def qwen3_vl_batches() -> list[Fixed]:
     return [Fixed(pictured), Fixed({"input_ids": words})]
 
 
-def plain_outputs(folder: Path, given: list[Fixed], names: list[str]) -> dict[str, list[Tensor]]:
-    """Return what parts of the model return in plain forwards, by transformers alone."""
+def plain_outputs(
+    folder: Path, given: list[Fixed], names: list[str], change: Callable[[Any], None] | None = None
+) -> dict[str, list[Tensor]]:
+    """Return what parts of the model, perhaps changed, return in plain forwards, by transformers alone."""
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(folder, dtype="auto").eval()
+    if change is not None:
+        change(model)
     outputs: dict[str, list[Tensor]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[..., None]:
@@ -156,6 +160,58 @@ def test_blocks_fed_by_the_one_before_need_no_further_forward(tmp_path: Path) ->
     given = batches(build_qwen2_5_vl(tmp_path))
     replay = open_walk(tmp_path, given)
     assert forwards(replay, replay.decoder_units()) == [2, 2, 2]
+
+
+def test_outputs_are_let_go_once_the_next_part_has_them(tmp_path: Path) -> None:
+    given = batches(build_qwen2_5_vl(tmp_path, layers=6, vision_blocks=6))
+    replay = open_walk(tmp_path, given)
+    expected = plain_outputs(tmp_path, given, [*replay.vision_units(), *replay.decoder_units(), "lm_head"])
+    for units in (replay.vision_units(), [*replay.decoder_units(), "lm_head"]):
+        resident: list[int] = []
+        for visit in replay.walk(units):
+            resident.append(replay.host.resident)
+            outputs = [visit.run(call) for call in visit.calls]
+            assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected[visit.name], strict=True)), visit.name
+        assert len(resident) == 7
+        assert max(resident[2:-1]) <= resident[1]
+        assert resident[-1] <= resident[1] + sum(output.nbytes for output in expected[units[-2]])
+
+
+def test_outputs_that_are_read_by_others_than_the_next_block_are_kept(tmp_path: Path) -> None:
+    family = build_qwen3_vl(tmp_path)
+    given = qwen3_vl_batches()
+    replay = open_walk(tmp_path, given, family)
+    expected = plain_outputs(tmp_path, given, [*replay.vision_units(), *replay.decoder_units(), "lm_head"])
+    assert_walk_equals(replay, replay.vision_units(), expected)
+    assert_walk_equals(replay, [*replay.decoder_units(), "lm_head"], expected)
+
+
+def add_first_output(model: Any) -> None:
+    """Let a model's vision tower hold what its first block returns, and add its mean to its own result at the very end."""
+    tower = model.get_submodule("model.visual")
+    forward = tower.forward
+
+    def run(*args: Any, **kwargs: Any) -> Any:
+        held: list[Tensor] = []
+        hook = tower.blocks[0].register_forward_hook(lambda module, given, output: held.append(output))
+        try:
+            result = forward(*args, **kwargs)
+        finally:
+            hook.remove()
+        result.pooler_output = result.pooler_output + held[0].mean()
+        return result
+
+    tower.forward = run
+
+
+def test_outputs_that_are_held_to_the_end_are_kept(tmp_path: Path) -> None:
+    given = batches(build_qwen2_5_vl(tmp_path, vision_blocks=4))
+    replay = open_walk(tmp_path, given)
+    add_first_output(replay.model)
+    units = replay.vision_units()
+    assert [visit.name for visit in replay.walk(units)] == units
+    expected = plain_outputs(tmp_path, given, replay.decoder_units(), add_first_output)
+    assert_walk_equals(replay, replay.decoder_units(), expected)
 
 
 def test_only_what_needs_it_is_replayed(tmp_path: Path) -> None:

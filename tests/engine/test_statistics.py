@@ -5,11 +5,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
 from compress.engine.replay import Positions, ReachedError
 from compress.engine.statistics import Moments, Observer, observe
 from compress.errors import CheckpointError
+from compress.numerics.rounding import PANEL
 from tests.engine.test_replay import batches, open_walk
 from tests.tiny import build_qwen2_5_vl
 
@@ -35,6 +37,35 @@ def test_sums_equal_brute_force() -> None:
     everything = torch.cat(list(rows.values()))
     torch.testing.assert_close(moments.gram(), everything.t() @ everything)
     torch.testing.assert_close(moments.mean_abs(), everything.abs().mean(0))
+
+
+class Counting(TorchDispatchMode):
+    """Counts the tensors of at least so many elements that operations make anew."""
+
+    def __init__(self, elements: int) -> None:
+        super().__init__()
+        self.elements = elements
+        self.made = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        given = {part.untyped_storage().data_ptr() for part in args if isinstance(part, Tensor)}
+        if isinstance(result, Tensor) and result.numel() >= self.elements:
+            self.made += result.untyped_storage().data_ptr() not in given
+        return result
+
+
+def test_the_sum_over_both_kinds_of_tokens_takes_the_memory_of_one_matrix() -> None:
+    width = 2 * PANEL + 7
+    rows = torch.randn(20, width, generator=torch.Generator().manual_seed(0))
+    text = torch.arange(20) < 12
+    moments = Moments()
+    moments.add(rows, Positions(text, ~text))
+    with Counting(width * width) as counting:
+        gram = moments.gram()
+    assert counting.made == 1
+    assert torch.equal(gram, gram.t())
+    torch.testing.assert_close(gram, rows.t() @ rows)
 
 
 def test_linears_with_one_input_share_their_sums() -> None:

@@ -132,6 +132,36 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, bad: float) -> Non
         WeightReader(checkpoint, family_of(checkpoint.config)).disk_tensor(name)
 
 
+def test_a_tensor_of_another_type_is_loaded_in_the_models(tmp_path: Path) -> None:
+    build_qwen2_5_vl(tmp_path)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith("layers.1.input_layernorm.weight")]
+    tensors[name] = tensors[name].float() * 1.001
+    save_file(tensors, file, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    model: Any = build_skeleton(tmp_path, torch.bfloat16, torch.device("cpu"))
+    block = model.model.language_model.layers[1]
+    reader = WeightReader(checkpoint, family_of(checkpoint.config))
+    reader.load(block, "model.language_model.layers.1")
+    assert torch.equal(block.input_layernorm.weight, tensors[name].to(torch.bfloat16))
+    assert torch.equal(reader.disk_tensor(name), tensors[name])
+
+
+def test_a_value_beyond_the_models_type_is_named(tmp_path: Path) -> None:
+    build_qwen2_5_vl(tmp_path, dtype=torch.float16)
+    file = tmp_path / "model.safetensors"
+    tensors = load_file(file)
+    (name,) = [name for name in tensors if name.endswith("layers.1.input_layernorm.weight")]
+    tensors[name] = tensors[name].float() + 1e5
+    save_file(tensors, file, metadata={"format": "pt"})
+    checkpoint = open_checkpoint(tmp_path)
+    model: Any = build_skeleton(tmp_path, torch.float16, torch.device("cpu"))
+    reader = WeightReader(checkpoint, family_of(checkpoint.config))
+    with pytest.raises(CheckpointError, match=r"input_layernorm.weight is torch.float32 and overflows in torch.float16"):
+        reader.load(model.model.language_model.layers[1], "model.language_model.layers.1")
+
+
 def test_values_whose_sum_overflows_are_finite() -> None:
     assert is_finite(torch.full((1000,), 3e38))
     assert not is_finite(torch.tensor([1.0, float("inf"), float("-inf")]))

@@ -18,7 +18,7 @@ from compress.calibration.collect import PinnedSet, Selection, collect
 from compress.calibration.sets import Text, Vqa
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import WeightReader
-from compress.errors import CheckpointError, DataError
+from compress.errors import CheckpointError, DataError, MissingError
 from compress.families import Family, family_of
 from compress.layouts import quantized_linears, read_linear
 from compress.progress import Silent
@@ -219,6 +219,9 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_the_same(bench: Bench, tmp_p
     commits = sorted((target / ".blocks").iterdir())
     assert [path.name[-len("layers.0.safetensors") :] for path in commits] == ["layers.0.safetensors", "layers.1.safetensors"]
     commits[1].write_bytes(commits[1].read_bytes()[:100])  # damaged, so made anew
+    (target / ".config.json.0123abcd").write_text("{")  # what a write that is killed may leave
+    (target / ".shard-00007.data").write_bytes(b"half")
+    (target / "additional_chat_templates").mkdir()
     before = commits[0].stat().st_mtime_ns
     stamps: list[int] = []
 
@@ -229,6 +232,7 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_the_same(bench: Bench, tmp_p
 
     awq(grid=4).apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, Stamping()))
     assert set(stamps) == {before}
+    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in whole.iterdir())
     assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
 
 
@@ -257,9 +261,13 @@ def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, benc
         "leave_out: leaves no layer to work on; remove a pattern"
     ]
     tied = open_checkpoint(build_qwen2_5_vl(tmp_path, tied=True))
-    (fault,) = awq(targets=("decoder", "lm_head")).check(tied, bench.family)
-    assert "lm_head matches nothing" in fault
-    assert "its output head is the embedding's own matrix; leave it away" in fault
+    held = load_file(tmp_path / "model.safetensors")
+    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for checkpoint in (tied, open_checkpoint(tmp_path)):  # the second holds a head beside the embedding, which no runtime reads
+        (fault,) = awq(targets=("decoder", "lm_head")).check(checkpoint, bench.family)
+        assert "lm_head matches nothing" in fault
+        assert "its output head is the embedding's own matrix; leave it away" in fault
 
 
 def test_a_quantized_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> None:
@@ -280,6 +288,51 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, place: str) -> Non
     with pytest.raises(CheckpointError, match=f"{name} holds NaN or infinite values"):
         bench.apply(tmp_path / "out", awq(grid=1))
     assert not list((tmp_path / "out").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("parts", [("norm",), ("norm", "v_proj", "mlp.down_proj", "lm_head")])
+def test_a_checkpoint_of_several_types_keeps_them(tmp_path: Path, parts: tuple[str, ...]) -> None:
+    bench = prepare(tmp_path, build_qwen2_5_vl(tmp_path / "model"))
+    before = tensors_of(bench.folder)
+    before = {name: value.float() * 1.001 if any(part in name for part in parts) else value for name, value in before.items()}
+    save_file(before, bench.folder / "model.safetensors", metadata={"format": "pt"})
+    stage = awq(bits=8, group_size=16, grid=4, targets=("decoder", "vision", "lm_head"))
+    out = bench.apply(tmp_path / "out", stage)
+    after = tensors_of(out)
+    assert {name: after[name].dtype for name in before if name in after} == {
+        name: value.dtype for name, value in before.items() if name in after
+    }
+    assert any(not torch.equal(before[name], after[name]) for name in before if name in after and "layernorm" in name)
+    for name in quantized_linears(open_checkpoint(out)):
+        assert after[f"{name}.weight_scale"].dtype == before[f"{name}.weight"].dtype
+    assert open_checkpoint(out).weight_bytes == stage.predict_bytes(bench.checkpoint, bench.family)
+    given: list[Any] = list(batches(bench.folder))
+    assert kl(logits(bench.folder, None, given), logits(bench.folder, dense(out), given)) < 0.01
+
+
+class OutOfMemory(Silent):
+    """Ends the work as a device that is full does, after its first part."""
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+        def advance(count: int) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+        yield advance
+
+
+def test_a_device_that_is_full_is_named_with_the_part_and_what_helps(bench: Bench, tmp_path: Path) -> None:
+    context = StageContext(bench.folder, tmp_path, bench.calibration, bench.family, "cpu", 0, OutOfMemory())
+    said = (
+        r"awq: cpu has \d+\.\d GiB of memory, too little for model\.language_model\.layers\.0\. .*"
+        r"use a larger device, or none \(CUDA_VISIBLE_DEVICES=\); or give calibration\.sets fewer tokens per sample"
+    )
+    with pytest.raises(MissingError, match=said):
+        awq(grid=1).apply(context)
+
+
+def test_the_libraries_that_make_image_inputs_are_part_of_its_key() -> None:
+    assert {"torch", "torchvision", "transformers", "tokenizers", "pillow"} <= set(Awq.libraries)
 
 
 def test_without_calibration_it_says_so(bench: Bench, tmp_path: Path) -> None:

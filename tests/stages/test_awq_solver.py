@@ -8,7 +8,7 @@ from compress.engine.statistics import Moments
 from compress.families import Pair
 from compress.numerics.rounding import fold_symmetric, output_error, quantize
 from compress.numerics.scheme import Scheme
-from compress.stages.awq_solver import BlockWeights, Method, divide_linear, divide_norm, fold, solve
+from compress.stages.awq_solver import BlockWeights, Method, Point, divide_linear, divide_norm, fold, solve
 
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 WIDTH = HEADS * HEAD_DIM
@@ -136,6 +136,56 @@ def test_a_linear_is_divided_by_what_its_stored_bias_was_divided_by() -> None:
     assert torch.equal((state.changed["v.bias"].float() * scale).to(torch.bfloat16), block.v.bias)
     assert scale[1] == asked[1]
     torch.testing.assert_close(state.weights["v"] * scale.unsqueeze(1), block.v.weight.float())
+
+
+def test_a_bias_that_its_type_cannot_hold_divided_stays() -> None:
+    block = Block(torch.float16)
+    block.v.bias.data[:2] = torch.tensor([60000.0, 6e-8])
+    state = BlockWeights.of(block, ("v",), HEADS)
+    asked = torch.full((KV_HEADS * HEAD_DIM,), 2.0)
+    asked[:2] = torch.tensor([0.5, 4.0])
+    scale = divide_linear(state, "v", asked)
+    assert torch.equal(state.changed["v.bias"][:2], block.v.bias[:2])
+    assert scale[:2].tolist() == [1, 1]
+    assert torch.equal(state.weights["v"][:2], block.v.weight[:2].float())
+    torch.testing.assert_close(scale[2:], asked[2:], rtol=1e-2, atol=0)
+
+
+def test_a_norm_whose_bias_cannot_be_held_divided_stays() -> None:
+    block = Block(torch.float16)
+    block.norm.bias.data[3] = 60000
+    state = BlockWeights.of(block, ("q",), HEADS)
+    scale = divide_norm(state, "norm", torch.full((WIDTH,), 0.5))
+    assert scale[3] == 1
+    assert state.changed["norm.bias"][3] == 60000
+    assert state.changed["norm.weight"][3] == block.norm.weight[3]
+    assert torch.equal(state.changed["norm.weight"][4:], block.norm.weight[4:] * 2)
+
+
+def test_a_norm_stored_wider_than_it_runs_is_exact_in_both_types() -> None:
+    block = Block(torch.bfloat16)
+    stored = torch.linspace(0.5, 2, WIDTH)
+    state = BlockWeights.of(block, ("q",), HEADS, {"norm.weight": stored})
+    scale = divide_norm(state, "norm", torch.linspace(0.3, 3, WIDTH))
+    new = state.changed["norm.weight"]
+    assert new.dtype == torch.float32
+    assert torch.equal(new, new.to(torch.bfloat16).float())
+    torch.testing.assert_close(new * scale, stored, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("dead", [0.0, 1e-20])
+@pytest.mark.parametrize("duo", [False, True])
+def test_a_dead_channel_leaves_the_others_their_scales(dead: float, duo: bool) -> None:
+    magnitude, importance = torch.logspace(-2, 1, 64), torch.linspace(0.2, 0.6, 64)
+    alone = Point(0.75, duo).scale(magnitude, importance)
+    scale = Point(0.75, duo).scale(torch.cat([torch.tensor([dead]), magnitude]), torch.cat([torch.tensor([0.3]), importance]))
+    torch.testing.assert_close(scale[1:] / scale[1], alone / alone[0])
+    assert scale.min() > 1e-4
+    assert scale.max() < 1e4
+
+
+def test_channels_that_are_all_dead_are_not_scaled() -> None:
+    assert torch.equal(Point(0.5, duo=False).scale(torch.zeros(8), torch.ones(8)), torch.ones(8))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
