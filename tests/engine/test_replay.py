@@ -193,7 +193,11 @@ def add_first_output(model: Any) -> None:
 
     def run(*args: Any, **kwargs: Any) -> Any:
         held: list[Tensor] = []
-        hook = tower.blocks[0].register_forward_hook(lambda module, given, output: held.append(output))
+
+        def hold(module: nn.Module, given: object, output: Tensor) -> None:
+            held.append(output)
+
+        hook = tower.blocks[0].register_forward_hook(hold)
         try:
             result = forward(*args, **kwargs)
         finally:
