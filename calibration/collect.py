@@ -22,7 +22,7 @@ from compress.calibration.sets import Text, Vqa, Wikitext
 from compress.calibration.texts import read_documents
 from compress.calibration.windows import Encode, Wanted, choose, pack_windows
 from compress.checkpoint import read_config
-from compress.conversation import decode_image
+from compress.conversation import check_reserved, decode_image
 from compress.errors import CheckpointError, DataError
 from compress.files import write_json, write_text
 from compress.progress import Progress
@@ -61,7 +61,7 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
         CheckpointError: the checkpoint's tokenizer cannot be loaded.
     """
     target.mkdir(parents=True, exist_ok=True)
-    tokenizer = _load_tokenizer(model, trust_remote_code)
+    tokenizer = load_tokenizer(model, trust_remote_code)
     longest = longest_input(model)
     samples, windows, rows = list[dict[str, Any]](), dict[str, NDArray[np.int32]](), list[dict[str, Any]]()
     for place, pinned in enumerate(selection.sets):
@@ -79,7 +79,7 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
                 f"{name}: windows of {pinned.spec.tokens} tokens, and the model takes {longest}; lower {name}.tokens in the recipe"
             )
         wanted = Wanted(samples=pinned.spec.samples, tokens=pinned.spec.tokens, seed=seed, name=name)
-        entries, windows[name] = _draw_windows(pinned, wanted, _encoder(tokenizer), progress)
+        entries, windows[name] = _draw_windows(pinned, wanted, encoder(tokenizer), progress)
         samples += [{"set": place, **entry} for entry in entries]
     if windows:
         tensors.save_file(windows, target / WINDOWS)
@@ -111,16 +111,26 @@ def longest_input(model: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def _load_tokenizer(model: Path, trust_remote_code: bool) -> Any:
+def load_tokenizer(model: Path, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's tokenizer.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or there is none.
+    """
     from transformers import AutoTokenizer
 
     try:
-        return cast("Any", AutoTokenizer).from_pretrained(model, trust_remote_code=trust_remote_code)
+        tokenizer = cast("Any", AutoTokenizer).from_pretrained(model, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise CheckpointError(f"{model}: its tokenizer cannot be loaded ({error}); fetch the checkpoint again") from error
+    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # transformers makes an empty one of missing files
+        raise CheckpointError(f"{model}: has no tokenizer; add its tokenizer.json, or fetch the checkpoint again")
+    return tokenizer
 
 
-def _encoder(tokenizer: Any) -> Encode:
+def encoder(tokenizer: Any) -> Encode:
+    """Return what turns texts into token ids, special tokens neither added nor recognised."""
+
     def encode(texts: Sequence[str]) -> list[list[int]]:
         encoded = tokenizer(
             list(texts),
@@ -179,9 +189,7 @@ def _write_question(
     prompt = cast("Vqa", pinned.spec).prompt.replace("{question}", question.question)
     answer = Counter(question.answers).most_common(1)[0][0] if question.answers else None
     origin = _origin(pinned, question.origin)
-    for token in reserved:
-        if token in prompt or token in (answer or ""):
-            raise DataError(f"{origin}: question {question.id}: holds {token!r}, a special token of the model; remove the row")
+    check_reserved((prompt, answer or ""), reserved, f"{origin}: question {question.id}")
     images = [
         _write_image(image, digest, target, origin) for image, digest in zip(question.images, question.image_digests, strict=True)
     ]

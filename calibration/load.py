@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import numpy as tensors
 
 from compress.calibration.collect import QUESTIONS, WINDOWS, longest_input
-from compress.conversation import messages, open_images
+from compress.conversation import check_template, messages, open_images
 from compress.errors import CheckpointError, DataError
 from compress.runtimes.runtime import Prompt
 
@@ -134,7 +134,7 @@ def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's processor, set to pad at the right; it is for use in memory only.
 
     Raises:
-        CheckpointError: it cannot be loaded, or has no image processor or chat template.
+        CheckpointError: it cannot be loaded, or has no image processor or no chat template that works.
     """
     from transformers import AutoProcessor
 
@@ -146,6 +146,7 @@ def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
         raise CheckpointError(f"{model}: has no image processor; add its preprocessor_config.json, or use a vision-language model")
     if getattr(processor, "chat_template", None) is None:
         raise CheckpointError(f"{model}: has no chat template; use an instruction-tuned checkpoint, or add chat_template.jinja")
+    check_template(processor, model)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:

@@ -15,7 +15,8 @@ from PIL import Image, UnidentifiedImageError
 
 from compress.artifact import file_digest
 from compress.calibration.sets import Columns
-from compress.calibration.tables import names, parquet_columns, read_json_lines, read_parquet
+from compress.calibration.tables import check_file, names, parquet_columns, read_json_lines, read_parquet
+from compress.conversation import image_fault
 from compress.errors import DataError
 
 _UNNUMBERED = Columns().id
@@ -90,8 +91,7 @@ def source_digest(path: Path, columns: Columns | None = None, fingerprint: Calla
     Raises:
         DataError: the file or an image cannot be read, or a line is malformed.
     """
-    if not path.is_file():
-        raise DataError(f"{path}: no such file; check the path in the recipe")
+    check_file(path)
     total = hashlib.sha256(fingerprint(path).encode())
     if columns is not None and path.suffix in _JSONL:
         columns = _names_in(path, columns)
@@ -145,6 +145,7 @@ def _names_in(path: Path, columns: Columns) -> Columns:
 
 def _read_ids(path: Path, columns: Columns, prefix: str) -> dict[int, str]:
     """Return each row's id by its number, after checking the row's question."""
+    check_file(path)
     columns = _names_in(path, columns)
     ids = dict[int, str]()
     for number, identity, question in _read_light(path, columns, prefix):
@@ -244,4 +245,4 @@ def _verify(data: bytes, name: str) -> None:
         with Image.open(io.BytesIO(data)) as image:
             image.verify()
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: cannot be read as an image ({error}); replace it or remove the row") from error
+        raise DataError(f"{name}: cannot be read as an image ({image_fault(error)}); replace it or remove the row") from error

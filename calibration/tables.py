@@ -15,16 +15,27 @@ from compress.errors import DataError
 _UNREADABLE = cast("tuple[type[Exception], ...]", (pa.ArrowException, OSError))
 
 
+def check_file(path: Path) -> None:
+    """Check that there is a file.
+
+    Raises:
+        DataError: there is none, or a folder.
+    """
+    if path.is_dir():
+        raise DataError(f"{path}: is a folder; name the file in it")
+    if not path.exists():
+        raise DataError(f"{path}: no such file; check the path in the recipe")
+
+
 def read_text(path: Path) -> str:
-    """Return a UTF-8 file's content.
+    """Return a UTF-8 file's content, without a byte order mark.
 
     Raises:
         DataError: it is missing, unreadable or not UTF-8.
     """
+    check_file(path)
     try:
-        return path.read_text(encoding="utf-8")
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; check the path in the recipe") from error
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
     except OSError as error:
@@ -109,9 +120,8 @@ def names(columns: Iterable[str]) -> str:
 
 
 def _open_parquet(path: Path) -> Any:
+    check_file(path)
     try:
         return pq.ParquetFile(path)
-    except FileNotFoundError as error:
-        raise DataError(f"{path}: no such file; check the path in the recipe") from error
     except _UNREADABLE as error:
         raise DataError(f"{path}: is no whole parquet file ({error}); fetch it again") from error

@@ -181,7 +181,16 @@ def parse_header(path: Path, start: bytes, size: int) -> dict[str, TensorEntry]:
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is no JSON object; fetch the file again")
     rows = cast("dict[str, object]", header)
-    return {name: _entry(path, name, row, 8 + length, size) for name, row in rows.items() if name != "__metadata__"}
+    entries = {name: _entry(path, name, row, 8 + length, size) for name, row in rows.items() if name != "__metadata__"}
+    due = 8 + length
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
+        if entry.start != due:
+            found = "overlaps another tensor" if entry.start < due else "leaves a gap before it"
+            raise CheckpointError(f"{path}: {entry.name} {found} (byte {entry.start}, not {due}); fetch the file again")
+        due = entry.end
+    if due != size:
+        raise CheckpointError(f"{path}: its tensors end at byte {due}, the file at {size}; fetch the file again")
+    return entries
 
 
 def _entry(path: Path, name: str, row: object, start: int, size: int) -> TensorEntry:

@@ -1,6 +1,7 @@
 """The command line: the only place that prints and that decides how a process ends.
 
-Exit codes: 0 gate passed, 1 gate failed or inconclusive, 2 recipe or usage error, 3 something is missing here, 130 interrupted.
+Exit codes: 0 gate passed, 1 gate failed or inconclusive, 2 recipe or usage error, 3 something is missing here, 70 a fault of this
+program itself, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _INTERRUPTED = 130
+_OWN_FAULT = 70  # EX_SOFTWARE of sysexits
 _EPILOG = """\
 examples:
   compress run recipes/demo.yaml
@@ -30,7 +32,7 @@ examples:
   compress runtime install vllm
 
 exit codes: 0 gate passed, 1 gate failed or inconclusive, 2 recipe or usage error,
-3 something is missing on this machine, 130 interrupted"""
+3 something is missing on this machine, 70 a fault of compress itself, 130 interrupted"""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
@@ -52,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except Exception:
         traceback.print_exc()
         print("this is a fault of compress itself; please report it with the lines above", file=sys.stderr)
-        code = 1
+        code = _OWN_FAULT
     sys.exit(code)
 
 
@@ -186,13 +188,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _days(text: str) -> float:
+    days = float(text)
+    if not 0 <= days < float("inf"):
+        raise ValueError
+    return days
+
+
 def _store_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None:
     store = commands.add_parser("store", help="list, check or shrink the cache of step outputs")
     actions = store.add_subparsers(required=True, metavar="ACTION")
     actions.add_parser("list", parents=parents, help="what is there, the latest used first").set_defaults(action="list")
     actions.add_parser("verify", parents=parents, help="read every file again").set_defaults(action="verify")
     prune = actions.add_parser("prune", parents=parents, help="remove what was not used for long")
-    prune.add_argument("--unused-for", type=float, default=30.0, metavar="DAYS", help="days without use (default: 30; 0: all)")
+    prune.add_argument("--unused-for", type=_days, default=30.0, metavar="DAYS", help="days without use (default: 30; 0: all)")
     prune.add_argument("--keep", type=float, metavar="GB", help="then remove the longest unused until this size is left")
     prune.set_defaults(action="prune")
     for action in actions.choices.values():

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from compress.errors import DataError
+from compress.errors import CheckpointError, DataError
 from compress.runtimes.runtime import Prompt
 
 
@@ -22,6 +24,34 @@ def messages(prompt: Prompt, answer: str | None = None) -> list[dict[str, Any]]:
     if answer is not None:
         turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
     return turns
+
+
+def check_template(processor: Any, folder: Path) -> None:
+    """Write a short conversation with the chat template of the checkpoint at `folder`.
+
+    Raises:
+        CheckpointError: the template is broken.
+    """
+    from jinja2 import TemplateError
+
+    turns = messages(Prompt("trial", "What is it?", (b"",)), "red")
+    try:
+        for shown, begun in ((turns, False), (turns[:1], True)):
+            processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=begun)
+    except (TemplateError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{folder}: its chat template cannot be used ({error}); correct it, or fetch it again") from error
+
+
+def check_reserved(texts: Iterable[str], reserved: Iterable[str], name: str) -> None:
+    """Check that a question's texts hold none of the model's special tokens, which would be read as such.
+
+    Raises:
+        DataError: one is there; `name` says in which question.
+    """
+    held = list(texts)
+    for token in sorted(reserved):
+        if any(token in text for text in held):
+            raise DataError(f"{name}: holds {token!r}, a special token of the model; remove the row")
 
 
 def open_images(prompt: Prompt) -> list[Image.Image]:
@@ -47,4 +77,11 @@ def decode_image(data: bytes, name: str) -> Image.Image:
                 return ground
             return image.convert("RGB")
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: cannot be read as an image ({error}); replace the file or leave the sample out") from error
+        raise DataError(
+            f"{name}: cannot be read as an image ({image_fault(error)}); replace the file or leave the sample out"
+        ) from error
+
+
+def image_fault(error: Exception) -> str:
+    """Return what a failure to read an image says, without the object in memory that Pillow names in place of a file."""
+    return "its format is not known" if isinstance(error, UnidentifiedImageError) else str(error)

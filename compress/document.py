@@ -92,8 +92,9 @@ def override(document: Document, settings: Mapping[str, Any]) -> None:
         RecipeError: a path that leads nowhere; all faults at once.
     """
     faults: list[str] = []
-    for path, value in settings.items():
-        place = tuple(int(part) if part.isdigit() else part for part in path.split("."))
+    for path, given in settings.items():
+        value = str(given) if isinstance(given, Path) else given
+        place = tuple(int(part) if part.isdigit() else part for part in str(path).split("."))
         fault = _assign(document.data, place, _from_here(place, value))
         if fault:
             faults.append(f"--set {path}: {fault}")
@@ -103,6 +104,10 @@ def override(document: Document, settings: Mapping[str, Any]) -> None:
 
 
 def _from_here(place: Place, value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _from_here((*place, key), item) for key, item in cast("dict[str, Any]", value).items()}
+    if isinstance(value, list):
+        return [_from_here((*place, position), item) for position, item in enumerate(cast("list[Any]", value))]
     named = isinstance(value, str) and place[-1] in _READ_FROM_HERE
     here = Path(cast("str", value)).expanduser().absolute() if named and value else None
     return str(here) if here and here.exists() else value

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from compress.files import telling_where
 from compress.progress import Progress
 
 _SECONDS_BETWEEN = 1.0
@@ -39,7 +40,7 @@ class EventLog:
     def write(self, event: str, **fields: object) -> None:
         """Append one event with its time."""
         line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, default=str)
-        with self._path.open("a", encoding="utf-8") as file:
+        with telling_where(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def step_started(self, name: str, position: int, count: int) -> None:
@@ -58,6 +59,11 @@ class EventLog:
             self.warnings.append(message)
         self._collected.append(message)
         self.write("warning", message=message)
+        self._watcher.warn(message)
+
+    def say(self, message: str) -> None:
+        """Show something that only concerns this moment; the report does not repeat it."""
+        self.write("message", message=message)
         self._watcher.warn(message)
 
     @contextmanager

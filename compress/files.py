@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import secrets
+import shutil
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
@@ -13,7 +14,7 @@ from pathlib import Path
 from compress.errors import StoreError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP}
 
 
 def write_json(path: Path, value: object) -> None:
@@ -35,8 +36,8 @@ def write_text(path: Path, text: str) -> None:
 
 
 @contextmanager
-def telling_where(folder: Path) -> Generator[None]:
-    """Turn the system's own error on writing below a folder into one that says what to do.
+def telling_where(folder: Path, *, making: bool = False) -> Generator[None]:
+    """Turn the system's own error on writing below a folder into one that says what to do; with `making` it, any error.
 
     Raises:
         StoreError: the disk is full, the folder read-only, or the like.
@@ -47,11 +48,22 @@ def telling_where(folder: Path) -> Generator[None]:
         where = error.filename or folder
         if error.errno in _FULL:
             remedy = "free some space, or name a folder on another disk"
-        elif error.errno in _REFUSED:
+        elif making or error.errno in _REFUSED:
             remedy = "name a folder you can write"
         else:
             raise
-        raise StoreError(f"{where}: {error.strerror}; {remedy} (--store, --runs, publish.to)") from error
+        raise StoreError(f"{where}: {error.strerror or error}; {remedy} (--store, --runs, publish.to)") from error
+
+
+@contextmanager
+def one_error() -> Generator[None]:
+    """Turn the list of faults that copying a folder gives into the first of them, as the system told it."""
+    try:
+        yield
+    except shutil.Error as error:
+        _, target, reason = error.args[0][0]
+        number = next((code for code in (*_FULL, *_REFUSED) if os.strerror(code) in str(reason)), errno.EIO)
+        raise OSError(number, str(reason), str(target)) from error
 
 
 def check_writable(folder: Path) -> None:

@@ -123,7 +123,7 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     source = recipe.model
     pin = resolve_model(source.source, source.hub, source.revision)
     checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle)
-    family = family_of(pin.config)
+    family = family_of(pin.config, pin.source)
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else _Sizes({}, {})
     planner = _Planner(recipe, pin, store, sizes)
     return Plan(
@@ -151,6 +151,8 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
     schemes: dict[str, Scheme] = {}
     for position, stage in enumerate(recipe.stages):
         found = stage.check(checkpoint, family)
+        if schemes:
+            found = [f"the stage before it quantizes already, and {stage.stage} needs weights that are not; remove one of the two"]
         faults += _placed(document, ("stages", position), found)
         if not found:
             stages[position] = stage.predict_bytes(checkpoint, family)
@@ -248,7 +250,8 @@ def _pin_data(data: TextSource | QuestionSource, store: Store) -> DataPin:
     if is_local(data.source):
         path = Path(data.source)
         columns = data.columns if isinstance(data, QuestionSource) else None
-        return DataPin(digest=source_digest(path, columns, store.fingerprint), path=path, remote=None)
+        digest = digest_of(path.suffix, source_digest(path, columns, store.fingerprint))  # the suffix says how it is read
+        return DataPin(digest=digest, path=path, remote=None)
     remote = resolve_dataset(data.source, data.subset, data.split, data.revision)
     return DataPin(digest=remote.digest, path=None, remote=remote, label=remote.label)
 

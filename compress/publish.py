@@ -12,9 +12,9 @@ from filelock import FileLock
 from compress.artifact import RECORD, folder_digests, source_commit, write_record
 from compress.checkpoint import read_json_object
 from compress.errors import StoreError
-from compress.files import telling_where, write_text
+from compress.files import one_error, telling_where, write_text
 from compress.progress import Progress
-from compress.report import Published, Report, checks_of, table
+from compress.report import Published, Report, checks_of, fidelity_table, table
 from compress.schema import is_local
 
 _CARD = "README.md"
@@ -30,7 +30,7 @@ def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: P
     with progress.task("publishing", total=len(artifacts), unit="artifact") as advance:
         for name, folder in artifacts.items():
             place = (to / report.name / name).absolute()
-            with telling_where(place):
+            with telling_where(place), one_error():
                 place.parent.mkdir(parents=True, exist_ok=True)
                 with FileLock(place.parent / ".publishing.lock"):
                     _replace(place, folder, name, report)
@@ -89,6 +89,8 @@ def card(report: Report, name: str) -> str:
 ## Measured on this artifact and on the original, same prompts, same runtime: {rows[0].runtime}
 
 {table(rows)}
+
+{fidelity_table(rows)}
 
 {notes}
 

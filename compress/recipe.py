@@ -134,8 +134,8 @@ def _cross_check(document: Document, recipe: Recipe) -> list[str]:
 
 
 def _follows(detail: ErrorDetails) -> bool:
-    """Return whether a fault only repeats others: a list counts as too short when none of its entries could be read."""
-    return detail["type"] == "too_short" and bool(detail["input"])
+    """Return whether a fault only follows from others: a list whose entries cannot be read counts as too short."""
+    return detail["type"] == "default_factory_not_called" or (detail["type"] == "too_short" and bool(detail["input"]))
 
 
 def _fault(document: Document, detail: ErrorDetails) -> str:

@@ -88,32 +88,31 @@ def size(count: float) -> str:
 def table(rows: tuple[Row, ...]) -> str:
     """Return the accuracy-against-size table in Markdown."""
     names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    heads = ["artifact", "size", "bits/weight"]
-    for name in names:
-        heads += [name, f"{name} KL", f"{name} top-1", f"{name} flips"]
-    lines = ["| " + " | ".join(heads) + " |", "| --- |" + " ---: |" * (len(heads) - 1)]
+    lines = [_line(["artifact", "size", "bits/weight", *names]), _line(["---", *["---:"] * (2 + len(names))])]
     for row in rows:
-        cells = [row.artifact, f"{size(row.bytes)} ({row.size_ratio:.1%})", f"{row.bits_per_weight:.2f}"]
-        for name in names:
-            cells += _cells(row, name)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(_without_empty_columns(lines))
+        values = [_value(row.metrics[name]) for name in names]
+        lines.append(_line([row.artifact, f"{size(row.bytes)} ({row.size_ratio:.1%})", f"{row.bits_per_weight:.2f}", *values]))
+    return "\n".join(lines)
 
 
-def _cells(row: Row, task: str) -> list[str]:
-    metrics = row.metrics[task]
-    value = f"{metrics.accuracy:.2%}" if isinstance(metrics, VqaMetrics) else f"{metrics.perplexity:.4g}"
-    found = (row.fidelity or {}).get(task)
-    if not found:
-        return [value, "", "", ""]
-    flips = "" if found.lost is None else f"-{found.lost} +{found.gained}"
-    return [value, f"{found.kl_mean:.2g}", f"{found.top1_agreement:.2%}", flips]
+def fidelity_table(rows: tuple[Row, ...]) -> str:
+    """Return, in Markdown, how alike each artifact's predictions are to the original's, task by task."""
+    heads = ["artifact", "task", "KL", "KL p99", "same top token", "flips"]
+    lines = [_line(heads), _line(["---", "---", *["---:"] * 4])]
+    for row in rows:
+        for name, found in (row.fidelity or {}).items():
+            flips = "" if found.lost is None else f"{found.lost} lost, {found.gained} gained"
+            cells = [f"{found.kl_mean:.2g}", f"{found.kl_p99:.2g}", f"{found.top1_agreement:.2%}", flips]
+            lines.append(_line([row.artifact, name, *cells]))
+    return "\n".join(lines)
 
 
-def _without_empty_columns(lines: list[str]) -> list[str]:
-    cells = [line.strip("|").split("|") for line in lines]
-    kept = [place for place in range(len(cells[0])) if any(row[place].strip() for row in cells[2:])]
-    return ["|" + "|".join(row[place] for place in kept) + "|" for row in cells]
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _value(metrics: VqaMetrics | PerplexityMetrics) -> str:
+    return f"{metrics.accuracy:.2%}" if isinstance(metrics, VqaMetrics) else f"{metrics.perplexity:.4g}"
 
 
 def checks(gate: Verdict) -> str:
@@ -126,14 +125,11 @@ def checks_of(gate: Verdict, artifact: str) -> str:
     return checks(gate.model_copy(update={"checks": tuple(check for check in gate.checks if check.artifact == artifact)}))
 
 
-_LEGEND = "top-1: share of tokens that both put first; flips: items that went from right to wrong (-) and back (+)."
-
-
 def render(report: Report) -> str:
     """Return `report.md`: the verdict first, then the table, what lies behind it, and where it comes from."""
     from compress.display import duration
 
-    parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows), _LEGEND]
+    parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows), fidelity_table(report.rows)]
     parts += [f"{name}: {text}" for name, text in report.notes.items()]
     if report.warnings:
         parts.append("\n".join(f"- warning: {warning}" for warning in report.warnings))

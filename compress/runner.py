@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import secrets
 import time
@@ -14,7 +15,7 @@ from typing import Any
 
 from compress.artifact import checkpoint_bytes
 from compress.checkpoint import open_checkpoint
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, StoreError
 from compress.eval.results import Measured, read_measured
 from compress.events import EventLog, Watcher
 from compress.files import check_writable, telling_where, write_json, write_text
@@ -54,12 +55,14 @@ def run_recipe(
     folder = _make_folder(places.runs, plan.recipe.name)
     events = EventLog(folder / "events.jsonl", watcher)
     events.write("started", recipe=str(recipe), settings=dict(settings))
-    write_json(folder / "plan.json", plan.summary(store))
+    with telling_where(folder):
+        write_json(folder / "plan.json", plan.summary(store))
     try:
         with store.using(step.key for step in plan.steps):
             report = _Run(plan, store, folder, events, fresh=fresh).report(force=force)
     except BaseException as error:
-        events.write("stopped", error=f"{type(error).__name__}: {error}")
+        with contextlib.suppress(StoreError):  # what stopped the run matters more than that it could not be noted
+            events.write("stopped", error=f"{type(error).__name__}: {error}")
         raise
     events.write("finished", verdict=report.gate.verdict)
     return report
@@ -68,7 +71,7 @@ def run_recipe(
 def _make_folder(runs: Path, name: str) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = (runs / f"{name}-{stamp}-{secrets.token_hex(2)}").absolute()
-    with telling_where(folder):
+    with telling_where(folder, making=True):
         folder.mkdir(parents=True)
     return folder
 
@@ -134,7 +137,7 @@ class _Run:
 
     def _make_anew(self, step: Step, make: Callable[[Path], None]) -> tuple[Entry, Meter]:
         before = self.store.find(step.key, _unheard)
-        with self.store.lock(step.key, lambda: self.events.warn(f"{step.name}: another run is making this; waiting for it")):
+        with self.store.lock(step.key, lambda: self.events.say(f"{step.name}: another run is making this; waiting for it")):
             entry = self.store.find(step.key, _unheard)
             made_meanwhile = entry is not None and (before is None or entry.made != before.made)
             if entry is not None and (not self.fresh or made_meanwhile):

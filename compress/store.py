@@ -31,6 +31,7 @@ from compress.errors import MissingError, StoreError
 from compress.files import telling_where, write_json
 
 _ENTRY = "entry.json"
+_DAMAGED = "damaged.json"
 _WORTH_REMEMBERING = 1_000_000
 
 
@@ -88,7 +89,7 @@ class Store:
         Raises:
             StoreError: they cannot be made.
         """
-        with telling_where(self.folder):
+        with telling_where(self.folder, making=True):
             for folder in (self._entries, self._aside, self._locks, self._active):
                 folder.mkdir(parents=True, exist_ok=True)
 
@@ -188,14 +189,19 @@ class Store:
         return sorted((entry for entry in found if entry), key=lambda entry: entry.used, reverse=True)
 
     def verify(self) -> dict[str, str]:
-        """Read every file of every entry again; remove what is damaged and return what was wrong with it, by key."""
+        """Read every file of every entry again; return what is wrong, by key.
+
+        A damaged entry is marked, so that the next run makes it again. One that cannot be read, which another version may have
+        written, is only told of.
+        """
         faults: dict[str, str] = {}
         for path in sorted(self._entries.glob("*")) if self._entries.is_dir() else []:
             entry = self._read(path.name)
             damage = _damage(entry, thorough=True) if entry else f"no readable {_ENTRY}"
             if damage:
                 faults[path.name] = damage
-                self._remove(path.name)
+            if damage and entry:
+                (path / _ENTRY).rename(path / _DAMAGED)
         return faults
 
     @contextmanager
@@ -229,6 +235,9 @@ class Store:
             if entry.key not in kept and (stale or surplus) and self._remove(entry.key):
                 total -= entry.bytes
                 removed.append(entry)
+        for path in self._entries.glob("*"):
+            if self._read(path.name) is None and time.time() - path.stat().st_mtime >= unused_for:
+                self._remove(path.name)
         for left in self._aside.glob("*"):
             self._sweep(left)
         return removed
@@ -268,11 +277,11 @@ class Store:
             status = path.stat()
             if status.st_size < _WORTH_REMEMBERING:
                 return file_digest(path)
-            mark = [status.st_size, status.st_mtime_ns, status.st_ino]
+            mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             known = self._fingerprints()
             row = known.get(str(path))
-            if row and row[:3] == mark:
-                return cast("str", row[3])
+            if row and row[:-1] == mark:
+                return cast("str", row[-1])
             digest = file_digest(path)
         with contextlib.suppress(OSError):  # only saves time
             self.folder.mkdir(parents=True, exist_ok=True)

@@ -43,7 +43,7 @@ def _verify(options: argparse.Namespace, console: Console) -> Outcome:
     store = _open(options)
     faults = store.verify()
     for key, fault in faults.items():
-        console.print(f"{key[:12]}: {fault}; removed, to be made again when it is needed", highlight=False, markup=False)
+        console.print(f"{key[:12]}: {fault}; a run that needs it makes it again", highlight=False, markup=False)
     console.print(f"{len(store.entries())} entries read, {len(faults)} damaged", highlight=False)
     return faults, 1 if faults else 0
 

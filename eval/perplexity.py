@@ -33,7 +33,7 @@ class Perplexity(Task):
     itself; what is left after the last whole window is dropped. `samples` takes at most so many, the first ones.
     """
 
-    task_revision: ClassVar[int] = 1
+    task_revision: ClassVar[int] = 2
 
     task: Literal["perplexity"]
     dataset: Literal["wikitext", "text"]
@@ -124,14 +124,13 @@ class Perplexity(Task):
 
         Raises:
             DataError: a file cannot be used, or the text gives no whole window.
+            CheckpointError: the original's tokenizer cannot be loaded.
         """
-        from transformers import AutoTokenizer
-
+        from compress.calibration.collect import encoder, load_tokenizer
         from compress.calibration.texts import SEPARATOR, read_joined
 
         text = SEPARATOR.join(read_joined(path, self.column) for path in files)
-        tokenizer = cast("Any", AutoTokenizer).from_pretrained(original)
-        ids = cast("list[int]", tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        (ids,) = encoder(load_tokenizer(original))([text])
         whole = len(ids) // self.window
         if whole == 0:
             raise DataError(

@@ -144,6 +144,11 @@ def fidelity_of(scores: Sequence[Score]) -> Fidelity | None:
         tokens=len(every),
         kl_mean=float(every.mean()),
         kl_p99=float(np.quantile(every, 0.99)),
-        kl_interval=mean_interval(sums, sizes, FIDELITY_CONFIDENCE),
+        kl_interval=_not_negative(mean_interval(sums, sizes, FIDELITY_CONFIDENCE)),
         top1_agreement=float(np.concatenate([same for _, same in kept]).mean()),
     )
+
+
+def _not_negative(interval: tuple[float, float] | None) -> tuple[float, float] | None:
+    """Return an interval of a divergence, which is never below zero."""
+    return None if interval is None else (max(0.0, interval[0]), max(0.0, interval[1]))

@@ -125,6 +125,15 @@ class Vqa(Task):
                 raise DataError(f"task {self.name}: {question.origin}: question {question.id} has no accepted answer; add one")
         return questions
 
+    def _check_words(self, questions: Sequence[Question], original: Path) -> None:
+        from compress.calibration.collect import load_tokenizer
+        from compress.conversation import check_reserved
+
+        definition, reserved = self.read(), load_tokenizer(original).all_special_tokens
+        for question in questions:
+            name = f"task {self.name}: {question.origin}: question {question.id}"
+            check_reserved((definition.ask(question.question),), reserved, name)
+
     def note(self) -> str:
         """Return how the questions are asked and judged."""
         definition = self.read()
@@ -144,6 +153,7 @@ class Vqa(Task):
         definition = self.read()
         questions = self.questions(context.files)
         warn_of_few(context, self.name, self.samples, len(questions), "questions")
+        self._check_words(questions, context.original)
         original = _original_items(self.name, questions, definition, context)
         prompts = [Prompt(id=question.id, text=definition.ask(question.question), images=question.images) for question in questions]
         answers = context.session.answer(prompts, definition.max_new_tokens, context.progress)

@@ -189,6 +189,19 @@ def test_a_full_disk_is_told_and_leaves_the_store_usable(job: Job, tmp_path: Pat
     assert "ree " in done.stderr  # free some space, or how much
 
 
+@pytest.mark.parametrize("place", ["runs", "out"])
+def test_a_full_disk_outside_the_store_is_told_too(job: Job, tmp_path: Path, place: str) -> None:
+    full = tmp_path / place
+    full.mkdir()
+    settings = ["--set", f"publish.to={tmp_path / 'out'}"]
+    arguments = ["run", str(job.recipe), "--runs", str(tmp_path / "runs"), "--store", str(job.store), *settings]
+    done = in_own_mounts(f"mount -t tmpfs -o size=8k tmpfs {full}", *arguments)
+    assert done.returncode == 3, done.stderr
+    assert "Traceback" not in done.stderr
+    assert str(full) in done.stderr
+    assert "free some space" in done.stderr
+
+
 def test_a_read_only_output_is_told(job: Job, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()
@@ -203,13 +216,14 @@ def test_the_store_is_listed_verified_and_pruned(job: Job) -> None:
     listed = json.loads(compress("store", "list", "--store", str(job.store), "--json").stdout)
     assert {"awq", "calibration", "measure original"} <= {row["step"] for row in listed}
     assert compress("store", "verify", "--store", str(job.store)).returncode == 0
-    victim = next(path for path in (job.store / "entries").rglob("*.safetensors"))
+    victim = next((job.store / "entries").rglob("*.safetensors"))
+    entry = job.store / "entries" / victim.relative_to(job.store / "entries").parts[0]
     content = victim.read_bytes()
     victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     verified = compress("store", "verify", "--store", str(job.store), "--json")
     assert verified.returncode == 1
-    assert victim.parent.parent.name in json.loads(verified.stdout)
-    assert not victim.exists()
+    assert entry.name in json.loads(verified.stdout)
+    assert not (entry / "entry.json").exists()
     again = compress(*job.arguments("--json"))
     assert again.returncode == 0
     assert compress("store", "verify", "--store", str(job.store)).returncode == 0

@@ -37,3 +37,5 @@ def test_a_damaged_image_is_named() -> None:
     assert len(open_images(Prompt("a", "?", (whole, whole)))) == 2
     with pytest.raises(DataError, match=r"a: image 1: cannot be read as an image \(.*\); replace the file or leave the sample out"):
         open_images(Prompt("a", "?", (whole, whole[: len(whole) // 2])))
+    with pytest.raises(DataError, match=r"a: image 0: cannot be read as an image \(its format is not known\); replace the file"):
+        open_images(Prompt("a", "?", (b"no image",)))

@@ -60,6 +60,15 @@ def test_a_source_given_by_override_is_looked_up_from_the_current_folder(tmp_pat
     assert document.data["model"]["source"] == str(tmp_path / "here")
 
 
+def test_a_source_inside_an_overriding_mapping_is_looked_up_there_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    document = read_document(write(tmp_path, "calibration: {sets: [{dataset: text}]}\n"))
+    (tmp_path / "text.txt").write_text("x", encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    override(document, {"calibration.sets.0": {"dataset": "text", "source": "text.txt"}, "model.source": tmp_path})
+    assert document.data["calibration"]["sets"] == [{"dataset": "text", "source": str(tmp_path / "text.txt")}]
+    assert document.data["model"]["source"] == str(tmp_path)
+
+
 def test_settings_are_read_as_yaml() -> None:
     assert parse_setting("stages.0.bits=3") == ("stages.0.bits", 3)
     assert parse_setting("a.b=[x, 1]") == ("a.b", ["x", 1])

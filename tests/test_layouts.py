@@ -116,6 +116,13 @@ def test_a_checkpoint_quantized_by_others_is_refused(tmp_path: Path) -> None:
         quantized_linears(open_checkpoint(source))
 
 
+def test_an_unsupported_architecture_is_named_with_its_place() -> None:
+    with pytest.raises(CheckpointError, match=r"^config\.json: model_type 'llava' is no supported architecture; supported are"):
+        family_of({"model_type": "llava"})
+    with pytest.raises(CheckpointError, match=r"^someone/llava: model_type 'llava' is no supported architecture"):
+        family_of({"model_type": "llava"}, where="someone/llava")
+
+
 def test_tensors_that_do_not_fit_the_scheme_are_refused() -> None:
     tensors = pack_linear("proj", quantize(random_weight(8, 64), scheme(4, 32), torch.bfloat16))
     with pytest.raises(CheckpointError, match=r"proj: its packed tensors .* do not hold a matrix \[8, 64\] of 8 bits"):

@@ -76,6 +76,22 @@ def test_verify_reads_what_a_hit_trusts(tmp_path: Path) -> None:
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     assert store.find("k", pytest.fail) is not None
     assert "digest" in store.verify()["k"]
+    warnings: list[str] = []
+    assert store.find("k", warnings.append) is None
+    assert "made again" in warnings[0]
+
+
+def test_what_another_version_may_have_written_is_told_of_but_kept_until_it_is_old(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    entry = tmp_path / "entries" / "k" / "entry.json"
+    entry.write_text('{"format": "another"}', encoding="utf-8")
+    assert store.verify() == {"k": "no readable entry.json"}
+    assert entry.exists()
+    store.prune(unused_for=3600, keep_bytes=None)
+    assert entry.exists()
+    store.prune(unused_for=0, keep_bytes=None)
+    assert not entry.exists()
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path: Path) -> None:

@@ -271,8 +271,7 @@ class Replay:
 
     def _positions(self, inputs: Mapping[str, Tensor]) -> Positions:
         tokens = inputs["input_ids"]
-        config = self.plan.checkpoint.config
-        images = [int(config[key]) for key in self.family.image_token_keys if config.get(key) is not None]
+        images = self.family.placeholders(self.plan.checkpoint.config)
         vision = torch.isin(tokens, torch.tensor(images, dtype=tokens.dtype)).reshape(-1)
         mask = inputs.get("attention_mask")
         valid = torch.ones_like(vision) if mask is None else mask.bool().reshape(-1)

@@ -52,6 +52,10 @@ class Family:
         """The modules with weights that run before the first block."""
         return (self.embeddings, self.vision)
 
+    def placeholders(self, config: Mapping[str, Any]) -> tuple[int, ...]:
+        """Return the tokens that only stand for images and videos in a prompt, by a checkpoint's config."""
+        return tuple(int(config[key]) for key in self.image_token_keys if config.get(key) is not None)
+
     def module_name(self, disk_name: str) -> str:
         """Return the in-memory name of a tensor or module that a checkpoint calls `disk_name`."""
         for pattern, replacement in self.renames:
@@ -61,8 +65,8 @@ class Family:
         return disk_name
 
 
-def family_of(config: Mapping[str, Any]) -> Family:
-    """Return the family of a model by its config.json.
+def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
+    """Return the family of a model by its config.json; `where` is the folder, file or hub id that an error names.
 
     Raises:
         CheckpointError: no family has this `model_type`.
@@ -77,5 +81,5 @@ def family_of(config: Mapping[str, Any]) -> Family:
             return family
         known.append(family.model_type)
     raise CheckpointError(
-        f"config.json: model_type {config.get('model_type')!r} is no supported architecture; supported are {', '.join(known)}"
+        f"{where}: model_type {config.get('model_type')!r} is no supported architecture; supported are {', '.join(known)}"
     )

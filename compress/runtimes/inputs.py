@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers import AutoProcessor
 
-from compress.conversation import messages, open_images
+from compress.conversation import check_template, messages, open_images
 from compress.errors import CheckpointError
 from compress.runtimes.runtime import Passage, Prompt
 
@@ -115,9 +115,12 @@ def load_processor(artifact: Path, trust_remote_code: bool) -> Any:
         CheckpointError: its files are missing or cannot be used.
     """
     try:
-        return _AUTO_PROCESSOR.from_pretrained(artifact, trust_remote_code=trust_remote_code, local_files_only=True)
+        processor = _AUTO_PROCESSOR.from_pretrained(artifact, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{artifact}: its processor cannot be loaded ({error}); fetch or export it again") from error
+    if getattr(processor, "chat_template", None) is not None:  # without one, text can be scored all the same
+        check_template(processor, artifact)
+    return processor
 
 
 def scored_tokens(passage: Passage) -> tuple[int, ...]:

@@ -18,7 +18,7 @@ class Transformers(Runtime):
     answers still to come included; a single prompt may be longer.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     kl_definition: ClassVar[str] = "KL(original ‖ artifact) per token in nats, over the whole vocabulary, from float32 logits"
 
     runtime: Literal["transformers"]

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from compress.checkpoint import read_json_object
+from compress.families import family_of
 from compress.progress import Progress
 from compress.runtimes.fidelity import Head, Predictions, Record, Recorder, predict
 from compress.runtimes.inputs import Encoded, Encoder, load_processor, scored_tokens
@@ -60,6 +61,8 @@ class TransformersSession:
         self._encoder = encoder
         self._device = device
         self._stops = stops
+        config = model.config.to_dict()
+        self._placeholders = family_of(config).placeholders(config)
         # What generate takes from here, though it is given its own settings, must be neutral: models ship sampling and penalties.
         model.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=encoder.pad_id)
 
@@ -72,9 +75,16 @@ class TransformersSession:
 
     @torch.inference_mode()
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress) -> list[Answer]:
-        """Answer each prompt by greedy decoding, in the order given; the model's sampling settings and penalties are left out."""
+        """Answer each prompt by greedy decoding, in the order given; the model's sampling settings and penalties are left out.
+
+        Tokens that stand for images and videos are never said: no model could read such an answer back.
+        """
         greedy = GenerationConfig(
-            do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=list(self._stops), pad_token_id=self._encoder.pad_id
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+            eos_token_id=list(self._stops),
+            pad_token_id=self._encoder.pad_id,
+            suppress_tokens=list(self._placeholders) or None,
         )
         answers: dict[int, Answer] = {}
         with progress.task("answer", len(prompts), "prompts") as advance:

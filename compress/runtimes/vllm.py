@@ -22,7 +22,7 @@ class Vllm(Runtime):
     With `concurrency` above 1 the server batches requests as they come, which can change the last bits of a number.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     kl_definition: ClassVar[str] = (
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise) and one "
         "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "

@@ -13,11 +13,12 @@ import httpx
 
 from compress.checkpoint import read_config, read_json_object
 from compress.errors import MissingError, ServerError
+from compress.families import family_of
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import Environment, OpenContext
 from compress.runtimes.server import choose_port, run_server
 from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_session import Endpoint, VllmSession
+from compress.runtimes.vllm_session import Endpoint, Tokens, VllmSession
 
 _CONTEXT = 8192
 _CONNECT_SECONDS = 10
@@ -38,11 +39,12 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
         MissingError: vLLM is not installed, or the key's variable is not set.
         ServerError: the server did not come up, or nothing serves at `url`.
     """
-    stops = stop_tokens(context.artifact)
+    config = read_config(context.artifact)
+    tokens = Tokens(stop_tokens(context.artifact), family_of(config).placeholders(config))
     if runtime.url is not None:
         with _client(runtime, runtime.url, _remote_key(runtime)) as client:
             endpoint = Endpoint(client, _remote_model(runtime, client, context.artifact), lambda: None)
-            with closing(VllmSession(endpoint, runtime, stops)) as session:
+            with closing(VllmSession(endpoint, runtime, tokens)) as session:
                 yield session
         return
     environment = require("vllm")
@@ -60,7 +62,7 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
             if names != [model]:
                 raise ServerError(f"{url} serves {', '.join(names)}, not the server that was started; run it again")
             advance(1)
-        with closing(VllmSession(Endpoint(client, model, server.check), runtime, stops)) as session:
+        with closing(VllmSession(Endpoint(client, model, server.check), runtime, tokens)) as session:
             yield session
 
 

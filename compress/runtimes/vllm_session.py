@@ -38,14 +38,23 @@ class Endpoint:
     check: Callable[[], None]
 
 
+@dataclass(frozen=True)
+class Tokens:
+    """The tokens that end an answer, and those that none may hold: they stand for images and videos."""
+
+    stops: tuple[int, ...]
+    placeholders: tuple[int, ...] = ()
+
+
 class VllmSession:
     """An artifact that a vLLM server has loaded."""
 
-    def __init__(self, endpoint: Endpoint, runtime: Vllm, stops: tuple[int, ...]) -> None:
+    def __init__(self, endpoint: Endpoint, runtime: Vllm, tokens: Tokens) -> None:
         self.endpoint = endpoint
         self._concurrency = runtime.concurrency
         self._top = runtime.top_logprobs
-        self._stops = stops
+        self._stops = tokens.stops
+        self._bias = {str(token): -100 for token in tokens.placeholders}
         self._ending = threading.Event()
 
     def close(self) -> None:
@@ -55,12 +64,16 @@ class VllmSession:
     def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress) -> list[Answer]:
         """Answer each prompt by greedy decoding, in the order given; the model's sampling settings and penalties are left out.
 
+        Tokens that stand for images and videos are kept out of answers: no model could read such an answer back.
+
         Raises:
             ServerError: the server ended, or an item failed again and again; it is named.
         """
 
         def ask(prompt: Prompt) -> Answer:
             body = self._body(max_new_tokens) | {"messages": messages(prompt), "return_token_ids": True}
+            if self._bias:
+                body |= {"logit_bias": self._bias}
             if self._stops:
                 body |= {"stop_token_ids": list(self._stops), "ignore_eos": True}
             choice = self._post(prompt.id, "/v1/chat/completions", body)["choices"][0]

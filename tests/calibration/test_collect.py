@@ -237,6 +237,13 @@ def test_damaged_folders(model: Path, collected: Path, tmp_path: Path) -> None:
     (bare / "processor_config.json").unlink()
     with pytest.raises(CheckpointError, match="bare: "):
         load_batches(collected, bare, 512)
+    (bare / "chat_template.jinja").write_text("{{ messages[0].content | nothing }}")
+    shutil.copyfile(model / "processor_config.json", bare / "processor_config.json")
+    with pytest.raises(CheckpointError, match=r"bare: its chat template cannot be used \(.*nothing.*\); correct it"):
+        load_batches(collected, bare, 512)
+    (bare / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"bare: has no tokenizer; add its tokenizer.json, or fetch the checkpoint again"):
+        collect(selection(write_text(tmp_path, 0, 200), None), bare, tmp_path / "out", Silent())
     (bare / "tokenizer.json").write_text("{")
     with pytest.raises(CompressError, match="bare: its tokenizer cannot be loaded"):
         collect(selection(write_text(tmp_path, 0, 200), None), bare, tmp_path / "out", Silent())

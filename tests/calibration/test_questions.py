@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -102,7 +103,10 @@ def test_digest_is_that_of_question_and_images(tmp_path: Path) -> None:
             [row(image="absent.png")],
             r"q.jsonl:1: image absent.png: no such file as .*absent.png; correct the path or remove the row",
         ),
-        ([row(), row(id="b", image="bad.png")], r"q.jsonl:2: image bad.png: cannot be read as an image \(.*\); replace it"),
+        (
+            [row(), row(id="b", image="bad.png")],
+            r"q.jsonl:2: image bad.png: cannot be read as an image \(its format is not known\); replace",
+        ),
         ([row(image="cut.png")], r"q.jsonl:1: image cut.png: cannot be read as an image"),
         ([row(image=[])], "q.jsonl:1: has no image"),
         ([row(image=3)], "q.jsonl:1: image 0: holds no image's bytes"),
@@ -134,6 +138,19 @@ def test_faults_of_other_files(tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text("a")
     with pytest.raises(DataError, match=r"q.csv: questions are read from .jsonl and .parquet files"):
         count_questions([tmp_path / "q.csv"], Columns())
+
+
+@pytest.mark.parametrize("name", ["questions", "questions.jsonl", "questions.parquet"])
+def test_a_folder_holds_no_questions_itself(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    uses: list[Callable[[Path], object]] = [
+        source_digest,
+        lambda path: count_questions([path], Columns()),
+        lambda path: list(read_questions([path], Columns())),
+    ]
+    for use in uses:
+        with pytest.raises(DataError, match=rf"{name}: is a folder; name the file in it"):
+            use(tmp_path / name)
 
 
 def test_source_digest_covers_the_images(tmp_path: Path) -> None:

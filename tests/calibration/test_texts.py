@@ -82,6 +82,20 @@ def test_faults_name_file_and_line(tmp_path: Path, name: str, content: str | byt
         list(read_documents(path))
 
 
+@pytest.mark.parametrize("name", ["texts", "texts.parquet", "texts.jsonl"])
+def test_a_folder_is_no_text(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).mkdir()
+    with pytest.raises(DataError, match=rf"{name}: is a folder; name the file in it"):
+        list(read_documents(tmp_path / name))
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for name, content in (("a.txt", "One ."), ("a.jsonl", '{"text": "One ."}')):
+        (tmp_path / name).write_text(content, encoding="utf-8-sig")
+        assert [document.text for document in read_documents(tmp_path / name)] == ["One ."]
+    assert read_joined(tmp_path / "a.txt") == "One ."
+
+
 def test_missing_column_of_a_parquet_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path, "parquet", ["x"], column="body")
     with pytest.raises(DataError, match=r"rows.parquet: has no column 'text', only body, n; name the right one"):

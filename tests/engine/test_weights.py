@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
@@ -29,6 +30,26 @@ def write(folder: Path, tensors: dict[str, Tensor], limit: int = 5_000_000_000) 
     with ShardWriter(folder, limit) as writer:
         for name, tensor in tensors.items():
             writer.add(name, tensor)
+
+
+@pytest.mark.parametrize(
+    ("second", "extra", "message"),
+    [
+        ((2, 6), 0, r"b overlaps another tensor \(byte \d+, not \d+\); fetch the file again"),
+        ((0, 4), 0, "b overlaps another tensor"),
+        ((6, 10), 0, r"b leaves a gap before it \(byte \d+, not \d+\)"),
+        ((4, 8), 3, r"its tensors end at byte (\d+), the file at \d+"),
+    ],
+)
+def test_tensors_that_do_not_stand_one_after_the_other(tmp_path: Path, second: tuple[int, int], extra: int, message: str) -> None:
+    rows = {name: {"dtype": "F32", "shape": [1], "data_offsets": place} for name, place in (("a", (0, 4)), ("b", second))}
+    header = json.dumps(rows).encode()
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(max(4, second[1]) + extra))
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(SafetensorError):
+        load_file(tmp_path / "model.safetensors")
+    with pytest.raises(CheckpointError, match=message):
+        open_checkpoint(tmp_path)
 
 
 def test_one_file_reads_back_with_safetensors(tmp_path: Path) -> None:

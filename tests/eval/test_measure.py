@@ -248,6 +248,30 @@ def test_a_question_without_an_accepted_answer_is_named(world: World, tmp_path: 
         world.tasks[0].questions((file,))
 
 
+def test_a_question_with_a_special_token_is_named(world: World, tmp_path: Path) -> None:
+    file = write_questions(tmp_path / "questions.jsonl", [["red"]] * QUESTIONS)
+    file.write_text(file.read_text().replace("squares, 4", "<|image_pad|>, 4"))
+    context = replace(world.context("special", None), data={"scenes": (file,)})
+    with pytest.raises(DataError, match=r"task scenes: questions.jsonl:5: question q4: holds '<\|image_pad\|>', a special token"):
+        measure(world.original, world.tasks[:1], context)
+
+
+def test_what_reads_like_a_special_token_in_a_text_is_text(world: World, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("An <|image_pad|> in the middle . " * 20)
+    image = json.loads((world.checkpoint / "config.json").read_text())["image_token_id"]
+    windows = world.tasks[1].windows([text], world.checkpoint)
+    assert not any(image in window.token_ids for window in windows)
+    found = measure(world.original, world.tasks[1:], replace(world.context("like", None), data={"text": (text,)}))
+    assert metrics(found, "text").windows == len(windows) > 3
+
+
+def test_a_checkpoint_without_a_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((world.checkpoint / "config.json").read_text())
+    with pytest.raises(CheckpointError, match=r"has no tokenizer; add its tokenizer.json, or fetch the checkpoint again"):
+        world.tasks[1].windows(world.data["text"], tmp_path)
+
+
 def test_a_task_without_files_is_refused(world: World) -> None:
     with pytest.raises(DataError, match="task scenes: was given no files"):
         measure(world.original, world.tasks[:1], replace(world.context("nothing", None), data={}))

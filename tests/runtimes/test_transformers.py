@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -67,15 +68,20 @@ def score(session: Session, passages: Sequence[Passage], record: Path | None = N
     return session.score(passages, record, against, Silent())
 
 
-def generated_by_transformers(folder: Path, prompt: Prompt) -> list[int]:
+def generated_by_transformers(folder: Path, prompt: Prompt, **settings: Any) -> list[int]:
     """Return what transformers' own loading and generation say, one prompt at a time."""
     model: Any = AUTO_MODEL.from_pretrained(folder, dtype=torch.float32).eval()
     processor = AUTO_PROCESSOR.from_pretrained(folder)
     text = processor.apply_chat_template(messages(prompt), add_generation_prompt=True, tokenize=False)
     inputs = processor(text=[text], images=open_images(prompt) or None, return_tensors="pt")
     model.generation_config = GenerationConfig(**{**model.generation_config.to_dict(), "repetition_penalty": 1.0})
-    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None)
+    ids = model.generate(**inputs, max_new_tokens=NEW_TOKENS, do_sample=False, temperature=None, **settings)
     return cast("list[int]", ids[0, inputs["input_ids"].shape[1] :].tolist())
+
+
+def placeholders(folder: Path) -> list[int]:
+    config = open_checkpoint(folder).config
+    return [config["image_token_id"], config["video_token_id"]]
 
 
 def stops(folder: Path) -> list[int]:
@@ -88,7 +94,7 @@ def test_answers_are_those_of_transformers_itself(build: type, prompts: list[Pro
     found = answers(folder, prompts)
     assert [answer.id for answer in found] == [prompt.id for prompt in prompts]
     for prompt, answer in zip(prompts, found, strict=True):
-        theirs = generated_by_transformers(folder, prompt)
+        theirs = generated_by_transformers(folder, prompt, bad_words_ids=[[token] for token in placeholders(folder)])
         ends = [place for place, token in enumerate(theirs) if token in stops(folder)]
         assert list(answer.token_ids) == theirs[: ends[0] if ends else None], prompt.id
     assert len({answer.token_ids for answer in found}) > 3
@@ -101,6 +107,25 @@ def test_an_answer_ends_before_the_first_stop_token(original: Path, prompts: lis
     write_json(folder / "generation_config.json", config)
     after = next(answer for answer in answers(folder, prompts) if answer.id == before.id)
     assert after.token_ids == before.token_ids[: before.token_ids.index(before.token_ids[3])]
+
+
+def test_an_answer_holds_no_image_token_and_can_be_scored(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    """The artifact would say the image's token wherever the original said the one that its row of the head is doubled from."""
+    before = answers(original, prompts)
+    said = before[0].token_ids[0]
+    folder = Path(shutil.copytree(original, tmp_path / "model"))
+    image, video = placeholders(folder)
+    tensors = FILES.load_file(folder / "model.safetensors")
+    head = next(tensor for name, tensor in tensors.items() if name.endswith("lm_head.weight"))
+    head[image] = 2 * head[said]
+    head[video] = 3 * head[said]
+    FILES.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert generated_by_transformers(folder, prompts[0])[0] in (image, video)
+    assert answers(folder, prompts) == before
+    with opened(folder) as session:
+        after = session.answer(prompts, NEW_TOKENS, Silent())
+        scores = score(session, [Passage(p.id, a.token_ids, p) for p, a in zip(prompts, after, strict=True)])
+    assert all(np.isfinite(item.negative_log_likelihood).all() for item in scores)
 
 
 def test_the_batch_does_not_change_answers(original: Path, prompts: list[Prompt]) -> None:
@@ -283,6 +308,13 @@ def test_a_checkpoint_without_a_processor_is_refused(tmp_path: Path) -> None:
     for name in ("processor_config.json", "tokenizer.json", "tokenizer_config.json"):
         (folder / name).unlink()
     with pytest.raises(CheckpointError, match="its processor cannot be loaded"), opened(folder):
+        pass
+
+
+def test_a_broken_chat_template_is_told_before_weights_are_read(original: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(original, tmp_path / "model"))
+    (folder / "chat_template.jinja").write_text("{% for message in messages %}")
+    with pytest.raises(CheckpointError, match=r"model: its chat template cannot be used \(.*\); correct it"), opened(folder):
         pass
 
 

@@ -21,7 +21,7 @@ from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Scor
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_server import stop_tokens
-from compress.runtimes.vllm_session import VllmSession
+from compress.runtimes.vllm_session import Tokens, VllmSession
 from tests.tiny import build_qwen2_5_vl, picture
 
 SILENT = Silent()
@@ -94,8 +94,18 @@ def test_answers_are_as_long_as_allowed(session: VllmSession) -> None:
 def test_answer_ends_before_its_stop_token(session: VllmSession, model: Path, runtime: Vllm) -> None:
     whole = session.answer(PROMPTS[:1], 8, SILENT)[0].token_ids
     assert stop_tokens(model) == (594, 595)
-    stopping = VllmSession(session.endpoint, runtime, (whole[3],))
+    stopping = VllmSession(session.endpoint, runtime, Tokens((whole[3],)))
     assert stopping.answer(PROMPTS[:1], 8, SILENT)[0].token_ids == whole[: whole.index(whole[3])]
+
+
+@pytest.mark.slow
+def test_answer_holds_no_placeholder(session: VllmSession, runtime: Vllm) -> None:
+    """Taking what the model says first for an image's token, it must say something else; the other answers stay."""
+    before = session.answer(PROMPTS, 2, SILENT)
+    without = VllmSession(session.endpoint, runtime, Tokens((594, 595), (before[0].token_ids[0],)))
+    for old, new in zip(before, without.answer(PROMPTS, 2, SILENT), strict=True):
+        assert before[0].token_ids[0] not in new.token_ids
+        assert (old == new) == (before[0].token_ids[0] not in old.token_ids)
 
 
 @pytest.mark.slow
