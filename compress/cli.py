@@ -9,15 +9,13 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from compress import __version__
+from compress import __version__, interrupts
 from compress.errors import CompressError
 
 if TYPE_CHECKING:
@@ -38,7 +36,7 @@ exit codes: 0 gate passed, 1 gate failed or inconclusive, 2 recipe or usage erro
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit code."""
     options = _parser().parse_args(arguments)
-    signal.signal(signal.SIGTERM, _as_interrupt)
+    interrupts.install()
     try:
         code = int(options.command(options))
         sys.stdout.flush()
@@ -56,11 +54,6 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         print("this is a fault of compress itself; please report it with the lines above", file=sys.stderr)
         code = _OWN_FAULT
     sys.exit(code)
-
-
-def _as_interrupt(number: int, frame: FrameType | None) -> NoReturn:
-    del number, frame
-    raise KeyboardInterrupt
 
 
 def _complain(message: str, *, as_json: bool, code: int) -> None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
+from compress import interrupts
 from compress.files import telling_where
 from compress.progress import Progress
 
@@ -45,11 +46,13 @@ class EventLog:
 
     def step_started(self, name: str, position: int, count: int) -> None:
         """Record that a step began."""
+        interrupts.check()
         self.write("step-started", step=name, position=position, count=count)
         self._watcher.step_started(name, position, count)
 
     def step_finished(self, name: str, seconds: float, *, cached: bool) -> None:
         """Record that a step's output is there."""
+        interrupts.check()
         self.write("step-finished", step=name, seconds=round(seconds, 3), cached=cached)
         self._watcher.step_finished(name, seconds, cached=cached)
 
@@ -83,6 +86,7 @@ class EventLog:
 
             def count(units: int) -> None:
                 nonlocal done, last
+                interrupts.check()
                 done += units
                 advance(units)
                 if time.monotonic() - last >= _SECONDS_BETWEEN:
