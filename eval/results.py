@@ -9,7 +9,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from compress.errors import DataError, StoreError
+from compress.errors import DataError
+from compress.files import write_text
 from compress.schema import Frozen
 
 MEASUREMENT = "measurement.json"
@@ -128,21 +129,12 @@ def items_path(folder: Path, name: str) -> Path:
 def write_items(folder: Path, name: str, items: Sequence[QuestionItem | WindowItem]) -> None:
     """Write a task's items, one JSON object a line."""
     lines = "".join(item.model_dump_json() + "\n" for item in items)
-    _write(items_path(folder, name), lines)
+    write_text(items_path(folder, name), lines)
 
 
 def write_measurement(folder: Path, measurement: Measurement) -> None:
     """Write `measurement.json`."""
-    _write(folder / MEASUREMENT, measurement.model_dump_json(indent=2) + "\n")
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.part")
-    try:
-        aside.write_text(text, encoding="utf-8")
-        aside.replace(path)
-    except OSError as error:
-        raise StoreError(f"{path}: cannot be written ({error.strerror}); free some space or choose another folder") from error
+    write_text(folder / MEASUREMENT, measurement.model_dump_json(indent=2) + "\n")
 
 
 def read_items(folder: Path, name: str) -> tuple[QuestionItem | WindowItem, ...]:

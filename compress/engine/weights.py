@@ -304,16 +304,6 @@ def _copy_range(source: IO[bytes], target: IO[bytes], start: int, end: int) -> N
         start += done
 
 
-def write_aside(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name in its folder, bring it to the disk and rename it into place."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
 def sync_folder(folder: Path) -> None:
     """Bring a folder's list of files to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)

@@ -24,10 +24,10 @@ from compress.calibration.load import load_batches
 from compress.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_header
 from compress.engine.replay import Replay, Visit, Walkthrough
 from compress.engine.statistics import observe
-from compress.engine.weights import DTYPES, ShardWriter, WeightReader, map_tensor, place, write_aside
+from compress.engine.weights import DTYPES, ShardWriter, WeightReader, map_tensor, place
 from compress.errors import CheckpointError, DataError, MissingError
 from compress.families import Family, Pair
-from compress.files import telling_where, write_json
+from compress.files import telling_where, write_bytes, write_json
 from compress.layouts import pack_linear, quantization_config, read_linear, unquantized_linears
 from compress.stages.awq_solver import BlockWeights, Method, solve
 from compress.stages.linears import Linear
@@ -143,7 +143,7 @@ class _Work:
         tensors = _read_commit(path)
         if tensors is None:
             tensors = self._solve(visit, names)
-            write_aside(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
+            write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
         self._adopt(visit, names, tensors)
 
     def _solve(self, visit: Visit, names: list[str]) -> dict[str, Tensor]:
