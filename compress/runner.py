@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import secrets
+import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -57,15 +58,22 @@ def run_recipe(
     events.write("started", recipe=str(recipe), settings=dict(settings))
     with telling_where(folder):
         write_json(folder / "plan.json", plan.summary(store))
-    try:
-        with store.using(step.key for step in plan.steps):
-            report = _Run(plan, store, folder, events, fresh=fresh).report(force=force)
-    except BaseException as error:
-        with contextlib.suppress(StoreError):  # what stopped the run matters more than that it could not be noted
-            events.write("stopped", error=f"{type(error).__name__}: {error}")
-        raise
+    with _noting_a_stop(events), store.using(step.key for step in plan.steps):
+        report = _Run(plan, store, folder, events, fresh=fresh).report(force=force)
     events.write("finished", verdict=report.gate.verdict)
     return report
+
+
+@contextmanager
+def _noting_a_stop(events: EventLog) -> Generator[None]:
+    done = False
+    try:
+        yield
+        done = True
+    finally:
+        if not done:
+            with suppress(StoreError):  # what stopped the run matters more than that it could not be noted
+                events.write("stopped", error=repr(sys.exception()))
 
 
 def _make_folder(runs: Path, name: str) -> Path:
