@@ -57,6 +57,15 @@ def test_a_plan_shows_keys_sizes_and_what_is_cached(job: Job) -> None:
     assert steps["awq"]["key"][:12] in shown.stdout
 
 
+def test_the_override_that_the_demo_recipe_shows_can_be_planned(tmp_path: Path) -> None:
+    recipe = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    (line,) = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("# Override:")]
+    command = line.split()[2:]
+    assert command[:3] == ["compress", "run", "recipes/demo.yaml"]
+    done = compress("plan", str(recipe), *command[3:], "--store", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+
+
 def test_expected_sizes_are_those_of_the_artifacts(job: Job) -> None:
     plan = json.loads(compress("plan", str(job.recipe), "--store", str(job.store), "--json").stdout)
     done = compress(*job.arguments("--json"))
