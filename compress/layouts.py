@@ -155,7 +155,7 @@ def unquantized_linears(checkpoint: Checkpoint, family: Family, quantized: Itera
         for name, entry in checkpoint.tensors.items()
         if name.endswith(".weight") and len(entry.shape) == 2 and family.module_name(name) != f"{family.embeddings}.weight"
     ]
-    if family.head not in {family.module_name(name) for name in [*names, *taken]}:
+    if family.head is not None and family.head not in {family.module_name(name) for name in [*names, *taken]}:
         names.append(family.head)
     return sorted(name for name in names if name not in taken)
 

@@ -10,7 +10,7 @@ import torch
 from compress.artifact import copy_side_files
 from compress.checkpoint import open_checkpoint
 from compress.engine.weights import ShardWriter, WeightReader
-from compress.families import family_of
+from compress.families import family_of, within
 from compress.files import write_json
 from compress.layouts import pack_linear, quantization_config, unquantized_linears
 from compress.numerics.rounding import quantize
@@ -34,7 +34,7 @@ def round_checkpoint(
         for name in sorted(checkpoint.tensors):
             tensor = reader.disk_tensor(name)
             owner = name.removesuffix(".weight")
-            inside = family.module_name(name).startswith(family.blocks) and tensor.dim() == 2
+            inside = within(family.module_name(name), family.blocks) and tensor.dim() == 2
             chosen = choose(owner) if inside else None
             if chosen is None:
                 writer.add(name, tensor)

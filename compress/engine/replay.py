@@ -23,7 +23,7 @@ from compress.checkpoint import Checkpoint
 from compress.engine.host import Host, map_tensors
 from compress.engine.weights import DTYPES, WeightReader, unload
 from compress.errors import CheckpointError
-from compress.families import Family
+from compress.families import Family, within
 from compress.skeleton import build_skeleton
 
 HOST_BYTES = 16 << 30
@@ -127,7 +127,8 @@ class Replay:
 
     def vision_units(self) -> list[str]:
         """The vision tower's parts in order: its blocks, then the projector."""
-        return [*self._blocks(self.family.vision_blocks), self.family.projector]
+        blocks = [name for container in self.family.vision_blocks for name in self._blocks(container)]
+        return [*blocks, *self.family.projector]
 
     def decoder_units(self) -> list[str]:
         """The decoder's blocks in order."""
@@ -155,7 +156,8 @@ class Replay:
             yield from self._visit(units, index, frontends)
             unload(self.model.get_submodule(name))
         if inside_vision:
-            unload(self.model.get_submodule(self.family.vision))
+            for name in self.family.vision:
+                unload(self.model.get_submodule(name))
 
     def _visit(self, units: Sequence[str], index: int, frontends: Sequence[str]) -> Iterator[Visit]:
         self.at = name = units[index]
@@ -197,7 +199,7 @@ class Replay:
             trace.outputs[units[index - 1]] = map_tensors(trace.outputs[units[index - 1]], _hollow)
 
     def _inside_vision(self, name: str) -> bool:
-        return _within(name, self.family.vision)
+        return self.family.inside_vision(name)
 
     def _blocks(self, container: str) -> list[str]:
         return [f"{container}.{name}" for name, _ in self.model.get_submodule(container).named_children()]
@@ -205,10 +207,10 @@ class Replay:
     def _surroundings(self, units: Sequence[str]) -> list[str]:
         """Return the tensors a first pass needs: of the frontends, and of all that lies between the units."""
         visited = {name for trace in self._traces for name in trace.outputs}
-        apart = (*units, *visited, *self._blocks(self.family.blocks), self.family.head)
-        needed = [name for name in self.model.state_dict() if not any(_within(name, part) for part in apart)]
+        apart = (*units, *visited, *self._blocks(self.family.blocks), *self._heads())
+        needed = [name for name in self.model.state_dict() if not any(within(name, part) for part in apart)]
         if self._inside_vision(units[0]):
-            needed = [name for name in needed if _within(name, self.family.vision) or _within(name, self.family.embeddings)]
+            needed = [name for name in needed if self._inside_vision(name) or within(name, self.family.embeddings)]
         return needed
 
     def _first_pass(self, units: Sequence[str], frontends: Sequence[str]) -> None:
@@ -259,7 +261,10 @@ class Replay:
         later = [name for name in units if name.rpartition(".")[0] != container]
         if self._inside_vision(units[0]):
             later.append(self._blocks(self.family.blocks)[0])
-        return [*later, self.family.head] if self.family.head not in units else later
+        return [*later, *(name for name in self._heads() if name not in units)]
+
+    def _heads(self) -> list[str]:
+        return [] if self.family.head is None else [self.family.head]
 
     def _forward(self, inputs: Mapping[str, Tensor], stubs: Mapping[str, Forward]) -> None:
         move = _mover(self.plan.device)
@@ -361,10 +366,6 @@ def _storage_dtype(reader: WeightReader, family: Family) -> torch.dtype:
     if name not in reader.disk_names:
         raise CheckpointError(f"{reader.checkpoint.folder}: holds no {name}; fetch the checkpoint again")
     return DTYPES[reader.checkpoint.tensors[reader.disk_names[name]].dtype]
-
-
-def _within(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def _stop(*args: Any, **kwargs: Any) -> NoReturn:

@@ -15,9 +15,9 @@ from compress.errors import CheckpointError
 class Pair:
     """A module whose output channels feed linears of the same block, so that a scale can move from one to the other.
 
-    Names are relative to a block. `source` is a norm (its weight, and bias where it has one, are divided) or a linear
-    (its output rows are). Where `grouped` is set, source channels are key-value heads which grouped-query attention repeats
-    for the linears' input.
+    Names are relative to a block; a pair whose modules a block does not have does not apply to it. `source` is a norm (its
+    weight, and bias where it has one, are divided) or a linear (its output rows are). Where `grouped` is set, source channels
+    are key-value heads which grouped-query attention repeats for the linears' input.
     """
 
     source: str
@@ -30,27 +30,36 @@ class Family:
     """Where the parts of an architecture are; module names are those of the model in memory.
 
     `renames` turns names on disk into module names: the first pattern that matches a name is replaced, any other name stays.
-    `frontends` are the modules whose outputs enter the decoder beside its blocks' own chain (embeddings, vision tower).
+    `vision` are all the modules that make of images what the decoder reads; within them lie `vision_blocks`, the containers of
+    the tower's blocks, and `projector`, the modules that lead from the tower to the decoder, both in the order they run. `head` is
+    None where nothing is generated. `vision_readers` are the linears of a decoder block, by their names in it, whose input
+    is the images' states and not the prompt's. `chat_template` (Jinja) is for checkpoints that ship none.
     """
 
     name: str
     model_type: str
     architecture: str
     renames: tuple[tuple[str, str], ...]
-    vision: str
-    projector: str
-    vision_blocks: str
+    vision: tuple[str, ...]
+    projector: tuple[str, ...]
+    vision_blocks: tuple[str, ...]
     embeddings: str
     blocks: str
-    head: str
+    head: str | None
     image_token_keys: tuple[str, ...]
     pairs: tuple[Pair, ...]
     vision_pairs: tuple[Pair, ...]
+    vision_readers: tuple[str, ...] = ()
+    chat_template: str = ""
 
     @property
     def frontends(self) -> tuple[str, ...]:
-        """The modules with weights that run before the first block."""
-        return (self.embeddings, self.vision)
+        """The modules whose outputs enter the decoder beside its blocks' own chain: the embeddings, and all that sees images."""
+        return (self.embeddings, *self.vision)
+
+    def inside_vision(self, name: str) -> bool:
+        """Return whether a module or tensor belongs to what makes of images what the decoder reads."""
+        return any(within(name, part) for part in self.vision)
 
     def placeholders(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the tokens that only stand for images and videos in a prompt, by a checkpoint's config."""
@@ -63,6 +72,11 @@ class Family:
             if count:
                 return renamed
         return disk_name
+
+
+def within(name: str, prefix: str) -> bool:
+    """Return whether a dotted name is `prefix` or lies below it."""
+    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:

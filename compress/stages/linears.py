@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 from typing import Literal
 
 from compress.checkpoint import Checkpoint
-from compress.families import Family
+from compress.families import Family, within
 
 Target = Literal["decoder", "vision", "projector", "lm_head"]
 """A part of a model whose linears a stage can be told to work on."""
@@ -69,12 +69,12 @@ def _linears(checkpoint: Checkpoint, family: Family) -> Iterable[Linear]:
 def _part_of(name: str, family: Family) -> Target | None:
     if name == family.head:
         return "lm_head"
-    parts: tuple[tuple[str, Target], ...] = (
-        (family.blocks, "decoder"),
-        (family.vision_blocks, "vision"),
+    parts: tuple[tuple[tuple[str, ...], Target], ...] = (
+        ((family.blocks,), "decoder"),
         (family.projector, "projector"),
+        (family.vision_blocks, "vision"),
     )
-    return next((part for prefix, part in parts if name.startswith(f"{prefix}.")), None)
+    return next((part for prefixes, part in parts if any(within(name, prefix) for prefix in prefixes)), None)
 
 
 def _matches(linear: Linear, pattern: str) -> bool:
