@@ -1,20 +1,24 @@
-"""How a quantized linear lies on disk in a checkpoint between stages: compressed-tensors, pack-quantized.
+"""How a quantized linear lies on disk in a checkpoint between stages: compressed-tensors.
 
-Format: https://github.com/vllm-project/compressed-tensors. A linear `name` becomes `name.weight_packed` (int32, codes packed
-along the input), `name.weight_scale` [out, groups], `name.weight_shape` (int64) and, where its grid is asymmetric,
-`name.weight_zero_point` (int32, packed along the output). Names are those on disk, without `.weight`. Nothing here imports torch
-before tensors are given.
+Format: https://github.com/vllm-project/compressed-tensors. By the scheme, a linear `name` becomes
+- pack-quantized: `name.weight_packed` (int32, codes packed along the input), `name.weight_scale` [out, groups], `name.weight_shape`
+  (int64) and, where its grid is asymmetric, `name.weight_zero_point` (int32, packed along the output);
+- int-quantized: `name.weight` (int8 [out, in]) and `name.weight_scale` [out, 1];
+- float-quantized: `name.weight` (float8 e4m3fn [out, in]) and `name.weight_scale`: [out, 1], [1], or one per block;
+the last two with `name.input_scale` [1] where the scale of the linear's input is fixed. Names are those on disk, without
+`.weight`. Nothing here imports torch before tensors are given.
 """
 
 from __future__ import annotations
 
-import re
 import struct
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.errors import CheckpointError
 from compress.numerics.scheme import Scheme
+from compress.quantization_config import FORMATS, METHOD, quantization_config, scheme_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,18 +27,37 @@ if TYPE_CHECKING:
     from compress.families import Family
     from compress.numerics.grids import QuantizedWeight
 
-METHOD = "compressed-tensors"
-PACK_QUANTIZED = "pack-quantized"
+__all__ = [
+    "has_kv_scales",
+    "is_quantized",
+    "kv_cache_tensors",
+    "linear_shape",
+    "linear_tensors",
+    "pack_linear",
+    "packed_bytes",
+    "quantization_config",
+    "quantized_linears",
+    "read_linear",
+    "unquantized_linears",
+]
+
 _PACKED, _SCALE, _SHAPE, _ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
+_WEIGHT, _INPUT_SCALE = "weight", "input_scale"
+_PARTS = (_PACKED, _SCALE, _SHAPE, _ZERO_POINT, _WEIGHT, _INPUT_SCALE)
 _SHAPE_BYTES = 16
+_INPUT_SCALE_BYTES = 4
+_CODE_TYPES = ("I8", "F8_E4M3")
+_SIGN = 128
 
 
 def packed_bytes(shape: tuple[int, int], scheme: Scheme, scale_bytes: int = 2) -> int:
     """Return the bytes a linear [out, in] takes on disk, all of its tensors together; `scale_bytes` per scale."""
     rows, columns = shape
-    groups = scheme.groups(columns)
-    zero_points = 0 if scheme.symmetric else _words(rows, scheme.bits) * groups * 4
-    return rows * _words(columns, scheme.bits) * 4 + rows * groups * scale_bytes + zero_points + _SHAPE_BYTES
+    scales = scheme.scale_rows(rows) * scheme.groups(columns) * scale_bytes
+    if scheme.format != "pack-quantized":
+        return rows * columns + scales + (_INPUT_SCALE_BYTES if scheme.activations == "tensor" else 0)
+    zero_points = 0 if scheme.symmetric else _words(rows, scheme.bits) * scheme.groups(columns) * 4
+    return rows * _words(columns, scheme.bits) * 4 + scales + zero_points + _SHAPE_BYTES
 
 
 def pack_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -43,14 +66,23 @@ def pack_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
     from compress.numerics.packing import pack_words
 
-    bits = weight.scheme.bits
+    scheme, scales = weight.scheme, weight.scales.contiguous()
+    if scheme.format == "pack-quantized":
+        tensors = {
+            f"{name}.{_PACKED}": pack_words(weight.codes, scheme.bits),
+            f"{name}.{_SCALE}": scales,
+            f"{name}.{_SHAPE}": torch.tensor(weight.codes.shape, dtype=torch.int64),
+        }
+        if weight.zero_points is not None and not scheme.symmetric:
+            tensors[f"{name}.{_ZERO_POINT}"] = pack_words(weight.zero_points.t(), scheme.bits).t().contiguous()
+        return tensors
+    codes = weight.codes.contiguous()
     tensors = {
-        f"{name}.{_PACKED}": pack_words(weight.codes, bits),
-        f"{name}.{_SCALE}": weight.scales.contiguous(),
-        f"{name}.{_SHAPE}": torch.tensor(weight.codes.shape, dtype=torch.int64),
+        f"{name}.{_WEIGHT}": codes if scheme.type == "float" else (codes ^ _SIGN).view(torch.int8),
+        f"{name}.{_SCALE}": scales.view(1) if scheme.block_rows == -1 else scales,
     }
-    if not weight.scheme.symmetric:
-        tensors[f"{name}.{_ZERO_POINT}"] = pack_words(weight.zero_points.t(), bits).t().contiguous()
+    if weight.input_scale is not None:
+        tensors[f"{name}.{_INPUT_SCALE}"] = weight.input_scale.to(torch.float32).view(1)
     return tensors
 
 
@@ -65,6 +97,8 @@ def read_linear(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> Qua
     from compress.numerics.grids import QuantizedWeight
     from compress.numerics.packing import unpack_words
 
+    if scheme.format != "pack-quantized":
+        return _read_unpacked(name, scheme, read)
     packed, scales = read(f"{name}.{_PACKED}"), read(f"{name}.{_SCALE}")
     rows, columns = cast("list[int]", read(f"{name}.{_SHAPE}").tolist())
     groups = scheme.groups(columns)
@@ -77,41 +111,55 @@ def read_linear(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> Qua
         zero_points = torch.full_like(scales, scheme.levels // 2, dtype=torch.uint8)
     else:
         zero_points = unpack_words(read(f"{name}.{_ZERO_POINT}").t(), scheme.bits, rows).t().contiguous()
-    own = Scheme(bits=scheme.bits, group_size=columns // groups, symmetric=scheme.symmetric)
+    own = replace(scheme, group_size=columns // groups)
     return QuantizedWeight(unpack_words(packed, scheme.bits, columns), scales, zero_points, own)
+
+
+def _read_unpacked(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> QuantizedWeight:
+    import torch
+
+    from compress.numerics.grids import QuantizedWeight
+
+    codes, scales = read(f"{name}.{_WEIGHT}"), read(f"{name}.{_SCALE}")
+    rows, columns = codes.shape
+    expected = (scheme.scale_rows(rows), scheme.groups(columns))
+    if scales.numel() != expected[0] * expected[1] or codes.dtype != (
+        torch.float8_e4m3fn if scheme.type == "float" else torch.int8
+    ):
+        raise CheckpointError(
+            f"{name}: its weight is {codes.dtype} [{rows}, {columns}] with scales {tuple(scales.shape)}, config.json says "
+            f"{scheme.format} with scales {expected}; fetch both again"
+        )
+    scales = scales.view(expected)
+    input_scale = read(f"{name}.{_INPUT_SCALE}") if scheme.activations == "tensor" else None
+    if scheme.type == "float":
+        return QuantizedWeight(codes, scales, None, scheme, input_scale)
+    zero_points = torch.full_like(scales, _SIGN, dtype=torch.uint8)
+    own = replace(scheme, group_size=columns // expected[1])
+    return QuantizedWeight(codes.view(torch.uint8) ^ _SIGN, scales, zero_points, own, input_scale)
 
 
 def linear_tensors(name: str) -> tuple[str, ...]:
     """Return the names of the tensors that may stand for the quantized linear `name`."""
-    return tuple(f"{name}.{suffix}" for suffix in (_PACKED, _SCALE, _SHAPE, _ZERO_POINT))
+    return tuple(f"{name}.{suffix}" for suffix in _PARTS)
+
+
+def kv_cache_tensors(attention: str, key_scale: Tensor, value_scale: Tensor) -> dict[str, Tensor]:
+    """Return the tensors that hold the scales of the keys and values which the module `attention` (its name on disk) caches."""
+    import torch
+
+    scales = {"k_scale": key_scale, "v_scale": value_scale}
+    return {f"{attention}.{part}": scale.to(torch.float32).view(1) for part, scale in scales.items()}
+
+
+def has_kv_scales(checkpoint: Checkpoint) -> bool:
+    """Return whether a checkpoint holds scales of keys and values."""
+    return any(name.endswith((".k_scale", ".v_scale")) for name in checkpoint.tensors)
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:
     """Return whether a config.json says that weights are quantized."""
     return bool(config.get("quantization_config"))
-
-
-def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str]) -> dict[str, Any]:
-    """Return config.json's `quantization_config`: `schemes` by the quantized linears' names, `ignore` the names of all others.
-
-    With one scheme its group targets every `Linear`; with several, each targets its linears by name. A name without a dot is the
-    output head's: it is no `Linear` to vLLM, which knows it by another prefix, so it is always targeted by a pattern.
-    """
-    groups: dict[Scheme, list[str]] = {}
-    for name, scheme in schemes.items():
-        groups.setdefault(scheme, []).append(name)
-    return {
-        "config_groups": {
-            f"group_{number}": _group(scheme, _targets(names, alone=len(groups) == 1))
-            for number, (scheme, names) in enumerate(groups.items())
-        },
-        "format": PACK_QUANTIZED,
-        "global_compression_ratio": None,
-        "ignore": sorted(ignore),
-        "kv_cache_scheme": None,
-        "quant_method": METHOD,
-        "quantization_status": "compressed",
-    }
 
 
 def quantized_linears(checkpoint: Checkpoint) -> dict[str, Scheme]:
@@ -124,21 +172,29 @@ def quantized_linears(checkpoint: Checkpoint) -> dict[str, Scheme]:
     if not config:
         return {}
     settings = cast("Mapping[str, Any]", config)
-    if settings.get("quant_method") != METHOD or settings.get("format") != PACK_QUANTIZED:
+    where = f"{checkpoint.folder}/config.json"
+    if settings.get("quant_method") != METHOD or settings.get("format") not in FORMATS:
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: quantized as {settings.get('quant_method')!r}, format {settings.get('format')!r}; "
-            f"only {METHOD!r} with {PACK_QUANTIZED!r} can be read, or start from the model's original"
+            f"{where}: quantized as {settings.get('quant_method')!r}, format {settings.get('format')!r}; only {METHOD!r} with "
+            f"{', '.join(map(repr, FORMATS))} can be read, or start from the model's original"
         )
-    suffix = f".{_PACKED}"
-    names = [name.removesuffix(suffix) for name in checkpoint.tensors if name.endswith(suffix)]
-    groups = list(cast("Mapping[str, Any]", settings.get("config_groups") or {}).values())
-    return {name: _scheme_of(checkpoint, name, groups) for name in names}
+    return {name: scheme_of(settings, name, where) for name in _quantized_names(checkpoint)}
+
+
+def _quantized_names(checkpoint: Checkpoint) -> list[str]:
+    names: list[str] = []
+    for name, entry in checkpoint.tensors.items():
+        owner, _, part = name.rpartition(".")
+        codes = part == _WEIGHT and entry.dtype in _CODE_TYPES and f"{owner}.{_SCALE}" in checkpoint.tensors
+        if part == _PACKED or codes:
+            names.append(owner)
+    return names
 
 
 def linear_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     """Return [out, in] of a linear by its name on disk, quantized or not; read without torch."""
-    if dense := checkpoint.tensors.get(f"{name}.weight"):
-        rows, columns = dense.shape
+    if whole := checkpoint.tensors.get(f"{name}.{_WEIGHT}"):
+        rows, columns = whole.shape
         return rows, columns
     entry = checkpoint.tensors[f"{name}.{_SHAPE}"]
     with entry.file.open("rb") as file:
@@ -162,47 +218,3 @@ def unquantized_linears(checkpoint: Checkpoint, family: Family, quantized: Itera
 
 def _words(codes: int, bits: int) -> int:
     return -(-codes * bits // 32)
-
-
-def _targets(names: list[str], alone: bool) -> list[str]:
-    heads = [rf"re:(.*\.)?{name}$" for name in sorted(names) if "." not in name]
-    return (["Linear"] if alone else [name for name in sorted(names) if "." in name]) + heads
-
-
-def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
-    per_channel = scheme.group_size == -1
-    return {
-        "format": PACK_QUANTIZED,
-        "input_activations": None,
-        "output_activations": None,
-        "targets": targets,
-        "weights": {
-            "actorder": None,
-            "block_structure": None,
-            "dynamic": False,
-            "group_size": None if per_channel else scheme.group_size,
-            "num_bits": scheme.bits,
-            "observer": "minmax",
-            "observer_kwargs": {},
-            "strategy": "channel" if per_channel else "group",
-            "symmetric": scheme.symmetric,
-            "type": "int",
-        },
-    }
-
-
-def _scheme_of(checkpoint: Checkpoint, name: str, groups: list[Any]) -> Scheme:
-    for group in groups:
-        if any(_matches(str(target), name) for target in group["targets"]):
-            weights = group["weights"]
-            size = weights.get("group_size")
-            return Scheme(bits=int(weights["num_bits"]), group_size=int(size or -1), symmetric=bool(weights["symmetric"]))
-    raise CheckpointError(
-        f"{checkpoint.folder}/config.json: no group of quantization_config targets {name}, which is packed; fetch the files again"
-    )
-
-
-def _matches(target: str, name: str) -> bool:
-    if target.startswith("re:"):
-        return re.match(target.removeprefix("re:"), name) is not None
-    return target in ("Linear", name)

@@ -62,7 +62,7 @@ class DataPin:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with everything it reads pinned, and its steps in the order they run."""
+    """A recipe with everything it reads pinned, its steps in the order they run, and what one should know of what it makes."""
 
     recipe: Recipe
     model: ModelPin
@@ -72,6 +72,7 @@ class Plan:
     sets: tuple[DataPin, ...]
     tasks: tuple[DataPin, ...]
     steps: tuple[Step, ...]
+    notes: tuple[str, ...] = ()
 
     @cached_property
     def by_name(self) -> Mapping[str, Step]:
@@ -89,7 +90,14 @@ class Plan:
             }
             for step in self.steps
         ]
-        return {"schema": 1, "recipe": self.recipe.name, "device": self.device, "source": self.model.describe(), "steps": steps}
+        return {
+            "schema": 1,
+            "recipe": self.recipe.name,
+            "device": self.device,
+            "source": self.model.describe(),
+            "steps": steps,
+            "notes": list(self.notes),
+        }
 
 
 def _unheard(message: str) -> None:
@@ -135,6 +143,7 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
         sets=planner.sets,
         tasks=planner.tasks,
         steps=planner.steps(),
+        notes=sizes.notes,
     )
 
 
@@ -142,31 +151,52 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
 class _Sizes:
     stages: Mapping[int, int]
     exports: Mapping[int, int]
+    notes: tuple[str, ...] = ()
 
 
 def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: Family) -> _Sizes:
     """Ask every stage and export whether it can be done, and how large its result will be."""
     faults: list[str] = []
     stages: dict[int, int] = {}
-    schemes: dict[str, Scheme] = {}
+    schemes: dict[str, Scheme] | None = {}
     for position, stage in enumerate(recipe.stages):
         found = stage.check(checkpoint, family)
         if schemes:
             found = [f"the stage before it quantizes already, and {stage.stage} needs weights that are not; remove one of the two"]
         faults += _placed(document, ("stages", position), found)
         if not found:
-            stages[position] = stage.predict_bytes(checkpoint, family)
-            schemes |= stage.schemes(checkpoint, family)
-    outlook = Outlook(checkpoint, family, schemes)
+            size, made = stage.predict_bytes(checkpoint, family), stage.schemes(checkpoint, family)
+            stages |= {} if size is None else {position: size}
+            schemes = _joined(schemes, made)
+    if faults:
+        raise RecipeError(faults)
+    if schemes is None:
+        return _Sizes(stages, {}, _notes(recipe, Outlook(checkpoint, family, {})))
+    kv_cache = any(getattr(stage, "kv_cache", None) for stage in recipe.stages)
+    outlook = Outlook(checkpoint, family, schemes, kv_cache)
     exports: dict[int, int] = {}
     for position, export in enumerate(recipe.export):
-        found = [] if faults else export.check(outlook)
+        found = export.check(outlook)
         faults += _placed(document, ("export", position), found)
         if not faults:
             exports[position] = export.predict_bytes(outlook)
     if faults:
         raise RecipeError(faults)
-    return _Sizes(stages, exports)
+    return _Sizes(stages, exports, _notes(recipe, outlook))
+
+
+def _notes(recipe: Recipe, outlook: Outlook) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
+
+
+def _joined(before: dict[str, Scheme] | None, made: dict[str, Scheme] | None) -> dict[str, Scheme] | None:
+    """Return how the linears are held after a stage; None where only the run can tell.
+
+    A stage that quantizes needs weights that are not, so that what it makes is known whatever ran before.
+    """
+    if made is None or (before is None and not made):
+        return None
+    return {**(before or {}), **made}
 
 
 def _placed(document: Document, place: tuple[str | int, ...], faults: list[str]) -> list[str]:
@@ -203,7 +233,7 @@ class _Planner:
         for position, stage in enumerate(self.recipe.stages):
             seed = self.recipe.calibration.seed if self.recipe.calibration else 0
             fields = stage.model_dump(mode="json")
-            shaping = [stage.revision, versions_of(stage.libraries), self.device, seed]
+            shaping = [stage.revision, stage.versions(), self.device, seed]
             last = self._key("stage", fields, last, calibration if stage.calibrated else None, *shaping)
             steps.append(Step(self._stage_name(position), "stage", last, position, self.sizes.stages.get(position)))
         original = self._measure(weights, None)
@@ -270,3 +300,5 @@ def show(plan: Plan, store: Store, console: Console) -> None:
         expected = size(step["expected_bytes"]) if step["expected_bytes"] else ""
         table.add_row(step["step"], step["key"][:12], "yes" if step["cached"] else "no", expected)
     console.print(table)
+    for note in plan.notes:
+        console.print(f"note: {note}", highlight=False, markup=False)

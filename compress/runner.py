@@ -178,7 +178,11 @@ class _Run:
             timings=tuple(self.timings),
             warnings=tuple(self.events.warnings),
             published=(),
-            notes={"KL": recipe.eval.runtime.kl_definition, **{task.name: task.note() for task in recipe.eval.tasks}},
+            notes={
+                "KL": recipe.eval.runtime.kl_definition,
+                **{task.name: task.note() for task in recipe.eval.tasks},
+                **({"serving": "; ".join(self.plan.notes)} if self.plan.notes else {}),
+            },
             recipe=recipe.model_dump(mode="json"),
             versions=workshop.versions(),
             runtime_versions=recipe.eval.runtime.versions(),

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 from compress.errors import CheckpointError
 
 _AUTO_CONFIG: Any = AutoConfig
-_AUTO_MODEL: Any = AutoModelForImageTextToText
+_GENERATIVE: Any = AutoModelForImageTextToText
+_PLAIN: Any = AutoModel
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -25,20 +26,41 @@ def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust
     config = load_config(folder, trust_remote_code)
     try:
         with torch.device("meta"):
-            model = _AUTO_MODEL.from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(
             f"{folder}/config.json: transformers cannot build this model ({error}); fetch the file again"
         ) from error
-    initialise = model._init_weights  # the hook by which every architecture fills its own buffers
-    for module in cast("torch.nn.Module", model).modules():
-        lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
-        for name in lost:
-            setattr(module, name, torch.empty_like(getattr(module, name), device=device))
-        if lost:
-            with torch.no_grad():
-                initialise(module)
+    _fill_buffers(model, model, device)
     return cast("PreTrainedModel", model.eval())
+
+
+def _fill_buffers(module: torch.nn.Module, model: PreTrainedModel, device: torch.device) -> None:
+    """Give the buffers that were made without memory their values, by the hook of the innermost model that holds them."""
+    for child in module.children():
+        _fill_buffers(child, child if isinstance(child, PreTrainedModel) else model, device)
+    lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+    for name in lost:
+        setattr(module, name, torch.empty_like(getattr(module, name), device=device))
+    if lost:
+        with torch.no_grad():
+            model._init_weights(module)
+
+
+def _class_for(config: Any) -> Any:
+    """Return what builds the model of a config: one that writes text, or the architecture's only one (CLIP)."""
+    generative = type(config) in _GENERATIVE._model_mapping or "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
+    return _GENERATIVE if generative else _PLAIN
+
+
+def _keep_precise(model: Any, dtype: torch.dtype) -> None:
+    """Give the modules that their author keeps in float32 that type, as transformers does when it loads a model."""
+    kept: set[str] = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
+    if dtype == torch.float16:
+        kept |= set(model._keep_in_fp32_modules or ())
+    for name, parameter in cast("torch.nn.Module", model).named_parameters():
+        if any(part in kept for part in name.split(".")):
+            parameter.data = parameter.data.to(torch.float32)
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:

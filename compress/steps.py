@@ -65,9 +65,8 @@ class Workshop:
         """Return the versions of this package and of the libraries that shaped the weights."""
         import importlib.metadata
 
-        own = {name for stage in self.plan.recipe.stages for name in stage.libraries}
-        stages = {name: importlib.metadata.version(name) for name in sorted(own)}
-        return {"vlm-compress": importlib.metadata.version("vlm-compress"), **stages}
+        own = {name: version for stage in self.plan.recipe.stages for name, version in stage.versions().items()}
+        return {"vlm-compress": importlib.metadata.version("vlm-compress"), **dict(sorted(own.items()))}
 
     def _convert(self, step: Step, target: Path) -> None:
         del step
@@ -108,6 +107,7 @@ class Workshop:
                 seed=calibration.seed if calibration else 0,
                 progress=self.progress,
                 trust_remote_code=self.plan.recipe.model.trust_remote_code,
+                logs=self.folder / "logs" / step.name,
             )
         )
 

@@ -19,12 +19,14 @@ from compress.schema import Frozen
 class Outlook:
     """What is to be exported, known from headers alone: before any stage ran, or of the checkpoint that the last one wrote.
 
-    `schemes` says how each quantized linear of `checkpoint` is held, or will be, by its name on disk.
+    `schemes` says how each quantized linear of `checkpoint` is held, or will be, by its name on disk; `kv_cache` whether there are
+    scales to keep keys and values in 8 bits.
     """
 
     checkpoint: Checkpoint
     family: Family
     schemes: Mapping[str, Scheme]
+    kv_cache: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,11 @@ class Export(Frozen, ABC):
     @abstractmethod
     def check(self, outlook: Outlook) -> list[str]:
         """Return what stands against this export, one line each with its remedy; reads headers only."""
+
+    def notes(self, outlook: Outlook) -> list[str]:
+        """Return what one should know before using the artifact, one line each; reads headers only."""
+        del outlook
+        return []
 
     @abstractmethod
     def predict_bytes(self, outlook: Outlook) -> int:

@@ -2,35 +2,32 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import ClassVar, Literal
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import Export, ExportContext, Outlook
-from compress.layouts import linear_shape, linear_tensors, packed_bytes, quantized_linears, unquantized_linears
+from compress.export.vllm_limits import Layout, faults, notes
+from compress.layouts import has_kv_scales, linear_shape, linear_tensors, packed_bytes, quantized_linears, unquantized_linears
 from compress.numerics.scheme import Scheme
 
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that vLLM joins into one, which must be held alike."""
-
 _SCALE_BYTES = {"F32": 4, "F64": 4}
-_AWQ_BITS = 4
-_AWQ_COLUMNS = 8
+_INDEX_BYTES = 4
+_KV_BYTES = 8
 
 
 class Vllm(Export):
     """The checkpoint for `vllm serve`, from the very integers and scales that the stages chose.
 
-    `awq` is AutoAWQ's GEMM layout: 4 bits, one group size, read by many runtimes. `compressed-tensors` is pack-quantized: any
-    width, and several at once; a checkpoint that is not quantized at all fits it too. Which widths a machine's kernels run is up
-    to vLLM: on a CPU 4 bits only, in matrices whose sides are multiples of 32.
+    `awq` is AutoAWQ's GEMM layout: 4 bits, one group size, read by many runtimes. `gptq` is GPTQ's: 4 or 8 bits, symmetric, one
+    group size. `compressed-tensors` holds any width, 8-bit floats, rounded activations, scales of keys and values, and several
+    schemes at once; a checkpoint that is not quantized at all fits it too.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     format: Literal["vllm"]
-    layout: Literal["awq", "compressed-tensors"]
+    layout: Layout
 
     @property
     def artifact(self) -> str:
@@ -39,8 +36,11 @@ class Vllm(Export):
 
     def check(self, outlook: Outlook) -> list[str]:
         """Return the linears that vLLM, or the layout, cannot hold."""
-        faults = _fused_faults(outlook)
-        return faults + (_awq_faults(outlook) if self.layout == "awq" else _zero_point_faults(outlook))
+        return faults(self.layout, outlook)
+
+    def notes(self, outlook: Outlook) -> list[str]:
+        """Return which vLLM still serves the model, where that is not every one, and what needs a GPU."""
+        return notes(outlook)
 
     def predict_bytes(self, outlook: Outlook) -> int:
         """Return the exact size of the tensors it writes."""
@@ -48,12 +48,18 @@ class Vllm(Export):
         replaced: set[str] = set()
         for name, scheme in outlook.schemes.items():
             shape = linear_shape(checkpoint, name)
-            dense = checkpoint.tensors.get(f"{name}.weight")
-            scale = dense or checkpoint.tensors[f"{name}.weight_scale"]
-            scale_bytes = _SCALE_BYTES.get(scale.dtype, 2)
-            total += _awq_bytes(shape, scheme) if self.layout == "awq" else packed_bytes(shape, scheme, scale_bytes)
+            total += self._linear_bytes(shape, scheme, _scale_bytes(checkpoint, name))
             replaced.update((*linear_tensors(name), f"{name}.weight"))
+        if outlook.kv_cache and not has_kv_scales(checkpoint):
+            total += _KV_BYTES * int(checkpoint.text_config["num_hidden_layers"])
         return total + sum(entry.bytes for name, entry in checkpoint.tensors.items() if name not in replaced)
+
+    def _linear_bytes(self, shape: tuple[int, int], scheme: Scheme, scale_bytes: int) -> int:
+        if self.layout == "compressed-tensors":
+            return packed_bytes(shape, scheme, scale_bytes)
+        rows, columns = shape
+        grids = rows * scheme.groups(columns)
+        return (columns * rows + grids) * scheme.bits // 8 + grids * 2 + (_INDEX_BYTES * columns if self.layout == "gptq" else 0)
 
     def apply(self, context: ExportContext) -> None:
         """Write the artifact.
@@ -61,78 +67,19 @@ class Vllm(Export):
         Raises:
             CheckpointError: a linear does not fit the layout.
         """
-        from compress.export.vllm_writer import link_packed, write_awq
+        from compress.export.vllm_writer import link_packed, write_laid_out
 
         checkpoint = open_checkpoint(context.source)
-        outlook = Outlook(checkpoint, context.family, quantized_linears(checkpoint))
-        if faults := self.check(outlook):
-            raise CheckpointError("\n".join(faults))
-        if self.layout == "awq":
-            write_awq(context, outlook)
-        else:
+        outlook = Outlook(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+        if found := self.check(outlook):
+            raise CheckpointError("\n".join(found))
+        if self.layout == "compressed-tensors":
             link_packed(context, checkpoint, unquantized_linears(checkpoint, context.family, outlook.schemes))
+        else:
+            write_laid_out(context, outlook, self.layout)
 
 
-def _fused_faults(outlook: Outlook) -> list[str]:
-    faults: dict[str, list[str]] = {}
-    for name in outlook.schemes:
-        parent, _, own = name.rpartition(".")
-        for parts in (parts for parts in _FUSED if own in parts):
-            siblings = [f"{parent}.{part}" for part in parts]
-            whole = all(sibling in outlook.schemes or _is_dense(outlook, sibling) for sibling in siblings)
-            if whole and len({outlook.schemes.get(sibling) for sibling in siblings}) > 1:
-                reason = (
-                    f"vLLM joins {', '.join(parts)} into one layer, and they are not all quantized alike; "
-                    "give them the same bits, group_size and symmetric, or leave all of them out"
-                )
-                faults.setdefault(reason, [])
-                if parent not in faults[reason]:
-                    faults[reason].append(parent)
-    return _lines(faults)
-
-
-def _is_dense(outlook: Outlook, name: str) -> bool:
-    return f"{name}.weight" in outlook.checkpoint.tensors
-
-
-def _awq_faults(outlook: Outlook) -> list[str]:
-    remedy = "set layout: compressed-tensors"
-    if not outlook.schemes:
-        return ["export: layout awq holds quantized weights, and no stage quantizes any; add a stage such as awq, or " + remedy]
-    faults: dict[str, list[str]] = {}
-    usual = Counter(scheme.group_size for scheme in outlook.schemes.values()).most_common(1)[0][0]
-    for name, scheme in outlook.schemes.items():
-        rows, _ = linear_shape(outlook.checkpoint, name)
-        if scheme.bits != _AWQ_BITS:
-            faults.setdefault(f"layout awq holds 4 bits, not {scheme.bits}; {remedy}", []).append(name)
-        elif scheme.group_size != usual:
-            reason = f"layout awq holds one group size, {usual} here, and not {scheme.group_size} as well; {remedy}"
-            faults.setdefault(reason, []).append(name)
-        elif rows % _AWQ_COLUMNS:
-            reason = f"layout awq holds outputs by eights, not {rows}; {remedy}, or leave the layer out"
-            faults.setdefault(reason, []).append(name)
-    return _lines(faults)
-
-
-def _zero_point_faults(outlook: Outlook) -> list[str]:
-    faults: dict[str, list[str]] = {}
-    for name, scheme in outlook.schemes.items():
-        rows, _ = linear_shape(outlook.checkpoint, name)
-        if not scheme.symmetric and rows * scheme.bits % 32:
-            reason = (
-                f"{rows} outputs at {scheme.bits} bits do not fill 32-bit words, and vLLM cannot load such zero points; "
-                "set symmetric: true on the stage, or leave the layer out"
-            )
-            faults.setdefault(reason, []).append(name)
-    return _lines(faults)
-
-
-def _lines(faults: dict[str, list[str]]) -> list[str]:
-    """Return one line for each reason, which names the first linear it holds for and counts the others."""
-    return [f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {reason}" for reason, names in faults.items()]
-
-
-def _awq_bytes(shape: tuple[int, int], scheme: Scheme) -> int:
-    rows, columns = shape
-    groups = scheme.groups(columns)
-    return columns * rows // 2 + groups * rows // 2 + groups * rows * 2
+def _scale_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """Return the size of a scale: that of the weights while these are dense, and later its own."""
+    entry = checkpoint.tensors.get(f"{name}.weight_scale") or checkpoint.tensors[f"{name}.weight"]
+    return _SCALE_BYTES.get(entry.dtype, 2)

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -20,7 +20,7 @@ from compress.export.format import ExportContext, Outlook
 from compress.files import telling_where, write_json
 from compress.layouts import linear_tensors, read_linear, unquantized_linears
 from compress.numerics.grids import QuantizedWeight
-from compress.numerics.packing import pack_awq
+from compress.numerics.packing import pack_awq, pack_gptq, pack_words
 from compress.progress import Progress
 
 _FLOAT16_MAX = 65504.0
@@ -34,6 +34,24 @@ class Rounding:
     largest: float = 0.0
 
 
+def gptq_config(outlook: Outlook) -> dict[str, Any]:
+    """Return config.json's `quantization_config` for GPTQ's layout: zero points less one (its first version), no reordering.
+
+    The quantized linears are named, so that vLLM leaves all others alone.
+    """
+    scheme = next(iter(outlook.schemes.values()))
+    return {
+        "bits": scheme.bits,
+        "checkpoint_format": "gptq",
+        "desc_act": False,
+        "group_size": scheme.group_size,
+        "lm_head": _quantizes_head(outlook),
+        "modules_in_block_to_quantize": sorted(outlook.schemes),
+        "quant_method": "gptq",
+        "sym": True,
+    }
+
+
 def awq_config(outlook: Outlook) -> dict[str, Any]:
     """Return config.json's `quantization_config` for AutoAWQ's GEMM layout."""
     scheme = next(iter(outlook.schemes.values()))
@@ -41,7 +59,7 @@ def awq_config(outlook: Outlook) -> dict[str, Any]:
     return {
         "bits": scheme.bits,
         "group_size": scheme.group_size,
-        "lm_head": family.head in {family.module_name(name) for name in outlook.schemes},
+        "lm_head": _quantizes_head(outlook),
         "modules_to_not_convert": unquantized_linears(outlook.checkpoint, family, outlook.schemes),
         "quant_method": "awq",
         "version": "gemm",
@@ -49,7 +67,11 @@ def awq_config(outlook: Outlook) -> dict[str, Any]:
     }
 
 
-def write_awq(context: ExportContext, outlook: Outlook) -> None:
+def _quantizes_head(outlook: Outlook) -> bool:
+    return outlook.family.head in {outlook.family.module_name(name) for name in outlook.schemes}
+
+
+def write_laid_out(context: ExportContext, outlook: Outlook, layout: Literal["awq", "gptq"]) -> None:
     """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, from the same integers.
 
     Raises:
@@ -59,6 +81,7 @@ def write_awq(context: ExportContext, outlook: Outlook) -> None:
     reader = WeightReader(outlook.checkpoint, context.family)
     owners = {part: name for name in outlook.schemes for part in linear_tensors(name)}
     rounding = Rounding([])
+    lay_out = awq_linear if layout == "awq" else gptq_linear
     with (
         ShardWriter(context.target) as writer,
         context.progress.task("export", len(outlook.checkpoint.tensors), "tensors") as advance,
@@ -69,15 +92,34 @@ def write_awq(context: ExportContext, outlook: Outlook) -> None:
                 writer.add(name, reader.disk_tensor(name))
             elif name == f"{owner}.weight_packed":
                 weight = read_linear(owner, outlook.schemes[owner], reader.disk_tensor)
-                for part, tensor in awq_linear(owner, weight, rounding).items():
+                scales = float16_scales(owner, weight, layout, rounding)
+                for part, tensor in {**lay_out(owner, weight), f"{owner}.scales": scales}.items():
                     writer.add(part, tensor)
             advance(1)
-    _tell(rounding, context.progress)
-    _write_rest(context, {**outlook.checkpoint.config, "quantization_config": awq_config(outlook)})
+    _tell(rounding, layout, context.progress)
+    config = awq_config(outlook) if layout == "awq" else gptq_config(outlook)
+    _write_rest(context, {**outlook.checkpoint.config, "quantization_config": config})
 
 
-def awq_linear(name: str, weight: QuantizedWeight, rounding: Rounding) -> dict[str, Tensor]:
-    """Return the tensors of one linear; what its scales lose as float16 is noted in `rounding`.
+def awq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the codes and zero points of one linear for AutoAWQ's GEMM kernel."""
+    assert weight.zero_points is not None, "only integers are laid out this way"
+    return {f"{name}.qweight": pack_awq(weight.codes), f"{name}.qzeros": pack_awq(weight.zero_points)}
+
+
+def gptq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
+    """Return the codes, zero points and groups of one linear in GPTQ's layout: input channel i is in group i // group_size."""
+    assert weight.zero_points is not None, "only integers are laid out this way"
+    bits, columns = weight.scheme.bits, weight.codes.shape[1]
+    return {
+        f"{name}.qweight": pack_gptq(weight.codes, bits),
+        f"{name}.qzeros": pack_words((weight.zero_points - 1).t(), bits),
+        f"{name}.g_idx": torch.arange(columns, dtype=torch.int32) // weight.scheme.group_size,
+    }
+
+
+def float16_scales(name: str, weight: QuantizedWeight, layout: str, rounding: Rounding) -> Tensor:
+    """Return the scales of one linear, float16 [groups, out]; what they lose by that is noted in `rounding`.
 
     Raises:
         CheckpointError: a scale is too large for float16.
@@ -85,7 +127,7 @@ def awq_linear(name: str, weight: QuantizedWeight, rounding: Rounding) -> dict[s
     exact = weight.scales.to(torch.float32)
     if bool((exact.abs() > _FLOAT16_MAX).any()):
         raise CheckpointError(
-            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and layout awq stores them as float16, which ends at "
+            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and layout {layout} stores them as float16, which ends at "
             f"{_FLOAT16_MAX:.0f}; set layout: compressed-tensors"
         )
     scales = exact.to(torch.float16)
@@ -93,11 +135,7 @@ def awq_linear(name: str, weight: QuantizedWeight, rounding: Rounding) -> dict[s
     if bool(change.any()):
         rounding.linears.append(name)
         rounding.largest = max(rounding.largest, float((change / exact.abs().clamp_min(torch.finfo(torch.float32).tiny)).max()))
-    return {
-        f"{name}.qweight": pack_awq(weight.codes),
-        f"{name}.qzeros": pack_awq(weight.zero_points),
-        f"{name}.scales": scales.t().contiguous(),
-    }
+    return scales.t().contiguous()
 
 
 def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[str]) -> None:
@@ -138,9 +176,10 @@ def _write_rest(context: ExportContext, config: Mapping[str, Any]) -> None:
         copy_side_files(context.source, context.target)
 
 
-def _tell(rounding: Rounding, progress: Progress) -> None:
+def _tell(rounding: Rounding, layout: str, progress: Progress) -> None:
     if rounding.linears:
         progress.warn(
-            f"layout awq stores scales as float16: those of {len(rounding.linears)} linears ({rounding.linears[0]} first) are no "
-            f"float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; layout: compressed-tensors keeps them"
+            f"layout {layout} stores scales as float16: those of {len(rounding.linears)} linears ({rounding.linears[0]} first) are "
+            f"no float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; "
+            "layout: compressed-tensors keeps them"
         )

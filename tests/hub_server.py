@@ -17,7 +17,10 @@ LARGE = (".safetensors", ".parquet", ".bin")
 
 @dataclass
 class Repo:
-    """A repository at one commit; `damaged` files are served that many times with a changed byte."""
+    """A repository at one commit; `damaged` files are served that many times with a changed byte.
+
+    Of the files in `lengths`, which says how large they are, `files` holds only the start.
+    """
 
     files: dict[str, bytes]
     commit: str = "c0ffee" + "0" * 34
@@ -25,12 +28,17 @@ class Repo:
     gated: bool = False
     down: bool = False
     damaged: dict[str, int] = field(default_factory=lambda: dict[str, int]())
+    lengths: dict[str, int] = field(default_factory=lambda: dict[str, int]())
+
+    def size(self, name: str) -> int:
+        """Return how many bytes a file has."""
+        return self.lengths.get(name, len(self.files[name]))
 
     def listing(self) -> list[dict[str, Any]]:
         """Return the files as Hugging Face lists them."""
         return [
-            {"rfilename": name, "size": len(data), "blobId": git_digest(data)}
-            | ({"lfs": {"sha256": sha256(data), "size": len(data), "pointerSize": 134}} if name.endswith(LARGE) else {})
+            {"rfilename": name, "size": self.size(name), "blobId": git_digest(data)}
+            | ({"lfs": {"sha256": sha256(data), "size": self.size(name), "pointerSize": 134}} if name.endswith(LARGE) else {})
             for name, data in self.files.items()
         ]
 
@@ -147,7 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         if part:
             first, _, last = part.removeprefix("bytes=").partition("-")
             data, status = data[int(first) : int(last) + 1 if last else None], 206
-            headers |= {"Content-Range": f"bytes {first}-{int(first) + len(data) - 1}/{len(repo.files[name])}"}
+            headers |= {"Content-Range": f"bytes {first}-{int(first) + len(data) - 1}/{repo.size(name)}"}
         if self.command == "GET":
             self.state.served.append((name, part))
             if repo.damaged.get(name, 0) > 0:

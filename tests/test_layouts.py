@@ -3,19 +3,22 @@ import math
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor, IntQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
-from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 from torch import Tensor
 
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
 from compress.families import family_of
 from compress.layouts import (
+    kv_cache_tensors,
     linear_shape,
     pack_linear,
     packed_bytes,
@@ -24,11 +27,19 @@ from compress.layouts import (
     read_linear,
     unquantized_linears,
 )
+from compress.numerics.grids import QuantizedWeight
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl
 
+W8A8 = Scheme(8, -1, symmetric=True, activations="token")
+W8A8_STATIC = Scheme(8, -1, symmetric=True, activations="tensor")
+FP8_DYNAMIC = Scheme(8, -1, symmetric=True, type="float", activations="token")
+FP8_STATIC = Scheme(8, -1, symmetric=True, type="float", block_rows=-1, activations="tensor")
+FP8_BLOCK = Scheme(8, 128, symmetric=True, type="float", block_rows=128, activations="group")
+FP8_WEIGHTS = Scheme(8, -1, symmetric=True, type="float")
+UNPACKED = [W8A8, W8A8_STATIC, FP8_DYNAMIC, FP8_STATIC, FP8_BLOCK, FP8_WEIGHTS]
 SCHEMES = [scheme(bits, group, symmetric) for bits in (2, 3, 4, 8) for group in (16, 32, -1) for symmetric in (False, True)]
 
 
@@ -43,6 +54,8 @@ def test_a_linear_reads_back_as_it_was_packed(held: Scheme) -> None:
     back = read_linear("decoder.proj", held, tensors.__getitem__)
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.scales, weight.scales)
+    assert back.zero_points is not None
+    assert weight.zero_points is not None
     assert torch.equal(back.zero_points, weight.zero_points)
     assert torch.equal(back.dequantize(), weight.dequantize())
 
@@ -56,10 +69,76 @@ def test_compressed_tensors_reads_the_same_matrix(held: Scheme) -> None:
     assert torch.equal(theirs["weight"], weight.dequantize())
 
 
-@pytest.mark.parametrize("held", SCHEMES)
+def with_input_scale(weight: QuantizedWeight) -> QuantizedWeight:
+    """Return the weight as a stage gives it: with a scale for its input where that is fixed."""
+    fixed = weight.scheme.activations == "tensor"
+    return replace(weight, input_scale=torch.tensor([0.0625])) if fixed else weight
+
+
+@pytest.mark.parametrize("held", UNPACKED)
+@pytest.mark.parametrize("shape", [(24, 96), (5, 32), (130, 300), (256, 128)])
+def test_a_linear_of_8_bits_reads_back_as_it_was_laid_out(held: Scheme, shape: tuple[int, int]) -> None:
+    weight = with_input_scale(quantize(random_weight(*shape), held, torch.bfloat16))
+    tensors = pack_linear("decoder.proj", weight)
+    assert tensors["decoder.proj.weight"].dtype == (torch.int8 if held.type == "int" else torch.float8_e4m3fn)
+    assert "decoder.proj.weight_shape" not in tensors
+    back = read_linear("decoder.proj", held, tensors.__getitem__)
+    assert back.scheme == weight.scheme
+    assert torch.equal(back.codes.view(torch.uint8), weight.codes.view(torch.uint8))
+    assert torch.equal(back.dequantize(), weight.dequantize())
+    assert (back.input_scale is None) == (weight.input_scale is None)
+    assert back.input_scale is None or float(back.input_scale) == 0.0625
+
+
+@pytest.mark.parametrize("held", UNPACKED)
+@pytest.mark.parametrize("shape", [(24, 96), (256, 384)])
+def test_compressed_tensors_reads_the_same_matrix_of_8_bits(held: Scheme, shape: tuple[int, int]) -> None:
+    weight = with_input_scale(quantize(random_weight(*shape), held, torch.float32))
+    tensors = {name.removeprefix("proj."): tensor for name, tensor in pack_linear("proj", weight).items()}
+    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
+    theirs = IntQuantizationCompressor if held.type == "int" else FloatQuantizationCompressor
+    assert torch.equal(theirs.decompress(tensors, config.config_groups["group_0"])["weight"], weight.dequantize())
+
+
+@pytest.mark.parametrize(
+    ("preset", "held"),
+    [("W8A8", W8A8), ("FP8_DYNAMIC", FP8_DYNAMIC), ("FP8", FP8_STATIC), ("FP8_BLOCK", FP8_BLOCK), ("W4A16", scheme(4, 128, True))],
+)
+def test_groups_say_what_the_librarys_own_schemes_say(preset: str, held: Scheme) -> None:
+    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
+    ours, theirs = config.config_groups["group_0"], preset_name_to_scheme(preset, ["Linear"])
+    settings = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic"}
+    assert ours.weights.model_dump(include=settings) == theirs.weights.model_dump(include=settings)
+    assert (ours.input_activations is None) == (theirs.input_activations is None)
+    if ours.input_activations is not None:
+        assert ours.input_activations.model_dump(include=settings) == theirs.input_activations.model_dump(include=settings)
+
+
+def test_a_config_of_several_formats_says_so() -> None:
+    held = {"a.up": scheme(4), "v.up": W8A8, "v.down": FP8_BLOCK, "lm_head": FP8_STATIC}
+    content = quantization_config(held, ignore=["v.proj"], kv_cache=True)
+    theirs: Any = QuantizationConfig.model_validate(content)
+    assert theirs.format == "mixed-precision"
+    assert [group.format for group in theirs.config_groups.values()] == [
+        "pack-quantized", "int-quantized", "float-quantized", "float-quantized",
+    ]  # fmt: skip
+    assert (theirs.kv_cache_scheme.num_bits, theirs.kv_cache_scheme.type, theirs.kv_cache_scheme.strategy) == (8, "float", "tensor")
+    assert not theirs.kv_cache_scheme.dynamic
+    assert quantization_config(held, ignore=[])["kv_cache_scheme"] is None
+
+
+def test_scales_of_keys_and_values_are_named_after_the_attention() -> None:
+    tensors = kv_cache_tensors("model.layers.0.self_attn", torch.tensor(0.5), torch.tensor([0.25]))
+    assert {name: tensor.tolist() for name, tensor in tensors.items()} == {
+        "model.layers.0.self_attn.k_scale": [0.5],
+        "model.layers.0.self_attn.v_scale": [0.25],
+    }
+
+
+@pytest.mark.parametrize("held", [*SCHEMES, *UNPACKED])
 @pytest.mark.parametrize("shape", [(24, 96), (5, 32), (64, 160)])
 def test_predicted_bytes_are_exact(held: Scheme, shape: tuple[int, int]) -> None:
-    tensors = pack_linear("proj", quantize(random_weight(*shape), held, torch.bfloat16))
+    tensors = pack_linear("proj", with_input_scale(quantize(random_weight(*shape), held, torch.bfloat16)))
     assert packed_bytes(shape, held) == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -83,10 +162,16 @@ def test_several_schemes_target_their_linears_by_name() -> None:
 def test_a_checkpoint_tells_how_its_linears_are_held(tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source")
 
+    schemes = {
+        "v_proj": None,
+        "down_proj": scheme(8, -1, symmetric=True),
+        "o_proj": W8A8,
+        "up_proj": FP8_BLOCK,
+        "k_proj": FP8_DYNAMIC,
+    }
+
     def choose(name: str) -> Scheme | None:
-        if name.endswith("v_proj"):
-            return None
-        return scheme(8, -1, symmetric=True) if name.endswith("down_proj") else scheme(3, 16)
+        return schemes.get(name.rpartition(".")[2], scheme(3, 16))
 
     written = round_checkpoint(source, tmp_path / "rounded", choose)
     checkpoint = open_checkpoint(tmp_path / "rounded")
@@ -117,16 +202,19 @@ def test_a_checkpoint_quantized_by_others_is_refused(tmp_path: Path) -> None:
 
 
 def test_an_unsupported_architecture_is_named_with_its_place() -> None:
-    with pytest.raises(CheckpointError, match=r"^config\.json: model_type 'llava' is no supported architecture; supported are"):
-        family_of({"model_type": "llava"})
-    with pytest.raises(CheckpointError, match=r"^someone/llava: model_type 'llava' is no supported architecture"):
-        family_of({"model_type": "llava"}, where="someone/llava")
+    with pytest.raises(CheckpointError, match=r"^config\.json: model_type 'fuyu' is no supported architecture; supported are"):
+        family_of({"model_type": "fuyu"})
+    with pytest.raises(CheckpointError, match=r"^someone/fuyu: model_type 'fuyu' is no supported architecture"):
+        family_of({"model_type": "fuyu"}, where="someone/fuyu")
 
 
 def test_tensors_that_do_not_fit_the_scheme_are_refused() -> None:
     tensors = pack_linear("proj", quantize(random_weight(8, 64), scheme(4, 32), torch.bfloat16))
     with pytest.raises(CheckpointError, match=r"proj: its packed tensors .* do not hold a matrix \[8, 64\] of 8 bits"):
         read_linear("proj", scheme(8, 32), tensors.__getitem__)
+    tensors = pack_linear("proj", quantize(random_weight(8, 64), W8A8, torch.bfloat16))
+    with pytest.raises(CheckpointError, match=r"proj: its weight is torch\.int8 \[8, 64\] with scales .* says float-quantized"):
+        read_linear("proj", FP8_DYNAMIC, tensors.__getitem__)
 
 
 def test_the_plans_part_needs_no_torch() -> None:

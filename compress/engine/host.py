@@ -17,6 +17,9 @@ from torch import Tensor
 
 from compress.errors import StoreError
 
+_LARGEST_GAP = 2
+"""How many times a tensor's own size its memory may span."""
+
 
 class Host:
     """Holds tensors off the device. A scratch file has no name and goes with its tensor."""
@@ -32,13 +35,14 @@ class Host:
         Raises:
             StoreError: the scratch folder is full or cannot be written.
         """
-        size = tensor.numel() * tensor.element_size()
+        strides, extent = _layout(tensor)
+        size = extent * tensor.element_size()
         if size == 0 or self.resident + size <= self.limit:
-            kept = tensor.detach().to("cpu", copy=True)
+            kept = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor.detach())
             self.resident += size
             weakref.finalize(kept, self._release, size)
             return kept
-        return self._spill(tensor, size)
+        return self._spill(tensor, strides, size)
 
     def keep_all(self, tree: Any) -> Any:
         """Return a copy of nested containers with every tensor in them kept."""
@@ -47,7 +51,7 @@ class Host:
     def _release(self, size: int) -> None:
         self.resident -= size
 
-    def _spill(self, tensor: Tensor, size: int) -> Tensor:
+    def _spill(self, tensor: Tensor, strides: tuple[int, ...], size: int) -> Tensor:
         try:
             with tempfile.TemporaryFile(dir=self.scratch) as file:
                 file.truncate(size)
@@ -59,8 +63,19 @@ class Host:
                 f"{self.scratch}: {cause}; {size:,} bytes of activations did not fit in memory nor there. "
                 "Free space, or use fewer calibration samples"
             ) from error
-        kept = torch.frombuffer(view, dtype=tensor.dtype).view(tensor.shape)
+        kept = torch.frombuffer(view, dtype=tensor.dtype).as_strided(tensor.shape, strides)
         return kept.copy_(tensor)
+
+
+def _layout(tensor: Tensor) -> tuple[tuple[int, ...], int]:
+    """Return the strides to keep a tensor with, and how many elements they span.
+
+    They are its own where that costs little: a linear on a slice adds its bias elsewhere than on a copy, and rounds differently.
+    """
+    extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    if tensor.numel() <= extent <= _LARGEST_GAP * tensor.numel():
+        return tensor.stride(), extent
+    return torch.empty(tensor.shape, device="meta").stride(), tensor.numel()
 
 
 def _reserve(descriptor: int, size: int) -> None:

@@ -8,19 +8,17 @@ nothing else it is given depends on the blocks, the walk feeds it directly and s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NoReturn, Protocol, cast
-from weakref import ref
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from compress.checkpoint import Checkpoint
 from compress.engine.host import Host, map_tensors
+from compress.engine.recorder import Forward, ReachedError, Recorder, fill, hidden_states, replaced
 from compress.engine.weights import DTYPES, WeightReader, unload
 from compress.errors import CheckpointError
 from compress.families import Family, within
@@ -28,8 +26,6 @@ from compress.skeleton import build_skeleton
 
 HOST_BYTES = 16 << 30
 """How much host memory activations may take before they spill to disk."""
-
-Forward = Callable[..., Any]
 
 
 class Batch(Protocol):
@@ -42,41 +38,45 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class Positions:
-    """Which rows of a linear's input count: masks [samples · tokens] over text and vision tokens, padding in neither."""
+    """Which rows of a linear's input count: masks [rows] over text and vision, padding in neither.
+
+    `images` [parts] says which parts of the images' states, of equally many rows each, any token may read; None: all of them.
+    """
 
     text: Tensor
     vision: Tensor
+    images: Tensor | None = None
+
+    def of_images(self, rows: int) -> Positions | None:
+        """Return what counts of so many rows of the images' states; None where all of them do."""
+        if self.images is None or rows % len(self.images):
+            return None
+        vision = self.images.repeat_interleave(rows // len(self.images))
+        return Positions(torch.zeros_like(vision), vision)
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a block, its tensors on the host; `positions` is None inside the vision tower, where every row is vision."""
+    """One call of a part, its tensors on the host, for the calibration batch of that number.
+
+    `positions` is None inside the vision tower where every row counts.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     positions: Positions | None
-
-
-class _Previous:
-    """Stands in recorded arguments for what the block before returned."""
-
-
-_PREVIOUS = _Previous()
-
-
-class ReachedError(Exception):
-    """Unwinds a forward once what was wanted of it is there."""
+    batch: int = 0
 
 
 @dataclass
 class _Trace:
-    """One batch's way through the model: what its parts returned, and how its blocks were called.
+    """One batch's way through the model: what its parts returned, how they were called, and in which `order`.
 
-    What a block in `idle` returned is read by nothing but the next block.
+    What a part in `idle` returned is read by nothing but the next one.
     """
 
     positions: Positions
-    reached: bool = True
+    order: list[str] = field(default_factory=lambda: list[str]())
     idle: frozenset[str] = frozenset()
     frontends: dict[str, list[Any]] = field(default_factory=lambda: dict[str, list[Any]]())
     calls: dict[str, tuple[Any, Any]] = field(default_factory=lambda: dict[str, tuple[Any, Any]]())
@@ -98,12 +98,16 @@ class Walkthrough:
 
 @dataclass(frozen=True)
 class Visit:
-    """A part of the model with its weights in place; changes made to them before the walk goes on are what later parts see."""
+    """A part of the model with its weights in place; changes made to them before the walk goes on are what later parts see.
+
+    `calls` is empty where no sample reaches the part. `vision_readers` are its linears whose input is the images' states.
+    """
 
     name: str
     module: nn.Module
     calls: Sequence[Call]
     device: str
+    vision_readers: tuple[str, ...] = ()
 
     @torch.no_grad()
     def run(self, call: Call) -> Any:
@@ -124,34 +128,37 @@ class Replay:
         self.model: nn.Module = build_skeleton(plan.checkpoint.folder, dtype, torch.device(plan.device), plan.trust_remote_code)
         self.at = ""
         self._traces: list[_Trace] = []
+        self._chain: frozenset[str] = frozenset()
 
     def vision_units(self) -> list[str]:
-        """The vision tower's parts in order: its blocks, then the projector."""
+        """The vision tower's parts: its blocks, then what leads to the decoder."""
         blocks = [name for container in self.family.vision_blocks for name in self._blocks(container)]
-        return [*blocks, *self.family.projector]
+        return [*blocks, *(name for name in self._projector() if self._inside_vision(name))]
 
     def decoder_units(self) -> list[str]:
-        """The decoder's blocks in order."""
-        return self._blocks(self.family.blocks)
+        """The decoder's blocks in order, and what projects their result (CLIP's text tower has such a part)."""
+        return [*self._blocks(self.family.blocks), *self._projections()]
 
     @torch.no_grad()
     def walk(self, units: Sequence[str]) -> Iterator[Visit]:
-        """Visit parts of the vision tower, or of the decoder (the output head may follow its blocks), in order.
+        """Visit parts of the vision tower, or of the decoder (the output head may follow its blocks), in the order they run.
 
-        To have both, walk the vision tower first. A part's outputs are computed when the walk goes on to the next.
+        To have both, walk the vision tower first. A part's outputs are computed when the walk goes on to the next. A part that a
+        batch does not reach is passed over for it.
 
         Raises:
-            CheckpointError: weights are missing or not finite, or a part of the model is never reached.
+            CheckpointError: weights are missing or not finite.
         """
         self.at = units[0]
         inside_vision = self._inside_vision(units[0])
         frontends = (self.family.embeddings,) if inside_vision else self.family.frontends
-        surroundings = self._surroundings(units)
-        for name in surroundings:
+        self._chain = self._chained(units)
+        for name in self._surroundings(units):
             self.reader.put(self.model, name, name, self.plan.device)
         self._first_pass(units, frontends)
-        for name in frontends:
+        for name in (*frontends, *self._chain):
             unload(self.model.get_submodule(name))
+        units = self._in_order(units)
         for index, name in enumerate(units):
             yield from self._visit(units, index, frontends)
             unload(self.model.get_submodule(name))
@@ -164,9 +171,8 @@ class Replay:
         calls = [self._call(number, units, index, frontends) for number in range(len(self._traces))]
         module = self.model.get_submodule(name)
         self.reader.load(module, name, self.plan.device)
-        visit = Visit(name, module, [call for call in calls if call is not None], self.plan.device)
-        if not visit.calls:
-            raise CheckpointError(f"{name}: no calibration sample reaches it; add samples that do, images for the vision tower")
+        readers = self.family.vision_readers if within(name, self.family.blocks) else ()
+        visit = Visit(name, module, [call for call in calls if call is not None], self.plan.device, readers)
         yield visit
         if index + 1 == len(units) and not self._inside_vision(name):
             return
@@ -176,27 +182,46 @@ class Replay:
 
     def _call(self, number: int, units: Sequence[str], index: int, frontends: Sequence[str]) -> Call | None:
         name, trace = units[index], self._traces[number]
-        if not trace.reached:
+        if name in self._chain and name not in trace.order:
             return None
         if name in trace.calls:
             args, kwargs = trace.calls.pop(name)
-            previous = trace.outputs[units[index - 1]] if index else None
-            args, kwargs = _fill(args, previous), _fill(kwargs, previous)
+            before = _before(trace, name)
+            previous = trace.outputs[before] if before else None
+            args, kwargs = fill(args, previous), fill(kwargs, previous)
         else:
             recorded = self._replay(number, units[index:], frontends)
             if recorded is None:
                 return None
             args, kwargs = recorded
         self._release(trace, units, index)
-        return Call(args, kwargs, None if self._inside_vision(name) else trace.positions)
+        return Call(args, kwargs, self._rows(name, trace, args, kwargs), number)
 
     def _release(self, trace: _Trace, units: Sequence[str], index: int) -> None:
         """Let go of what is of no use to this batch's later replays, once the call of `units[index]` is there."""
-        if not self._inside_vision(units[index]) and all(name in trace.calls for name in units[index + 1 :]):
+        before = _before(trace, units[index])
+        if not self._inside_vision(units[index]) and not self._replays(trace, units[index + 1 :]):
             trace.frontends.clear()
             trace.outputs.clear()
-        elif index and units[index - 1] in trace.idle:
-            trace.outputs[units[index - 1]] = map_tensors(trace.outputs[units[index - 1]], _hollow)
+        elif before in trace.idle:
+            trace.outputs[before] = map_tensors(trace.outputs[before], _hollow)
+
+    def _replays(self, trace: _Trace, units: Sequence[str]) -> bool:
+        """Return whether any of the parts needs a forward of its own to find out how this batch calls it."""
+        return any(name not in trace.calls and (name in trace.order or name not in self._chain) for name in units)
+
+    def _chained(self, units: Sequence[str]) -> frozenset[str]:
+        """Return the parts that a first pass can follow through: all of the vision tower, of the decoder its blocks."""
+        inside = self._inside_vision(units[0])
+        return frozenset(name for name in units if inside or within(name, self.family.blocks))
+
+    def _in_order(self, units: Sequence[str]) -> list[str]:
+        """Return the parts as the batch that calls most of them does; each of the others stays behind the one given before it."""
+        ordered = list(max((trace.order for trace in self._traces), key=len, default=[]))
+        for index, name in enumerate(units):
+            if name not in ordered:
+                ordered.insert(ordered.index(units[index - 1]) + 1 if index else 0, name)
+        return ordered
 
     def _inside_vision(self, name: str) -> bool:
         return self.family.inside_vision(name)
@@ -207,158 +232,147 @@ class Replay:
     def _surroundings(self, units: Sequence[str]) -> list[str]:
         """Return the tensors a first pass needs: of the frontends, and of all that lies between the units."""
         visited = {name for trace in self._traces for name in trace.outputs}
-        apart = (*units, *visited, *self._blocks(self.family.blocks), *self._heads())
-        needed = [name for name in self.model.state_dict() if not any(within(name, part) for part in apart)]
-        if self._inside_vision(units[0]):
-            needed = [name for name in needed if self._inside_vision(name) or within(name, self.family.embeddings)]
-        return needed
+        hidden = (name for name in units if name not in self._chain or name not in self.family.projector)
+        apart = (*hidden, *visited, *self._blocks(self.family.blocks), *self._projections(), *self._heads())
+        return [name for name in self.model.state_dict() if not any(within(name, part) for part in apart)]
 
     def _first_pass(self, units: Sequence[str], frontends: Sequence[str]) -> None:
-        """Run each batch with a recording stub in every block's place, to learn which blocks are fed directly."""
-        container = units[0].rpartition(".")[0]
-        chain = [name for name in units if name.rpartition(".")[0] == container]
+        """Run each batch with a recording stub in every part's place, to learn their order and which are fed directly."""
         first = not self._traces
         for number, batch in enumerate(self.plan.batches):
             inputs = batch.inputs()
             if first:
                 self._traces.append(_Trace(self._positions(inputs)))
             trace = self._traces[number]
-            recorder = _Recorder(self.host)
+            recorder = Recorder(self.host)
             stubs: dict[str, Forward] = {name: _returning(output, self.plan.device) for name, output in trace.outputs.items()}
-            stubs |= {name: recorder.stub(name) for name in chain}
+            stubs |= {name: recorder.stub(name, self._own_forward(name)) for name in self._chain}
             stubs |= dict.fromkeys(self._stops(units), recorder.stop)
             outputs: dict[str, list[Any]] = {name: [] for name in frontends}
             for name in frontends:
-                stubs[name] = _recording(self.model.get_submodule(name).forward, outputs[name], self.host)
+                forward = stubs.get(name, self.model.get_submodule(name).forward)
+                stubs[name] = _recording(forward, outputs[name], self.host)
             with recorder:
                 self._forward(inputs, stubs)
+            if not recorder.idle:
+                recorder.finish()
             trace.outputs.clear()
-            trace.calls, trace.idle = recorder.calls, recorder.idle
-            trace.reached = bool(recorder.calls)
-            if trace.reached and any(name not in trace.calls for name in units):
+            trace.calls, trace.idle, trace.order = recorder.calls, recorder.idle, recorder.order
+            if self._replays(trace, units):
                 trace.frontends = outputs
+
+    def _own_forward(self, name: str) -> Forward | None:
+        """Return what a part runs in a first pass, for one that does not return states such as it is given."""
+        return self.model.get_submodule(name).forward if name in self.family.projector else None
 
     def _replay(self, number: int, ahead: Sequence[str], frontends: Sequence[str]) -> tuple[Any, Any] | None:
         """Return the arguments of the part `ahead[0]`, or None where the model's forward does not call it for this batch."""
-        trace = self._traces[number]
         found: list[tuple[Any, Any]] = []
 
         def stop(*args: Any, **kwargs: Any) -> NoReturn:
             found.append((self.host.keep_all(args), self.host.keep_all(kwargs)))
             raise ReachedError
 
-        stubs: dict[str, Forward] = {name: _returning(output, self.plan.device) for name, output in trace.outputs.items()}
-        for name in frontends:
-            stubs[name] = _returning_each(name, trace.frontends.get(name, []), self.plan.device)
-        stubs |= dict.fromkeys(self._stops(ahead), _stop)
-        stubs[ahead[0]] = stop
+        stubs = self._known(number, frontends) | dict.fromkeys(self._stops(ahead), _stop) | {ahead[0]: stop}
         self._forward(self.plan.batches[number].inputs(), stubs)
         return found[0] if found else None
 
+    def head_input(self, number: int, outputs: Mapping[str, Any]) -> Tensor:
+        """Return what a batch's forward gives the output head, gradients included, where the blocks return `outputs`.
+
+        For the time of the visit to the last of the blocks, in a walk that goes on to the head; `outputs` has to have
+        that block's. Earlier blocks return what they did when they were visited.
+        """
+        assert self.family.head is not None
+        found: list[Tensor] = []
+
+        def stop(*args: Any, **kwargs: Any) -> NoReturn:
+            found.append(hidden_states(args, kwargs))
+            raise ReachedError
+
+        stubs = self._known(number, self.family.frontends) | {self.family.head: stop}
+        stubs |= {name: _giving(output) for name, output in outputs.items()}
+        with torch.enable_grad():
+            self._forward(self.plan.batches[number].inputs(), stubs)
+        return found[0]
+
+    def _known(self, number: int, frontends: Sequence[str]) -> dict[str, Forward]:
+        """Return stubs that return what a batch's parts returned before."""
+        trace = self._traces[number]
+        stubs: dict[str, Forward] = {name: _returning(output, self.plan.device) for name, output in trace.outputs.items()}
+        return stubs | {name: _returning_each(name, trace.frontends.get(name, []), self.plan.device) for name in frontends}
+
     def _stops(self, units: Sequence[str]) -> list[str]:
         """Return the parts before which a forward has to end: they are yet to come, and have no weights."""
-        container = units[0].rpartition(".")[0]
-        later = [name for name in units if name.rpartition(".")[0] != container]
+        later = [name for name in units if name not in self._chain]
         if self._inside_vision(units[0]):
             later.append(self._blocks(self.family.blocks)[0])
-        return [*later, *(name for name in self._heads() if name not in units)]
+        return [*later, *(name for name in (*self._projections(), *self._heads()) if name not in units)]
 
     def _heads(self) -> list[str]:
         return [] if self.family.head is None else [self.family.head]
+
+    def _projector(self) -> list[str]:
+        """Return the projector's parts; of a list of modules each is one, as it is the modules that are called."""
+        parts = ((name, self.model.get_submodule(name)) for name in self.family.projector)
+        return [part for name, module in parts for part in (self._blocks(name) if isinstance(module, nn.ModuleList) else [name])]
+
+    def _projections(self) -> list[str]:
+        return [name for name in self._projector() if not self._inside_vision(name)]
 
     def _forward(self, inputs: Mapping[str, Tensor], stubs: Mapping[str, Forward]) -> None:
         move = _mover(self.plan.device)
         with replaced(self.model, stubs):
             try:
-                self.model(**{name: move(value) for name, value in inputs.items()}, use_cache=False)
+                entry = self.model.get_submodule(self.family.entry(inputs))
+                entry(**{name: move(value) for name, value in inputs.items()}, use_cache=False)
             except ReachedError:
                 return
 
     def _positions(self, inputs: Mapping[str, Tensor]) -> Positions:
         tokens = inputs["input_ids"]
-        images = self.family.placeholders(self.plan.checkpoint.config)
+        images = () if self.family.vision_readers else self.family.placeholders(self.plan.checkpoint.config)
         vision = torch.isin(tokens, torch.tensor(images, dtype=tokens.dtype)).reshape(-1)
         mask = inputs.get("attention_mask")
         valid = torch.ones_like(vision) if mask is None else mask.bool().reshape(-1)
-        return Positions(text=valid & ~vision, vision=valid & vision)
+        parts = _read_parts(inputs.get(self.family.image_mask), valid)
+        return Positions(text=valid & ~vision, vision=valid & vision, images=parts)
+
+    def _rows(self, name: str, trace: _Trace, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Positions | None:
+        """Return which rows of a part's input count."""
+        states = hidden_states(args, kwargs)
+        rows = states.numel() // states.shape[-1]
+        if self._inside_vision(name):
+            return _without_padding(trace.positions.of_images(rows), kwargs.get("attention_mask"), rows)
+        if rows == len(trace.positions.text):
+            return trace.positions
+        every = torch.ones(rows, dtype=torch.bool)  # one row for each text, as of CLIP's pooled states
+        return Positions(text=every, vision=~every)
 
 
-class _Recorder(TorchDispatchMode):
-    """Takes the place of a chain of blocks for one forward and records the calls of those that are fed directly.
-
-    Active as a context, it sees every operation, and so which outputs of the chain are read elsewhere than in the next block.
-    """
-
-    def __init__(self, host: Host) -> None:
-        super().__init__()
-        self.calls: dict[str, tuple[Any, Any]] = {}
-        self.idle: frozenset[str] = frozenset()
-        self._host = host
-        self._previous: Tensor | None = None
-        self._returned: dict[str, ref[Tensor]] = {}
-        self._owners: dict[int, str] = {}
-        self._read: set[str] = set()
-        self._seen: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def stub(self, name: str) -> Forward:
-        """Return what runs in place of the block `name`."""
-
-        def run(*args: Any, **kwargs: Any) -> Tensor:
-            given = (args, kwargs)
-            map_tensors(given, lambda tensor: None if tensor is self._previous else self._note(tensor))
-            if self._previous is None or self._direct(given):
-                self.calls[name] = map_tensors(given, self._keep)
-            like = kwargs["hidden_states"] if "hidden_states" in kwargs else _first_tensor(args)
-            self._previous = torch.zeros(like.shape, dtype=like.dtype, device=like.device)
-            self._returned[name] = ref(self._previous)
-            self._owners[id(self._previous)] = name
-            return self._previous
-
-        return run
-
-    def stop(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """End the forward behind the chain; what is still held by then may be read by what comes after."""
-        map_tensors((args, kwargs), self._note)
-        held = {name for name, tensor in self._returned.items() if tensor() is not None}
-        self.idle = frozenset(self._returned.keys() - self._read - held)
-        raise ReachedError
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Let an operation happen, having noted what it reads."""
-        del types
-        map_tensors((args, kwargs), self._note)
-        return func(*args, **(kwargs or {}))
-
-    def _note(self, tensor: Tensor) -> None:
-        name = self._owners.get(id(tensor))
-        if name is not None and self._returned[name]() is tensor:
-            self._read.add(name)
-
-    def _direct(self, given: Any) -> bool:
-        tensors: list[Tensor] = []
-        map_tensors(given, tensors.append)
-        fed = any(tensor is self._previous for tensor in tensors)
-        return fed and all(tensor is self._previous or id(tensor) in self._seen for tensor in tensors)
-
-    def _keep(self, tensor: Tensor) -> Any:
-        if tensor is self._previous:
-            return _PREVIOUS
-        if id(tensor) not in self._seen:
-            self._seen[id(tensor)] = (tensor, self._host.keep(tensor))  # holding the tensor keeps its id its own
-        return self._seen[id(tensor)][1]
+def _before(trace: _Trace, name: str) -> str:
+    """Return the part that a batch called last before this one, empty where it is the first."""
+    index = trace.order.index(name) if name in trace.order else len(trace.order)
+    return trace.order[index - 1] if index else ""
 
 
-@contextmanager
-def replaced(model: nn.Module, stubs: Mapping[str, Forward]) -> Generator[None]:
-    """Let modules, by name, run something else than their own forward for a while."""
-    modules = {model.get_submodule(name): stub for name, stub in stubs.items()}
-    for module, stub in modules.items():
-        module.forward = stub
-    try:
-        yield
-    finally:
-        for module in modules:
-            del module.forward
+def _read_parts(seen: Tensor | None, valid: Tensor) -> Tensor | None:
+    """Return which parts of the images' states any token reads; `seen` says it of each, [samples, tokens, images, tiles]."""
+    if seen is None:
+        return None
+    tokens = valid.view(*seen.shape[:2], *[1] * (seen.dim() - 2))
+    return (seen.bool() & tokens).any(dim=1).reshape(-1)
+
+
+def _without_padding(positions: Positions | None, mask: Any, rows: int) -> Positions | None:
+    """Take out the rows of a tower's block that are padding: those that the mask of its attention hides even from themselves."""
+    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[0] * mask.shape[-1] != rows:
+        return positions
+    own = mask[:, 0].diagonal(dim1=-2, dim2=-1).reshape(-1)
+    vision = own if own.dtype == torch.bool else own == 0
+    if positions is not None:
+        vision = vision & positions.vision
+    return Positions(torch.zeros_like(vision), vision)
 
 
 def _storage_dtype(reader: WeightReader, family: Family) -> torch.dtype:
@@ -377,17 +391,6 @@ def _mover(device: str) -> Callable[[Tensor], Tensor]:
     return lambda tensor: tensor.to(device)
 
 
-def _fill(tree: Any, previous: Any) -> Any:
-    """Put the previous block's output into recorded arguments."""
-    if isinstance(tree, _Previous):
-        return previous
-    if isinstance(tree, dict):
-        return {key: _fill(value, previous) for key, value in cast("dict[str, Any]", tree).items()}
-    if type(tree) is tuple:
-        return tuple(_fill(value, previous) for value in cast("tuple[Any, ...]", tree))
-    return tree
-
-
 def _hollow(tensor: Tensor) -> Tensor:
     return torch.empty_like(tensor, device="meta")
 
@@ -401,6 +404,10 @@ def _returning(output: Any, device: str) -> Forward:
         return tensor.to(device)
 
     return lambda *args, **kwargs: map_tensors(output, real)
+
+
+def _giving(output: Any) -> Forward:
+    return lambda *args, **kwargs: output
 
 
 def _returning_each(name: str, outputs: list[Any], device: str) -> Forward:
@@ -423,9 +430,3 @@ def _recording(forward: Forward, outputs: list[Any], host: Host) -> Forward:
         return output
 
     return run
-
-
-def _first_tensor(tree: Any) -> Tensor:
-    tensors: list[Tensor] = []
-    map_tensors(tree, tensors.append)
-    return tensors[0]

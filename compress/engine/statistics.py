@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from compress.engine.replay import Positions, ReachedError, Visit
+from compress.engine.recorder import ReachedError
+from compress.engine.replay import Positions, Visit
 from compress.errors import CheckpointError
 from compress.numerics.rounding import PANEL
 
@@ -47,32 +48,49 @@ class Moment:
 
 @dataclass
 class Moments:
-    """What one distinct linear input was over the calibration samples; a kind of token that never came is None."""
+    """What one distinct linear input was over the calibration samples; a kind of token that never came is None.
+
+    `weights` say how much a text and a vision token count in the means.
+    """
 
     text: Moment | None = None
     vision: Moment | None = None
+    weights: tuple[float, float] = (1.0, 1.0)
 
     @property
     def tokens(self) -> int:
         """How many tokens were counted."""
-        return sum(part.tokens for part in self._parts())
+        return sum(part.tokens for part, _ in self._parts())
 
-    def gram(self) -> Tensor:
-        """Σ xᵀx over all tokens, float32 [in, in]."""
-        first, *others = self._parts()
-        lower = first.lower.clone()
-        for part in others:
-            lower += part.lower
-        return _mirror(lower)
+    def mean_gram(self) -> Tensor:
+        """Return the weighted mean of xᵀx over all tokens, float32 [in, in]."""
+        (first, weight), *others = self._parts()
+        lower = first.lower.clone() if weight == 1 else first.lower * weight
+        for part, weight in others:
+            lower.add_(part.lower, alpha=weight)
+        return _mirror(lower).div_(self._weight())
 
     def mean_abs(self) -> Tensor:
-        """Mean |x| over all tokens, float32 [in]."""
-        parts = self._parts()
-        total = parts[0].abs_sum if len(parts) == 1 else parts[0].abs_sum + parts[1].abs_sum
-        return total / self.tokens
+        """Return the weighted mean of |x| over all tokens, float32 [in]."""
+        (first, weight), *others = self._parts()
+        total = first.abs_sum * weight
+        for part, weight in others:
+            total.add_(part.abs_sum, alpha=weight)
+        return total / self._weight()
 
-    def _parts(self) -> list[Moment]:
-        parts = [part for part in (self.text, self.vision) if part is not None]
+    def abs_max(self) -> Tensor:
+        """Return the largest |x| of any token, float32 [in]."""
+        (first, _), *others = self._parts()
+        largest = first.abs_max
+        for part, _ in others:
+            largest = torch.maximum(largest, part.abs_max)
+        return largest
+
+    def _weight(self) -> float:
+        return sum(part.tokens * weight for part, weight in self._parts())
+
+    def _parts(self) -> list[tuple[Moment, float]]:
+        parts = [(part, weight) for part, weight in zip((self.text, self.vision), self.weights, strict=True) if part is not None]
         if not parts:
             raise CheckpointError("no calibration token was counted; every sample is padding only, give others")
         return parts
@@ -109,12 +127,14 @@ def _mirror(lower: Tensor) -> Tensor:
 class Observer:
     """Watches linears of a module while it runs; those that are given the same tensor share one `Moments`.
 
-    Once every one of them has its input, a run is ended by `ReachedError`.
+    `vision_readers` are those whose input is the images' states, whatever the tokens of the prompt are. Once every linear has its
+    input, a run is ended by `ReachedError`.
     """
 
-    def __init__(self, module: nn.Module, linears: Iterable[str]) -> None:
+    def __init__(self, module: nn.Module, linears: Iterable[str], vision_readers: Iterable[str] = ()) -> None:
         self.moments: dict[str, Moments] = {}
         self.positions: Positions | None = None
+        self._vision_readers = frozenset(vision_readers)
         self._module = module
         self._linears = tuple(linears)
         self._hooks: list[RemovableHandle] = []
@@ -144,13 +164,18 @@ class Observer:
             leader = self._leader[name]
             if leader == name:
                 self._last = (name, inputs)
-                self.moments[name].add(inputs, self.positions)
+                self.moments[name].add(inputs, self._rows(name, inputs))
             self._seen.add(name)
             if len(self._seen) == len(self._linears):
                 self._seen.clear()
                 raise ReachedError  # what the module does after its last linear's input is nobody's business
 
         return count
+
+    def _rows(self, name: str, inputs: Tensor) -> Positions | None:
+        if self.positions is None or name not in self._vision_readers:
+            return self.positions
+        return self.positions.of_images(inputs.numel() // inputs.shape[-1])
 
 
 def observe(visit: Visit, linears: Iterable[str]) -> dict[str, Moments]:
@@ -159,10 +184,14 @@ def observe(visit: Visit, linears: Iterable[str]) -> dict[str, Moments]:
     Linears with the same input share one object.
 
     Raises:
-        CheckpointError: a linear was never called, or its input is not finite.
+        CheckpointError: no sample reaches the module, a linear was never called, or its input is not finite.
     """
     names = tuple(linears)
-    with Observer(visit.module, names) as observer:
+    if not visit.calls:
+        raise CheckpointError(
+            f"{visit.name}: no calibration sample reaches it; add samples that do, images with questions for what reads images"
+        )
+    with Observer(visit.module, names, visit.vision_readers) as observer:
         for call in visit.calls:
             observer.positions = call.positions
             with suppress(ReachedError):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import importlib
 import re
-from collections.abc import Mapping
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
 from compress.errors import CheckpointError
+
+_IMAGES = "pixel_values"
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,11 @@ class Family:
     `vision` are all the modules that make of images what the decoder reads; within them lie `vision_blocks`, the containers of
     the tower's blocks, and `projector`, the modules that lead from the tower to the decoder, both in the order they run. `head` is
     None where nothing is generated. `vision_readers` are the linears of a decoder block, by their names in it, whose input
-    is the images' states and not the prompt's. `chat_template` (Jinja) is for checkpoints that ship none.
+    is the images' states and not the prompt's; `image_mask` is the model's input that says which of these states each token reads
+    [samples, tokens, images, tiles]. `text_model` is the module that takes text without images where the whole model takes none.
+    `chat_template` (Jinja) is for checkpoints that ship none. `requires` are values of the config, by dotted key, without which a
+    checkpoint of this `model_type` is another architecture; `defaults` those of the text's config that published files leave out.
+    `served_until` is the last vLLM that has the architecture, where later ones dropped it.
     """
 
     name: str
@@ -50,7 +56,12 @@ class Family:
     pairs: tuple[Pair, ...]
     vision_pairs: tuple[Pair, ...]
     vision_readers: tuple[str, ...] = ()
+    image_mask: str = ""
+    text_model: str = ""
     chat_template: str = ""
+    served_until: str = ""
+    requires: tuple[tuple[str, str | bool], ...] = ()
+    defaults: tuple[tuple[str, Any], ...] = ()
 
     @property
     def frontends(self) -> tuple[str, ...]:
@@ -60,6 +71,10 @@ class Family:
     def inside_vision(self, name: str) -> bool:
         """Return whether a module or tensor belongs to what makes of images what the decoder reads."""
         return any(within(name, part) for part in self.vision)
+
+    def entry(self, inputs: Container[str]) -> str:
+        """Return the module that takes a batch with such inputs: the whole model (empty), or its text's part alone."""
+        return "" if _IMAGES in inputs else self.text_model
 
     def placeholders(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the tokens that only stand for images and videos in a prompt, by a checkpoint's config."""
@@ -83,17 +98,43 @@ def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
     """Return the family of a model by its config.json; `where` is the folder, file or hub id that an error names.
 
     Raises:
-        CheckpointError: no family has this `model_type`.
+        CheckpointError: no family has this `model_type`, or the one that has it needs other values than the config's.
     """
+    families = list(_families())
+    family = next((family for family in families if family.model_type == config.get("model_type")), None)
+    if family is None:
+        known = ", ".join(family.model_type for family in families)
+        raise CheckpointError(
+            f"{where}: model_type {config.get('model_type')!r} is no supported architecture; supported are {known}"
+        )
+    for key, needed in family.requires:
+        found = _value(config, key, needed)
+        if found != needed:
+            raise CheckpointError(
+                f"{where}: {key} is {found!r}; of {family.model_type} only checkpoints with {needed!r} there are supported"
+            )
+    return family
+
+
+def text_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return what a config leaves out of its text's part because it is usual for the architecture; empty for an unknown one."""
+    defaults = (family.defaults for family in _families() if family.model_type == config.get("model_type"))
+    return dict(next(defaults, ()))
+
+
+def _families() -> Iterator[Family]:
     from compress.families import FAMILIES
 
-    known: list[str] = []
     for row in FAMILIES.values():
         module, _, attribute = row.partition(":")
-        family = cast("Family", getattr(importlib.import_module(module), attribute))
-        if family.model_type == config.get("model_type"):
-            return family
-        known.append(family.model_type)
-    raise CheckpointError(
-        f"{where}: model_type {config.get('model_type')!r} is no supported architecture; supported are {', '.join(known)}"
-    )
+        yield cast("Family", getattr(importlib.import_module(module), attribute))
+
+
+def _value(config: Mapping[str, Any], key: str, default: object) -> object:
+    """Return what stands at a dotted key, `default` where nothing does."""
+    value: object = config
+    for part in key.split("."):
+        value = cast("Mapping[str, object]", value).get(part) if isinstance(value, Mapping) else None
+        if value is None:
+            return default
+    return value

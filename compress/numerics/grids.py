@@ -1,4 +1,4 @@
-"""Integer grids for weights: which codes, scales and zero points stand for a matrix."""
+"""Grids for weights: which codes, scales and zero points stand for a matrix."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.numerics.floats import spread_scales
 from compress.numerics.scheme import Scheme
 
 __all__ = ["QuantizedWeight", "Scheme", "grid"]
@@ -14,19 +15,24 @@ __all__ = ["QuantizedWeight", "Scheme", "grid"]
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix [out, in] as codes: weight = (code - zero point) · scale, per group along the input.
+    """A matrix [out, in] as codes, with the scales in the type they are stored in.
 
-    `codes` uint8 [out, in]; `scales` [out, in / group_size] in the type they are stored in; `zero_points` uint8 of the same shape.
+    Integers: weight = (code - zero point) · scale, per group along the input; `codes` uint8 [out, in], `scales` [out, in /
+    group_size], `zero_points` uint8 of the same shape. Floats: weight = code · scale; `codes` float8 e4m3fn [out, in], `scales`
+    [scale rows, groups], no zero points. `input_scale`, float32 [1], is that of the linear's input where it is fixed.
     """
 
     codes: Tensor
     scales: Tensor
-    zero_points: Tensor
+    zero_points: Tensor | None
     scheme: Scheme
+    input_scale: Tensor | None = None
 
     def dequantize(self) -> Tensor:
         """Return the matrix the codes stand for, float32 [out, in]."""
         rows, columns = self.codes.shape
+        if self.zero_points is None:
+            return self.codes.to(torch.float32) * spread_scales(self.scales, self.scheme, (rows, columns))
         groups = self.codes.view(rows, -1, self.scheme.group_size).to(torch.float32)
         shifted = groups - self.zero_points.unsqueeze(-1).to(torch.float32)
         return (shifted * self.scales.unsqueeze(-1).to(torch.float32)).view(rows, columns)

@@ -1,7 +1,7 @@
 """Codes of 1 to 8 bits packed into 32-bit words, and back; nothing here modifies its input.
 
-Two layouts are in use: a dense little-endian stream of bits (compressed-tensors' pack-quantized), and AutoAWQ's GEMM order, which
-holds eight 4-bit columns of the transposed matrix in a word, interleaved.
+Two orders are in use: a dense little-endian stream of bits along a row (compressed-tensors' pack-quantized, and GPTQ's with the
+matrix transposed), and AutoAWQ's GEMM order, which holds eight 4-bit columns of the transposed matrix in a word, interleaved.
 """
 
 from __future__ import annotations
@@ -51,6 +51,16 @@ def unpack_awq(words: Tensor) -> Tensor:
     places = torch.tensor([AWQ_ORDER.index(column) for column in range(8)], device=words.device)
     interleaved = unpack_words(words, bits=4, columns=count * 8).view(columns, count, 8)
     return interleaved.index_select(2, places).view(columns, count * 8).t().contiguous()
+
+
+def pack_gptq(codes: Tensor, bits: int) -> Tensor:
+    """Pack codes [out, in] as GPTQ does, in words along the input: int32 [in · bits / 32, out]; they must fill whole words."""
+    return pack_words(codes, bits).t().contiguous()
+
+
+def unpack_gptq(words: Tensor, bits: int) -> Tensor:
+    """Return the uint8 codes [out, in] which `pack_gptq` packed."""
+    return unpack_words(words.t().contiguous(), bits, words.shape[0] * 32 // bits)
 
 
 def _row_chunks(matrix: Tensor) -> Sequence[Tensor]:

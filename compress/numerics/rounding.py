@@ -1,4 +1,4 @@
-"""Rounding matrices to integer grids, and the search for the ranges that lose least on given inputs."""
+"""Rounding matrices to grids, and the search for the ranges that lose least on given inputs."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from compress.numerics.floats import float_scales, spread_scales, to_float8
 from compress.numerics.grids import QuantizedWeight, Scheme, grid
 
 PANEL = 256
@@ -18,9 +19,13 @@ _CHUNK = 1 << 24
 def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> QuantizedWeight:
     """Round a matrix [out, in] to the nearest codes; scales are rounded to `dtype` first, so that codes fit them as stored.
 
-    `shrink` makes each group's range smaller by a factor (a number, or one per group [out, in / group_size]).
+    `shrink` makes the range of each part that has a scale smaller by a factor (a number, or one per scale).
     """
     rows, columns = weight.shape
+    if scheme.type == "float":
+        scales = float_scales(weight, scheme, dtype, shrink)
+        codes = to_float8(weight.to(torch.float32) / spread_scales(scales, scheme, (rows, columns)))
+        return QuantizedWeight(codes, scales, None, scheme)
     scheme = own_scheme(scheme, columns)
     groups = weight.to(torch.float32).view(rows, -1, scheme.group_size)
     scales, zero_points = grid(groups, scheme, dtype, shrink)
@@ -29,7 +34,7 @@ def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor 
 
 
 def own_scheme(scheme: Scheme, columns: int) -> Scheme:
-    """Return the scheme with its group size written out for a matrix of so many input channels."""
+    """Return an integer scheme with its group size written out for a matrix of so many input channels."""
     return replace(scheme, group_size=columns) if scheme.group_size == -1 else scheme
 
 
@@ -41,6 +46,8 @@ def round_to(groups: Tensor, scales: Tensor, zero_points: Tensor, scheme: Scheme
 
 def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
     """Return rounded minus given, float32 [out, in]."""
+    if scheme.type == "float":
+        return quantize(weight, scheme, dtype).dequantize().sub_(weight)
     rows, columns = weight.shape
     scheme = own_scheme(scheme, columns)
     groups = weight.view(rows, -1, scheme.group_size)

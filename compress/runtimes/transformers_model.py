@@ -12,6 +12,7 @@ from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, MissingError
 from compress.families import family_of
 from compress.progress import Progress
+from compress.runtimes.activations import round_inputs
 from compress.runtimes.unpack import dense_tensors
 from compress.skeleton import build_skeleton
 
@@ -40,7 +41,7 @@ def choose_dtype(wanted: str, artifact: Path, device: torch.device) -> torch.dty
 def load_model(
     artifact: Path, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
 ) -> Any:
-    """Return the artifact as a dense transformers model in evaluation mode.
+    """Return the artifact as a dense transformers model in evaluation mode; inputs that a runtime rounds are rounded in it too.
 
     Raises:
         CheckpointError: a weight is missing, superfluous, or of another shape than the model's.
@@ -61,6 +62,7 @@ def load_model(
     for name, parameter in cast("nn.Module", model).named_parameters():
         if parameter.is_meta:
             raise CheckpointError(f"{artifact}: holds no weight for {name}; fetch or export it again")
+    round_inputs(checkpoint, family, modules, device)
     return model
 
 

@@ -1,8 +1,10 @@
 """Reading any artifact of ours back to dense weights, written from the formats' descriptions alone.
 
 Nothing is shared with the code that packs, so that a mistake there cannot cancel out here. What is read: plain tensors; AutoAWQ's
-GEMM layout (`qweight`, `qzeros`, `scales`; https://github.com/casper-hansen/AutoAWQ); compressed-tensors' pack-quantized
-(`weight_packed`, `weight_scale`, `weight_shape`, `weight_zero_point`; https://github.com/vllm-project/compressed-tensors).
+GEMM layout (`qweight`, `qzeros`, `scales`; https://github.com/casper-hansen/AutoAWQ); GPTQ's of the first version (the same names;
+https://github.com/AutoGPTQ/AutoGPTQ); compressed-tensors' pack-quantized (`weight_packed`, `weight_scale`, `weight_shape`,
+`weight_zero_point`), int- and float-quantized (`weight`, `weight_scale`; https://github.com/vllm-project/compressed-tensors), and
+these three mixed. Scales of activations, keys and values are no weights and are passed over.
 """
 
 from __future__ import annotations
@@ -22,34 +24,40 @@ from compress.checkpoint import Checkpoint
 from compress.errors import CheckpointError
 
 Read = Callable[[str], Tensor]
-_AWQ, _COMPRESSED_TENSORS = "awq", "compressed-tensors"
+_AWQ, _GPTQ, _COMPRESSED_TENSORS = "awq", "gptq", "compressed-tensors"
 _COLUMNS_OF_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
-_PARTS = (".weight_scale", ".weight_shape", ".weight_zero_point", ".qzeros", ".scales")
+_PARTS = ("weight_scale", "weight_shape", "weight_zero_point", "input_scale", "k_scale", "v_scale", "qzeros", "scales", "g_idx")
+_CODES = ("I8", "F8_E4M3")
 _CHUNK = 1 << 22
 
 
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Generator[tuple[str, Tensor]]:
     """Give every weight of an artifact by its name on disk, dense, in the order of the files; one is in memory at a time.
 
-    A quantized matrix [out, in] is (code - zero point) · scale, computed in float32 and then rounded once to `dtype`.
+    A quantized matrix [out, in] is (code - zero point) · scale, computed in float32 and then rounded once to `dtype`; a float has
+    no zero point.
 
     Raises:
         CheckpointError: it is quantized in a way that none of our exports writes.
     """
     quantization = cast("Mapping[str, Any]", checkpoint.config.get("quantization_config") or {})
     method = quantization.get("quant_method", "")
-    if method not in ("", _AWQ, _COMPRESSED_TENSORS):
+    if method not in ("", _AWQ, _GPTQ, _COMPRESSED_TENSORS):
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: quant_method {method!r} cannot be read here; evaluate it with runtime: vllm"
         )
-    with _open_files(checkpoint, device) as read:
+    with open_tensors(checkpoint, device) as read:
         for entry in sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.start)):
             owner, _, kind = entry.name.rpartition(".")
             if kind == "weight_packed":
-                weight = _unpack_compressed(owner, _weight_settings(quantization, owner), read)
+                weight = _unpack_compressed(owner, settings_of(quantization, owner)["weights"], read)
+            elif kind == "weight" and entry.dtype in _CODES:
+                weight = _spread_codes(owner, settings_of(quantization, owner)["weights"], read)
+            elif kind == "qweight" and method == _GPTQ:
+                weight = _unpack_gptq(owner, quantization, read)
             elif kind == "qweight":
                 weight = _unpack_awq(owner, read)
-            elif method and entry.name.endswith(_PARTS):
+            elif method and kind in _PARTS:
                 continue
             else:
                 yield entry.name, read(entry.name).to(dtype)
@@ -58,7 +66,7 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
 
 
 @contextmanager
-def _open_files(checkpoint: Checkpoint, device: torch.device) -> Generator[Read]:
+def open_tensors(checkpoint: Checkpoint, device: torch.device) -> Generator[Read]:
     """Open every file of a checkpoint, memory-mapped; what is given reads a tensor by its name."""
     opening: Any = safe_open
     with ExitStack() as stack:
@@ -68,12 +76,17 @@ def _open_files(checkpoint: Checkpoint, device: torch.device) -> Generator[Read]
         yield lambda name: files[checkpoint.tensors[name].file].get_tensor(name)
 
 
-def _weight_settings(quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+def settings_of(quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Return the group of compressed-tensors' `config_groups` that the linear `name` (on disk) belongs to: its settings.
+
+    Raises:
+        CheckpointError: no group targets it.
+    """
     groups = cast("Iterable[Mapping[str, Any]]", quantization.get("config_groups", {}).values())
     for group in groups:
         for target in group["targets"]:
             if target in ("Linear", name) or (target.startswith("re:") and re.match(target[3:], name)):
-                return group["weights"]
+                return group
     raise CheckpointError(f"config.json: quantization_config has no group for {name}, which is packed; export the artifact again")
 
 
@@ -114,6 +127,34 @@ def _bit_fields(words: Tensor, bits: int, count: int) -> Tensor:
             value |= (padded[:, :, word + 1] & ((1 << (bits - inside)) - 1)) << inside
         values[:, :, field] = value
     return values.flatten(1)[:, :count]
+
+
+def _spread_codes(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
+    """Codes lie as they are, signed integers or 8-bit floats; a scale belongs to a row, to the whole matrix, or to a block."""
+    codes, scales = read(f"{name}.weight"), read(f"{name}.weight_scale").to(torch.float32)
+    if not settings.get("block_structure"):
+        return codes.to(torch.float32) * scales.view(-1, 1)
+    height, width = settings["block_structure"]
+    dense = torch.empty(codes.shape, device=scales.device)
+    for block in range(scales.shape[0]):
+        rows = slice(block * height, (block + 1) * height)
+        dense[rows] = codes[rows].to(torch.float32) * scales[block].repeat_interleave(width)[: codes.shape[1]]
+    return dense
+
+
+def _unpack_gptq(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
+    """Words of codes run along the inputs, those of zero points along the outputs, lowest first; zero points lie there less one."""
+    bits = int(settings["bits"])
+    packed, zeros, scales = read(f"{name}.qweight"), read(f"{name}.qzeros"), read(f"{name}.scales").to(torch.float32)
+    columns, rows = packed.shape[0] * 32 // bits, packed.shape[1]
+    group = columns // scales.shape[0]
+    shifts = ((_bit_fields(zeros, bits, rows) + 1) % 2**bits).t()
+    dense = torch.empty(rows, columns, device=scales.device)
+    for place in range(32 // bits):
+        codes = ((packed >> (bits * place)) & (2**bits - 1)).to(torch.float32)
+        groups = torch.arange(place, columns, 32 // bits, device=scales.device) // group
+        dense[:, place :: 32 // bits] = (codes.t() - shifts[:, groups]) * scales.t()[:, groups]
+    return dense
 
 
 def _unpack_awq(name: str, read: Read) -> Tensor:

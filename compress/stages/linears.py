@@ -16,8 +16,9 @@ Target = Literal["decoder", "vision", "projector", "lm_head"]
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer by its name in the model and on disk (both without `.weight`), its shape [out, in] and type on disk."""
+    """A linear layer: its component, its name in the model and on disk (both without `.weight`), shape [out, in], type on disk."""
 
+    part: Target
     name: str
     disk_name: str
     rows: int
@@ -43,7 +44,7 @@ def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], le
     found: list[Linear] = []
     for target in targets:
         tied = target == "lm_head" and checkpoint.tied  # a head on disk beside it is never read
-        linears = [linear for linear in _linears(checkpoint, family) if not tied and _part_of(linear.name, family) == target]
+        linears = [linear for linear in _linears(checkpoint, family) if not tied and linear.part == target]
         if not linears:
             reason = "its output head is the embedding's own matrix" if target == "lm_head" else "it has no such linear layers"
             faults.append(f"targets: {target} matches nothing in {checkpoint.folder}: {reason}; leave it away")
@@ -63,7 +64,9 @@ def _linears(checkpoint: Checkpoint, family: Family) -> Iterable[Linear]:
     for disk_name, entry in checkpoint.tensors.items():
         if disk_name.endswith(".weight") and len(entry.shape) == 2:
             name = family.module_name(disk_name).removesuffix(".weight")
-            yield Linear(name, disk_name.removesuffix(".weight"), entry.shape[0], entry.shape[1], entry.dtype)
+            part = _part_of(name, family)
+            if part is not None:
+                yield Linear(part, name, disk_name.removesuffix(".weight"), entry.shape[0], entry.shape[1], entry.dtype)
 
 
 def _part_of(name: str, family: Family) -> Target | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +21,8 @@ class StageContext:
 
     `source` is the checkpoint it reads, `target` the folder it fills with a whole checkpoint, `calibration` the folder
     that `compress.calibration.collect` wrote (None where the stage needs none). `target`
-    is empty, or holds what the same stage had finished there when it was killed.
+    is empty, or holds what the same stage had finished there when it was killed. `logs` is a folder, made when needed, where
+    a program that the stage starts leaves what it prints.
     """
 
     source: Path
@@ -31,6 +33,7 @@ class StageContext:
     seed: int
     progress: Progress
     trust_remote_code: bool = False
+    logs: Path | None = None
 
 
 class Stage(Frozen, ABC):
@@ -42,24 +45,37 @@ class Stage(Frozen, ABC):
     revision: ClassVar[int]
     """Raised whenever the same settings give another result, so that the store forgets the old one."""
 
-    calibrated: ClassVar[bool] = True
-    """Whether the stage reads calibration samples."""
-
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     """The distributions whose versions shape the result."""
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions, by distribution, that shape the result.
+
+        Raises:
+            MissingError: it runs in an environment of its own, which is not installed.
+        """
+        return {name: importlib.metadata.version(name) for name in self.libraries}
+
+    @property
+    def calibrated(self) -> bool:
+        """Whether the stage reads calibration samples."""
+        return True
 
     @abstractmethod
     def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
         """Return what stands against running on this checkpoint, one line each with its remedy; reads headers only."""
 
-    def schemes(self, checkpoint: Checkpoint, family: Family) -> dict[str, Scheme]:
-        """Return how each linear that it quantizes will be held, by its name on disk; empty for a stage that quantizes none."""
+    def schemes(self, checkpoint: Checkpoint, family: Family) -> dict[str, Scheme] | None:
+        """Return how each linear that it quantizes will be held, by its name on disk; empty for a stage that quantizes none.
+
+        None where only the run can tell; exports are checked then.
+        """
         del checkpoint, family
         return {}
 
     @abstractmethod
-    def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int:
-        """Return the expected size of the weights it writes, in bytes."""
+    def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int | None:
+        """Return the expected size of the weights it writes, in bytes; None where only the run can tell."""
 
     @abstractmethod
     def apply(self, context: StageContext) -> None:

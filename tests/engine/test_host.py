@@ -30,6 +30,16 @@ def test_what_is_kept_does_not_follow_its_source(tmp_path: Path) -> None:
         assert not torch.equal(kept, source)
 
 
+def test_a_slice_is_kept_as_one(tmp_path: Path) -> None:
+    whole = torch.arange(60.0).view(2, 6, 5)
+    for limit in (1000, 0):
+        host = Host(tmp_path, limit)
+        for kept, strides in ((whole[:, 1:], (30, 5, 1)), (whole.transpose(0, 1), (5, 30, 1)), (whole[:, :1], (5, 5, 1))):
+            assert torch.equal(host.keep(kept), kept)
+            assert host.keep(kept).stride() == strides
+        assert host.keep(whole[0, 0].expand(3, 5)).stride() == (5, 1)
+
+
 def test_a_scratch_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"gone: cannot be written .*; 16 bytes of activations"):
         Host(tmp_path / "gone", limit=0).keep(torch.zeros(4))

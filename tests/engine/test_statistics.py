@@ -35,7 +35,7 @@ def test_sums_equal_brute_force() -> None:
         assert torch.equal(moment.abs_max, expected.abs().amax(0))
         assert moment.tokens == len(expected)
     everything = torch.cat(list(rows.values()))
-    torch.testing.assert_close(moments.gram(), everything.t() @ everything)
+    torch.testing.assert_close(moments.mean_gram(), everything.t() @ everything / len(everything))
     torch.testing.assert_close(moments.mean_abs(), everything.abs().mean(0))
 
 
@@ -62,10 +62,10 @@ def test_the_sum_over_both_kinds_of_tokens_takes_the_memory_of_one_matrix() -> N
     moments = Moments()
     moments.add(rows, Positions(text, ~text))
     with Counting(width * width) as counting:
-        gram = moments.gram()
+        gram = moments.mean_gram()
     assert counting.made == 1
     assert torch.equal(gram, gram.t())
-    torch.testing.assert_close(gram, rows.t() @ rows)
+    torch.testing.assert_close(gram, rows.t() @ rows / len(rows))
 
 
 def test_linears_with_one_input_share_their_sums() -> None:
@@ -129,7 +129,7 @@ def test_padding_alone_is_an_error() -> None:
     nothing = torch.zeros(4, dtype=torch.bool)
     moments.add(torch.ones(1, 4, 2), Positions(nothing, nothing))
     with pytest.raises(CheckpointError, match="every sample is padding only"):
-        moments.gram()
+        moments.mean_gram()
 
 
 def test_activations_that_overflow_are_named(tmp_path: Path) -> None:

@@ -1,7 +1,6 @@
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from compress.engine.weights import WeightReader
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext, Outlook
 from compress.export.vllm import Vllm
+from compress.export.vllm_limits import Layout
 from compress.families import family_of
 from compress.files import write_json
 from compress.layouts import quantized_linears
@@ -22,7 +22,6 @@ from compress.runtimes.unpack import dense_tensors
 from tests.quantized import exact_weights, round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl, build_qwen2_vl
 
-Layout = Literal["awq", "compressed-tensors"]
 
 
 @dataclass

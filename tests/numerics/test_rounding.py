@@ -25,6 +25,7 @@ def test_rounding_is_to_the_nearest_code(bits: int, symmetric: bool, group_size:
     quantized = quantize(weight, Scheme(bits, group_size, symmetric), torch.float32)
     size = 48 if group_size == -1 else group_size
     assert quantized.scheme.group_size == size
+    assert quantized.zero_points is not None
     assert quantized.scales.shape == quantized.zero_points.shape == (12, 48 // size)
     assert int(quantized.codes.max()) < 2**bits
     if symmetric:
@@ -43,6 +44,7 @@ def test_codes_fit_the_scales_as_stored(dtype: torch.dtype) -> None:
     scheme = Scheme(4, 32, symmetric=False)
     quantized = quantize(weight, scheme, dtype)
     assert quantized.scales.dtype == dtype
+    assert quantized.zero_points is not None
     error = (quantized.dequantize() - weight).view(64, 4, 32)
     shifted = quantized.codes.view(64, 4, 32).float() - quantized.zero_points.unsqueeze(-1).float()
     inside = (quantized.codes.view(64, 4, 32) > 0) & (quantized.codes.view(64, 4, 32) < 15)

@@ -1,70 +1,27 @@
 import gc
 import json
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
-from transformers import AutoModelForImageTextToText
 
 from compress.artifact import SIDE_FILES
-from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Text, Vqa
-from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.engine.weights import WeightReader
+from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError
-from compress.families import Family, family_of
-from compress.layouts import quantized_linears, read_linear
+from compress.layouts import quantized_linears
 from compress.progress import Silent
 from compress.stages.awq import Awq
 from compress.stages.stage import StageContext
 from tests.engine.test_replay import batches
 from tests.quantized import round_checkpoint
-from tests.tiny import TEXT, build_qwen2_5_vl, build_qwen2_vl, picture
-
-
-@dataclass(frozen=True)
-class Bench:
-    """A tiny checkpoint with calibration samples collected for it."""
-
-    folder: Path
-    calibration: Path
-
-    @property
-    def checkpoint(self) -> Checkpoint:
-        return open_checkpoint(self.folder)
-
-    @property
-    def family(self) -> Family:
-        return family_of(self.checkpoint.config)
-
-    def apply(self, target: Path, stage: Awq) -> Path:
-        target.mkdir(exist_ok=True)
-        stage.apply(StageContext(self.folder, target, self.calibration, self.family, "cpu", 0, Silent()))
-        return target
-
-
-def prepare(base: Path, folder: Path) -> Bench:
-    """Collect six windows of text and four questions with an image each."""
-    (base / "text.txt").write_text(TEXT * 8)
-    (base / "images").mkdir()
-    rows: list[dict[str, str]] = []
-    for number in range(4):
-        (base / "images" / f"{number}.png").write_bytes(picture(number, 84 + 28 * number))
-        rows.append({"id": str(number), "image": f"images/{number}.png", "question": f"How many? {number}", "answer": "three"})
-    (base / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    sets = (
-        PinnedSet(Text(dataset="text", source=str(base / "text.txt"), samples=6, tokens=48), (base / "text.txt",)),
-        PinnedSet(Vqa(dataset="vqa", source=str(base / "questions.jsonl"), samples=4), (base / "questions.jsonl",)),
-    )
-    collect(Selection(0, sets), folder, base / "calibration", Silent())
-    return Bench(folder, base / "calibration")
+from tests.stages.bench import Bench, dense, logits, prepare, tensors_of
+from tests.tiny import build_qwen2_5_vl, build_qwen2_vl
 
 
 @pytest.fixture(scope="module")
@@ -75,34 +32,6 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
 
 def awq(**fields: Any) -> Awq:
     return Awq.model_validate({"stage": "awq", "bits": 4, "group_size": 32, **fields})
-
-
-def tensors_of(folder: Path) -> dict[str, Tensor]:
-    return {name: tensor for file in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(file).items()}
-
-
-def dense(folder: Path) -> dict[str, Tensor]:
-    """Return a checkpoint's tensors by the model's names, the packed ones as the matrices they stand for."""
-    checkpoint = open_checkpoint(folder)
-    family = family_of(checkpoint.config)
-    reader = WeightReader(checkpoint, family)
-    packed = quantized_linears(checkpoint)
-    values = {
-        family.module_name(name): reader.disk_tensor(name)
-        for name in checkpoint.tensors
-        if name.rpartition(".weight_")[0] not in packed
-    }
-    for name, scheme in packed.items():
-        values[family.module_name(f"{name}.weight")] = read_linear(name, scheme, reader.disk_tensor).dequantize()
-    return values
-
-
-def logits(source: Path, values: Mapping[str, Tensor] | None, given: list[Any]) -> Tensor:
-    model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(source, dtype=torch.float32).eval()
-    if values is not None:
-        model.load_state_dict({name: value.float() for name, value in values.items()})
-    with torch.no_grad():
-        return torch.cat([model(**batch.inputs(), use_cache=False).logits.flatten(0, 1) for batch in given])
 
 
 @pytest.mark.parametrize(
@@ -139,7 +68,7 @@ def test_predictions_are_closer_to_the_original_than_rounding_to_nearest(tmp_pat
     original = logits(bench.folder, None, given)
     stage = awq(bits=bits)
     ours = kl(original, logits(bench.folder, dense(bench.apply(tmp_path / "awq", stage)), given))
-    round_checkpoint(bench.folder, tmp_path / "nearest", stage.scheme)
+    round_checkpoint(bench.folder, tmp_path / "nearest", stage.parts()["decoder"])
     nearest = kl(original, logits(bench.folder, dense(tmp_path / "nearest"), given))
     assert ours < 0.8 * nearest
 
@@ -271,7 +200,7 @@ def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, benc
 
 
 def test_a_quantized_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> None:
-    round_checkpoint(bench.folder, tmp_path / "nearest", awq().scheme)
+    round_checkpoint(bench.folder, tmp_path / "nearest", awq().parts()["decoder"])
     checkpoint = open_checkpoint(tmp_path / "nearest")
     (fault,) = awq().check(checkpoint, bench.family)
     assert fault.endswith("its weights are quantized already; start from the model's original")

@@ -1,86 +1,22 @@
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
+from torch import Tensor
 
-from compress.engine.replay import Positions
-from compress.engine.statistics import Moments
 from compress.families import Pair
 from compress.numerics.rounding import fold_symmetric, output_error, quantize
 from compress.numerics.scheme import Scheme
-from compress.stages.awq_solver import BlockWeights, Method, Point, divide_linear, divide_norm, fold, solve
-
-HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
-WIDTH = HEADS * HEAD_DIM
-PAIRS = (
-    Pair("norm", ("q", "v")),
-    Pair("v", ("o",), grouped=True),
-    Pair("up", ("down",)),
-)
-
-
-class Block(nn.Module):
-    """An attention without positions and a feed-forward, with a LayerNorm (so with a bias) and biases on v and up."""
-
-    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.norm = nn.LayerNorm(WIDTH)
-        self.q = nn.Linear(WIDTH, WIDTH)
-        self.v = nn.Linear(WIDTH, KV_HEADS * HEAD_DIM)
-        self.o = nn.Linear(WIDTH, WIDTH, bias=False)
-        self.up = nn.Linear(WIDTH, 48)
-        self.down = nn.Linear(48, WIDTH)
-        nn.init.uniform_(self.norm.weight, 0.5, 2.0)
-        nn.init.normal_(self.norm.bias)
-        self.to(dtype).requires_grad_(False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = self.norm(x)
-        query = self.q(normed).view(-1, HEADS, HEAD_DIM).transpose(0, 1)
-        value = self.v(normed).view(-1, KV_HEADS, HEAD_DIM).transpose(0, 1).repeat_interleave(HEADS // KV_HEADS, dim=0)
-        mixed = (query @ query.transpose(1, 2)).softmax(dim=-1) @ value
-        out = self.o(mixed.transpose(0, 1).reshape(-1, WIDTH))
-        return self.down(torch.relu(self.q(out)[:, :1]) * self.up(out))
-
-
-def samples(count: int = 200) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    return torch.randn(count, WIDTH, generator=generator) * torch.logspace(-1, 1, WIDTH)
-
-
-def statistics(block: Block, x: Tensor) -> dict[str, Moments]:
-    moments: dict[str, Moments] = {}
-    hooks: list[RemovableHandle] = []
-    for name in ("q", "v", "o", "up", "down"):
-
-        def count(module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
-            if name not in moments:
-                everything = torch.ones(len(args[0]), dtype=torch.bool)
-                moments[name] = Moments()
-                moments[name].add(args[0], Positions(everything, ~everything))
-
-        hooks.append(block.get_submodule(name).register_forward_pre_hook(count))
-    with torch.no_grad():
-        block(x)
-    for hook in hooks:
-        hook.remove()
-    return moments
-
-
-def with_folded(block: Block, state: BlockWeights) -> Block:
-    copy = Block(block.q.weight.dtype)
-    values = {**block.state_dict(), **state.changed, **{f"{name}.weight": weight for name, weight in state.weights.items()}}
-    copy.load_state_dict(values)
-    return copy
+from compress.stages.awq_solver import Point, fold
+from compress.stages.block import BlockWeights, divide_linear, divide_norm
+from compress.stages.solvers import Method, solve
+from tests.stages.toy import HEAD_DIM, HEADS, KV_HEADS, NAMES, PAIRS, WIDTH, Block, alike, samples, statistics, with_folded
 
 
 @pytest.mark.parametrize("pair", PAIRS[1:])
 def test_a_folded_scale_keeps_the_function(pair: Pair) -> None:
     block, x = Block(), samples()
     moments = statistics(block, x)
-    state = BlockWeights.of(block, ("q", "v", "o", "up", "down"), HEADS)
-    fold(state, pair, moments, Method(Scheme(3, 8, symmetric=False), clip=False, grid=20))
+    state = BlockWeights.of(block, NAMES, HEADS)
+    fold(state, pair, moments, alike(Scheme(3, 8, symmetric=False)), 20)
     (name,) = pair.linears
     scale = state.input_scales[name]
     assert scale.max() / scale.min() > 1.1
@@ -91,8 +27,8 @@ def test_a_folded_scale_keeps_the_function(pair: Pair) -> None:
 def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
     block, x = Block(), samples()
     moments = statistics(block, x)
-    state = BlockWeights.of(block, ("q", "v", "o", "up", "down"), HEADS)
-    fold(state, PAIRS[0], moments, Method(Scheme(3, 8, symmetric=False), clip=False, grid=20))
+    state = BlockWeights.of(block, NAMES, HEADS)
+    fold(state, PAIRS[0], moments, alike(Scheme(3, 8, symmetric=False)), 20)
     folded = with_folded(block, state)
     with torch.no_grad():
         for name in ("q", "v"):
@@ -104,8 +40,8 @@ def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
 
 def test_grouped_heads_share_their_source_channels_scale() -> None:
     block = Block()
-    state = BlockWeights.of(block, ("q", "v", "o", "up", "down"), HEADS)
-    fold(state, PAIRS[1], statistics(block, samples()), Method(Scheme(3, 8, symmetric=False), clip=False, grid=20))
+    state = BlockWeights.of(block, NAMES, HEADS)
+    fold(state, PAIRS[1], statistics(block, samples()), alike(Scheme(3, 8, symmetric=False)), 20)
     heads = state.input_scales["o"].view(HEADS, HEAD_DIM)
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[2], heads[3])
@@ -194,13 +130,13 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
     block_moments = statistics(block.float(), x)
     block.to(torch.bfloat16)
     scheme = Scheme(bits, 8, symmetric=False)
-    names = ("q", "v", "o", "up", "down")
+    names = NAMES
     state = BlockWeights.of(block, names, HEADS)
-    codes = solve(state, PAIRS, block_moments, Method(scheme, clip=True, grid=20))
+    codes = solve(state, PAIRS, block_moments, alike(scheme), Method(scales=20, clip=20))
 
     def loss(name: str, weight: Tensor) -> float:
         original = block.get_parameter(f"{name}.weight").float()
-        return float(output_error(weight - original, fold_symmetric(block_moments[name].gram())))
+        return float(output_error(weight - original, fold_symmetric(block_moments[name].mean_gram())))
 
     total, nearest = 0.0, 0.0
     for name in ("q", "o", "down"):
@@ -214,7 +150,7 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
 def test_a_pair_with_a_part_left_out_stays_as_it_is(left_out: str) -> None:
     block = Block()
     state = BlockWeights.of(block, [name for name in ("v", "o") if name != left_out], HEADS)
-    fold(state, PAIRS[1], statistics(block, samples()), Method(Scheme(3, 8, symmetric=False), clip=True, grid=20))
+    fold(state, PAIRS[1], statistics(block, samples()), alike(Scheme(3, 8, symmetric=False)), 20)
     assert state.changed == {}
     assert state.input_scales == {}
 
@@ -224,7 +160,7 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     with torch.no_grad():
         block.norm.weight[:4] = 0
         block.norm.bias[:4] = 0
-    state = BlockWeights.of(block, ("q", "v", "o", "up", "down"), HEADS)
-    codes = solve(state, PAIRS, statistics(block, x), Method(Scheme(4, 8, symmetric=False), clip=True, grid=20))
+    state = BlockWeights.of(block, NAMES, HEADS)
+    codes = solve(state, PAIRS, statistics(block, x), alike(Scheme(4, 8, symmetric=False)), Method(scales=20, clip=20))
     assert all(code.dequantize().isfinite().all() for code in codes.values())
     assert all(value.isfinite().all() for value in state.changed.values())

@@ -1,4 +1,4 @@
-"""AWQ from checkpoint to checkpoint: walk the blocks, commit each when it is done, then write the whole checkpoint."""
+"""Rounding from checkpoint to checkpoint: walk the blocks, commit each when it is done, then write the whole checkpoint."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import psutil
 import torch
@@ -22,34 +22,52 @@ from torch import Tensor, nn
 from compress.artifact import copy_side_files
 from compress.calibration.load import load_batches
 from compress.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_header
+from compress.engine.attention import observing
 from compress.engine.replay import Replay, Visit, Walkthrough
 from compress.engine.statistics import observe
 from compress.engine.weights import DTYPES, ShardWriter, WeightReader, map_tensor, place
 from compress.errors import CheckpointError, DataError, MissingError
 from compress.families import Family, Pair, within
 from compress.files import telling_where, write_bytes, write_json
-from compress.layouts import pack_linear, quantization_config, read_linear, unquantized_linears
-from compress.stages.awq_solver import BlockWeights, Method, solve
+from compress.layouts import (
+    kv_cache_tensors,
+    linear_tensors,
+    pack_linear,
+    quantization_config,
+    read_linear,
+    unquantized_linears,
+)
+from compress.runtimes.activations import round_activations
+from compress.stages.block import BlockWeights
 from compress.stages.linears import Linear
+from compress.stages.solvers import solve
 from compress.stages.stage import StageContext
 
 if TYPE_CHECKING:
-    from compress.stages.awq import Awq
+    from compress.numerics.grids import QuantizedWeight
+    from compress.numerics.scheme import Scheme
+    from compress.stages.quantizer import Quantizer
 
 TOKENS_PER_BATCH = 4096
 _COMMITS = ".blocks"
+_CACHE_SCALES = (".k_scale", ".v_scale")
+_FLOAT8_MAX = 448.0
 
 
-def apply(stage: Awq, context: StageContext) -> None:
-    """Do what `Awq.apply` says."""
+def apply(stage: Quantizer, context: StageContext) -> None:
+    """Do what `Quantizer.apply` says."""
     checkpoint = open_checkpoint(context.source)
-    if context.calibration is None:
-        raise DataError("awq: needs calibration samples; add calibration.sets to the recipe")
+    if stage.calibrated and context.calibration is None:
+        raise DataError(f"{stage.stage}: needs calibration samples; add calibration.sets to the recipe")
     if faults := stage.check(checkpoint, context.family):
         raise CheckpointError("\n".join(faults))
     with telling_where(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
         work = _Work(stage, context, checkpoint)
-        work.walk()
+        work.commits.mkdir(parents=True, exist_ok=True)
+        if stage.calibrated:
+            work.walk()
+        else:
+            work.round_each()
         work.write()
         shutil.rmtree(work.commits)
 
@@ -81,7 +99,7 @@ def deterministic() -> Generator[None]:
 class _Work:
     """One application of the stage. A part of the model that is done is committed as one file, named after the part."""
 
-    stage: Awq
+    stage: Quantizer
     context: StageContext
     checkpoint: Checkpoint
 
@@ -101,6 +119,12 @@ class _Work:
         return {linear.name: linear for linear in self.stage.select(self.checkpoint, self.family).linears}
 
     @cached_property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """How each of them is held."""
+        parts = self.stage.parts()
+        return {name: parts[linear.part] for name, linear in self.linears.items()}
+
+    @cached_property
     def reader(self) -> WeightReader:
         """The checkpoint's weights."""
         return WeightReader(self.checkpoint, self.family)
@@ -108,7 +132,6 @@ class _Work:
     def walk(self) -> None:
         """Quantize every part that holds a targeted linear, in the order in which the model runs."""
         assert self.context.calibration is not None
-        self.commits.mkdir(parents=True, exist_ok=True)
         remote_code = self.context.trust_remote_code
         batches = load_batches(self.context.calibration, self.context.source, TOKENS_PER_BATCH, remote_code)
         plan = Walkthrough(
@@ -121,30 +144,56 @@ class _Work:
         )
         replay = Replay(plan)
         walks = self._walks(replay)
-        with self.context.progress.task("awq", sum(map(len, walks)), "blocks") as advance:
+        with self.context.progress.task(self.stage.stage, sum(map(len, walks)), "blocks") as advance:
             try:
                 for visit in chain.from_iterable(map(replay.walk, walks)):
                     self._visit(visit)
                     advance(1)
             except torch.OutOfMemoryError as error:
-                raise _out_of_memory(self.context.device, replay.at) from error
+                raise _out_of_memory(self.stage.stage, self.context.device, replay.at) from error
+
+    def round_each(self) -> None:
+        """Round every targeted linear on its own, without samples."""
+        method = self.stage.method()
+        with self.context.progress.task(self.stage.stage, len(self.linears), "layers") as advance:
+            for name, linear in self.linears.items():
+                path = self.commits / f"{name}.safetensors"
+                if _read_commit(path) is None:
+                    module = nn.Module()
+                    weight = self.reader.disk_tensor(f"{linear.disk_name}.weight", self.context.device)
+                    module.linear = nn.Linear(0, 0, bias=False)
+                    module.linear.weight = nn.Parameter(weight, requires_grad=False)
+                    block = BlockWeights.of(module, ["linear"], self._heads())
+                    self._commit(
+                        path, pack_linear(linear.disk_name, solve(block, (), {}, {"linear": self.schemes[name]}, method)["linear"])
+                    )
+                advance(1)
 
     def _walks(self, replay: Replay) -> list[list[str]]:
         vision, decoder = replay.vision_units(), replay.decoder_units()
         if self.family.head is not None and self.family.head in self.linears:
             decoder.append(self.family.head)
-        return [units for units in (vision, decoder) if any(within(name, unit) for unit in units for name in self.linears)]
+        targeted = [units for units in (vision, decoder) if any(within(name, unit) for unit in units for name in self.linears)]
+        return [*targeted, decoder] if self.stage.kv_cache and decoder not in targeted else targeted
 
     def _visit(self, visit: Visit) -> None:
         names = [name for name in self.linears if within(name, visit.name)]
-        if not names:
+        cached = self.stage.kv_cache is not None and within(visit.name, self.family.blocks)
+        if not names and not cached:
             return
         path = self.commits / f"{visit.name}.safetensors"
         tensors = _read_commit(path)
         if tensors is None:
-            tensors = self._solve(visit, names)
-            write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-        self._adopt(visit, names, tensors)
+            tensors = self._solve(visit, names) if names else {}
+            self._adopt(visit, names, tensors)
+            if cached:
+                tensors |= self._cache_scales(visit)
+            self._commit(path, tensors)
+        else:
+            self._adopt(visit, names, tensors)
+
+    def _commit(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
     def _solve(self, visit: Visit, names: list[str]) -> dict[str, Tensor]:
         """Return what is to be stored for a part of the model, by names on disk."""
@@ -156,13 +205,30 @@ class _Work:
             stored = {f"linear.{name}": tensor for name, tensor in stored.items()}
         moments = observe(visit, local.values())
         block = BlockWeights.of(visit.module, local.values(), self._heads(), stored)
-        method = Method(scheme=self.stage.scheme, clip=self.stage.clip, grid=self.stage.grid)
-        codes = solve(block, self._pairs(visit.name), moments, method)
+        schemes = {relative: self.schemes[name] for name, relative in local.items()}
+        try:
+            codes = solve(block, self._pairs(visit.name), moments, schemes, self.stage.method())
+        except CheckpointError as error:
+            raise CheckpointError(f"{visit.name}: {error}") from error
         tensors: dict[str, Tensor] = {}
         for name, relative in local.items():
             tensors |= pack_linear(self.linears[name].disk_name, codes[relative])
         for relative, value in block.changed.items():
             tensors[self.reader.disk_names[f"{visit.name}.{relative}"]] = value
+        return tensors
+
+    def _cache_scales(self, visit: Visit) -> dict[str, Tensor]:
+        """Return the scales of a decoder block's keys and values, as the quantized block computes them."""
+        with observing(visit.module) as ranges:
+            for call in visit.calls:
+                visit.run(call)
+        if not ranges:
+            raise CheckpointError(f"{visit.name}: what its attention caches cannot be seen; set kv_cache to null")
+        tensors: dict[str, Tensor] = {}
+        for name, found in ranges.items():
+            leaf = next(leaf for leaf, _ in visit.module.get_submodule(name).named_parameters())
+            attention = self.reader.disk_names[f"{visit.name}.{name}.{leaf}"].removesuffix(f".{leaf}")
+            tensors |= kv_cache_tensors(attention, found.keys / _FLOAT8_MAX, found.values / _FLOAT8_MAX)
         return tensors
 
     def _stored(self, visit: Visit) -> dict[str, Tensor]:
@@ -178,12 +244,16 @@ class _Work:
         """Put stored values into the running module, so that what comes after sees them as a runtime will compute them."""
         for name in names:
             linear = self.linears[name]
-            stored = read_linear(linear.disk_name, self.stage.scheme, lambda key: tensors[key])
+            stored = read_linear(linear.disk_name, self.schemes[name], lambda key: tensors[key])
             weight = stored.dequantize().to(stored.scales.dtype).to(visit.device)
-            place(visit.module, f"{_relative(name, visit.name)}.weight".lstrip("."), weight)
+            relative = _relative(name, visit.name)
+            place(visit.module, f"{relative}.weight".lstrip("."), weight)
+            if stored.scheme.activations is not None:
+                _round_inputs(visit.module.get_submodule(relative), stored)
+        quantized = {f"{self.linears[name].disk_name}.weight" for name in names}
         for relative in visit.module.state_dict():
             disk_name = self.reader.disk_names[f"{visit.name}.{relative}"]
-            if disk_name in tensors:
+            if disk_name in tensors and disk_name not in quantized:
                 place(visit.module, relative, tensors[disk_name].to(visit.device))
 
     def _pairs(self, unit: str) -> tuple[Pair, ...]:
@@ -198,27 +268,31 @@ class _Work:
         """Write the checkpoint: quantized linears and changed tensors from the commits, all else as it is in the source."""
         self._clear()
         places = self._committed()
-        changed = {f"{linear.disk_name}.weight" for linear in self.linears.values()}
+        changed = {f"{linear.disk_name}.weight": linear.disk_name for linear in self.linears.values()}
+        attentions = {name.rpartition(".")[0] for name in places if name.endswith(_CACHE_SCALES)}
         target = self.context.target
         with (
             ShardWriter(target) as writer,
-            self.context.progress.task("awq: write", len(self.checkpoint.tensors), "tensors") as advance,
+            self.context.progress.task(f"{self.stage.stage}: write", len(self.checkpoint.tensors), "tensors") as advance,
         ):
             for name in self.checkpoint.tensors:
                 if name in changed:
-                    prefix = name.removesuffix("weight")
-                    for stored in [key for key in places if key.startswith(f"{prefix}weight_")]:
+                    for stored in [key for key in linear_tensors(changed[name]) if key in places]:
                         writer.add(stored, map_tensor(places[stored]))
                 elif name in places:
                     writer.add(name, map_tensor(places[name]))
                 else:
                     writer.add(name, self.reader.disk_tensor(name))
                 advance(1)
-        quantized = self.stage.schemes(self.checkpoint, self.family)
+            for attention in sorted(attentions):
+                for suffix in _CACHE_SCALES:
+                    writer.add(f"{attention}{suffix}", map_tensor(places[f"{attention}{suffix}"]))
+        quantized = {linear.disk_name: self.schemes[name] for name, linear in self.linears.items()}
         ignore = unquantized_linears(self.checkpoint, self.family, quantized)
         copy_side_files(self.context.source, target)
         write_json(
-            target / "config.json", {**self.checkpoint.config, "quantization_config": quantization_config(quantized, ignore)}
+            target / "config.json",
+            {**self.checkpoint.config, "quantization_config": quantization_config(quantized, ignore, bool(attentions))},
         )
 
     def _clear(self) -> None:
@@ -235,12 +309,26 @@ class _Work:
         }
 
 
-def _out_of_memory(device: str, part: str) -> MissingError:
+def _round_inputs(linear: nn.Module, stored: QuantizedWeight) -> None:
+    """Let a linear of the running model round what it is given, as a runtime will."""
+    scheme = stored.scheme
+    assert scheme.activations is not None
+    kind, scale = scheme.activations, stored.input_scale
+    scale = None if scale is None else scale.to(cast("Tensor", linear.weight).device)
+
+    def round_given(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        return (round_activations(args[0], kind, scheme.type, scheme.bits, scale), *args[1:])
+
+    linear.register_forward_pre_hook(round_given)
+
+
+def _out_of_memory(stage: str, device: str, part: str) -> MissingError:
     cuda = torch.device(device).type == "cuda"
     total = torch.cuda.mem_get_info(device)[1] if cuda else psutil.virtual_memory().total
     return MissingError(
-        f"awq: {device} has {total / 2**30:.1f} GiB of memory, too little for {part}. End other programs that use it, use a larger "
-        "device, or none (CUDA_VISIBLE_DEVICES=); or give calibration.sets fewer tokens per sample and smaller images"
+        f"{stage}: {device} has {total / 2**30:.1f} GiB of memory, too little for {part}. End other programs that use it, use a "
+        "larger device, or none (CUDA_VISIBLE_DEVICES=); or give calibration.sets fewer tokens per sample and smaller images"
     )
 
 

@@ -1,0 +1,293 @@
+"""How much a model's predictions depend on each output channel of its linears: one walk forward, then one in reverse.
+
+With p the model's distribution of the next token and δ a change of a linear's output, the predictions move by
+KL(p ‖ p′) ≈ ½ E[(g·δ)²], g the gradient, at that output, of the loss of labels drawn from p itself (Fisher's information).
+Taken apart by channels and tokens, as if both varied independently of each other and of the inputs, a rounding error ΔW of the
+linear costs ½ Σ_m n_m/n Σ_r s_m[r] ΔW_r (G_m/n_m) ΔW_rᵀ nats per predicted token: m are text and vision tokens, s_m the mean
+of g² over the n_m tokens of a kind, G_m their inputs' second moment, n the predicted tokens. Every text token that is no
+padding counts as predicted; what the model would say after a token that only stands for a part of an image is asked by nobody.
+
+Only one block has its weights at a time, in float32 on the way back, so that no gradient is lost to rounding. What the author does
+between blocks is taken to pass gradients on as they are: true of adding (deepstack), and of blocks that a prompt skips.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from compress.engine.host import map_tensors
+from compress.engine.replay import Call, Positions, Replay, Visit, Walkthrough
+from compress.engine.statistics import Moment, Moments
+from compress.engine.weights import unload
+from compress.errors import CheckpointError
+from compress.families import within
+from compress.numerics.rounding import fold_symmetric, output_error
+
+_HEAD_CHUNK = 1 << 25
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """Mean over the tokens of a kind of the squared gradient of the summed loss at each output channel, float32 [out].
+
+    A kind that never came is None. `per_token` is how many tokens of each kind (text, vision) the linear was given for one
+    predicted token.
+    """
+
+    text: Tensor | None
+    vision: Tensor | None
+    per_token: tuple[float, float]
+
+    def predicted_loss(self, error: Tensor, moments: Moments) -> float:
+        """Return what a rounding error ΔW [out, in] costs, in nats per predicted token; `moments` are of the linear's input."""
+        total = 0.0
+        kinds = zip((self.text, self.vision), (moments.text, moments.vision), self.per_token, strict=True)
+        for sensitivity, moment, share in kinds:
+            if sensitivity is not None and moment is not None:
+                total += share * _loss(error, sensitivity, moment)
+        return total / 2
+
+
+def _loss(error: Tensor, sensitivity: Tensor, moment: Moment) -> float:
+    weighted = error * sensitivity.to(error).sqrt_().unsqueeze(1)
+    return float(output_error(weighted, fold_symmetric(moment.gram.div_(moment.tokens))))
+
+
+def balance(moments: Moments, sensitivities: Iterable[Sensitivity]) -> tuple[float, float]:
+    """Return how much a text and a vision token of one input count by the output gradients of the linears that read it.
+
+    Both are means of g², summed over all channels of all these linears; scaled so that a token counts 1 on average. Where only
+    one kind came, or no gradient did, every token counts the same.
+    """
+    if moments.text is None or moments.vision is None:
+        return 1.0, 1.0
+    sums = [0.0, 0.0]
+    for sensitivity in sensitivities:
+        for kind, values in enumerate((sensitivity.text, sensitivity.vision)):
+            sums[kind] += 0.0 if values is None else float(values.sum(dtype=torch.float64))
+    counts = (moments.text.tokens, moments.vision.tokens)
+    total = sum(count * value for count, value in zip(counts, sums, strict=True))
+    if total == 0:
+        return 1.0, 1.0
+    scale = sum(counts) / total
+    return sums[0] * scale, sums[1] * scale
+
+
+def share(moments: Moments, text: float) -> tuple[float, float]:
+    """Return how much a text and a vision token count so that text's share of the second moment is `text`, between 0 and 1.
+
+    A token counts 1 on average. Where only one kind came every token counts the same.
+    """
+    if moments.text is None or moments.vision is None:
+        return 1.0, 1.0
+    return text * moments.tokens / moments.text.tokens, (1 - text) * moments.tokens / moments.vision.tokens
+
+
+@dataclass
+class _Sums:
+    """Sums of squared gradients per output channel, text and vision apart, and over how many tokens."""
+
+    squares: list[Tensor | None] = field(default_factory=lambda: [None, None])
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+    def add(self, gradient: Tensor, positions: Positions | None) -> None:
+        """Count gradients [..., out]; without positions every row is a vision token."""
+        rows = gradient.reshape(-1, gradient.shape[-1])
+        if positions is None:
+            self.add_rows(rows, vision=True)
+        else:
+            self.add_rows(rows[positions.text.to(rows.device)], vision=False)
+            self.add_rows(rows[positions.vision.to(rows.device)], vision=True)
+
+    def add_rows(self, rows: Tensor, *, vision: bool) -> None:
+        """Count gradients [tokens, out] of tokens of one kind."""
+        if rows.shape[0]:
+            squares = rows.square().sum(dim=0).to(torch.float64)
+            before = self.squares[vision]
+            self.squares[vision] = squares if before is None else before + squares
+            self.tokens[vision] += rows.shape[0]
+
+    def result(self, predicted: int) -> Sensitivity:
+        """Return the means."""
+        text, vision = (
+            None if squares is None else (squares / count).to(torch.float32).cpu()
+            for squares, count in zip(self.squares, self.tokens, strict=True)
+        )
+        return Sensitivity(text, vision, (self.tokens[0] / predicted, self.tokens[1] / predicted))
+
+
+def measure_sensitivity(
+    plan: Walkthrough, linears: Iterable[str], seed: int, advance: Callable[[int], None] = lambda blocks: None
+) -> dict[str, Sensitivity]:
+    """Return the sensitivity of linears of the decoder or its head, by their names in the model.
+
+    `seed` draws the labels; the same plan and seed give the same result. `advance` is called for each block, twice.
+
+    Raises:
+        CheckpointError: the family has no output head, weights cannot be used, or a linear is never called.
+    """
+    names = tuple(linears)
+    if plan.family.head is None:
+        raise CheckpointError(
+            f"{plan.checkpoint.folder}: {plan.family.name} has no output head, so nothing tells what its predictions depend on; "
+            "give bits and balance as numbers"
+        )
+    return _Reverse(Replay(plan), plan.family.head, names, torch.Generator(plan.device).manual_seed(seed), advance).measure()
+
+
+@dataclass
+class _Reverse:
+    """One measurement; `gradients` are those at the output of the block the way back has come to, by batch."""
+
+    replay: Replay
+    head: str
+    linears: tuple[str, ...]
+    generator: torch.Generator
+    advance: Callable[[int], None]
+    calls: dict[str, Sequence[Call]] = field(default_factory=lambda: dict[str, Sequence[Call]]())
+    gradients: dict[int, Tensor] = field(default_factory=lambda: dict[int, Tensor]())
+    sums: dict[str, _Sums] = field(default_factory=lambda: dict[str, _Sums]())
+    predicted: int = 0
+
+    @property
+    def device(self) -> str:
+        return self.replay.plan.device
+
+    def measure(self) -> dict[str, Sensitivity]:
+        units = self.replay.decoder_units()
+        for visit in self.replay.walk([*units, self.head]):
+            self.calls[visit.name] = visit.calls
+            self.advance(1)
+            if visit.name == units[-1]:
+                self._begin(visit)
+                break
+        for name in reversed(units):
+            self._back(name)
+            self.advance(1)
+        missing = [name for name in self.linears if name not in self.sums]
+        if missing:
+            raise CheckpointError(f"{missing[0]}: no calibration sample calls it; leave it out of the stage")
+        return {name: self.sums[name].result(self.predicted) for name in self.linears}
+
+    def _begin(self, last: Visit) -> None:
+        """Compute the gradients at the last block's output, with all that is left of the model in float32."""
+        self.replay.model.float()
+        weight = self._head_weight()
+        for call in last.calls:
+            with torch.no_grad():
+                output = last.module(*self._given(call.args), **self._given(call.kwargs))
+            leaf = _hidden((output,), {}).detach().requires_grad_()
+            hidden = self.replay.head_input(call.batch, {last.name: _with(output, leaf)})
+            positions = cast("Positions", call.positions)
+            gradient = self._head_gradient(hidden.detach(), weight, positions)
+            hidden.backward(gradient)
+            self.gradients[call.batch] = self.replay.host.keep(cast("Tensor", leaf.grad))
+
+    def _head_weight(self) -> Tensor:
+        reader = self.replay.reader
+        owner = self.replay.family.embeddings if reader.checkpoint.tied else self.head
+        return reader.tensor(f"{owner}.weight", self.device).to(torch.float32)
+
+    @torch.no_grad()
+    def _head_gradient(self, hidden: Tensor, weight: Tensor, positions: Positions) -> Tensor:
+        """Return the gradient, at the head's input [samples, tokens, hidden], of the loss of labels drawn from its predictions."""
+        rows = hidden.reshape(-1, hidden.shape[-1])
+        gradient = torch.zeros_like(rows)
+        text = positions.text.to(rows.device).nonzero().squeeze(1)
+        bias = cast("Tensor | None", getattr(self.replay.model.get_submodule(self.head), "bias", None))
+        if bias is not None:
+            bias = self.replay.reader.tensor(f"{self.head}.bias", self.device).to(torch.float32)
+        for chunk in torch.split(text, max(1, _HEAD_CHUNK // weight.shape[0])):
+            error = nn.functional.linear(rows[chunk], weight, bias).softmax(dim=-1)
+            noise = torch.empty_like(error).exponential_(generator=self.generator)
+            labels = (error / noise).argmax(dim=-1, keepdim=True)  # the first of competing exponential clocks: drawn as error says
+            error.scatter_add_(1, labels, -torch.ones_like(error[:, :1]))
+            if self.head in self.linears:
+                self._sums(self.head).add_rows(error, vision=False)
+            gradient[chunk] = error @ weight
+        self.predicted += len(text)
+        return gradient.view(hidden.shape)
+
+    def _back(self, name: str) -> None:
+        """Carry every batch's gradient from a block's output to its input, and count it at the block's linears on the way."""
+        module = self.replay.model.get_submodule(name)
+        self.replay.reader.load(module, name, self.device)
+        local = {linear.removeprefix(f"{name}."): linear for linear in self.linears if within(linear, name)}
+        for call in self.calls.pop(name):
+            args, kwargs = self._given(call.args), self._given(call.kwargs)
+            given = _hidden(args, kwargs)
+            leaf = given.detach().requires_grad_()
+            with _Watch(module, local, self._counting(call.positions)), torch.enable_grad():
+                output = _hidden((module(*_swapped(args, given, leaf), **_swapped(kwargs, given, leaf)),), {})
+                output.backward(self.gradients[call.batch].to(self.device))
+            self.gradients[call.batch] = self.replay.host.keep(cast("Tensor", leaf.grad))
+        unload(module)
+
+    def _counting(self, positions: Positions | None) -> Callable[[str, str, Tensor], None]:
+        readers = self.replay.family.vision_readers
+
+        def count(local: str, linear: str, gradient: Tensor) -> None:
+            self._sums(linear).add(gradient, None if local in readers else positions)
+
+        return count
+
+    def _sums(self, linear: str) -> _Sums:
+        return self.sums.setdefault(linear, _Sums())
+
+    def _given(self, tree: Any) -> Any:
+        """Bring a recorded call's tensors to the device, floats as float32."""
+        return map_tensors(tree, lambda tensor: tensor.to(self.device, torch.float32 if tensor.is_floating_point() else None))
+
+
+class _Watch:
+    """Gives the gradients at the outputs of a module's linears (local name → name in the model) to `count` while it is active."""
+
+    def __init__(self, module: nn.Module, linears: dict[str, str], count: Callable[[str, str, Tensor], None]) -> None:
+        self._module = module
+        self._linears = linears
+        self._count = count
+        self._hooks: list[RemovableHandle] = []
+
+    def __enter__(self) -> None:
+        for local, linear in self._linears.items():
+            self._hooks.append(self._module.get_submodule(local).register_forward_hook(self._hook(local, linear)))
+
+    def __exit__(self, *_: object) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, local: str, linear: str) -> Any:
+        def counted(gradient: Tensor) -> None:
+            self._count(local, linear, gradient)
+
+        def watch(module: nn.Module, args: object, output: Tensor) -> None:
+            del module, args
+            if not output.requires_grad:
+                output.requires_grad_()  # it reads the images' states alone, which nothing here depends on
+            output.register_hook(counted)
+
+        return watch
+
+
+def _hidden(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states among a block's arguments, or in what it returned."""
+    if "hidden_states" in kwargs:
+        return kwargs["hidden_states"]
+    tensors: list[Tensor] = []
+    map_tensors(args, tensors.append)
+    return tensors[0]
+
+
+def _swapped(tree: Any, old: Tensor, new: Tensor) -> Any:
+    return map_tensors(tree, lambda tensor: new if tensor is old else tensor)
+
+
+def _with(output: Any, leaf: Tensor) -> Any:
+    """Return what a block returned with its hidden states exchanged."""
+    return _swapped(output, _hidden((output,), {}), leaf)

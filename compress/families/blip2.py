@@ -1,0 +1,54 @@
+"""BLIP-2 (arXiv 2301.12597) with OPT as its decoder: a Q-Former turns an image into a few states that stand before the prompt."""
+
+from compress.families.family import Family, Pair
+
+_CHAT_TEMPLATE = """\
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{%- set before, after = ' ', '\\n' -%}
+{%- elif loop.first -%}
+{%- set before, after = '</s>Question: ', ' Answer:' -%}
+{%- else -%}
+{%- set before, after = 'Question: ', ' Answer:' -%}
+{%- endif -%}
+{{- before -}}
+{%- if message['content'] is string -%}
+{{- message['content'] -}}
+{%- else -%}
+{%- for part in message['content'] if part['type'] == 'text' -%}
+{{- part['text'] -}}
+{%- endfor -%}
+{%- endif -%}
+{{- after -}}
+{%- endfor -%}
+"""
+"""The prompt of the published examples; the processor puts the image's tokens before all of it, and answers end with a line."""
+
+BLIP2 = Family(
+    name="blip-2",
+    model_type="blip-2",
+    architecture="Blip2ForConditionalGeneration",
+    renames=(),
+    vision=("vision_model", "qformer", "language_projection"),
+    projector=("qformer", "language_projection"),
+    vision_blocks=("vision_model.encoder.layers",),
+    embeddings="language_model.model.decoder.embed_tokens",
+    blocks="language_model.model.decoder.layers",
+    head="language_model.lm_head",
+    image_token_keys=("image_token_index", "image_token_id"),
+    pairs=(
+        Pair("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Pair("self_attn.v_proj", ("self_attn.out_proj",)),
+        Pair("final_layer_norm", ("fc1",)),
+        Pair("fc1", ("fc2",)),  # between them is a ReLU, which a positive scale passes
+    ),
+    vision_pairs=(Pair("layer_norm1", ("self_attn.qkv",)), Pair("layer_norm2", ("mlp.fc1",))),
+    text_model="language_model",
+    chat_template=_CHAT_TEMPLATE,
+    requires=(
+        ("text_config.model_type", "opt"),
+        ("text_config.do_layer_norm_before", True),
+        ("text_config.activation_function", "relu"),
+    ),
+    defaults=(("max_position_embeddings", 2048), ("tie_word_embeddings", True)),
+)

@@ -1,0 +1,27 @@
+"""CLIP (arXiv 2103.00020): a vision and a text tower whose results are projected into one space and compared there."""
+
+from compress.families.family import Family, Pair
+
+_PAIRS = (
+    Pair("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    Pair("self_attn.v_proj", ("self_attn.out_proj",)),
+    Pair("layer_norm2", ("mlp.fc1",)),
+)
+
+CLIP = Family(
+    name="clip",
+    model_type="clip",
+    architecture="CLIPModel",
+    renames=(),
+    vision=("vision_model", "visual_projection"),
+    projector=("visual_projection", "text_projection"),
+    vision_blocks=("vision_model.encoder.layers",),
+    embeddings="text_model.embeddings.token_embedding",
+    blocks="text_model.encoder.layers",
+    head=None,
+    image_token_keys=(),
+    pairs=_PAIRS,
+    vision_pairs=_PAIRS,
+    text_model="text_model",
+    defaults=(("max_position_embeddings", 77),),
+)

@@ -1,0 +1,20 @@
+"""InternVL3 (arXiv 2504.10479) in transformers' own form, from the repositories that end in `-hf`."""
+
+from dataclasses import replace
+
+from compress.families.family import Pair
+from compress.families.llava import LLAVA
+
+INTERNVL3 = replace(
+    LLAVA,
+    name="internvl3",
+    model_type="internvl",
+    architecture="InternVLForConditionalGeneration",
+    vision_blocks=("model.vision_tower.encoder.layer",),
+    image_token_keys=("image_token_id",),
+    vision_pairs=(
+        Pair("layernorm_before", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+        Pair("attention.v_proj", ("attention.projection_layer",)),
+        Pair("layernorm_after", ("mlp.fc1",)),
+    ),
+)

@@ -1,0 +1,32 @@
+"""LLaVA 1.5 (arXiv 2310.03744): CLIP's vision tower, a two-layer projector, a decoder of Llama's make."""
+
+from compress.families.family import Family, Pair
+from compress.families.qwen2_vl import DECODER_PAIRS
+
+RENAMES = (
+    (r"^(?:model\.)?vision_tower\.(?:vision_model\.)?", "model.vision_tower."),
+    (r"^multi_modal_projector\.", "model.multi_modal_projector."),
+    (r"^language_model\.model\.", "model.language_model."),
+    (r"^language_model\.lm_head\.", "lm_head."),
+)
+"""Published checkpoints keep the names of before transformers 4.52, the tower's those of before 5."""
+
+LLAVA = Family(
+    name="llava",
+    model_type="llava",
+    architecture="LlavaForConditionalGeneration",
+    renames=RENAMES,
+    vision=("model.vision_tower", "model.multi_modal_projector"),
+    projector=("model.multi_modal_projector",),
+    vision_blocks=("model.vision_tower.encoder.layers",),
+    embeddings="model.language_model.embed_tokens",
+    blocks="model.language_model.layers",
+    head="lm_head",
+    image_token_keys=("image_token_index", "image_token_id"),
+    pairs=DECODER_PAIRS,
+    vision_pairs=(
+        Pair("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        Pair("self_attn.v_proj", ("self_attn.out_proj",)),
+        Pair("layer_norm2", ("mlp.fc1",)),
+    ),
+)

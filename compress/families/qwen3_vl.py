@@ -1,0 +1,16 @@
+"""Qwen3-VL (arXiv 2511.21631): features from within the vision tower are added between the decoder's first blocks."""
+
+from dataclasses import replace
+
+from compress.families.family import Pair
+from compress.families.qwen2_vl import QWEN2_VL
+
+QWEN3_VL = replace(
+    QWEN2_VL,
+    name="qwen3-vl",
+    model_type="qwen3_vl",
+    architecture="Qwen3VLForConditionalGeneration",
+    renames=(),
+    projector=("model.visual.deepstack_merger_list", "model.visual.merger"),
+    vision_pairs=(Pair("norm1", ("attn.qkv",)), Pair("norm2", ("mlp.linear_fc1",))),
+)

@@ -1,0 +1,103 @@
+"""GPTQ: rounding a matrix column by column, each column's error made good by those still to come (arXiv 2210.17323).
+
+With H the second moment of the input, the error tr(ΔW H ΔWᵀ) is minimised greedily. Written as in arXiv 2307.13304 (theorem 6),
+which shows that the method needs no inverse: with H = (U + I) D (U + I)ᵀ, U strictly upper triangular, column k is rounded
+from W_k + Σ_{i<k} (W_i - Ŵ_i) U_ik. So one Cholesky factorisation is all that is computed of H.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from compress.errors import CheckpointError
+from compress.numerics.grids import QuantizedWeight, Scheme, grid
+from compress.numerics.rounding import own_scheme
+
+_BLOCK = 64
+_RAISE = 10.0
+_ATTEMPTS = 8
+
+
+@dataclass(frozen=True)
+class Gptq:
+    """`dampening` is the share of H's mean diagonal that is added to its diagonal; `reorder` rounds by falling H_jj."""
+
+    dampening: float = 0.01
+    reorder: bool = True
+
+
+def round_columns(
+    weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype, settings: Gptq, shrink: Tensor | float = 1.0
+) -> QuantizedWeight:
+    """Round a matrix [out, in] for inputs with the second moment `gram` [in, in], both float32; `gram` is overwritten.
+
+    Scales are rounded to `dtype` first and belong to the columns' own places whatever order they are rounded in, so the result
+    needs no index of groups. `shrink` makes each group's range smaller by a factor (a number, or one per group).
+
+    Raises:
+        CheckpointError: `gram` is not the second moment of finite inputs.
+    """
+    rows, columns = weight.shape
+    scheme = own_scheme(scheme, columns)
+    scales, zero_points = grid(weight.view(rows, -1, scheme.group_size), scheme, dtype, shrink)
+    order = gram.diagonal().argsort(descending=True, stable=True) if settings.reorder else torch.arange(columns, device=gram.device)
+    feedback = _feedback(gram, order, settings.dampening)
+    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    group_of = order // scheme.group_size
+    errors = torch.empty(columns, rows, device=weight.device)  # transposed, so that a column of the matrix lies in one piece
+    steps, zeros, ordered = scales.to(torch.float32).t().contiguous(), zero_points.t().contiguous(), weight.t()
+    for start in range(0, columns, _BLOCK):
+        stop = min(start + _BLOCK, columns)
+        places = order[start:stop]
+        exact = ordered[places]
+        wanted = exact.addmm(feedback[:start, start:stop].t(), errors[:start]) if start else exact.clone()
+        step, zero = steps[group_of[start:stop]], zeros[group_of[start:stop]]
+        block_codes = torch.empty_like(exact)
+        for row in range(stop - start):
+            code = (wanted[row] / step[row]).round_().add_(zero[row]).clamp_(0, scheme.levels - 1)
+            block_codes[row] = code
+            error = exact[row] - (code - zero[row]) * step[row]
+            errors[start + row] = error
+            if row + 1 < stop - start:
+                wanted[row + 1 :].addr_(feedback[start + row, start + row + 1 : stop], error)
+        codes[places] = block_codes.to(torch.uint8)
+    return QuantizedWeight(codes.t().contiguous(), scales, zero_points.to(torch.uint8), scheme)
+
+
+def _feedback(gram: Tensor, order: Tensor, dampening: float) -> Tensor:
+    """Return U + I of the damped H in the given order, float32 [in, in]; what is below its diagonal must not be read.
+
+    The factorisation runs from the last column to the first: H is turned round, factored, and turned back.
+    """
+    backwards = order.flip(0)
+    diagonal = gram.diagonal()
+    level = float(diagonal.mean())
+    if not level < float("inf"):
+        raise CheckpointError(
+            "the second moment of its inputs is not finite; convert the checkpoint to bfloat16, or give other samples"
+        )
+    turned = gram[backwards[:, None], backwards] if gram.numel() else gram
+    extra = dampening * (level or 1.0)
+    turned.diagonal().add_(extra)
+    factor, failed = _factored(turned)
+    for _ in range(_ATTEMPTS):
+        if not failed:
+            break
+        turned.diagonal().add_(extra * (_RAISE - 1))
+        extra *= _RAISE
+        factor, failed = _factored(turned)
+    else:
+        raise CheckpointError(f"the second moment of its inputs cannot be factored, not even with {extra:.3g} on its diagonal")
+    del turned
+    factor.div_(factor.diagonal().clone())
+    return factor.flip(0, 1)
+
+
+def _factored(matrix: Tensor) -> tuple[Tensor, bool]:
+    """Return the lower Cholesky factor of a symmetric matrix, and whether there is none."""
+    factor, info = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(matrix))
+    return factor, bool(info)

@@ -1,0 +1,128 @@
+"""config.json's `quantization_config` as compressed-tensors writes it, from schemes, and the schemes from it; free of torch.
+
+Format: https://github.com/vllm-project/compressed-tensors, `compressed_tensors/quantization/quant_args.py`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
+
+from compress.errors import CheckpointError
+from compress.numerics.scheme import BLOCK, Activations, Scheme
+
+METHOD = "compressed-tensors"
+MIXED = "mixed-precision"
+FORMATS = ("pack-quantized", "int-quantized", "float-quantized", MIXED)
+
+_STRATEGIES: Mapping[Activations, str] = {"token": "token", "tensor": "tensor", "group": "group"}
+
+
+def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv_cache: bool = False) -> dict[str, Any]:
+    """Return config.json's `quantization_config`: `schemes` by the quantized linears' names, `ignore` the names of all others.
+
+    With one scheme its group targets every `Linear`; with several, each targets its linears by name. A name without a dot is the
+    output head's: it is no `Linear` to vLLM, which knows it by another prefix, so it is always targeted by a pattern.
+    `kv_cache` says that the checkpoint holds scales for keys and values, which are then cached as 8-bit floats.
+    """
+    groups: dict[Scheme, list[str]] = {}
+    for name, scheme in schemes.items():
+        groups.setdefault(scheme, []).append(name)
+    formats = sorted({scheme.format for scheme in groups})
+    return {
+        "config_groups": {
+            f"group_{number}": _group(scheme, _targets(names, alone=len(groups) == 1))
+            for number, (scheme, names) in enumerate(groups.items())
+        },
+        "format": formats[0] if len(formats) == 1 else MIXED,
+        "global_compression_ratio": None,
+        "ignore": sorted(ignore),
+        "kv_cache_scheme": _arguments(8, "float", "tensor", dynamic=False) if kv_cache else None,
+        "quant_method": METHOD,
+        "quantization_status": "compressed",
+    }
+
+
+def scheme_of(settings: Mapping[str, Any], name: str, where: str) -> Scheme:
+    """Return the scheme of the linear `name` by a `quantization_config`; `where` is the file that an error names.
+
+    Raises:
+        CheckpointError: no group targets it, or the group's settings are none that this package writes.
+    """
+    groups = cast("Mapping[str, Any]", settings.get("config_groups") or {}).values()
+    matching = [group for group in groups if any(_matches(str(target), name) for target in group["targets"])]
+    if not matching:
+        raise CheckpointError(f"{where}: no group of quantization_config targets {name}, which is packed; fetch the files again")
+    weights, inputs = matching[0]["weights"], matching[0].get("input_activations")
+    strategy = weights["strategy"]
+    block = tuple(weights.get("block_structure") or (BLOCK, BLOCK))
+    if strategy not in ("group", "channel", "tensor", "block") or block != (BLOCK, BLOCK):
+        raise CheckpointError(
+            f"{where}: {name} is quantized per {strategy} {block if strategy == 'block' else ''}, which cannot be read; "
+            "start from the model's original"
+        )
+    return Scheme(
+        bits=int(weights["num_bits"]),
+        group_size=BLOCK if strategy == "block" else int(weights.get("group_size") or -1),
+        symmetric=bool(weights["symmetric"]),
+        type=weights.get("type", "int"),
+        block_rows={"block": BLOCK, "tensor": -1}.get(strategy, 1),
+        activations=inputs["strategy"] if inputs else None,
+    )
+
+
+def _targets(names: list[str], alone: bool) -> list[str]:
+    heads = [rf"re:(.*\.)?{name}$" for name in sorted(names) if "." not in name]
+    return (["Linear"] if alone else [name for name in sorted(names) if "." in name]) + heads
+
+
+def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
+    inputs = None
+    if scheme.activations is not None:
+        dynamic = scheme.activations != "tensor"
+        size = BLOCK if scheme.activations == "group" else None
+        inputs = _arguments(8, scheme.type, _STRATEGIES[scheme.activations], dynamic, group_size=size)
+    weights = _arguments(scheme.bits, scheme.type, _strategy(scheme), dynamic=False, group_size=_group_size(scheme))
+    weights["symmetric"] = scheme.symmetric
+    weights["block_structure"] = [BLOCK, BLOCK] if scheme.block_rows == BLOCK else None
+    return {
+        "format": scheme.format,
+        "input_activations": inputs,
+        "output_activations": None,
+        "targets": targets,
+        "weights": weights,
+    }
+
+
+def _arguments(bits: int, kind: str, strategy: str, dynamic: bool, group_size: int | None = None) -> dict[str, Any]:
+    return {
+        "actorder": None,
+        "block_structure": None,
+        "dynamic": dynamic,
+        "group_size": group_size,
+        "num_bits": bits,
+        "observer": None if dynamic else "minmax",
+        "observer_kwargs": {},
+        "strategy": strategy,
+        "symmetric": True,
+        "type": kind,
+    }
+
+
+def _strategy(scheme: Scheme) -> str:
+    if scheme.block_rows == -1:
+        return "tensor"
+    if scheme.block_rows > 1:
+        return "block"
+    return "channel" if scheme.group_size == -1 else "group"
+
+
+def _group_size(scheme: Scheme) -> int | None:
+    return scheme.group_size if _strategy(scheme) == "group" else None
+
+
+def _matches(target: str, name: str) -> bool:
+    if target.startswith("re:"):
+        return re.match(target.removeprefix("re:"), name) is not None
+    return target in ("Linear", name)

@@ -1,0 +1,314 @@
+"""llm-compressor from checkpoint to checkpoint: hand it the samples, run it in its environment, take in what it wrote."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from compress.artifact import copy_side_files
+from compress.calibration.load import load_batches
+from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.engine.weights import DTYPES, ShardWriter, map_tensor
+from compress.errors import CheckpointError, DataError, MissingError, RecipeError, ServerError
+from compress.families import Family, Pair
+from compress.files import telling_where, write_bytes, write_json
+from compress.layouts import is_quantized, unquantized_linears
+from compress.progress import Progress
+from compress.runtimes.environment import require
+from compress.runtimes.server import Server, run_server
+from compress.stages.llmcompressor import ENVIRONMENT
+from compress.stages.stage import StageContext
+
+if TYPE_CHECKING:
+    from compress.stages.llmcompressor import Llmcompressor
+
+_WORKER = Path(__file__).with_name("llmcompressor_worker.py")
+_WORK = ".llmcompressor"
+_LOG = "llmcompressor.log"
+_SCALE = "weight_scale"
+_INTERVAL = 0.2
+_BLOCK = re.compile(rb"\((\d+)/(\d+)\): (Calibrating|Propagating)")
+_SETTINGS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_DROPPED = ("VIRTUAL_ENV", "LLM_COMPRESSOR_LOG_FILE")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the worker is told; `ignore` and `mappings` are for modifiers that take such arguments and are given none."""
+
+    model: str
+    architecture: str
+    blocks: str
+    samples: str
+    output: str
+    outcome: str
+    seed: int
+    trust_remote_code: bool
+    modifiers: list[tuple[str, dict[str, Any]]]
+    ignore: list[str]
+    mappings: dict[str, list[Any]]
+
+
+def apply(stage: Llmcompressor, context: StageContext) -> None:
+    """Do what `Llmcompressor.apply` says."""
+    checkpoint = open_checkpoint(context.source)
+    if context.calibration is None:
+        raise DataError("llmcompressor: needs calibration samples; add calibration.sets to the recipe")
+    if faults := stage.check(checkpoint, context.family):
+        raise CheckpointError("\n".join(faults))
+    with telling_where(context.target):
+        for path in context.target.iterdir():  # a call that was killed begins anew: the library commits nothing
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        work = context.target / _WORK
+        samples = work / "samples"
+        samples.mkdir(parents=True)
+        write_samples(context.calibration, context, samples)
+        _run(stage, context, checkpoint, work)
+        _Intake(checkpoint, open_checkpoint(work / "output"), context.family).write(context)
+        shutil.rmtree(work)
+
+
+def write_samples(calibration: Path, context: StageContext, folder: Path) -> None:
+    """Write each sample's inputs as a file of its own: alone it needs no padding, which the library would count as tokens."""
+    batches = load_batches(calibration, context.source, 1, context.trust_remote_code)
+    with context.progress.task("llmcompressor: prepare samples", len(batches), "samples") as advance:
+        for number, batch in enumerate(batches):
+            inputs = {name: tensor.contiguous() for name, tensor in batch.inputs().items()}
+            write_bytes(folder / f"{number:06}.safetensors", save(inputs))
+            advance(1)
+
+
+def ignored(family: Family) -> list[str]:
+    """Return patterns of the modules that stay as they are where a modifier is not told otherwise: the vision side and the head."""
+    heads = [family.head] if family.head else []
+    return [*heads, *(rf"re:{re.escape(part)}(\..*)?$" for part in dict.fromkeys((*family.vision, *family.projector)))]
+
+
+def mappings(checkpoint: Checkpoint, family: Family) -> dict[str, list[Any]]:
+    """Return the decoder's pairs as AWQ's and SmoothQuant's arguments, each held to the blocks that have all of its modules."""
+    shapes = {family.module_name(name): entry.shape for name, entry in checkpoint.tensors.items()}
+    place = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
+    blocks = sorted({int(found.group(1)) for name in shapes if (found := place.match(name))})
+    awq: list[Any] = []
+    smoothquant: list[Any] = []
+    for pair in family.pairs:
+        modules = (pair.source, *pair.linears)
+        whole = [block for block in blocks if all(f"{family.blocks}.{block}.{module}.weight" in shapes for module in modules)]
+        if not whole:
+            continue
+        source, *linears = (_pattern(family, whole, module) for module in modules)
+        awq.append({"smooth_layer": source, "balance_layers": linears})
+        if _is_norm(shapes, family, whole[0], pair):
+            smoothquant.append([linears, source])
+    return {"AWQModifier": awq, "SmoothQuantModifier": smoothquant}
+
+
+def _pattern(family: Family, blocks: list[int], module: str) -> str:
+    return rf"re:{re.escape(family.blocks)}\.({'|'.join(map(str, blocks))})\.{re.escape(module)}$"
+
+
+def _is_norm(shapes: Mapping[str, tuple[int, ...]], family: Family, block: int, pair: Pair) -> bool:
+    return len(shapes[f"{family.blocks}.{block}.{pair.source}.weight"]) == 1
+
+
+def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, work: Path) -> None:
+    """Run the worker to its end.
+
+    Raises:
+        RecipeError, CheckpointError, MissingError, ServerError: as `Llmcompressor.apply` says.
+    """
+    job = Job(
+        model=str(context.source.absolute()),
+        architecture=context.family.architecture,
+        blocks=context.family.blocks,
+        samples=str((work / "samples").absolute()),
+        output=str((work / "output").absolute()),
+        outcome=str((work / "outcome.json").absolute()),
+        seed=context.seed,
+        trust_remote_code=context.trust_remote_code,
+        modifiers=stage.calls,
+        ignore=ignored(context.family),
+        mappings=mappings(checkpoint, context.family),
+    )
+    write_json(work / "job.json", asdict(job))
+    log = (context.logs or context.target.parent).absolute() / _LOG
+    python = require(ENVIRONMENT).python
+    command = [
+        str(python),
+        "-I",
+        "-u",
+        str(_WORKER),
+        str((work / "job.json").absolute()),
+    ]  # isolated: stages/ must not be importable
+    with run_server(ENVIRONMENT, command, _variables(context.device), log) as server:
+        _follow(server, context.progress)
+        _check(Path(job.outcome), server, context.device)
+
+
+def _variables(device: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in _DROPPED}
+    return kept | _SETTINGS | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+
+
+def _follow(server: Server, progress: Progress) -> None:
+    """Tell how far the library is, by its log, until it ends; each pass over the model counts its parts anew."""
+    place, done, total = server.start, 0, 0
+    with ExitStack() as passes, server.log.open("rb") as log:
+        advance = passes.enter_context(progress.task("llmcompressor: load", 1, "models"))
+        while True:
+            ended = server.process.poll() is not None
+            log.seek(place)
+            new = log.read()
+            place += len(new)
+            for found in _BLOCK.finditer(new):
+                at = int(found.group(1))
+                if (at < done and found.group(3) == b"Calibrating") or not total:
+                    passes.close()
+                    done, total = 0, int(found.group(2))
+                    advance = passes.enter_context(progress.task("llmcompressor: calibrate", total, "parts"))
+                if at > done:
+                    advance(at - done)
+                    done = at
+            if ended:
+                return
+            time.sleep(_INTERVAL)
+
+
+def _check(outcome: Path, server: Server, device: str) -> None:
+    """Raise what the worker said, or its log where it could not say anything any more."""
+    if not outcome.is_file():
+        raise ServerError(
+            f"llmcompressor was ended before it was done; the machine may have run out of memory.\n{server.last_words()}"
+        )
+    told = cast("dict[str, str]", json.loads(outcome.read_text(encoding="utf-8")))
+    if not told:
+        return
+    message = told["message"]
+    if told["failed"] == "arguments":
+        raise RecipeError([f"stages: llmcompressor: {message}"])
+    if told["failed"] == "memory":
+        raise MissingError(
+            f"llmcompressor: {device} has too little memory ({message}). End other programs that use it, use a larger device, or "
+            f"give calibration.sets fewer tokens per sample and smaller images. Its log is {server.log}"
+        )
+    raise CheckpointError(
+        f"llmcompressor failed with {told['failed']}: {message}\nChange the modifiers' arguments, or leave out with `ignore` what "
+        f"it cannot work on. Its whole log is {server.log}"
+    )
+
+
+@dataclass(frozen=True)
+class _Intake:
+    """What the library wrote, given the source's names again; what it did not change keeps the source's very bytes."""
+
+    source: Checkpoint
+    written: Checkpoint
+    family: Family
+
+    @cached_property
+    def owners(self) -> dict[str, str]:
+        """The names on disk of the source's modules, those without weights of their own too, by their names in memory."""
+        found: dict[str, str] = {}
+        for name in self.source.tensors:
+            module, disk = self.family.module_name(name), name
+            while module.rpartition(".")[2] == disk.rpartition(".")[2] and "." in module and "." in disk:
+                module, disk = module.rpartition(".")[0], disk.rpartition(".")[0]
+                found[module] = disk
+        return found
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The names that the written tensors get, by those they have."""
+        return {name: self._disk_name(name) for name in self.written.tensors}
+
+    @cached_property
+    def quantized(self) -> list[str]:
+        """The names on disk of the quantized linears."""
+        return sorted(name.removesuffix(f".{_SCALE}") for name in self.names.values() if name.endswith(f".{_SCALE}"))
+
+    def _disk_name(self, name: str) -> str:
+        module, _, leaf = self.family.module_name(name).rpartition(".")
+        owner = self.owners.get(module, name.rpartition(".")[0])
+        return f"{owner}.{leaf}" if owner else leaf
+
+    def _disk_module(self, name: str) -> str:
+        """Return a linear's name on disk, by what the library calls it; a class's name stays."""
+        return self.owners.get(self.family.module_name(f"{name}.weight").removesuffix(".weight"), name)
+
+    def write(self, context: StageContext) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            CheckpointError: nothing is different from the source.
+        """
+        changed = 0
+        with (
+            ShardWriter(context.target) as writer,
+            context.progress.task("llmcompressor: write", len(self.names), "tensors") as advance,
+        ):
+            for name, tensor, same in self._tensors():
+                writer.add(name, tensor)
+                changed += not same
+                advance(1)
+        if not changed:
+            raise CheckpointError(
+                f"llmcompressor: its modifiers changed nothing: all {len(self.names)} tensors of {self.source.folder} are as they "
+                "were; give them targets that this model has, or remove the stage"
+            )
+        copy_side_files(context.source, context.target)
+        write_json(context.target / "config.json", self._config())
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
+        for old, entry in self.written.tensors.items():
+            name = self.names[old]
+            tensor = map_tensor(entry)
+            before = self.source.tensors.get(name)
+            if before is not None and before.shape == entry.shape and name.rpartition(".")[0] not in self.quantized:
+                original = map_tensor(before)
+                if torch.equal(original.to(DTYPES[entry.dtype]), tensor):
+                    yield name, original, True
+                    continue
+            yield name, tensor, False
+
+    def _config(self) -> dict[str, Any]:
+        """Return the source's config with what the library says of quantization, and whether the head is still the embedding's."""
+        config = json.loads(json.dumps(self.source.config))
+        if self.written.tied != self.source.tied:
+            config["tie_word_embeddings"] = self.written.tied
+            if "text_config" in config:
+                config["text_config"]["tie_word_embeddings"] = self.written.tied
+        settings = self.written.config.get("quantization_config")
+        if settings and is_quantized(self.written.config):
+            config["quantization_config"] = self._settings(cast("Mapping[str, Any]", settings))
+        return config
+
+    def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `quantization_config` by the source's names, patterns written out, with all linears that are left in `ignore`."""
+        left = unquantized_linears(self.source, self.family, self.quantized)
+        named = {self._disk_module(name) for name in cast("list[str]", settings.get("ignore") or [])}
+        groups = {name: {**group, "targets": self._targets(group["targets"])} for name, group in settings["config_groups"].items()}
+        return {**settings, "config_groups": groups, "ignore": sorted({*left, *named} - set(self.quantized))}
+
+    def _targets(self, targets: list[str]) -> list[str]:
+        found: list[str] = []
+        for target in targets:
+            if not target.startswith("re:"):
+                found.append(self._disk_module(target))
+                continue
+            pattern = re.compile(target.removeprefix("re:"))
+            modules = {name: self.family.module_name(f"{name}.weight").removesuffix(".weight") for name in self.quantized}
+            found += [name for name, module in modules.items() if pattern.match(module)]
+        return list(dict.fromkeys(found))

@@ -1,0 +1,29 @@
+"""Rounding to the nearest code: no calibration, the baseline that every other method has to beat."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from compress.stages.quantizer import IntegerQuantizer
+
+if TYPE_CHECKING:
+    from compress.stages.solvers import Method
+
+
+class Rtn(IntegerQuantizer):
+    """Round each weight to the nearest code of its group's whole range."""
+
+    revision: ClassVar[int] = 1
+
+    stage: Literal["rtn"]
+    symmetric: bool = False
+
+    def observes(self) -> bool:
+        """Return whether it reads statistics of the linears' inputs."""
+        return False
+
+    def method(self) -> Method:
+        """Return how a block is quantized; imports torch."""
+        from compress.stages.solvers import Method
+
+        return Method()

@@ -1,0 +1,93 @@
+"""SmoothQuant's scales on one block, for weights and inputs that are both rounded (arXiv 2211.10438).
+
+A scale s per input channel takes the outliers out of a linear's input and into its weight: s = max|x|^α / max|W|^(1-α). The
+strength α is chosen to minimise the expected squared error of the output, tr(ΔW G ΔWᵀ) + σ²·‖W·s‖², where σ² is the variance of
+rounding one input element: a twelfth of the square of the step that the input's range, divided by s, leaves between its codes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.engine.statistics import Moments
+from compress.families import Pair
+from compress.numerics.grids import Scheme
+from compress.numerics.rounding import fold_symmetric, output_error
+from compress.stages.awq_solver import Part, Point, best_point, normalised, parts_of
+from compress.stages.block import BlockWeights, Repeats, input_gram, input_max, movable, move, repeats_of
+
+_CODES = 127
+
+
+@dataclass(frozen=True)
+class Smoothing:
+    """The strength α, None to search it for each pair in `steps` steps."""
+
+    strength: float | None
+    steps: int = 20
+
+
+def smooth(
+    block: BlockWeights, pair: Pair, moments: Mapping[str, Moments], schemes: Mapping[str, Scheme], settings: Smoothing
+) -> None:
+    """Find a pair's scale and move it; a pair with a part left out, or whose inputs are not rounded, stays as it is."""
+    if not movable(block, pair) or any(schemes[name].activations is None for name in pair.linears):
+        return
+    repeats = repeats_of(block, pair)
+    given = moments[pair.linears[0]]
+    largest = repeats.pool_max(input_max(block, pair.linears[0], given))
+    if settings.strength is not None:
+        scale = _scale(settings.strength, largest, _weight_max(parts_of(block, pair, schemes), repeats))
+    else:
+        scale = search(block, pair, repeats, given, schemes, settings.steps)
+    if scale is not None:
+        move(block, pair, repeats, scale)
+
+
+def search(
+    block: BlockWeights, pair: Pair, repeats: Repeats, moments: Moments, schemes: Mapping[str, Scheme], steps: int
+) -> Tensor | None:
+    """Return the best scale per source channel, float32 (the linears' inputs are divided by it), or None for none."""
+    parts = parts_of(block, pair, schemes)
+    gram = input_gram(block, pair.linears[0], moments)
+    ranges = input_max(block, pair.linears[0], moments)
+    spreads = gram.diagonal().sqrt()
+    largest, heaviest = repeats.pool_max(ranges), _weight_max(parts, repeats)
+    folded = fold_symmetric(gram)
+    del gram
+
+    def loss(spread: Tensor) -> float:
+        total = 0.0
+        for part in parts:
+            noise = _noise(part.scheme, ranges / spread, spreads / spread)
+            total += float(output_error(part.error(spread), folded)) + noise * float((part.weight * spread).square_().sum())
+        return total
+
+    best = best_point([Point(0.0, duo=True)], lambda point: loss(repeats.spread(_scale(point.exponent, largest, heaviest))), steps)
+    scale = _scale(best.exponent, largest, heaviest)
+    return scale if loss(repeats.spread(scale)) < loss(torch.ones_like(ranges)) else None
+
+
+def _noise(scheme: Scheme, ranges: Tensor, spreads: Tensor) -> float:
+    """Return the variance of rounding one input element, from the channels' largest magnitudes and root mean squares.
+
+    A fixed scale has to reach the largest element there ever was; one that is found for each token the largest of that token,
+    which for as many normal channels as widely spread as the widest is expected at √(2 ln 2n) times their spread.
+    """
+    largest = float(ranges.max())
+    if scheme.activations != "tensor":
+        largest = min(largest, float(spreads.max()) * math.sqrt(2 * math.log(2 * len(spreads))))
+    return (largest / _CODES) ** 2 / 12
+
+
+def _weight_max(parts: list[Part], repeats: Repeats) -> Tensor:
+    return repeats.pool_max(torch.cat([part.weight.abs().amax(dim=0, keepdim=True) for part in parts]).amax(dim=0))
+
+
+def _scale(strength: float, largest: Tensor, heaviest: Tensor) -> Tensor:
+    return normalised(largest.clamp(min=1e-5).pow(strength) / heaviest.clamp(min=1e-5).pow(1 - strength))

@@ -1,0 +1,171 @@
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForImageTextToText
+
+from compress.checkpoint import open_checkpoint
+from compress.engine.replay import Positions, Walkthrough
+from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
+from compress.engine.statistics import Moment, Moments
+from compress.errors import CheckpointError
+from compress.families import Family, family_of
+from tests.engine.test_replay import Fixed, batches, build_qwen3_vl, qwen3_vl_batches
+from tests.tiny import build_qwen2_5_vl
+
+KINDS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
+BLOCKS = "model.language_model.layers"
+
+
+def plan(folder: Path, given: list[Fixed], family: Family | None = None) -> Walkthrough:
+    checkpoint = open_checkpoint(folder)
+    return Walkthrough(checkpoint, family or family_of(checkpoint.config), given, "cpu", folder)
+
+
+def keeping(outputs: dict[str, Tensor], name: str) -> Any:
+    def hook(module: nn.Module, args: object, output: Tensor) -> None:
+        output.retain_grad()
+        outputs[name] = output
+
+    return hook
+
+
+def by_autograd(folder: Path, given: list[Fixed], linears: list[str], seed: int) -> dict[str, dict[str, Tensor]]:
+    """Return the mean squares by plain autograd through the whole model, by transformers alone, on the same drawn labels."""
+    model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(folder, dtype=torch.float32).eval()
+    generator = torch.Generator().manual_seed(seed)
+    found: dict[str, dict[str, list[Tensor]]] = {name: {"text": [], "vision": []} for name in linears}
+    for batch in given:
+        inputs = batch.inputs()
+        tokens = inputs["input_ids"].reshape(-1)
+        image = tokens == model.config.image_token_id
+        valid = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool()
+        outputs: dict[str, Tensor] = {}
+
+        handles = [model.get_submodule(name).register_forward_hook(keeping(outputs, name)) for name in linears]
+        logits = model(**inputs, use_cache=False).logits.view(len(tokens), -1)[valid & ~image]
+        chances = logits.detach().softmax(-1)
+        labels = (chances / torch.empty_like(chances).exponential_(generator=generator)).argmax(-1)
+        nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
+        for handle in handles:
+            handle.remove()
+        for name, output in outputs.items():
+            rows = cast("Tensor", output.grad).view(len(tokens), -1)
+            found[name]["text"].append(rows[valid & ~image])
+            found[name]["vision"].append(rows[valid & image])
+    return {
+        name: {kind: torch.cat(rows).square().mean(0) for kind, rows in kinds.items() if sum(map(len, rows))}
+        for name, kinds in found.items()
+    }
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_walk_in_reverse_equals_autograd_through_the_whole_model(tmp_path: Path, tied: bool) -> None:
+    given = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32, tied=tied))
+    linears = [f"{BLOCKS}.{block}.{kind}" for block in range(3) for kind in KINDS] + ["lm_head"]
+    expected = by_autograd(tmp_path, given, linears, seed=3)
+    found = measure_sensitivity(plan(tmp_path, given), linears, seed=3)
+    assert list(found) == linears
+    for name, kinds in expected.items():
+        torch.testing.assert_close(found[name].text, kinds["text"], rtol=1e-3, atol=1e-9)
+        if name == "lm_head":
+            assert found[name].vision is None
+        else:
+            torch.testing.assert_close(found[name].vision, kinds["vision"], rtol=1e-3, atol=1e-9)
+
+
+def test_what_is_added_between_blocks_passes_the_gradient_on(tmp_path: Path) -> None:
+    family = build_qwen3_vl(tmp_path)
+    linears = [f"{BLOCKS}.{block}.self_attn.q_proj" for block in range(4)]
+    expected = by_autograd(tmp_path, qwen3_vl_batches(), linears, seed=0)
+    found = measure_sensitivity(plan(tmp_path, qwen3_vl_batches(), family), linears, seed=0)
+    for name, kinds in expected.items():
+        torch.testing.assert_close(found[name].text, kinds["text"], rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(found[name].vision, kinds["vision"], rtol=1e-3, atol=1e-9)
+
+
+def test_a_model_in_bfloat16_is_near_and_the_same_each_time(tmp_path: Path) -> None:
+    given = batches(build_qwen2_5_vl(tmp_path))
+    linears = [f"{BLOCKS}.{block}.mlp.up_proj" for block in range(3)]
+    expected = by_autograd(tmp_path, given, linears, seed=0)
+    steps: list[int] = []
+    found = measure_sensitivity(plan(tmp_path, given), linears, 0, steps.append)
+    again = measure_sensitivity(plan(tmp_path, given), linears, 0)
+    assert sum(steps) == 6
+    for name in linears:
+        text, vision = cast("Tensor", found[name].text), cast("Tensor", found[name].vision)
+        assert torch.equal(text, cast("Tensor", again[name].text))
+        assert torch.equal(vision, cast("Tensor", again[name].vision))
+        assert float(text.sum() / expected[name]["text"].sum()) == pytest.approx(1, rel=0.2)
+        if name == linears[-1]:
+            assert float(vision.sum()) == 0  # what comes out of the last block at a part of an image is read by nothing
+        else:
+            assert float(vision.sum() / expected[name]["vision"].sum()) == pytest.approx(1, rel=0.2)
+
+
+def test_the_predicted_loss_is_that_of_the_measured_divergence(tmp_path: Path) -> None:
+    """A change of the output head moves the predictions by what Fisher's information says."""
+    given = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32))
+    found = measure_sensitivity(plan(tmp_path, given), ["lm_head"], seed=0)["lm_head"]
+    model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path, dtype=torch.float32).eval()
+    error = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)) * 2e-3
+    moments, divergence, predicted = Moments(), 0.0, 0
+    inputs: list[Tensor] = []
+
+    def see(module: nn.Module, args: tuple[Tensor]) -> None:
+        inputs.append(args[0])
+
+    model.lm_head.register_forward_pre_hook(see)
+    with torch.no_grad():
+        for batch in given:
+            tokens = batch.inputs()["input_ids"].view(-1)
+            text = batch.inputs()["attention_mask"].view(-1).bool() & (tokens != model.config.image_token_id)
+            before = model(**batch.inputs(), use_cache=False).logits.view(len(tokens), -1)[text].log_softmax(-1)
+            moments.add(inputs[-1], Positions(text, torch.zeros_like(text)))
+            after = (before + inputs[-1].view(len(tokens), -1)[text] @ error.t()).log_softmax(-1)
+            divergence += float((before.exp() * (before - after)).sum())
+            predicted += int(text.sum())
+    assert found.predicted_loss(error, moments) == pytest.approx(divergence / predicted, rel=0.15)
+
+
+def one_kind(rows: Tensor) -> Moment:
+    moment = Moment(rows.shape[1], rows.device)
+    moment.add(rows)
+    return moment
+
+
+def test_the_predicted_loss_is_its_formula() -> None:
+    generator = torch.Generator().manual_seed(0)
+    text, vision = torch.randn(20, 6, generator=generator), torch.randn(50, 6, generator=generator)
+    moments = Moments(text=one_kind(text), vision=one_kind(vision))
+    error = torch.randn(4, 6, generator=generator)
+    squares = torch.rand(2, 4, generator=generator)
+    sensitivity = Sensitivity(squares[0], squares[1], (1.0, 2.5))
+    expected = ((text @ error.t()).square().mean(0) * squares[0]).sum() / 2
+    expected += 2.5 * ((vision @ error.t()).square().mean(0) * squares[1]).sum() / 2
+    assert sensitivity.predicted_loss(error, moments) == pytest.approx(float(expected), rel=1e-5)
+    assert Sensitivity(squares[0], None, (1.0, 0.0)).predicted_loss(error, moments) < float(expected)
+
+
+def test_weights_of_the_modalities() -> None:
+    moments = Moments(text=one_kind(torch.ones(20, 2)), vision=one_kind(torch.full((60, 2), 2.0)))
+    moments.weights = share(moments, 0.75)
+    torch.testing.assert_close(moments.mean_gram(), torch.full((2, 2), 0.75 * 1 + 0.25 * 4))
+    sensitivities = [
+        Sensitivity(torch.full((3,), 0.5), torch.full((3,), 0.1), (1.0, 3.0)),
+        Sensitivity(torch.tensor([1.5]), torch.tensor([0.2]), (1.0, 3.0)),
+    ]
+    text, vision = balance(moments, sensitivities)
+    assert text / vision == pytest.approx(3.0 / 0.5)
+    assert (20 * text + 60 * vision) / 80 == pytest.approx(1)
+    assert balance(moments, []) == (1.0, 1.0)
+    alone = Moments(text=moments.text)
+    assert balance(alone, sensitivities) == share(alone, 0.3) == (1.0, 1.0)
+
+
+def test_a_layer_that_is_never_called_is_named(tmp_path: Path) -> None:
+    given = batches(build_qwen2_5_vl(tmp_path))
+    with pytest.raises(CheckpointError, match=f"{BLOCKS}.9.mlp.up_proj: no calibration sample calls it"):
+        measure_sensitivity(plan(tmp_path, given), [f"{BLOCKS}.9.mlp.up_proj"], 0)

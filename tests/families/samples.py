@@ -1,0 +1,102 @@
+"""Prompts for a tiny model of any family, as tensors of its own processor; and what transformers alone makes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import transformers
+from torch import Tensor, nn
+from transformers import AutoProcessor
+
+from compress.checkpoint import open_checkpoint
+from compress.conversation import decode_image, messages
+from compress.engine.host import map_tensors
+from compress.families import Family, family_of
+from compress.runtimes.runtime import Prompt
+from tests.tiny import picture
+
+SHORT, LONG = "What?", "How many circles, squares and triangles are there in the picture?"
+ONE_IMAGE = {"blip-2", "clip"}
+"""The families whose models see one image at a time."""
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """A batch whose tensors are there already."""
+
+    tensors: dict[str, Tensor]
+
+    def inputs(self) -> dict[str, Tensor]:
+        return dict(self.tensors)
+
+
+def load_processor(folder: Path) -> Any:
+    processor = cast("Any", AutoProcessor).from_pretrained(folder)
+    processor.tokenizer.padding_side = "right"
+    return processor
+
+
+def load_plain(folder: Path, dtype: str = "auto") -> Any:
+    """Return the checkpoint as transformers itself loads it."""
+    name = open_checkpoint(folder).config["architectures"][0]
+    return getattr(cast("Any", transformers), name).from_pretrained(folder, dtype=dtype).eval()
+
+
+def written(processor: Any, family: Family, question: str, images: int) -> str:
+    """Return a question about images as text for the processor."""
+    if family.head is None:
+        return question
+    template = {} if getattr(processor, "chat_template", None) else {"chat_template": family.chat_template}
+    turns = messages(Prompt("sample", question, (b"",) * images))
+    return processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False, **template)
+
+
+def encode(folder: Path, questions: Sequence[str], pictures: Sequence[Sequence[bytes]]) -> Fixed:
+    """Return questions, each about its own pictures, as one padded batch."""
+    family, processor = family_of(open_checkpoint(folder).config), load_processor(folder)
+    texts = [written(processor, family, text, len(shown)) for text, shown in zip(questions, pictures, strict=True)]
+    images = [decode_image(data, "picture") for shown in pictures for data in shown]
+    return Fixed(dict(processor(text=texts, images=images or None, padding=True, return_tensors="pt")))
+
+
+def batches(folder: Path) -> list[Fixed]:
+    """Text alone; one image; two images, in one prompt where the family can; two prompts of unlike length and images, padded."""
+    family = family_of(open_checkpoint(folder).config)
+    seen = [picture(1), picture(2, 140, 84)]
+    pair = encode(folder, [LONG], [seen]) if family.name not in ONE_IMAGE else encode(folder, [LONG] * 2, [[one] for one in seen])
+    return [
+        encode(folder, [LONG, SHORT], [[], []]),
+        encode(folder, [SHORT], [[picture(3)]]),
+        pair,
+        encode(folder, [SHORT, LONG], [[seen[0]], [seen[1]]]),
+    ]
+
+
+def tensors_of(output: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    map_tensors(output, found.append)
+    return found
+
+
+def plain_outputs(folder: Path, given: Sequence[Fixed], names: Sequence[str]) -> dict[str, list[list[Tensor]]]:
+    """Return what parts of the model return at each of their calls in plain forwards, by transformers alone."""
+    family, model = family_of(open_checkpoint(folder).config), load_plain(folder)
+    outputs: dict[str, list[list[Tensor]]] = {name: [] for name in names}
+
+    def keep(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: object, output: Any) -> None:
+            outputs[name].append(tensors_of(output))
+
+        return hook
+
+    for name in names:
+        model.get_submodule(name).register_forward_hook(keep(name))
+    with torch.no_grad():
+        for batch in given:
+            inputs = batch.inputs()
+            model.get_submodule(family.entry(inputs))(**inputs, use_cache=False)
+    return outputs

@@ -1,0 +1,46 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.checkpoint import open_checkpoint
+from compress.engine.replay import Replay, Walkthrough
+from compress.families import family_of
+from tests.families.samples import batches, plain_outputs, tensors_of
+from tests.tiny import BUILDERS
+
+
+def assert_walk_equals(replay: Replay, units: list[str], expected: dict[str, list[list[Tensor]]]) -> list[str]:
+    visited: list[str] = []
+    for visit in replay.walk(units):
+        visited.append(visit.name)
+        outputs = [tensors_of(visit.run(call)) for call in visit.calls]
+        assert len(outputs) == len(expected[visit.name]) > 0, visit.name
+        for ours, theirs in zip(outputs, expected[visit.name], strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)), visit.name
+    return visited
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_every_part_returns_what_it_does_in_a_plain_forward(name: str, tmp_path: Path) -> None:
+    given = batches(BUILDERS[name](tmp_path, vision_blocks=3))
+    checkpoint = open_checkpoint(tmp_path)
+    family = family_of(checkpoint.config)
+    assert family.name == name
+    replay = Replay(Walkthrough(checkpoint, family, given, "cpu", tmp_path, 1 << 30))
+    decoder = [*replay.decoder_units(), *([family.head] if family.head else [])]
+    vision = replay.vision_units()
+    assert len(vision) > 3
+    expected = plain_outputs(tmp_path, given, [*vision, *decoder])
+    assert sorted(assert_walk_equals(replay, vision, expected)) == sorted(vision)
+    assert assert_walk_equals(replay, decoder, expected) == decoder
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_the_decoder_is_walked_without_the_vision_tower(name: str, tmp_path: Path) -> None:
+    given = batches(BUILDERS[name](tmp_path))
+    checkpoint = open_checkpoint(tmp_path)
+    replay = Replay(Walkthrough(checkpoint, family_of(checkpoint.config), given, "cpu", tmp_path, 1 << 30))
+    units = replay.decoder_units()
+    assert assert_walk_equals(replay, units, plain_outputs(tmp_path, given, units)) == units

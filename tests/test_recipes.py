@@ -1,0 +1,200 @@
+"""Every recipe that ships is planned as it is, against the published model it names and stand-ins for the hub and the server."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from collections.abc import Generator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import pytest
+
+from compress.document import parse_setting
+from compress.families import FAMILIES, family_of
+from compress.hub import open_pinned
+from compress.plan import Plan, make_plan
+from compress.recipe import Recipe, read_recipe
+from compress.schema import is_local
+from compress.store import Store
+from tests.hub_server import Repo, hub_server
+from tests.published import Published, published
+
+ROOT = Path(__file__).parent.parent
+RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+METHODS = ("awq", "gptq", "int8")
+DATASETS = {
+    "Salesforce/wikitext": ("wikitext-2-raw-v1/train-00000-of-00001.parquet", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+    "lmms-lab/textvqa": ("data/train-00000-of-00020.parquet", "data/validation-00000-of-00003.parquet"),
+}
+"""The data sets that recipes name, with those of their files that hold the splits in use."""
+
+
+class _Version(BaseHTTPRequestHandler):
+    """Tells vLLM's version, which is all that a plan asks of a server."""
+
+    def do_GET(self) -> None:
+        content = json.dumps({"version": "0.32.0"}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        self.wfile.write(content)
+
+    def log_message(self, format: str, *args: Any) -> None:  # noqa: A002 - the base class's name
+        del format, args
+
+
+@pytest.fixture(scope="module")
+def server() -> Generator[str]:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Version) as running:
+        thread = threading.Thread(target=running.serve_forever, daemon=True)
+        thread.start()
+        yield f"http://127.0.0.1:{running.server_port}"
+        running.shutdown()
+        thread.join()
+
+
+@pytest.fixture(scope="module")
+def hub(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    with hub_server() as running, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_PROXY", "127.0.0.1")
+        patch.setattr(huggingface_hub.constants, "ENDPOINT", running.endpoint)
+        template = f"{running.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
+        for source, model in published().items():
+            running.repos["model", source] = model.repository()
+        for source, files in DATASETS.items():
+            running.repos["dataset", source] = Repo(dict.fromkeys(files, b""))
+        yield
+        huggingface_hub.close_session()
+
+
+def settings_for(recipe: Recipe, server: str) -> dict[str, Any]:
+    return {"eval.runtime.url": server} if recipe.eval.runtime.runtime == "vllm" else {}
+
+
+def shown(path: Path, label: str) -> list[str]:
+    """Return the words of the command that a recipe's opening comment shows under a label; none where it shows none."""
+    lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    start = next((number for number, line in enumerate(lines) if line.startswith(f"{label}:")), None)
+    if start is None:
+        return []
+    text = lines[start].removeprefix(f"{label}:")
+    for line in lines[start + 1 :]:
+        if not text.endswith("\\"):
+            break
+        text = text.removesuffix("\\") + line
+    return text.split()
+
+
+def overrides(command: list[str]) -> dict[str, Any]:
+    """Return what the options of a command set."""
+    values = [value for option, value in pairwise(command) if option == "--set"]
+    return dict(parse_setting(value) for value in values)
+
+
+def intended(recipe: Recipe, model: Published) -> dict[str, tuple[int, int]]:
+    """Return the linears that a recipe's stages say they quantize, found in transformers' model."""
+    parts = {"decoder": model.blocks, "vision": model.tower, "projector": model.projector}
+    found = dict[str, tuple[int, int]]()
+    for stage in recipe.stages:
+        for target in stage.model_dump().get("targets", ()):
+            found |= model.linears(*parts[target if isinstance(target, str) else target["component"]])
+    return found
+
+
+def quantized(plan: Plan) -> dict[str, tuple[int, ...]]:
+    """Return the linears that the plan's stages quantize, by their names on disk, with their shapes there."""
+    checkpoint = open_pinned(plan.model)
+    assert checkpoint is not None
+    names = [name for stage in plan.recipe.stages for name in stage.schemes(checkpoint, plan.family) or {}]
+    return {name: checkpoint.tensors[f"{name}.weight"].shape for name in names}
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("hub")
+def test_a_shipped_recipe_can_be_planned(path: Path, server: str, tmp_path: Path) -> None:
+    recipe, _ = read_recipe(path, {})
+    plan = make_plan(path, settings_for(recipe, server), Store(tmp_path / "store"))
+    exports = [[f"export {export.artifact}", f"measure {export.artifact}"] for export in recipe.export]
+    prepared = ["calibration", "overlap of calibration and evaluation"] if recipe.calibration else []
+    assert [step.name for step in plan.steps] == [
+        *prepared,
+        *(stage.stage for stage in recipe.stages),
+        "measure original",
+        *(name for pair in exports for name in pair),
+    ]
+    assert len({step.key for step in plan.steps}) == len(plan.steps)
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("hub")
+def test_a_shipped_recipe_quantizes_what_it_says_and_no_more(path: Path, server: str, tmp_path: Path) -> None:
+    recipe, _ = read_recipe(path, {})
+    if is_local(recipe.model.source):
+        assert recipe.model.source == str(ROOT / "recipes" / "demo" / "model")
+        return
+    model = published()[recipe.model.source]
+    plan = make_plan(path, settings_for(recipe, server), Store(tmp_path / "store"))
+    assert quantized(plan) == intended(recipe, model)
+    assert recipe.gate.size is not None
+    for step in plan.steps:
+        if step.kind == "export":
+            assert step.expected_bytes is not None
+            ratio = step.expected_bytes / model.weight_bytes
+            assert 0.9 * recipe.gate.size.max_ratio < ratio < recipe.gate.size.max_ratio
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("hub")
+def test_commands_that_a_recipe_shows_are_right(path: Path, server: str, tmp_path: Path) -> None:
+    assert shown(path, "Run") == ["compress", "run", f"recipes/{path.name}"]
+    if command := shown(path, "Override"):
+        recipe, _ = read_recipe(path, changed := overrides(command))
+        make_plan(path, {**changed, **settings_for(recipe, server)}, Store(tmp_path / "store"))
+    if command := shown(path, "Offline"):
+        changed = overrides(command)
+        for key, value in changed.items():
+            (tmp_path / Path(value).name).touch()
+            changed[key] = str(tmp_path / Path(value).name)
+        recipe, _ = read_recipe(path, changed)
+        sources = [entry.source for entry in recipe.calibration.sets] if recipe.calibration else []
+        sources += [recipe.model.source, *(task.data.source for task in recipe.eval.tasks)]
+        assert all(is_local(source) for source in sources)
+
+
+def test_every_family_has_a_recipe_for_each_method() -> None:
+    recipes = [read_recipe(path, {})[0] for path in RECIPES]
+    shipped = {
+        (published()[recipe.model.source].family, recipe.stages[0].stage) for recipe in recipes if not is_local(recipe.model.source)
+    }
+    assert {(family, method) for family in FAMILIES for method in METHODS} <= shipped
+
+
+@pytest.mark.parametrize("model", published().values(), ids=lambda model: model.family)
+def test_a_published_config_gives_the_model_that_the_hub_counts(model: Published) -> None:
+    counted = sum(math.prod(shape) for dtype, shape in model.tensors.values() if dtype != "I64")
+    assert counted == model.parameters
+
+
+@pytest.mark.parametrize("model", published().values(), ids=lambda model: model.family)
+def test_a_family_finds_its_parts_in_the_published_model(model: Published) -> None:
+    family = family_of(json.loads(model.config_file.read_text(encoding="utf-8")))
+    assert family.name == model.family
+    assert family.architecture == type(model.model).__name__
+    parameters = {name for name, _ in model.model.named_parameters(remove_duplicate=False)}
+    extra = {name for name, _, _ in model.extra}
+    assert {family.module_name(name) for name in model.tensors if name not in extra} == parameters - {model.tied}
+    modules = {name for name, _ in model.model.named_modules()}
+    parts = {family.blocks, family.embeddings, *family.vision, *family.vision_blocks, *family.projector}
+    assert parts <= modules
+    assert family.head is None or family.head in modules
+    assert (family.blocks,) == model.blocks
+    assert family.vision_blocks == model.tower
+    assert set(model.linears(*family.projector)) == set(model.linears(*model.projector))

@@ -1,0 +1,49 @@
+"""Tiny checkpoints with random weights, in every other way like published ones: config, tokenizer, processor, chat template."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Protocol
+
+from tests.tiny.internvl import build_internvl
+from tests.tiny.llava import build_llava
+from tests.tiny.llava_next import build_llava_next
+from tests.tiny.parts import TEXT, Sizes, picture
+from tests.tiny.qwen import build_tokenizer
+from tests.tiny.qwen2_5_vl import build_qwen2_5_vl
+from tests.tiny.qwen2_vl import build_qwen2_vl
+from tests.tiny.qwen3_vl import build_qwen3_vl
+
+__all__ = [
+    "BUILDERS",
+    "TEXT",
+    "Builder",
+    "Sizes",
+    "build_internvl",
+    "build_llava",
+    "build_llava_next",
+    "build_qwen2_5_vl",
+    "build_qwen2_vl",
+    "build_qwen3_vl",
+    "build_tokenizer",
+    "picture",
+]
+
+
+class Builder(Protocol):
+    """Writes a checkpoint into a folder and returns it; keywords are fields of `Sizes`."""
+
+    def __call__(self, folder: Path, **overrides: Any) -> Path:
+        """Write the checkpoint."""
+        ...
+
+
+BUILDERS: dict[str, Builder] = {
+    "qwen2-vl": build_qwen2_vl,
+    "qwen2.5-vl": build_qwen2_5_vl,
+    "qwen3-vl": build_qwen3_vl,
+    "llava": build_llava,
+    "llava-next": build_llava_next,
+    "internvl3": build_internvl,
+}
+"""A builder for every family, by the family's name."""
