@@ -1,5 +1,5 @@
 # make demo    the whole way on a small model that ships here: no GPU, no hub, no server
-# make test    every test, the vLLM runtime included
+# make test    every test, vLLM and llm-compressor in their own environments included
 # make check   format, lint and types
 # make lock    resolve the tested set of versions again
 
@@ -32,6 +32,7 @@ demo: $(VENV)/.user
 
 test: $(VENV)/.developer
 	$(BIN)/compress runtime install vllm
+	$(BIN)/compress runtime install llmcompressor
 	$(BIN)/python -m pytest
 
 check: $(VENV)/.developer

@@ -1,11 +1,10 @@
 """AWQ of compress beside AWQ of llm-compressor: the same model, samples and threads, timed in turn, and what each loses.
 
-llm-compressor has pins of its own, so it runs in an environment of its own:
+llm-compressor has pins of its own, so it runs in an environment of its own (its side is benchmarks/peer.py):
 
-    uv venv /tmp/llmc --python 3.11
-    uv pip install --python /tmp/llmc/bin/python llmcompressor==0.14.0.1 torch==2.13.0 torchvision==0.28.0 transformers==5.17.0
-    python benchmarks/awq_vs_llmcompressor.py --model recipes/demo/model --peer /tmp/llmc/bin/python \
-        --calibration-text wiki.valid.tokens --test-text wiki.test.tokens --output benchmarks/results/awq_vs_llmcompressor.json
+    compress runtime install llmcompressor
+    python benchmarks/awq_vs_llmcompressor.py --model recipes/demo/model --calibration-text wiki.valid.tokens \
+        --test-text wiki.test.tokens --output benchmarks/results/awq_vs_llmcompressor.json
 
 Both round the decoder's linears to 4 bits, asymmetric, in groups of `--group-size`, llm-compressor with its default duo scaling.
 The time is from opening the checkpoint to the last byte of the new one, imports left out; each side is a fresh process. The
@@ -33,7 +32,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText, AutoTokenizer
 
-import compress.stages.awq_apply  # noqa: F401 - before the clock starts
+import compress.stages.quantize  # noqa: F401 - before the clock starts
 from compress.calibration.collect import PinnedSet, Selection, collect
 from compress.calibration.load import load_batches
 from compress.calibration.sets import Text, Vqa
@@ -44,11 +43,12 @@ from compress.files import write_json
 from compress.hardware import describe
 from compress.layouts import quantized_linears, read_linear
 from compress.progress import Silent
+from compress.runtimes.environment import require
 from compress.stages.awq import Awq
 from compress.stages.stage import StageContext
 
 SIDES = ("compress", "llm-compressor")
-PEER_SIDE = Path(__file__).with_name("llmcompressor_side.py")
+PEER_SIDE = Path(__file__).with_name("peer.py")
 PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor")
 
 
@@ -76,7 +76,7 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--peer", type=Path, help="python of the environment that has llm-compressor")
+    parser.add_argument("--peer", type=Path, help="python of another environment that has llm-compressor")
     parser.add_argument("--calibration-text", type=Path)
     parser.add_argument("--calibration-questions", type=Path, help="JSONL or parquet with id, image, question, answer")
     parser.add_argument("--test-text", type=Path)
@@ -120,12 +120,17 @@ def _timed(side: str, arguments: argparse.Namespace, folder: Path) -> dict[str, 
     if side == SIDES[0]:
         command = [sys.executable, __file__, "--side", side, "--work", folder, *shared]
     else:
-        command = [arguments.peer, PEER_SIDE, "--batches", folder / "batches.pt", "--output", output, *shared]
+        awq = ["--method", "awq", "--bits", "4"]
+        command = [_peer(arguments), PEER_SIDE, *awq, "--batches", folder / "batches.pt", "--output", output, *shared]
     limits = {name: str(arguments.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     done = subprocess.run([str(part) for part in command], env=os.environ | limits, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{side} failed:\n{done.stderr[-4000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def _peer(arguments: argparse.Namespace) -> Path:
+    return arguments.peer or require("llmcompressor").python
 
 
 def _run_ours(arguments: argparse.Namespace) -> dict[str, float]:
@@ -208,7 +213,7 @@ def _report(
         "kl_nats_per_token": kl,
         "kl_ratio": kl[ours] / kl[theirs],
         "machine": describe(),
-        "versions": {"compress": _versions(Path(sys.executable)), "llm-compressor": _versions(arguments.peer)},
+        "versions": {"compress": _versions(Path(sys.executable)), "llm-compressor": _versions(_peer(arguments))},
     }
 
 

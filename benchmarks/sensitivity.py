@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import scipy.stats
 import torch
-from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
@@ -152,7 +152,7 @@ def _summary(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
         measured = np.array([row[kind] for row in rows])
         ratios = predicted / measured
         summary[kind] = {
-            "rank_correlation": float(cast("Any", spearmanr(predicted, measured)).statistic),
+            "rank_correlation": float(cast("Any", scipy.stats).spearmanr(predicted, measured).statistic),
             "ratio_of_sums": float(predicted.sum() / measured.sum()),
             "ratio_median": float(np.median(ratios)),
             "ratio_smallest": float(ratios.min()),

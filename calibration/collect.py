@@ -21,9 +21,10 @@ from compress.calibration.questions import Question, count_questions, read_quest
 from compress.calibration.sets import Text, Vqa, Wikitext
 from compress.calibration.texts import read_documents
 from compress.calibration.windows import Encode, Wanted, choose, pack_windows
-from compress.checkpoint import read_config
+from compress.checkpoint import read_config, text_config
 from compress.conversation import check_reserved, decode_image
 from compress.errors import CheckpointError, DataError
+from compress.families import family_at
 from compress.files import write_json, write_text
 from compress.progress import Progress
 
@@ -62,7 +63,7 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
     """
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    longest = longest_input(model)
+    longest = _longest_window(model)
     samples, windows, rows = list[dict[str, Any]](), dict[str, NDArray[np.int32]](), list[dict[str, Any]]()
     for place, pinned in enumerate(selection.sets):
         seed, name = f"{selection.seed}:{place}", f"calibration.sets.{place}"
@@ -106,9 +107,14 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 def longest_input(model: Path) -> int | None:
     """Return how many tokens the checkpoint's config says its decoder takes, None where it does not say."""
     config = read_config(model)
-    text = cast("dict[str, Any]", config.get("text_config") or config)
-    length: object = text.get("max_position_embeddings", config.get("max_position_embeddings"))
+    length: object = text_config(config).get("max_position_embeddings", config.get("max_position_embeddings"))
     return length if isinstance(length, int) else None
+
+
+def _longest_window(model: Path) -> int | None:
+    """Return how many tokens of text the model takes at once; where it writes none, it has every text between two of its own."""
+    longest, family = longest_input(model), family_at(model)
+    return longest - 2 if longest is not None and family.head is None else longest
 
 
 def load_tokenizer(model: Path, trust_remote_code: bool = False) -> Any:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, overload
 
@@ -14,8 +14,10 @@ from numpy.typing import NDArray
 from safetensors import numpy as tensors
 
 from compress.calibration.collect import QUESTIONS, WINDOWS, longest_input
-from compress.conversation import check_template, messages, open_images
+from compress.conversation import check_image_count, open_images, write_prompt
+from compress.conversation import load_processor as load_any_processor
 from compress.errors import CheckpointError, DataError
+from compress.families import Family, family_at
 from compress.runtimes.runtime import Prompt
 
 
@@ -39,20 +41,27 @@ class Batch(Protocol):
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Windows of text of one length; `typed` where the model also takes each token's modality."""
+    """Windows of text of one length; `typed` where the model also takes each token's modality.
+
+    `frame` are the tokens that stand before and after every text where the model always has some there (CLIP).
+    """
 
     ids: tuple[str, ...]
     token_ids: NDArray[np.int32]
     typed: bool
+    frame: tuple[int, int] | None = None
 
     @property
     def tokens(self) -> int:
         """The number of positions."""
-        return int(self.token_ids.size)
+        return int(self.token_ids.size) + 2 * len(self.token_ids) * (self.frame is not None)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return token ids and masks, int64 of rows × tokens."""
         token_ids = torch.from_numpy(self.token_ids.astype(np.int64))
+        if self.frame is not None:
+            first, last = (torch.full_like(token_ids[:, :1], token) for token in self.frame)
+            token_ids = torch.cat([first, token_ids, last], dim=1)
         inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
         return inputs | ({"mm_token_type_ids": torch.zeros_like(token_ids)} if self.typed else {})
 
@@ -119,12 +128,13 @@ def load_batches(folder: Path, model: Path, tokens_per_batch: int, trust_remote_
     A batch has at most `tokens_per_batch` positions, or one sample. Nothing is truncated, and the processor is never saved.
 
     Raises:
-        DataError: the folder cannot be read, is empty, or a question is longer than the model takes (names it).
+        DataError: the folder cannot be read, is empty, or a question is longer than the model takes or has too many images.
         CheckpointError: the checkpoint has no processor or chat template that can be loaded.
     """
     processor = load_processor(model, trust_remote_code)
-    batches = list[Batch](_window_batches(folder, processor, tokens_per_batch))
-    batches += _question_batches(folder, processor, tokens_per_batch, longest_input(model))
+    family = family_at(model)
+    batches = list[Batch](_window_batches(folder, processor, tokens_per_batch, family))
+    batches += _question_batches(_checked_exchanges(folder, processor, family, longest_input(model)), processor, tokens_per_batch)
     if not batches:
         raise DataError(f"{folder}: holds no calibration samples; run again with --fresh to collect them anew")
     return Batches(tuple(batches))
@@ -136,17 +146,11 @@ def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: it cannot be loaded, or has no image processor or no chat template that works.
     """
-    from transformers import AutoProcessor
-
-    try:
-        processor = cast("Any", AutoProcessor).from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{model}: its processor cannot be loaded ({error}); fetch the checkpoint again") from error
+    processor = load_any_processor(model, trust_remote_code)
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(f"{model}: has no image processor; add its preprocessor_config.json, or use a vision-language model")
-    if getattr(processor, "chat_template", None) is None:
+    if processor.chat_template is None and family_at(model).head is not None:
         raise CheckpointError(f"{model}: has no chat template; use an instruction-tuned checkpoint, or add chat_template.jinja")
-    check_template(processor, model)
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "right"
     if tokenizer.pad_token is None:
@@ -160,43 +164,46 @@ def process(processor: Any, exchanges: Sequence[Exchange]) -> dict[str, torch.Te
     Raises:
         DataError: an image cannot be decoded.
     """
-    texts = [
-        processor.apply_chat_template(
-            messages(exchange.prompt, exchange.answer), tokenize=False, add_generation_prompt=exchange.answer is None
-        )
-        for exchange in exchanges
-    ]
     images = [open_images(exchange.prompt) for exchange in exchanges]
     encoded = processor(
-        text=texts,
+        text=[write_prompt(processor, exchange.prompt, exchange.answer) for exchange in exchanges],
         images=images if any(images) else None,
         padding=True,
         truncation=False,
-        add_special_tokens=False,  # the chat template has written them
+        add_special_tokens=processor.chat_template is None,  # a chat template has written them
         return_tensors="pt",
     )
     return {str(name): value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
 
 
-def _window_batches(folder: Path, processor: Any, tokens_per_batch: int) -> Iterator[WindowBatch]:
+def _window_batches(folder: Path, processor: Any, tokens_per_batch: int, family: Family) -> Iterator[WindowBatch]:
     if not (folder / WINDOWS).is_file():
         return
     typed = "mm_token_type_ids" in processor.model_input_names
+    tokenizer = processor.tokenizer
+    frame = None if family.head is not None else (int(tokenizer.bos_token_id), int(tokenizer.eos_token_id))
     for name, windows in sorted(tensors.load_file(folder / WINDOWS).items()):
         rows = max(1, tokens_per_batch // windows.shape[1])
         for start in range(0, len(windows), rows):
             part = windows[start : start + rows]
-            yield WindowBatch(tuple(f"{name}:{start + row}" for row in range(len(part))), part, typed)
+            yield WindowBatch(tuple(f"{name}:{start + row}" for row in range(len(part))), part, typed, frame)
 
 
-def _question_batches(folder: Path, processor: Any, tokens_per_batch: int, longest: int | None) -> Iterator[QuestionBatch]:
-    exchanges = [_measured(exchange, processor) for exchange in _read_exchanges(folder)]
-    for exchange in exchanges:
-        if longest is not None and exchange.length > longest:
+def _checked_exchanges(folder: Path, processor: Any, family: Family, longest: int | None) -> list[Exchange]:
+    exchanges: list[Exchange] = []
+    for exchange in _read_exchanges(folder):
+        check_image_count(family, replace(exchange.prompt, id=f"calibration question {exchange.prompt.id}"))
+        exchanges.append(_measured(exchange, processor))
+        length = exchanges[-1].length
+        if longest is not None and length > longest:
             raise DataError(
-                f"calibration question {exchange.prompt.id}: takes {exchange.length} tokens, and the model takes {longest}; "
-                "leave it out, or use smaller images"
+                f"calibration question {exchange.prompt.id}: takes {length} tokens, and the model takes {longest}; "
+                "leave it out, or shorten its text or use smaller images"
             )
+    return exchanges
+
+
+def _question_batches(exchanges: Iterable[Exchange], processor: Any, tokens_per_batch: int) -> Iterator[QuestionBatch]:
     batch = list[Exchange]()
     for exchange in sorted(exchanges, key=lambda exchange: exchange.length):
         if batch and (len(batch) + 1) * exchange.length > tokens_per_batch:
@@ -227,5 +234,4 @@ def _read_exchanges(folder: Path) -> list[Exchange]:
 
 
 def _measured(exchange: Exchange, processor: Any) -> Exchange:
-    length = int(process(processor, [exchange])["attention_mask"].sum())
-    return Exchange(prompt=exchange.prompt, answer=exchange.answer, length=length)
+    return replace(exchange, length=int(process(processor, [exchange])["attention_mask"].sum()))

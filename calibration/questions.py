@@ -137,10 +137,9 @@ def _names_in(path: Path, columns: Columns) -> Columns:
         known = {name for _, row in read_json_lines(path) for name in row}
     else:
         known = set(parquet_columns(path)) if path.suffix == ".parquet" else set[str]()
-    given, usual = columns.model_dump(), Columns().model_dump()
-    return Columns(
-        **{field: usual[field] if given[field] not in known and usual[field] in known else given[field] for field in given}
-    )
+    given, usual = columns.model_dump(exclude_none=True), Columns().model_dump()
+    present = {field: usual[field] if name not in known and usual[field] in known else name for field, name in given.items()}
+    return columns.model_copy(update=present)
 
 
 def _read_ids(path: Path, columns: Columns, prefix: str) -> dict[int, str]:
@@ -150,7 +149,7 @@ def _read_ids(path: Path, columns: Columns, prefix: str) -> dict[int, str]:
     ids = dict[int, str]()
     for number, identity, question in _read_light(path, columns, prefix):
         place = f"{path}:{number}"
-        if not isinstance(question, str) or not question.strip():
+        if columns.question is not None and (not isinstance(question, str) or not question.strip()):
             raise DataError(f"{place}: the question ({columns.question!r}) is empty or no text; write one or remove the row")
         if not isinstance(identity, str | int) or isinstance(identity, bool) or identity == "":
             raise DataError(f"{place}: the id ({columns.id!r}) is missing or neither text nor number; give the question one")
@@ -164,23 +163,28 @@ def _read_light(path: Path, columns: Columns, prefix: str) -> Iterator[tuple[int
         rows = list(read_json_lines(path))
         numbered = columns.id == _UNNUMBERED and not any(columns.id in row for _, row in rows)
         for number, row in rows:
-            for column in (columns.image, columns.question, *(() if numbered else (columns.id,))):
+            for column in _needed(columns, numbered):
                 if column not in row:
                     raise DataError(
                         f"{path}:{number}: has no field {column!r}, only {names(row)}; add it, or rename it under columns"
                     )
-            yield number, f"{prefix}{number}" if numbered else row[columns.id], row[columns.question]
+            yield number, f"{prefix}{number}" if numbered else row[columns.id], row[columns.question] if columns.question else ""
     elif path.suffix == ".parquet":
         known = parquet_columns(path)
         numbered = columns.id == _UNNUMBERED and columns.id not in known
-        for column in (columns.image, columns.question, *(() if numbered else (columns.id,))):
+        for column in _needed(columns, numbered):
             if column not in known:
                 raise DataError(f"{path}: has no column {column!r}, only {names(known)}; name the right one under columns")
-        fields = [columns.question] if numbered else [columns.question, columns.id]
+        fields = [columns.question or columns.image] if numbered else [columns.question or columns.id, columns.id]
         for number, values in read_parquet(path, fields):
-            yield number, f"{prefix}{number}" if numbered else values[1], values[0]
+            yield number, f"{prefix}{number}" if numbered else values[1], values[0] if columns.question else ""
     else:
         raise DataError(f"{path}: questions are read from .jsonl and .parquet files; convert it to one of them")
+
+
+def _needed(columns: Columns, numbered: bool) -> list[str]:
+    """Return the columns that every row must have."""
+    return [column for column in (columns.image, columns.question, None if numbered else columns.id) if column is not None]
 
 
 def _read_rows(path: Path, columns: Columns, wanted: Container[int]) -> Iterator[tuple[int, str, object, object]]:
@@ -188,12 +192,12 @@ def _read_rows(path: Path, columns: Columns, wanted: Container[int]) -> Iterator
     if path.suffix in _JSONL:
         for number, row in read_json_lines(path):
             if number in wanted:
-                yield number, str(row[columns.question]), row[columns.image], row.get(columns.answer)
+                yield number, str(row[columns.question]) if columns.question else "", row[columns.image], row.get(columns.answer)
         return
-    fields = [columns.question, columns.image]
+    fields = [columns.question or columns.image, columns.image]
     fields += [columns.answer] if columns.answer in parquet_columns(path) else []
     for number, values in read_parquet(path, fields, wanted):
-        yield number, str(values[0]), values[1], values[2] if len(values) > 2 else None
+        yield number, str(values[0]) if columns.question else "", values[1], values[2] if len(values) > 2 else None
 
 
 def _read_images(value: object, folder: Path | None, place: str) -> tuple[bytes, ...]:

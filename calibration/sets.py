@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Self
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveInt, model_validator
 
 from compress.schema import Frozen, Source
 
 
 class Columns(Frozen):
-    """The names of a question file's fields, where they are not the usual ones."""
+    """The names of a question file's fields, where they are not the usual ones; `question` is None where images have none."""
 
     id: str = "id"
     image: str = "image"
-    question: str = "question"
+    question: str | None = "question"
     answer: str = "answer"
 
 
@@ -36,6 +36,12 @@ class QuestionSource(Frozen):
     split: str = "train"
     revision: str = "main"
     columns: Columns = Columns()
+
+    @model_validator(mode="after")
+    def _check_question(self) -> Self:
+        if self.columns.question is None:
+            raise ValueError("columns.question is null: name the column with the questions")
+        return self
 
 
 class Text(TextSource):

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.errors import CheckpointError
+from compress.families import text_defaults
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -52,15 +53,20 @@ class Checkpoint:
         """The size of all tensors, in bytes."""
         return sum(entry.bytes for entry in self.tensors.values())
 
-    @property
+    @cached_property
     def text_config(self) -> Mapping[str, Any]:
-        """The decoder's part of the config; older files keep it at the top."""
-        return cast("Mapping[str, Any]", self.config.get("text_config") or self.config)
+        """The decoder's part of the config, with what is usual where it says nothing; older files keep it at the top."""
+        return text_config(self.config)
 
     @property
     def tied(self) -> bool:
         """Whether the output head is the embedding's own matrix."""
         return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
+
+
+def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the decoder's part of a config.json, with what is usual for the architecture where it says nothing."""
+    return {**text_defaults(config), **cast("Mapping[str, Any]", config.get("text_config") or config)}
 
 
 def open_checkpoint(folder: Path) -> Checkpoint:

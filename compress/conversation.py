@@ -1,16 +1,58 @@
-"""The one place that says how a prompt becomes a conversation, for calibration and the in-process runtime alike."""
+"""The one place that says how a prompt becomes what a model reads, for calibration and the in-process runtime alike."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from PIL import Image, UnidentifiedImageError
 
 from compress.errors import CheckpointError, DataError
+from compress.families import Family, family_at
 from compress.runtimes.runtime import Prompt
+
+
+def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's processor, for use in memory only, with its family's chat template where it ships none.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or its chat template does not work.
+    """
+    from transformers import AutoProcessor
+
+    try:
+        processor = cast("Any", AutoProcessor).from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: its processor cannot be loaded ({error}); fetch or export it again") from error
+    if getattr(processor, "chat_template", None) is None:
+        usual = family_at(folder).chat_template
+        shipped = processor.tokenizer.chat_template if usual else None  # this processor's class takes none up from the folder
+        processor.chat_template = shipped or usual or None
+    if processor.chat_template is not None:  # without one, text can be scored all the same
+        check_template(processor, folder)
+    return processor
+
+
+def write_prompt(processor: Any, prompt: Prompt, answer: str | None = None) -> str:
+    """Return a prompt as the chat template writes it, ready for the model to begin, or with its answer.
+
+    Without a template, as of CLIP, it is the text itself, and the answer after it.
+    """
+    if processor.chat_template is None:
+        return " ".join([prompt.text, answer] if answer else [prompt.text])
+    return processor.apply_chat_template(messages(prompt, answer), tokenize=False, add_generation_prompt=answer is None)
+
+
+def check_image_count(family: Family, prompt: Prompt) -> None:
+    """Check that a prompt has no more images than the model takes.
+
+    Raises:
+        DataError: it has; names the prompt.
+    """
+    if family.single_image and len(prompt.images) > 1:
+        raise DataError(f"{prompt.id}: has {len(prompt.images)} images, and {family.name} takes one at a time; leave it out")
 
 
 def messages(prompt: Prompt, answer: str | None = None) -> list[dict[str, Any]]:

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from compress.errors import UsageError
-from compress.eval.results import Fidelity, Measured, PerplexityMetrics, VqaMetrics, check_pairs
+from compress.eval.results import AccuracyMetrics, Fidelity, Measured, PerplexityMetrics, check_pairs
 from compress.eval.statistics import Finding, Outcome, count_pairs, judge_perplexity, judge_recovery
 from compress.schema import Frozen
 
@@ -20,7 +20,7 @@ Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 
 
 class AccuracyLimit(Frozen):
-    """Of every VQA task, at least this share of the original's accuracy is kept, shown with this confidence."""
+    """Of every task with an accuracy, at least this share of the original's accuracy is kept, shown with this confidence."""
 
     min_recovery: Share
     confidence: Confidence
@@ -34,7 +34,7 @@ class PerplexityLimit(Frozen):
 
 
 class FidelityLimit(Frozen):
-    """Of every task, the mean KL per token in nats is at most, and the share of equal top tokens at least, this."""
+    """Of every task, the mean KL per token (or image) in nats is at most, and the share of equal top tokens at least, this."""
 
     max_kl: Positive | None = None
     min_top1: Share | None = None
@@ -68,7 +68,8 @@ class Gate(Frozen):
 
     def tasks_needed(self) -> dict[str, tuple[str, ...]]:
         """Return, for each check that is written and needs tasks, the kinds of task of which at least one must be measured."""
-        kinds = {"accuracy": ("vqa",), "perplexity": ("perplexity",), "fidelity": ("vqa", "perplexity")}
+        judged = ("vqa", "zero-shot")
+        kinds = {"accuracy": judged, "perplexity": ("perplexity",), "fidelity": (*judged, "perplexity")}
         return {check: tasks for check, tasks in kinds.items() if getattr(self, check) is not None}
 
 
@@ -172,7 +173,7 @@ class _Held:
 def _checks(gate: Gate, original: Subject, artifact: Subject) -> Iterator[Check]:
     tasks = original.measured.tasks.values()
     if gate.accuracy is not None:
-        names = [task.name for task in tasks if isinstance(task.metrics, VqaMetrics)]
+        names = [task.name for task in tasks if isinstance(task.metrics, AccuracyMetrics)]
         found = [_accuracy(gate.accuracy, original, artifact, name) for name in names]
         yield from found or [_unmeasured(artifact, "accuracy.min_recovery", gate.accuracy.min_recovery)]
     if gate.perplexity is not None:
@@ -195,7 +196,7 @@ def _unmeasured(artifact: Subject, check: str, limit: float) -> Check:
 
 def _accuracy(limit: AccuracyLimit, original: Subject, artifact: Subject, task: str) -> Check:
     held = _Held(artifact.artifact, "accuracy.min_recovery", task, limit.min_recovery)
-    before, after = original.measured.questions(task), artifact.measured.questions(task)
+    before, after = original.measured.judged(task), artifact.measured.judged(task)
     check_pairs(task, before, ((item.id, item.digest) for item in after))
     counts = count_pairs([item.right for item in before], [item.right for item in after])
     if counts.original == 0:
@@ -250,14 +251,15 @@ def _alike(held: _Held, fidelity: Fidelity) -> Check:
         outcome: Outcome = "pass" if fidelity.kl_mean <= held.limit else "fail"
         interval = fidelity.kl_interval
         bounds = f" ({interval[0]:.5f}–{interval[1]:.5f})" if interval else ""
-        shown = f"mean KL {fidelity.kl_mean:.5f}{bounds} nats per token"
+        shown = f"mean KL {fidelity.kl_mean:.5f}{bounds} nats per {fidelity.unit}"
         finding = Finding(fidelity.kl_mean, interval, outcome, None)
     else:
         outcome = "pass" if fidelity.top1_agreement >= held.limit else "fail"
-        shown = f"the same top token for {100 * fidelity.top1_agreement:.2f} % of tokens"
+        top = "token" if fidelity.unit == "token" else "class"
+        shown = f"the same top {top} for {100 * fidelity.top1_agreement:.2f} % of {fidelity.unit}s"
         finding = Finding(fidelity.top1_agreement, None, outcome, None)
     limit = f"{held.limit:g}" if held.check == "fidelity.max_kl" else f"{100 * held.limit:g} %"
-    return held.decide(finding, f"{held.task}: {shown}, {fidelity.tokens:,} tokens; the limit is {limit}")
+    return held.decide(finding, f"{held.task}: {shown}, {fidelity.tokens:,} {fidelity.unit}s; the limit is {limit}")
 
 
 def _size(limit: float, original: Subject, artifact: Subject) -> Check:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from compress.calibration.questions import source_digest
 from compress.calibration.sets import QuestionSource, TextSource
 from compress.checkpoint import Checkpoint
-from compress.document import Document
+from compress.document import Document, dotted
 from compress.errors import RecipeError
 from compress.export.format import Outlook
 from compress.families import Family, family_of
@@ -131,7 +131,9 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     source = recipe.model
     pin = resolve_model(source.source, source.hub, source.revision)
     checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle)
-    family = family_of(pin.config, pin.source)
+    family = family_of(pin.config, pin.source, checkpoint)
+    if faults := _task_faults(recipe, document, family):
+        raise RecipeError(faults)
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else _Sizes({}, {})
     planner = _Planner(recipe, pin, store, sizes)
     return Plan(
@@ -159,30 +161,46 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
     faults: list[str] = []
     stages: dict[int, int] = {}
     schemes: dict[str, Scheme] | None = {}
+    possible: list[dict[str, Scheme]] = [{}]
     for position, stage in enumerate(recipe.stages):
         found = stage.check(checkpoint, family)
-        if schemes:
+        if any(possible):
             found = [f"the stage before it quantizes already, and {stage.stage} needs weights that are not; remove one of the two"]
         faults += _placed(document, ("stages", position), found)
         if not found:
             size, made = stage.predict_bytes(checkpoint, family), stage.schemes(checkpoint, family)
             stages |= {} if size is None else {position: size}
             schemes = _joined(schemes, made)
+            possible = stage.possible_schemes(checkpoint, family) if schemes is None else [schemes]
     if faults:
         raise RecipeError(faults)
-    if schemes is None:
-        return _Sizes(stages, {}, _notes(recipe, Outlook(checkpoint, family, {})))
     kv_cache = any(getattr(stage, "kv_cache", None) for stage in recipe.stages)
-    outlook = Outlook(checkpoint, family, schemes, kv_cache)
+    outlooks = [Outlook(checkpoint, family, each, kv_cache) for each in possible]
     exports: dict[int, int] = {}
     for position, export in enumerate(recipe.export):
-        found = export.check(outlook)
+        found = list(dict.fromkeys(fault for outlook in outlooks for fault in export.check(outlook)))
         faults += _placed(document, ("export", position), found)
-        if not faults:
-            exports[position] = export.predict_bytes(outlook)
+        if not faults and schemes is not None:
+            exports[position] = export.predict_bytes(outlooks[0])
     if faults:
         raise RecipeError(faults)
-    return _Sizes(stages, exports, _notes(recipe, outlook))
+    notes = [note for outlook in outlooks or [Outlook(checkpoint, family, {})] for note in _notes(recipe, outlook)]
+    return _Sizes(stages, exports, tuple(dict.fromkeys(notes)))
+
+
+def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str]:
+    """Return which tasks ask of the model what it does not do, or what the runtime does not offer of it."""
+    writes, runtime = family.head is not None, recipe.eval.runtime
+    faults: list[str] = []
+    for position, task in enumerate(recipe.eval.tasks):
+        place = ("eval", "tasks", position)
+        where = f"{document.whereabouts(place)}: {dotted(place)}"
+        if writes != (task.needs == "text"):
+            does, instead = ("writes text", "vqa or perplexity") if writes else ("compares images with texts", "zero-shot")
+            faults.append(f"{where}: {family.name} {does}, which {task.task} does not measure; use {instead}")
+        elif task.needs not in runtime.offers:
+            faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; set eval.runtime to transformers")
+    return faults
 
 
 def _notes(recipe: Recipe, outlook: Outlook) -> tuple[str, ...]:
@@ -300,5 +318,7 @@ def show(plan: Plan, store: Store, console: Console) -> None:
         expected = size(step["expected_bytes"]) if step["expected_bytes"] else ""
         table.add_row(step["step"], step["key"][:12], "yes" if step["cached"] else "no", expected)
     console.print(table)
+    if plan.family.derived:
+        console.print(f"warning: {plan.family.derived}", highlight=False, markup=False)
     for note in plan.notes:
         console.print(f"note: {note}", highlight=False, markup=False)

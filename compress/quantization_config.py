@@ -44,6 +44,18 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv
     }
 
 
+def foreign_format(config: Mapping[str, Any]) -> str:
+    """Return the format of a config.json's weights if compressed-tensors has it and only vLLM reads it, else an empty string."""
+    settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
+    if settings.get("quant_method") != METHOD:
+        return ""
+    if settings.get("transform_config"):
+        return "rotated where it runs"
+    groups = cast("Mapping[str, Any]", settings.get("config_groups") or {}).values()
+    formats = [settings.get("format"), *(group.get("format") for group in groups)]
+    return next((str(name) for name in formats if name and name not in FORMATS), "")
+
+
 def scheme_of(settings: Mapping[str, Any], name: str, where: str) -> Scheme:
     """Return the scheme of the linear `name` by a `quantization_config`; `where` is the file that an error names.
 

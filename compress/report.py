@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from compress.eval.results import Fidelity, PerplexityMetrics, VqaMetrics
+from compress.eval.results import AccuracyMetrics, Fidelity, Metrics
 from compress.gate import Verdict
 from compress.schema import Frozen
+from compress.stages.widths import Widths
+from compress.width_table import width_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -28,7 +30,7 @@ class Row(Frozen):
     bytes: int
     size_ratio: float
     bits_per_weight: float
-    metrics: Mapping[str, VqaMetrics | PerplexityMetrics]
+    metrics: Mapping[str, Metrics]
     fidelity: Mapping[str, Fidelity] | None
 
 
@@ -70,6 +72,8 @@ class Report(Frozen):
     versions: Mapping[str, str]
     runtime_versions: Mapping[str, str]
     hardware: Mapping[str, Any]
+    widths: Mapping[str, Widths] = Field(default_factory=lambda: dict[str, Widths]())
+    """What stages with `bits: auto` chose, by the stage's name."""
 
     def to_json(self) -> str:
         """Return the report as `report.json` holds it."""
@@ -111,8 +115,8 @@ def _line(cells: list[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
 
-def _value(metrics: VqaMetrics | PerplexityMetrics) -> str:
-    return f"{metrics.accuracy:.2%}" if isinstance(metrics, VqaMetrics) else f"{metrics.perplexity:.4g}"
+def _value(metrics: Metrics) -> str:
+    return f"{metrics.accuracy:.2%}" if isinstance(metrics, AccuracyMetrics) else f"{metrics.perplexity:.4g}"
 
 
 def checks(gate: Verdict) -> str:
@@ -130,6 +134,8 @@ def render(report: Report) -> str:
     from compress.display import duration
 
     parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows), fidelity_table(report.rows)]
+    measured = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
+    parts += [width_table(stage, widths, measured) for stage, widths in report.widths.items()]
     parts += [f"{name}: {text}" for name, text in report.notes.items()]
     if report.warnings:
         parts.append("\n".join(f"- warning: {warning}" for warning in report.warnings))

@@ -26,6 +26,7 @@ from compress.meter import Meter
 from compress.plan import ORIGINAL, Plan, Step, artifact_name, make_plan
 from compress.publish import publish
 from compress.report import Report, Row, Timing, render
+from compress.stages.widths import Widths, read_widths
 from compress.steps import Workshop
 from compress.store import Entry, Store, default_store
 
@@ -98,6 +99,8 @@ class _Run:
 
     def report(self, *, force: bool) -> Report:
         """Make every step, judge, publish, and write the report."""
+        if self.plan.family.derived:
+            self.events.warn(self.plan.family.derived)
         workshop = Workshop(self.plan, self.folder, self.events, self.entries)
         for position, step in enumerate(self.plan.steps, 1):
             self.events.step_started(step.name, position, len(self.plan.steps))
@@ -187,7 +190,13 @@ class _Run:
             versions=workshop.versions(),
             runtime_versions=recipe.eval.runtime.versions(),
             hardware=describe(),
+            widths=self._widths(),
         )
+
+    def _widths(self) -> dict[str, Widths]:
+        """Return the widths that stages chose, by the stage's name."""
+        found = {step.name: read_widths(self.entries[step.name].folder) for step in self.plan.steps if step.kind == "stage"}
+        return {name: widths for name, widths in found.items() if widths is not None}
 
     def _rows(self, measured: Mapping[str, Measured], workshop: Workshop) -> list[Row]:
         original = workshop.original()

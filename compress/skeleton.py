@@ -31,11 +31,12 @@ def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust
         raise CheckpointError(
             f"{folder}/config.json: transformers cannot build this model ({error}); fetch the file again"
         ) from error
+    _keep_precise(model, dtype)
     _fill_buffers(model, model, device)
     return cast("PreTrainedModel", model.eval())
 
 
-def _fill_buffers(module: torch.nn.Module, model: PreTrainedModel, device: torch.device) -> None:
+def _fill_buffers(module: torch.nn.Module, model: Any, device: torch.device) -> None:
     """Give the buffers that were made without memory their values, by the hook of the innermost model that holds them."""
     for child in module.children():
         _fill_buffers(child, child if isinstance(child, PreTrainedModel) else model, device)
@@ -44,7 +45,7 @@ def _fill_buffers(module: torch.nn.Module, model: PreTrainedModel, device: torch
         setattr(module, name, torch.empty_like(getattr(module, name), device=device))
     if lost:
         with torch.no_grad():
-            model._init_weights(module)
+            model._init_weights(module)  # pyright: ignore[reportPrivateUsage]
 
 
 def _class_for(config: Any) -> Any:

@@ -16,14 +16,30 @@ from compress.schema import Frozen
 MEASUREMENT = "measurement.json"
 
 
-class VqaMetrics(Frozen):
-    """How many of the questions a model answers right."""
+Unit = Literal["token", "image"]
+"""What one prediction is of."""
 
-    task: Literal["vqa"] = "vqa"
+
+class AccuracyMetrics(Frozen):
+    """Of how many items a model says what is right."""
+
     accuracy: float
     right: int
     items: int
+
+
+class VqaMetrics(AccuracyMetrics):
+    """How many of the questions a model answers right."""
+
+    task: Literal["vqa"] = "vqa"
     definition_version: int
+
+
+class ZeroShotMetrics(AccuracyMetrics):
+    """Of how many images a model finds the right one of so many classes likeliest."""
+
+    task: Literal["zero-shot"] = "zero-shot"
+    classes: int
 
 
 class PerplexityMetrics(Frozen):
@@ -36,15 +52,19 @@ class PerplexityMetrics(Frozen):
     tokens: int
 
 
+Metrics = Annotated[VqaMetrics | PerplexityMetrics | ZeroShotMetrics, Field(discriminator="task")]
+
+
 class Fidelity(Frozen):
-    """How alike an artifact's predictions are to the original's on the same tokens.
+    """How alike an artifact's predictions are to the original's on the same tokens, or images where `unit` says so.
 
     `kl_mean` and `kl_p99` are of KL(original ‖ artifact) per token in nats, `kl_interval` the bounds of the mean, each with
     95 % confidence, by windows or answers (None for a single one); `top1_agreement` is the share of tokens where both put the
-    same one first. Of a VQA task, the original's own answers are the tokens; `lost` items went from right to wrong, `gained`
-    from wrong to right, and of `changed` ones the normalized answer is another.
+    same one first. Of a VQA task, the original's own answers are the tokens. `lost` items went from right to wrong, `gained`
+    from wrong to right, and of `changed` ones the (normalized) answer is another.
     """
 
+    unit: Unit = "token"
     tokens: int
     kl_mean: float
     kl_p99: float
@@ -59,7 +79,7 @@ class TaskMeasurement(Frozen):
     """One task's figures; `fidelity` is None for the original."""
 
     name: str
-    metrics: Annotated[VqaMetrics | PerplexityMetrics, Field(discriminator="task")]
+    metrics: Metrics
     fidelity: Fidelity | None = None
 
 
@@ -69,21 +89,35 @@ class Measurement(Frozen):
     tasks: tuple[TaskMeasurement, ...]
 
 
-class QuestionItem(Frozen):
+class JudgedItem(Frozen):
+    """One item that is answered right or wrong."""
+
+    id: str
+    digest: str
+    accepted: tuple[str, ...]
+    said: str
+    right: bool
+
+
+class QuestionItem(JudgedItem):
     """One question and what was said to it; `token_ids` is the answer as tokens, the end token included where it ended.
 
     `tokens`, `nll`, `kl` and `same_top` belong to the original's answer: number of tokens, and sums over them.
     """
 
     item: Literal["question"] = "question"
-    id: str
-    digest: str
     prompt: str
-    accepted: tuple[str, ...]
-    said: str
-    right: bool
     token_ids: tuple[int, ...]
     tokens: int
+    nll: float
+    kl: float | None = None
+    same_top: int | None = None
+
+
+class ImageItem(JudgedItem):
+    """One image and the class that was found likeliest; `nll` is of the right one, `kl` of the likelihoods of all classes."""
+
+    item: Literal["image"] = "image"
     nll: float
     kl: float | None = None
     same_top: int | None = None
@@ -101,8 +135,8 @@ class WindowItem(Frozen):
     same_top: int | None = None
 
 
-Item = Annotated[QuestionItem | WindowItem, Field(discriminator="item")]
-_ITEM: TypeAdapter[QuestionItem | WindowItem] = TypeAdapter(Item)
+AnyItem = QuestionItem | WindowItem | ImageItem
+_ITEM: TypeAdapter[AnyItem] = TypeAdapter(Annotated[AnyItem, Field(discriminator="item")])
 
 
 @dataclass(frozen=True)
@@ -110,7 +144,11 @@ class Measured:
     """A measurement with its items, by task name."""
 
     tasks: dict[str, TaskMeasurement]
-    items: dict[str, tuple[QuestionItem | WindowItem, ...]]
+    items: dict[str, tuple[AnyItem, ...]]
+
+    def judged(self, name: str) -> tuple[JudgedItem, ...]:
+        """Return the items of a task that are answered right or wrong."""
+        return tuple(item for item in self.items[name] if isinstance(item, JudgedItem))
 
     def questions(self, name: str) -> tuple[QuestionItem, ...]:
         """Return the items of a VQA task."""
@@ -126,7 +164,7 @@ def items_path(folder: Path, name: str) -> Path:
     return folder / f"items-{name}.jsonl"
 
 
-def write_items(folder: Path, name: str, items: Sequence[QuestionItem | WindowItem]) -> None:
+def write_items(folder: Path, name: str, items: Sequence[AnyItem]) -> None:
     """Write a task's items, one JSON object a line."""
     lines = "".join(item.model_dump_json() + "\n" for item in items)
     write_text(items_path(folder, name), lines)
@@ -137,14 +175,14 @@ def write_measurement(folder: Path, measurement: Measurement) -> None:
     write_text(folder / MEASUREMENT, measurement.model_dump_json(indent=2) + "\n")
 
 
-def read_items(folder: Path, name: str) -> tuple[QuestionItem | WindowItem, ...]:
+def read_items(folder: Path, name: str) -> tuple[AnyItem, ...]:
     """Read a task's items.
 
     Raises:
         DataError: there are none, or a line cannot be read; run the measurement again.
     """
     path = items_path(folder, name)
-    items: list[QuestionItem | WindowItem] = []
+    items: list[AnyItem] = []
     for number, line in enumerate(_read(path).splitlines(), 1):
         try:
             items.append(_ITEM.validate_json(line))
@@ -178,7 +216,7 @@ def _read(path: Path) -> str:
         raise DataError(f"{path}: cannot be read ({error}); measure again with --fresh") from error
 
 
-def check_pairs(task: str, original: Sequence[QuestionItem] | Sequence[WindowItem], artifact: Iterable[tuple[str, str]]) -> None:
+def check_pairs(task: str, original: Sequence[JudgedItem | WindowItem], artifact: Iterable[tuple[str, str]]) -> None:
     """Check that two models met the same items in the same order; `artifact` gives each item's id and digest.
 
     Raises:

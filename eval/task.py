@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compress.calibration.sets import QuestionSource, TextSource
+from compress.calibration.sets import Columns, QuestionSource, TextSource
 from compress.errors import CheckpointError
-from compress.eval.results import Fidelity, TaskMeasurement
-from compress.eval.statistics import mean_interval
+from compress.eval.results import Fidelity, JudgedItem, TaskMeasurement, Unit
+from compress.eval.statistics import count_pairs, mean_interval
 from compress.progress import Progress
-from compress.runtimes.runtime import Passage, Score, Session
+from compress.runtimes.runtime import Ability, Passage, Score, Session
 from compress.schema import Frozen
 
 if TYPE_CHECKING:
@@ -52,6 +53,9 @@ class Task(Frozen, ABC):
 
     task_revision: ClassVar[int]
     """Raised whenever the same settings measure something else."""
+
+    needs: ClassVar[Ability] = "text"
+    """What a model must be able to do for it, and a runtime must offer."""
 
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     """What reports call it, filled in from what it asks where the recipe does not say; names files, unique in a recipe."""
@@ -109,6 +113,27 @@ def score_passages(context: TaskContext, name: str, passages: Sequence[Passage])
     return scores
 
 
+def draw_questions(files: Sequence[Path], columns: Columns, samples: int | None, seed: int) -> list[Question]:
+    """Return the questions of the files in their order, with `samples` at most so many, drawn with a seed.
+
+    Raises:
+        DataError: a file or question cannot be used, or there is none.
+    """
+    from compress.calibration.questions import count_questions, read_questions
+
+    chosen: set[int] | None = None
+    if samples is not None:
+        held = count_questions(files, columns)
+        chosen = set(random.Random(seed).sample(range(held), min(held, samples)))  # noqa: S311 - no secret
+    return list(read_questions(files, columns, chosen))
+
+
+def flips(original: Sequence[JudgedItem], items: Sequence[JudgedItem]) -> dict[str, int]:
+    """Return how many items went from right to wrong, `lost`, and from wrong to right, `gained`."""
+    pairs = count_pairs([item.right for item in original], [item.right for item in items])
+    return {"lost": pairs.lost, "gained": pairs.gained}
+
+
 def warn_of_few(context: TaskContext, name: str, asked: int | None, found: int, what: str) -> None:
     """Tell the user where the data hold fewer items than the recipe asks for; all of them are used."""
     if asked is not None and found < asked:
@@ -132,8 +157,8 @@ def count(values: NDArray[np.bool_] | None) -> int | None:
     return None if values is None else int(values.sum())
 
 
-def fidelity_of(scores: Sequence[Score]) -> Fidelity | None:
-    """Summarise how alike the predictions were; None where they were not compared."""
+def fidelity_of(scores: Sequence[Score], unit: Unit = "token") -> Fidelity | None:
+    """Summarise how alike the predictions, each of a `unit`, were; None where they were not compared."""
     kept = [(score.kl, score.same_top) for score in scores if score.kl is not None and score.same_top is not None]
     if not kept:
         return None
@@ -141,6 +166,7 @@ def fidelity_of(scores: Sequence[Score]) -> Fidelity | None:
     sizes = np.array([len(kl) for kl, _ in kept], dtype=np.float64)
     every = np.concatenate([kl for kl, _ in kept])
     return Fidelity(
+        unit=unit,
         tokens=len(every),
         kl_mean=float(every.mean()),
         kl_p99=float(np.quantile(every, 0.99)),

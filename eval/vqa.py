@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
@@ -23,8 +22,7 @@ from compress.eval.results import (
     read_items,
     write_items,
 )
-from compress.eval.statistics import count_pairs
-from compress.eval.task import Task, TaskContext, count, fidelity_of, score_passages, total, warn_of_few
+from compress.eval.task import Task, TaskContext, count, draw_questions, fidelity_of, flips, score_passages, total, warn_of_few
 from compress.runtimes.runtime import Answer, Passage, Prompt, Score
 from compress.schema import Source
 
@@ -74,6 +72,8 @@ class Vqa(Task):
     def _check_source(self) -> Self:
         if self.source is None and self.read().source is None:
             raise ValueError(f"the definition {Path(self.definition).stem} names no data; give source, a JSONL or parquet file")
+        if self.columns is not None and self.columns.question is None:
+            raise ValueError("columns.question is null: name the column with the questions")
         return self
 
     def read(self) -> Definition:
@@ -112,14 +112,7 @@ class Vqa(Task):
         Raises:
             DataError: a file or question cannot be used, there is none, or one has no accepted answer.
         """
-        from compress.calibration.questions import count_questions, read_questions
-
-        columns = self.data.columns
-        chosen: set[int] | None = None
-        if self.samples is not None:
-            held = count_questions(files, columns)
-            chosen = set(random.Random(self.seed).sample(range(held), min(held, self.samples)))  # noqa: S311 - no secret
-        questions = list(read_questions(files, columns, chosen))
+        questions = draw_questions(files, self.data.columns, self.samples, self.seed)
         for question in questions:
             if not question.answers:
                 raise DataError(f"task {self.name}: {question.origin}: question {question.id} has no accepted answer; add one")
@@ -231,6 +224,5 @@ def _item(definition: Definition, question: Question, answer: Answer, token_ids:
 
 
 def _with_flips(fidelity: Fidelity, original: Sequence[QuestionItem], items: Sequence[QuestionItem]) -> Fidelity:
-    pairs = count_pairs([item.right for item in original], [item.right for item in items])
     changed = sum(normalize(old.said) != normalize(new.said) for old, new in zip(original, items, strict=True))
-    return fidelity.model_copy(update={"lost": pairs.lost, "gained": pairs.gained, "changed": changed})
+    return fidelity.model_copy(update={**flips(original, items), "changed": changed})

@@ -10,6 +10,7 @@ from compress.export.format import Export, ExportContext, Outlook
 from compress.export.vllm_limits import Layout, faults, notes
 from compress.layouts import has_kv_scales, linear_shape, linear_tensors, packed_bytes, quantized_linears, unquantized_linears
 from compress.numerics.scheme import Scheme
+from compress.quantization_config import foreign_format
 
 _SCALE_BYTES = {"F32": 4, "F64": 4}
 _INDEX_BYTES = 4
@@ -70,6 +71,9 @@ class Vllm(Export):
         from compress.export.vllm_writer import link_packed, write_laid_out
 
         checkpoint = open_checkpoint(context.source)
+        if foreign := foreign_format(checkpoint.config):
+            self._pass_on(context, checkpoint, foreign)
+            return
         outlook = Outlook(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
         if found := self.check(outlook):
             raise CheckpointError("\n".join(found))
@@ -77,6 +81,17 @@ class Vllm(Export):
             link_packed(context, checkpoint, unquantized_linears(checkpoint, context.family, outlook.schemes))
         else:
             write_laid_out(context, outlook, self.layout)
+
+    def _pass_on(self, context: ExportContext, checkpoint: Checkpoint, foreign: str) -> None:
+        """Give on a checkpoint in a format that vLLM reads and nothing here, as it is."""
+        from compress.export.vllm_writer import link_packed
+
+        if self.layout != "compressed-tensors":
+            raise CheckpointError(
+                f"{context.source}: its weights are {foreign}, which layout {self.layout} cannot hold; "
+                "set layout: compressed-tensors"
+            )
+        link_packed(context, checkpoint, [])
 
 
 def _scale_bytes(checkpoint: Checkpoint, name: str) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Literal
 
 from compress.export.format import Outlook
+from compress.families import within
 from compress.layouts import linear_shape
 from compress.numerics.scheme import BLOCK, Scheme
 
@@ -32,7 +33,7 @@ Reason = Callable[[Outlook, str, Scheme], str | None]
 
 def faults(layout: Layout, outlook: Outlook) -> list[str]:
     """Return why vLLM, or the layout, cannot hold a checkpoint, one line each with its remedy."""
-    found = _fused_faults(outlook)
+    found = _fused_faults(outlook) + _collect(outlook, _stays_plain)
     if layout == "compressed-tensors":
         return found + _collect(outlook, _zero_points_fill_words, _inputs_go_with_8_bits, _blocks_fit_joined)
     if not outlook.schemes:
@@ -58,7 +59,24 @@ def notes(outlook: Outlook) -> list[str]:
             f"vLLM served {outlook.family.architecture} up to version {outlook.family.served_until} and no later one does: "
             f"serve it with that version, or evaluate it with runtime: transformers"
         )
-    return lines + _collect(outlook, _needs_a_gpu)
+    return lines + _collect(outlook, _needs_a_gpu) + _collect(outlook, _rounded_again)
+
+
+def _stays_plain(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+    del scheme
+    module = outlook.family.module_name(f"{name}.weight")
+    plain = next((part for part in outlook.family.served_plain if within(module, part)), None)
+    return f"vLLM computes {plain} of this architecture with plain weights alone; leave it out" if plain else None
+
+
+def _rounded_again(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+    del outlook
+    if scheme.block_rows != -1 or not any(name.rpartition(".")[2] in parts for parts in _FUSED):
+        return None
+    return (
+        "vLLM joins it with others, gives them the largest of their scales and rounds them again where that is not their own; "
+        "a scale per output channel is kept as it is"
+    )
 
 
 def _collect(outlook: Outlook, *reasons: Reason) -> list[str]:
@@ -205,6 +223,9 @@ def _one_group_size(outlook: Outlook, layout: Layout) -> Reason:
 
 
 def _needs_a_gpu(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+    if scheme.type == "float" and (scheme.activations == "tensor" or scheme.block_rows == BLOCK):
+        held = "blocks" if scheme.block_rows == BLOCK else "fixed scales of inputs"
+        return f"vLLM's build for CPUs runs 8-bit floats without {held}, or on processors with AMX: this artifact needs a GPU"
     if scheme.format != "pack-quantized":
         return None
     if scheme.bits != _CPU_BITS:

@@ -231,4 +231,5 @@ def test_faults_of_a_gate(gate: dict[str, Any], fault: str) -> None:
 def test_the_tasks_that_checks_need() -> None:
     assert Gate.model_validate({"size": {"max_ratio": 1}}).tasks_needed() == {}
     gate = Gate.model_validate({"accuracy": {"min_recovery": 0.9, "confidence": 0.95}, "fidelity": {"max_kl": 1}})
-    assert gate.tasks_needed() == {"accuracy": ("vqa",), "fidelity": ("vqa", "perplexity")}
+    judged = ("vqa", "zero-shot")
+    assert gate.tasks_needed() == {"accuracy": judged, "fidelity": (*judged, "perplexity")}

@@ -15,20 +15,37 @@ import huggingface_hub
 import pytest
 
 from compress.document import parse_setting
+from compress.errors import RecipeError
 from compress.families import FAMILIES, family_of
-from compress.hub import open_pinned
+from compress.hub import open_pinned, resolve_model
 from compress.plan import Plan, make_plan
+from compress.progress import Silent
 from compress.recipe import Recipe, read_recipe
+from compress.runtimes.environment import install
 from compress.schema import is_local
+from compress.stages.int8 import Int8
+from compress.stages.linears import Target
 from compress.store import Store
 from tests.hub_server import Repo, hub_server
 from tests.published import Published, published
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+APART = "llmcompressor"
+"""The stage whose library is installed apart."""
+
+every_recipe = pytest.mark.parametrize(
+    "path",
+    [
+        pytest.param(path, id=path.stem, marks=[pytest.mark.slow] if f"stage: {APART}" in path.read_text(encoding="utf-8") else [])
+        for path in RECIPES
+    ],
+)
 METHODS = ("awq", "gptq", "int8")
 DATASETS = {
     "Salesforce/wikitext": ("wikitext-2-raw-v1/train-00000-of-00001.parquet", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
+    "jxie/flickr8k": ("data/train-00000-of-00002.parquet",),
+    "uoft-cs/cifar10": ("plain_text/test-00000-of-00001.parquet",),
     "lmms-lab/textvqa": ("data/train-00000-of-00020.parquet", "data/validation-00000-of-00003.parquet"),
 }
 """The data sets that recipes name, with those of their files that hold the splits in use."""
@@ -76,6 +93,9 @@ def hub(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
 
 
 def settings_for(recipe: Recipe, server: str) -> dict[str, Any]:
+    """Return what lets a recipe be planned here: vLLM's version comes from a server, a library's from its environment."""
+    if any(stage.stage == APART for stage in recipe.stages):
+        install(APART, Silent())
     return {"eval.runtime.url": server} if recipe.eval.runtime.runtime == "vllm" else {}
 
 
@@ -110,14 +130,14 @@ def intended(recipe: Recipe, model: Published) -> dict[str, tuple[int, int]]:
 
 
 def quantized(plan: Plan) -> dict[str, tuple[int, ...]]:
-    """Return the linears that the plan's stages quantize, by their names on disk, with their shapes there."""
+    """Return the linears that the plan's stages may quantize, by their names on disk, with their shapes there."""
     checkpoint = open_pinned(plan.model)
     assert checkpoint is not None
-    names = [name for stage in plan.recipe.stages for name in stage.schemes(checkpoint, plan.family) or {}]
-    return {name: checkpoint.tensors[f"{name}.weight"].shape for name in names}
+    possible = [schemes for stage in plan.recipe.stages for schemes in stage.possible_schemes(checkpoint, plan.family)]
+    return {name: checkpoint.tensors[f"{name}.weight"].shape for schemes in possible for name in schemes}
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@every_recipe
 @pytest.mark.usefixtures("hub")
 def test_a_shipped_recipe_can_be_planned(path: Path, server: str, tmp_path: Path) -> None:
     recipe, _ = read_recipe(path, {})
@@ -133,7 +153,7 @@ def test_a_shipped_recipe_can_be_planned(path: Path, server: str, tmp_path: Path
     assert len({step.key for step in plan.steps}) == len(plan.steps)
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@every_recipe
 @pytest.mark.usefixtures("hub")
 def test_a_shipped_recipe_quantizes_what_it_says_and_no_more(path: Path, server: str, tmp_path: Path) -> None:
     recipe, _ = read_recipe(path, {})
@@ -144,14 +164,17 @@ def test_a_shipped_recipe_quantizes_what_it_says_and_no_more(path: Path, server:
     plan = make_plan(path, settings_for(recipe, server), Store(tmp_path / "store"))
     assert quantized(plan) == intended(recipe, model)
     assert recipe.gate.size is not None
-    for step in plan.steps:
-        if step.kind == "export":
-            assert step.expected_bytes is not None
-            ratio = step.expected_bytes / model.weight_bytes
-            assert 0.9 * recipe.gate.size.max_ratio < ratio < recipe.gate.size.max_ratio
+    expected = [step.expected_bytes for step in plan.steps if step.kind in ("stage", "export")]
+    if recipe.stages[0].stage == APART:
+        assert expected == [None, None]  # only the run can tell
+        return
+    if "auto" not in recipe.stages[0].model_dump().values():
+        assert None not in expected
+    for size in filter(None, expected):
+        assert 0.9 * recipe.gate.size.max_ratio < size / model.weight_bytes < recipe.gate.size.max_ratio
 
 
-@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+@every_recipe
 @pytest.mark.usefixtures("hub")
 def test_commands_that_a_recipe_shows_are_right(path: Path, server: str, tmp_path: Path) -> None:
     assert shown(path, "Run") == ["compress", "run", f"recipes/{path.name}"]
@@ -167,6 +190,50 @@ def test_commands_that_a_recipe_shows_are_right(path: Path, server: str, tmp_pat
         sources = [entry.source for entry in recipe.calibration.sets] if recipe.calibration else []
         sources += [recipe.model.source, *(task.data.source for task in recipe.eval.tasks)]
         assert all(is_local(source) for source in sources)
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "value", "fault"),
+    [
+        (
+            "qwen-vl-awq",
+            "stages.0.targets",
+            ["decoder", "vision"],
+            r"mlp.down_proj \(and 31 more layers as wide\): .* 3420 .* add 'model.visual.blocks.\*.mlp.down_proj' to leave_out",
+        ),
+        ("qwen3-vl-gptq", "stages.0.targets", ["vision"], r"blocks.0.mlp.linear_fc2 \(and 26 more layers as wide\): .* 4304"),
+        ("qwen2-vl-gptq", "stages.0.symmetric", False, r"export.0: model.layers.0.self_attn.q_proj \(and 195 more\): .* symmetric"),
+        ("llava-int8", "export.0.layout", "gptq", r"\(and 223 more\): layout gptq holds integer weights alone"),
+        ("internvl3-awq", "stages.0.targets", ["lm_head"], "language_model.lm_head: .* by eights, not 151674"),
+        ("blip-2-awq", "stages.0.targets", ["lm_head"], "its output head is the embedding's own matrix"),
+    ],
+)
+@pytest.mark.usefixtures("hub")
+def test_what_a_published_model_cannot_hold_is_refused(
+    name: str, key: str, value: object, fault: str, server: str, tmp_path: Path
+) -> None:
+    with pytest.raises(RecipeError, match=fault):
+        make_plan(ROOT / "recipes" / f"{name}.yaml", {key: value, "eval.runtime.url": server}, Store(tmp_path / "store"))
+
+
+@pytest.mark.parametrize("targets", [("decoder",), ("vision",), ("projector",), ("decoder", "vision", "projector")])
+@pytest.mark.parametrize("model", published().values(), ids=lambda model: model.family)
+@pytest.mark.usefixtures("hub")
+def test_a_target_is_its_own_linears_alone(model: Published, targets: tuple[Target, ...]) -> None:
+    checkpoint = open_pinned(resolve_model(model.source, "huggingface", "main"))
+    assert checkpoint is not None
+    family = family_of(checkpoint.config)
+    stage = Int8(stage="int8", targets=targets)
+    assert stage.check(checkpoint, family) == []
+    parts = {"decoder": model.blocks, "vision": model.tower, "projector": model.projector}
+    wanted = model.linears(*(container for target in targets for container in parts[target]))
+    assert set(stage.schemes(checkpoint, family) or {}) == set(wanted)
+
+
+@pytest.mark.usefixtures("hub")
+def test_the_plan_says_which_vllm_still_serves_a_model(tmp_path: Path) -> None:
+    plan = make_plan(ROOT / "recipes" / "mllama-awq.yaml", {}, Store(tmp_path / "store"))
+    assert any("vLLM served MllamaForConditionalGeneration up to version 0.10.2" in note for note in plan.notes)
 
 
 def test_every_family_has_a_recipe_for_each_method() -> None:

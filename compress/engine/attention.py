@@ -43,7 +43,7 @@ def observing(module: nn.Module) -> Generator[dict[str, CacheRange]]:
         found[names[part]] = CacheRange(*sizes)
         return inner["sdpa"](part, query, key, value, *args, **kwargs)
 
-    inner.register(_NAME, observed)
+    inner[_NAME] = observed
     try:
         for config in configs.values():
             config._attn_implementation = _NAME
@@ -51,4 +51,4 @@ def observing(module: nn.Module) -> Generator[dict[str, CacheRange]]:
     finally:
         for key, config in configs.items():
             config._attn_implementation = before[key]
-        inner.pop(_NAME)
+        del inner[_NAME]

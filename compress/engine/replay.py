@@ -217,7 +217,7 @@ class Replay:
 
     def _in_order(self, units: Sequence[str]) -> list[str]:
         """Return the parts as the batch that calls most of them does; each of the others stays behind the one given before it."""
-        ordered = list(max((trace.order for trace in self._traces), key=len, default=[]))
+        ordered = list(max((trace.order for trace in self._traces), key=len, default=list[str]()))
         for index, name in enumerate(units):
             if name not in ordered:
                 ordered.insert(ordered.index(units[index - 1]) + 1 if index else 0, name)

@@ -55,7 +55,7 @@ class Sensitivity:
 
 
 def _loss(error: Tensor, sensitivity: Tensor, moment: Moment) -> float:
-    weighted = error * sensitivity.to(error).sqrt_().unsqueeze(1)
+    weighted = error * sensitivity.to(error).sqrt().unsqueeze(1)
     return float(output_error(weighted, fold_symmetric(moment.gram.div_(moment.tokens))))
 
 
@@ -233,7 +233,8 @@ class _Reverse:
         readers = self.replay.family.vision_readers
 
         def count(local: str, linear: str, gradient: Tensor) -> None:
-            self._sums(linear).add(gradient, None if local in readers else positions)
+            rows = gradient.numel() // gradient.shape[-1]
+            self._sums(linear).add(gradient, positions.of_images(rows) if positions and local in readers else positions)
 
         return count
 

@@ -43,8 +43,10 @@ BLIP2 = Family(
         Pair("fc1", ("fc2",)),  # between them is a ReLU, which a positive scale passes
     ),
     vision_pairs=(Pair("layer_norm1", ("self_attn.qkv",)), Pair("layer_norm2", ("mlp.fc1",))),
+    single_image=True,
     text_model="language_model",
     chat_template=_CHAT_TEMPLATE,
+    served_plain=("qformer", "language_projection"),
     requires=(
         ("text_config.model_type", "opt"),
         ("text_config.do_layer_norm_before", True),

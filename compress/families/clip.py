@@ -22,6 +22,8 @@ CLIP = Family(
     image_token_keys=(),
     pairs=_PAIRS,
     vision_pairs=_PAIRS,
+    single_image=True,
     text_model="text_model",
+    served_plain=("visual_projection", "text_projection"),
     defaults=(("max_position_embeddings", 77),),
 )

@@ -6,9 +6,13 @@ import importlib
 import re
 from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, cast
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 from compress.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from compress.checkpoint import Checkpoint
 
 _IMAGES = "pixel_values"
 
@@ -33,13 +37,15 @@ class Family:
 
     `renames` turns names on disk into module names: the first pattern that matches a name is replaced, any other name stays.
     `vision` are all the modules that make of images what the decoder reads; within them lie `vision_blocks`, the containers of
-    the tower's blocks, and `projector`, the modules that lead from the tower to the decoder, both in the order they run. `head` is
+    the tower's blocks, and `projector`, the modules that lead from the tower to the decoder; each of a list is one. `head` is
     None where nothing is generated. `vision_readers` are the linears of a decoder block, by their names in it, whose input
     is the images' states and not the prompt's; `image_mask` is the model's input that says which of these states each token reads
-    [samples, tokens, images, tiles]. `text_model` is the module that takes text without images where the whole model takes none.
-    `chat_template` (Jinja) is for checkpoints that ship none. `requires` are values of the config, by dotted key, without which a
-    checkpoint of this `model_type` is another architecture; `defaults` those of the text's config that published files leave out.
-    `served_until` is the last vLLM that has the architecture, where later ones dropped it.
+    [samples, tokens, images, tiles]. `text_model` is the module that takes text without images where the whole model takes none;
+    `single_image` says that a prompt can have one image at most. `chat_template` (Jinja) is for checkpoints that ship none.
+    `requires` are the values, one or several, that keys of the config (dotted) may have, without which a checkpoint of
+    this `model_type` is another architecture; `defaults` those of the text's config that published files leave out.
+    `served_until` is the last vLLM that has the architecture, where later ones dropped it; `served_plain` are the modules whose
+    weights vLLM cannot hold quantized. `derived` says what was found out by looking at the model, where there is no record.
     """
 
     name: str
@@ -58,10 +64,13 @@ class Family:
     vision_readers: tuple[str, ...] = ()
     image_mask: str = ""
     text_model: str = ""
+    single_image: bool = False
     chat_template: str = ""
     served_until: str = ""
-    requires: tuple[tuple[str, str | bool], ...] = ()
+    served_plain: tuple[str, ...] = ()
+    requires: tuple[tuple[str, str | bool | tuple[str, ...]], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+    derived: str = ""
 
     @property
     def frontends(self) -> tuple[str, ...]:
@@ -94,26 +103,50 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def family_of(config: Mapping[str, Any], where: str = "config.json") -> Family:
+def family_of(config: Mapping[str, Any], where: str = "config.json", checkpoint: Checkpoint | None = None) -> Family:
     """Return the family of a model by its config.json; `where` is the folder, file or hub id that an error names.
 
+    Where no record fits, one is derived from the `checkpoint`, if that is given; this imports torch.
+
     Raises:
-        CheckpointError: no family has this `model_type`, or the one that has it needs other values than the config's.
+        CheckpointError: no record fits, and none can be derived.
     """
-    families = list(_families())
-    family = next((family for family in families if family.model_type == config.get("model_type")), None)
+    family, misfit = _recorded(config)
+    if family is not None:
+        return family
+    if checkpoint is not None:
+        from compress.families.derived import derive_family
+
+        return derive_family(checkpoint, f"{where}: {misfit}")
+    raise CheckpointError(f"{where}: {misfit}")
+
+
+def family_at(folder: Path) -> Family:
+    """Return the family of the checkpoint in a folder, whose weights are looked at only where no record fits its config.
+
+    Raises:
+        CheckpointError: no record fits, and none can be derived.
+    """
+    from compress.checkpoint import open_checkpoint, read_config
+
+    config = read_config(folder)
+    return _recorded(config)[0] or family_of(config, str(folder), open_checkpoint(folder))
+
+
+def _recorded(config: Mapping[str, Any]) -> tuple[Family | None, str]:
+    """Return the record that fits a config, or why none does."""
+    known = list(_families())
+    family = next((family for family in known if family.model_type == config.get("model_type")), None)
     if family is None:
-        known = ", ".join(family.model_type for family in families)
-        raise CheckpointError(
-            f"{where}: model_type {config.get('model_type')!r} is no supported architecture; supported are {known}"
-        )
+        types = ", ".join(family.model_type for family in known)
+        return None, f"model_type {config.get('model_type')!r} is no supported architecture; supported are {types}"
     for key, needed in family.requires:
-        found = _value(config, key, needed)
-        if found != needed:
-            raise CheckpointError(
-                f"{where}: {key} is {found!r}; of {family.model_type} only checkpoints with {needed!r} there are supported"
-            )
-    return family
+        found = _value(config, key)
+        allowed = needed if isinstance(needed, tuple) else (needed,)
+        if found is not None and found not in allowed:
+            these = " or ".join(map(repr, allowed))
+            return None, f"{key} is {found!r}; of {family.model_type} only checkpoints with {these} there are supported"
+    return family, ""
 
 
 def text_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -130,11 +163,9 @@ def _families() -> Iterator[Family]:
         yield cast("Family", getattr(importlib.import_module(module), attribute))
 
 
-def _value(config: Mapping[str, Any], key: str, default: object) -> object:
-    """Return what stands at a dotted key, `default` where nothing does."""
+def _value(config: Mapping[str, Any], key: str) -> object:
+    """Return what stands at a dotted key, None where nothing does."""
     value: object = config
     for part in key.split("."):
         value = cast("Mapping[str, object]", value).get(part) if isinstance(value, Mapping) else None
-        if value is None:
-            return default
     return value

@@ -17,4 +17,6 @@ INTERNVL3 = replace(
         Pair("attention.v_proj", ("attention.projection_layer",)),
         Pair("layernorm_after", ("mlp.fc1",)),
     ),
+    served_plain=("model.multi_modal_projector",),
+    requires=(("text_config.model_type", ("qwen2", "qwen3", "llama")), ("vision_config.model_type", ("internvl_vision",))),
 )

@@ -29,4 +29,8 @@ LLAVA = Family(
         Pair("self_attn.v_proj", ("self_attn.out_proj",)),
         Pair("layer_norm2", ("mlp.fc1",)),
     ),
+    requires=(
+        ("text_config.model_type", ("llama", "mistral", "qwen2", "qwen3")),
+        ("vision_config.model_type", ("clip_vision_model", "siglip_vision_model")),
+    ),
 )

@@ -33,4 +33,5 @@ MLLAMA = Family(
     ),
     vision_readers=("cross_attn.k_proj", "cross_attn.v_proj"),
     image_mask="cross_attention_mask",
+    served_until="0.10.2",
 )

@@ -68,7 +68,9 @@ def round_inputs(checkpoint: Checkpoint, family: Family, modules: Mapping[str, n
             if not settings:
                 continue
             scale = None if settings["dynamic"] else read(f"{owner}.input_scale").to(torch.float32)
-            modules[family.module_name(owner)].register_forward_pre_hook(_rounder(settings, scale))
+            modules[family.module_name(f"{owner}.weight").removesuffix(".weight")].register_forward_pre_hook(
+                _rounder(settings, scale)
+            )
             count += 1
     return count
 

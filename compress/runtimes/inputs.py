@@ -5,25 +5,25 @@ from __future__ import annotations
 import io
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers import AutoProcessor
 
-from compress.conversation import check_template, messages, open_images
-from compress.errors import CheckpointError
+from compress.conversation import check_image_count, open_images, write_prompt
+from compress.errors import DataError
+from compress.families import Family
 from compress.runtimes.runtime import Passage, Prompt
 
-_AUTO_PROCESSOR: Any = AutoProcessor
+_MASKS = "attention_mask"
+_FRAMED = 2
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """One sample for the model: `sequences` hold one row [1, length] per key, `extras` what belongs to its images."""
+    """One sample for the model: `sequences` hold [1, length, …] per key, `extras` what belongs to its images."""
 
     place: int
     sequences: dict[str, Tensor]
@@ -35,23 +35,30 @@ class Encoded:
         return self.sequences["input_ids"].shape[1]
 
     @property
-    def keys(self) -> frozenset[str]:
-        """What tells whether two samples can share a batch."""
-        return frozenset(self.sequences) | frozenset(self.extras)
+    def kind(self) -> tuple[frozenset[str], frozenset[tuple[str, tuple[int, ...]]]]:
+        """What tells whether two samples can share a batch: the same inputs, of the same size beyond tokens and images."""
+        sizes = {key: tuple(value.shape[2:]) for key, value in self.sequences.items()}
+        sizes |= {key: tuple(value.shape[1:]) for key, value in self.extras.items()}
+        return frozenset(self.sequences), frozenset(sizes.items())
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Turns prompts and passages into tensors by the artifact's own processor and chat template."""
+    """Turns prompts and passages into tensors by the artifact's own processor and chat template.
+
+    `longest` is how many tokens the model takes, None where its config does not say.
+    """
 
     processor: Any
+    family: Family
     pad_id: int
     tokens_per_batch: int
+    longest: int | None = None
 
     def prompts(self, prompts: Sequence[Prompt], room: int) -> Generator[list[Encoded]]:
         """Give batches of prompts of about the same length, longest first, with `room` for so many tokens more in each."""
         order = sorted(range(len(prompts)), key=lambda place: (*_extent(prompts[place]), place), reverse=True)
-        return self._batches((self._prompt(place, prompts[place]) for place in order), room)
+        return self._batches((self._prompt(place, prompts[place], room=room) for place in order), room)
 
     def passages(self, passages: Sequence[Passage]) -> Generator[list[Encoded]]:
         """Give batches of passages of about the same length, longest first; what stands before a passage's tokens included."""
@@ -68,9 +75,10 @@ class Encoder:
         longest = max(sample.length for sample in batch)
 
         def padded(sample: Encoded, key: str) -> Tensor:
-            missing = longest - sample.length
+            missing, tensor = longest - sample.length, sample.sequences[key]
             value = self.pad_id if key == "input_ids" else 0
-            return pad(sample.sequences[key], (missing, 0) if side == "left" else (0, missing), value=value)
+            inner = [0, 0] * (tensor.dim() - _FRAMED)
+            return pad(tensor, [*inner, *((missing, 0) if side == "left" else (0, missing))], value=value)
 
         sequences = {key: torch.cat([padded(sample, key) for sample in batch]) for key in batch[0].sequences}
         extras = {key: torch.cat([sample.extras[key] for sample in batch]) for key in batch[0].extras}
@@ -81,25 +89,32 @@ class Encoder:
         longest = 0
         for sample in samples:
             longest = max(longest, sample.length + room)
-            if batch and (longest * (len(batch) + 1) > self.tokens_per_batch or sample.keys != batch[0].keys):
+            if batch and (longest * (len(batch) + 1) > self.tokens_per_batch or sample.kind != batch[0].kind):
                 yield batch
                 batch, longest = [], sample.length + room
             batch.append(sample)
         if batch:
             yield batch
 
-    def _prompt(self, place: int, prompt: Prompt, forced: tuple[int, ...] = ()) -> Encoded:
-        text = self.processor.apply_chat_template(messages(prompt), add_generation_prompt=True, tokenize=False)
-        images = open_images(prompt) or None
+    def _prompt(self, place: int, prompt: Prompt, forced: tuple[int, ...] = (), room: int = 0) -> Encoded:
+        check_image_count(self.family, prompt)
+        text, images = write_prompt(self.processor, prompt), open_images(prompt) or None
         values = self.processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
         length = values["input_ids"].shape[1]
-        sequences = {key: value for key, value in values.items() if value.shape == (1, length)}
+        self._check_length(prompt, length, len(forced) + room)
+        sequences = {key: value for key, value in values.items() if _runs_along(key, value, length)}
         extras = {key: value for key, value in values.items() if key not in sequences}
         if forced:
-            tail = {"input_ids": torch.tensor([forced]), "attention_mask": torch.ones(1, len(forced), dtype=torch.int64)}
-            nothing = torch.zeros(1, len(forced), dtype=torch.int64)
-            sequences = {key: torch.cat([value, tail.get(key, nothing).to(value)], 1) for key, value in sequences.items()}
+            sequences = {key: torch.cat([value, _tail(key, value, forced)], 1) for key, value in sequences.items()}
         return Encoded(place, sequences, extras)
+
+    def _check_length(self, prompt: Prompt, length: int, room: int) -> None:
+        if self.longest is not None and length + room > self.longest:
+            answer = f" with {room} for its answer" if room else ""
+            raise DataError(
+                f"{prompt.id}: takes {length} tokens{answer}, and the model takes {self.longest}; leave it out, or shorten its "
+                "text or use smaller images"
+            )
 
     def _passage(self, place: int, passage: Passage) -> Encoded:
         if passage.prompt is not None:
@@ -108,19 +123,18 @@ class Encoder:
         return Encoded(place, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
 
 
-def load_processor(artifact: Path, trust_remote_code: bool) -> Any:
-    """Return the artifact's processor.
+def _runs_along(key: str, value: Tensor, length: int) -> bool:
+    """Return whether a processor's tensor has an entry for each token: of numbers, or, of a mask, of more than one number each."""
+    return value.shape[:2] == (1, length) and (value.dim() == _FRAMED or key.endswith(_MASKS))
 
-    Raises:
-        CheckpointError: its files are missing or cannot be used.
-    """
-    try:
-        processor = _AUTO_PROCESSOR.from_pretrained(artifact, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{artifact}: its processor cannot be loaded ({error}); fetch or export it again") from error
-    if getattr(processor, "chat_template", None) is not None:  # without one, text can be scored all the same
-        check_template(processor, artifact)
-    return processor
+
+def _tail(key: str, value: Tensor, forced: tuple[int, ...]) -> Tensor:
+    """Return what follows in a sequence where given tokens follow the prompt; they see the images as its last token does."""
+    if key == "input_ids":
+        return torch.tensor([forced]).to(value)
+    if key.endswith(_MASKS):
+        return value[:, -1:].expand(-1, len(forced), *value.shape[2:])
+    return torch.zeros(1, len(forced)).to(value)
 
 
 def scored_tokens(passage: Passage) -> tuple[int, ...]:

@@ -7,13 +7,16 @@ from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from compress.progress import Progress
 from compress.schema import Frozen
+
+Ability = Literal["text", "comparison"]
+"""What a model does: it writes text, or compares images with texts."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +26,14 @@ class Prompt:
     id: str
     text: str
     images: tuple[bytes, ...] = ()
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One encoded image (PNG, JPEG, …)."""
+
+    id: str
+    image: bytes
 
 
 @dataclass(frozen=True)
@@ -73,6 +84,10 @@ class Session(Protocol):
         """
         ...
 
+    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+        """Return log-probabilities [pictures, classes] of a model that compares images with texts; a class has one or more."""
+        ...
+
 
 @dataclass(frozen=True)
 class OpenContext:
@@ -98,6 +113,9 @@ class Runtime(Frozen, ABC):
 
     incidental: ClassVar[frozenset[str]] = frozenset()
     """The fields that shape how it is run, but nothing of what is measured."""
+
+    offers: ClassVar[frozenset[Ability]] = frozenset({"text"})
+    """What models that it can measure do."""
 
     def settings(self) -> dict[str, Any]:
         """Return the fields that shape what is measured, as plain JSON values."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from compress.runtimes.runtime import OpenContext, Runtime, Session
+from compress.runtimes.runtime import Ability, OpenContext, Runtime, Session
 
 
 class Transformers(Runtime):
@@ -19,6 +19,7 @@ class Transformers(Runtime):
     """
 
     revision: ClassVar[int] = 2
+    offers: ClassVar[frozenset[Ability]] = frozenset({"text", "comparison"})
     kl_definition: ClassVar[str] = "KL(original ‖ artifact) per token in nats, over the whole vocabulary, from float32 logits"
 
     runtime: Literal["transformers"]

@@ -47,7 +47,7 @@ def load_model(
         CheckpointError: a weight is missing, superfluous, or of another shape than the model's.
     """
     checkpoint = open_checkpoint(artifact)
-    family = family_of(checkpoint.config)
+    family = family_of(checkpoint.config, str(artifact), checkpoint)
     model: Any = build_skeleton(artifact, dtype, device, trust_remote_code)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     with progress.task("load weights", len(checkpoint.tensors), "tensors") as advance:
@@ -55,7 +55,9 @@ def load_model(
             path, _, leaf = family.module_name(name).rpartition(".")
             if path not in modules:
                 raise CheckpointError(f"{artifact}: holds {name}, which this model does not have; fetch or export it again")
-            _assign(artifact, name, modules[path], leaf, tensor)
+            computed = modules[path]._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+            if leaf not in computed:  # old files hold the numbers of the positions too
+                _assign(artifact, name, modules[path], leaf, tensor)
             advance(1)
     if checkpoint.tied:
         model.tie_weights()
@@ -72,6 +74,6 @@ def _assign(artifact: Path, name: str, module: nn.Module, leaf: str, tensor: Ten
         has = "no such weight" if not isinstance(current, Tensor) else f"{tuple(current.shape)} there"
         raise CheckpointError(f"{artifact}: {name} has the shape {tuple(tensor.shape)}, the model {has}; config.json does not fit")
     if isinstance(current, nn.Parameter):
-        setattr(module, leaf, nn.Parameter(tensor, requires_grad=False))
+        setattr(module, leaf, nn.Parameter(tensor.to(current.dtype), requires_grad=False))
     else:
-        setattr(module, leaf, tensor)
+        setattr(module, leaf, tensor.to(current.dtype))

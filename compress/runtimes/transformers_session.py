@@ -1,25 +1,31 @@
-"""A model in this process that answers and scores."""
+"""A model in this process that answers and scores, or, where it writes no text, tells which of some texts an image shows."""
 
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 from transformers import GenerationConfig
 
+from compress.calibration.collect import longest_input
 from compress.checkpoint import read_json_object
-from compress.families import family_of
+from compress.conversation import load_processor
+from compress.engine.recorder import ReachedError
+from compress.errors import UsageError
+from compress.families import Family, family_at
 from compress.progress import Progress
+from compress.runtimes.embedding import Embedder
 from compress.runtimes.fidelity import Head, Predictions, Record, Recorder, predict
-from compress.runtimes.inputs import Encoded, Encoder, load_processor, scored_tokens
-from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Score
+from compress.runtimes.inputs import Encoded, Encoder, scored_tokens
+from compress.runtimes.runtime import Answer, OpenContext, Passage, Picture, Prompt, Score
 from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
 
 
@@ -45,7 +51,9 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Transfor
     processor = load_processor(context.artifact, context.trust_remote_code)
     model = load_model(context.artifact, dtype, device, context.progress, context.trust_remote_code)
     stops, pad_id = _stops(context.artifact, processor, model)
-    session = TransformersSession(model, Encoder(processor, pad_id, settings.tokens_per_batch), device, stops)
+    family = family_at(context.artifact)
+    encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(context.artifact))
+    session = TransformersSession(model, encoder, device, stops)
     del model
     try:
         yield session
@@ -61,10 +69,13 @@ class TransformersSession:
         self._encoder = encoder
         self._device = device
         self._stops = stops
-        config = model.config.to_dict()
-        self._placeholders = family_of(config).placeholders(config)
+        self._family: Family = encoder.family
+        self._placeholders = self._family.placeholders(model.config.to_dict())
         # What generate takes from here, though it is given its own settings, must be neutral: models ship sampling and penalties.
-        model.generation_config = GenerationConfig(eos_token_id=list(stops), pad_token_id=encoder.pad_id)
+        neutral = GenerationConfig(eos_token_id=list(stops), pad_token_id=encoder.pad_id)
+        for module in model.modules():
+            if getattr(module, "generation_config", None) is not None:
+                module.generation_config = neutral
 
     def close(self) -> None:
         """Let go of the model."""
@@ -78,7 +89,12 @@ class TransformersSession:
         """Answer each prompt by greedy decoding, in the order given; the model's sampling settings and penalties are left out.
 
         Tokens that stand for images and videos are never said: no model could read such an answer back.
+
+        Raises:
+            UsageError: the model writes no text.
+            DataError: a prompt is longer than the model takes, or has more images.
         """
+        self._check_writes()
         greedy = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -90,7 +106,7 @@ class TransformersSession:
         with progress.task("answer", len(prompts), "prompts") as advance:
             for batch in self._encoder.prompts(prompts, room=max_new_tokens):
                 inputs = self._encoder.collate(batch, "left", self._device)
-                sequences = self._model.generate(**inputs, generation_config=greedy)
+                sequences = self._entry(inputs).generate(**inputs, generation_config=greedy)
                 new = cast("list[list[int]]", sequences[:, inputs["input_ids"].shape[1] :].tolist())
                 for sample, ids in zip(batch, new, strict=True):
                     answers[sample.place] = self._finish(prompts[sample.place], ids)
@@ -102,9 +118,11 @@ class TransformersSession:
         """Score the passages, in the order given.
 
         Raises:
-            UsageError: `against` was recorded on other passages, or by a model of another vocabulary.
+            UsageError: `against` was recorded on other passages, or by a model of another vocabulary; or the model writes no text.
+            DataError: a passage is longer than the model takes.
             StoreError: the record cannot be written.
         """
+        self._check_writes()
         output = self._model.get_output_embeddings()
         head = Head(output.weight, getattr(output, "bias", None))
         original = Record(against, passages, self._device) if against is not None else None
@@ -130,10 +148,52 @@ class TransformersSession:
                 recorder.discard()
         return scores
 
+    @torch.inference_mode()
+    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+        """Return how likely the model finds each class for each picture; see `Session.classify`.
+
+        Raises:
+            UsageError: the model compares no images with texts.
+            DataError: a text is longer than the model takes, or an image cannot be decoded.
+        """
+        if self._family.head is not None:
+            raise UsageError(
+                f"{self._family.name} writes text and compares no images with texts: measure it with task: vqa instead of zero-shot"
+            )
+        embedder = Embedder(self._model, self._encoder, self._device)
+        return embedder.classify(pictures, classes, progress)
+
+    def _check_writes(self) -> None:
+        if self._family.head is None:
+            raise UsageError(
+                f"{self._family.name} compares images with texts and writes none: measure it with task: zero-shot instead of "
+                "vqa or perplexity"
+            )
+
+    def _entry(self, inputs: Mapping[str, Tensor]) -> Any:
+        return self._model.get_submodule(self._family.entry(inputs))
+
+    def _head_input(self, inputs: Mapping[str, Tensor]) -> Tensor:
+        """Return what a forward gives the output head [samples, tokens, hidden], which is not computed."""
+        found: list[Tensor] = []
+
+        def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            del module
+            found.append(args[0])
+            raise ReachedError
+
+        handle = self._model.get_output_embeddings().register_forward_pre_hook(stop)
+        try:
+            with suppress(ReachedError):
+                self._entry(inputs)(**inputs, use_cache=False)
+        finally:
+            handle.remove()
+        return found[0]
+
     def _hidden(self, batch: Sequence[Encoded], passages: Sequence[Passage]) -> dict[int, Tensor]:
         """Return, by the passages' places, the hidden states that their scored tokens are predicted from."""
         inputs = self._encoder.collate(batch, "right", self._device)
-        states: Tensor = self._model.base_model(**inputs, use_cache=False).last_hidden_state
+        states = self._head_input(inputs)
         rows: dict[int, Tensor] = {}
         for row, sample in enumerate(batch):
             last = sample.length - 1

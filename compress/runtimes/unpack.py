@@ -28,6 +28,7 @@ _AWQ, _GPTQ, _COMPRESSED_TENSORS = "awq", "gptq", "compressed-tensors"
 _COLUMNS_OF_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 _PARTS = ("weight_scale", "weight_shape", "weight_zero_point", "input_scale", "k_scale", "v_scale", "qzeros", "scales", "g_idx")
 _CODES = ("I8", "F8_E4M3")
+_FORMATS = ("dense", "pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
 _CHUNK = 1 << 22
 
 
@@ -46,6 +47,11 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: quant_method {method!r} cannot be read here; evaluate it with runtime: vllm"
         )
+    if foreign := _foreign_format(quantization):
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: the format {foreign} cannot be read here, only by vLLM; "
+            "evaluate it with runtime: vllm"
+        )
     with open_tensors(checkpoint, device) as read:
         for entry in sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.start)):
             owner, _, kind = entry.name.rpartition(".")
@@ -63,6 +69,15 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
                 yield entry.name, read(entry.name).to(dtype)
                 continue
             yield f"{owner}.weight", weight.to(dtype)
+
+
+def _foreign_format(quantization: Mapping[str, Any]) -> str:
+    """Return the format of compressed-tensors' that is none of those read here, empty where all are."""
+    if quantization.get("transform_config"):
+        return "with rotations at run time"
+    groups = cast("Iterable[Mapping[str, Any]]", quantization.get("config_groups", {}).values())
+    formats = [quantization.get("format"), *(group.get("format") for group in groups)]
+    return next((str(name) for name in formats if name and name not in _FORMATS), "")
 
 
 @contextmanager

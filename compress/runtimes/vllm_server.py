@@ -11,9 +11,10 @@ from typing import Any, cast
 
 import httpx
 
-from compress.checkpoint import read_config, read_json_object
+from compress.checkpoint import read_config, read_json_object, text_config
 from compress.errors import MissingError, ServerError
-from compress.families import family_of
+from compress.families import family_at
+from compress.files import telling_where, write_text
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import Environment, OpenContext
 from compress.runtimes.server import choose_port, run_server
@@ -40,7 +41,7 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
         ServerError: the server did not come up, or nothing serves at `url`.
     """
     config = read_config(context.artifact)
-    tokens = Tokens(stop_tokens(context.artifact), family_of(config).placeholders(config))
+    tokens = Tokens(stop_tokens(context.artifact), family_at(context.artifact).placeholders(config))
     if runtime.url is not None:
         with _client(runtime, runtime.url, _remote_key(runtime)) as client:
             endpoint = Endpoint(client, _remote_model(runtime, client, context.artifact), lambda: None)
@@ -51,7 +52,8 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
     port = choose_port(runtime.port, "vLLM")
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     url = f"http://127.0.0.1:{port}"
-    command = _command(runtime, context, environment, ("--port", str(port), "--served-model-name", model))
+    extra = ("--port", str(port), "--served-model-name", model, *_chat_template(context))
+    command = _command(runtime, context, environment, extra)
     with (
         run_server(f"vLLM, serving {context.artifact},", command, _variables(runtime, key), context.logs / "vllm.log") as server,
         _client(runtime, url, key) as client,
@@ -104,10 +106,22 @@ def _command(runtime: Vllm, context: OpenContext, environment: Environment, extr
     return [*command, *runtime.arguments]
 
 
+def _chat_template(context: OpenContext) -> tuple[str, ...]:
+    """Return what makes a server write prompts as the in-process runtime does where the artifact ships no chat template."""
+    artifact, template = context.artifact, family_at(context.artifact).chat_template
+    settings = artifact / "tokenizer_config.json"
+    ships = any((artifact / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+    if not template or ships or (settings.is_file() and read_json_object(settings).get("chat_template")):
+        return ()
+    path = context.logs / "chat_template.jinja"
+    with telling_where(context.logs):
+        context.logs.mkdir(parents=True, exist_ok=True)
+        write_text(path, template)
+    return ("--chat-template", str(path))
+
+
 def _context(artifact: Path) -> int:
-    config = read_config(artifact)
-    text = cast("dict[str, Any]", config.get("text_config") or config)
-    return min(int(text.get("max_position_embeddings", _CONTEXT)), _CONTEXT)
+    return min(int(text_config(read_config(artifact)).get("max_position_embeddings", _CONTEXT)), _CONTEXT)
 
 
 def _variables(runtime: Vllm, key: str) -> dict[str, str]:

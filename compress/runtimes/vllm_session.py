@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import httpx
+import numpy as np
+from numpy.typing import NDArray
 
-from compress.errors import ServerError
+from compress.errors import ServerError, UsageError
 from compress.progress import Progress
-from compress.runtimes.runtime import Answer, Passage, Prompt, Score
+from compress.runtimes.runtime import Answer, Passage, Picture, Prompt, Score
 from compress.runtimes.top_tokens import Position, TopRecord, position_of, score_of, write_record
 from compress.runtimes.vllm import Vllm
 
@@ -100,27 +102,32 @@ class VllmSession:
             for place, (passage, row) in enumerate(zip(passages, positions, strict=True))
         ]
 
+    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+        """Refuse to tell which of some texts an image shows.
+
+        Raises:
+            UsageError: always; vLLM's embeddings are not offered here.
+        """
+        del pictures, classes, progress
+        raise UsageError("task zero-shot: cannot be measured with runtime: vllm; set eval.runtime to transformers")
+
     def _positions(self, passage: Passage) -> list[Position]:
         """Ask how each of a passage's tokens was predicted; one entry per scored token."""
+        # A vocabulary may have more rows than the tokenizer has tokens, and vLLM ends when it is to spell such a one.
+        sampling = {"max_tokens": 1, "temperature": 0.0, "seed": 0, "prompt_logprobs": self._top, "detokenize": False}
+        body: dict[str, Any] = {"model": self.endpoint.model, "sampling_params": sampling}
         if passage.prompt is None:
-            if len(passage.token_ids) < 2:
-                return []
-            body: dict[str, Any] = self._body(1) | {
-                "prompt": list(passage.token_ids),
-                "prompt_logprobs": self._top,
-                "add_special_tokens": False,
-            }
             tokens = passage.token_ids[1:]
-            rows: Any = self._post(passage.id, "/v1/completions", body)["choices"][0]["prompt_logprobs"]
+            body["token_ids"] = list(passage.token_ids)
         else:
             rendering = self._body(1) | {"messages": messages(passage.prompt)}
             rendered = self._post(passage.id, "/v1/chat/completions/render", rendering)
-            sampling = {"max_tokens": 1, "temperature": 0.0, "seed": 0, "prompt_logprobs": self._top}
-            body = {"model": self.endpoint.model, "features": rendered["features"], "sampling_params": sampling}
             tokens = passage.token_ids
-            body["token_ids"] = [*rendered["token_ids"], *tokens]
-            rows = self._post(passage.id, "/inference/v1/generate", body)["prompt_logprobs"]
-        found = cast("list[dict[str, Any]]", rows or [])[-len(tokens) :] if tokens else []
+            body |= {"token_ids": [*rendered["token_ids"], *tokens], "features": rendered["features"]}
+        if not tokens:
+            return []
+        rows: Any = self._post(passage.id, "/inference/v1/generate", body)["prompt_logprobs"]
+        found = cast("list[dict[str, Any]]", rows or [])[-len(tokens) :]
         if len(found) != len(tokens):
             raise ServerError(f"{passage.id}: vLLM gave no log-probabilities of its tokens; this version cannot score")
         return [position_of(passage.id, token, row, self._top) for token, row in zip(tokens, found, strict=True)]

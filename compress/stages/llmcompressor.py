@@ -42,8 +42,9 @@ class Llmcompressor(Stage):
 
     Whatever its library takes goes, under the names that it has for modules in memory. What is left out is filled in for
     this model: a modifier that takes `ignore` leaves the vision side, the projector and the output head alone; AWQ's and
-    SmoothQuant's `mappings`, and SpinQuant's, are those of the decoder's blocks (the library's own would take in vision layers
-    of the same names). Give `ignore` or `mappings` to have it otherwise.
+    SmoothQuant's `mappings` are those of the decoder's blocks (the library's own would take in vision layers of the same names).
+    Give `ignore` or `mappings` to have it otherwise. `pipeline` is the library's: `independent` goes through the model
+    block by block, once for each modifier that needs samples; `basic` runs the whole model as it is, which takes more memory.
 
     Which linears end up how is known only once it has run, so exports are checked then, not in the plan. Formats that only vLLM
     reads (NVFP4, MXFP4) are exported as compressed-tensors and evaluated with `runtime: vllm`.
@@ -54,6 +55,7 @@ class Llmcompressor(Stage):
 
     stage: Literal["llmcompressor"]
     modifiers: Annotated[tuple[Modifier, ...], Field(min_length=1)]
+    pipeline: Literal["independent", "basic"] = "independent"
 
     @property
     def calls(self) -> list[tuple[str, dict[str, JsonValue]]]:

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -19,17 +19,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from compress.artifact import copy_side_files
-from compress.calibration.load import load_batches
+from compress.calibration.load import Batch, WindowBatch, load_batches
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import DTYPES, ShardWriter, map_tensor
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError, ServerError
-from compress.families import Family, Pair
+from compress.families import Family
 from compress.files import telling_where, write_bytes, write_json
 from compress.layouts import is_quantized, unquantized_linears
 from compress.progress import Progress
 from compress.runtimes.environment import require
 from compress.runtimes.server import Server, run_server
 from compress.stages.llmcompressor import ENVIRONMENT
+from compress.stages.llmcompressor_defaults import Defaults
 from compress.stages.stage import StageContext
 
 if TYPE_CHECKING:
@@ -42,12 +43,14 @@ _SCALE = "weight_scale"
 _INTERVAL = 0.2
 _BLOCK = re.compile(rb"\((\d+)/(\d+)\): (Calibrating|Propagating)")
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_SHOWN_LINES = 12
+_SHOWN_CHARACTERS = 1200
 _DROPPED = ("VIRTUAL_ENV", "LLM_COMPRESSOR_LOG_FILE")
 
 
 @dataclass(frozen=True)
 class Job:
-    """What the worker is told; `ignore` and `mappings` are for modifiers that take such arguments and are given none."""
+    """What the worker is told; the last three are for modifiers that take such arguments and are given none (`Defaults`)."""
 
     model: str
     architecture: str
@@ -58,8 +61,10 @@ class Job:
     seed: int
     trust_remote_code: bool
     modifiers: list[tuple[str, dict[str, Any]]]
+    pipeline: str
     ignore: list[str]
     mappings: dict[str, list[Any]]
+    rotation: dict[str, Any] | None
 
 
 def apply(stage: Llmcompressor, context: StageContext) -> None:
@@ -83,7 +88,9 @@ def apply(stage: Llmcompressor, context: StageContext) -> None:
 
 def write_samples(calibration: Path, context: StageContext, folder: Path) -> None:
     """Write each sample's inputs as a file of its own: alone it needs no padding, which the library would count as tokens."""
-    batches = load_batches(calibration, context.source, 1, context.trust_remote_code)
+    batches: Sequence[Batch] = load_batches(calibration, context.source, 1, context.trust_remote_code)
+    if context.family.vision_readers:
+        batches = _with_images(batches, context.progress)
     with context.progress.task("llmcompressor: prepare samples", len(batches), "samples") as advance:
         for number, batch in enumerate(batches):
             inputs = {name: tensor.contiguous() for name, tensor in batch.inputs().items()}
@@ -91,37 +98,21 @@ def write_samples(calibration: Path, context: StageContext, folder: Path) -> Non
             advance(1)
 
 
-def ignored(family: Family) -> list[str]:
-    """Return patterns of the modules that stay as they are where a modifier is not told otherwise: the vision side and the head."""
-    heads = [family.head] if family.head else []
-    return [*heads, *(rf"re:{re.escape(part)}(\..*)?$" for part in dict.fromkeys((*family.vision, *family.projector)))]
+def _with_images(batches: Sequence[Batch], progress: Progress) -> Sequence[Batch]:
+    """Leave out samples without images: the library runs all blocks on all samples, also those that are left out for text alone.
 
-
-def mappings(checkpoint: Checkpoint, family: Family) -> dict[str, list[Any]]:
-    """Return the decoder's pairs as AWQ's and SmoothQuant's arguments, each held to the blocks that have all of its modules."""
-    shapes = {family.module_name(name): entry.shape for name, entry in checkpoint.tensors.items()}
-    place = re.compile(rf"{re.escape(family.blocks)}\.(\d+)\.")
-    blocks = sorted({int(found.group(1)) for name in shapes if (found := place.match(name))})
-    awq: list[Any] = []
-    smoothquant: list[Any] = []
-    for pair in family.pairs:
-        modules = (pair.source, *pair.linears)
-        whole = [block for block in blocks if all(f"{family.blocks}.{block}.{module}.weight" in shapes for module in modules)]
-        if not whole:
-            continue
-        source, *linears = (_pattern(family, whole, module) for module in modules)
-        awq.append({"smooth_layer": source, "balance_layers": linears})
-        if _is_norm(shapes, family, whole[0], pair):
-            smoothquant.append([linears, source])
-    return {"AWQModifier": awq, "SmoothQuantModifier": smoothquant}
-
-
-def _pattern(family: Family, blocks: list[int], module: str) -> str:
-    return rf"re:{re.escape(family.blocks)}\.({'|'.join(map(str, blocks))})\.{re.escape(module)}$"
-
-
-def _is_norm(shapes: Mapping[str, tuple[int, ...]], family: Family, block: int, pair: Pair) -> bool:
-    return len(shapes[f"{family.blocks}.{block}.{pair.source}.weight"]) == 1
+    Raises:
+        DataError: no sample has an image.
+    """
+    kept = [batch for batch in batches if not isinstance(batch, WindowBatch)]
+    if not kept:
+        raise DataError("llmcompressor: this model has blocks that read images, and no calibration sample has one; add a vqa set")
+    if len(kept) < len(batches):
+        progress.warn(
+            f"llmcompressor: {len(batches) - len(kept)} calibration samples of text alone were left out: this model has blocks "
+            "that read images, and the library cannot leave these out"
+        )
+    return kept
 
 
 def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, work: Path) -> None:
@@ -130,6 +121,7 @@ def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, wo
     Raises:
         RecipeError, CheckpointError, MissingError, ServerError: as `Llmcompressor.apply` says.
     """
+    defaults = Defaults(checkpoint, context.family)
     job = Job(
         model=str(context.source.absolute()),
         architecture=context.family.architecture,
@@ -140,8 +132,10 @@ def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, wo
         seed=context.seed,
         trust_remote_code=context.trust_remote_code,
         modifiers=stage.calls,
-        ignore=ignored(context.family),
-        mappings=mappings(checkpoint, context.family),
+        pipeline=stage.pipeline,
+        ignore=defaults.ignore,
+        mappings=defaults.mappings,
+        rotation=defaults.rotation,
     )
     write_json(work / "job.json", asdict(job))
     log = (context.logs or context.target.parent).absolute() / _LOG
@@ -176,6 +170,7 @@ def _follow(server: Server, progress: Progress) -> None:
             for found in _BLOCK.finditer(new):
                 at = int(found.group(1))
                 if (at < done and found.group(3) == b"Calibrating") or not total:
+                    advance(0 if total else 1)
                     passes.close()
                     done, total = 0, int(found.group(2))
                     advance = passes.enter_context(progress.task("llmcompressor: calibrate", total, "parts"))
@@ -196,7 +191,7 @@ def _check(outcome: Path, server: Server, device: str) -> None:
     told = cast("dict[str, str]", json.loads(outcome.read_text(encoding="utf-8")))
     if not told:
         return
-    message = told["message"]
+    message = _shortened(told["message"])
     if told["failed"] == "arguments":
         raise RecipeError([f"stages: llmcompressor: {message}"])
     if told["failed"] == "memory":
@@ -204,10 +199,17 @@ def _check(outcome: Path, server: Server, device: str) -> None:
             f"llmcompressor: {device} has too little memory ({message}). End other programs that use it, use a larger device, or "
             f"give calibration.sets fewer tokens per sample and smaller images. Its log is {server.log}"
         )
-    raise CheckpointError(
-        f"llmcompressor failed with {told['failed']}: {message}\nChange the modifiers' arguments, or leave out with `ignore` what "
-        f"it cannot work on. Its whole log is {server.log}"
-    )
+    remedy = "Change the modifiers' arguments, or leave out with `ignore` what it cannot work on."
+    if told["failed"] == "TraceError":
+        remedy = "It cannot go through this model block by block; set pipeline: basic."
+    raise CheckpointError(f"llmcompressor failed with {told['failed']}: {message}\n{remedy} Its whole log is {server.log}")
+
+
+def _shortened(message: str) -> str:
+    """Return the first lines of an error: some of the library's hold the whole config or every layer's name."""
+    lines = message.splitlines() or [message]
+    shown = "\n".join(lines[:_SHOWN_LINES])[:_SHOWN_CHARACTERS]
+    return shown if len(shown) == len(message) else f"{shown} …"
 
 
 @dataclass(frozen=True)
@@ -290,17 +292,20 @@ class _Intake:
             config["tie_word_embeddings"] = self.written.tied
             if "text_config" in config:
                 config["text_config"]["tie_word_embeddings"] = self.written.tied
-        settings = self.written.config.get("quantization_config")
-        if settings and is_quantized(self.written.config):
-            config["quantization_config"] = self._settings(cast("Mapping[str, Any]", settings))
+        settings = cast("Mapping[str, Any]", self.written.config.get("quantization_config") or {})
+        if self.quantized or _is_online(settings):
+            config["quantization_config"] = self._settings(settings)
         return config
 
     def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return `quantization_config` by the source's names, patterns written out, with all linears that are left in `ignore`."""
         left = unquantized_linears(self.source, self.family, self.quantized)
         named = {self._disk_module(name) for name in cast("list[str]", settings.get("ignore") or [])}
-        groups = {name: {**group, "targets": self._targets(group["targets"])} for name, group in settings["config_groups"].items()}
-        return {**settings, "config_groups": groups, "ignore": sorted({*left, *named} - set(self.quantized))}
+        given = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
+        groups = {name: {**group, "targets": self._targets(group["targets"])} for name, group in given.items()}
+        transforms = settings.get("transform_config") if _is_online(settings) else {}
+        ignore = sorted({*left, *named} - set(self.quantized))
+        return {**settings, "config_groups": groups, "ignore": ignore, "transform_config": transforms}
 
     def _targets(self, targets: list[str]) -> list[str]:
         found: list[str] = []
@@ -312,3 +317,9 @@ class _Intake:
             modules = {name: self.family.module_name(f"{name}.weight").removesuffix(".weight") for name in self.quantized}
             found += [name for name, module in modules.items() if pattern.match(module)]
         return list(dict.fromkeys(found))
+
+
+def _is_online(settings: Mapping[str, Any]) -> bool:
+    """Return whether a runtime has to rotate something; what is in the weights already is none of its business."""
+    schemes = (settings.get("transform_config") or {}).get("config_groups") or {}
+    return any(not str(entry["location"]).startswith("weight_") for scheme in schemes.values() for entry in scheme["apply"])

@@ -28,14 +28,14 @@ class JobError(Exception):
 class Samples:
     """The samples' files, read when asked for.
 
-    The library takes the first sample's inputs for those that every sample has, and leaves out what the model does with any
-    other. So those with images come first, and the others are given theirs as None.
+    Block by block the library takes the first sample's inputs for those that every sample has, and leaves out what the model does
+    with any other. So those with images come first, and with `alike` the others are given theirs as None.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, *, alike: bool) -> None:
         files = sorted(folder.glob("*.safetensors"))
         inputs = [set(_load(file)) for file in files]
-        self.keys = sorted(set[str]().union(*inputs))
+        self.common = sorted(set[str]().union(*inputs)) if alike else []
         self.files = [file for _, file in sorted(zip(inputs, files, strict=True), key=lambda row: (-len(row[0]), row[1]))]
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class Samples:
 
     def __getitem__(self, index: int) -> dict[str, torch.Tensor | None]:
         tensors = _load(self.files[index])
-        return {key: tensors.get(key) for key in self.keys}
+        return {**dict.fromkeys(self.common), **tensors}
 
 
 def main(job: dict[str, Any]) -> None:
@@ -51,7 +51,7 @@ def main(job: dict[str, Any]) -> None:
     modifiers = make_modifiers(job)
     transformers.set_seed(job["seed"])
     model = load_model(job)
-    samples = Samples(Path(job["samples"]))
+    samples = Samples(Path(job["samples"]), alike=job["pipeline"] != "basic")
     loader: Any = torch.utils.data.DataLoader(cast("Any", samples), batch_size=1, collate_fn=_first, shuffle=False)
     make_pinning_harmless()
     import_module("llmcompressor").oneshot(
@@ -61,6 +61,7 @@ def main(job: dict[str, Any]) -> None:
         num_calibration_samples=len(samples),
         sequential_targets=block_classes(model, job["blocks"]),
         trust_remote_code_model=job["trust_remote_code"],
+        pipeline=job["pipeline"],
     )
     model.save_pretrained(job["output"], save_compressed=True)
 
@@ -89,11 +90,36 @@ def _make_modifier(known: dict[str, Any], name: str, arguments: dict[str, Any], 
         if ancestor.__name__ in job["mappings"]:
             arguments.setdefault("mappings", job["mappings"][ancestor.__name__])
     try:
-        return kind(**arguments)
+        modifier = kind(**arguments)
+        if name == "SpinQuantModifier" and modifier.transform_config is None:
+            fill_rotations(modifier, job["rotation"])
+        return modifier
     except (ValueError, TypeError, NotImplementedError) as error:
         taken = sorted(set(kind.model_fields) - {"index", "group", "start", "end", "update"})
         taken = [field for field in taken if not field.endswith("_")]
         raise JobError(f"{name}: {_said(error)}; the arguments it takes: {', '.join(taken)}") from error
+
+
+def fill_rotations(modifier: Any, given: dict[str, Any] | None) -> None:
+    """Lay out SpinQuant's rotations, which the library would do from the names that text models have.
+
+    Its embeddings are not centred: no RMSNorm lets that pass unseen.
+
+    Raises:
+        JobError: the model cannot be rotated.
+    """
+    if given is None:
+        raise JobError(
+            "SpinQuantModifier: it rotates what enters a decoder of q/k/v/o and gate/up/down projections behind RMSNorms, and this "
+            "model has other parts; use another modifier, or give transform_config, mappings and norm_mappings"
+        )
+    package = import_module("llmcompressor.modifiers.transform.spinquant.base")
+    modifier.mappings = package.SpinQuantMapping(**given["mappings"])
+    modifier.norm_mappings = [package.NormMapping(**entry) for entry in given["norm_mappings"]]
+    sized = {"R2": (given["head_dim"],), "R3": (given["head_dim"],)}
+    schemes = {name: getattr(modifier, f"_create_{name.lower()}_scheme")(*sized.get(name, ())) for name in modifier.rotations}
+    modifier.transform_config = package.TransformConfig(config_groups=schemes)
+    modifier.mappings.embedding = "re:(?!)"
 
 
 def _said(error: Exception) -> str:
@@ -138,11 +164,11 @@ def leave_word(outcome: Path) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
-        failed = kind.__name__
-        if issubclass(kind, JobError):
-            failed = "arguments"
-        elif issubclass(kind, torch.OutOfMemoryError):
-            failed = "memory"
+        failed = "arguments"
+        if not isinstance(error, JobError):
+            while error.__cause__ is not None:  # the library puts whole programs around what went wrong in them
+                error = error.__cause__
+            failed = "memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
         _write(outcome, {"failed": failed, "message": str(error)})
 
     sys.excepthook = hook

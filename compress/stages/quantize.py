@@ -5,30 +5,25 @@ from __future__ import annotations
 import gc
 import os
 import shutil
-from collections import OrderedDict
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-import psutil
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from compress.artifact import copy_side_files
-from compress.calibration.load import load_batches
-from compress.checkpoint import Checkpoint, TensorEntry, open_checkpoint, read_header
+from compress.checkpoint import TensorEntry, open_checkpoint, read_header
 from compress.engine.attention import observing
-from compress.engine.replay import Replay, Visit, Walkthrough
+from compress.engine.replay import Replay, Visit
 from compress.engine.statistics import observe
-from compress.engine.weights import DTYPES, ShardWriter, WeightReader, map_tensor, place
-from compress.errors import CheckpointError, DataError, MissingError
+from compress.engine.weights import ShardWriter, WeightReader, map_tensor, place
+from compress.errors import CheckpointError, DataError
 from compress.families import Family, Pair, within
-from compress.files import telling_where, write_bytes, write_json
+from compress.files import telling_where, write_json
 from compress.layouts import (
     kv_cache_tensors,
     linear_tensors,
@@ -40,16 +35,17 @@ from compress.layouts import (
 from compress.runtimes.activations import round_activations
 from compress.stages.block import BlockWeights
 from compress.stages.linears import Linear
+from compress.stages.preparation import Preparation, prepare, weigh
+from compress.stages.site import Site, read_commit, relative, write_commit
 from compress.stages.solvers import solve
 from compress.stages.stage import StageContext
+from compress.stages.widths import LEFT, WIDTHS
 
 if TYPE_CHECKING:
     from compress.numerics.grids import QuantizedWeight
     from compress.numerics.scheme import Scheme
     from compress.stages.quantizer import Quantizer
 
-TOKENS_PER_BATCH = 4096
-_COMMITS = ".blocks"
 _CACHE_SCALES = (".k_scale", ".v_scale")
 _FLOAT8_MAX = 448.0
 
@@ -62,14 +58,15 @@ def apply(stage: Quantizer, context: StageContext) -> None:
     if faults := stage.check(checkpoint, context.family):
         raise CheckpointError("\n".join(faults))
     with telling_where(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
-        work = _Work(stage, context, checkpoint)
-        work.commits.mkdir(parents=True, exist_ok=True)
+        site = Site(stage, context, checkpoint)
+        site.commits.mkdir(parents=True, exist_ok=True)
+        work = _Work(site, prepare(site))
         if stage.calibrated:
             work.walk()
         else:
             work.round_each()
         work.write()
-        shutil.rmtree(work.commits)
+        shutil.rmtree(site.commits)
 
 
 @contextmanager
@@ -99,74 +96,66 @@ def deterministic() -> Generator[None]:
 class _Work:
     """One application of the stage. A part of the model that is done is committed as one file, named after the part."""
 
-    stage: Quantizer
-    context: StageContext
-    checkpoint: Checkpoint
+    site: Site
+    found: Preparation
 
     @property
-    def commits(self) -> Path:
-        """Where finished parts are kept until the checkpoint is written."""
-        return self.context.target / _COMMITS
+    def stage(self) -> Quantizer:
+        """The stage's settings."""
+        return self.site.stage
 
     @property
     def family(self) -> Family:
         """The model's family."""
-        return self.context.family
+        return self.site.family
+
+    @property
+    def reader(self) -> WeightReader:
+        """The checkpoint's weights."""
+        return self.site.reader
+
+    @cached_property
+    def schemes(self) -> Mapping[str, Scheme]:
+        """How each linear that is quantized is held, by its name in the model."""
+        parts = self.stage.parts()
+        widths = self.found.widths.by_layer if self.found.widths else {}
+        schemes = {
+            name: replace(parts[linear.part], bits=widths.get(linear.disk_name, parts[linear.part].bits))
+            for name, linear in self.site.targeted.items()
+        }
+        return {name: scheme for name, scheme in schemes.items() if scheme.bits != LEFT}
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """The linears to be quantized, by their names in the model."""
-        return {linear.name: linear for linear in self.stage.select(self.checkpoint, self.family).linears}
-
-    @cached_property
-    def schemes(self) -> Mapping[str, Scheme]:
-        """How each of them is held."""
-        parts = self.stage.parts()
-        return {name: parts[linear.part] for name, linear in self.linears.items()}
-
-    @cached_property
-    def reader(self) -> WeightReader:
-        """The checkpoint's weights."""
-        return WeightReader(self.checkpoint, self.family)
+        return {name: self.site.targeted[name] for name in self.schemes}
 
     def walk(self) -> None:
         """Quantize every part that holds a targeted linear, in the order in which the model runs."""
-        assert self.context.calibration is not None
-        remote_code = self.context.trust_remote_code
-        batches = load_batches(self.context.calibration, self.context.source, TOKENS_PER_BATCH, remote_code)
-        plan = Walkthrough(
-            self.checkpoint,
-            self.family,
-            batches,
-            self.context.device,
-            scratch=self.context.target,
-            trust_remote_code=remote_code,
-        )
-        replay = Replay(plan)
+        replay = Replay(self.site.walkthrough)
         walks = self._walks(replay)
-        with self.context.progress.task(self.stage.stage, sum(map(len, walks)), "blocks") as advance:
+        with self.site.context.progress.task(self.stage.stage, sum(map(len, walks)), "blocks") as advance:
             try:
                 for visit in chain.from_iterable(map(replay.walk, walks)):
                     self._visit(visit)
                     advance(1)
             except torch.OutOfMemoryError as error:
-                raise _out_of_memory(self.stage.stage, self.context.device, replay.at) from error
+                raise self.site.out_of_memory(replay.at) from error
 
     def round_each(self) -> None:
         """Round every targeted linear on its own, without samples."""
         method = self.stage.method()
-        with self.context.progress.task(self.stage.stage, len(self.linears), "layers") as advance:
+        with self.site.context.progress.task(self.stage.stage, len(self.linears), "layers") as advance:
             for name, linear in self.linears.items():
-                path = self.commits / f"{name}.safetensors"
-                if _read_commit(path) is None:
+                path = self.site.commits / f"{name}.safetensors"
+                if read_commit(path) is None:
                     module = nn.Module()
-                    weight = self.reader.disk_tensor(f"{linear.disk_name}.weight", self.context.device)
-                    module.linear = nn.Linear(0, 0, bias=False)
+                    weight = self.reader.disk_tensor(f"{linear.disk_name}.weight", self.site.context.device)
+                    module.linear = nn.Linear(1, 1, bias=False, device="meta")
                     module.linear.weight = nn.Parameter(weight, requires_grad=False)
-                    block = BlockWeights.of(module, ["linear"], self._heads())
-                    self._commit(
-                        path, pack_linear(linear.disk_name, solve(block, (), {}, {"linear": self.schemes[name]}, method)["linear"])
-                    )
+                    block = BlockWeights.of(module, ["linear"], self.site.heads)
+                    codes = solve(block, (), {}, {"linear": self.schemes[name]}, method)["linear"]
+                    write_commit(path, pack_linear(linear.disk_name, codes))
                 advance(1)
 
     def _walks(self, replay: Replay) -> list[list[str]]:
@@ -181,40 +170,33 @@ class _Work:
         cached = self.stage.kv_cache is not None and within(visit.name, self.family.blocks)
         if not names and not cached:
             return
-        path = self.commits / f"{visit.name}.safetensors"
-        tensors = _read_commit(path)
+        path = self.site.commits / f"{visit.name}.safetensors"
+        tensors = read_commit(path)
         if tensors is None:
             tensors = self._solve(visit, names) if names else {}
             self._adopt(visit, names, tensors)
             if cached:
                 tensors |= self._cache_scales(visit)
-            self._commit(path, tensors)
+            write_commit(path, tensors)
         else:
             self._adopt(visit, names, tensors)
 
-    def _commit(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
-        write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-
     def _solve(self, visit: Visit, names: list[str]) -> dict[str, Tensor]:
         """Return what is to be stored for a part of the model, by names on disk."""
-        stored = self._stored(visit)
-        local = {name: _relative(name, visit.name) for name in names}
-        if "" in local.values():  # the part is a linear itself
-            visit = Visit(visit.name, nn.Sequential(OrderedDict(linear=visit.module)), visit.calls, visit.device)
-            local = dict.fromkeys(local, "linear")
-            stored = {f"linear.{name}": tensor for name, tensor in stored.items()}
-        moments = observe(visit, local.values())
-        block = BlockWeights.of(visit.module, local.values(), self._heads(), stored)
-        schemes = {relative: self.schemes[name] for name, relative in local.items()}
+        opened = self.site.open(visit, names)
+        moments = observe(opened.visit, opened.local.values())
+        weigh(moments, self.stage.balance, {local: self.found.sensitivities.get(name) for name, local in opened.local.items()})
+        block = opened.weights()
+        schemes = {local: self.schemes[name] for name, local in opened.local.items()}
         try:
             codes = solve(block, self._pairs(visit.name), moments, schemes, self.stage.method())
         except CheckpointError as error:
             raise CheckpointError(f"{visit.name}: {error}") from error
         tensors: dict[str, Tensor] = {}
-        for name, relative in local.items():
-            tensors |= pack_linear(self.linears[name].disk_name, codes[relative])
-        for relative, value in block.changed.items():
-            tensors[self.reader.disk_names[f"{visit.name}.{relative}"]] = value
+        for name, local in opened.local.items():
+            tensors |= pack_linear(self.linears[name].disk_name, codes[local])
+        for local, value in block.changed.items():
+            tensors[self.reader.disk_names[f"{visit.name}.{local}"]] = value
         return tensors
 
     def _cache_scales(self, visit: Visit) -> dict[str, Tensor]:
@@ -231,38 +213,26 @@ class _Work:
             tensors |= kv_cache_tensors(attention, found.keys / _FLOAT8_MAX, found.values / _FLOAT8_MAX)
         return tensors
 
-    def _stored(self, visit: Visit) -> dict[str, Tensor]:
-        """Return what the checkpoint holds of a part in another type than the model runs in."""
-        found: dict[str, Tensor] = {}
-        for name, running in visit.module.state_dict().items():
-            disk_name = self.reader.disk_names[f"{visit.name}.{name}"]
-            if DTYPES[self.checkpoint.tensors[disk_name].dtype] != running.dtype:
-                found[name] = self.reader.disk_tensor(disk_name, visit.device)
-        return found
-
     def _adopt(self, visit: Visit, names: list[str], tensors: Mapping[str, Tensor]) -> None:
         """Put stored values into the running module, so that what comes after sees them as a runtime will compute them."""
         for name in names:
             linear = self.linears[name]
             stored = read_linear(linear.disk_name, self.schemes[name], lambda key: tensors[key])
             weight = stored.dequantize().to(stored.scales.dtype).to(visit.device)
-            relative = _relative(name, visit.name)
-            place(visit.module, f"{relative}.weight".lstrip("."), weight)
+            local = relative(name, visit.name)
+            place(visit.module, f"{local}.weight".lstrip("."), weight)
             if stored.scheme.activations is not None:
-                _round_inputs(visit.module.get_submodule(relative), stored)
+                _round_inputs(visit.module.get_submodule(local), stored)
         quantized = {f"{self.linears[name].disk_name}.weight" for name in names}
-        for relative in visit.module.state_dict():
-            disk_name = self.reader.disk_names[f"{visit.name}.{relative}"]
+        for local in visit.module.state_dict():
+            disk_name = self.reader.disk_names[f"{visit.name}.{local}"]
             if disk_name in tensors and disk_name not in quantized:
-                place(visit.module, relative, tensors[disk_name].to(visit.device))
+                place(visit.module, local, tensors[disk_name].to(visit.device))
 
     def _pairs(self, unit: str) -> tuple[Pair, ...]:
         if within(unit, self.family.blocks):
             return self.family.pairs
         return self.family.vision_pairs if any(within(unit, blocks) for blocks in self.family.vision_blocks) else ()
-
-    def _heads(self) -> int:
-        return int(self.checkpoint.text_config["num_attention_heads"])
 
     def write(self) -> None:
         """Write the checkpoint: quantized linears and changed tensors from the commits, all else as it is in the source."""
@@ -270,12 +240,12 @@ class _Work:
         places = self._committed()
         changed = {f"{linear.disk_name}.weight": linear.disk_name for linear in self.linears.values()}
         attentions = {name.rpartition(".")[0] for name in places if name.endswith(_CACHE_SCALES)}
-        target = self.context.target
+        target = self.site.context.target
         with (
             ShardWriter(target) as writer,
-            self.context.progress.task(f"{self.stage.stage}: write", len(self.checkpoint.tensors), "tensors") as advance,
+            self.site.context.progress.task(f"{self.stage.stage}: write", len(self.site.checkpoint.tensors), "tensors") as advance,
         ):
-            for name in self.checkpoint.tensors:
+            for name in self.site.checkpoint.tensors:
                 if name in changed:
                     for stored in [key for key in linear_tensors(changed[name]) if key in places]:
                         writer.add(stored, map_tensor(places[stored]))
@@ -288,24 +258,28 @@ class _Work:
                 for suffix in _CACHE_SCALES:
                     writer.add(f"{attention}{suffix}", map_tensor(places[f"{attention}{suffix}"]))
         quantized = {linear.disk_name: self.schemes[name] for name, linear in self.linears.items()}
-        ignore = unquantized_linears(self.checkpoint, self.family, quantized)
-        copy_side_files(self.context.source, target)
+        ignore = unquantized_linears(self.site.checkpoint, self.family, quantized)
+        copy_side_files(self.site.context.source, target)
+        if self.found.widths:
+            write_json(target / WIDTHS, self.found.widths.model_dump(mode="json"))
         write_json(
             target / "config.json",
-            {**self.checkpoint.config, "quantization_config": quantization_config(quantized, ignore, bool(attentions))},
+            {**self.site.checkpoint.config, "quantization_config": quantization_config(quantized, ignore, bool(attentions))},
         )
 
     def _clear(self) -> None:
         """Delete what a write that was killed has left, its temporary files above all."""
-        for path in self.context.target.iterdir():
-            if path.is_dir() and path != self.commits:
+        for path in self.site.context.target.iterdir():
+            if path.is_dir() and path != self.site.commits:
                 shutil.rmtree(path)
-            elif path != self.commits:
+            elif path != self.site.commits:
                 path.unlink()
 
     def _committed(self) -> dict[str, TensorEntry]:
         return {
-            name: entry for path in sorted(self.commits.glob("*.safetensors")) for name, entry in sorted(read_header(path).items())
+            name: entry
+            for path in sorted(self.site.commits.glob("*.safetensors"))
+            for name, entry in sorted(read_header(path).items())
         }
 
 
@@ -321,24 +295,3 @@ def _round_inputs(linear: nn.Module, stored: QuantizedWeight) -> None:
         return (round_activations(args[0], kind, scheme.type, scheme.bits, scale), *args[1:])
 
     linear.register_forward_pre_hook(round_given)
-
-
-def _out_of_memory(stage: str, device: str, part: str) -> MissingError:
-    cuda = torch.device(device).type == "cuda"
-    total = torch.cuda.mem_get_info(device)[1] if cuda else psutil.virtual_memory().total
-    return MissingError(
-        f"{stage}: {device} has {total / 2**30:.1f} GiB of memory, too little for {part}. End other programs that use it, use a "
-        "larger device, or none (CUDA_VISIBLE_DEVICES=); or give calibration.sets fewer tokens per sample and smaller images"
-    )
-
-
-def _read_commit(path: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a finished part, or None where it is not there or damaged."""
-    try:
-        return {name: map_tensor(entry) for name, entry in read_header(path).items()}
-    except CheckpointError:
-        return None
-
-
-def _relative(name: str, prefix: str) -> str:
-    return "" if name == prefix else name.removeprefix(f"{prefix}.")

@@ -73,6 +73,14 @@ class Stage(Frozen, ABC):
         del checkpoint, family
         return {}
 
+    def possible_schemes(self, checkpoint: Checkpoint, family: Family) -> list[dict[str, Scheme]]:
+        """Return samples of how the linears may be held, such that an export which takes them takes every result of the stage.
+
+        Empty where nothing can be said before the run.
+        """
+        made = self.schemes(checkpoint, family)
+        return [] if made is None else [made]
+
     @abstractmethod
     def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int | None:
         """Return the expected size of the weights it writes, in bytes; None where only the run can tell."""

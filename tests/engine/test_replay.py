@@ -11,6 +11,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLConf
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.conversation import decode_image
 from compress.engine.replay import Replay, Walkthrough
+from compress.engine.statistics import observe
 from compress.engine.weights import WeightReader, map_tensor
 from compress.errors import CheckpointError
 from compress.families import Family, family_of
@@ -263,8 +264,9 @@ def test_only_one_block_has_weights_at_a_time(tmp_path: Path) -> None:
 def test_an_image_tower_that_no_sample_reaches_is_an_error(tmp_path: Path) -> None:
     given = batches(build_qwen2_5_vl(tmp_path))[1:]
     replay = open_walk(tmp_path, given)
-    with pytest.raises(CheckpointError, match="no calibration sample reaches it; add samples that do, images"):
-        next(iter(replay.walk(replay.vision_units())))
+    visit = next(iter(replay.walk(replay.vision_units())))
+    with pytest.raises(CheckpointError, match=r"visual.blocks.0: no calibration sample reaches it; add samples that do, images"):
+        observe(visit, ["attn.qkv"])
 
 
 def test_a_weight_of_another_shape_is_named(tmp_path: Path) -> None:

@@ -146,6 +146,7 @@ def test_the_predicted_loss_is_its_formula() -> None:
     expected = ((text @ error.t()).square().mean(0) * squares[0]).sum() / 2
     expected += 2.5 * ((vision @ error.t()).square().mean(0) * squares[1]).sum() / 2
     assert sensitivity.predicted_loss(error, moments) == pytest.approx(float(expected), rel=1e-5)
+    assert sensitivity.predicted_loss(2 * error, moments) == pytest.approx(4 * float(expected), rel=1e-5)
     assert Sensitivity(squares[0], None, (1.0, 0.0)).predicted_loss(error, moments) < float(expected)
 
 

@@ -1,5 +1,5 @@
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import pytest
@@ -20,8 +20,7 @@ from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes.unpack import dense_tensors
 from tests.quantized import exact_weights, round_checkpoint, scheme
-from tests.tiny import build_qwen2_5_vl, build_qwen2_vl
-
+from tests.tiny import BUILDERS, build_qwen2_5_vl, build_qwen2_vl
 
 
 @dataclass
@@ -47,6 +46,15 @@ def dense(checkpoint: Checkpoint) -> dict[str, Tensor]:
     return dict(dense_tensors(checkpoint, torch.float32, torch.device("cpu")))
 
 
+EIGHT_BITS = [
+    Scheme(8, -1, symmetric=True, activations="token"),
+    Scheme(8, -1, symmetric=True, activations="tensor"),
+    Scheme(8, -1, symmetric=True, type="float", activations="token"),
+    Scheme(8, -1, symmetric=True, type="float", block_rows=-1, activations="tensor"),
+    Scheme(8, 128, symmetric=True, type="float", block_rows=128, activations="group"),
+]
+
+
 def faults(layout: Layout, checkpoint: Checkpoint, schemes: dict[str, Scheme]) -> list[str]:
     return Vllm(format="vllm", layout=layout).check(Outlook(checkpoint, family_of(checkpoint.config), schemes))
 
@@ -66,6 +74,59 @@ def test_both_layouts_unpack_to_the_same_weights(build: type, held: Scheme, tmp_
         expected = exact.get(name.removesuffix(".weight"), weight)
         assert torch.equal(of_awq[name], expected), name
         assert torch.equal(of_packed[name], expected), name
+
+
+@pytest.mark.parametrize("held", [scheme(4, 32, True), scheme(4, -1, True), scheme(8, 64, True), scheme(8, -1, True)])
+def test_gptq_unpacks_to_the_same_weights(held: Scheme, tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source", layers=1)
+    schemes = round_checkpoint(source, tmp_path / "rounded", held)
+    artifact, heard = export("gptq", tmp_path / "rounded", tmp_path / "gptq")
+    unpacked, exact = dense(artifact), exact_weights(source, schemes)
+    assert heard == []
+    for name, weight in dense(open_checkpoint(source)).items():
+        assert torch.equal(unpacked[name], exact.get(name.removesuffix(".weight"), weight)), name
+
+
+def test_the_gptq_config_names_what_is_quantized(tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source", layers=1)
+    schemes = round_checkpoint(source, tmp_path / "rounded", scheme(4, 64, symmetric=True))
+    artifact, _ = export("gptq", tmp_path / "rounded", tmp_path / "gptq")
+    assert artifact.config["quantization_config"] == {
+        "bits": 4, "checkpoint_format": "gptq", "desc_act": False, "group_size": 64, "lm_head": False, "quant_method": "gptq",
+        "modules_in_block_to_quantize": sorted(schemes), "sym": True,
+    }  # fmt: skip
+    tensors = {name.rpartition(".")[2]: entry for name, entry in artifact.tensors.items() if "k_proj" in name}
+    shapes = {part: entry.shape for part, entry in tensors.items()}
+    assert shapes == {"qweight": (16, 64), "qzeros": (2, 8), "scales": (2, 64), "g_idx": (128,), "bias": (64,)}
+    assert tensors["scales"].dtype == "F16"
+    reader = WeightReader(artifact, family_of(artifact.config))
+    name = "model.layers.0.self_attn.k_proj"
+    zero_points = reader.disk_tensor(f"{name}.qzeros")
+    assert torch.equal(zero_points, torch.full_like(zero_points, 0x77777777))
+    assert torch.equal(reader.disk_tensor(f"{name}.g_idx"), torch.arange(128, dtype=torch.int32) // 64)
+
+
+@pytest.mark.parametrize("held", [*EIGHT_BITS, None])
+def test_compressed_tensors_holds_8_bits_and_mixtures(held: Scheme | None, tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source", layers=2, kv_heads=4, vision_hidden=128)
+    choices = {"self_attn": EIGHT_BITS[0], "mlp": scheme(3, 64)}
+
+    def choose(name: str) -> Scheme | None:
+        return held or choices[name.split(".")[3]]
+
+    schemes = round_checkpoint(source, tmp_path / "rounded", choose, vision=lambda name: EIGHT_BITS[2])
+    artifact, _ = export("compressed-tensors", tmp_path / "rounded", tmp_path / "artifact")
+    assert quantized_linears(artifact) == schemes
+    assert artifact.config["quantization_config"]["format"] == (
+        "float-quantized" if held is not None and held.type == "float" else "mixed-precision"
+    )
+    unpacked, exact = dense(artifact), exact_weights(source, schemes)
+    assert unpacked.keys() == open_checkpoint(source).tensors.keys()
+    for name, weight in exact.items():
+        assert torch.equal(unpacked[f"{name}.weight"], weight), name
+    outlooks = [Outlook(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, artifact.folder)]
+    chosen = Vllm(format="vllm", layout="compressed-tensors")
+    assert [chosen.predict_bytes(outlook) for outlook in outlooks] == [artifact.weight_bytes] * 2
 
 
 @pytest.mark.parametrize("held", [scheme(2, 16), scheme(3, 32), scheme(3, -1, symmetric=True), scheme(8, 64)])
@@ -93,10 +154,10 @@ def test_the_awq_config_has_the_names_that_vllm_expects(tmp_path: Path) -> None:
     assert shapes == {"qweight": (128, 8), "qzeros": (4, 8), "scales": (4, 64), "bias": (64,)}
 
 
-@pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
 def test_side_files_are_copied_byte_for_byte(layout: Layout, tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source", layers=1)
-    round_checkpoint(source, tmp_path / "rounded", scheme())
+    round_checkpoint(source, tmp_path / "rounded", scheme(symmetric=True))
     export(layout, tmp_path / "rounded", tmp_path / "artifact")
     names = [name for name in SIDE_FILES if (source / name).exists()]
     assert "tokenizer.json" in names
@@ -104,10 +165,10 @@ def test_side_files_are_copied_byte_for_byte(layout: Layout, tmp_path: Path) -> 
         assert (tmp_path / "artifact" / name).read_bytes() == (source / name).read_bytes()
 
 
-@pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
 def test_shards_are_read_whole_and_the_size_is_predicted(layout: Layout, tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source")
-    schemes = round_checkpoint(source, tmp_path / "rounded", scheme(), limit=200_000)
+    schemes = round_checkpoint(source, tmp_path / "rounded", scheme(symmetric=layout == "gptq"), limit=200_000)
     assert len(list((tmp_path / "rounded").glob("model-*.safetensors"))) > 3
     artifact, _ = export(layout, tmp_path / "rounded", tmp_path / "artifact")
     assert torch.equal(
@@ -164,15 +225,149 @@ def test_outputs_that_do_not_fill_words_are_refused(tmp_path: Path) -> None:
     assert faults("compressed-tensors", checkpoint, {name: scheme(4, 32, symmetric=True) for name in held}) == []
 
 
-@pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
+def test_what_the_gptq_layout_cannot_hold_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1, intermediate=196))
+    attention = [f"model.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v", "o")]
+
+    def of(held: Scheme) -> list[str]:
+        return faults("gptq", checkpoint, dict.fromkeys(attention, held))
+
+    others = f"{attention[0]} (and 3 more): "
+    assert of(scheme(4, 32, symmetric=True)) == []
+    assert of(scheme(3, 32, symmetric=True)) == [others + "layout gptq holds 4 or 8 bits, not 3; set layout: compressed-tensors"]
+    assert of(scheme(4, 32)) == [
+        others + "layout gptq holds symmetric grids alone; set symmetric: true on the stage, or set layout: compressed-tensors"
+    ]
+    assert of(scheme(4, 16, symmetric=True)) == [
+        others + "vLLM loads layout gptq in groups of 32, 64 or 128, or -1, not 16; set such a group_size, or set layout: "
+        "compressed-tensors"
+    ]
+    assert of(EIGHT_BITS[0]) == [
+        others + "layout gptq holds integer weights alone, not rounded activations; set layout: compressed-tensors"
+    ]
+    assert of(EIGHT_BITS[2]) == [
+        others + "layout gptq holds integer weights alone, not 8-bit floats; set layout: compressed-tensors"
+    ]
+    whole = {name: scheme(4, 32, symmetric=True) for name in attention}
+    down = "model.layers.0.mlp.down_proj"
+    assert faults("gptq", checkpoint, {**whole, down: scheme(8, -1, symmetric=True)}) == [
+        f"{down}: layout gptq holds one width, 4 here, and not 8 too; set layout: compressed-tensors"
+    ]
+    assert faults("gptq", checkpoint, {**whole, down: scheme(4, 64, symmetric=True)}) == [
+        f"{down}: layout gptq holds one group size, 32 here, and not 64 as well; set layout: compressed-tensors"
+    ]
+    assert faults("gptq", checkpoint, {down: scheme(4, -1, symmetric=True)})[0].startswith(
+        f"{down}: layout gptq holds inputs and outputs in whole 32-bit words, which 128 × 196 at 4 bits do not fill"
+    )
+    assert faults("gptq", checkpoint, {})[0].startswith("export: layout gptq holds quantized weights, and no stage quantizes any")
+
+
+def test_what_vllm_cannot_compute_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1, vision_hidden=64))
+    attention = [f"model.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v", "o")]
+    for held in (replace(EIGHT_BITS[0], bits=4), replace(EIGHT_BITS[0], group_size=32), replace(EIGHT_BITS[1], symmetric=False)):
+        assert "vLLM rounds inputs to integers only beside symmetric weights of 8 bits" in str(
+            faults("compressed-tensors", checkpoint, dict.fromkeys(attention, held))
+        )
+    blocks = EIGHT_BITS[4]  # k_proj has 64 outputs, and v_proj follows it
+    (fault,) = faults("compressed-tensors", checkpoint, dict.fromkeys(attention, blocks))
+    assert fault.startswith("model.layers.0.self_attn.k_proj: vLLM joins it with others, and its 64 outputs are no whole number of")
+    assert "use a scale per output channel" in fault
+    (fault,) = faults("compressed-tensors", checkpoint, {"visual.blocks.0.attn.qkv": blocks})
+    assert fault.startswith("visual.blocks.0.attn.qkv: vLLM joins it with others, and its 64 outputs")
+    assert faults("compressed-tensors", checkpoint, {"visual.blocks.0.attn.proj": blocks}) == []
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq"])
+def test_scales_of_keys_and_values_need_a_layout_that_has_them(layout: Layout, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=2))
+    held = {"model.layers.0.mlp.down_proj": scheme(4, 32, symmetric=True)}
+    outlook = Outlook(checkpoint, family_of(checkpoint.config), held, kv_cache=True)
+    assert Vllm(format="vllm", layout=layout).check(outlook) == [
+        f"export: layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or leave "
+        "kv_cache away"
+    ]
+    packed = Vllm(format="vllm", layout="compressed-tensors")
+    assert packed.check(outlook) == []
+    assert packed.predict_bytes(outlook) == packed.predict_bytes(replace(outlook, kv_cache=False)) + 2 * 2 * 4
+
+
+def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1, intermediate=196))
+    family = family_of(checkpoint.config)
+    chosen = Vllm(format="vllm", layout="compressed-tensors")
+
+    def notes(held: dict[str, Scheme]) -> list[str]:
+        return chosen.notes(Outlook(checkpoint, family, held))
+
+    queries, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
+    assert notes({queries: scheme(4, 32), down: EIGHT_BITS[0]}) == []
+    assert notes({queries: scheme(3, 32), down: scheme(4, 28)}) == [
+        f"{queries}: vLLM's build for CPUs runs weights of 4 bits, not 3: this artifact needs a GPU",
+        f"{down}: vLLM's build for CPUs runs sides that are multiples of 32, not 128 × 196: this artifact needs a GPU",
+    ]
+    assert notes({queries: EIGHT_BITS[2]}) == []
+    assert "runs 8-bit floats without blocks, or on processors with AMX" in str(notes({queries: EIGHT_BITS[4]}))
+    fixed, again = notes({queries: EIGHT_BITS[3]})
+    assert "runs 8-bit floats without fixed scales of inputs" in fixed
+    assert again.startswith(f"{queries}: vLLM joins it with others, gives them the largest of their scales and rounds them again")
+    assert len(notes({down: EIGHT_BITS[3]})) == 1
+    (note,) = chosen.notes(Outlook(checkpoint, replace(family, served_until="0.10.2"), {}))
+    assert note.startswith(
+        "vLLM served Qwen2_5_VLForConditionalGeneration up to version 0.10.2 and no later one does: serve it with"
+    )
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
 def test_layers_that_vllm_joins_must_be_held_alike(layout: Layout, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1))
-    held = {f"model.layers.0.self_attn.{name}": scheme() for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    held = {f"model.layers.0.self_attn.{name}": scheme(symmetric=True) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
     assert faults(layout, checkpoint, held) == []
     del held["model.layers.0.self_attn.v_proj"]
     (fault,) = faults(layout, checkpoint, held)
     assert fault.startswith("model.layers.0.self_attn: vLLM joins q_proj, k_proj, v_proj into one layer")
     assert "leave all of them out" in fault
+
+
+@pytest.mark.parametrize(
+    ("family", "joined"),
+    [
+        ("blip-2", "language_model.model.decoder.layers.0.self_attn.{}_proj"),
+        ("llava", "vision_tower.vision_model.encoder.layers.1.self_attn.{}_proj"),
+        ("internvl3", "vision_tower.encoder.layer.0.attention.{}_proj"),
+        ("clip", "text_model.encoder.layers.0.self_attn.{}_proj"),
+    ],
+)
+def test_queries_keys_and_values_are_joined_in_every_part(family: str, joined: str, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(BUILDERS[family](tmp_path / "source"))
+    held = {joined.format(part): scheme(symmetric=True) for part in "qk"}
+    assert all(f"{name}.weight" in checkpoint.tensors for name in held)
+    (fault,) = faults("compressed-tensors", checkpoint, held)
+    assert fault.startswith(f"{joined.rpartition('.')[0]}: vLLM joins q_proj, k_proj, v_proj into one layer")
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
+@pytest.mark.parametrize(
+    ("family", "name", "part"),
+    [
+        ("blip-2", "language_projection", "language_projection"),
+        ("blip-2", "qformer.encoder.layer.0.attention.attention.query", "qformer"),
+        ("internvl3", "multi_modal_projector.linear_1", "model.multi_modal_projector"),
+        ("clip", "visual_projection", "visual_projection"),
+    ],
+)
+def test_modules_that_vllm_has_no_quantized_kernels_for_are_refused(
+    layout: Layout, family: str, name: str, part: str, tmp_path: Path
+) -> None:
+    checkpoint = open_checkpoint(BUILDERS[family](tmp_path / "source"))
+    (fault,) = faults(layout, checkpoint, {name: scheme(4, 32, symmetric=True)})
+    assert fault == f"{name}: vLLM computes {part} of this architecture with plain weights alone; leave it out"
+
+
+def test_gates_of_the_vision_tower_are_joined_too(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1))
+    (fault,) = faults("compressed-tensors", checkpoint, {"visual.blocks.0.mlp.gate_proj": EIGHT_BITS[0]})
+    assert fault.startswith("visual.blocks.0.mlp: vLLM joins gate_proj, up_proj into one layer")
 
 
 def test_scales_that_are_no_float16_numbers_are_told(tmp_path: Path) -> None:

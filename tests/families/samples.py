@@ -15,13 +15,16 @@ from transformers import AutoProcessor
 from compress.checkpoint import open_checkpoint
 from compress.conversation import decode_image, messages
 from compress.engine.host import map_tensors
-from compress.families import Family, family_of
+from compress.families import Family, family_at
 from compress.runtimes.runtime import Prompt
 from tests.tiny import picture
 
 SHORT, LONG = "What?", "How many circles, squares and triangles are there in the picture?"
 ONE_IMAGE = {"blip-2", "clip"}
 """The families whose models see one image at a time."""
+
+NESTED = {"mllama"}
+"""The families whose processors want to be told which images go with which text."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ def load_processor(folder: Path) -> Any:
 def load_plain(folder: Path, dtype: str = "auto") -> Any:
     """Return the checkpoint as transformers itself loads it."""
     name = open_checkpoint(folder).config["architectures"][0]
-    return getattr(cast("Any", transformers), name).from_pretrained(folder, dtype=dtype).eval()
+    model = getattr(cast("Any", transformers), name)
+    return model.from_pretrained(folder, dtype=dtype).eval()
 
 
 def written(processor: Any, family: Family, question: str, images: int) -> str:
@@ -57,15 +61,17 @@ def written(processor: Any, family: Family, question: str, images: int) -> str:
 
 def encode(folder: Path, questions: Sequence[str], pictures: Sequence[Sequence[bytes]]) -> Fixed:
     """Return questions, each about its own pictures, as one padded batch."""
-    family, processor = family_of(open_checkpoint(folder).config), load_processor(folder)
+    family, processor = family_at(folder), load_processor(folder)
     texts = [written(processor, family, text, len(shown)) for text, shown in zip(questions, pictures, strict=True)]
-    images = [decode_image(data, "picture") for shown in pictures for data in shown]
-    return Fixed(dict(processor(text=texts, images=images or None, padding=True, return_tensors="pt")))
+    nested = [[decode_image(data, "picture") for data in shown] for shown in pictures]
+    flat = [image for shown in nested for image in shown]
+    images = nested if family.name in NESTED else flat
+    return Fixed(dict(processor(text=texts, images=images if flat else None, padding=True, return_tensors="pt")))
 
 
 def batches(folder: Path) -> list[Fixed]:
     """Text alone; one image; two images, in one prompt where the family can; two prompts of unlike length and images, padded."""
-    family = family_of(open_checkpoint(folder).config)
+    family = family_at(folder)
     seen = [picture(1), picture(2, 140, 84)]
     pair = encode(folder, [LONG], [seen]) if family.name not in ONE_IMAGE else encode(folder, [LONG] * 2, [[one] for one in seen])
     return [
@@ -84,7 +90,7 @@ def tensors_of(output: Any) -> list[Tensor]:
 
 def plain_outputs(folder: Path, given: Sequence[Fixed], names: Sequence[str]) -> dict[str, list[list[Tensor]]]:
     """Return what parts of the model return at each of their calls in plain forwards, by transformers alone."""
-    family, model = family_of(open_checkpoint(folder).config), load_plain(folder)
+    family, model = family_at(folder), load_plain(folder)
     outputs: dict[str, list[list[Tensor]]] = {name: [] for name in names}
 
     def keep(name: str) -> Callable[..., None]:

@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from compress.calibration.collect import PinnedSet, Selection, collect
+from compress.calibration.load import load_batches
 from compress.calibration.sets import Text, Vqa
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import WeightReader
 from compress.families import Family, family_of
 from compress.layouts import quantized_linears, read_linear
 from compress.progress import Silent
+from compress.runtimes.transformers_model import load_model
 from compress.stages.stage import Stage, StageContext
 from tests.tiny import TEXT, picture
 
@@ -88,3 +90,17 @@ def logits(source: Path, values: Mapping[str, Tensor] | None, given: list[Any]) 
         model.load_state_dict({name: value.float() for name, value in values.items()})
     with torch.no_grad():
         return torch.cat([model(**batch.inputs(), use_cache=False).logits.flatten(0, 1) for batch in given])
+
+
+def divergence(bench: Bench, folder: Path) -> float:
+    """Return the mean KL(original ‖ artifact) per token in nats on the calibration samples, by the in-process runtime."""
+    given = [batch.inputs() for batch in load_batches(bench.calibration, bench.folder, 64)]
+
+    def predictions(source: Path) -> Tensor:
+        model = load_model(source, torch.float32, torch.device("cpu"), Silent())
+        with torch.no_grad():
+            rows = [model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()] for inputs in given]
+        return torch.cat(rows).double().log_softmax(-1)
+
+    original, artifact = predictions(bench.folder), predictions(folder)
+    return float((original.exp() * (original - artifact)).sum(-1).mean())

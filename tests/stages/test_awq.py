@@ -24,12 +24,6 @@ from tests.stages.bench import Bench, dense, logits, prepare, tensors_of
 from tests.tiny import build_qwen2_5_vl, build_qwen2_vl
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
-    base = tmp_path_factory.mktemp("awq")
-    return prepare(base, build_qwen2_5_vl(base / "model"))
-
-
 def awq(**fields: Any) -> Awq:
     return Awq.model_validate({"stage": "awq", "bits": 4, "group_size": 32, **fields})
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Protocol
 
+from tests.tiny.blip2 import build_blip2
+from tests.tiny.clip import build_clip
 from tests.tiny.internvl import build_internvl
 from tests.tiny.llava import build_llava
 from tests.tiny.llava_next import build_llava_next
+from tests.tiny.mllama import build_mllama
 from tests.tiny.parts import TEXT, Sizes, picture
 from tests.tiny.qwen import build_tokenizer
 from tests.tiny.qwen2_5_vl import build_qwen2_5_vl
@@ -19,9 +22,12 @@ __all__ = [
     "TEXT",
     "Builder",
     "Sizes",
+    "build_blip2",
+    "build_clip",
     "build_internvl",
     "build_llava",
     "build_llava_next",
+    "build_mllama",
     "build_qwen2_5_vl",
     "build_qwen2_vl",
     "build_qwen3_vl",
@@ -45,5 +51,8 @@ BUILDERS: dict[str, Builder] = {
     "llava": build_llava,
     "llava-next": build_llava_next,
     "internvl3": build_internvl,
+    "mllama": build_mllama,
+    "blip-2": build_blip2,
+    "clip": build_clip,
 }
 """A builder for every family, by the family's name."""

@@ -71,19 +71,18 @@ def _build_tokenizer(sizes: Sizes) -> CLIPTokenizer:
     trained.normalizer = normalizers.Lowercase()
     split = pre_tokenizers.Split(Regex(_SPLIT), behavior="removed", invert=True)
     trained.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False)])
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bytes_ = sorted(pre_tokenizers.ByteLevel.alphabet())
+    base = [*bytes_, *(f"{byte}</w>" for byte in bytes_)]
+    merges = sizes.vocabulary - len(base) - 2
     trainer = BpeTrainer(
-        vocab_size=sizes.vocabulary - 2,
-        min_frequency=1,
-        initial_alphabet=alphabet,
-        end_of_word_suffix="</w>",
-        show_progress=False,
+        vocab_size=len(base) + merges, min_frequency=1, initial_alphabet=bytes_, end_of_word_suffix="</w>", show_progress=False
     )
     trained.train_from_iterator(TEXT.splitlines(), trainer)
-    model = json.loads(trained.to_str())["model"]
-    vocabulary = {**model["vocab"], "<|startoftext|>": len(model["vocab"]), "<|endoftext|>": len(model["vocab"]) + 1}
+    kept = [tuple(merge) for merge in json.loads(trained.to_str())["model"]["merges"][:merges]]
+    tokens = [*base, *(f"{left}{right}" for left, right in kept), "<|startoftext|>", "<|endoftext|>"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
     build = cast("Callable[..., CLIPTokenizer]", CLIPTokenizer)  # its own annotations leave out what it takes
-    tokenizer = build(vocab=vocabulary, merges=[tuple(merge) for merge in model["merges"]], model_max_length=sizes.context)
-    if len(tokenizer) != sizes.vocabulary:
-        raise ValueError(f"TEXT is too short for a vocabulary of {sizes.vocabulary}: it gives {len(tokenizer)} tokens")
+    tokenizer = build(vocab=vocabulary, merges=kept, model_max_length=sizes.context)
+    if len(vocabulary) != sizes.vocabulary:
+        raise ValueError(f"TEXT is too short for a vocabulary of {sizes.vocabulary}: it gives {len(vocabulary)} tokens")
     return tokenizer

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,21 @@ CHAT_TEMPLATE = """\
 """
 
 
-def build_llava(folder: Path, **overrides: Any) -> Path:
-    """Write a LLaVA 1.5 checkpoint of about a million random weights into `folder` and return it; see `Sizes`."""
+def build_llava(folder: Path, *, text: Mapping[str, Any] | None = None, **overrides: Any) -> Path:
+    """Write a LLaVA 1.5 checkpoint of about a million random weights into `folder` and return it; see `Sizes`.
+
+    `text` changes keys of the decoder's config; with another `model_type` it is an architecture of its own.
+    """
     sizes = Sizes(**overrides)
     tokenizer = build_llama_tokenizer(sizes)
     config = LlavaConfig(
-        text_config=llama_config(sizes, "llama"),
+        text_config=llama_config(sizes, "llama") | dict(text or {}),
         vision_config=clip_config(sizes),
         image_token_index=token_id(tokenizer, IMAGE),
         image_seq_length=16,
         tie_word_embeddings=sizes.tied,
-        pad_token_id=token_id(tokenizer, PAD),
     )
+    setattr(config, "pad_token_id", token_id(tokenizer, PAD))  # noqa: B010 (the class does not declare it)
     processor = LlavaProcessor(
         image_processor=CLIPImageProcessor(size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}),
         tokenizer=tokenizer,

@@ -50,8 +50,8 @@ def build_llava_next(folder: Path, **overrides: Any) -> Path:
         image_grid_pinpoints=GRID,
         image_seq_length=16,
         tie_word_embeddings=sizes.tied,
-        pad_token_id=token_id(tokenizer, PAD),
     )
+    setattr(config, "pad_token_id", token_id(tokenizer, PAD))  # noqa: B010 (the class does not declare it)
     processor = LlavaNextProcessor(
         image_processor=LlavaNextImageProcessor(
             size={"shortest_edge": 56}, crop_size={"height": 56, "width": 56}, image_grid_pinpoints=GRID

@@ -11,7 +11,8 @@ from typing import Any, cast
 import numpy as np
 import torch
 from PIL import Image
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 from transformers import GenerationConfig, PreTrainedModel
 
 TEXT = """\
@@ -84,8 +85,8 @@ def save(
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     if published is not None:
-        tensors = load_file(folder / "model.safetensors")
-        renamed = {re.sub(*published, name): tensor for name, tensor in tensors.items()}
+        with cast("Any", safe_open)(folder / "model.safetensors", "pt") as file:
+            renamed: dict[str, torch.Tensor] = {re.sub(*published, name): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         save_file(renamed, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 

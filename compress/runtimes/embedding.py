@@ -1,0 +1,70 @@
+"""Which of some texts an image shows, by a model that puts both into one space (CLIP, arXiv 2103.00020, section 3.1)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.conversation import decode_image
+from compress.errors import DataError
+from compress.progress import Progress
+from compress.runtimes.inputs import Encoder
+from compress.runtimes.runtime import Picture
+
+_AT_ONCE = 32
+
+
+@dataclass(frozen=True)
+class Embedder:
+    """A loaded model with two towers, and what prepares its inputs."""
+
+    model: Any
+    encoder: Encoder
+    device: torch.device
+
+    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+        """Return log-probabilities [pictures, classes]: the softmax of the scaled cosines with each class's mean direction."""
+        with progress.task("embed texts", len(classes), "classes") as advance:
+            directions = torch.stack([self._direction(texts, advance) for texts in classes])
+        scale = self.model.logit_scale.exp().to(torch.float32)
+        rows: list[Tensor] = []
+        with progress.task("embed images", len(pictures), "images") as advance:
+            for first in range(0, len(pictures), _AT_ONCE):
+                batch = pictures[first : first + _AT_ONCE]
+                logits = scale * self._images(batch) @ directions.t()
+                rows.append(logits.to(torch.float64).log_softmax(dim=1).cpu())
+                advance(len(batch))
+        return torch.cat(rows).numpy()
+
+    def _direction(self, texts: Sequence[str], advance: Any) -> Tensor:
+        """Return the direction of the mean of a class's texts, each of length one before."""
+        parts = [self._texts(texts[first : first + _AT_ONCE]) for first in range(0, len(texts), _AT_ONCE)]
+        advance(1)
+        return _unit(torch.cat(parts).mean(dim=0))
+
+    def _texts(self, texts: Sequence[str]) -> Tensor:
+        encoded = self.encoder.processor.tokenizer(list(texts), padding=True, truncation=False, return_tensors="pt")
+        for text, mask in zip(texts, encoded["attention_mask"], strict=True):
+            length, longest = int(mask.sum()), self.encoder.longest
+            if longest is not None and length > longest:
+                raise DataError(f"the text {text!r} takes {length} tokens, and the model takes {longest}; shorten it")
+        features = self.model.get_text_features(
+            input_ids=encoded["input_ids"].to(self.device), attention_mask=encoded["attention_mask"].to(self.device)
+        )
+        return _unit(features.pooler_output.to(torch.float32))
+
+    def _images(self, pictures: Sequence[Picture]) -> Tensor:
+        images = [decode_image(picture.image, picture.id) for picture in pictures]
+        pixels = self.encoder.processor.image_processor(images, return_tensors="pt")["pixel_values"]
+        features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.model.dtype))
+        return _unit(features.pooler_output.to(torch.float32))
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    return torch.nn.functional.normalize(vectors, dim=-1)

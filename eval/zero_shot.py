@@ -1,0 +1,195 @@
+"""Of how many images a model that compares them with texts finds the right class likeliest (arXiv 2103.00020, section 3.1)."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import Field, PositiveInt, model_validator
+
+from compress.calibration.sets import Columns, QuestionSource
+from compress.errors import CheckpointError, DataError
+from compress.eval.results import ImageItem, TaskMeasurement, ZeroShotMetrics, check_pairs, read_items, write_items
+from compress.eval.task import Task, TaskContext, draw_questions, fidelity_of, flips, warn_of_few
+from compress.files import write_bytes
+from compress.runtimes.runtime import Ability, Picture, Score
+from compress.schema import Source
+
+if TYPE_CHECKING:
+    from compress.calibration.questions import Question
+    from compress.calibration.texts import Document
+
+Template = Annotated[str, Field(pattern=r"\{class\}")]
+
+
+class ZeroShot(Task):
+    """Images, each of one of the `classes`, which is found by the text that a model puts nearest.
+
+    A class stands for the mean of its texts: its name in each of the `templates`. An image's label, in the column of answers, is
+    a class by its name or by its number, counted from 0. `samples` draws at most so many of the images, with `seed`.
+    """
+
+    task_revision: ClassVar[int] = 1
+    needs: ClassVar[Ability] = "comparison"
+
+    task: Literal["zero-shot"]
+    source: Source
+    subset: str | None = None
+    split: str = "test"
+    revision: str = "main"
+    columns: Columns = Columns(question=None)
+    classes: Annotated[tuple[str, ...], Field(min_length=2)]
+    templates: Annotated[tuple[Template, ...], Field(min_length=1)]
+    samples: PositiveInt | None = None
+    seed: int = 0
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        return {"name": "zero-shot", **cast("dict[str, Any]", data)} if isinstance(data, dict) else data
+
+    @model_validator(mode="after")
+    def _check_classes(self) -> Self:
+        double = next((name for place, name in enumerate(self.classes) if name in self.classes[:place]), None)
+        if double is not None:
+            raise ValueError(f"classes names {double!r} twice; remove one")
+        return self
+
+    @property
+    def data(self) -> QuestionSource:
+        """Where the images come from; they have labels and no questions."""
+        return QuestionSource.model_construct(
+            source=str(self.source),
+            subset=self.subset,
+            split=self.split,
+            revision=self.revision,
+            columns=self.columns.model_copy(update={"question": None}),
+        )
+
+    def settings(self) -> dict[str, Any]:
+        """Return the classes and their texts, the columns, how images are drawn, and the task's revision."""
+        own = self.model_dump(mode="json", include={"name", "classes", "templates", "samples", "seed"})
+        return {"task": self.task, "revision": self.task_revision, "columns": self.data.columns.model_dump(), **own}
+
+    def note(self) -> str:
+        """Return how an image's class is found."""
+        drawn = f", at most {self.samples:,} drawn with seed {self.seed}," if self.samples else ""
+        return (
+            f"share of images{drawn} of whose {len(self.classes):,} classes the right one is likeliest: the softmax of the scaled "
+            f"cosines with each class's mean over {len(self.templates):,} texts, such as "
+            f"{self.texts(self.classes[0])[0]!r}; KL and top-1 are of these likelihoods, an image each"
+        )
+
+    def texts(self, name: str) -> tuple[str, ...]:
+        """Return the texts that stand for a class."""
+        return tuple(template.replace("{class}", name) for template in self.templates)
+
+    def images(self, files: Sequence[Path]) -> list[tuple[Question, int]]:
+        """Return the images, as questions without words, each with the place of its class.
+
+        Raises:
+            DataError: a file or image cannot be used, there is none, or a label is no class.
+        """
+        questions = draw_questions(files, self.data.columns, self.samples, self.seed)
+        return [(question, self._label(question)) for question in questions]
+
+    def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:
+        """Return the images; see `Task.contents`."""
+        return [question for question, _ in self.images(files)], ()
+
+    def measure(self, context: TaskContext) -> TaskMeasurement:
+        """Find each image's class, and compare the likelihoods with the original's; see `Task.measure`."""
+        images = self.images(context.files)
+        warn_of_few(context, self.name, self.samples, len(images), "images")
+        original = None if context.against is None else _original_items(self.name, images, context.against)
+        pictures = [Picture(question.id, question.images[0]) for question, _ in images]
+        found = context.session.classify(pictures, [self.texts(name) for name in self.classes], context.progress)
+        if found.shape != (len(images), len(self.classes)) or not np.isfinite(found).all():
+            raise CheckpointError(
+                f"task {self.name}: the model's likelihoods are not finite, or not one for each image and class; its weights "
+                "overflow in this runtime's dtype: set another dtype for the runtime, or a gentler stage"
+            )
+        reference = None if context.against is None else _read_record(context.against, self.name)
+        if context.against is None:
+            _write_record(context.target, self.name, found)
+        scores = [
+            _score(question.id, place, found[row], None if reference is None else reference[row])
+            for row, (question, place) in enumerate(images)
+        ]
+        items = [
+            self._item(*image, said=int(likelihoods.argmax()), score=score)
+            for image, likelihoods, score in zip(images, found, scores, strict=True)
+        ]
+        write_items(context.target, self.name, items)
+        right = sum(item.right for item in items)
+        metrics = ZeroShotMetrics(accuracy=right / len(items), right=right, items=len(items), classes=len(self.classes))
+        fidelity = fidelity_of(scores, "image")
+        if fidelity is not None and original is not None:
+            changed = sum(old.said != new.said for old, new in zip(original, items, strict=True))
+            fidelity = fidelity.model_copy(update={**flips(original, items), "changed": changed})
+        return TaskMeasurement(name=self.name, metrics=metrics, fidelity=fidelity)
+
+    def _label(self, question: Question) -> int:
+        where = f"task {self.name}: {question.origin}: image {question.id}"
+        if len(question.images) != 1:
+            raise DataError(f"{where}: has {len(question.images)} images; give each label its one")
+        label = question.answers[0] if len(question.answers) == 1 else None
+        if label in self.classes:
+            return self.classes.index(label)
+        if label is not None and label.isdecimal() and int(label) < len(self.classes):
+            return int(label)
+        raise DataError(
+            f"{where}: its label ({self.columns.answer!r}) is {label!r}, none of the {len(self.classes)} classes nor the number of "
+            "one; correct classes or columns.answer"
+        )
+
+    def _item(self, question: Question, place: int, *, said: int, score: Score) -> ImageItem:
+        return ImageItem(
+            id=question.id,
+            digest=question.digest,
+            accepted=(self.classes[place],),
+            said=self.classes[said],
+            right=said == place,
+            nll=float(score.negative_log_likelihood[0]),
+            kl=None if score.kl is None else float(score.kl[0]),
+            same_top=None if score.same_top is None else int(score.same_top[0]),
+        )
+
+
+def _score(name: str, place: int, found: NDArray[np.float64], reference: NDArray[np.float64] | None) -> Score:
+    """Return how likely an image's right class was, and how alike all likelihoods are to the original's."""
+    likelihood = -found[place : place + 1]
+    if reference is None:
+        return Score(name, likelihood)
+    kl = max(0.0, float((np.exp(reference) * (reference - found)).sum()))  # below zero only by rounding
+    return Score(name, likelihood, np.array([kl]), np.array([reference.argmax() == found.argmax()]))
+
+
+def _original_items(name: str, images: Sequence[tuple[Question, int]], folder: Path) -> list[ImageItem]:
+    original = [item for item in read_items(folder, name) if isinstance(item, ImageItem)]
+    check_pairs(name, original, ((question.id, question.digest) for question, _ in images))
+    return original
+
+
+def _record_path(folder: Path, name: str) -> Path:
+    return folder / "record" / f"{name}.npy"
+
+
+def _write_record(folder: Path, name: str, found: NDArray[np.float64]) -> None:
+    buffer = io.BytesIO()
+    np.save(buffer, found)
+    path = _record_path(folder, name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_bytes(path, buffer.getvalue())
+
+
+def _read_record(folder: Path, name: str) -> NDArray[np.float64]:
+    path = _record_path(folder, name)
+    try:
+        return cast("NDArray[np.float64]", np.load(path))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); measure the original again with --fresh") from error

@@ -1,0 +1,105 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoTokenizer
+
+from compress.calibration.collect import longest_input
+from compress.calibration.load import Exchange, load_processor, process
+from compress.checkpoint import open_checkpoint, read_config
+from compress.conversation import write_prompt
+from compress.errors import CheckpointError, DataError
+from compress.families import family_of
+from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext, Passage, Prompt
+from compress.runtimes.transformers import Transformers
+from tests.families.samples import load_plain
+from tests.tiny import build_blip2, picture
+from tests.tiny.blip2 import QUERIES
+
+PUBLISHED = Path(__file__).parent.parent / "published" / "blip-2"
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_blip2(tmp_path_factory.mktemp("blip2"), context=128)
+
+
+def open_in_process(folder: Path) -> Any:
+    return Transformers(runtime="transformers").open(OpenContext(folder, folder / "logs", Silent()))
+
+
+def test_prompts_are_those_of_the_published_examples(folder: Path) -> None:
+    assert not list(folder.glob("chat_template*"))
+    processor, prompt = load_processor(folder), Prompt("a", "What is it?", (picture(1),))
+    assert write_prompt(processor, prompt) == "</s>Question: What is it? Answer:"
+    assert write_prompt(processor, prompt, "a cat") == "</s>Question: What is it? Answer: a cat\n"
+    ids = process(processor, [Exchange(prompt, None)])["input_ids"][0].tolist()
+    begin = processor.tokenizer.bos_token_id
+    assert ids[: QUERIES + 1] == [read_config(folder)["image_token_index"]] * QUERIES + [begin]
+    assert begin not in ids[QUERIES + 1 :]
+    usual = processor(text=["Question: What is it? Answer:"], images=[open_image()], add_special_tokens=False)["input_ids"][0]
+    assert ids == [*usual[:QUERIES], begin, *usual[QUERIES:]]
+
+
+def open_image() -> Any:
+    from compress.conversation import decode_image
+
+    return decode_image(picture(1), "picture")
+
+
+def test_a_template_that_ships_is_used(folder: Path, tmp_path: Path) -> None:
+    other = build_blip2(tmp_path)
+    (other / "chat_template.jinja").write_text("{% for message in messages %}Say: {{ message['content'][-1]['text'] }}{% endfor %}")
+    assert write_prompt(load_processor(other), Prompt("a", "What is it?")) == "Say: What is it?"
+
+
+def test_text_alone_is_scored_by_the_decoder_alone(folder: Path) -> None:
+    tokens = tuple(AutoTokenizer.from_pretrained(folder)("The river rises in the northern hills.")["input_ids"])
+    with open_in_process(folder) as session:
+        (score,) = session.score([Passage("text", tokens)], None, None, Silent())
+    model, ids = load_plain(folder, "float32"), torch.tensor([tokens])
+    with torch.no_grad():
+        logits = model.language_model(input_ids=ids).logits[0, :-1]
+    expected = -logits.log_softmax(dim=1).gather(1, ids[0, 1:, None]).squeeze(1)
+    torch.testing.assert_close(torch.from_numpy(score.negative_log_likelihood).float(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_two_images_in_a_question_are_refused(folder: Path) -> None:
+    prompt = Prompt("q7", "What is it?", (picture(1), picture(2)))
+    with open_in_process(folder) as session, pytest.raises(DataError, match="q7: has 2 images, and blip-2 takes one at a time"):
+        session.answer([prompt], 4, Silent())
+
+
+def test_a_prompt_beyond_the_models_context_is_refused(folder: Path) -> None:
+    asked = [Prompt("q8", "word " * 110, (picture(1),))]
+    message = (
+        r"q8: takes \d+ tokens with 4 for its answer, and the model takes 128; leave it out, or shorten its text or use smaller"
+    )
+    with open_in_process(folder) as session, pytest.raises(DataError, match=message):
+        session.answer(asked, 4, Silent())
+
+
+def test_what_a_published_config_leaves_out_is_known(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(build_blip2(tmp_path))
+    (tmp_path / "config.json").write_text((PUBLISHED / "config.json").read_text())
+    assert longest_input(tmp_path) == 2048
+    assert open_checkpoint(tmp_path).tied
+    assert checkpoint.tied
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "t5"}, "text_config.model_type is 't5'; of blip-2 only checkpoints with 'opt' there are supported"),
+        ({"do_layer_norm_before": False}, "text_config.do_layer_norm_before is False; of blip-2 only checkpoints with True"),
+        ({"activation_function": "gelu"}, "text_config.activation_function is 'gelu'; of blip-2 only checkpoints with 'relu'"),
+    ],
+)
+def test_another_decoder_is_refused(change: dict[str, Any], message: str) -> None:
+    config = json.loads((PUBLISHED / "config.json").read_text())
+    assert family_of(config).name == "blip-2"
+    with pytest.raises(CheckpointError, match=f"some/model: {message}"):
+        family_of(config | {"text_config": config["text_config"] | change}, "some/model")

@@ -1,0 +1,34 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.checkpoint import open_checkpoint
+from compress.layouts import quantized_linears
+from compress.stages.fp8 import Fp8, Granularity
+from tests.stages.bench import Bench, divergence, tensors_of
+
+
+@pytest.mark.parametrize(("granularity", "calibrated"), [("channel", False), ("tensor", True), ("block", False)])
+def test_predictions_stay_close_to_the_original(bench: Bench, tmp_path: Path, granularity: Granularity, calibrated: bool) -> None:
+    stage = Fp8(stage="fp8", granularity=granularity)
+    assert stage.calibrated == calibrated
+    bench.apply(tmp_path / "out", stage)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    tensors = tensors_of(tmp_path / "out")
+    schemes = quantized_linears(checkpoint)
+    assert {scheme.format for scheme in schemes.values()} == {"float-quantized"}
+    assert all(tensors[f"{name}.weight"].dtype == torch.float8_e4m3fn for name in schemes)
+    assert all((f"{name}.input_scale" in tensors) == calibrated for name in schemes)
+    assert stage.predict_bytes(bench.checkpoint, bench.family) == checkpoint.weight_bytes
+    assert 0 < divergence(bench, tmp_path / "out") < 0.05
+
+
+def test_a_component_can_have_scales_of_another_kind(bench: Bench, tmp_path: Path) -> None:
+    stage = Fp8.model_validate(
+        {"stage": "fp8", "granularity": "block", "targets": ["decoder", {"component": "vision", "granularity": "channel"}]}
+    )
+    bench.apply(tmp_path / "out", stage)
+    schemes = quantized_linears(open_checkpoint(tmp_path / "out"))
+    assert {scheme.block_rows for name, scheme in schemes.items() if name.startswith("visual.")} == {1}
+    assert {scheme.block_rows for name, scheme in schemes.items() if not name.startswith("visual.")} == {128}

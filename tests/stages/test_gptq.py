@@ -1,0 +1,90 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.checkpoint import open_checkpoint
+from compress.layouts import quantized_linears
+from compress.numerics.scheme import Scheme
+from compress.stages.gptq import Gptq
+from compress.stages.rtn import Rtn
+from tests.stages.bench import Bench, divergence, tensors_of
+
+
+def gptq(**fields: Any) -> Gptq:
+    return Gptq.model_validate({"stage": "gptq", "bits": 4, "group_size": 32, "grid": 8, **fields})
+
+
+def rtn(stage: Gptq) -> Rtn:
+    return Rtn(stage="rtn", bits=stage.bits, group_size=stage.group_size, symmetric=stage.symmetric)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"bits": 2, "group_size": 8, "symmetric": False},
+        {"bits": 3, "scales": "awq"},
+        {"bits": 8, "group_size": -1, "order": "none"},
+        {"group_size": -1, "clip": False},
+    ],
+)
+def test_predictions_are_closer_to_the_original_than_with_nearest_codes(
+    bench: Bench, tmp_path: Path, fields: dict[str, Any]
+) -> None:
+    stage = gptq(**fields)
+    bench.apply(tmp_path / "gptq", stage)
+    bench.apply(tmp_path / "rtn", rtn(stage))
+    schemes = quantized_linears(open_checkpoint(tmp_path / "gptq"))
+    assert set(schemes.values()) == {Scheme(stage.bits, stage.group_size, stage.symmetric)}
+    assert divergence(bench, tmp_path / "gptq") < 0.8 * divergence(bench, tmp_path / "rtn")
+
+
+def test_the_vision_tower_and_projector_take_schemes_of_their_own(bench: Bench, tmp_path: Path) -> None:
+    stage = gptq(
+        targets=[
+            "decoder",
+            {"component": "vision", "bits": 8, "group_size": -1, "activations": "token"},
+            {"component": "projector", "bits": 3, "group_size": 64},
+        ]
+    )
+    bench.apply(tmp_path / "out", stage)
+    schemes = quantized_linears(open_checkpoint(tmp_path / "out"))
+    by_part = {
+        part: {schemes[name] for name in schemes if name.startswith(part)}
+        for part in ("model.", "visual.blocks.", "visual.merger.")
+    }
+    assert by_part == {
+        "model.": {Scheme(4, 32, symmetric=True)},
+        "visual.blocks.": {Scheme(8, -1, symmetric=True, activations="token")},
+        "visual.merger.": {Scheme(3, 64, symmetric=True)},
+    }
+    assert stage.predict_bytes(bench.checkpoint, bench.family) == open_checkpoint(tmp_path / "out").weight_bytes
+    assert divergence(bench, tmp_path / "out") < 0.5
+
+
+def test_what_is_not_targeted_stays_bit_for_bit(bench: Bench, tmp_path: Path) -> None:
+    bench.apply(tmp_path / "out", gptq())
+    before, after = tensors_of(bench.folder), tensors_of(tmp_path / "out")
+    quantized = quantized_linears(open_checkpoint(tmp_path / "out"))
+    kept = [name for name in before if name.removesuffix(".weight") not in quantized]
+    assert any(name.startswith("visual.") for name in kept)
+    assert all(torch.equal(after[name], before[name]) for name in kept)
+
+
+def test_a_component_named_twice_is_refused() -> None:
+    with pytest.raises(ValueError, match="decoder is named twice; remove one of the two"):
+        gptq(targets=["decoder", {"component": "decoder", "bits": 8}])
+
+
+def test_scales_for_keys_and_values_are_written_beside_the_weights(bench: Bench, tmp_path: Path) -> None:
+    stage = gptq(kv_cache="fp8")
+    bench.apply(tmp_path / "out", stage)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    scales = {name: tensor for name, tensor in tensors_of(tmp_path / "out").items() if name.endswith(("k_scale", "v_scale"))}
+    layers = bench.checkpoint.text_config["num_hidden_layers"]
+    assert set(scales) == {f"model.layers.{layer}.self_attn.{kind}_scale" for layer in range(layers) for kind in "kv"}
+    assert all(scale.shape == (1,) and scale.dtype == torch.float32 and 0 < scale < 10 for scale in scales.values())
+    assert checkpoint.config["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
+    assert stage.predict_bytes(bench.checkpoint, bench.family) == checkpoint.weight_bytes

@@ -1,0 +1,93 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from compress.checkpoint import open_checkpoint
+from compress.layouts import quantized_linears
+from compress.numerics.scheme import Scheme
+from compress.stages.block import BlockWeights
+from compress.stages.int8 import Int8
+from compress.stages.smooth_solver import Smoothing, smooth
+from tests.stages.bench import Bench, divergence, tensors_of
+from tests.stages.toy import HEADS, NAMES, PAIRS, Block, alike, samples, statistics, with_folded
+
+
+def int8(**fields: Any) -> Int8:
+    return Int8.model_validate({"stage": "int8", **fields})
+
+
+@pytest.mark.parametrize("activations", ["token", "tensor", "none"])
+def test_predictions_stay_close_to_the_original(bench: Bench, tmp_path: Path, activations: str) -> None:
+    stage = int8(activations=activations)
+    bench.apply(tmp_path / "out", stage)
+    checkpoint = open_checkpoint(tmp_path / "out")
+    expected = None if activations == "none" else activations
+    assert {(scheme.bits, scheme.group_size, scheme.activations) for scheme in quantized_linears(checkpoint).values()} == {
+        (8, -1, expected)
+    }
+    assert stage.predict_bytes(bench.checkpoint, bench.family) == checkpoint.weight_bytes
+    scales = [name for name in checkpoint.tensors if name.endswith("input_scale")]
+    assert len(scales) == (len(quantized_linears(checkpoint)) if activations == "tensor" else 0)
+    assert 0 < divergence(bench, tmp_path / "out") < (0.05 if activations == "tensor" else 0.02)
+
+
+def test_without_statistics_no_sample_is_read() -> None:
+    assert not int8(smoothing="none", rounding="nearest").calibrated
+    assert int8(smoothing="none", rounding="nearest", activations="tensor").calibrated
+    assert int8(smoothing="none").calibrated
+    assert int8(smoothing=0.5, rounding="nearest").calibrated
+
+
+def test_a_component_can_keep_its_inputs(bench: Bench, tmp_path: Path) -> None:
+    bench.apply(tmp_path / "out", int8(targets=["decoder", {"component": "projector", "activations": "none"}]))
+    schemes = quantized_linears(open_checkpoint(tmp_path / "out"))
+    assert {scheme.activations for name, scheme in schemes.items() if name.startswith("visual.")} == {None}
+    assert {scheme.activations for name, scheme in schemes.items() if not name.startswith("visual.")} == {"token"}
+
+
+SCHEME = Scheme(8, -1, symmetric=True, activations="tensor")
+
+
+@pytest.mark.parametrize("strength", [None, 0.7])
+def test_smoothing_keeps_the_function(strength: float | None) -> None:
+    block, x = Block(), samples()
+    moments, state = statistics(block, x), BlockWeights.of(block, NAMES, HEADS)
+    for pair in PAIRS[1:]:
+        smooth(state, pair, moments, alike(SCHEME), Smoothing(strength))
+    assert state.input_scales
+    with torch.no_grad():
+        torch.testing.assert_close(with_folded(block, state)(x), block(x), rtol=1e-5, atol=1e-5)
+
+
+def test_the_strength_that_is_found_beats_none_and_fixed_ones_on_inputs_with_outliers() -> None:
+    block, x = Block(), samples()
+    x[:, 3] *= 30
+    moments = statistics(block, x)
+
+    def error(strength: float | None, *, moved: bool = True) -> float:
+        state = BlockWeights.of(block, NAMES, HEADS)
+        if moved:
+            smooth(state, PAIRS[0], moments, alike(SCHEME), Smoothing(strength))
+        normed = block.norm(x)
+        given = normed / state.input_scales.get("q", torch.ones(1))
+        step = given.abs().max() / 127
+        weight = state.weights["q"]
+        scale = weight.abs().amax(dim=1, keepdim=True) / 127.5
+        with torch.no_grad():
+            exact = normed @ block.q.weight.t()
+            rounded = (given / step).round() * step @ ((weight / scale).round() * scale).t()
+        return float((rounded - exact).square().mean())
+
+    found = error(None)
+    assert found < 0.9 * error(None, moved=False)
+    assert found < 1.1 * min(error(strength) for strength in (0.25, 0.5, 0.75))
+
+
+def test_what_is_not_targeted_stays_bit_for_bit(bench: Bench, tmp_path: Path) -> None:
+    bench.apply(tmp_path / "out", int8())
+    before, after = tensors_of(bench.folder), tensors_of(tmp_path / "out")
+    vision = [name for name in before if name.startswith("visual.")]
+    assert vision
+    assert all(torch.equal(after[name], before[name]) for name in vision)

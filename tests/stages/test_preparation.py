@@ -1,0 +1,212 @@
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from compress.checkpoint import open_checkpoint
+from compress.errors import CheckpointError, RecipeError
+from compress.layouts import linear_shape, quantized_linears
+from compress.plan import make_plan
+from compress.progress import Silent
+from compress.stages.awq import Awq
+from compress.stages.gptq import Gptq
+from compress.stages.quantizer import IntegerQuantizer
+from compress.stages.rtn import Rtn
+from compress.stages.stage import StageContext
+from compress.stages.widths import WIDTHS, Widths, read_widths
+from compress.store import Store
+from tests.stages.bench import Bench, prepare, tensors_of
+from tests.tiny import build_qwen2_5_vl
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
+STAGES: Mapping[str, type[IntegerQuantizer]] = {"awq": Awq, "gptq": Gptq, "rtn": Rtn}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory: pytest.TempPathFactory) -> Bench:
+    base = tmp_path_factory.mktemp("preparation")
+    return prepare(base, build_qwen2_5_vl(base / "model"))
+
+
+def stage_of(name: str, **fields: Any) -> IntegerQuantizer:
+    quick = {} if name == "rtn" else {"grid": 4}
+    return STAGES[name].model_validate({"stage": name, "bits": 4, "group_size": 32, **quick, **fields})
+
+
+def auto(name: str = "awq", budget: float = 4.5, **fields: Any) -> IntegerQuantizer:
+    return stage_of(name, **{"bits": "auto", "budget": {"bits_per_weight": budget}, **fields})
+
+
+def widths_of(folder: Path) -> Widths:
+    found = read_widths(folder)
+    assert found is not None
+    return found
+
+
+@pytest.mark.parametrize("name", list(STAGES))
+def test_widths_keep_the_budget_and_what_is_written_has_them(bench: Bench, tmp_path: Path, name: str) -> None:
+    stage = auto(name, targets=("decoder", "lm_head"))
+    assert stage.check(bench.checkpoint, bench.family) == []
+    assert stage.schemes(bench.checkpoint, bench.family) is None
+    written = open_checkpoint(bench.apply(tmp_path / "out", stage))
+    found = widths_of(tmp_path / "out")
+    held = {layer: scheme.bits for layer, scheme in quantized_linears(written).items()}
+    assert held == {layer: width for layer, width in found.by_layer.items() if width < 16}
+    assert len(found.by_layer) == 3 * 7 + 1
+    assert len(found.groups) == 3 * 4 + 1
+    assert len({group.width for group in found.groups}) > 1
+    weights = {layer: linear_shape(bench.checkpoint, layer) for layer in found.by_layer}
+    taken = sum(
+        entry.bytes for tensor, entry in written.tensors.items() if tensor.rpartition(".")[0] in weights and "bias" not in tensor
+    )
+    assert taken == sum(group.bytes for group in found.groups)
+    assert taken * 8 / sum(rows * columns for rows, columns in weights.values()) == pytest.approx(found.bits_per_weight)
+    assert 4.2 < found.bits_per_weight <= 4.5
+    assert written.weight_bytes <= stage.predict_bytes(bench.checkpoint, bench.family)
+    assert not (tmp_path / "out" / ".blocks").exists()
+
+
+def test_the_predicted_loss_is_below_that_of_one_width_for_all(bench: Bench, tmp_path: Path) -> None:
+    uniform = 4 + (16 + 4) / 32 + 8 * 16 / (128 * 64)  # codes, scales, zero points, and what is written of shapes
+    found = widths_of(bench.apply(tmp_path / "out", auto(budget=uniform)))
+    assert found.predicted_loss == pytest.approx(sum(group.predicted_loss for group in found.groups))
+    assert all(group.predicted_loss == group.losses[group.width] for group in found.groups)
+    assert found.predicted_loss < 0.9 * sum(group.losses[4] for group in found.groups)
+    for group in found.groups:
+        assert group.losses[2] > group.losses[3] > group.losses[4] > group.losses[8] > group.losses[16] == 0
+
+
+def test_layers_that_a_runtime_joins_have_one_width_and_others_are_fixed(bench: Bench, tmp_path: Path) -> None:
+    targets = ("decoder", {"component": "vision", "bits": 8, "group_size": 16})
+    stage = auto(budget=3.6, targets=targets, leave_out=("*.layers.0.*",), widths=(3, 4))
+    out = bench.apply(tmp_path / "out", stage)
+    found = widths_of(out)
+    joined = {layer.rpartition(".")[2]: group for group in found.groups for layer in group.layers if ".layers.1." in layer}
+    assert joined["q_proj"] is joined["k_proj"] is joined["v_proj"]
+    assert joined["gate_proj"] is joined["up_proj"]
+    assert set(found.by_layer.values()) <= {3, 4}
+    schemes = quantized_linears(open_checkpoint(out))
+    assert {scheme.bits for layer, scheme in schemes.items() if "visual" in layer} == {8}
+    assert not any(".layers.0." in layer for layer in schemes)
+
+
+def test_a_budget_in_bytes_is_for_the_whole_checkpoint(bench: Bench, tmp_path: Path) -> None:
+    limit = bench.checkpoint.weight_bytes * 6 // 10
+    stage = stage_of("awq", bits="auto", budget={"bytes": limit})
+    written = open_checkpoint(bench.apply(tmp_path / "out", stage))
+    assert 0.97 * limit < written.weight_bytes <= limit
+    assert stage.predict_bytes(bench.checkpoint, bench.family) == limit
+    small = stage_of("awq", bits="auto", budget={"bytes": 1000})
+    (fault,) = small.check(bench.checkpoint, bench.family)
+    assert fault.startswith("budget: 1000 is too little; the smallest possible with widths 2, 3, 4, 8, 16 is ")
+    least = int(fault.partition("16 is ")[2].partition(" bytes")[0])
+    assert stage_of("awq", bits="auto", budget={"bytes": least}).check(bench.checkpoint, bench.family) == []
+    assert stage_of("awq", bits="auto", budget={"bytes": least - 1}).check(bench.checkpoint, bench.family)
+
+
+class KilledError(Exception):
+    pass
+
+
+class Watching(Silent):
+    """Notes which pieces of work were begun, and ends the one called `last` after so many steps."""
+
+    def __init__(self, last: str = "", steps: int = 0) -> None:
+        self.last = last
+        self.steps = steps
+        self.begun: list[str] = []
+
+    @contextmanager
+    def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
+        self.begun.append(name)
+        done: list[int] = []
+
+        def advance(count: int) -> None:
+            done.append(count)
+            if name == self.last and len(done) == self.steps:
+                raise KilledError
+
+        yield advance
+
+
+def test_a_killed_run_does_not_measure_again_and_ends_the_same(bench: Bench, tmp_path: Path) -> None:
+    stage, target = auto(balance="auto"), tmp_path / "killed"
+    whole = bench.apply(tmp_path / "whole", stage)
+    target.mkdir()
+    work = ["awq: sensitivity", "awq: widths", "awq", "awq: write"]
+    kills = [(work[0], 4, work[:1]), (work[1], 2, work[:2]), (work[2], 2, work[1:3]), (work[3], 5, work[2:])]
+    for last, steps, begun in kills:
+        watching = Watching(last, steps)
+        with pytest.raises(KilledError):
+            stage.apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, watching))
+        assert watching.begun == begun
+    last = Watching()
+    stage.apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, last))
+    assert last.begun == work[2:]
+    for name in ("model.safetensors", "config.json", WIDTHS):
+        assert (target / name).read_bytes() == (whole / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["awq", "gptq"])
+def test_every_balance_gives_other_codes(bench: Bench, tmp_path: Path, name: str) -> None:
+    packed: list[bytes] = []
+    for number, balance in enumerate(("tokens", 0.0, 0.5, 1.0, "auto")):
+        out = bench.apply(tmp_path / str(number), stage_of(name, balance=balance))
+        tensors = tensors_of(out)
+        (codes,) = [tensor for key, tensor in tensors.items() if key.endswith("layers.1.mlp.up_proj.weight_packed")]
+        packed.append(codes.numpy().tobytes())
+        assert read_widths(out) is None
+    assert len(set(packed)) == len(packed)
+
+
+def test_the_balance_of_layers_that_see_images_alone_is_nothing(bench: Bench, tmp_path: Path) -> None:
+    plain, other = (
+        tensors_of(bench.apply(tmp_path / str(balance), stage_of("gptq", group_size=16, targets=("vision",), balance=balance)))
+        for balance in ("tokens", "auto")
+    )
+    assert all(torch.equal(plain[key], other[key]) for key in plain)
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"bits": "auto"}, "bits: auto needs a budget"),
+        ({"budget": {"bits_per_weight": 4}}, "budget and widths go with bits: auto, not 4"),
+        ({"widths": [4]}, "budget and widths go with bits: auto, not 4"),
+        ({"bits": "auto", "budget": {}}, "give bits_per_weight or bytes, and not both"),
+        ({"bits": "auto", "budget": {"bits_per_weight": 4, "bytes": 9}}, "give bits_per_weight or bytes, and not both"),
+        ({"bits": "auto", "budget": {"bits_per_weight": 4}, "widths": [16]}, "16 alone leaves every layer as it is"),
+        ({"bits": "auto", "budget": {"bits_per_weight": 4}, "widths": [5]}, "Input should be 2, 3, 4, 8 or 16"),
+        ({"balance": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_fields_that_do_not_fit_each_other(fields: dict[str, Any], expected: str) -> None:
+    with pytest.raises(ValidationError, match=expected):
+        stage_of("awq", **fields)
+
+
+def test_what_auto_cannot_do_is_a_fault(bench: Bench, tmp_path: Path) -> None:
+    (fault,) = auto(targets=("decoder", "vision")).check(bench.checkpoint, bench.family)
+    assert fault.endswith("bits: auto is for the decoder and lm_head; give bits to vision ({component: vision, bits: 8})")
+    (fault,) = auto(budget=2.0).check(bench.checkpoint, bench.family)
+    assert fault.startswith("budget: 2.0 is too little; the smallest possible with widths 2, 3, 4, 8, 16 is 2.57 bits per weight")
+    (fault,) = auto(targets=({"component": "decoder", "activations": "token"},)).check(bench.checkpoint, bench.family)
+    assert "with activations decoder has to have 8 bits, not auto" in fault
+    (fault,) = stage_of("rtn", balance=0.5).check(bench.checkpoint, bench.family)
+    assert fault == "balance: rtn reads no statistics of what layers are given; remove it"
+    with pytest.raises(CheckpointError, match="leaves every layer as it is; lower it, or remove the stage"):
+        bench.apply(tmp_path / "out", auto("rtn", budget=16))
+
+
+def test_a_layout_that_cannot_hold_a_width_is_refused_in_the_plan(tmp_path: Path) -> None:
+    settings = {"stages.0.bits": "auto", "stages.0.budget": {"bits_per_weight": 5}}
+    with pytest.raises(RecipeError, match=r"export\.0: .*: layout awq holds 4 bits, not 2; set layout: compressed-tensors"):
+        make_plan(DEMO, settings, Store(tmp_path))
+    plan = make_plan(DEMO, {**settings, "stages.0.widths": [4, 16]}, Store(tmp_path))
+    expected = plan.by_name["awq"].expected_bytes
+    assert expected is not None
+    assert plan.by_name["export vllm-awq"].expected_bytes is None

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+import pytest
+import torch
+
+from compress.checkpoint import open_checkpoint
+from compress.layouts import quantized_linears, read_linear
+from compress.numerics.rounding import quantize
+from compress.progress import Silent
+from compress.stages.rtn import Rtn
+from compress.stages.stage import StageContext
+from tests.stages.bench import Bench, tensors_of
+
+
+def test_each_weight_has_its_nearest_code_and_no_sample_is_read(bench: Bench, tmp_path: Path) -> None:
+    stage = Rtn(stage="rtn", bits=3, group_size=32, targets=("decoder", "vision"))
+    assert not stage.calibrated
+    stage.apply(StageContext(bench.folder, tmp_path, None, bench.family, "cpu", 0, Silent()))
+    before, after = tensors_of(bench.folder), tensors_of(tmp_path)
+    schemes = quantized_linears(open_checkpoint(tmp_path))
+    assert any(name.startswith("visual.blocks.") for name in schemes)
+    for name, scheme in schemes.items():
+        weight = before[f"{name}.weight"]
+        expected = quantize(weight, scheme, weight.dtype)
+        found = read_linear(name, scheme, after.__getitem__)
+        assert torch.equal(found.codes, expected.codes)
+        assert torch.equal(found.scales, expected.scales)
+    assert stage.predict_bytes(bench.checkpoint, bench.family) == open_checkpoint(tmp_path).weight_bytes
+
+
+def test_scales_for_keys_and_values_need_samples() -> None:
+    assert Rtn(stage="rtn", bits=4, group_size=32, kv_cache="fp8").calibrated
+
+
+@pytest.mark.parametrize("group_size", [0, -2])
+def test_a_group_of_no_size_is_refused(group_size: int) -> None:
+    with pytest.raises(ValueError, match="positive number of input channels, or -1"):
+        Rtn(stage="rtn", bits=4, group_size=group_size)

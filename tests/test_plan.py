@@ -1,0 +1,62 @@
+"""What a plan says of what it would make."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from compress.errors import RecipeError
+from compress.plan import Plan, make_plan, show
+from compress.store import Store
+from tests.jobs import Job, make_job
+from tests.tiny import build_mllama
+
+SYMMETRIC = {"stages.0.symmetric": True, "export": [{"format": "vllm", "layout": "compressed-tensors"}]}
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory: pytest.TempPathFactory) -> Job:
+    return make_job(tmp_path_factory.mktemp("job"), layers=1)
+
+
+def plan_with(job: Job, **settings: object) -> tuple[Plan, str]:
+    """Return the plan of a changed recipe, and what is shown of it."""
+    store = Store(job.store)
+    plan = make_plan(job.recipe, {**SYMMETRIC, **settings}, store)
+    console = Console(file=io.StringIO(), width=250)
+    show(plan, store, console)
+    assert isinstance(console.file, io.StringIO)
+    assert plan.summary(store)["notes"] == list(plan.notes)
+    return plan, console.file.getvalue()
+
+
+def test_what_needs_a_gpu_is_said_once_in_the_plan(job: Job) -> None:
+    plan, shown = plan_with(job)
+    assert plan.notes == ()
+    assert "note:" not in shown
+    plan, shown = plan_with(job, **{"stages.0.bits": 3})
+    (note,) = plan.notes
+    assert note.endswith("(and 6 more): vLLM's build for CPUs runs weights of 4 bits, not 3: this artifact needs a GPU")
+    assert shown.count(f"note: {note}") == 1
+
+
+def test_the_last_vllm_that_serves_a_model_is_said_in_the_plan(job: Job, tmp_path: Path) -> None:
+    plan, shown = plan_with(job, **{"model.source": str(build_mllama(tmp_path / "model"))})
+    (note,) = plan.notes
+    assert note.startswith(
+        "vLLM served MllamaForConditionalGeneration up to version 0.10.2 and no later one does: serve it with that"
+    )
+    assert note.endswith("evaluate it with runtime: transformers")
+    assert f"note: {note}" in shown
+
+
+def test_scales_of_keys_and_values_are_refused_where_the_layout_has_no_place(job: Job) -> None:
+    layouts = [{"format": "vllm", "layout": "awq"}]
+    with pytest.raises(RecipeError, match="layout awq has no place for the scales of keys and values"):
+        plan_with(job, **{"stages.0.kv_cache": "fp8", "export": layouts})
+    plan, _ = plan_with(job, **{"stages.0.kv_cache": "fp8"})
+    sizes = [plan.by_name[step].expected_bytes for step in ("awq", "export vllm-compressed-tensors")]
+    assert sizes[0] == sizes[1]
