@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     for kind in ("calibration", "test"):
         parser.add_argument(f"--{kind}-text", type=Path, required=True)
         parser.add_argument(f"--{kind}-questions", type=Path, required=True, help="JSONL or parquet")
-    parser.add_argument("--samples", type=int, default=64, help="of questions; a quarter as many windows of text")
+    parser.add_argument("--samples", type=int, default=48, help="of questions; a quarter as many windows of text")
     parser.add_argument("--tokens", type=int, default=256, help="per window of text")
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--widths", type=int, nargs="+", default=[2, 3, 4, 8])

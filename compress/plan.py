@@ -164,6 +164,11 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
     possible: list[dict[str, Scheme]] = [{}]
     for position, stage in enumerate(recipe.stages):
         found = stage.check(checkpoint, family)
+        if stage.reads_images(family) and not _shows_images(recipe):
+            found.append(
+                f"{stage.stage} observes layers of {family.name} that only images reach, and calibration.sets has none; add a set of "
+                "questions about images (dataset: vqa)"
+            )
         if any(possible):
             found = [f"the stage before it quantizes already, and {stage.stage} needs weights that are not; remove one of the two"]
         faults += _placed(document, ("stages", position), found)
@@ -186,6 +191,10 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
         raise RecipeError(faults)
     notes = [note for outlook in outlooks or [Outlook(checkpoint, family, {})] for note in _notes(recipe, outlook)]
     return _Sizes(stages, exports, tuple(dict.fromkeys(notes)))
+
+
+def _shows_images(recipe: Recipe) -> bool:
+    return recipe.calibration is None or any(isinstance(data, QuestionSource) for data in recipe.calibration.sets)
 
 
 def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str]:

@@ -64,7 +64,7 @@ def test_all_faults_come_at_once_with_line_and_remedy(folder: Path) -> None:
     del data["gate"]
     found = faults(folder, data)
     assert "recipe.yaml:3: model.source: no file or folder at" in found[0]
-    assert "recipe.yaml:13: stages.0.bits: Input should be 2, 3, 4 or 8 (got 5)" in found
+    assert "recipe.yaml:13: stages.0.bits: Input should be 2, 3, 4, 8 or 'auto' (got 5)" in found
     assert any(fault.startswith("recipe.yaml:15: stages.0.groupsize: unknown key;") for fault in found)
     assert any("did you mean group_size?" in fault for fault in found)
     assert "recipe.yaml:16: export: is empty; needs at least one entry" in found
@@ -84,7 +84,7 @@ def test_an_unknown_row_names_the_known_ones(folder: Path) -> None:
 
 def test_faults_of_overrides_name_the_override(folder: Path) -> None:
     assert faults(folder, whole(), stages__0__bits=7) == (
-        "--set stages.0.bits=7: stages.0.bits: Input should be 2, 3, 4 or 8 (got 7)",
+        "--set stages.0.bits=7: stages.0.bits: Input should be 2, 3, 4, 8 or 'auto' (got 7)",
     )
 
 
@@ -105,7 +105,7 @@ def test_a_limit_that_nothing_measures_is_refused(folder: Path) -> None:
     data = whole()
     data["gate"]["accuracy"] = {"min_recovery": 0.99, "confidence": 0.95}
     (fault,) = faults(folder, data)
-    assert "gate.accuracy: nothing measures it; add a task of kind vqa to eval.tasks" in fault
+    assert "gate.accuracy: nothing measures it; add a task of kind vqa or zero-shot to eval.tasks" in fault
 
 
 def test_two_exports_or_tasks_of_one_name_are_refused(folder: Path) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import math
 import threading
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from functools import cache
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -99,6 +100,14 @@ def settings_for(recipe: Recipe, server: str) -> dict[str, Any]:
     return {"eval.runtime.url": server} if recipe.eval.runtime.runtime == "vllm" else {}
 
 
+@pytest.fixture(scope="module")
+def plan_of(hub: None, server: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Plan]:
+    """Return what plans a recipe as it ships, once."""
+    del hub
+    store = Store(tmp_path_factory.mktemp("store"))
+    return cache(lambda path: make_plan(path, settings_for(read_recipe(path, {})[0], server), store))
+
+
 def shown(path: Path, label: str) -> list[str]:
     """Return the words of the command that a recipe's opening comment shows under a label; none where it shows none."""
     lines = [line.removeprefix("#").strip() for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
@@ -138,10 +147,9 @@ def quantized(plan: Plan) -> dict[str, tuple[int, ...]]:
 
 
 @every_recipe
-@pytest.mark.usefixtures("hub")
-def test_a_shipped_recipe_can_be_planned(path: Path, server: str, tmp_path: Path) -> None:
-    recipe, _ = read_recipe(path, {})
-    plan = make_plan(path, settings_for(recipe, server), Store(tmp_path / "store"))
+def test_a_shipped_recipe_can_be_planned(path: Path, plan_of: Callable[[Path], Plan]) -> None:
+    plan = plan_of(path)
+    recipe = plan.recipe
     exports = [[f"export {export.artifact}", f"measure {export.artifact}"] for export in recipe.export]
     prepared = ["calibration", "overlap of calibration and evaluation"] if recipe.calibration else []
     assert [step.name for step in plan.steps] == [
@@ -154,14 +162,13 @@ def test_a_shipped_recipe_can_be_planned(path: Path, server: str, tmp_path: Path
 
 
 @every_recipe
-@pytest.mark.usefixtures("hub")
-def test_a_shipped_recipe_quantizes_what_it_says_and_no_more(path: Path, server: str, tmp_path: Path) -> None:
-    recipe, _ = read_recipe(path, {})
+def test_a_shipped_recipe_quantizes_what_it_says_and_no_more(path: Path, plan_of: Callable[[Path], Plan]) -> None:
+    plan = plan_of(path)
+    recipe = plan.recipe
     if is_local(recipe.model.source):
         assert recipe.model.source == str(ROOT / "recipes" / "demo" / "model")
         return
     model = published()[recipe.model.source]
-    plan = make_plan(path, settings_for(recipe, server), Store(tmp_path / "store"))
     assert quantized(plan) == intended(recipe, model)
     assert recipe.gate.size is not None
     expected = [step.expected_bytes for step in plan.steps if step.kind in ("stage", "export")]
@@ -230,10 +237,9 @@ def test_a_target_is_its_own_linears_alone(model: Published, targets: tuple[Targ
     assert set(stage.schemes(checkpoint, family) or {}) == set(wanted)
 
 
-@pytest.mark.usefixtures("hub")
-def test_the_plan_says_which_vllm_still_serves_a_model(tmp_path: Path) -> None:
-    plan = make_plan(ROOT / "recipes" / "mllama-awq.yaml", {}, Store(tmp_path / "store"))
-    assert any("vLLM served MllamaForConditionalGeneration up to version 0.10.2" in note for note in plan.notes)
+def test_the_plan_says_which_vllm_still_serves_a_model(plan_of: Callable[[Path], Plan]) -> None:
+    notes = plan_of(ROOT / "recipes" / "mllama-awq.yaml").notes
+    assert any("vLLM served MllamaForConditionalGeneration up to version 0.10.2" in note for note in notes)
 
 
 def test_every_family_has_a_recipe_for_each_method() -> None:

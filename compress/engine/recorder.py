@@ -39,6 +39,7 @@ class Recorder(TorchDispatchMode):
         self.calls: dict[str, tuple[Any, Any]] = {}
         self.order: list[str] = []
         self.idle: frozenset[str] = frozenset()
+        self._finished = False
         self._host = host
         self._listening = True
         self._previous: Tensor | None = None
@@ -73,7 +74,10 @@ class Recorder(TorchDispatchMode):
         raise ReachedError
 
     def finish(self) -> None:
-        """Say which outputs only the next part has read, once no part is called any more."""
+        """Say which outputs only the next part has read, once no part is called any more; counts the first time alone."""
+        if self._finished:
+            return
+        self._finished = True
         held = {name for name, tensors in self._returned.items() if any(tensor() is not None for tensor in tensors)}
         self.idle = frozenset(self._returned.keys() - self._read - held)
 

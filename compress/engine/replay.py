@@ -254,8 +254,7 @@ class Replay:
                 stubs[name] = _recording(forward, outputs[name], self.host)
             with recorder:
                 self._forward(inputs, stubs)
-            if not recorder.idle:
-                recorder.finish()
+            recorder.finish()
             trace.outputs.clear()
             trace.calls, trace.idle, trace.order = recorder.calls, recorder.idle, recorder.order
             if self._replays(trace, units):

@@ -46,6 +46,7 @@ BLIP2 = Family(
     single_image=True,
     text_model="language_model",
     chat_template=_CHAT_TEMPLATE,
+    served_names=((r"^vision_model\.", "."),),
     served_plain=("qformer", "language_projection"),
     requires=(
         ("text_config.model_type", "opt"),

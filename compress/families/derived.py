@@ -22,6 +22,7 @@ from compress.families.family import Family, Pair, within
 from compress.skeleton import build_skeleton
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_NEEDED = ("num_attention_heads", "num_hidden_layers")
 _TOKENS = 8
 _MATRIX = 2
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
@@ -72,6 +73,9 @@ class _Inspection:
         vision = self._apart(called, names[id(head)])
         towers = tuple(self._towers(vision))
         projector = tuple(part for part in vision if not any(within(tower, part) for tower in towers))
+        text = cast("Mapping[str, Any]", self.config.get("text_config") or self.config)
+        if unsaid := [key for key in _NEEDED if text.get(key) is None]:
+            self._refuse(f"config.json leaves {unsaid[0]} of its text's part to transformers; write it there")
         keys = tuple(key for key in _IMAGE_TOKENS if self.config.get(key) is not None)
         if vision and not keys:
             self._refuse(f"config.json has none of {', '.join(_IMAGE_TOKENS)}, so its images' tokens are not known")
@@ -208,8 +212,7 @@ class _Inspection:
         return (*linear, "grouped") if torch.equal(channels, expected) else None
 
     def _heads(self) -> int:
-        text = cast("Mapping[str, Any]", self.config.get("text_config") or self.config)
-        return int(text.get("num_attention_heads") or 0)
+        return int(getattr(self.model.config.get_text_config(), "num_attention_heads", 0))
 
     def _apart(self, called: set[str], head: str) -> tuple[str, ...]:
         """Return the outermost modules with weights that no text goes through, other than the head."""

@@ -45,7 +45,8 @@ class Family:
     `requires` are the values, one or several, that keys of the config (dotted) may have, without which a checkpoint of
     this `model_type` is another architecture; `defaults` those of the text's config that published files leave out.
     `served_until` is the last vLLM that has the architecture, where later ones dropped it; `served_plain` are the modules whose
-    weights vLLM cannot hold quantized. `derived` says what was found out by looking at the model, where there is no record.
+    weights vLLM cannot hold quantized; `served_names` turn names on disk into those by which vLLM asks how a module is held, where
+    that are others than its own mapping gives. `derived` says what was found out by looking at the model, where there is no record.
     """
 
     name: str
@@ -68,6 +69,7 @@ class Family:
     chat_template: str = ""
     served_until: str = ""
     served_plain: tuple[str, ...] = ()
+    served_names: tuple[tuple[str, str], ...] = ()
     requires: tuple[tuple[str, str | bool | tuple[str, ...]], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
     derived: str = ""

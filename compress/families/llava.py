@@ -33,4 +33,5 @@ LLAVA = Family(
         ("text_config.model_type", ("llama", "mistral", "qwen2", "qwen3")),
         ("vision_config.model_type", ("clip_vision_model", "siglip_vision_model")),
     ),
+    defaults=(("num_attention_heads", 32), ("num_hidden_layers", 32)),
 )

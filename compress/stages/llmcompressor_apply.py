@@ -25,7 +25,7 @@ from compress.engine.weights import DTYPES, ShardWriter, map_tensor
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError, ServerError
 from compress.families import Family
 from compress.files import telling_where, write_bytes, write_json
-from compress.layouts import is_quantized, unquantized_linears
+from compress.layouts import unquantized_linears
 from compress.progress import Progress
 from compress.runtimes.environment import require
 from compress.runtimes.server import Server, run_server
@@ -303,9 +303,9 @@ class _Intake:
         named = {self._disk_module(name) for name in cast("list[str]", settings.get("ignore") or [])}
         given = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
         groups = {name: {**group, "targets": self._targets(group["targets"])} for name, group in given.items()}
-        transforms = settings.get("transform_config") if _is_online(settings) else {}
         ignore = sorted({*left, *named} - set(self.quantized))
-        return {**settings, "config_groups": groups, "ignore": ignore, "transform_config": transforms}
+        transforms = {} if _is_online(settings) else {"transform_config": cast("dict[str, Any]", {})}
+        return {**settings, "config_groups": groups, "ignore": ignore, **transforms}
 
     def _targets(self, targets: list[str]) -> list[str]:
         found: list[str] = []
@@ -321,5 +321,7 @@ class _Intake:
 
 def _is_online(settings: Mapping[str, Any]) -> bool:
     """Return whether a runtime has to rotate something; what is in the weights already is none of its business."""
-    schemes = (settings.get("transform_config") or {}).get("config_groups") or {}
-    return any(not str(entry["location"]).startswith("weight_") for scheme in schemes.values() for entry in scheme["apply"])
+    transforms = cast("Mapping[str, Any]", settings.get("transform_config") or {})
+    schemes = cast("Mapping[str, Mapping[str, Any]]", transforms.get("config_groups") or {})
+    places = [str(entry["location"]) for scheme in schemes.values() for entry in cast("list[dict[str, Any]]", scheme["apply"])]
+    return any(not place.startswith("weight_") for place in places)

@@ -106,17 +106,22 @@ def fill_rotations(modifier: Any, given: dict[str, Any] | None) -> None:
     Its embeddings are not centred: no RMSNorm lets that pass unseen.
 
     Raises:
-        JobError: the model cannot be rotated.
+        JobError: the model cannot be rotated, or not in its weights alone.
     """
     if given is None:
         raise JobError(
             "SpinQuantModifier: it rotates what enters a decoder of q/k/v/o and gate/up/down projections behind RMSNorms, and this "
             "model has other parts; use another modifier, or give transform_config, mappings and norm_mappings"
         )
+    if online := sorted({*modifier.rotations} - {"R1", "R2"}):
+        raise JobError(
+            f"SpinQuantModifier: {', '.join(online)} rotate at run time, by names that vLLM gives otherwise; leave R1 and R2, or give "
+            "transform_config, mappings and norm_mappings"
+        )
     package = import_module("llmcompressor.modifiers.transform.spinquant.base")
     modifier.mappings = package.SpinQuantMapping(**given["mappings"])
     modifier.norm_mappings = [package.NormMapping(**entry) for entry in given["norm_mappings"]]
-    sized = {"R2": (given["head_dim"],), "R3": (given["head_dim"],)}
+    sized = {"R2": (given["head_dim"],)}
     schemes = {name: getattr(modifier, f"_create_{name.lower()}_scheme")(*sized.get(name, ())) for name in modifier.rotations}
     modifier.transform_config = package.TransformConfig(config_groups=schemes)
     modifier.mappings.embedding = "re:(?!)"

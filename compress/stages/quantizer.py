@@ -7,6 +7,7 @@ from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import replace
 from fnmatch import fnmatchcase
+from importlib.metadata import version
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
@@ -42,6 +43,7 @@ Bits = Literal[2, 3, 4, 8]
 Balance = Literal["tokens", "auto"] | Annotated[float, Field(ge=0, le=1)]
 """How much text and vision tokens count in statistics."""
 
+_ALL_WIDTHS: tuple[Width, ...] = (2, 3, 4, 8, 16)
 _TO_BE_CHOSEN = 0
 
 
@@ -115,6 +117,12 @@ class Quantizer(Stage):
             self.observes() or self.kv_cache is not None or any(scheme.activations == "tensor" for scheme in self.parts().values())
         )
 
+    def reads_images(self, family: Family) -> bool:
+        """Return whether some linear that it observes is only reached by images: of the vision side, or a reader of its states."""
+        parts = self.parts()
+        observed = [part for part, scheme in parts.items() if self.observes() or scheme.activations == "tensor"]
+        return any(part in ("vision", "projector") for part in observed) or ("decoder" in observed and bool(family.vision_readers))
+
     def select(self, checkpoint: Checkpoint, family: Family) -> Selection:
         """Return the linears to be quantized."""
         return select(checkpoint, family, tuple(self.parts()), self.leave_out)
@@ -180,18 +188,18 @@ class IntegerQuantizer(Quantizer):
     and gate/up share theirs, 16 leaves a layer as it is.
     """
 
-    bits: Bits | Literal["auto"]
+    bits: Literal[2, 3, 4, 8, "auto"]
     group_size: GroupSize
     symmetric: bool
     budget: Budget | None = None
-    widths: Annotated[tuple[Width, ...], Field(min_length=1)] = (2, 3, 4, 8, 16)
+    widths: Annotated[tuple[Width, ...], Field(min_length=1)] = _ALL_WIDTHS
     targets: Annotated[tuple[Target | IntegerPart, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
 
     @model_validator(mode="after")
     def _budgeted(self) -> Self:
         if self.bits == "auto" and self.budget is None:
             raise ValueError("bits: auto needs a budget, such as {bits_per_weight: 4.25}")
-        if self.bits != "auto" and (self.budget is not None or "widths" in self.model_fields_set):
+        if self.bits != "auto" and (self.budget is not None or self.widths != _ALL_WIDTHS):
             raise ValueError(f"budget and widths go with bits: auto, not {self.bits}; remove them")
         if set(self.widths) == {LEFT}:
             raise ValueError("widths: 16 alone leaves every layer as it is; add smaller ones")
@@ -201,6 +209,11 @@ class IntegerQuantizer(Quantizer):
     def calibrated(self) -> bool:
         """Whether the stage reads calibration samples."""
         return super().calibrated or self.bits == "auto"
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions, by distribution, that shape the result; the solver's where widths are chosen."""
+        solver = {"scipy": version("scipy")} if self.bits == "auto" else {}
+        return super().versions() | solver
 
     def parts(self) -> Mapping[Target, Scheme]:
         """Return how the linears of each targeted component are held; 0 bits stand for a width yet to be chosen."""
@@ -212,7 +225,12 @@ class IntegerQuantizer(Quantizer):
         faults = super().check(checkpoint, family)
         mixture = None if faults else self.mixture(checkpoint, family)
         if mixture is None:
-            return faults
+            idle = self.bits == "auto" and not faults
+            return (
+                ["targets: each has bits of its own, so that bits: auto has nothing to choose; remove one of the two"]
+                if idle
+                else faults
+            )
         if family.head is None:
             return ["bits: auto weighs layers by the model's predictions, and this model makes none; give a number"]
         for part, scheme in mixture.schemes.items():

@@ -73,6 +73,11 @@ class Stage(Frozen, ABC):
         del checkpoint, family
         return {}
 
+    def reads_images(self, family: Family) -> bool:
+        """Return whether it cannot be done without images among the calibration samples."""
+        del family
+        return False
+
     def possible_schemes(self, checkpoint: Checkpoint, family: Family) -> list[dict[str, Scheme]]:
         """Return samples of how the linears may be held, such that an export which takes them takes every result of the stage.
 

@@ -11,17 +11,17 @@ from compress.engine.replay import Positions, Walkthrough
 from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import Moment, Moments
 from compress.errors import CheckpointError
-from compress.families import Family, family_of
-from tests.engine.test_replay import Fixed, batches, build_qwen3_vl, qwen3_vl_batches
+from compress.families import family_of
+from tests.engine.test_replay import Fixed, batches
 from tests.tiny import build_qwen2_5_vl
 
 KINDS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj", "mlp.down_proj")
 BLOCKS = "model.language_model.layers"
 
 
-def plan(folder: Path, given: list[Fixed], family: Family | None = None) -> Walkthrough:
+def plan(folder: Path, given: list[Fixed]) -> Walkthrough:
     checkpoint = open_checkpoint(folder)
-    return Walkthrough(checkpoint, family or family_of(checkpoint.config), given, "cpu", folder)
+    return Walkthrough(checkpoint, family_of(checkpoint.config), given, "cpu", folder)
 
 
 def keeping(outputs: dict[str, Tensor], name: str) -> Any:
@@ -74,16 +74,6 @@ def test_the_walk_in_reverse_equals_autograd_through_the_whole_model(tmp_path: P
             assert found[name].vision is None
         else:
             torch.testing.assert_close(found[name].vision, kinds["vision"], rtol=1e-3, atol=1e-9)
-
-
-def test_what_is_added_between_blocks_passes_the_gradient_on(tmp_path: Path) -> None:
-    family = build_qwen3_vl(tmp_path)
-    linears = [f"{BLOCKS}.{block}.self_attn.q_proj" for block in range(4)]
-    expected = by_autograd(tmp_path, qwen3_vl_batches(), linears, seed=0)
-    found = measure_sensitivity(plan(tmp_path, qwen3_vl_batches(), family), linears, seed=0)
-    for name, kinds in expected.items():
-        torch.testing.assert_close(found[name].text, kinds["text"], rtol=1e-3, atol=1e-9)
-        torch.testing.assert_close(found[name].vision, kinds["vision"], rtol=1e-3, atol=1e-9)
 
 
 def test_a_model_in_bfloat16_is_near_and_the_same_each_time(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes.unpack import dense_tensors
 from tests.quantized import exact_weights, round_checkpoint, scheme
-from tests.tiny import BUILDERS, build_qwen2_5_vl, build_qwen2_vl
+from tests.tiny import BUILDERS, build_blip2, build_qwen2_5_vl, build_qwen2_vl
 
 
 @dataclass
@@ -344,6 +344,25 @@ def test_queries_keys_and_values_are_joined_in_every_part(family: str, joined: s
     assert all(f"{name}.weight" in checkpoint.tensors for name in held)
     (fault,) = faults("compressed-tensors", checkpoint, held)
     assert fault.startswith(f"{joined.rpartition('.')[0]}: vLLM joins q_proj, k_proj, v_proj into one layer")
+
+
+@pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
+def test_blip_2_is_told_by_the_names_that_vllm_has(layout: Layout, tmp_path: Path) -> None:
+    """vLLM builds this vision tower without a prefix, and asks for its modules' schemes without it."""
+    source = build_blip2(tmp_path / "source")
+    round_checkpoint(source, tmp_path / "rounded", scheme(symmetric=True))
+    artifact, _ = export(layout, tmp_path / "rounded", tmp_path / "artifact")
+    settings = artifact.config["quantization_config"]
+    if layout == "gptq":
+        assert not [name for name in settings["modules_in_block_to_quantize"] if not name.startswith("language_model.")]
+    else:
+        left = settings["ignore" if layout == "compressed-tensors" else "modules_to_not_convert"]
+        assert {"vision_model.encoder.layers.0.mlp.fc1", ".encoder.layers.0.mlp.fc1", "language_model.lm_head"} <= set(left)
+    round_checkpoint(source, tmp_path / "seeing", scheme(4, 32), vision=lambda name: EIGHT_BITS[0] if "mlp" in name else None)
+    seeing, _ = export("compressed-tensors", tmp_path / "seeing", tmp_path / "seen")
+    targets = [group["targets"] for group in seeing.config["quantization_config"]["config_groups"].values()]
+    assert [".encoder.layers.0.mlp.fc1" in names for names in targets] == [False, True]
+    assert quantized_linears(seeing) == quantized_linears(open_checkpoint(tmp_path / "seeing"))
 
 
 @pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])

@@ -1,15 +1,14 @@
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
-from transformers import AutoTokenizer
 
-from compress.calibration.collect import longest_input
+from compress.calibration.collect import load_tokenizer, longest_input
 from compress.calibration.load import Exchange, load_processor, process
 from compress.checkpoint import open_checkpoint, read_config
-from compress.conversation import write_prompt
+from compress.conversation import decode_image, write_prompt
 from compress.errors import CheckpointError, DataError
 from compress.families import family_of
 from compress.progress import Silent
@@ -36,18 +35,14 @@ def test_prompts_are_those_of_the_published_examples(folder: Path) -> None:
     processor, prompt = load_processor(folder), Prompt("a", "What is it?", (picture(1),))
     assert write_prompt(processor, prompt) == "</s>Question: What is it? Answer:"
     assert write_prompt(processor, prompt, "a cat") == "</s>Question: What is it? Answer: a cat\n"
-    ids = process(processor, [Exchange(prompt, None)])["input_ids"][0].tolist()
+    ids = cast("list[int]", process(processor, [Exchange(prompt, None)])["input_ids"][0].tolist())
     begin = processor.tokenizer.bos_token_id
     assert ids[: QUERIES + 1] == [read_config(folder)["image_token_index"]] * QUERIES + [begin]
     assert begin not in ids[QUERIES + 1 :]
-    usual = processor(text=["Question: What is it? Answer:"], images=[open_image()], add_special_tokens=False)["input_ids"][0]
+    usual = processor(
+        text=["Question: What is it? Answer:"], images=[decode_image(picture(1), "picture")], add_special_tokens=False
+    )["input_ids"][0]
     assert ids == [*usual[:QUERIES], begin, *usual[QUERIES:]]
-
-
-def open_image() -> Any:
-    from compress.conversation import decode_image
-
-    return decode_image(picture(1), "picture")
 
 
 def test_a_template_that_ships_is_used(folder: Path, tmp_path: Path) -> None:
@@ -57,7 +52,8 @@ def test_a_template_that_ships_is_used(folder: Path, tmp_path: Path) -> None:
 
 
 def test_text_alone_is_scored_by_the_decoder_alone(folder: Path) -> None:
-    tokens = tuple(AutoTokenizer.from_pretrained(folder)("The river rises in the northern hills.")["input_ids"])
+    tokenizer = load_tokenizer(folder)
+    tokens = cast("tuple[int, ...]", tuple(tokenizer("The river rises in the northern hills.")["input_ids"]))
     with open_in_process(folder) as session:
         (score,) = session.score([Passage("text", tokens)], None, None, Silent())
     model, ids = load_plain(folder, "float32"), torch.tensor([tokens])

@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Mapping
 from io import StringIO
@@ -149,4 +150,13 @@ def test_images_whose_tokens_are_not_known_are_refused(tmp_path: Path) -> None:
     config = (tmp_path / "config.json").read_text()
     (tmp_path / "config.json").write_text(config.replace('"image_token_index"', '"image_token_other"'))
     with pytest.raises(CheckpointError, match=r"config\.json has none of image_token_id, image_token_index"):
+        family_at(tmp_path)
+
+
+def test_a_config_that_leaves_out_the_heads_is_refused(tmp_path: Path) -> None:
+    build_llava(tmp_path, text=PHI3)
+    config = json.loads((tmp_path / "config.json").read_text())
+    del config["text_config"]["num_attention_heads"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"config\.json leaves num_attention_heads of its text's part to transformers"):
         family_at(tmp_path)

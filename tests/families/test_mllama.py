@@ -40,7 +40,7 @@ def visits(folder: Path, given: list[Fixed], units: str) -> dict[str, Any]:
 
 
 def seen(visit: Visit) -> Any:
-    names = [name for name, module in visit.module.named_modules() if name and isinstance(module, torch.nn.Linear)]
+    names = [name.removesuffix(".weight") for name, tensor in visit.module.state_dict().items() if tensor.dim() > 1]
     try:
         return observe(visit, names)
     except CheckpointError as error:

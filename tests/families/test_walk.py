@@ -28,15 +28,16 @@ def assert_every_part_equals(folder: Path) -> None:
     replay = Replay(Walkthrough(checkpoint, family, given, "cpu", folder, 1 << 30))
     decoder = [*replay.decoder_units(), *([family.head] if family.head and not checkpoint.tied else [])]
     vision = replay.vision_units()
-    assert len(vision) > 3
+    assert len(vision) > 2
     expected = plain_outputs(folder, given, [*vision, *decoder])
     assert sorted(assert_walk_equals(replay, vision, expected)) == sorted(vision)
     assert assert_walk_equals(replay, decoder, expected) == decoder
 
 
+@pytest.mark.parametrize("blocks", [2, 3])  # of two, Qwen3-VL's decoder reads what every one of them returns
 @pytest.mark.parametrize("name", BUILDERS)
-def test_every_part_returns_what_it_does_in_a_plain_forward(name: str, tmp_path: Path) -> None:
-    BUILDERS[name](tmp_path, vision_blocks=3)
+def test_every_part_returns_what_it_does_in_a_plain_forward(name: str, blocks: int, tmp_path: Path) -> None:
+    BUILDERS[name](tmp_path, vision_blocks=blocks)
     assert family_at(tmp_path).name == name
     assert_every_part_equals(tmp_path)
 

@@ -266,7 +266,7 @@ def test_without_calibration_it_says_so(bench: Bench, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("bits", 5, "2, 3, 4 or 8"),
+        ("bits", 5, "2, 3, 4, 8 or 'auto'"),
         ("group_size", 0, "positive number of input channels, or -1"),
         ("targets", (), "at least 1 item"),
     ],

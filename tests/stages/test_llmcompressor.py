@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
@@ -33,11 +34,11 @@ from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers import Transformers
 from compress.stages.llmcompressor import Llmcompressor
 from compress.stages.llmcompressor_defaults import Defaults
-from compress.stages.llmcompressor_worker import Samples
+from compress.stages.llmcompressor_worker import JobError, Samples, fill_rotations
 from compress.stages.stage import StageContext
 from compress.store import Store
 from tests.jobs import Job, content, make_job
-from tests.stages.bench import Bench, prepare, tensors_of
+from tests.stages.bench import Bench, dense, logits, prepare, tensors_of
 from tests.tiny import BUILDERS, build_qwen2_5_vl
 
 GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}}}
@@ -239,6 +240,24 @@ def test_what_only_vllm_reads_is_passed_on_and_refused_elsewhere(bench: Bench, f
         pass
 
 
+def test_rotated_weights_are_still_the_same_model_with_images_too(bench: Bench, tmp_path: Path) -> None:
+    out = bench.apply(tmp_path / "out", stage({"SpinQuantModifier": {"rotations": ["R1", "R2"]}}))
+    assert open_checkpoint(out).config == bench.checkpoint.config
+    before, after = dense(bench.folder), dense(out)
+    changed = [name for name in before if not torch.equal(before[name], after[name])]
+    assert {"model.language_model.embed_tokens.weight", "model.visual.merger.mlp.2.bias"} <= set(changed)
+    given: list[Any] = list(load_batches(bench.calibration, bench.folder, 1))
+    original, rotated = (logits(bench.folder, values, given).log_softmax(-1) for values in (before, after))
+    assert float((original.exp() * (original - rotated)).sum(-1).max()) < 0.005
+
+
+def test_rotations_that_cannot_be_laid_out_are_refused() -> None:
+    with pytest.raises(JobError, match="this model has other parts; use another modifier, or give transform_config"):
+        fill_rotations(SimpleNamespace(rotations=("R1",)), None)
+    with pytest.raises(JobError, match="R3, R4 rotate at run time, .*; leave R1 and R2, or give transform_config"):
+        fill_rotations(SimpleNamespace(rotations=("R1", "R4", "R3")), {})
+
+
 def test_an_unknown_modifier_names_the_known(bench: Bench, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"no modifier 'GPTQModifer'; it has AWQModifier, .*; did you mean GPTQModifier\?"):
         bench.apply(tmp_path / "out", stage({"GPTQModifer": {}}))
@@ -288,6 +307,7 @@ def test_what_is_filled_in_is_within_the_decoder(name: str, tmp_path: Path) -> N
         assert all(module.startswith(f"{family.blocks}.") for module in sources)
         for linear in mapping["balance_layers"]:
             assert len([module for module in modules if matches(linear, module)]) == len(sources)
+    assert (defaults.rotation is None) == (name in ("llava-next", "mllama", "blip-2", "clip"))
     for linears, source in given["SmoothQuantModifier"]:
         assert {"smooth_layer": source, "balance_layers": linears} in given["AWQModifier"]
         assert "norm" in source

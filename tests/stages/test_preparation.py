@@ -20,7 +20,7 @@ from compress.stages.stage import StageContext
 from compress.stages.widths import WIDTHS, Widths, read_widths
 from compress.store import Store
 from tests.stages.bench import Bench, prepare, tensors_of
-from tests.tiny import build_qwen2_5_vl
+from tests.tiny import Builder, build_blip2, build_mllama, build_qwen2_5_vl, build_qwen3_vl
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 STAGES: Mapping[str, type[IntegerQuantizer]] = {"awq": Awq, "gptq": Gptq, "rtn": Rtn}
@@ -151,6 +151,22 @@ def test_a_killed_run_does_not_measure_again_and_ends_the_same(bench: Bench, tmp
         assert (target / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("build", [build_mllama, build_blip2, build_qwen3_vl])
+def test_other_families(tmp_path: Path, build: Builder) -> None:
+    bench = prepare(tmp_path, build(tmp_path / "model"))
+    stage = auto("gptq", budget=5, balance="auto", group_size=16)
+    assert stage.check(bench.checkpoint, bench.family) == []
+    out = bench.apply(tmp_path / "out", stage)
+    found = widths_of(out)
+    assert found.by_layer.keys() == {linear.disk_name for linear in stage.select(bench.checkpoint, bench.family).linears}
+    assert found.bits_per_weight <= 5
+    held = {layer: scheme.bits for layer, scheme in quantized_linears(open_checkpoint(out)).items()}
+    assert held == {layer: width for layer, width in found.by_layer.items() if width < 16}
+    joined = [group.layers for group in found.groups if len(group.layers) == 3]
+    assert all([layer.rpartition(".")[2] for layer in layers] == ["q_proj", "k_proj", "v_proj"] for layers in joined)
+    assert len(joined) == int(bench.checkpoint.text_config["num_hidden_layers"])
+
+
 @pytest.mark.parametrize("name", ["awq", "gptq"])
 def test_every_balance_gives_other_codes(bench: Bench, tmp_path: Path, name: str) -> None:
     packed: list[bytes] = []
@@ -196,6 +212,8 @@ def test_what_auto_cannot_do_is_a_fault(bench: Bench, tmp_path: Path) -> None:
     assert fault.startswith("budget: 2.0 is too little; the smallest possible with widths 2, 3, 4, 8, 16 is 2.57 bits per weight")
     (fault,) = auto(targets=({"component": "decoder", "activations": "token"},)).check(bench.checkpoint, bench.family)
     assert "with activations decoder has to have 8 bits, not auto" in fault
+    (fault,) = auto(targets=({"component": "decoder", "bits": 4},)).check(bench.checkpoint, bench.family)
+    assert fault.startswith("targets: each has bits of its own, so that bits: auto has nothing to choose")
     (fault,) = stage_of("rtn", balance=0.5).check(bench.checkpoint, bench.family)
     assert fault == "balance: rtn reads no statistics of what layers are given; remove it"
     with pytest.raises(CheckpointError, match="leaves every layer as it is; lower it, or remove the stage"):

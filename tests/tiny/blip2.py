@@ -32,8 +32,8 @@ def build_blip2(folder: Path, **overrides: Any) -> Path:
     """
     sizes = Sizes(**overrides)
     tokenizer = _build_tokenizer(sizes)
-    newline = cast("list[int]", tokenizer.encode("\n", add_special_tokens=False))[0]
-    config = Blip2Config(
+    (newline,) = tokenizer.encode("\n", add_special_tokens=False)
+    config = cast("Callable[..., Blip2Config]", Blip2Config)(
         text_config={
             "model_type": "opt",
             "vocab_size": sizes.vocabulary,

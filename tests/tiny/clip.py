@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
 from tokenizers import Regex, Tokenizer, normalizers, pre_tokenizers
 from tokenizers.models import BPE
 from tokenizers.trainers import BpeTrainer
@@ -25,7 +25,8 @@ def build_clip(folder: Path, **overrides: Any) -> Path:
 
     As published ones, it holds the numbers of the positions among its tensors, and its context is of 77 tokens.
     """
-    sizes = Sizes(**{"context": _CONTEXT, **overrides})
+    fields: dict[str, Any] = {"context": _CONTEXT, **overrides}
+    sizes = Sizes(**fields)
     tokenizer = _build_tokenizer(sizes)
     config = CLIPConfig(
         text_config={
@@ -57,11 +58,11 @@ def build_clip(folder: Path, **overrides: Any) -> Path:
     model = CLIPModel(config)
     save(folder, sizes, model, processor, GenerationConfig())
     (folder / "generation_config.json").unlink(missing_ok=True)
-    tensors = load_file(folder / "model.safetensors")
+    tensors = safetensors.torch.load_file(folder / "model.safetensors")
     for name, count in (("text_model", sizes.context), ("vision_model", 17)):
         tensors[f"{name}.embeddings.position_ids"] = torch.arange(count).unsqueeze(0)
     tensors["logit_scale"] = torch.tensor(2.6592, dtype=sizes.dtype)
-    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     return folder
 
 

@@ -59,6 +59,11 @@ def build_mllama(folder: Path, **overrides: Any) -> Path:
     """
     sizes = Sizes(**overrides)
     tokenizer = _build_tokenizer(sizes)
+    special = {
+        "bos_token_id": token_id(tokenizer, "<|begin_of_text|>"),
+        "eos_token_id": [token_id(tokenizer, token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")],
+        "pad_token_id": token_id(tokenizer, "<|finetune_right_pad_id|>"),
+    }
     config = MllamaConfig(
         text_config={
             "vocab_size": sizes.vocabulary,
@@ -70,9 +75,7 @@ def build_mllama(folder: Path, **overrides: Any) -> Path:
             "cross_attention_layers": list(range(1, sizes.layers, 3)),
             "max_position_embeddings": sizes.context,
             "tie_word_embeddings": sizes.tied,
-            "bos_token_id": token_id(tokenizer, "<|begin_of_text|>"),
-            "eos_token_id": [token_id(tokenizer, token) for token in ("<|end_of_text|>", "<|eom_id|>", "<|eot_id|>")],
-            "pad_token_id": token_id(tokenizer, "<|finetune_right_pad_id|>"),
+            **special,
             "rope_parameters": {
                 "rope_type": "llama3",
                 "rope_theta": 500000.0,
@@ -101,14 +104,7 @@ def build_mllama(folder: Path, **overrides: Any) -> Path:
         tokenizer=tokenizer,
         chat_template=CHAT_TEMPLATE,
     )
-    generation = GenerationConfig(
-        bos_token_id=config.text_config.bos_token_id,
-        eos_token_id=config.text_config.eos_token_id,
-        pad_token_id=config.text_config.pad_token_id,
-        do_sample=True,
-        temperature=0.6,
-        top_p=0.9,
-    )
+    generation = GenerationConfig(**special, do_sample=True, temperature=0.6, top_p=0.9)
     return save(folder, sizes, MllamaForConditionalGeneration(config), processor, generation)
 
 
