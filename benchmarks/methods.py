@@ -42,14 +42,14 @@ def rows_of(group_size: int) -> list[tuple[str, str, dict[str, Any] | list[str]]
     for bits in (4, 3):
         shape: dict[str, Any] = {"bits": bits, "group_size": group_size}
         options = ["--bits", str(bits), "--group-size", str(group_size)]
-        for symmetric, flags in ((False, []), (True, ["--symmetric"])):
+        for symmetric, method, flags in ((False, "awq", []), (True, "gptq", ["--symmetric"])):
             kind = f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}"
             rows.append((f"rtn, {kind}", "compress", {"stage": "rtn", **shape, "symmetric": symmetric}))
-            for method in ("awq", "gptq"):
-                rows.append((f"{method}, {kind}", "compress", {"stage": method, **shape, "symmetric": symmetric}))
-                rows.append((f"{method}, {kind}", "llm-compressor", ["--method", method, *options, *flags]))
+            rows.append((f"{method}, {kind}", "compress", {"stage": method, **shape}))
+            rows.append((f"{method}, {kind}", "llm-compressor", ["--method", method, *options, *flags]))
             own = {"stage": "gptq", **shape, "symmetric": symmetric, "scales": "awq"}
             rows.append((f"gptq with awq's scales, {kind}", "compress", own))
+        rows.append((f"gptq, {bits} bits, asymmetric", "compress", {"stage": "gptq", **shape, "symmetric": False}))
     rows.append(("rtn, int8", "compress", {"stage": "int8", "smoothing": "none", "rounding": "nearest"}))
     rows.append(("int8", "compress", {"stage": "int8"}))
     rows.append(("int8", "llm-compressor", ["--method", "int8"]))

@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 import compress.stages.quantize
+from compress.artifact import copy_side_files
 from compress.calibration.collect import PinnedSet, Selection, collect
 from compress.calibration.load import load_batches
 from compress.calibration.sets import Text, Vqa
@@ -86,7 +87,9 @@ def run_ours(fields: Mapping[str, Any], model: Path, samples: Samples, output: P
 def run_peer(python: Path, options: Sequence[str], model: Path, samples: Samples, output: Path, threads: int) -> dict[str, float]:
     """Apply one of llm-compressor's methods in a fresh process; return its seconds and peaks."""
     command = [str(python), str(ROOT / "benchmarks" / "peer.py"), *options, "--model", str(model.resolve())]
-    return _run([*command, "--batches", str(samples.batches), "--output", str(output), "--threads", str(threads)], output, threads)
+    found = _run([*command, "--batches", str(samples.batches), "--output", str(output), "--threads", str(threads)], output, threads)
+    copy_side_files(model, output)
+    return found
 
 
 def _run(command: list[str], output: Path, threads: int) -> dict[str, float]:

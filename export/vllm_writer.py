@@ -49,7 +49,7 @@ def served_names(family: Family, names: Iterable[str]) -> list[str]:
 def compressed_tensors_config(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Return a checkpoint's `quantization_config` with vLLM's own names beside those on disk."""
     groups = {key: {**group, "targets": served_names(family, group["targets"])} for key, group in settings["config_groups"].items()}
-    return {**settings, "config_groups": groups, "ignore": served_names(family, settings["ignore"])}
+    return {**settings, "config_groups": groups, "ignore": served_names(family, settings.get("ignore") or [])}
 
 
 def gptq_config(outlook: Outlook) -> dict[str, Any]:

@@ -9,10 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import open_checkpoint
+from compress.engine.weights import map_tensor
 from compress.errors import CheckpointError, MissingError
-from compress.families import family_of
+from compress.families import Family, family_of
 from compress.progress import Progress
 from compress.runtimes.activations import round_inputs
+from compress.runtimes.kv_cache import SCALES, round_cache
 from compress.runtimes.unpack import dense_tensors
 from compress.skeleton import build_skeleton
 
@@ -65,7 +67,15 @@ def load_model(
         if parameter.is_meta:
             raise CheckpointError(f"{artifact}: holds no weight for {name}; fetch or export it again")
     round_inputs(checkpoint, family, modules, device)
+    cached = [name for name in checkpoint.tensors if name.endswith(SCALES)]
+    round_cache(modules, {_module_name(name, family): map_tensor(checkpoint.tensors[name]).to(device) for name in cached})
     return model
+
+
+def _module_name(scale: str, family: Family) -> str:
+    """Return the in-memory name of a scale for keys or values, by that of a tensor that its attention has."""
+    attention, _, leaf = scale.rpartition(".")
+    return f"{family.module_name(f'{attention}.k_proj.weight').removesuffix('.k_proj.weight')}.{leaf}"
 
 
 def _assign(artifact: Path, name: str, module: nn.Module, leaf: str, tensor: Tensor) -> None:

@@ -16,7 +16,7 @@ from compress.export.vllm import Vllm
 from compress.families import FAMILIES, family_at, within
 from compress.layouts import quantized_linears
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Prompt
+from compress.runtimes.runtime import OpenContext, Picture, Prompt
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.transformers_model import load_model
 from compress.schema import load_row
@@ -64,7 +64,8 @@ def answers(folder: Path) -> list[Any]:
     family = family_at(folder)
     with Transformers(runtime="transformers").open(OpenContext(folder, folder / "logs", Silent())) as session:
         if family.head is None:
-            return [session.classify([picture(1), picture(2)], ["red", "a blue square"], Silent()).round(decimals=3).tolist()]
+            pictures = [Picture(str(seed), picture(seed)) for seed in (1, 2)]
+            return session.classify(pictures, [["red"], ["a blue square"]], Silent()).round(3).tolist()
         prompts = [Prompt("image", SHORT, (picture(1),)), Prompt("text", LONG)]
         return [answer.token_ids for answer in session.answer(prompts, 6, Silent())]
 

@@ -3,6 +3,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from compress.checkpoint import open_checkpoint
 from compress.layouts import quantized_linears
@@ -88,3 +89,17 @@ def test_scales_for_keys_and_values_are_written_beside_the_weights(bench: Bench,
     assert all(scale.shape == (1,) and scale.dtype == torch.float32 and 0 < scale < 10 for scale in scales.values())
     assert checkpoint.config["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
     assert stage.predict_bytes(bench.checkpoint, bench.family) == checkpoint.weight_bytes
+    bench.apply(tmp_path / "plain", gptq())
+    rounded, plain = divergence(bench, tmp_path / "out"), divergence(bench, tmp_path / "plain")
+    assert rounded != plain
+    assert rounded == pytest.approx(plain, rel=0.5)
+
+
+def test_keys_and_values_are_rounded_as_a_cache_of_8_bit_floats_holds_them(bench: Bench, tmp_path: Path) -> None:
+    bench.apply(tmp_path / "out", gptq(bits=8, kv_cache="fp8"))
+    small = divergence(bench, tmp_path / "out")
+    (weights,) = (tmp_path / "out").glob("*.safetensors")
+    tensors = tensors_of(tmp_path / "out")
+    save_file({name: tensor / 100 if name.endswith("k_scale") else tensor for name, tensor in tensors.items()}, weights)
+    assert small < 0.02
+    assert divergence(bench, tmp_path / "out") > 10 * small
