@@ -166,8 +166,8 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
         found = stage.check(checkpoint, family)
         if stage.reads_images(family) and not _shows_images(recipe):
             found.append(
-                f"{stage.stage} observes layers of {family.name} that only images reach, and calibration.sets has none; add a set of "
-                "questions about images (dataset: vqa)"
+                f"{stage.stage} observes layers of {family.name} that only images reach, and calibration.sets has none; add a set "
+                "of questions about images (dataset: vqa)"
             )
         if any(possible):
             found = [f"the stage before it quantizes already, and {stage.stage} needs weights that are not; remove one of the two"]

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
 
 from compress.errors import CheckpointError
@@ -27,7 +28,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust
     try:
         with torch.device("meta"):
             model = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(
             f"{folder}/config.json: transformers cannot build this model ({error}); fetch the file again"
         ) from error
@@ -72,7 +73,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     try:
         config = _AUTO_CONFIG.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
         raise CheckpointError(f"{folder}/config.json: transformers cannot read it ({error}); fetch the file again") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config

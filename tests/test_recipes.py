@@ -105,7 +105,12 @@ def plan_of(hub: None, server: str, tmp_path_factory: pytest.TempPathFactory) ->
     """Return what plans a recipe as it ships, once."""
     del hub
     store = Store(tmp_path_factory.mktemp("store"))
-    return cache(lambda path: make_plan(path, settings_for(read_recipe(path, {})[0], server), store))
+
+    @cache
+    def plan(path: Path) -> Plan:
+        return make_plan(path, settings_for(read_recipe(path, {})[0], server), store)
+
+    return plan
 
 
 def shown(path: Path, label: str) -> list[str]:

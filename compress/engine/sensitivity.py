@@ -14,11 +14,13 @@ between blocks is taken to pass gradients on as they are: true of adding (deepst
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from compress.engine.host import map_tensors
@@ -63,14 +65,16 @@ def balance(moments: Moments, sensitivities: Iterable[Sensitivity]) -> tuple[flo
     """Return how much a text and a vision token of one input count by the output gradients of the linears that read it.
 
     Both are means of g², summed over all channels of all these linears; scaled so that a token counts 1 on average. Where only
-    one kind came, or no gradient did, every token counts the same.
+    one kind came, or one was not measured, or no gradient came back, every token counts the same.
     """
     if moments.text is None or moments.vision is None:
         return 1.0, 1.0
     sums = [0.0, 0.0]
     for sensitivity in sensitivities:
-        for kind, values in enumerate((sensitivity.text, sensitivity.vision)):
-            sums[kind] += 0.0 if values is None else float(values.sum(dtype=torch.float64))
+        if sensitivity.text is None or sensitivity.vision is None:
+            return 1.0, 1.0
+        sums[0] += float(sensitivity.text.sum(dtype=torch.float64))
+        sums[1] += float(sensitivity.vision.sum(dtype=torch.float64))
     counts = (moments.text.tokens, moments.vision.tokens)
     total = sum(count * value for count, value in zip(counts, sums, strict=True))
     if total == 0:
@@ -207,7 +211,7 @@ class _Reverse:
             error = nn.functional.linear(rows[chunk], weight, bias).softmax(dim=-1)
             noise = torch.empty_like(error).exponential_(generator=self.generator)
             labels = (error / noise).argmax(dim=-1, keepdim=True)  # the first of competing exponential clocks: drawn as error says
-            error.scatter_add_(1, labels, -torch.ones_like(error[:, :1]))
+            error.scatter_(1, labels, error.gather(1, labels) - 1)
             if self.head in self.linears:
                 self._sums(self.head).add_rows(error, vision=False)
             gradient[chunk] = error @ weight
@@ -223,11 +227,16 @@ class _Reverse:
             args, kwargs = self._given(call.args), self._given(call.kwargs)
             given = _hidden(args, kwargs)
             leaf = given.detach().requires_grad_()
-            with _Watch(module, local, self._counting(call.positions)), torch.enable_grad():
+            with _Watch(module, local, self._counting(call.positions)), self._attention(), torch.enable_grad():
                 output = _hidden((module(*_swapped(args, given, leaf), **_swapped(kwargs, given, leaf)),), {})
                 output.backward(self.gradients[call.batch].to(self.device))
             self.gradients[call.batch] = self.replay.host.keep(cast("Tensor", leaf.grad))
         unload(module)
+
+    def _attention(self) -> AbstractContextManager[object]:
+        """Choose an attention whose gradients are the same each time: CUDA's fused one adds them up in any order."""
+        cuda = torch.device(self.device).type == "cuda"
+        return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if cuda else nullcontext()
 
     def _counting(self, positions: Positions | None) -> Callable[[str, str, Tensor], None]:
         readers = self.replay.family.vision_readers

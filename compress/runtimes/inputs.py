@@ -119,6 +119,9 @@ class Encoder:
     def _passage(self, place: int, passage: Passage) -> Encoded:
         if passage.prompt is not None:
             return self._prompt(place, passage.prompt, passage.token_ids)
+        length = len(passage.token_ids)
+        if self.longest is not None and length > self.longest:
+            raise DataError(f"{passage.id}: takes {length} tokens, and the model takes {self.longest}; set a smaller window")
         ids = torch.tensor([passage.token_ids])
         return Encoded(place, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
 

@@ -42,10 +42,11 @@ class Llmcompressor(Stage):
 
     Whatever its library takes goes, under the names that it has for modules in memory. What is left out is filled in for
     this model: a modifier that takes `ignore` leaves the vision side, the projector and the output head alone; AWQ's and
-    SmoothQuant's `mappings` are those of the decoder's blocks (the library's own would take in vision layers of the same names).
-    SpinQuant's R1 and R2 rotate with the embeddings what the projector gives to the decoder. Give `ignore` or `mappings` to have it
-    otherwise (SpinQuant: `transform_config`, `mappings` and `norm_mappings`). `pipeline` is the library's: `independent` goes through the model
-    block by block, once for each modifier that needs samples; `basic` runs the whole model as it is, which takes more memory.
+    SmoothQuant's `mappings` are those of the decoder's blocks (the library's own would take in vision layers of the same names);
+    SpinQuant's R1 and R2 rotate what the projector gives to the decoder with the embeddings. Give `ignore` or `mappings` to
+    have it otherwise (SpinQuant: `transform_config`, `mappings` and `norm_mappings`). `pipeline` is the library's:
+    `independent` goes through the model block by block, once for each modifier that needs samples; `basic` runs the whole
+    model as it is, which takes more memory.
 
     Which linears end up how is known only once it has run, so exports are checked then, not in the plan. Formats that only vLLM
     reads (NVFP4, MXFP4) are exported as compressed-tensors and evaluated with `runtime: vllm`.

@@ -115,8 +115,8 @@ def fill_rotations(modifier: Any, given: dict[str, Any] | None) -> None:
         )
     if online := sorted({*modifier.rotations} - {"R1", "R2"}):
         raise JobError(
-            f"SpinQuantModifier: {', '.join(online)} rotate at run time, by names that vLLM gives otherwise; leave R1 and R2, or give "
-            "transform_config, mappings and norm_mappings"
+            f"SpinQuantModifier: {', '.join(online)} rotate at run time, by names that vLLM gives otherwise; leave R1 and R2, or "
+            "give transform_config, mappings and norm_mappings"
         )
     package = import_module("llmcompressor.modifiers.transform.spinquant.base")
     modifier.mappings = package.SpinQuantMapping(**given["mappings"])

@@ -15,7 +15,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compress.calibration.load import Batch
+from compress.calibration.load import Batch, QuestionBatch, WindowBatch
 from compress.engine.replay import Replay, Visit
 from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import Moments, observe
@@ -69,7 +69,7 @@ def _sensitivities(site: Site, names: Sequence[str]) -> dict[str, Sensitivity]:
     path = site.commits / _FOLDER / "sensitivities.safetensors"
     tensors = read_commit(path)
     if tensors is None:
-        batches = _spread(site.batches, SENSITIVITY_TOKENS)
+        batches = spread(site.batches, SENSITIVITY_TOKENS)
         replay_plan = replace(site.walkthrough, batches=batches)
         blocks = 2 * int(site.checkpoint.text_config["num_hidden_layers"])
         with site.context.progress.task(f"{site.stage.stage}: sensitivity", blocks, "blocks") as advance:
@@ -83,11 +83,18 @@ def _sensitivities(site: Site, names: Sequence[str]) -> dict[str, Sensitivity]:
     return {name: _unpacked(name, tensors) for name in names}
 
 
-def _spread(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """Return batches of so many positions or a few more, taken evenly from all of them so that they are as mixed."""
-    mean = max(1, sum(batch.tokens for batch in batches) // len(batches))
-    count = min(len(batches), -(-tokens // mean))
-    return [batches[(2 * number + 1) * len(batches) // (2 * count)] for number in range(count)]
+def spread(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+    """Return batches of about so many positions, taken evenly from all of them: of windows and of questions the same part.
+
+    Of each kind that there is at least one is taken.
+    """
+    total = sum(batch.tokens for batch in batches)
+    taken: list[Batch] = []
+    for kind in (WindowBatch, QuestionBatch):
+        members = [batch for batch in batches if isinstance(batch, kind)]
+        count = min(len(members), max(1, round(len(members) * tokens / total)))
+        taken += [members[(2 * number + 1) * len(members) // (2 * count)] for number in range(count)]
+    return taken
 
 
 def _packed(sensitivities: Mapping[str, Sensitivity]) -> dict[str, Tensor]:

@@ -152,6 +152,7 @@ def test_weights_of_the_modalities() -> None:
     assert text / vision == pytest.approx(3.0 / 0.5)
     assert (20 * text + 60 * vision) / 80 == pytest.approx(1)
     assert balance(moments, []) == (1.0, 1.0)
+    assert balance(moments, [Sensitivity(torch.ones(3), None, (1.0, 0.0))]) == (1.0, 1.0)
     alone = Moments(text=moments.text)
     assert balance(alone, sensitivities) == share(alone, 0.3) == (1.0, 1.0)
 

@@ -9,12 +9,13 @@ from compress.calibration.collect import load_tokenizer, longest_input
 from compress.calibration.load import Exchange, load_processor, process
 from compress.checkpoint import open_checkpoint, read_config
 from compress.conversation import decode_image, write_prompt
+from compress.engine.replay import Replay, Walkthrough
 from compress.errors import CheckpointError, DataError
 from compress.families import family_of
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage, Prompt
 from compress.runtimes.transformers import Transformers
-from tests.families.samples import load_plain
+from tests.families.samples import batches, load_plain, plain_outputs, tensors_of
 from tests.tiny import build_blip2, picture
 from tests.tiny.blip2 import QUERIES
 
@@ -76,6 +77,9 @@ def test_a_prompt_beyond_the_models_context_is_refused(folder: Path) -> None:
     )
     with open_in_process(folder) as session, pytest.raises(DataError, match=message):
         session.answer(asked, 4, Silent())
+    window = Passage("window-0", tuple(range(5, 205)))
+    with open_in_process(folder) as session, pytest.raises(DataError, match="window-0: takes 200 tokens, and the model takes 128"):
+        session.score([window], None, None, Silent())
 
 
 def test_what_a_published_config_leaves_out_is_known(tmp_path: Path) -> None:
@@ -99,3 +103,17 @@ def test_another_decoder_is_refused(change: dict[str, Any], message: str) -> Non
     assert family_of(config).name == "blip-2"
     with pytest.raises(CheckpointError, match=f"some/model: {message}"):
         family_of(config | {"text_config": config["text_config"] | change}, "some/model")
+
+
+def test_the_parts_that_stay_in_float32_do_so_in_the_walk(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(build_blip2(tmp_path, dtype=torch.float16))
+    given = batches(tmp_path)[1:2]
+    replay = Replay(Walkthrough(checkpoint, family_of(checkpoint.config), given, "cpu", tmp_path, 1 << 30))
+    expected = plain_outputs(tmp_path, given, ["qformer", "language_projection"])
+    for visit in replay.walk(replay.vision_units()):
+        if visit.name in expected:
+            dtype = torch.float32 if visit.name == "qformer" else torch.float16
+            assert {parameter.dtype for parameter in visit.module.parameters()} == {dtype}
+            found = [tensors_of(visit.run(call)) for call in visit.calls]
+            assert len(found) == 1
+            assert all(torch.equal(one, other) for one, other in zip(found[0], expected[visit.name][0], strict=True))

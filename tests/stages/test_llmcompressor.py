@@ -254,7 +254,7 @@ def test_rotated_weights_are_still_the_same_model_with_images_too(bench: Bench, 
 def test_rotations_that_cannot_be_laid_out_are_refused() -> None:
     with pytest.raises(JobError, match="this model has other parts; use another modifier, or give transform_config"):
         fill_rotations(SimpleNamespace(rotations=("R1",)), None)
-    with pytest.raises(JobError, match="R3, R4 rotate at run time, .*; leave R1 and R2, or give transform_config"):
+    with pytest.raises(JobError, match=r"R3, R4 rotate at run time, .*; leave R1 and R2, or give transform_config"):
         fill_rotations(SimpleNamespace(rotations=("R1", "R4", "R3")), {})
 
 
