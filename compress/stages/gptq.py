@@ -17,7 +17,8 @@ class Gptq(IntegerQuantizer):
 
     `order` activation rounds the columns with the largest activations first; the groups stay those of the columns' places, so a
     runtime needs no index. `scales: awq` first moves AWQ's scales between layers. `dampening` is the share of the second moment's
-    mean diagonal that is added to its diagonal. `clip` searches each group's range, in `grid` steps, as that of AWQ's scales.
+    mean diagonal that is added to its diagonal. `clip` searches each group's range, in `grid` steps, as that of AWQ's scales: it
+    fits the samples closer, and what is unlike them less close.
     """
 
     revision: ClassVar[int] = 1
@@ -27,7 +28,7 @@ class Gptq(IntegerQuantizer):
     scales: Literal["none", "awq"] = "none"
     order: Literal["activation", "none"] = "activation"
     dampening: Annotated[float, Field(gt=0, le=1)] = 0.01
-    clip: bool = True
+    clip: bool = False
     grid: PositiveInt = 20
 
     def observes(self) -> bool:

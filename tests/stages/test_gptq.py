@@ -26,9 +26,9 @@ def rtn(stage: Gptq) -> Rtn:
     [
         {},
         {"bits": 2, "group_size": 8, "symmetric": False},
-        {"bits": 3, "scales": "awq"},
+        {"bits": 3, "scales": "awq", "clip": True},
         {"bits": 8, "group_size": -1, "order": "none"},
-        {"group_size": -1, "clip": False},
+        {"group_size": -1},
     ],
 )
 def test_predictions_are_closer_to_the_original_than_with_nearest_codes(

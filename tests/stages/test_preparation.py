@@ -184,7 +184,7 @@ def test_other_families(tmp_path: Path, build: Builder) -> None:
 def test_every_balance_gives_other_codes(bench: Bench, tmp_path: Path, name: str) -> None:
     packed: list[bytes] = []
     for number, balance in enumerate(("tokens", 0.0, 0.5, 1.0, "auto")):
-        out = bench.apply(tmp_path / str(number), stage_of(name, balance=balance))
+        out = bench.apply(tmp_path / str(number), stage_of(name, balance=balance, leave_out=("*.layers.[02].*",)))
         tensors = tensors_of(out)
         (codes,) = [tensor for key, tensor in tensors.items() if key.endswith("layers.1.mlp.up_proj.weight_packed")]
         packed.append(codes.numpy().tobytes())
