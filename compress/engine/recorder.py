@@ -49,7 +49,7 @@ class Recorder(TorchDispatchMode):
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def stub(self, name: str, forward: Forward | None = None) -> Forward:
-        """Return what runs in place of the part `name`: it gives zeros of the shape of the hidden states, or what `forward` does."""
+        """Return what runs in place of the part `name`: zeros of the shape of the hidden states, or what `forward` gives."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
             given = (args, kwargs)

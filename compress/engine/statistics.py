@@ -50,12 +50,14 @@ class Moment:
 class Moments:
     """What one distinct linear input was over the calibration samples; a kind of token that never came is None.
 
-    `weights` say how much a text and a vision token count in the means.
+    `weights` say how much a text and a vision token count in the means. Of what is `disposable` nobody needs the sums any more
+    once `spend_gram` was called.
     """
 
     text: Moment | None = None
     vision: Moment | None = None
     weights: tuple[float, float] = (1.0, 1.0)
+    disposable: bool = False
 
     @property
     def tokens(self) -> int:
@@ -68,6 +70,18 @@ class Moments:
         lower = first.lower.clone() if weight == 1 else first.lower * weight
         for part, weight in others:
             lower.add_(part.lower, alpha=weight)
+        return _mirror(lower).div_(self._weight())
+
+    def spend_gram(self) -> Tensor:
+        """Return what `mean_gram` does, made in place of the sums where they are disposable: a matrix may take gigabytes."""
+        if not self.disposable:
+            return self.mean_gram()
+        (first, weight), *others = self._parts()
+        lower = first.lower.mul_(weight)
+        for part, weight in others:
+            lower.add_(part.lower, alpha=weight)
+        for part, _ in self._parts():
+            part.lower = part.lower.new_empty(0, 0)
         return _mirror(lower).div_(self._weight())
 
     def mean_abs(self) -> Tensor:

@@ -30,31 +30,78 @@ class Gptq:
     reorder: bool = True
 
 
+@dataclass(frozen=True)
+class Feedback:
+    """U + I of a damped second moment, by the order in which columns are rounded; all that rounding needs to know of the inputs.
+
+    `order` int64 [in]; `factor` float32 [in, in], lower triangular, holds it turned round: the last column first.
+    """
+
+    order: Tensor
+    factor: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, settings: Gptq) -> Feedback:
+        """Factor the second moment `gram` of a linear's input, float32 [in, in]; its memory is given back.
+
+        The factorisation runs from the last column to the first: H is turned round and factored.
+
+        Raises:
+            CheckpointError: `gram` is not the second moment of finite inputs.
+        """
+        diagonal = gram.diagonal().clone()
+        level = float(diagonal.mean())
+        if not level < float("inf"):
+            raise CheckpointError("the second moment of its inputs is not finite; convert the checkpoint to bfloat16")
+        order = torch.arange(len(gram), device=gram.device)
+        if settings.reorder:
+            order = diagonal.argsort(descending=True, stable=True)
+        backwards = order.flip(0)
+        turned = gram[backwards[:, None], backwards]
+        gram.set_()  # a caller that still holds it holds nothing
+        extra = settings.dampening * (level or 1.0)
+        turned.diagonal().add_(extra)
+        factor, failed = _factored(turned)
+        for _ in range(_ATTEMPTS):
+            if not failed:
+                break
+            turned.diagonal().add_(extra * (_RAISE - 1))
+            extra *= _RAISE
+            factor, failed = _factored(turned)
+        else:
+            raise CheckpointError(f"the second moment of its inputs cannot be factored, not even with {extra:.3g} on its diagonal")
+        del turned
+        factor.div_(factor.diagonal().clone())
+        return cls(order, factor)
+
+    def block(self, first: int, last: int, start: int, stop: int) -> Tensor:
+        """Return the rows `first` to `last` of the columns `start` to `stop`; what is below the diagonal must not be read."""
+        size = len(self.order)
+        return self.factor[size - last : size - first, size - stop : size - start].flip(0, 1)
+
+
 def round_columns(
-    weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype, settings: Gptq, shrink: Tensor | float = 1.0
+    weight: Tensor, feedback: Feedback, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0
 ) -> QuantizedWeight:
-    """Round a matrix [out, in] for inputs with the second moment `gram` [in, in], both float32; `gram` is overwritten.
+    """Round a matrix [out, in], float32, with the feedback of its inputs' second moment.
 
     Scales are rounded to `dtype` first and belong to the columns' own places whatever order they are rounded in, so the result
     needs no index of groups. `shrink` makes each group's range smaller by a factor (a number, or one per group).
-
-    Raises:
-        CheckpointError: `gram` is not the second moment of finite inputs.
     """
     rows, columns = weight.shape
     scheme = own_scheme(scheme, columns)
     scales, zero_points = grid(weight.view(rows, -1, scheme.group_size), scheme, dtype, shrink)
-    order = gram.diagonal().argsort(descending=True, stable=True) if settings.reorder else torch.arange(columns, device=gram.device)
-    feedback = _feedback(gram, order, settings.dampening)
+    order = feedback.order
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     group_of = order // scheme.group_size
     errors = torch.empty(columns, rows, device=weight.device)  # transposed, so that a column of the matrix lies in one piece
-    steps, zeros, ordered = scales.to(torch.float32).t().contiguous(), zero_points.t().contiguous(), weight.t()
+    steps, zeros, transposed = scales.to(torch.float32).t().contiguous(), zero_points.t().contiguous(), weight.t()
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         places = order[start:stop]
-        exact = ordered[places]
-        wanted = exact.addmm(feedback[:start, start:stop].t(), errors[:start]) if start else exact.clone()
+        exact = transposed[places]
+        wanted = exact.addmm(feedback.block(0, start, start, stop).t(), errors[:start]) if start else exact.clone()
+        within = feedback.block(start, stop, start, stop)
         step, zero = steps[group_of[start:stop]], zeros[group_of[start:stop]]
         block_codes = torch.empty_like(exact)
         for row in range(stop - start):
@@ -63,38 +110,9 @@ def round_columns(
             error = exact[row] - (code - zero[row]) * step[row]
             errors[start + row] = error
             if row + 1 < stop - start:
-                wanted[row + 1 :].addr_(feedback[start + row, start + row + 1 : stop], error)
+                wanted[row + 1 :].addr_(within[row, row + 1 :], error)
         codes[places] = block_codes.to(torch.uint8)
     return QuantizedWeight(codes.t().contiguous(), scales, zero_points.to(torch.uint8), scheme)
-
-
-def _feedback(gram: Tensor, order: Tensor, dampening: float) -> Tensor:
-    """Return U + I of the damped H in the given order, float32 [in, in]; what is below its diagonal must not be read.
-
-    The factorisation runs from the last column to the first: H is turned round, factored, and turned back.
-    """
-    backwards = order.flip(0)
-    diagonal = gram.diagonal()
-    level = float(diagonal.mean())
-    if not level < float("inf"):
-        raise CheckpointError(
-            "the second moment of its inputs is not finite; convert the checkpoint to bfloat16, or give other samples"
-        )
-    turned = gram[backwards[:, None], backwards] if gram.numel() else gram
-    extra = dampening * (level or 1.0)
-    turned.diagonal().add_(extra)
-    factor, failed = _factored(turned)
-    for _ in range(_ATTEMPTS):
-        if not failed:
-            break
-        turned.diagonal().add_(extra * (_RAISE - 1))
-        extra *= _RAISE
-        factor, failed = _factored(turned)
-    else:
-        raise CheckpointError(f"the second moment of its inputs cannot be factored, not even with {extra:.3g} on its diagonal")
-    del turned
-    factor.div_(factor.diagonal().clone())
-    return factor.flip(0, 1)
 
 
 def _factored(matrix: Tensor) -> tuple[Tensor, bool]:

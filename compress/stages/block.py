@@ -66,9 +66,12 @@ def move(block: BlockWeights, pair: Pair, repeats: Repeats, scale: Tensor) -> No
         block.input_scales[name] = block.input_scales[name] * spread if name in block.input_scales else spread
 
 
-def input_gram(block: BlockWeights, name: str, moments: Moments) -> Tensor:
-    """Return the mean second moment of what a linear is given after scales have moved, float32 [in, in]."""
-    gram = moments.mean_gram()
+def input_gram(block: BlockWeights, name: str, moments: Moments, *, last: bool = False) -> Tensor:
+    """Return the mean second moment of what a linear is given after scales have moved, float32 [in, in].
+
+    The `last` to ask may spend sums that are disposable.
+    """
+    gram = moments.spend_gram() if last else moments.mean_gram()
     if name in block.input_scales:
         scale = block.input_scales[name]
         gram.div_(scale).div_(scale.unsqueeze(1))

@@ -188,6 +188,8 @@ class _Work:
         weigh(moments, self.stage.balance, {local: self.found.sensitivities.get(name) for name, local in opened.local.items()})
         block = opened.weights()
         schemes = {local: self.schemes[name] for name, local in opened.local.items()}
+        for given in moments.values():
+            given.disposable = True
         try:
             codes = solve(block, self._pairs(visit.name), moments, schemes, self.stage.method())
         except CheckpointError as error:

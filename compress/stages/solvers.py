@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import torch
+from torch import Tensor
 
 from compress.engine.statistics import Moments
 from compress.families import Pair
-from compress.numerics.gptq import Gptq, round_columns
+from compress.numerics.gptq import Feedback, Gptq, round_columns
 from compress.numerics.grids import QuantizedWeight, Scheme
 from compress.numerics.rounding import clip, quantize
 from compress.stages.awq_solver import fold
@@ -47,7 +49,8 @@ def solve(
 ) -> dict[str, QuantizedWeight]:
     """Return each linear's codes, their scales in the type its weight is stored in.
 
-    `block.changed` then holds the norms and biases that go with them. Names are relative to the block.
+    `block.changed` then holds the norms and biases that go with them. Names are relative to the block. Moments that are
+    `disposable` are used up.
 
     Raises:
         CheckpointError: what a linear was given cannot be worked with.
@@ -57,27 +60,57 @@ def solve(
             fold(block, pair, moments, schemes, method.scales)
         if method.smoothing is not None:
             smooth(block, pair, moments, schemes, method.smoothing)
-    return {name: round_linear(block, name, moments.get(name), schemes[name], method) for name in block.weights}
+    shared = list(_by_input(block, moments))
+    codes: dict[str, QuantizedWeight] = {}
+    for names in shared:
+        codes |= round_linears(block, names, moments.get(names[0]), schemes, method)
+    return {name: codes[name] for name in block.weights}
 
 
-def round_linear(block: BlockWeights, name: str, moments: Moments | None, scheme: Scheme, method: Method) -> QuantizedWeight:
-    """Return one linear's codes; only a method without statistics can do without `moments`."""
-    weight, dtype = block.weights[name], block.precision(f"{name}.weight")
-    shrink = 1.0
-    if scheme.type == "int" and moments is not None and (method.clip is not None or method.gptq is not None):
-        gram = input_gram(block, name, moments)
-        if method.clip is not None and name.rpartition(".")[2] not in _SCORES:
-            shrink = clip(weight, gram, scheme, dtype, method.clip)
+def _by_input(block: BlockWeights, moments: Mapping[str, Moments]) -> Iterable[list[str]]:
+    """Return the linears by what they are given: one input, scaled alike."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name in block.weights:
+        own = moments.get(name, name)
+        groups.setdefault((id(own), id(block.input_scales.get(name))), []).append(name)
+    if len({given for given, _ in groups}) < len(groups):  # of moments that are used twice, none may be used up
+        for given in moments.values():
+            given.disposable = False
+    return groups.values()
+
+
+def round_linears(
+    block: BlockWeights, names: Sequence[str], moments: Moments | None, schemes: Mapping[str, Scheme], method: Method
+) -> dict[str, QuantizedWeight]:
+    """Return the codes of linears with one input; only a method without statistics can do without `moments`."""
+    fixed = moments is not None and any(schemes[name].activations == "tensor" for name in names)
+    largest = input_max(block, names[0], moments).max() if fixed and moments is not None else None
+    integers = [name for name in names if schemes[name].type == "int"]
+    shrinks: dict[str, Tensor | float] = dict.fromkeys(names, 1.0)
+    codes: dict[str, QuantizedWeight] = {}
+    if moments is not None and integers and (method.clip is not None or method.gptq is not None):
+        gram = input_gram(block, names[0], moments, last=True)
+        for name in integers if method.clip is not None else ():
+            if name.rpartition(".")[2] not in _SCORES:
+                dtype = block.precision(f"{name}.weight")
+                shrinks[name] = clip(block.weights[name], gram, schemes[name], dtype, cast("int", method.clip))
         if method.gptq is not None:
-            rounded = round_columns(weight, gram, scheme, dtype, method.gptq, shrink)
-        else:
-            rounded = quantize(weight, scheme, dtype, shrink)
-        del gram
-    else:
-        rounded = quantize(weight, scheme, dtype, shrink)
-    rounded = replace(rounded, scales=rounded.scales.to(block.current(f"{name}.weight").dtype))
+            feedback = Feedback.of(gram, method.gptq)
+            del gram
+            for name in integers:
+                dtype = block.precision(f"{name}.weight")
+                codes[name] = round_columns(block.weights[name], feedback, schemes[name], dtype, shrinks[name])
+    for name in names:
+        if name not in codes:
+            codes[name] = quantize(block.weights[name], schemes[name], block.precision(f"{name}.weight"), shrinks[name])
+        scales = codes[name].scales.to(block.current(f"{name}.weight").dtype)
+        codes[name] = replace(codes[name], scales=scales, input_scale=_input_scale(schemes[name], largest))
+    return codes
+
+
+def _input_scale(scheme: Scheme, largest: Tensor | None) -> Tensor | None:
+    """Return the fixed scale of a linear's input, float32 [1], by the largest magnitude that any of its elements had."""
     if scheme.activations != "tensor":
-        return rounded
-    assert moments is not None
-    largest = input_max(block, name, moments).max().clamp(min=torch.finfo(torch.float32).tiny)
-    return replace(rounded, input_scale=(largest / _INPUT_LARGEST[scheme.type]).reshape(1))
+        return None
+    assert largest is not None
+    return (largest.clamp(min=torch.finfo(torch.float32).tiny) / _INPUT_LARGEST[scheme.type]).reshape(1)
