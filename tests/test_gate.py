@@ -7,6 +7,7 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, UsageError
 from compress.eval.results import (
+    AnyItem,
     Fidelity,
     Measured,
     PerplexityMetrics,
@@ -48,7 +49,7 @@ def subject(
     name: str, size: int, right: list[bool] | None = None, nll: list[float] | None = None, alike: Fidelity | None = None
 ) -> Subject:
     tasks: dict[str, TaskMeasurement] = {}
-    items: dict[str, tuple[QuestionItem | WindowItem, ...]] = {}
+    items: dict[str, tuple[AnyItem, ...]] = {}
     if right is not None:
         metrics = VqaMetrics(accuracy=sum(right) / len(right), right=sum(right), items=len(right), definition_version=1)
         tasks["scenes"] = TaskMeasurement(name="scenes", metrics=metrics, fidelity=alike)

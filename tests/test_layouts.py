@@ -106,7 +106,8 @@ def test_compressed_tensors_reads_the_same_matrix_of_8_bits(held: Scheme, shape:
 )
 def test_groups_say_what_the_librarys_own_schemes_say(preset: str, held: Scheme) -> None:
     config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
-    ours, theirs = config.config_groups["group_0"], preset_name_to_scheme(preset, ["Linear"])
+    ours: Any = config.config_groups["group_0"]
+    theirs: Any = preset_name_to_scheme(preset, ["Linear"])
     settings = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic"}
     assert ours.weights.model_dump(include=settings) == theirs.weights.model_dump(include=settings)
     assert (ours.input_activations is None) == (theirs.input_activations is None)

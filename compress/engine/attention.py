@@ -30,7 +30,8 @@ def observing(module: nn.Module) -> Generator[dict[str, CacheRange]]:
     noted.
     """
     found: dict[str, CacheRange] = {}
-    names: dict[nn.Module, str] = {part: name for name, part in module.named_modules()}
+    parts = cast("dict[str, nn.Module]", dict(module.named_modules()))
+    names = {part: name for name, part in parts.items()}
     configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
     inner = cast("Any", ALL_ATTENTION_FUNCTIONS)

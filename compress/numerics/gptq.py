@@ -58,7 +58,7 @@ class Feedback:
             order = diagonal.argsort(descending=True, stable=True)
         backwards = order.flip(0)
         turned = gram[backwards[:, None], backwards]
-        gram.set_()  # a caller that still holds it holds nothing
+        gram.untyped_storage().resize_(0)  # a caller that still holds it holds nothing
         extra = settings.dampening * (level or 1.0)
         turned.diagonal().add_(extra)
         factor, failed = _factored(turned)

@@ -1,5 +1,7 @@
 """GPTQ against the algorithm as its paper writes it, with the inverse."""
 
+from typing import cast
+
 import pytest
 import torch
 from torch import Tensor
@@ -26,10 +28,10 @@ def as_in_the_paper(weight: Tensor, gram: Tensor, scheme: Scheme, dampening: flo
     scales, zeros = grid(weight.view(rows, -1, size), scheme, torch.float32)
     order = gram.diagonal().argsort(descending=True, stable=True) if reorder else torch.arange(columns)
     damped = gram.double() + dampening * gram.diagonal().mean().double() * torch.eye(columns, dtype=torch.float64)
-    inverse = torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True)
+    inverse = cast("Tensor", torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True))
     left = weight.double()[:, order].clone()
     rounded = torch.empty_like(left)
-    for place, column in enumerate(order.tolist()):
+    for place, column in enumerate(cast("list[int]", order.tolist())):
         scale, zero = scales[:, column // size].double(), zeros[:, column // size].double()
         code = (left[:, place] / scale).round().add(zero).clamp(0, scheme.levels - 1)
         rounded[:, place] = (code - zero) * scale

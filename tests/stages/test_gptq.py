@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from compress.checkpoint import open_checkpoint
 from compress.layouts import quantized_linears
@@ -18,7 +18,7 @@ def gptq(**fields: Any) -> Gptq:
 
 
 def rtn(stage: Gptq) -> Rtn:
-    return Rtn(stage="rtn", bits=stage.bits, group_size=stage.group_size, symmetric=stage.symmetric)
+    return Rtn.model_validate({"stage": "rtn", **stage.model_dump(include={"bits", "group_size", "symmetric"})})
 
 
 @pytest.mark.parametrize(
