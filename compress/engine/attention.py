@@ -30,9 +30,9 @@ def observing(module: nn.Module) -> Generator[dict[str, CacheRange]]:
     noted.
     """
     found: dict[str, CacheRange] = {}
-    parts = cast("dict[str, nn.Module]", dict(module.named_modules()))
-    names = {part: name for name, part in parts.items()}
-    configs = {id(config): config for part in module.modules() if (config := getattr(part, "config", None)) is not None}
+    parts = list(module.modules())
+    names = dict(zip(parts, (name for name, _ in cast("Any", module).named_modules()), strict=True))
+    configs = {id(config): config for part in parts if (config := getattr(part, "config", None)) is not None}
     before = {key: config._attn_implementation for key, config in configs.items()}
     inner = cast("Any", ALL_ATTENTION_FUNCTIONS)
 
