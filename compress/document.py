@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +14,9 @@ from compress.errors import RecipeError
 
 Place = tuple[str | int, ...]
 """Where a value stands in a document: keys and list positions from the root."""
+
+_SPECIAL = tuple("*&!%@`")
+"""Characters that a text cannot begin with in YAML, unless it is quoted."""
 
 _READ_FROM_HERE = ("source", "definition")
 
@@ -28,11 +32,13 @@ class Document:
 
     def whereabouts(self, place: Place) -> str:
         """Return how a message names the place: the override that set it, or `file:line`."""
-        for end in range(len(place), -1, -1):
-            if place[:end] in self.overridden:
-                return f"--set {self.overridden[place[:end]]}"
-            if place[:end] in self.lines:
-                return f"{self.path.name}:{self.lines[place[:end]]}"
+        beginnings = [place[:end] for end in range(len(place), -1, -1)]
+        for beginning in beginnings:
+            if beginning in self.overridden:
+                return f"--set {self.overridden[beginning]}"
+        for beginning in beginnings:
+            if beginning in self.lines:
+                return f"{self.path.name}:{self.lines[beginning]}"
         return self.path.name
 
 
@@ -98,9 +104,19 @@ def override(document: Document, settings: Mapping[str, Any]) -> None:
         fault = _assign(document.data, place, _from_here(place, value))
         if fault:
             faults.append(f"--set {path}: {fault}")
-        document.overridden[place] = f"{path}={value}"
+        document.overridden[place] = f"{path}={_written(value)}"
     if faults:
         raise RecipeError(faults)
+
+
+def _written(value: Any) -> str:
+    """Return a value the way it is written after `--set PATH=`."""
+    if isinstance(value, str):
+        return value
+    try:
+        return yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=math.inf).removesuffix("...\n").strip()
+    except yaml.YAMLError:  # from Python, a value may be anything
+        return str(value)
 
 
 def _from_here(place: Place, value: Any) -> Any:
@@ -121,7 +137,8 @@ def _assign(data: dict[str, Any], place: Place, value: Any) -> str | None:
         if isinstance(current, list):
             items = cast("list[Any]", current)
             if not isinstance(part, int) or part > len(items) or (part == len(items) and not last):
-                return f"{where} has {len(items)} items, numbered from 0; {part} names none of them"
+                count = f"{len(items)} item{'' if len(items) == 1 else 's'}"
+                return f"{where} has {count}, numbered from 0; {part} names none of them"
             if last:
                 items[part:] = [value, *items[part + 1 :]]
             else:
@@ -149,4 +166,6 @@ def parse_setting(text: str) -> tuple[str, Any]:
     try:
         return path, yaml.safe_load(value) if value else ""
     except yaml.YAMLError as error:
-        raise RecipeError([f"--set {text}: the value is no valid YAML ({error})"]) from error
+        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        hint = "; put quotes around what is a text" if value[:1] in _SPECIAL else ""
+        raise RecipeError([f"--set {text}: the value is no valid YAML: {problem}{hint}"]) from error

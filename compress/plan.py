@@ -13,14 +13,16 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compress.calibration.questions import source_digest
 from compress.calibration.sets import QuestionSource, TextSource
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.document import Document, dotted
 from compress.errors import RecipeError
 from compress.export.format import Outlook
 from compress.families import Family, family_of
 from compress.hardware import default_device
 from compress.hub import DatasetPin, ModelPin, open_pinned, resolve_dataset, resolve_model
+from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
+from compress.quantization_config import foreign_format
 from compress.recipe import Recipe, read_recipe
 from compress.schema import is_local
 from compress.store import Store
@@ -189,8 +191,7 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
             exports[position] = export.predict_bytes(outlooks[0])
     if faults:
         raise RecipeError(faults)
-    notes = [note for outlook in outlooks or [Outlook(checkpoint, family, {})] for note in _notes(recipe, outlook)]
-    return _Sizes(stages, exports, tuple(dict.fromkeys(notes)))
+    return _Sizes(stages, exports, _outlook_notes(recipe, outlooks or [Outlook(checkpoint, family, {})]))
 
 
 def _shows_images(recipe: Recipe) -> bool:
@@ -210,6 +211,22 @@ def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str
         elif task.needs not in runtime.offers:
             faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; set eval.runtime to transformers")
     return faults
+
+
+def _outlook_notes(recipe: Recipe, outlooks: list[Outlook]) -> tuple[str, ...]:
+    """Return what one should know of whatever comes out, and what only where the run chooses to hold linears so."""
+    noted = [_notes(recipe, outlook) for outlook in outlooks]
+    every = dict.fromkeys(note for notes in noted for note in notes)
+    return tuple(note if all(note in notes for notes in noted) else f"where the stage chooses so: {note}" for note in every)
+
+
+def notes_of(plan: Plan, folder: Path) -> tuple[str, ...]:
+    """Return what one should know of the exports of the checkpoint that the last stage wrote to `folder`."""
+    checkpoint = open_checkpoint(folder)
+    if foreign_format(checkpoint.config):
+        return plan.notes
+    outlook = Outlook(checkpoint, plan.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+    return _notes(plan.recipe, outlook)
 
 
 def _notes(recipe: Recipe, outlook: Outlook) -> tuple[str, ...]:

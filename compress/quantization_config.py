@@ -22,8 +22,8 @@ _STRATEGIES: Mapping[Activations, str] = {"token": "token", "tensor": "tensor", 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv_cache: bool = False) -> dict[str, Any]:
     """Return config.json's `quantization_config`: `schemes` by the quantized linears' names, `ignore` the names of all others.
 
-    With one scheme its group targets every `Linear`; with several, each targets its linears by name. A name without a dot is the
-    output head's: it is no `Linear` to vLLM, which knows it by another prefix, so it is always targeted by a pattern.
+    With one scheme its group targets every `Linear`; with several, each targets its linears by name. The output head (`lm_head`, or
+    a name without a dot) is no `Linear` to vLLM, which knows it by another prefix, so it is always targeted by a pattern.
     `kv_cache` says that the checkpoint holds scales for keys and values, which are then cached as 8-bit floats.
     """
     groups: dict[Scheme, list[str]] = {}
@@ -85,8 +85,9 @@ def scheme_of(settings: Mapping[str, Any], name: str, where: str) -> Scheme:
 
 
 def _targets(names: list[str], alone: bool) -> list[str]:
-    heads = [rf"re:(.*\.)?{name}$" for name in sorted(names) if "." not in name]
-    return (["Linear"] if alone else [name for name in sorted(names) if "." in name]) + heads
+    heads = [name for name in names if "." not in name or name.endswith(".lm_head")]
+    patterns = sorted(rf"re:(.*\.)?{name.rpartition('.')[2]}$" for name in heads)
+    return (["Linear"] if alone else sorted(set(names) - set(heads))) + patterns
 
 
 def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:

@@ -38,6 +38,10 @@ else:
     AnyRuntime = union_of(RUNTIMES, "runtime")
 
 
+_SHOULD = "Input should be "
+_NO_TABLE = ("model_type", "dict_type")
+
+
 class Model(Frozen):
     """The model to compress: a folder, or an id on a hub, pinned to the commit that `revision` names when the plan is made."""
 
@@ -101,7 +105,7 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Docume
         recipe = Recipe.model_validate(document.data, context={"base": path.resolve().parent})
     except ValidationError as error:
         details = [detail for detail in error.errors(include_url=False) if not _follows(detail)]
-        raise RecipeError([_fault(document, detail) for detail in details]) from error
+        raise RecipeError(_faults(document, details)) from error
     faults = _cross_check(document, recipe)
     if faults:
         raise RecipeError(faults)
@@ -138,13 +142,31 @@ def _follows(detail: ErrorDetails) -> bool:
     return detail["type"] == "default_factory_not_called" or (detail["type"] == "too_short" and bool(detail["input"]))
 
 
-def _fault(document: Document, detail: ErrorDetails) -> str:
-    place = _place_of(document.data, detail["loc"])
-    return f"{document.whereabouts(place)}: {dotted(place) or 'the recipe'}: {_message(detail)}"
+def _faults(document: Document, details: list[ErrorDetails]) -> list[str]:
+    """Return one line for each place that is at fault; where a value may be of several kinds, what each would have it be."""
+    found: dict[Place, list[ErrorDetails]] = {}
+    for detail in details:
+        found.setdefault(_place_of(document.data, detail), []).append(detail)
+    lines: list[str] = []
+    for place, here in found.items():
+        within = any(other[: len(place)] == place and len(other) > len(place) for other in found)
+        if within and isinstance(here[0]["input"], dict) and all(detail["type"] == "literal_error" for detail in here):
+            continue  # it was meant as the table in which the fault lies, not as the name that might stand there
+        lines.append(f"{document.whereabouts(place)}: {dotted(place) or 'the recipe'}: {_joined(here)}")
+    return lines
 
 
-def _place_of(data: Any, location: tuple[str | int, ...]) -> Place:
+def _joined(details: list[ErrorDetails]) -> str:
+    first, *others = [detail for detail in details if detail["type"] not in _NO_TABLE] or details
+    if not others or not all(detail["msg"].startswith(_SHOULD) for detail in (first, *others)):
+        return "; ".join(dict.fromkeys(_message(detail) for detail in (first, *others)))
+    kinds = [first["msg"], *(detail["msg"].removeprefix(_SHOULD).partition(",")[0] for detail in others)]
+    return ", or ".join(dict.fromkeys(kinds)) + _shown(first)
+
+
+def _place_of(data: Any, detail: ErrorDetails) -> Place:
     """Drop from a pydantic location what is no key of the document: the tags of unions."""
+    location = detail["loc"]
     place: list[str | int] = []
     current = data
     for depth, part in enumerate(location):
@@ -153,15 +175,15 @@ def _place_of(data: Any, location: tuple[str | int, ...]) -> Place:
         )
         if held:
             current = cast("Any", current)[part]
-        elif depth < len(location) - 1 or not isinstance(current, dict):
+        elif depth < len(location) - 1 or detail["type"] != "missing":
             continue
         place.append(part)
+    if detail["type"] == "union_tag_invalid":
+        place.append(str(detail.get("ctx", {}).get("discriminator")).strip("'"))
     return tuple(place)
 
 
 def _message(detail: ErrorDetails) -> str:
-    given: object = detail["input"]
-    shown = f" (got {given!r})" if isinstance(given, str | int | float | bool) or given is None else ""
     match detail["type"]:
         case "extra_forbidden":
             return _unknown_key(detail["loc"])
@@ -169,7 +191,9 @@ def _message(detail: ErrorDetails) -> str:
             return "missing; write it out, it has no default"
         case "union_tag_invalid":
             context = detail.get("ctx", {})
-            return f"{context.get('tag')!r} is not one of {context.get('expected_tags')}"
+            known = str(context.get("expected_tags"))
+            near = difflib.get_close_matches(str(context.get("tag")), [tag.strip(" '") for tag in known.split(",")], n=1)
+            return f"{context.get('tag')!r} is not one of {known}{f'; did you mean {near[0]}?' if near else ''}"
         case "union_tag_not_found":
             return f"needs the key {detail.get('ctx', {}).get('discriminator')}, which says what it is"
         case "too_short":
@@ -177,9 +201,22 @@ def _message(detail: ErrorDetails) -> str:
         case "value_error":
             return detail["msg"].removeprefix("Value error, ")
         case "string_pattern_mismatch":
-            return f"does not have the form {detail.get('ctx', {}).get('pattern')}{shown}"
+            return f"does not have the form {detail.get('ctx', {}).get('pattern')}{_shown(detail)}"
+        case "tuple_type":
+            return f"must be a list{_shown(detail)}"
+        case "model_attributes_type":
+            return f"must be a table{_shown(detail)}"
+        case "model_type":
+            return f"must be a table with the keys {', '.join(sorted(_fields_at(detail['loc'])))}{_shown(detail)}"
         case _:
-            return detail["msg"] + shown
+            return detail["msg"] + _shown(detail)
+
+
+def _shown(detail: ErrorDetails) -> str:
+    given: object = detail["input"]
+    if given is None:
+        return " (got null)"
+    return f" (got {given!r})" if isinstance(given, str | int | float | bool) else ""
 
 
 def _unknown_key(location: tuple[str | int, ...]) -> str:
@@ -200,6 +237,8 @@ def _fields_at(location: tuple[str | int, ...]) -> set[str]:
             candidates = tagged
             continue
         fields = [model.model_fields[part].annotation for model in candidates if part in model.model_fields]
+        if not fields:
+            continue  # the tag of a union
         candidates = [model for annotation in fields for model in _models_in(annotation)]
     return {name for model in candidates for name in model.model_fields}
 

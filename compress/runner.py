@@ -23,7 +23,7 @@ from compress.files import check_writable, telling_where, write_json, write_text
 from compress.gate import Subject, judge
 from compress.hardware import describe
 from compress.meter import Meter
-from compress.plan import ORIGINAL, Plan, Step, artifact_name, make_plan
+from compress.plan import ORIGINAL, Plan, Step, artifact_name, make_plan, notes_of
 from compress.publish import publish
 from compress.report import Report, Row, Timing, render
 from compress.stages.widths import Widths, read_widths
@@ -171,6 +171,8 @@ class _Run:
         rows = self._rows(measured, workshop)
         subjects = [Subject(row.artifact, row.bytes, measured[row.artifact]) for row in rows]
         verdict = judge(recipe.gate, subjects[0], subjects[1:])
+        last = [step.name for step in self.plan.steps if step.kind == "stage"][-1]
+        serving = notes_of(self.plan, self.entries[last].folder)
         return Report(
             name=recipe.name,
             run=str(self.folder),
@@ -184,7 +186,7 @@ class _Run:
             notes={
                 "KL": recipe.eval.runtime.kl_definition,
                 **{task.name: task.note() for task in recipe.eval.tasks},
-                **({"serving": "; ".join(self.plan.notes)} if self.plan.notes else {}),
+                **({"serving": "; ".join(serving)} if serving else {}),
             },
             recipe=recipe.model_dump(mode="json"),
             versions=workshop.versions(),

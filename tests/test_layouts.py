@@ -30,6 +30,7 @@ from compress.layouts import (
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
+from compress.quantization_config import scheme_of
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl
 
@@ -158,6 +159,15 @@ def test_several_schemes_target_their_linears_by_name() -> None:
     held = {"a.up": scheme(4), "a.down": scheme(8), "b.up": scheme(4), "lm_head": scheme(8)}
     groups = quantization_config(held, ignore=[])["config_groups"]
     assert [group["targets"] for group in groups.values()] == [["a.up", "b.up"], ["a.down", r"re:(.*\.)?lm_head$"]]
+
+
+@pytest.mark.parametrize("head", ["lm_head", "language_model.lm_head"])
+def test_a_head_is_targeted_by_a_pattern_whatever_stands_before_it(head: str) -> None:
+    content = quantization_config({"a.up": scheme(4), head: scheme(4)}, ignore=[])
+    assert content["config_groups"]["group_0"]["targets"] == ["Linear", r"re:(.*\.)?lm_head$"]
+    content = quantization_config({"a.up": scheme(4), head: scheme(8)}, ignore=[])
+    assert content["config_groups"]["group_1"]["targets"] == [r"re:(.*\.)?lm_head$"]
+    assert scheme_of(content, head, "config.json") == scheme(8)
 
 
 def test_a_checkpoint_tells_how_its_linears_are_held(tmp_path: Path) -> None:

@@ -77,14 +77,45 @@ def test_an_unknown_row_names_the_known_ones(folder: Path) -> None:
     data["eval"]["runtime"]["runtime"] = "llama.cpp"
     data["calibration"]["sets"][0]["dataset"] = "c4"
     assert faults(folder, data) == (
-        "recipe.yaml:7: calibration.sets.0: 'c4' is not one of 'wikitext', 'text', 'vqa'",
-        "recipe.yaml:19: eval.runtime: 'llama.cpp' is not one of 'transformers', 'vllm'",
+        "recipe.yaml:7: calibration.sets.0.dataset: 'c4' is not one of 'wikitext', 'text', 'vqa'",
+        "recipe.yaml:20: eval.runtime.runtime: 'llama.cpp' is not one of 'transformers', 'vllm'",
     )
 
 
 def test_faults_of_overrides_name_the_override(folder: Path) -> None:
     assert faults(folder, whole(), stages__0__bits=7) == (
         "--set stages.0.bits=7: stages.0.bits: Input should be 2, 3, 4, 8 or 'auto' (got 7)",
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("balance", 1.5, ".balance: Input should be 'tokens' or 'auto', or less than or equal to 1 (got 1.5)"),
+        ("balance", "both", ".balance: Input should be 'tokens' or 'auto', or a valid number (got 'both')"),
+        ("targets", ["encoder"], ".targets.0: Input should be 'decoder', 'vision', 'projector' or 'lm_head' (got 'encoder')"),
+        ("targets", "decoder", ".targets: must be a list (got 'decoder')"),
+        (
+            "targets",
+            [{"component": "vision", "bts": 8}],
+            ".targets.0.bts: unknown key; allowed here: activations, bits, component, group_size, symmetric; did you mean bits?",
+        ),
+        ("budget", 4, ".budget: must be a table with the keys bits_per_weight, bytes (got 4)"),
+        ("stage", "gtpq", ".stage: 'gtpq' is not one of 'awq', 'fp8', 'gptq', 'int8', 'llmcompressor', 'rtn'; did you mean gptq?"),
+    ],
+)
+def test_a_value_that_may_be_of_several_kinds_has_one_fault(folder: Path, key: str, value: object, message: str) -> None:
+    (fault,) = faults(folder, whole(), **{f"stages__0__{key}": value})
+    assert fault.endswith(f": stages.0{message}")
+    assert fault.startswith(f"--set stages.0.{key}=")
+
+
+def test_what_an_override_holds_is_named_by_it_whatever_the_file_said(folder: Path) -> None:
+    stage = {"stage": "awq", "bits": 4, "group_size": 64, "budget": {"bits_per_weight": 4}}
+    (fault,) = faults(folder, whole(), stages__0=stage)
+    assert fault == (
+        "--set stages.0={stage: awq, bits: 4, group_size: 64, budget: {bits_per_weight: 4}}: stages.0: "
+        "budget and widths go with bits: auto, not 4; remove them"
     )
 
 

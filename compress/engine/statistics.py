@@ -27,7 +27,7 @@ class Moment:
         self.lower = torch.zeros(channels, channels, device=device)
         self.abs_sum = torch.zeros(channels, device=device)
         self.abs_max = torch.zeros(channels, device=device)
-        self.tokens = 0
+        self.tokens: float = 0
 
     @property
     def gram(self) -> Tensor:
@@ -60,7 +60,7 @@ class Moments:
     disposable: bool = False
 
     @property
-    def tokens(self) -> int:
+    def tokens(self) -> float:
         """How many tokens were counted."""
         return sum(part.tokens for part, _ in self._parts())
 
@@ -84,12 +84,31 @@ class Moments:
             part.lower = part.lower.new_empty(0, 0)
         return _mirror(lower).div_(self._weight())
 
+    def merge(self) -> None:
+        """Keep the weighted sums over both kinds alone, in the memory of one; means stay as they are, the kinds are lost."""
+        if self.text is None or self.vision is None:
+            return
+        (first, weight), (second, other) = self._parts()
+        first.lower.mul_(weight).add_(second.lower, alpha=other)
+        first.abs_sum.mul_(weight).add_(second.abs_sum, alpha=other)
+        first.abs_max = torch.maximum(first.abs_max, second.abs_max)
+        first.tokens = first.tokens * weight + second.tokens * other
+        self.vision, self.weights = None, (1.0, 1.0)
+
     def mean_abs(self) -> Tensor:
         """Return the weighted mean of |x| over all tokens, float32 [in]."""
         (first, weight), *others = self._parts()
         total = first.abs_sum * weight
         for part, weight in others:
             total.add_(part.abs_sum, alpha=weight)
+        return total / self._weight()
+
+    def mean_square(self) -> Tensor:
+        """Return the weighted mean of x² over all tokens, float32 [in]."""
+        (first, weight), *others = self._parts()
+        total = first.lower.diagonal() * weight
+        for part, weight in others:
+            total.add_(part.lower.diagonal(), alpha=weight)
         return total / self._weight()
 
     def abs_max(self) -> Tensor:

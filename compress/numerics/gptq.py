@@ -98,21 +98,22 @@ def round_columns(
     steps, zeros, transposed = scales.to(torch.float32).t().contiguous(), zero_points.t().contiguous(), weight.t()
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        places = order[start:stop]
-        exact = transposed[places]
+        exact = transposed[order[start:stop]]
         wanted = exact.addmm(feedback.block(0, start, start, stop).t(), errors[:start]) if start else exact.clone()
         within = feedback.block(start, stop, start, stop)
         step, zero = steps[group_of[start:stop]], zeros[group_of[start:stop]]
-        block_codes = torch.empty_like(exact)
-        for row in range(stop - start):
-            code = (wanted[row] / step[row]).round_().add_(zero[row]).clamp_(0, scheme.levels - 1)
-            block_codes[row] = code
-            error = exact[row] - (code - zero[row]) * step[row]
-            errors[start + row] = error
-            if row + 1 < stop - start:
-                wanted[row + 1 :].addr_(within[row, row + 1 :], error)
-        codes[places] = block_codes.to(torch.uint8)
-    return QuantizedWeight(codes.t().contiguous(), scales, zero_points.to(torch.uint8), scheme)
+        levels = torch.empty_like(exact)
+        parts = (wanted, exact, step, -zero, scheme.levels - 1 - zero, levels, errors[start:stop], within)
+        for row, (want, given, size, lowest, highest, level, error, effect) in enumerate(
+            zip(*map(torch.unbind, parts), strict=True)
+        ):
+            torch.div(want, size, out=level).round_()
+            torch.clamp(level, lowest, highest, out=level)
+            torch.addcmul(given, level, size, value=-1, out=error)
+            wanted[row + 1 :].addr_(effect[row + 1 :], error)
+        codes[start:stop] = levels.add_(zero).to(torch.uint8)
+    codes = codes[order.argsort()].t().contiguous()  # putting each block in its place would sort it anew on CUDA
+    return QuantizedWeight(codes, scales, zero_points.to(torch.uint8), scheme)
 
 
 def _factored(matrix: Tensor) -> tuple[Tensor, bool]:

@@ -57,10 +57,9 @@ def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor
 
 
 def fold_symmetric(gram: Tensor) -> Tensor:
-    """Return the lower triangle that stands for a symmetric matrix in `output_error`: the upper one is added to it."""
-    folded = gram.tril().mul_(2)
-    folded.diagonal().mul_(0.5)
-    return folded
+    """Return the lower triangle that stands for a symmetric matrix in `output_error`: the upper one is added to it, in place."""
+    gram.tril_().mul_(2).diagonal().mul_(0.5)
+    return gram
 
 
 def output_error(error: Tensor, folded: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from compress.families import Family, family_of
 from compress.progress import Progress
 from compress.runtimes.activations import round_inputs
 from compress.runtimes.kv_cache import SCALES, round_cache
-from compress.runtimes.unpack import dense_tensors
+from compress.runtimes.unpack import dense_count, dense_tensors
 from compress.skeleton import build_skeleton
 
 
@@ -52,7 +52,7 @@ def load_model(
     family = family_of(checkpoint.config, str(artifact), checkpoint)
     model: Any = build_skeleton(artifact, dtype, device, trust_remote_code)
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    with progress.task("load weights", len(checkpoint.tensors), "tensors") as advance:
+    with progress.task("load weights", dense_count(checkpoint), "tensors") as advance:
         for name, tensor in dense_tensors(checkpoint, dtype, device):
             path, _, leaf = family.module_name(name).rpartition(".")
             if path not in modules:

@@ -32,6 +32,12 @@ _FORMATS = ("dense", "pack-quantized", "int-quantized", "float-quantized", "mixe
 _CHUNK = 1 << 22
 
 
+def dense_count(checkpoint: Checkpoint) -> int:
+    """Return how many weights `dense_tensors` gives: scales and the like belong to the weights beside them."""
+    quantized = bool(checkpoint.config.get("quantization_config"))
+    return sum(not (quantized and name.rpartition(".")[2] in _PARTS) for name in checkpoint.tensors)
+
+
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Generator[tuple[str, Tensor]]:
     """Give every weight of an artifact by its name on disk, dense, in the order of the files; one is in memory at a time.
 

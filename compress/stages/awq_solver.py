@@ -19,6 +19,7 @@ from compress.numerics.rounding import fold_symmetric, output_error, own_scheme,
 from compress.stages.block import BlockWeights, Repeats, input_gram, movable, move, repeats_of
 
 _STRIDE = 4
+_PART = 1 << 26
 _EXTREME = 1e4
 _FLOOR = 1e-3
 
@@ -35,7 +36,7 @@ def fold(block: BlockWeights, pair: Pair, moments: Mapping[str, Moments], scheme
 
 @dataclass(frozen=True)
 class Part:
-    """The linears of a pair that are held alike, their weights one above the other, float32; scales are stored in `dtype`."""
+    """Rows of a pair's linears that are held alike, one above the other, float32 [rows, in]; scales are stored in `dtype`."""
 
     weight: Tensor
     scheme: Scheme
@@ -47,14 +48,19 @@ class Part:
 
 
 def parts_of(block: BlockWeights, pair: Pair, schemes: Mapping[str, Scheme]) -> list[Part]:
-    """Return a pair's linears by how they are held."""
+    """Return a pair's linears by how they are held; large ones in pieces, so that a search's copies of one stay small."""
     alike: dict[Scheme, list[str]] = {}
     for name in pair.linears:
         alike.setdefault(schemes[name], []).append(name)
-    return [
-        Part(torch.cat([block.weights[name] for name in names]), scheme, block.precision(f"{names[0]}.weight"))
-        for scheme, names in alike.items()
-    ]
+    parts: list[Part] = []
+    for scheme, names in alike.items():
+        weights = [block.weights[name] for name in names]
+        if sum(weight.numel() for weight in weights) <= _PART:
+            pieces = [torch.cat(weights)]
+        else:
+            pieces = [piece for weight in weights for piece in torch.split(weight, max(1, _PART // weight.shape[1]))]
+        parts += [Part(piece, scheme, block.precision(f"{names[0]}.weight")) for piece in pieces]
+    return parts
 
 
 def search(
@@ -63,7 +69,8 @@ def search(
     """Return the best scale per source channel, float32, or None where none is better than no scale."""
     parts = parts_of(block, pair, schemes)
     gram = fold_symmetric(input_gram(block, pair.linears[0], moments))
-    relative = torch.cat([_relative_magnitude(part) for part in parts]).mean(dim=0).clamp_(min=1e-4)
+    relative = torch.stack([_relative_magnitude(part).sum(dim=0) for part in parts]).sum(dim=0)
+    relative = relative.div_(sum(len(part.weight) for part in parts)).clamp_(min=1e-4)
     magnitude, importance = repeats.pool(moments.mean_abs()), repeats.pool(relative)
 
     def loss(point: Point) -> float:

@@ -84,6 +84,12 @@ def input_max(block: BlockWeights, name: str, moments: Moments) -> Tensor:
     return largest / block.input_scales[name] if name in block.input_scales else largest
 
 
+def input_square(block: BlockWeights, name: str, moments: Moments) -> Tensor:
+    """Return the mean square of each channel of what a linear is given after scales have moved, float32 [in]."""
+    squares = moments.mean_square()
+    return squares / block.input_scales[name].square() if name in block.input_scales else squares
+
+
 @dataclass(frozen=True)
 class Repeats:
     """How grouped-query attention repeats source channels: input channel (k·repeats + r)·D + d reads source channel k·D + d."""

@@ -41,7 +41,7 @@ class Fp8(Quantizer):
     matrix, and one for all inputs, found in calibration; block one for each 128 × 128 weights, and for 128 channels of a token.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     stage: Literal["fp8"]
     granularity: Granularity = "channel"

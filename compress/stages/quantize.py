@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,14 +82,21 @@ def returning_memory(device: str) -> Generator[None]:
 
 @contextmanager
 def deterministic() -> Generator[None]:
-    """Let torch choose algorithms that give the same result each time, where it has them."""
+    """Let torch choose algorithms that give the same result each time, where it has them.
+
+    New memory is not filled with NaN besides, as torch does then to show who reads it: that takes half as long as the work itself.
+    """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory = cast("Any", torch.utils).deterministic
+    filled = memory.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
+    memory.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        memory.fill_uninitialized_memory = filled
 
 
 @dataclass(frozen=True)
@@ -184,11 +191,13 @@ class _Work:
     def _solve(self, visit: Visit, names: list[str]) -> dict[str, Tensor]:
         """Return what is to be stored for a part of the model, by names on disk."""
         opened = self.site.open(visit, names)
-        moments = observe(opened.visit, opened.local.values())
+        observed = self.stage.observes() or any(self.schemes[name].activations == "tensor" for name in names)
+        moments = observe(opened.visit, opened.local.values()) if observed else {}
         weigh(moments, self.stage.balance, {local: self.found.sensitivities.get(name) for name, local in opened.local.items()})
         block = opened.weights()
         schemes = {local: self.schemes[name] for name, local in opened.local.items()}
         for given in moments.values():
+            given.merge()
             given.disposable = True
         try:
             codes = solve(block, self._pairs(visit.name), moments, schemes, self.stage.method())
@@ -206,6 +215,10 @@ class _Work:
         with observing(visit.module) as ranges:
             for call in visit.calls:
                 visit.run(call)
+        if not visit.calls:
+            raise CheckpointError(
+                f"{visit.name}: no calibration sample reaches it, so its keys and values have no scales; add samples that do"
+            )
         if not ranges:
             raise CheckpointError(f"{visit.name}: what its attention caches cannot be seen; set kv_cache to null")
         tensors: dict[str, Tensor] = {}

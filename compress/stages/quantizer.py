@@ -118,10 +118,11 @@ class Quantizer(Stage):
         )
 
     def reads_images(self, family: Family) -> bool:
-        """Return whether some linear that it observes is only reached by images: of the vision side, or a reader of its states."""
+        """Return whether something that it observes is only reached by images: of the vision side, or a reader of its states."""
         parts = self.parts()
         observed = [part for part, scheme in parts.items() if self.observes() or scheme.activations == "tensor"]
-        return any(part in ("vision", "projector") for part in observed) or ("decoder" in observed and bool(family.vision_readers))
+        decoder = "decoder" in observed or self.kv_cache is not None
+        return any(part in ("vision", "projector") for part in observed) or (decoder and bool(family.vision_readers))
 
     def select(self, checkpoint: Checkpoint, family: Family) -> Selection:
         """Return the linears to be quantized."""

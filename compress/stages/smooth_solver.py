@@ -1,8 +1,9 @@
 """SmoothQuant's scales on one block, for weights and inputs that are both rounded (arXiv 2211.10438).
 
 A scale s per input channel takes the outliers out of a linear's input and into its weight: s = max|x|^α / max|W|^(1-α). The
-strength α is chosen to minimise the expected squared error of the output, tr(ΔW G ΔWᵀ) + σ²·‖W·s‖², where σ² is the variance of
-rounding one input element: a twelfth of the square of the step that the input's range, divided by s, leaves between its codes.
+strength α is chosen to minimise the expected squared error of the output. Rounding to steps of size d has an error of variance d²/12,
+so that is Σ d_rg²/12 · Σ_{j in g} E[x_j²]/s_j² for weights with a step per row r and group g, and d²/12 · ‖W·s‖² for inputs, with d
+the step that the range of x/s leaves between its codes.
 """
 
 from __future__ import annotations
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from compress.engine.statistics import Moments
 from compress.families import Pair
-from compress.numerics.grids import Scheme
-from compress.numerics.rounding import fold_symmetric, output_error
+from compress.numerics.grids import Scheme, grid
+from compress.numerics.rounding import own_scheme
 from compress.stages.awq_solver import Part, Point, best_point, normalised, parts_of
-from compress.stages.block import BlockWeights, Repeats, input_gram, input_max, movable, move, repeats_of
+from compress.stages.block import BlockWeights, Repeats, input_max, input_square, movable, move, repeats_of
 
 _CODES = 127
 
@@ -54,23 +55,28 @@ def search(
 ) -> Tensor | None:
     """Return the best scale per source channel, float32 (the linears' inputs are divided by it), or None for none."""
     parts = parts_of(block, pair, schemes)
-    gram = input_gram(block, pair.linears[0], moments)
-    ranges = input_max(block, pair.linears[0], moments)
-    spreads = gram.diagonal().sqrt()
+    ranges, squares = input_max(block, pair.linears[0], moments), input_square(block, pair.linears[0], moments)
     largest, heaviest = repeats.pool_max(ranges), _weight_max(parts, repeats)
-    folded = fold_symmetric(gram)
-    del gram
 
     def loss(spread: Tensor) -> float:
+        given = squares / spread.square()
         total = 0.0
         for part in parts:
-            noise = _noise(part.scheme, ranges / spread, spreads / spread)
-            total += float(output_error(part.error(spread), folded)) + noise * float((part.weight * spread).square_().sum())
+            weight = part.weight * spread
+            noise = _noise(part.scheme, ranges / spread, given.sqrt())
+            total += _weight_error(weight, given, part) + noise * float(weight.square_().sum())
         return total
 
     best = best_point([Point(0.0, duo=True)], lambda point: loss(repeats.spread(_scale(point.exponent, largest, heaviest))), steps)
     scale = _scale(best.exponent, largest, heaviest)
     return scale if loss(repeats.spread(scale)) < loss(torch.ones_like(ranges)) else None
+
+
+def _weight_error(weight: Tensor, squares: Tensor, part: Part) -> float:
+    """Return the expected squared error of the output by rounding a weight, for inputs with the mean squares `squares` [in]."""
+    scheme = own_scheme(part.scheme, weight.shape[1])
+    steps, _ = grid(weight.view(weight.shape[0], -1, scheme.group_size), scheme, part.dtype)
+    return float(steps.to(torch.float32).square_().sum(dim=0).mul_(squares.view(-1, scheme.group_size).sum(dim=1)).sum() / 12)
 
 
 def _noise(scheme: Scheme, ranges: Tensor, spreads: Tensor) -> float:

@@ -17,6 +17,7 @@ from compress.numerics.rounding import clip, quantize
 from compress.stages.awq_solver import fold
 from compress.stages.block import BlockWeights, input_gram, input_max
 from compress.stages.smooth_solver import Smoothing, smooth
+from compress.stages.widths import JOINED
 
 _SCORES = frozenset({"q_proj", "k_proj", "qkv", "qkv_proj", "query", "key", "query_key_value", "Wqkv", "c_attn", "in_proj"})
 """Layers whose outputs meet in attention's scores. Their ranges stay whole, as in AWQ's own code: what clipping them loses on
@@ -97,15 +98,68 @@ def round_linears(
         if method.gptq is not None:
             feedback = Feedback.of(gram, method.gptq)
             del gram
-            for name in integers:
-                dtype = block.precision(f"{name}.weight")
-                codes[name] = round_columns(block.weights[name], feedback, schemes[name], dtype, shrinks[name])
+            for together in _alike(block, integers, schemes):
+                codes |= _with_feedback(block, together, feedback, schemes[together[0]], shrinks)
+    for together in _held_as_one([name for name in names if name not in codes], schemes):
+        codes |= _nearest(block, together, schemes[together[0]], shrinks[together[0]])
     for name in names:
-        if name not in codes:
-            codes[name] = quantize(block.weights[name], schemes[name], block.precision(f"{name}.weight"), shrinks[name])
         scales = codes[name].scales.to(block.current(f"{name}.weight").dtype)
         codes[name] = replace(codes[name], scales=scales, input_scale=_input_scale(schemes[name], largest))
     return codes
+
+
+def _alike(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
+    """Return linears by how they are held: those held alike can be rounded as one matrix, their columns in fewer, larger steps."""
+    groups: dict[tuple[Scheme, torch.dtype], list[str]] = {}
+    for name in names:
+        groups.setdefault((schemes[name], block.precision(f"{name}.weight")), []).append(name)
+    return groups.values()
+
+
+def _with_feedback(
+    block: BlockWeights, names: Sequence[str], feedback: Feedback, scheme: Scheme, shrinks: Mapping[str, Tensor | float]
+) -> dict[str, QuantizedWeight]:
+    """Return the codes by GPTQ of linears that are held alike and have one input."""
+    dtype, weights = block.precision(f"{names[0]}.weight"), [block.weights[name] for name in names]
+    if len(names) == 1:
+        return {names[0]: round_columns(weights[0], feedback, scheme, dtype, shrinks[names[0]])}
+    groups = scheme.groups(weights[0].shape[1])
+    ones = [weight.new_ones(len(weight), groups) for weight in weights]
+    shrink = torch.cat([one * shrinks[name] for one, name in zip(ones, names, strict=True)])
+    whole = round_columns(torch.cat(weights), feedback, scheme, dtype, shrink)
+    assert whole.zero_points is not None
+    counts = [len(weight) for weight in weights]
+    pieces = zip(*(torch.split(part, counts) for part in (whole.codes, whole.scales, whole.zero_points)), strict=True)
+    return {
+        name: QuantizedWeight(codes.clone(), scales.clone(), zero_points.clone(), whole.scheme)
+        for name, (codes, scales, zero_points) in zip(names, pieces, strict=True)
+    }
+
+
+def _held_as_one(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
+    """Return linears by what has one scale: where it is that of a whole matrix, those that a runtime joins have it in common.
+
+    It would otherwise give all of them the largest and round them a second time.
+    """
+    groups: dict[tuple[str, ...], list[str]] = {}
+    for name in names:
+        parent, _, own = name.rpartition(".")
+        joined = next((parts for parts in JOINED if own in parts), None)
+        alike = joined is not None and schemes[name].block_rows == -1
+        groups.setdefault((parent, *joined) if joined and alike else (name,), []).append(name)
+    return groups.values()
+
+
+def _nearest(block: BlockWeights, names: Sequence[str], scheme: Scheme, shrink: Tensor | float) -> dict[str, QuantizedWeight]:
+    """Return the nearest codes of a linear, or of several that have one scale."""
+    dtype = block.precision(f"{names[0]}.weight")
+    if len(names) == 1:
+        return {names[0]: quantize(block.weights[names[0]], scheme, dtype, shrink)}
+    whole = quantize(torch.cat([block.weights[name] for name in names]), scheme, dtype, shrink)
+    pieces = torch.split(whole.codes, [len(block.weights[name]) for name in names])
+    return {
+        name: replace(whole, codes=piece.clone(), scales=whole.scales.clone()) for name, piece in zip(names, pieces, strict=True)
+    }
 
 
 def _input_scale(scheme: Scheme, largest: Tensor | None) -> Tensor | None:
@@ -113,4 +167,6 @@ def _input_scale(scheme: Scheme, largest: Tensor | None) -> Tensor | None:
     if scheme.activations != "tensor":
         return None
     assert largest is not None
-    return (largest.clamp(min=torch.finfo(torch.float32).tiny) / _INPUT_LARGEST[scheme.type]).reshape(1)
+    scale = largest / _INPUT_LARGEST[scheme.type]
+    usable = scale >= torch.finfo(torch.float32).tiny  # kernels multiply by the inverse, which of less is infinite
+    return torch.where(usable, scale, 1.0).reshape(1)

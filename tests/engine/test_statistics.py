@@ -37,6 +37,7 @@ def test_sums_equal_brute_force() -> None:
     everything = torch.cat(list(rows.values()))
     torch.testing.assert_close(moments.mean_gram(), everything.t() @ everything / len(everything))
     torch.testing.assert_close(moments.mean_abs(), everything.abs().mean(0))
+    torch.testing.assert_close(moments.mean_square(), everything.square().mean(0))
 
 
 class Counting(TorchDispatchMode):
@@ -66,6 +67,20 @@ def test_the_sum_over_both_kinds_of_tokens_takes_the_memory_of_one_matrix() -> N
     assert counting.made == 1
     assert torch.equal(gram, gram.t())
     torch.testing.assert_close(gram, rows.t() @ rows / len(rows))
+
+
+def test_merged_kinds_have_the_same_means_in_the_memory_of_one() -> None:
+    rows = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
+    text = torch.arange(20) < 7
+    moments = Moments(weights=(1.75, 0.5))
+    moments.add(rows, Positions(text, ~text))
+    before = moments.mean_gram(), moments.mean_abs(), moments.abs_max()
+    moments.merge()
+    assert moments.vision is None
+    for mean, same in zip((moments.mean_gram(), moments.mean_abs(), moments.abs_max()), before, strict=True):
+        assert torch.equal(mean, same)
+    moments.merge()
+    assert torch.equal(moments.mean_gram(), before[0])
 
 
 def test_linears_with_one_input_share_their_sums() -> None:

@@ -41,7 +41,7 @@ def as_in_the_paper(weight: Tensor, gram: Tensor, scheme: Scheme, dampening: flo
 
 
 def error_of(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
-    return float(output_error(rounded - weight, fold_symmetric(gram)))
+    return float(output_error(rounded - weight, fold_symmetric(gram.clone())))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])

@@ -5,6 +5,7 @@ from torch import Tensor
 from compress.families import Pair
 from compress.numerics.rounding import fold_symmetric, output_error, quantize
 from compress.numerics.scheme import Scheme
+from compress.stages import awq_solver
 from compress.stages.awq_solver import Point, fold
 from compress.stages.block import BlockWeights, divide_linear, divide_norm
 from compress.stages.solvers import Method, solve
@@ -144,6 +145,19 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
         total += loss(name, codes[name].dequantize() / scale)
         nearest += loss(name, quantize(block.get_parameter(f"{name}.weight"), scheme, torch.bfloat16).dequantize())
     assert total < 0.8 * nearest
+
+
+def test_large_weights_are_searched_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, scheme = Block(), alike(Scheme(3, 8, symmetric=False))
+    given = statistics(block, samples())
+    found: list[Tensor] = []
+    for limit in (awq_solver._PART, 5 * WIDTH):  # pyright: ignore[reportPrivateUsage]
+        monkeypatch.setattr(awq_solver, "_PART", limit)
+        state = BlockWeights.of(block, NAMES, HEADS)
+        fold(state, PAIRS[0], given, scheme, 20)
+        found.append(state.input_scales["q"])
+        assert (len(awq_solver.parts_of(state, PAIRS[0], scheme)) > 1) == (limit == 5 * WIDTH)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize("left_out", ["v", "o"])

@@ -24,6 +24,18 @@ def test_predictions_stay_close_to_the_original(bench: Bench, tmp_path: Path, gr
     assert 0 < divergence(bench, tmp_path / "out") < 0.05
 
 
+def test_matrices_that_a_runtime_joins_have_one_scale(bench: Bench, tmp_path: Path) -> None:
+    bench.apply(tmp_path / "out", Fp8(stage="fp8", granularity="tensor"))
+    tensors = tensors_of(tmp_path / "out")
+    for joined in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+        for kind in ("weight_scale", "input_scale"):
+            assert len({float(tensors[f"model.layers.1.{name}.{kind}"]) for name in joined}) == 1
+        largest = max(float(tensors_of(bench.folder)[f"model.layers.1.{name}.weight"].abs().max()) for name in joined)
+        assert float(tensors[f"model.layers.1.{joined[0]}.weight_scale"]) == pytest.approx(largest / 448, rel=0.01)
+    scales = {float(tensors[f"model.layers.1.mlp.{name}.weight_scale"]) for name in ("up_proj", "down_proj")}
+    assert len(scales) == 2
+
+
 def test_a_component_can_have_scales_of_another_kind(bench: Bench, tmp_path: Path) -> None:
     stage = Fp8.model_validate(
         {"stage": "fp8", "granularity": "block", "targets": ["decoder", {"component": "vision", "granularity": "channel"}]}

@@ -10,6 +10,7 @@ from compress.numerics.scheme import Scheme
 from compress.stages.block import BlockWeights
 from compress.stages.int8 import Int8
 from compress.stages.smooth_solver import Smoothing, smooth
+from compress.stages.solvers import Method, solve
 from tests.stages.bench import Bench, divergence, tensors_of
 from tests.stages.toy import HEADS, NAMES, PAIRS, Block, alike, samples, statistics, with_folded
 
@@ -83,6 +84,15 @@ def test_the_strength_that_is_found_beats_none_and_fixed_ones_on_inputs_with_out
     found = error(None)
     assert found < 0.9 * error(None, moved=False)
     assert found < 1.1 * min(error(strength) for strength in (0.25, 0.5, 0.75))
+
+
+def test_inputs_that_are_always_zero_have_a_scale_that_can_be_divided_by() -> None:
+    block, scheme = Block(), Scheme(8, -1, symmetric=True, activations="tensor")
+    with torch.no_grad():
+        block.norm.weight.zero_()
+        block.norm.bias.zero_()
+    codes = solve(BlockWeights.of(block, ("q",), HEADS), (), statistics(block, samples()), {"q": scheme}, Method())
+    assert codes["q"].input_scale == torch.ones(1)
 
 
 def test_what_is_not_targeted_stays_bit_for_bit(bench: Bench, tmp_path: Path) -> None:

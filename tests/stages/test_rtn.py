@@ -3,13 +3,17 @@ from pathlib import Path
 import pytest
 import torch
 
+from compress.calibration.collect import PinnedSet, Selection, collect
+from compress.calibration.sets import Text
 from compress.checkpoint import open_checkpoint
+from compress.families.mllama import MLLAMA
 from compress.layouts import quantized_linears, read_linear
 from compress.numerics.rounding import quantize
 from compress.progress import Silent
 from compress.stages.rtn import Rtn
 from compress.stages.stage import StageContext
 from tests.stages.bench import Bench, tensors_of
+from tests.tiny import TEXT
 
 
 def test_each_weight_has_its_nearest_code_and_no_sample_is_read(bench: Bench, tmp_path: Path) -> None:
@@ -30,6 +34,24 @@ def test_each_weight_has_its_nearest_code_and_no_sample_is_read(bench: Bench, tm
 
 def test_scales_for_keys_and_values_need_samples() -> None:
     assert Rtn(stage="rtn", bits=4, group_size=32, kv_cache="fp8").calibrated
+
+
+def test_scales_for_keys_and_values_need_no_images_for_the_tower(bench: Bench, tmp_path: Path) -> None:
+    (tmp_path / "text.txt").write_text(TEXT * 8)
+    text = Text(dataset="text", source=str(tmp_path / "text.txt"), samples=2, tokens=32)
+    collect(Selection(0, (PinnedSet(text, (tmp_path / "text.txt",)),)), bench.folder, tmp_path / "calibration", Silent())
+    stage = Rtn(stage="rtn", bits=4, group_size=32, targets=("decoder", "vision"), kv_cache="fp8")
+    assert not stage.reads_images(bench.family)
+    Bench(bench.folder, tmp_path / "calibration").apply(tmp_path / "out", stage)
+    bench.apply(tmp_path / "plain", stage.model_copy(update={"kv_cache": None}))
+    scaled, plain = tensors_of(tmp_path / "out"), tensors_of(tmp_path / "plain")
+    assert all(torch.equal(scaled[name], tensor) for name, tensor in plain.items())
+    assert {name.rpartition(".")[2] for name in scaled.keys() - plain.keys()} == {"k_scale", "v_scale"}
+
+
+def test_attention_to_images_has_scales_for_keys_and_values_only_with_images() -> None:
+    assert Rtn(stage="rtn", bits=4, group_size=32, kv_cache="fp8").reads_images(MLLAMA)
+    assert not Rtn(stage="rtn", bits=4, group_size=32).reads_images(MLLAMA)
 
 
 @pytest.mark.parametrize("group_size", [0, -2])
