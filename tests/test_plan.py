@@ -43,6 +43,21 @@ def test_what_needs_a_gpu_is_said_once_in_the_plan(job: Job) -> None:
     assert shown.count(f"note: {note}") == 1
 
 
+def test_what_depends_on_the_widths_a_run_chooses_is_said_so(job: Job) -> None:
+    stage = {
+        "stage": "gptq",
+        "bits": "auto",
+        "budget": {"bits_per_weight": 6},
+        "group_size": 32,
+        "widths": [4, 8],
+        "symmetric": True,
+    }
+    plan, _ = plan_with(job, stages=[stage])
+    (note,) = plan.notes
+    assert note.startswith("where the stage chooses so: ")
+    assert "vLLM's build for CPUs runs weights of 4 bits, not 8" in note
+
+
 def test_the_last_vllm_that_serves_a_model_is_said_in_the_plan(job: Job, tmp_path: Path) -> None:
     plan, shown = plan_with(job, **{"model.source": str(build_mllama(tmp_path / "model"))})
     (note,) = plan.notes

@@ -46,6 +46,9 @@ def test_a_run_tells_each_layers_width_and_what_was_measured(tmp_path: Path) -> 
     page = (Path(report.run) / "report.md").read_text(encoding="utf-8")
     assert "nats per text token of the calibration samples; measured KL of vllm-compressed-tensors: " in page
     assert "| self_attn.q_proj, k_proj, v_proj | " in page
+    told = {width for width in (2, 3, 8) if f"runs weights of 4 bits, not {width}: this artifact needs a GPU" in page}
+    assert told == set(widths.by_layer.values()) - {4, 16}
+    assert "where the stage chooses so" not in page
     artifact = report.rows[1]
     assert artifact.fidelity is not None
     assert widths.bits_per_weight <= 5

@@ -16,6 +16,8 @@ from compress.engine.replay import Positions, Visit
 from compress.errors import CheckpointError
 from compress.numerics.rounding import PANEL
 
+_CHUNK = 1 << 23
+
 
 class Moment:
     """Sums over the tokens of one kind: Σ xᵀx, `abs_sum` Σ |x| [in] and `abs_max` max |x| [in], all float32.
@@ -36,13 +38,14 @@ class Moment:
 
     def add(self, rows: Tensor) -> None:
         """Count tokens [tokens, in]."""
-        values = rows.to(torch.float32)
-        for start in range(0, values.shape[1], PANEL):
-            panel = slice(start, start + PANEL)
-            self.lower[start:, panel].addmm_(values[:, start:].t(), values[:, panel])
-        magnitudes = values.abs()
-        self.abs_sum += magnitudes.sum(dim=0)
-        self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
+        for part in torch.split(rows, max(1, _CHUNK // max(1, rows.shape[1]))):
+            values = part.to(torch.float32)
+            for start in range(0, values.shape[1], PANEL):
+                panel = slice(start, start + PANEL)
+                self.lower[start:, panel].addmm_(values[:, start:].t(), values[:, panel])
+            magnitudes = values.abs()
+            self.abs_sum += magnitudes.sum(dim=0)
+            self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
         self.tokens += rows.shape[0]
 
 

@@ -8,12 +8,12 @@ from W_k + Σ_{i<k} (W_i - Ŵ_i) U_ik. So one Cholesky factorisation is all that
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import cast
 
 import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
+from compress.numerics.cholesky import factor, permute
 from compress.numerics.grids import QuantizedWeight, Scheme, grid
 from compress.numerics.rounding import own_scheme
 
@@ -34,7 +34,7 @@ class Gptq:
 class Feedback:
     """U + I of a damped second moment, by the order in which columns are rounded; all that rounding needs to know of the inputs.
 
-    `order` int64 [in]; `factor` float32 [in, in], lower triangular, holds it turned round: the last column first.
+    `order` int64 [in]; `factor` float32 [in, in] holds it turned round, the last column first, on and below its diagonal.
     """
 
     order: Tensor
@@ -42,7 +42,7 @@ class Feedback:
 
     @classmethod
     def of(cls, gram: Tensor, settings: Gptq) -> Feedback:
-        """Factor the second moment `gram` of a linear's input, float32 [in, in]; its memory is given back.
+        """Factor the second moment `gram` of a linear's input, float32 [in, in], in its own memory, which may be gigabytes.
 
         The factorisation runs from the last column to the first: H is turned round and factored.
 
@@ -56,23 +56,16 @@ class Feedback:
         order = torch.arange(len(gram), device=gram.device)
         if settings.reorder:
             order = diagonal.argsort(descending=True, stable=True)
-        backwards = order.flip(0)
-        turned = gram[backwards[:, None], backwards]
-        gram.untyped_storage().resize_(0)  # a caller that still holds it holds nothing
+        permute(gram, order.flip(0))
         extra = settings.dampening * (level or 1.0)
-        turned.diagonal().add_(extra)
-        factor, failed = _factored(turned)
         for _ in range(_ATTEMPTS):
-            if not failed:
+            if factor(gram, extra):
                 break
-            turned.diagonal().add_(extra * (_RAISE - 1))
             extra *= _RAISE
-            factor, failed = _factored(turned)
         else:
             raise CheckpointError(f"the second moment of its inputs cannot be factored, not even with {extra:.3g} on its diagonal")
-        del turned
-        factor.div_(factor.diagonal().clone())
-        return cls(order, factor)
+        gram.div_(gram.diagonal().clone())
+        return cls(order, gram)
 
     def block(self, first: int, last: int, start: int, stop: int) -> Tensor:
         """Return the rows `first` to `last` of the columns `start` to `stop`; what is below the diagonal must not be read."""
@@ -104,9 +97,8 @@ def round_columns(
         step, zero = steps[group_of[start:stop]], zeros[group_of[start:stop]]
         levels = torch.empty_like(exact)
         parts = (wanted, exact, step, -zero, scheme.levels - 1 - zero, levels, errors[start:stop], within)
-        for row, (want, given, size, lowest, highest, level, error, effect) in enumerate(
-            zip(*map(torch.unbind, parts), strict=True)
-        ):
+        by_row = enumerate(zip(*map(torch.unbind, parts), strict=True))
+        for row, (want, given, size, lowest, highest, level, error, effect) in by_row:
             torch.div(want, size, out=level).round_()
             torch.clamp(level, lowest, highest, out=level)
             torch.addcmul(given, level, size, value=-1, out=error)
@@ -114,9 +106,3 @@ def round_columns(
         codes[start:stop] = levels.add_(zero).to(torch.uint8)
     codes = codes[order.argsort()].t().contiguous()  # putting each block in its place would sort it anew on CUDA
     return QuantizedWeight(codes, scales, zero_points.to(torch.uint8), scheme)
-
-
-def _factored(matrix: Tensor) -> tuple[Tensor, bool]:
-    """Return the lower Cholesky factor of a symmetric matrix, and whether there is none."""
-    factor, info = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(matrix))
-    return factor, bool(info)

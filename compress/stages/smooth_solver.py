@@ -1,9 +1,9 @@
 """SmoothQuant's scales on one block, for weights and inputs that are both rounded (arXiv 2211.10438).
 
 A scale s per input channel takes the outliers out of a linear's input and into its weight: s = max|x|^α / max|W|^(1-α). The
-strength α is chosen to minimise the expected squared error of the output. Rounding to steps of size d has an error of variance d²/12,
-so that is Σ d_rg²/12 · Σ_{j in g} E[x_j²]/s_j² for weights with a step per row r and group g, and d²/12 · ‖W·s‖² for inputs, with d
-the step that the range of x/s leaves between its codes.
+strength α is chosen to minimise the expected squared error of the output. Rounding to steps of size d has an error of variance
+d²/12, so that is Σ d_rg²/12 · Σ_{j in g} E[x_j²]/s_j² for weights with a step per row r and group g, and d²/12 · ‖W·s‖² for
+inputs, with d the step that the range of x/s leaves between its codes.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def solve(
     """Return each linear's codes, their scales in the type its weight is stored in.
 
     `block.changed` then holds the norms and biases that go with them. Names are relative to the block. Moments that are
-    `disposable` are used up.
+    `disposable` are used up, and the weights with them.
 
     Raises:
         CheckpointError: what a linear was given cannot be worked with.
@@ -61,11 +61,15 @@ def solve(
             fold(block, pair, moments, schemes, method.scales)
         if method.smoothing is not None:
             smooth(block, pair, moments, schemes, method.smoothing)
-    shared = list(_by_input(block, moments))
+    shared, order = list(_by_input(block, moments)), list(block.weights)
     codes: dict[str, QuantizedWeight] = {}
     for names in shared:
-        codes |= round_linears(block, names, moments.get(names[0]), schemes, method)
-    return {name: codes[name] for name in block.weights}
+        given = moments.get(names[0])
+        codes |= round_linears(block, names, given, schemes, method)
+        if given is not None and given.disposable:
+            for name in names:
+                del block.weights[name]
+    return {name: codes[name] for name in order}
 
 
 def _by_input(block: BlockWeights, moments: Mapping[str, Moments]) -> Iterable[list[str]]:

@@ -7,10 +7,14 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 
 from compress.checkpoint import open_checkpoint
 from compress.layouts import quantized_linears
+from compress.numerics.gptq import Gptq as Settings
 from compress.numerics.scheme import Scheme
+from compress.stages.block import BlockWeights
 from compress.stages.gptq import Gptq
 from compress.stages.rtn import Rtn
+from compress.stages.solvers import Method, solve
 from tests.stages.bench import Bench, divergence, tensors_of
+from tests.stages.toy import HEADS, Block, alike, samples, statistics
 
 
 def gptq(**fields: Any) -> Gptq:
@@ -103,3 +107,21 @@ def test_keys_and_values_are_rounded_as_a_cache_of_8_bit_floats_holds_them(bench
     save_file({name: tensor / 100 if name.endswith("k_scale") else tensor for name, tensor in tensors.items()}, weights)
     assert small < 0.02
     assert divergence(bench, tmp_path / "out") > 10 * small
+
+
+@pytest.mark.parametrize("clip", [None, 10])
+def test_linears_with_one_input_get_the_codes_that_each_would_get_alone(clip: int | None) -> None:
+    block, scheme, method = Block(), alike(Scheme(3, 8, symmetric=False)), Method(clip=clip, gptq=Settings())
+    apart = statistics(block, samples())
+    assert apart["q"] is not apart["v"]
+    codes = [
+        solve(BlockWeights.of(block, ("q", "v"), HEADS), (), given, scheme, method) for given in (apart, apart | {"v": apart["q"]})
+    ]
+    for name in ("q", "v"):
+        alone, together = (found[name] for found in codes)
+        assert torch.equal(alone.codes, together.codes)
+        assert torch.equal(alone.scales, together.scales)
+        assert alone.zero_points is not None
+        assert together.zero_points is not None
+        assert torch.equal(alone.zero_points, together.zero_points)
+        assert together.scales.untyped_storage().nbytes() == together.scales.nbytes  # safetensors refuses to save shared memory
