@@ -74,7 +74,10 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         config = _AUTO_CONFIG.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(f"{folder}/config.json: transformers cannot read it ({error}); fetch the file again") from error
+        reason = " ".join(str(error).partition("\n\n")[0].split())
+        raise CheckpointError(
+            f"{folder}/config.json: transformers cannot read it ({reason}); fetch the file again, or install a version that can"
+        ) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config

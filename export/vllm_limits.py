@@ -37,12 +37,10 @@ def faults(layout: Layout, outlook: Outlook) -> list[str]:
     if layout == "compressed-tensors":
         return found + _collect(outlook, _zero_points_fill_words, _inputs_go_with_8_bits, _blocks_fit_joined)
     if not outlook.schemes:
-        return [f"export: layout {layout} holds quantized weights, and no stage quantizes any; add a stage such as {layout}, or "
+        return [f"layout {layout} holds quantized weights, and no stage quantizes any; add a stage such as {layout}, or "
                 f"{_OTHERWISE}"]  # fmt: skip
     if outlook.kv_cache:
-        found.append(
-            f"export: layout {layout} has no place for the scales of keys and values; {_OTHERWISE}, or leave kv_cache away"
-        )
+        found.append(f"layout {layout} has no place for the scales of keys and values; {_OTHERWISE}, or leave kv_cache away")
     only_weights = _only_integer_weights(layout)
     if layout == "awq":
         return found + _collect(outlook, only_weights, _awq_bits, _one_group_size(outlook, layout), _awq_rows)

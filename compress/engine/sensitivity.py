@@ -29,7 +29,7 @@ from compress.engine.statistics import Moment, Moments
 from compress.engine.weights import unload
 from compress.errors import CheckpointError
 from compress.families import within
-from compress.numerics.rounding import fold_symmetric, output_error
+from compress.numerics.rounding import output_error
 
 _HEAD_CHUNK = 1 << 25
 
@@ -58,7 +58,7 @@ class Sensitivity:
 
 def _loss(error: Tensor, sensitivity: Tensor, moment: Moment) -> float:
     weighted = error * sensitivity.to(error).sqrt().unsqueeze(1)
-    return float(output_error(weighted, fold_symmetric(moment.gram.div_(moment.tokens))))
+    return float(output_error(weighted, moment.lower) / moment.tokens)
 
 
 def balance(moments: Moments, sensitivities: Iterable[Sensitivity]) -> tuple[float, float]:

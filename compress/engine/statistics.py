@@ -75,6 +75,16 @@ class Moments:
             lower.add_(part.lower, alpha=weight)
         return _mirror(lower).div_(self._weight())
 
+    def sums(self) -> Tensor:
+        """Return the weighted sum of xᵀx over all tokens, float32 [in, in], as `output_error` reads it; it must not be changed."""
+        (first, weight), *others = self._parts()
+        if not others and weight == 1:
+            return first.lower
+        total = first.lower * weight
+        for part, weight in others:
+            total.add_(part.lower, alpha=weight)
+        return total
+
     def spend_gram(self) -> Tensor:
         """Return what `mean_gram` does, made in place of the sums where they are disposable: a matrix may take gigabytes."""
         if not self.disposable:

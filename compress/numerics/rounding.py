@@ -56,18 +56,17 @@ def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor
     return codes.sub_(zero_points.unsqueeze(-1)).mul_(scales.to(torch.float32).unsqueeze(-1)).sub_(groups).view(rows, columns)
 
 
-def fold_symmetric(gram: Tensor) -> Tensor:
-    """Return the lower triangle that stands for a symmetric matrix in `output_error`: the upper one is added to it, in place."""
-    gram.tril_().mul_(2).diagonal().mul_(0.5)
-    return gram
+def output_error(error: Tensor, gram: Tensor) -> Tensor:
+    """Return tr(ΔW G ΔWᵀ), the squared error of a linear's output over all tokens, for ΔW [out, in] and a symmetric G [in, in].
 
-
-def output_error(error: Tensor, folded: Tensor) -> Tensor:
-    """Return tr(ΔW G ΔWᵀ), the squared error of a linear's output over all tokens, for ΔW [out, in] and G [in, in], folded."""
+    Of G, only the squares of `PANEL` channels along the diagonal and what is below them are read.
+    """
     total = torch.zeros((), device=error.device)
-    for start in range(0, folded.shape[0], PANEL):
-        panel = slice(start, start + PANEL)
-        total += torch.einsum("oi,oi->", error[:, start:] @ folded[start:, panel], error[:, panel])
+    for start in range(0, gram.shape[0], PANEL):
+        panel, below = slice(start, start + PANEL), slice(start + PANEL, None)
+        own = error[:, panel]
+        mixed = (error[:, below] @ gram[below, panel]).mul_(2).addmm_(own, gram[panel, panel])
+        total += torch.einsum("oi,oi->", mixed, own)
     return total
 
 

@@ -15,11 +15,11 @@ from torch import Tensor
 from compress.engine.statistics import Moments
 from compress.families import Pair
 from compress.numerics.grids import Scheme
-from compress.numerics.rounding import fold_symmetric, output_error, own_scheme, rounding_error
+from compress.numerics.rounding import output_error, own_scheme, rounding_error
 from compress.stages.block import BlockWeights, Repeats, input_gram, movable, move, repeats_of
 
 _STRIDE = 4
-_PART = 1 << 26
+_PART = 1 << 24
 _EXTREME = 1e4
 _FLOOR = 1e-3
 
@@ -36,7 +36,7 @@ def fold(block: BlockWeights, pair: Pair, moments: Mapping[str, Moments], scheme
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a pair's linears that are held alike, one above the other, float32 [rows, in]; scales are stored in `dtype`."""
+    """Rows of a pair's linears that are held alike, one above the other [rows, in]; scales are stored in `dtype`."""
 
     weight: Tensor
     scheme: Scheme
@@ -68,7 +68,8 @@ def search(
 ) -> Tensor | None:
     """Return the best scale per source channel, float32, or None where none is better than no scale."""
     parts = parts_of(block, pair, schemes)
-    gram = fold_symmetric(input_gram(block, pair.linears[0], moments))
+    scaled = pair.linears[0] in block.input_scales
+    gram = input_gram(block, pair.linears[0], moments) if scaled else moments.sums()
     relative = torch.stack([_relative_magnitude(part).sum(dim=0) for part in parts]).sum(dim=0)
     relative = relative.div_(sum(len(part.weight) for part in parts)).clamp_(min=1e-4)
     magnitude, importance = repeats.pool(moments.mean_abs()), repeats.pool(relative)
@@ -124,5 +125,7 @@ def normalised(scale: Tensor) -> Tensor:
 
 def _relative_magnitude(part: Part) -> Tensor:
     """Return |W| relative to the largest of its group, float32 [out, in]."""
-    groups = part.weight.abs().view(part.weight.shape[0], -1, own_scheme(part.scheme, part.weight.shape[1]).group_size)
+    groups = (
+        part.weight.to(torch.float32).abs().view(part.weight.shape[0], -1, own_scheme(part.scheme, part.weight.shape[1]).group_size)
+    )
     return (groups / groups.amax(dim=-1, keepdim=True).clamp_(min=1e-12)).view(part.weight.shape)

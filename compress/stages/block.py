@@ -14,11 +14,12 @@ from compress.families import Pair
 
 @dataclass
 class BlockWeights:
-    """A block's linears to be quantized, in float32, with what was done to them; `heads` is how many its attention has.
+    """A block's linears to be quantized, with what was done to them; `heads` is how many its attention has.
 
-    `stored` holds the block's tensors that the checkpoint has in another type than the one the block runs in, as they are there;
-    `input_scales` what each linear's input channels were multiplied by, `changed` the new norms and biases in the type
-    they are stored in. Names are relative to the block.
+    `weights` are as they are stored, in float32 once a scale has changed them. `stored` holds the block's tensors that the
+    checkpoint has in another type than the one the block runs in, as they are there; `input_scales` what each linear's input
+    channels were multiplied by, `changed` the new norms and biases in the type they are stored in. Names are relative to the
+    block.
     """
 
     module: nn.Module
@@ -32,7 +33,7 @@ class BlockWeights:
     def of(cls, module: nn.Module, linears: Iterable[str], heads: int, stored: Mapping[str, Tensor] | None = None) -> BlockWeights:
         """Take the weights of a block's linears."""
         block = cls(module, {}, heads, stored or {})
-        block.weights |= {name: block.current(f"{name}.weight").to(torch.float32) for name in linears}
+        block.weights |= {name: block.current(f"{name}.weight") for name in linears}
         return block
 
     def current(self, name: str) -> Tensor:

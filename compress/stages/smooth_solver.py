@@ -92,7 +92,9 @@ def _noise(scheme: Scheme, ranges: Tensor, spreads: Tensor) -> float:
 
 
 def _weight_max(parts: list[Part], repeats: Repeats) -> Tensor:
-    return repeats.pool_max(torch.cat([part.weight.abs().amax(dim=0, keepdim=True) for part in parts]).amax(dim=0))
+    return repeats.pool_max(
+        torch.cat([part.weight.abs().amax(dim=0, keepdim=True) for part in parts]).amax(dim=0).to(torch.float32)
+    )
 
 
 def _scale(strength: float, largest: Tensor, heaviest: Tensor) -> Tensor:

@@ -61,7 +61,7 @@ def solve(
             fold(block, pair, moments, schemes, method.scales)
         if method.smoothing is not None:
             smooth(block, pair, moments, schemes, method.smoothing)
-    shared, order = list(_by_input(block, moments)), list(block.weights)
+    shared, order = _by_input(block, moments), list(block.weights)
     codes: dict[str, QuantizedWeight] = {}
     for names in shared:
         given = moments.get(names[0])
@@ -72,8 +72,8 @@ def solve(
     return {name: codes[name] for name in order}
 
 
-def _by_input(block: BlockWeights, moments: Mapping[str, Moments]) -> Iterable[list[str]]:
-    """Return the linears by what they are given: one input, scaled alike."""
+def _by_input(block: BlockWeights, moments: Mapping[str, Moments]) -> list[list[str]]:
+    """Return the linears by what they are given: one input, scaled alike; the widest first, so that its sums are gone soon."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name in block.weights:
         own = moments.get(name, name)
@@ -81,7 +81,7 @@ def _by_input(block: BlockWeights, moments: Mapping[str, Moments]) -> Iterable[l
     if len({given for given, _ in groups}) < len(groups):  # of moments that are used twice, none may be used up
         for given in moments.values():
             given.disposable = False
-    return groups.values()
+    return sorted(groups.values(), key=lambda names: -block.weights[names[0]].shape[1])
 
 
 def round_linears(
@@ -126,11 +126,11 @@ def _with_feedback(
     """Return the codes by GPTQ of linears that are held alike and have one input."""
     dtype, weights = block.precision(f"{names[0]}.weight"), [block.weights[name] for name in names]
     if len(names) == 1:
-        return {names[0]: round_columns(weights[0], feedback, scheme, dtype, shrinks[names[0]])}
+        return {names[0]: round_columns(weights[0].to(torch.float32), feedback, scheme, dtype, shrinks[names[0]])}
     groups = scheme.groups(weights[0].shape[1])
     ones = [weight.new_ones(len(weight), groups) for weight in weights]
     shrink = torch.cat([one * shrinks[name] for one, name in zip(ones, names, strict=True)])
-    whole = round_columns(torch.cat(weights), feedback, scheme, dtype, shrink)
+    whole = round_columns(torch.cat(weights).to(torch.float32), feedback, scheme, dtype, shrink)
     assert whole.zero_points is not None
     counts = [len(weight) for weight in weights]
     pieces = zip(*(torch.split(part, counts) for part in (whole.codes, whole.scales, whole.zero_points)), strict=True)

@@ -259,7 +259,7 @@ def test_what_the_gptq_layout_cannot_hold_is_refused_with_the_remedy(tmp_path: P
     assert faults("gptq", checkpoint, {down: scheme(4, -1, symmetric=True)})[0].startswith(
         f"{down}: layout gptq holds inputs and outputs in whole 32-bit words, which 128 × 196 at 4 bits do not fill"
     )
-    assert faults("gptq", checkpoint, {})[0].startswith("export: layout gptq holds quantized weights, and no stage quantizes any")
+    assert faults("gptq", checkpoint, {})[0].startswith("layout gptq holds quantized weights, and no stage quantizes any")
 
 
 def test_what_vllm_cannot_compute_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -284,8 +284,7 @@ def test_scales_of_keys_and_values_need_a_layout_that_has_them(layout: Layout, t
     held = {"model.layers.0.mlp.down_proj": scheme(4, 32, symmetric=True)}
     outlook = Outlook(checkpoint, family_of(checkpoint.config), held, kv_cache=True)
     assert Vllm(format="vllm", layout=layout).check(outlook) == [
-        f"export: layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or leave "
-        "kv_cache away"
+        f"layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or leave kv_cache away"
     ]
     packed = Vllm(format="vllm", layout="compressed-tensors")
     assert packed.check(outlook) == []
