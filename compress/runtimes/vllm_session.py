@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +123,8 @@ class VllmSession:
             rendering = self._body(1) | {"messages": messages(passage.prompt)}
             rendered = self._post(passage.id, "/v1/chat/completions/render", rendering)
             tokens = passage.token_ids
-            body |= {"token_ids": [*rendered["token_ids"], *tokens], "features": rendered["features"]}
+            features = _embedded(rendered["features"], rendered["token_ids"], self._bias)
+            body |= {"token_ids": [*rendered["token_ids"], *tokens], "features": features}
         if not tokens:
             return []
         rows: Any = self._post(passage.id, "/inference/v1/generate", body)["prompt_logprobs"]
@@ -202,3 +203,21 @@ def _message(answer: httpx.Response) -> str:
     except (ValueError, KeyError, TypeError):
         text = answer.text
     return text.strip()[:500]
+
+
+def _embedded(features: dict[str, Any] | None, token_ids: Sequence[int], placeholders: Container[str]) -> dict[str, Any] | None:
+    """Return a rendered prompt's images with places that hold what stands for an image alone.
+
+    A place may begin and end with tokens of its own, as InternVL's does, and what the server is told has no way to say which
+    of them are the image's: it would look for too many embeddings.
+    """
+    if not features:
+        return features
+
+    def place(given: dict[str, int]) -> dict[str, int]:
+        start, stop = given["offset"], given["offset"] + given["length"]
+        own = [number for number in range(start, stop) if str(token_ids[number]) in placeholders] or [start, stop - 1]
+        return {"offset": own[0], "length": own[-1] - own[0] + 1}
+
+    kinds = cast("dict[str, list[dict[str, int]]]", features["mm_placeholders"])
+    return {**features, "mm_placeholders": {kind: [place(given) for given in ranges] for kind, ranges in kinds.items()}}
