@@ -37,7 +37,7 @@ def factor(matrix: Tensor, extra: float) -> bool:
             return False
         matrix[start:stop, start:stop] = block
         below = matrix[stop:, start:stop]
-        below.copy_(torch.linalg.solve_triangular(block.t(), below, upper=True, left=False))
+        below.copy_(cast("Tensor", torch.linalg.solve_triangular(block.t(), below, upper=True, left=False)))
         for first in range(stop, size, _BLOCK):
             last = min(first + _BLOCK, size)
             matrix[first:, first:last].addmm_(matrix[first:, start:stop], matrix[first:last, start:stop].t(), alpha=-1)

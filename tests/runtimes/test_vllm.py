@@ -165,7 +165,7 @@ def test_changed_model_is_compared_with_the_original(session: VllmSession, runti
 def test_item_that_cannot_be_scored_is_named(session: VllmSession) -> None:
     long = Passage("too long a passage", tuple(range(30, 590)))
     with pytest.raises(
-        ServerError, match=r"too long a passage: vLLM did not answer /v1/completions \(400: .*512.*leave the item out"
+        ServerError, match=r"too long a passage: vLLM did not answer /inference/v1/generate \(400: .*512.*leave the item out"
     ):
         session.score([PASSAGES[0], long], None, None, SILENT)
 
