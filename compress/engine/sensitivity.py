@@ -29,7 +29,6 @@ from compress.engine.statistics import Moment, Moments
 from compress.engine.weights import unload
 from compress.errors import CheckpointError
 from compress.families import within
-from compress.numerics.rounding import output_error
 
 _HEAD_CHUNK = 1 << 25
 
@@ -58,7 +57,7 @@ class Sensitivity:
 
 def _loss(error: Tensor, sensitivity: Tensor, moment: Moment) -> float:
     weighted = error * sensitivity.to(error).sqrt().unsqueeze(1)
-    return float(output_error(weighted, moment.lower) / moment.tokens)
+    return float(moment.second.output_error(weighted) / moment.tokens)
 
 
 def balance(moments: Moments, sensitivities: Iterable[Sensitivity]) -> tuple[float, float]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,40 +14,33 @@ from torch.utils.hooks import RemovableHandle
 
 from compress.engine.recorder import ReachedError
 from compress.engine.replay import Positions, Visit
+from compress.engine.second_moment import WHOLE, Gram, Kept, in_chunks
 from compress.errors import CheckpointError
 from compress.numerics.rounding import PANEL
 
-_CHUNK = 1 << 23
-
 
 class Moment:
-    """Sums over the tokens of one kind: Σ xᵀx, `abs_sum` Σ |x| [in] and `abs_max` max |x| [in], all float32.
+    """Sums over the tokens of one kind: `second`, of xᵀx, `abs_sum` Σ |x| [in] and `abs_max` max |x| [in], all float32."""
 
-    Of Σ xᵀx only `lower`, what lies on and below the diagonal, is kept up.
-    """
-
-    def __init__(self, channels: int, device: torch.device) -> None:
-        self.lower = torch.zeros(channels, channels, device=device)
+    def __init__(self, channels: int, device: torch.device, kept: Kept = WHOLE) -> None:
+        self.second = kept.start(channels, device)
         self.abs_sum = torch.zeros(channels, device=device)
         self.abs_max = torch.zeros(channels, device=device)
         self.tokens: float = 0
 
-    @property
-    def gram(self) -> Tensor:
-        """Σ xᵀx, float32 [in, in]."""
-        return _mirror(self.lower.clone())
-
     def add(self, rows: Tensor) -> None:
         """Count tokens [tokens, in]."""
-        for part in torch.split(rows, max(1, _CHUNK // max(1, rows.shape[1]))):
+        for part in in_chunks(rows):
             values = part.to(torch.float32)
-            for start in range(0, values.shape[1], PANEL):
-                panel = slice(start, start + PANEL)
-                self.lower[start:, panel].addmm_(values[:, start:].t(), values[:, panel])
-            magnitudes = values.abs()
-            self.abs_sum += magnitudes.sum(dim=0)
-            self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
+            self.second.add(values)
+            self.abs_sum += _norms(values, 1)
+            self.abs_max = torch.maximum(self.abs_max, _norms(values, math.inf))
         self.tokens += rows.shape[0]
+
+
+def _norms(values: Tensor, order: float) -> Tensor:
+    """Return the norm of each column: without a copy of the magnitudes."""
+    return cast("Tensor", torch.linalg.vector_norm(values, ord=order, dim=0))
 
 
 @dataclass
@@ -54,13 +48,14 @@ class Moments:
     """What one distinct linear input was over the calibration samples; a kind of token that never came is None.
 
     `weights` say how much a text and a vision token count in the means. Of what is `disposable` nobody needs the sums any more
-    once `spend_gram` was called.
+    once `spend_gram` was called. `kept` says what of the second moments there is: the whole ones can be asked for where it does.
     """
 
     text: Moment | None = None
     vision: Moment | None = None
     weights: tuple[float, float] = (1.0, 1.0)
     disposable: bool = False
+    kept: Kept = WHOLE
 
     @property
     def tokens(self) -> float:
@@ -69,40 +64,42 @@ class Moments:
 
     def mean_gram(self) -> Tensor:
         """Return the weighted mean of xᵀx over all tokens, float32 [in, in]."""
-        (first, weight), *others = self._parts()
+        (first, weight), *others = self._grams()
         lower = first.lower.clone() if weight == 1 else first.lower * weight
         for part, weight in others:
             lower.add_(part.lower, alpha=weight)
         return _mirror(lower).div_(self._weight())
 
-    def sums(self) -> Tensor:
-        """Return the weighted sum of xᵀx over all tokens, float32 [in, in], as `output_error` reads it; it must not be changed."""
-        (first, weight), *others = self._parts()
-        if not others and weight == 1:
-            return first.lower
-        total = first.lower * weight
-        for part, weight in others:
-            total.add_(part.lower, alpha=weight)
-        return total
-
     def spend_gram(self) -> Tensor:
         """Return what `mean_gram` does, made in place of the sums where they are disposable: a matrix may take gigabytes."""
         if not self.disposable:
             return self.mean_gram()
-        (first, weight), *others = self._parts()
+        (first, weight), *others = self._grams()
         lower = first.lower.mul_(weight)
         for part, weight in others:
             lower.add_(part.lower, alpha=weight)
-        for part, _ in self._parts():
+        for part, _ in self._grams():
             part.lower = part.lower.new_empty(0, 0)
         return _mirror(lower).div_(self._weight())
+
+    def output_error(self, error: Tensor) -> float:
+        """Return the weighted sum over all tokens of the squared error of the output, for an error of the weight [out, in]."""
+        return float(sum(part.second.output_error(error) * weight for part, weight in self._parts()))
+
+    def blocks(self, size: int) -> Tensor:
+        """Return the weighted sums of xᵀx of `size` neighbouring channels at a time, float32 [in / size, size, size]."""
+        (first, weight), *others = self._parts()
+        total = first.second.blocks(size) * weight
+        for part, weight in others:
+            total.add_(part.second.blocks(size), alpha=weight)
+        return total
 
     def merge(self) -> None:
         """Keep the weighted sums over both kinds alone, in the memory of one; means stay as they are, the kinds are lost."""
         if self.text is None or self.vision is None:
             return
         (first, weight), (second, other) = self._parts()
-        first.lower.mul_(weight).add_(second.lower, alpha=other)
+        first.second.absorb(second.second, weight, other)
         first.abs_sum.mul_(weight).add_(second.abs_sum, alpha=other)
         first.abs_max = torch.maximum(first.abs_max, second.abs_max)
         first.tokens = first.tokens * weight + second.tokens * other
@@ -119,9 +116,9 @@ class Moments:
     def mean_square(self) -> Tensor:
         """Return the weighted mean of x² over all tokens, float32 [in]."""
         (first, weight), *others = self._parts()
-        total = first.lower.diagonal() * weight
+        total = first.second.diagonal() * weight
         for part, weight in others:
-            total.add_(part.lower.diagonal(), alpha=weight)
+            total.add_(part.second.diagonal(), alpha=weight)
         return total / self._weight()
 
     def abs_max(self) -> Tensor:
@@ -141,6 +138,9 @@ class Moments:
             raise CheckpointError("no calibration token was counted; every sample is padding only, give others")
         return parts
 
+    def _grams(self) -> list[tuple[Gram, float]]:
+        return [(part.second, weight) for part, weight in self._parts() if isinstance(part.second, Gram)]
+
     def add(self, inputs: Tensor, positions: Positions | None) -> None:
         """Count a linear's input [..., in]; without positions every row is a vision token."""
         rows = inputs.reshape(-1, inputs.shape[-1])
@@ -153,9 +153,8 @@ class Moments:
                 chosen = rows if count == rows.shape[0] else rows[mask.to(rows.device)]
                 setattr(self, kind, self._added(getattr(self, kind), chosen))
 
-    @staticmethod
-    def _added(part: Moment | None, rows: Tensor) -> Moment:
-        moment = part or Moment(rows.shape[-1], rows.device)
+    def _added(self, part: Moment | None, rows: Tensor) -> Moment:
+        moment = part or Moment(rows.shape[-1], rows.device, self.kept)
         moment.add(rows)
         return moment
 
@@ -177,10 +176,11 @@ class Observer:
     input, a run is ended by `ReachedError`.
     """
 
-    def __init__(self, module: nn.Module, linears: Iterable[str], vision_readers: Iterable[str] = ()) -> None:
+    def __init__(self, module: nn.Module, linears: Iterable[str], vision_readers: Iterable[str] = (), kept: Kept = WHOLE) -> None:
         self.moments: dict[str, Moments] = {}
         self.positions: Positions | None = None
         self._vision_readers = frozenset(vision_readers)
+        self._kept = kept
         self._module = module
         self._linears = tuple(linears)
         self._hooks: list[RemovableHandle] = []
@@ -205,7 +205,7 @@ class Observer:
             if name not in self._leader:
                 shared = self._last is not None and self._last[1] is inputs
                 self._leader[name] = self._last[0] if shared and self._last is not None else name
-                self.moments.setdefault(self._leader[name], Moments())
+                self.moments.setdefault(self._leader[name], Moments(kept=self._kept))
                 self.moments[name] = self.moments[self._leader[name]]
             leader = self._leader[name]
             if leader == name:
@@ -224,10 +224,10 @@ class Observer:
         return self.positions.of_images(inputs.numel() // inputs.shape[-1])
 
 
-def observe(visit: Visit, linears: Iterable[str]) -> dict[str, Moments]:
+def observe(visit: Visit, linears: Iterable[str], kept: Kept = WHOLE) -> dict[str, Moments]:
     """Run a visited module over all its calls and return what its linears (names within the module) were given.
 
-    Linears with the same input share one object.
+    Linears with the same input share one object. `kept` says what of the second moments is wanted.
 
     Raises:
         CheckpointError: no sample reaches the module, a linear was never called, or its input is not finite.
@@ -237,7 +237,7 @@ def observe(visit: Visit, linears: Iterable[str]) -> dict[str, Moments]:
         raise CheckpointError(
             f"{visit.name}: no calibration sample reaches it; add samples that do, images with questions for what reads images"
         )
-    with Observer(visit.module, names, visit.vision_readers) as observer:
+    with Observer(visit.module, names, visit.vision_readers, kept) as observer:
         for call in visit.calls:
             observer.positions = call.positions
             with suppress(ReachedError):

@@ -10,6 +10,8 @@ from torch import Tensor
 from compress.numerics.floats import spread_scales
 from compress.numerics.scheme import Scheme
 
+_CHUNK = 1 << 22
+
 __all__ = ["QuantizedWeight", "Scheme", "grid"]
 
 
@@ -28,14 +30,19 @@ class QuantizedWeight:
     scheme: Scheme
     input_scale: Tensor | None = None
 
-    def dequantize(self) -> Tensor:
-        """Return the matrix the codes stand for, float32 [out, in]."""
+    def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return the matrix the codes stand for [out, in], computed in float32 and rounded to `dtype`."""
         rows, columns = self.codes.shape
         if self.zero_points is None:
-            return self.codes.to(torch.float32) * spread_scales(self.scales, self.scheme, (rows, columns))
-        groups = self.codes.view(rows, -1, self.scheme.group_size).to(torch.float32)
-        shifted = groups - self.zero_points.unsqueeze(-1).to(torch.float32)
-        return (shifted * self.scales.unsqueeze(-1).to(torch.float32)).view(rows, columns)
+            return (self.codes.to(torch.float32) * spread_scales(self.scales, self.scheme, (rows, columns))).to(dtype)
+        matrix = self.codes.new_empty(rows, columns, dtype=dtype)
+        step = max(1, _CHUNK // columns)
+        for start in range(0, rows, step):
+            part = slice(start, start + step)
+            groups = self.codes[part].view(-1, columns // self.scheme.group_size, self.scheme.group_size).to(torch.float32)
+            groups.sub_(self.zero_points[part].unsqueeze(-1)).mul_(self.scales[part].unsqueeze(-1).to(torch.float32))
+            matrix[part] = groups.view(-1, columns)
+        return matrix
 
 
 def grid(groups: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:

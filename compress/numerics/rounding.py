@@ -70,18 +70,22 @@ def output_error(error: Tensor, gram: Tensor) -> Tensor:
     return total
 
 
-def clip(weight: Tensor, gram: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:
-    """Return the shrink factor of each group's range, [out, in / group_size], that loses least on inputs with second moment `gram`.
+def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
+    """Return the squares of `size` rows and columns along the diagonal of a matrix [n, n], [n / size, size, size]."""
+    count = len(matrix) // size
+    return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
+
+
+def clip(weight: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:
+    """Return the shrink factor of each group's range, [out, in / group_size], that loses least on given inputs.
 
     Minimises ΔW_g G_gg ΔW_gᵀ for each row and group over `steps` factors from 1 down to above 0.5 (arXiv 2306.00978,
-    section 3.2), with G_gg the block of `gram` [in, in] that belongs to the group.
+    section 3.2), with G_gg the second moment of the group's inputs: `blocks` [in / group_size, group_size, group_size].
     """
     columns = weight.shape[1]
     scheme = own_scheme(scheme, columns)
-    size = scheme.group_size
-    blocks = gram.view(columns // size, size, columns // size, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
     parts = torch.split(weight.to(torch.float32), max(1, _CHUNK // columns))
-    return torch.cat([_clip_rows(part.reshape(part.shape[0], -1, size), blocks, scheme, dtype, steps) for part in parts])
+    return torch.cat([_clip_rows(part.reshape(len(part), -1, scheme.group_size), blocks, scheme, dtype, steps) for part in parts])
 
 
 def _clip_rows(groups: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:

@@ -18,7 +18,7 @@ class Awq(IntegerQuantizer):
     `grid` is into how many steps the search of the scales is divided, and that of each group's range where `clip` is on.
     """
 
-    revision: ClassVar[int] = 5
+    revision: ClassVar[int] = 6
 
     stage: Literal["awq"]
     symmetric: bool = False

@@ -1,7 +1,8 @@
 """AWQ's scales on one block: they move from a linear's input channels into the layer before (arXiv 2306.00978).
 
 With W a weight, G the second moment of its input and Q rounding, a scale s per input channel is chosen to minimise tr(ΔW G ΔWᵀ),
-ΔW = Q(W·s)/s - W: the squared error of the output over all calibration tokens, at a cost that does not depend on their number.
+ΔW = Q(W·s)/s - W: the squared error of the output over all calibration tokens, at a cost that does not depend on their number. It
+is measured on some of the rows of W, which are rounded independently of each other.
 """
 
 from __future__ import annotations
@@ -15,11 +16,14 @@ from torch import Tensor
 from compress.engine.statistics import Moments
 from compress.families import Pair
 from compress.numerics.grids import Scheme
-from compress.numerics.rounding import output_error, own_scheme, rounding_error
-from compress.stages.block import BlockWeights, Repeats, input_gram, movable, move, repeats_of
+from compress.numerics.rounding import own_scheme, rounding_error
+from compress.stages.block import BlockWeights, Repeats, movable, move, repeats_of
 
 _STRIDE = 4
-_PART = 1 << 24
+SAMPLE = 1 << 22
+FEWEST_ROWS = 256
+PIECE = 1 << 22
+_SEED = 0
 _EXTREME = 1e4
 _FLOOR = 1e-3
 
@@ -36,30 +40,37 @@ def fold(block: BlockWeights, pair: Pair, moments: Mapping[str, Moments], scheme
 
 @dataclass(frozen=True)
 class Part:
-    """Rows of a pair's linears that are held alike, one above the other [rows, in]; scales are stored in `dtype`."""
+    """Rows of a pair's linears that are held alike, float32 [rows, in]; scales are stored in `dtype`.
+
+    Each stands for `share` rows of the linears.
+    """
 
     weight: Tensor
     scheme: Scheme
     dtype: torch.dtype
+    share: float
 
     def error(self, spread: Tensor) -> Tensor:
-        """Return what rounding the weight times a scale changes of the weight itself, float32 [out, in]."""
+        """Return what rounding the weight times a scale changes of the weight itself, float32 [rows, in]."""
         return rounding_error(self.weight * spread, self.scheme, self.dtype).div_(spread)
 
 
 def parts_of(block: BlockWeights, pair: Pair, schemes: Mapping[str, Scheme]) -> list[Part]:
-    """Return a pair's linears by how they are held; large ones in pieces, so that a search's copies of one stay small."""
+    """Return a pair's linears by how they are held; of large ones some of the rows, drawn at random, always the same."""
     alike: dict[Scheme, list[str]] = {}
     for name in pair.linears:
         alike.setdefault(schemes[name], []).append(name)
     parts: list[Part] = []
     for scheme, names in alike.items():
-        weights = [block.weights[name] for name in names]
-        if sum(weight.numel() for weight in weights) <= _PART:
-            pieces = [torch.cat(weights)]
-        else:
-            pieces = [piece for weight in weights for piece in torch.split(weight, max(1, _PART // weight.shape[1]))]
-        parts += [Part(piece, scheme, block.precision(f"{names[0]}.weight")) for piece in pieces]
+        counts = [len(block.weights[name]) for name in names]
+        share = max(1.0, sum(counts) / max(FEWEST_ROWS, SAMPLE // block.weights[names[0]].shape[1]))
+        generator = torch.Generator().manual_seed(_SEED)
+        drawn: list[Tensor] = []
+        for name, count in zip(names, counts, strict=True):
+            rows = torch.randperm(count, generator=generator)[: max(1, round(count / share))].sort().values
+            drawn.append(block.weight(name, rows.to(block.weights[name].device)))
+        weight = torch.cat(drawn)
+        parts.append(Part(weight, scheme, block.precision(f"{names[0]}.weight"), sum(counts) / len(weight)))
     return parts
 
 
@@ -68,18 +79,29 @@ def search(
 ) -> Tensor | None:
     """Return the best scale per source channel, float32, or None where none is better than no scale."""
     parts = parts_of(block, pair, schemes)
-    scaled = pair.linears[0] in block.input_scales
-    gram = input_gram(block, pair.linears[0], moments) if scaled else moments.sums()
-    relative = torch.stack([_relative_magnitude(part).sum(dim=0) for part in parts]).sum(dim=0)
-    relative = relative.div_(sum(len(part.weight) for part in parts)).clamp_(min=1e-4)
-    magnitude, importance = repeats.pool(moments.mean_abs()), repeats.pool(relative)
+    before = block.input_scales.get(pair.linears[0], torch.ones(()))
+    importance = repeats.pool(_importance(block, pair, schemes)).clamp_(min=1e-4)
+    magnitude = repeats.pool(moments.mean_abs())
 
     def loss(point: Point) -> float:
         spread = repeats.spread(point.scale(magnitude, importance))
-        return sum(float(output_error(part.error(spread), gram)) for part in parts)
+        return sum(part.share * moments.output_error(part.error(spread).div_(before)) for part in parts)
 
     best = best_point((Point(0.0, duo=False), Point(0.0, duo=True)), loss, steps)
     return None if best == Point(0.0, duo=False) else best.scale(magnitude, importance)
+
+
+def _importance(block: BlockWeights, pair: Pair, schemes: Mapping[str, Scheme]) -> Tensor:
+    """Return the mean over all rows of a pair's linears of |W| relative to the largest of its group, float32 [in]."""
+    rows, columns = 0, block.weights[pair.linears[0]].shape[1]
+    total = torch.zeros(columns, device=block.weights[pair.linears[0]].device)
+    for name in pair.linears:
+        size = own_scheme(schemes[name], columns).group_size
+        for piece in block.pieces(name, PIECE):
+            groups = piece.abs_().view(len(piece), -1, size)
+            total += groups.div_(groups.amax(dim=-1, keepdim=True).clamp_(min=1e-12)).view(piece.shape).sum(dim=0)
+            rows += len(piece)
+    return total.div_(rows)
 
 
 @dataclass(frozen=True)
@@ -121,11 +143,3 @@ def normalised(scale: Tensor) -> Tensor:
         return torch.ones_like(scale)
     scale = scale.clamp(min=float(torch.maximum(live.min(), live.median() * _FLOOR)))
     return (scale / (scale.max() * scale.min()).sqrt()).clamp_(1 / _EXTREME, _EXTREME)
-
-
-def _relative_magnitude(part: Part) -> Tensor:
-    """Return |W| relative to the largest of its group, float32 [out, in]."""
-    groups = (
-        part.weight.to(torch.float32).abs().view(part.weight.shape[0], -1, own_scheme(part.scheme, part.weight.shape[1]).group_size)
-    )
-    return (groups / groups.amax(dim=-1, keepdim=True).clamp_(min=1e-12)).view(part.weight.shape)

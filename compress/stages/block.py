@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -11,15 +11,17 @@ from torch import Tensor, nn
 from compress.engine.statistics import Moments
 from compress.families import Pair
 
+_ALL = slice(None)
+
 
 @dataclass
 class BlockWeights:
     """A block's linears to be quantized, with what was done to them; `heads` is how many its attention has.
 
-    `weights` are as they are stored, in float32 once a scale has changed them. `stored` holds the block's tensors that the
-    checkpoint has in another type than the one the block runs in, as they are there; `input_scales` what each linear's input
-    channels were multiplied by, `changed` the new norms and biases in the type they are stored in. Names are relative to the
-    block.
+    `weights` are as they are stored; `weight` gives them with the scales that have moved: `input_scales` is what each linear's
+    input channels were multiplied by, `output_scales` what its output channels were divided by. `stored` holds the block's tensors
+    that the checkpoint has in another type than the one the block runs in, as they are there; `changed` the new norms and
+    biases in the type they are stored in. Names are relative to the block.
     """
 
     module: nn.Module
@@ -27,6 +29,7 @@ class BlockWeights:
     heads: int
     stored: Mapping[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
     input_scales: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
+    output_scales: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
     changed: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
 
     @classmethod
@@ -35,6 +38,19 @@ class BlockWeights:
         block = cls(module, {}, heads, stored or {})
         block.weights |= {name: block.current(f"{name}.weight") for name in linears}
         return block
+
+    def weight(self, name: str, rows: slice | Tensor = _ALL) -> Tensor:
+        """Return a linear's weight, or some rows of it, as scaled so far: float32 [rows, in], in memory of its own."""
+        weight = self.weights[name][rows].to(torch.float32, copy=True)
+        if name in self.output_scales:
+            weight.div_(self.output_scales[name][rows].unsqueeze(1))
+        return weight.mul_(self.input_scales[name]) if name in self.input_scales else weight
+
+    def pieces(self, name: str, elements: int) -> Iterator[Tensor]:
+        """Yield a linear's weight as scaled so far, so many rows at a time that they have no more than so many elements."""
+        rows, columns = self.weights[name].shape
+        step = max(1, elements // columns)
+        yield from (self.weight(name, slice(start, start + step)) for start in range(0, rows, step))
 
     def current(self, name: str) -> Tensor:
         """Return a parameter as it is to be stored so far."""
@@ -63,20 +79,31 @@ def move(block: BlockWeights, pair: Pair, repeats: Repeats, scale: Tensor) -> No
     linear = isinstance(block.module.get_submodule(pair.source), nn.Linear)
     spread = repeats.spread(divide_linear(block, pair.source, scale) if linear else divide_norm(block, pair.source, scale))
     for name in pair.linears:
-        block.weights[name] = block.weights[name] * spread
         block.input_scales[name] = block.input_scales[name] * spread if name in block.input_scales else spread
 
 
-def input_gram(block: BlockWeights, name: str, moments: Moments, *, last: bool = False) -> Tensor:
+def spend_gram(block: BlockWeights, name: str, moments: Moments) -> Tensor:
     """Return the mean second moment of what a linear is given after scales have moved, float32 [in, in].
 
-    The `last` to ask may spend sums that are disposable.
+    Sums that are disposable are spent.
     """
-    gram = moments.spend_gram() if last else moments.mean_gram()
+    gram = moments.spend_gram()
     if name in block.input_scales:
         scale = block.input_scales[name]
         gram.div_(scale).div_(scale.unsqueeze(1))
     return gram
+
+
+def input_blocks(block: BlockWeights, name: str, moments: Moments, size: int) -> Tensor:
+    """Return the second moments of `size` neighbouring input channels at a time after scales have moved, summed over tokens.
+
+    They are float32 [in / size, size, size].
+    """
+    blocks = moments.blocks(size)
+    if name in block.input_scales:
+        scale = block.input_scales[name].view(-1, size)
+        blocks.div_(scale.unsqueeze(1)).div_(scale.unsqueeze(2))
+    return blocks
 
 
 def input_max(block: BlockWeights, name: str, moments: Moments) -> Tensor:
@@ -147,7 +174,7 @@ def divide_linear(block: BlockWeights, name: str, scale: Tensor) -> Tensor:
         bias, new, usable = _divided(block, f"{name}.bias", scale)
         scale = torch.where(usable, bias.to(torch.float32) / new.to(torch.float32), torch.where(bias == 0, scale, 1.0))
         block.changed[f"{name}.bias"] = torch.where(usable, new, bias)
-    block.weights[name] = block.weights[name] / scale.unsqueeze(1)
+    block.output_scales[name] = block.output_scales[name] * scale if name in block.output_scales else scale
     return scale
 
 

@@ -21,7 +21,7 @@ class Gptq(IntegerQuantizer):
     fits the samples closer, and what is unlike them less close.
     """
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
 
     stage: Literal["gptq"]
     symmetric: bool = True

@@ -42,7 +42,7 @@ class Int8(Quantizer):
     strength from 0 to 1 or, with auto, one that is searched for each pair of layers. `rounding` is GPTQ's, or to the nearest.
     """
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
 
     stage: Literal["int8"]
     activations: Inputs = "token"

@@ -172,12 +172,11 @@ class _Survey:
         losses: dict[str, dict[int, float]] = {self._disk_name(name): {} for name in opened.local}
         for width in self.mixture.rounded:
             block = opened.weights()
-            originals = dict(block.weights)
             schemes = {local: self.mixture.scheme(self.site.targeted[name], width) for name, local in opened.local.items()}
             codes = solve(block, (), moments, schemes, self.site.stage.method())
             for name, local in opened.local.items():
-                rounded = codes[local].dequantize().to(codes[local].scales.dtype).to(torch.float32)
-                loss = self.sensitivities[name].predicted_loss(rounded.sub_(originals[local]), moments[local])
+                rounded = codes[local].dequantize(codes[local].scales.dtype).to(torch.float32)
+                loss = self.sensitivities[name].predicted_loss(rounded.sub_(block.weights[local]), moments[local])
                 losses[self._disk_name(name)][width] = loss
         if LEFT in self.mixture.widths:
             for by_width in losses.values():

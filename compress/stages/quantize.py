@@ -192,15 +192,16 @@ class _Work:
         """Return what is to be stored for a part of the model, by names on disk."""
         opened = self.site.open(visit, names)
         observed = self.stage.observes() or any(self.schemes[name].activations == "tensor" for name in names)
-        moments = observe(opened.visit, opened.local.values()) if observed else {}
+        schemes = {local: self.schemes[name] for name, local in opened.local.items()}
+        method = self.stage.method()
+        moments = observe(opened.visit, schemes, method.kept(schemes.values())) if observed else {}
         weigh(moments, self.stage.balance, {local: self.found.sensitivities.get(name) for name, local in opened.local.items()})
         block = opened.weights()
-        schemes = {local: self.schemes[name] for name, local in opened.local.items()}
         for given in moments.values():
             given.merge()
             given.disposable = True
         try:
-            codes = solve(block, self._pairs(visit.name), moments, schemes, self.stage.method())
+            codes = solve(block, self._pairs(visit.name), moments, schemes, method)
         except CheckpointError as error:
             raise CheckpointError(f"{visit.name}: {error}") from error
         tensors: dict[str, Tensor] = {}
@@ -233,7 +234,7 @@ class _Work:
         for name in names:
             linear = self.linears[name]
             stored = read_linear(linear.disk_name, self.schemes[name], lambda key: tensors[key])
-            weight = stored.dequantize().to(stored.scales.dtype).to(visit.device)
+            weight = stored.dequantize(stored.scales.dtype).to(visit.device)
             local = relative(name, visit.name)
             place(visit.module, f"{local}.weight".lstrip("."), weight)
             if stored.scheme.activations is not None:

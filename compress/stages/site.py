@@ -28,7 +28,7 @@ from compress.stages.stage import StageContext
 if TYPE_CHECKING:
     from compress.stages.quantizer import Quantizer
 
-TOKENS_PER_BATCH = 2048
+TOKENS_PER_BATCH = 1024
 _COMMITS = ".blocks"
 
 

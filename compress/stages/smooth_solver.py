@@ -19,7 +19,7 @@ from compress.engine.statistics import Moments
 from compress.families import Pair
 from compress.numerics.grids import Scheme, grid
 from compress.numerics.rounding import own_scheme
-from compress.stages.awq_solver import Part, Point, best_point, normalised, parts_of
+from compress.stages.awq_solver import PIECE, Part, Point, best_point, normalised, parts_of
 from compress.stages.block import BlockWeights, Repeats, input_max, input_square, movable, move, repeats_of
 
 _CODES = 127
@@ -43,7 +43,7 @@ def smooth(
     given = moments[pair.linears[0]]
     largest = repeats.pool_max(input_max(block, pair.linears[0], given))
     if settings.strength is not None:
-        scale = _scale(settings.strength, largest, _weight_max(parts_of(block, pair, schemes), repeats))
+        scale = _scale(settings.strength, largest, _weight_max(block, pair, repeats))
     else:
         scale = search(block, pair, repeats, given, schemes, settings.steps)
     if scale is not None:
@@ -56,7 +56,7 @@ def search(
     """Return the best scale per source channel, float32 (the linears' inputs are divided by it), or None for none."""
     parts = parts_of(block, pair, schemes)
     ranges, squares = input_max(block, pair.linears[0], moments), input_square(block, pair.linears[0], moments)
-    largest, heaviest = repeats.pool_max(ranges), _weight_max(parts, repeats)
+    largest, heaviest = repeats.pool_max(ranges), _weight_max(block, pair, repeats)
 
     def loss(spread: Tensor) -> float:
         given = squares / spread.square()
@@ -64,7 +64,7 @@ def search(
         for part in parts:
             weight = part.weight * spread
             noise = _noise(part.scheme, ranges / spread, given.sqrt())
-            total += _weight_error(weight, given, part) + noise * float(weight.square_().sum())
+            total += part.share * (_weight_error(weight, given, part) + noise * float(weight.square_().sum()))
         return total
 
     best = best_point([Point(0.0, duo=True)], lambda point: loss(repeats.spread(_scale(point.exponent, largest, heaviest))), steps)
@@ -91,10 +91,9 @@ def _noise(scheme: Scheme, ranges: Tensor, spreads: Tensor) -> float:
     return (largest / _CODES) ** 2 / 12
 
 
-def _weight_max(parts: list[Part], repeats: Repeats) -> Tensor:
-    return repeats.pool_max(
-        torch.cat([part.weight.abs().amax(dim=0, keepdim=True) for part in parts]).amax(dim=0).to(torch.float32)
-    )
+def _weight_max(block: BlockWeights, pair: Pair, repeats: Repeats) -> Tensor:
+    pieces = (piece for name in pair.linears for piece in block.pieces(name, PIECE))
+    return repeats.pool_max(torch.stack([piece.abs_().amax(dim=0) for piece in pieces]).amax(dim=0))
 
 
 def _scale(strength: float, largest: Tensor, heaviest: Tensor) -> Tensor:

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import cast
 
 import torch
 from torch import Tensor
 
+from compress.engine.second_moment import Kept
 from compress.engine.statistics import Moments
 from compress.families import Pair
 from compress.numerics.gptq import Feedback, Gptq, round_columns
 from compress.numerics.grids import QuantizedWeight, Scheme
-from compress.numerics.rounding import clip, quantize
+from compress.numerics.rounding import clip, own_scheme, quantize
 from compress.stages.awq_solver import fold
-from compress.stages.block import BlockWeights, input_gram, input_max
+from compress.stages.block import BlockWeights, input_blocks, input_max, spend_gram
 from compress.stages.smooth_solver import Smoothing, smooth
 from compress.stages.widths import JOINED
 
@@ -23,6 +25,10 @@ _SCORES = frozenset({"q_proj", "k_proj", "qkv", "qkv_proj", "query", "key", "que
 """Layers whose outputs meet in attention's scores. Their ranges stay whole, as in AWQ's own code: what clipping them loses on
 average is little, but it changes which tokens are seen."""
 
+ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""How many weights are rounded at once; on a GPU every step of a loop over columns costs a launch, so that more rows are better."""
+
+_WIDEST_BLOCK = 1024
 _INPUT_LARGEST = {"int": 127.0, "float": 448.0}
 
 
@@ -39,6 +45,13 @@ class Method:
     smoothing: Smoothing | None = None
     clip: int | None = None
     gptq: Gptq | None = None
+
+    def kept(self, schemes: Iterable[Scheme]) -> Kept:
+        """Return what it reads of the second moments of what linears held by `schemes` are given."""
+        sizes = {scheme.group_size for scheme in schemes if scheme.type == "int"} if self.clip is not None else set[int]()
+        block = math.lcm(*(size for size in sizes if size > 0))
+        whole = self.gptq is not None or -1 in sizes or block > _WIDEST_BLOCK
+        return Kept(whole=whole, sketch=self.scales is not None, block=1 if whole else block)
 
 
 def solve(
@@ -90,26 +103,39 @@ def round_linears(
     """Return the codes of linears with one input; only a method without statistics can do without `moments`."""
     fixed = moments is not None and any(schemes[name].activations == "tensor" for name in names)
     largest = input_max(block, names[0], moments).max() if fixed and moments is not None else None
-    integers = [name for name in names if schemes[name].type == "int"]
-    shrinks: dict[str, Tensor | float] = dict.fromkeys(names, 1.0)
     codes: dict[str, QuantizedWeight] = {}
-    if moments is not None and integers and (method.clip is not None or method.gptq is not None):
-        gram = input_gram(block, names[0], moments, last=True)
-        for name in integers if method.clip is not None else ():
-            if name.rpartition(".")[2] not in _SCORES:
-                dtype = block.precision(f"{name}.weight")
-                shrinks[name] = clip(block.weights[name], gram, schemes[name], dtype, cast("int", method.clip))
-        if method.gptq is not None:
-            feedback = Feedback.of(gram, method.gptq)
-            del gram
-            for together in _alike(block, integers, schemes):
-                codes |= _with_feedback(block, together, feedback, schemes[together[0]], shrinks)
+    integers = [name for name in names if schemes[name].type == "int"]
+    if integers:
+        steps = _Rows(
+            block, _clips(block, integers, moments, schemes, method), method.clip or 0, _feedback(block, names, moments, method)
+        )
+        for together in _alike(block, integers, schemes):
+            codes |= steps.round(together, schemes[together[0]])
     for together in _held_as_one([name for name in names if name not in codes], schemes):
-        codes |= _nearest(block, together, schemes[together[0]], shrinks[together[0]])
+        codes |= _floats(block, together, schemes[together[0]])
     for name in names:
         scales = codes[name].scales.to(block.current(f"{name}.weight").dtype)
         codes[name] = replace(codes[name], scales=scales, input_scale=_input_scale(schemes[name], largest))
     return codes
+
+
+def _clips(
+    block: BlockWeights, names: Sequence[str], moments: Moments | None, schemes: Mapping[str, Scheme], method: Method
+) -> dict[str, Tensor]:
+    """Return the second moments of each group's inputs for the linears whose ranges are searched."""
+    if moments is None or method.clip is None:
+        return {}
+    columns = block.weights[names[0]].shape[1]
+    searched = [name for name in names if name.rpartition(".")[2] not in _SCORES]
+    sizes = {own_scheme(schemes[name], columns).group_size for name in searched}
+    blocks = {size: input_blocks(block, names[0], moments, size) for size in sizes}
+    return {name: blocks[own_scheme(schemes[name], columns).group_size] for name in searched}
+
+
+def _feedback(block: BlockWeights, names: Sequence[str], moments: Moments | None, method: Method) -> Feedback | None:
+    if moments is None or method.gptq is None:
+        return None
+    return Feedback.of(spend_gram(block, names[0], moments), method.gptq)
 
 
 def _alike(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
@@ -120,24 +146,77 @@ def _alike(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Sche
     return groups.values()
 
 
-def _with_feedback(
-    block: BlockWeights, names: Sequence[str], feedback: Feedback, scheme: Scheme, shrinks: Mapping[str, Tensor | float]
-) -> dict[str, QuantizedWeight]:
-    """Return the codes by GPTQ of linears that are held alike and have one input."""
-    dtype, weights = block.precision(f"{names[0]}.weight"), [block.weights[name] for name in names]
-    if len(names) == 1:
-        return {names[0]: round_columns(weights[0].to(torch.float32), feedback, scheme, dtype, shrinks[names[0]])}
-    groups = scheme.groups(weights[0].shape[1])
-    ones = [weight.new_ones(len(weight), groups) for weight in weights]
-    shrink = torch.cat([one * shrinks[name] for one, name in zip(ones, names, strict=True)])
-    whole = round_columns(torch.cat(weights).to(torch.float32), feedback, scheme, dtype, shrink)
+@dataclass(frozen=True)
+class _Rows:
+    """Rounds the rows of integer linears with one input, each row for itself, so many at a time that their copies stay small.
+
+    `clips` holds the second moments of each group's inputs for the linears whose ranges are searched, in `steps` steps.
+    """
+
+    block: BlockWeights
+    clips: Mapping[str, Tensor]
+    steps: int
+    feedback: Feedback | None
+
+    def round(self, names: Sequence[str], scheme: Scheme) -> dict[str, QuantizedWeight]:
+        """Return the codes of linears that are held alike."""
+        dtype = self.block.precision(f"{names[0]}.weight")
+        done: dict[str, list[QuantizedWeight]] = {name: [] for name in names}
+        for piece in self._pieces(names):
+            weights = [self.block.weight(name, rows) for name, rows in piece]
+            shrink = torch.cat(
+                [self._shrink(name, weight, scheme, dtype) for (name, _), weight in zip(piece, weights, strict=True)]
+            )
+            together = weights[0] if len(weights) == 1 else torch.cat(weights)
+            counts = [len(weight) for weight in weights]
+            del weights
+            if self.feedback is None:
+                whole = quantize(together, scheme, dtype, shrink)
+            else:
+                whole = round_columns(together, self.feedback, scheme, dtype, shrink)
+            for (name, _), part in zip(piece, _split(whole, counts), strict=True):
+                done[name].append(part)
+        return {name: _joined(parts) for name, parts in done.items()}
+
+    def _pieces(self, names: Sequence[str]) -> Iterator[list[tuple[str, slice]]]:
+        """Yield which rows of which linears are rounded at once."""
+        weight = self.block.weights[names[0]]
+        room = limit = max(1, ELEMENTS["cuda" if weight.is_cuda else "cpu"] // weight.shape[1])
+        piece: list[tuple[str, slice]] = []
+        for name in names:
+            start, rows = 0, len(self.block.weights[name])
+            while start < rows:
+                stop = min(rows, start + room)
+                piece.append((name, slice(start, stop)))
+                room -= stop - start
+                start = stop
+                if not room:
+                    yield piece
+                    piece, room = [], limit
+        if piece:
+            yield piece
+
+    def _shrink(self, name: str, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
+        if name in self.clips:
+            return clip(weight, self.clips[name], scheme, dtype, self.steps)
+        return weight.new_ones(len(weight), scheme.groups(weight.shape[1]))
+
+
+def _split(whole: QuantizedWeight, counts: Sequence[int]) -> Iterator[QuantizedWeight]:
     assert whole.zero_points is not None
-    counts = [len(weight) for weight in weights]
-    pieces = zip(*(torch.split(part, counts) for part in (whole.codes, whole.scales, whole.zero_points)), strict=True)
-    return {
-        name: QuantizedWeight(codes.clone(), scales.clone(), zero_points.clone(), whole.scheme)
-        for name, (codes, scales, zero_points) in zip(names, pieces, strict=True)
-    }
+    for codes, scales, zero_points in zip(
+        *(torch.split(part, list(counts)) for part in (whole.codes, whole.scales, whole.zero_points)), strict=True
+    ):
+        yield replace(whole, codes=codes, scales=scales, zero_points=zero_points)
+
+
+def _joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return rows that were rounded one after the other as one matrix, in memory of its own."""
+    codes, scales, zero_points = (
+        torch.cat(pieces)
+        for pieces in zip(*((part.codes, part.scales, cast("Tensor", part.zero_points)) for part in parts), strict=True)
+    )
+    return replace(parts[0], codes=codes, scales=scales, zero_points=zero_points)
 
 
 def _held_as_one(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
@@ -154,12 +233,12 @@ def _held_as_one(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterabl
     return groups.values()
 
 
-def _nearest(block: BlockWeights, names: Sequence[str], scheme: Scheme, shrink: Tensor | float) -> dict[str, QuantizedWeight]:
-    """Return the nearest codes of a linear, or of several that have one scale."""
+def _floats(block: BlockWeights, names: Sequence[str], scheme: Scheme) -> dict[str, QuantizedWeight]:
+    """Return the nearest codes of a linear of floats, or of several that have one scale."""
     dtype = block.precision(f"{names[0]}.weight")
     if len(names) == 1:
-        return {names[0]: quantize(block.weights[names[0]], scheme, dtype, shrink)}
-    whole = quantize(torch.cat([block.weights[name] for name in names]), scheme, dtype, shrink)
+        return {names[0]: quantize(block.weight(names[0]), scheme, dtype)}
+    whole = quantize(torch.cat([block.weight(name) for name in names]), scheme, dtype)
     pieces = torch.split(whole.codes, [len(block.weights[name]) for name in names])
     return {
         name: replace(whole, codes=piece.clone(), scales=whole.scales.clone()) for name, piece in zip(names, pieces, strict=True)

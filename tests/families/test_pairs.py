@@ -62,7 +62,7 @@ def assert_pairs_hold(folder: Path) -> set[Pair]:
                     continue
                 old = {part: tensor.clone() for part, tensor in visit.module.state_dict().items()}
                 scaled(block, pair, generator)
-                put(visit.module, [*block.changed.items(), *((f"{part}.weight", w) for part, w in block.weights.items())])
+                put(visit.module, [*block.changed.items(), *((f"{part}.weight", block.weight(part)) for part in block.weights)])
                 assert not torch.equal(visit.module.get_parameter(f"{pair.linears[0]}.weight"), old[f"{pair.linears[0]}.weight"])
                 for found, expected in zip(outputs(visit), before, strict=True):
                     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)

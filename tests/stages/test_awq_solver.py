@@ -2,10 +2,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from compress.engine import second_moment
+from compress.engine.second_moment import Kept
 from compress.families import Pair
-from compress.numerics.rounding import output_error, quantize
+from compress.numerics.gptq import Gptq
+from compress.numerics.grids import QuantizedWeight
+from compress.numerics.rounding import output_error, quantize, rounding_error
 from compress.numerics.scheme import Scheme
-from compress.stages import awq_solver
+from compress.stages import awq_solver, solvers
 from compress.stages.awq_solver import Point, fold
 from compress.stages.block import BlockWeights, divide_linear, divide_norm
 from compress.stages.solvers import Method, solve
@@ -72,7 +76,7 @@ def test_a_linear_is_divided_by_what_its_stored_bias_was_divided_by() -> None:
     scale = divide_linear(state, "v", asked)
     assert torch.equal((state.changed["v.bias"].float() * scale).to(torch.bfloat16), block.v.bias)
     assert scale[1] == asked[1]
-    torch.testing.assert_close(state.weights["v"] * scale.unsqueeze(1), block.v.weight.float())
+    torch.testing.assert_close(state.weight("v") * scale.unsqueeze(1), block.v.weight.float())
 
 
 def test_a_bias_that_its_type_cannot_hold_divided_stays() -> None:
@@ -84,7 +88,7 @@ def test_a_bias_that_its_type_cannot_hold_divided_stays() -> None:
     scale = divide_linear(state, "v", asked)
     assert torch.equal(state.changed["v.bias"][:2], block.v.bias[:2])
     assert scale[:2].tolist() == [1, 1]
-    assert torch.equal(state.weights["v"][:2], block.v.weight[:2].float())
+    assert torch.equal(state.weight("v")[:2], block.v.weight[:2].float())
     torch.testing.assert_close(scale[2:], asked[2:], rtol=1e-2, atol=0)
 
 
@@ -147,17 +151,46 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
     assert total < 0.8 * nearest
 
 
-def test_large_weights_are_searched_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    block, scheme = Block(), alike(Scheme(3, 8, symmetric=False))
+def test_large_weights_are_searched_by_some_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The rows stand for all: their shares add up to the linears' rows, and the scale they choose is nearly as good."""
+    block, schemes = Block(), alike(Scheme(3, 8, symmetric=False))
     given = statistics(block, samples())
-    found: list[Tensor] = []
-    for limit in (awq_solver._PART, 5 * WIDTH):  # pyright: ignore[reportPrivateUsage]
-        monkeypatch.setattr(awq_solver, "_PART", limit)
+    rows = len(block.q.weight) + len(block.v.weight)
+
+    def loss(scale: Tensor) -> float:
+        errors = (rounding_error(layer.weight * scale, schemes["q"], torch.float32) / scale for layer in (block.q, block.v))
+        return sum(map(given["q"].output_error, errors))
+
+    losses = [loss(torch.ones(WIDTH))]
+    for fewest, sample in ((awq_solver.FEWEST_ROWS, awq_solver.SAMPLE), (24, 0)):
+        monkeypatch.setattr(awq_solver, "FEWEST_ROWS", fewest)
+        monkeypatch.setattr(awq_solver, "SAMPLE", sample)
         state = BlockWeights.of(block, NAMES, HEADS)
-        fold(state, PAIRS[0], given, scheme, 20)
-        found.append(state.input_scales["q"])
-        assert (len(awq_solver.parts_of(state, PAIRS[0], scheme)) > 1) == (limit == 5 * WIDTH)
-    torch.testing.assert_close(*found)
+        parts = awq_solver.parts_of(state, PAIRS[0], schemes)
+        assert sum(len(part.weight) for part in parts) == (rows if sample else 24)
+        assert sum(len(part.weight) * part.share for part in parts) == pytest.approx(rows)
+        fold(state, PAIRS[0], given, schemes, 20)
+        losses.append(loss(state.input_scales["q"]))
+    unscaled, by_all, by_some = losses
+    assert by_all <= by_some <= 1.2 * by_all < unscaled
+
+
+def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, schemes = Block(), alike(Scheme(3, 8, symmetric=False))
+    whole = statistics(block, samples(3000))
+    monkeypatch.setattr(second_moment, "WHOLE_CHANNELS", 0)
+    sketched = statistics(block, samples(3000), Kept(whole=False, block=8))
+    assert isinstance(sketched["q"].text.second, second_moment.Sketch)  # pyright: ignore[reportOptionalMemberAccess]
+    errors: list[float] = []
+    for given in (whole, sketched):
+        state = BlockWeights.of(block, NAMES, HEADS)
+        codes = solve(state, PAIRS, given, schemes, Method(scales=20, clip=20))
+        original = block.down.weight
+        rounded = codes["down"].dequantize() / state.input_scales["down"]
+        source = state.output_scales["up"]
+        assert torch.equal(source, state.input_scales["down"])
+        errors.append(whole["down"].output_error(rounded - original))
+    assert errors[1] <= 1.1 * errors[0]
 
 
 @pytest.mark.parametrize("left_out", ["v", "o"])
@@ -178,3 +211,18 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     codes = solve(state, PAIRS, statistics(block, x), alike(Scheme(4, 8, symmetric=False)), Method(scales=20, clip=20))
     assert all(code.dequantize().isfinite().all() for code in codes.values())
     assert all(value.isfinite().all() for value in state.changed.values())
+
+
+@pytest.mark.parametrize("method", [Method(clip=8), Method(clip=8, gptq=Gptq())])
+def test_rows_are_rounded_a_few_at_a_time_as_all_at_once(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
+    block, given, schemes = Block(), statistics(Block(), samples()), alike(Scheme(3, 8, symmetric=True))
+    found: list[dict[str, QuantizedWeight]] = []
+    for elements in (1 << 20, 5 * WIDTH):  # 5 rows of q, then of q and v together
+        monkeypatch.setitem(solvers.ELEMENTS, "cpu", elements)
+        found.append(solve(BlockWeights.of(block, NAMES, HEADS), (), given, schemes, method))
+    for name, whole in found[0].items():
+        part = found[1][name]
+        assert torch.equal(part.codes, whole.codes)
+        assert torch.equal(part.scales, whole.scales)
+        assert part.zero_points is not None
+        assert torch.equal(part.zero_points, whole.zero_points if whole.zero_points is not None else part.codes)

@@ -74,7 +74,7 @@ def test_the_strength_that_is_found_beats_none_and_fixed_ones_on_inputs_with_out
         normed = block.norm(x)
         given = normed / state.input_scales.get("q", torch.ones(1))
         step = given.abs().max() / 127
-        weight = state.weights["q"]
+        weight = state.weight("q")
         scale = weight.abs().amax(dim=1, keepdim=True) / 127.5
         with torch.no_grad():
             exact = normed @ block.q.weight.t()

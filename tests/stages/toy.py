@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.engine.replay import Positions
+from compress.engine.second_moment import WHOLE, Kept
 from compress.engine.statistics import Moments
 from compress.families import Pair
 from compress.numerics.scheme import Scheme
@@ -52,7 +53,7 @@ def samples(count: int = 200) -> Tensor:
     return torch.randn(count, WIDTH, generator=generator) * torch.logspace(-1, 1, WIDTH)
 
 
-def statistics(block: Block, x: Tensor) -> dict[str, Moments]:
+def statistics(block: Block, x: Tensor, kept: Kept = WHOLE) -> dict[str, Moments]:
     moments: dict[str, Moments] = {}
     hooks: list[RemovableHandle] = []
     for name in NAMES:
@@ -60,7 +61,7 @@ def statistics(block: Block, x: Tensor) -> dict[str, Moments]:
         def count(module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
             if name not in moments:
                 everything = torch.ones(len(args[0]), dtype=torch.bool)
-                moments[name] = Moments()
+                moments[name] = Moments(kept=kept)
                 moments[name].add(args[0], Positions(everything, ~everything))
 
         hooks.append(block.get_submodule(name).register_forward_pre_hook(count))
@@ -73,7 +74,7 @@ def statistics(block: Block, x: Tensor) -> dict[str, Moments]:
 
 def with_folded(block: Block, state: BlockWeights) -> Block:
     copy = Block(block.q.weight.dtype)
-    values = {**block.state_dict(), **state.changed, **{f"{name}.weight": weight for name, weight in state.weights.items()}}
+    values = {**block.state_dict(), **state.changed, **{f"{name}.weight": state.weight(name) for name in state.weights}}
     copy.load_state_dict(values)
     return copy
 
