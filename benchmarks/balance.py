@@ -174,7 +174,7 @@ def _figures(measurement: Measurement) -> dict[str, float]:
     for task in measurement.tasks:
         assert task.fidelity is not None
         if task.metrics.task == "vqa":
-            figures["accuracy"] = task.metrics.accuracy
+            figures["accuracy"] = task.metrics.score
         figures[f"kl {task.name}"] = task.fidelity.kl_mean
     return figures
 

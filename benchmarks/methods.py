@@ -172,7 +172,7 @@ def _figures(measurement: Measurement) -> dict[str, float]:
     figures: dict[str, float] = {}
     for task in measurement.tasks:
         metrics = task.metrics
-        figures |= {"accuracy": metrics.accuracy} if metrics.task == "vqa" else {}
+        figures |= {"accuracy": metrics.score} if metrics.task == "vqa" else {}
         figures |= {"perplexity": metrics.perplexity} if metrics.task == "perplexity" else {}
         if task.fidelity:
             figures[f"{task.name}_kl"] = task.fidelity.kl_mean

@@ -2,20 +2,52 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from compress.schema import Frozen, Source
 
 
-class Columns(Frozen):
-    """The names of a question file's fields, where they are not the usual ones; `question` is None where images have none."""
+Names = str | Annotated[tuple[str, ...], Field(min_length=1)]
+"""A field, or several that together hold one thing."""
 
-    id: str = "id"
-    image: str = "image"
+
+class Columns(Frozen):
+    """The names of a question file's fields, where they are not the usual ones; `question` is None where images have none.
+
+    `image`, `answer` and `options` (of a multiple choice) may be several fields, of which any may be empty; `id` may be
+    several that only together tell rows apart. `category` is what a row counts under in figures of its own.
+    """
+
+    id: Names = "id"
+    image: Names = "image"
     question: str | None = "question"
-    answer: str = "answer"
+    answer: Names = "answer"
+    options: Names | None = None
+    category: str | None = None
+
+    def named(self, what: Literal["id", "image", "question", "answer", "options", "category"]) -> tuple[str, ...]:
+        """Return the fields that hold something, none where nothing does."""
+        names = cast("str | tuple[str, ...] | None", getattr(self, what))
+        return () if names is None else (names,) if isinstance(names, str) else names
+
+
+def _spelled(value: Any) -> Any:
+    values = cast("list[object]", value) if isinstance(value, list) else [value]
+    return [str(entry) if isinstance(entry, int | float) and not isinstance(entry, bool) else entry for entry in values]
+
+
+Values = Annotated[tuple[str, ...], BeforeValidator(_spelled), Field(min_length=1)]
+"""What a field may hold: one value or several."""
+
+
+class Rows(Frozen):
+    """Which rows of a question file count: `where` a field holds one of its values; with `text_only`, also those without an image."""
+
+    where: Mapping[str, Values] = Field(default_factory=lambda: dict[str, tuple[str, ...]]())
+    text_only: bool = False
 
 
 class TextSource(Frozen):
@@ -41,6 +73,8 @@ class QuestionSource(Frozen):
     def _check_question(self) -> Self:
         if self.columns.question is None:
             raise ValueError("columns.question is null: name the column with the questions")
+        if self.columns.options is not None or self.columns.category is not None:
+            raise ValueError("columns.options and columns.category are for tasks of the evaluation; remove them here")
         return self
 
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -125,3 +126,19 @@ def _open_parquet(path: Path) -> Any:
         return pq.ParquetFile(path)
     except _UNREADABLE as error:
         raise DataError(f"{path}: is no whole parquet file ({error}); fetch it again") from error
+
+
+def parquet_of(rows: Sequence[Mapping[str, object]]) -> bytes:
+    """Return rows, all of the same columns, as a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), buffer)
+    return buffer.getvalue()
+
+
+def read_rows(path: Path) -> list[dict[str, object]]:
+    """Return all rows of a Parquet file.
+
+    Raises:
+        OSError, ValueError: it is missing or damaged.
+    """
+    return cast("list[dict[str, object]]", pq.read_table(path).to_pylist())

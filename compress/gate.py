@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from compress.errors import UsageError
-from compress.eval.results import AccuracyMetrics, Fidelity, Measured, PerplexityMetrics, check_pairs
+from compress.eval.results import Fidelity, Measured, PerplexityMetrics, ScoreMetrics, check_pairs
 from compress.eval.statistics import Finding, Outcome, count_pairs, judge_perplexity, judge_recovery
 from compress.schema import Frozen
 
@@ -173,7 +173,7 @@ class _Held:
 def _checks(gate: Gate, original: Subject, artifact: Subject) -> Iterator[Check]:
     tasks = original.measured.tasks.values()
     if gate.accuracy is not None:
-        names = [task.name for task in tasks if isinstance(task.metrics, AccuracyMetrics)]
+        names = [task.name for task in tasks if isinstance(task.metrics, ScoreMetrics)]
         found = [_accuracy(gate.accuracy, original, artifact, name) for name in names]
         yield from found or [_unmeasured(artifact, "accuracy.min_recovery", gate.accuracy.min_recovery)]
     if gate.perplexity is not None:
@@ -196,9 +196,9 @@ def _unmeasured(artifact: Subject, check: str, limit: float) -> Check:
 
 def _accuracy(limit: AccuracyLimit, original: Subject, artifact: Subject, task: str) -> Check:
     held = _Held(artifact.artifact, "accuracy.min_recovery", task, limit.min_recovery)
-    before, after = original.measured.judged(task), artifact.measured.judged(task)
+    before, after = original.measured.scored(task), artifact.measured.scored(task)
     check_pairs(task, before, ((item.id, item.digest) for item in after))
-    counts = count_pairs([item.right for item in before], [item.right for item in after])
+    counts = count_pairs([item.score >= 1 for item in before], [item.score >= 1 for item in after])
     if counts.original == 0:
         return held.leave_open(
             f"{task}: the original answers none of the {counts.items:,} items right, so there is nothing to keep; "

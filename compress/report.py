@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field
 
-from compress.eval.results import AccuracyMetrics, Fidelity, Metrics
+from compress.eval.latency_results import Latency
+from compress.eval.results import Fidelity, Liveness, Metrics, ScoreMetrics
 from compress.gate import Verdict
 from compress.schema import Frozen
 from compress.stages.widths import Widths
@@ -22,6 +23,7 @@ class Row(Frozen):
     """One artifact in one runtime; `metrics` and `fidelity` hold each task's figures by the task's name.
 
     `bytes` are those on disk, `size_ratio` to the original's, `bits_per_weight` the weight files' over the original's weights.
+    `target` names where the runtime ran.
     """
 
     artifact: str
@@ -32,6 +34,8 @@ class Row(Frozen):
     bits_per_weight: float
     metrics: Mapping[str, Metrics]
     fidelity: Mapping[str, Fidelity] | None
+    target: str = "local"
+    liveness: Liveness | None = None
 
 
 class Timing(Frozen):
@@ -74,6 +78,10 @@ class Report(Frozen):
     hardware: Mapping[str, Any]
     widths: Mapping[str, Widths] = Field(default_factory=lambda: dict[str, Widths]())
     """What stages with `bits: auto` chose, by the stage's name."""
+    latency: Mapping[str, Latency] = Field(default_factory=lambda: dict[str, Latency]())
+    """What was measured of latency, by target."""
+    digests: Mapping[str, str] = Field(default_factory=lambda: dict[str, str]())
+    """Of the original's content (`original`) and of each task's settings and data; figures of equal digests can be compared."""
 
     def to_json(self) -> str:
         """Return the report as `report.json` holds it."""
@@ -116,7 +124,7 @@ def _line(cells: list[str]) -> str:
 
 
 def _value(metrics: Metrics) -> str:
-    return f"{metrics.accuracy:.2%}" if isinstance(metrics, AccuracyMetrics) else f"{metrics.perplexity:.4g}"
+    return f"{metrics.score:.2%}" if isinstance(metrics, ScoreMetrics) else f"{metrics.perplexity:.4g}"
 
 
 def checks(gate: Verdict) -> str:

@@ -2,44 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from compress.errors import DataError
-from compress.files import write_text
+from compress.files import write_bytes, write_text
 from compress.schema import Frozen
 
+Item = TypeVar("Item")
+
 MEASUREMENT = "measurement.json"
+LIVENESS = "liveness"
+"""What stands in a task's place in the name of the file with the items that show whether answers depend on images."""
 
 
 Unit = Literal["token", "image"]
 """What one prediction is of."""
 
 
-class AccuracyMetrics(Frozen):
-    """Of how many items a model says what is right."""
+class ScoreMetrics(Frozen):
+    """How well a model does on a task's items: `score` is the mean over all of them, those that failed counting 0.
 
-    accuracy: float
-    right: int
+    `binary` says that every item is right (1) or wrong (0). `details` holds further figures of the task by their names.
+    """
+
+    task: Literal["vqa", "choice", "caption", "zero-shot", "retrieval", "adapter"]
+    metric: str
+    score: float
     items: int
-
-
-class VqaMetrics(AccuracyMetrics):
-    """How many of the questions a model answers right."""
-
-    task: Literal["vqa"] = "vqa"
-    definition_version: int
-
-
-class ZeroShotMetrics(AccuracyMetrics):
-    """Of how many images a model finds the right one of so many classes likeliest."""
-
-    task: Literal["zero-shot"] = "zero-shot"
-    classes: int
+    failed: int = 0
+    binary: bool = True
+    definition_version: int | None = None
+    details: Mapping[str, float] = Field(default_factory=lambda: dict[str, float]())
 
 
 class PerplexityMetrics(Frozen):
@@ -50,9 +48,10 @@ class PerplexityMetrics(Frozen):
     window: int
     windows: int
     tokens: int
+    failed: int = 0
 
 
-Metrics = Annotated[VqaMetrics | PerplexityMetrics | ZeroShotMetrics, Field(discriminator="task")]
+Metrics = Annotated[ScoreMetrics | PerplexityMetrics, Field(discriminator="task")]
 
 
 class Fidelity(Frozen):
@@ -60,8 +59,8 @@ class Fidelity(Frozen):
 
     `kl_mean` and `kl_p99` are of KL(original ‖ artifact) per token in nats, `kl_interval` the bounds of the mean, each with
     95 % confidence, by windows or answers (None for a single one); `top1_agreement` is the share of tokens where both put the
-    same one first. Of a VQA task, the original's own answers are the tokens. `lost` items went from right to wrong, `gained`
-    from wrong to right, and of `changed` ones the (normalized) answer is another.
+    same one first. Of a VQA task, the original's own answers are the tokens. `lost` items score less than they did (were right, are
+    wrong), `gained` ones more, and of `changed` ones the (normalized) answer is another.
     """
 
     unit: Unit = "token"
@@ -76,30 +75,56 @@ class Fidelity(Frozen):
 
 
 class TaskMeasurement(Frozen):
-    """One task's figures; `fidelity` is None for the original."""
+    """One task's figures; `fidelity` is None for the original, `noise` is the original's, asked once more, for it alone."""
 
     name: str
     metrics: Metrics
     fidelity: Fidelity | None = None
+    noise: Fidelity | None = None
+
+
+class Liveness(Frozen):
+    """Whether answers depend on the image: the same questions of a task with their own image, with another one's, and with none.
+
+    `score_own`, `score_other` and `score_none` are the mean scores, `changed_other` and `changed_none` the shares of answers that
+    are not those to the own image. `failed` items, whatever they failed at, are in none of them.
+    """
+
+    task: str
+    metric: str
+    binary: bool
+    items: int
+    failed: int
+    score_own: float
+    score_other: float
+    score_none: float | None
+    changed_other: float
+    changed_none: float | None
 
 
 class Measurement(Frozen):
     """All tasks' figures for one model in one runtime: the content of `measurement.json`."""
 
     tasks: tuple[TaskMeasurement, ...]
+    liveness: Liveness | None = None
 
 
-class JudgedItem(Frozen):
-    """One item that is answered right or wrong."""
+class ScoredItem(Frozen):
+    """One item that is answered, with its score by the task's metric (1 right, 0 wrong where it is one or the other).
+
+    `cluster` is what items that depend on each other share: their images. `fault` says why there is no answer; the score is 0 then.
+    """
 
     id: str
     digest: str
+    cluster: str
     accepted: tuple[str, ...]
     said: str
-    right: bool
+    score: float
+    fault: str | None = None
 
 
-class QuestionItem(JudgedItem):
+class QuestionItem(ScoredItem):
     """One question and what was said to it; `token_ids` is the answer as tokens, the end token included where it ended.
 
     `tokens`, `nll`, `kl` and `same_top` belong to the original's answer: number of tokens, and sums over them.
@@ -114,7 +139,7 @@ class QuestionItem(JudgedItem):
     same_top: int | None = None
 
 
-class ImageItem(JudgedItem):
+class ImageItem(ScoredItem):
     """One image and the class that was found likeliest; `nll` is of the right one, `kl` of the likelihoods of all classes."""
 
     item: Literal["image"] = "image"
@@ -133,6 +158,26 @@ class WindowItem(Frozen):
     nll: float
     kl: float | None = None
     same_top: int | None = None
+    fault: str | None = None
+
+
+class LivenessItem(Frozen):
+    """One question asked with its own image, with another item's (`other`) and with none, which some models do not take."""
+
+    item: Literal["liveness"] = "liveness"
+    id: str
+    digest: str
+    cluster: str
+    other: str
+    prompt: str
+    accepted: tuple[str, ...]
+    said_own: str
+    said_other: str
+    said_none: str | None
+    score_own: float
+    score_other: float
+    score_none: float | None
+    fault: str | None = None
 
 
 AnyItem = QuestionItem | WindowItem | ImageItem
@@ -145,10 +190,12 @@ class Measured:
 
     tasks: dict[str, TaskMeasurement]
     items: dict[str, tuple[AnyItem, ...]]
+    liveness: Liveness | None = None
+    liveness_items: tuple[LivenessItem, ...] = ()
 
-    def judged(self, name: str) -> tuple[JudgedItem, ...]:
-        """Return the items of a task that are answered right or wrong."""
-        return tuple(item for item in self.items[name] if isinstance(item, JudgedItem))
+    def scored(self, name: str) -> tuple[ScoredItem, ...]:
+        """Return the items of a task that are answered, with their scores."""
+        return tuple(item for item in self.items[name] if isinstance(item, ScoredItem))
 
     def questions(self, name: str) -> tuple[QuestionItem, ...]:
         """Return the items of a VQA task."""
@@ -161,13 +208,14 @@ class Measured:
 
 def items_path(folder: Path, name: str) -> Path:
     """Return where a measurement's folder holds a task's items."""
-    return folder / f"items-{name}.jsonl"
+    return folder / f"items-{name}.parquet"
 
 
-def write_items(folder: Path, name: str, items: Sequence[AnyItem]) -> None:
-    """Write a task's items, one JSON object a line."""
-    lines = "".join(item.model_dump_json() + "\n" for item in items)
-    write_text(items_path(folder, name), lines)
+def write_items(folder: Path, name: str, items: Sequence[AnyItem | LivenessItem]) -> None:
+    """Write a task's items, a row each."""
+    from compress.calibration.tables import parquet_of
+
+    write_bytes(items_path(folder, name), parquet_of([item.model_dump() for item in items]))
 
 
 def write_measurement(folder: Path, measurement: Measurement) -> None:
@@ -179,15 +227,29 @@ def read_items(folder: Path, name: str) -> tuple[AnyItem, ...]:
     """Read a task's items.
 
     Raises:
-        DataError: there are none, or a line cannot be read; run the measurement again.
+        DataError: there are none, or a row cannot be read; run the measurement again.
     """
-    path = items_path(folder, name)
-    items: list[AnyItem] = []
-    for number, line in enumerate(_read(path).splitlines(), 1):
+    return _read_items(items_path(folder, name), _ITEM)
+
+
+def read_liveness(folder: Path) -> tuple[LivenessItem, ...]:
+    """Read the items that show whether answers depend on images; see `read_items`."""
+    return _read_items(items_path(folder, LIVENESS), TypeAdapter(LivenessItem))
+
+
+def _read_items(path: Path, adapter: TypeAdapter[Item]) -> tuple[Item, ...]:
+    from compress.calibration.tables import read_rows
+
+    try:
+        rows = read_rows(path)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); measure again with --fresh") from error
+    items: list[Item] = []
+    for number, row in enumerate(rows, 1):
         try:
-            items.append(_ITEM.validate_json(line))
+            items.append(adapter.validate_python(row))
         except ValidationError as error:
-            raise DataError(f"{path}:{number}: no item of a measurement; measure again with --fresh") from error
+            raise DataError(f"{path}: row {number}: no item of a measurement; measure again with --fresh") from error
     return tuple(items)
 
 
@@ -199,24 +261,21 @@ def read_measured(folder: Path) -> Measured:
     """
     path = folder / MEASUREMENT
     try:
-        measurement = Measurement.model_validate_json(_read(path))
+        measurement = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); measure again with --fresh") from error
     except ValidationError as error:
         raise DataError(f"{path}: no measurement; measure again with --fresh") from error
     names = [task.name for task in measurement.tasks]
     return Measured(
         tasks={task.name: task for task in measurement.tasks},
         items={name: read_items(folder, name) for name in names},
+        liveness=measurement.liveness,
+        liveness_items=read_liveness(folder) if measurement.liveness is not None else (),
     )
 
 
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); measure again with --fresh") from error
-
-
-def check_pairs(task: str, original: Sequence[JudgedItem | WindowItem], artifact: Iterable[tuple[str, str]]) -> None:
+def check_pairs(task: str, original: Sequence[ScoredItem | WindowItem | LivenessItem], artifact: Iterable[tuple[str, str]]) -> None:
     """Check that two models met the same items in the same order; `artifact` gives each item's id and digest.
 
     Raises:

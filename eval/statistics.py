@@ -56,6 +56,37 @@ class Finding:
     items_needed: int | None
 
 
+@dataclass(frozen=True)
+class Levels:
+    """How often a verdict may err: an artifact at the limit passes at most `passing` of the time and fails at most `failing`."""
+
+    passing: float
+    failing: float
+
+    @classmethod
+    def at(cls, confidence: float) -> Levels:
+        """Return the levels at which both verdicts hold with `confidence`."""
+        return cls(1 - confidence, 1 - confidence)
+
+
+Method = Literal["score test", "bootstrap by clusters"]
+
+
+@dataclass(frozen=True)
+class Recovery(Finding):
+    """How much of the original's score is kept: `value` is mean(artifact) / mean(original), of `items` items.
+
+    The lower bound holds with probability 1 − levels.passing, the upper with 1 − levels.failing. `p_pass` is the one-sided p-value
+    against "the artifact stands at the limit or below", `p_fail` against "at the limit or above".
+    """
+
+    items: int
+    p_pass: float
+    p_fail: float
+    levels: Levels
+    method: Method
+
+
 def count_pairs(original: Sequence[bool], artifact: Sequence[bool]) -> PairedCounts:
     """Count the pairs of outcomes of the same items in the same order."""
     pairs = list(zip(original, artifact, strict=True))
@@ -109,27 +140,50 @@ def recovery_interval(counts: PairedCounts, confidence: float) -> tuple[float, f
     The statistic moves by whole items, so half an item is taken off in either direction: without it an artifact at the limit,
     whose few flips are all losses, would pass in up to 7 % of evaluations instead of 5 %. The original must have items right.
     """
-    z = NormalDist().inv_cdf(confidence)
+    return _score_bounds(counts, Levels.at(confidence))
+
+
+def _score_bounds(counts: PairedCounts, levels: Levels) -> tuple[float, float]:
+    reach_low, reach_high = normal_quantile(levels.passing), normal_quantile(levels.failing)
     estimate = counts.artifact / counts.original
     low = 0.0
     if counts.artifact > _CONTINUITY:
-        low = _crossing(lambda ratio: recovery_score(counts, ratio, -_CONTINUITY) - z, 1e-9, max(estimate, 1e-9))
+        low = crossing(lambda ratio: recovery_score(counts, ratio, -_CONTINUITY) - reach_low, 1e-9, max(estimate, 1e-9))
     top = max(2 * estimate, 2.0)
-    while recovery_score(counts, top, _CONTINUITY) > -z:
+    while recovery_score(counts, top, _CONTINUITY) > -reach_high:
         top *= 2
-    return low, _crossing(lambda ratio: recovery_score(counts, ratio, _CONTINUITY) + z, max(estimate, 1e-9), top)
+    return low, crossing(lambda ratio: recovery_score(counts, ratio, _CONTINUITY) + reach_high, max(estimate, 1e-9), top)
 
 
 def judge_recovery(counts: PairedCounts, limit: float, confidence: float) -> Finding:
     """Judge whether the artifact keeps at least `limit` of the original's accuracy; the original must have items right."""
-    z = NormalDist().inv_cdf(confidence)
+    return judge_counts(counts, limit, Levels.at(confidence))
+
+
+def judge_counts(counts: PairedCounts, limit: float, levels: Levels) -> Recovery:
+    """Judge by the score test whether the artifact keeps at least `limit` of the original's accuracy, at the levels given.
+
+    The items must not depend on each other, and the original must have some right.
+    """
+    above, below = recovery_score(counts, limit, -_CONTINUITY), recovery_score(counts, limit, _CONTINUITY)
     outcome: Outcome = "inconclusive"
-    if recovery_score(counts, limit, -_CONTINUITY) >= z:
+    if above >= normal_quantile(levels.passing):
         outcome = "pass"
-    elif recovery_score(counts, limit, _CONTINUITY) < -z:
+    elif below < -normal_quantile(levels.failing):
         outcome = "fail"
-    needed = _items_to_settle(counts, limit, z) if outcome == "inconclusive" else None
-    return Finding(counts.artifact / counts.original, recovery_interval(counts, confidence), outcome, needed)
+    value = counts.artifact / counts.original
+    level = levels.passing if value > limit else levels.failing
+    return Recovery(
+        value=value,
+        interval=_score_bounds(counts, levels),
+        outcome=outcome,
+        items_needed=_items_to_settle(counts, limit, normal_quantile(level)) if outcome == "inconclusive" else None,
+        items=counts.items,
+        p_pass=_upper_tail(above),
+        p_fail=_upper_tail(-below),
+        levels=levels,
+        method="score test",
+    )
 
 
 def _items_to_settle(counts: PairedCounts, limit: float, z: float) -> int | None:
@@ -141,6 +195,15 @@ def _items_to_settle(counts: PairedCounts, limit: float, z: float) -> int | None
     spread = z * math.sqrt(limit * (lost + gained))
     root = (spread + math.sqrt(spread**2 + 4 * distance * _CONTINUITY)) / (2 * distance)
     return max(math.ceil(root**2), counts.items + 1)
+
+
+def normal_quantile(tail: float) -> float:
+    """Return the z that a standard normal variable exceeds with probability `tail`."""
+    return -NormalDist().inv_cdf(tail)
+
+
+def _upper_tail(z: float) -> float:
+    return 0.5 * math.erfc(z / math.sqrt(2))
 
 
 def clustered_mean(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[float, float]:
@@ -162,7 +225,7 @@ def mean_interval(sums: NDArray[np.float64], sizes: NDArray[np.float64], confide
     mean, error = clustered_mean(sums, sizes)
     if math.isnan(error):
         return None
-    reach = _student(confidence, len(sums) - 1) * error
+    reach = student_quantile(confidence, len(sums) - 1) * error
     return mean - reach, mean + reach
 
 
@@ -197,7 +260,7 @@ def bounded_exp(exponent: float) -> float:
 
 def _windows_to_settle(distance: float, deviation: float, windows: int, confidence: float) -> int | None:
     def settled(count: int) -> bool:
-        return distance >= _student(confidence, count - 1) * deviation / math.sqrt(count)
+        return distance >= student_quantile(confidence, count - 1) * deviation / math.sqrt(count)
 
     if distance < 1e-12 or not settled(_LARGEST_SAMPLE):
         return None
@@ -208,19 +271,20 @@ def _windows_to_settle(distance: float, deviation: float, windows: int, confiden
     return high
 
 
-def _student(confidence: float, degrees: int) -> float:
+def student_quantile(confidence: float, degrees: int) -> float:
+    """Return the value that Student's t with so many degrees of freedom stays below with probability `confidence`."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, confidence))
 
 
-def _crossing(function: Callable[[float], float], low: float, high: float) -> float:
-    """Return where a falling function crosses zero between `low` and `high`, by bisection."""
+def crossing(function: Callable[[float], float], low: float, high: float, precision: float = 1e-12) -> float:
+    """Return where a falling function crosses zero between `low` and `high`, by bisection; `low` where it is not above zero there."""
     if function(low) <= 0:
         return low
     for _ in range(100):
         middle = (low + high) / 2
         low, high = (middle, high) if function(middle) > 0 else (low, middle)
-        if high - low <= 1e-12 * high:
+        if high - low <= precision * high:
             break
     return (low + high) / 2

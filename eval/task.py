@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
@@ -15,8 +16,8 @@ from pydantic import Field
 
 from compress.calibration.sets import Columns, QuestionSource, TextSource
 from compress.errors import CheckpointError
-from compress.eval.results import Fidelity, JudgedItem, TaskMeasurement, Unit
-from compress.eval.statistics import count_pairs, mean_interval
+from compress.eval.results import Fidelity, ScoredItem, TaskMeasurement, Unit
+from compress.eval.statistics import mean_interval
 from compress.progress import Progress
 from compress.runtimes.runtime import Ability, Passage, Score, Session
 from compress.schema import Frozen
@@ -128,10 +129,20 @@ def draw_questions(files: Sequence[Path], columns: Columns, samples: int | None,
     return list(read_questions(files, columns, chosen))
 
 
-def flips(original: Sequence[JudgedItem], items: Sequence[JudgedItem]) -> dict[str, int]:
-    """Return how many items went from right to wrong, `lost`, and from wrong to right, `gained`."""
-    pairs = count_pairs([item.right for item in original], [item.right for item in items])
-    return {"lost": pairs.lost, "gained": pairs.gained}
+def flips(original: Sequence[ScoredItem], items: Sequence[ScoredItem]) -> dict[str, int]:
+    """Return how many items score less than they did, `lost`, and how many more, `gained`."""
+    pairs = [(before.score, after.score) for before, after in zip(original, items, strict=True)]
+    return {"lost": sum(after < before for before, after in pairs), "gained": sum(after > before for before, after in pairs)}
+
+
+def cluster_of(question: Question) -> str:
+    """Return what a question shares with those about the same images; its own id where it has none."""
+    return digest_text("\n".join(question.image_digests)) if question.images else f"id:{question.id}"
+
+
+def digest_text(text: str) -> str:
+    """Return the SHA-256 of a text."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def warn_of_few(context: TaskContext, name: str, asked: int | None, found: int, what: str) -> None:

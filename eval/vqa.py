@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
@@ -16,13 +17,24 @@ from compress.eval.normalize import exact_match, normalize
 from compress.eval.results import (
     Fidelity,
     QuestionItem,
+    ScoreMetrics,
     TaskMeasurement,
-    VqaMetrics,
     check_pairs,
     read_items,
     write_items,
 )
-from compress.eval.task import Task, TaskContext, count, draw_questions, fidelity_of, flips, score_passages, total, warn_of_few
+from compress.eval.task import (
+    Task,
+    TaskContext,
+    cluster_of,
+    count,
+    draw_questions,
+    fidelity_of,
+    flips,
+    score_passages,
+    total,
+    warn_of_few,
+)
 from compress.runtimes.runtime import Answer, Passage, Prompt, Score
 from compress.schema import Source
 
@@ -48,7 +60,7 @@ class Vqa(Task):
     the definition says of them is true of its own source only. `samples` draws at most so many of the questions, with `seed`.
     """
 
-    task_revision: ClassVar[int] = 1
+    task_revision: ClassVar[int] = 2
 
     task: Literal["vqa"]
     definition: Annotated[str, AfterValidator(_resolve_definition)]
@@ -159,8 +171,14 @@ class Vqa(Task):
         scores = score_passages(context, self.name, passages)
         items = [_item(definition, *parts) for parts in zip(questions, answers, spoken, scores, strict=True)]
         write_items(context.target, self.name, items)
-        right = sum(item.right for item in items)
-        metrics = VqaMetrics(accuracy=right / len(items), right=right, items=len(items), definition_version=definition.version)
+        metrics = ScoreMetrics(
+            task=self.task,
+            metric=definition.metric,
+            score=math.fsum(item.score for item in items) / len(items),
+            items=len(items),
+            failed=sum(item.fault is not None for item in items),
+            definition_version=definition.version,
+        )
         fidelity = fidelity_of(scores)
         if fidelity is not None and original is not None:
             fidelity = _with_flips(fidelity, original, items)
@@ -211,10 +229,11 @@ def _item(definition: Definition, question: Question, answer: Answer, token_ids:
     return QuestionItem(
         id=question.id,
         digest=question.digest,
+        cluster=cluster_of(question),
         prompt=definition.ask(question.question),
         accepted=question.answers,
         said=answer.text,
-        right=exact_match(answer.text, question.answers),
+        score=float(exact_match(answer.text, question.answers)),
         token_ids=token_ids,
         tokens=len(score.negative_log_likelihood),
         nll=float(score.negative_log_likelihood.sum()),

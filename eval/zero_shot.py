@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
@@ -13,8 +14,8 @@ from pydantic import Field, PositiveInt, model_validator
 
 from compress.calibration.sets import Columns, QuestionSource
 from compress.errors import CheckpointError, DataError
-from compress.eval.results import ImageItem, TaskMeasurement, ZeroShotMetrics, check_pairs, read_items, write_items
-from compress.eval.task import Task, TaskContext, draw_questions, fidelity_of, flips, warn_of_few
+from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
+from compress.eval.task import Task, TaskContext, cluster_of, draw_questions, fidelity_of, flips, warn_of_few
 from compress.files import write_bytes
 from compress.runtimes.runtime import Ability, Picture, Score
 from compress.schema import Source
@@ -33,7 +34,7 @@ class ZeroShot(Task):
     a class by its name or by its number, counted from 0. `samples` draws at most so many of the images, with `seed`.
     """
 
-    task_revision: ClassVar[int] = 1
+    task_revision: ClassVar[int] = 2
     needs: ClassVar[Ability] = "comparison"
 
     task: Literal["zero-shot"]
@@ -125,8 +126,9 @@ class ZeroShot(Task):
             for image, likelihoods, score in zip(images, found, scores, strict=True)
         ]
         write_items(context.target, self.name, items)
-        right = sum(item.right for item in items)
-        metrics = ZeroShotMetrics(accuracy=right / len(items), right=right, items=len(items), classes=len(self.classes))
+        metrics = ScoreMetrics(
+            task=self.task, metric="accuracy", score=math.fsum(item.score for item in items) / len(items), items=len(items)
+        )
         fidelity = fidelity_of(scores, "image")
         if fidelity is not None and original is not None:
             changed = sum(old.said != new.said for old, new in zip(original, items, strict=True))
@@ -151,9 +153,10 @@ class ZeroShot(Task):
         return ImageItem(
             id=question.id,
             digest=question.digest,
+            cluster=cluster_of(question),
             accepted=(self.classes[place],),
             said=self.classes[said],
-            right=said == place,
+            score=float(said == place),
             nll=float(score.negative_log_likelihood[0]),
             kl=None if score.kl is None else float(score.kl[0]),
             same_top=None if score.same_top is None else int(score.same_top[0]),

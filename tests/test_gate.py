@@ -12,8 +12,8 @@ from compress.eval.results import (
     Measured,
     PerplexityMetrics,
     QuestionItem,
+    ScoreMetrics,
     TaskMeasurement,
-    VqaMetrics,
     WindowItem,
 )
 from compress.gate import Check, Gate, Subject, Verdict, judge
@@ -29,7 +29,8 @@ def question(number: int, right: bool) -> QuestionItem:
         prompt="Which colour?",
         accepted=("red",),
         said="red" if right else "blue",
-        right=right,
+        cluster=f"image-{number}",
+        score=float(right),
         token_ids=(1, 2),
         tokens=2,
         nll=0.5,
@@ -51,7 +52,7 @@ def subject(
     tasks: dict[str, TaskMeasurement] = {}
     items: dict[str, tuple[AnyItem, ...]] = {}
     if right is not None:
-        metrics = VqaMetrics(accuracy=sum(right) / len(right), right=sum(right), items=len(right), definition_version=1)
+        metrics = ScoreMetrics(task="vqa", metric="exact_match", score=sum(right) / len(right), items=len(right))
         tasks["scenes"] = TaskMeasurement(name="scenes", metrics=metrics, fidelity=alike)
         items["scenes"] = tuple(question(number, answer) for number, answer in enumerate(right))
     if nll is not None:

@@ -61,6 +61,18 @@ LOCKS = {
         cuda="llmcompressor.txt",
         distributions=("llmcompressor", "compressed-tensors", "auto-round", "torch", "transformers"),
     ),
+    "lmms-eval": Lock(
+        module="lmms_eval",
+        cpu="lmms-eval.txt",
+        cuda="lmms-eval.txt",
+        distributions=("lmms-eval", "datasets", "transformers"),
+    ),
+    "lm-eval": Lock(
+        module="lm_eval",
+        cpu="lm-eval.txt",
+        cuda="lm-eval.txt",
+        distributions=("lm-eval", "datasets", "transformers"),
+    ),
 }
 """What is installed apart, runtimes and the library behind a stage: its name → what its environment holds."""
 

@@ -6,7 +6,6 @@ vocabulary by computing both models' logits again, a few positions at a time.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from torch import Tensor
 
 from compress.checkpoint import read_json_object
 from compress.errors import StoreError, UsageError
-from compress.runtimes.runtime import Passage
+from compress.runtimes.runtime import Passage, passages_digest
 
 _FILES: Any = safetensors.torch
 _LOGITS_AT_ONCE = 1 << 25
@@ -149,13 +148,3 @@ class Record:
         if self._loaded[0] != name:
             self._loaded = (name, _FILES.load_file(self._folder / f"{name}.safetensors", device=str(self._device)))
         return self._loaded[1][str(place)]
-
-
-def passages_digest(passages: Sequence[Passage]) -> str:
-    """Return a SHA-256 over the passages' tokens and prompts, in their order."""
-    digest = hashlib.sha256()
-    for passage in passages:
-        digest.update(json.dumps([passage.id, passage.token_ids, passage.prompt and passage.prompt.text]).encode())
-        for image in passage.prompt.images if passage.prompt else ():
-            digest.update(hashlib.sha256(image).digest())
-    return digest.hexdigest()

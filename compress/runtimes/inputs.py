@@ -15,7 +15,7 @@ from torch.nn.functional import pad
 from compress.conversation import check_image_count, open_images, write_prompt
 from compress.errors import DataError
 from compress.families import Family
-from compress.runtimes.runtime import Passage, Prompt
+from compress.runtimes.runtime import Passage, Prompt, scored_tokens
 
 _MASKS = "attention_mask"
 _FRAMED = 2
@@ -138,11 +138,6 @@ def _tail(key: str, value: Tensor, forced: tuple[int, ...]) -> Tensor:
     if key.endswith(_MASKS):
         return value[:, -1:].expand(-1, len(forced), *value.shape[2:])
     return torch.zeros(1, len(forced)).to(value)
-
-
-def scored_tokens(passage: Passage) -> tuple[int, ...]:
-    """Return the tokens of a passage that are predicted: all after a prompt, all but the first without one."""
-    return passage.token_ids if passage.prompt is not None else passage.token_ids[1:]
 
 
 def _extent(prompt: Prompt) -> tuple[int, int]:

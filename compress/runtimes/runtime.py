@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,11 +14,13 @@ from typing import Any, ClassVar, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.errors import UsageError
 from compress.progress import Progress
+from compress.runtimes.vllm_ladder import LadderStep, ignore_step
 from compress.schema import Frozen
 
-Ability = Literal["text", "comparison"]
-"""What a model does: it writes text, or compares images with texts."""
+Ability = Literal["text", "scores", "comparison"]
+"""What is offered of a model: it answers in text, it tells how likely given tokens are, or it compares images with texts."""
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,16 @@ class Picture:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one prompt, greedily decoded, without special tokens."""
+    """What a model said to one prompt, greedily decoded, without special tokens.
+
+    `token_ids` is empty where a server does not tell them. `fault` says, in a few words, why there is no answer; the text and the
+    tokens are empty then.
+    """
 
     id: str
     text: str
     token_ids: tuple[int, ...]
+    fault: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,27 +69,52 @@ class Score:
 
     Each array has one float per scored token: all of the passage's after a prompt, all but the first without one.
     `negative_log_likelihood` in nats; `kl` is KL(original ‖ this model) in nats and `same_top` whether both put the same token
-    first, both None where nothing was compared.
+    first, both None where nothing was compared. `fault` says, in a few words, why there is no score; the arrays are empty then.
     """
 
     id: str
     negative_log_likelihood: NDArray[np.float64]
     kl: NDArray[np.float64] | None = None
     same_top: NDArray[np.bool_] | None = None
+    fault: str | None = None
 
 
 class Session(Protocol):
     """An artifact that is loaded and answers."""
 
-    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress) -> list[Answer]:
-        """Answer each prompt by greedy decoding, in the order given."""
+    @property
+    def offers(self) -> frozenset[Ability]:
+        """What can be asked of this very artifact here."""
+        ...
+
+    @property
+    def block(self) -> int | None:
+        """How many prompts are computed together, so that only the same ones asked together give the same answers to the bit.
+
+        None where each is asked on its own.
+        """
+        ...
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
+    ) -> list[Answer]:
+        """Answer each prompt by greedy decoding, in the order given; `each` is told of every answer as it comes.
+
+        A prompt that cannot be answered gives an answer with its fault.
+
+        Raises:
+            ServerError: the runtime as a whole does not answer any more.
+        """
         ...
 
     def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
-        """Score the passages, in the order given.
+        """Score the passages, in the order given; one that cannot be scored, or compared, gives a score with its fault.
 
         With `record`, what a later comparison needs is written to that new folder; with `against`, such a folder of the
         original's, each token's prediction is compared with the original's. The same passages in the same order must be given.
+
+        Raises:
+            ServerError: the runtime as a whole does not answer any more.
         """
         ...
 
@@ -91,12 +125,29 @@ class Session(Protocol):
 
 @dataclass(frozen=True)
 class OpenContext:
-    """What a runtime is given to open an artifact: its folder, where logs belong, and who watches."""
+    """What a runtime is given to open an artifact: its folder, where logs belong, who watches, and what the recipe calls it."""
 
     artifact: Path
     logs: Path
     progress: Progress
     trust_remote_code: bool = False
+    name: str = "original"
+    lowered: Callable[[LadderStep], None] = ignore_step
+    """Told of everything that was lowered because a server ran out of memory while it loaded."""
+
+
+@dataclass(frozen=True)
+class Served:
+    """A server that answers at `url` (without `/v1`) for a model of that name.
+
+    `key` is what it asks for, `process` the id of the one that leads it where it runs here; `said` gives what it has logged.
+    """
+
+    url: str
+    model: str
+    key: str | None = field(default=None, repr=False)
+    process: int | None = None
+    said: Callable[[], str] = str
 
 
 class Runtime(Frozen, ABC):
@@ -114,12 +165,18 @@ class Runtime(Frozen, ABC):
     incidental: ClassVar[frozenset[str]] = frozenset()
     """The fields that shape how it is run, but nothing of what is measured."""
 
-    offers: ClassVar[frozenset[Ability]] = frozenset({"text"})
-    """What models that it can measure do."""
+    offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores"})
+    """What can be asked of the models that it runs; of a single one a session may offer less."""
 
-    def settings(self) -> dict[str, Any]:
-        """Return the fields that shape what is measured, as plain JSON values."""
+    def settings(self, name: str | None = None) -> dict[str, Any]:
+        """Return the fields that shape what is measured, as plain JSON values; with `name`, those that concern that artifact."""
+        del name
         return self.model_dump(mode="json", exclude=set(self.incidental))
+
+    def faults(self, artifacts: Sequence[str]) -> list[str]:
+        """Return why it cannot measure a recipe's artifacts of these names, one line each; empty where it can."""
+        del artifacts
+        return []
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
@@ -137,6 +194,18 @@ class Runtime(Frozen, ABC):
             MissingError: the runtime is not installed, or its server died while loading.
         """
 
+    def serve(self, context: OpenContext) -> AbstractContextManager[Served]:
+        """Bring up a server for the artifact alone, for others to put load on; it is ended when the context is left.
+
+        Raises:
+            UsageError: this runtime has no server.
+            MissingError: the runtime is not installed, or its server died while loading.
+        """
+        raise UsageError(
+            f"{context.artifact}: latency is measured of a server, and runtime: {self.runtime} has none; set runtime: vllm, or leave "
+            "out eval.latency"
+        )
+
 
 @dataclass(frozen=True)
 class Environment:
@@ -145,3 +214,27 @@ class Environment:
     name: str
     python: Path
     versions: dict[str, str] = field(default_factory=lambda: dict[str, str]())
+
+
+def passages_digest(passages: Sequence[Passage]) -> str:
+    """Return a SHA-256 over the passages' tokens and prompts, in their order."""
+    digest = hashlib.sha256()
+    for passage in passages:
+        digest.update(json.dumps([passage.id, passage.token_ids, passage.prompt and passage.prompt.text]).encode())
+        for image in passage.prompt.images if passage.prompt else ():
+            digest.update(hashlib.sha256(image).digest())
+    return digest.hexdigest()
+
+
+def scored_tokens(passage: Passage) -> tuple[int, ...]:
+    """Return the tokens of a passage that are predicted: all after a prompt, all but the first without one."""
+    return passage.token_ids if passage.prompt is not None else passage.token_ids[1:]
+
+
+UNSCORED = "the original could not be scored here, so that there is nothing to compare with"
+
+
+def unscored(name: str, fault: str | None, *, compared: bool) -> Score:
+    """Return the score of the passage `name`, of which no token was scored: because of a fault, or because it has none."""
+    nothing, none = np.empty(0, dtype=np.float64), np.empty(0, dtype=np.bool_)
+    return Score(name, nothing, nothing if compared else None, none if compared else None, fault)

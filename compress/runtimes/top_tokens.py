@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 
 from compress.checkpoint import read_json_object
 from compress.errors import ServerError, StoreError, UsageError
-from compress.runtimes.fidelity import passages_digest
-from compress.runtimes.runtime import Passage, Score
+from compress.runtimes.runtime import UNSCORED, Passage, Score, passages_digest, unscored
 
 _SCHEMA = "top-tokens-1"
 _FLOOR = 1e-6
@@ -50,8 +49,16 @@ def position_of(name: str, token: int, row: Mapping[str, Mapping[str, Any]] | No
     return Position(token=token, log_probability=found[token], top=tuple(ordered))
 
 
-def score_of(name: str, positions: Sequence[Position], original: Sequence[Position] | None) -> Score:
-    """Return a passage's score, compared with the original's predictions at the same positions where they are given."""
+def score_of(name: str, positions: Sequence[Position] | str, original: Sequence[Position] | None) -> Score:
+    """Return a passage's score, compared with the original's predictions at the same positions where they are given.
+
+    In the place of its positions stands why there are none where it could not be scored.
+    """
+    fault = positions if isinstance(positions, str) else None
+    if fault is None and original is not None and len(original) != len(positions):
+        fault = UNSCORED
+    if fault is not None or isinstance(positions, str):
+        return unscored(name, fault, compared=original is not None)
     likelihood = np.array([-position.log_probability for position in positions], dtype=np.float64)
     if original is None:
         return Score(id=name, negative_log_likelihood=likelihood)

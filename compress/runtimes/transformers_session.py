@@ -24,8 +24,8 @@ from compress.families import Family, family_at
 from compress.progress import Progress
 from compress.runtimes.embedding import Embedder
 from compress.runtimes.fidelity import Head, Predictions, Record, Recorder, predict
-from compress.runtimes.inputs import Encoded, Encoder, scored_tokens
-from compress.runtimes.runtime import Answer, OpenContext, Passage, Picture, Prompt, Score
+from compress.runtimes.inputs import Encoded, Encoder
+from compress.runtimes.runtime import Answer, OpenContext, Passage, Picture, Prompt, Score, scored_tokens
 from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
 
 

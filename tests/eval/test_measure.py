@@ -10,6 +10,7 @@ import pytest
 import safetensors.torch
 import torch
 
+from compress.calibration.tables import parquet_of, read_rows
 from compress.errors import CheckpointError, DataError
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.perplexity import Perplexity
@@ -116,13 +117,12 @@ def metrics(measurement: Measurement, name: str) -> Any:
 
 def test_the_original_is_measured_and_its_predictions_are_kept(world: World, original: Measurement) -> None:
     folder = world.folder / "original"
-    assert metrics(original, "scenes").right == 6
-    assert metrics(original, "scenes").accuracy == 0.6
+    assert metrics(original, "scenes").score == 0.6
     assert all(task.fidelity is None for task in original.tasks)
     assert Measurement.model_validate_json((folder / "measurement.json").read_text()) == original
     items = read_measured(folder).questions("scenes")
     assert [item.id for item in items] == [f"q{number}" for number in range(QUESTIONS)]
-    assert [item.right for item in items] == [True] * 6 + [False] * 4
+    assert [item.score for item in items] == [1] * 6 + [0] * 4
     assert items[3].prompt == "How many squares, 3?"
     assert items[3].accepted == (items[3].said.strip(), "other")
     assert (folder / "record" / "scenes").is_dir()
@@ -177,8 +177,8 @@ def test_an_artifact_is_compared_item_by_item(world: World, original: Measuremen
     assert scenes is not None
     assert text is not None
     old, new = before.questions("scenes"), after.questions("scenes")
-    assert scenes.lost == sum(a.right and not b.right for a, b in zip(old, new, strict=True))
-    assert scenes.gained == sum(b.right and not a.right for a, b in zip(old, new, strict=True))
+    assert scenes.lost == sum(a.score > b.score for a, b in zip(old, new, strict=True))
+    assert scenes.gained == sum(b.score > a.score for a, b in zip(old, new, strict=True))
     assert scenes.changed is not None
     assert scenes.changed >= (scenes.lost or 0) + (scenes.gained or 0)
     assert scenes.changed > 0
@@ -209,7 +209,7 @@ def test_the_original_against_itself_has_no_divergence(world: World, original: M
 def test_measuring_twice_writes_the_same_bytes(world: World, artifact: Measurement) -> None:
     assert artifact.tasks
     measure(world.artifact, world.tasks, world.context("twice", world.folder / "original"))
-    for name in ("measurement.json", "items-scenes.jsonl", "items-text.jsonl"):
+    for name in ("measurement.json", "items-scenes.parquet", "items-text.parquet"):
         assert (world.folder / "twice" / name).read_bytes() == (world.folder / "artifact" / name).read_bytes()
 
 
@@ -312,11 +312,15 @@ def test_fewer_items_than_asked_for_are_all_used_with_a_warning(world: World) ->
     assert metrics(found, "text").windows == 2
 
 
-def test_damaged_items_are_refused_with_their_line(world: World, original: Measurement, tmp_path: Path) -> None:
+def test_damaged_items_are_refused(world: World, original: Measurement, tmp_path: Path) -> None:
     assert original.tasks
-    lines = (world.folder / "original" / "items-scenes.jsonl").read_text().splitlines(keepends=True)
-    (tmp_path / "items-scenes.jsonl").write_text(lines[0] + lines[1][:20] + "\n")
-    with pytest.raises(DataError, match=r"items-scenes.jsonl:2: no item of a measurement"):
+    whole = (world.folder / "original" / "items-scenes.parquet").read_bytes()
+    (tmp_path / "items-scenes.parquet").write_bytes(whole[:-50])
+    with pytest.raises(DataError, match=r"items-scenes.parquet: cannot be read"):
+        read_items(tmp_path, "scenes")
+    rows = read_rows(world.folder / "original" / "items-scenes.parquet")
+    (tmp_path / "items-scenes.parquet").write_bytes(parquet_of([{**row, "score": None} for row in rows]))
+    with pytest.raises(DataError, match=r"items-scenes.parquet: row 1: no item of a measurement"):
         read_items(tmp_path, "scenes")
     with pytest.raises(DataError, match=r"measurement.json: cannot be read"):
         read_measured(tmp_path)

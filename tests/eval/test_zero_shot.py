@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, RecipeError
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import ImageItem, ZeroShotMetrics, read_measured
+from compress.eval.results import ImageItem, ScoreMetrics, read_measured
 from compress.eval.zero_shot import ZeroShot
 from compress.gate import Gate, Subject, judge
 from compress.plan import make_plan
@@ -77,13 +77,13 @@ def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> N
             found.append(session.classify(pictures, texts, Silent()))
     labels = [number % 3 for number in range(IMAGES - 1)] + [1]
     for likelihoods, measurement in zip(found, (before, after), strict=True):
-        assert [item.right for item in measurement.judged("zero-shot")] == [
+        assert [item.score for item in measurement.scored("zero-shot")] == [
             int(row.argmax()) == label for row, label in zip(likelihoods, labels, strict=True)
         ]
         metrics = measurement.tasks["zero-shot"].metrics
-        assert isinstance(metrics, ZeroShotMetrics)
-        assert metrics.accuracy == np.mean(likelihoods.argmax(axis=1) == labels)
-        assert (metrics.items, metrics.classes) == (IMAGES, 3)
+        assert isinstance(metrics, ScoreMetrics)
+        assert metrics.score == np.mean(likelihoods.argmax(axis=1) == labels)
+        assert metrics.items == IMAGES
     kl = (np.exp(found[0]) * (found[0] - found[1])).sum(axis=1)
     fidelity = after.tasks["zero-shot"].fidelity
     assert fidelity is not None
