@@ -33,6 +33,8 @@ demo: $(VENV)/.user
 test: $(VENV)/.developer
 	$(BIN)/compress runtime install vllm
 	$(BIN)/compress runtime install llmcompressor
+	$(BIN)/compress runtime install lmms-eval
+	$(BIN)/compress runtime install lm-eval
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # models this small gain nothing by more threads, which wait for each other
 
 check: $(VENV)/.developer

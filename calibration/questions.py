@@ -52,7 +52,7 @@ class Question:
 
     @cached_property
     def digest(self) -> str:
-        """The SHA-256 of the normalized question, its images' digests and its options: equal for the same question about the same."""
+        """The SHA-256 of the normalized question, its images' digests and its options: equal for one question about one thing."""
         normalized = " ".join(self.question.split()).casefold()
         options = [list(self.options)] if self.options else []
         return hashlib.sha256(json.dumps([normalized, *self.image_digests, *options]).encode()).hexdigest()
@@ -87,17 +87,17 @@ def read_questions(
         ids = _read_ids(path, columns, rows, _prefix(files, path))
         wanted = {number for place, number in enumerate(ids, start=before) if chosen is None or place in chosen}
         before += len(ids)
-        names = _names_in(path, columns)
-        for number, row in _read_rows(path, _all(names), wanted) if wanted else ():
+        here = _names_in(path, columns)
+        for number, row in _read_rows(path, _all(here), wanted) if wanted else ():
             place = f"{path}:{number}"
             yield Question(
                 id=ids[number],
-                images=_read_images(_values(row, names.named("image")), path, place, rows.text_only),
-                question=str(row[names.question]).strip() if names.question else "",
-                answers=_read_answers(_values(row, names.named("answer")), place),
+                images=_read_images(_values(row, here.named("image")), path, place, rows.text_only),
+                question=str(row[here.question]).strip() if here.question else "",
+                answers=_read_answers(_values(row, here.named("answer")), place),
                 origin=f"{path.name}:{number}",
-                options=_read_options(row, names, place),
-                category=None if names.category is None else str(row[names.category]),
+                options=_read_options(row, here, place),
+                category=None if here.category is None else str(row[here.category]),
             )
 
 
@@ -209,11 +209,10 @@ def _check_columns(path: Path, columns: Columns, rows: Rows) -> bool:
 
 def _needed(columns: Columns, rows: Rows, numbered: bool) -> list[tuple[str, ...]]:
     """Return what every row must have: the names of each thing's fields, of which one is enough where a row may leave some out."""
-    single = [(column,) for column in () if column]
-    single += [() if rows.text_only else columns.named("image"), columns.named("question")]
-    single += [(column,) for column in (() if numbered else columns.named("id"))]
-    single += [columns.named("options"), columns.named("category"), *((column,) for column in rows.where)]
-    return [several for several in single if several]
+    each = [() if rows.text_only else columns.named("image"), columns.named("question")]
+    each += [(column,) for column in (() if numbered else columns.named("id"))]
+    each += [columns.named("options"), columns.named("category"), *((column,) for column in rows.where)]
+    return [several for several in each if several]
 
 
 def _all(columns: Columns) -> set[str]:
@@ -271,15 +270,13 @@ def _read_answers(found: Sequence[object], place: str) -> tuple[str, ...]:
 def _read_options(row: Row, columns: Columns, place: str) -> tuple[str, ...]:
     """Return a row's options; in a list their number and order count, so none is passed over there."""
     found = columns.named("options")
-    if not found:
-        return ()
-    value: object = row.get(found[0])
+    value: object = row.get(found[0]) if found else []
     if len(found) > 1:
-        value = [option for option in _values(row, found) if option == option and str(option).strip()]  # noqa: PLR0124 - NaN is none
+        value = [option for option in _values(row, found) if str(option).strip()]
     elif isinstance(value, str):
         value = _written_list(value)
     if not isinstance(value, list):
-        raise DataError(f"{place}: its options ({found[0]!r}) are no list of texts; write one, or name a field for each option")
+        raise DataError(f"{place}: its options ({columns.options!r}) are no list; write one, or name a field for each option")
     return tuple(str(option).strip() for option in cast("list[object]", value))
 
 

@@ -9,7 +9,6 @@ from pydantic import BeforeValidator, Field, PositiveInt, model_validator
 
 from compress.schema import Frozen, Source
 
-
 Names = str | Annotated[tuple[str, ...], Field(min_length=1)]
 """A field, or several that together hold one thing."""
 
@@ -44,7 +43,7 @@ Values = Annotated[tuple[str, ...], BeforeValidator(_spelled), Field(min_length=
 
 
 class Rows(Frozen):
-    """Which rows of a question file count: `where` a field holds one of its values; with `text_only`, also those without an image."""
+    """Which rows of a question file count: `where` fields hold one of their values; with `text_only`, those with no image too."""
 
     where: Mapping[str, Values] = Field(default_factory=lambda: dict[str, tuple[str, ...]]())
     text_only: bool = False

@@ -131,7 +131,7 @@ def _open_parquet(path: Path) -> Any:
 def parquet_of(rows: Sequence[Mapping[str, object]]) -> bytes:
     """Return rows, all of the same columns, as a Parquet file."""
     buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist([dict(row) for row in rows]), buffer)
+    pq.write_table(cast("Any", pa.Table.from_pylist([dict(row) for row in rows])), buffer)
     return buffer.getvalue()
 
 

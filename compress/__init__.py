@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from compress.report import Report
 
-__all__ = ["__version__", "run"]
+__all__ = ["__version__", "evaluate", "run"]
 __version__ = "0.1.0"
 
 
@@ -37,3 +37,31 @@ def run(
 
     places = Places(runs=Path(runs), store=None if store is None else Path(store))
     return run_recipe(Path(recipe), dict(set or {}), places, Display(Console(stderr=True)), fresh=fresh, force=force)
+
+
+def evaluate(
+    artifact: str | Path,
+    *,
+    against: str | Path,
+    by: str | Path,
+    set: Mapping[str, Any] | None = None,  # noqa: A002 - the command line's own word
+    runs: str | Path = "runs",
+    store: str | Path | None = None,
+    fresh: bool = False,
+) -> Report:
+    """Judge an artifact that is there already, as `compress eval` does, and return the report.
+
+    `against` is the original, a folder or a hub id; `by` a recipe whose tasks and gate count, or a file with name, eval and gate
+    alone. The others are as of `run`.
+
+    Raises:
+        CompressError: the recipe, a file, a model or the machine is at fault; the message says which and what to do.
+    """
+    from rich.console import Console
+
+    from compress.display import Display
+    from compress.runner import Places, run_evaluation
+
+    places = Places(runs=Path(runs), store=None if store is None else Path(store))
+    models = (str(against), Path(artifact))
+    return run_evaluation(Path(by), dict(set or {}), models, places, Display(Console(stderr=True)), fresh=fresh)

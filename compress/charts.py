@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from html import escape
 
-WIDTH, HEIGHT = 440, 290
+WIDTH, HEIGHT = 380, 262
 _TOP, _RIGHT, _BOTTOM = 30, 18, 50
 _CHARACTER = 6.5  # the width of one at the style sheet's 12 px
 _LINE = 15
@@ -32,7 +32,8 @@ class Unit:
 class Axis:
     """One axis: its title, the unit of its ticks, and how one value is told in words and tables.
 
-    `zero` begins it at zero, `log` spaces it by ratios and puts its ticks at the data, which must be above zero.
+    `zero` begins it at zero, `log` spaces it by ratios, for data above zero. Ticks are round numbers, or the data's own with
+    `at_data`.
     """
 
     title: str
@@ -40,6 +41,7 @@ class Axis:
     unit: Unit = field(default_factory=Unit)
     zero: bool = False
     log: bool = False
+    at_data: bool = False
 
 
 @dataclass(frozen=True)
@@ -54,12 +56,13 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together, in the style of this number; `joined` ones have a line from each to the next."""
+    """Points that belong together, in the style of this number; `joined` ones have a line from each to the next, or dashes."""
 
     name: str
     points: tuple[Point, ...]
     style: int
     joined: bool = False
+    dashed: bool = False
 
 
 @dataclass(frozen=True)
@@ -203,20 +206,30 @@ def _range(values: Sequence[float], axis: Axis) -> tuple[float, float]:
 
 
 def _tick_values(axis: Axis, limits: tuple[float, float], values: Sequence[float]) -> list[float]:
+    factor = axis.unit.factor
+    if axis.at_data:
+        return _apart(axis, limits, sorted(set(values)))
     if not axis.log:
-        factor = axis.unit.factor
         return [tick / factor for tick in ticks(limits[0] * factor, limits[1] * factor)]
-    kept: list[float] = []
-    for value in sorted(set(values)):
-        if not kept or math.log(value / kept[-1]) > 0.07 * math.log(limits[1] / limits[0]):
+    low, high = (math.log10(limit * factor) for limit in limits)
+    factors = (1,) if high - low > 3 else (1, 2, 5)
+    found = [step * 10.0**power / factor for power in range(math.floor(low), math.ceil(high) + 1) for step in factors]
+    return [value for value in found if limits[0] <= value <= limits[1]] or [math.sqrt(limits[0] * limits[1])]
+
+
+def _apart(axis: Axis, limits: tuple[float, float], values: Sequence[float]) -> list[float]:
+    """Return the values without those too close to the one before for both to be read."""
+    scale, kept = _Scale(*limits, 0.0, 1.0, axis.log), list[float]()
+    for value in values:
+        if not kept or scale.place(value) - scale.place(kept[-1]) > 0.07:
             kept.append(value)
     return kept
 
 
 def _tick_labels(axis: Axis, values: Sequence[float]) -> list[str]:
     scaled = [value * axis.unit.factor for value in values]
-    if axis.log or len(scaled) < 2:
-        return [f"{value:g}{axis.unit.suffix}" for value in scaled]
+    if axis.log or axis.at_data or len(scaled) < 2:
+        return [f"{value:.3g}{axis.unit.suffix}" for value in scaled]
     decimals = max(0, -math.floor(math.log10(scaled[1] - scaled[0]) + 1e-9))
     return [f"{value + 0.0:,.{decimals}f}{axis.unit.suffix}" for value in scaled]
 
@@ -234,7 +247,8 @@ def _axes(chart: Chart, x: _Scale, y: _Scale, at: tuple[list[float], list[float]
         parts.append(_text(label, "tick", place, y.start + 18))
     parts.append(f'<path class="axis" d="M{x.start:.1f} {y.start:.1f}H{x.end:.1f}"/>')
     parts.append(_text(chart.y.title, "name", 2, 14, "start"))
-    parts.append(_text(chart.x.title, "name", (x.start + x.end) / 2, HEIGHT - 10))
+    wide = _CHARACTER * len(chart.x.title) > x.end - x.start
+    parts.append(_text(chart.x.title, "name", WIDTH / 2 if wide else (x.start + x.end) / 2, HEIGHT - 10))
     if chart.better:
         parts.append(_text(chart.better, "better", x.end, 14, "end"))
     return "".join(parts)
@@ -249,7 +263,7 @@ def _limit(limit: Limit, x: _Scale, y: _Scale) -> str:
     else:
         height = y.place(limit.value)
         line = f"M{x.start:.1f} {height:.1f}H{x.end:.1f}"
-        label = _text(limit.label, "limit-name", x.end, height - 5, "end")
+        label = _text(limit.label, "limit-name", x.start + 4, height - 5, "start")
     return f'<path class="limit" d="{line}"/>{label}'
 
 
@@ -267,7 +281,7 @@ def _drawn(series: Series, chart: Chart, x: _Scale, y: _Scale) -> str:
     parts: list[str] = []
     if series.joined and len(points) > 1:
         way = "L".join(f"{x.place(point.x):.1f} {y.place(point.y):.1f}" for point in points)
-        parts.append(f'<path class="line {style}" d="M{way}"/>')
+        parts.append(f'<path class="line {style}{" dashed" if series.dashed else ""}" d="M{way}"/>')
     for point in points:
         across, height = x.place(point.x), y.place(point.y)
         if point.bounds and all(map(math.isfinite, point.bounds)):
@@ -330,7 +344,7 @@ def _limit_box(limit: Limit, x: _Scale, y: _Scale) -> _Box:
     width = _CHARACTER * len(limit.label) + 6
     if limit.axis == "y":
         height = y.place(limit.value)
-        return _Box(x.end - width, height - 5 - _LINE, x.end, height + 2)
+        return _Box(x.start, height - 5 - _LINE, x.start + width, height + 2)
     place = x.place(limit.value)
     left = place if place < x.end - width - 2 else place - width
     return _Box(left, y.start - 6 - _LINE, left + width, y.start)

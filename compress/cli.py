@@ -90,6 +90,21 @@ def _run(options: argparse.Namespace) -> int:
     return 0 if report.gate.verdict == "pass" else 1
 
 
+def _eval(options: argparse.Namespace) -> int:
+    from compress.display import Display
+    from compress.report import show
+    from compress.runner import Places, run_evaluation
+
+    console = _console(options)
+    places = Places(runs=options.runs, store=options.store)
+    models = (options.against, options.artifact)
+    report = run_evaluation(options.by, _settings(options), models, places, Display(console), fresh=options.fresh)
+    if options.json:
+        print(report.to_json())
+    show(report, console)
+    return 0 if report.gate.verdict == "pass" else 1
+
+
 def _plan(options: argparse.Namespace) -> int:
     from compress.plan import make_plan, show
     from compress.store import Store, default_store
@@ -101,6 +116,27 @@ def _plan(options: argparse.Namespace) -> int:
         print(json.dumps(plan.summary(store), indent=2, ensure_ascii=False))
     else:
         show(plan, store, console)
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    from compress import compare_formats
+    from compress.compare import compare, read_report
+    from compress.files import telling_where, write_text
+
+    comparison = compare([read_report(path) for path in options.run])
+    output: Path | None = options.output
+    form = options.format or (compare_formats.SUFFIXES.get(output.suffix, "table") if output else "table")
+    if output is not None:
+        with telling_where(output, making=True):
+            write_text(output, compare_formats.render(comparison, form))
+        print(output)
+    elif form == "table":
+        console = _console(options)
+        for part in compare_formats.as_renderables(comparison, console.width):
+            console.print(part, highlight=False, soft_wrap=False)
+    else:
+        print(compare_formats.render(comparison, form), end="")
     return 0
 
 
@@ -149,23 +185,42 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"compress {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
 
-    recipe = argparse.ArgumentParser(add_help=False)
+    overrides = argparse.ArgumentParser(add_help=False)
+    overrides.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="replace one value of the recipe")
+    recipe = argparse.ArgumentParser(add_help=False, parents=[overrides])
     recipe.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe file (YAML)")
-    recipe.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="replace one value of the recipe")
 
     shared = argparse.ArgumentParser(add_help=False)
     shared.add_argument("--json", action="store_true", help="print JSON alone on standard output")
     store = argparse.ArgumentParser(add_help=False)
     store.add_argument("--store", type=Path, metavar="DIR", help="where step outputs are kept (default: the user's cache)")
 
-    run = commands.add_parser("run", parents=[recipe, store, shared], help="compress, evaluate, judge and publish")
-    run.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go (default: runs)")
-    run.add_argument("--fresh", action="store_true", help="make every step again, whatever is cached")
+    running = argparse.ArgumentParser(add_help=False)
+    running.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go (default: runs)")
+    running.add_argument("--fresh", action="store_true", help="make every step again, whatever is cached")
+
+    run = commands.add_parser("run", parents=[recipe, store, shared, running], help="compress, evaluate, judge and publish")
     run.add_argument("--force", action="store_true", help="publish even if the gate does not pass; the model card says so")
     run.set_defaults(command=_run)
 
+    evaluate = commands.add_parser(
+        "eval", parents=[store, shared, running, overrides], help="judge an artifact that is there already"
+    )
+    evaluate.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the artifact's folder")
+    evaluate.add_argument("--against", required=True, metavar="ORIGINAL", help="the original: a folder, or a hub id")
+    evaluate.add_argument(
+        "--by",
+        type=Path,
+        required=True,
+        metavar="RECIPE",
+        help="whose tasks and gate count; a file with name, eval and gate will do",
+    )
+    evaluate.set_defaults(command=_eval)
+
     plan = commands.add_parser("plan", parents=[recipe, store, shared], help="show what a run would do, and what is cached")
     plan.set_defaults(command=_plan)
+
+    _compare_parser(commands)
 
     schema = commands.add_parser("schema", help="print the recipe's JSON Schema, for editors")
     schema.set_defaults(command=_schema)
@@ -179,6 +234,15 @@ def _parser() -> argparse.ArgumentParser:
     install.set_defaults(command=_runtime, action="install")
     actions.add_parser("list", parents=[shared], help="say which are installed").set_defaults(command=_runtime, action="list")
     return parser
+
+
+def _compare_parser(commands: Any) -> None:
+    parser = commands.add_parser("compare", help="put runs side by side: accuracy against size")
+    parser.add_argument("run", type=Path, nargs="+", metavar="RUN", help="a run's folder, or its report.json")
+    forms = ("table", "markdown", "csv", "html", "json")
+    parser.add_argument("--format", choices=forms, help="default: what the output's name says, otherwise table")
+    parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there, not to standard output")
+    parser.set_defaults(command=_compare, json=False)
 
 
 def _days(text: str) -> float:

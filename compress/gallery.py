@@ -26,8 +26,6 @@ LIMIT = 24
 _SIDE = 256
 _QUALITY = 75
 _IMAGES = 4
-_ACCEPTED = 6
-
 Kind = Literal["lost", "gained"]
 
 
@@ -73,10 +71,15 @@ class Card:
     binary: bool
     original: Said
     artifacts: tuple[Said, ...]
-    accepted: tuple[str, ...]
+    accepted: tuple[tuple[str, int], ...]
     question: str = ""
     images: tuple[Thumbnail, ...] = ()
     more_images: int = 0
+
+    @property
+    def said(self) -> tuple[Said, ...]:
+        """What was said by each model, the original first."""
+        return (self.original, *self.artifacts)
 
 
 @dataclass(frozen=True)
@@ -149,12 +152,9 @@ def _said(model: str, item: ScoredItem) -> Said:
     return Said(model=model, text=item.said, fault=item.fault, score=item.score)
 
 
-def accepted_answers(answers: Sequence[str]) -> tuple[str, ...]:
-    """Return the accepted answers, the most frequent first, with how often each was given where any was more than once."""
-    counted = Counter(answers).most_common()
-    told = [f"{answer} (×{count})" if count > 1 else answer for answer, count in counted]
-    more = [f"and {len(told) - _ACCEPTED} more"] if len(told) > _ACCEPTED else []
-    return (*told[:_ACCEPTED], *more)
+def accepted_answers(answers: Sequence[str]) -> tuple[tuple[str, int], ...]:
+    """Return the accepted answers, each with how often it was given, the most frequent first."""
+    return tuple(Counter(answers).most_common())
 
 
 def _in_turn(cards: Sequence[Sequence[Card]]) -> list[Card]:

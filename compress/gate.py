@@ -2,28 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Self
 
-import numpy as np
 from pydantic import Field, model_validator
 
 from compress.errors import UsageError
-from compress.eval.results import Fidelity, Measured, PerplexityMetrics, ScoreMetrics, check_pairs
-from compress.eval.statistics import Finding, Outcome, count_pairs, judge_perplexity, judge_recovery
-from compress.schema import Frozen
+from compress.eval.latency_gate import LatencyLimit, MemoryLimit
+from compress.eval.latency_results import Latency
+from compress.eval.paired import Pairs
+from compress.eval.results import Measured, ScoredItem
+from compress.eval.sequential import Sequential
+from compress.eval.statistics import Outcome
+from compress.schema import Frozen, sets_a_limit
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 
+JUDGED = ("vqa", "choice", "caption", "zero-shot", "retrieval", "adapter")
+"""The kinds of task whose items have scores."""
+
 
 class AccuracyLimit(Frozen):
-    """Of every task with an accuracy, at least this share of the original's accuracy is kept, shown with this confidence."""
+    """Of every task with scores, at least this share of the original's is kept, shown with this confidence.
+
+    `overall` is the same for the mean over the tasks. With `sequential`, items are asked in so many parts, and no more of them once
+    a task is settled; the confidence holds over all parts together.
+    """
 
     min_recovery: Share
     confidence: Confidence
+    overall: Share | None = None
+    sequential: Annotated[int, Field(ge=2, le=10)] | None = None
 
 
 class PerplexityLimit(Frozen):
@@ -34,52 +46,132 @@ class PerplexityLimit(Frozen):
 
 
 class FidelityLimit(Frozen):
-    """Of every task, the mean KL per token (or image) in nats is at most, and the share of equal top tokens at least, this."""
+    """Of every task, the KL per token (or image) in nats is at most, and the share of equal top tokens at least, this.
+
+    `max_kl` is for the mean, `max_kl_p99` for the 99th percentile.
+    """
 
     max_kl: Positive | None = None
+    max_kl_p99: Positive | None = None
     min_top1: Share | None = None
 
-    @model_validator(mode="after")
-    def _check_any(self) -> Self:
-        if self.max_kl is None and self.min_top1 is None:
-            raise ValueError("sets no limit; write max_kl, min_top1 or both")
-        return self
+    _check_any = sets_a_limit()
+
+
+class FlipsLimit(Frozen):
+    """Of every task with scores, at most this share of the items scores otherwise than the original's, shown with confidence."""
+
+    max_share: Share
+    confidence: Confidence
+
+
+class LivenessLimit(Frozen):
+    """Questions are answered better with their own image than with another one, shown with this confidence."""
+
+    confidence: Confidence
 
 
 class SizeLimit(Frozen):
-    """The artifact's weights take at most this many times the original's bytes."""
+    """The artifact's weights take at most so many times the original's bytes, so many bits per weight, or so many bytes."""
 
-    max_ratio: Positive
+    max_ratio: Positive | None = None
+    max_bits_per_weight: Positive | None = None
+    max_bytes: Positive | None = None
+
+    _check_any = sets_a_limit()
 
 
-class Gate(Frozen):
-    """The limits that every artifact of a recipe must keep; what is not written is not checked."""
+class Limits(Frozen):
+    """What an artifact must keep; what is not written is not checked."""
 
     accuracy: AccuracyLimit | None = None
     perplexity: PerplexityLimit | None = None
     fidelity: FidelityLimit | None = None
+    flips: FlipsLimit | None = None
+    liveness: LivenessLimit | None = None
     size: SizeLimit | None = None
-
-    @model_validator(mode="after")
-    def _check_any(self) -> Self:
-        if not self.model_fields_set or all(getattr(self, name) is None for name in Gate.model_fields):
-            raise ValueError(f"checks nothing; write at least one of {', '.join(Gate.model_fields)}")
-        return self
+    latency: LatencyLimit | None = None
+    memory: MemoryLimit | None = None
 
     def tasks_needed(self) -> dict[str, tuple[str, ...]]:
         """Return, for each check that is written and needs tasks, the kinds of task of which at least one must be measured."""
-        judged = ("vqa", "zero-shot")
-        kinds = {"accuracy": judged, "perplexity": ("perplexity",), "fidelity": (*judged, "perplexity")}
+        kinds = {"accuracy": JUDGED, "flips": JUDGED, "perplexity": ("perplexity",), "fidelity": (*JUDGED[:-1], "perplexity")}
         return {check: tasks for check, tasks in kinds.items() if getattr(self, check) is not None}
+
+    def parts_needed(self) -> dict[str, str]:
+        """Return, for each check that is written and needs it, what else of the recipe's `eval` must be there."""
+        parts = {"liveness": "liveness", "latency": "latency", "memory": "latency"}
+        return {check: part for check, part in parts.items() if getattr(self, check) is not None}
+
+
+class Gate(Limits):
+    """The limits that every artifact of a recipe must keep, everywhere; `targets` holds what is otherwise at a target, by its name.
+
+    A check that is written there stands in the place of the general one.
+    """
+
+    targets: Mapping[str, Limits] = Field(default_factory=lambda: dict[str, Limits]())
+
+    @model_validator(mode="after")
+    def _check_any(self) -> Self:
+        checks = [name for name in Limits.model_fields if getattr(self, name) is not None]
+        if not checks and not any(limits.model_fields_set for limits in self.targets.values()):
+            raise ValueError(f"checks nothing; write at least one of {', '.join(Limits.model_fields)}")
+        return self
+
+    def at(self, target: str) -> Limits:
+        """Return the limits that hold at a target."""
+        own = self.targets.get(target)
+        found = {name: getattr(self, name) for name in Limits.model_fields}
+        found |= {name: getattr(own, name) for name in Limits.model_fields if own is not None and getattr(own, name) is not None}
+        return Limits.model_construct(**found)
+
+    def stopping(self, target: str, tasks: int) -> AccuracyStopping | None:
+        """Return when an artifact needs no more items of any of so many tasks; None where all are asked."""
+        limit = self.at(target).accuracy
+        if limit is None or limit.sequential is None:
+            return None
+        return AccuracyStopping(limit.min_recovery, Sequential.even(limit.sequential, limit.confidence, max(tasks, 1)))
+
+
+@dataclass(frozen=True)
+class AccuracyStopping:
+    """Stops asking an artifact once it is settled whether it keeps enough of the original's score."""
+
+    limit: float
+    plan: Sequential
+
+    @property
+    def looks(self) -> int:
+        """After how many parts of the items it is seen whether it is settled."""
+        return len(self.plan.fractions)
+
+    def ends(self, items: int) -> Sequence[int]:
+        """Return how many of so many items have been asked by the end of each part."""
+        return self.plan.items(items)
+
+    def settled(self, original: Sequence[ScoredItem], items: Sequence[ScoredItem], look: int) -> bool:
+        """Return whether the items so far, the same of both, settle it after part `look`, from 1."""
+        return self.plan.decide(pairs_of(original, items), look - 1, self.limit) != "go on"
+
+    def describe(self) -> dict[str, object]:
+        """Return what shapes which items are asked, for a step's key."""
+        return {
+            "limit": self.limit,
+            "fractions": self.plan.fractions,
+            "levels": [self.plan.levels.passing, self.plan.levels.failing],
+        }
 
 
 @dataclass(frozen=True)
 class Subject:
-    """A model as the gate sees it: its name in reports, the bytes of its weights on disk, and what was measured."""
+    """A model as the gate sees it: its name in reports, its weights' bytes on disk and bits each, and what was measured of it."""
 
     artifact: str
     bytes: int
     measured: Measured
+    bits_per_weight: float | None = None
+    latency: Latency | None = None
 
 
 class Check(Frozen):
@@ -98,6 +190,7 @@ class Check(Frozen):
     verdict: Outcome
     reason: str
     items_needed: int | None = None
+    target: str = "local"
 
 
 class Verdict(Frozen):
@@ -108,173 +201,46 @@ class Verdict(Frozen):
     checks: tuple[Check, ...]
 
 
-def judge(gate: Gate, original: Subject, artifacts: Sequence[Subject]) -> Verdict:
-    """Hold every limit of the gate against every artifact, item by item against the original.
+def judge(gate: Gate, original: Subject, artifacts: Sequence[Subject], target: str = "local") -> Verdict:
+    """Hold every limit that the gate has at a target against every artifact, item by item against the original.
 
     An artifact passes only if every one of its checks does, so no correction for several checks is needed: each would have to
-    err for a bad artifact to pass.
+    err for a bad artifact to pass. That a good one fails on one of several tasks by chance is corrected for.
 
     Raises:
         UsageError: there is no artifact to judge.
         DataError: an artifact was measured on other items than the original; names the first.
     """
+    from compress.gate_checks import checks_of
+
     if not artifacts:
         raise UsageError("the gate was given no artifact; export at least one")
     checks: list[Check] = []
     outcomes: dict[str, Outcome] = {}
     for artifact in artifacts:
-        own = list(_checks(gate, original, artifact))
-        outcomes[artifact.artifact] = _worst([check.verdict for check in own])
+        own = list(checks_of(gate.at(target), original, artifact, target))
+        outcomes[artifact.artifact] = worst([check.verdict for check in own])
         checks += own
-    return Verdict(verdict=_worst(list(outcomes.values())), artifacts=outcomes, checks=tuple(checks))
+    return Verdict(verdict=worst(list(outcomes.values())), artifacts=outcomes, checks=tuple(checks))
 
 
-def _worst(outcomes: Sequence[Outcome]) -> Outcome:
+def together(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the verdict over several targets: an artifact is what it is at the worst of them."""
+    names = list(dict.fromkeys(name for verdict in verdicts for name in verdict.artifacts))
+    artifacts: dict[str, Outcome] = {
+        name: worst([verdict.artifacts[name] for verdict in verdicts if name in verdict.artifacts]) for name in names
+    }
+    checks = tuple(check for verdict in verdicts for check in verdict.checks)
+    return Verdict(verdict=worst(list(artifacts.values())), artifacts=artifacts, checks=checks)
+
+
+def worst(outcomes: Sequence[Outcome]) -> Outcome:
+    """Return fail if any is, otherwise inconclusive if any is, otherwise pass."""
     if "fail" in outcomes:
         return "fail"
     return "inconclusive" if "inconclusive" in outcomes else "pass"
 
 
-@dataclass(frozen=True)
-class _Held:
-    """A limit of the gate held against one artifact and one task."""
-
-    artifact: str
-    check: str
-    task: str | None
-    limit: float
-
-    def decide(self, finding: Finding, reason: str) -> Check:
-        return Check(
-            artifact=self.artifact,
-            check=self.check,
-            task=self.task,
-            value=finding.value,
-            interval=finding.interval,
-            limit=self.limit,
-            verdict=finding.outcome,
-            reason=reason,
-            items_needed=finding.items_needed,
-        )
-
-    def leave_open(self, reason: str) -> Check:
-        return Check(
-            artifact=self.artifact,
-            check=self.check,
-            task=self.task,
-            value=None,
-            interval=None,
-            limit=self.limit,
-            verdict="inconclusive",
-            reason=reason,
-        )
-
-
-def _checks(gate: Gate, original: Subject, artifact: Subject) -> Iterator[Check]:
-    tasks = original.measured.tasks.values()
-    if gate.accuracy is not None:
-        names = [task.name for task in tasks if isinstance(task.metrics, ScoreMetrics)]
-        found = [_accuracy(gate.accuracy, original, artifact, name) for name in names]
-        yield from found or [_unmeasured(artifact, "accuracy.min_recovery", gate.accuracy.min_recovery)]
-    if gate.perplexity is not None:
-        names = [task.name for task in tasks if isinstance(task.metrics, PerplexityMetrics)]
-        found = [_perplexity(gate.perplexity, original, artifact, name) for name in names]
-        yield from found or [_unmeasured(artifact, "perplexity.max_ratio", gate.perplexity.max_ratio)]
-    if gate.fidelity is not None:
-        if gate.fidelity.max_kl is not None:
-            yield from _fidelity(artifact, "fidelity.max_kl", gate.fidelity.max_kl)
-        if gate.fidelity.min_top1 is not None:
-            yield from _fidelity(artifact, "fidelity.min_top1", gate.fidelity.min_top1)
-    if gate.size is not None:
-        yield _size(gate.size.max_ratio, original, artifact)
-
-
-def _unmeasured(artifact: Subject, check: str, limit: float) -> Check:
-    held = _Held(artifact.artifact, check, None, limit)
-    return held.leave_open("nothing that was measured says anything about it; add a task to eval.tasks")
-
-
-def _accuracy(limit: AccuracyLimit, original: Subject, artifact: Subject, task: str) -> Check:
-    held = _Held(artifact.artifact, "accuracy.min_recovery", task, limit.min_recovery)
-    before, after = original.measured.scored(task), artifact.measured.scored(task)
-    check_pairs(task, before, ((item.id, item.digest) for item in after))
-    counts = count_pairs([item.score >= 1 for item in before], [item.score >= 1 for item in after])
-    if counts.original == 0:
-        return held.leave_open(
-            f"{task}: the original answers none of the {counts.items:,} items right, so there is nothing to keep; "
-            "choose a task it can do"
-        )
-    finding = judge_recovery(counts, limit.min_recovery, limit.confidence)
-    bounds = f" ({100 * finding.interval[0]:.2f}–{100 * finding.interval[1]:.2f} %)" if finding.interval else ""
-    return held.decide(
-        finding,
-        f"{task}: recovery {100 * finding.value:.2f} %{bounds} of {counts.items:,} items, {counts.lost} lost and "
-        f"{counts.gained} gained; "
-        f"the limit is {100 * limit.min_recovery:g} %{_outlook(finding, 'items')}",
-    )
-
-
-def _perplexity(limit: PerplexityLimit, original: Subject, artifact: Subject, task: str) -> Check:
-    held = _Held(artifact.artifact, "perplexity.max_ratio", task, limit.max_ratio)
-    before, after = original.measured.windows(task), artifact.measured.windows(task)
-    check_pairs(task, before, ((item.id, item.digest) for item in after))
-    finding = judge_perplexity(
-        np.array([item.nll for item in before]),
-        np.array([item.nll for item in after]),
-        np.array([item.tokens for item in before], dtype=np.float64),
-        limit.max_ratio,
-        limit.confidence,
-    )
-    bounds = f" ({finding.interval[0]:.4f}–{finding.interval[1]:.4f})" if finding.interval else ""
-    outlook = _outlook(finding, "windows") if finding.interval else ": a single window has no spread; measure more of them"
-    return held.decide(
-        finding,
-        f"{task}: {finding.value:.4f} times the original's perplexity{bounds} over {len(before):,} windows; "
-        f"the limit is {limit.max_ratio:g}{outlook}",
-    )
-
-
-def _fidelity(artifact: Subject, check: str, limit: float) -> Iterator[Check]:
-    tasks = artifact.measured.tasks.values()
-    if not tasks:
-        yield _unmeasured(artifact, check, limit)
-    for task in tasks:
-        held = _Held(artifact.artifact, check, task.name, limit)
-        if task.fidelity is None:
-            yield held.leave_open(f"{task.name}: was not compared with the original; measure it against the original's record")
-        else:
-            yield _alike(held, task.fidelity)
-
-
-def _alike(held: _Held, fidelity: Fidelity) -> Check:
-    if held.check == "fidelity.max_kl":
-        outcome: Outcome = "pass" if fidelity.kl_mean <= held.limit else "fail"
-        interval = fidelity.kl_interval
-        bounds = f" ({interval[0]:.5f}–{interval[1]:.5f})" if interval else ""
-        shown = f"mean KL {fidelity.kl_mean:.5f}{bounds} nats per {fidelity.unit}"
-        finding = Finding(fidelity.kl_mean, interval, outcome, None)
-    else:
-        outcome = "pass" if fidelity.top1_agreement >= held.limit else "fail"
-        top = "token" if fidelity.unit == "token" else "class"
-        shown = f"the same top {top} for {100 * fidelity.top1_agreement:.2f} % of {fidelity.unit}s"
-        finding = Finding(fidelity.top1_agreement, None, outcome, None)
-    limit = f"{held.limit:g}" if held.check == "fidelity.max_kl" else f"{100 * held.limit:g} %"
-    return held.decide(finding, f"{held.task}: {shown}, {fidelity.tokens:,} {fidelity.unit}s; the limit is {limit}")
-
-
-def _size(limit: float, original: Subject, artifact: Subject) -> Check:
-    held = _Held(artifact.artifact, "size.max_ratio", None, limit)
-    ratio = artifact.bytes / original.bytes
-    finding = Finding(ratio, None, "pass" if ratio <= limit else "fail", None)
-    return held.decide(
-        finding,
-        f"{artifact.bytes:,} bytes, {100 * ratio:.2f} % of the original's {original.bytes:,}; the limit is {100 * limit:g} %",
-    )
-
-
-def _outlook(finding: Finding, items: str) -> str:
-    if finding.outcome != "inconclusive":
-        return ""
-    if finding.items_needed is None:
-        return f": what was observed stands at the limit, so no number of {items} would settle it"
-    return f": {finding.items_needed:,} {items} would settle it"
+def pairs_of(original: Sequence[ScoredItem], items: Sequence[ScoredItem]) -> Pairs:
+    """Return the scores of the same items in the same order, those about the same images together in a cluster."""
+    return Pairs.of([item.score for item in original], [item.score for item in items], [item.cluster for item in original])

@@ -6,7 +6,7 @@ import hashlib
 import importlib.metadata
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,21 +18,23 @@ from compress.document import Document, dotted
 from compress.errors import RecipeError
 from compress.export.format import Outlook
 from compress.families import Family, family_of
-from compress.hardware import default_device
+from compress.hardware import default_device, describe
 from compress.hub import DatasetPin, ModelPin, open_pinned, resolve_dataset, resolve_model
 from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.quantization_config import foreign_format
-from compress.recipe import Recipe, read_recipe
+from compress.recipe import Recipe, read_evaluation, read_recipe
 from compress.schema import is_local
 from compress.store import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-Kind = Literal["convert", "calibration", "overlap", "stage", "export", "measure"]
+    from compress.eval.latency import LatencySettings
 
-_REVISIONS: Mapping[Kind, int] = {"convert": 1, "calibration": 1, "overlap": 1, "stage": 1, "export": 1, "measure": 1}
+Kind = Literal["convert", "calibration", "overlap", "stage", "export", "measure", "latency"]
+
+_REVISIONS: Mapping[Kind, int] = {"convert": 1, "calibration": 1, "overlap": 1, "stage": 1, "export": 1, "measure": 2, "latency": 1}
 """Raised whenever this package's own part of such a step gives another output for the same settings."""
 
 ORIGINAL = "original"
@@ -40,13 +42,18 @@ ORIGINAL = "original"
 
 @dataclass(frozen=True)
 class Step:
-    """One step: its output is stored under `key`; `position` is its place in the recipe's list of stages or exports."""
+    """One step: its output is stored under `key`; `position` is its place in the recipe's list of stages or exports.
+
+    A measurement is made at the recipe's place `place`, of the `artifact` (or the original).
+    """
 
     name: str
     kind: Kind
     key: str
     position: int = 0
     expected_bytes: int | None = None
+    place: int = 0
+    artifact: str = ""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,11 @@ class DataPin:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with everything it reads pinned, its steps in the order they run, and what one should know of what it makes."""
+    """A recipe with everything it reads pinned, its steps in the order they run, and what one should know of what it makes.
+
+    `power` says what the tasks' items can show. `given` are artifacts that are there already, by their names; where there are any,
+    the recipe makes none itself.
+    """
 
     recipe: Recipe
     model: ModelPin
@@ -72,9 +83,29 @@ class Plan:
     family: Family
     device: str
     sets: tuple[DataPin, ...]
-    tasks: tuple[DataPin, ...]
+    tasks: tuple[DataPin | None, ...]
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    given: Mapping[str, Path] = field(default_factory=lambda: dict[str, Path]())
+    power: tuple[str, ...] = ()
+
+    @property
+    def artifacts(self) -> list[str]:
+        """The names of what is measured beside the original: what is exported, or was given."""
+        return list(self.given) or [export.artifact for export in self.recipe.export]
+
+    def measured(self, place: int, artifact: str) -> Step:
+        """Return the step that measures an artifact, or the original, at one of the recipe's places."""
+        return next(step for step in self.steps if step.kind == "measure" and (step.place, step.artifact) == (place, artifact))
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """The digests of the original and of each task with its data: figures of equal ones can be compared between runs."""
+        tasks = {
+            task.name: digest_of(task.settings(), None if pin is None else pin.digest)
+            for task, pin in zip(self.recipe.eval.tasks, self.tasks, strict=True)
+        }
+        return {ORIGINAL: self.source_digest, **tasks}
 
     @cached_property
     def by_name(self) -> Mapping[str, Step]:
@@ -99,17 +130,13 @@ class Plan:
             "source": self.model.describe(),
             "steps": steps,
             "notes": list(self.notes),
+            "power": list(self.power),
         }
 
 
 def _unheard(message: str) -> None:
     """Take a warning that belongs to a run, not to a plan."""
     del message
-
-
-def artifact_name(recipe: Recipe, position: int) -> str:
-    """Return what reports call the artifact of the export at this place of the recipe."""
-    return recipe.export[position].artifact
 
 
 def digest_of(*parts: object) -> str:
@@ -129,7 +156,21 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
         RecipeError: the recipe is at fault, or asks for what this model cannot hold; every fault at once.
         CheckpointError, DataError, MissingError: the model or data cannot be read.
     """
-    recipe, document = read_recipe(path, settings)
+    return _plan(*read_recipe(path, settings), store, {})
+
+
+def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, artifact: Path, original: str) -> Plan:
+    """Plan to measure and judge an artifact that is there against an original, by the tasks and the gate of a recipe.
+
+    Raises:
+        RecipeError: the recipe is at fault, or asks for what this model cannot do; every fault at once.
+        CheckpointError, DataError, MissingError: a model or data cannot be read.
+    """
+    recipe, document = read_evaluation(path, settings, original, artifact)
+    return _plan(recipe, document, store, {artifact.resolve().name: artifact.resolve()})
+
+
+def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, Path]) -> Plan:
     source = recipe.model
     pin = resolve_model(source.source, source.hub, source.revision)
     checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle)
@@ -137,7 +178,7 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     if faults := _task_faults(recipe, document, family):
         raise RecipeError(faults)
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else _Sizes({}, {})
-    planner = _Planner(recipe, pin, store, sizes)
+    planner = _Planner(recipe, pin, store, sizes, given)
     return Plan(
         recipe=recipe,
         model=pin,
@@ -148,6 +189,8 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
         tasks=planner.tasks,
         steps=planner.steps(),
         notes=sizes.notes,
+        given=given,
+        power=_power(recipe),
     )
 
 
@@ -200,16 +243,24 @@ def _shows_images(recipe: Recipe) -> bool:
 
 def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str]:
     """Return which tasks ask of the model what it does not do, or what the runtime does not offer of it."""
-    writes, runtime = family.head is not None, recipe.eval.runtime
+    writes = family.head is not None
     faults: list[str] = []
     for position, task in enumerate(recipe.eval.tasks):
         place = ("eval", "tasks", position)
         where = f"{document.whereabouts(place)}: {dotted(place)}"
-        if writes != (task.needs == "text"):
+        if writes != (task.needs != "comparison"):
             does, instead = ("writes text", "vqa or perplexity") if writes else ("compares images with texts", "zero-shot")
             faults.append(f"{where}: {family.name} {does}, which {task.task} does not measure; use {instead}")
-        elif task.needs not in runtime.offers:
-            faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; set eval.runtime to transformers")
+            continue
+        for target in recipe.eval.places:
+            runtime = target.runtime
+            if task.needs_server and not runtime.serves:
+                faults.append(
+                    f"{where}: {task.task} needs a server, and runtime {runtime.runtime} has none; set eval.runtime to vllm or "
+                    "endpoint"
+                )
+            elif task.needs not in runtime.offers:
+                faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; set eval.runtime to transformers")
     return faults
 
 
@@ -233,6 +284,33 @@ def _notes(recipe: Recipe, outlook: Outlook) -> tuple[str, ...]:
     return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
 
 
+def _power(recipe: Recipe) -> tuple[str, ...]:
+    """Return, for each task that the gate judges by its items, what so many of them can show."""
+    from compress.eval.power import POWER, Assumed, items_for, resolved_loss
+    from compress.eval.sequential import Sequential
+
+    limit = recipe.gate.accuracy
+    if limit is None:
+        return ()
+    plan = Sequential.even(limit.sequential, limit.confidence) if limit.sequential else None
+    level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
+    assumed = Assumed()
+    wanted = items_for(limit.min_recovery, level, assumed)
+    needed = f"; a limit of {100 * limit.min_recovery:g} % needs {wanted:,}" if wanted else ""
+    told: list[str] = []
+    for task in recipe.eval.tasks:
+        items: object = getattr(task, "samples", None)
+        if task.name in recipe.judged_tasks and isinstance(items, int):
+            loss = resolved_loss(items, level, assumed)
+            shown = f"resolve {100 * loss:.1f} points" if loss else "resolve nothing"
+            told.append(
+                f"{task.name}: {items:,} items {shown} (so far below the original a limit is passed by an artifact that loses "
+                f"nothing with {100 * POWER:g} % probability, if {100 * assumed.flips:g} % of the items flip and "
+                f"{100 * assumed.accuracy:g} % are right){needed}"
+            )
+    return tuple(told)
+
+
 def _joined(before: dict[str, Scheme] | None, made: dict[str, Scheme] | None) -> dict[str, Scheme] | None:
     """Return how the linears are held after a stage; None where only the run can tell.
 
@@ -251,15 +329,18 @@ def _placed(document: Document, place: tuple[str | int, ...], faults: list[str])
 class _Planner:
     """Works out the steps' keys; a step's key covers everything that shapes its output."""
 
-    def __init__(self, recipe: Recipe, pin: ModelPin, store: Store, sizes: _Sizes) -> None:
+    def __init__(self, recipe: Recipe, pin: ModelPin, store: Store, sizes: _Sizes, given: Mapping[str, Path]) -> None:
         self.recipe = recipe
+        self.given = {
+            name: resolve_model(str(path), "huggingface", "main").digest(store.fingerprint) for name, path in given.items()
+        }
         self.device = default_device()
         self.source_key = pin.digest(store.fingerprint)
         self.side_key = pin.side_digest(store.fingerprint)
         self.sizes = sizes
         sets = recipe.calibration.sets if recipe.calibration else ()
         self.sets = tuple(_pin_data(data, store) for data in sets)
-        self.tasks = tuple(_pin_data(task.data, store) for task in recipe.eval.tasks)
+        self.tasks = tuple(None if task.data is None else _pin_data(task.data, store) for task in recipe.eval.tasks)
         self.convert = pin.pickled
 
     def steps(self) -> tuple[Step, ...]:
@@ -280,15 +361,32 @@ class _Planner:
             shaping = [stage.revision, stage.versions(), self.device, seed]
             last = self._key("stage", fields, last, calibration if stage.calibrated else None, *shaping)
             steps.append(Step(self._stage_name(position), "stage", last, position, self.sizes.stages.get(position)))
-        original = self._measure(weights, None)
-        steps.append(Step(f"measure {ORIGINAL}", "measure", original))
-        for position, export in enumerate(self.recipe.export):
-            fields = export.model_dump(mode="json")
-            key = self._key("export", fields, last, export.revision, versions_of(export.libraries), self._lineage())
-            name = artifact_name(self.recipe, position)
-            steps.append(Step(f"export {name}", "export", key, position, self.sizes.exports.get(position)))
-            steps.append(Step(f"measure {name}", "measure", self._measure(key, original), position))
+        exports = {
+            export.artifact: self._export_key(position, last) for position, export in enumerate(self.recipe.export)
+        } or self.given
+        originals = [self._measure(place, ORIGINAL, weights, None) for place in range(len(self.recipe.eval.places))]
+        for place, key in enumerate(originals):
+            steps.append(Step(f"measure {ORIGINAL}{self._at(place)}", "measure", key, place=place, artifact=ORIGINAL))
+        for position, (name, key) in enumerate(exports.items()):
+            if not self.given:
+                steps.append(Step(f"export {name}", "export", key, position, self.sizes.exports.get(position)))
+            for place, original in enumerate(originals):
+                measured = self._measure(place, name, key, original)
+                steps.append(Step(f"measure {name}{self._at(place)}", "measure", measured, position, place=place, artifact=name))
+        for place, target in enumerate(self.recipe.eval.places):
+            if self.recipe.eval.latency is not None and target.runtime.serves:
+                key = self._latency(place, self.recipe.eval.latency, {ORIGINAL: weights, **exports})
+                steps.append(Step(f"latency{self._at(place)}", "latency", key, place=place))
         return tuple(steps)
+
+    def _at(self, place: int) -> str:
+        """Return what a step's name says of where it measures; nothing where there is one place."""
+        return f" at {self.recipe.eval.places[place].name}" if len(self.recipe.eval.places) > 1 else ""
+
+    def _export_key(self, position: int, checkpoint: str) -> str:
+        export = self.recipe.export[position]
+        fields = export.model_dump(mode="json")
+        return self._key("export", fields, checkpoint, export.revision, versions_of(export.libraries), self._lineage())
 
     def _stage_name(self, position: int) -> str:
         names = [stage.stage for stage in self.recipe.stages]
@@ -305,12 +403,26 @@ class _Planner:
         return self._key("calibration", sets, calibration.seed, self.side_key, versions_of(("transformers", "tokenizers")))
 
     def _task_settings(self) -> list[Any]:
-        return [[task.settings(), pin.digest] for task, pin in zip(self.recipe.eval.tasks, self.tasks, strict=True)]
+        return [
+            [task.settings(), None if pin is None else pin.digest]
+            for task, pin in zip(self.recipe.eval.tasks, self.tasks, strict=True)
+        ]
 
-    def _measure(self, artifact: str, original: str | None) -> str:
-        runtime = self.recipe.eval.runtime
-        shaping = [runtime.settings(), runtime.revision, runtime.versions(), self.device]
-        return self._key("measure", artifact, original, self._task_settings(), *shaping)
+    def _measure(self, place: int, name: str, artifact: str, original: str | None) -> str:
+        target, check = self.recipe.eval.places[place], self.recipe.eval.liveness
+        runtime = target.runtime
+        stopping = self.recipe.gate.stopping(target.name, len(self.recipe.judged_tasks))
+        drawn = None if stopping is None else stopping.looks if original is None else stopping.describe()
+        noise = self.recipe.eval.noise if original is None and runtime.serves else 0
+        how = [drawn, noise, None if check is None else check.model_dump(mode="json")]
+        shaping = [runtime.settings(name), runtime.revision, runtime.versions(), self.device]
+        return self._key("measure", artifact, original, self._task_settings(), how, *shaping)
+
+    def _latency(self, place: int, settings: LatencySettings, models: Mapping[str, str]) -> str:
+        """Return the key of a target's latencies, which belong to the machine that they were measured on or from."""
+        runtime = self.recipe.eval.places[place].runtime
+        shaping = [[runtime.settings(name) for name in models], runtime.revision, runtime.versions(), describe()]
+        return self._key("latency", dict(models), settings.model_dump(mode="json"), settings.revision, *shaping)
 
     def _lineage(self) -> dict[str, Any]:
         """What an artifact's record says of its making beyond what shapes its weights."""
@@ -346,5 +458,5 @@ def show(plan: Plan, store: Store, console: Console) -> None:
     console.print(table)
     if plan.family.derived:
         console.print(f"warning: {plan.family.derived}", highlight=False, markup=False)
-    for note in plan.notes:
+    for note in (*plan.power, *plan.notes):
         console.print(f"note: {note}", highlight=False, markup=False)

@@ -5,22 +5,32 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, Union, cast
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast
 
-from pydantic import AfterValidator, BaseModel, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, NonNegativeInt, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from compress.calibration import SETS
 from compress.document import Document, Place, dotted, override, read_document
 from compress.errors import RecipeError
 from compress.eval import TASKS
+from compress.eval.adapter import SHORT, spelled_out
+from compress.eval.latency import LatencySettings
+from compress.eval.liveness import LivenessCheck
 from compress.export import FORMATS
-from compress.gate import Gate
+from compress.gate import JUDGED, Gate
 from compress.runtimes import RUNTIMES
 from compress.schema import Frozen, Source, union_of
 from compress.stages import STAGES
+
+
+def _or_short(task: Any) -> Any:
+    """Return the type of a task that may also be written `lmms:NAME` or `lm:NAME`."""
+    written = Union[task, Annotated[str, Field(pattern=SHORT)]]  # noqa: UP007 - built at run time
+    return Annotated[task, BeforeValidator(spelled_out, json_schema_input_type=written)]
+
 
 if TYPE_CHECKING:
     from compress.calibration.sets import Text, Vqa, Wikitext
@@ -34,9 +44,12 @@ else:
     AnySet = union_of(SETS, "dataset")
     AnyStage = union_of(STAGES, "stage")
     AnyExport = union_of(FORMATS, "format")
-    AnyTask = union_of(TASKS, "task")
+    AnyTask = _or_short(union_of(TASKS, "task"))
     AnyRuntime = union_of(RUNTIMES, "runtime")
 
+
+LOCAL = "local"
+"""The one target of a recipe that names none."""
 
 _SHOULD = "Input should be "
 _NO_TABLE = ("model_type", "dict_type")
@@ -59,11 +72,37 @@ class Calibration(Frozen):
     sets: Annotated[tuple[AnySet, ...], Field(min_length=1)]
 
 
-class Eval(Frozen):
-    """What is measured on the original and on every exported artifact, in which runtime."""
+class Target(Frozen):
+    """Where artifacts are measured: a runtime here, or servers elsewhere, under a name for reports and the gate."""
 
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     runtime: AnyRuntime
+
+
+class Eval(Frozen):
+    """What is measured on the original and on every exported artifact, and where: in one `runtime`, or at several `targets`.
+
+    `latency` is measured at every target that has a server. Of the original the first `noise` items of each task are asked twice
+    more there, to see how much its answers change by themselves.
+    """
+
+    runtime: AnyRuntime | None = None
+    targets: Annotated[tuple[Target, ...], Field(min_length=1)] | None = None
     tasks: Annotated[tuple[AnyTask, ...], Field(min_length=1)]
+    liveness: LivenessCheck | None = None
+    latency: LatencySettings | None = None
+    noise: NonNegativeInt = 64
+
+    @model_validator(mode="after")
+    def _one_way(self) -> Self:
+        if (self.runtime is None) == (self.targets is None):
+            raise ValueError("needs either runtime, to measure in one place, or targets, a list of places; write one of them")
+        return self
+
+    @property
+    def places(self) -> tuple[Target, ...]:
+        """Where is measured; a single runtime is the target `local`."""
+        return self.targets or (Target.model_construct(name=LOCAL, runtime=self.runtime),)
 
 
 def _folder(value: str) -> str:
@@ -90,6 +129,11 @@ class Recipe(Frozen):
     gate: Gate
     publish: Publish | None = None
 
+    @property
+    def judged_tasks(self) -> list[str]:
+        """The names of the tasks whose items have scores."""
+        return [task.name for task in self.eval.tasks if task.task in JUDGED]
+
 
 def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Document]:
     """Read a recipe, lay `settings` (dotted path → value) over it, and check everything that needs no model.
@@ -112,6 +156,43 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Docume
     return recipe, document
 
 
+class Evaluation(Frozen):
+    """What of a recipe an artifact is judged by that is there already."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    eval: Eval
+    gate: Gate
+
+
+def read_evaluation(path: Path, settings: Mapping[str, Any], original: str, artifact: Path) -> tuple[Recipe, Document]:
+    """Read the name, tasks and gate of a recipe, or of a file that holds these alone, for an artifact that is there already.
+
+    `original` is a folder or hub id, as a recipe's `model.source`. What else a recipe says is left out, unread.
+
+    Raises:
+        RecipeError: with every fault found, each naming file and line, or the override, and what is allowed.
+    """
+    document = read_document(path)
+    override(document, settings)
+    unknown = [key for key in document.data if key not in Recipe.model_fields]
+    if unknown:
+        places = [f"{document.whereabouts((key,))}: {key}: unknown key; allowed here: name, eval, gate" for key in unknown]
+        raise RecipeError(places)
+    kept = {key: value for key, value in document.data.items() if key in Evaluation.model_fields}
+    try:
+        found = Evaluation.model_validate(kept, context={"base": path.resolve().parent})
+        model = Model.model_validate({"source": original}, context={"base": Path.cwd()})
+    except ValidationError as error:
+        details = [detail for detail in error.errors(include_url=False) if not _follows(detail)]
+        raise RecipeError(_faults(document, details)) from error
+    recipe = Recipe.model_construct(
+        name=found.name, model=model, calibration=None, stages=(), export=(), eval=found.eval, gate=found.gate, publish=None
+    )
+    if faults := [*_eval_faults(document, recipe, [artifact.resolve().name]), *_gate_faults(document, recipe)]:
+        raise RecipeError(faults)
+    return recipe, document
+
+
 def _cross_check(document: Document, recipe: Recipe) -> list[str]:
     faults: list[str] = []
     if recipe.calibration is None:
@@ -130,10 +211,50 @@ def _cross_check(document: Document, recipe: Recipe) -> list[str]:
             if name in names[:position]:
                 where = document.whereabouts((*place, position))
                 faults.append(f"{where}: {dotted((*place, position))}: a second {kind} called {name}; {remedy}")
-    for check, tasks in recipe.gate.tasks_needed().items():
-        if not any(task.task in tasks for task in recipe.eval.tasks):
-            where = document.whereabouts(("gate", check))
-            faults.append(f"{where}: gate.{check}: nothing measures it; add a task of kind {' or '.join(tasks)} to eval.tasks")
+    artifacts = [export.artifact for export in recipe.export]
+    return [*faults, *_eval_faults(document, recipe, artifacts), *_gate_faults(document, recipe)]
+
+
+def _eval_faults(document: Document, recipe: Recipe, artifacts: Sequence[str]) -> list[str]:
+    """Return what of the targets, of latency and of liveness cannot be measured as it stands."""
+    faults: list[str] = []
+    several = recipe.eval.targets is not None
+    for position, target in enumerate(recipe.eval.places):
+        place = ("eval", "targets", position) if several else ("eval", "runtime")
+        where = f"{document.whereabouts(place)}: {dotted(place)}"
+        if target.name in [other.name for other in recipe.eval.places[:position]]:
+            faults.append(f"{where}: a second target called {target.name}; give one of them another name")
+        faults += [f"{where}: {fault}" for fault in target.runtime.faults(artifacts)]
+    if recipe.eval.latency is not None and not any(target.runtime.serves for target in recipe.eval.places):
+        where = document.whereabouts(("eval", "latency"))
+        faults.append(f"{where}: eval.latency: is measured of a server, and no target has one; set a runtime to vllm or endpoint")
+    check = recipe.eval.liveness
+    if check is not None and not any(task.name == check.task and task.asks for task in recipe.eval.tasks):
+        asking = ", ".join(task.name for task in recipe.eval.tasks if task.asks) or "none"
+        where = document.whereabouts(("eval", "liveness", "task"))
+        faults.append(f"{where}: eval.liveness.task: no task called {check.task} asks about images; those that do: {asking}")
+    return faults
+
+
+def _gate_faults(document: Document, recipe: Recipe) -> list[str]:
+    """Return which limits nothing is measured for."""
+    faults: list[str] = []
+    names = [target.name for target in recipe.eval.places]
+    for target in recipe.gate.targets:
+        if target not in names:
+            where = document.whereabouts(("gate", "targets", target))
+            faults.append(f"{where}: gate.targets.{target}: no such target; those of eval are {', '.join(names)}")
+    limits = {("gate",): recipe.gate, **{("gate", "targets", name): limit for name, limit in recipe.gate.targets.items()}}
+    for place, limit in limits.items():
+        for check, tasks in limit.tasks_needed().items():
+            if not any(task.task in tasks for task in recipe.eval.tasks):
+                where = document.whereabouts((*place, check))
+                kinds = " or ".join(tasks)
+                faults.append(f"{where}: {dotted((*place, check))}: nothing measures it; add a task of kind {kinds} to eval.tasks")
+        for check, part in limit.parts_needed().items():
+            if getattr(recipe.eval, part) is None:
+                where = document.whereabouts((*place, check))
+                faults.append(f"{where}: {dotted((*place, check))}: nothing measures it; add eval.{part}")
     return faults
 
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import ConfigDict, Field
 
+from compress import report_tables as tables
 from compress.eval.latency_results import Latency
-from compress.eval.results import Fidelity, Liveness, Metrics, ScoreMetrics
+from compress.eval.results import Fidelity, Liveness, Metrics
+from compress.figures import size as size
 from compress.gate import Verdict
+from compress.report_latency import latency_tables
+from compress.report_tables import listed
 from compress.schema import Frozen
 from compress.stages.widths import Widths
+from compress.tabular import markdown
 from compress.width_table import width_table
 
 if TYPE_CHECKING:
@@ -23,7 +28,7 @@ class Row(Frozen):
     """One artifact in one runtime; `metrics` and `fidelity` hold each task's figures by the task's name.
 
     `bytes` are those on disk, `size_ratio` to the original's, `bits_per_weight` the weight files' over the original's weights.
-    `target` names where the runtime ran.
+    `target` names where the runtime ran. `noise` is the original's alone: how alike it is to itself, asked twice.
     """
 
     artifact: str
@@ -36,6 +41,7 @@ class Row(Frozen):
     fidelity: Mapping[str, Fidelity] | None
     target: str = "local"
     liveness: Liveness | None = None
+    noise: Mapping[str, Fidelity] | None = None
 
 
 class Timing(Frozen):
@@ -88,43 +94,14 @@ class Report(Frozen):
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
 
 
-def size(count: float) -> str:
-    """Return a number of bytes the way people say it, in powers of 1000."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
-        count /= 1000
-    return f"{count:.3g} TB"
-
-
-def table(rows: tuple[Row, ...]) -> str:
+def table(rows: Sequence[Row]) -> str:
     """Return the accuracy-against-size table in Markdown."""
-    names = list(dict.fromkeys(name for row in rows for name in row.metrics))
-    lines = [_line(["artifact", "size", "bits/weight", *names]), _line(["---", *["---:"] * (2 + len(names))])]
-    for row in rows:
-        values = [_value(row.metrics[name]) for name in names]
-        lines.append(_line([row.artifact, f"{size(row.bytes)} ({row.size_ratio:.1%})", f"{row.bits_per_weight:.2f}", *values]))
-    return "\n".join(lines)
+    return markdown(tables.results_table(rows))
 
 
-def fidelity_table(rows: tuple[Row, ...]) -> str:
+def fidelity_table(rows: Sequence[Row]) -> str:
     """Return, in Markdown, how alike each artifact's predictions are to the original's, task by task."""
-    heads = ["artifact", "task", "KL", "KL p99", "same top token", "flips"]
-    lines = [_line(heads), _line(["---", "---", *["---:"] * 4])]
-    for row in rows:
-        for name, found in (row.fidelity or {}).items():
-            flips = "" if found.lost is None else f"{found.lost} lost, {found.gained} gained"
-            cells = [f"{found.kl_mean:.2g}", f"{found.kl_p99:.2g}", f"{found.top1_agreement:.2%}", flips]
-            lines.append(_line([row.artifact, name, *cells]))
-    return "\n".join(lines)
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
-
-
-def _value(metrics: Metrics) -> str:
-    return f"{metrics.score:.2%}" if isinstance(metrics, ScoreMetrics) else f"{metrics.perplexity:.4g}"
+    return markdown(tables.fidelity_table(rows))
 
 
 def checks(gate: Verdict) -> str:
@@ -139,25 +116,23 @@ def checks_of(gate: Verdict, artifact: str) -> str:
 
 def render(report: Report) -> str:
     """Return `report.md`: the verdict first, then the table, what lies behind it, and where it comes from."""
-    from compress.display import duration
-
-    parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows), fidelity_table(report.rows)]
+    parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows)]
+    compared = (tables.details_table(report.rows), tables.fidelity_table(report.rows), tables.liveness_table(report.rows))
+    parts += [markdown(each) for each in compared if each.rows]
+    for target, latency in report.latency.items():
+        parts += [f"{each.caption} ({target})\n\n{markdown(each)}" for each in latency_tables(latency)]
     measured = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
     parts += [width_table(stage, widths, measured) for stage, widths in report.widths.items()]
     parts += [f"{name}: {text}" for name, text in report.notes.items()]
     if report.warnings:
         parts.append("\n".join(f"- warning: {warning}" for warning in report.warnings))
-    parts.append("\n".join(_published(row) for row in report.published) or _unpublished(report))
-    lines = ["| step | time | peak memory | |", "| --- | ---: | ---: | --- |"]
-    for row in report.timings:
-        peak = size(row.peak_host_bytes) + (f", device {size(row.peak_device_bytes)}" if row.peak_device_bytes else "")
-        lines.append(f"| {row.step} | {duration(row.seconds)} | {'' if row.cached else peak} | {'cached' if row.cached else ''} |")
-    parts.append("\n".join(lines))
+    parts.append("\n".join(f"- {line}" if report.published else line for line in published_lines(report)))
+    parts.append(markdown(tables.timings_table(report.timings)))
     machine = ", ".join([str(report.hardware["processor"]), *report.hardware["gpus"]])
     facts = [
         f"Source: {origin(report.source)}",
-        f"Runtime: {report.rows[0].runtime} ({_listed(report.runtime_versions)})",
-        f"Versions: {_listed(report.versions)}",
+        f"Runtime: {report.rows[0].runtime} ({listed(report.runtime_versions)})",
+        f"Versions: {listed(report.versions)}",
         f"Machine: {machine}",
     ]
     parts.append("  \n".join(facts))
@@ -169,19 +144,17 @@ def origin(source: Mapping[str, Any]) -> str:
     return ", ".join([str(source["source"]), *(f"{key} {value}" for key, value in source.items() if key != "source")])
 
 
-def _listed(versions: Mapping[str, str]) -> str:
-    return ", ".join(f"{name} {version}" for name, version in versions.items())
-
-
-def _unpublished(report: Report) -> str:
+def published_lines(report: Report) -> tuple[str, ...]:
+    """Return where each artifact was published, or why none was."""
+    if report.published:
+        return tuple(f"published {row.artifact} to {row.path}{_forced(row)}" for row in report.published)
     if not report.recipe.get("publish"):
-        return "Not published: the recipe does not say where to."
-    return f"Not published: the gate's verdict is {report.gate.verdict} (--force publishes all the same)."
+        return ("Not published: the recipe does not say where to.",)
+    return (f"Not published: the gate's verdict is {report.gate.verdict} (--force publishes all the same).",)
 
 
-def _published(row: Published) -> str:
-    forced = " by force, though the gate did not pass" if row.forced else ""
-    return f"- published {row.artifact} to {row.path}{forced}"
+def _forced(row: Published) -> str:
+    return " by force, though the gate did not pass" if row.forced else ""
 
 
 def show(report: Report, console: Console) -> None:

@@ -10,21 +10,22 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from compress.artifact import checkpoint_bytes
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, StoreError
+from compress.eval.latency_results import Latency, read_latency
 from compress.eval.results import Measured, read_measured
 from compress.events import EventLog, Watcher
 from compress.files import check_writable, telling_where, write_json, write_text
-from compress.gate import Subject, judge
+from compress.gate import Subject, Verdict, judge, together
 from compress.hardware import describe
 from compress.meter import Meter
-from compress.plan import ORIGINAL, Plan, Step, artifact_name, make_plan, notes_of
+from compress.plan import ORIGINAL, Plan, Step, make_plan, notes_of, plan_evaluation
 from compress.publish import publish
+from compress.recipe import Target
 from compress.report import Report, Row, Timing, render
 from compress.stages.widths import Widths, read_widths
 from compress.steps import Workshop
@@ -49,18 +50,53 @@ def run_recipe(
     Raises:
         CompressError: the recipe, a file, the model or the machine is at fault; the store and earlier runs stay as they were.
     """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS once, when it is first used
-    store = Store(places.store or default_store())
+    store = _store(places)
     plan = make_plan(recipe, settings, store)
     if plan.recipe.publish:
         check_writable(Path(plan.recipe.publish.to))
-    folder = _make_folder(places.runs, plan.recipe.name)
-    events = EventLog(folder / "events.jsonl", watcher)
-    events.write("started", recipe=str(recipe), settings=dict(settings))
+    return _execute(plan, store, _Command(recipe, settings, places, watcher, fresh=fresh, force=force))
+
+
+def run_evaluation(
+    recipe: Path, settings: Mapping[str, Any], models: tuple[str, Path], places: Places, watcher: Watcher, *, fresh: bool = False
+) -> Report:
+    """Measure an artifact that is there against an original, and judge it by a recipe's tasks and gate; nothing is published.
+
+    `models` are the original, as a folder or a hub id, and the artifact's folder.
+
+    Raises:
+        CompressError: the recipe, a file, a model or the machine is at fault; the store and earlier runs stay as they were.
+    """
+    store = _store(places)
+    plan = plan_evaluation(recipe, settings, store, original=models[0], artifact=models[1])
+    return _execute(plan, store, _Command(recipe, settings, places, watcher, fresh=fresh, force=False))
+
+
+@dataclass(frozen=True)
+class _Command:
+    """What a run was asked for."""
+
+    recipe: Path
+    settings: Mapping[str, Any]
+    places: Places
+    watcher: Watcher
+    fresh: bool
+    force: bool
+
+
+def _store(places: Places) -> Store:
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS once, when it is first used
+    return Store(places.store or default_store())
+
+
+def _execute(plan: Plan, store: Store, command: _Command) -> Report:
+    folder = _make_folder(command.places.runs, plan.recipe.name)
+    events = EventLog(folder / "events.jsonl", command.watcher)
+    events.write("started", recipe=str(command.recipe), settings=dict(command.settings))
     with telling_where(folder):
         write_json(folder / "plan.json", plan.summary(store))
     with _noting_a_stop(events), store.using(step.key for step in plan.steps):
-        report = _Run(plan, store, folder, events, fresh=fresh).report(force=force)
+        report = _Run(plan, store, folder, events, fresh=command.fresh).report(force=command.force)
     events.write("finished", verdict=report.gate.verdict)
     return report
 
@@ -109,7 +145,7 @@ class _Run:
         self._write(report)
         recipe = self.plan.recipe
         if recipe.publish and (report.gate.verdict == "pass" or force):
-            artifacts = {name: self.entries[f"export {name}"].folder for name in self._artifacts}
+            artifacts = {name: self.entries[f"export {name}"].folder for name in self.plan.artifacts}
             done = publish(report, artifacts, Path(recipe.publish.to), self.events)
             report = report.model_copy(update={"published": done})
             self._write(report)
@@ -119,10 +155,6 @@ class _Run:
         with telling_where(self.folder):
             write_text(self.folder / "report.json", report.to_json() + "\n")
             write_text(self.folder / "report.md", render(report))
-
-    @cached_property
-    def _artifacts(self) -> list[str]:
-        return [artifact_name(self.plan.recipe, position) for position in range(len(self.plan.recipe.export))]
 
     def _make(self, step: Step, make: Callable[[Path], None]) -> None:
         began = time.perf_counter()
@@ -153,7 +185,7 @@ class _Run:
             made_meanwhile = entry is not None and (before is None or entry.made != before.made)
             if entry is not None and (not self.fresh or made_meanwhile):
                 return entry, Meter()
-            resume = step.kind == "stage" and not self.fresh  # stages commit what they finish, block by block
+            resume = step.kind in ("stage", "measure") and not self.fresh  # they commit what they finish, piece by piece
             warnings: list[str] = []
             writing = self.store.write(step.key, step.name, resume=resume, warnings=warnings)
             with Meter() as meter, writing as target, self.events.collecting(warnings):
@@ -167,58 +199,79 @@ class _Run:
 
     def _judge(self, workshop: Workshop) -> Report:
         recipe = self.plan.recipe
-        measured = {name: read_measured(self.entries[f"measure {name}"].folder) for name in (ORIGINAL, *self._artifacts)}
-        rows = self._rows(measured, workshop)
-        subjects = [Subject(row.artifact, row.bytes, measured[row.artifact]) for row in rows]
-        verdict = judge(recipe.gate, subjects[0], subjects[1:])
-        last = [step.name for step in self.plan.steps if step.kind == "stage"][-1]
-        serving = notes_of(self.plan, self.entries[last].folder)
+        rows: list[Row] = []
+        verdicts: list[Verdict] = []
+        latencies: dict[str, Latency] = {}
+        for place, target in enumerate(recipe.eval.places):
+            measured = {
+                name: read_measured(self.entries[self.plan.measured(place, name).name].folder)
+                for name in (ORIGINAL, *self.plan.artifacts)
+            }
+            found = self._latency(place)
+            latencies |= {} if found is None else {target.name: found}
+            own = self._rows(measured, workshop, target)
+            subjects = [Subject(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, found) for row in own]
+            verdicts.append(judge(recipe.gate, subjects[0], subjects[1:], target.name))
+            rows += own
+        stages = [step.name for step in self.plan.steps if step.kind == "stage"]
+        serving = notes_of(self.plan, self.entries[stages[-1]].folder) if stages else ()
+        runtimes = [target.runtime for target in recipe.eval.places]
         return Report(
             name=recipe.name,
             run=str(self.folder),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             source=self.plan.model.describe(),
             rows=tuple(rows),
-            gate=verdict,
+            gate=together(verdicts),
             timings=tuple(self.timings),
             warnings=tuple(self.events.warnings),
             published=(),
             notes={
-                "KL": recipe.eval.runtime.kl_definition,
+                "KL": " / ".join(dict.fromkeys(runtime.kl_definition for runtime in runtimes)),
                 **{task.name: task.note() for task in recipe.eval.tasks},
                 **({"serving": "; ".join(serving)} if serving else {}),
             },
             recipe=recipe.model_dump(mode="json"),
             versions=workshop.versions(),
-            runtime_versions=recipe.eval.runtime.versions(),
+            runtime_versions={name: version for runtime in runtimes for name, version in runtime.versions().items()},
             hardware=describe(),
             widths=self._widths(),
+            latency=latencies,
+            digests=self.plan.digests,
         )
+
+    def _latency(self, place: int) -> Latency | None:
+        step = next((step for step in self.plan.steps if step.kind == "latency" and step.place == place), None)
+        return None if step is None else read_latency(self.entries[step.name].folder)
 
     def _widths(self) -> dict[str, Widths]:
         """Return the widths that stages chose, by the stage's name."""
         found = {step.name: read_widths(self.entries[step.name].folder) for step in self.plan.steps if step.kind == "stage"}
         return {name: widths for name, widths in found.items() if widths is not None}
 
-    def _rows(self, measured: Mapping[str, Measured], workshop: Workshop) -> list[Row]:
+    def _rows(self, measured: Mapping[str, Measured], workshop: Workshop, target: Target) -> list[Row]:
         original = workshop.original()
         checkpoint = open_checkpoint(original)
         weights = sum(_elements(entry.shape) for entry in checkpoint.tensors.values())
         whole = checkpoint_bytes(original)
         rows: list[Row] = []
         for name, found in measured.items():
-            path = original if name == ORIGINAL else self.entries[f"export {name}"].folder
+            path = workshop.artifact(name)
             compared = {task: row.fidelity for task, row in found.tasks.items() if row.fidelity}
+            noise = {task: row.noise for task, row in found.tasks.items() if row.noise}
             rows.append(
                 Row(
                     artifact=name,
-                    runtime=self.plan.recipe.eval.runtime.runtime,
+                    runtime=target.runtime.runtime,
                     path=str(path),
                     bytes=checkpoint_bytes(path),
                     size_ratio=checkpoint_bytes(path) / whole,
                     bits_per_weight=8 * open_checkpoint(path).weight_bytes / weights,
                     metrics={task: row.metrics for task, row in found.tasks.items()},
                     fidelity=compared or None,
+                    target=target.name,
+                    liveness=found.liveness,
+                    noise=noise or None,
                 )
             )
         return rows

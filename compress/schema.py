@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Union, cast
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
 _PATH_MARKS = ("/", "./", "../", "~")
 _FILE_SUFFIXES = {".txt", ".tokens", ".raw", ".parquet", ".jsonl", ".json", ".yaml", ".yml"}
@@ -58,3 +58,16 @@ def union_of(table: Mapping[str, str], discriminator: str) -> Any:
     if len(classes) == 1:  # pydantic refuses a discriminator where there is nothing to tell apart
         return next(iter(classes))
     return Annotated[Union[classes], Field(discriminator=discriminator)]  # noqa: UP007 - built at run time
+
+
+def sets_a_limit() -> Any:
+    """Return the check, for a part of a recipe all of whose fields are limits, that at least one is written."""
+
+    def check(part: Frozen) -> Frozen:
+        names = list(type(part).model_fields)
+        if all(getattr(part, name) is None for name in names):
+            listed = ", ".join(names[:-1])
+            raise ValueError(f"sets no limit; write {listed} or {names[-1]}" if listed else f"sets no limit; write {names[-1]}")
+        return part
+
+    return model_validator(mode="after")(check)

@@ -18,7 +18,7 @@ from compress.files import write_json
 from compress.hub import fetch_dataset_files, fetch_model
 from compress.hubs.datasets import Enough
 from compress.hubs.pickles import convert_pickle
-from compress.plan import ORIGINAL, DataPin, Plan, Step, artifact_name
+from compress.plan import ORIGINAL, DataPin, Plan, Step
 from compress.progress import Progress
 from compress.runtimes.runtime import OpenContext
 from compress.stages.stage import StageContext
@@ -45,6 +45,7 @@ class Workshop:
             "stage": self._apply_stage,
             "export": self._export,
             "measure": self._measure,
+            "latency": self._latency,
         }
         return partial(makers[step.kind], step)
 
@@ -87,6 +88,8 @@ class Workshop:
         del step
         warnings: list[str] = []
         for task, pin in zip(self.plan.recipe.eval.tasks, self.plan.tasks, strict=True):
+            if pin is None:
+                continue
             questions, documents = task.contents(self._files(pin, None))
             warnings += check_overlap(self.entries["calibration"].folder, questions, documents)
         for warning in warnings[:1]:
@@ -125,7 +128,7 @@ class Workshop:
         """Return what an artifact says of its making: where it comes from, and every setting that shaped it."""
         plan, recipe = self.plan, self.plan.recipe
         record: dict[str, Any] = {
-            "artifact": artifact_name(recipe, step.position),
+            "artifact": recipe.export[step.position].artifact,
             "source": plan.model.describe(),
             "source_digest": plan.source_digest,
             "stages": [stage.model_dump(mode="json") for stage in recipe.stages],
@@ -144,24 +147,57 @@ class Workshop:
             }
         return record
 
+    def artifact(self, name: str) -> Path:
+        """Return the folder of an exported artifact, or of the original."""
+        if name == ORIGINAL:
+            return self.original()
+        return self.plan.given[name] if name in self.plan.given else self.entries[f"export {name}"].folder
+
     def _measure(self, step: Step, target: Path) -> None:
-        name = step.name.removeprefix("measure ")
-        recipe = self.plan.recipe
-        artifact = self.original() if name == ORIGINAL else self.entries[f"export {name}"].folder
+        recipe, name = self.plan.recipe, step.artifact
+        place = recipe.eval.places[step.place]
+        logs = self._logs(step)
+        is_original = name == ORIGINAL
         context = MeasureContext(
             original=self.original(),
-            data={task.name: self._files(pin, None) for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True)},
+            data={
+                task.name: self._files(pin, None)
+                for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True)
+                if pin is not None
+            },
             target=target,
-            against=None if name == ORIGINAL else self.entries[f"measure {ORIGINAL}"].folder,
+            against=None if is_original else self.entries[self.plan.measured(step.place, ORIGINAL).name].folder,
             progress=self.progress,
+            logs=logs,
+            stopping=recipe.gate.stopping(place.name, len(recipe.judged_tasks)),
+            noise=recipe.eval.noise if is_original and place.runtime.serves else 0,
+            liveness=recipe.eval.liveness,
         )
-        logs = self.folder / "logs" / name
-        logs.mkdir(parents=True, exist_ok=True)
         opening = OpenContext(
-            artifact=artifact, logs=logs, progress=self.progress, trust_remote_code=recipe.model.trust_remote_code
+            artifact=self.artifact(name),
+            logs=logs,
+            progress=self.progress,
+            trust_remote_code=recipe.model.trust_remote_code,
+            name=name,
         )
-        with recipe.eval.runtime.open(opening) as session:
+        with place.runtime.open(opening) as session:
             measure(session, recipe.eval.tasks, context)
+
+    def _latency(self, step: Step, target: Path) -> None:
+        from compress.eval.latency_measure import LatencyContext, measure_latency
+        from compress.eval.latency_results import write_latency
+
+        recipe = self.plan.recipe
+        assert recipe.eval.latency is not None
+        context = LatencyContext(self._logs(step), self.progress, recipe.model.trust_remote_code)
+        artifacts = {name: self.artifact(name) for name in self.plan.artifacts}
+        runtime = recipe.eval.places[step.place].runtime
+        write_latency(target, measure_latency(runtime, self.original(), artifacts, recipe.eval.latency, context))
+
+    def _logs(self, step: Step) -> Path:
+        logs = self.folder / "logs" / step.name.removeprefix("measure ")
+        logs.mkdir(parents=True, exist_ok=True)
+        return logs
 
     def _files(self, pin: DataPin, enough: Enough | None) -> tuple[Path, ...]:
         if pin.path is not None:

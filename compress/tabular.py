@@ -8,12 +8,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-Kind = Literal["text", "number", "verdict", "prose", "code"]
+Kind = Literal["text", "number", "verdict", "brief", "prose", "code"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: numbers stand to the right, verdicts get a sign beside their word, prose may fill several lines."""
+    """One column: numbers stand to the right, verdicts get a sign beside their word, `brief` and `prose` may fill several lines."""
 
     head: str
     kind: Kind = "text"

@@ -13,12 +13,14 @@ import json
 import math
 import os
 import sys
+import threading
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, cast
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -41,6 +43,37 @@ class JobError(Exception):
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
         super().__init__(message)
+
+
+class Journal:
+    """Answers on disk, a line each, so that a task that was interrupted asks only for those it has not had.
+
+    What was asked several times was answered as often: each answer is given out once.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.turn = threading.Lock()
+        self.kept: dict[str, deque[Any]] = {}
+        whole = path.read_bytes() if path.is_file() else b""
+        lines = whole[: whole.rfind(b"\n") + 1]  # what follows the last line's end was being written when it ended
+        for line in lines.splitlines():
+            key, value = json.loads(line)
+            self.kept.setdefault(key, deque()).append(value)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(lines)
+        self.file = path.open("a", encoding="utf-8")
+
+    def find(self, key: str) -> Any:
+        """Return an answer of before, None where there is none left."""
+        with self.turn:
+            kept = self.kept.get(key)
+            return kept.popleft() if kept else None
+
+    def add(self, key: str, value: Any) -> None:
+        """Keep an answer."""
+        with self.turn:
+            self.file.write(json.dumps([key, value]) + "\n")
+            self.file.flush()
 
 
 @dataclass(frozen=True)
@@ -95,16 +128,21 @@ def lm_model(job: dict[str, Any]) -> Any:
     errors: Any = import_module("aiohttp").ClientError
     base: Any = clients.LocalChatCompletion if job["chat"] else clients.LocalCompletionsAPI
     turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+    journal = Journal(Path(job["journal"]))
 
     async def ask(self: Any, session: Any, sem: Any, messages: Any, *, generate: bool = True, **others: Any) -> Any:
         del sem  # the client's own is not below 2: with 1 it would ask in another way, which no failing item survives
         turn = turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(job["concurrency"]))
-        fault = ""
+        key, fault = _sha(repr((messages, generate, others.get("gen_kwargs"), others.get("ctxlens"))).encode()), ""
+        if (kept := journal.find(key)) is not None:
+            return kept if generate else [(likelihood, greedy) for likelihood, greedy in kept]
         for attempt in range(_ATTEMPTS):
             if attempt:
                 await asyncio.sleep(_PAUSE * 2 ** (attempt - 1))
             try:
-                return await base.amodel_call(self, session, turn, messages, generate=generate, **others)
+                answers = await base.amodel_call(self, session, turn, messages, generate=generate, **others)
+                journal.add(key, answers)
+                return answers
             except (errors, TimeoutError, LookupError, TypeError, ValueError) as error:
                 fault = f"{type(error).__name__}: {error}"
         return [FAILED + fault if generate else (-math.inf, False)] * len(messages)
@@ -141,7 +179,7 @@ def run_lmms(job: dict[str, Any]) -> Found:
         retry_backoff_s=_PAUSE,
         httpx_trust_env=urlsplit(job["url"]).hostname != "127.0.0.1",
     )
-    model.client = model.client.with_options(timeout=job["seconds"], max_retries=0)
+    model.client = journaled(model.client.with_options(timeout=job["seconds"], max_retries=0), Journal(Path(job["journal"])))
     outcome = evaluator.simple_evaluate(
         model=model,
         tasks=list(leaves.values()),
@@ -156,6 +194,21 @@ def run_lmms(job: dict[str, Any]) -> Found:
         for sample in outcome["samples"][name]:
             sample["doc"] = docs[sample["doc_id"]]
     return Found(leaves, dict(outcome["samples"]), dict(outcome["results"]))
+
+
+def journaled(client: Any, journal: Journal) -> Any:
+    """Return as much of an OpenAI client as lmms-eval uses, which asks the server only what the journal has no answer to."""
+    completion: Any = import_module("openai.types.chat").ChatCompletion
+
+    def create(**payload: Any) -> Any:
+        key = _sha(json.dumps(payload, sort_keys=True).encode())
+        if (kept := journal.find(key)) is not None:
+            return completion.model_validate(kept)
+        answer: Any = client.chat.completions.create(**payload)
+        journal.add(key, answer.model_dump(mode="json"))
+        return answer
+
+    return SimpleNamespace(chat=SimpleNamespace(completions=SimpleNamespace(create=create)))
 
 
 def undecoded(docs: Any) -> Any:

@@ -1,12 +1,11 @@
 """The paired bootstrap by clusters, under the hypothesis that the artifact keeps exactly a given share of the original's score.
 
-Items of one image depend on each other, so whole clusters are drawn. For a recovery ρ the hypothesis "mean(artifact) = ρ · mean(original)"
-says that the differences D = Σ artifact − ρ · Σ original of the clusters have mean 0. Resampling the observed clusters as they
-are would not do: where few items changed, the losses that were not seen are what the question is about, and both the percentile and
-the studentised bootstrap then pass an artifact at the limit far too often. So clusters are drawn with the likeliest
-probabilities that fulfil the hypothesis (Efron, Canadian Journal of Statistics 9, 1981; Owen, Empirical Likelihood, 2001, sections
-2.9 and 3.11), where a cluster may also lose or gain all of its score although none was seen to. For right/wrong items without
-clusters these are exactly the probabilities of the score test in `statistics`.
+Items of one image depend on each other, so whole clusters are drawn. For a recovery ρ the hypothesis mean(artifact) =
+ρ · mean(original) says that the clusters' differences D = Σ artifact − ρ · Σ original have mean 0. Resampling the observed
+clusters as they are would not do: where few items changed, the losses that were not seen are what the question is about. So
+clusters are drawn with the likeliest probabilities that fulfil the hypothesis (Efron, Canadian Journal of Statistics 9, 1981;
+Owen, Biometrika 75, 1988), where a cluster may also lose or gain all of its score although none was seen to. For right/wrong
+items without clusters these are exactly the probabilities of the score test in `statistics`.
 
 The distribution of the sum of the drawn differences is not simulated: it is computed on a grid by Fourier transform, so
 there is no seed, and tail probabilities as small as group-sequential tests ask for are exact.
@@ -15,6 +14,7 @@ there is no seed, and tail probabilities as small as group-sequential tests ask 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -49,10 +49,16 @@ class Totals:
 
     @cached_property
     def unseen(self) -> tuple[float, float]:
-        """What a cluster that loses (gains) everything loses (gains), at the size of a random item's cluster."""
+        """How much a cluster may lose, and gain, at once although none was seen to.
+
+        The size of the step that a random lost (gained) point belongs to, where one cluster that loses (gains) everything, of the
+        size of a random item's, is added to the steps that were seen: it alone counts where nothing changed.
+        """
+        change = self.artifact - self.original
         total = float(self.original.sum())
-        loss = float((self.original**2).sum()) / total if total else 0.0
-        return loss, self.largest * float((self.sizes**2).sum() / self.sizes.sum())
+        whole_loss = float((self.original**2).sum()) / total if total else 0.0
+        whole_gain = self.largest * float((self.sizes**2).sum() / self.sizes.sum())
+        return _usual_step(np.maximum(-change, 0.0), whole_loss), _usual_step(np.maximum(change, 0.0), whole_gain)
 
 
 @dataclass(frozen=True)
@@ -62,6 +68,10 @@ class Tails:
     larger: float
     smaller: float
     spread: float
+
+
+def _usual_step(steps: Floats, whole: float) -> float:
+    return (float((steps**2).sum()) + whole**2) / (float(steps.sum()) + whole) if whole else 0.0
 
 
 def tilted(totals: Totals, recovery: float) -> tuple[Floats, Floats]:
@@ -114,30 +124,35 @@ def bootstrap_tails(totals: Totals, recovery: float) -> Tails:
     seen = float(totals.artifact.sum() - recovery * totals.original.sum())
     if totals.clusters < 2 or spread == 0:
         return Tails(1.0, 1.0, spread)
-    sums, masses, blur = _sum_distribution(values, probabilities, totals.clusters)
-    larger = float(masses[sums >= seen - blur].sum())
-    smaller = float(masses[sums <= seen + blur].sum())
+    larger, smaller = sum_tails([(values, probabilities, totals.clusters)], seen)
     return Tails(_widen(larger, totals.clusters), _widen(smaller, totals.clusters), spread)
 
 
-def _sum_distribution(values: Floats, probabilities: Floats, draws: int) -> tuple[Floats, Floats, float]:
-    """Return the grid and the probabilities on it of the sum of `draws` values, and how far a sum may have been blurred.
+def sum_tails(parts: Sequence[tuple[Floats, Floats, int]], seen: float) -> tuple[float, float]:
+    """Return with which probability a sum of independent draws is at least `seen`, and at most `seen`.
 
-    A value between two points of the grid is shared between them so that its mean stays. The grid spans ten standard deviations
-    and four of the largest steps to either side; what lies beyond has a probability below the transform's rounding error.
+    Each part gives the values that its draws take, their probabilities, and the number of draws; the values' mean is 0. A value
+    between two points of the grid is shared between them so that the mean stays; sums that this may have blurred across `seen`
+    count in both tails. The grid spans ten standard deviations and four of the largest steps to either side; what lies beyond
+    has a probability below the transform's rounding error.
     """
-    variance = float((probabilities * values**2).sum())
-    reach = 10 * math.sqrt(draws * variance) + 4 * float(np.abs(values[probabilities > 0]).max())
+    variance = sum(draws * float((chances * values**2).sum()) for values, chances, draws in parts)
+    largest = max(float(np.abs(values[chances > 0]).max()) for values, chances, _ in parts)
+    reach = 10 * math.sqrt(variance) + 4 * largest
     step = 2 * reach / _GRID
-    below = np.floor(values / step)
-    part = values / step - below
-    places = below.astype(np.int64)
-    one = np.bincount(places % _GRID, probabilities * (1 - part), _GRID) + np.bincount(
-        (places + 1) % _GRID, probabilities * part, _GRID
-    )
-    masses = np.fft.irfft(np.fft.rfft(one) ** draws, _GRID)
-    blur = 3 * step * math.sqrt(draws * float((probabilities * part * (1 - part)).sum())) + 1e-9 * reach
-    return np.fft.fftfreq(_GRID, 1 / _GRID) * step, np.maximum(masses, 0.0), blur
+    spectrum = np.ones(_GRID // 2 + 1, dtype=np.complex128)
+    blurred = 0.0
+    for values, chances, draws in parts:
+        below = np.floor(values / step)
+        share = values / step - below
+        places = below.astype(np.int64)
+        here, next_one = np.bincount(places % _GRID, chances * (1 - share), _GRID), (places + 1) % _GRID
+        spectrum *= np.fft.rfft(here + np.bincount(next_one, chances * share, _GRID)) ** draws
+        blurred += draws * float((chances * share * (1 - share)).sum())
+    masses = np.maximum(np.fft.irfft(spectrum, _GRID), 0.0)
+    sums = np.fft.fftfreq(_GRID, 1 / _GRID) * step
+    blur = 3 * step * math.sqrt(blurred) + 1e-9 * reach
+    return min(float(masses[sums >= seen - blur].sum()), 1.0), min(float(masses[sums <= seen + blur].sum()), 1.0)
 
 
 def _widen(tail: float, clusters: int) -> float:

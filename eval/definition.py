@@ -1,64 +1,145 @@
-"""The definition of a VQA task: a short versioned YAML, strictly checked."""
+"""The definition of a task whose questions a model answers: a short versioned YAML, strictly checked."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from functools import cache
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt, ValidationError
+from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
-from compress.calibration.sets import Columns
+from compress.calibration.sets import Columns, Rows, Values
 from compress.document import dotted, read_document
 from compress.errors import RecipeError
+from compress.eval.metrics import BINARY, METRICS
 from compress.schema import Frozen, Source
 
 _SHIPPED = Path(__file__).parent / "tasks"
 
+Kind = Literal["vqa", "choice", "caption"]
+"""The tasks that are asked as a definition says."""
+
+_METRICS: dict[Kind, tuple[str, ...]] = {"vqa": tuple(METRICS), "choice": ("letter",), "caption": ("cider",)}
+_QUESTION, _OPTIONS = "{question}", "{options}"
+
 
 class Definition(Frozen):
-    """What is asked, of which data, and which answers count as right; a recipe may name other data."""
+    """What is asked, of which data, and how an answer is scored; a recipe may name other data.
+
+    `where`, `text_only` and `columns` are true of the definition's own data. `labels` says how the data of a `choice` name the
+    right option: by its `letter`, its `index` from 0 on, or its `text`.
+    """
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: PositiveInt
+    task: Kind = "vqa"
     source: Source | None = None
     subset: str | None = None
     split: str = "test"
     revision: str = "main"
-    columns: Columns = Columns()
-    prompt: Annotated[str, Field(pattern=r"\{question\}")]
+    columns: Columns = Field(default=Columns(), validate_default=True)
+    where: Mapping[str, Values] = Field(default_factory=lambda: dict[str, tuple[str, ...]]())
+    text_only: bool = False
+    prompt: str
     max_new_tokens: PositiveInt
-    metric: Literal["exact_match"]
+    metric: str
+    labels: Literal["letter", "index", "text"] = "letter"
 
-    def ask(self, question: str) -> str:
-        """Return the prompt for a question."""
-        return self.prompt.replace("{question}", question)
+    @field_validator("columns")
+    @classmethod
+    def _check_columns(cls, columns: Columns, info: ValidationInfo) -> Columns:
+        kind = info.data.get("task")
+        if kind in {"vqa", "choice"} and columns.question is None:
+            raise ValueError("question is null: name the column with the questions")
+        if kind == "choice" and columns.options is None:
+            return columns.model_copy(update={"options": "options"})
+        if kind in {"vqa", "caption"} and columns.options is not None:
+            raise ValueError(f"options are those of a choice, and this is a {kind}; remove them, or write task: choice")
+        return columns
+
+    @field_validator("prompt")
+    @classmethod
+    def _check_prompt(cls, prompt: str, info: ValidationInfo) -> str:
+        kind, columns = info.data.get("task"), info.data.get("columns")
+        if not prompt.strip():
+            raise ValueError("is empty; write what the model is asked")
+        if kind in {"vqa", "choice"} and _QUESTION not in prompt:
+            raise ValueError(f"must have {_QUESTION} where each question belongs")
+        if kind == "caption" and _QUESTION in prompt and isinstance(columns, Columns) and columns.question is None:
+            raise ValueError(f"has {_QUESTION}, and columns.question is null; remove one of them")
+        if kind in {"vqa", "caption"} and _OPTIONS in prompt:
+            raise ValueError(f"has {_OPTIONS}, which are those of a choice; remove it, or write task: choice")
+        return prompt
+
+    @field_validator("metric")
+    @classmethod
+    def _check_metric(cls, metric: str, info: ValidationInfo) -> str:
+        kind: Kind | None = info.data.get("task")
+        if kind is not None and metric not in _METRICS[kind]:
+            raise ValueError(f"of a {kind} must be one of {', '.join(_METRICS[kind])} (got {metric})")
+        return metric
+
+    @field_validator("labels")
+    @classmethod
+    def _check_labels(cls, labels: str, info: ValidationInfo) -> str:
+        if info.data.get("task") in {"vqa", "caption"}:
+            raise ValueError(f"are those of a choice, and this is a {info.data['task']}; remove them")
+        return labels
+
+    @property
+    def rows(self) -> Rows:
+        """Which rows of its own data count."""
+        return Rows(where=self.where, text_only=self.text_only)
+
+    @property
+    def binary(self) -> bool:
+        """Whether every item's score is 0 or 1."""
+        return self.metric in BINARY
+
+    def ask(self, question: str, options: str = "") -> str:
+        """Return the prompt for a question, and for its options as they are to be shown."""
+        head, mark, tail = self.prompt.partition(_QUESTION)  # a question may hold braces of its own
+        return head.replace(_OPTIONS, options) + (question if mark else "") + tail.replace(_OPTIONS, options)
 
 
-def shipped_definitions() -> list[str]:
-    """Return the names of the definitions that come with the package."""
-    return sorted(path.stem for path in _SHIPPED.glob("*.yaml"))
+def shipped_definitions(kind: Kind | None = None) -> list[str]:
+    """Return the names of the definitions that come with the package, all or those of one kind of task."""
+    paths = sorted(_SHIPPED.glob("*.yaml"))
+    return [path.stem for path in paths if kind is None or read_definition(path).task == kind]
 
 
-def find_definition(value: str, base: Path) -> Path:
+def find_definition(value: str, base: Path, kind: Kind | None = None) -> Path:
     """Return the file of a shipped definition by its name, or the path given, relative to `base`.
 
     Raises:
-        ValueError: there is neither; lists the shipped ones.
+        ValueError: there is neither; lists the shipped ones of that kind of task.
     """
     if value in shipped_definitions():
         return _SHIPPED / f"{value}.yaml"
     path = base / Path(value).expanduser()
     if not path.is_file():
-        raise ValueError(f"no definition file at {path}, and no shipped one is called {value}: {', '.join(shipped_definitions())}")
+        listed = ", ".join(shipped_definitions(kind))
+        raise ValueError(f"no definition file at {path}, and no shipped one is called {value}: {listed}")
     return path.resolve()
 
 
 def read_definition(path: Path) -> Definition:
-    """Read and check a definition.
+    """Read and check a definition; one that has not changed since is not read again.
 
     Raises:
         RecipeError: every fault found, with file and line.
     """
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise RecipeError([f"{path}: cannot be read ({error.strerror})"]) from error
+    return _read(path, state.st_mtime_ns, state.st_size)
+
+
+@cache
+def _read(path: Path, changed: int, size: int) -> Definition:
+    del changed, size
     document = read_document(path)
     try:
         definition = Definition.model_validate(document.data, context={"base": path.parent})
@@ -67,7 +148,11 @@ def read_definition(path: Path) -> Definition:
         raise RecipeError(
             [
                 f"{document.whereabouts(detail['loc'])}: {dotted(detail['loc'])}: "
-                + (f"unknown key; allowed here: {allowed}" if detail["type"] == "extra_forbidden" else detail["msg"])
+                + (
+                    f"unknown key; allowed here: {allowed}"
+                    if detail["type"] == "extra_forbidden"
+                    else detail["msg"].removeprefix("Value error, ")
+                )
                 for detail in error.errors(include_url=False)
             ]
         ) from error

@@ -15,6 +15,8 @@ Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 Side = Annotated[int, Field(ge=16, le=16384)]
 
+_PER_SLOT = 4
+
 
 def _listed(value: object) -> object:
     return cast("object", value) if isinstance(value, (list, tuple)) else (value,)
@@ -26,8 +28,6 @@ def _resolutions(value: object) -> object:
         return value
     rows = cast("Sequence[object]", value)
     return (rows,) if rows and not isinstance(rows[0], (list, tuple)) else rows
-
-
 
 
 class LoadPoint(Frozen):
@@ -85,7 +85,7 @@ class LatencySettings(Frozen):
     Each of `images`, `resolution`, `prompt_tokens` and `output_tokens` is one value or a list; every combination is a shape of
     requests. `concurrency` lists how many are under way at once; `auto` finds, for each shape and model, the one with the most
     output tokens per second at which at least 95 % of requests keep `goal` (with no goal: the most of all), among at most
-    `max_concurrency`, and measures every model at what was found for any. Every point gets `requests` requests in each of `rounds`
+    `max_concurrency`, and measures every model at one request at a time and at what was found for any. Every point gets `requests` requests in each of `rounds`
     rounds; a round starts a server for each model in turn, after `warmup` requests that do not count. `confidence` is that of each
     bound of an interval. `component_repeats` is how often each part of the model is timed in this process; 0 leaves that out.
     """
@@ -135,7 +135,11 @@ class LatencySettings(Frozen):
             return ()
         return tuple(shape.at(number) for shape in self.shapes for number in self.concurrency)
 
-    def seed_of(self, point: LoadPoint, round_number: int) -> int:
-        """Return the seed of one load: all models get the same requests; no two loads of one server share an image."""
-        text = f"{self.seed}/{round_number}/{point.model_dump_json()}"
+    def requests_at(self, point: LoadPoint) -> int:
+        """Return how many requests a load has; where concurrencies are found, at least four for each that is under way at once."""
+        return max(self.requests, _PER_SLOT * point.concurrency) if self.concurrency == "auto" else self.requests
+
+    def seed_of(self, point: LoadPoint, part: str) -> int:
+        """Return the seed of one load: all models get the same requests, and no two loads of one server share an image."""
+        text = f"{self.seed}/{part}/{point.model_dump_json()}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

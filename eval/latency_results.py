@@ -38,8 +38,8 @@ class Percentiles(Frozen):
 class LoadResult(Frozen):
     """What one load gave: figures over the requests that were answered, None where there is none to take them from.
 
-    `request_rate`, `output_token_rate` and `goodput` (requests that keep the goal) are per second, `within_goal` is the share of all
-    requests that keep it; both None without one. `faults` counts the failed by what was said of them. `client` put the load on.
+    `request_rate`, `output_token_rate` and `goodput` (requests that keep the goal) are per second, `within_goal` is the share of
+    all requests that keep it; both None without one. `faults` counts the failed by what was said of them. `client` put the load on.
     """
 
     requests: int

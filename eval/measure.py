@@ -5,20 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compress.errors import DataError
-from compress.eval.results import Measurement, TaskMeasurement, write_measurement
-from compress.eval.task import Task, TaskContext
+from compress.errors import DataError, ServerError
+from compress.eval.results import LIVENESS, Liveness, Measurement, TaskMeasurement, read_measured, write_items, write_measurement
+from compress.eval.task import Stopping, Task, TaskContext
 from compress.progress import Progress
 from compress.runtimes.runtime import Session
+
+if TYPE_CHECKING:
+    from compress.eval.liveness import LivenessCheck
 
 
 @dataclass(frozen=True)
 class MeasureContext:
     """What a measurement is given beside session and tasks.
 
-    `original` is the original's checkpoint folder; `data` the local files of each task by its name; `target` an empty folder
-    to fill. `against` is the folder that measuring the original in the same runtime filled, None to measure the original.
+    `original` is the original's checkpoint folder; `data` the local files of each task by its name; `target` the folder to fill,
+    with what an interrupted measurement has left there; `logs` is where harnesses of their own write theirs. `against` is the
+    folder that measuring the original in the same runtime filled, None to measure the original; `stopping` and `noise` are as in
+    `TaskContext`; `liveness` says on which task's questions it is seen whether answers depend on images.
     """
 
     original: Path
@@ -26,35 +32,74 @@ class MeasureContext:
     target: Path
     against: Path | None
     progress: Progress
+    logs: Path
+    stopping: Stopping | None = None
+    noise: int = 0
+    liveness: LivenessCheck | None = None
 
 
 def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) -> Measurement:
-    """Run all tasks and fill `context.target`: `measurement.json`, `items-<task>.jsonl`, and for the original `record/<task>`.
+    """Run all tasks and fill `context.target`: `measurement.json`, `items-<task>.parquet`, and for the original `record/<task>`.
+
+    A task that needs what the session does not offer is left out, with the reason.
 
     Raises:
         DataError: a task's data cannot be used, or are not those the original was measured on.
         CheckpointError: the model gives no finite predictions; names the item.
+        ServerError: the runtime does not answer any more, or nothing could be measured.
     """
     context.target.mkdir(parents=True, exist_ok=True)
     done: list[TaskMeasurement] = []
+    before = read_measured(context.against).skipped if context.against else dict[str, str]()
+    skipped: dict[str, str] = {}
     with context.progress.task("tasks", len(tasks), "task") as advance:
         for task in tasks:
-            files = tuple(context.data.get(task.name, ()))
-            if not files:
-                raise DataError(f"task {task.name}: was given no files; name its data as source")
-            done.append(
-                task.measure(
-                    TaskContext(
-                        session=session,
-                        original=context.original,
-                        files=files,
-                        target=context.target,
-                        against=context.against,
-                        progress=context.progress,
-                    )
-                )
-            )
+            if task.name in before:
+                skipped[task.name] = f"of the original neither: {before[task.name]}"
+            elif task.needs not in session.offers:
+                skipped[task.name] = f"what serves this model does not offer {_NEEDED[task.needs]}"
+                context.progress.warn(f"task {task.name}: not measured: {skipped[task.name]}")
+            else:
+                done.append(task.measure(_task_context(task, session, context)))
             advance(1)
-    measurement = Measurement(tasks=tuple(done))
+    if not done:
+        raise ServerError("nothing could be measured: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
+    measurement = Measurement(tasks=tuple(done), liveness=_liveness(session, tasks, context), skipped=skipped)
+    from compress.eval.journal import forget
+
     write_measurement(context.target, measurement)
+    forget(context.target)
     return measurement
+
+
+_NEEDED = {"text": "answers", "scores": "log-probabilities of given tokens", "comparison": "a comparison of images with texts"}
+
+
+def _task_context(task: Task, session: Session, context: MeasureContext) -> TaskContext:
+    files = tuple(context.data.get(task.name, ()))
+    if not files and task.data is not None:
+        raise DataError(f"task {task.name}: was given no files; name its data as source")
+    return TaskContext(
+        session=session,
+        original=context.original,
+        files=files,
+        target=context.target,
+        against=context.against,
+        progress=context.progress,
+        logs=context.logs,
+        stopping=context.stopping,
+        noise=context.noise,
+    )
+
+
+def _liveness(session: Session, tasks: Sequence[Task], context: MeasureContext) -> Liveness | None:
+    if context.liveness is None:
+        return None
+    from compress.eval.asked import Asked
+    from compress.eval.liveness import measure_liveness
+
+    task = next(task for task in tasks if task.name == context.liveness.task)
+    assert isinstance(task, Asked)
+    found, items = measure_liveness(context.liveness, task, _task_context(task, session, context))
+    write_items(context.target, LIVENESS, items)
+    return found

@@ -24,6 +24,7 @@ from compress.eval.statistics import (
     crossing,
     judge_counts,
     normal_quantile,
+    score_tails,
 )
 
 Floats = NDArray[np.float64]
@@ -86,12 +87,27 @@ class Pairs:
     def totals(self) -> Totals:
         """The scores summed over each cluster."""
         codes = np.unique(self.clusters, return_inverse=True)[1]
-        sums = [np.bincount(codes, scores) for scores in (self.original, self.artifact, np.ones(self.items))]
-        return Totals(*sums, largest=float(max(self.original.max(), self.artifact.max())))
+        original, artifact, sizes = (np.bincount(codes, scores) for scores in (self.original, self.artifact, np.ones(self.items)))
+        return Totals(
+            original.astype(np.float64),
+            artifact.astype(np.float64),
+            sizes.astype(np.float64),
+            largest=float(max(self.original.max(), self.artifact.max())),
+        )
 
     def first(self, items: int) -> Pairs:
         """Return the pairs of the first so many items."""
         return Pairs(self.original[:items], self.artifact[:items], self.clusters[:items])
+
+
+def decide(pairs: Pairs, limit: float, levels: Levels) -> Outcome:
+    """Return the outcome of `judge_pairs` alone, which is found faster than bounds are; inconclusive where the original's is 0."""
+    if float(pairs.original.sum()) == 0:
+        return "inconclusive"
+    if pairs.binary and pairs.independent:
+        return levels.outcome(*score_tails(pairs.counts, limit))
+    tails = bootstrap_tails(pairs.totals, limit)
+    return levels.outcome(tails.larger, tails.smaller)
 
 
 def judge_pairs(pairs: Pairs, limit: float, levels: Levels) -> Recovery | None:
@@ -105,11 +121,7 @@ def judge_pairs(pairs: Pairs, limit: float, levels: Levels) -> Recovery | None:
     if pairs.binary and pairs.independent:
         return judge_counts(pairs.counts, limit, levels)
     tails = bootstrap_tails(pairs.totals, limit)
-    outcome: Outcome = "inconclusive"
-    if tails.larger <= levels.passing:
-        outcome = "pass"
-    elif tails.smaller <= levels.failing:
-        outcome = "fail"
+    outcome = levels.outcome(tails.larger, tails.smaller)
     value = float(pairs.artifact.sum() / pairs.original.sum())
     needed = _items_to_settle(pairs, limit, tails.spread, levels) if outcome == "inconclusive" else None
     return Recovery(

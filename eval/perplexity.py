@@ -15,8 +15,8 @@ from compress.calibration.sets import TextSource
 from compress.errors import DataError
 from compress.eval.results import PerplexityMetrics, TaskMeasurement, WindowItem, check_pairs, read_items, write_items
 from compress.eval.statistics import bounded_exp
-from compress.eval.task import Task, TaskContext, count, fidelity_of, score_passages, total, warn_of_few
-from compress.runtimes.runtime import Passage
+from compress.eval.task import Task, TaskContext, count, fidelity_of, score_again, score_passages, total, warn_of_few
+from compress.runtimes.runtime import Ability, Passage
 from compress.schema import Source
 
 if TYPE_CHECKING:
@@ -63,6 +63,11 @@ class Perplexity(Task):
         return self
 
     @property
+    def needs(self) -> Ability:
+        """A model that gives the likelihoods of given tokens."""
+        return "scores"
+
+    @property
     def data(self) -> TextSource:
         """Where the text comes from."""
         return TextSource.model_construct(
@@ -106,6 +111,7 @@ class Perplexity(Task):
                 nll=float(score.negative_log_likelihood.sum()),
                 kl=total(score.kl),
                 same_top=count(score.same_top),
+                fault=score.fault,
             )
             for score, digest in zip(scores, digests, strict=True)
         ]
@@ -116,8 +122,11 @@ class Perplexity(Task):
             window=self.window,
             windows=len(items),
             tokens=tokens,
+            failed=sum(item.fault is not None for item in items),
         )
-        return TaskMeasurement(name=self.name, metrics=metrics, fidelity=fidelity_of(scores))
+        repeated = passages[: context.noise] if context.against is None else []
+        noise = fidelity_of(score_again(context, self.name, repeated)) if repeated else None
+        return TaskMeasurement(name=self.name, metrics=metrics, fidelity=fidelity_of(scores), noise=noise)
 
     def windows(self, files: Sequence[Path], original: Path) -> list[Passage]:
         """Return the text's windows as tokens of the original's tokenizer, `window` each.

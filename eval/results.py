@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
@@ -75,12 +75,17 @@ class Fidelity(Frozen):
 
 
 class TaskMeasurement(Frozen):
-    """One task's figures; `fidelity` is None for the original, `noise` is the original's, asked once more, for it alone."""
+    """One task's figures; `fidelity` is None for the original, `noise` is the original's, asked once more, for it alone.
+
+    Where items were drawn in `looks` parts, `look` is after which of them it was settled.
+    """
 
     name: str
     metrics: Metrics
     fidelity: Fidelity | None = None
     noise: Fidelity | None = None
+    look: int | None = None
+    looks: int | None = None
 
 
 class Liveness(Frozen):
@@ -107,6 +112,8 @@ class Measurement(Frozen):
 
     tasks: tuple[TaskMeasurement, ...]
     liveness: Liveness | None = None
+    skipped: Mapping[str, str] = Field(default_factory=lambda: dict[str, str]())
+    """Tasks that the runtime could not measure, and why."""
 
 
 class ScoredItem(Frozen):
@@ -148,6 +155,12 @@ class ImageItem(ScoredItem):
     same_top: int | None = None
 
 
+class AdapterItem(ScoredItem):
+    """One item of another evaluation harness's task."""
+
+    item: Literal["adapter"] = "adapter"
+
+
 class WindowItem(Frozen):
     """One window of text: the digest of its token ids, the number of tokens scored, and sums over them."""
 
@@ -180,7 +193,7 @@ class LivenessItem(Frozen):
     fault: str | None = None
 
 
-AnyItem = QuestionItem | WindowItem | ImageItem
+AnyItem = QuestionItem | WindowItem | ImageItem | AdapterItem
 _ITEM: TypeAdapter[AnyItem] = TypeAdapter(Annotated[AnyItem, Field(discriminator="item")])
 
 
@@ -192,6 +205,7 @@ class Measured:
     items: dict[str, tuple[AnyItem, ...]]
     liveness: Liveness | None = None
     liveness_items: tuple[LivenessItem, ...] = ()
+    skipped: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
 
     def scored(self, name: str) -> tuple[ScoredItem, ...]:
         """Return the items of a task that are answered, with their scores."""
@@ -271,6 +285,7 @@ def read_measured(folder: Path) -> Measured:
         tasks={task.name: task for task in measurement.tasks},
         items={name: read_items(folder, name) for name in names},
         liveness=measurement.liveness,
+        skipped=measurement.skipped,
         liveness_items=read_liveness(folder) if measurement.liveness is not None else (),
     )
 

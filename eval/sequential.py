@@ -1,9 +1,9 @@
 """Group-sequential judging: items come in a few looks, and after each the artifact may pass, fail, or more items be drawn.
 
-Over all looks together, an artifact at the limit passes at most α of the time and fails at most α. The error is spent over the looks
-by an O'Brien-Fleming-like function of the share of items seen (Lan and DeMets, Biometrika 70, 1983), so early looks decide only
-what is blatant and the last one is hardly stricter than a single test. The boundaries come from the joint distribution of the
-looks' statistics, whose increments are independent, by recursive numerical integration (Armitage, McPherson and Rowe, Journal of the
+Over all looks together, an artifact at the limit passes at most α of the time and fails at most α. The error is spent by an
+O'Brien-Fleming-like function of the share of items seen (Lan and DeMets, Biometrika 70, 1983), so early looks decide only what
+is blatant and the last one is hardly stricter than a single test. The boundaries come from the joint distribution of the looks'
+statistics, whose increments are independent, by recursive numerical integration (Armitage, McPherson and Rowe, Journal of the
 Royal Statistical Society A 132, 1969; Jennison and Turnbull, Group Sequential Methods, 2000, chapter 19).
 """
 
@@ -18,8 +18,8 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.eval.paired import Pairs, judge_pairs
-from compress.eval.statistics import Levels, Recovery, normal_quantile
+from compress.eval.paired import Pairs, decide, judge_pairs
+from compress.eval.statistics import Levels, Outcome, Recovery, normal_quantile
 
 Decision = Literal["pass", "fail", "inconclusive", "go on"]
 
@@ -162,6 +162,13 @@ class Sequential:
         failing = boundaries(self.fractions, self.levels.failing)[look]
         return Levels(float(ndtr(-passing)), float(ndtr(-failing)))
 
+    def decide(self, pairs: Pairs, look: int, limit: float) -> Decision:
+        """Return the decision of `judge` alone."""
+        return self._decision(decide(pairs, limit, self.nominal(look)), look)
+
+    def _decision(self, outcome: Outcome, look: int) -> Decision:
+        return "go on" if outcome == "inconclusive" and look + 1 < len(self.fractions) else outcome
+
     def judge(self, pairs: Pairs, look: int, limit: float) -> Look | None:
         """Judge all the items drawn by this look; None where the original scores nothing.
 
@@ -173,5 +180,4 @@ class Sequential:
             return None
         seen = self.fractions[: look + 1]
         recovery = replace(recovery, p_pass=repeated_p(seen, recovery.p_pass), p_fail=repeated_p(seen, recovery.p_fail))
-        open_yet = recovery.outcome == "inconclusive" and look + 1 < len(self.fractions)
-        return Look(recovery, "go on" if open_yet else recovery.outcome)
+        return Look(recovery, self._decision(recovery.outcome, look))

@@ -68,6 +68,12 @@ class Levels:
         """Return the levels at which both verdicts hold with `confidence`."""
         return cls(1 - confidence, 1 - confidence)
 
+    def outcome(self, p_pass: float, p_fail: float) -> Outcome:
+        """Return the verdict that these one-sided p-values give."""
+        if p_pass <= self.passing:
+            return "pass"
+        return "fail" if p_fail <= self.failing else "inconclusive"
+
 
 Method = Literal["score test", "bootstrap by clusters"]
 
@@ -160,17 +166,19 @@ def judge_recovery(counts: PairedCounts, limit: float, confidence: float) -> Fin
     return judge_counts(counts, limit, Levels.at(confidence))
 
 
+def score_tails(counts: PairedCounts, limit: float) -> tuple[float, float]:
+    """Return the score test's one-sided p-values, for passing and for failing the limit."""
+    above, below = recovery_score(counts, limit, -_CONTINUITY), recovery_score(counts, limit, _CONTINUITY)
+    return 0.5 * math.erfc(above / math.sqrt(2)), 0.5 * math.erfc(-below / math.sqrt(2))
+
+
 def judge_counts(counts: PairedCounts, limit: float, levels: Levels) -> Recovery:
     """Judge by the score test whether the artifact keeps at least `limit` of the original's accuracy, at the levels given.
 
     The items must not depend on each other, and the original must have some right.
     """
-    above, below = recovery_score(counts, limit, -_CONTINUITY), recovery_score(counts, limit, _CONTINUITY)
-    outcome: Outcome = "inconclusive"
-    if above >= normal_quantile(levels.passing):
-        outcome = "pass"
-    elif below < -normal_quantile(levels.failing):
-        outcome = "fail"
+    p_pass, p_fail = score_tails(counts, limit)
+    outcome = levels.outcome(p_pass, p_fail)
     value = counts.artifact / counts.original
     level = levels.passing if value > limit else levels.failing
     return Recovery(
@@ -179,8 +187,8 @@ def judge_counts(counts: PairedCounts, limit: float, levels: Levels) -> Recovery
         outcome=outcome,
         items_needed=_items_to_settle(counts, limit, normal_quantile(level)) if outcome == "inconclusive" else None,
         items=counts.items,
-        p_pass=_upper_tail(above),
-        p_fail=_upper_tail(-below),
+        p_pass=p_pass,
+        p_fail=p_fail,
         levels=levels,
         method="score test",
     )
@@ -200,10 +208,6 @@ def _items_to_settle(counts: PairedCounts, limit: float, z: float) -> int | None
 def normal_quantile(tail: float) -> float:
     """Return the z that a standard normal variable exceeds with probability `tail`."""
     return -NormalDist().inv_cdf(tail)
-
-
-def _upper_tail(z: float) -> float:
-    return 0.5 * math.erfc(z / math.sqrt(2))
 
 
 def clustered_mean(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[float, float]:
@@ -253,6 +257,50 @@ def judge_perplexity(
     return Finding(bounded_exp(mean), bounds, outcome, needed)
 
 
+@dataclass(frozen=True)
+class Excess:
+    """How far a mean lies above its noise floor: both means, the bounds of the difference, and whether it is shown to be above."""
+
+    value: float
+    floor: float
+    interval: tuple[float, float] | None
+    p_value: float
+    above: bool
+
+
+def above_floor(
+    artifact: tuple[NDArray[np.float64], NDArray[np.float64]],
+    floor: tuple[NDArray[np.float64], NDArray[np.float64]],
+    clusters: NDArray[np.int64],
+    confidence: float,
+) -> Excess:
+    """Tell whether the artifact's mean KL per token is above that of the original asked twice, with `confidence`.
+
+    Both give per item, in the same order, the sum over its tokens and the number of its tokens; items of one cluster may depend.
+    The difference of the two means is linearised by clusters and held against Student's t.
+    """
+    codes = np.unique(clusters, return_inverse=True)[1]
+    means: list[float] = []
+    residuals: list[NDArray[np.float64]] = []
+    for sums, tokens in (artifact, floor):
+        total = float(tokens.sum())
+        means.append(float(sums.sum()) / total)
+        residuals.append(np.bincount(codes, sums - means[-1] * tokens).astype(np.float64) / total)
+    count = len(residuals[0])
+    difference = means[0] - means[1]
+    if count < 2:
+        return Excess(means[0], means[1], None, 1.0, above=False)
+    error = math.sqrt(count / (count - 1) * float(((residuals[0] - residuals[1]) ** 2).sum()))
+    reach = student_quantile(confidence, count - 1) * error
+    above = difference > reach
+    p_value = 1.0 if difference <= 0 else 0.0
+    if error > 0:
+        from scipy.special import stdtr
+
+        p_value = float(stdtr(count - 1, -difference / error))
+    return Excess(means[0], means[1], (difference - reach, difference + reach), p_value, above)
+
+
 def bounded_exp(exponent: float) -> float:
     """Return exp, kept within what JSON can hold: a ruined model's perplexity is huge, not infinite."""
     return math.exp(min(exponent, 700.0))
@@ -279,7 +327,7 @@ def student_quantile(confidence: float, degrees: int) -> float:
 
 
 def crossing(function: Callable[[float], float], low: float, high: float, precision: float = 1e-12) -> float:
-    """Return where a falling function crosses zero between `low` and `high`, by bisection; `low` where it is not above zero there."""
+    """Return where a falling function crosses zero between `low` and `high`, by bisection; `low` if it is not above zero."""
     if function(low) <= 0:
         return low
     for _ in range(100):

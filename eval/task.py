@@ -8,18 +8,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compress.calibration.sets import Columns, QuestionSource, TextSource
+from compress.calibration.sets import Columns, QuestionSource, Rows, TextSource
 from compress.errors import CheckpointError
+from compress.eval.journal import Journal, score_all
 from compress.eval.results import Fidelity, ScoredItem, TaskMeasurement, Unit
 from compress.eval.statistics import mean_interval
 from compress.progress import Progress
-from compress.runtimes.runtime import Ability, Passage, Score, Session
+from compress.runtimes.runtime import Ability, Passage, Score, Session, unscored
 from compress.schema import Frozen
 
 if TYPE_CHECKING:
@@ -27,6 +28,24 @@ if TYPE_CHECKING:
     from compress.calibration.texts import Document
 
 FIDELITY_CONFIDENCE = 0.95
+_ALL_ROWS = Rows()
+
+
+class Stopping(Protocol):
+    """Decides, after each of `looks` parts of a task's items, whether an artifact needs no more of them."""
+
+    @property
+    def looks(self) -> int:
+        """How many parts there are."""
+        ...
+
+    def ends(self, items: int) -> Sequence[int]:
+        """Return how many of so many items have been asked by the end of each part."""
+        ...
+
+    def settled(self, original: Sequence[ScoredItem], items: Sequence[ScoredItem], look: int) -> bool:
+        """Return whether the items so far, the same of the original and of the artifact, settle it after part `look`, from 1."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -35,7 +54,9 @@ class TaskContext:
 
     `session` runs the model that is measured; `original` is the original's checkpoint folder, whose tokenizer and end tokens
     count for every artifact; `files` hold the task's data, in order; items are written to `target`. `against` is the folder
-    that measuring the original wrote, None where the original itself is measured.
+    that measuring the original wrote, None where the original itself is measured. With `stopping`, items are drawn in
+    parts until it is settled. Of the original, the first `noise` items are asked twice more, to see how much an answer changes by
+    itself.
     """
 
     session: Session
@@ -44,6 +65,9 @@ class TaskContext:
     target: Path
     against: Path | None
     progress: Progress
+    logs: Path
+    stopping: Stopping | None = None
+    noise: int = 0
 
 
 class Task(Frozen, ABC):
@@ -55,16 +79,24 @@ class Task(Frozen, ABC):
     task_revision: ClassVar[int]
     """Raised whenever the same settings measure something else."""
 
-    needs: ClassVar[Ability] = "text"
-    """What a model must be able to do for it, and a runtime must offer."""
+    asks: ClassVar[bool] = False
+    """Whether it asks questions about images and scores the answers."""
+
+    needs_server: ClassVar[bool] = False
+    """Whether it asks a server itself, so that the runtime must have one."""
 
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     """What reports call it, filled in from what it asks where the recipe does not say; names files, unique in a recipe."""
 
     @property
+    def needs(self) -> Ability:
+        """What a model must be able to do for it, and a runtime must offer."""
+        return "text"
+
+    @property
     @abstractmethod
-    def data(self) -> TextSource | QuestionSource:
-        """Where its data come from."""
+    def data(self) -> TextSource | QuestionSource | None:
+        """Where its data come from; None where what asks the server reads them by itself."""
 
     @abstractmethod
     def settings(self) -> dict[str, Any]:
@@ -92,21 +124,26 @@ class Task(Frozen, ABC):
         """
 
 
-def score_passages(context: TaskContext, name: str, passages: Sequence[Passage]) -> list[Score]:
-    """Score a task's passages: the original's predictions are recorded, an artifact's compared with that record.
+def score_passages(context: TaskContext, name: str, passages: Sequence[Passage], against: str | None = None) -> list[Score]:
+    """Score a task's passages: the original's predictions are recorded as `name`, an artifact's compared with that record.
+
+    With `against`, they are compared with what this very measurement recorded under that name. Where the session gives no scores,
+    or nothing was recorded of the original, the scores are empty.
 
     Raises:
         CheckpointError: the score of a passage is missing or not finite; names it.
+        ServerError: the runtime does not answer any more, or not one passage could be scored.
     """
-    record = None if context.against else context.target / "record" / name
-    against = context.against / "record" / name if context.against else None
-    if record is not None:
-        record.parent.mkdir(parents=True, exist_ok=True)
-    scores = context.session.score(passages, record, against, context.progress)
-    if [score.id for score in scores] != [passage.id for passage in passages]:
-        raise CheckpointError(f"task {name}: the runtime did not score the {len(passages)} items it was given in their order")
+    record = context.target / "record" / name
+    theirs = None if context.against is None else context.against / "record" / name
+    if against is not None:
+        theirs = context.target / "record" / against
+    if "scores" not in context.session.offers or (theirs is not None and passages and not theirs.is_dir()):
+        return [unscored(passage.id, None, compared=False) for passage in passages]
+    journal = Journal(context.target, name, None if theirs is not None else record, theirs)
+    scores = score_all(context.session, passages, journal, context.progress)
     for score in scores:
-        missing = against is not None and (score.kl is None or score.same_top is None)
+        missing = theirs is not None and (score.kl is None or score.same_top is None)
         if missing or not np.isfinite(score.negative_log_likelihood).all():
             raise CheckpointError(_no_number(name, score.id))
         if score.kl is not None and not np.isfinite(score.kl).all():
@@ -114,8 +151,20 @@ def score_passages(context: TaskContext, name: str, passages: Sequence[Passage])
     return scores
 
 
-def draw_questions(files: Sequence[Path], columns: Columns, samples: int | None, seed: int) -> list[Question]:
-    """Return the questions of the files in their order, with `samples` at most so many, drawn with a seed.
+def score_again(context: TaskContext, name: str, passages: Sequence[Passage]) -> list[Score]:
+    """Score passages twice and compare the second time with the first: how far the original's predictions are its own.
+
+    Raises:
+        CheckpointError: as `score_passages` does.
+    """
+    score_passages(context, f"{name}@noise", passages)
+    return score_passages(context, f"{name}@again", passages, against=f"{name}@noise")
+
+
+def draw_questions(
+    files: Sequence[Path], columns: Columns, samples: int | None, seed: int, rows: Rows = _ALL_ROWS
+) -> list[Question]:
+    """Return the questions that count of the files, in their order, with `samples` at most so many, drawn with a seed.
 
     Raises:
         DataError: a file or question cannot be used, or there is none.
@@ -124,9 +173,9 @@ def draw_questions(files: Sequence[Path], columns: Columns, samples: int | None,
 
     chosen: set[int] | None = None
     if samples is not None:
-        held = count_questions(files, columns)
+        held = count_questions(files, columns, rows)
         chosen = set(random.Random(seed).sample(range(held), min(held, samples)))  # noqa: S311 - no secret
-    return list(read_questions(files, columns, chosen))
+    return list(read_questions(files, columns, chosen, rows))
 
 
 def flips(original: Sequence[ScoredItem], items: Sequence[ScoredItem]) -> dict[str, int]:
@@ -170,7 +219,8 @@ def count(values: NDArray[np.bool_] | None) -> int | None:
 
 def fidelity_of(scores: Sequence[Score], unit: Unit = "token") -> Fidelity | None:
     """Summarise how alike the predictions, each of a `unit`, were; None where they were not compared."""
-    kept = [(score.kl, score.same_top) for score in scores if score.kl is not None and score.same_top is not None]
+    compared = ((score.kl, score.same_top) for score in scores)
+    kept = [(kl, same) for kl, same in compared if kl is not None and same is not None and len(kl)]  # none where an item failed
     if not kept:
         return None
     sums = np.array([kl.sum() for kl, _ in kept], dtype=np.float64)

@@ -35,7 +35,6 @@ class ZeroShot(Task):
     """
 
     task_revision: ClassVar[int] = 2
-    needs: ClassVar[Ability] = "comparison"
 
     task: Literal["zero-shot"]
     source: Source
@@ -59,6 +58,11 @@ class ZeroShot(Task):
         if double is not None:
             raise ValueError(f"classes names {double!r} twice; remove one")
         return self
+
+    @property
+    def needs(self) -> Ability:
+        """A model that compares images with texts."""
+        return "comparison"
 
     @property
     def data(self) -> QuestionSource:

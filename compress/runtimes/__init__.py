@@ -1,6 +1,7 @@
 """The engines that run an artifact, one file each."""
 
 RUNTIMES = {
+    "endpoint": "compress.runtimes.endpoint:Endpoint",
     "transformers": "compress.runtimes.transformers:Transformers",
     "vllm": "compress.runtimes.vllm:Vllm",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +15,7 @@ from compress.conversation import decode_image
 from compress.errors import DataError
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoder
-from compress.runtimes.runtime import Picture
+from compress.runtimes.runtime import Embeddings, Picture
 
 _AT_ONCE = 32
 
@@ -32,15 +32,33 @@ class Embedder:
         """Return log-probabilities [pictures, classes]: the softmax of the scaled cosines with each class's mean direction."""
         with progress.task("embed texts", len(classes), "classes") as advance:
             directions = torch.stack([self._direction(texts, advance) for texts in classes])
-        scale = self.model.logit_scale.exp().to(torch.float32)
-        rows: list[Tensor] = []
+        rows = [
+            (self._scale() * images @ directions.t()).to(torch.float64).log_softmax(dim=1).cpu()
+            for images in self._batches(pictures, progress)
+        ]
+        return torch.cat(rows).numpy()
+
+    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+        """Return the directions of all images and texts, and what their cosines are scaled by."""
+        found: list[Tensor] = []
+        with progress.task("embed texts", len(texts), "texts") as advance:
+            for first in range(0, len(texts), _AT_ONCE):
+                batch = texts[first : first + _AT_ONCE]
+                found.append(self._texts(batch).cpu())
+                advance(len(batch))
+        images = torch.cat([images.cpu() for images in self._batches(pictures, progress)])
+        return Embeddings(images=images.numpy(), texts=torch.cat(found).numpy(), scale=float(self._scale()))
+
+    def _scale(self) -> Tensor:
+        return self.model.logit_scale.exp().to(torch.float32)
+
+    def _batches(self, pictures: Sequence[Picture], progress: Progress) -> Generator[Tensor]:
+        """Give the directions of a few images at a time."""
         with progress.task("embed images", len(pictures), "images") as advance:
             for first in range(0, len(pictures), _AT_ONCE):
                 batch = pictures[first : first + _AT_ONCE]
-                logits = scale * self._images(batch) @ directions.t()
-                rows.append(logits.to(torch.float64).log_softmax(dim=1).cpu())
+                yield self._images(batch)
                 advance(len(batch))
-        return torch.cat(rows).numpy()
 
     def _direction(self, texts: Sequence[str], advance: Any) -> Tensor:
         """Return the direction of the mean of a class's texts, each of length one before."""

@@ -6,6 +6,7 @@ vocabulary by computing both models' logits again, a few positions at a time.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Sequence
@@ -27,7 +28,8 @@ from compress.runtimes.runtime import Passage, passages_digest
 _FILES: Any = safetensors.torch
 _LOGITS_AT_ONCE = 1 << 25
 _VOCABULARY_AT_ONCE = 1 << 14
-_SCHEMA = 1
+_SCHEMA = 2
+_HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,32 @@ class Head:
         parts = [inputs @ part.to(torch.float32).t() for part in torch.split(self.weight, _VOCABULARY_AT_ONCE)]
         logits = torch.cat(parts, 1)
         return logits if self.bias is None else logits + self.bias.to(torch.float32)
+
+
+class Heads:
+    """The heads that one session meets again and again: its own one's digest, and the original's, read once."""
+
+    def __init__(self) -> None:
+        self._digest: str | None = None
+        self._read: tuple[Path, Head] | None = None
+
+    def digest(self, head: Head) -> str:
+        """Return a SHA-256 over the session's own head."""
+        if self._digest is None:
+            digest = hashlib.sha256()
+            for tensor in (head.weight, *(() if head.bias is None else (head.bias,))):
+                plain = tensor.detach().cpu().contiguous()
+                digest.update(f"{plain.dtype} {list(plain.shape)}".encode())
+                digest.update(plain.view(torch.uint8).numpy().data)
+            self._digest = digest.hexdigest()
+        return self._digest
+
+    def read(self, path: Path, device: torch.device) -> Head:
+        """Read a recorded head."""
+        if self._read is None or self._read[0] != path:
+            tensors = _FILES.load_file(path, device=str(device))
+            self._read = (path, Head(tensors["weight"], tensors.get("bias")))
+        return self._read[1]
 
 
 @dataclass(frozen=True)
@@ -83,9 +111,12 @@ def predict(hidden: Tensor, head: Head, tokens: Tensor, original: tuple[Tensor, 
 
 
 class Recorder:
-    """Writes a record: a folder with the head and each batch's hidden states; it appears under its name when it is complete."""
+    """Writes a record: a folder with the head and each batch's hidden states; it appears under its name when it is complete.
 
-    def __init__(self, folder: Path, passages: Sequence[Passage], head: Head) -> None:
+    Where a record beside it holds the same head, that one is referred to.
+    """
+
+    def __init__(self, folder: Path, passages: Sequence[Passage], head: Head, heads: Heads) -> None:
         self._folder = folder
         self._aside = folder.with_name(f".{folder.name}.partial")
         self._files: dict[str, str] = {}
@@ -95,7 +126,10 @@ class Recorder:
             self._aside.mkdir(parents=True)
         except OSError as error:
             raise StoreError(f"{self._aside}: cannot be made ({error}); choose a folder that can be written to") from error
-        self._save("head", {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias}))
+        self._head_digest = heads.digest(head)
+        self._head = _head_beside(folder, self._head_digest)
+        if self._head is None:
+            self._save("head", {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias}))
 
     def add(self, hidden: dict[int, Tensor]) -> None:
         """Write a batch: hidden states [positions, hidden] by the passages' places."""
@@ -109,7 +143,13 @@ class Recorder:
         Raises:
             StoreError: the disk is full, or a record is there already.
         """
-        record = {"schema": _SCHEMA, "passages": passages_digest(self._passages), "files": self._files}
+        record = {
+            "schema": _SCHEMA,
+            "passages": passages_digest(self._passages),
+            "head": self._head or _HEAD,
+            "head_digest": self._head_digest,
+            "files": self._files,
+        }
         try:
             (self._aside / "record.json").write_text(json.dumps(record), encoding="utf-8")
             self._aside.rename(self._folder)
@@ -131,7 +171,7 @@ class Recorder:
 class Record:
     """A record of the original's predictions, read back."""
 
-    def __init__(self, folder: Path, passages: Sequence[Passage], device: torch.device) -> None:
+    def __init__(self, folder: Path, passages: Sequence[Passage], device: torch.device, heads: Heads) -> None:
         content = read_json_object(folder / "record.json")
         if content.get("schema") != _SCHEMA or content.get("passages") != passages_digest(passages):
             raise UsageError(f"{folder}: was recorded on other passages than these; record the original again on the same ones")
@@ -139,8 +179,11 @@ class Record:
         self._files = cast("dict[str, str]", content["files"])
         self._loaded: tuple[str, dict[str, Tensor]] = ("", {})
         self._device = device
-        head = _FILES.load_file(folder / "head.safetensors", device=str(device))
-        self.head = Head(head["weight"], head.get("bias"))
+        self.head = heads.read((folder / str(content["head"])).resolve(), device)
+
+    def holds(self, place: int) -> bool:
+        """Return whether the passage at this place was recorded; the original may have had no score of it."""
+        return str(place) in self._files
 
     def hidden(self, place: int) -> Tensor:
         """Return the original's hidden states [positions, hidden] of the passage at this place."""
@@ -148,3 +191,12 @@ class Record:
         if self._loaded[0] != name:
             self._loaded = (name, _FILES.load_file(self._folder / f"{name}.safetensors", device=str(self._device)))
         return self._loaded[1][str(place)]
+
+
+def _head_beside(folder: Path, digest: str) -> str | None:
+    """Return where, relative to a record, one beside it holds the head of this digest."""
+    for path in sorted(folder.parent.glob(f"[!.]*/{_HEAD}")):
+        record = path.with_name("record.json")
+        if path.parent != folder and record.is_file() and read_json_object(record).get("head_digest") == digest:
+            return f"../{path.parent.name}/{_HEAD}"
+    return None

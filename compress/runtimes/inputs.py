@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -55,20 +55,26 @@ class Encoder:
     tokens_per_batch: int
     longest: int | None = None
 
-    def prompts(self, prompts: Sequence[Prompt], room: int) -> Generator[list[Encoded]]:
-        """Give batches of prompts of about the same length, longest first, with `room` for so many tokens more in each."""
-        order = sorted(range(len(prompts)), key=lambda place: (*_extent(prompts[place]), place), reverse=True)
-        return self._batches((self._prompt(place, prompts[place], room=room) for place in order), room)
+    def prompts(self, prompts: Sequence[Prompt], room: int, faults: dict[int, str]) -> Generator[list[Encoded]]:
+        """Give batches of prompts of about the same length, longest first, with `room` for so many tokens more in each.
 
-    def passages(self, passages: Sequence[Passage]) -> Generator[list[Encoded]]:
-        """Give batches of passages of about the same length, longest first; what stands before a passage's tokens included."""
+        One that the model does not take is left out, and why is put into `faults` under its place.
+        """
+        order = sorted(range(len(prompts)), key=lambda place: (*_extent(prompts[place]), place), reverse=True)
+        return self._batches(_those_taken(order, lambda place: self._prompt(place, prompts[place], room=room), faults), room)
+
+    def passages(self, passages: Sequence[Passage], faults: dict[int, str]) -> Generator[list[Encoded]]:
+        """Give batches of passages of about the same length, longest first; what stands before a passage's tokens included.
+
+        One that the model does not take is left out, and why is put into `faults` under its place.
+        """
 
         def extent(place: int) -> tuple[int, ...]:
             passage = passages[place]
             return (*(_extent(passage.prompt) if passage.prompt else (0, 0)), len(passage.token_ids), place)
 
         order = sorted((place for place, passage in enumerate(passages) if scored_tokens(passage)), key=extent, reverse=True)
-        return self._batches((self._passage(place, passages[place]) for place in order), 0)
+        return self._batches(_those_taken(order, lambda place: self._passage(place, passages[place]), faults), 0)
 
     def collate(self, batch: Sequence[Encoded], side: Literal["left", "right"], device: torch.device) -> dict[str, Tensor]:
         """Return a batch's tensors, sequences padded on that side to the longest, and masked there."""
@@ -124,6 +130,14 @@ class Encoder:
             raise DataError(f"{passage.id}: takes {length} tokens, and the model takes {self.longest}; set a smaller window")
         ids = torch.tensor([passage.token_ids])
         return Encoded(place, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
+
+
+def _those_taken(order: Sequence[int], encode: Callable[[int], Encoded], faults: dict[int, str]) -> Generator[Encoded]:
+    for place in order:
+        try:
+            yield encode(place)
+        except DataError as error:
+            faults[place] = str(error)
 
 
 def _runs_along(key: str, value: Tensor, length: int) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import email.utils
 import json
+import os
 import queue
 import random
 import sys
@@ -15,7 +16,7 @@ from typing import Any, Final, Generic, TypeVar, cast
 
 import httpx
 
-from compress.errors import ServerError
+from compress.errors import MissingError, ServerError
 
 _CONNECT_SECONDS = 10
 _PROBE_SECONDS = 10
@@ -90,6 +91,20 @@ def open_client(address: Address, patience: Patience, connections: int, *, trust
         ),  # one more to look after it
         trust_env=trust_env,
     )
+
+
+def read_key(variable: str | None, url: str) -> str | None:
+    """Return the key in an environment variable, None where no variable is named.
+
+    Raises:
+        MissingError: the variable is not set.
+    """
+    if variable is None:
+        return None
+    key = os.environ.get(variable, "").strip()
+    if not key:
+        raise MissingError(f"the key for {url} is not there: set the environment variable {variable}")
+    return key
 
 
 class Asker:

@@ -79,6 +79,18 @@ class Score:
     fault: str | None = None
 
 
+@dataclass(frozen=True)
+class Embeddings:
+    """Images and texts in one space: directions of length one, float32 of [images, width] and [texts, width].
+
+    How alike an image and a text are is `scale` times their cosine.
+    """
+
+    images: NDArray[np.float32]
+    texts: NDArray[np.float32]
+    scale: float
+
+
 class Session(Protocol):
     """An artifact that is loaded and answers."""
 
@@ -120,6 +132,10 @@ class Session(Protocol):
 
     def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
         """Return log-probabilities [pictures, classes] of a model that compares images with texts; a class has one or more."""
+        ...
+
+    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+        """Return where a model that compares images with texts puts each of them."""
         ...
 
 
@@ -165,6 +181,9 @@ class Runtime(Frozen, ABC):
     incidental: ClassVar[frozenset[str]] = frozenset()
     """The fields that shape how it is run, but nothing of what is measured."""
 
+    serves: ClassVar[bool] = False
+    """Whether a model is behind a server, which others can ask and put load on."""
+
     offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores"})
     """What can be asked of the models that it runs; of a single one a session may offer less."""
 
@@ -202,8 +221,8 @@ class Runtime(Frozen, ABC):
             MissingError: the runtime is not installed, or its server died while loading.
         """
         raise UsageError(
-            f"{context.artifact}: latency is measured of a server, and runtime: {self.runtime} has none; set runtime: vllm, or leave "
-            "out eval.latency"
+            f"{context.artifact}: latency is measured of a server, and runtime: {self.runtime} has none; set runtime: vllm, "
+            "or leave out eval.latency"
         )
 
 

@@ -60,11 +60,15 @@ class Server:
                 )
             time.sleep(_INTERVAL)
 
-    def last_words(self) -> str:
-        """Return what the log tells of an end: the first error named in it, its last lines, and where the whole is."""
+    def words(self) -> str:
+        """Return all that it has printed."""
         with self.log.open("rb") as file:
             file.seek(self.start)
-            lines = [line.rstrip() for line in file.read().decode(errors="replace").splitlines() if line.strip()]
+            return file.read().decode(errors="replace")
+
+    def last_words(self) -> str:
+        """Return what the log tells of an end: the first error named in it, its last lines, and where the whole is."""
+        lines = [line.rstrip() for line in self.words().splitlines() if line.strip()]
         tail = lines[-_SHOWN_LINES:]
         causes = (found.group(1) for line in lines if not _HARMLESS.search(line) and (found := _CAUSE.search(line)))
         cause = next((f"The first error it named: {found}\n" for found in causes), "")

@@ -19,7 +19,7 @@ class Transformers(Runtime):
     """
 
     revision: ClassVar[int] = 2
-    offers: ClassVar[frozenset[Ability]] = frozenset({"text", "comparison"})
+    offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores", "comparison"})
     kl_definition: ClassVar[str] = "KL(original ‖ artifact) per token in nats, over the whole vocabulary, from float32 logits"
 
     runtime: Literal["transformers"]

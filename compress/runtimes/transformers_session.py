@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +23,21 @@ from compress.errors import UsageError
 from compress.families import Family, family_at
 from compress.progress import Progress
 from compress.runtimes.embedding import Embedder
-from compress.runtimes.fidelity import Head, Predictions, Record, Recorder, predict
+from compress.runtimes.fidelity import Head, Heads, Predictions, Record, Recorder, predict
 from compress.runtimes.inputs import Encoded, Encoder
-from compress.runtimes.runtime import Answer, OpenContext, Passage, Picture, Prompt, Score, scored_tokens
+from compress.runtimes.runtime import (
+    UNSCORED,
+    Ability,
+    Answer,
+    Embeddings,
+    OpenContext,
+    Passage,
+    Picture,
+    Prompt,
+    Score,
+    scored_tokens,
+    unscored,
+)
 from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
 
 
@@ -64,12 +76,15 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Transfor
 class TransformersSession:
     """An artifact that is loaded in this process."""
 
+    block: int | None = 64
+
     def __init__(self, model: Any, encoder: Encoder, device: torch.device, stops: tuple[int, ...]) -> None:
         self._model: Any = model
         self._encoder = encoder
         self._device = device
         self._stops = stops
         self._family: Family = encoder.family
+        self._heads = Heads()
         self._placeholders = self._family.placeholders(model.config.to_dict())
         # What generate takes from here, though it is given its own settings, must be neutral: models ship sampling and penalties.
         neutral = GenerationConfig(eos_token_id=list(stops), pad_token_id=encoder.pad_id)
@@ -77,22 +92,30 @@ class TransformersSession:
             if getattr(module, "generation_config", None) is not None:
                 module.generation_config = neutral
 
+    @property
+    def offers(self) -> frozenset[Ability]:
+        """What the model does; see `Session.offers`."""
+        return frozenset({"comparison"} if self._family.head is None else {"text", "scores"})
+
     def close(self) -> None:
         """Let go of the model."""
         self._model = None
+        self._heads = Heads()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
-    def answer(self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress) -> list[Answer]:
-        """Answer each prompt by greedy decoding, in the order given; the model's sampling settings and penalties are left out.
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
+    ) -> list[Answer]:
+        """Answer each prompt by greedy decoding; the model's sampling settings and penalties are left out. See `Session.answer`.
 
-        Tokens that stand for images and videos are never said: no model could read such an answer back.
+        Tokens that stand for images and videos are never said: no model could read such an answer back. A prompt that is longer
+        than the model takes, has more images, or one that cannot be decoded, gives an answer with its fault.
 
         Raises:
             UsageError: the model writes no text.
-            DataError: a prompt is longer than the model takes, or has more images.
         """
         self._check_writes()
         greedy = GenerationConfig(
@@ -103,49 +126,58 @@ class TransformersSession:
             suppress_tokens=list(self._placeholders) or None,
         )
         answers: dict[int, Answer] = {}
+        faults: dict[int, str] = {}
         with progress.task("answer", len(prompts), "prompts") as advance:
-            for batch in self._encoder.prompts(prompts, room=max_new_tokens):
+            for batch in self._encoder.prompts(prompts, max_new_tokens, faults):
                 inputs = self._encoder.collate(batch, "left", self._device)
                 sequences = self._entry(inputs).generate(**inputs, generation_config=greedy)
                 new = cast("list[list[int]]", sequences[:, inputs["input_ids"].shape[1] :].tolist())
                 for sample, ids in zip(batch, new, strict=True):
                     answers[sample.place] = self._finish(prompts[sample.place], ids)
+                    if each is not None:
+                        each(answers[sample.place])
                 advance(len(batch))
+            for place, words in faults.items():
+                answers[place] = Answer(id=prompts[place].id, text="", token_ids=(), fault=words)
+                if each is not None:
+                    each(answers[place])
+            advance(len(faults))
         return [answers[place] for place in range(len(prompts))]
 
     @torch.inference_mode()
     def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
-        """Score the passages, in the order given.
+        """Score the passages; see `Session.score`. One that is longer than the model takes gives a score with its fault.
 
         Raises:
             UsageError: `against` was recorded on other passages, or by a model of another vocabulary; or the model writes no text.
-            DataError: a passage is longer than the model takes.
             StoreError: the record cannot be written.
         """
         self._check_writes()
         output = self._model.get_output_embeddings()
         head = Head(output.weight, getattr(output, "bias", None))
-        original = Record(against, passages, self._device) if against is not None else None
-        recorder = Recorder(record, passages, head) if record is not None else None
-        nothing = _nothing(compared=original is not None)
-        scores = [_score(passage, nothing, slice(0)) for passage in passages]
+        original = Record(against, passages, self._device, self._heads) if against is not None else None
+        recorder = Recorder(record, passages, head, self._heads) if record is not None else None
+        compared = original is not None
+        scores = [unscored(passage.id, None, compared=compared) for passage in passages]
+        faults: dict[int, str] = {}
         try:
             with progress.task("score", sum(len(scored_tokens(passage)) for passage in passages), "tokens") as advance:
-                for batch in self._encoder.passages(passages):
+                for batch in self._encoder.passages(passages, faults):
                     hidden = self._hidden(batch, passages)
                     if recorder is not None:
                         recorder.add(hidden)
-                    predictions = self._predict(hidden, passages, head, original)
-                    first = 0
-                    for place, states in hidden.items():
-                        part = slice(first, first := first + len(states))
-                        scores[place] = _score(passages[place], predictions, part)
-                    advance(first)
+                    kept = {place: states for place, states in hidden.items() if original is None or original.holds(place)}
+                    faults |= dict.fromkeys(hidden.keys() - kept.keys(), UNSCORED)
+                    for place, score in self._scores(kept, passages, head, original):
+                        scores[place] = score
+                    advance(sum(len(states) for states in hidden.values()))
             if recorder is not None:
                 recorder.finish()
         finally:
             if recorder is not None:
                 recorder.discard()
+        for place, words in faults.items():
+            scores[place] = unscored(passages[place].id, words, compared=compared)
         return scores
 
     @torch.inference_mode()
@@ -156,12 +188,25 @@ class TransformersSession:
             UsageError: the model compares no images with texts.
             DataError: a text is longer than the model takes, or an image cannot be decoded.
         """
+        return self._embedder().classify(pictures, classes, progress)
+
+    @torch.inference_mode()
+    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+        """Return where the model puts each picture and each text; see `Session.embed`.
+
+        Raises:
+            UsageError: the model compares no images with texts.
+            DataError: a text is longer than the model takes, or an image cannot be decoded.
+        """
+        return self._embedder().embed(pictures, texts, progress)
+
+    def _embedder(self) -> Embedder:
         if self._family.head is not None:
             raise UsageError(
-                f"{self._family.name} writes text and compares no images with texts: measure it with task: vqa instead of zero-shot"
+                f"{self._family.name} writes text and compares no images with texts: measure it with task: vqa instead of "
+                "zero-shot or retrieval"
             )
-        embedder = Embedder(self._model, self._encoder, self._device)
-        return embedder.classify(pictures, classes, progress)
+        return Embedder(self._model, self._encoder, self._device)
 
     def _check_writes(self) -> None:
         if self._family.head is None:
@@ -200,22 +245,27 @@ class TransformersSession:
             rows[sample.place] = states[row, last - len(scored_tokens(passages[sample.place])) : last]
         return rows
 
-    def _predict(self, hidden: dict[int, Tensor], passages: Sequence[Passage], head: Head, original: Record | None) -> Predictions:
+    def _scores(
+        self, hidden: dict[int, Tensor], passages: Sequence[Passage], head: Head, original: Record | None
+    ) -> Generator[tuple[int, Score]]:
+        """Give the scores of the passages at these places, from the hidden states that their tokens are predicted from."""
+        if not hidden:
+            return
         tokens = [token for place in hidden for token in scored_tokens(passages[place])]
         reference = None
         if original is not None:
             reference = (torch.cat([original.hidden(place) for place in hidden]), original.head)
-        return predict(torch.cat(list(hidden.values())), head, torch.tensor(tokens, device=self._device), reference)
+        states = torch.cat(list(hidden.values()))
+        found = predict(states, head, torch.tensor(tokens, device=self._device), reference)
+        first = 0
+        for place, states in hidden.items():
+            part = slice(first, first := first + len(states))
+            yield place, _score(passages[place], found, part)
 
     def _finish(self, prompt: Prompt, ids: list[int]) -> Answer:
         end = next((place for place, token in enumerate(ids) if token in self._stops), len(ids))
         text = self._encoder.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return Answer(id=prompt.id, text=text, token_ids=tuple(ids[:end]))
-
-
-def _nothing(compared: bool) -> Predictions:
-    """Return what is said of a passage that has no token to predict."""
-    return Predictions(np.empty(0), np.empty(0) if compared else None, np.empty(0, dtype=np.bool_) if compared else None)
 
 
 def _score(passage: Passage, predictions: Predictions, part: slice) -> Score:

@@ -8,7 +8,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from compress.runtimes.environment import require
-from compress.runtimes.runtime import OpenContext, Runtime, Session
+from compress.runtimes.runtime import OpenContext, Runtime, Served, Session
 
 
 class Vllm(Runtime):
@@ -32,6 +32,8 @@ class Vllm(Runtime):
     incidental: ClassVar[frozenset[str]] = frozenset(
         {"startup_seconds", "request_seconds", "port", "key_variable", "kv_cache_gib", "gpu_memory_utilization"}
     )
+
+    serves: ClassVar[bool] = True
 
     runtime: Literal["vllm"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -78,3 +80,14 @@ class Vllm(Runtime):
         from compress.runtimes.vllm_server import open_session
 
         return open_session(self, context)
+
+    def serve(self, context: OpenContext) -> AbstractContextManager[Served]:
+        """Start a server for the artifact, or reach the one at `url`, for others to put load on.
+
+        Raises:
+            MissingError: vLLM is not installed here.
+            ServerError: the server did not come up, or nothing serves at `url`.
+        """
+        from compress.runtimes.vllm_server import serve
+
+        return serve(self, context)

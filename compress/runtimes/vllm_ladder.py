@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from compress.schema import Frozen
 
@@ -17,6 +17,7 @@ _LEAST_CONTEXT = 1024
 _SEQUENCES = (64, 16, 4)
 _DEFAULT_SEQUENCES = 256
 _MAX_SEQUENCES = "--max-num-seqs"
+_CAUSE_LENGTH = 500
 
 _TOO_SHORT = re.compile(r"KV cache is needed, which is larger than the available KV cache memory")
 _ESTIMATED = re.compile(r"estimated maximum model length is (\d+)")
@@ -35,12 +36,17 @@ _SIGNS = (
 
 
 class LadderStep(Frozen):
-    """One thing that was lowered because a server ran out of memory while it loaded, and what the server had said."""
+    """One thing that was lowered because a server ran out of memory while it loaded, and what the server had said.
+
+    `setting` is what `value` was set to in its place: a field of the runtime, or an argument of `vllm serve`.
+    """
 
     rung: Rung
+    setting: Literal["gpu_memory_utilization", "kv_cache_gib", "max_model_len", "--max-num-seqs"]
+    value: float
     before: str
     after: str
-    cause: str
+    cause: str = ""
 
 
 def ignore_step(step: LadderStep) -> None:
@@ -83,14 +89,14 @@ def step_down(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
     cause = memory_fault(log)
     if cause is None:
         return None
-    rungs: list[Callable[[Memory, str], tuple[Memory, Rung, str, str] | None]] = [_context, _sequences]
+    rungs = [_context, _sequences]
     if not (_TOO_SHORT.search(log) or _NOTHING_LEFT.search(log)):
         rungs = [_sequences, _share, _context] if _SEQUENCES_SIGN.search(log) else [_share, *rungs]
     for rung in rungs:
         found = rung(memory, log)
         if found is not None:
-            lowered, name, before, after = found
-            return lowered, LadderStep(rung=name, before=before, after=after, cause=cause[:500])
+            lowered, step = found
+            return lowered, step.model_copy(update={"cause": cause[:_CAUSE_LENGTH]})
     return None
 
 
@@ -104,34 +110,52 @@ def sequences_of(arguments: tuple[str, ...]) -> int | None:
     return None
 
 
-def _share(memory: Memory, log: str) -> tuple[Memory, Rung, str, str] | None:
+def carried(settings: Mapping[str, Any], steps: Sequence[LadderStep]) -> dict[str, Any]:
+    """Return what a runtime's fields become when it begins where the ladder ended."""
+    changed: dict[str, Any] = {}
+    for step in steps:
+        if step.setting == _MAX_SEQUENCES:
+            changed["arguments"] = (*settings["arguments"], _MAX_SEQUENCES, str(int(step.value)))
+        else:
+            changed[step.setting] = step.value if step.setting == "gpu_memory_utilization" else int(step.value)
+    return changed
+
+
+def _share(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
     del log
     if memory.on_gpu:
         lower = round(memory.share * _SHARE_FACTOR, 2)
         if lower < _LEAST_SHARE:
             return None
-        return replace(memory, share=lower), "memory share", f"{memory.share:g} of the GPU", f"{lower:g} of the GPU"
+        before, after = f"{memory.share:g} of the GPU", f"{lower:g} of the GPU"
+        step = LadderStep(rung="memory share", setting="gpu_memory_utilization", value=lower, before=before, after=after)
+        return replace(memory, share=lower), step
     cache = memory.cache_gib // 2
     if cache < 1:
         return None
-    return replace(memory, cache_gib=cache), "memory share", f"{memory.cache_gib} GiB of cache", f"{cache} GiB of cache"
+    before, after = f"{memory.cache_gib} GiB of cache", f"{cache} GiB of cache"
+    step = LadderStep(rung="memory share", setting="kv_cache_gib", value=cache, before=before, after=after)
+    return replace(memory, cache_gib=cache), step
 
 
-def _context(memory: Memory, log: str) -> tuple[Memory, Rung, str, str] | None:
+def _context(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
     told = _ESTIMATED.search(log)
     shorter = memory.context // 2
     if told and _LEAST_CONTEXT <= int(told[1]) < memory.context:
         shorter = int(told[1])
     if shorter < _LEAST_CONTEXT:
         return None
-    return replace(memory, context=shorter), "context", f"{memory.context:,} tokens", f"{shorter:,} tokens"
+    before, after = f"{memory.context:,} tokens", f"{shorter:,} tokens"
+    step = LadderStep(rung="context", setting="max_model_len", value=shorter, before=before, after=after)
+    return replace(memory, context=shorter), step
 
 
-def _sequences(memory: Memory, log: str) -> tuple[Memory, Rung, str, str] | None:
+def _sequences(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
     del log
     current = memory.sequences or _DEFAULT_SEQUENCES
     fewer = next((number for number in _SEQUENCES if number < current), None)
     if fewer is None:
         return None
     before = f"{memory.sequences} at once" if memory.sequences else "vLLM's own choice"
-    return replace(memory, sequences=fewer), "sequences", before, f"{fewer} at once"
+    step = LadderStep(rung="sequences", setting=_MAX_SEQUENCES, value=fewer, before=before, after=f"{fewer} at once")
+    return replace(memory, sequences=fewer), step

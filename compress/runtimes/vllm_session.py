@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from compress.errors import ServerError, UsageError
 from compress.progress import Progress
 from compress.runtimes.openai_client import Address, Asker, Patience
-from compress.runtimes.runtime import Ability, Answer, Passage, Picture, Prompt, Score, scored_tokens
+from compress.runtimes.runtime import Ability, Answer, Embeddings, Passage, Picture, Prompt, Score, scored_tokens
 from compress.runtimes.top_tokens import Position, TopRecord, position_of, score_of, write_record
 
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp", b"BM": "image/bmp"}
@@ -136,6 +136,15 @@ class VllmSession:
         """
         del pictures, classes, progress
         raise UsageError("task zero-shot: cannot be measured with runtime: vllm; set eval.runtime to transformers")
+
+    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+        """Refuse to say where images and texts lie.
+
+        Raises:
+            UsageError: always; vLLM's embeddings are not offered here.
+        """
+        del pictures, texts, progress
+        raise UsageError("task retrieval: cannot be measured with runtime: vllm; set eval.runtime to transformers")
 
     def _read(self, prompt: Prompt, choice: dict[str, Any]) -> Answer:
         ids = [int(token) for token in choice["token_ids"]]

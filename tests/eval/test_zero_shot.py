@@ -49,7 +49,7 @@ class Measured:
 
 
 def measure_one(checkpoint: Path, original: Path, task: ZeroShot, target: Path, against: Path | None) -> Path:
-    context = MeasureContext(original, {task.name: (Path(task.source),)}, target, against, Silent())
+    context = MeasureContext(original, {task.name: (Path(task.source),)}, target, against, Silent(), target)
     with Transformers(runtime="transformers").open(OpenContext(checkpoint, target, Silent())) as session:
         measure(session, [task], context)
     return target

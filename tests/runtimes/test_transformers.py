@@ -1,3 +1,4 @@
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,14 +12,14 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from compress.checkpoint import open_checkpoint, read_json_object
 from compress.conversation import messages, open_images
-from compress.errors import CheckpointError, DataError, MissingError, StoreError, UsageError
+from compress.errors import CheckpointError, MissingError, StoreError, UsageError
 from compress.export.format import ExportContext
 from compress.export.vllm import Vllm
 from compress.families import family_of
 from compress.files import write_json
 from compress.progress import Silent
 from compress.runtimes.fidelity import Head, predict
-from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Score, Session
+from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Prompt, Score, Session
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.transformers_model import choose_dtype, load_model
 from compress.skeleton import build_skeleton
@@ -245,14 +246,59 @@ def test_models_of_other_vocabularies_are_not_compared(original: Path, passages:
         score(session, passages[:1], against=tmp_path / "record")
 
 
-def test_a_record_that_fails_leaves_nothing(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
     broken = Prompt("broken", "What is this?", (b"no image",))
-    passages = [Passage("p", (1, 2), prompts[0]), Passage("q", (1, 2), broken)]
+    passages = [Passage("q", (1, 2), broken), Passage("p", (1, 2), prompts[0])]
+    heard: list[Answer] = []
     with opened(original) as session:
-        with pytest.raises(DataError, match="broken: image 0"):
-            score(session, passages, record=tmp_path / "record")
-        with pytest.raises(StoreError, match="choose a folder that can be written to"):
-            score(session, passages, record=original / "config.json" / "record")
+        answers = session.answer([broken, prompts[0]], NEW_TOKENS, Silent(), heard.append)
+        assert [answer.id for answer in answers] == ["broken", "q0"]
+        assert "broken: image 0: cannot be read as an image" in answers[0].fault
+        assert (answers[0].text, answers[0].token_ids, answers[1].fault) == ("", (), None)
+        assert sorted(answer.id for answer in heard) == ["broken", "q0"]
+        assert answers[1] == session.answer(prompts[:1], NEW_TOKENS, Silent())[0]
+        scores = score(session, passages, record=tmp_path / "record")
+        assert "broken: image 0" in (scores[0].fault or "")
+        assert [len(row.negative_log_likelihood) for row in scores] == [0, 2]
+        again = score(session, passages, against=tmp_path / "record")
+        assert again[1].kl is not None and (again[1].kl < 1e-6).all()
+        assert again[0].kl is not None and len(again[0].kl) == 0
+
+
+def test_what_the_original_has_no_score_of_is_not_compared(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    """The record lacks one of the passages, as if the original's had been cut short there."""
+    passages = [Passage("p", (1, 2), prompts[0]), Passage("q", (3, 4), prompts[1])]
+    with opened(original) as session:
+        score(session, passages, record=tmp_path / "record")
+        path = tmp_path / "record" / "record.json"
+        content = json.loads(path.read_text(encoding="utf-8"))
+        del content["files"]["0"]
+        path.write_text(json.dumps(content), encoding="utf-8")
+        first, second = score(session, passages, against=tmp_path / "record")
+    assert first.fault == UNSCORED
+    assert len(first.negative_log_likelihood) == 0
+    assert second.fault is None and len(second.negative_log_likelihood) == 2
+
+
+def test_records_beside_each_other_share_the_head(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    passages = [Passage("p", (1, 2), prompts[0]), Passage("q", (3, 4), prompts[1])]
+    for place in range(2):
+        with opened(original) as session:
+            score(session, passages[place : place + 1], record=tmp_path / "record" / str(place))
+    assert [path.parent.name for path in (tmp_path / "record").glob("*/head.safetensors")] == ["0"]
+    other = build_qwen2_5_vl(tmp_path / "other", layers=1, seed=5)
+    with opened(other) as session:
+        score(session, passages, record=tmp_path / "record" / "other")
+    assert (tmp_path / "record" / "other" / "head.safetensors").is_file()
+    with opened(original) as session:
+        for place in range(2):
+            (found,) = score(session, passages[place : place + 1], against=tmp_path / "record" / str(place))
+            assert found.kl is not None and (found.kl < 1e-6).all()
+
+
+def test_a_record_that_cannot_be_written_leaves_nothing(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+    with opened(original) as session, pytest.raises(StoreError, match="choose a folder that can be written to"):
+        score(session, [Passage("p", (1, 2), prompts[0])], record=original / "config.json" / "record")
     assert list(tmp_path.iterdir()) == []
 
 

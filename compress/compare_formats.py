@@ -1,0 +1,260 @@
+"""A comparison of runs as people and programs read it: a terminal's table, Markdown, CSV, JSON, and a page of HTML with charts."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Literal, get_args
+
+from compress.charts import Axis, Chart, Point, Series, Unit, pareto_front
+from compress.compare import Comparison, Group, Measure, Value
+from compress.figures import milliseconds, share, size
+from compress.report_charts import size_axis
+from compress.report_tables import ORIGINAL
+from compress.tabular import Column, Table, markdown
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+    from rich.text import Text
+
+Format = Literal["table", "markdown", "csv", "html", "json"]
+FORMATS: tuple[Format, ...] = get_args(Format)
+SUFFIXES: dict[str, Format] = {".md": "markdown", ".csv": "csv", ".html": "html", ".json": "json"}
+"""What a file's name says of its format."""
+
+_WIDE = 400
+_FRONT = "in front"
+_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
+_NOTE = (
+    "In brackets: the share of the original's size and score that is kept, and how many times its perplexity or latency. In front "
+    "is what no other line beats: as small, and in every task as good."
+)
+
+
+def show_value(measure: Measure, value: Value) -> str:
+    """Return a value as tables show it, with what is kept in brackets."""
+    told = _teller(measure)(value.figure)
+    against = "" if value.kept is None or value.kept == 1 else f" ({_kept(measure, value.kept)})"
+    failed = f", {value.failed:,} failed" if value.failed else ""
+    return told + against + failed
+
+
+def group_table(group: Group) -> Table:
+    """Return the runs of one original: size, bits per weight and every task's figure."""
+    columns = (
+        Column("run"), Column("artifact"), Column("target"), Column("runtime"), Column("verdict", "verdict"),
+        Column("size", "number"), Column("bits/weight", "number"),
+        *(Column(measure.head, "number") for measure in group.measures), Column(_FRONT),
+    )  # fmt: skip
+    targets, runtimes = {line.target for line in group.lines}, {line.runtime for line in group.lines}
+    rows = [
+        (
+            line.run,
+            line.artifact,
+            line.target if len(targets) > 1 else "",
+            line.runtime if len(runtimes) > 1 else "",
+            line.verdict or "",
+            f"{size(line.bytes)} ({line.size_ratio:.1%})",
+            f"{line.bits_per_weight:.2f}",
+            *(show_value(measure, line.values[measure.key]) if measure.key in line.values else "" for measure in group.measures),
+            "yes" if line.front else "",
+        )
+        for line in group.lines
+    ]
+    return Table(group.original, columns, tuple(rows), _NOTE).without_empty()
+
+
+def render(comparison: Comparison, form: Format) -> str:
+    """Return a comparison in one of the formats."""
+    match form:
+        case "markdown":
+            return as_markdown(comparison)
+        case "csv":
+            return as_csv(comparison)
+        case "json":
+            return as_json(comparison)
+        case "html":
+            return as_html(comparison)
+        case "table":
+            return as_text(comparison)
+
+
+def as_text(comparison: Comparison) -> str:
+    """Return what a terminal shows as plain text, as wide as it takes."""
+    from rich.console import Console
+
+    buffer = io.StringIO()
+    console = Console(file=buffer, width=_WIDE, color_system=None)
+    for part in as_renderables(comparison, _WIDE):
+        console.print(part)
+    return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
+
+
+def as_markdown(comparison: Comparison) -> str:
+    """Return a table for each original, what its columns are, and the notes."""
+    parts: list[str] = []
+    for group in comparison.groups:
+        parts += [
+            f"## {group.original}",
+            markdown(group_table(group)),
+            _NOTE,
+            "\n".join(f"- {line}" for line in legend_lines(group)),
+        ]
+    if comparison.notes:
+        parts.append("\n".join(f"- note: {note}" for note in comparison.notes))
+    return "\n\n".join(["# Accuracy against size", *parts]) + "\n"
+
+
+def legend_lines(group: Group) -> list[str]:
+    """Return what each measure's column holds."""
+    return [f"{measure.head}: {measure.metric}" for measure in group.measures]
+
+
+def as_csv(comparison: Comparison) -> str:
+    """Return one line per artifact with plain numbers; a measure has two columns: its figure, and how many times the original's."""
+    heads = ["original", "run", "artifact", "target", "runtime", "verdict", "bytes", "size_ratio", "bits_per_weight", "front"]
+    measures = [(group, measure) for group in comparison.groups for measure in group.measures]
+    keys = list(dict.fromkeys(measure.key for _, measure in measures))
+    names: list[str] = []
+    for key in keys:
+        head = next(f"{measure.head}: {measure.metric}" for _, measure in measures if measure.key == key)
+        names += [head, f"{head} / original"]
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow([*heads, *names])
+    for group in comparison.groups:
+        for line in group.lines:
+            plain = [group.original, "; ".join(line.runs), line.artifact, line.target, line.runtime, line.verdict or ""]
+            figures: list[float | str] = []
+            for key in keys:
+                value = line.values.get(key)
+                figures += ["", ""] if value is None else [value.figure, "" if value.kept is None else value.kept]
+            writer.writerow([*plain, line.bytes, line.size_ratio, line.bits_per_weight, int(line.front), *figures])
+    return buffer.getvalue()
+
+
+def as_json(comparison: Comparison) -> str:
+    """Return the comparison as JSON (schema 1)."""
+    return json.dumps({"schema": 1, **asdict(comparison)}, indent=2, ensure_ascii=False) + "\n"
+
+
+def as_html(comparison: Comparison) -> str:
+    """Return a page with a table and charts for each original."""
+    from compress.page import figures, legend, render_page
+
+    groups: list[dict[str, object]] = []
+    for number, group in enumerate(comparison.groups, 1):
+        drawn = charts(group)
+        groups.append(
+            {
+                "id": f"original-{number}",
+                "name": group.original,
+                "table": group_table(group),
+                "figures": figures(drawn, f"size-{number}"),
+                "legend": legend(drawn),
+                "measures": legend_lines(group),
+            }
+        )
+    return render_page("compare.html.jinja", groups=groups, notes=comparison.notes)
+
+
+def as_renderables(comparison: Comparison, width: int) -> Iterator[RenderableType]:
+    """Yield what a terminal of so many columns shows: each original's table, or a list where that is too wide; then the notes."""
+    from rich.text import Text
+
+    for group in comparison.groups:
+        table = group_table(group)
+        yield Text(group.original, style="bold")
+        yield from [_rich_table(table)] if _width(table) <= width else _blocks(table)
+        yield Text("\n".join([*legend_lines(group), _NOTE]) + "\n", style="dim")
+    for note in comparison.notes:
+        yield Text(f"note: {note}", style="yellow")
+
+
+def _width(table: Table) -> int:
+    """Return how many columns a table takes in a terminal, two between its own."""
+    columns = zip(*[tuple(column.head for column in table.columns), *table.rows], strict=True)
+    return sum(2 + max(map(len, cells)) for cells in columns)
+
+
+def _rich_table(table: Table) -> RenderableType:
+    from rich.table import Table as RichTable
+
+    shown = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in table.columns:
+        shown.add_column(column.head, justify="right" if column.kind == "number" else "left", no_wrap=True)
+    for row in table.rows:
+        shown.add_row(*(_cell(column, cell) for column, cell in zip(table.columns, row, strict=True)))
+    return shown
+
+
+def _blocks(table: Table) -> Iterator[RenderableType]:
+    """Yield each row as a line of its words, and below it its figures with their heads."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    for row in table.rows:
+        cells = [(column, cell) for column, cell in zip(table.columns, row, strict=True) if cell]
+        yield Text("  ").join(_cell(*pair) for pair in cells if pair[0].kind != "number" and pair[0].head != _FRONT)
+        figures = [f"{column.head}\u00a0{cell.replace(' ', chr(160))}" for column, cell in cells if column.kind == "number"]
+        front = [_FRONT] if any(column.head == _FRONT for column, _ in cells) else []
+        yield Padding(Text("  ".join([*figures, *front])), (0, 0, 0, 4))
+
+
+def _cell(column: Column, cell: str) -> Text:
+    from rich.text import Text
+
+    return Text(cell, style=_COLOURS.get(cell, "") if column.kind == "verdict" else "")
+
+
+def charts(group: Group) -> list[Chart]:
+    """Return each task's figure against size, and against latency where that was measured: the original, and a series a run."""
+    across = [measure for measure in group.measures if measure.latency]
+    tasks = [measure for measure in group.measures if not measure.latency]
+    found = [_chart(group, task, None) for task in tasks]
+    found += [_chart(group, task, latency) for latency in across for task in tasks]
+    return [chart for chart in found if chart.drawable]
+
+
+def _chart(group: Group, task: Measure, latency: Measure | None) -> Chart:
+    lines = [line for line in group.lines if task.key in line.values and (latency is None or latency.key in line.values)]
+    by_name: dict[str, list[Point]] = {}
+    for line in lines:
+        value = line.values[task.key].figure
+        x = line.bytes if latency is None else line.values[latency.key].figure
+        label = line.artifact if line.target == "local" else f"{line.artifact} @{line.target}"
+        by_name.setdefault(ORIGINAL if line.artifact == ORIGINAL else line.run, []).append(Point(x, value, label))
+    order = list(dict.fromkeys([ORIGINAL, *(line.run for line in group.lines if line.artifact != ORIGINAL)]))
+    x_axis = Axis("end to end p95", milliseconds, Unit(1, " ms"), zero=True) if latency else size_axis(line.bytes for line in lines)
+    unit = Unit(100, "%") if task.share else Unit()
+    against = f"{task.head} against {'size' if latency is None else latency.head}"
+    front = pareto_front((point for points in by_name.values() for point in points), larger_is_better=task.larger)
+    told = ", ".join(f"{point.label} {_teller(task)(point.y)} at {x_axis.show(point.x)}" for point in front)
+    return Chart(
+        title=against,
+        summary=f"{against}: {len(lines)} artifacts of {len(order) - 1} runs. In front, from the smallest on: {told}.",
+        x=x_axis,
+        y=Axis(f"{task.head}: {task.metric}", _teller(task), unit),
+        series=tuple(Series(name, tuple(points), order.index(name)) for name, points in by_name.items()),
+        front=front,
+        better="better: up and left" if task.larger else "better: down and left",
+    )
+
+
+def _teller(measure: Measure) -> Callable[[float], str]:
+    if measure.latency:
+        return milliseconds
+    return share if measure.share else _four_digits
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4g}"
+
+
+def _kept(measure: Measure, value: float) -> str:
+    if measure.share:
+        return share(value)
+    return f"×{value:.2f}" if measure.latency else f"×{value:.4f}"

@@ -1,0 +1,107 @@
+"""How reports write numbers down: sizes, scores, and the value and limit of each of the gate's checks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from compress.eval.results import Metrics, ScoreMetrics
+
+if TYPE_CHECKING:
+    from compress.gate import Check
+
+_SHARES = ("min_recovery", "overall", "min_top1", "max_share", "max_failed_share")
+
+
+def size(count: float) -> str:
+    """Return a number of bytes the way people say it, in powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"
+
+
+def share(value: float) -> str:
+    """Return a share in per cent, with two decimals."""
+    return f"{value:.2%}"
+
+
+def milliseconds(value: float) -> str:
+    """Return a time with three digits that matter."""
+    return f"{rate(value)} ms"
+
+
+def divergence(value: float) -> str:
+    """Return a divergence with two digits that matter."""
+    return f"{value:#.2g}".rstrip(".") if value else "0"
+
+
+def rate(value: float) -> str:
+    """Return a number per second with three digits that matter."""
+    return f"{value:,.0f}" if abs(value) >= 100 or not value else f"{value:#.3g}".rstrip(".")
+
+
+def main_figure(metrics: Metrics) -> float:
+    """Return the one figure a task's measurement comes down to: its score, or its perplexity."""
+    return metrics.score if isinstance(metrics, ScoreMetrics) else metrics.perplexity
+
+
+def metric_value(metrics: Metrics) -> str:
+    """Return a task's figure as tables show it."""
+    return share(metrics.score) if isinstance(metrics, ScoreMetrics) else f"{metrics.perplexity:.4g}"
+
+
+def kept(original: Metrics, artifact: Metrics) -> float | None:
+    """Return how many times the original's figure an artifact has; None where that says nothing."""
+    before, after = main_figure(original), main_figure(artifact)
+    return after / before if before > 0 and original.task == artifact.task else None
+
+
+def kept_value(original: Metrics, artifact: Metrics) -> str:
+    """Return `kept` as tables show it: a share of a score, a multiple of a perplexity; empty where it says nothing."""
+    found = kept(original, artifact)
+    if found is None:
+        return ""
+    return share(found) if isinstance(artifact, ScoreMetrics) else f"×{found:.4f}"
+
+
+def check_values(check: Check) -> tuple[str, str, str]:
+    """Return a check's value, interval and limit as tables show them; empty where there is none."""
+    tell = _teller(check.check)
+    value = "" if check.value is None else tell(check.value)
+    interval = "" if check.interval is None else "–".join(tell(bound) for bound in check.interval)
+    return value, interval, f"{_sign(check.check)} {_limit(check.check, check.limit)}".strip()
+
+
+def _teller(check: str) -> Callable[[float], str]:
+    name = check.rpartition(".")[2]
+    if name in _SHARES or check == "size.max_ratio":
+        return share
+    if name.endswith("bytes"):
+        return size
+    if name.endswith("_ms"):
+        return milliseconds
+    return _five_decimals if name == "max_kl" else _four_digits
+
+
+def _five_decimals(value: float) -> str:
+    return f"{value:.5f}"
+
+
+def _four_digits(value: float) -> str:
+    return f"{value:.4f}" if 0.1 <= abs(value) < 100 else f"{value:,.4g}"
+
+
+def _limit(check: str, limit: float) -> str:
+    tell = _teller(check)
+    if tell is share:
+        return f"{100 * limit:g}%"
+    return tell(limit) if tell in (size, milliseconds) else f"{limit:g}"
+
+
+def _sign(check: str) -> str:
+    name = check.rpartition(".")[2]
+    if name.startswith("max_"):
+        return "≤"
+    return "≥" if name.startswith("min_") or name == "overall" else ""

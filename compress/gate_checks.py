@@ -1,0 +1,368 @@
+"""What each limit of the gate says of one artifact: value, bounds, verdict and reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.eval.changes import count_flips, image_gain, judge_flips
+from compress.eval.latency_gate import LatencyFinding, judge_latency, judge_memory
+from compress.eval.paired import Pairs, judge_family, judge_pairs, overall_recovery
+from compress.eval.results import Fidelity, PerplexityMetrics, ScoreMetrics, TaskMeasurement, check_pairs
+from compress.eval.sequential import Sequential
+from compress.eval.statistics import Finding, Levels, Outcome, Recovery, judge_perplexity
+from compress.gate import (
+    AccuracyLimit,
+    Check,
+    FidelityLimit,
+    FlipsLimit,
+    Limits,
+    LivenessLimit,
+    PerplexityLimit,
+    SizeLimit,
+    Subject,
+    pairs_of,
+)
+
+
+@dataclass(frozen=True)
+class _Held:
+    """The limits of the gate at a target, held against one artifact."""
+
+    original: Subject
+    artifact: Subject
+    target: str
+
+    def decide(self, check: str, limit: float, finding: Finding, reason: str, task: str | None = None) -> Check:
+        return Check(
+            artifact=self.artifact.artifact,
+            check=check,
+            task=task,
+            value=finding.value,
+            interval=finding.interval,
+            limit=limit,
+            verdict=finding.outcome,
+            reason=reason,
+            items_needed=finding.items_needed,
+            target=self.target,
+        )
+
+    def leave_open(self, check: str, limit: float, reason: str, task: str | None = None) -> Check:
+        return Check(
+            artifact=self.artifact.artifact,
+            check=check,
+            task=task,
+            value=None,
+            interval=None,
+            limit=limit,
+            verdict="inconclusive",
+            reason=reason,
+            target=self.target,
+        )
+
+    def unmeasured(self, check: str, limit: float) -> Check:
+        return self.leave_open(check, limit, "nothing that was measured says anything about it; add a task to eval.tasks")
+
+    def names(self, kind: type[ScoreMetrics | PerplexityMetrics]) -> list[str]:
+        """Return the tasks of a kind that the original was measured on."""
+        return [name for name, task in self.original.measured.tasks.items() if isinstance(task.metrics, kind)]
+
+    def skipped(self, task: str) -> str | None:
+        """Return why the artifact was not measured on a task; None where it was."""
+        if task in self.artifact.measured.tasks:
+            return None
+        return f"{task}: not measured: {self.artifact.measured.skipped.get(task, 'the task is missing')}"
+
+    def pairs(self, task: str) -> Pairs:
+        """Return the scores of both on the items that the artifact was asked.
+
+        Raises:
+            DataError: they are others than the original's.
+        """
+        after = self.artifact.measured.scored(task)
+        before = self.original.measured.scored(task)
+        if self.artifact.measured.tasks[task].look is not None:
+            before = before[: len(after)]
+        check_pairs(task, before, ((item.id, item.digest) for item in after))
+        return pairs_of(before, after)
+
+
+def checks_of(limits: Limits, original: Subject, artifact: Subject, target: str) -> Iterator[Check]:
+    """Yield every check of one artifact, in the order of the gate's fields.
+
+    Raises:
+        DataError: the artifact was measured on other items than the original; names the first.
+    """
+    held = _Held(original, artifact, target)
+    if limits.accuracy is not None:
+        yield from _accuracy(held, limits.accuracy)
+    if limits.perplexity is not None:
+        yield from _perplexity(held, limits.perplexity)
+    if limits.fidelity is not None:
+        yield from _fidelity(held, limits.fidelity)
+    if limits.flips is not None:
+        yield from _flips(held, limits.flips)
+    if limits.liveness is not None:
+        yield _liveness(held, limits.liveness)
+    if limits.size is not None:
+        yield from _size(held, limits.size)
+    if limits.latency is not None:
+        found = judge_latency(limits.latency, artifact.latency, artifact.artifact) if artifact.latency else []
+        yield from _measured_load(held, "latency", found)
+    if limits.memory is not None:
+        found = judge_memory(limits.memory, artifact.latency, artifact.artifact) if artifact.latency else []
+        yield from _measured_load(held, "memory", found)
+
+
+def _measured_load(held: _Held, check: str, found: list[LatencyFinding]) -> Iterator[Check]:
+    if not found:
+        yield held.leave_open(check, 0.0, f"no load was put on a server at target {held.target}, so its {check} is not known")
+    for row in found:
+        yield Check(
+            artifact=held.artifact.artifact,
+            check=row.check,
+            task=row.point or None,
+            value=row.value,
+            interval=row.interval,
+            limit=row.limit,
+            verdict=row.outcome,
+            reason=row.reason,
+            target=held.target,
+        )
+
+
+def _accuracy(held: _Held, limit: AccuracyLimit) -> Iterator[Check]:
+    check = "accuracy.min_recovery"
+    names = held.names(ScoreMetrics)
+    if not names:
+        yield held.unmeasured(check, limit.min_recovery)
+    pairs: dict[str, Pairs] = {}
+    recoveries: dict[str, Recovery] = {}
+    for name in names:
+        if (reason := held.skipped(name)) is not None:
+            yield held.leave_open(check, limit.min_recovery, reason, name)
+            continue
+        pairs[name] = held.pairs(name)
+        found = _recovery(held.artifact.measured.tasks[name], pairs[name], limit, len(names))
+        if found is None:
+            yield held.leave_open(
+                check,
+                limit.min_recovery,
+                f"{name}: the original answers none of the {pairs[name].items:,} items right, so there is nothing to keep; "
+                "choose a task it can do",
+                name,
+            )
+        else:
+            recoveries[name] = found
+    judged = judge_family(recoveries, 1 - limit.confidence)
+    for name, finding in judged.items():
+        yield held.decide(check, limit.min_recovery, finding, _recovery_reason(held, name, pairs[name], finding, limit), name)
+    if limit.overall is not None:
+        yield _overall(held, limit.overall, judged, names)
+
+
+def _recovery(task: TaskMeasurement, pairs: Pairs, limit: AccuracyLimit, tasks: int) -> Recovery | None:
+    if task.look is None or limit.sequential is None:
+        return judge_pairs(pairs, limit.min_recovery, Levels.at(limit.confidence))
+    look = Sequential.even(limit.sequential, limit.confidence, tasks).judge(pairs, task.look - 1, limit.min_recovery)
+    return look.recovery if look is not None else None
+
+
+def _recovery_reason(held: _Held, name: str, pairs: Pairs, finding: Recovery, limit: AccuracyLimit) -> str:
+    flips = count_flips(pairs, limit.confidence)
+    bounds = f" ({100 * finding.interval[0]:.2f}–{100 * finding.interval[1]:.2f} %)" if finding.interval else ""
+    task = held.artifact.measured.tasks[name]
+    failed = task.metrics.failed + held.original.measured.tasks[name].metrics.failed
+    told = f", {failed} of them failed and count 0" if failed else ""
+    stopped = f", settled after part {task.look} of {task.looks}" if task.look and task.looks and task.look < task.looks else ""
+    chance = f" (as uneven by chance: p = {flips.p_value:.2g})" if flips.lost + flips.gained else ""
+    return (
+        f"{name}: recovery {100 * finding.value:.2f} %{bounds} of {finding.items:,} items{told}{stopped}, {flips.lost} lost and "
+        f"{flips.gained} gained{chance}; the limit is "
+        f"{100 * limit.min_recovery:g} %{_outlook(finding, 'items')}"
+    )
+
+
+def _overall(held: _Held, limit: float, recoveries: Mapping[str, Recovery], names: list[str]) -> Check:
+    check = "accuracy.overall"
+    finding = overall_recovery(list(recoveries.values()), limit)
+    if finding is None or len(recoveries) < len(names):
+        return held.leave_open(check, limit, "not every task could be judged, so their mean cannot be")
+    bounds = f" ({100 * finding.interval[0]:.2f}–{100 * finding.interval[1]:.2f} %)" if finding.interval else ""
+    return held.decide(
+        check,
+        limit,
+        finding,
+        f"mean recovery {100 * finding.value:.2f} %{bounds} over {len(recoveries)} tasks; the limit is "
+        f"{100 * limit:g} %{_outlook(finding, 'items')}",
+    )
+
+
+def _perplexity(held: _Held, limit: PerplexityLimit) -> Iterator[Check]:
+    check = "perplexity.max_ratio"
+    names = held.names(PerplexityMetrics)
+    if not names:
+        yield held.unmeasured(check, limit.max_ratio)
+    for name in names:
+        if (reason := held.skipped(name)) is not None:
+            yield held.leave_open(check, limit.max_ratio, reason, name)
+            continue
+        before, after = held.original.measured.windows(name), held.artifact.measured.windows(name)
+        check_pairs(name, before, ((item.id, item.digest) for item in after))
+        both = [(old, new) for old, new in zip(before, after, strict=True) if not old.fault and not new.fault]
+        if len(both) < len(before):
+            yield held.leave_open(
+                check, limit.max_ratio, f"{name}: {len(before) - len(both)} of {len(before):,} windows could not be scored", name
+            )
+            continue
+        finding = judge_perplexity(
+            np.array([old.nll for old, _ in both]),
+            np.array([new.nll for _, new in both]),
+            np.array([old.tokens for old, _ in both], dtype=np.float64),
+            limit.max_ratio,
+            limit.confidence,
+        )
+        bounds = f" ({finding.interval[0]:.4f}–{finding.interval[1]:.4f})" if finding.interval else ""
+        outlook = _outlook(finding, "windows") if finding.interval else ": a single window has no spread; measure more of them"
+        yield held.decide(
+            check,
+            limit.max_ratio,
+            finding,
+            f"{name}: {finding.value:.4f} times the original's perplexity{bounds} over {len(before):,} windows; "
+            f"the limit is {limit.max_ratio:g}{outlook}",
+            name,
+        )
+
+
+def _fidelity(held: _Held, limit: FidelityLimit) -> Iterator[Check]:
+    written = {"max_kl": limit.max_kl, "max_kl_p99": limit.max_kl_p99, "min_top1": limit.min_top1}
+    for name, value in written.items():
+        if value is None:
+            continue
+        check = f"fidelity.{name}"
+        names = [task for task, found in held.original.measured.tasks.items() if _comparable(found)]
+        if not names:
+            yield held.unmeasured(check, value)
+        for task in names:
+            found = held.artifact.measured.tasks.get(task)
+            if found is None or found.fidelity is None:
+                reason = (
+                    held.skipped(task) or f"{task}: was not compared with the original; measure it against the original's record"
+                )
+                yield held.leave_open(check, value, reason, task)
+            else:
+                yield _alike(held, name, value, task, found.fidelity)
+
+
+def _comparable(task: TaskMeasurement) -> bool:
+    return not (isinstance(task.metrics, ScoreMetrics) and task.metrics.task == "adapter")
+
+
+def _alike(held: _Held, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
+    unit = fidelity.unit
+    interval: tuple[float, float] | None = None
+    if name == "min_top1":
+        value, good = fidelity.top1_agreement, fidelity.top1_agreement >= limit
+        shown = f"the same top {'token' if unit == 'token' else 'class'} for {100 * value:.2f} % of {unit}s"
+    elif name == "max_kl_p99":
+        value, good = fidelity.kl_p99, fidelity.kl_p99 <= limit
+        shown = f"KL at most {value:.5f} nats for 99 % of {unit}s"
+    else:
+        value, good, interval = fidelity.kl_mean, fidelity.kl_mean <= limit, fidelity.kl_interval
+        bounds = f" ({interval[0]:.5f}–{interval[1]:.5f})" if interval else ""
+        shown = f"mean KL {value:.5f}{bounds} nats per {unit}"
+        noise = held.original.measured.tasks[task].noise
+        shown += f" (the original asked twice: {noise.kl_mean:.5f})" if noise is not None else ""
+    outcome: Outcome = "pass" if good else "fail"
+    asked = f"{100 * limit:g} %" if name == "min_top1" else f"{limit:g}"
+    reason = f"{task}: {shown}, {fidelity.tokens:,} {unit}s; the limit is {asked}"
+    return held.decide(f"fidelity.{name}", limit, Finding(value, interval, outcome, None), reason, task)
+
+
+def _flips(held: _Held, limit: FlipsLimit) -> Iterator[Check]:
+    check = "flips.max_share"
+    names = held.names(ScoreMetrics)
+    if not names:
+        yield held.unmeasured(check, limit.max_share)
+    for name in names:
+        if (reason := held.skipped(name)) is not None:
+            yield held.leave_open(check, limit.max_share, reason, name)
+            continue
+        flips = count_flips(held.pairs(name), limit.confidence)
+        finding = judge_flips(flips, limit.max_share)
+        bounds = f" ({100 * flips.interval[0]:.2f}–{100 * flips.interval[1]:.2f} %)"
+        reason = (
+            f"{name}: {flips.lost} lost and {flips.gained} gained of {flips.items:,} items, {100 * flips.share:.2f} %{bounds}; the "
+            f"limit is {100 * limit.max_share:g} %{_outlook(finding, 'items')}"
+        )
+        yield held.decide(check, limit.max_share, finding, reason, name)
+
+
+def _liveness(held: _Held, limit: LivenessLimit) -> Check:
+    check = "liveness"
+    before, after = held.original.measured.liveness, held.artifact.measured.liveness
+    if before is None or after is None:
+        return held.leave_open(check, 0.0, "it was not seen whether answers depend on the image; add eval.liveness")
+    gains = [
+        image_gain(
+            [item.score_own for item in items if item.fault is None],
+            [item.score_other for item in items if item.fault is None],
+            [item.cluster for item in items if item.fault is None],
+            limit.confidence,
+        )
+        if any(item.fault is None for item in items)
+        else None
+        for items in (held.original.measured.liveness_items, held.artifact.measured.liveness_items)
+    ]
+    own, found = gains
+    if own is None or found is None:
+        return held.leave_open(check, 0.0, "every question that was to show it failed", after.task)
+    if own.outcome != "pass":
+        return held.leave_open(
+            check,
+            0.0,
+            f"{after.task}: the original itself answers {own.items:,} questions no better with their own image "
+            f"({100 * own.right:.1f} %) than with another ({100 * own.wrong:.1f} %); choose questions whose answers need the image",
+            after.task,
+        )
+    shown = (
+        f"{100 * found.right:.1f} % with the own image, {100 * found.wrong:.1f} % with another, "
+        f"{100 * after.changed_other:.1f} % of answers changed, of {found.items:,} questions (p = {found.p_value:.2g}; the "
+        f"original: {100 * own.right:.1f} % and {100 * own.wrong:.1f} %)"
+    )
+    verdict = "answers depend on the image" if found.outcome == "pass" else "answers do not depend on the image"
+    return held.decide(check, 0.0, found, f"{after.task}: {verdict}: {shown}", after.task)
+
+
+def _size(held: _Held, limit: SizeLimit) -> Iterator[Check]:
+    before, after = held.original.bytes, held.artifact.bytes
+    if limit.max_ratio is not None:
+        ratio = after / before
+        reason = f"{after:,} bytes, {100 * ratio:.2f} % of the original's {before:,}; the limit is {100 * limit.max_ratio:g} %"
+        yield held.decide("size.max_ratio", limit.max_ratio, _within(ratio, limit.max_ratio), reason)
+    if limit.max_bits_per_weight is not None:
+        bits = held.artifact.bits_per_weight
+        if bits is None:
+            yield held.leave_open("size.max_bits_per_weight", limit.max_bits_per_weight, "how many weights there are is not known")
+        else:
+            reason = f"{bits:.3f} bits per weight of the original; the limit is {limit.max_bits_per_weight:g}"
+            yield held.decide(
+                "size.max_bits_per_weight", limit.max_bits_per_weight, _within(bits, limit.max_bits_per_weight), reason
+            )
+    if limit.max_bytes is not None:
+        reason = f"{after:,} bytes; the limit is {limit.max_bytes:,.0f}"
+        yield held.decide("size.max_bytes", limit.max_bytes, _within(after, limit.max_bytes), reason)
+
+
+def _within(value: float, limit: float) -> Finding:
+    return Finding(value, None, "pass" if value <= limit else "fail", None)
+
+
+def _outlook(finding: Finding, items: str) -> str:
+    if finding.outcome != "inconclusive":
+        return ""
+    if finding.items_needed is None:
+        return f": what was observed stands at the limit, so no number of {items} would settle it"
+    return f": {finding.items_needed:,} {items} would settle it"

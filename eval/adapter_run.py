@@ -1,0 +1,226 @@
+"""Running a harness in its own environment against a session's server, and taking in what it found."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+
+from compress.errors import DataError, MissingError, RecipeError, ServerError, UsageError
+from compress.eval.adapter import ENVIRONMENTS
+from compress.eval.results import AdapterItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
+from compress.eval.task import TaskContext
+from compress.files import write_json
+from compress.progress import Progress
+from compress.runtimes.environment import require
+from compress.runtimes.server import Server, run_server
+
+if TYPE_CHECKING:
+    from compress.eval.adapter import Adapter
+
+_WORKER = Path(__file__).with_name("adapter_worker.py")
+_KEY = "COMPRESS_ADAPTER_KEY"
+_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
+_SETTINGS = {
+    "CUDA_VISIBLE_DEVICES": "",  # the server has the GPU; lmms-eval would take a share of it
+    "DO_NOT_TRACK": "1",
+    "NO_COLOR": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}
+_LOOPBACK = "127.0.0.1,localhost"
+_OFFLINE = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
+_INTERVAL = 0.25
+_ASKED = re.compile(rb"(?:Model Responding|Requesting API): +\d+%[^\r\n]*?(\d+)/(\d+) \[")
+_SHOWN = 1200
+
+
+@dataclass(frozen=True)
+class Job:
+    """What the worker is told."""
+
+    harness: str
+    benchmark: str
+    url: str
+    model: str
+    metric: str | None
+    filter: str | None
+    samples: int | None
+    fewshot: int | None
+    chat: bool
+    include_path: str | None
+    concurrency: int
+    seconds: int
+    tokenizer: str
+    max_length: int | None
+    journal: str
+    items: str
+    outcome: str
+
+
+def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
+    """Do what `Adapter.measure` says."""
+    endpoint: Any = getattr(context.session, "endpoint", None)
+    if endpoint is None:
+        raise UsageError(f"task {task.name}: adapter needs a server: set eval.runtime to vllm or endpoint")
+    with tempfile.TemporaryDirectory(prefix="compress-adapter-") as folder:
+        told, items = _run(task, context, endpoint, Path(folder))
+    if context.against is not None:
+        original = [item for item in read_items(context.against, task.name) if isinstance(item, AdapterItem)]
+        check_pairs(task.name, original, ((item.id, item.digest) for item in items))
+    write_items(context.target, task.name, items)
+    failed = sum(item.fault is not None for item in items)
+    metrics = ScoreMetrics(
+        task="adapter",
+        metric=told["metric"],
+        score=sum(item.score for item in items) / len(items),
+        items=len(items),
+        failed=failed,
+        binary=all(item.score in (0.0, 1.0) for item in items),
+        details=told["details"],
+    )
+    return TaskMeasurement(name=task.name, metrics=metrics)
+
+
+def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tuple[dict[str, Any], list[AdapterItem]]:
+    """Run the harness to its end; return what it says of the whole, and its items."""
+    name = ENVIRONMENTS[task.harness]
+    client = cast("httpx.Client", endpoint.client)
+    job = Job(
+        harness=task.harness,
+        benchmark=task.benchmark,
+        url=str(client.base_url).rstrip("/"),
+        model=str(endpoint.model),
+        metric=task.metric,
+        filter=task.filter,
+        samples=task.samples,
+        fewshot=task.fewshot,
+        chat=task.chat,
+        include_path=task.include_path,
+        concurrency=task.concurrency,
+        seconds=task.request_seconds,
+        tokenizer=str(context.original.absolute()),
+        max_length=_context_length(client, str(endpoint.model)),
+        journal=str((context.target / "journal" / f"{task.name}.harness.jsonl").absolute()),
+        items=str(folder / "items.jsonl"),
+        outcome=str(folder / "outcome.json"),
+    )
+    write_json(folder / "job.json", asdict(job))
+    python = require(name).python
+    log = context.logs.absolute() / f"{name}-{task.name}.log"
+    command = [str(python), "-I", "-u", str(_WORKER), str(folder / "job.json")]  # isolated: eval/ must not be importable
+    key = str(client.headers.get("Authorization", "")).removeprefix("Bearer ")
+    with run_server(name, command, _variables(key), log) as server:
+        _follow(server, endpoint, name, context.progress)
+        told = _outcome(task, job, server)
+    lines = Path(job.items).read_text(encoding="utf-8").splitlines()
+    items = [AdapterItem.model_validate_json(line) for line in lines]
+    _check_answers(task, items, log, context.progress)
+    return told, items
+
+
+def _context_length(client: httpx.Client, model: str) -> int | None:
+    """Return how many tokens the server takes, None where it does not tell: lm-eval cuts what is longer."""
+    try:
+        rows = client.get("/v1/models").raise_for_status().json()["data"]
+    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        return None
+    found = {row.get("id"): row.get("max_model_len") for row in cast("list[dict[str, Any]]", rows)}.get(model)
+    return found if isinstance(found, int) else None
+
+
+def _variables(key: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if name not in _DROPPED}
+    proxied = {name: ",".join(filter(None, (kept.get(name), _LOOPBACK))) for name in ("NO_PROXY", "no_proxy")}
+    return kept | _SETTINGS | proxied | {_KEY: key}
+
+
+def _follow(server: Server, endpoint: Any, name: str, progress: Progress) -> None:
+    """Tell how far the harness is, by its log, until it ends; an end of the server that it asks ends it too."""
+    done, total, place = 0, 0, server.start
+    with ExitStack() as tasks, server.log.open("rb") as log:
+        advance = tasks.enter_context(progress.task(f"{name}: load", 1, "tasks"))
+        while True:
+            ended = server.process.poll() is not None
+            endpoint.check()
+            log.seek(place)
+            new = log.read()
+            place += new.rfind(b"\r") + 1 if b"\r" in new else 0
+            for found in _ASKED.finditer(new):
+                at, of = int(found.group(1)), int(found.group(2))
+                if of != total or at < done:
+                    advance(0 if total else 1)
+                    tasks.close()
+                    done, total = 0, of
+                    advance = tasks.enter_context(progress.task(f"{name}: ask", of, "requests"))
+                advance(at - done)
+                done = at
+            if ended:
+                return
+            time.sleep(_INTERVAL)
+
+
+def _outcome(task: Adapter, job: Job, server: Server) -> dict[str, Any]:
+    """Return what the worker said, or raise what ended it."""
+    where = f"task {task.name}: {server.name}"
+    path = Path(job.outcome)
+    if not path.is_file():
+        raise ServerError(f"{where} was ended before it was done; the machine may have run out of memory.\n{server.last_words()}")
+    told = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+    if "failed" not in told:
+        return told
+    log, message = f"Its log is {server.log}", str(told["message"])[:_SHOWN]
+    match told["failed"]:
+        case "name":
+            raise RecipeError([f"{where}: {message}; correct benchmark, or name its folder as include_path. {log}"])
+        case "metric":
+            raise RecipeError([f"{where}: {message}. {log}"])
+        case "data":
+            raise MissingError(f"{where}: {message}\n{_data_remedy(os.environ)} {log}")
+        case failed:
+            raise ServerError(f"{where} failed with {failed}: {message}\n{_remedy(task, failed)} {log}")
+
+
+def _data_remedy(variables: Mapping[str, str]) -> str:
+    offline = sorted(name for name in _OFFLINE if variables.get(name, "").upper() in {"1", "TRUE", "YES", "ON"})
+    if offline:
+        return f"{' and '.join(offline)} is set: the data must be in the hub's cache; unset it to fetch them."
+    return (
+        "The harness reads its data itself, from the hub: see that it is reached and the data set open to you (HF_TOKEN), and that "
+        "the files of include_path name files that are there."
+    )
+
+
+def _remedy(task: Adapter, failed: str) -> str:
+    if failed in {"NotImplementedError", "AssertionError"} and task.harness == "lmms":
+        return "lmms-eval asks a server for text alone: tasks that compare likelihoods cannot be run so."
+    if failed == "NotImplementedError":
+        return "Likelihoods are asked for by completions: leave out chat."
+    return "What went wrong lies in the harness or the task's own code; try it with samples: 8."
+
+
+def _check_answers(task: Adapter, items: list[AdapterItem], log: Path, progress: Progress) -> None:
+    """See that there are items, and that the server answered some; warn of those it did not."""
+    name = ENVIRONMENTS[task.harness]
+    if not items:
+        raise DataError(f"task {task.name}: {name} found no item to ask; its log is {log}")
+    failed = [item for item in items if item.fault is not None]
+    if len(failed) == len(items):
+        raise ServerError(
+            f"task {task.name}: {name} had no answer to any of its {len(items):,} items ({failed[0].fault}); see that the server "
+            f"serves this model and takes such requests. Its log is {log}"
+        )
+    if failed:
+        progress.warn(
+            f"task {task.name}: {len(failed):,} of {len(items):,} items have no answer and count 0, such as {failed[0].id}: "
+            f"{failed[0].fault}"
+        )

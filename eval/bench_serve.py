@@ -1,0 +1,111 @@
+"""Load by vLLM's own `vllm bench serve`, run from vLLM's environment."""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+from compress.errors import ServerError
+from compress.eval.latency import LoadPoint
+from compress.eval.load import Load, Sample
+from compress.files import telling_where
+from compress.runtimes.runtime import Environment, Served
+from compress.runtimes.vllm_start import plain_environment
+
+_STARTUP_SECONDS = 600
+_SHOWN_LINES = 12
+_WORDS = 200
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What `vllm bench serve` is run with: vLLM's environment, the artifact whose tokenizer makes the text, where logs belong."""
+
+    environment: Environment
+    artifact: Path
+    logs: Path
+    request_seconds: float
+    trust_remote_code: bool = False
+
+
+def bench_serve(bench: Bench, served: Served, point: LoadPoint, requests: int, seed: int) -> Load:
+    """Put load on a server with vLLM's client: random text and images, answers of a fixed length, one result per request.
+
+    The server's key is in the client's environment alone. Its own warm-up is left out: that asks the first request again and again,
+    whose image the server then knows already.
+
+    Raises:
+        ServerError: the client failed; its last lines are in the message.
+    """
+    name = f"bench-{secrets.token_hex(4)}"
+    with telling_where(bench.logs):
+        bench.logs.mkdir(parents=True, exist_ok=True)
+    saving = ("--save-result", "--save-detailed", "--result-dir", str(bench.logs), "--result-filename", f"{name}.json")
+    command = [*_command(bench, served, point, requests, seed), *saving]
+    variables = plain_environment() | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    variables |= {"OPENAI_API_KEY": served.key} if served.key else {}
+    limit = _STARTUP_SECONDS + math.ceil(requests / point.concurrency) * bench.request_seconds
+    try:
+        run = subprocess.run(
+            command,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ServerError(
+            f"{served.url}: vllm bench serve did not end within {limit:g} seconds; look into the server's log"
+        ) from error
+    path = bench.logs / f"{name}.json"
+    if run.returncode != 0 or not path.is_file():
+        said = "\n".join(f"  {line}" for line in (run.stdout + run.stderr).splitlines()[-_SHOWN_LINES:])
+        raise ServerError(f"{served.url}: vllm bench serve ended with exit code {run.returncode}:\n{said}")
+    return read_bench(path)
+
+
+def read_bench(path: Path) -> Load:
+    """Read what `vllm bench serve --save-result --save-detailed` wrote.
+
+    Raises:
+        ServerError: it holds no result for each request; another vLLM wrote it.
+    """
+    try:
+        content = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+        rows = zip(content["ttfts"], content["itls"], content["output_lens"], content["errors"], strict=True)
+        samples = tuple(_sample(*row) for row in rows)
+        began = min((float(start) for start in content["start_times"] if start), default=0.0)
+        return Load(samples, float(content["duration"]), "vllm bench serve", began)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ServerError(f"{path}: holds no result of vllm bench serve for each request ({error}); install vLLM anew") from error
+
+
+def _sample(ttft: float, gaps: list[float], tokens: int, fault: str) -> Sample:
+    if fault or not tokens:
+        lines = [line for line in fault.splitlines() if line.strip()]
+        return Sample(0.0, (), 0, (lines[-1].strip() if lines else "no answer")[:_WORDS])
+    return Sample(float(ttft), tuple(float(gap) for gap in gaps), int(tokens))
+
+
+def _command(bench: Bench, served: Served, point: LoadPoint, requests: int, seed: int) -> list[str]:
+    command = [str(bench.environment.python), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai-chat"]
+    command += ["--base-url", served.url, "--endpoint", "/v1/chat/completions"]
+    command += ["--model", served.model, "--served-model-name", served.model, "--tokenizer", str(bench.artifact)]
+    command += ["--random-input-len", str(point.prompt_tokens), "--random-output-len", str(point.output_tokens)]
+    command += ["--random-range-ratio", "0", "--num-prompts", str(requests), "--max-concurrency", str(point.concurrency)]
+    command += ["--seed", str(seed), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
+    command += ["--trust-remote-code"] if bench.trust_remote_code else []
+    if not point.images:
+        return [*command, "--dataset-name", "random"]
+    command += ["--dataset-name", "random-mm", "--random-mm-base-items-per-request", str(point.images)]
+    command += ["--random-mm-num-mm-items-range-ratio", "0"]
+    command += ["--random-mm-limit-mm-per-prompt", json.dumps({"image": point.images})]
+    return [*command, "--random-mm-bucket-config", f"{{({point.height}, {point.width}, 1): 1.0}}"]

@@ -1,0 +1,297 @@
+"""Load on an OpenAI-compatible server: seeded requests, so many under way at once, each answer's stream with its times."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import json
+import re
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import httpx
+import numpy as np
+from PIL import Image
+
+from compress.errors import MissingError, ServerError
+from compress.eval.latency import LoadPoint
+from compress.runtimes.runtime import Prompt, Served
+
+_PATH = "/v1/chat/completions"
+_CONNECT_SECONDS = 30
+_WORDS = 200
+_ATTEMPTS = 10
+_END = re.compile(rb"\r?\n\r?\n")
+_DONE = "[DONE]"
+
+Client = Literal["vllm bench serve", "compress"]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One request: seconds until the first piece of the answer, and between its pieces; `fault` says why it has no answer.
+
+    Where a server sends a piece that only says who speaks, as vLLM does with the first token, that is the first piece.
+    """
+
+    ttft: float
+    gaps: tuple[float, ...]
+    tokens: int
+    fault: str | None = None
+
+    @property
+    def seconds(self) -> float:
+        """From sending the request to the answer's last piece."""
+        return self.ttft + sum(self.gaps)
+
+    @property
+    def between_tokens(self) -> tuple[float, ...]:
+        """The gaps that lie between two tokens: not the one after a piece that only says who speaks."""
+        return self.gaps[1:] if len(self.gaps) >= self.tokens > 0 else self.gaps
+
+
+@dataclass(frozen=True)
+class Load:
+    """All requests of one load, in the order they were made up, and the seconds that the whole took.
+
+    `began` is when the first was sent, by the clock of `time.perf_counter`.
+    """
+
+    samples: tuple[Sample, ...]
+    seconds: float
+    client: Client
+    began: float = 0.0
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """What a server takes beside the messages; `fixed_length` says whether answers can be made as long as asked."""
+
+    limit: str = "max_completion_tokens"
+    fixed_length: bool = True
+    usage: bool = True
+
+    def options(self, output_tokens: int) -> dict[str, Any]:
+        """Return the keys of a request's body."""
+        options: dict[str, Any] = {self.limit: output_tokens, "temperature": 0.0, "stream": True}
+        options |= {"ignore_eos": True} if self.fixed_length else {}
+        return options | ({"stream_options": {"include_usage": True}} if self.usage else {})
+
+
+DIALECTS = (Dialect(), Dialect(fixed_length=False), Dialect("max_tokens", fixed_length=False, usage=False))
+"""What is tried one after the other: vLLM's own, any newer server's, any older one's."""
+
+
+@dataclass(frozen=True)
+class Requests:
+    """What is asked: bodies without the model and the options, made by one seed for one point from a tokenizer."""
+
+    point: LoadPoint
+    messages: tuple[list[dict[str, Any]], ...]
+
+    def bodies(self, model: str, dialect: Dialect) -> list[bytes]:
+        """Return the requests' bodies for a model in a server's dialect."""
+        options = {"model": model} | dialect.options(self.point.output_tokens)
+        return [json.dumps(options | {"messages": messages}).encode() for messages in self.messages]
+
+
+def make_prompts(artifact: Path, point: LoadPoint, count: int, seed: int) -> list[Prompt]:
+    """Return prompts with text of random tokens and JPEG images of random pixels; the same for the same seed and tokenizer.
+
+    As in `vllm bench serve`, whose requests these are like, a text read back by the tokenizer may be a token longer or shorter.
+
+    Raises:
+        MissingError: the artifact has no tokenizer that can be read.
+    """
+    random = np.random.default_rng(seed)
+    texts = _texts(artifact, point.prompt_tokens, count, random)
+    return [
+        Prompt(f"load-{number}", text, tuple(_image(random, point.width, point.height) for _ in range(point.images)))
+        for number, text in enumerate(texts)
+    ]
+
+
+def make_requests(artifact: Path, point: LoadPoint, count: int, seed: int) -> Requests:
+    """Return requests with such prompts; see `make_prompts`."""
+    messages: list[list[dict[str, Any]]] = []
+    for prompt in make_prompts(artifact, point, count, seed):
+        urls = [f"data:image/jpeg;base64,{base64.b64encode(image).decode()}" for image in prompt.images]
+        parts = [{"type": "text", "text": prompt.text}, *({"type": "image_url", "image_url": {"url": url}} for url in urls)]
+        messages.append([{"role": "user", "content": parts if urls else prompt.text}])
+    return Requests(point, tuple(messages))
+
+
+def put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float) -> Load:
+    """Send all requests, so many at a time, and read every answer's stream to its end.
+
+    A request that fails is a sample with its fault. Nothing of an answer is looked into before the last one has ended, so that
+    the reading costs the server's machine no time.
+    """
+    return asyncio.run(_put_load(served, bodies, concurrency, request_seconds))
+
+
+def warm_up(served: Served, requests: Requests, request_seconds: float) -> Dialect:
+    """Send requests that do not count; return the dialect in which the server answers.
+
+    Raises:
+        ServerError: it answers in none; its own words are in the message.
+    """
+    first, fault = Requests(requests.point, requests.messages[:1]), ""
+    for dialect in DIALECTS:
+        sample = put_load(served, first.bodies(served.model, dialect), 1, request_seconds).samples[0]
+        if sample.fault is None:
+            rest = Requests(requests.point, requests.messages[1:])
+            put_load(served, rest.bodies(served.model, dialect), requests.point.concurrency, request_seconds)
+            return dialect
+        fault = sample.fault
+        if not fault.startswith(("400", "422")):
+            break
+    raise ServerError(f"{served.url}: does not answer a request of the load ({fault}); {_remedy(fault)}")
+
+
+def _remedy(fault: str) -> str:
+    if fault.startswith(("401", "403")):
+        return "set key_variable to the environment variable that holds its key"
+    if fault.startswith("400"):
+        return "ask for fewer tokens or smaller images, or raise max_model_len"
+    return "see that it serves, then measure again"
+
+
+async def _put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float) -> Load:
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    headers |= {"Authorization": f"Bearer {served.key}"} if served.key else {}
+    samples: list[Sample | None] = [None] * len(bodies)
+    streams: list[_Stream | None] = [None] * len(bodies)
+    waiting = iter(enumerate(bodies))
+    async with httpx.AsyncClient(
+        base_url=served.url,
+        headers=headers,
+        timeout=httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS, pool=None),
+        limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
+        trust_env=served.process is None,  # no proxy stands between this machine and itself
+    ) as client:
+
+        async def work() -> None:
+            for place, body in waiting:
+                found = await _ask(client, body, request_seconds)
+                if isinstance(found, str):
+                    samples[place] = Sample(0.0, (), 0, found)
+                else:
+                    streams[place] = found
+
+        began = time.perf_counter()
+        await asyncio.gather(*(work() for _ in range(min(concurrency, len(bodies)))))
+        seconds = time.perf_counter() - began
+    read = [sample or _read(cast("_Stream", stream)) for sample, stream in zip(samples, streams, strict=True)]
+    return Load(tuple(read), seconds, "compress", began)
+
+
+@dataclass(frozen=True)
+class _Stream:
+    """An answer as it came: when the request was sent, and each piece of bytes with its time."""
+
+    sent: float
+    pieces: list[tuple[float, bytes]]
+
+
+async def _ask(client: httpx.AsyncClient, body: bytes, seconds: float) -> _Stream | str:
+    """Return an answer's stream, or why there is none."""
+    clock = time.perf_counter
+    stream = _Stream(clock(), [])
+    try:
+        async with asyncio.timeout(seconds), client.stream("POST", _PATH, content=body) as response:
+            if not response.is_success:
+                return f"{response.status_code}: {_told((await response.aread()).decode(errors='replace'))}"
+            async for piece in response.aiter_raw():
+                stream.pieces.append((clock(), piece))
+    except TimeoutError:
+        return f"no answer within {seconds:g} seconds"
+    except httpx.HTTPError as error:
+        return f"{type(error).__name__}: {error}"[:_WORDS]
+    return stream
+
+
+def _told(text: str) -> str:
+    """Return a server's own words on a failure."""
+    try:
+        content: Any = json.loads(text)
+        text = str(content["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        pass
+    return " ".join(text.split())[:_WORDS]
+
+
+def _read(stream: _Stream) -> Sample:
+    """Return the times in an answer's stream of server-sent events (OpenAI chat completion chunks)."""
+    times: list[float] = []
+    spoken, told, ended = 0, 0, False
+    for moment, data in _events(stream.pieces):
+        if data == _DONE:
+            ended = True
+            continue
+        try:
+            event: Any = json.loads(data)
+            choices: Any = event.get("choices")
+            usage: Mapping[str, Any] = event.get("usage") or {}
+            told = int(usage.get("completion_tokens") or told)
+            if event.get("error"):
+                return Sample(0.0, (), 0, _told(data))
+            if choices:
+                times.append(moment)
+                spoken += bool(choices[0].get("delta", {}).get("content"))
+                ended = ended or choices[0].get("finish_reason") is not None
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+            return Sample(0.0, (), 0, "the stream holds what is no chunk of an answer")
+    if not times or not ended:
+        return Sample(0.0, (), 0, "the stream ended before the answer did")
+    gaps = tuple(after - before for before, after in pairwise(times))
+    return Sample(times[0] - stream.sent, gaps, told or spoken)
+
+
+def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, str]]:
+    """Give the data of each event with the time its last byte came."""
+    rest = b""
+    closed = [*pieces, (pieces[-1][0], b"\n\n")] if pieces else []
+    for moment, piece in closed:
+        *whole, rest = _END.split(rest + piece)
+        for event in whole:
+            lines = event.decode(errors="replace").splitlines()
+            data = "\n".join(line.removeprefix("data:").lstrip(" ") for line in lines if line.startswith("data:"))
+            if data:
+                yield moment, data
+
+
+def _image(random: np.random.Generator, width: int, height: int) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+def _texts(artifact: Path, tokens: int, count: int, random: np.random.Generator) -> list[str]:
+    """Return texts of about so many random tokens."""
+    from tokenizers import Tokenizer
+
+    path = artifact / "tokenizer.json"
+    if not path.is_file():
+        raise MissingError(f"{path}: is not there, and load is made of its tokens; fetch the model again")
+    tokenizer: Any = Tokenizer.from_file(str(path))
+    marks = set(tokenizer.get_added_tokens_decoder())
+    plain = np.array([number for number in range(tokenizer.get_vocab_size(with_added_tokens=False)) if number not in marks])
+
+    def text() -> str:
+        ids = [int(number) for number in random.choice(plain, tokens)]
+        for _ in range(_ATTEMPTS):
+            written = str(tokenizer.decode(ids, skip_special_tokens=False))
+            ids = list(tokenizer.encode(written, add_special_tokens=False).ids)
+            if len(ids) == tokens:
+                return written
+            missing = tokens - len(ids)
+            ids = [*ids[:tokens], *(int(number) for number in random.choice(plain, max(missing, 0)))]
+        return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+    return [text() for _ in range(count)]

@@ -1,0 +1,273 @@
+"""The metrics on cases worked out by hand from their published definitions."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+
+import pytest
+
+from compress.eval.metrics import BINARY, METRICS, answers_fault, figures_of, load_metric
+from compress.eval.metrics.anls import anls, edit_distance
+from compress.eval.metrics.cider import Cider, tokens
+from compress.eval.metrics.letter import letter, named_option
+from compress.eval.metrics.relaxed import relaxed
+from compress.eval.metrics.vqa_vote import vqa_vote
+from compress.eval.metrics.yes_no import says_yes, yes_no, yes_no_figures
+
+OPTIONS = ("a red fox", "a blue whale", "7", "none of these")
+
+
+def test_every_metric_gives_scores_from_0_to_1_and_binary_ones_nothing_between() -> None:
+    answers = ["yes", "no", "B", "12", "12.4", "the red fox", "", "(C) 7"]
+    for name in METRICS:
+        metric = load_metric(name)
+        scores = {float(metric(said, [accepted] * 10)) for said in answers for accepted in answers if accepted}
+        assert all(0 <= score <= 1 for score in scores)
+        assert {0.0, 1.0} <= scores
+        assert name not in BINARY or scores == {0.0, 1.0}
+
+
+# https://visualqa.org/evaluation.html: min(people who said it / 3, 1), averaged over all ten sets of nine people
+@pytest.mark.parametrize(("agreeing", "score"), [(0, 0.0), (1, 0.3), (2, 0.6), (3, 0.9), (4, 1.0), (9, 1.0), (10, 1.0)])
+def test_votes_are_averaged_over_leaving_each_person_out(agreeing: int, score: float) -> None:
+    accepted = ["red"] * agreeing + [f"other {number}" for number in range(10 - agreeing)]
+    assert vqa_vote("red", accepted) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("said", "accepted"),
+    [
+        ("Two", "2"),  # number words become digits
+        ("2.", "two"),
+        ("a dog", "The dog!"),  # articles and punctuation vanish
+        ("dont know", "don't know"),  # contractions get their apostrophe
+        ("100,978", "100978"),
+        ("2:50 PM", "2:50 pm"),  # colons stay
+        ("none", "0"),
+    ],
+)
+def test_votes_are_compared_in_the_published_form(said: str, accepted: str) -> None:
+    assert vqa_vote(said, [accepted] * 3 + ["other"] * 7) == pytest.approx(0.9)
+    assert vqa_vote(said, ["other"] * 10) == 0
+
+
+def test_a_blank_answer_of_a_person_agrees_with_nobody() -> None:
+    assert vqa_vote("red", ["red"] * 3 + ["blue"] * 4) == pytest.approx(0.9)  # the three blank ones are not among the accepted
+
+
+def test_votes_need_the_answers_of_several_people() -> None:
+    assert answers_fault("vqa_vote", ["red"] * 9) is None
+    fault = answers_fault("vqa_vote", ["red"])
+    assert fault == "has 1 accepted answers, and vqa_vote counts those of ten people; use metric: exact_match"
+    assert answers_fault("anls", ["red"]) is None
+    assert answers_fault("anls", []) == "has no accepted answer; add one"
+
+
+# arXiv 2203.10244, section 5.1: "within 5% of the gold answer"; "for non-numeric answers, we still need an exact match"
+@pytest.mark.parametrize(
+    ("said", "accepted", "score"),
+    [
+        ("105", "100", 1.0),
+        ("95", "100", 1.0),
+        ("105.1", "100", 0.0),
+        ("94.9", "100", 0.0),
+        ("-1.04", "-1", 1.0),
+        ("1", "-1", 0.0),
+        ("0.5", "50%", 1.0),  # a percent sign divides by 100
+        ("48%", "50%", 1.0),
+        ("50", "50%", 0.0),
+        ("50%", "50", 0.0),
+        ("2019", "2020", 1.0),  # years are numbers like others
+        ("1900", "2020", 0.0),
+        ("0", "0", 1.0),  # nothing is within 5 % of 0 but itself, as a text
+        ("0.0", "0", 0.0),
+        ("0.01", "0", 0.0),
+        ("Yes", "yes", 1.0),
+        ("Yes.", "yes", 0.0),
+        ("1,000", "1000", 0.0),
+        ("United States", "united states", 1.0),
+        ("nan", "nan", 1.0),
+        ("inf", "5", 0.0),
+        ("", "5", 0.0),
+        (" 14 \n", "14", 1.0),
+    ],
+)
+def test_numbers_may_be_5_percent_off(said: str, accepted: str, score: float) -> None:
+    assert relaxed(said, [accepted]) == score
+    assert relaxed(said, ["something else", accepted]) == score
+
+
+# arXiv 1907.00490, equation 1, and arXiv 2007.00398, section 4.1: 1 - NL where NL < 0.5, else 0; case does not count, spaces do
+@pytest.mark.parametrize(
+    ("said", "accepted", "score"),
+    [
+        ("Amsterdam", ["amsterdam"], 1.0),
+        ("amsterdm", ["amsterdam"], 1 - 1 / 9),
+        ("abcd", ["abxy"], 0.0),  # half of the letters are wrong: at the threshold
+        ("abcde", ["abcxy"], 1 - 2 / 5),  # below it
+        ("abcde", ["abxyz"], 0.0),  # above it
+        ("ab", ["a b"], 1 - 1 / 3),
+        ("  a   b ", ["a b"], 1.0),
+        ("red", ["blue", "reds"], 0.75),  # the best of the accepted ones
+        ("", ["x"], 0.0),
+        ("a very long answer about 12", ["12"], 0.0),
+    ],
+)
+def test_letters_that_must_change(said: str, accepted: list[str], score: float) -> None:
+    assert anls(said, accepted) == pytest.approx(score, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "distance"), [("kitten", "sitting", 3), ("flaw", "lawn", 2), ("", "abc", 3), ("abc", "", 3), ("ab", "ba", 2)]
+)
+def test_edit_distance(one: str, other: str, distance: int) -> None:
+    assert edit_distance(one, other) == edit_distance(other, one) == distance
+
+
+@pytest.mark.parametrize(
+    ("said", "place"),
+    [
+        ("B", 1),
+        ("b", 1),
+        (" (b). ", 1),
+        ("B.", 1),
+        ("B: a blue whale", 1),
+        ("The answer is (C).", 2),
+        ("(A) cannot be, so it is (D)", 3),  # the last one counts
+        ("A is wrong, so it is C.", 2),
+        ("a blue whale", 1),
+        ("A blue whale.", 1),  # its text, though it begins with a letter
+        ("7", 2),
+        ("I believe that it must be a blue whale here", 1),  # more than five words, and the text of one of them
+        ("one might think a red fox, but it is a blue whale", 1),
+        ("it is 7", None),  # too short to look for a text in it
+        ("E", None),  # there is no fifth
+        ("DNA", None),  # no letter of its own
+        ("B's", None),
+        ("I do not know what this is at all", None),
+        ("", None),
+    ],
+)
+def test_the_option_that_an_answer_names(said: str, place: int | None) -> None:
+    assert named_option(said, OPTIONS) == place
+
+
+def test_equal_options_are_told_by_their_letter_alone() -> None:
+    assert named_option("same", ("same", "same")) is None
+    assert named_option("B", ("same", "same")) == 1
+
+
+def test_a_letter_beside_accepted_letters() -> None:
+    assert letter("The answer is (C).", ["C"]) == 1
+    assert letter("c", ["C"]) == 1
+    assert letter("B", ["C"]) == 0
+    assert letter("nothing", ["C"]) == 0
+
+
+# https://github.com/RUCAIBox/POPE, evaluate.py: no where the first sentence has the word "no" or "not", else yes
+@pytest.mark.parametrize(
+    ("said", "yes"),
+    [
+        ("Yes", True),
+        ("No", False),
+        ("no, there is none", False),
+        ("There is not.", False),
+        ("Yes. There is no cat, though.", True),
+        ("Nothing of the kind", True),  # as published
+        ("", True),
+    ],
+)
+def test_yes_and_no(said: str, yes: bool) -> None:
+    assert says_yes(said) is yes
+    assert yes_no(said, ["yes"]) == float(yes)
+    assert yes_no(said, ["no"]) == float(not yes)
+
+
+def test_precision_recall_and_f1_of_yes() -> None:
+    said = ["yes", "yes", "yes", "no", "no", None, None]
+    wanted = ["yes", "yes", "no", "yes", "no", "yes", "no"]
+    found = yes_no_figures([(one, [other]) for one, other in zip(said, wanted, strict=True)])
+    # 2 hits, 2 false alarms (one without an answer), 2 misses (one without an answer)
+    assert found == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 4 / 7}
+    assert figures_of("yes_no", [("no", ["no"])]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_share": 0.0}
+    assert figures_of("anls", [("no", ["no"])]) == {}
+
+
+REFERENCES = [
+    ["a man rides a brown horse", "a man on a horse", "the man is riding"],
+    ["two dogs play in the snow", "dogs run through deep snow"],
+    ["a man eats a red apple", "somebody eats an apple"],
+]
+
+
+def cider_by_the_formula(said: str, references: Sequence[str], corpus: Sequence[Sequence[str]]) -> float:
+    """CIDEr-D of arXiv 1411.5726: equations 1 to 4, the Gaussian penalty and the clipping of section 5, as COCO's script sets them."""
+
+    def grams(text: str, n: int) -> Counter[str]:
+        words = text.split()
+        return Counter(" ".join(words[i : i + n]) for i in range(len(words) - n + 1))
+
+    def weights(text: str, n: int) -> dict[str, float]:
+        images = len(corpus)
+        return {
+            gram: times * math.log(images / max(1, sum(any(gram in grams(text, n) for text in texts) for texts in corpus)))
+            for gram, times in grams(text, n).items()
+        }
+
+    def norm(vector: dict[str, float]) -> float:
+        return math.sqrt(sum(value * value for value in vector.values()))
+
+    total = 0.0
+    for n in (1, 2, 3, 4):
+        for reference in references:
+            one, other = weights(said, n), weights(reference, n)
+            dot = sum(min(one.get(gram, 0.0), value) * value for gram, value in other.items())
+            length = norm(one) * norm(other)
+            gap = len(said.split()) - len(reference.split())
+            total += (dot / length if length else 0.0) * math.exp(-(gap**2) / (2 * 6**2)) / len(references)
+    return 10 * total / 4
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (0, "a man rides a brown horse"),
+        (0, "a man rides a horse"),
+        (0, "a horse a horse a horse"),  # clipped: a horse is counted once
+        (0, "brown horse"),
+        (1, "a man rides a brown horse"),
+        (1, "dogs in the deep snow play two games of chess with a man for hours"),
+        (2, "somebody eats an apple"),
+        (2, "zebras"),
+    ],
+)
+def test_cider_is_that_of_the_formula(place: int, said: str) -> None:
+    expected = cider_by_the_formula(said, REFERENCES[place], REFERENCES)
+    assert Cider(REFERENCES).score(said, REFERENCES[place]) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+
+
+def test_cider_worked_out_by_hand() -> None:
+    # two images with one caption each; no n-gram stands in both, so every weight is its count times log 2
+    cider = Cider([["red square"], ["blue circle"]])
+    # the same words: cosines 1 for n = 1 and 2, none for 3 and 4 as there are no such n-grams: 10 * 2 / 4
+    assert cider.score("Red square.", ["red square"]) == pytest.approx(5.0)
+    # one of two words: (log 2)² / (log 2 * sqrt(2) log 2) = 1 / sqrt(2) for n = 1, and one word less: exp(-1 / 72)
+    assert cider.score("red", ["red square"]) == pytest.approx(10 / 4 / math.sqrt(2) * math.exp(-1 / 72))
+    # another order: cosine 1 for n = 1, no common pair
+    assert cider.score("square red", ["red square"]) == pytest.approx(2.5)
+    assert cider.score("", ["red square"]) == 0
+
+
+def test_words_that_every_image_has_weigh_nothing() -> None:
+    cider = Cider([["a cat"], ["a dog"]])
+    assert cider.score("a", ["a cat"]) == 0
+    assert cider.score("a cat", ["a cat"]) == pytest.approx(5.0)
+
+
+def test_words_as_the_treebank_tokenizer_gives_them() -> None:
+    assert tokens("A man's dog, it seems, doesn't like (red) T-shirts!") == [
+        *("a", "man", "'s", "dog", "it", "seems", "does", "n't", "like", "red", "t-shirts"),
+    ]
+    assert tokens("It\u2019s 3.5 or 10:30; they\u2019re at the\u2026 \u201cend\u201d") == [
+        *("it", "'s", "3.5", "or", "10:30", "they", "'re", "at", "the", "end"),
+    ]
