@@ -1,5 +1,6 @@
 # make demo    the whole way on a small model that ships here: no GPU, no hub, no server
 # make test    every test, vLLM and llm-compressor in their own environments included
+# make browser Chromium, for the tests of the HTML report, where there is none
 # make check   format, lint and types
 # make lock    resolve the tested set of versions again
 
@@ -9,7 +10,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check lock clean
+.PHONY: help demo test browser check lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -30,12 +31,18 @@ $(VENV)/.developer: $(VENV)/.user requirements/developer.txt
 demo: $(VENV)/.user
 	$(BIN)/compress run recipes/demo.yaml
 
-test: $(VENV)/.developer
+test: $(VENV)/.developer browser
 	$(BIN)/compress runtime install vllm
 	$(BIN)/compress runtime install llmcompressor
 	$(BIN)/compress runtime install lmms-eval
 	$(BIN)/compress runtime install lm-eval
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # models this small gain nothing by more threads, which wait for each other
+
+BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
+browser:
+	@for name in $(BROWSERS); do command -v $$name >/dev/null && exit 0; done; \
+	if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then apt-get update -qq && apt-get install -y -qq chromium; \
+	else echo "install Chromium with your system's package manager (Debian: apt-get install chromium)" >&2; exit 1; fi
 
 check: $(VENV)/.developer
 	$(BIN)/ruff format --check .

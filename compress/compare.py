@@ -306,7 +306,7 @@ def _other_notes(names: Sequence[str], reports: Sequence[Report]) -> Iterator[st
             for name, each in zip(names, told, strict=True):
                 by_told.setdefault(each, []).append(name)
             yield (
-                f"Not all were {what} the same: " + "; ".join(f"{', '.join(runs)}: {each}" for each, runs in by_told.items()) + "."
+                f"Not all were measured {what}: " + "; ".join(f"{', '.join(runs)}: {each}" for each, runs in by_told.items()) + "."
             )
 
 

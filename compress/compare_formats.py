@@ -216,7 +216,7 @@ def charts(group: Group) -> list[Chart]:
     tasks = [measure for measure in group.measures if not measure.latency]
     found = [_chart(group, task, None) for task in tasks]
     found += [_chart(group, task, latency) for latency in across for task in tasks]
-    return [chart for chart in found if chart.drawable]
+    return [chart for chart in found if chart.drawable and any(series.name != ORIGINAL for series in chart.series)]
 
 
 def _chart(group: Group, task: Measure, latency: Measure | None) -> Chart:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from PIL import Image, ImageOps
 
 from compress.errors import CompressError
-from compress.eval.results import Measured, ScoredItem, ScoreMetrics
+from compress.eval.results import Measured, QuestionItem, ScoredItem, ScoreMetrics
 from compress.eval.task import Task
 
 if TYPE_CHECKING:
@@ -73,6 +73,7 @@ class Card:
     artifacts: tuple[Said, ...]
     accepted: tuple[tuple[str, int], ...]
     question: str = ""
+    options: tuple[str, ...] = ()
     images: tuple[Thumbnail, ...] = ()
     more_images: int = 0
 
@@ -125,10 +126,14 @@ def _flips(each: TaskFlips) -> list[Card]:
     name = each.task.name
     metrics = _metrics(each)
     assert isinstance(metrics, ScoreMetrics)
-    after = {artifact: measured.scored(name) for artifact, measured in each.artifacts.items() if name in measured.tasks}
+    after = {
+        artifact: {item.id: item for item in measured.scored(name)}
+        for artifact, measured in each.artifacts.items()
+        if name in measured.tasks
+    }
     cards: list[Card] = []
-    for place, before in enumerate(each.original.scored(name)):
-        now = {artifact: items[place] for artifact, items in after.items() if place < len(items) and items[place].id == before.id}
+    for before in each.original.scored(name):
+        now = {artifact: items[before.id] for artifact, items in after.items() if before.id in items}
         lost = {artifact: item for artifact, item in now.items() if item.score < before.score}
         gained = {artifact: item for artifact, item in now.items() if item.score > before.score}
         cards += [_card(name, "lost", before, lost, metrics)] if lost else []
@@ -145,6 +150,7 @@ def _card(task: str, kind: Kind, before: ScoredItem, now: Mapping[str, ScoredIte
         original=_said("original", before),
         artifacts=tuple(_said(artifact, item) for artifact, item in now.items()),
         accepted=accepted_answers(before.accepted),
+        question=before.prompt if isinstance(before, QuestionItem) else "",
     )
 
 
@@ -175,13 +181,15 @@ def _filled(each: TaskFlips, cards: Sequence[Card]) -> Iterator[Card]:
 
 def _fill(card: Card, question: Question) -> Card:
     shown = tuple(thumbnail(image) for image in question.images[:_IMAGES])
-    return replace(card, question=question.question, images=shown, more_images=len(question.images) - len(shown))
+    more = len(question.images) - len(shown)
+    return replace(card, question=question.question, options=question.options, images=shown, more_images=more)
 
 
 def _with_question(card: Card, filled: Card | None) -> Card:
     if filled is None:
         return card
-    return replace(card, question=filled.question, images=filled.images, more_images=filled.more_images)
+    told = {name: getattr(filled, name) for name in ("question", "options", "images", "more_images")}
+    return replace(card, **told)
 
 
 def thumbnail(image: bytes) -> Thumbnail:

@@ -13,7 +13,7 @@ from compress.eval.latency_results import Latency
 from compress.eval.results import Fidelity, Liveness, Metrics
 from compress.figures import size as size
 from compress.gate import Verdict
-from compress.report_latency import latency_tables
+from compress.report_latency import latency_tables, lowered
 from compress.report_tables import listed
 from compress.schema import Frozen
 from compress.stages.widths import Widths
@@ -121,6 +121,7 @@ def render(report: Report) -> str:
     parts += [markdown(each) for each in compared if each.rows]
     for target, latency in report.latency.items():
         parts += [f"{each.caption} ({target})\n\n{markdown(each)}" for each in latency_tables(latency)]
+        parts += ["\n".join(f"- {line}" for line in said)] if (said := (*lowered(latency), *latency.notes)) else []
     measured = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
     parts += [width_table(stage, widths, measured) for stage, widths in report.widths.items()]
     parts += [f"{name}: {text}" for name, text in report.notes.items()]

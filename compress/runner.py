@@ -10,6 +10,7 @@ from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from compress.eval.latency_results import Latency, read_latency
 from compress.eval.results import Measured, read_measured
 from compress.events import EventLog, Watcher
 from compress.files import check_writable, telling_where, write_json, write_text
+from compress.gallery import Gallery, TaskFlips, make_gallery
 from compress.gate import Subject, Verdict, judge, together
 from compress.hardware import describe
 from compress.meter import Meter
@@ -27,6 +29,7 @@ from compress.plan import ORIGINAL, Plan, Step, make_plan, notes_of, plan_evalua
 from compress.publish import publish
 from compress.recipe import Target
 from compress.report import Report, Row, Timing, render
+from compress.report_html import render_html
 from compress.stages.widths import Widths, read_widths
 from compress.steps import Workshop
 from compress.store import Entry, Store, default_store
@@ -142,19 +145,21 @@ class _Run:
             self.events.step_started(step.name, position, len(self.plan.steps))
             self._make(step, workshop.maker(step))
         report = self._judge(workshop)
-        self._write(report)
+        gallery = self._gallery(workshop)
+        self._write(report, gallery)
         recipe = self.plan.recipe
         if recipe.publish and (report.gate.verdict == "pass" or force):
             artifacts = {name: self.entries[f"export {name}"].folder for name in self.plan.artifacts}
             done = publish(report, artifacts, Path(recipe.publish.to), self.events)
             report = report.model_copy(update={"published": done})
-            self._write(report)
+            self._write(report, gallery)
         return report
 
-    def _write(self, report: Report) -> None:
+    def _write(self, report: Report, gallery: Gallery) -> None:
         with telling_where(self.folder):
             write_text(self.folder / "report.json", report.to_json() + "\n")
             write_text(self.folder / "report.md", render(report))
+            write_text(self.folder / "report.html", render_html(report, gallery))
 
     def _make(self, step: Step, make: Callable[[Path], None]) -> None:
         began = time.perf_counter()
@@ -203,10 +208,7 @@ class _Run:
         verdicts: list[Verdict] = []
         latencies: dict[str, Latency] = {}
         for place, target in enumerate(recipe.eval.places):
-            measured = {
-                name: read_measured(self.entries[self.plan.measured(place, name).name].folder)
-                for name in (ORIGINAL, *self.plan.artifacts)
-            }
+            measured = self._measured(place)
             found = self._latency(place)
             latencies |= {} if found is None else {target.name: found}
             own = self._rows(measured, workshop, target)
@@ -239,6 +241,22 @@ class _Run:
             latency=latencies,
             digests=self.plan.digests,
         )
+
+    def _measured(self, place: int) -> dict[str, Measured]:
+        """Return what was measured at one of the recipe's places, by artifact, the original first."""
+        steps = {name: self.plan.measured(place, name) for name in (ORIGINAL, *self.plan.artifacts)}
+        return {name: read_measured(self.entries[step.name].folder) for name, step in steps.items()}
+
+    def _gallery(self, workshop: Workshop) -> Gallery:
+        """Return the items that flipped, at the first of the recipe's places."""
+        measured = self._measured(0)
+        original = measured.pop(ORIGINAL)
+        flips = [
+            TaskFlips(task, partial(workshop.files, pin), original, measured)
+            for task, pin in zip(self.plan.recipe.eval.tasks, self.plan.tasks, strict=True)
+            if pin is not None
+        ]
+        return make_gallery(flips)
 
     def _latency(self, place: int) -> Latency | None:
         step = next((step for step in self.plan.steps if step.kind == "latency" and step.place == place), None)

@@ -78,7 +78,7 @@ class Workshop:
         calibration = self.plan.recipe.calibration
         assert calibration is not None
         sets = tuple(
-            PinnedSet(spec, self._files(pin, enough_for(spec)), pin.label)
+            PinnedSet(spec, self.files(pin, enough_for(spec)), pin.label)
             for spec, pin in zip(calibration.sets, self.plan.sets, strict=True)
         )
         remote_code = self.plan.recipe.model.trust_remote_code
@@ -90,7 +90,7 @@ class Workshop:
         for task, pin in zip(self.plan.recipe.eval.tasks, self.plan.tasks, strict=True):
             if pin is None:
                 continue
-            questions, documents = task.contents(self._files(pin, None))
+            questions, documents = task.contents(self.files(pin))
             warnings += check_overlap(self.entries["calibration"].folder, questions, documents)
         for warning in warnings[:1]:
             others = f" (and {len(warnings) - 1} more)" if len(warnings) > 1 else ""
@@ -161,7 +161,7 @@ class Workshop:
         context = MeasureContext(
             original=self.original(),
             data={
-                task.name: self._files(pin, None)
+                task.name: self.files(pin)
                 for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True)
                 if pin is not None
             },
@@ -199,7 +199,8 @@ class Workshop:
         logs.mkdir(parents=True, exist_ok=True)
         return logs
 
-    def _files(self, pin: DataPin, enough: Enough | None) -> tuple[Path, ...]:
+    def files(self, pin: DataPin, enough: Enough | None = None) -> tuple[Path, ...]:
+        """Return the local files of a set or task, fetched where they are not here yet."""
         if pin.path is not None:
             return (pin.path,)
         assert pin.remote is not None

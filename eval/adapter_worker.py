@@ -201,7 +201,7 @@ def journaled(client: Any, journal: Journal) -> Any:
     completion: Any = import_module("openai.types.chat").ChatCompletion
 
     def create(**payload: Any) -> Any:
-        key = _sha(json.dumps(payload, sort_keys=True).encode())
+        key = _sha(json.dumps({**payload, "model": ""}, sort_keys=True).encode())  # a server started anew has another name for it
         if (kept := journal.find(key)) is not None:
             return completion.model_validate(kept)
         answer: Any = client.chat.completions.create(**payload)

@@ -9,9 +9,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
-from pydantic import AfterValidator, PositiveInt, ValidationInfo, model_validator
+from pydantic import PositiveInt, ValidationInfo, field_validator, model_validator
 
 from compress.calibration.sets import Columns, QuestionSource, Rows
 from compress.checkpoint import read_json_object
@@ -45,16 +45,6 @@ Scorer = Callable[["Question", str], float]
 """Takes a question and what was said to it, and returns the score."""
 
 
-def _resolve_definition(value: str, info: ValidationInfo) -> str:
-    base = Path(cast("dict[str, Any]", info.context or {}).get("base", "."))
-    path = find_definition(value, base)
-    try:
-        read_definition(path)
-    except RecipeError as error:
-        raise ValueError("; ".join(error.faults)) from error
-    return str(path)
-
-
 @dataclass(frozen=True)
 class Part:
     """Questions that are asked together, under a name of their own; `original` are the original's items, None where it is asked."""
@@ -81,7 +71,7 @@ class Asked(Task, ABC):
     kind: ClassVar[Kind]
     """The kind of task that its definitions must be of."""
 
-    definition: Annotated[str, AfterValidator(_resolve_definition)]
+    definition: str
     source: Source | None = None
     subset: str | None = None
     split: str | None = None
@@ -98,11 +88,22 @@ class Asked(Task, ABC):
         given = cast("dict[str, Any]", data)
         return {"name": Path(str(given.get("definition", ""))).stem, **given}
 
+    @field_validator("definition")
+    @classmethod
+    def _resolve_definition(cls, value: str, info: ValidationInfo) -> str:
+        base = Path(cast("dict[str, Any]", info.context or {}).get("base", "."))
+        path = find_definition(value, base, cls.kind)
+        try:
+            definition = read_definition(path)
+        except RecipeError as error:
+            raise ValueError("; ".join(error.faults)) from error
+        if definition.task != cls.kind:
+            raise ValueError(f"the definition {definition.name} is of a {definition.task}; write task: {definition.task}")
+        return str(path)
+
     @model_validator(mode="after")
     def _check_source(self) -> Self:
         definition = self.read()
-        if definition.task != self.kind:
-            raise ValueError(f"the definition {definition.name} is of a {definition.task}; write task: {definition.task}")
         if self.source is None and definition.source is None:
             raise ValueError(f"the definition {definition.name} names no data; give source, a JSONL or parquet file")
         if self.columns is not None and self.columns.question is None and "{question}" in definition.prompt:
@@ -408,7 +409,7 @@ def _with_end(answer: Answer, limit: int, end_tokens: tuple[int, ...]) -> tuple[
 
 def _by_lot(questions: Sequence[Question], seed: int) -> list[Question]:
     """Return the questions in an order drawn with a seed, in which those about the same images stay together."""
-    clusters = dict[str, list[Question]]()
+    clusters: dict[str, list[Question]] = {}
     for question in questions:
         clusters.setdefault(cluster_of(question), []).append(question)
     drawn_by_lot = list(clusters.values())

@@ -85,9 +85,10 @@ class LatencySettings(Frozen):
     Each of `images`, `resolution`, `prompt_tokens` and `output_tokens` is one value or a list; every combination is a shape of
     requests. `concurrency` lists how many are under way at once; `auto` finds, for each shape and model, the one with the most
     output tokens per second at which at least 95 % of requests keep `goal` (with no goal: the most of all), among at most
-    `max_concurrency`, and measures every model at one request at a time and at what was found for any. Every point gets `requests` requests in each of `rounds`
-    rounds; a round starts a server for each model in turn, after `warmup` requests that do not count. `confidence` is that of each
-    bound of an interval. `component_repeats` is how often each part of the model is timed in this process; 0 leaves that out.
+    `max_concurrency`, and measures every model at one request at a time and at what was found for any. Every point gets `requests`
+    requests in each of `rounds` rounds; a round starts a server for each model in turn, and each load comes after `warmup` requests
+    that do not count. `confidence` is that of each bound of an interval. `component_repeats` is how often each part of the
+    model is timed in this process; 0 leaves that out.
     """
 
     revision: ClassVar[int] = 1

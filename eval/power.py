@@ -72,8 +72,8 @@ def items_for(limit: float, passing: float, assumed: Assumed, power: float = POW
 class AssumedChanges:
     """What is assumed of mean scores: how the paired difference of an item deviates, and how much changes at once.
 
-    `step` is the usual change of a cluster whose score changes at all, and `whole` the number of items in a random item's cluster (Σ
-    size² / Σ size): all that one could lose unseen. `deviation` includes the clusters' effect, √design times that of an item.
+    `step` is the usual change of a cluster whose score changes at all, and `whole` the number of items in a random item's cluster
+    (Σ size² / Σ size): all that one could lose unseen. `deviation` includes the clusters' effect, √design times that of an item.
     """
 
     deviation: float

@@ -25,7 +25,7 @@ Decision = Literal["pass", "fail", "inconclusive", "go on"]
 
 Floats = NDArray[np.float64]
 
-_POINTS = 801
+_POINTS = 401
 _LOWEST = -9.0
 
 

@@ -89,6 +89,8 @@ class Manners:
     models: tuple[str, ...] = (MODEL,)
     key: str | None = None
     tells_models: bool = True
+    models_said: object = None
+    """What it says that it serves, in place of a list as the API has it."""
     version: str | None = None
     statuses: dict[str, Refusal] = field(default_factory=lambda: dict[str, Refusal]())
     busy: int = 0
@@ -233,7 +235,11 @@ class _Handler(BaseHTTPRequestHandler):
         if self._lacks_key():
             return
         if self.path == "/v1/models" and manners.tells_models:
-            self._send(200, {"object": "list", "data": [{"id": name, "object": "model"} for name in manners.models]})
+            content = manners.models_said or {
+                "object": "list",
+                "data": [{"id": name, "object": "model"} for name in manners.models],
+            }
+            self._send(200, content)
         elif self.path == "/version" and manners.version is not None:
             self._send(200, {"version": manners.version})
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 from PIL import Image
 from pydantic import ValidationError
 
-from compress.errors import DataError, MissingError, RecipeError, ServerError, UsageError
+from compress.errors import MissingError, RecipeError, ServerError, UsageError
 from compress.eval.adapter import Adapter, spelled_out
 from compress.eval.adapter_worker import FAILED, JobError, Journal, canonical, details, item
 from compress.eval.adapter_worker import Found as HarnessFound
@@ -58,7 +59,7 @@ def test_named_as_the_benchmark_unless_said() -> None:
     [
         ("lmms", {"filter": "strict"}, "filter belongs to harness: lm"),
         ("lmms", {"chat": True}, "chat belongs to harness: lm"),
-        ("lm", {"benchmark": "two,tasks"}, "pattern"),
+        ({"benchmark": "two,tasks"}, "pattern"),
         ("lm", {"include_path": str(Path(__file__))}, "no folder at"),
         ("lm", {"include_path": "./nowhere"}, "no file or folder at"),
         ("lm", {"shots": 5}, "Extra inputs"),
@@ -198,10 +199,6 @@ def test_lmms_eval_asks_the_server(bench: Bench, tmp_path: Path) -> None:
     assert copy.metrics == found.metrics
     assert adapter_items(tmp_path / "copy", "demo_scenes") == items
 
-    fewer = adapter("lmms", "demo_scenes", include_path=str(bench.lmms), samples=8)
-    with pytest.raises(DataError, match="8 items, and 24 when the original was measured"):
-        fewer.measure(context(bench.session, tmp_path / "fewer", against=tmp_path / "original"))
-
 
 @pytest.mark.slow
 def test_what_was_answered_is_not_asked_again(bench: Bench, tmp_path: Path) -> None:
@@ -209,14 +206,13 @@ def test_what_was_answered_is_not_asked_again(bench: Bench, tmp_path: Path) -> N
         adapter("lmms", "demo_scenes", include_path=str(bench.lmms), samples=8),
         adapter("lm", "demo_texts", include_path=str(bench.lm)),
     ):
-        found = task.measure(context(bench.session, tmp_path))
+        task.measure(context(bench.session, tmp_path))
         before = adapter_items(tmp_path, task.name)
-        again = task.measure(context(nowhere(), tmp_path))
-        assert again.metrics == found.metrics
         journal = tmp_path / "journal" / f"{task.name}.harness.jsonl"
         journal.write_bytes(journal.read_bytes()[:-20])  # the last answer was being written
         listening = Listening()
-        cut = cast("ScoreMetrics", task.measure(context(nowhere(), tmp_path, progress=listening)).metrics)
+        with nowhere() as session:
+            cut = cast("ScoreMetrics", task.measure(context(session, tmp_path, progress=listening)).metrics)
         after = adapter_items(tmp_path, task.name)
         assert cut.failed == 1
         assert listening.warnings == [
@@ -241,8 +237,6 @@ def test_lm_eval_compares_likelihoods(bench: Bench, tmp_path: Path) -> None:
     assert {"acc_stderr", "acc_norm", "acc_norm_stderr"} <= set(metrics.details)
     assert [row.accepted for row in items] == [(COLOURS[number % 3],) for number in range(12)]
     assert all(row.said in COLOURS and (row.said in row.accepted) == (row.score == 1.0) for row in items)
-    other = adapter("lm", "demo_texts", include_path=str(bench.lm), metric="acc_norm", name="normed")
-    assert cast("ScoreMetrics", other.measure(context(bench.session, tmp_path)).metrics).metric == "acc_norm"
 
 
 @pytest.mark.slow
@@ -253,28 +247,24 @@ def test_lm_eval_runs_groups_and_asks_in_chat(bench: Bench, tmp_path: Path) -> N
     assert metrics.items == 10
     assert {row.id.rpartition("-")[0] for row in items} == {"demo_says", "demo_tells"}
     assert {"demo_says: exact_match (first)", "demo_tells: exact_match (none)"} <= set(metrics.details)
-    last = adapter("lm", "demo_says", include_path=str(bench.lm), chat=True, filter="last", name="last")
-    last.measure(context(bench.session, tmp_path))
-    firsts = {row.id: row.said for row in items}
-    assert all(len(firsts.get(row.id, "x")) == len(row.said) == 1 for row in adapter_items(tmp_path, "last"))
+    assert all(len(row.said) == 1 for row in items if row.id.startswith("demo_says"))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("harness", "given", "error", "message"),
+    ("given", "error", "message"),
     [
-        ("lmms", {"benchmark": "demo_scene"}, RecipeError, "lmms-eval: no task is called demo_scene; near it are demo_scenes"),
-        ("lm", {"benchmark": "demo_texts", "metric": "f1"}, RecipeError, "the task's metrics are acc, acc_norm, and not f1"),
-        ("lm", {"benchmark": "demo_says", "chat": True, "filter": "x"}, RecipeError, "filters are first, last, and not x"),
-        ("lm", {"benchmark": "demo_worse", "chat": True}, RecipeError, "the metric misses is the better the lower it is"),
-        ("lm", {"benchmark": "demo_texts", "chat": True}, ServerError, "asked for by completions: leave out chat"),
+        ({"benchmark": "demo_text"}, RecipeError, "lm-eval: no task is called demo_text; near it are demo_texts"),
+        ({"benchmark": "demo_texts", "metric": "f1"}, RecipeError, "the task's metrics are acc, acc_norm, and not f1"),
+        ({"benchmark": "demo_says", "chat": True, "filter": "x"}, RecipeError, "filters are first, last, and not x"),
+        ({"benchmark": "demo_worse", "chat": True}, RecipeError, "the metric misses is the better the lower it is"),
+        ({"benchmark": "demo_texts", "chat": True}, ServerError, "asked for by completions: leave out chat"),
     ],
 )
 def test_what_the_harness_does_not_have_is_told(
-    bench: Bench, tmp_path: Path, harness: str, given: dict[str, Any], error: type[Exception], message: str
+    bench: Bench, tmp_path: Path, given: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    folder = bench.lmms if harness == "lmms" else bench.lm
-    task = adapter(harness, **given, include_path=str(folder))
+    task = adapter("lm", **given, include_path=str(bench.lm))
     with pytest.raises(error, match=message) as caught:
         task.measure(context(bench.session, tmp_path))
     assert str(tmp_path / "logs") in str(caught.value)
@@ -285,19 +275,22 @@ def test_data_that_are_not_there_offline_are_told(tmp_path: Path, monkeypatch: p
     install("lm-eval", Silent())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    with pytest.raises(MissingError, match=r"Rowan/hellaswag.*\n.*HF_HUB_OFFLINE is set: the data must be in the hub's cache"):
-        adapter("lm", "hellaswag").measure(context(nowhere(), tmp_path))
+    told = r"Rowan/hellaswag.*\n.*HF_HUB_OFFLINE is set: the data must be in the hub's cache"
+    with nowhere() as session, pytest.raises(MissingError, match=told):
+        adapter("lm", "hellaswag").measure(context(session, tmp_path))
 
 
 @pytest.mark.slow
 def test_a_server_that_is_not_there_or_wants_another_key_is_told(bench: Bench, tmp_path: Path) -> None:
     texts = adapter("lm", "demo_tells", include_path=str(bench.lm), chat=True, samples=2)
-    with pytest.raises(ServerError, match=r"had no answer to any of its 2 items \(ClientConnectorError.*lm-eval-demo_tells.log"):
-        texts.measure(context(nowhere(), tmp_path / "nowhere"))
-    url = str(cast("Any", bench.session).endpoint.client.base_url)
+    told = r"had no answer to any of its 2 items \(ClientConnectorError.*lm-eval-demo_tells.log"
+    with nowhere() as session, pytest.raises(ServerError, match=told):
+        texts.measure(context(session, tmp_path / "nowhere"))
+    endpoint = cast("Any", bench.session).endpoint
     scenes = adapter("lmms", "demo_scenes", include_path=str(bench.lmms), samples=2)
-    with pytest.raises(ServerError, match=r"had no answer to any of its 2 items \(.*401"):
-        scenes.measure(context(nowhere(url, cast("Any", bench.session).endpoint.model), tmp_path / "key"))
+    refused = r"had no answer to any of its 2 items \(.*401"
+    with nowhere(str(endpoint.client.base_url), endpoint.model) as session, pytest.raises(ServerError, match=refused):
+        scenes.measure(context(session, tmp_path / "key"))
 
 
 @pytest.mark.slow
@@ -331,10 +324,12 @@ def context(session: Session, folder: Path, against: Path | None = None, progres
     )
 
 
-def nowhere(url: str = "http://127.0.0.1:9", model: str = "none") -> Session:
-    """A session whose server is not there, or is another's and not given the key."""
-    endpoint = SimpleNamespace(client=httpx.Client(base_url=url, trust_env=False), model=model, check=lambda: None)
-    return cast("Session", SimpleNamespace(endpoint=endpoint))
+@contextmanager
+def nowhere(url: str = "http://127.0.0.1:9", model: str = "none") -> Generator[Session]:
+    """Give a session whose server is not there, or is another's and not given the key."""
+    with httpx.Client(base_url=url, trust_env=False) as client:
+        endpoint = SimpleNamespace(client=client, model=model, check=lambda: None)
+        yield cast("Session", SimpleNamespace(endpoint=endpoint))
 
 
 def adapter_items(folder: Path, name: str) -> list[AdapterItem]:

@@ -1,0 +1,243 @@
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+import yaml
+
+from compress.errors import DataError
+from compress.eval.choice import Choice
+from compress.eval.measure import MeasureContext, measure
+from compress.eval.results import Measured, QuestionItem, ScoreMetrics, read_measured
+from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
+from compress.runtimes.transformers import Transformers
+from tests.quantized import round_checkpoint, scheme
+from tests.tiny import build_qwen2_5_vl, picture
+
+ITEMS = 8
+OPTIONS = ["red", "yellow and blue", "square"]
+SHOWN = "{question} {options} Which letter?"
+HIDDEN = "{question}"
+
+
+@dataclass(frozen=True)
+class World:
+    original: Session
+    artifact: Session
+    checkpoint: Path
+    folder: Path
+
+    def task(self, name: str, prompt: str, tokens: int = 3, **fields: Any) -> Choice:
+        definition = {
+            "name": name, "version": 3, "task": "choice", "source": "rows.jsonl", "columns": {"category": "subject"},
+            "prompt": prompt, "max_new_tokens": tokens, "metric": "letter",
+        }  # fmt: skip
+        (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(definition))
+        given = {"task": "choice", "definition": f"{name}.yaml", **fields}
+        return Choice.model_validate(given, context={"base": self.folder})
+
+    def measure(self, task: Choice, name: str, against: str | None = None, **fields: Any) -> Measured:
+        target, before = self.folder / name, None if against is None else self.folder / against
+        context = MeasureContext(
+            original=self.checkpoint, data={task.name: (self.folder / "rows.jsonl",)}, target=target, against=before,
+            progress=Silent(), logs=self.folder, **fields,
+        )  # fmt: skip
+        measure(self.original if before is None else self.artifact, [task], context)
+        return read_measured(target)
+
+    def log_likelihoods(self, session: Session, task: Choice, options: Sequence[str]) -> list[list[tuple[float, int]]]:
+        """Return the log-likelihood and the number of tokens of each option of each question, each scored alone."""
+        from transformers import AutoTokenizer
+
+        tokenizer = cast("Any", AutoTokenizer).from_pretrained(self.checkpoint)
+        found = list[list[tuple[float, int]]]()
+        for question in task.questions((self.folder / "rows.jsonl",)):
+            (prompt,) = task.prompts(cast("Any", type("Part", (), {"questions": [question]})))
+            ids = [tuple(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
+            scores = [session.score([Passage("one", tokens, prompt)], None, None, Silent())[0] for tokens in ids]
+            found.append([(-float(score.negative_log_likelihood.sum()), len(tokens)) for score, tokens in zip(scores, ids, strict=True)])
+        return found
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    folder = tmp_path_factory.mktemp("choice")
+    checkpoint = build_qwen2_5_vl(folder / "model")
+    round_checkpoint(checkpoint, folder / "rounded", scheme(bits=3))
+    rows = [
+        {
+            "id": f"q{number}", "image": f"{number}.png", "question": f"What is in it, {number}?", "options": OPTIONS,
+            "answer": "ABC"[number % 3], "subject": ["art", "music"][number % 2],
+        }
+        for number in range(ITEMS)
+    ]  # fmt: skip
+    for number in range(ITEMS):
+        (folder / f"{number}.png").write_bytes(picture(number, 56, 56))
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    runtime = Transformers(runtime="transformers")
+    with (
+        runtime.open(OpenContext(checkpoint, folder, Silent())) as original,
+        runtime.open(OpenContext(folder / "rounded", folder, Silent())) as artifact,
+    ):
+        yield World(original, artifact, checkpoint, folder)
+
+
+def items_of(measured: Measured, name: str) -> list[QuestionItem]:
+    return [item for item in measured.items[name] if isinstance(item, QuestionItem)]
+
+
+def score_metrics(measured: Measured, name: str) -> ScoreMetrics:
+    metrics = measured.tasks[name].metrics
+    assert isinstance(metrics, ScoreMetrics)
+    return metrics
+
+
+@pytest.mark.parametrize(
+    ("name", "prompt", "scored", "normalized"),
+    [
+        ("letters", SHOWN, ["A", "B", "C"], False),
+        ("texts", HIDDEN, OPTIONS, False),
+        ("texts-per-token", HIDDEN, OPTIONS, True),
+    ],
+)
+def test_the_likeliest_option_is_taken(world: World, name: str, prompt: str, scored: list[str], normalized: bool) -> None:
+    task = world.task(name, prompt, by="likelihood", length_normalized=normalized)
+    before, after = world.measure(task, f"{name}-original"), world.measure(task, f"{name}-artifact", f"{name}-original")
+    for session, measured in ((world.original, before), (world.artifact, after)):
+        found = world.log_likelihoods(session, task, scored)
+        chosen = [int(np.argmax([total / (count if normalized else 1) for total, count in options])) for options in found]
+        items = items_of(measured, name)
+        assert [item.said for item in items] == ["ABC"[place] for place in chosen]
+        assert [item.score for item in items] == [float(place == number % 3) for number, place in enumerate(chosen)]
+        metrics = score_metrics(measured, name)
+        assert (metrics.task, metrics.metric, metrics.binary, metrics.items) == ("choice", "likelihood", True, ITEMS)
+        assert metrics.score == np.mean([item.score for item in items])
+        assert metrics.details == {
+            "subject=art": np.mean([item.score for item in items[::2]]),
+            "subject=music": np.mean([item.score for item in items[1::2]]),
+        }
+    old, new = items_of(before, name), items_of(after, name)
+    theirs = world.log_likelihoods(world.artifact, task, scored)
+    for item, ours, options in zip(old, new, theirs, strict=True):
+        total, count = options["ABC".index(item.said)]  # what the original chose is what its predictions are compared on
+        assert (ours.nll, ours.tokens) == (pytest.approx(-total, rel=1e-5), count)
+    fidelity = after.tasks[name].fidelity
+    assert fidelity is not None
+    assert fidelity.tokens == sum(item.tokens for item in new) and fidelity.kl_mean > 0
+    assert fidelity.changed == sum(a.said != b.said for a, b in zip(old, new, strict=True))
+
+
+def test_ways_to_choose_differ(world: World) -> None:
+    """The tests above would not see a length that is never divided by: the tiny model chooses otherwise per token."""
+    task = world.task("ways", HIDDEN, by="likelihood")
+    found = world.log_likelihoods(world.original, task, OPTIONS)
+    print(found)
+    plain = [int(np.argmax([total for total, _ in options])) for options in found]
+    assert plain != [int(np.argmax([total / count for total, count in options])) for options in found]
+
+
+def say_only(checkpoint: Path, target: Path, word: str, session: Session, prompt: Prompt) -> Path:
+    """Copy a checkpoint with an output head that finds one token likeliest, by what the model thinks at the end of a prompt."""
+    from transformers import AutoTokenizer
+
+    (token,) = cast("Any", AutoTokenizer).from_pretrained(checkpoint)(word, add_special_tokens=False)["input_ids"]
+    record = target.parent / f"{target.name}-record"
+    session.score([Passage("one", (token,), prompt)], record, None, Silent())
+    thought = safetensors.torch.load_file(record / "hidden-000000.safetensors")["0"][0]
+    shutil.copytree(checkpoint, target)
+    tensors = safetensors.torch.load_file(target / "model.safetensors")
+    head = torch.zeros_like(tensors["lm_head.weight"])
+    head[token] = thought.to(head)
+    tensors["lm_head.weight"] = head
+    safetensors.torch.save_file(tensors, target / "model.safetensors", metadata={"format": "pt"})
+    return target
+
+
+def test_an_answer_in_own_words_counts_by_the_option_that_it_names(world: World) -> None:
+    task = world.task("words", SHOWN, tokens=1, by="generation")
+    questions = task.questions((world.folder / "rows.jsonl",))
+    prompt = Prompt("one", task.prompt(questions[0]), questions[0].images)
+    assert prompt.text == "What is in it, 0? A. red\nB. yellow and blue\nC. square Which letter?"
+    parrot = say_only(world.checkpoint, world.folder / "parrot", "B", world.original, prompt)
+    with Transformers(runtime="transformers").open(OpenContext(parrot, world.folder, Silent())) as session:
+        items = items_of(replace(world, original=session).measure(task, "words"), "words")
+    assert {item.said for item in items} == {"B"}
+    assert [item.score for item in items] == [float(number % 3 == 1) for number in range(ITEMS)]
+    assert [item.accepted for item in items] == [("ABC"[number % 3],) for number in range(ITEMS)]
+
+
+def test_the_original_asked_again_is_its_own_noise(world: World) -> None:
+    for by in ("likelihood", "generation"):
+        task = world.task(f"noise-{by}", SHOWN, by=by)
+        noise = world.measure(task, f"noise-{by}", noise=3).tasks[task.name].noise
+        assert noise is not None
+        assert noise.kl_mean < 1e-6 and noise.top1_agreement == 1
+        assert (noise.lost, noise.gained, noise.changed) == (0, 0, 0)
+
+
+@dataclass(frozen=True)
+class AfterTwo:
+    """Settles after the second of four parts."""
+
+    looks: int = 4
+
+    def ends(self, items: int) -> list[int]:
+        return [items * look // self.looks for look in range(1, self.looks + 1)]
+
+    def settled(self, original: Sequence[Any], items: Sequence[Any], look: int) -> bool:
+        assert [item.id for item in original] == [item.id for item in items]
+        assert len(items) == self.ends(ITEMS)[look - 1]
+        return look == 2
+
+
+@pytest.mark.parametrize("by", ["likelihood", "generation"])
+def test_items_are_drawn_in_parts_until_it_is_settled(world: World, by: str) -> None:
+    task = world.task(f"parts-{by}", SHOWN, by=by)
+    whole = {item.id: item for item in items_of(world.measure(task, f"whole-{by}"), task.name)}
+    before = world.measure(task, f"parts-{by}-original", stopping=AfterTwo())
+    after = world.measure(task, f"parts-{by}-artifact", f"parts-{by}-original", stopping=AfterTwo())
+    old, new = items_of(before, task.name), items_of(after, task.name)
+    assert (len(old), len(new)) == (ITEMS, ITEMS // 2)
+    assert [item.id for item in new] == [item.id for item in old][: ITEMS // 2] != sorted(whole)[: ITEMS // 2]
+    assert [item.said for item in old] == [whole[item.id].said for item in old]
+    assert (before.tasks[task.name].look, before.tasks[task.name].looks) == (None, 4)
+    assert (after.tasks[task.name].look, after.tasks[task.name].looks) == (2, 4)
+    assert score_metrics(after, task.name).items == ITEMS // 2
+    fidelity = after.tasks[task.name].fidelity
+    assert fidelity is not None and fidelity.kl_mean > 0
+
+
+def test_other_options_than_the_originals_are_refused(world: World) -> None:
+    task = world.task("same", SHOWN, by="likelihood")
+    world.measure(task, "same-original")
+    before = (world.folder / "rows.jsonl").read_text()
+    try:
+        (world.folder / "rows.jsonl").write_text(before.replace("yellow and blue", "yellow and green", 1))
+        with pytest.raises(DataError, match="task same: item q0 has another content when the original was measured"):
+            world.measure(task, "same-artifact", "same-original")
+    finally:
+        (world.folder / "rows.jsonl").write_text(before)
+
+
+def test_an_option_without_text_cannot_be_scored(world: World) -> None:
+    before = (world.folder / "rows.jsonl").read_text()
+    try:
+        (world.folder / "rows.jsonl").write_text(before.replace("yellow and blue", "", 1))
+        task = world.task("empty", HIDDEN, by="likelihood")
+        with pytest.raises(DataError, match=r"rows.jsonl:1: question q0: option B is empty; write its text, or show \{options\}"):
+            world.measure(task, "empty-original")
+    finally:
+        (world.folder / "rows.jsonl").write_text(before)
+
+
+def test_likelihoods_are_needed_only_where_they_choose(world: World) -> None:
+    assert world.task("needs", SHOWN, by="likelihood").needs == "scores"
+    assert world.task("needs", SHOWN, by="generation").needs == "text"
+    assert world.task("needs", SHOWN, by="generation").settings() != world.task("needs", SHOWN, by="likelihood").settings()

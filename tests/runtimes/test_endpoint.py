@@ -1,0 +1,235 @@
+"""Servers that run elsewhere: what they serve, what they can be asked, and what is said where that cannot be had."""
+
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from compress.errors import MissingError, ServerError, UsageError
+from compress.progress import Silent
+from compress.runtimes.endpoint import Endpoint, Place
+from compress.runtimes.runtime import OpenContext, Prompt
+from tests.chaos_server import MODEL, Manners, Refusal, Trouble, answer_to, stand_in
+
+KEY = "sk-secret-0123456789"
+PROMPTS = [Prompt(f"q{number}", f"What is number {number}?", (b"\x89PNG" + bytes([number]),)) for number in range(6)]
+
+
+class Listener(Silent):
+    """Progress that keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+@pytest.fixture(autouse=True)
+def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+
+
+def endpoint(url: str, model: str = MODEL, **fields: object) -> Endpoint:
+    place = {"url": url, "model": model}
+    return Endpoint.model_validate({"runtime": "endpoint", "original": place, "artifacts": {"awq": place}, **fields})
+
+
+def context(folder: Path, name: str = "original", progress: Silent | None = None) -> OpenContext:
+    return OpenContext(folder, folder, progress or Silent(), name=name)
+
+
+def test_questions_are_answered_with_their_images_and_without_tokens(tmp_path: Path) -> None:
+    with stand_in() as server, endpoint(server.url).open(context(tmp_path, "awq")) as session:
+        assert session.offers == {"text"}
+        answers = session.answer(PROMPTS, 12, Silent())
+        assert [(answer.id, answer.text, answer.token_ids) for answer in answers] == [
+            (prompt.id, answer_to(prompt), ()) for prompt in PROMPTS
+        ]
+        for body in server.bodies:
+            assert (body["model"], body["max_tokens"], body["temperature"]) == (MODEL, 12, 0.0)
+
+
+def test_what_it_does_not_offer_is_refused_and_told_beforehand(tmp_path: Path) -> None:
+    with stand_in() as server:
+        runtime = endpoint(server.url)
+        assert runtime.versions() == {"original": "OpenAI-compatible", "awq": "OpenAI-compatible"}
+        missing = runtime.missing()
+        assert missing == {
+            "scores": f"{server.url} (original), {server.url} (awq) gives no log-probabilities of given tokens",
+        }
+        assert endpoint(server.url, images=False).missing()["text"] == "images is false"
+        with runtime.open(context(tmp_path)) as session:
+            with pytest.raises(UsageError, match="gives no log-probabilities of given tokens"):
+                session.score([], None, None, Silent())
+            with pytest.raises(UsageError, match="cannot be measured with runtime: endpoint"):
+                session.classify([], [], Silent())
+            with pytest.raises(UsageError, match="cannot be measured with runtime: endpoint"):
+                session.embed([], [], Silent())
+        with endpoint(server.url, images=False).open(context(tmp_path)) as session:
+            assert session.offers == frozenset()
+
+
+def test_vllm_without_its_token_endpoints_says_how_to_get_them(tmp_path: Path) -> None:
+    listener = Listener()
+    with stand_in(manners=Manners(version="0.32.0")) as server:
+        assert endpoint(server.url).versions()["awq"] == "vLLM 0.32.0"
+        with endpoint(server.url).open(context(tmp_path, progress=listener)) as session:
+            assert session.offers == {"text"}
+    assert "start it with --enable-scale-out for perplexity and KL" in listener.warnings[0]
+
+
+def test_nothing_listens(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        url = f"http://127.0.0.1:{free.getsockname()[1]}"
+    with (
+        pytest.raises(ServerError, match=f"{url}: no server answers there .*; start it, or correct url"),
+        endpoint(url).open(context(tmp_path)),
+    ):
+        pass
+
+
+def test_a_server_that_is_slow(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        runtime = endpoint(f"http://127.0.0.1:{mute.getsockname()[1]}", request_seconds=1)
+        with (
+            pytest.raises(ServerError, match="did not answer within 1 seconds; raise request_seconds"),
+            runtime.open(context(tmp_path)),
+        ):
+            pass
+
+
+def test_a_server_of_another_model(tmp_path: Path) -> None:
+    models = tuple(f"other-{number}" for number in range(7))
+    with (
+        stand_in(manners=Manners(models=models)) as server,
+        pytest.raises(
+            ServerError,
+            match=r"serves other-0, .*, other-4 and 2 more, not served, which the recipe names for awq; correct model, or start",
+        ),
+        endpoint(server.url).open(context(tmp_path, "awq")),
+    ):
+        pass
+
+
+def test_a_server_that_does_not_say_what_it_serves(tmp_path: Path) -> None:
+    listener = Listener()
+    with (
+        stand_in(manners=Manners(tells_models=False)) as server,
+        endpoint(server.url).open(context(tmp_path, progress=listener)) as session,
+    ):
+        assert session.answer(PROMPTS[:1], 4, Silent())[0].text == answer_to(PROMPTS[0])
+    assert listener.warnings == [f"{server.url}: does not tell which models it serves; that it serves served is taken on trust"]
+
+
+def test_something_else_than_an_api(tmp_path: Path) -> None:
+    refusal = "its list of models cannot be read; give the URL of an OpenAI-compatible server"
+    with (
+        stand_in(manners=Manners(models_said=["a", "b"])) as server,
+        pytest.raises(ServerError, match=refusal),
+        endpoint(server.url).open(context(tmp_path)),
+    ):
+        pass
+
+
+def test_a_key_is_sent_and_never_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", f" {KEY}\n")
+    with stand_in(manners=Manners(key=KEY)) as server:
+        runtime = endpoint(server.url, key_variable="THE_KEY")
+        with runtime.open(context(tmp_path)) as session:
+            assert session.answer(PROMPTS[:1], 4, Silent())[0].fault is None
+            assert KEY not in repr(session) + repr(vars(session)) + repr(runtime)
+        assert KEY not in str(runtime.settings("awq")) + str(runtime.versions()) + runtime.model_dump_json()
+        with (
+            pytest.raises(ServerError, match="401; it needs a key: put it into an environment variable, and name that as key_v"),
+            endpoint(server.url).open(context(tmp_path)),
+        ):
+            pass
+        monkeypatch.setenv("THE_KEY", wrong := "sk-wrong-0123456789")
+        with pytest.raises(ServerError) as caught, runtime.open(context(tmp_path)):
+            pass
+        assert "it refuses the key in the environment variable THE_KEY; correct it" in str(caught.value)
+        assert wrong not in str(caught.value)
+        monkeypatch.delenv("THE_KEY")
+        with pytest.raises(MissingError, match="set the environment variable THE_KEY"), runtime.open(context(tmp_path)):
+            pass
+
+
+def test_a_key_that_is_taken_back_meanwhile_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", KEY)
+    manners = Manners(key=KEY)
+    with stand_in(manners=manners) as server, endpoint(server.url, key_variable="THE_KEY").open(context(tmp_path)) as session:
+        manners.key = "another"
+        with pytest.raises(ServerError) as caught:
+            session.answer(PROMPTS, 4, Silent())
+    assert "401: Incorrect API key provided: …; it refuses the key in the environment variable THE_KEY" in str(caught.value)
+    assert KEY not in str(caught.value)
+
+
+def test_a_fault_repeats_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", KEY)
+    manners = Manners(key=KEY, statuses={"number 3": Refusal(400, f"bad request\nby {KEY} " + "x" * 1000)})
+    with stand_in(manners=manners) as server, endpoint(server.url, key_variable="THE_KEY").open(context(tmp_path)) as session:
+        answers = session.answer(PROMPTS, 4, Silent())
+    assert [answer.fault is None for answer in answers] == [True, True, True, False, True, True]
+    fault = answers[3].fault or ""
+    assert fault.startswith("400: bad request by … xxx")
+    assert len(fault) == 300
+
+
+def test_only_its_own_server_shapes_an_artifacts_figures() -> None:
+    one = endpoint("http://a:1", key_variable="ONE")
+    other = one.model_copy(update={"artifacts": {"awq": Place(url="http://b:1/v1", model="m")}, "key_variable": "TWO"})
+    assert one.settings("original") == other.settings("original")
+    assert one.settings("awq") != other.settings("awq")
+    assert one.settings("awq")["url"] == "http://a:1"
+    assert "key_variable" not in one.settings("awq")
+    with pytest.raises(UsageError, match=r"no server is named for int8; add int8: \{url: …, model: …\} to the artifacts"):
+        one.settings("int8")
+
+
+def test_servers_and_exports_belong_together() -> None:
+    assert endpoint("http://a:1").faults(["awq"]) == []
+    assert endpoint("http://a:1").faults(["awq", "int8"]) == [
+        "no server is named for int8; add int8: {url: …, model: …} to the artifacts of runtime: endpoint"
+    ]
+    assert endpoint("http://a:1").faults(["int8"])[1] == (
+        "artifacts.awq: the recipe exports no artifact of that name, only int8; correct the name"
+    )
+
+
+@pytest.mark.parametrize("url", ["http://user:secret@host/v1", "ftp://host", "http://host/v1?key=secret", "host:8000"])
+def test_a_url_that_is_none_or_holds_a_secret_is_refused(url: str) -> None:
+    with pytest.raises(ValidationError, match=r"original\.url"):
+        endpoint(url)
+
+
+def test_the_original_has_its_own_place() -> None:
+    place = {"url": "http://a:1", "model": "m"}
+    with pytest.raises(ValidationError, match="name it beside artifacts"):
+        Endpoint.model_validate({"runtime": "endpoint", "original": place, "artifacts": {"original": place}})
+
+
+def test_load_is_put_on_the_same_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("THE_KEY", KEY)
+    with stand_in(manners=Manners(key=KEY)) as server:
+        with endpoint(server.url, key_variable="THE_KEY").serve(context(tmp_path)) as served:
+            assert (served.url, served.model, served.key) == (server.url.removesuffix("/v1"), MODEL, KEY)
+            assert KEY not in repr(served)
+        with (
+            pytest.raises(ServerError, match="serves served, not another"),
+            endpoint(server.url, "another", key_variable="THE_KEY").serve(context(tmp_path)),
+        ):
+            pass
+
+
+def test_trouble_passes(tmp_path: Path) -> None:
+    """Every request has a one in three chance to fail in some way; each item is asked for until it is answered."""
+    trouble = Trouble(failing=0.15, resetting=0.1, malformed=0.1, seed=1)
+    with stand_in(trouble) as server, endpoint(server.url).open(context(tmp_path)) as session:
+        answers = session.answer(PROMPTS, 4, Silent())
+        assert [answer.text for answer in answers] == [answer_to(prompt) for prompt in PROMPTS]
+        assert server.asked.total() > len(PROMPTS) == server.answered.total()
