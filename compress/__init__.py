@@ -40,8 +40,7 @@ def run(
 
 
 def evaluate(
-    artifact: str | Path,
-    *,
+    *artifacts: str | Path,
     against: str | Path,
     by: str | Path,
     set: Mapping[str, Any] | None = None,  # noqa: A002 - the command line's own word
@@ -49,7 +48,7 @@ def evaluate(
     store: str | Path | None = None,
     fresh: bool = False,
 ) -> Report:
-    """Judge an artifact that is there already, as `compress eval` does, and return the report.
+    """Judge artifacts that are there already, as `compress eval` does, and return the report.
 
     `against` is the original, a folder or a hub id; `by` a recipe whose tasks and gate count, or a file with name, eval and gate
     alone. The others are as of `run`.
@@ -63,5 +62,5 @@ def evaluate(
     from compress.runner import Places, run_evaluation
 
     places = Places(runs=Path(runs), store=None if store is None else Path(store))
-    models = (str(against), Path(artifact))
+    models = (str(against), [Path(artifact) for artifact in artifacts])
     return run_evaluation(Path(by), dict(set or {}), models, places, Display(Console(stderr=True)), fresh=fresh)

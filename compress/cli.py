@@ -97,7 +97,7 @@ def _eval(options: argparse.Namespace) -> int:
 
     console = _console(options)
     places = Places(runs=options.runs, store=options.store)
-    models = (options.against, options.artifact)
+    models = (options.against, options.artifacts)
     report = run_evaluation(options.by, _settings(options), models, places, Display(console), fresh=options.fresh)
     if options.json:
         print(report.to_json())
@@ -204,9 +204,9 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
 
     evaluate = commands.add_parser(
-        "eval", parents=[store, shared, running, overrides], help="judge an artifact that is there already"
+        "eval", parents=[store, shared, running, overrides], help="judge artifacts that are there already"
     )
-    evaluate.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the artifact's folder")
+    evaluate.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="an artifact's folder")
     evaluate.add_argument("--against", required=True, metavar="ORIGINAL", help="the original: a folder, or a hub id")
     evaluate.add_argument(
         "--by",

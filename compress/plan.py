@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -15,7 +15,7 @@ from compress.calibration.questions import source_digest
 from compress.calibration.sets import QuestionSource, TextSource
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.document import Document, dotted
-from compress.errors import RecipeError
+from compress.errors import RecipeError, UsageError
 from compress.export.format import Outlook
 from compress.families import Family, family_of
 from compress.hardware import default_device, describe
@@ -159,15 +159,22 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     return _plan(*read_recipe(path, settings), store, {})
 
 
-def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, artifact: Path, original: str) -> Plan:
-    """Plan to measure and judge an artifact that is there against an original, by the tasks and the gate of a recipe.
+def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, artifacts: Sequence[Path], original: str) -> Plan:
+    """Plan to measure and judge artifacts that are there against an original, by the tasks and the gate of a recipe.
 
     Raises:
         RecipeError: the recipe is at fault, or asks for what this model cannot do; every fault at once.
         CheckpointError, DataError, MissingError: a model or data cannot be read.
+        UsageError: two artifacts have one name.
     """
-    recipe, document = read_evaluation(path, settings, original, artifact)
-    return _plan(recipe, document, store, {artifact.resolve().name: artifact.resolve()})
+    given: dict[str, Path] = {}
+    for folder in (artifact.expanduser().resolve() for artifact in artifacts):
+        if folder.name in (*given, ORIGINAL):
+            raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
+        open_checkpoint(folder)
+        given[folder.name] = folder
+    recipe, document = read_evaluation(path, settings, original, list(given))
+    return _plan(recipe, document, store, given)
 
 
 def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, Path]) -> Plan:

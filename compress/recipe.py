@@ -157,15 +157,15 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Docume
 
 
 class Evaluation(Frozen):
-    """What of a recipe an artifact is judged by that is there already."""
+    """What of a recipe artifacts are judged by that are there already."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     eval: Eval
     gate: Gate
 
 
-def read_evaluation(path: Path, settings: Mapping[str, Any], original: str, artifact: Path) -> tuple[Recipe, Document]:
-    """Read the name, tasks and gate of a recipe, or of a file that holds these alone, for an artifact that is there already.
+def read_evaluation(path: Path, settings: Mapping[str, Any], original: str, artifacts: Sequence[str]) -> tuple[Recipe, Document]:
+    """Read the name, tasks and gate of a recipe, or of a file that holds these alone, for artifacts that are there already.
 
     `original` is a folder or hub id, as a recipe's `model.source`. What else a recipe says is left out, unread.
 
@@ -188,7 +188,7 @@ def read_evaluation(path: Path, settings: Mapping[str, Any], original: str, arti
     recipe = Recipe.model_construct(
         name=found.name, model=model, calibration=None, stages=(), export=(), eval=found.eval, gate=found.gate, publish=None
     )
-    if faults := [*_eval_faults(document, recipe, [artifact.resolve().name]), *_gate_faults(document, recipe)]:
+    if faults := [*_eval_faults(document, recipe, artifacts), *_gate_faults(document, recipe)]:
         raise RecipeError(faults)
     return recipe, document
 
@@ -251,6 +251,12 @@ def _gate_faults(document: Document, recipe: Recipe) -> list[str]:
                 where = document.whereabouts((*place, check))
                 kinds = " or ".join(tasks)
                 faults.append(f"{where}: {dotted((*place, check))}: nothing measures it; add a task of kind {kinds} to eval.tasks")
+        latency = recipe.eval.latency
+        if limit.latency is not None and limit.latency.needs_goal and latency is not None and latency.goal is None:
+            where = document.whereabouts((*place, "latency"))
+            faults.append(
+                f"{where}: {dotted((*place, 'latency'))}: goodput counts requests that keep a goal; add eval.latency.goal"
+            )
         for check, part in limit.parts_needed().items():
             if getattr(recipe.eval, part) is None:
                 where = document.whereabouts((*place, check))

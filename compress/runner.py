@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -61,17 +61,23 @@ def run_recipe(
 
 
 def run_evaluation(
-    recipe: Path, settings: Mapping[str, Any], models: tuple[str, Path], places: Places, watcher: Watcher, *, fresh: bool = False
+    recipe: Path,
+    settings: Mapping[str, Any],
+    models: tuple[str, Sequence[Path]],
+    places: Places,
+    watcher: Watcher,
+    *,
+    fresh: bool = False,
 ) -> Report:
-    """Measure an artifact that is there against an original, and judge it by a recipe's tasks and gate; nothing is published.
+    """Measure artifacts that are there against an original, and judge them by a recipe's tasks and gate; nothing is published.
 
-    `models` are the original, as a folder or a hub id, and the artifact's folder.
+    `models` are the original, as a folder or a hub id, and the artifacts' folders.
 
     Raises:
         CompressError: the recipe, a file, a model or the machine is at fault; the store and earlier runs stay as they were.
     """
     store = _store(places)
-    plan = plan_evaluation(recipe, settings, store, original=models[0], artifact=models[1])
+    plan = plan_evaluation(recipe, settings, store, original=models[0], artifacts=models[1])
     return _execute(plan, store, _Command(recipe, settings, places, watcher, fresh=fresh, force=False))
 
 

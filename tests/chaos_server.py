@@ -123,6 +123,11 @@ class StandIn:
         with self.changed:
             assert self.changed.wait_for(lambda: self.answered.total() >= answers, 60)
 
+    def wait_asked(self, requests: int) -> None:
+        """Wait until so many questions were asked."""
+        with self.changed:
+            assert self.changed.wait_for(lambda: self.asked.total() >= requests, 60)
+
     def close(self) -> None:
         """Go away, and do not come back."""
         self._stopping.set()
@@ -172,6 +177,7 @@ class StandIn:
         with self.changed:
             self.asked[digest] += 1
             self.bodies.append(body)
+            self.changed.notify_all()
             due = self.trouble.restart_after is not None and self.asked.total() >= self.trouble.restart_after
             begin = due and not self._restarted
             self._restarted = self._restarted or begin

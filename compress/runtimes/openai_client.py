@@ -32,6 +32,7 @@ _LEAST_IN_A_ROW = 16
 _DENIED = {401, 403}
 _AGAIN = {408, 409, 425}
 _BUSY = 429
+_NOT_OFFERED = 501
 _AWAY = {502, 503, 504}
 """What a proxy answers where the server behind it does not."""
 
@@ -161,7 +162,7 @@ class Asker:
             timeouts += outcome.timed_out
             if failed >= self._patience.attempts or timeouts >= _TIMEOUTS:
                 raise ItemError(outcome.words)
-            self._ending.wait(outcome.pause if outcome.pause is not None else self._pause(failed))
+            self._ending.wait(self._told(outcome, failed))
 
     def each(
         self,
@@ -245,7 +246,7 @@ class Asker:
             raise ServerError(denied(self._address, words))
         if "scale-out" in words.lower():
             raise ServerError(f"{self._address.url}: {words}; start the server with --enable-scale-out")
-        if status < 500 and status != _BUSY and status not in _AGAIN:
+        if (status < 500 and status != _BUSY and status not in _AGAIN) or status == _NOT_OFFERED:
             raise ItemError(words)
         return _Failure(words, away=status in _AWAY, busy=status == _BUSY, pause=_retry_after(headers))
 
@@ -260,8 +261,7 @@ class Asker:
                 f"{self._address.url}: has asked to wait for more than {self._patience.away_seconds:g} seconds ({outcome.words}); "
                 f"lower concurrency, and {RESUMES}"
             )
-        told = outcome.pause if outcome.pause is not None else self._pause(failed + 1)
-        self._open_again = max(self._open_again, time.monotonic() + min(told, self._patience.away_seconds))
+        self._open_again = max(self._open_again, time.monotonic() + self._told(outcome, failed + 1))
 
     def _hold(self) -> None:
         if (left := self._open_again - time.monotonic()) > 0:
@@ -303,6 +303,10 @@ class Asker:
             return self.client.get("/v1/models", timeout=_PROBE_SECONDS).status_code < 500
         except (httpx.HTTPError, RuntimeError):
             return False
+
+    def _told(self, outcome: _Failure, failed: int) -> float:
+        """Return how long to wait: as the server says, within reason, or longer with each failure."""
+        return self._pause(failed) if outcome.pause is None else min(outcome.pause, self._patience.away_seconds)
 
     def _pause(self, failed: int) -> float:
         longest = min(self._patience.pause * 2 ** (failed - 1), _LONGEST_PAUSE)

@@ -59,7 +59,7 @@ def test_named_as_the_benchmark_unless_said() -> None:
     [
         ("lmms", {"filter": "strict"}, "filter belongs to harness: lm"),
         ("lmms", {"chat": True}, "chat belongs to harness: lm"),
-        ({"benchmark": "two,tasks"}, "pattern"),
+        ("lm", {"benchmark": "two,tasks"}, "pattern"),
         ("lm", {"include_path": str(Path(__file__))}, "no folder at"),
         ("lm", {"include_path": "./nowhere"}, "no file or folder at"),
         ("lm", {"shots": 5}, "Extra inputs"),
