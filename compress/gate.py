@@ -126,6 +126,11 @@ class Gate(Limits):
         found |= {name: getattr(own, name) for name in Limits.model_fields if own is not None and getattr(own, name) is not None}
         return Limits.model_construct(**found)
 
+    def alive(self, target: str) -> float | None:
+        """Return the confidence with which answers must be shown to depend on images; None where they need not."""
+        limit = self.at(target).liveness
+        return None if limit is None else limit.confidence
+
     def stopping(self, target: str, tasks: int) -> AccuracyStopping | None:
         """Return when an artifact needs no more items of any of so many tasks; None where all are asked."""
         limit = self.at(target).accuracy

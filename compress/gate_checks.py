@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.eval.changes import count_flips, image_gain, judge_flips
+from compress.eval.changes import count_flips, judge_flips
 from compress.eval.latency_gate import LatencyFinding, judge_latency, judge_memory
+from compress.eval.liveness import looks
 from compress.eval.paired import Pairs, judge_family, judge_pairs, overall_recovery
 from compress.eval.results import Fidelity, PerplexityMetrics, ScoreMetrics, TaskMeasurement, check_pairs
 from compress.eval.sequential import Sequential
@@ -305,18 +306,8 @@ def _liveness(held: _Held, limit: LivenessLimit) -> Check:
     before, after = held.original.measured.liveness, held.artifact.measured.liveness
     if before is None or after is None:
         return held.leave_open(check, 0.0, "it was not seen whether answers depend on the image; add eval.liveness")
-    gains = [
-        image_gain(
-            [item.score_own for item in items if item.fault is None],
-            [item.score_other for item in items if item.fault is None],
-            [item.cluster for item in items if item.fault is None],
-            limit.confidence,
-        )
-        if any(item.fault is None for item in items)
-        else None
-        for items in (held.original.measured.liveness_items, held.artifact.measured.liveness_items)
-    ]
-    own, found = gains
+    own = looks(held.original.measured.liveness_items, limit.confidence)
+    found = looks(held.artifact.measured.liveness_items, limit.confidence)
     if own is None or found is None:
         return held.leave_open(check, 0.0, "every question that was to show it failed", after.task)
     if own.outcome != "pass":

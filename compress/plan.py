@@ -421,7 +421,8 @@ class _Planner:
         stopping = self.recipe.gate.stopping(target.name, len(self.recipe.judged_tasks))
         drawn = None if stopping is None else stopping.looks if original is None else stopping.describe()
         noise = self.recipe.eval.noise if original is None and runtime.serves else 0
-        how = [drawn, noise, None if check is None else check.model_dump(mode="json")]
+        alive = None if original is None else self.recipe.gate.alive(target.name)
+        how = [drawn, noise, None if check is None else check.model_dump(mode="json"), alive]
         shaping = [runtime.settings(name), runtime.revision, runtime.versions(), self.device]
         return self._key("measure", artifact, original, self._task_settings(), how, *shaping)
 

@@ -161,9 +161,7 @@ class Workshop:
         context = MeasureContext(
             original=self.original(),
             data={
-                task.name: self.files(pin)
-                for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True)
-                if pin is not None
+                task.name: self.files(pin) for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True) if pin is not None
             },
             target=target,
             against=None if is_original else self.entries[self.plan.measured(step.place, ORIGINAL).name].folder,
@@ -172,6 +170,7 @@ class Workshop:
             stopping=recipe.gate.stopping(place.name, len(recipe.judged_tasks)),
             noise=recipe.eval.noise if is_original and place.runtime.serves else 0,
             liveness=recipe.eval.liveness,
+            alive=recipe.gate.alive(place.name),
         )
         opening = OpenContext(
             artifact=self.artifact(name),

@@ -156,7 +156,9 @@ class Choice(Asked):
             theirs = chosen if part.original is None else self._place(part.original[place])
             answer = Answer(id=question.id, text="" if fault else LETTERS[chosen], token_ids=(), fault=fault)
             score = replace(own[theirs], id=question.id)
-            answered.append((self._item(part, question, answer, tokens[theirs], score), score))
+            item = self._item(part, question, answer, tokens[theirs], score)
+            right = not fault and chosen == self.right_option(question)
+            answered.append((item.model_copy(update={"score": float(right)}), score))
         return answered
 
     def _likelihood(self, score: Score) -> float:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 from pydantic import Field
 
 from compress.errors import DataError
+from compress.eval.changes import ImageGain, image_gain
 from compress.eval.journal import answer_all
 from compress.eval.normalize import normalize
 from compress.eval.results import Liveness, LivenessItem, check_pairs, read_liveness
@@ -54,6 +55,15 @@ def measure_liveness(check: LivenessCheck, task: Asked, context: TaskContext) ->
         check_pairs(f"{task.name} (liveness)", read_liveness(context.against), ((item.id, item.digest) for item in items))
     kept = [item for item in items if item.fault is None]
     return _summary(task, items, kept, blind=blind), items
+
+
+def looks(items: Sequence[LivenessItem], confidence: float) -> ImageGain | None:
+    """Judge whether the questions that could be answered are answered better with their own image; None where there are none."""
+    kept = [item for item in items if item.fault is None]
+    if not kept:
+        return None
+    own, other = [item.score_own for item in kept], [item.score_other for item in kept]
+    return image_gain(own, other, [item.cluster for item in kept], confidence)
 
 
 def _paired(name: str, drawn: Sequence[Question], every: Sequence[Question]) -> list[tuple[Question, Question]]:

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import DataError, ServerError
-from compress.eval.results import LIVENESS, Liveness, Measurement, TaskMeasurement, read_measured, write_items, write_measurement
+from compress.eval.results import (
+    LIVENESS,
+    Liveness,
+    Measurement,
+    TaskMeasurement,
+    read_liveness,
+    read_measured,
+    write_items,
+    write_measurement,
+)
 from compress.eval.task import Stopping, Task, TaskContext
 from compress.progress import Progress
 from compress.runtimes.runtime import Session
@@ -24,7 +33,8 @@ class MeasureContext:
     `original` is the original's checkpoint folder; `data` the local files of each task by its name; `target` the folder to fill,
     with what an interrupted measurement has left there; `logs` is where harnesses of their own write theirs. `against` is the
     folder that measuring the original in the same runtime filled, None to measure the original; `stopping` and `noise` are as in
-    `TaskContext`; `liveness` says on which task's questions it is seen whether answers depend on images.
+    `TaskContext`; `liveness` says on which task's questions it is seen whether answers depend on images. Where that is a condition,
+    with the confidence `alive`, an artifact that does not meet it is asked nothing else.
     """
 
     original: Path
@@ -36,6 +46,7 @@ class MeasureContext:
     stopping: Stopping | None = None
     noise: int = 0
     liveness: LivenessCheck | None = None
+    alive: float | None = None
 
 
 def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) -> Measurement:
@@ -50,11 +61,14 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
     """
     context.target.mkdir(parents=True, exist_ok=True)
     done: list[TaskMeasurement] = []
+    liveness, dead = _liveness(session, tasks, context)
     before = read_measured(context.against).skipped if context.against else dict[str, str]()
     skipped: dict[str, str] = {}
     with context.progress.task("tasks", len(tasks), "task") as advance:
         for task in tasks:
-            if task.name in before:
+            if dead:
+                skipped[task.name] = "answers do not depend on the image, so nothing else was asked"
+            elif task.name in before:
                 skipped[task.name] = f"of the original neither: {before[task.name]}"
             elif task.needs not in session.offers:
                 skipped[task.name] = f"what serves this model does not offer {_NEEDED[task.needs]}"
@@ -62,9 +76,9 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
             else:
                 done.append(task.measure(_task_context(task, session, context)))
             advance(1)
-    if not done:
+    if not done and not dead:
         raise ServerError("nothing could be measured: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
-    measurement = Measurement(tasks=tuple(done), liveness=_liveness(session, tasks, context), skipped=skipped)
+    measurement = Measurement(tasks=tuple(done), liveness=liveness, skipped=skipped)
     from compress.eval.journal import forget
 
     write_measurement(context.target, measurement)
@@ -92,14 +106,19 @@ def _task_context(task: Task, session: Session, context: MeasureContext) -> Task
     )
 
 
-def _liveness(session: Session, tasks: Sequence[Task], context: MeasureContext) -> Liveness | None:
+def _liveness(session: Session, tasks: Sequence[Task], context: MeasureContext) -> tuple[Liveness | None, bool]:
+    """Return whether answers depend on images, and whether it is settled that they do not, though the original's do."""
     if context.liveness is None:
-        return None
+        return None, False
     from compress.eval.asked import Asked
-    from compress.eval.liveness import measure_liveness
+    from compress.eval.liveness import looks, measure_liveness
 
     task = next(task for task in tasks if task.name == context.liveness.task)
     assert isinstance(task, Asked)
     found, items = measure_liveness(context.liveness, task, _task_context(task, session, context))
     write_items(context.target, LIVENESS, items)
-    return found
+    if context.against is None or context.alive is None:
+        return found, False
+    original = looks(read_liveness(context.against), context.alive)
+    own = looks(items, context.alive)
+    return found, original is not None and own is not None and original.outcome == "pass" and own.outcome == "fail"

@@ -57,7 +57,9 @@ def test_captions_are_scored_beside_those_of_all_images(tmp_path: Path) -> None:
     after, artifact = measured(tmp_path / "rounded", "artifact", tmp_path / "original")
     cider = Cider(captions)
     for items, found in ((before, original), (after, artifact)):
-        assert [item.score for item in items] == [cider.score(item.said, texts) for item, texts in zip(items, captions, strict=True)]
+        assert [item.score for item in items] == [
+            cider.score(item.said, texts) for item, texts in zip(items, captions, strict=True)
+        ]
         assert isinstance(found.metrics, ScoreMetrics)
         assert (found.metrics.task, found.metrics.metric, found.metrics.binary) == ("caption", "cider", False)
         assert found.metrics.score == pytest.approx(np.mean([item.score for item in items]), rel=1e-12)
@@ -72,7 +74,9 @@ def test_captions_are_scored_beside_those_of_all_images(tmp_path: Path) -> None:
 def test_one_image_gives_no_figure(tmp_path: Path) -> None:
     source = write_rows(tmp_path, [["a dog"]])
     task = task_for(tmp_path)
-    with pytest.raises(DataError, match="task scenes: CIDEr weighs words by the images that have them, and there is one; name more"):
+    with pytest.raises(
+        DataError, match="task scenes: CIDEr weighs words by the images that have them, and there is one; name more"
+    ):
         task.scorer(task.questions([source]))
 
 

@@ -63,7 +63,9 @@ class World:
             (prompt,) = task.prompts(cast("Any", type("Part", (), {"questions": [question]})))
             ids = [tuple(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
             scores = [session.score([Passage("one", tokens, prompt)], None, None, Silent())[0] for tokens in ids]
-            found.append([(-float(score.negative_log_likelihood.sum()), len(tokens)) for score, tokens in zip(scores, ids, strict=True)])
+            found.append(
+                [(-float(score.negative_log_likelihood.sum()), len(tokens)) for score, tokens in zip(scores, ids, strict=True)]
+            )
         return found
 
 

@@ -152,6 +152,12 @@ def test_the_option_that_an_answer_names(said: str, place: int | None) -> None:
     assert named_option(said, OPTIONS) == place
 
 
+def test_a_letter_alone_is_a_letter_though_it_may_be_a_text_too() -> None:
+    assert named_option("A", ("it", "but", "a")) == 0
+    assert named_option("B", ("B", "C", "A")) == 1
+    assert named_option("d", ("b", "c", "d")) == 2  # there is no fourth option
+
+
 def test_equal_options_are_told_by_their_letter_alone() -> None:
     assert named_option("same", ("same", "same")) is None
     assert named_option("B", ("same", "same")) == 1

@@ -1,0 +1,143 @@
+"""The proof in the real runtime: sound artifacts of the demo model pass in vLLM, broken ones fail, each for its reason."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
+from torch import Tensor
+
+import compress
+from compress.progress import Silent
+from compress.report import Report
+from compress.runtimes.environment import install
+
+ROOT = Path(__file__).parent.parent
+DEMO = ROOT / "recipes" / "demo.yaml"
+MODEL = DEMO.parent / "demo" / "model"
+QUESTIONS = DEMO.parent / "demo" / "test.parquet"
+
+pytestmark = pytest.mark.slow
+
+EVALUATION = {
+    "name": "verdicts",
+    "eval": {
+        "runtime": {"runtime": "vllm", "dtype": "float16", "max_model_len": 512, "kv_cache_gib": 1},
+        "tasks": [{"task": "vqa", "definition": "scenes", "source": str(QUESTIONS), "samples": 200}],
+        "liveness": {"task": "scenes", "samples": 32},
+        "latency": {
+            "concurrency": [1, 4],
+            "requests": 8,
+            "warmup": 2,
+            "rounds": 2,
+            "resolution": [112, 112],
+            "prompt_tokens": 16,
+            "output_tokens": 8,
+            "component_repeats": 2,
+        },
+    },
+    "gate": {
+        "accuracy": {"min_recovery": 0.95, "confidence": 0.95},
+        "fidelity": {"max_kl": 0.05},
+        "liveness": {"confidence": 0.95},
+        "size": {"max_ratio": 0.9},
+        "latency": {"max_p95_ratio": 50},
+    },
+}
+
+
+def broken(artifact: Path, folder: Path, change: Callable[[dict[str, Tensor]], None]) -> Path:
+    """Copy an artifact and change its tensors."""
+    shutil.copytree(artifact, folder)
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def blind(tensors: dict[str, Tensor]) -> None:
+    """Let the vision path give nothing."""
+    names = [name for name in tensors if "merger.mlp.2" in name]
+    assert names
+    for name in names:
+        tensors[name].zero_()
+
+
+def scrambled(tensors: dict[str, Tensor]) -> None:
+    """Give one layer's groups the scales of others."""
+    (name,) = (name for name in tensors if name.endswith("layers.1.mlp.down_proj.scales"))
+    scales = tensors[name]
+    order = torch.randperm(scales.numel(), generator=torch.Generator().manual_seed(0))
+    tensors[name] = scales.flatten()[order].view(scales.shape)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Report:
+    install("vllm", Silent())
+    folder = tmp_path_factory.mktemp("verdicts")
+    places: dict[str, Any] = {"runs": folder / "runs", "store": folder / "store"}
+    few = [{"task": "vqa", "definition": "scenes", "source": str(QUESTIONS), "samples": 8}]
+    made: dict[str, Path] = {}
+    kinds = {
+        "w4a16": ({"stage": "awq", "bits": 4, "group_size": 64}, "awq"),
+        "w8a8": ({"stage": "int8"}, "compressed-tensors"),
+    }
+    for name, (stage, layout) in kinds.items():
+        changes = {
+            "name": name,
+            "stages": [stage],
+            "export": [{"format": "vllm", "layout": layout}],
+            "eval": {"runtime": {"runtime": "transformers"}, "tasks": few},
+            "gate": {"size": {"max_ratio": 0.9}},
+            "publish.to": str(folder / "published"),
+        }
+        (published,) = compress.run(DEMO, set=changes, **places).published
+        made[name] = Path(published.path).rename(folder / name)
+    made["blind"] = broken(made["w4a16"], folder / "blind", blind)
+    made["scrambled"] = broken(made["w4a16"], folder / "scrambled", scrambled)
+    (folder / "evaluation.yaml").write_text(yaml.safe_dump(EVALUATION), encoding="utf-8")
+    return compress.evaluate(*made.values(), against=MODEL, by=folder / "evaluation.yaml", **places)
+
+
+def failed(report: Report, artifact: str) -> set[str]:
+    return {check.check for check in report.gate.checks if check.artifact == artifact and check.verdict == "fail"}
+
+
+def test_sound_artifacts_pass_and_broken_ones_fail(report: Report) -> None:
+    assert report.gate.artifacts == {"w4a16": "pass", "w8a8": "pass", "blind": "fail", "scrambled": "fail"}
+    assert report.gate.verdict == "fail"
+
+
+def test_a_dead_vision_path_fails_for_not_looking_at_images(report: Report) -> None:
+    assert "liveness" in failed(report, "blind")
+    (check,) = (check for check in report.gate.checks if (check.artifact, check.check) == ("blind", "liveness"))
+    assert "answers do not depend on the image" in check.reason
+    assert "0.0 % of answers changed" in check.reason
+
+
+def test_permuted_scales_fail_for_what_they_do_to_the_predictions_while_images_still_matter(report: Report) -> None:
+    assert "fidelity.max_kl" in failed(report, "scrambled")
+    assert "liveness" not in failed(report, "scrambled") or "accuracy.min_recovery" in failed(report, "scrambled")
+
+
+def test_every_artifact_has_latencies_beside_the_originals(report: Report) -> None:
+    latency = report.latency["local"]
+    assert set(latency.artifacts) == set(report.gate.artifacts)
+    for model in (latency.original, *latency.artifacts.values()):
+        assert [point.point.concurrency for point in model.points] == [1, 4]
+        for point in model.points:
+            assert point.pooled.failed == 0
+            assert point.figures["ttft_p95"].value > 0
+    for model in latency.artifacts.values():
+        assert all(point.ratios["e2el_p95"].interval is not None for point in model.points)
+
+
+def test_the_server_is_compared_with_itself(report: Report) -> None:
+    noise = report.rows[0].noise
+    assert noise is not None
+    assert noise["scenes"].kl_mean < 1e-3
+    assert (noise["scenes"].lost, noise["scenes"].gained) == (0, 0)
