@@ -12,6 +12,7 @@ planned to pass. Each with all items at once and in four looks.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import math
 import sys
@@ -188,7 +189,7 @@ def main() -> None:
         print(json.dumps(rows[-1]), file=sys.stderr)
     result = {
         "machine": describe(),
-        "versions": {"numpy": np.__version__, "scipy": scipy.__version__},
+        "versions": {name: importlib.metadata.version(name) for name in ("vlm-compress", "numpy", "scipy")},
         "evaluations": arguments.evaluations,
         "seed": arguments.seed,
         "confidence": CONFIDENCE,

@@ -56,7 +56,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [measure(given.peer, concurrency, given.rounds, Path(folder)) for concurrency in given.concurrency]
     versions = {**require("vllm").versions, **require("lmms-eval").versions, "python": platform.python_version()}
-    report = {"rows": rows, "max_new_tokens": MAX_NEW_TOKENS, "versions": versions, "hardware": describe()}
+    loads = [round(each, 1) for each in os.getloadavg()]  # over 1, 5 and 15 minutes, what was measured among it
+    report = {"rows": rows, "load_average": loads, "max_new_tokens": MAX_NEW_TOKENS, "versions": versions, "hardware": describe()}
     write_json(given.output, report)
     for row in rows:
         print(row["concurrency"], row["compress"]["items_per_second"], row["lmms-eval"]["items_per_second"], row["ratio"])

@@ -34,7 +34,7 @@ class Columns(Frozen):
 
 
 def _spelled(value: Any) -> Any:
-    values = cast("list[object]", list(value)) if isinstance(value, list | tuple) else [value]
+    values = list(cast("list[object]", value)) if isinstance(value, list | tuple) else [value]
     return [str(entry) if isinstance(entry, int | float) and not isinstance(entry, bool) else entry for entry in values]
 
 

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from compress.gate import Check
 
 _SHARES = ("min_recovery", "overall", "min_top1", "max_share", "max_failed_share")
+_SHARES_IN_FULL = ("size.max_ratio", "memory.max_ratio", "liveness")
 
 
 def size(count: float) -> str:
@@ -53,9 +54,18 @@ def metric_value(metrics: Metrics) -> str:
 
 
 def kept(original: Metrics, artifact: Metrics) -> float | None:
-    """Return how many times the original's figure an artifact has; None where that says nothing."""
+    """Return how many times the original's figure an artifact has; None where that says nothing.
+
+    An artifact that was asked fewer items, because they settled its verdict, is not compared with the original's figure over all.
+    """
     before, after = main_figure(original), main_figure(artifact)
-    return after / before if before > 0 and original.task == artifact.task else None
+    same = original.task == artifact.task and asked(original) == asked(artifact)
+    return after / before if same and before > 0 else None
+
+
+def asked(metrics: Metrics) -> int:
+    """Return of how many items, or windows, a task's figure is."""
+    return metrics.items if isinstance(metrics, ScoreMetrics) else metrics.windows
 
 
 def kept_value(original: Metrics, artifact: Metrics) -> str:
@@ -71,18 +81,18 @@ def check_values(check: Check) -> tuple[str, str, str]:
     tell = _teller(check.check)
     value = "" if check.value is None else tell(check.value)
     interval = "" if check.interval is None else "–".join(tell(bound) for bound in check.interval)
-    return value, interval, f"{_sign(check.check)} {_limit(check.check, check.limit)}".strip()
+    return value, interval, _limit(check.check, check.limit)
 
 
 def _teller(check: str) -> Callable[[float], str]:
     name = check.rpartition(".")[2]
-    if name in _SHARES or check == "size.max_ratio":
+    if name in _SHARES or check in _SHARES_IN_FULL:
         return share
     if name.endswith("bytes"):
         return size
     if name.endswith("_ms"):
         return milliseconds
-    return _five_decimals if name == "max_kl" else _four_digits
+    return _five_decimals if name in ("max_kl", "max_kl_p99") else _four_digits
 
 
 def _five_decimals(value: float) -> str:
@@ -94,14 +104,11 @@ def _four_digits(value: float) -> str:
 
 
 def _limit(check: str, limit: float) -> str:
-    tell = _teller(check)
-    if tell is share:
-        return f"{100 * limit:g}%"
-    return tell(limit) if tell in (size, milliseconds) else f"{limit:g}"
-
-
-def _sign(check: str) -> str:
-    name = check.rpartition(".")[2]
-    if name.startswith("max_"):
-        return "≤"
-    return "≥" if name.startswith("min_") or name == "overall" else ""
+    """Return a limit with its sign; empty for what has none because nothing was measured."""
+    tell, name = _teller(check), check.rpartition(".")[2]
+    if check == "liveness":
+        return "> 0%"
+    if name == check:
+        return ""
+    told = f"{100 * limit:g}%" if tell is share else tell(limit) if tell in (size, milliseconds) else f"{limit:g}"
+    return f"{'≤' if name.startswith('max_') else '≥'} {told}"

@@ -25,8 +25,9 @@ class Entry:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart as a page holds it: the drawing, its title, and its data for the table below it."""
+    """A chart as a page holds it: the drawing, its title and the title's id, and its data for the table below it."""
 
+    id: str
     drawing: Markup
     title: str
     heads: tuple[str, ...]
@@ -58,7 +59,9 @@ def legend(charts: Sequence[Chart]) -> tuple[Entry, ...]:
 
 def _figure(chart: Chart, identity: str) -> Figure:
     heads = ("of", chart.x.title, chart.y.title, *(["bounds"] if chart.bounded else []))
-    return Figure(_markup(draw(chart, identity)), chart.title, heads, tuple(tuple(row) for row in chart.rows()))
+    return Figure(
+        f"{identity}-caption", _markup(draw(chart, identity)), chart.title, heads, tuple(tuple(row) for row in chart.rows())
+    )
 
 
 def _markup(drawn: str) -> Markup:

@@ -73,8 +73,8 @@ class DataPin:
 class Plan:
     """A recipe with everything it reads pinned, its steps in the order they run, and what one should know of what it makes.
 
-    `power` says what the tasks' items can show. `given` are artifacts that are there already, by their names; where there are any,
-    the recipe makes none itself.
+    `power` says what the tasks' items can show, and which are not measured. `given` are artifacts that are there already, by their
+    names; where there are any, the recipe makes none itself.
     """
 
     recipe: Recipe
@@ -197,7 +197,7 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
         steps=planner.steps(),
         notes=sizes.notes,
         given=given,
-        power=_power(recipe),
+        power=(*_power(recipe), *_unmeasured(recipe)),
     )
 
 
@@ -289,6 +289,17 @@ def notes_of(plan: Plan, folder: Path) -> tuple[str, ...]:
 
 def _notes(recipe: Recipe, outlook: Outlook) -> tuple[str, ...]:
     return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
+
+
+def _unmeasured(recipe: Recipe) -> tuple[str, ...]:
+    """Return which tasks a target's servers cannot be asked, by what they say of themselves."""
+    return tuple(
+        f"task {task.name}: not measured at {target.name}: {why}"
+        for target in recipe.eval.places
+        for need, why in target.runtime.missing().items()
+        for task in recipe.eval.tasks
+        if task.needs == need
+    )
 
 
 def _power(recipe: Recipe) -> tuple[str, ...]:

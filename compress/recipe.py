@@ -382,7 +382,7 @@ def _tags(model: type[BaseModel]) -> set[object]:
 def _models_in(annotation: Any) -> list[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
-    if typing.get_origin(annotation) in (Union, types.UnionType, tuple, Annotated):
+    if typing.get_origin(annotation) in (Union, types.UnionType, tuple, Annotated, Mapping):
         return [model for argument in typing.get_args(annotation) for model in _models_in(argument)]
     return []
 

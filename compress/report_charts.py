@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from compress.charts import Axis, Chart, Limit, Point, Series, Unit, pareto_front
 from compress.eval.results import Metrics, ScoreMetrics
-from compress.figures import main_figure, metric_value, milliseconds, share, size
+from compress.figures import asked, main_figure, metric_value, milliseconds, share, size
 from compress.report_latency import models_of, shapes_of
 from compress.report_tables import ORIGINAL, originals, several_targets, task_names
 from compress.stages.widths import LEFT, GroupWidth, Widths
@@ -119,7 +119,7 @@ def _chart(report: Report, rows: Sequence[Row], name: str, across: _Place, style
 def _bounds(report: Report, row: Row, task: str, before: Metrics | None) -> tuple[float, float] | None:
     """Return the bounds of a task's figure: those of what the gate found to be kept, times the original's."""
     check = _check(report, row.target, task, row.artifact)
-    if check is None or check.interval is None or before is None:
+    if check is None or check.interval is None or before is None or asked(before) != asked(row.metrics[task]):
         return None
     return check.interval[0] * main_figure(before), check.interval[1] * main_figure(before)
 

@@ -10,6 +10,7 @@ import yaml
 
 from compress import report_tables as tables
 from compress.charts import Chart
+from compress.eval.results import ScoreMetrics
 from compress.figures import share
 from compress.gallery import Card, Gallery
 from compress.gate import Outcome
@@ -134,7 +135,7 @@ def render_html(report: Report, gallery: Gallery | None = None) -> str:
 
     Whatever comes from models and data sets is escaped; a policy in the page forbids it to load or run anything.
     """
-    sections = [section for section in _sections(report, gallery or Gallery()) if section.parts]
+    sections = [section for section in _sections(report, gallery) if section.parts]
     return render_page("report.html.jinja", report=report, sentence=verdict_sentence(report), sections=sections)
 
 
@@ -144,7 +145,8 @@ def verdict_sentence(report: Report) -> str:
     count = len(report.gate.checks)
     checks = f"{count} checks" if count != 1 else "its one check"
     if report.gate.verdict == "pass":
-        told = "The artifact keeps" if len(outcomes) == 1 else f"All {len(outcomes)} artifacts keep"
+        every = "Both" if len(outcomes) == 2 else f"All {len(outcomes)}"
+        told = "The artifact keeps" if len(outcomes) == 1 else f"{every} artifacts keep"
         return f"{told} every limit of the gate, {checks}."
     told = [_short_of(report, outcome) for outcome in ("fail", "inconclusive")]
     return f"Of {checks}, {' and '.join(text for text in told if text)}."
@@ -160,14 +162,14 @@ def _short_of(report: Report, outcome: Outcome) -> str:
     return f"{len(found)} {verb[outcome]}: {', '.join(names[:3])}{more}"
 
 
-def _sections(report: Report, gallery: Gallery) -> Iterator[Section]:
+def _sections(report: Report, gallery: Gallery | None) -> Iterator[Section]:
     yield Section("warnings", "Warnings", (ListPart(report.warnings, "warnings"),) if report.warnings else ())
     yield Section("results", "Accuracy against size", tuple(_results(report)))
     yield Section("checks", "The gate's checks", (TablePart(tables.checks_table(report.gate.checks), hidden_caption=True),))
     yield Section("fidelity", "Fidelity to the original", tuple(_filled(tables.fidelity_table(report.rows))))
     yield Section("liveness", "Liveness: do answers depend on the image?", tuple(_filled(tables.liveness_table(report.rows))))
     yield Section("latency", "Latency", tuple(_latency(report)))
-    yield Section("flips", "Flips", tuple(_flips(gallery)))
+    yield Section("flips", "Flips", tuple(_flips(gallery)) if gallery and _scored(report) else ())
     for number, (stage, widths) in enumerate(report.widths.items(), 1):
         yield Section(f"widths-{number}", f"Widths that {stage} chose", tuple(_widths(stage, widths, report)))
     yield Section("method", "How it was measured", (TermsPart(tuple(report.notes.items())),) if report.notes else ())
@@ -223,8 +225,13 @@ def _latency(report: Report) -> Iterator[Part]:
             yield ListPart(said)
 
 
+def _scored(report: Report) -> bool:
+    return any(isinstance(metrics, ScoreMetrics) for row in report.rows for metrics in row.metrics.values())
+
+
 def _flips(gallery: Gallery) -> Iterator[Part]:
     if not gallery.cards:
+        yield WordsPart("No item scores otherwise with an artifact than with the original.")
         return
     shown = len(gallery.cards)
     told = f"{gallery.lost:,} items score less with an artifact than with the original, {gallery.gained:,} score more."

@@ -41,9 +41,9 @@ def shape_name(shape: LoadPoint) -> str:
 
 
 def latency_tables(latency: Latency) -> list[Table]:
-    """Return the tables of one target that have rows."""
+    """Return the tables of one target that have rows, but for what the server used at each load."""
     by_shape = [table(latency, shape) for shape in shapes_of(latency) for table in (latency_table, ratio_table)]
-    found = (*by_shape, best_table(latency), components_table(latency), resources_table(latency))
+    found = (*by_shape, best_table(latency), components_table(latency))
     return [table for table in found if table.rows]
 
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from compress.eval.results import Fidelity, ScoreMetrics
-from compress.figures import check_values, divergence, kept_value, metric_value, share, size
+from compress.figures import asked, check_values, divergence, kept_value, metric_value, share, size
 from compress.gate import Check, Outcome
 from compress.tabular import Column, Table
 
@@ -58,8 +59,9 @@ def _task_value(row: Row, original: Row | None, name: str) -> str:
         return "not measured"
     before = original.metrics.get(name) if original is not None and original is not row else None
     against = kept_value(before, metrics) if before is not None else ""
+    fewer = f", of {asked(metrics):,} items" if before is not None and asked(before) != asked(metrics) else ""
     failed = f", {metrics.failed:,} failed" if metrics.failed else ""
-    return metric_value(metrics) + (f" ({against})" if against else "") + failed
+    return metric_value(metrics) + (f" ({against})" if against else "") + fewer + failed
 
 
 def details_table(rows: Sequence[Row]) -> Table:
@@ -106,17 +108,24 @@ def _fidelity_cells(found: Fidelity) -> tuple[str, ...]:
 def checks_table(checks: Sequence[Check]) -> Table:
     """Return every check of the gate with its value, interval, limit, verdict and reason; what fails comes first."""
     columns = (
-        Column("artifact"), Column("verdict", "verdict"), Column("target"), Column("check", "code"), Column("of", "brief"),
-        Column("value", "number"), Column("interval", "number"), Column("limit", "number"), Column("reason", "prose"),
+        Column("artifact"), Column("check", "code"), Column("verdict", "verdict"), Column("of", "brief"), Column("value", "number"),
+        Column("interval", "number"), Column("limit", "number"), Column("reason", "prose"),
     )  # fmt: skip
     several = len({check.target for check in checks}) > 1
+    by_artifact: dict[str, list[Check]] = {}
+    for check in sorted(checks, key=_badness):
+        name = f"{check.artifact} @{check.target}" if several else check.artifact
+        by_artifact.setdefault(name, []).append(check)
     lines: list[tuple[str, ...]] = []
-    for check in sorted(checks, key=lambda check: _WORST_FIRST.index(check.verdict)):
-        value, interval, limit = check_values(check)
-        target = check.target if several else ""
-        cells = (check.artifact, check.verdict, target, check.check, check.task or "")
-        lines.append((*cells, value, interval, limit, check.reason))
-    return Table("Every check of the gate", columns, tuple(lines)).without_empty()
+    for name, own in by_artifact.items():
+        for check in own:
+            value, interval, limit = check_values(check)
+            lines.append((name, check.check, check.verdict, check.task or "", value, interval, limit, check.reason))
+    return replace(Table("Every check of the gate", columns, tuple(lines)).without_empty(), grouped=True)
+
+
+def _badness(check: Check) -> int:
+    return _WORST_FIRST.index(check.verdict)
 
 
 def liveness_table(rows: Sequence[Row]) -> Table:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import groupby
 from typing import Literal
 
 Kind = Literal["text", "number", "verdict", "brief", "prose", "code"]
@@ -21,18 +22,27 @@ class Column:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its caption; the first column names what a row is of. `note` says what the figures mean."""
+    """A table with its caption; the first column names what a row is of. `note` says what the figures mean.
+
+    In a `grouped` one it names what several rows in a row are of, and the second names the row.
+    """
 
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    grouped: bool = False
+
+    @property
+    def groups(self) -> list[tuple[str, list[tuple[str, ...]]]]:
+        """The rows by their first column, without it."""
+        return [(name, [row[1:] for row in rows]) for name, rows in groupby(self.rows, key=lambda row: row[0])]
 
     def without_empty(self) -> Table:
         """Return the table without the columns that hold nothing in any row."""
         kept = [place for place in range(len(self.columns)) if any(row[place] for row in self.rows)]
         columns = tuple(self.columns[place] for place in kept)
-        return Table(self.caption, columns, tuple(tuple(row[place] for place in kept) for row in self.rows), self.note)
+        return replace(self, columns=columns, rows=tuple(tuple(row[place] for place in kept) for row in self.rows))
 
 
 def markdown(table: Table) -> str:

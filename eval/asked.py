@@ -310,7 +310,7 @@ class Asked(Task, ABC):
         answered = list[Answered]()
         original = list[QuestionItem]()
         for look, part in enumerate(parts, 1):
-            answered += self.ask(part, context)
+            answered += self.ask(part, context) if part.questions else []
             if context.stopping is None or part.original is None:
                 continue
             original += part.original

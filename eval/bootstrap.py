@@ -51,8 +51,8 @@ class Totals:
     def unseen(self) -> tuple[float, float]:
         """How much a cluster may lose, and gain, at once although none was seen to: everything, at the size of a random item's.
 
-        To take the size of the changes that were seen instead lets too many artifacts pass where few items of a cluster change
-        together: up to 8 % at the limit, for 5 %.
+        To take the size of the changes that were seen instead would let too many artifacts pass at the limit where the items of a
+        cluster change together.
         """
         total = float(self.original.sum())
         loss = float((self.original**2).sum()) / total if total else 0.0
@@ -108,7 +108,7 @@ def _multiplier(differences: Floats, shares: Floats, low: float, high: float) ->
 
 
 def bootstrap_tails(totals: Totals, recovery: float) -> Tails:
-    """Return the bootstrap's one-sided p-values for "the artifact's mean score is `recovery` times the original's".
+    """Return the bootstrap's one-sided p-values for "the artifact's mean score is `recovery` times the original's", which is not 0.
 
     The spread is estimated from the clusters, so the p-values are widened from the normal to Student's distribution with one
     degree less than there are clusters; a single cluster tells nothing, and both are 1.
@@ -145,7 +145,7 @@ def sum_tails(parts: Sequence[tuple[Floats, Floats, int]], seen: float) -> tuple
         blurred += draws * float((chances * share * (1 - share)).sum())
     masses = np.maximum(np.fft.irfft(spectrum, _GRID), 0.0)
     sums = np.fft.fftfreq(_GRID, 1 / _GRID) * step
-    blur = 3 * step * math.sqrt(blurred) + 1e-9 * reach
+    blur = 4 * step * math.sqrt(blurred) + 1e-9 * reach
     return min(float(masses[sums >= seen - blur].sum()), 1.0), min(float(masses[sums <= seen + blur].sum()), 1.0)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,9 @@ Floats = NDArray[np.float64]
 _MILLISECONDS = 1000.0
 _REPLICATES = 200
 _LEAST = 1e-12
+_SHARES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
+_LARGEST_TABLE = 2**22
+"""How many times between tokens are drawn at once."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +122,7 @@ def _estimate(value: float, rounds: Sequence[Floats | None], confidence: float) 
     The variance of a round is what the drawing gives, and beyond it what the rounds differ by. The bounds are Student's, with as
     many degrees of freedom as the part that stems from the few rounds leaves (Satterthwaite, Biometrics Bulletin 2, 1946).
     """
-    known = [logs for logs in rounds if logs is not None and np.isfinite(logs).all()]
+    known = [logs for logs in rounds if logs is not None and bool(np.isfinite(logs).all())]
     if len(known) < len(rounds) or len(known) < 2 or value <= 0:
         return Estimate(value=value)
     from scipy.special import stdtrit
@@ -145,11 +148,8 @@ def _logs(times: Times, draw: NDArray[np.int64]) -> dict[str, Floats]:
     found: dict[str, Floats] = {}
     with np.errstate(divide="ignore", invalid="ignore"):
         for name, values in (("ttft", times.ttft), ("tpot", times.tpot), ("e2el", times.e2el)):
-            if np.isfinite(values).any():
-                drawn = values[draw]
-                found |= {f"{name}_{statistic}": np.log(_STATISTIC[statistic](drawn)) for statistic in STATISTICS}
-        if any(gaps.size for gaps in times.gaps):
-            found |= _gap_logs(times, draw)
+            found |= {f"{name}_{statistic}": np.log(rows) for statistic, rows in _statistics(values[draw]).items()}
+        found |= _gap_logs(times, draw)
         seconds = times.shares[draw].sum(axis=1)
         found["request_rate"] = np.log(times.answered[draw].sum(axis=1) / seconds)
         found["output_token_rate"] = np.log(np.where(times.answered, times.tokens, 0.0)[draw].sum(axis=1) / seconds)
@@ -159,43 +159,40 @@ def _logs(times: Times, draw: NDArray[np.int64]) -> dict[str, Floats]:
 
 
 def _gap_logs(times: Times, draw: NDArray[np.int64]) -> dict[str, Floats]:
-    rows: list[list[int]] = draw.tolist()
-    drawn = [_all([times.gaps[place] for place in row])[None] for row in rows]
-    return {
-        f"itl_{statistic}": np.log(np.array([float(take(values)[0]) for values in drawn])) for statistic, take in _STATISTIC.items()
-    }
+    """Return the same of the times between tokens, of which each request has its own number."""
+    longest = max((len(gaps) for gaps in times.gaps), default=0)
+    table = np.full((len(times.gaps), longest), np.nan)
+    for row, gaps in zip(table, times.gaps, strict=True):
+        row[: len(gaps)] = gaps
+    step = max(_LARGEST_TABLE // max(table.size, 1), 1)
+    parts = [_statistics(table[rows].reshape(len(rows), -1)) for rows in (draw[at : at + step] for at in range(0, len(draw), step))]
+    return {f"itl_{name}": np.log(np.concatenate([part[name] for part in parts])) for name in STATISTICS}
+
+
+def _statistics(rows: Floats) -> dict[str, Floats]:
+    """Return the mean and the percentiles of each row, NaN left out; NaN where a row holds nothing else."""
+    rows = np.sort(rows, axis=1)  # NaN last
+    if not rows.shape[1]:
+        return {name: np.full(len(rows), np.nan) for name in STATISTICS}
+    known = np.isfinite(rows).sum(axis=1)
+    found = {"mean": np.where(known > 0, np.nansum(rows, axis=1) / np.maximum(known, 1), np.nan)}
+    for name, share in _SHARES.items():
+        place = np.maximum(known - 1, 0) * share
+        low = np.floor(place).astype(np.int64)
+        high = np.minimum(low + 1, np.maximum(known - 1, 0))
+        below, above = (np.take_along_axis(rows, where[:, None], axis=1)[:, 0] for where in (low, high))
+        found[name] = below + (above - below) * (place - low)
+    return found
+
+
+def _percentiles(values: Floats) -> Percentiles | None:
+    if not np.isfinite(values).any():
+        return None
+    return Percentiles(**{name: float(rows[0]) for name, rows in _statistics(values[None]).items()})
 
 
 def _all(parts: Sequence[Floats]) -> Floats:
     return np.concatenate(parts) if parts else np.empty(0)
-
-
-def _percentile(percent: float) -> Callable[[Floats], Floats]:
-    def take(rows: Floats) -> Floats:
-        found: Floats = np.nanpercentile(rows, percent, axis=1)
-        return found
-
-    return take
-
-
-def _mean(rows: Floats) -> Floats:
-    return np.nanmean(rows, axis=1)
-
-
-_STATISTIC: Mapping[str, Callable[[Floats], Floats]] = {
-    "mean": _mean,
-    "p50": _percentile(50),
-    "p90": _percentile(90),
-    "p95": _percentile(95),
-    "p99": _percentile(99),
-}
-
-
-def _percentiles(values: Floats) -> Percentiles | None:
-    known: Floats = values[np.isfinite(values)][None]
-    if not known.size:
-        return None
-    return Percentiles(**{statistic: float(_STATISTIC[statistic](known)[0]) for statistic in STATISTICS})
 
 
 def _values(result: LoadResult) -> dict[str, float]:

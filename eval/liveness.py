@@ -109,7 +109,7 @@ def _item(
         cluster=cluster_of(question),
         other=standing.id,
         prompt=task.prompt(question),
-        accepted=question.answers,
+        accepted=task.accepted(question),
         said_own=own.text,
         said_other=other.text,
         said_none=none.text if none else None,

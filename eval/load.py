@@ -12,18 +12,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
-import httpx
 import numpy as np
 from PIL import Image
 
 from compress.errors import MissingError, ServerError
+from compress.eval.http_stream import Connection, StreamError
 from compress.eval.latency import LoadPoint
 from compress.runtimes.runtime import Prompt, Served
 
 _PATH = "/v1/chat/completions"
-_CONNECT_SECONDS = 30
+_OK = 200
 _WORDS = 200
 _ATTEMPTS = 10
 _END = re.compile(rb"\r?\n\r?\n")
@@ -130,7 +130,7 @@ def put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_
     """Send all requests, so many at a time, and read every answer's stream to its end.
 
     A request that fails is a sample with its fault. Nothing of an answer is looked into before the last one has ended, so that
-    the reading costs the server's machine no time.
+    the reading costs the server's machine no time. The server is reached directly, whatever proxy the environment names.
     """
     return asyncio.run(_put_load(served, bodies, concurrency, request_seconds))
 
@@ -163,57 +163,45 @@ def _remedy(fault: str) -> str:
 
 
 async def _put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float) -> Load:
-    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {served.key}"} if served.key else {}
-    samples: list[Sample | None] = [None] * len(bodies)
-    streams: list[_Stream | None] = [None] * len(bodies)
+    found: list[Stream | str] = [""] * len(bodies)
     waiting = iter(enumerate(bodies))
-    async with httpx.AsyncClient(
-        base_url=served.url,
-        headers=headers,
-        timeout=httpx.Timeout(request_seconds, connect=_CONNECT_SECONDS, pool=None),
-        limits=httpx.Limits(max_connections=concurrency, max_keepalive_connections=concurrency),
-        trust_env=served.process is None,  # no proxy stands between this machine and itself
-    ) as client:
 
-        async def work() -> None:
-            for place, body in waiting:
-                found = await _ask(client, body, request_seconds)
-                if isinstance(found, str):
-                    samples[place] = Sample(0.0, (), 0, found)
-                else:
-                    streams[place] = found
+    async def work() -> None:
+        connection = Connection(served.url)
+        for place, body in waiting:
+            found[place] = await _ask(connection, headers, body, request_seconds)
+        connection.close()
 
-        began = time.perf_counter()
-        await asyncio.gather(*(work() for _ in range(min(concurrency, len(bodies)))))
-        seconds = time.perf_counter() - began
-    read = [sample or _read(cast("_Stream", stream)) for sample, stream in zip(samples, streams, strict=True)]
-    return Load(tuple(read), seconds, "compress", began)
+    began = time.perf_counter()
+    await asyncio.gather(*(work() for _ in range(min(concurrency, len(bodies)))))
+    seconds = time.perf_counter() - began
+    await asyncio.sleep(0)  # lets the connections end
+    samples = tuple(Sample(0.0, (), 0, answer) if isinstance(answer, str) else read_stream(answer) for answer in found)
+    return Load(samples, seconds, "compress", began)
 
 
 @dataclass(frozen=True)
-class _Stream:
+class Stream:
     """An answer as it came: when the request was sent, and each piece of bytes with its time."""
 
     sent: float
     pieces: list[tuple[float, bytes]]
 
 
-async def _ask(client: httpx.AsyncClient, body: bytes, seconds: float) -> _Stream | str:
+async def _ask(connection: Connection, headers: dict[str, str], body: bytes, seconds: float) -> Stream | str:
     """Return an answer's stream, or why there is none."""
-    clock = time.perf_counter
-    stream = _Stream(clock(), [])
     try:
-        async with asyncio.timeout(seconds), client.stream("POST", _PATH, content=body) as response:
-            if not response.is_success:
-                return f"{response.status_code}: {_told((await response.aread()).decode(errors='replace'))}"
-            async for piece in response.aiter_raw():
-                stream.pieces.append((clock(), piece))
+        async with asyncio.timeout(seconds):
+            reply = await connection.post(_PATH, headers, body)
     except TimeoutError:
         return f"no answer within {seconds:g} seconds"
-    except httpx.HTTPError as error:
-        return f"{type(error).__name__}: {error}"[:_WORDS]
-    return stream
+    except StreamError as error:
+        return str(error)[:_WORDS]
+    if reply.status != _OK:
+        return f"{reply.status}: {_told(b''.join(piece for _, piece in reply.pieces).decode(errors='replace'))}"
+    return Stream(reply.sent, reply.pieces)
 
 
 def _told(text: str) -> str:
@@ -226,8 +214,11 @@ def _told(text: str) -> str:
     return " ".join(text.split())[:_WORDS]
 
 
-def _read(stream: _Stream) -> Sample:
-    """Return the times in an answer's stream of server-sent events (OpenAI chat completion chunks)."""
+def read_stream(stream: Stream) -> Sample:
+    """Return the times in an answer's stream of server-sent events, OpenAI's chat completion chunks.
+
+    One that breaks off, holds an error or something else than chunks is a sample with its fault.
+    """
     times: list[float] = []
     spoken, told, ended = 0, 0, False
     for moment, data in _events(stream.pieces):

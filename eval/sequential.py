@@ -25,7 +25,7 @@ Decision = Literal["pass", "fail", "inconclusive", "go on"]
 
 Floats = NDArray[np.float64]
 
-_POINTS = 401
+_POINTS = 301
 _LOWEST = -9.0
 
 
@@ -50,13 +50,13 @@ def boundaries(fractions: Sequence[float], alpha: float) -> tuple[float, ...]:
 
 @lru_cache(maxsize=4096)
 def _boundaries(fractions: tuple[float, ...], alpha: float) -> tuple[float, ...]:
+    if len(fractions) == 1:
+        return (normal_quantile(spent(fractions[0], alpha)),)
+    earlier = _boundaries(fractions[:-1], alpha)
     walk = _Walk(0.0)
-    total = 0.0
-    for fraction in fractions:
-        target = spent(fraction, alpha)
-        walk.step(fraction, walk.solve(fraction, target - total))
-        total = target
-    return tuple(walk.bounds)
+    for fraction, bound in zip(fractions, earlier, strict=False):
+        walk.step(fraction, bound)
+    return (*earlier, walk.solve(fractions[-1], spent(fractions[-1], alpha) - spent(fractions[-2], alpha)))
 
 
 def crossing_chances(fractions: Sequence[float], bounds: Sequence[float], drift: float = 0.0) -> tuple[float, ...]:
@@ -73,7 +73,6 @@ class _Walk:
     """The score process S = z · √fraction of those evaluations that have not reached a bound yet, as a density on a grid."""
 
     def __init__(self, drift: float) -> None:
-        self.bounds: list[float] = []
         self._drift = drift
         self._fraction = 0.0
         self._places: Floats = np.zeros(1)
@@ -89,8 +88,8 @@ class _Walk:
 
     def solve(self, fraction: float, target: float) -> float:
         """Return the bound that is reached with the probability `target`."""
-        low, high = -9.0, 39.0
-        for _ in range(60):
+        low, high = _LOWEST, 39.0
+        for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if self.chance(fraction, middle) > target else (low, middle)
         return high
@@ -108,7 +107,6 @@ class _Walk:
         distance = places[:, None] - self._places[None, :] - self._drift * apart
         density = np.exp(-(distance**2) / (2 * apart)) @ self._masses / math.sqrt(2 * math.pi * apart)
         self._places, self._masses, self._fraction = places, weights * density, fraction
-        self.bounds.append(bound)
 
 
 def repeated_p(fractions: Sequence[float], p_value: float) -> float:
@@ -120,7 +118,7 @@ def repeated_p(fractions: Sequence[float], p_value: float) -> float:
         return 1.0
     low, high = math.log(max(p_value, 1e-300)), 0.0
     z = normal_quantile(max(p_value, 1e-300))
-    for _ in range(40):
+    for _ in range(30):
         middle = (low + high) / 2
         low, high = (low, middle) if boundaries(fractions, math.exp(middle))[-1] <= z else (middle, high)
     return math.exp(high)

@@ -79,17 +79,19 @@ class Watch:
             self._sample()
 
     def _sample(self) -> None:
-        moment, resident = time.perf_counter(), 0
+        moment, private, shared = time.perf_counter(), 0, 0
         with self._lock:
             processes = _tree(self._process)
             for process in processes:
                 with suppress(psutil.Error), process.oneshot():
-                    resident += process.memory_info().rss
+                    memory: Any = process.memory_info()
+                    own = int(getattr(memory, "shared", 0))
+                    private, shared = private + int(memory.rss) - own, max(shared, own)
                     times = process.cpu_times()
                     self._spent[process.pid] = times.user + times.system
             held = self._gpus.read({process.pid for process in processes}) if self._gpus else (None, None, None, None)
-            if resident:
-                self._readings.append(Reading(moment, resident, sum(self._spent.values()), *held))
+            if private:  # libraries that processes share are held once
+                self._readings.append(Reading(moment, private + shared, sum(self._spent.values()), *held))
 
 
 def _telemetry(readings: Sequence[Reading], seconds: float, requests: int, cache_bytes: int | None) -> Telemetry:

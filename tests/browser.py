@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_SECONDS = 60.0
+_SECONDS = 30.0
 _FLAGS = (
     "--headless=new", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--no-first-run", "--no-default-browser-check", "--disable-extensions", "--disable-background-networking",
@@ -48,6 +48,7 @@ class Browser:
         self._number = 0
         self._buffer = b""
         self._session = ""
+        self._loaded = False
         self.messages: list[str] = []
         self.requests: list[str] = []
 
@@ -112,18 +113,21 @@ class Browser:
                 self.messages.append(f"console: {params['args']}")
             case "Runtime.exceptionThrown":
                 self.messages.append(f"exception: {params['exceptionDetails']['text']}")
+            case "Page.loadEventFired":
+                self._loaded = True
             case "Network.requestWillBeSent":
                 self.requests.append(params["request"]["url"])
             case _:
                 pass
 
     def open(self, page: Path) -> None:
-        """Load a file and wait until it is there, and drawn."""
+        """Load a file and wait until it is there."""
         self.messages.clear()
         self.requests.clear()
+        self._loaded = False
         self.call("Page.navigate", url=page.as_uri())
-        self.ask("new Promise(done => document.readyState === 'complete' ? done(1) : addEventListener('load', () => done(1)))")
-        self.ask("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done(1))))")
+        while not self._loaded:
+            self._note(self._read())
 
     def ask(self, expression: str) -> Any:
         """Return what a JavaScript expression comes to in the page; a promise is waited for."""

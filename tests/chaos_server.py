@@ -130,9 +130,9 @@ class StandIn:
 
     def close(self) -> None:
         """Go away, and do not come back."""
-        self._stopping.set()
-        self.trouble.released.set()
         self._leave()
+        self._stopping.set()
+        self.release()
 
     def back(self) -> None:
         """Listen at the same port again after `close`."""

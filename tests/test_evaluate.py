@@ -134,7 +134,7 @@ def test_an_artifact_that_is_none_and_two_of_one_name_are_refused(made: tuple[Jo
         compress.evaluate(artifact, artifact, **given)
     (job.folder / "odd.yaml").write_text(yaml.safe_dump({**EVALUATION, "speed": 1}), encoding="utf-8")
     with pytest.raises(RecipeError, match="speed: unknown key; allowed here: name, eval, gate"):
-        compress.evaluate(artifact, **{**given, "by": job.folder / "odd.yaml"})
+        compress.evaluate(artifact, against=job.folder / "model", by=job.folder / "odd.yaml", **job.places())
 
 
 def test_the_command_ends_with_the_gates_verdict(made: tuple[Job, Report]) -> None:

@@ -23,7 +23,9 @@ from compress.hub import open_pinned, resolve_model
 from compress.plan import Plan, make_plan
 from compress.progress import Silent
 from compress.recipe import Recipe, read_recipe
+from compress.runtimes.endpoint import Endpoint
 from compress.runtimes.environment import install
+from compress.runtimes.vllm import Vllm
 from compress.schema import is_local
 from compress.stages.int8 import Int8
 from compress.stages.linears import Target
@@ -48,7 +50,9 @@ every_recipe = pytest.mark.parametrize(
 METHODS = ("awq", "gptq", "int8")
 DATASETS = {
     "Salesforce/wikitext": ("wikitext-2-raw-v1/train-00000-of-00001.parquet", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
-    "jxie/flickr8k": ("data/train-00000-of-00002.parquet",),
+    "jxie/flickr8k": ("data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"),
+    "lmms-lab/DocVQA": ("DocVQA/validation-00000-of-00006.parquet",),
+    "lmms-lab/MMMU": ("data/validation-00000-of-00001.parquet",),
     "uoft-cs/cifar10": ("plain_text/test-00000-of-00001.parquet",),
     "lmms-lab/textvqa": ("data/train-00000-of-00020.parquet", "data/validation-00000-of-00003.parquet"),
 }
@@ -103,7 +107,15 @@ def settings_for(recipe: Recipe, server: str) -> dict[str, Any]:
     for task in recipe.eval.tasks:
         if isinstance(task, Adapter):
             install(ENVIRONMENTS[task.harness], Silent())
-    return {"eval.runtime.url": server} if recipe.eval.places[0].runtime.runtime == "vllm" else {}
+    found: dict[str, Any] = {}
+    for place, target in enumerate(recipe.eval.places):
+        path = "eval.runtime" if recipe.eval.targets is None else f"eval.targets.{place}.runtime"
+        if isinstance(target.runtime, Vllm):
+            found[f"{path}.url"] = server
+        elif isinstance(target.runtime, Endpoint):
+            found |= {f"{path}.original.url": server, f"{path}.key_variable": None}
+            found |= {f"{path}.artifacts.{name}.url": server for name in target.runtime.artifacts}
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -161,13 +173,16 @@ def quantized(plan: Plan) -> dict[str, tuple[int, ...]]:
 def test_a_shipped_recipe_can_be_planned(path: Path, plan_of: Callable[[Path], Plan]) -> None:
     plan = plan_of(path)
     recipe = plan.recipe
-    exports = [[f"export {export.artifact}", f"measure {export.artifact}"] for export in recipe.export]
+    places = [f" at {target.name}" if recipe.eval.targets else "" for target in recipe.eval.places]
+    exports = [
+        [f"export {export.artifact}", *(f"measure {export.artifact}{place}" for place in places)] for export in recipe.export
+    ]
     prepared = ["calibration", "overlap of calibration and evaluation"] if recipe.calibration else []
     assert [step.name for step in plan.steps] == [
         *prepared,
         *(stage.stage for stage in recipe.stages),
-        "measure original",
-        *(name for pair in exports for name in pair),
+        *(f"measure original{place}" for place in places),
+        *(name for names in exports for name in names),
     ]
     assert len({step.key for step in plan.steps}) == len(plan.steps)
 

@@ -58,9 +58,20 @@ def test_a_task_that_was_not_measured_is_told() -> None:
     assert table.rows[1][3:] == ("not measured", "76.55% (99.26%)", "not measured")
 
 
+def test_an_artifact_that_was_asked_fewer_items_is_not_held_against_the_original_over_all() -> None:
+    original, artifact, _ = rows()
+    fewer = artifact.metrics["chartqa"].model_copy(update={"items": 250})
+    table = results_table([original, artifact.model_copy(update={"metrics": {**artifact.metrics, "chartqa": fewer}})])
+    assert table.rows[1][3:5] == ("83.90% (99.58%)", "76.55%, of 250 items")
+    assert kept_value(original.metrics["chartqa"], fewer) == ""
+
+
 def test_checks_that_fail_come_first() -> None:
     table = checks_table(report().gate.checks)
-    assert [row[1] for row in table.rows] == ["fail"] * 3 + ["inconclusive"] + ["pass"] * 5
+    assert [row[2] for row in table.rows] == ["fail"] * 3 + ["inconclusive"] + ["pass"] * 5
+    assert [(name, len(own)) for name, own in table.groups] == [("vllm-int8", 3), ("vllm-awq", 6)]
+    checks = [check.model_copy(update={"target": target}) for target in ("local", "prod") for check in report().gate.checks]
+    assert [name for name, _ in checks_table(checks).groups][:2] == ["vllm-int8 @local", "vllm-int8 @prod"]
 
 
 @pytest.mark.parametrize(
@@ -73,6 +84,9 @@ def test_checks_that_fail_come_first() -> None:
         ("size.max_bytes", (6_940_000_000.0, None, 7e9), ("6.94 GB", "", "≤ 7 GB")),
         ("latency.max_ttft_p95_ms", (61.234, (60, 62.9), 500), ("61.2 ms", "60.0 ms–62.9 ms", "≤ 500 ms")),
         ("latency.max_p95_ratio", (0.812, (0.8, 0.83), 1.0), ("0.8120", "0.8000–0.8300", "≤ 1")),
+        ("memory.max_ratio", (0.612, None, 0.7), ("61.20%", "", "≤ 70%")),
+        ("liveness", (0.731, (0.61, 0.84), 0.0), ("73.10%", "61.00%–84.00%", "> 0%")),
+        ("size.max_bits_per_weight", (4.51, None, 4.6), ("4.5100", "", "≤ 4.6")),
         ("flips.max_share", (0.0125, None, 0.02), ("1.25%", "", "≤ 2%")),
     ],
 )
@@ -85,6 +99,7 @@ def test_values_and_limits_are_told_in_their_own_units(
 def test_a_check_that_nothing_measured_has_no_value() -> None:
     made = check("a", "accuracy.min_recovery", None, (0, None, 0.99), "inconclusive").model_copy(update={"value": None})
     assert check_values(made) == ("", "", "≥ 99%")
+    assert check_values(made.model_copy(update={"check": "latency", "limit": 0.0})) == ("", "", "")
 
 
 def test_nothing_is_kept_of_nothing() -> None:

@@ -163,7 +163,7 @@ def _decoder_hooks(modules: dict[str, nn.Module], family: Family, clock: _Clock)
             clock.steps.append(clock.now() - clock.entered)
             clock.entered = None
 
-    first, head = modules.get(f"{family.blocks}.0"), modules.get(family.head or "")
+    first, head = modules.get(f"{family.blocks}.0"), modules.get(family.head) if family.head is not None else None
     if first is None or head is None:
         return []
     return [first.register_forward_pre_hook(enter), head.register_forward_hook(leave)]

@@ -197,6 +197,14 @@ class Runtime(Frozen, ABC):
         del artifacts
         return []
 
+    def missing(self) -> dict[Ability, str]:
+        """Return what of what it offers cannot be asked for here, and why; may ask a server.
+
+        Raises:
+            MissingError: a server does not answer.
+        """
+        return {}
+
     @abstractmethod
     def versions(self) -> dict[str, str]:
         """Return the versions, by distribution, that shape what is measured; imports nothing heavy.

@@ -101,13 +101,14 @@ def step_down(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
 
 
 def sequences_of(arguments: tuple[str, ...]) -> int | None:
-    """Return the `--max-num-seqs` among a server's arguments, None where it is not written."""
+    """Return the `--max-num-seqs` among a server's arguments, of several the last, which counts; None where there is none."""
+    found: int | None = None
     for place, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
         if name == _MAX_SEQUENCES:
             text = value or next(iter(arguments[place + 1 : place + 2]), "")
-            return int(text) if text.isdigit() else None
-    return None
+            found = int(text) if text.isdigit() else found
+    return found
 
 
 def carried(settings: Mapping[str, Any], steps: Sequence[LadderStep]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ BINARY = frozenset({"exact_match", "relaxed", "letter", "yes_no"})
 FIGURES = {"yes_no": "compress.eval.metrics.yes_no:yes_no_figures"}
 """What a metric says of all items together, beside the mean of their scores: name → the function that gives it."""
 
-ANSWERS = {"vqa_vote": 4}
+ANSWERS = {"vqa_vote": 2}
 """How many accepted answers a metric cannot do without; one where nothing is said."""
 
 Metric = Callable[[str, Sequence[str]], float]

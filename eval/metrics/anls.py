@@ -1,4 +1,4 @@
-"""ANLS, the score of DocVQA: how few letters must change (arXiv 1907.00490, equation 1; arXiv 2007.00398, section 4.1)."""
+"""ANLS, the score of DocVQA: how few letters must change (arXiv 1907.00490, equation 1; arXiv 2007.00398)."""
 
 from __future__ import annotations
 

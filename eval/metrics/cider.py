@@ -1,4 +1,4 @@
-"""CIDEr-D of captions (arXiv 1411.5726, sections 3 and 5), with the settings of the COCO caption evaluation."""
+"""CIDEr-D of captions (arXiv 1411.5726, equations 1 to 4), with the settings of the COCO caption evaluation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which option of a multiple choice a free answer names, by the rules of MMMU (arXiv 2311.16502, section 4.1)."""
+"""Which option of a multiple choice a free answer names, by the rules of MMMU (arXiv 2311.16502)."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
@@ -12,6 +13,7 @@ import torch
 import yaml
 
 from compress.errors import DataError
+from compress.eval.asked import Part
 from compress.eval.choice import Choice
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import Measured, QuestionItem, ScoreMetrics, read_measured
@@ -60,7 +62,7 @@ class World:
         tokenizer = cast("Any", AutoTokenizer).from_pretrained(self.checkpoint)
         found = list[list[tuple[float, int]]]()
         for question in task.questions((self.folder / "rows.jsonl",)):
-            (prompt,) = task.prompts(cast("Any", type("Part", (), {"questions": [question]})))
+            (prompt,) = task.prompts(Part("one", [question], None, task.scorer([question])))
             ids = [tuple(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
             scores = [session.score([Passage("one", tokens, prompt)], None, None, Silent())[0] for tokens in ids]
             found.append(
@@ -216,27 +218,54 @@ def test_items_are_drawn_in_parts_until_it_is_settled(world: World, by: str) -> 
     assert fidelity is not None and fidelity.kl_mean > 0
 
 
+@contextmanager
+def changed(world: World, old: str, new: str) -> Generator[None]:
+    """Change the first place where something stands in the data, for a while."""
+    path = world.folder / "rows.jsonl"
+    before = path.read_text()
+    path.write_text(before.replace(old, new, 1))
+    try:
+        yield
+    finally:
+        path.write_text(before)
+
+
 def test_other_options_than_the_originals_are_refused(world: World) -> None:
     task = world.task("same", SHOWN, by="likelihood")
     world.measure(task, "same-original")
-    before = (world.folder / "rows.jsonl").read_text()
-    try:
-        (world.folder / "rows.jsonl").write_text(before.replace('"but"', '"not"', 1))
-        with pytest.raises(DataError, match="task same: item q0 has another content when the original was measured"):
-            world.measure(task, "same-artifact", "same-original")
-    finally:
-        (world.folder / "rows.jsonl").write_text(before)
+    with (
+        changed(world, '"but"', '"not"'),
+        pytest.raises(DataError, match="task same: item q0 has another content when the original was measured"),
+    ):
+        world.measure(task, "same-artifact", "same-original")
 
 
 def test_an_option_without_text_cannot_be_scored(world: World) -> None:
-    before = (world.folder / "rows.jsonl").read_text()
-    try:
-        (world.folder / "rows.jsonl").write_text(before.replace('"but"', '""', 1))
-        task = world.task("empty", HIDDEN, by="likelihood")
-        with pytest.raises(DataError, match=r"rows.jsonl:1: question q0: option B is empty; write its text, or show \{options\}"):
-            world.measure(task, "empty-original")
-    finally:
-        (world.folder / "rows.jsonl").write_text(before)
+    task = world.task("empty", HIDDEN, by="likelihood")
+    with (
+        changed(world, '"but"', '""'),
+        pytest.raises(DataError, match=r"rows.jsonl:1: question q0: option B is empty; write its text, or show \{options\}"),
+    ):
+        world.measure(task, "empty-original")
+
+
+@pytest.mark.parametrize("by", ["likelihood", "generation"])
+def test_a_question_that_fails_counts_as_wrong_and_is_told(world: World, by: str) -> None:
+    task = world.task(f"fails-{by}", SHOWN, by=by)
+    with changed(world, "What is in it, 3?", "What is it? " * 1000):
+        before = world.measure(task, f"{task.name}-original", noise=4)
+        after = world.measure(task, f"{task.name}-artifact", f"{task.name}-original")
+    for found in (before, after):
+        items = items_of(found, task.name)
+        assert [item.id for item in items if item.fault] == ["q3"]
+        assert "the model takes 2048" in str(items[3].fault)
+        assert (items[3].said, items[3].score, items[3].tokens) == ("", 0.0, 0)
+        metrics = score_metrics(found, task.name)
+        assert (metrics.items, metrics.failed) == (ITEMS, 1)
+        assert metrics.score == sum(item.score for item in items) / ITEMS
+    fidelity = after.tasks[task.name].fidelity
+    assert fidelity is not None
+    assert fidelity.tokens == sum(item.tokens for item in items_of(after, task.name))
 
 
 def test_likelihoods_are_needed_only_where_they_choose(world: World) -> None:

@@ -9,11 +9,13 @@ import yaml
 from pydantic import ValidationError
 
 from compress.calibration.questions import Question
+from compress.calibration.sets import Vqa as CalibrationVqa
 from compress.errors import DataError, RecipeError
 from compress.eval.asked import Asked
 from compress.eval.caption import Caption
 from compress.eval.choice import Choice
 from compress.eval.definition import find_definition, read_definition, shipped_definitions
+from compress.eval.results import QuestionItem
 from compress.eval.vqa import Vqa
 from tests.tiny import picture
 
@@ -124,6 +126,36 @@ def test_pope_is_told_apart_by_category_and_number(tmp_path: Path) -> None:
     assert [question.id for question in task_of("pope", tmp_path).questions([path])] == ["adversarial/1", "random/1"]
 
 
+def test_figures_of_pope_stand_beside_the_accuracy(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    wanted = ["yes", "yes", "no", "no"]
+    rows = [{**ROWS["pope"], "question_id": str(n), "answer": text, "category": "ab"[n // 2]} for n, text in enumerate(wanted)]
+    pq.write_table(cast("Any", pa).Table.from_pylist(rows), path)
+    task = task_of("pope", tmp_path)
+    questions = task.questions([path])
+    scorer = task.scorer(questions)
+    said = ["Yes", "No.", "yes, there is one", "no"]
+    items = [
+        QuestionItem(
+            id=question.id, digest=question.digest, cluster="", accepted=task.accepted(question), said=text,
+            score=scorer(question, text), prompt="", token_ids=(), tokens=0, nll=0.0,
+        )
+        for question, text in zip(questions, said, strict=True)
+    ]  # fmt: skip
+    assert [item.score for item in items] == [1, 0, 0, 1]
+    expected = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 0.5, "category=a": 0.5, "category=b": 0.5}
+    assert task.figures(questions, items) == expected
+    assert task.binary
+    assert not task_of("docvqa", tmp_path).binary
+
+
+def test_votes_of_one_person_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "rows.parquet"
+    pq.write_table(cast("Any", pa).Table.from_pylist([{**ROWS["textvqa"], "answers": ["red"]}]), path)
+    with pytest.raises(DataError, match=r"task textvqa: rows.parquet:1: question 34602 has 1 accepted answers, and vqa_vote"):
+        task_of("textvqa", tmp_path).questions([path])
+
+
 def test_rows_that_do_not_count_are_left_out_before_any_are_drawn(tmp_path: Path) -> None:
     rows = [row(id=number, kind="open" if number % 2 else "choice") for number in range(6)]
     rows[1]["answer"] = "anything, for it does not count"
@@ -146,7 +178,7 @@ def test_no_row_left_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_row_without_an_image_is_refused_or_a_question_of_text_alone(tmp_path: Path) -> None:
-    for nothing in (None, []):
+    for nothing in (None, list[str]()):
         with pytest.raises(DataError, match=r"rows.jsonl:2: has no (field 'image'|image)"):
             quiz(tmp_path, [row(), row(id="b", image=nothing)])
         found = quiz(tmp_path, [row(), row(id="b", image=nothing)], text_only=True)
@@ -231,6 +263,12 @@ def test_faults_of_a_definition(tmp_path: Path, changes: dict[str, Any], fault: 
         return
     with pytest.raises(RecipeError, match=fault):
         read_definition(path)
+
+
+def test_a_calibration_set_takes_no_options() -> None:
+    given = {"dataset": "vqa", "source": "someone/quiz", "samples": 1, "columns": {"options": "options"}}
+    with pytest.raises(ValidationError, match=r"columns.options and columns.category are for tasks of the evaluation; remove them"):
+        CalibrationVqa.model_validate(given)
 
 
 def test_a_definition_is_for_its_own_kind_of_task(tmp_path: Path) -> None:

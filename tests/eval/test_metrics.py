@@ -97,7 +97,7 @@ def test_numbers_may_be_5_percent_off(said: str, accepted: str, score: float) ->
     assert relaxed(said, ["something else", accepted]) == score
 
 
-# arXiv 1907.00490, equation 1, and arXiv 2007.00398, section 4.1: 1 - NL where NL < 0.5, else 0; case does not count, spaces do
+# arXiv 1907.00490, equation 1, and arXiv 2007.00398: 1 - NL where NL < 0.5, else 0; case does not count, spaces do
 @pytest.mark.parametrize(
     ("said", "accepted", "score"),
     [
@@ -207,7 +207,7 @@ REFERENCES = [
 
 
 def cider_by_the_formula(said: str, references: Sequence[str], corpus: Sequence[Sequence[str]]) -> float:
-    """CIDEr-D of arXiv 1411.5726: equations 1 to 4, the Gaussian penalty and the clipping of section 5, as COCO's script sets them."""
+    """CIDEr-D of arXiv 1411.5726: equations 1 to 4, the last with its penalty and clipping as COCO's script sets them."""
 
     def grams(text: str, n: int) -> Counter[str]:
         words = text.split()

@@ -86,7 +86,7 @@ def test_items_and_figures_are_what_the_cosines_say(world: World) -> None:
         assert isinstance(metrics, ScoreMetrics)
         expected: dict[str, list[bool]] = {key: [] for key in metrics.details}
         for number, captions in enumerate(CAPTIONS):
-            order = [texts[place] for place in np.argsort(-near[number])]
+            order: list[str] = [texts[place] for place in np.argsort(-near[number]).tolist()]
             for cutoff in (1, 5, 10):
                 expected[f"image_to_text_recall@{cutoff}"].append(bool(set(order[:cutoff]) & set(captions)))
             backward = list[bool]()

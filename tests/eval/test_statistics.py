@@ -6,18 +6,25 @@ from typing import Any, cast
 import numpy as np
 import pytest
 import scipy.optimize
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from compress.eval.statistics import (
+    Levels,
     PairedCounts,
+    above_floor,
     bounded_exp,
     clustered_mean,
     constrained_flips,
     count_pairs,
+    judge_counts,
     judge_perplexity,
     judge_recovery,
     mean_interval,
     recovery_interval,
     recovery_score,
+    score_tails,
 )
 
 CASES = [
@@ -199,3 +206,82 @@ def test_a_true_perplexity_at_the_limit_rarely_passes_or_fails() -> None:
 
 def test_a_ruined_model_has_a_perplexity_that_json_can_hold() -> None:
     assert math.isfinite(bounded_exp(1e6))
+
+
+cells = st.integers(0, 60)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cells.filter(bool), cells, cells, cells, st.floats(0.5, 1.0))
+def test_swapping_the_models_turns_the_score_around(both: int, lost: int, gained: int, neither: int, limit: float) -> None:
+    forth = recovery_score(PairedCounts(both, lost, gained, neither), limit)
+    assert recovery_score(PairedCounts(both, gained, lost, neither), 1 / limit) == pytest.approx(-forth, rel=1e-5, abs=1e-6)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cells.filter(bool), cells, cells, cells, st.integers(1, 1000))
+def test_items_that_neither_gets_right_say_nothing(both: int, lost: int, gained: int, neither: int, more: int) -> None:
+    one, other = PairedCounts(both, lost, gained, neither), PairedCounts(both, lost, gained, neither + more)
+    assert score_tails(one, 0.95) == pytest.approx(score_tails(other, 0.95), rel=1e-6, abs=1e-9)
+
+
+@settings(deadline=None, max_examples=40)
+@given(cells.filter(bool), cells, cells, cells, st.floats(0.5, 0.98))
+def test_a_lower_limit_is_easier_to_keep(both: int, lost: int, gained: int, neither: int, limit: float) -> None:
+    counts = PairedCounts(both, lost, gained, neither)
+    easier, harder = score_tails(counts, limit), score_tails(counts, limit + 0.02)
+    assert easier[0] <= harder[0] + 1e-9
+    assert easier[1] >= harder[1] - 1e-9
+
+
+def test_the_p_values_decide_at_the_levels() -> None:
+    counts = PairedCounts(both=360, lost=16, gained=5, neither=19)
+    recovery = judge_counts(counts, 0.94, Levels.at(0.95))
+    assert (recovery.outcome, recovery.items, recovery.method) == ("pass", 400, "score test")
+    assert recovery.p_pass <= 0.05 < recovery.p_fail
+    assert judge_counts(counts, 0.94, Levels(recovery.p_pass / 2, 0.05)).outcome == "inconclusive"
+    failed = judge_counts(counts, 0.995, Levels.at(0.95))
+    assert failed.outcome == "fail"
+    assert judge_counts(counts, 0.995, Levels(0.05, failed.p_fail / 2)).outcome == "inconclusive"
+
+
+def test_each_level_moves_its_own_bound() -> None:
+    usual, strict = (judge_counts(CASES[0], 0.95, levels).interval for levels in (Levels.at(0.95), Levels(0.05, 1e-30)))
+    assert usual is not None
+    assert strict is not None
+    assert strict[0] == usual[0]
+    assert strict[1] > usual[1] + 0.1
+
+
+def test_a_mean_above_its_floor_is_told_from_one_at_it() -> None:
+    generator = np.random.default_rng(2)
+    tokens = generator.integers(3, 30, 200).astype(np.float64)
+    clusters = np.arange(200) // 2
+    noise, again = (tokens * generator.gamma(2.0, 0.002, 200) for _ in range(2))
+    at_floor = above_floor((again, tokens), (noise, tokens), clusters, 0.95)
+    assert not at_floor.above
+    assert at_floor.interval is not None
+    assert at_floor.interval[0] < 0 < at_floor.interval[1]
+    assert at_floor.value == pytest.approx(again.sum() / tokens.sum())
+    raised = above_floor((again + 0.002 * tokens, tokens), (noise, tokens), clusters, 0.95)
+    assert raised.above
+    assert raised.p_value < 0.01
+    assert raised.value - raised.floor == pytest.approx(at_floor.value - at_floor.floor + 0.002)
+
+
+def test_the_difference_from_the_floor_is_a_paired_t_test_for_items_of_one_token() -> None:
+    generator = np.random.default_rng(9)
+    artifact, noise = generator.gamma(2.0, 1.0, 40), generator.gamma(2.0, 0.9, 40)
+    excess = above_floor((artifact, np.ones(40)), (noise, np.ones(40)), np.arange(40), 0.95)
+    test = cast("Any", scipy.stats).ttest_rel(artifact, noise, alternative="greater")
+    assert excess.p_value == pytest.approx(test.pvalue)
+    assert excess.interval is not None
+    assert excess.interval[0] == pytest.approx(test.confidence_interval(0.95).low)
+
+
+def test_two_runs_that_are_alike_are_at_the_floor() -> None:
+    same = (np.array([0.1, 0.2, 0.3]), np.ones(3))
+    excess = above_floor(same, same, np.arange(3), 0.95)
+    assert (excess.above, excess.p_value, excess.interval) == (False, 1.0, (0.0, 0.0))
+    single = above_floor((np.array([5.0]), np.ones(1)), (np.array([0.0]), np.ones(1)), np.zeros(1, dtype=np.int64), 0.95)
+    assert (single.above, single.interval) == (False, None)

@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import socket
+import threading
 from pathlib import Path
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
-from compress.errors import MissingError, ServerError, UsageError
+import compress
+from compress.errors import MissingError, RecipeError, ServerError, UsageError
+from compress.eval.results import ScoreMetrics
+from compress.plan import make_plan
 from compress.progress import Silent
 from compress.runtimes.endpoint import Endpoint, Place
 from compress.runtimes.runtime import OpenContext, Prompt
-from tests.chaos_server import MODEL, Manners, Refusal, Trouble, answer_to, stand_in
+from compress.store import Store
+from tests.chaos_server import MODEL, Manners, Refusal, StandIn, Trouble, answer_to, stand_in
+from tests.jobs import Job, content, make_job, write_questions
 
 KEY = "sk-secret-0123456789"
 PROMPTS = [Prompt(f"q{number}", f"What is number {number}?", (b"\x89PNG" + bytes([number]),)) for number in range(6)]
@@ -233,3 +240,68 @@ def test_trouble_passes(tmp_path: Path) -> None:
         answers = session.answer(PROMPTS, 4, Silent())
         assert [answer.text for answer in answers] == [answer_to(prompt) for prompt in PROMPTS]
         assert server.asked.total() > len(PROMPTS) == server.answered.total()
+
+
+def served_job(folder: Path, server: StandIn) -> Job:
+    """Return a recipe whose original and artifact are served elsewhere, by a server that gives no scores."""
+    job = make_job(folder)
+    write_questions(folder, "test.jsonl", range(200, 290))
+    recipe = content(job)
+    place = {"url": server.url, "model": MODEL}
+    artifacts = {"vllm-awq": place, "vllm-compressed-tensors": place}
+    runtime = {"runtime": "endpoint", "original": place, "artifacts": artifacts, "startup_seconds": 1, "concurrency": 4}
+    recipe["eval"] = {**recipe["eval"], "runtime": runtime, "noise": 0}
+    recipe["stages"] = [{"stage": "rtn", "bits": 4, "group_size": 32}]
+    recipe["gate"] = {"size": {"max_ratio": 0.9}}
+    del recipe["publish"]
+    job.recipe.write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    return job
+
+
+def test_a_run_goes_on_where_it_lost_its_server(tmp_path: Path) -> None:
+    """The server answers 70 of the original's 90 questions, and goes; when it is back, the same command asks for the rest."""
+    with stand_in(Trouble(hold_after=70)) as server:
+        job = served_job(tmp_path, server)
+
+        def leave() -> None:
+            server.wait(70)
+            server.close()
+
+        leaving = threading.Thread(target=leave)
+        leaving.start()
+        with pytest.raises(
+            ServerError, match="nothing has answered for 1 seconds; start the server again, and run the same command"
+        ):
+            compress.run(job.recipe, **job.places())
+        leaving.join()
+        first = server.answered.copy()
+        assert 70 <= first.total() < 90
+        server.back()
+        report = compress.run(job.recipe, **job.places())
+        assert server.answered.total() == 3 * 90
+        assert set((server.answered - first).values()) == {2, 3}
+    for row in report.rows:
+        (metrics,) = row.metrics.values()
+        assert isinstance(metrics, ScoreMetrics)
+        assert (metrics.items, metrics.failed) == (90, 0)
+    assert report.rows[1].fidelity is None
+    unmeasured = "task text: not measured: what serves this model does not offer log-probabilities of given tokens"
+    assert unmeasured in report.warnings
+    store = [path.name for path in job.store.rglob("*") if path.is_file()]
+    assert "items-scenes.parquet" in store
+    assert not [name for name in store if name.startswith("answers-")]
+
+
+def test_a_plan_says_what_will_not_be_measured(tmp_path: Path) -> None:
+    with stand_in() as server:
+        job = served_job(tmp_path, server)
+        plan = make_plan(job.recipe, {}, Store(job.store))
+        assert f"{server.url} (original)" in (note := next(note for note in plan.power if "task text" in note))
+        assert note.startswith("task text: not measured at local: ")
+        other = {"eval.runtime.artifacts": {"other": {"url": server.url, "model": MODEL}}}
+        with pytest.raises(RecipeError) as caught:
+            make_plan(job.recipe, other, Store(job.store))
+        assert "eval.runtime: no server is named for vllm-awq; add vllm-awq: {url: …, model: …}" in caught.value.faults[0]
+        typo = {"eval.runtime.artifacts": {"vllm-awq": {"uri": server.url, "model": MODEL}}}
+        with pytest.raises(RecipeError, match="unknown key; allowed here: model, url; did you mean url"):
+            make_plan(job.recipe, typo, Store(job.store))

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 
 from compress.errors import MissingError, ServerError
 from compress.progress import Silent
+from compress.runtimes.endpoint import Endpoint
 from compress.runtimes.environment import install
 from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Score
 from compress.runtimes.transformers import Transformers
@@ -162,18 +163,47 @@ def test_changed_model_is_compared_with_the_original(session: VllmSession, runti
 
 
 @pytest.mark.slow
-def test_item_that_cannot_be_scored_is_named(session: VllmSession) -> None:
+def test_an_item_that_cannot_be_scored_is_a_fault_of_its_own(session: VllmSession, tmp_path: Path) -> None:
     long = Passage("too long a passage", tuple(range(30, 590)))
-    with pytest.raises(
-        ServerError, match=r"too long a passage: vLLM did not answer /inference/v1/generate \(400: .*512.*leave the item out"
-    ):
-        session.score([PASSAGES[0], long], None, None, SILENT)
+    recorded = session.score([long, PASSAGES[0]], tmp_path / "record", None, SILENT)
+    assert [len(score.negative_log_likelihood) for score in recorded] == [0, 99]
+    fault = recorded[0].fault or ""
+    assert fault.startswith("400: ") and "512" in fault
+    compared = session.score([long, PASSAGES[0]], None, tmp_path / "record", SILENT)
+    assert compared[0].fault == fault
+    assert compared[1].kl is not None and (compared[1].kl < 1e-5).all()
 
 
 @pytest.mark.slow
-def test_unreadable_image_is_named(session: VllmSession) -> None:
-    with pytest.raises(ServerError, match="broken picture: vLLM did not answer /v1/chat/completions"):
-        session.answer([Prompt("broken picture", "What?", (b"\x89PNG nothing",))], 4, SILENT)
+def test_an_unreadable_image_is_a_fault_of_its_own(session: VllmSession) -> None:
+    heard: list[Answer] = []
+    answers = session.answer([Prompt("broken picture", "What?", (b"\x89PNG nothing",)), PROMPTS[0]], 4, SILENT, heard.append)
+    assert answers[0].fault is not None and answers[0].text == ""
+    assert answers[1].fault is None and len(answers[1].token_ids) == 4
+    assert sorted(answer.id for answer in heard) == ["broken picture", "one picture"]
+
+
+@pytest.mark.slow
+def test_a_vllm_server_elsewhere_answers_and_scores_alike(
+    session: VllmSession, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    client = session.endpoint.client
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setenv("THE_KEY", client.headers["Authorization"].removeprefix("Bearer "))
+    place = {"url": f"{str(client.base_url).rstrip('/')}/v1", "model": session.endpoint.model}
+    fields = {"runtime": "endpoint", "original": place, "artifacts": {}, "key_variable": "THE_KEY", "top_logprobs": 128}
+    elsewhere = Endpoint.model_validate(fields)
+    assert elsewhere.versions() == {"original": "vLLM 0.32.0, with scores"}
+    assert elsewhere.missing() == {}
+    with elsewhere.open(OpenContext(model, tmp_path, SILENT)) as opened:
+        assert opened.offers == {"text", "scores"}
+        assert opened.answer(PROMPTS, 8, SILENT) == session.answer(PROMPTS, 8, SILENT)
+        session.score(PASSAGES, tmp_path / "record", None, SILENT)
+        for score in opened.score(PASSAGES, None, tmp_path / "record", SILENT):
+            assert score.fault is None
+            assert score.kl is not None and (score.kl < 1e-5).all()
+    with Endpoint.model_validate({**fields, "images": False}).open(OpenContext(model, tmp_path, SILENT)) as opened:
+        assert opened.offers == {"scores"}
 
 
 @pytest.mark.slow

@@ -1,0 +1,168 @@
+"""Measuring latency as a whole: with servers that speak the API in this process, and with vLLM."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import pytest
+
+from compress.errors import ServerError, UsageError
+from compress.eval.latency import LatencySettings
+from compress.eval.latency_measure import LatencyContext, measure_latency
+from compress.eval.latency_results import Latency, read_latency, write_latency
+from compress.progress import Silent
+from compress.runtimes.environment import install
+from compress.runtimes.runtime import OpenContext, Runtime, Served, Session
+from compress.runtimes.transformers import Transformers
+from compress.runtimes.vllm import Vllm
+from compress.runtimes.vllm_ladder import LadderStep
+from tests.eval.stream_server import Body, Reply, StreamServer, stream_server, whole_answer
+
+DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
+SILENT = Silent()
+
+
+class Streaming(Runtime):
+    """A runtime whose server lives in this process; `started` notes which artifacts were served, in order."""
+
+    revision: ClassVar[int] = 1
+    kl_definition: ClassVar[str] = "none"
+    started: ClassVar[list[str]] = []
+    servers: ClassVar[list[StreamServer]] = []
+    reply: ClassVar[Reply] = staticmethod(whole_answer)
+    lowers_at: ClassVar[int] = -1
+
+    runtime: Literal["streaming"]
+
+    def versions(self) -> dict[str, str]:
+        return {"streaming": "1"}
+
+    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
+        raise NotImplementedError
+
+    @contextmanager
+    def serve(self, context: OpenContext) -> Generator[Served]:
+        with stream_server(type(self).reply) as server:
+            self.started.append(context.name)
+            self.servers.append(server)
+            if len(self.started) == self.lowers_at:
+                step = LadderStep(
+                    rung="context", setting="max_model_len", value=1024, before="2,048", after="1,024", cause="no memory"
+                )
+                context.lowered(step)
+            yield Served(server.url, "the-model", None)
+
+
+def _runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **shape: Any) -> Streaming:
+    monkeypatch.setenv("COMPRESS_RUNTIMES", str(tmp_path / "none"))
+    for name, value in ({"started": [], "servers": []} | shape).items():
+        monkeypatch.setattr(Streaming, name, value)
+    return Streaming(runtime="streaming")
+
+
+def _settings(**fields: object) -> LatencySettings:
+    small = {"requests": 6, "warmup": 2, "rounds": 2, "images": 1, "resolution": [32, 32], "prompt_tokens": 4, "output_tokens": 3}
+    return LatencySettings.model_validate({"concurrency": [1, 2], "component_repeats": 0} | small | fields)
+
+
+def _measure(runtime: Runtime, settings: LatencySettings, tmp_path: Path, names: Sequence[str] = ("awq",)) -> Latency:
+    return measure_latency(runtime, DEMO, dict.fromkeys(names, DEMO), settings, LatencyContext(tmp_path / "logs", SILENT))
+
+
+def test_models_alternate_and_get_the_same_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    runtime = _runtime(monkeypatch, tmp_path)
+    latency = _measure(runtime, _settings(), tmp_path, ("awq", "gptq"))
+    assert Streaming.started == ["original", "awq", "gptq", "gptq", "awq", "original"]
+    asked = [sorted(str(body["messages"]) for body in server.asked) for server in Streaming.servers]
+    assert asked[0] == asked[1] == asked[2]
+    assert asked[3] == asked[4] == asked[5]
+    assert not set(asked[0]) & set(asked[3]), "another round asks something else"
+    assert [len(rows) for rows in asked] == [2 * (2 + 6)] * 6
+    for model in (latency.original, *latency.artifacts.values()):
+        assert [row.point.concurrency for row in model.points] == [1, 2]
+        assert [(row.pooled.requests, row.pooled.failed, len(row.rounds)) for row in model.points] == [(12, 0, 2)] * 2
+        assert model.points[0].pooled.client == "compress"
+    assert not latency.original.points[0].ratios
+    ratios = latency.artifacts["gptq"].points[1].ratios
+    assert ratios.keys() >= {"ttft_p95", "tpot_p50", "e2el_p99", "request_rate", "output_token_rate"}
+    assert all(estimate.interval is not None for name, estimate in ratios.items() if not name.startswith("itl"))
+
+
+def test_failed_requests_are_counted(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def sometimes(body: Body, number: int) -> list[bytes] | tuple[int, str]:
+        return (503, "busy") if number % 4 == 3 else whole_answer(body, number)
+
+    latency = _measure(_runtime(monkeypatch, tmp_path, reply=staticmethod(sometimes)), _settings(concurrency=1), tmp_path)
+    (row,) = latency.artifacts["awq"].points
+    assert (row.pooled.requests, row.pooled.failed, row.pooled.faults) == (12, 4, {"503: busy": 4})
+
+
+def test_concurrency_is_found_for_each_shape_and_measured_for_all(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    settings = _settings(concurrency="auto", max_concurrency=2, images=[0, 1], goal={"e2el_ms": 60_000})
+    latency = _measure(_runtime(monkeypatch, tmp_path), settings, tmp_path)
+    assert Streaming.started == ["original", "awq", "original", "awq", "awq", "original"]
+    for model in (latency.original, latency.artifacts["awq"]):
+        assert [best.shape.images for best in model.best] == [0, 1]
+        assert all(best.concurrency in (1, 2) and all(trial.held for trial in best.trials) for best in model.best)
+        assert {row.point.images for row in model.points if row.point.concurrency == 1} == {0, 1}
+    assert latency.original.points[0].point == latency.artifacts["awq"].points[0].point
+    assert latency.artifacts["awq"].points[0].ratios["goodput"].value > 0
+
+
+def test_all_models_are_measured_with_what_the_last_one_came_up_with(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    latency = _measure(_runtime(monkeypatch, tmp_path, lowers_at=2), _settings(), tmp_path)
+    assert Streaming.started == ["original", "awq", "original", "awq", "awq", "original"]
+    assert [step.after for step in latency.steps] == ["1,024"]
+    assert [len(row.rounds) for row in latency.original.points] == [2, 2]
+
+
+def test_step_of_the_first_server_costs_nothing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    latency = _measure(_runtime(monkeypatch, tmp_path, lowers_at=1), _settings(), tmp_path)
+    assert Streaming.started == ["original", "awq", "awq", "original"]
+    assert len(latency.steps) == 1
+
+
+def test_server_that_refuses_such_requests_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def refuse(body: Body, number: int) -> tuple[int, str]:
+        del body, number
+        return 400, "maximum context length is 8"
+
+    runtime = _runtime(monkeypatch, tmp_path, reply=staticmethod(refuse))
+    with pytest.raises(ServerError, match=r"maximum context length is 8\); ask for fewer tokens or smaller images"):
+        _measure(runtime, _settings(), tmp_path)
+
+
+def test_runtime_without_a_server_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="latency is measured of a server, and runtime: transformers has none; set runtime: vllm"):
+        _measure(Transformers(runtime="transformers"), _settings(), tmp_path)
+
+
+@pytest.mark.slow
+def test_original_against_itself_in_vllm(tmp_path: Path) -> None:
+    """No time is asserted: what is counted, that nothing fails, and that what must be the same is."""
+    install("vllm", SILENT)
+    runtime = Vllm(runtime="vllm", kv_cache_gib=1, max_model_len=512)
+    settings = _settings(concurrency=2, requests=8, resolution=[56, 56], output_tokens=6, component_repeats=2)
+    latency = _measure(runtime, settings, tmp_path, ("copy",))
+    write_latency(tmp_path, latency)
+    assert read_latency(tmp_path) == latency
+    for model in (latency.original, latency.artifacts["copy"]):
+        (row,) = model.points
+        assert (row.pooled.requests, row.pooled.failed, row.pooled.client) == (16, 0, "vllm bench serve")
+        assert row.pooled.e2el is not None
+        assert row.pooled.ttft is not None
+        assert 0 < row.pooled.ttft.p50 <= row.pooled.e2el.p50
+        assert row.telemetry is not None
+        assert model.memory_bytes is not None
+        assert model.memory_bytes > 100 * 1024**2
+        assert model.components is not None
+        assert [part.component for part in model.components.components] == ["vision", "projector", "prefill", "decode"]
+    ratio = latency.artifacts["copy"].points[0].ratios["output_token_rate"]
+    assert ratio.interval is not None
+    assert ratio.interval[0] <= ratio.value <= ratio.interval[1]
+    log = (tmp_path / "logs" / "copy" / "vllm.log").read_text(encoding="utf-8")
+    assert "Cached" not in log
+    assert latency.steps == ()

@@ -1,0 +1,208 @@
+import csv
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compress.compare import Comparison, compare, read_report
+from compress.compare_formats import FORMATS, as_csv, as_json, charts, group_table, render
+from compress.errors import DataError, UsageError
+from compress.report import Report, Row
+from tests.reports import report, rows
+
+COMPRESS = [sys.executable, "-m", "compress.cli", "compare"]
+SAME = {"original": "3b1f" * 16, "textvqa": "77ad" * 16}
+
+
+def run(name: str, **changes: Any) -> Report:
+    return report(name=name, run=f"/runs/{name}-20250112-101500-3fa9", **{"digests": SAME, "latency": {}, **changes})
+
+
+def smaller() -> tuple[Row, ...]:
+    original, artifact, _ = rows()
+    metrics = {**artifact.metrics, "textvqa": rows()[2].metrics["textvqa"]}
+    changed = {"artifact": "vllm-gptq", "bytes": 5_400_000_000, "size_ratio": 0.3257, "bits_per_weight": 5.21, "metrics": metrics}
+    return original, artifact.model_copy(update=changed)
+
+
+def write(folder: Path, made: Report) -> Path:
+    place = folder / Path(made.run).name
+    place.mkdir(parents=True)
+    (place / "report.json").write_text(made.to_json(), encoding="utf-8")
+    return place
+
+
+def columns(comparison: Comparison) -> list[str]:
+    return [measure.head for group in comparison.groups for measure in group.measures]
+
+
+def test_runs_of_one_original_share_a_table_and_its_row() -> None:
+    comparison = compare([run("first"), run("second", rows=smaller())])
+    assert comparison.notes == ()
+    (group,) = comparison.groups
+    assert [(line.run, line.artifact) for line in group.lines] == [
+        ("2 runs", "original"),
+        ("first", "vllm-awq"),
+        ("first", "vllm-int8"),
+        ("second", "vllm-gptq"),
+    ]
+    assert columns(comparison) == ["textvqa", "chartqa", "text"]
+    table = group_table(group)
+    assert [column.head for column in table.columns] == [
+        "run", "artifact", "verdict", "size", "bits/weight", "textvqa", "chartqa", "text", "in front"
+    ]  # fmt: skip
+    assert table.rows[2] == (
+        "first", "vllm-int8", "fail", "9.41 GB (56.8%)", "9.08", "79.05% (93.83%), 3 failed", "70.21% (91.04%)", "8.447 (×1.0042)",
+        "yes",
+    )  # fmt: skip
+
+
+def test_what_another_line_beats_is_not_in_front() -> None:
+    original, artifact, _ = rows()
+    worse = artifact.model_copy(update={"artifact": "worse", "bytes": artifact.bytes + 1})
+    (group,) = compare([run("only", rows=(original, artifact, worse))]).groups
+    assert [line.front for line in group.lines] == [True, True, False]
+
+
+def test_other_originals_get_a_table_of_their_own_and_it_is_told() -> None:
+    comparison = compare([run("first"), run("second", digests={"original": "00" * 32}, source={"source": "org/other"})])
+    assert [group.original for group in comparison.groups][1] == "org/other"
+    assert [len(group.lines) for group in comparison.groups] == [3, 3]
+    assert comparison.notes[0] == "These runs began with 2 different originals; each has a table of its own."
+
+
+def test_other_questions_get_a_column_of_their_own_and_it_is_told() -> None:
+    comparison = compare([run("first"), run("second", digests={**SAME, "textvqa": "00" * 32})])
+    assert columns(comparison) == ["textvqa (1)", "chartqa", "text", "textvqa (2)"]
+    assert comparison.notes == (
+        "textvqa asks other questions, or in another way, so its figures stand in columns of their own: textvqa (1) in first; "
+        "textvqa (2) in second.",
+    )
+    values = [set(line.values) for line in comparison.groups[0].lines]
+    assert len(values[0]) == 4
+    assert values[1] != values[3]
+
+
+def test_a_run_without_digests_is_known_by_its_source_and_recipe() -> None:
+    assert len(compare([run("first", digests={}), run("second", digests={})]).groups) == 1
+    moved = run("second", digests={}, source={"source": "org/other"})
+    assert len(compare([run("first", digests={}), moved]).groups) == 2
+    asked = run("second", digests={}, recipe={"eval": {"tasks": [{"task": "vqa", "samples": 7}]}})
+    assert "textvqa (2)" in columns(compare([run("first", digests={}), asked]))
+
+
+def test_an_original_that_came_out_otherwise_has_a_row_of_its_own() -> None:
+    original, *others = rows()
+    metrics = {**original.metrics, "textvqa": rows()[1].metrics["textvqa"]}
+    comparison = compare([run("first"), run("second", rows=(original.model_copy(update={"metrics": metrics}), *others))])
+    assert [line.run for line in comparison.groups[0].lines][:2] == ["first", "second"]
+
+
+def test_another_machine_and_another_runtime_are_told() -> None:
+    other = run("second", hardware={"processor": "Xeon", "gpus": []}, runtime_versions={"vllm": "0.16.0"})
+    assert compare([run("first"), other]).notes == (
+        "Not all were measured in the same runtime: first: vllm 0.15.0; second: vllm 0.16.0.",
+        "Not all were measured on the same machine: first: AMD EPYC 9654, NVIDIA H200; second: Xeon.",
+    )
+
+
+def test_latency_is_compared_where_the_load_is_the_same() -> None:
+    measured = {"latency": report().latency}
+    comparison = compare([run("first", **measured), run("second", **measured)])
+    assert columns(comparison)[-1] == "p95 latency"
+    titles = [chart.title for chart in charts(comparison.groups[0])]
+    assert titles[:1] + titles[3:4] == ["textvqa against size", "textvqa against p95 latency"]
+    assert "1,558 ms (×0.62)" in group_table(comparison.groups[0]).rows[1]
+
+
+def test_runs_of_one_recipe_are_told_apart_by_their_folders() -> None:
+    first, second = run("a"), run("a").model_copy(update={"run": "/runs/a-20250113-080000-77c1"})
+    lines = compare([first, second]).groups[0].lines
+    assert lines[0].runs == ("a-20250112-101500-3fa9", "a-20250113-080000-77c1")
+
+
+def test_nothing_and_one_run_twice_are_refused() -> None:
+    with pytest.raises(UsageError, match="no run is given"):
+        compare([])
+    with pytest.raises(UsageError, match="the run a-20250112-101500-3fa9 is given twice; name each once"):
+        compare([run("a"), run("a")])
+
+
+def test_what_is_no_report_is_told(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"nowhere: cannot be read \(No such file or directory\); name a run's folder"):
+        read_report(tmp_path / "nowhere")
+    folder = write(tmp_path, run("a"))
+    content = json.loads((folder / "report.json").read_text(encoding="utf-8"))
+    del content["gate"]
+    (folder / "report.json").write_text(json.dumps(content), encoding="utf-8")
+    with pytest.raises(DataError, match=r"report.json: no report of this version of compress \(gate: Field required\); run its"):
+        read_report(folder)
+    (folder / "report.json").write_bytes(b"\xff{")
+    with pytest.raises(DataError, match="no report of this version of compress"):
+        read_report(folder / "report.json")
+
+
+def test_csv_has_plain_numbers() -> None:
+    comparison = compare([run("first"), run("second", rows=smaller())])
+    found = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    assert [row["artifact"] for row in found] == ["original", "vllm-awq", "vllm-int8", "vllm-gptq"]
+    assert found[0]["run"] == "first; second"
+    assert (float(found[1]["bytes"]), float(found[1]["textvqa: vqa_vote"])) == (6_940_000_000, 0.839)
+    assert float(found[1]["textvqa: vqa_vote / original"]) == pytest.approx(0.839 / 0.8425)
+
+
+def test_json_holds_everything() -> None:
+    found = json.loads(as_json(compare([run("first")])))
+    assert found["schema"] == 1
+    assert found["groups"][0]["lines"][1]["values"]
+
+
+@pytest.mark.parametrize("form", FORMATS)
+def test_every_format_tells_every_artifact_and_the_notes(form: str) -> None:
+    comparison = compare([run("first"), run("second", rows=smaller(), hardware={"processor": "Xeon", "gpus": []})])
+    page = render(comparison, next(each for each in FORMATS if each == form))
+    assert all(name in page for name in ("original", "vllm-awq", "vllm-int8", "vllm-gptq"))
+    assert ("Xeon" in page) == (form != "csv")
+
+
+def test_the_command_writes_what_the_files_name_says(tmp_path: Path) -> None:
+    folders = [str(write(tmp_path, run("first"))), str(write(tmp_path, run("second", rows=smaller())) / "report.json")]
+    for name, start in (
+        ("a.md", "# Accuracy"),
+        ("a.csv", "original,run"),
+        ("a.html", "<!DOCTYPE html>"),
+        ("a.json", "{"),
+        ("a", "Qwen"),
+    ):
+        output = tmp_path / name
+        done = subprocess.run([*COMPRESS, *folders, "-o", str(output)], capture_output=True, text=True, check=False)
+        assert (done.returncode, done.stderr, done.stdout.strip()) == (0, "", str(output))
+        assert output.read_text(encoding="utf-8").startswith(start)
+
+
+def test_the_command_prints_a_table_or_where_that_is_too_wide_a_list(tmp_path: Path) -> None:
+    folder = str(write(tmp_path, run("first")))
+    for width, heads in (("200", 1), ("60", 0)):
+        done = subprocess.run(
+            [*COMPRESS, folder], capture_output=True, text=True, check=False, env={"COLUMNS": width, "PATH": "/usr/bin:/bin"}
+        )
+        assert done.returncode == 0, done.stderr
+        assert [line.split()[:3] for line in done.stdout.splitlines()].count(["run", "artifact", "verdict"]) == heads
+        assert "79.05%" in done.stdout
+        assert max(map(len, done.stdout.splitlines())) <= int(width)
+
+
+def test_the_command_prints_one_format_alone_and_tells_what_it_cannot_read(tmp_path: Path) -> None:
+    folder = str(write(tmp_path, run("first")))
+    done = subprocess.run([*COMPRESS, folder, "--format", "json"], capture_output=True, text=True, check=False)
+    assert json.loads(done.stdout)["schema"] == 1
+    done = subprocess.run([*COMPRESS, folder, folder], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "compress: compare: the run first-20250112-101500-3fa9 is given twice; name each once\n"
+    done = subprocess.run([*COMPRESS, folder, "-o", str(tmp_path / "no" / "a.md")], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "name a folder you can write" in done.stderr
