@@ -108,7 +108,8 @@ def ratios(original: Sequence[Load], artifact: Sequence[Load], goal: LatencyGoal
     for number, (before, after) in enumerate(zip(original, artifact, strict=True)):
         draw = _draw(before, number)
         first, second = _logs(times_of(before, goal), draw), _logs(times_of(after, goal), draw)
-        rounds.append({name: second[name] - first[name] for name in first.keys() & second.keys()})
+        with np.errstate(invalid="ignore"):  # where both are nothing, their ratio is none
+            rounds.append({name: second[name] - first[name] for name in first.keys() & second.keys()})
     before_values, after_values = _values(summarize(pool(original), goal)), _values(summarize(pool(artifact), goal))
     names = [name for name in before_values if name in after_values and before_values[name] > 0]
     return {

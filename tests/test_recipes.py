@@ -183,6 +183,7 @@ def test_a_shipped_recipe_can_be_planned(path: Path, plan_of: Callable[[Path], P
         *(stage.stage for stage in recipe.stages),
         *(f"measure original{place}" for place in places),
         *(name for names in exports for name in names),
+        *(f"latency{place}" for place in places if recipe.eval.latency),
     ]
     assert len({step.key for step in plan.steps}) == len(plan.steps)
 
