@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
+from compress.progress import Silent
+from compress.runtimes.environment import install
+from compress.runtimes.runtime import OpenContext, Prompt
 from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_ladder import LadderStep, Memory, carried, memory_fault, sequences_of, step_down
 
+DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
 GPU = Memory(share=0.85, cache_gib=2, context=8192, on_gpu=True)
 CPU = Memory(share=0.85, cache_gib=8, context=8192)
 
@@ -127,3 +134,22 @@ def test_steps_carry_over_to_the_next_server() -> None:
     assert lowered.max_model_len == 2048
     assert sequences_of(lowered.arguments) == 16
     assert lowered.arguments[:2] == runtime.arguments
+
+
+@pytest.mark.slow
+def test_server_that_cannot_hold_its_context_comes_up_with_a_shorter_one(tmp_path: Path) -> None:
+    """A cache of 1 GiB holds a million tokens of the demo, not the two million that its copy is said to take."""
+    install("vllm", Silent())
+    model = tmp_path / "model"
+    shutil.copytree(DEMO, model)
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config.get("text_config", config)["max_position_embeddings"] = 2_000_000
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    steps: list[LadderStep] = []
+    runtime = Vllm(runtime="vllm", kv_cache_gib=1, max_model_len=2_000_000)
+    context = OpenContext(model, tmp_path / "logs", Silent(), lowered=steps.append)
+    with runtime.open(context) as session:
+        (answer,) = session.answer([Prompt("one", "Is there a circle?")], 2, Silent())
+    assert answer.fault is None
+    assert [(step.rung, step.before) for step in steps] == [("context", "2,000,000 tokens")]
+    assert "is larger than the available KV cache memory" in steps[0].cause
