@@ -94,10 +94,14 @@ class Adapter(Task):
 
     def note(self) -> str:
         """Return whose task it is, and what its score is."""
+        from compress.runtimes.environment import find
+
         harness = ENVIRONMENTS[self.harness]
-        metric = self.metric or "its first metric"
-        taken = f" over the first {self.samples:,} items of each of its tasks" if self.samples else ""
-        return f"{harness}'s task {self.benchmark}, run by it against the same server: the mean of its items' {metric}{taken}"
+        found = find(harness)
+        version = f" {found.versions.get(harness, '')}".rstrip() if found else ""
+        metric = self.metric or "the first of its metrics"
+        taken = f", over the first {self.samples:,} items of each of its tasks" if self.samples else ""
+        return f"the task {self.benchmark} of {harness}{version}, run by it against the same server; items count by {metric}{taken}"
 
     def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:
         """Return nothing: what the harness asks is not known before it asks."""

@@ -41,7 +41,11 @@ class Loading:
         """
         artifact, settings = self.context.artifact, self.settings
         first = make_requests(artifact, point, settings.warmup, settings.seed_of(point, f"warm-up {part}"))
-        dialect = warm_up(self.served, first, self.request_seconds)
+        try:
+            dialect = warm_up(self.served, first, self.request_seconds)
+        except ServerError:
+            self._check(point)
+            raise
         count, seed = settings.requests_at(point), settings.seed_of(point, part)
         if self.bench is not None and dialect == DIALECTS[0]:
             load = bench_serve(self.bench, self.served, point, count, seed)
@@ -53,12 +57,20 @@ class Loading:
         return load, self.watch.during(load.began, load.seconds, answered)
 
     def _check(self, point: LoadPoint) -> None:
-        if self.served.process is not None and not psutil.pid_exists(self.served.process):
+        if self.served.process is not None and _has_ended(self.served.process):
             said = "\n".join(f"  {line}" for line in self.served.said().splitlines()[-_SHOWN_LINES:])
             raise ServerError(
                 f"{self.context.artifact}: its server ended under load ({point.label}); put less on it, or give it less memory. "
                 f"Its last words:\n{said}"
             )
+
+
+def _has_ended(process: int) -> bool:
+    """Return whether a process that this one started has ended; its number stays until it is waited for."""
+    try:
+        return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
 
 
 @contextmanager

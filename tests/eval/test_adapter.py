@@ -21,11 +21,13 @@ from compress.eval.adapter_worker import FAILED, JobError, Journal, canonical, d
 from compress.eval.adapter_worker import Found as HarnessFound
 from compress.eval.results import AdapterItem, ScoreMetrics, read_items
 from compress.eval.task import TaskContext
+from compress.plan import make_plan
 from compress.progress import Silent
 from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Session
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.vllm import Vllm
+from compress.store import Store
 from tests.tiny import build_qwen2_5_vl
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
@@ -84,6 +86,17 @@ def test_needs_a_server(tmp_path: Path) -> None:
         pytest.raises(UsageError, match=r"needs a server: set eval\.runtime to vllm or endpoint"),
     ):
         adapter("lmms", "mme").measure(context(session, tmp_path))
+
+
+def test_a_recipe_without_a_server_is_refused(tmp_path: Path) -> None:
+    told = r"eval\.tasks\.1: adapter needs a server, and runtime transformers has none"
+    with pytest.raises(RecipeError, match=told):
+        make_plan(DEMO.parent / "demo.yaml", {"eval.tasks.1": "lmms:mme", "gate.perplexity": None}, Store(tmp_path))
+
+
+def test_a_name_that_cannot_be_is_a_fault_of_the_recipe(tmp_path: Path) -> None:
+    with pytest.raises(RecipeError, match=r"eval\.tasks\.0: does not have the form .*two tasks"):
+        make_plan(DEMO.parent / "demo.yaml", {"eval.tasks.0": "lmms:two tasks"}, Store(tmp_path))
 
 
 def test_an_item_is_known_by_its_content_and_its_images() -> None:

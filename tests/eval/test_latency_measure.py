@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from collections.abc import Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
+import psutil
 import pytest
 
 from compress.errors import ServerError, UsageError
@@ -34,6 +37,7 @@ class Streaming(Runtime):
     servers: ClassVar[list[StreamServer]] = []
     reply: ClassVar[Reply] = staticmethod(whole_answer)
     lowers_at: ClassVar[int] = -1
+    process: ClassVar[int | None] = None
 
     runtime: Literal["streaming"]
 
@@ -53,7 +57,7 @@ class Streaming(Runtime):
                     rung="context", setting="max_model_len", value=1024, before="2,048", after="1,024", cause="no memory"
                 )
                 context.lowered(step)
-            yield Served(server.url, "the-model", None)
+            yield Served(server.url, "the-model", None, self.process, lambda: "INFO serving\nCUDA out of memory")
 
 
 def _runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **shape: Any) -> Streaming:
@@ -139,6 +143,19 @@ def test_server_that_refuses_such_requests_is_named(monkeypatch: pytest.MonkeyPa
 def test_runtime_without_a_server_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="latency is measured of a server, and runtime: transformers has none; set runtime: vllm"):
         _measure(Transformers(runtime="transformers"), _settings(), tmp_path)
+
+
+def test_server_that_ends_under_load_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A process that has ended already stands for a server that ran out of memory in the middle."""
+    ended = subprocess.Popen(["/bin/true"])
+    try:
+        runtime = _runtime(monkeypatch, tmp_path, process=ended.pid)
+        while psutil.Process(ended.pid).status() != psutil.STATUS_ZOMBIE:
+            os.sched_yield()
+        with pytest.raises(ServerError, match=r"its server ended under load \(1 at once, .*\); put less [\s\S]*CUDA out of memory"):
+            _measure(runtime, _settings(), tmp_path)
+    finally:
+        ended.wait()
 
 
 @pytest.mark.slow
