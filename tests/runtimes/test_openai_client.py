@@ -196,7 +196,8 @@ def test_a_fault_of_ours_is_raised_as_it_is(recwarn: pytest.WarningsRecorder, mo
 
 
 PROGRAM = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where this runs in the background it is ignored from the start
 from compress.runtimes.openai_client import Address, Asker, Patience, open_client
 from tests.runtimes.test_openai_client import ask, each
 address = Address(sys.argv[1])
@@ -209,11 +210,13 @@ with open_client(address, patience, 8, trust_env=False) as client:
 def test_an_interrupt_ends_the_process_while_the_server_is_busy() -> None:
     """The server never answers; threads that wait for it must not keep the process."""
     with stand_in(Trouble(hold_after=0)) as server:
-        process = subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, server.url], stderr=subprocess.PIPE, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}
-        )
-        server.wait_asked(4)
-        process.send_signal(signal.SIGINT)
-        _, said = process.communicate(timeout=60)
+        command = [sys.executable, "-c", PROGRAM, server.url]
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT, env={"PYTHONPATH": str(ROOT)}) as process:
+            try:
+                server.wait_asked(4)
+                process.send_signal(signal.SIGINT)
+                _, said = process.communicate(timeout=60)
+            finally:
+                process.kill()
         assert process.returncode == -signal.SIGINT
         assert "KeyboardInterrupt" in said
