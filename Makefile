@@ -36,7 +36,7 @@ test: $(VENV)/.developer browser
 	$(BIN)/compress runtime install llmcompressor
 	$(BIN)/compress runtime install lmms-eval
 	$(BIN)/compress runtime install lm-eval
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest  # models this small gain nothing by more threads, which wait for each other
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # so small models gain nothing by more threads
 
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 browser:

@@ -15,12 +15,10 @@ import pytest
 from compress.errors import ServerError, UsageError
 from compress.eval.latency import LatencySettings
 from compress.eval.latency_measure import LatencyContext, measure_latency
-from compress.eval.latency_results import Latency, read_latency, write_latency
+from compress.eval.latency_results import Latency
 from compress.progress import Silent
-from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Runtime, Served, Session
 from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_ladder import LadderStep
 from tests.eval.stream_server import Body, Reply, StreamServer, stream_server, whole_answer
 
@@ -156,31 +154,3 @@ def test_server_that_ends_under_load_is_told_with_its_last_words(monkeypatch: py
             _measure(runtime, _settings(), tmp_path)
     finally:
         ended.wait()
-
-
-@pytest.mark.slow
-def test_original_against_itself_in_vllm(tmp_path: Path) -> None:
-    """No time is asserted: what is counted, that nothing fails, and that what must be the same is."""
-    install("vllm", SILENT)
-    runtime = Vllm(runtime="vllm", kv_cache_gib=1, max_model_len=512)
-    settings = _settings(concurrency=2, requests=8, resolution=[56, 56], output_tokens=6, component_repeats=2)
-    latency = _measure(runtime, settings, tmp_path, ("copy",))
-    write_latency(tmp_path, latency)
-    assert read_latency(tmp_path) == latency
-    for model in (latency.original, latency.artifacts["copy"]):
-        (row,) = model.points
-        assert (row.pooled.requests, row.pooled.failed, row.pooled.client) == (16, 0, "vllm bench serve")
-        assert row.pooled.e2el is not None
-        assert row.pooled.ttft is not None
-        assert 0 < row.pooled.ttft.p50 <= row.pooled.e2el.p50
-        assert row.telemetry is not None
-        assert model.memory_bytes is not None
-        assert model.memory_bytes > 100 * 1024**2
-        assert model.components is not None
-        assert [part.component for part in model.components.components] == ["vision", "projector", "prefill", "decode"]
-    ratio = latency.artifacts["copy"].points[0].ratios["output_token_rate"]
-    assert ratio.interval is not None
-    assert ratio.interval[0] <= ratio.value <= ratio.interval[1]
-    log = (tmp_path / "logs" / "copy" / "vllm.log").read_text(encoding="utf-8")
-    assert "Cached" not in log
-    assert latency.steps == ()
