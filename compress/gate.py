@@ -28,14 +28,20 @@ JUDGED = ("vqa", "choice", "caption", "zero-shot", "retrieval", "adapter")
 class AccuracyLimit(Frozen):
     """Of every task with scores, at least this share of the original's is kept, shown with this confidence.
 
-    `overall` is the same for the mean over the tasks. With `sequential`, items are asked in so many parts, and no more of them once
-    a task is settled; the confidence holds over all parts together.
+    `tasks` holds other shares for some of them, by their names. `overall` is the same for the mean over the tasks. With
+    `sequential`, items are asked in so many parts, and no more of them once a task is settled; the confidence holds over all
+    parts together.
     """
 
     min_recovery: Share
     confidence: Confidence
+    tasks: Mapping[str, Share] = Field(default_factory=lambda: dict[str, float]())
     overall: Share | None = None
     sequential: Annotated[int, Field(ge=2, le=10)] | None = None
+
+    def of(self, task: str) -> float:
+        """Return the share of the original's score that a task must keep."""
+        return self.tasks.get(task, self.min_recovery)
 
 
 class PerplexityLimit(Frozen):
@@ -131,12 +137,13 @@ class Gate(Limits):
         limit = self.at(target).liveness
         return None if limit is None else limit.confidence
 
-    def stopping(self, target: str, tasks: int) -> AccuracyStopping | None:
-        """Return when an artifact needs no more items of any of so many tasks; None where all are asked."""
+    def stopping(self, target: str, tasks: Sequence[str]) -> dict[str, AccuracyStopping]:
+        """Return when an artifact needs no more items of each of these tasks; empty where all are asked."""
         limit = self.at(target).accuracy
         if limit is None or limit.sequential is None:
-            return None
-        return AccuracyStopping(limit.min_recovery, Sequential.even(limit.sequential, limit.confidence, max(tasks, 1)))
+            return {}
+        plan = Sequential.even(limit.sequential, limit.confidence, max(len(tasks), 1))
+        return {task: AccuracyStopping(limit.of(task), plan) for task in tasks}
 
 
 @dataclass(frozen=True)

@@ -143,14 +143,14 @@ def _accuracy(held: _Held, limit: AccuracyLimit) -> Iterator[Check]:
     recoveries: dict[str, Recovery] = {}
     for name in names:
         if (reason := held.skipped(name)) is not None:
-            yield held.leave_open(check, limit.min_recovery, reason, name)
+            yield held.leave_open(check, limit.of(name), reason, name)
             continue
         pairs[name] = held.pairs(name)
         found = _recovery(held.artifact.measured.tasks[name], pairs[name], limit, len(names))
         if found is None:
             yield held.leave_open(
                 check,
-                limit.min_recovery,
+                limit.of(name),
                 f"{name}: the original answers none of the {pairs[name].items:,} items right, so there is nothing to keep; "
                 "choose a task it can do",
                 name,
@@ -159,15 +159,15 @@ def _accuracy(held: _Held, limit: AccuracyLimit) -> Iterator[Check]:
             recoveries[name] = found
     judged = judge_family(recoveries, 1 - limit.confidence)
     for name, finding in judged.items():
-        yield held.decide(check, limit.min_recovery, finding, _recovery_reason(held, name, pairs[name], finding, limit), name)
+        yield held.decide(check, limit.of(name), finding, _recovery_reason(held, name, pairs[name], finding, limit), name)
     if limit.overall is not None:
         yield _overall(held, limit.overall, judged, names)
 
 
 def _recovery(task: TaskMeasurement, pairs: Pairs, limit: AccuracyLimit, tasks: int) -> Recovery | None:
     if task.look is None or limit.sequential is None:
-        return judge_pairs(pairs, limit.min_recovery, Levels.at(limit.confidence))
-    look = Sequential.even(limit.sequential, limit.confidence, tasks).judge(pairs, task.look - 1, limit.min_recovery)
+        return judge_pairs(pairs, limit.of(task.name), Levels.at(limit.confidence))
+    look = Sequential.even(limit.sequential, limit.confidence, tasks).judge(pairs, task.look - 1, limit.of(task.name))
     return look.recovery if look is not None else None
 
 
@@ -182,7 +182,7 @@ def _recovery_reason(held: _Held, name: str, pairs: Pairs, finding: Recovery, li
     return (
         f"{name}: recovery {100 * finding.value:.2f} %{bounds} of {finding.items:,} items{told}{stopped}, {flips.lost} lost and "
         f"{flips.gained} gained{chance}; the limit is "
-        f"{100 * limit.min_recovery:g} %{_outlook(finding, 'items')}"
+        f"{100 * limit.of(name):g} %{_outlook(finding, 'items')}"
     )
 
 

@@ -313,12 +313,12 @@ def _power(recipe: Recipe) -> tuple[str, ...]:
     plan = Sequential.even(limit.sequential, limit.confidence) if limit.sequential else None
     level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
     assumed = Assumed()
-    wanted = items_for(limit.min_recovery, level, assumed)
-    needed = f"; a limit of {100 * limit.min_recovery:g} % needs {wanted:,}" if wanted else ""
     told: list[str] = []
     for task in recipe.eval.tasks:
         items: object = getattr(task, "samples", None)
         if task.name in recipe.judged_tasks and isinstance(items, int):
+            wanted = items_for(limit.of(task.name), level, assumed)
+            needed = f"; a limit of {100 * limit.of(task.name):g} % needs {wanted:,}" if wanted else ""
             loss = resolved_loss(items, level, assumed)
             shown = f"resolve {100 * loss:.1f} points" if loss else "resolve nothing"
             told.append(
@@ -429,8 +429,8 @@ class _Planner:
     def _measure(self, place: int, name: str, artifact: str, original: str | None) -> str:
         target, check = self.recipe.eval.places[place], self.recipe.eval.liveness
         runtime = target.runtime
-        stopping = self.recipe.gate.stopping(target.name, len(self.recipe.judged_tasks))
-        drawn = None if stopping is None else stopping.looks if original is None else stopping.describe()
+        stopping = self.recipe.gate.stopping(target.name, self.recipe.judged_tasks)
+        drawn = {name: rule.looks if original is None else rule.describe() for name, rule in stopping.items()}
         noise = self.recipe.eval.noise if original is None and runtime.serves else 0
         alive = None if original is None else self.recipe.gate.alive(target.name)
         how = [drawn, noise, None if check is None else check.model_dump(mode="json"), alive]

@@ -251,6 +251,13 @@ def _gate_faults(document: Document, recipe: Recipe) -> list[str]:
                 where = document.whereabouts((*place, check))
                 kinds = " or ".join(tasks)
                 faults.append(f"{where}: {dotted((*place, check))}: nothing measures it; add a task of kind {kinds} to eval.tasks")
+        for name in limit.accuracy.tasks if limit.accuracy is not None else ():
+            if name not in recipe.judged_tasks:
+                where = document.whereabouts((*place, "accuracy", "tasks", name))
+                listed = ", ".join(recipe.judged_tasks) or "none"
+                faults.append(
+                    f"{where}: {dotted((*place, 'accuracy', 'tasks', name))}: no such task with scores; there are: {listed}"
+                )
         latency = recipe.eval.latency
         if limit.latency is not None and limit.latency.needs_goal and latency is not None and latency.goal is None:
             where = document.whereabouts((*place, "latency"))

@@ -167,7 +167,7 @@ class Workshop:
             against=None if is_original else self.entries[self.plan.measured(step.place, ORIGINAL).name].folder,
             progress=self.progress,
             logs=logs,
-            stopping=recipe.gate.stopping(place.name, len(recipe.judged_tasks)),
+            stopping=recipe.gate.stopping(place.name, recipe.judged_tasks),
             noise=recipe.eval.noise if is_original and place.runtime.serves else 0,
             liveness=recipe.eval.liveness,
             alive=recipe.gate.alive(place.name),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -32,7 +32,8 @@ class MeasureContext:
 
     `original` is the original's checkpoint folder; `data` the local files of each task by its name; `target` the folder to fill,
     with what an interrupted measurement has left there; `logs` is where harnesses of their own write theirs. `against` is the
-    folder that measuring the original in the same runtime filled, None to measure the original; `stopping` and `noise` are as in
+    folder that measuring the original in the same runtime filled, None to measure the original; `stopping`, by
+    task, and `noise` are as in
     `TaskContext`; `liveness` says on which task's questions it is seen whether answers depend on images. Where that is a condition,
     with the confidence `alive`, an artifact that does not meet it is asked nothing else.
     """
@@ -43,7 +44,7 @@ class MeasureContext:
     against: Path | None
     progress: Progress
     logs: Path
-    stopping: Stopping | None = None
+    stopping: Mapping[str, Stopping] = field(default_factory=lambda: dict[str, Stopping]())
     noise: int = 0
     liveness: LivenessCheck | None = None
     alive: float | None = None
@@ -101,7 +102,7 @@ def _task_context(task: Task, session: Session, context: MeasureContext) -> Task
         against=context.against,
         progress=context.progress,
         logs=context.logs,
-        stopping=context.stopping,
+        stopping=context.stopping.get(task.name),
         noise=context.noise,
     )
 

@@ -120,6 +120,8 @@ def test_faults_of_targets_and_of_what_is_measured_there_are_told(tmp_path: Path
     assert "gate.liveness: nothing measures it; add eval.liveness" in blind
     (task,) = faults(job, {"eval.liveness": {"task": "text"}})
     assert "no task called text asks about images; those that do: scenes" in task
+    (named,) = faults(job, {"gate.accuracy": {"min_recovery": 0.9, "confidence": 0.95, "tasks": {"text": 0.8}}})
+    assert "gate.accuracy.tasks.text: no such task with scores; there are: scenes" in named
     (served,) = faults(job, {"eval.latency": {"concurrency": [1]}})
     assert "is measured of a server, and no target has one" in served
 

@@ -342,6 +342,16 @@ def test_the_mean_over_tasks_has_a_limit_of_its_own() -> None:
     assert one.interval[0] < overall.interval[0] < overall.interval[1] < one.interval[1]
 
 
+def test_a_task_may_have_a_limit_of_its_own() -> None:
+    before, after = outcomes(330, 50, 2, 18)
+    limit = {"min_recovery": 0.99, "confidence": 0.95, "tasks": {"scenes": 0.8}}
+    (check,) = verdict_of({"accuracy": limit}, subject("original", 100, before), subject("small", 40, after)).checks
+    assert (check.verdict, check.limit) == ("pass", 0.8)
+    assert check.reason.endswith("the limit is 80 %")
+    stopping = Gate.model_validate({"accuracy": {**limit, "sequential": 3}}).stopping("local", ["scenes", "other"])
+    assert {name: (rule.limit, rule.looks) for name, rule in stopping.items()} == {"scenes": (0.8, 3), "other": (0.99, 3)}
+
+
 def test_an_evaluation_that_stopped_early_is_judged_on_what_was_asked_at_the_levels_of_its_look() -> None:
     before, after = outcomes(370, 0, 0, 30)
     order = [number * 7 % 400 for number in range(400)]

@@ -205,8 +205,8 @@ class AfterTwo:
 def test_items_are_drawn_in_parts_until_it_is_settled(world: World, by: str) -> None:
     task = world.task(f"parts-{by}", SHOWN, by=by)
     whole = {item.id: item for item in items_of(world.measure(task, f"whole-{by}"), task.name)}
-    before = world.measure(task, f"parts-{by}-original", stopping=AfterTwo())
-    after = world.measure(task, f"parts-{by}-artifact", f"parts-{by}-original", stopping=AfterTwo())
+    before = world.measure(task, f"parts-{by}-original", stopping={task.name: AfterTwo()})
+    after = world.measure(task, f"parts-{by}-artifact", f"parts-{by}-original", stopping={task.name: AfterTwo()})
     old, new = items_of(before, task.name), items_of(after, task.name)
     assert (len(old), len(new)) == (ITEMS, ITEMS // 2)
     assert [item.id for item in new] == [item.id for item in old][: ITEMS // 2] != sorted(whole)[: ITEMS // 2]
