@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     runtime = commands.add_parser("runtime", help="install the engines that run artifacts, or list them")
     actions = runtime.add_subparsers(required=True, metavar="ACTION")
     install = actions.add_parser("install", parents=[shared], help="make a runtime's own environment from its lock file")
-    install.add_argument("name", metavar="NAME", help="vllm or llmcompressor")
+    install.add_argument("name", metavar="NAME", help="vllm, llmcompressor, lmms-eval or lm-eval")
     install.set_defaults(command=_runtime, action="install")
     actions.add_parser("list", parents=[shared], help="say which are installed").set_defaults(command=_runtime, action="list")
     return parser

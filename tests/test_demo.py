@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import compress
-from compress.eval.results import read_measured
+from compress.eval.results import ScoreMetrics, read_measured
 from compress.eval.vqa import Vqa as VqaTask
 from compress.progress import Silent
 from compress.recipe import read_recipe
@@ -49,6 +49,25 @@ def test_the_gate_passes_and_both_layouts_are_published(report: Report) -> None:
     for row in report.rows[1:]:
         assert row.fidelity is not None
         assert 0 < row.fidelity["text"].kl_mean < 0.05
+
+
+def test_no_more_is_asked_once_it_is_settled(report: Report, places: Places) -> None:
+    settings = {
+        "gate.accuracy": {"min_recovery": 0.9, "confidence": 0.95, "sequential": 4},
+        "eval.tasks": [{"task": "vqa", "definition": "scenes", "source": str(MODEL.parent / "test.parquet"), "samples": 400}],
+        "gate.perplexity": None,
+        "export": [{"format": "vllm", "layout": "awq"}],
+        "publish.to": str(places.runs / "settled"),
+    }
+    settled = compress.run(RECIPE, set=settings, runs=places.runs, store=places.store)
+    assert settled.gate.verdict == "pass"
+    (check,) = (check for check in settled.gate.checks if check.check == "accuracy.min_recovery")
+    assert "settled after part 2 of 4" in check.reason
+    original, artifact = (row.metrics["scenes"] for row in settled.rows)
+    assert isinstance(original, ScoreMetrics)
+    assert isinstance(artifact, ScoreMetrics)
+    assert (original.items, artifact.items) == (400, 200)
+    assert original.score == report.rows[0].metrics["scenes"].score  # pyright: ignore[reportAttributeAccessIssue]
 
 
 @pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
