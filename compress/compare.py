@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, UsageError
 from compress.eval.results import ScoreMetrics
-from compress.figures import kept, main_figure
+from compress.figures import asked, kept, main_figure
 from compress.gate import Outcome
 from compress.report import Report, Row, origin
 from compress.report_latency import models_of, shapes_of
@@ -23,11 +23,15 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Value:
-    """A figure of one line: as measured, and how many times the original's it is; None where that says nothing."""
+    """A figure of one line: as measured, and how many times the original's it is; None where that says nothing.
+
+    `items` is of how many items it is where that is not of as many as the original's.
+    """
 
     figure: float
     kept: float | None
     failed: int = 0
+    items: int | None = None
 
 
 @dataclass(frozen=True)
@@ -221,7 +225,8 @@ def _values(report: Report, row: Row, original: Row | None) -> Iterator[tuple[st
     for name, metrics in row.metrics.items():
         before = original.metrics.get(name) if original is not None else None
         share = kept(before, metrics) if before is not None else None
-        yield _task_key(report, name), Value(main_figure(metrics), share, metrics.failed)
+        fewer = asked(metrics) if before is not None and asked(before) != asked(metrics) else None
+        yield _task_key(report, name), Value(main_figure(metrics), share, metrics.failed, fewer)
 
 
 def _latency(report: Report, row: Row) -> dict[str, Value]:

@@ -39,7 +39,8 @@ def show_value(measure: Measure, value: Value) -> str:
     told = _teller(measure)(value.figure)
     against = "" if value.kept is None or value.kept == 1 else f" ({_kept(measure, value.kept)})"
     failed = f", {value.failed:,} failed" if value.failed else ""
-    return told + against + failed
+    fewer = f", of {value.items:,} items" if value.items is not None else ""
+    return told + against + fewer + failed
 
 
 def group_table(group: Group) -> Table:

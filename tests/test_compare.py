@@ -68,6 +68,14 @@ def test_what_another_line_beats_is_not_in_front() -> None:
     assert [line.front for line in group.lines] == [True, True, False]
 
 
+def test_a_figure_of_fewer_items_than_the_originals_says_of_how_many() -> None:
+    original, artifact, _ = rows()
+    asked = artifact.metrics["textvqa"].model_copy(update={"items": 250, "failed": 0})
+    changed = artifact.model_copy(update={"metrics": {**artifact.metrics, "textvqa": asked}})
+    (group,) = compare([run("first", rows=(original, changed))]).groups
+    assert group_table(group).rows[1][5] == "83.90%, of 250 items"
+
+
 def test_other_originals_get_a_table_of_their_own_and_it_is_told() -> None:
     comparison = compare([run("first"), run("second", digests={"original": "00" * 32}, source={"source": "org/other"})])
     assert [group.original for group in comparison.groups][1] == "org/other"
