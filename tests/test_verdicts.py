@@ -21,7 +21,7 @@ DEMO = ROOT / "recipes" / "demo.yaml"
 MODEL = DEMO.parent / "demo" / "model"
 QUESTIONS = DEMO.parent / "demo" / "test.parquet"
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a server starts fifteen times before the first test
 
 EVALUATION = {
     "name": "verdicts",
