@@ -20,7 +20,7 @@ from compress.runtimes.endpoint import Place, Told
 from compress.runtimes.openai_client import Address, Asker, ItemError, denied, open_client, read_key
 from compress.runtimes.runtime import Ability, Answer, Embeddings, OpenContext, Passage, Picture, Prompt, Score, Served
 from compress.runtimes.vllm_server import stop_tokens
-from compress.runtimes.vllm_session import Endpoint, Tokens, VllmSession, messages, patience_of, unanswered
+from compress.runtimes.vllm_session import Asking, Endpoint, Tokens, VllmSession, messages, patience_of
 
 _DENIED = {401, 403}
 _ABSENT = {404, 405, 501}
@@ -59,15 +59,7 @@ class EndpointSession:
             text = self._asker.post("/v1/chat/completions", body, _text)
             return Answer(id=prompt.id, text=text, token_ids=())
 
-        with progress.task("answer", len(prompts), "prompts") as advance:
-
-            def told(prompt: Prompt, answer: Answer) -> None:
-                del prompt
-                if each is not None:
-                    each(answer)
-                advance(1)
-
-            return self._asker.each(prompts, ask, unanswered, self._concurrency, told)
+        return Asking(self._asker, self._concurrency, progress).answers(prompts, ask, each)
 
     def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
         """Refuse to score given tokens.

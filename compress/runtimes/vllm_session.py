@@ -94,15 +94,7 @@ class VllmSession:
                 body |= {"stop_token_ids": list(self._stops), "ignore_eos": True}
             return self._asker.post("/v1/chat/completions", body, lambda content: self._read(prompt, content["choices"][0]))
 
-        with progress.task("answer", len(prompts), "prompts") as advance:
-
-            def told(prompt: Prompt, answer: Answer) -> None:
-                del prompt
-                if each is not None:
-                    each(answer)
-                advance(1)
-
-            return self._asker.each(prompts, ask, unanswered, self._concurrency, told)
+        return Asking(self._asker, self._concurrency, progress).answers(prompts, ask, each)
 
     def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
         """Score the passages; see `Session.score`.
@@ -182,7 +174,30 @@ class VllmSession:
         return {"model": self.endpoint.model, "max_tokens": max_tokens, "temperature": 0.0, "seed": 0}
 
 
-def unanswered(prompt: Prompt, words: str) -> Answer:
+@dataclass(frozen=True)
+class Asking:
+    """How prompts are asked of a server: so many at once, and who watches."""
+
+    asker: Asker
+    concurrency: int
+    progress: Progress
+
+    def answers(
+        self, prompts: Sequence[Prompt], ask: Callable[[Prompt], Answer], each: Callable[[Answer], None] | None
+    ) -> list[Answer]:
+        """Ask each prompt, and return the answers in their order; `each` is told of every answer as it comes."""
+        with self.progress.task("answer", len(prompts), "prompts") as advance:
+
+            def told(prompt: Prompt, answer: Answer) -> None:
+                del prompt
+                if each is not None:
+                    each(answer)
+                advance(1)
+
+            return self.asker.each(prompts, ask, _unanswered, self.concurrency, told)
+
+
+def _unanswered(prompt: Prompt, words: str) -> Answer:
     """Return what stands for the answer to a prompt that failed."""
     return Answer(id=prompt.id, text="", token_ids=(), fault=words)
 
