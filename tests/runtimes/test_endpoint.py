@@ -239,6 +239,7 @@ def test_trouble_passes(tmp_path: Path) -> None:
     with stand_in(trouble) as server, endpoint(server.url).open(context(tmp_path)) as session:
         answers = session.answer(PROMPTS, 4, Silent())
         assert [answer.text for answer in answers] == [answer_to(prompt) for prompt in PROMPTS]
+        server.wait(len(PROMPTS))
         assert server.asked.total() > len(PROMPTS) == server.answered.total()
 
 
@@ -278,6 +279,7 @@ def test_a_run_goes_on_where_it_lost_its_server(tmp_path: Path) -> None:
         assert 70 <= first.total() < 90
         server.back()
         report = compress.run(job.recipe, **job.places())
+        server.wait(3 * 90)
         assert server.answered.total() == 3 * 90
         assert set((server.answered - first).values()) == {2, 3}
     for row in report.rows:
