@@ -7,7 +7,9 @@ import shutil
 import subprocess
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Literal
 
+from compress.checkpoint import open_checkpoint
 from compress.files import write_json
 
 SIDE_FILES = (
@@ -28,6 +30,11 @@ SIDE_FILES = (
 """The files that say how text and images enter a model; an artifact carries them as they are in the source."""
 
 RECORD = "compress.json"
+
+ArtifactFormat = Literal["onnx", "onnx-genai", "vllm"]
+"""What an artifact's folder is by its files: graphs of ours, a folder of onnxruntime-genai's, or a checkpoint."""
+
+_GENAI = "genai_config.json"
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -51,20 +58,36 @@ def folder_digests(folder: Path) -> dict[str, str]:
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
+def artifact_format(folder: Path) -> ArtifactFormat:
+    """Return what an artifact's folder is, by its files."""
+    if (folder / _GENAI).is_file():
+        return "onnx-genai"
+    return "onnx" if any(folder.glob("*.onnx")) else "vllm"
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """Return a checkpoint's safetensors files and their index."""
-    return sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+    """Return the files that hold an artifact's weights: safetensors and their index, or graphs and their external data."""
+    if artifact_format(folder) == "vllm":
+        return sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+    return sorted([*folder.glob("*.onnx"), *folder.glob("*.onnx_data"), *folder.glob("*.onnx.data")])
+
+
+def weight_bytes(folder: Path) -> int:
+    """Return the size of an artifact's weights: of all tensors of a checkpoint, or of graphs with their external data."""
+    if artifact_format(folder) == "vllm":
+        return open_checkpoint(folder).weight_bytes
+    return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the files that make up a checkpoint: config, weights, and how text and images enter the model."""
-    named = [folder / name for name in ("config.json", *SIDE_FILES) if (folder / name).is_file()]
+    """Return the files that make up an artifact: config, weights, and how text and images enter the model."""
+    named = [folder / name for name in ("config.json", _GENAI, *SIDE_FILES) if (folder / name).is_file()]
     templates = [path for path in (folder / "additional_chat_templates").rglob("*") if path.is_file()]
     return sorted([*named, *weight_files(folder), *templates])
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Return a checkpoint's size on disk, whatever else lies in its folder."""
+    """Return an artifact's size on disk, whatever else lies in its folder."""
     return sum(path.stat().st_size for path in checkpoint_files(folder))
 
 

@@ -5,6 +5,7 @@ CompressError                 exit code 2
 ├── UsageError                a command or call that cannot be meant
 ├── DataError                 a calibration or evaluation file is at fault
 ├── CheckpointError           a model folder is at fault
+├── VerificationError         exit code 1: an artifact does not do what the checkpoint it came from does
 ├── StoreError                exit code 3: the store or an output folder cannot be read or written
 └── MissingError              exit code 3: something is not here (model, runtime, GPU)
     └── ServerError           a runtime was started and did not serve
@@ -39,6 +40,12 @@ class DataError(CompressError):
 
 class CheckpointError(CompressError):
     """A folder that is no usable checkpoint: a missing, damaged or unsupported part."""
+
+
+class VerificationError(CompressError):
+    """An exported artifact that gives other results than the checkpoint it came from; names the first part that differs."""
+
+    exit_code = 1
 
 
 class StoreError(CompressError):

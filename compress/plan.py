@@ -2,71 +2,29 @@
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-from compress.calibration.questions import source_digest
-from compress.calibration.sets import QuestionSource, TextSource
+from compress.artifact import artifact_format
+from compress.calibration.sets import QuestionSource
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.document import Document, dotted
 from compress.errors import RecipeError, UsageError
-from compress.export.format import Outlook
+from compress.export.format import Outlook, runtimes_of
 from compress.families import Family, family_of
-from compress.hardware import default_device, describe
-from compress.hub import DatasetPin, ModelPin, open_pinned, resolve_dataset, resolve_model
+from compress.hub import ModelPin, open_pinned, resolve_model
 from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
+from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
 from compress.quantization_config import foreign_format
 from compress.recipe import Recipe, read_evaluation, read_recipe
-from compress.schema import is_local
 from compress.store import Store
 
 if TYPE_CHECKING:
     from rich.console import Console
-
-    from compress.eval.latency import LatencySettings
-
-Kind = Literal["convert", "calibration", "overlap", "stage", "export", "measure", "latency"]
-
-_REVISIONS: Mapping[Kind, int] = {"convert": 1, "calibration": 1, "overlap": 1, "stage": 1, "export": 1, "measure": 2, "latency": 1}
-"""Raised whenever this package's own part of such a step gives another output for the same settings."""
-
-ORIGINAL = "original"
-
-
-@dataclass(frozen=True)
-class Step:
-    """One step: its output is stored under `key`; `position` is its place in the recipe's list of stages or exports.
-
-    A measurement is made at the recipe's place `place`, of the `artifact` (or the original).
-    """
-
-    name: str
-    kind: Kind
-    key: str
-    position: int = 0
-    expected_bytes: int | None = None
-    place: int = 0
-    artifact: str = ""
-
-
-@dataclass(frozen=True)
-class DataPin:
-    """A calibration set's or task's data, pinned: the digest of a local file, or a hub dataset's commit and files.
-
-    `label` says which hub dataset it is, empty for a local file.
-    """
-
-    digest: str
-    path: Path | None
-    remote: DatasetPin | None
-    label: str = ""
 
 
 @dataclass(frozen=True)
@@ -93,6 +51,11 @@ class Plan:
     def artifacts(self) -> list[str]:
         """The names of what is measured beside the original: what is exported, or was given."""
         return list(self.given) or [export.artifact for export in self.recipe.export]
+
+    def artifacts_at(self, place: int) -> list[str]:
+        """Return the names of what is measured at one of the recipe's places: what its runtime runs."""
+        measured = [step.artifact for step in self.steps if step.kind == "measure" and step.place == place]
+        return [name for name in measured if name != ORIGINAL]
 
     def measured(self, place: int, artifact: str) -> Step:
         """Return the step that measures an artifact, or the original, at one of the recipe's places."""
@@ -139,16 +102,6 @@ def _unheard(message: str) -> None:
     del message
 
 
-def digest_of(*parts: object) -> str:
-    """Return the SHA-256 of plain JSON values."""
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def versions_of(names: tuple[str, ...]) -> dict[str, str]:
-    """Return the installed versions of distributions."""
-    return {name: importlib.metadata.version(name) for name in names}
-
-
 def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     """Read a recipe, pin what it reads, and check its stages and exports against the model's own shapes.
 
@@ -171,9 +124,10 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
     for folder in (artifact.expanduser().resolve() for artifact in artifacts):
         if folder.name in (*given, ORIGINAL):
             raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
-        open_checkpoint(folder)
+        if artifact_format(folder) == "vllm":
+            open_checkpoint(folder)
         given[folder.name] = folder
-    recipe, document = read_evaluation(path, settings, original, list(given))
+    recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in given.items()})
     return _plan(recipe, document, store, given)
 
 
@@ -184,8 +138,8 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
     family = family_of(pin.config, pin.source, checkpoint)
     if faults := _task_faults(recipe, document, family):
         raise RecipeError(faults)
-    sizes = _check(recipe, document, checkpoint, family) if checkpoint else _Sizes({}, {})
-    planner = _Planner(recipe, pin, store, sizes, given)
+    sizes = _check(recipe, document, checkpoint, family) if checkpoint else Sizes({}, {})
+    planner = Planner(recipe, pin, store, sizes, given)
     return Plan(
         recipe=recipe,
         model=pin,
@@ -201,14 +155,7 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
     )
 
 
-@dataclass(frozen=True)
-class _Sizes:
-    stages: Mapping[int, int]
-    exports: Mapping[int, int]
-    notes: tuple[str, ...] = ()
-
-
-def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: Family) -> _Sizes:
+def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: Family) -> Sizes:
     """Ask every stage and export whether it can be done, and how large its result will be."""
     faults: list[str] = []
     stages: dict[int, int] = {}
@@ -241,7 +188,7 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
             exports[position] = export.predict_bytes(outlooks[0])
     if faults:
         raise RecipeError(faults)
-    return _Sizes(stages, exports, _outlook_notes(recipe, outlooks or [Outlook(checkpoint, family, {})]))
+    return Sizes(stages, exports, _outlook_notes(recipe, outlooks or [Outlook(checkpoint, family, {})]))
 
 
 def _shows_images(recipe: Recipe) -> bool:
@@ -342,123 +289,6 @@ def _joined(before: dict[str, Scheme] | None, made: dict[str, Scheme] | None) ->
 def _placed(document: Document, place: tuple[str | int, ...], faults: list[str]) -> list[str]:
     where = f"{document.whereabouts(place)}: {place[0]}.{place[1]}"
     return [f"{where}: {fault}" for fault in faults]
-
-
-class _Planner:
-    """Works out the steps' keys; a step's key covers everything that shapes its output."""
-
-    def __init__(self, recipe: Recipe, pin: ModelPin, store: Store, sizes: _Sizes, given: Mapping[str, Path]) -> None:
-        self.recipe = recipe
-        self.given = {
-            name: resolve_model(str(path), "huggingface", "main").digest(store.fingerprint) for name, path in given.items()
-        }
-        self.device = default_device()
-        self.source_key = pin.digest(store.fingerprint)
-        self.side_key = pin.side_digest(store.fingerprint)
-        self.sizes = sizes
-        sets = recipe.calibration.sets if recipe.calibration else ()
-        self.sets = tuple(_pin_data(data, store) for data in sets)
-        self.tasks = tuple(None if task.data is None else _pin_data(task.data, store) for task in recipe.eval.tasks)
-        self.convert = pin.pickled
-
-    def steps(self) -> tuple[Step, ...]:
-        steps: list[Step] = []
-        weights = self.source_key
-        if self.convert:
-            weights = self._key("convert", weights)
-            steps.append(Step("convert to safetensors", "convert", weights))
-        calibration = self._calibration()
-        if calibration:
-            steps.append(Step("calibration", "calibration", calibration))
-            overlap = self._key("overlap", calibration, self._task_settings())
-            steps.append(Step("overlap of calibration and evaluation", "overlap", overlap))
-        last = weights
-        for position, stage in enumerate(self.recipe.stages):
-            seed = self.recipe.calibration.seed if self.recipe.calibration else 0
-            fields = stage.model_dump(mode="json")
-            shaping = [stage.revision, stage.versions(), self.device, seed]
-            last = self._key("stage", fields, last, calibration if stage.calibrated else None, *shaping)
-            steps.append(Step(self._stage_name(position), "stage", last, position, self.sizes.stages.get(position)))
-        exports = {
-            export.artifact: self._export_key(position, last) for position, export in enumerate(self.recipe.export)
-        } or self.given
-        originals = [self._measure(place, ORIGINAL, weights, None) for place in range(len(self.recipe.eval.places))]
-        for place, key in enumerate(originals):
-            steps.append(Step(f"measure {ORIGINAL}{self._at(place)}", "measure", key, place=place, artifact=ORIGINAL))
-        for position, (name, key) in enumerate(exports.items()):
-            if not self.given:
-                steps.append(Step(f"export {name}", "export", key, position, self.sizes.exports.get(position)))
-            for place, original in enumerate(originals):
-                measured = self._measure(place, name, key, original)
-                steps.append(Step(f"measure {name}{self._at(place)}", "measure", measured, position, place=place, artifact=name))
-        for place, target in enumerate(self.recipe.eval.places):
-            if self.recipe.eval.latency is not None and target.runtime.serves:
-                key = self._latency(place, self.recipe.eval.latency, {ORIGINAL: weights, **exports})
-                steps.append(Step(f"latency{self._at(place)}", "latency", key, place=place))
-        return tuple(steps)
-
-    def _at(self, place: int) -> str:
-        """Return what a step's name says of where it measures; nothing where there is one place."""
-        return f" at {self.recipe.eval.places[place].name}" if len(self.recipe.eval.places) > 1 else ""
-
-    def _export_key(self, position: int, checkpoint: str) -> str:
-        export = self.recipe.export[position]
-        fields = export.model_dump(mode="json")
-        return self._key("export", fields, checkpoint, export.revision, versions_of(export.libraries), self._lineage())
-
-    def _stage_name(self, position: int) -> str:
-        names = [stage.stage for stage in self.recipe.stages]
-        return names[position] if names.count(names[position]) == 1 else f"{names[position]} {position}"
-
-    def _calibration(self) -> str | None:
-        calibration = self.recipe.calibration
-        if calibration is None:
-            return None
-        sets = [
-            [entry.model_dump(mode="json", exclude={"source", "revision", "subset", "split"}), pin.digest]
-            for entry, pin in zip(calibration.sets, self.sets, strict=True)
-        ]
-        return self._key("calibration", sets, calibration.seed, self.side_key, versions_of(("transformers", "tokenizers")))
-
-    def _task_settings(self) -> list[Any]:
-        return [
-            [task.settings(), None if pin is None else pin.digest]
-            for task, pin in zip(self.recipe.eval.tasks, self.tasks, strict=True)
-        ]
-
-    def _measure(self, place: int, name: str, artifact: str, original: str | None) -> str:
-        target, check = self.recipe.eval.places[place], self.recipe.eval.liveness
-        runtime = target.runtime
-        stopping = self.recipe.gate.stopping(target.name, self.recipe.judged_tasks)
-        drawn = {name: rule.looks if original is None else rule.describe() for name, rule in stopping.items()}
-        noise = self.recipe.eval.noise if original is None and runtime.serves else 0
-        alive = None if original is None else self.recipe.gate.alive(target.name)
-        how = [drawn, noise, None if check is None else check.model_dump(mode="json"), alive]
-        shaping = [runtime.settings(name), runtime.revision, runtime.versions(), self.device]
-        return self._key("measure", artifact, original, self._task_settings(), how, *shaping)
-
-    def _latency(self, place: int, settings: LatencySettings, models: Mapping[str, str]) -> str:
-        """Return the key of a target's latencies, which belong to the machine that they were measured on or from."""
-        runtime = self.recipe.eval.places[place].runtime
-        shaping = [[runtime.settings(name) for name in models], runtime.revision, runtime.versions(), describe()]
-        return self._key("latency", dict(models), settings.model_dump(mode="json"), settings.revision, *shaping)
-
-    def _lineage(self) -> dict[str, Any]:
-        """What an artifact's record says of its making beyond what shapes its weights."""
-        return self.recipe.model.model_dump(mode="json")
-
-    def _key(self, kind: Kind, *parts: object) -> str:
-        return digest_of(kind, _REVISIONS[kind], *parts)
-
-
-def _pin_data(data: TextSource | QuestionSource, store: Store) -> DataPin:
-    if is_local(data.source):
-        path = Path(data.source)
-        columns = data.columns if isinstance(data, QuestionSource) else None
-        digest = digest_of(path.suffix, source_digest(path, columns, store.fingerprint))  # the suffix says how it is read
-        return DataPin(digest=digest, path=path, remote=None)
-    remote = resolve_dataset(data.source, data.subset, data.split, data.revision)
-    return DataPin(digest=remote.digest, path=None, remote=remote, label=remote.label)
 
 
 def show(plan: Plan, store: Store, console: Console) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast
 
@@ -164,10 +164,13 @@ class Evaluation(Frozen):
     gate: Gate
 
 
-def read_evaluation(path: Path, settings: Mapping[str, Any], original: str, artifacts: Sequence[str]) -> tuple[Recipe, Document]:
+def read_evaluation(
+    path: Path, settings: Mapping[str, Any], original: str, artifacts: Mapping[str, frozenset[str]]
+) -> tuple[Recipe, Document]:
     """Read the name, tasks and gate of a recipe, or of a file that holds these alone, for artifacts that are there already.
 
-    `original` is a folder or hub id, as a recipe's `model.source`. What else a recipe says is left out, unread.
+    `original` is a folder or hub id, as a recipe's `model.source`; `artifacts` says which runtimes run each. What else a recipe
+    says is left out, unread.
 
     Raises:
         RecipeError: with every fault found, each naming file and line, or the override, and what is allowed.
@@ -211,12 +214,27 @@ def _cross_check(document: Document, recipe: Recipe) -> list[str]:
             if name in names[:position]:
                 where = document.whereabouts((*place, position))
                 faults.append(f"{where}: {dotted((*place, position))}: a second {kind} called {name}; {remedy}")
-    artifacts = [export.artifact for export in recipe.export]
+    artifacts = {export.artifact: export.runtimes for export in recipe.export}
+    for position, export in enumerate(recipe.export):
+        if not any(target.runtime.runtime in export.runtimes for target in recipe.eval.places):
+            where = document.whereabouts(("export", position))
+            faults.append(
+                f"{where}: export.{position}: {export.format} runs in {_listed(export.runtimes)}, and eval measures in none of "
+                "these; set eval.runtime to one, or add a target with it"
+            )
     return [*faults, *_eval_faults(document, recipe, artifacts), *_gate_faults(document, recipe)]
 
 
-def _eval_faults(document: Document, recipe: Recipe, artifacts: Sequence[str]) -> list[str]:
-    """Return what of the targets, of latency and of liveness cannot be measured as it stands."""
+def _listed(runtimes: Iterable[str]) -> str:
+    """Return runtimes for a message; a server elsewhere is named last."""
+    return " or ".join(sorted(runtimes, key=lambda name: (name == "endpoint", name)))
+
+
+def _eval_faults(document: Document, recipe: Recipe, artifacts: Mapping[str, frozenset[str]]) -> list[str]:
+    """Return what of the targets, of latency and of liveness cannot be measured as it stands.
+
+    `artifacts` says which runtimes run each.
+    """
     faults: list[str] = []
     several = recipe.eval.targets is not None
     for position, target in enumerate(recipe.eval.places):
@@ -224,7 +242,12 @@ def _eval_faults(document: Document, recipe: Recipe, artifacts: Sequence[str]) -
         where = f"{document.whereabouts(place)}: {dotted(place)}"
         if target.name in [other.name for other in recipe.eval.places[:position]]:
             faults.append(f"{where}: a second target called {target.name}; give one of them another name")
-        faults += [f"{where}: {fault}" for fault in target.runtime.faults(artifacts)]
+        here = [name for name, runtimes in artifacts.items() if target.runtime.runtime in runtimes]
+        if not here:
+            needed = _listed({name for runtimes in artifacts.values() for name in runtimes})
+            faults.append(f"{where}: runtime {target.runtime.runtime} runs none of the artifacts; they run in {needed}")
+        else:
+            faults += [f"{where}: {fault}" for fault in target.runtime.faults(here)]
     if recipe.eval.latency is not None and not any(target.runtime.serves for target in recipe.eval.places):
         where = document.whereabouts(("eval", "latency"))
         faults.append(f"{where}: eval.latency: is measured of a server, and no target has one; set a runtime to vllm or endpoint")

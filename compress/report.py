@@ -18,6 +18,8 @@ from compress.report_tables import listed
 from compress.schema import Frozen
 from compress.stages.widths import Widths
 from compress.tabular import markdown
+from compress.verification.results import Verification
+from compress.verification.table import answers_table, components_table
 from compress.width_table import width_table
 
 if TYPE_CHECKING:
@@ -89,6 +91,9 @@ class Report(Frozen):
     digests: Mapping[str, str] = Field(default_factory=lambda: dict[str, str]())
     """Of the original's content (`original`) and of each task's settings and data; figures of equal digests can be compared."""
 
+    verifications: Mapping[str, Verification] = Field(default_factory=lambda: dict[str, Verification]())
+    """How far artifacts are from the checkpoint that they were exported from, by their names."""
+
     def to_json(self) -> str:
         """Return the report as `report.json` holds it."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
@@ -117,6 +122,8 @@ def checks_of(gate: Verdict, artifact: str) -> str:
 def render(report: Report) -> str:
     """Return `report.md`: the verdict first, then the table, what lies behind it, and where it comes from."""
     parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows)]
+    verified = (components_table(report.verifications), answers_table(report.verifications))
+    parts += [f"{each.caption}\n\n{markdown(each)}" for each in verified if each.rows]
     compared = (tables.details_table(report.rows), tables.fidelity_table(report.rows), tables.liveness_table(report.rows))
     parts += [markdown(each) for each in compared if each.rows]
     for target, latency in report.latency.items():

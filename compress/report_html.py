@@ -30,6 +30,8 @@ from compress.report_latency import (
 )
 from compress.stages.widths import LEFT, GroupWidth, Widths
 from compress.tabular import Column, Table
+from compress.verification.table import answers_table
+from compress.verification.table import components_table as verified_table
 
 
 @dataclass(frozen=True)
@@ -168,6 +170,7 @@ def _sections(report: Report, gallery: Gallery | None) -> Iterator[Section]:
     yield Section("checks", "The gate's checks", (TablePart(tables.checks_table(report.gate.checks), hidden_caption=True),))
     yield Section("fidelity", "Fidelity to the original", tuple(_filled(tables.fidelity_table(report.rows))))
     yield Section("liveness", "Liveness: do answers depend on the image?", tuple(_filled(tables.liveness_table(report.rows))))
+    yield Section("verification", "Verification: does the artifact do what its checkpoint does?", tuple(_verification(report)))
     yield Section("latency", "Latency", tuple(_latency(report)))
     yield Section("flips", "Flips", tuple(_flips(gallery)) if gallery and _scored(report) else ())
     for number, (stage, widths) in enumerate(report.widths.items(), 1):
@@ -180,6 +183,12 @@ def _sections(report: Report, gallery: Gallery | None) -> Iterator[Section]:
 def _filled(table: Table) -> Iterator[Part]:
     if table.rows:
         yield TablePart(table, hidden_caption=True)
+
+
+def _verification(report: Report) -> Iterator[Part]:
+    for table in (verified_table(report.verifications), answers_table(report.verifications)):
+        if table.rows:
+            yield TablePart(table)
 
 
 def _charts(charts: Sequence[Chart], identity: str, *, with_legend: bool = True) -> Iterator[Part]:

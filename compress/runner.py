@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import checkpoint_bytes
+from compress.artifact import checkpoint_bytes, weight_bytes
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, StoreError
 from compress.eval.latency_results import Latency, read_latency
@@ -25,7 +25,8 @@ from compress.gallery import Gallery, TaskFlips, make_gallery
 from compress.gate import Subject, Verdict, judge, together
 from compress.hardware import describe
 from compress.meter import Meter
-from compress.plan import ORIGINAL, Plan, Step, make_plan, notes_of, plan_evaluation
+from compress.plan import Plan, make_plan, notes_of, plan_evaluation
+from compress.planner import ORIGINAL, Step
 from compress.publish import publish
 from compress.recipe import Target
 from compress.report import Report, Row, Timing, render
@@ -33,6 +34,7 @@ from compress.report_html import render_html
 from compress.stages.widths import Widths, read_widths
 from compress.steps import Workshop
 from compress.store import Entry, Store, default_store
+from compress.verification.results import read_verification
 
 
 @dataclass(frozen=True)
@@ -246,11 +248,16 @@ class _Run:
             widths=self._widths(),
             latency=latencies,
             digests=self.plan.digests,
+            verifications={
+                step.artifact: read_verification(self.entries[step.name].folder)
+                for step in self.plan.steps
+                if step.kind == "verify"
+            },
         )
 
     def _measured(self, place: int) -> dict[str, Measured]:
         """Return what was measured at one of the recipe's places, by artifact, the original first."""
-        steps = {name: self.plan.measured(place, name) for name in (ORIGINAL, *self.plan.artifacts)}
+        steps = {name: self.plan.measured(place, name) for name in (ORIGINAL, *self.plan.artifacts_at(place))}
         return {name: read_measured(self.entries[step.name].folder) for name, step in steps.items()}
 
     def _gallery(self, workshop: Workshop) -> Gallery:
@@ -290,7 +297,7 @@ class _Run:
                     path=str(path),
                     bytes=checkpoint_bytes(path),
                     size_ratio=checkpoint_bytes(path) / whole,
-                    bits_per_weight=8 * open_checkpoint(path).weight_bytes / weights,
+                    bits_per_weight=8 * weight_bytes(path) / weights,
                     metrics={task: row.metrics for task, row in found.tasks.items()},
                     fidelity=compared or None,
                     target=target.name,

@@ -13,12 +13,13 @@ from compress.calibration.collect import MANIFEST, PinnedSet, Selection, collect
 from compress.calibration.enough import enough_for
 from compress.calibration.overlap import check_overlap
 from compress.eval.measure import MeasureContext, measure
-from compress.export.format import ExportContext
+from compress.export.format import ExportContext, VerifiedExport, VerifyContext
 from compress.files import write_json
 from compress.hub import fetch_dataset_files, fetch_model
 from compress.hubs.datasets import Enough
 from compress.hubs.pickles import convert_pickle
-from compress.plan import ORIGINAL, DataPin, Plan, Step
+from compress.plan import Plan
+from compress.planner import ORIGINAL, DataPin, Step
 from compress.progress import Progress
 from compress.runtimes.runtime import OpenContext
 from compress.stages.stage import StageContext
@@ -44,6 +45,7 @@ class Workshop:
             "overlap": self._check_overlap,
             "stage": self._apply_stage,
             "export": self._export,
+            "verify": self._verify,
             "measure": self._measure,
             "latency": self._latency,
         }
@@ -124,6 +126,21 @@ class Workshop:
         export.apply(ExportContext(source=source, target=target, family=self.plan.family, progress=self.progress))
         write_record(target, self._record(step))
 
+    def _verify(self, step: Step, target: Path) -> None:
+        from compress.verification.results import write_verification
+
+        export = self.plan.recipe.export[step.position]
+        assert isinstance(export, VerifiedExport)
+        context = VerifyContext(
+            artifact=self.artifact(step.artifact),
+            source=self._checkpoint_before(len(self.plan.recipe.stages)),
+            family=self.plan.family,
+            progress=self.progress,
+            logs=self._logs(step),
+            trust_remote_code=self.plan.recipe.model.trust_remote_code,
+        )
+        write_verification(target, export.verify(context))
+
     def _record(self, step: Step) -> dict[str, Any]:
         """Return what an artifact says of its making: where it comes from, and every setting that shaped it."""
         plan, recipe = self.plan, self.plan.recipe
@@ -189,7 +206,7 @@ class Workshop:
         recipe = self.plan.recipe
         assert recipe.eval.latency is not None
         context = LatencyContext(self._logs(step), self.progress, recipe.model.trust_remote_code)
-        artifacts = {name: self.artifact(name) for name in self.plan.artifacts}
+        artifacts = {name: self.artifact(name) for name in self.plan.artifacts_at(step.place)}
         runtime = recipe.eval.places[step.place].runtime
         write_latency(target, measure_latency(runtime, self.original(), artifacts, recipe.eval.latency, context))
 

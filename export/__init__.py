@@ -1,4 +1,8 @@
 """Turning a compressed checkpoint into what a runtime loads."""
 
-FORMATS = {"vllm": "compress.export.vllm:Vllm"}
+FORMATS = {
+    "onnx": "compress.export.onnx:Onnx",
+    "onnx-genai": "compress.export.onnx_genai:OnnxGenai",
+    "vllm": "compress.export.vllm:Vllm",
+}
 """The export formats a recipe can name: format → the class whose fields are its keys."""

@@ -6,13 +6,18 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
+from compress.artifact import artifact_format
 from compress.checkpoint import Checkpoint
+from compress.export import FORMATS
 from compress.families import Family
 from compress.numerics.scheme import Scheme
 from compress.progress import Progress
-from compress.schema import Frozen
+from compress.schema import Frozen, load_row
+
+if TYPE_CHECKING:
+    from compress.verification.results import Verification
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,18 @@ class ExportContext:
     progress: Progress
 
 
+@dataclass(frozen=True)
+class VerifyContext:
+    """What a verification is given: the `artifact`, the checkpoint at `source` that it was made of, and where logs belong."""
+
+    artifact: Path
+    source: Path
+    family: Family
+    progress: Progress
+    logs: Path
+    trust_remote_code: bool = False
+
+
 class Export(Frozen, ABC):
     """One format with its settings; the fields are the recipe's keys."""
 
@@ -50,6 +67,9 @@ class Export(Frozen, ABC):
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
     """The distributions whose versions shape the result."""
+
+    runtimes: ClassVar[frozenset[str]]
+    """The rows of the table of runtimes that run what it writes."""
 
     @property
     @abstractmethod
@@ -76,3 +96,26 @@ class Export(Frozen, ABC):
         Raises:
             CheckpointError: the checkpoint cannot be held by this format.
         """
+
+
+class VerifiedExport(Export, ABC):
+    """A format whose artifacts are compared, once written, with the checkpoint they came from, in a step of its own."""
+
+    verification_revision: ClassVar[int] = 1
+    """Raised whenever the same artifact is compared in another way, or by other limits."""
+
+    verification_libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "torch", "transformers")
+    """The distributions whose versions shape what is found."""
+
+    @abstractmethod
+    def verify(self, context: VerifyContext) -> Verification:
+        """Return how far the artifact's parts and answers are from those of the checkpoint it came from.
+
+        Raises:
+            VerificationError: further than the limits allow; names the first part that differs.
+        """
+
+
+def runtimes_of(folder: Path) -> frozenset[str]:
+    """Return the rows of the table of runtimes that run the artifact in a folder, by its files."""
+    return cast("type[Export]", load_row(FORMATS, artifact_format(folder))).runtimes

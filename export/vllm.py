@@ -26,6 +26,7 @@ class Vllm(Export):
     """
 
     revision: ClassVar[int] = 2
+    runtimes: ClassVar[frozenset[str]] = frozenset({"endpoint", "transformers", "vllm"})
 
     format: Literal["vllm"]
     layout: Layout

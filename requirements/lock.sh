@@ -6,5 +6,5 @@ cd "$(dirname "$0")/.."
 compile() {
     uv pip compile --quiet --no-annotate --no-header --no-emit-index-url --no-emit-find-links --python-version 3.11 "$@"
 }
-compile --universal pyproject.toml requirements/tested.in -o requirements/user.txt
-compile --universal pyproject.toml requirements/tested.in --extra modelscope --group dev -o requirements/developer.txt
+compile --universal pyproject.toml requirements/tested.in --extra onnx -o requirements/user.txt
+compile --universal pyproject.toml requirements/tested.in --extra modelscope --extra onnx --group dev -o requirements/developer.txt

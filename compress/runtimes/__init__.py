@@ -2,6 +2,8 @@
 
 RUNTIMES = {
     "endpoint": "compress.runtimes.endpoint:Endpoint",
+    "onnxruntime": "compress.runtimes.onnxruntime:Onnxruntime",
+    "onnxruntime-genai": "compress.runtimes.onnxruntime_genai:OnnxruntimeGenai",
     "transformers": "compress.runtimes.transformers:Transformers",
     "vllm": "compress.runtimes.vllm:Vllm",
 }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +21,42 @@ _AT_ONCE = 32
 
 
 @dataclass(frozen=True)
+class Towers:
+    """A loaded model's two towers: `texts` of tokens and their mask [texts, tokens], `images` of pixels [images, 3, height, width].
+
+    Both give rows of one width; how alike two are is `scale` times their cosine.
+    """
+
+    texts: Callable[[Tensor, Tensor], Tensor]
+    images: Callable[[Tensor], Tensor]
+    scale: float
+
+
+def towers_of(model: Any, device: torch.device) -> Towers:
+    """Return the towers of a transformers model."""
+
+    def texts(ids: Tensor, mask: Tensor) -> Tensor:
+        return model.get_text_features(input_ids=ids.to(device), attention_mask=mask.to(device)).pooler_output
+
+    def images(pixels: Tensor) -> Tensor:
+        return model.get_image_features(pixel_values=pixels.to(device, model.dtype)).pooler_output
+
+    return Towers(texts, images, float(model.logit_scale.exp().to(torch.float32)))
+
+
+@dataclass(frozen=True)
 class Embedder:
     """A loaded model with two towers, and what prepares its inputs."""
 
-    model: Any
+    towers: Towers
     encoder: Encoder
-    device: torch.device
 
     def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
         """Return log-probabilities [pictures, classes]: the softmax of the scaled cosines with each class's mean direction."""
         with progress.task("embed texts", len(classes), "classes") as advance:
             directions = torch.stack([self._direction(texts, advance) for texts in classes])
         rows = [
-            (self._scale() * images @ directions.t()).to(torch.float64).log_softmax(dim=1).cpu()
+            (self.towers.scale * images @ directions.t()).to(torch.float64).log_softmax(dim=1).cpu()
             for images in self._batches(pictures, progress)
         ]
         return torch.cat(rows).numpy()
@@ -47,10 +70,7 @@ class Embedder:
                 found.append(self._texts(batch).cpu())
                 advance(len(batch))
         images = torch.cat([images.cpu() for images in self._batches(pictures, progress)])
-        return Embeddings(images=images.numpy(), texts=torch.cat(found).numpy(), scale=float(self._scale()))
-
-    def _scale(self) -> Tensor:
-        return self.model.logit_scale.exp().to(torch.float32)
+        return Embeddings(images=images.numpy(), texts=torch.cat(found).numpy(), scale=self.towers.scale)
 
     def _batches(self, pictures: Sequence[Picture], progress: Progress) -> Generator[Tensor]:
         """Give the directions of a few images at a time."""
@@ -72,16 +92,12 @@ class Embedder:
             length, longest = int(mask.sum()), self.encoder.longest
             if longest is not None and length > longest:
                 raise DataError(f"the text {text!r} takes {length} tokens, and the model takes {longest}; shorten it")
-        features = self.model.get_text_features(
-            input_ids=encoded["input_ids"].to(self.device), attention_mask=encoded["attention_mask"].to(self.device)
-        )
-        return _unit(features.pooler_output.to(torch.float32))
+        return _unit(self.towers.texts(encoded["input_ids"], encoded["attention_mask"]).to(torch.float32))
 
     def _images(self, pictures: Sequence[Picture]) -> Tensor:
         images = [decode_image(picture.image, picture.id) for picture in pictures]
         pixels = self.encoder.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        features = self.model.get_image_features(pixel_values=pixels.to(self.device, self.model.dtype))
-        return _unit(features.pooler_output.to(torch.float32))
+        return _unit(self.towers.images(pixels).to(torch.float32))
 
 
 def _unit(vectors: Tensor) -> Tensor:

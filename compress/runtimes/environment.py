@@ -61,6 +61,12 @@ LOCKS = {
         cuda="llmcompressor.txt",
         distributions=("llmcompressor", "compressed-tensors", "auto-round", "torch", "transformers"),
     ),
+    "onnxruntime-genai": Lock(
+        module="onnxruntime_genai",
+        cpu="onnxruntime-genai.txt",
+        cuda="onnxruntime-genai.txt",
+        distributions=("onnxruntime-genai", "onnxruntime", "onnx-ir", "torch", "transformers"),
+    ),
     "lmms-eval": Lock(
         module="lmms_eval",
         cpu="lmms-eval.txt",

@@ -5,15 +5,17 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any, Literal, cast
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
+from compress.checkpoint import read_json_object
 from compress.conversation import check_image_count, open_images, write_prompt
-from compress.errors import DataError
+from compress.errors import DataError, UsageError
 from compress.families import Family
 from compress.runtimes.runtime import Passage, Prompt, scored_tokens
 
@@ -130,6 +132,44 @@ class Encoder:
             raise DataError(f"{passage.id}: takes {length} tokens, and the model takes {self.longest}; set a smaller window")
         ids = torch.tensor([passage.token_ids])
         return Encoded(place, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
+
+
+def stops_and_pad(artifact: Path, processor: Any, text: Any) -> tuple[tuple[int, ...], int]:
+    """Return the tokens that end an answer, and the one to pad with, by generation_config.json, the text's config or tokenizer."""
+    path = artifact / "generation_config.json"
+    generation = read_json_object(path) if path.is_file() else {}
+    tokenizer = processor.tokenizer
+    candidates = (generation.get("eos_token_id"), getattr(text, "eos_token_id", None), tokenizer.eos_token_id)
+    chosen = next((value for value in candidates if value is not None), None)
+    stops = tuple(cast("list[int]", chosen)) if isinstance(chosen, list) else (() if chosen is None else (int(chosen),))
+    pads = (generation.get("pad_token_id"), tokenizer.pad_token_id, *stops, 0)
+    return stops, int(next(value for value in pads if value is not None))
+
+
+def check_writes(family: Family) -> None:
+    """Check that a model writes text.
+
+    Raises:
+        UsageError: it compares images with texts.
+    """
+    if family.head is None:
+        raise UsageError(
+            f"{family.name} compares images with texts and writes none: measure it with task: zero-shot instead of "
+            "vqa or perplexity"
+        )
+
+
+def check_compares(family: Family) -> None:
+    """Check that a model compares images with texts.
+
+    Raises:
+        UsageError: it writes text.
+    """
+    if family.head is not None:
+        raise UsageError(
+            f"{family.name} writes text and compares no images with texts: measure it with task: vqa instead of "
+            "zero-shot or retrieval"
+        )
 
 
 def _those_taken(order: Sequence[int], encode: Callable[[int], Encoded], faults: dict[int, str]) -> Generator[Encoded]:

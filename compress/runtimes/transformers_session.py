@@ -16,15 +16,13 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from compress.calibration.collect import longest_input
-from compress.checkpoint import read_json_object
 from compress.conversation import load_processor
 from compress.engine.recorder import ReachedError
-from compress.errors import UsageError
 from compress.families import Family, family_at
 from compress.progress import Progress
-from compress.runtimes.embedding import Embedder
+from compress.runtimes.embedding import Embedder, towers_of
 from compress.runtimes.fidelity import Head, Heads, Predictions, Record, Recorder, predict
-from compress.runtimes.inputs import Encoded, Encoder
+from compress.runtimes.inputs import Encoded, Encoder, check_compares, check_writes, stops_and_pad
 from compress.runtimes.runtime import (
     UNSCORED,
     Ability,
@@ -62,7 +60,7 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Transfor
     dtype = choose_dtype(settings.dtype, context.artifact, device)
     processor = load_processor(context.artifact, context.trust_remote_code)
     model = load_model(context.artifact, dtype, device, context.progress, context.trust_remote_code)
-    stops, pad_id = _stops(context.artifact, processor, model)
+    stops, pad_id = stops_and_pad(context.artifact, processor, model.config.get_text_config())
     family = family_at(context.artifact)
     encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(context.artifact))
     session = TransformersSession(model, encoder, device, stops)
@@ -97,6 +95,16 @@ class TransformersSession:
         """What the model does; see `Session.offers`."""
         return frozenset({"comparison"} if self._family.head is None else {"text", "scores"})
 
+    @property
+    def model(self) -> Any:
+        """The model, as transformers has it."""
+        return self._model
+
+    @property
+    def encoder(self) -> Encoder:
+        """What turns prompts into its inputs."""
+        return self._encoder
+
     def close(self) -> None:
         """Let go of the model."""
         self._model = None
@@ -117,7 +125,7 @@ class TransformersSession:
         Raises:
             UsageError: the model writes no text.
         """
-        self._check_writes()
+        check_writes(self._family)
         greedy = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -152,7 +160,7 @@ class TransformersSession:
             UsageError: `against` was recorded on other passages, or by a model of another vocabulary; or the model writes no text.
             StoreError: the record cannot be written.
         """
-        self._check_writes()
+        check_writes(self._family)
         output = self._model.get_output_embeddings()
         head = Head(output.weight, getattr(output, "bias", None))
         original = Record(against, passages, self._device, self._heads) if against is not None else None
@@ -201,19 +209,8 @@ class TransformersSession:
         return self._embedder().embed(pictures, texts, progress)
 
     def _embedder(self) -> Embedder:
-        if self._family.head is not None:
-            raise UsageError(
-                f"{self._family.name} writes text and compares no images with texts: measure it with task: vqa instead of "
-                "zero-shot or retrieval"
-            )
-        return Embedder(self._model, self._encoder, self._device)
-
-    def _check_writes(self) -> None:
-        if self._family.head is None:
-            raise UsageError(
-                f"{self._family.name} compares images with texts and writes none: measure it with task: zero-shot instead of "
-                "vqa or perplexity"
-            )
+        check_compares(self._family)
+        return Embedder(towers_of(self._model, self._device), self._encoder)
 
     def _entry(self, inputs: Mapping[str, Tensor]) -> Any:
         return self._model.get_submodule(self._family.entry(inputs))
@@ -275,16 +272,3 @@ def _score(passage: Passage, predictions: Predictions, part: slice) -> Score:
         kl=None if predictions.kl is None else predictions.kl[part],
         same_top=None if predictions.same_top is None else predictions.same_top[part],
     )
-
-
-def _stops(artifact: Path, processor: Any, model: Any) -> tuple[tuple[int, ...], int]:
-    """Return the tokens that end an answer, and the one to pad with, by generation_config.json, config.json or the tokenizer."""
-    path = artifact / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else {}
-    text = model.config.get_text_config()
-    tokenizer = processor.tokenizer
-    candidates = (generation.get("eos_token_id"), getattr(text, "eos_token_id", None), tokenizer.eos_token_id)
-    chosen = next((value for value in candidates if value is not None), None)
-    stops = tuple(cast("list[int]", chosen)) if isinstance(chosen, list) else (() if chosen is None else (int(chosen),))
-    pads = (generation.get("pad_token_id"), tokenizer.pad_token_id, *stops, 0)
-    return stops, int(next(value for value in pads if value is not None))

@@ -1,0 +1,301 @@
+"""An artifact in a process of onnxruntime-genai's own, asked over a socket: one line of JSON per request and per reply."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import tempfile
+from collections.abc import Callable, Generator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.checkpoint import open_checkpoint, read_config
+from compress.conversation import check_image_count, load_processor, open_images, write_prompt
+from compress.errors import CheckpointError, DataError, ServerError, UsageError
+from compress.families import Family, family_at, family_of
+from compress.files import telling_where
+from compress.progress import Progress
+from compress.runtimes.environment import require
+from compress.runtimes.onnxruntime_genai import CONFIG, ENVIRONMENT
+from compress.runtimes.runtime import Ability, Answer, Embeddings, OpenContext, Passage, Picture, Prompt, Score, scored_tokens
+from compress.runtimes.server import Server, run_server
+from compress.runtimes.top_tokens import Position, TopRecord, score_of, write_record
+from compress.runtimes.vllm_server import stop_tokens
+
+if TYPE_CHECKING:
+    from compress.runtimes.onnxruntime_genai import OnnxruntimeGenai
+
+_WORKER = Path(__file__).with_name("onnxruntime_genai_worker.py")
+_LOG = "onnxruntime-genai.log"
+_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
+_SETTINGS = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the worker is asked: an answer to a prompt, or how given tokens are predicted after it (None: from their own start).
+
+    `images` are files; `forbidden` are tokens that no answer may hold, `top` is how many of the likeliest are told.
+    """
+
+    kind: Literal["answer", "score"]
+    text: str | None
+    images: list[str]
+    max_new_tokens: int = 0
+    forbidden: tuple[int, ...] = ()
+    tokens: tuple[int, ...] = ()
+    top: int = 0
+
+
+@dataclass(frozen=True)
+class Model:
+    """How an artifact reads prompts: by its processor, and its tokens that end an answer or stand for images and videos."""
+
+    processor: Any
+    family: Family
+    stops: tuple[int, ...]
+    placeholders: tuple[int, ...]
+
+
+@contextmanager
+def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[OnnxruntimeGenaiSession]:
+    """Load an artifact, or the original, exported for it, in a process that is ended with the context.
+
+    Raises:
+        CheckpointError: the folder cannot be loaded, or the checkpoint not exported.
+        MissingError: onnxruntime-genai is not installed.
+        ServerError: the process died while it was loading, or took too long.
+    """
+    python = require(ENVIRONMENT).python
+    with ExitStack() as resources:
+        temporary = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="compress-genai-")))
+        folder = context.artifact
+        if not (folder / CONFIG).is_file():
+            folder = _export(context, temporary / "original")
+        listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        address = temporary / "socket"
+        listener.bind(str(address))
+        listener.listen(1)
+        listener.setblocking(False)
+        command = [str(python), "-I", "-u", str(_WORKER), str(folder.absolute()), str(address)]
+        server = resources.enter_context(run_server(ENVIRONMENT, command, _variables(), context.logs.absolute() / _LOG))
+        connection = resources.enter_context(_accept(listener, server, runtime.startup_seconds))
+        worker = Worker(connection, server, runtime.request_seconds)
+        if "failed" in (told := worker.reply(runtime.startup_seconds)):
+            raise CheckpointError(f"{context.artifact}: onnxruntime-genai cannot load it ({told['failed']}); export it again")
+        config = read_config(folder)
+        family = family_at(folder)
+        model = Model(load_processor(folder, context.trust_remote_code), family, stop_tokens(folder), family.placeholders(config))
+        pictures = temporary / "images"
+        pictures.mkdir()
+        yield OnnxruntimeGenaiSession(worker, model, pictures, runtime.top_logprobs)
+
+
+def _export(context: OpenContext, target: Path) -> Path:
+    """Write a plain checkpoint as a folder of onnxruntime-genai's, in float32, and return that.
+
+    Raises:
+        CheckpointError: it cannot be held so.
+    """
+    from compress.export.format import ExportContext
+    from compress.export.onnx_genai import OnnxGenai
+
+    checkpoint = open_checkpoint(context.artifact)
+    family = family_of(checkpoint.config, str(context.artifact), checkpoint)
+    target.mkdir()
+    with telling_where(target):
+        OnnxGenai(format="onnx-genai").apply(ExportContext(context.artifact, target, family, context.progress))
+    return target
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _DROPPED} | _SETTINGS
+
+
+def _accept(listener: socket.socket, server: Server, seconds: float) -> socket.socket:
+    """Wait until the worker connects.
+
+    Raises:
+        ServerError: it ended before, or took too long.
+    """
+    found: list[socket.socket] = []
+
+    def connected() -> bool:
+        try:
+            found.append(listener.accept()[0])
+        except BlockingIOError:
+            return False
+        return True
+
+    server.wait(connected, seconds)
+    return found[0]
+
+
+class Worker:
+    """The other side of the socket."""
+
+    def __init__(self, connection: socket.socket, server: Server, request_seconds: float) -> None:
+        self._connection = connection
+        self._stream = connection.makefile("rw", encoding="utf-8", newline="\n")
+        self._server = server
+        self._seconds = request_seconds
+
+    def ask(self, request: Request) -> dict[str, Any]:
+        """Return what came of a request.
+
+        Raises:
+            ServerError: the worker ended, or took too long.
+        """
+        try:
+            self._stream.write(json.dumps(asdict(request)) + "\n")
+            self._stream.flush()
+        except OSError as error:
+            raise self._ended() from error
+        return self.reply(self._seconds)
+
+    def reply(self, seconds: float) -> dict[str, Any]:
+        """Wait for the worker's next line.
+
+        Raises:
+            ServerError: it ended, or there was none after so many seconds.
+        """
+        self._connection.settimeout(seconds)
+        try:
+            line = self._stream.readline()
+        except TimeoutError as error:
+            raise ServerError(
+                f"onnxruntime-genai did not answer within {seconds:g} seconds; raise request_seconds, or use a smaller model.\n"
+                f"{self._server.last_words()}"
+            ) from error
+        except OSError as error:
+            raise self._ended() from error
+        if not line.endswith("\n"):
+            raise self._ended()
+        return json.loads(line)
+
+    def _ended(self) -> ServerError:
+        self._server.process.wait()
+        return ServerError(f"onnxruntime-genai ended; the machine may have run out of memory.\n{self._server.last_words()}")
+
+
+class OnnxruntimeGenaiSession:
+    """An artifact that onnxruntime-genai has loaded."""
+
+    offers: frozenset[Ability] = frozenset({"text", "scores"})
+    block: int | None = None
+
+    def __init__(self, worker: Worker, model: Model, pictures: Path, top: int) -> None:
+        self._worker = worker
+        self._model = model
+        self._pictures = pictures
+        self._top = top
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
+    ) -> list[Answer]:
+        """Answer each prompt by greedy decoding; the model's sampling settings and penalties are left out. See `Session.answer`.
+
+        Tokens that stand for images and videos are never said: no model could read such an answer back.
+
+        Raises:
+            ServerError: the process ended, or does not answer any more.
+        """
+        answers: list[Answer] = []
+        with progress.task("answer", len(prompts), "prompts") as advance:
+            for prompt in prompts:
+                told = self._ask(prompt, "answer", max_new_tokens=max_new_tokens, forbidden=self._model.placeholders)
+                answers.append(self._finish(prompt, told))
+                if each is not None:
+                    each(answers[-1])
+                advance(1)
+        return answers
+
+    def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
+        """Score the passages; see `Session.score`.
+
+        Raises:
+            ServerError: the process ended, or does not answer any more.
+            UsageError: `against` was recorded on other passages, by another runtime, or with another `top_logprobs`.
+            StoreError: the record cannot be written.
+        """
+        original = TopRecord(against, passages, self._top) if against is not None else None
+        found: list[list[Position] | str] = []
+        with progress.task("score", sum(len(passage.token_ids) for passage in passages), "tokens") as advance:
+            for passage in passages:
+                found.append(self._positions(passage))
+                advance(len(passage.token_ids))
+        if record is not None:
+            write_record(record, passages, [[] if isinstance(row, str) else row for row in found], self._top)
+        return [
+            score_of(passage.id, row, original.of(place) if original is not None else None)
+            for place, (passage, row) in enumerate(zip(passages, found, strict=True))
+        ]
+
+    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+        """Refuse to tell which of some texts an image shows.
+
+        Raises:
+            UsageError: always; onnxruntime-genai only writes.
+        """
+        del pictures, classes, progress
+        raise UsageError("task zero-shot: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
+
+    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+        """Refuse to say where images and texts lie.
+
+        Raises:
+            UsageError: always; onnxruntime-genai only writes.
+        """
+        del pictures, texts, progress
+        raise UsageError("task retrieval: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
+
+    def _positions(self, passage: Passage) -> list[Position] | str:
+        """Ask how each of a passage's tokens was predicted, one entry per scored token; or return why that cannot be told."""
+        if not scored_tokens(passage):
+            return []
+        if passage.prompt is None:
+            told = self._worker.ask(Request("score", None, [], tokens=passage.token_ids, top=self._top))
+        else:
+            told = self._ask(passage.prompt, "score", tokens=passage.token_ids, top=self._top)
+        if "fault" in told:
+            return _named(passage.id, told["fault"])
+        return [
+            Position(token=token, log_probability=value, top=tuple((place, log) for place, log in top))
+            for token, value, top in told["positions"]
+        ]
+
+    def _ask(self, prompt: Prompt, kind: Literal["answer", "score"], **settings: Any) -> dict[str, Any]:
+        """Ask about a prompt, its images as files that are removed again."""
+        paths: list[Path] = []
+        try:
+            check_image_count(self._model.family, prompt)
+            # Its image reader ends the whole process on a file that it cannot read, and knows no format but PNG and JPEG.
+            for place, image in enumerate(open_images(prompt)):
+                paths.append(self._pictures / f"{place}.png")
+                with telling_where(self._pictures):
+                    image.save(paths[-1], compress_level=1)
+            text = write_prompt(self._model.processor, prompt)
+            return self._worker.ask(Request(kind, text, [str(path) for path in paths], **settings))
+        except DataError as error:
+            return {"fault": str(error)}
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+    def _finish(self, prompt: Prompt, told: dict[str, Any]) -> Answer:
+        if "fault" in told:
+            return Answer(id=prompt.id, text="", token_ids=(), fault=_named(prompt.id, told["fault"]))
+        ids: list[int] = told["tokens"]
+        end = next((place for place, token in enumerate(ids) if token in self._model.stops), len(ids))
+        text = self._model.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Answer(id=prompt.id, text=text, token_ids=tuple(ids[:end]))
+
+
+def _named(name: str, fault: str) -> str:
+    return fault if fault.startswith(f"{name}: ") else f"{name}: {fault}"

@@ -1,0 +1,255 @@
+"""One ONNX graph in ONNX Runtime: its files are checked before they are loaded, and what it makes can stay where it was made."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Collection, Generator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+from google.protobuf.message import DecodeError
+from numpy.typing import NDArray
+
+from compress.errors import CheckpointError, MissingError
+from compress.runtimes.onnxruntime import Provider
+
+_ORT: Any = onnxruntime
+_RAISED: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
+_PROVIDERS: dict[Provider, str] = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+}
+_WANTED: dict[Provider, str] = {
+    "cpu": "onnxruntime",
+    "cuda": "onnxruntime-gpu in the place of onnxruntime, with CUDA and cuDNN of the versions it names",
+    "tensorrt": "onnxruntime-gpu in the place of onnxruntime, and tensorrt",
+}
+_OPTIONS: dict[Provider, dict[str, str]] = {"cuda": {"use_tf32": "0"}}  # as exact as what it is compared with
+_TYPES: dict[str, type[np.generic]] = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+_SILENT = 4
+_LACKING = (
+    "opset",
+    "IR_VERSION",
+    "IR version",
+    "NOT_IMPLEMENTED",
+    "No Op registered",
+    "not a registered function/op",
+    "Could not find an implementation",
+)
+_MEMORY = ("Failed to allocate", "out of memory", "bad allocation", "bad_alloc")
+_FAILURES: tuple[type[Exception], ...] = (
+    _RAISED.Fail,
+    _RAISED.InvalidArgument,
+    _RAISED.InvalidGraph,
+    _RAISED.InvalidProtobuf,
+    _RAISED.NoSuchFile,
+    _RAISED.NotImplemented,
+    _RAISED.RuntimeException,
+    RuntimeError,
+)
+
+
+@dataclass(frozen=True)
+class Engine:
+    """What graphs are computed with: providers in order of preference; `threads` None for as many as there are cores."""
+
+    providers: tuple[Provider, ...]
+    threads: int | None = None
+
+    @property
+    def device(self) -> str:
+        """Where the first provider has its memory."""
+        return "cpu" if self.providers[0] == "cpu" else "cuda"
+
+
+def choose_engine(wanted: tuple[Provider, ...] | None, threads: int | None) -> Engine:
+    """Return what computes here: the providers that are wanted or, where none is named, CUDA if it can be used, else the CPU.
+
+    Raises:
+        MissingError: this ONNX Runtime was built without a provider that is wanted, or there is no device for it.
+    """
+    built: list[str] = _ORT.get_available_providers()
+    usable = [name for name, provider in _PROVIDERS.items() if provider in built and (name == "cpu" or _has_device())]
+    if wanted is None:
+        return Engine(("cuda", "cpu") if "cuda" in usable else ("cpu",), threads)
+    for name in wanted:
+        if _PROVIDERS[name] not in built:
+            raise MissingError(
+                f"providers: {name}, which ONNX Runtime {_ORT.__version__} was built without here; install {_WANTED[name]}, or "
+                f"name others (here: {', '.join(usable)})"
+            )
+        if name not in usable:
+            raise MissingError(f"providers: {name}, and there is no CUDA device here; name cpu, or run where there is one")
+    return Engine(wanted, threads)
+
+
+class Graph:
+    """One graph, loaded. `inputs` and `outputs` are its declared values, by name."""
+
+    def __init__(self, path: Path, engine: Engine, *, exact: bool = False) -> None:
+        """Check a graph's files and load it; `exact` computes with the same weights, and rounds no input of a matrix in blocks.
+
+        Raises:
+            CheckpointError: the graph or its data is missing, truncated, or no graph.
+            MissingError: this ONNX Runtime lacks an opset, an operator or a provider that it needs.
+        """
+        check_files(path)
+        self.path = path
+        self._device = engine.device
+        options: Any = _ORT.SessionOptions()
+        options.log_severity_level = _SILENT  # what goes wrong is raised
+        if engine.threads is not None:
+            options.intra_op_num_threads = engine.threads
+        providers = [(_PROVIDERS[name], _OPTIONS.get(name, {})) for name in engine.providers]
+        model: str | bytes = str(path)
+        if exact:
+            model = _without_rounding(path)
+            options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
+        with self._telling("cannot load it"):
+            self._session: Any = _ORT.InferenceSession(model, options, providers=providers)
+        taken: list[str] = self._session.get_providers()
+        for name in engine.providers:
+            if _PROVIDERS[name] not in taken:
+                raise MissingError(f"{path}: providers: {name} could not be started here; install {_WANTED[name]}")
+        self.inputs: dict[str, Declared] = {value.name: _declared(value) for value in self._session.get_inputs()}
+        self.outputs: dict[str, Declared] = {value.name: _declared(value) for value in self._session.get_outputs()}
+        self.notes: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+
+    def hold(self, value: NDArray[Any]) -> Any:
+        """Return an array as a value of ONNX Runtime's on the device, without a copy on a CPU."""
+        return _ORT.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device, 0)
+
+    def run(
+        self,
+        given: Mapping[str, Any],
+        held: Mapping[str, Any] | None = None,
+        staying: Collection[str] = (),
+    ) -> dict[str, Any]:
+        """Compute the outputs that are not in `held`: arrays, or, of those in `staying`, values on the device.
+
+        `given` has arrays, or values on the device, by the inputs' names; arrays take the type that is declared. What is in `held`
+        is written into those values, which may be inputs at once.
+
+        Raises:
+            CheckpointError: it cannot be computed.
+            MissingError: there is too little memory.
+        """
+        held = held or {}
+        binding: Any = self._session.io_binding()
+        kept: list[Any] = []  # what is bound has to outlive the run
+        for name, value in given.items():
+            if isinstance(value, np.ndarray):
+                array = np.ascontiguousarray(value, dtype=self.inputs[name].dtype)
+                value = _ORT.OrtValue.ortvalue_from_numpy(array)
+            kept.append(value)
+            binding.bind_ortvalue_input(name, value)
+        made = [name for name in self.outputs if name not in held]
+        for name, value in held.items():
+            binding.bind_ortvalue_output(name, value)
+        for name in made:
+            binding.bind_output(name, self._device if name in staying else "cpu")
+        with self._telling("cannot run it"):
+            self._session.run_with_iobinding(binding)
+        found = dict(zip([*held, *made], binding.get_outputs(), strict=True))
+        return {name: found[name] if name in staying else found[name].numpy() for name in made}
+
+    @contextmanager
+    def _telling(self, what: str) -> Generator[None]:
+        try:
+            yield
+        except _FAILURES as error:
+            raise _told(self.path, what, " ".join(str(error).split())) from error
+
+
+@dataclass(frozen=True)
+class Declared:
+    """What a graph says of an input or output: its type, and its extents, words where they are free."""
+
+    dtype: np.dtype[Any]
+    shape: tuple[int | str, ...] = field(default=())
+
+
+def check_files(path: Path) -> None:
+    """Check that a graph can be read and that all its data is there, without reading the data.
+
+    Raises:
+        CheckpointError: a file is missing, truncated, or no graph; or the graph points outside its folder.
+    """
+    try:
+        model = onnx.load(path, load_external_data=False)
+    except FileNotFoundError as error:
+        raise CheckpointError(f"{path}: missing; export it again, or copy the whole folder") from error
+    except (OSError, DecodeError) as error:
+        raise CheckpointError(f"{path}: truncated, or no ONNX file ({error}); export it again") from error
+    if not model.graph.output:
+        raise CheckpointError(f"{path}: truncated, or no ONNX file (it has no output); export it again")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == onnx.TensorProto.EXTERNAL:
+            _check_data(path, tensor.name, {entry.key: entry.value for entry in tensor.external_data})
+
+
+def _check_data(path: Path, name: str, place: Mapping[str, str]) -> None:
+    location = place.get("location", "")
+    relative = PurePosixPath(location)
+    if not location or relative.is_absolute() or ".." in relative.parts:
+        raise CheckpointError(f"{path}: {name} points to {location!r}, outside the graph's folder; do not use this artifact")
+    data = path.parent / location
+    if not data.is_file():
+        raise CheckpointError(
+            f"{path}: its data file {location} is missing; put it beside the graph, or copy the whole folder again"
+        )
+    end = int(place.get("offset", 0)) + int(place.get("length", 0))
+    size = data.stat().st_size
+    if end > size:
+        raise CheckpointError(
+            f"{data}: truncated: {name} ends at byte {end}, the file at {size}; copy it again, or export it again"
+        )
+
+
+def rounds_inputs(path: Path) -> bool:
+    """Return whether a graph lets matrices in blocks round what comes into them to 8 bits."""
+    return any(attribute.i for attribute in _accuracy_levels(onnx.load(path, load_external_data=False)))
+
+
+def _without_rounding(path: Path) -> bytes:
+    """Return a graph, without its data, whose matrices in blocks compute with their inputs as they are."""
+    model = onnx.load(path, load_external_data=False)
+    for attribute in _accuracy_levels(model):
+        attribute.i = 0
+    return model.SerializeToString()
+
+
+def _accuracy_levels(model: onnx.ModelProto) -> list[onnx.AttributeProto]:
+    nodes = (node for node in model.graph.node if node.op_type == "MatMulNBits")
+    return [attribute for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"]
+
+
+def _told(path: Path, what: str, reason: str) -> CheckpointError | MissingError:
+    version = f"ONNX Runtime {_ORT.__version__}"
+    if any(words in reason for words in _LACKING):
+        return MissingError(f"{path}: {version} {what}, it lacks an opset or operator ({reason}); install a newer one")
+    if any(words in reason for words in _MEMORY):
+        return MissingError(f"{path}: {version} {what} for want of memory ({reason}); lower tokens_per_batch")
+    return CheckpointError(f"{path}: {version} {what} ({reason}); export it again")
+
+
+def _declared(value: Any) -> Declared:
+    return Declared(np.dtype(_TYPES[value.type]), tuple(value.shape))
+
+
+def _has_device() -> bool:
+    import torch
+
+    return torch.cuda.is_available()

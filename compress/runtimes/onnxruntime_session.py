@@ -1,0 +1,298 @@
+"""An ONNX artifact that answers, scores, or compares images with texts, in ONNX Runtime."""
+
+from __future__ import annotations
+
+import gc
+import shutil
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from compress.calibration.collect import longest_input
+from compress.checkpoint import read_config
+from compress.conversation import load_processor
+from compress.errors import CheckpointError, StoreError
+from compress.families import family_at
+from compress.progress import Progress
+from compress.runtimes.embedding import Embedder, Towers
+from compress.runtimes.inputs import Encoded, Encoder, check_compares, check_writes, stops_and_pad
+from compress.runtimes.onnxruntime import Provider
+from compress.runtimes.onnxruntime_decoder import Decoding
+from compress.runtimes.onnxruntime_graph import Engine, Graph, choose_engine
+from compress.runtimes.onnxruntime_inputs import Graphs, Preparer, find_rope
+from compress.runtimes.runtime import (
+    Ability,
+    Answer,
+    Embeddings,
+    OpenContext,
+    Passage,
+    Picture,
+    Prompt,
+    Score,
+    scored_tokens,
+    unscored,
+)
+from compress.runtimes.top_tokens import Position, TopRecord, score_of, write_record
+from compress.skeleton import load_config
+
+_IMAGES, _TEXTS = "vision_model.onnx", "text_model.onnx"
+_SCALE = "logit_scale"
+_LOGITS_AT_ONCE = 2**28
+"""How many of them, in float32, are held at once where a batch is scored."""
+_ROWS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A runtime's fields, as the recipe gives them; `providers` None where they are chosen by what is here."""
+
+    providers: tuple[Provider, ...] | None
+    threads: int | None
+    dtype: str
+    tokens_per_batch: int
+    top_logprobs: int
+
+
+@contextmanager
+def open_session(context: OpenContext, settings: Settings) -> Generator[OnnxruntimeSession]:
+    """Load an artifact, or what a checkpoint is exported to; memory and disk are free again when the context ends.
+
+    Raises:
+        CheckpointError: it cannot be read or exported.
+        MissingError: a provider, an opset or an operator is not there.
+        StoreError: there is no room for the exported checkpoint.
+    """
+    engine = choose_engine(settings.providers, settings.threads)
+    with _graphs_of(context, settings, engine) as folder, closing(_load(folder, context, settings, engine)) as session:
+        yield session
+
+
+@contextmanager
+def _graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Generator[Path]:
+    """Give the folder that holds the graphs: the artifact or, of a checkpoint that has none, one that is removed afterwards."""
+    if any(context.artifact.glob("*.onnx")):
+        yield context.artifact
+        return
+    from compress.export.format import ExportContext
+    from compress.export.onnx import Onnx
+
+    auto = "float32" if engine.device == "cpu" else "float16"
+    export = Onnx.model_validate({"format": "onnx", "dtype": auto if settings.dtype == "auto" else settings.dtype})
+    folder = context.logs / f"{context.name}.onnx-export"
+    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
+    try:
+        folder.mkdir(parents=True)
+        export.apply(ExportContext(context.artifact, folder, family_at(context.artifact), context.progress))
+        yield folder
+    except OSError as error:
+        raise StoreError(f"{folder}: {context.artifact} cannot be exported there ({error}); free space") from error
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _load(folder: Path, context: OpenContext, settings: Settings, engine: Engine) -> OnnxruntimeSession:
+    artifact, trusted = context.artifact, context.trust_remote_code
+    family = family_at(artifact)
+    processor = load_processor(artifact, trusted)
+    stops, pad_id = stops_and_pad(artifact, processor, load_config(artifact, trusted).get_text_config())
+    encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(artifact))
+    if family.head is None:
+        return OnnxruntimeSession(encoder, _towers(folder, engine), stops, settings.top_logprobs)
+    graphs = Graphs.load(folder, engine)
+    rope = find_rope(artifact, graphs.decoder, trusted)
+    preparer = Preparer(graphs, encoder, family.placeholders(read_config(artifact)), rope)
+    return OnnxruntimeSession(encoder, preparer, stops, settings.top_logprobs)
+
+
+class OnnxruntimeSession:
+    """An artifact whose graphs are loaded in this process: those of a model that writes, or the two towers of one that compares."""
+
+    block: int | None = 64
+
+    def __init__(self, encoder: Encoder, model: Preparer | Towers, stops: tuple[int, ...], top: int) -> None:
+        self._encoder = encoder
+        self._model: Preparer | Towers | None = model
+        self._stops = stops
+        self._top = top
+
+    @property
+    def offers(self) -> frozenset[Ability]:
+        """What the model does; see `Session.offers`."""
+        return frozenset({"comparison"} if self._encoder.family.head is None else {"text", "scores"})
+
+    def close(self) -> None:
+        """Let go of the graphs."""
+        self._model = None
+        gc.collect()
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
+    ) -> list[Answer]:
+        """Answer each prompt by greedy decoding; the model's sampling settings and penalties are left out. See `Session.answer`.
+
+        Tokens that stand for images and videos are never said: no model could read such an answer back. A prompt that is longer
+        than the model takes, has more images, or one that cannot be decoded, gives an answer with its fault.
+
+        Raises:
+            UsageError: the model writes no text.
+            CheckpointError: the graphs cannot be run.
+            MissingError: there is too little memory.
+        """
+        preparer = self._preparer()
+        answers: dict[int, Answer] = {}
+        faults: dict[int, str] = {}
+
+        def tell(place: int, answer: Answer) -> None:
+            answers[place] = answer
+            if each is not None:
+                each(answer)
+
+        with progress.task("answer", len(prompts), "prompts") as advance:
+            for batch in self._encoder.prompts(prompts, max_new_tokens, faults):
+                for sample, ids in zip(batch, self._continue(preparer, batch, max_new_tokens), strict=True):
+                    text = self._encoder.processor.tokenizer.decode(ids, skip_special_tokens=True)
+                    tell(sample.place, Answer(id=prompts[sample.place].id, text=text, token_ids=tuple(ids)))
+                advance(len(batch))
+            for place, words in faults.items():
+                tell(place, Answer(id=prompts[place].id, text="", token_ids=(), fault=words))
+            advance(len(faults))
+        return [answers[place] for place in range(len(prompts))]
+
+    def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
+        """Score the passages; see `Session.score`. One that is longer than the model takes gives a score with its fault.
+
+        Raises:
+            UsageError: `against` was recorded on other passages, by another runtime, or with another `top_logprobs`; or the model
+                writes no text.
+            CheckpointError: the graphs cannot be run.
+            MissingError: there is too little memory.
+            StoreError: the record cannot be written.
+        """
+        preparer = self._preparer()
+        original = TopRecord(against, passages, self._top) if against is not None else None
+        recorded: dict[int, list[Position]] = {}
+        scores = [score_of(passage.id, [], None if original is None else []) for passage in passages]
+        faults: dict[int, str] = {}
+        vocabulary = int(preparer.graphs.decoder.outputs["logits"].shape[2])
+        encoder = replace(self._encoder, tokens_per_batch=min(self._encoder.tokens_per_batch, _LOGITS_AT_ONCE // vocabulary))
+        with progress.task("score", sum(len(scored_tokens(passage)) for passage in passages), "tokens") as advance:
+            for batch in encoder.passages(passages, faults):
+                for place, logits in _scored_logits(preparer, batch, passages):
+                    known = original.of(place) if original is not None else None
+                    positions = self._positions(scored_tokens(passages[place]), logits, known)
+                    scores[place] = score_of(passages[place].id, positions, known)
+                    if record is not None:
+                        recorded[place] = positions
+                    advance(len(positions))
+        if record is not None:
+            write_record(record, passages, [recorded.get(place, []) for place in range(len(passages))], self._top)
+        for place, words in faults.items():
+            scores[place] = unscored(passages[place].id, words, compared=original is not None)
+        return scores
+
+    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+        """Return how likely the model finds each class for each picture; see `Session.classify`.
+
+        Raises:
+            UsageError: the model compares no images with texts.
+            DataError: a text is longer than the model takes, or an image cannot be decoded.
+        """
+        return self._embedder().classify(pictures, classes, progress)
+
+    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+        """Return where the model puts each picture and each text; see `Session.embed`.
+
+        Raises:
+            UsageError: the model compares no images with texts.
+            DataError: a text is longer than the model takes, or an image cannot be decoded.
+        """
+        return self._embedder().embed(pictures, texts, progress)
+
+    def _preparer(self) -> Preparer:
+        check_writes(self._encoder.family)
+        return cast("Preparer", self._model)
+
+    def _embedder(self) -> Embedder:
+        check_compares(self._encoder.family)
+        return Embedder(cast("Towers", self._model), self._encoder)
+
+    def _continue(self, preparer: Preparer, batch: Sequence[Encoded], most: int) -> list[list[int]]:
+        """Return the likeliest continuation of each prompt: at most so many tokens, without the one that ends it."""
+        prepared = preparer.prepare(batch)
+        decoding = Decoding(preparer.graphs, prepared, prepared.longest + most)
+        spread = prepared.longest - int(prepared.lengths.min())
+        rows = np.arange(len(batch))
+        logits = decoding.prefill(spread + 1)[rows, prepared.lengths - 1 - (prepared.longest - spread - 1)]
+        never = [token for token in preparer.placeholders if token < logits.shape[1]]
+        going = np.ones(len(batch), dtype=np.bool_)
+        said: list[list[int]] = [[] for _ in batch]
+        for count in range(1, most + 1):
+            logits[:, never] = -np.inf
+            tokens = logits.argmax(axis=1)
+            going &= ~np.isin(tokens, self._stops)
+            for row in np.flatnonzero(going):
+                said[row].append(int(tokens[row]))
+            if count == most or not going.any():
+                break
+            logits = decoding.step(tokens, going)
+        return said
+
+    def _positions(self, tokens: Sequence[int], logits: NDArray[np.float32], known: Sequence[Position] | None) -> list[Position]:
+        """Return how tokens were predicted from logits [tokens, vocabulary], at those known of the original too."""
+        found: list[Position] = []
+        for first in range(0, len(tokens), _ROWS_AT_ONCE):
+            exact = torch.from_numpy(logits[first : first + _ROWS_AT_ONCE]).to(torch.float64)
+            logs = exact.log_softmax(dim=1).to(torch.float32)
+            best = logs.topk(min(self._top, logs.shape[1]), dim=1)
+            for row, (ids, values) in enumerate(zip(_rows(best.indices), _rows(best.values), strict=True)):
+                top = dict(zip(map(int, ids), values, strict=True))
+                for token, _ in known[first + row].top if known else ():
+                    top.setdefault(token, float(logs[row, token]))
+                token = tokens[first + row]
+                found.append(Position(token, float(logs[row, token]), tuple(top.items())))
+        return found
+
+
+def _rows(values: Tensor) -> list[list[float]]:
+    return cast("list[list[float]]", values.tolist())
+
+
+def _scored_logits(
+    preparer: Preparer, batch: Sequence[Encoded], passages: Sequence[Passage]
+) -> Generator[tuple[int, NDArray[np.float32]]]:
+    """Give, by the passages' places, the logits [tokens, vocabulary] that their scored tokens are predicted by."""
+    prepared = preparer.prepare(batch)
+    counts = [len(scored_tokens(passages[sample.place])) for sample in batch]
+    firsts = [sample.length - 1 - count for sample, count in zip(batch, counts, strict=True)]
+    before = min(firsts)
+    logits = Decoding(preparer.graphs, prepared, prepared.longest).prefill(prepared.longest - before)
+    for row, (sample, first, count) in enumerate(zip(batch, firsts, counts, strict=True)):
+        yield sample.place, logits[row, first - before : first - before + count]
+
+
+def _towers(folder: Path, engine: Engine) -> Towers:
+    """Load the two encoders of a model that compares images with texts.
+
+    Raises:
+        CheckpointError: one is missing or damaged, or says nothing of what the cosines are scaled by.
+        MissingError: this ONNX Runtime lacks what one needs.
+    """
+    images, texts = Graph(folder / _IMAGES, engine), Graph(folder / _TEXTS, engine)
+    scale = images.notes.get(_SCALE) or texts.notes.get(_SCALE)
+    if scale is None:
+        raise CheckpointError(f"{images.path}: does not say what cosines are scaled by (metadata {_SCALE}); export it again")
+
+    def from_texts(ids: Tensor, mask: Tensor) -> Tensor:
+        return torch.from_numpy(texts.run({"input_ids": ids.numpy(), "attention_mask": mask.numpy()})["text_embeds"])
+
+    def from_images(pixels: Tensor) -> Tensor:
+        return torch.from_numpy(images.run({"pixel_values": pixels.numpy()})["image_embeds"])
+
+    return Towers(from_texts, from_images, float(scale))

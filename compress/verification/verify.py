@@ -1,0 +1,131 @@
+"""The step that compares an ONNX artifact with the checkpoint it came from, part by part and then in whole answers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from compress.errors import VerificationError
+from compress.export.format import VerifyContext
+from compress.runtimes.onnxruntime_graph import Engine, Graph, check_files, rounds_inputs
+from compress.runtimes.runtime import OpenContext, Runtime
+from compress.runtimes.transformers_session import Settings, TransformersSession, open_session
+from compress.verification import graphs
+from compress.verification.answers import ask, judge_answers
+from compress.verification.limits import Limits
+from compress.verification.reference import Reference, Towers, references, towers
+from compress.verification.results import Answers, Component, Difference, Verification
+from compress.verification.samples import samples
+
+_TOKENS_PER_BATCH = 2048
+_ENGINE = Engine(("cpu",))
+
+_Compare = Callable[..., Iterator[graphs.Compared]]
+_GENERATIVE: Mapping[Component, tuple[str, _Compare, _Compare]] = {
+    "vision encoder": ("vision_encoder", graphs.image_features, graphs.image_features),
+    "embeddings": ("embed_tokens", graphs.embeddings, graphs.embeddings),
+    "decoder": ("decoder_model_merged", graphs.prompt_logits, graphs.logits),
+}
+_TOWERS: Mapping[Component, tuple[str, _Compare, _Compare]] = {
+    "image encoder": ("vision_model", graphs.image_embeds, graphs.image_embeds),
+    "text encoder": ("text_model", graphs.text_embeds, graphs.text_embeds),
+}
+"""The graph of each part, and what compares it: without the runtime's own rounding of inputs, and as it runs."""
+
+
+_REMEDY = (
+    "nothing of it is measured or published. Run again with --fresh, which exports it anew; if it stays so, the export is at "
+    "fault: report it, and use format: vllm until then"
+)
+
+
+def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits) -> Verification:
+    """Compare every graph of an artifact with the checkpoint, then what it answers in its runtime.
+
+    The checkpoint is let go of before the artifact is loaded, and each graph before the next.
+
+    Raises:
+        VerificationError: something is beyond its limit; the first part is named.
+        CheckpointError: the checkpoint, or a graph, cannot be loaded or run.
+    """
+    opening = OpenContext(context.source, context.logs, context.progress, context.trust_remote_code, "checkpoint")
+    with open_session(opening, Settings("float32", "cpu", _TOKENS_PER_BATCH)) as session:
+        given, said = _parts(session, context), ask(session, None, context.progress)
+    found = list(_components(context.artifact, given, limits))
+    opening = replace(opening, artifact=context.artifact, name=context.artifact.name)
+    with runtime.open(opening) as session:
+        answers = judge_answers(said, ask(session, said, context.progress), limits)
+    check_answers(context.artifact, answers)
+    return Verification(roundings=limits.roundings, components=tuple(found), answers=answers)
+
+
+def _parts(session: TransformersSession, context: VerifyContext) -> list[Reference] | Towers:
+    if context.family.head is None:
+        return towers(session)
+    return references(session, samples(context.family), context.progress)
+
+
+def _components(artifact: Path, given: list[Reference] | Towers, limits: Limits) -> Iterator[Difference]:
+    """Give what each part's difference is, in the order in which parts feed each other, up to the first that is too large.
+
+    Where a graph lets its runtime round the inputs of matrices, it is first compared without that: so the weights themselves are
+    held to a limit that no rounding hides behind.
+    """
+    for component, (name, exactly, compare) in (_TOWERS if isinstance(given, Towers) else _GENERATIVE).items():
+        path = artifact / f"{name}.onnx"
+        check_files(path)
+        ways = (True, False) if rounds_inputs(path) else (False,)
+        for exact in ways:
+            graph: Any = Graph(path, _ENGINE, exact=exact)
+            inputs, absolute, relative, worst = graphs.largest((exactly if exact else compare)(graph, given))
+            del graph
+            found = Difference(
+                component=component,
+                computed="inputs not rounded" if exact else "as it runs",
+                inputs=inputs,
+                absolute=absolute,
+                relative=relative,
+                limit=limits.of(component, exact=exact),
+                worst=worst,
+            )
+            check_component(path, found)
+            yield found
+
+
+def check_component(path: Path, found: Difference) -> None:
+    """Check a part's difference.
+
+    Raises:
+        VerificationError: it is too large.
+    """
+    if not found.passed:
+        raise VerificationError(
+            f"{path}: the {found.component} differs from the checkpoint's: by {found.absolute:.3g}, {found.relative:.3g} of its "
+            f"largest value (limit {found.limit:g}; {found.computed}), for {found.worst}; {_REMEDY}"
+        )
+
+
+def check_answers(artifact: Path, found: Answers) -> None:
+    """Check what whole answers say.
+
+    Raises:
+        VerificationError: the artifact does not look at its images, or answers otherwise than the checkpoint.
+    """
+    if found.seeing and 2 * found.blind >= found.seeing:
+        raise VerificationError(
+            f"{artifact}: a dead vision path: for {found.blind} of {found.seeing} prompts another image changes what the "
+            f"checkpoint finds likely, and not what the artifact does, though each part alone agrees; {_REMEDY}"
+        )
+    if not found.likelihood <= found.likelihood_limit:
+        raise VerificationError(
+            f"{artifact}: finds an answer of the checkpoint more or less likely by {found.likelihood:.3g} nats per token "
+            f"(limit {found.likelihood_limit:g}), though each part alone agrees; {_REMEDY}"
+        )
+    same, asked = sum(row.same for row in found.agreement), sum(row.prompts for row in found.agreement)
+    if same < found.least_agreement * asked:
+        raise VerificationError(
+            f"{artifact}: gives {same} of {asked} answers as the checkpoint does (limit {found.least_agreement:.0%}), though each "
+            f"part alone agrees; {_REMEDY}"
+        )

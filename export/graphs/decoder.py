@@ -1,0 +1,213 @@
+"""Decoders of Llama's make as a graph: RMSNorm, grouped-query attention with rotated positions, a gated feed-forward.
+
+It covers Llama, Mistral, Qwen2 and Qwen3, and Qwen-VL's positions in three streams (arXiv 2409.12191, 2511.21631).
+Batches are padded on the right: grouped-query attention reads how many tokens a row has from the sum of its mask.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.errors import CheckpointError
+from compress.export.graphs.graph import Graph
+from compress.export.graphs.parts import Parts
+from compress.export.onnx_limits import FIXED_ROTATIONS
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The tables by which positions rotate queries and keys, [batch · length, head width / 2], and the row of each token."""
+
+    cosines: str
+    sines: str
+    places: str
+
+
+@dataclass(frozen=True)
+class Extents:
+    """What grouped-query attention is told: each row's tokens less one, int32 [batch], and the longest row, int32."""
+
+    last: str
+    total: str
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A decoder's sizes."""
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    width: int
+
+    @staticmethod
+    def of(text: Any) -> Shape:
+        """Return the sizes that a text config says."""
+        heads = int(text.num_attention_heads)
+        return Shape(
+            layers=int(text.num_hidden_layers),
+            hidden=int(text.hidden_size),
+            heads=heads,
+            kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
+            width=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+        )
+
+
+def decoder(parts: Parts) -> None:
+    """Emit the decoder, with its cache: see `docs/formats/onnx.md` for inputs and outputs.
+
+    Raises:
+        CheckpointError: its positions are rotated in a way that depends on the length.
+    """
+    graph, text = parts.graph, parts.source.config.get_text_config()
+    shape, epsilon = Shape.of(text), float(text.rms_norm_eps)
+    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", shape.hidden])
+    extents = row_extents(graph)
+    rotation = rotate(parts, text, shape)
+    added = deepstack(parts, shape)
+    blocks = parts.source.family.blocks
+    with graph.scope("layers.0"):
+        normed = parts.rms_norm(hidden, f"{blocks}.0.input_layernorm", epsilon)
+    for layer in range(shape.layers):
+        block = f"{blocks}.{layer}"
+        with graph.scope(f"layers.{layer}"):
+            mixed = self_attention(parts, normed, f"{block}.self_attn", layer, shape, rotation, extents)
+            normed, hidden = parts.add_rms_norm(hidden, mixed, f"{block}.post_attention_layernorm", epsilon, shape.hidden)
+            grown = feed_forward(parts, normed, f"{block}.mlp", str(text.hidden_act))
+            if layer < len(added):
+                grown = graph.op("Add", grown, added[layer])
+            last = layer + 1 == shape.layers
+            following = f"{blocks.rpartition('.')[0]}.norm" if last else f"{blocks}.{layer + 1}.input_layernorm"
+            normed, hidden = parts.add_rms_norm(hidden, grown, following, epsilon, shape.hidden)
+    logits(parts, normed)
+
+
+def row_extents(graph: Graph) -> Extents:
+    """Declare `attention_mask` and return what it says of each row."""
+    mask = graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
+    count = graph.op("ReduceSum", mask, graph.const([-1]), keepdims=0)
+    last = graph.cast(graph.op("Sub", count, graph.const(1)), np.int32)
+    return Extents(last, graph.cast(graph.op("Squeeze", graph.extent(mask, 1)), np.int32))
+
+
+def rotate(parts: Parts, text: Any, shape: Shape) -> Rotation:
+    """Declare `position_ids`, in one stream or Qwen-VL's three (time, height, width), and return the tables they make.
+
+    Raises:
+        CheckpointError: the frequencies depend on the length.
+    """
+    graph, rotary = parts.graph, parts.module(f"{parts.source.family.blocks.rpartition('.')[0]}.rotary_emb")
+    parameters = cast("dict[str, Any]", text.rope_parameters or {})
+    kind = str(parameters.get("rope_type", "default"))
+    if kind not in FIXED_ROTATIONS:
+        raise CheckpointError(
+            f"{parts.source.checkpoint.folder}/config.json: rope_type {kind!r} changes with the length, which a graph cannot hold; "
+            "use format: vllm"
+        )
+    streams = _streams(rotary)
+    if streams is None:
+        places = graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
+        angles = graph.op("Unsqueeze", graph.cast(places, np.float32), graph.const([-1]))
+    else:
+        places = graph.input("position_ids", np.int64, [3, "batch_size", "sequence_length"])
+        angles = graph.op("Gather", graph.transpose(graph.cast(places, np.float32), [1, 2, 0]), graph.const(streams), axis=2)
+    angles = graph.op("Mul", angles, graph.const(rotary.inv_freq.numpy(), np.float32))
+    scaling = graph.const(float(rotary.attention_scaling), np.float32)
+    tables = [
+        graph.cast(graph.op("Mul", graph.op(kind, graph.reshape(angles, [-1, shape.width // 2])), scaling), graph.dtype)
+        for kind in ("Cos", "Sin")
+    ]
+    extents = graph.op("Shape", places, start=0 if streams is None else 1)
+    rows = graph.op("Reshape", graph.arange(graph.op("ReduceProd", extents, keepdims=1)), extents)
+    return Rotation(tables[0], tables[1], rows)
+
+
+def _streams(rotary: Any) -> NDArray[np.int64] | None:
+    """Return which of the three streams of positions each frequency follows, as the model's own code mixes them."""
+    if not hasattr(rotary, "recomposition_frequencies"):
+        return None
+    import torch
+
+    half = len(rotary.inv_freq)
+    marks = torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 1, half)
+    return rotary.recomposition_frequencies(marks).flatten()[:half].to(torch.int64).numpy()
+
+
+def deepstack(parts: Parts, shape: Shape) -> list[str]:
+    """Declare `deepstack_embeds` where the vision tower's inner features are added after the first blocks (arXiv 2511.21631)."""
+    indexes = getattr(getattr(parts.source.config, "vision_config", None), "deepstack_visual_indexes", None)
+    if not indexes:
+        return []
+    graph = parts.graph
+    found = graph.input("deepstack_embeds", graph.dtype, [len(indexes), "batch_size", "sequence_length", shape.hidden])
+    return [graph.op("Gather", found, graph.const(level), axis=0) for level in range(len(indexes))]
+
+
+def self_attention(
+    parts: Parts, value: str, name: str, layer: int, shape: Shape, rotation: Rotation | None, extents: Extents
+) -> str:
+    """Return causal attention `name` of a value [batch, sequence, hidden], its keys and values kept in the cache of `layer`."""
+    graph = parts.graph
+    query, key, states = parts.linears(value, [f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"])
+    if parts.has(f"{name}.q_norm.weight"):
+        epsilon = float(parts.source.config.get_text_config().rms_norm_eps)
+        query = head_norm(parts, query, f"{name}.q_norm", epsilon, shape.width)
+        key = head_norm(parts, key, f"{name}.k_norm", epsilon, shape.width)
+    if rotation is not None:
+        query, key = (parts.rotated(each, rotation.cosines, rotation.sines, rotation.places) for each in (query, key))
+    past = [
+        graph.input(
+            f"past_key_values.{layer}.{part}", graph.dtype, ["batch_size", shape.kv_heads, "past_sequence_length", shape.width]
+        )
+        for part in ("key", "value")
+    ]
+    mixed, *present = graph.ops(
+        "GroupQueryAttention",
+        *(query, key, states, *past, extents.last, extents.total),
+        outputs=3,
+        num_heads=shape.heads,
+        kv_num_heads=shape.kv_heads,
+        local_window_size=window(parts.source.config.get_text_config(), layer),
+    )
+    graph.typed(mixed, graph.dtype, ("batch_size", "sequence_length", shape.heads * shape.width))
+    for part, each in zip(("key", "value"), present, strict=True):
+        extent = ("batch_size", shape.kv_heads, "total_sequence_length", shape.width)
+        graph.output(f"present.{layer}.{part}", graph.typed(each, graph.dtype, extent), graph.dtype, extent)
+    out = f"{name}.o_proj" if parts.has_linear(f"{name}.o_proj") else f"{name}.out_proj"
+    return parts.linear(mixed, out)
+
+
+def head_norm(parts: Parts, value: str, name: str, epsilon: float, width: int) -> str:
+    """Return RMSNorm `name` of each head of a value [batch, sequence, heads · width]."""
+    graph = parts.graph
+    return graph.reshape(parts.rms_norm(graph.reshape(value, [0, 0, -1, width]), name, epsilon), [0, 0, -1])
+
+
+def window(text: Any, layer: int) -> int | None:
+    """Return how many tokens, itself among them, a token of this layer sees (arXiv 2310.06825); None: all before it."""
+    kinds = getattr(text, "layer_types", None)
+    if kinds is not None and kinds[layer] != "sliding_attention":
+        return None
+    return getattr(text, "sliding_window", None)
+
+
+def feed_forward(parts: Parts, value: str, name: str, activation: str) -> str:
+    """Return the gated feed-forward `name` (arXiv 2002.05202) of a value."""
+    gate, up = parts.linears(value, [f"{name}.gate_proj", f"{name}.up_proj"])
+    return parts.linear(parts.graph.op("Mul", parts.activation(gate, activation), up), f"{name}.down_proj")
+
+
+def logits(parts: Parts, value: str) -> None:
+    """Declare `num_logits_to_keep` (0 for all) and give out the logits, float32, of a value's last positions."""
+    graph = parts.graph
+    kept = graph.input("num_logits_to_keep", np.int64, [])
+    first = graph.op("Neg", graph.reshape(kept, [1]))
+    last = graph.op("Slice", value, first, graph.const([np.iinfo(np.int64).max]), graph.const([1]))
+    found = parts.head(last)
+    vocabulary = parts.vocabulary
+    graph.output("logits", graph.cast(found, np.float32), np.float32, ["batch_size", "kept_length", vocabulary])

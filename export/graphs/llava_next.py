@@ -1,0 +1,161 @@
+"""What LLaVA-NeXT sees, as a graph: a whole image and its tiles, put together as the decoder reads them.
+
+An image is fitted into the best of several resolutions, padded to it and cut into tiles. Which resolution that is, which rows or
+columns of patches are padding, and which patch each token is follows from the image's size alone.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from compress.errors import CheckpointError
+from compress.export.graphs.graph import Graph
+from compress.export.graphs.llava import hidden_size, tile_features, tile_tokens
+from compress.export.graphs.parts import Parts
+
+_NEWLINE = "model.image_newline"
+
+
+@dataclass(frozen=True)
+class Owners:
+    """For each of the things that several images have, one after the other: its image, and its place among that image's."""
+
+    image: str
+    place: str
+
+    @staticmethod
+    def of(graph: Graph, counts: str) -> Owners:
+        """Return the owners of as many things as `counts` says, int64 [images]."""
+        ends = graph.op("CumSum", counts, graph.const(0))
+        places = graph.arange(graph.op("ReduceSum", counts, keepdims=1))
+        before = graph.op("GreaterOrEqual", graph.reshape(places, [-1, 1]), graph.reshape(ends, [1, -1]))
+        image = graph.op("ReduceSum", graph.cast(before, np.int64), graph.const([1]), keepdims=0)
+        starts = graph.op("Sub", ends, counts)
+        return Owners(image, graph.op("Sub", places, graph.op("Gather", starts, image, axis=0)))
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How each image lies in its tiles, all int64 [images], in patches but for `columns`, which counts tiles.
+
+    What is not padding are `height` rows and `width` columns from (`top`, `left`).
+    """
+
+    tiles: str
+    columns: str
+    top: str
+    left: str
+    height: str
+    width: str
+
+
+def vision_encoder(parts: Parts) -> None:
+    """Emit the tower, the projector and the packing of tiles.
+
+    `pixel_values` [images, tiles, 3, height, width], of each image first the whole and then its tiles, row by row, the rest
+    padding; `image_sizes` int64 [images, 2], height and width in pixels; to `image_features` [tokens, hidden], of each image those
+    of the whole, then its rows of patches, padding left out, each with `image_newline` at its end.
+
+    Raises:
+        CheckpointError: the tower gives other than one token per patch.
+    """
+    graph, config = parts.graph, parts.source.config
+    channels, side = int(config.vision_config.num_channels), int(config.vision_config.image_size)
+    pixels = graph.input("pixel_values", graph.dtype, ["num_images", "num_tiles", channels, side, side])
+    sizes = graph.input("image_sizes", np.int64, ["num_images", 2])
+    grid = side // int(config.vision_config.patch_size)
+    if (tokens := tile_tokens(parts)) != grid**2:
+        raise CheckpointError(
+            f"{parts.source.checkpoint.folder}/config.json: vision_feature_select_strategy "
+            f"{config.vision_feature_select_strategy!r} leaves {tokens} tokens of the {grid**2} patches of a tile, which cannot be "
+            "put together again"
+        )
+    with graph.scope("layout"):
+        layout = image_layout(graph, sizes, config, grid)
+    with graph.scope("tiles"):
+        owners = Owners.of(graph, layout.tiles)
+        flat = graph.op("Add", graph.op("Mul", owners.image, graph.extent(pixels, 1)), owners.place)
+        tiles = graph.op("Gather", graph.reshape(pixels, [-1, channels, side, side]), flat, axis=0)
+    width = hidden_size(config)
+    features = graph.reshape(tile_features(parts, tiles), [-1, width])
+    with graph.scope("packed"):
+        newline = parts.tensor(_NEWLINE, lambda found: found.view(1, -1), "_row")
+        rows = graph.op("Concat", features, newline, axis=0)
+        packed = graph.op("Gather", rows, token_places(graph, layout, grid), axis=0)
+    graph.output("image_features", packed, graph.dtype, ["num_tokens", width])
+
+
+def image_layout(graph: Graph, sizes: str, config: Any, grid: int) -> Layout:
+    """Return how images of these sizes lie in their tiles."""
+    pixels = np.asarray(config.image_grid_pinpoints, np.int64)
+    resolutions = pixels[np.argsort(pixels.prod(axis=1), kind="stable")]
+    best = _best_resolution(graph, sizes, resolutions)
+    counts = graph.op("Gather", graph.const(resolutions // int(config.vision_config.image_size)), best, axis=0)  # [images, 2]
+    original, tiled = (graph.split(value, [1, 1], axis=1) for value in (sizes, counts))
+    high, wide = (graph.op("Squeeze", value, graph.const([1])) for value in original)
+    rows, columns = (graph.op("Squeeze", value, graph.const([1])) for value in tiled)
+    height, width = (graph.op("Mul", value, graph.const(grid)) for value in (rows, columns))
+    crosswise = (graph.op("Mul", wide, height), graph.op("Mul", high, width))
+    wider = graph.op("Greater", *crosswise)
+    none = graph.const(0)
+    # the sizes that transformers rounds to 7 places and cuts off are quotients of these whole numbers
+    above = _padding(graph, height, graph.op("Div", crosswise[1], wide))
+    beside = _padding(graph, width, graph.op("Div", crosswise[0], high))
+    top, left = graph.op("Where", wider, above, none), graph.op("Where", wider, none, beside)
+    return Layout(
+        tiles=graph.op("Add", graph.op("Mul", rows, columns), graph.const(1)),
+        columns=columns,
+        top=top,
+        left=left,
+        height=graph.op("Sub", height, graph.op("Add", top, top)),
+        width=graph.op("Sub", width, graph.op("Add", left, left)),
+    )
+
+
+def _padding(graph: Graph, whole: str, filled: str) -> str:
+    return graph.op("Div", graph.op("Sub", whole, filled), graph.const(2))
+
+
+def _best_resolution(graph: Graph, sizes: str, resolutions: Any) -> str:
+    """Return which resolution an image is fitted into, int64 [images]: that which keeps most of it, of several the smallest.
+
+    `resolutions` [resolutions, 2] are in the order of their areas. Scales are float64, as in transformers: where a scaled extent
+    should be whole, their rounding says whether a pixel of it is lost.
+    """
+    exact = graph.op("Unsqueeze", graph.cast(sizes, np.float64), graph.const([1]))  # [images, 1, 2]
+    scales = graph.op("Div", graph.const(resolutions, np.float64), exact)
+    scale = graph.op("ReduceMin", scales, graph.const([-1]), keepdims=1)
+    scaled = graph.cast(graph.op("Mul", exact, scale), np.int64)
+    kept = graph.op("ReduceProd", scaled, graph.const([-1]), keepdims=0)  # [images, resolutions]
+    kept = graph.op("Min", kept, graph.op("ReduceProd", sizes, graph.const([-1]), keepdims=1))
+    return graph.op("ArgMax", graph.cast(kept, np.float64), axis=1, keepdims=0)
+
+
+def token_places(graph: Graph, layout: Layout, grid: int) -> str:
+    """Return which row of the tiles' features, or the last for a newline, each token is, int64 [tokens]."""
+    patches = graph.const(grid**2)
+    side, one = graph.const(grid), graph.const(1)
+    lines = graph.op("Mul", layout.height, graph.op("Add", layout.width, one))
+    owners = Owners.of(graph, graph.op("Add", lines, patches))
+
+    def of_image(value: str) -> str:
+        return graph.op("Gather", value, owners.image, axis=0)
+
+    first = of_image(graph.op("Mul", graph.op("Sub", graph.op("CumSum", layout.tiles, graph.const(0)), layout.tiles), patches))
+    width = of_image(layout.width)
+    inside = graph.op("Sub", owners.place, patches)
+    line = graph.op("Add", width, one)
+    row = graph.op("Add", graph.op("Div", inside, line), of_image(layout.top))
+    column = graph.op("Mod", inside, line)
+    ends = graph.op("Equal", column, width)
+    column = graph.op("Add", column, of_image(layout.left))
+    tile = graph.op("Add", graph.op("Mul", graph.op("Div", row, side), of_image(layout.columns)), graph.op("Div", column, side))
+    patch = graph.op("Add", graph.op("Mul", graph.op("Mod", row, side), side), graph.op("Mod", column, side))
+    tiled = graph.op("Add", graph.op("Mul", graph.op("Add", tile, one), patches), patch)
+    whole = graph.op("Less", owners.place, patches)
+    found = graph.op("Add", first, graph.op("Where", whole, owners.place, tiled))
+    newline = graph.op("And", ends, graph.op("Not", whole))
+    return graph.op("Where", newline, graph.const(-1), found)

@@ -1,0 +1,241 @@
+"""Llama 3.2 Vision (arXiv 2407.21783, section 7) as graphs: the vision tower and the decoder.
+
+The keys and values of the decoder's cross-attention blocks depend on the images alone, so the vision encoder gives them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from compress.export.graphs.decoder import Shape, feed_forward, head_norm, logits, rotate, row_extents, self_attention
+from compress.export.graphs.graph import Graph
+from compress.export.graphs.parts import Parts
+
+_TOWER, _PROJECTOR = "model.vision_model", "model.multi_modal_projector"
+_MULTIPLE = 8
+"""What the number of places of a tile is padded to a multiple of; padding is seen by the patches, as in training."""
+
+_TOWER_EPSILON = 1e-5
+
+
+@dataclass(frozen=True)
+class Images:
+    """What each token reads of images: a bias on the scores [batch, 1, sequence · queries per key head, states]; whether a row
+    has an image, [batch, 1, 1]; whether a token sees one, [batch, sequence, 1]; both 1 or 0."""
+
+    bias: str
+    rows: str
+    tokens: str
+
+
+def vision_encoder(parts: Parts) -> None:
+    """Emit the tower and what each cross-attention block makes of it.
+
+    `pixel_values` [batch, images, tiles, channels, height, width], `aspect_ratio_ids` [batch, images] and `aspect_ratio_mask`
+    [batch, images, tiles] become `past_key_values.{block}.key` and `.value` [batch, key heads, images · tiles · places, width].
+    """
+    graph, config = parts.graph, parts.source.config
+    vision, text = config.vision_config, config.get_text_config()
+    tiles, size = int(vision.max_num_tiles), int(vision.image_size)
+    shape = Shape.of(text)
+    pixels = graph.input("pixel_values", graph.dtype, ["batch_size", "images", tiles, int(vision.num_channels), size, size])
+    ratios = graph.input("aspect_ratio_ids", np.int64, ["batch_size", "images"])
+    mask = graph.input("aspect_ratio_mask", np.int64, ["batch_size", "images", tiles])
+    features = _tower(parts, pixels, graph.reshape(ratios, [-1]), graph.reshape(mask, [-1, tiles]))
+    states = parts.linear(features, _PROJECTOR)  # [batch · images, tiles · places, hidden]
+    rows = graph.op("Concat", graph.extent(pixels, 0), graph.const([-1, shape.hidden]), axis=0)
+    states = graph.op("Reshape", states, rows)
+    for layer in text.cross_attention_layers:
+        with graph.scope(f"layers.{layer}"):
+            _keys_and_values(parts, states, int(layer), shape)
+
+
+def _keys_and_values(parts: Parts, states: str, layer: int, shape: Shape) -> None:
+    """Give out what a cross-attention block reads of the images' states [batch, places, hidden]."""
+    graph, name = parts.graph, f"{parts.source.family.blocks}.{layer}.cross_attn"
+    epsilon = float(parts.source.config.get_text_config().rms_norm_eps)
+    key, value = parts.linears(states, [f"{name}.k_proj", f"{name}.v_proj"])
+    split = [graph.reshape(each, [0, 0, shape.kv_heads, shape.width]) for each in (key, value)]
+    split[0] = parts.rms_norm(split[0], f"{name}.k_norm", epsilon)
+    for part, each in zip(("key", "value"), split, strict=True):
+        extent = _cache_extent(shape)
+        graph.output(f"past_key_values.{layer}.{part}", graph.transpose(each, [0, 2, 1, 3]), graph.dtype, extent)
+
+
+def _cache_extent(shape: Shape) -> list[int | str]:
+    return ["batch_size", shape.kv_heads, "image_states", shape.width]
+
+
+def _tower(parts: Parts, pixels: str, ratios: str, mask: str) -> str:
+    """Return the last and the inner states of the tower side by side, [images, tiles · places, features].
+
+    `pixels` [batch, images, tiles, channels, height, width]; `ratios` [all images]; `mask` [all images, tiles].
+    """
+    graph, config = parts.graph, parts.source.config.vision_config
+    width, tiles = int(config.hidden_size), int(config.max_num_tiles)
+    places = (int(config.image_size) // int(config.patch_size)) ** 2 + 1
+    padding = -places % _MULTIPLE
+    padded = [-1, tiles, places + padding, width]
+    value = parts.layer_norm(_patches(parts, pixels, ratios, config), f"{_TOWER}.layernorm_pre", _TOWER_EPSILON)
+    value = graph.op("Pad", value, graph.const([0, 0, 0, 0, 0, 0, padding, 0]), graph.const(0.0))
+    value = graph.reshape(value, [-1, tiles * (places + padding), width])
+    bias = _tile_bias(parts, mask, places, padding)
+
+    inner: list[str] = []
+    for layer in range(int(config.num_hidden_layers)):
+        with graph.scope(f"layers.{layer}"):
+            value = _block(parts, value, f"{_TOWER}.transformer.layers.{layer}", bias, config)
+        inner.append(value)
+    value = parts.layer_norm(value, f"{_TOWER}.layernorm_post", _TOWER_EPSILON)
+    value = _tile_positions(parts, graph.reshape(value, padded), "post_tile_positional_embedding", ratios, config)
+    value = graph.reshape(value, [-1, tiles * (places + padding), width])
+    for layer in range(int(config.num_global_layers)):
+        with graph.scope(f"global_layers.{layer}"):
+            value = _block(parts, value, f"{_TOWER}.global_transformer.layers.{layer}", bias, config, gated=True)
+
+    chosen = [graph.reshape(inner[int(index)], [*padded, 1]) for index in config.intermediate_layers_indices]
+    mixed = graph.reshape(graph.op("Concat", *chosen, axis=-1), [*padded[:3], width * len(chosen)])
+    features = graph.slice(graph.op("Concat", graph.reshape(value, padded), mixed, axis=-1), 0, places, 2)
+    return graph.reshape(features, [-1, tiles * places, width * (1 + len(chosen))])
+
+
+def _patches(parts: Parts, pixels: str, ratios: str, config: Any) -> str:
+    """Return each tile's class token and patches with their positions, [images, tiles, places, hidden]."""
+    graph, width, tiles = parts.graph, int(config.hidden_size), int(config.max_num_tiles)
+    side, size = int(config.patch_size), int(config.image_size)
+    places = (size // side) ** 2
+    flat = graph.reshape(pixels, [-1, int(config.num_channels), size, size])
+    kernel = parts.tensor(f"{_TOWER}.patch_embedding.weight")
+    grid = graph.op("Conv", flat, kernel, kernel_shape=[side, side], strides=[side, side])
+    value = graph.transpose(graph.reshape(grid, [-1, tiles, width, places]), [0, 1, 3, 2])
+    value = _tile_positions(parts, value, "pre_tile_positional_embedding", ratios, config)
+    token = parts.tensor(f"{_TOWER}.class_embedding", lambda found: found.view(1, 1, 1, -1), "_row")
+    first = graph.op("Expand", token, graph.op("Concat", graph.extent(ratios, 0), graph.const([tiles, 1, 1]), axis=0))
+    value = graph.op("Concat", first, value, axis=2)
+
+    name = f"{_TOWER}.gated_positional_embedding"
+    gate = graph.op("Tanh", parts.tensor(f"{name}.gate"))
+    alike = graph.op("Mul", parts.tensor(f"{name}.embedding"), graph.op("Sub", graph.const(1.0), gate))
+    found = graph.op("Gather", parts.tensor(f"{name}.tile_embedding.weight"), ratios, axis=0)
+    own = graph.op("Mul", graph.reshape(found, [-1, tiles, places + 1, width]), gate)
+    return graph.op("Add", graph.op("Add", value, alike), own)
+
+
+def _tile_positions(parts: Parts, value: str, name: str, ratios: str, config: Any) -> str:
+    """Return a value [images, tiles, places, hidden] with what tells the tiles of an image apart."""
+    graph = parts.graph
+    table = parts.tensor(f"{_TOWER}.{name}.embedding.weight")
+    shape = [-1, int(config.max_num_tiles), 1, int(config.hidden_size)]
+    found = graph.reshape(graph.op("Gather", table, ratios, axis=0), shape)
+    return graph.op("Add", value, graph.op("Mul", found, graph.op("Tanh", parts.tensor(f"{_TOWER}.{name}.gate"))))
+
+
+def _tile_bias(parts: Parts, mask: str, places: int, padding: int) -> str:
+    """Return the bias [images, 1, all places, all places] that keeps padding from padding, and nothing else, as in training."""
+    graph = parts.graph
+    real = np.concatenate([np.ones(places), np.zeros(padding)]).astype(np.bool_)
+    seen = graph.op("And", graph.cast(graph.op("Unsqueeze", mask, graph.const([-1])), np.bool_), graph.const(real, np.bool_))
+    empty = graph.op("Not", graph.op("Flatten", seen))
+    both = graph.op("And", graph.op("Unsqueeze", empty, graph.const([1, 3])), graph.op("Unsqueeze", empty, graph.const([1, 2])))
+    return _bias(graph, both)
+
+
+def _bias(graph: Graph, hidden: str) -> str:
+    return graph.op("Where", hidden, graph.const(float(np.finfo(graph.dtype).min)), graph.const(0.0))
+
+
+def _block(parts: Parts, value: str, name: str, bias: str, config: Any, *, gated: bool = False) -> str:
+    """Return what a block of the tower makes of a value [images, all places, hidden]."""
+    graph, epsilon = parts.graph, float(config.norm_eps)
+    normed = parts.layer_norm(value, f"{name}.input_layernorm", epsilon)
+    query, key, states = parts.linears(normed, [f"{name}.self_attn.{part}_proj" for part in "qkv"])
+    mixed = parts.attention(query, key, states, int(config.attention_heads), bias)
+    mixed = parts.linear(mixed, f"{name}.self_attn.o_proj")
+    value = graph.op("Add", value, _gate(parts, mixed, f"{name}.gate_attn") if gated else mixed)
+    normed = parts.layer_norm(value, f"{name}.post_attention_layernorm", epsilon)
+    grown = parts.linear(parts.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act)), f"{name}.mlp.fc2")
+    return graph.op("Add", value, _gate(parts, grown, f"{name}.gate_ffn") if gated else grown)
+
+
+def _gate(parts: Parts, value: str, name: str) -> str:
+    return parts.graph.op("Mul", value, parts.graph.op("Tanh", parts.tensor(name)))
+
+
+def decoder(parts: Parts) -> None:
+    """Emit the decoder, with its cache: see `docs/formats/onnx.md` for inputs and outputs.
+
+    A row of `cross_attention_mask` [batch, sequence, images · tiles] without a one is a prompt without images: no block of
+    cross-attention changes it, and the keys may be of any length. A token without a one in a row with images, one that stands
+    before the first, reads all that the row has, and the block's feed-forward leaves it: transformers computes it so.
+
+    Raises:
+        CheckpointError: its positions are rotated in a way that depends on the length.
+    """
+    graph, text = parts.graph, parts.source.config.get_text_config()
+    shape, epsilon = Shape.of(text), float(text.rms_norm_eps)
+    crossed = frozenset(int(layer) for layer in text.cross_attention_layers)
+    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", shape.hidden])
+    extents = row_extents(graph)
+    rotation = rotate(parts, text, shape)
+    mask = graph.input("cross_attention_mask", np.int64, ["batch_size", "sequence_length", "image_tiles"])
+    images: Images | None = None
+    blocks = parts.source.family.blocks
+    with graph.scope("layers.0"):
+        normed = parts.rms_norm(hidden, f"{blocks}.0.input_layernorm", epsilon)
+    for layer in range(shape.layers):
+        block = f"{blocks}.{layer}"
+        following = f"{blocks}.{layer + 1}.input_layernorm" if layer + 1 < shape.layers else f"{blocks.rpartition('.')[0]}.norm"
+        with graph.scope(f"layers.{layer}"):
+            if layer in crossed:
+                past = [
+                    graph.input(f"past_key_values.{layer}.{part}", graph.dtype, _cache_extent(shape)) for part in ("key", "value")
+                ]
+                tiles = int(parts.source.config.vision_config.max_num_tiles)
+                images = images or _images(graph, mask, past[0], shape.heads // shape.kv_heads, tiles)
+                mixed = _cross_attention(parts, normed, f"{block}.cross_attn", past, shape, images)
+                mixed = _gate(parts, graph.op("Mul", mixed, images.rows), f"{block}.cross_attn_attn_gate")
+            else:
+                mixed = self_attention(parts, normed, f"{block}.self_attn", layer, shape, rotation, extents)
+            normed, hidden = parts.add_rms_norm(hidden, mixed, f"{block}.post_attention_layernorm", epsilon, shape.hidden)
+            grown = feed_forward(parts, normed, f"{block}.mlp", str(text.hidden_act))
+            if layer in crossed and images is not None:
+                grown = _gate(parts, graph.op("Mul", grown, images.tokens), f"{block}.cross_attn_mlp_gate")
+            normed, hidden = parts.add_rms_norm(hidden, grown, following, epsilon, shape.hidden)
+    logits(parts, normed)
+
+
+def _images(graph: Graph, mask: str, keys: str, group: int, tiles: int) -> Images:
+    """Return what a mask [batch, sequence, images · tiles] says of keys [batch, heads, states, width], each for `group` queries."""
+    own, none, one = graph.cast(mask, np.bool_), graph.const(0), graph.const([1])
+    tokens, rows, tile = (
+        graph.op("Greater", graph.op("ReduceSum", mask, graph.const(axes), keepdims=1), none) for axes in ([2], [1, 2], [1])
+    )
+    first = graph.op("Mul", graph.op("Div", graph.arange(graph.extent(mask, 2)), graph.const(tiles)), graph.const(tiles))
+    later = graph.op("CumSum", graph.cast(tile, np.int64), graph.const(2), reverse=1)
+    real = graph.op("Or", graph.op("Greater", graph.op("Gather", later, first, axis=2), none), graph.op("Not", rows))
+    seen = graph.op("Or", own, graph.op("And", graph.op("Not", tokens), real))
+    bias = graph.op("Unsqueeze", _bias(graph, graph.op("Not", seen)), one)
+    queries = graph.arange(graph.op("Mul", graph.extent(mask, 1), graph.const([group])))
+    bias = graph.op("Gather", bias, graph.op("Div", queries, graph.const(group)), axis=2)
+    states = graph.extent(keys, 2)
+    each = graph.op("Max", graph.op("Div", states, graph.op("Max", graph.extent(mask, 2), one)), one)
+    bias = graph.op("Gather", bias, graph.op("Div", graph.arange(states), each), axis=3)
+    return Images(bias, graph.cast(rows, graph.dtype), graph.cast(tokens, graph.dtype))
+
+
+def _cross_attention(parts: Parts, value: str, name: str, past: list[str], shape: Shape, images: Images) -> str:
+    """Return attention `name` of a value [batch, sequence, hidden] over the images' keys and values.
+
+    The queries that share a head of these stand in a row, as if they were so many more tokens: no key is copied.
+    """
+    graph, group = parts.graph, shape.heads // shape.kv_heads
+    epsilon = float(parts.source.config.get_text_config().rms_norm_eps)
+    query = head_norm(parts, parts.linear(value, f"{name}.q_proj"), f"{name}.q_norm", epsilon, shape.width)
+    query = graph.transpose(graph.reshape(query, [0, 0, shape.kv_heads, group, shape.width]), [0, 1, 3, 2, 4])
+    query = graph.reshape(query, [0, -1, shape.kv_heads * shape.width])
+    mixed = parts.attention(query, past[0], past[1], shape.kv_heads, images.bias)
+    mixed = graph.transpose(graph.reshape(mixed, [0, -1, group, shape.kv_heads, shape.width]), [0, 1, 3, 2, 4])
+    return parts.linear(graph.reshape(mixed, [0, 0, shape.heads * shape.width]), f"{name}.o_proj")

@@ -1,0 +1,184 @@
+"""The vision towers of Qwen2-VL, Qwen2.5-VL and Qwen3-VL (arXiv 2409.12191, 2502.13923, 2511.21631) as one graph.
+
+Patches of any number of images of any sizes are one sequence. What attention, rotary angles and position embeddings need to know
+of the images is worked out in the graph from their grids.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.export.graphs.decoder import feed_forward
+from compress.export.graphs.parts import Parts
+from compress.export.graphs.patch_grid import PatchGrid
+
+_EPSILON = 1e-6
+
+
+@dataclass(frozen=True)
+class Tower:
+    """A tower's sizes, and the module it is. `features` is the width of what it gives; `window` is 0 where all blocks see whole
+    frames, else the side of a window in patches; `levels` are the blocks whose results are given out too."""
+
+    name: str
+    hidden: int
+    heads: int
+    blocks: int
+    merge: int
+    features: int
+    activation: str
+    window: int
+    whole: tuple[int, ...]
+    levels: tuple[int, ...]
+
+    @staticmethod
+    def of(parts: Parts) -> Tower:
+        """Return the tower of a checkpoint."""
+        config = parts.source.config.vision_config
+        blocks, merge = int(config.depth), int(config.spatial_merge_size)
+        window = int(getattr(config, "window_size", 0)) // merge // int(config.patch_size) * merge
+        features = getattr(config, "out_hidden_size", None)
+        return Tower(
+            name=parts.source.family.vision[0],
+            hidden=int(config.hidden_size if features else config.embed_dim),
+            heads=int(config.num_heads),
+            blocks=blocks,
+            merge=merge,
+            features=int(features or config.hidden_size),
+            activation=str(config.hidden_act),
+            window=window,
+            whole=tuple(config.fullatt_block_indexes) if window else tuple(range(blocks)),
+            levels=tuple(getattr(config, "deepstack_visual_indexes", None) or ()),
+        )
+
+
+@dataclass(frozen=True)
+class Rotation:
+    """The tables by which places rotate queries and keys, [patches, head width / 2], and the row of each patch [1, patches]."""
+
+    cosines: str
+    sines: str
+    places: str
+
+
+def vision_encoder(parts: Parts) -> None:
+    """Emit the tower: `pixel_values` [patches, values], `image_grid_thw` [images, 3] to `image_features` [tokens, hidden].
+
+    With features from within the tower, those are `deepstack_features` [levels, tokens, hidden].
+    """
+    graph, tower = parts.graph, Tower.of(parts)
+    kernel = parts.shape(f"{tower.name}.patch_embed.proj.weight")
+    pixels = graph.input("pixel_values", graph.dtype, ["patches", int(np.prod(kernel[1:]))])
+    grids = graph.input("image_grid_thw", np.int64, ["images", 3])
+    places = PatchGrid.of(graph, grids, graph.extent(pixels, 0), tower.merge)
+    value = _embed(parts, tower, pixels, places)
+    rotation = _rotation(parts, tower, places)
+    whole = parts.block_mask(places.frame)
+    windows = parts.block_mask(places.windows(tower.window)) if tower.window else ""
+    levels: list[str] = []
+    for block in range(tower.blocks):
+        with graph.scope(f"blocks.{block}"):
+            value = _block(parts, tower, block, value, rotation, whole if block in tower.whole else windows)
+            if block in tower.levels:
+                merger = f"{tower.name}.deepstack_merger_list.{tower.levels.index(block)}"
+                levels.append(graph.op("Unsqueeze", _merged(parts, tower, merger, value), graph.const([0])))
+    graph.output("image_features", _merged(parts, tower, f"{tower.name}.merger", value), graph.dtype, ["tokens", tower.features])
+    if levels:
+        shape = [len(levels), "tokens", tower.features]
+        graph.output("deepstack_features", graph.op("Concat", *levels, axis=0), graph.dtype, shape)
+
+
+def _embed(parts: Parts, tower: Tower, pixels: str, places: PatchGrid) -> str:
+    """Return the patches' embeddings [1, patches, hidden]: a convolution whose kernels do not overlap is a product."""
+    graph, name = parts.graph, f"{tower.name}.patch_embed.proj"
+    value = graph.op("MatMul", pixels, parts.tensor(f"{name}.weight", lambda kernel: kernel.flatten(1).T, "_matrix"))
+    if parts.has(f"{name}.bias"):
+        value = graph.op("Add", value, parts.tensor(f"{name}.bias"))
+    if parts.has(f"{tower.name}.pos_embed.weight"):
+        value = graph.op("Add", value, _positions(parts, f"{tower.name}.pos_embed.weight", places))
+    return graph.op("Unsqueeze", value, graph.const([0]))
+
+
+def _positions(parts: Parts, name: str, places: PatchGrid) -> str:
+    """Return learned embeddings of a square of places, [patches, hidden], stretched over each image between its corners.
+
+    A patch takes the mean of the four places around it, weighed by how near they are.
+    """
+    graph = parts.graph
+    side = int(parts.shape(name)[0] ** 0.5)
+    table = parts.tensor(name)
+    rows = _nearest(parts, places.row, places.heights, side)
+    columns = _nearest(parts, places.column, places.widths, side)
+    found = ""
+    for row, nearness in rows:
+        for column, weight in columns:
+            place = graph.op("Add", graph.op("Mul", row, graph.const(side)), column)
+            share = graph.op("Unsqueeze", graph.cast(graph.op("Mul", nearness, weight), graph.dtype), graph.const([1]))
+            term = graph.op("Mul", graph.op("Gather", table, place), share)
+            found = graph.op("Add", found, term) if found else term
+    return found
+
+
+def _nearest(parts: Parts, index: str, length: str, side: int) -> list[tuple[str, str]]:
+    """Return the two of `side` places that lie around each index of an axis of `length`, int64, with their weights, float32."""
+    graph = parts.graph
+    gaps = graph.op("Max", graph.op("Sub", length, graph.const(1)), graph.const(1))
+    scaled = graph.op("Mul", graph.cast(index, np.float32), graph.const(side - 1, np.float32))
+    exact = graph.op("Div", scaled, graph.cast(gaps, np.float32))
+    floor = graph.op("Floor", exact)
+    before = graph.cast(floor, np.int64)
+    after = graph.op("Min", graph.op("Add", before, graph.const(1)), graph.const(side - 1))
+    share = graph.op("Sub", exact, floor)
+    return [(before, graph.op("Sub", graph.const(1.0, np.float32), share)), (after, share)]
+
+
+def _rotation(parts: Parts, tower: Tower, places: PatchGrid) -> Rotation:
+    """Return the rotation of each patch: the first half of the frequencies turns by its row, the second by its column."""
+    graph = parts.graph
+    frequencies = graph.const(parts.module(f"{tower.name}.rotary_pos_emb").inv_freq.numpy(), np.float32)
+    turns = [graph.op("Unsqueeze", graph.cast(each, np.float32), graph.const([1])) for each in (places.row, places.column)]
+    angles = graph.op("Concat", *(graph.op("Mul", each, frequencies) for each in turns), axis=1)
+    tables = [graph.cast(graph.op(kind, angles), graph.dtype) for kind in ("Cos", "Sin")]
+    rows = graph.op("Unsqueeze", graph.arange(graph.extent(places.row, 0)), graph.const([0]))
+    return Rotation(tables[0], tables[1], rows)
+
+
+def _block(parts: Parts, tower: Tower, block: int, value: str, rotation: Rotation, bias: str) -> str:
+    graph, name, shape = parts.graph, f"{tower.name}.blocks.{block}", (1, "patches", tower.hidden)
+    states = parts.linear(_norm(parts, value, f"{name}.norm1"), f"{name}.attn.qkv")
+    query, key, content = graph.split(states, [tower.hidden] * 3)
+    query, key = (
+        graph.typed(parts.rotated(each, rotation.cosines, rotation.sines, rotation.places), graph.dtype, shape)
+        for each in (query, key)
+    )
+    mixed = graph.typed(parts.attention(query, key, content, tower.heads, bias), graph.dtype, shape)
+    value = graph.op("Add", value, parts.linear(mixed, f"{name}.attn.proj"))
+    return graph.op("Add", value, _feed_forward(parts, tower, _norm(parts, value, f"{name}.norm2"), f"{name}.mlp"))
+
+
+def _feed_forward(parts: Parts, tower: Tower, value: str, name: str) -> str:
+    if parts.has_linear(f"{name}.gate_proj"):
+        return feed_forward(parts, value, name, tower.activation)
+    first, second = ("fc1", "fc2") if parts.has_linear(f"{name}.fc1") else ("linear_fc1", "linear_fc2")
+    return parts.linear(parts.linear(value, f"{name}.{first}", tower.activation), f"{name}.{second}")
+
+
+def _merged(parts: Parts, tower: Tower, name: str, value: str) -> str:
+    """Return tokens [tokens, features], each made of the patches of one square; the norm is of a patch or of the square."""
+    width = tower.hidden * tower.merge**2
+    norm = f"{name}.ln_q" if parts.has(f"{name}.ln_q.weight") else f"{name}.norm"
+    first, second = ("mlp.0", "mlp.2") if parts.has_linear(f"{name}.mlp.0") else ("linear_fc1", "linear_fc2")
+    if parts.shape(f"{norm}.weight")[0] == width:
+        value = _norm(parts, parts.graph.reshape(value, [-1, width]), norm)
+    else:
+        value = parts.graph.reshape(_norm(parts, value, norm), [-1, width])
+    return parts.linear(parts.linear(value, f"{name}.{first}", "gelu"), f"{name}.{second}")
+
+
+def _norm(parts: Parts, value: str, name: str) -> str:
+    """Return a value normed by its root mean square, or, where the norm has a bias, by its mean and spread."""
+    if parts.has(f"{name}.bias"):
+        return parts.layer_norm(value, name, _EPSILON)
+    return parts.rms_norm(value, name, _EPSILON)

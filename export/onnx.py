@@ -1,0 +1,69 @@
+"""Artifacts that ONNX Runtime runs: a graph per component, its weights beside it, images included."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from compress.checkpoint import open_checkpoint
+from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
+from compress.export.onnx_export import OnnxExport
+from compress.export.onnx_limits import expected_bytes, faults
+
+if TYPE_CHECKING:
+    from compress.verification.results import Verification
+
+
+class Onnx(OnnxExport, VerifiedExport):
+    """ONNX graphs with external data; what is quantized has the very integers and scales that the stages chose.
+
+    The settings are those of `OnnxExport`.
+    """
+
+    revision: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx")
+    runtimes: ClassVar[frozenset[str]] = frozenset({"endpoint", "onnxruntime"})
+
+    format: Literal["onnx"]
+
+    def check(self, outlook: Outlook) -> list[str]:
+        """Return the architecture, linears or settings that no graph here can hold."""
+        return faults(self, outlook)
+
+    def predict_bytes(self, outlook: Outlook) -> int:
+        """Return the size of the weights it writes."""
+        return expected_bytes(self, outlook)
+
+    def apply(self, context: ExportContext) -> None:
+        """Write the artifact.
+
+        Raises:
+            CheckpointError: the checkpoint holds something that no graph here can.
+            StoreError: the folder cannot be written.
+        """
+        from compress.artifact import copy_side_files
+        from compress.export.graphs.parts import Source
+        from compress.export.graphs.write import Precision, write_graphs
+        from compress.files import telling_where, write_json
+
+        checkpoint = self.checked(context)
+        precision = Precision(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
+        write_graphs(Source.of(checkpoint, context.family), precision, context.target, context.progress)
+        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        with telling_where(context.target):
+            write_json(context.target / "config.json", config)
+            copy_side_files(context.source, context.target)
+
+    def verify(self, context: VerifyContext) -> Verification:
+        """Compare every graph with the checkpoint's own part, and what ONNX Runtime answers, on the CPU.
+
+        Raises:
+            VerificationError: they differ by more than the limits of what was rounded.
+            CheckpointError: a graph, or the checkpoint, cannot be loaded.
+        """
+        from compress.runtimes.onnxruntime import Onnxruntime
+        from compress.verification.limits import Settings, limits_of
+        from compress.verification.verify import verify_graphs
+
+        settings = Settings(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
+        limits = limits_of(settings, open_checkpoint(context.source), context.family)
+        return verify_graphs(context, Onnxruntime(runtime="onnxruntime", providers=("cpu",)), limits)

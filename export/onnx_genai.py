@@ -1,0 +1,57 @@
+"""Artifacts that onnxruntime-genai runs, images included: a decoder by that project's own builder, our graphs beside it."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from compress.export.format import ExportContext, Outlook
+from compress.export.onnx_export import OnnxExport
+from compress.export.onnx_genai_limits import faults, notes
+from compress.export.onnx_limits import expected_bytes
+
+
+class OnnxGenai(OnnxExport):
+    """A folder for onnxruntime-genai: `genai_config.json`, its image processor's config, and a graph per component.
+
+    `decoder: builder` takes the graph that onnxruntime-genai's own model builder makes, in its own environment; `own` the one of
+    `format: onnx`, which needs no such environment and holds more (Qwen2-VL, 8-bit activations, groups of any size). Vision and
+    embeddings are this package's either way. Linears of 4 or 8 bits have the very integers that the stages chose; for the builder
+    they are laid out as AWQ's or GPTQ's, which store scales as float16. The other settings are those of `OnnxExport`.
+    """
+
+    revision: ClassVar[int] = 1
+    libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx")
+    runtimes: ClassVar[frozenset[str]] = frozenset({"onnxruntime-genai"})
+
+    format: Literal["onnx-genai"]
+    decoder: Literal["builder", "own"] = "builder"
+
+    @property
+    def marks(self) -> str:
+        """What in an artifact's name tells settings apart; empty for the plain ones."""
+        return f"{'-own' if self.decoder == 'own' else ''}{super().marks}"
+
+    def check(self, outlook: Outlook) -> list[str]:
+        """Return the architecture, linears or settings that onnxruntime-genai, or its builder, cannot hold."""
+        return faults(self, outlook)
+
+    def notes(self, outlook: Outlook) -> list[str]:
+        """Return in what the runtime's image processor differs from the checkpoint's."""
+        del outlook
+        return notes()
+
+    def predict_bytes(self, outlook: Outlook) -> int:
+        """Return the size of the weights it writes."""
+        return expected_bytes(self, outlook)
+
+    def apply(self, context: ExportContext) -> None:
+        """Write the artifact.
+
+        Raises:
+            CheckpointError: the checkpoint holds something that cannot be held so, or the builder failed.
+            MissingError: the builder's environment is not installed.
+            StoreError: the folder cannot be written.
+        """
+        from compress.export.onnx_genai_write import write_folder
+
+        write_folder(self, context, self.checked(context))

@@ -1,0 +1,186 @@
+"""onnxruntime-genai's model builder: run in its own environment on a checkpoint that it reads, and its graph taken in."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import onnx
+from onnx import ModelProto, NodeProto, helper, numpy_helper
+
+from compress.artifact import copy_side_files
+from compress.engine.weights import ShardWriter, WeightReader
+from compress.errors import CheckpointError
+from compress.export.format import ExportContext, Outlook
+from compress.export.onnx_genai_config import DECODER_OF_BUILDER
+from compress.export.onnx_genai_limits import decoder_schemes, layout_of
+from compress.export.vllm_writer import Rounding, awq_config, awq_linear, float16_scales, gptq_config, gptq_linear
+from compress.files import write_json
+from compress.layouts import linear_tensors, read_linear
+from compress.runtimes.environment import require
+from compress.runtimes.server import run_server
+
+if TYPE_CHECKING:
+    from compress.export.onnx_genai import OnnxGenai
+
+_ENVIRONMENT = "onnxruntime-genai"
+_MODULE = "onnxruntime_genai.models.builder"
+_HEAD = "/lm_head/MatMul"
+_INTERVAL = 0.2
+_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
+_SETTINGS = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
+_EMBEDDINGS = "inputs_embeds"
+
+
+def build_decoder(export: OnnxGenai, context: ExportContext, outlook: Outlook, work: Path, levels: int) -> None:
+    """Write the builder's decoder to the target; `work` is an empty folder for what lies between.
+
+    `levels` is how many of the first blocks take features from within the vision tower, which the builder leaves out.
+
+    Raises:
+        CheckpointError: the builder failed, or made another graph than is known here.
+        MissingError: its environment is not installed.
+    """
+    python = require(_ENVIRONMENT).python
+    schemes = decoder_schemes(outlook)
+    source = context.source.absolute()
+    if schemes:
+        source = (work / "quantized").absolute()
+        source.mkdir()
+        lay_out(context, Outlook(outlook.checkpoint, context.family, schemes), source)
+    built = (work / "built").absolute()
+    command = [str(python), "-I", "-u", "-m", _MODULE, "-i", str(source), "-o", str(built), "-c", str((work / "cache").absolute())]
+    _run([*command, *arguments(export, outlook)], context, work)
+    path = built / DECODER_OF_BUILDER
+    if levels:
+        model = onnx.load_model(str(path), load_external_data=False)
+        add_levels(model, levels)
+        onnx.save_model(model, str(path))
+    for found in (path.with_name(f"{path.name}.data"), path):
+        found.replace(context.target / found.name)
+
+
+def arguments(export: OnnxGenai, outlook: Outlook) -> list[str]:
+    """Return what the builder is told of precision: what the checkpoint leaves as it is, stays so, the output head by choice."""
+    schemes = decoder_schemes(outlook)
+    bits = next(iter(schemes.values())).bits if schemes else None
+    precision = f"int{bits}" if bits else {"float32": "fp32", "float16": "fp16"}[export.dtype]
+    options = ["exclude_embeds=true", f"accuracy_level={export.accuracy_level}", "shared_embeddings=false"]
+    if bits and export.head_bits is None:
+        options.append(f"nodes_to_exclude={_HEAD}")
+    elif bits and export.head_bits != bits:
+        options.append(f"matmul_mixed_precision=last_matmul:int{export.head_bits}")
+    provider = "cpu" if export.dtype == "float32" else "cuda"
+    return ["-p", precision, "-e", provider, "--extra_options", *options]
+
+
+def lay_out(context: ExportContext, outlook: Outlook, target: Path) -> None:
+    """Write what the builder reads of a quantized checkpoint, its decoder, as AWQ or GPTQ lay it out, from the same integers.
+
+    Raises:
+        CheckpointError: a scale is too large for float16.
+        StoreError: the target cannot be written.
+    """
+    reader, family, checkpoint = WeightReader(outlook.checkpoint, context.family), context.family, outlook.checkpoint
+    layout = layout_of(next(iter(outlook.schemes.values())))
+    owners = {part: name for name in outlook.schemes for part in linear_tensors(name)}
+    names = [name for name in sorted(checkpoint.tensors) if not family.inside_vision(family.module_name(name))]
+    rounding = Rounding([])
+    with ShardWriter(target) as writer, context.progress.task("export: lay out for the builder", len(names), "tensors") as advance:
+        for name in names:
+            owner = owners.get(name)
+            if owner is None:
+                writer.add(name, reader.disk_tensor(name))
+            elif name == f"{owner}.weight_packed":
+                weight = read_linear(owner, outlook.schemes[owner], reader.disk_tensor)
+                scales = float16_scales(owner, weight, layout, rounding)
+                parts = awq_linear(owner, weight) if layout == "awq" else gptq_linear(owner, weight)
+                for part, tensor in {**parts, f"{owner}.scales": scales}.items():
+                    writer.add(part, tensor)
+            advance(1)
+    if rounding.linears:
+        context.progress.warn(
+            f"onnxruntime-genai's builder reads scales as float16: those of {len(rounding.linears)} linears "
+            f"({rounding.linears[0]} first) are no float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; "
+            "decoder: own keeps them"
+        )
+    config = awq_config(outlook) if layout == "awq" else gptq_config(outlook)
+    write_json(target / "config.json", {**checkpoint.config, "quantization_config": config})
+    copy_side_files(context.source, target)
+
+
+def _run(command: Sequence[str], context: ExportContext, work: Path) -> None:
+    """Run the builder to its end.
+
+    Raises:
+        CheckpointError: it failed.
+    """
+    variables = {name: value for name, value in os.environ.items() if name not in _DROPPED} | _SETTINGS
+    with (
+        context.progress.task("export: onnxruntime-genai's builder", 1, "decoders") as advance,
+        run_server(_ENVIRONMENT, command, variables, work.absolute() / "builder.log") as server,
+    ):
+        while server.process.poll() is None:
+            time.sleep(_INTERVAL)
+        if not (work / "built" / "genai_config.json").is_file():  # it writes this last
+            raise CheckpointError(
+                f"{context.source}: onnxruntime-genai's model builder failed on it; set decoder: own, or mend what it says.\n"
+                f"{server.last_words()}"
+            )
+        advance(1)
+
+
+def add_levels(model: ModelProto, levels: int) -> None:
+    """Let a decoder of the builder take wide embeddings and add their further columns after its first blocks, in place.
+
+    Raises:
+        CheckpointError: the graph is not one of those known here.
+    """
+    graph = model.graph
+    entry = next((value for value in graph.input if value.name == _EMBEDDINGS), None)
+    norms = [_norm_after(graph.node, layer) for layer in range(levels)]
+    if entry is None or None in norms:
+        raise CheckpointError(
+            "onnxruntime-genai's model builder made a decoder of another form than is known here; set decoder: own"
+        )
+    width = entry.type.tensor_type.shape.dim[2]
+    hidden, width.dim_value = width.dim_value, width.dim_value * (1 + levels)
+    for node in graph.node:
+        for place, name in enumerate(node.input):
+            if name == _EMBEDDINGS:
+                node.input[place] = _column(0)
+    new = [_slice(graph, hidden, level) for level in range(levels + 1)]
+    producers = {name: node for node in graph.node for name in node.output}
+    for level, norm in enumerate(norms, start=1):
+        assert norm is not None, "told above"
+        node, place = norm, 1
+        while (before := producers.get(node.input[place])) is not None and before.op_type == "Cast":
+            node, place = before, 0
+        total = f"/levels.{level}/Add"
+        added = helper.make_node("Add", [node.input[place], _column(level)], [total], name=total)
+        node.input[place] = total
+        graph.node.insert(list(graph.node).index(node), added)
+    for node in reversed(new):
+        graph.node.insert(0, node)
+
+
+def _norm_after(nodes: Sequence[NodeProto], layer: int) -> NodeProto | None:
+    """Return the norm that adds what a block gives: that before the next block, or the last one."""
+    names = [f"/model/layers.{layer + 1}/{norm}/SkipLayerNorm" for norm in ("input_layernorm", "final_norm_layernorm")]
+    return next((node for node in nodes if node.name in names and "SkipSimplified" in node.op_type), None)
+
+
+def _slice(graph: onnx.GraphProto, hidden: int, level: int) -> NodeProto:
+    """Return what takes a level's columns out of the embeddings, its constants added to the graph."""
+    names = [f"{_column(level)}/{part}" for part in ("first", "last", "axis")]
+    for name, value in zip(names, (hidden * level, hidden * (level + 1), 2), strict=True):
+        graph.initializer.append(numpy_helper.from_array(np.array([value], dtype=np.int64), name))
+    return helper.make_node("Slice", [_EMBEDDINGS, *names], [_column(level)], name=_column(level))
+
+
+def _column(level: int) -> str:
+    return f"/levels.{level}/Slice"

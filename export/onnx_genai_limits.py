@@ -1,0 +1,112 @@
+"""What onnxruntime-genai 0.18 and its model builder can hold of a checkpoint; read from headers, config and schemes alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from compress.export.format import Outlook
+from compress.export.onnx_limits import faults as graph_faults
+from compress.layouts import linear_shape, unquantized_linears
+from compress.numerics.scheme import Scheme
+
+if TYPE_CHECKING:
+    from compress.export.onnx_genai import OnnxGenai
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A family that onnxruntime-genai gives images to: under which model type, and whether its builder has the decoder."""
+
+    type: str
+    built: bool
+
+
+KINDS: Mapping[str, Kind] = {
+    "qwen2-vl": Kind("qwen2_5_vl", built=False),
+    "qwen2.5-vl": Kind("qwen2_5_vl", built=True),
+    "qwen3-vl": Kind("qwen3_vl", built=True),
+}
+"""The families with images. Qwen2-VL's prompts, patches and positions are those of Qwen2.5-VL, so that its type does for both."""
+
+_BUILDER_BLOCKS = (16, 32, 64, 128, 256)
+_AWQ_BITS = 4
+_OWN = "set decoder: own"
+
+
+def layout_of(scheme: Scheme) -> Literal["awq", "gptq"]:
+    """Return the layout in which the builder is given linears of a scheme: AWQ's holds 4 bits, GPTQ's 8."""
+    return "awq" if scheme.bits == _AWQ_BITS else "gptq"
+
+
+def faults(export: OnnxGenai, outlook: Outlook) -> list[str]:
+    """Return why onnxruntime-genai, or its builder, cannot hold a checkpoint, one line each with its remedy."""
+    family = outlook.family
+    if family.name not in KINDS:
+        return [
+            f"onnxruntime-genai 0.18 runs {', '.join(KINDS)} with images, and {family.architecture} is none of them: it has no "
+            "model type that takes such prompts and images; use format: onnx"
+        ]
+    found = graph_faults(export, outlook)
+    if export.decoder == "own":
+        return found
+    if not KINDS[family.name].built:
+        found.append(f"onnxruntime-genai's model builder does not know {family.architecture}; {_OWN}")
+    return [*found, *_builder_faults(outlook)]
+
+
+def _builder_faults(outlook: Outlook) -> list[str]:
+    """Return what of the decoder's linears the builder does not read."""
+    family = outlook.family
+    decoder = decoder_schemes(outlook)
+    if not decoder:
+        return []
+    found = [f"{name}: {reason}; {_OWN}" for name, scheme in decoder.items() if (reason := _reason(outlook, name, scheme))][:1]
+    if len(set(decoder.values())) > 1:
+        found.append(
+            f"onnxruntime-genai's builder reads one scheme for all linears of the decoder; use the same for all, or {_OWN}"
+        )
+    left = [
+        name
+        for name in unquantized_linears(outlook.checkpoint, family, outlook.schemes)
+        if not family.inside_vision(family.module_name(name)) and family.module_name(name) != family.head
+    ]
+    if left:
+        found.append(
+            f"{left[0]}{f' and {len(left) - 1} others' if len(left) > 1 else ''}: not quantized, and onnxruntime-genai's builder "
+            f"takes either all linears of the decoder's blocks quantized or none; {_OWN}"
+        )
+    if family.head in {family.module_name(name) for name in outlook.schemes}:
+        found.append(f"onnxruntime-genai's builder is not given a quantized output head; {_OWN}")
+    return found
+
+
+def _reason(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+    if scheme.activations is not None:
+        return "onnxruntime-genai's builder reads no linears whose inputs are rounded to 8 bits"
+    if layout_of(scheme) == "gptq" and not scheme.symmetric:
+        return "onnxruntime-genai's builder reads 8 bits as GPTQ lays them out, symmetric, and this grid is asymmetric"
+    group = linear_shape(outlook.checkpoint, name)[1] if scheme.group_size == -1 else scheme.group_size
+    if group not in _BUILDER_BLOCKS:
+        sizes = ", ".join(map(str, _BUILDER_BLOCKS))
+        return f"onnxruntime-genai's builder makes each group one block of MatMulNBits, which has {sizes} channels, not {group}"
+    return None
+
+
+def decoder_schemes(outlook: Outlook) -> dict[str, Scheme]:
+    """Return how the linears of the decoder's blocks are held, by their names on disk."""
+    family = outlook.family
+    return {
+        name: scheme
+        for name, scheme in outlook.schemes.items()
+        if not family.inside_vision(family.module_name(name)) and family.module_name(name) != family.head
+    }
+
+
+def notes() -> list[str]:
+    """Return in what onnxruntime-genai's image processor differs from the checkpoint's."""
+    return [
+        "onnxruntime-genai rounds halves of image sizes away from zero, transformers to even: an image one of whose sides is an "
+        "odd multiple of half the patch grid (such as 70 pixels in a grid of 28) may be read at another size there"
+    ]

@@ -1,0 +1,96 @@
+"""A checkpoint that sees, in transformers and as graphs, given the same pictures and prompts."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import AutoProcessor
+
+from compress.export.graphs.write import Precision
+from compress.progress import Silent
+from compress.runtimes.transformers_model import load_model
+from tests.export.onnx_graphs import Array, Graphs, Row, written
+from tests.tiny import picture
+
+Sizes = Sequence[tuple[int, int]]
+"""The width and height of each picture."""
+
+
+@dataclass(frozen=True)
+class Seeing:
+    """A model and its processor, as transformers has them, and its graphs; `mark` is what a prompt has for an image."""
+
+    model: Any
+    processor: Any
+    graphs: Graphs
+    mark: str
+
+    @property
+    def dtype(self) -> Any:
+        """The type of the graphs' floating-point numbers."""
+        return np.float16 if self.graphs.sessions["vision_encoder"].get_inputs()[0].type == "tensor(float16)" else np.float32
+
+    def features(self, pixels: Mapping[str, Any]) -> Array:
+        """Return what the graphs see, [tokens, hidden]."""
+        names = [given.name for given in self.graphs.sessions["vision_encoder"].get_inputs()]
+        given = {name: pixels[name].numpy() for name in names}
+        given["pixel_values"] = given["pixel_values"].astype(self.dtype)
+        found = self.graphs.run("vision_encoder", **given)["image_features"]
+        return found.reshape(-1, found.shape[-1])
+
+    @torch.no_grad()
+    def expected_features(self, pixels: Mapping[str, Any]) -> Array:
+        """Return what transformers sees, [tokens, hidden]."""
+        found = self.model.get_image_features(**pixels).pooler_output
+        return torch.cat([each.reshape(-1, each.shape[-1]) for each in found]).numpy()
+
+    def pixels(self, sizes: Sizes) -> dict[str, Any]:
+        """Return what the processor makes of pictures."""
+        names = ("pixel_values", "image_sizes")
+        found = self.processor.image_processor(_pictures(sizes), return_tensors="pt")
+        return {name: found[name] for name in names if name in found}
+
+    def inputs(self, question: str, sizes: Sizes) -> dict[str, Any]:
+        """Return what the processor makes of a prompt with pictures before the question."""
+        text = f"{self.mark * len(sizes)} {question}"
+        return dict(self.processor(text=text, images=_pictures(sizes) or None, return_tensors="pt"))
+
+    def row(self, question: str, sizes: Sizes) -> Row:
+        """Return the embeddings of a prompt, those of images in their places."""
+        given = self.inputs(question, sizes)
+        ids = given["input_ids"][0].numpy()
+        embeds = self.graphs.embed(ids.tolist())
+        if sizes:
+            places = ids == self.model.config.image_token_id
+            found = self.features(given)
+            assert places.sum() == len(found)
+            embeds[places] = found
+        return Row(embeds)
+
+    @torch.no_grad()
+    def expected_logits(self, question: str, sizes: Sizes) -> Array:
+        """Return transformers' logits of a prompt, [tokens, vocabulary]."""
+        return self.model(**self.inputs(question, sizes)).logits[0].numpy()
+
+
+def seeing(folder: Path, target: Path, mark: str, precision: Precision | None = None) -> Seeing:
+    """Write a checkpoint's graphs to `target` and open both them and the checkpoint."""
+    model = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    return Seeing(model, AutoProcessor.from_pretrained(folder), written(folder, target, precision), mark)
+
+
+def difference(ours: Array, theirs: Array) -> float:
+    """Return by how much two arrays of one shape differ at most."""
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max())
+
+
+def _pictures(sizes: Sizes) -> list[Image.Image]:
+    return [Image.open(io.BytesIO(picture(seed, *size))) for seed, size in enumerate(sizes)]

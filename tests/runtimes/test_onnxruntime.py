@@ -1,0 +1,360 @@
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pyarrow.parquet as parquet
+import pytest
+import safetensors.torch
+from onnx import TensorProto, helper
+
+from compress.checkpoint import open_checkpoint, read_json_object
+from compress.errors import CheckpointError, MissingError, StoreError, UsageError
+from compress.export.format import ExportContext
+from compress.export.onnx import Onnx
+from compress.families import FAMILIES, family_at
+from compress.files import write_json
+from compress.progress import Silent
+from compress.runtimes import onnxruntime as row
+from compress.runtimes.onnxruntime import Onnxruntime
+from compress.runtimes.onnxruntime_graph import Engine, Graph
+from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Picture, Prompt, Runtime, Score
+from compress.runtimes.transformers import Transformers
+from tests.tiny import BUILDERS, build_blip2, build_clip, build_qwen2_5_vl, picture
+
+FILES: Any = safetensors.torch
+PARQUET: Any = parquet
+SILENT = Silent()
+NEW_TOKENS = 6
+WRITING = [name for name in FAMILIES if name != "clip"]
+DEMO = Path(__file__).parents[2] / "recipes" / "demo"
+
+
+def in_onnxruntime(**fields: Any) -> Onnxruntime:
+    return Onnxruntime.model_validate({"runtime": "onnxruntime", "threads": 1, "providers": ["cpu"], **fields})
+
+
+def in_process() -> Transformers:
+    return Transformers(runtime="transformers", device="cpu", dtype="float32")
+
+
+def opened(artifact: Path, runtime: Runtime | None = None) -> Any:
+    return (runtime or in_onnxruntime()).open(OpenContext(artifact, artifact.parent / "logs", SILENT))
+
+
+def answers(artifact: Path, prompts: Sequence[Prompt], runtime: Runtime | None = None) -> list[Answer]:
+    with opened(artifact, runtime) as session:
+        return session.answer(prompts, NEW_TOKENS, SILENT)
+
+
+def scores(
+    artifact: Path,
+    passages: Sequence[Passage],
+    runtime: Runtime | None = None,
+    record: Path | None = None,
+    against: Path | None = None,
+) -> list[Score]:
+    with opened(artifact, runtime) as session:
+        return session.score(passages, record, against, SILENT)
+
+
+def export(source: Path, target: Path) -> Path:
+    target.mkdir()
+    fields = {"format": "onnx", "dtype": "float32"}
+    Onnx.model_validate(fields).apply(ExportContext(source, target, family_at(source), SILENT))
+    return target
+
+
+def asked(*, single: bool = False) -> list[Prompt]:
+    """Prompts of several lengths: one image of a size that does not divide a window, none, and two of different sizes."""
+    prompts = [
+        Prompt("one", "What colour is it?", (picture(0),)),
+        Prompt("wide", "How many circles are there in the picture, and where are they?", (picture(1, 140, 84),)),
+        Prompt("small", "Yes?", (picture(2, 56, 56),)),
+        Prompt("none", "What colour is the sky on a clear day?"),
+        Prompt("short", "Well?"),
+    ]
+    two = (picture(1, 140, 84), picture(3, 56, 28))
+    return prompts if single else [*prompts, Prompt("two", "Which?", two), Prompt("swapped", "Which is larger?", two[::-1])]
+
+
+def passages_of(prompts: Sequence[Prompt], said: Sequence[Answer]) -> list[Passage]:
+    """What was said after each prompt, and tokens that hardly anyone says; and texts of several lengths, down to one token."""
+    forced = [Passage(prompt.id, (*answer.token_ids, 5, 17, 33), prompt) for prompt, answer in zip(prompts, said, strict=True)]
+    return [*forced, Passage("long", tuple(range(3, 30))), Passage("short", (3, 9, 8)), Passage("single", (4,))]
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_qwen2_5_vl(tmp_path_factory.mktemp("model") / "original")
+
+
+@pytest.fixture(scope="module")
+def artifact(original: Path) -> Path:
+    return export(original, original.parent / "artifact")
+
+
+@pytest.mark.parametrize("name", WRITING)
+def test_answers_and_scores_are_those_of_transformers(name: str, tmp_path: Path) -> None:
+    """Of an original, which is exported for it and removed again."""
+    folder = BUILDERS[name](tmp_path / "model")
+    prompts = asked(single=family_at(folder).single_image)
+    expected = answers(folder, prompts, in_process())
+    passages = passages_of(prompts, expected)
+    known = scores(folder, passages, in_process())
+    with opened(folder) as session:
+        found = session.answer(prompts, NEW_TOKENS, SILENT)
+        likely = session.score(passages, None, None, SILENT)
+        assert session.offers == {"text", "scores"}
+        assert len(list(tmp_path.glob("logs/*/decoder_model_merged.onnx"))) == 1
+    assert found == expected
+    assert len({answer.token_ids for answer in found}) > 2
+    for ours, theirs in zip(likely, known, strict=True):
+        np.testing.assert_allclose(ours.negative_log_likelihood, theirs.negative_log_likelihood, atol=1e-4)
+    assert list((tmp_path / "logs").iterdir()) == []
+
+
+def test_the_demo_model_says_the_same_to_a_hundred_questions(tmp_path: Path) -> None:
+    rows = PARQUET.read_table(DEMO / "test.parquet").slice(0, 100).to_pylist()
+    prompts = [Prompt(row["id"], row["question"], (row["image"]["bytes"],)) for row in rows]
+    found: list[list[Answer]] = []
+    for runtime in (in_process(), in_onnxruntime()):
+        with runtime.open(OpenContext(DEMO / "model", tmp_path, SILENT)) as session:
+            found.append(session.answer(prompts, 16, SILENT))
+    assert found[0] == found[1]
+    assert len({answer.text for answer in found[0]}) > 5
+
+
+def test_the_batch_does_not_change_answers(artifact: Path) -> None:
+    prompts = asked()
+    together = answers(artifact, prompts)
+    assert answers(artifact, prompts, in_onnxruntime(tokens_per_batch=1)) == together
+    assert answers(artifact, prompts[::-1], in_onnxruntime(tokens_per_batch=200)) == together[::-1]
+
+
+def test_an_answer_ends_before_the_first_stop_token(artifact: Path, tmp_path: Path) -> None:
+    """Rows of one batch end at different places, and those that go on are not changed by it."""
+    before = answers(artifact, asked())
+    stop = before[0].token_ids[2]
+    folder = Path(shutil.copytree(artifact, tmp_path / "artifact"))
+    config = read_json_object(folder / "generation_config.json")
+    write_json(folder / "generation_config.json", {**config, "eos_token_id": [stop]})
+    for ended, whole in zip(answers(folder, asked()), before, strict=True):
+        first = whole.token_ids.index(stop) if stop in whole.token_ids else None
+        assert ended.token_ids == whole.token_ids[:first]
+
+
+def test_an_answer_holds_no_image_token(original: Path, artifact: Path, tmp_path: Path) -> None:
+    """The model would say the image's token wherever it said the one that its row of the head is doubled from."""
+    before = answers(artifact, asked())
+    folder = Path(shutil.copytree(original, tmp_path / "model"))
+    config = open_checkpoint(folder).config
+    tensors = FILES.load_file(folder / "model.safetensors")
+    head = next(tensor for name, tensor in tensors.items() if name.endswith("lm_head.weight"))
+    head[config["image_token_id"]] = 2 * head[before[0].token_ids[0]]
+    head[config["video_token_id"]] = 3 * head[before[0].token_ids[0]]
+    FILES.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    assert answers(folder, asked()) == before
+
+
+def test_a_model_is_not_unlike_itself_and_another_as_unlike_as_transformers_says(artifact: Path, tmp_path: Path) -> None:
+    """With as many top tokens as there are, KL is that over the whole vocabulary."""
+    other = build_qwen2_5_vl(tmp_path / "other", seed=7)
+    original = artifact.parent / "original"
+    passages = passages_of(asked(), answers(artifact, asked()))
+    whole = in_onnxruntime(top_logprobs=int(open_checkpoint(original).text_config["vocab_size"]))
+    for name, runtime in (("few", in_onnxruntime()), ("all", whole)):
+        scores(artifact, passages, runtime, record=tmp_path / name)
+        for score in scores(artifact, passages, runtime, against=tmp_path / name):
+            assert score.kl is not None and score.same_top is not None
+            assert (score.kl == 0).all() and score.same_top.all()
+    scores(original, passages, in_process(), record=tmp_path / "exact")
+    exact = scores(other, passages, in_process(), against=tmp_path / "exact")
+    few = scores(other, passages, against=tmp_path / "few")
+    every = scores(other, passages, whole, against=tmp_path / "all")
+    for truth, lower, found in zip(exact, few, every, strict=True):
+        assert truth.kl is not None and lower.kl is not None and found.kl is not None
+        np.testing.assert_allclose(found.kl, truth.kl, atol=1e-3)
+        assert (lower.kl <= found.kl + 1e-4).all()
+        np.testing.assert_array_equal(lower.same_top, truth.same_top)
+    assert max(score.kl.max() for score in few if score.kl is not None and len(score.kl)) > 0.1
+
+
+def test_records_that_do_not_fit_are_refused(artifact: Path, tmp_path: Path) -> None:
+    passages = [Passage("a", (1, 2, 3)), Passage("b", (4, 5))]
+    scores(artifact, passages, record=tmp_path / "record")
+    with pytest.raises(UsageError, match="was recorded on other passages than these"):
+        scores(artifact, passages[1:], against=tmp_path / "record")
+    with pytest.raises(UsageError, match="was recorded with top_logprobs 20, not 5"):
+        scores(artifact, passages, in_onnxruntime(top_logprobs=5), against=tmp_path / "record")
+
+
+def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(artifact: Path, tmp_path: Path) -> None:
+    broken, good, long = Prompt("broken", "What is this?", (b"no image",)), asked()[0], Prompt("long", "word " * 3000)
+    passages = [Passage("p", (1, 2), broken), Passage("q", (1, 2), good)]
+    heard: list[str] = []
+    with opened(artifact) as session:
+        found = session.answer([broken, good, long], NEW_TOKENS, SILENT, lambda answer: heard.append(answer.id))
+        alone = session.answer([good], NEW_TOKENS, SILENT)
+        first = session.score(passages, tmp_path / "record", None, SILENT)
+        again = session.score(passages, None, tmp_path / "record", SILENT)
+    assert "broken: image 0: cannot be read as an image" in found[0].fault
+    assert found[1:2] == alone and alone[0].fault is None
+    assert "long: takes" in found[2].fault and "shorten its text or use smaller images" in found[2].fault
+    assert sorted(heard) == ["broken", "long", "one"]
+    assert "broken: image 0" in first[0].fault and len(first[0].negative_log_likelihood) == 0
+    assert "broken: image 0" in again[0].fault and len(again[0].kl) == 0
+    assert again[1].fault is None and (again[1].kl == 0).all()
+
+
+def test_what_the_original_has_no_score_of_is_not_compared(artifact: Path, tmp_path: Path) -> None:
+    """The original could not decode an image that the artifact can."""
+    broken, good = Passage("p", (1, 2), Prompt("p", "?", (b"no image",))), Passage("q", (1, 2, 3))
+    with opened(artifact) as session:
+        session.score([broken, good], tmp_path / "record", None, SILENT)
+        content = read_json_object(tmp_path / "record" / "record.json")
+        mended = [Passage("p", (1, 2), asked()[0]), good]
+        session.score(mended, tmp_path / "other", None, SILENT)
+        told = read_json_object(tmp_path / "other" / "record.json")["passages"]
+        write_json(tmp_path / "record" / "record.json", {**content, "passages": told})
+        found = session.score(mended, None, tmp_path / "record", SILENT)
+    assert [score.fault for score in found] == [UNSCORED, None]
+
+
+def test_more_images_than_the_model_takes_are_a_fault(tmp_path: Path) -> None:
+    several = Prompt("several", "Which?", (picture(0), picture(1)))
+    (answer,) = answers(build_blip2(tmp_path / "model"), [several])
+    assert answer.fault == "several: has 2 images, and blip-2 takes one at a time; leave it out"
+
+
+def test_pictures_and_texts_are_compared_as_transformers_does(tmp_path: Path) -> None:
+    folder = build_clip(tmp_path / "model")
+    pictures = [Picture(str(place), picture(place, 40 + 20 * place, 60)) for place in range(5)]
+    classes = [["a red circle", "a picture of something red"], ["a blue square"], ["nothing"]]
+    found: list[tuple[Any, Any]] = []
+    for runtime in (in_process(), in_onnxruntime()):
+        with opened(folder, runtime) as session:
+            assert session.offers == {"comparison"}
+            found.append((session.classify(pictures, classes, SILENT), session.embed(pictures, ["red", "a blue square"], SILENT)))
+            with pytest.raises(UsageError, match="clip compares images with texts and writes none"):
+                session.answer(asked(), NEW_TOKENS, SILENT)
+    (known, expected), (likely, embedded) = found
+    np.testing.assert_allclose(likely, known, atol=1e-4)
+    np.testing.assert_allclose(embedded.images, expected.images, atol=1e-5)
+    np.testing.assert_allclose(embedded.texts, expected.texts, atol=1e-5)
+    assert embedded.scale == pytest.approx(expected.scale)
+
+
+def test_a_model_that_writes_compares_nothing(artifact: Path) -> None:
+    with opened(artifact) as session, pytest.raises(UsageError, match="writes text and compares no images with texts"):
+        session.embed([], [], SILENT)
+
+
+def damaged(artifact: Path, folder: Path) -> Path:
+    """Return a copy of an artifact's folder that may be spoilt."""
+    return Path(shutil.copytree(artifact, folder))
+
+
+def test_a_graph_that_is_missing_or_truncated_is_named(artifact: Path, tmp_path: Path) -> None:
+    folder = damaged(artifact, tmp_path / "artifact")
+    path = folder / "decoder_model_merged.onnx"
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with (
+        pytest.raises(CheckpointError, match=r"decoder_model_merged\.onnx: truncated, or no ONNX file .* export it again"),
+        opened(folder),
+    ):
+        pass
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match=r"decoder_model_merged\.onnx: truncated, or no ONNX file"), opened(folder):
+        pass
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"decoder_model_merged\.onnx: missing; export it again"), opened(folder):
+        pass
+
+
+def test_a_folder_that_moved_without_its_data_is_named(artifact: Path, tmp_path: Path) -> None:
+    folder = damaged(artifact, tmp_path / "artifact")
+    data = folder / "decoder_model_merged.onnx_data"
+    content = data.read_bytes()
+    data.write_bytes(content[:-1])
+    with (
+        pytest.raises(CheckpointError, match=rf"onnx_data: truncated: .* ends at byte {len(content)}, the file at"),
+        opened(folder),
+    ):
+        pass
+    data.unlink()
+    message = r"decoder_model_merged\.onnx: its data file decoder_model_merged\.onnx_data is missing; put it beside the graph"
+    with pytest.raises(CheckpointError, match=message), opened(folder):
+        pass
+
+
+def graph_file(path: Path, operator: str, opset: int, domain: str = "", place: str | None = None) -> Path:
+    """Write a graph of one operator, with a weight outside it if there is a `place` for it."""
+    values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", "y")]
+    graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"], domain=domain)], "graph", values[:1], values[1:])
+    if place is not None:
+        weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
+        weight.external_data.add(key="location", value=place)
+        graph.initializer.append(weight)
+    opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
+    onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
+    return path
+
+
+def test_an_opset_or_operator_that_this_onnx_runtime_lacks_is_told(tmp_path: Path) -> None:
+    engine = Engine(("cpu",), 1)
+    assert set(Graph(graph_file(tmp_path / "known.onnx", "Relu", 21), engine).inputs) == {"x"}
+    with pytest.raises(MissingError, match=r"later\.onnx: ONNX Runtime .* it lacks an opset or operator .* install a newer one"):
+        Graph(graph_file(tmp_path / "later.onnx", "Relu", 999), engine)
+    with pytest.raises(MissingError, match=r"other\.onnx: ONNX Runtime .* it lacks an opset or operator .*Invented"):
+        Graph(graph_file(tmp_path / "other.onnx", "Invented", 21, "com.microsoft"), engine)
+
+
+def test_a_graph_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
+    for place in ("../w.bin", "/w.bin"):
+        with pytest.raises(CheckpointError, match=f"w points to '{place}', outside the graph's folder; do not use this artifact"):
+            Graph(graph_file(tmp_path / "graph.onnx", "Relu", 21, place=place), Engine(("cpu",), 1))
+
+
+def test_a_provider_that_is_not_here_is_told() -> None:
+    """In a process that sees no GPU, whatever the machine has and whichever ONNX Runtime is installed."""
+    program = "from compress.runtimes.onnxruntime_graph import choose_engine as c; print(c(None, 1)); c(('tensorrt', 'cpu'), None)"
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
+    assert done.stdout.strip() == "Engine(providers=('cpu',), threads=1)"
+    assert done.returncode == 1
+    assert "MissingError: providers: tensorrt" in done.stderr
+
+
+def test_a_package_that_is_missing_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    found = in_onnxruntime().versions()
+    assert {"onnx", "transformers"} <= found.keys() and any(name.startswith("onnxruntime") for name in found)
+
+    def version(name: str) -> str:
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(row, "version", version)
+    with pytest.raises(MissingError, match=r"ONNX Runtime is not installed here: pip install 'compress\[onnx\]', or, for CUDA,"):
+        in_onnxruntime().open(OpenContext(tmp_path, tmp_path, SILENT))
+
+
+def test_what_an_original_is_exported_to_is_removed_when_it_fails(original: Path, tmp_path: Path) -> None:
+    folder = damaged(original, tmp_path / "model")
+    tensors = FILES.load_file(folder / "model.safetensors")
+    FILES.save_file({name: value for name, value in tensors.items() if "norm2" not in name}, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match="norm2"), opened(folder):
+        pass
+    assert list((tmp_path / "logs").iterdir()) == []
+    (tmp_path / "logs").rmdir()
+    (tmp_path / "logs").write_text("in the way")
+    with (
+        pytest.raises(StoreError, match=r"original\.onnx-export: .* cannot be exported there .* free space"),
+        opened(folder),
+    ):
+        pass
