@@ -2,11 +2,11 @@
 
     python -m benchmarks.clip_edge --output benchmarks/results/clip_edge.json
 
-The demo's CLIP is quantized (W8A8, both towers and projections), exported in float32 and in INT8, and asked of which of its classes
-each of the held-out images is. Every side is given one image, or one text, at a time and one thread; the sides take turns, a round is
-`--calls` calls of each, and each row has the median over the rounds of a call's seconds on the core (`process_time`, which a busy
-machine lengthens little) and by the clock. `speedup` is the median of PyTorch's seconds over a side's in the same round. Preparing
-images and texts is left out: all sides take the same arrays.
+The demo's CLIP is quantized (W8A8, both towers and projections), exported in float32 and in INT8, and asked which of its classes
+each held-out image is of. Every side has one thread and takes one image, or one text, at a time. The sides take turns; a round is
+`--calls` calls of each, and a row has the median over the rounds of a call's time on the core (`process_time`, which a busy machine
+lengthens little) and by the clock. `speedup` is the median of PyTorch's time over a side's in the same round. Preparing images and
+texts is left out: all sides take the same arrays.
 """
 
 from __future__ import annotations
@@ -226,7 +226,8 @@ def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the figures as a table."""
     lines = [f"{'':30}{'MB':>8}{'smaller':>9}{'ms/image':>10}{'faster':>8}{'ms/text':>9}{'faster':>8}{'right':>8}{'lost':>7}"]
     lines += [
-        f"{name:30}{row['bytes'] / 1e6:8.2f}{row['times_smaller']:9.2f}{row['image']['core_ms']:10.2f}{row['image']['speedup']:8.2f}"
+        f"{name:30}{row['bytes'] / 1e6:8.2f}{row['times_smaller']:9.2f}"
+        f"{row['image']['core_ms']:10.2f}{row['image']['speedup']:8.2f}"
         f"{row['text']['core_ms']:9.2f}{row['text']['speedup']:8.2f}{row['accuracy']:8.3f}{row['points_lost']:7.2f}"
         for name, row in rows.items()
     ]

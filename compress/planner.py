@@ -151,7 +151,7 @@ class Planner:
         export = self.recipe.export[position]
         if not isinstance(export, VerifiedExport):
             return []
-        key = self._key("verify", artifact, export.verification_revision, versions_of(export.verification_libraries))
+        key = self._key("verify", artifact, export.verification_revision, export.verification_versions())
         return [Step(f"verify {name}", "verify", key, position, artifact=name)]
 
     def _at(self, place: int) -> str:

@@ -104,8 +104,13 @@ class VerifiedExport(Export, ABC):
     verification_revision: ClassVar[int] = 1
     """Raised whenever the same artifact is compared in another way, or by other limits."""
 
-    verification_libraries: ClassVar[tuple[str, ...]] = ("onnxruntime", "torch", "transformers")
-    """The distributions whose versions shape what is found."""
+    @abstractmethod
+    def verification_versions(self) -> dict[str, str]:
+        """Return the versions, by distribution, that shape what a verification finds; imports nothing heavy.
+
+        Raises:
+            MissingError: the runtime that it is done with is not installed.
+        """
 
     @abstractmethod
     def verify(self, context: VerifyContext) -> Verification:

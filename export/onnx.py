@@ -53,6 +53,16 @@ class Onnx(OnnxExport, VerifiedExport):
             write_json(context.target / "config.json", config)
             copy_side_files(context.source, context.target)
 
+    def verification_versions(self) -> dict[str, str]:
+        """Return the versions of ONNX Runtime, and of what prepares text and images for it.
+
+        Raises:
+            MissingError: it is not installed.
+        """
+        from compress.runtimes.onnxruntime import Onnxruntime
+
+        return Onnxruntime(runtime="onnxruntime").versions()
+
     def verify(self, context: VerifyContext) -> Verification:
         """Compare every graph with the checkpoint's own part, and what ONNX Runtime answers, on the CPU.
 

@@ -36,6 +36,18 @@ class Decoding:
         self._read = {name.replace(PRESENT, PAST, 1): value for name, value in self._cache.items()}
         self._read |= {name: decoder.hold(value.astype(decoder.inputs[name].dtype)) for name, value in prepared.states.items()}
 
+    def begin(self) -> NDArray[np.float32]:
+        """Read the whole batch and return the logits of each row's first token to come [samples, vocabulary]."""
+        logits = self.prefill(1)[:, 0]
+        prepared, rows, ends = self._prepared, np.arange(len(self._lengths)), self._lengths - 1
+        if (ends + 1 == prepared.longest).all():
+            return logits
+        # Logits for every place at which a row may end would take much memory: the rows' last tokens are read once more instead.
+        given = {_EMBEDS: prepared.embeds[rows, ends][:, None], "position_ids": prepared.positions[..., rows, ends][..., None]}
+        if prepared.levels is not None:
+            given[LEVELS_IN] = prepared.levels[:, rows, ends][:, :, None]
+        return self._append(given, ends)
+
     def prefill(self, keep: int) -> NDArray[np.float32]:
         """Read the whole batch and return the logits of the last `keep` places, padding included, [samples, keep, vocabulary]."""
         prepared = self._prepared
@@ -57,17 +69,21 @@ class Decoding:
         """
         prepared, places = self._prepared, self._lengths
         positions = (places + prepared.offsets)[:, None]
-        embedded = self._graphs.embed.run({"input_ids": tokens[:, None]}, staying=(_EMBEDS,))[_EMBEDS]
         given: dict[str, Any] = {
-            _EMBEDS: embedded,
-            "attention_mask": np.arange(places.max() + 1) <= places[:, None],
+            _EMBEDS: self._graphs.embed.run({"input_ids": tokens[:, None]}, staying=(_EMBEDS,))[_EMBEDS],
             "position_ids": np.broadcast_to(positions, (*prepared.positions.shape[:-1], 1)),
         }
-        if prepared.seen is not None:
-            given[SEEN] = prepared.seen[np.arange(len(tokens)), prepared.lengths - 1][:, None]
         if prepared.levels is not None:
             given[LEVELS_IN] = np.zeros_like(prepared.levels[:, :, :1])
         self._lengths = places + going
+        return self._append(given, places)
+
+    def _append(self, given: dict[str, Any], places: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Read one token a row, at the place where each stands, and return the logits of the next."""
+        prepared = self._prepared
+        given["attention_mask"] = np.arange(places.max() + 1) <= places[:, None]
+        if prepared.seen is not None:
+            given[SEEN] = prepared.seen[np.arange(len(places)), prepared.lengths - 1][:, None]
         return self._run(given, 1)[:, 0]
 
     def _run(self, given: dict[str, Any], keep: int) -> NDArray[np.float32]:

@@ -25,7 +25,7 @@ LEVELS_IN, SEEN = "deepstack_embeds", "cross_attention_mask"
 _PIXELS = "pixel_values"
 _PATCHES = 2
 """How many axes pixels have that are patches of all images in one sequence."""
-_PATCHES_AT_ONCE = 512
+_PATCHES_AT_ONCE = 256
 _CPU = torch.device("cpu")
 
 Rope = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compress.artifact import artifact_format
 from compress.calibration.collect import longest_input
 from compress.checkpoint import read_config
 from compress.conversation import load_processor
@@ -77,7 +78,7 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Onnxrunt
 @contextmanager
 def _graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Generator[Path]:
     """Give the folder that holds the graphs: the artifact or, of a checkpoint that has none, one that is removed afterwards."""
-    if any(context.artifact.glob("*.onnx")):
+    if artifact_format(context.artifact) == "onnx":
         yield context.artifact
         return
     from compress.export.format import ExportContext
@@ -227,9 +228,7 @@ class OnnxruntimeSession:
         """Return the likeliest continuation of each prompt: at most so many tokens, without the one that ends it."""
         prepared = preparer.prepare(batch)
         decoding = Decoding(preparer.graphs, prepared, prepared.longest + most)
-        spread = prepared.longest - int(prepared.lengths.min())
-        rows = np.arange(len(batch))
-        logits = decoding.prefill(spread + 1)[rows, prepared.lengths - 1 - (prepared.longest - spread - 1)]
+        logits = decoding.begin()
         never = [token for token in preparer.placeholders if token < logits.shape[1]]
         going = np.ones(len(batch), dtype=np.bool_)
         said: list[list[int]] = [[] for _ in batch]

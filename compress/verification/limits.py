@@ -23,21 +23,21 @@ Rounding = Literal[
 
 PARTS: Mapping[Rounding, float] = {
     "float32": 1e-4,
-    "float16": 2e-2,
+    "float16": 0.02,
     "inputs in blocks": 0.15,
-    "inputs to 8 bits": 0.1,
-    "embeddings in 8 bits": 5e-3,
-    "head in 8 bits": 2e-2,
+    "inputs to 8 bits": 0.15,
+    "embeddings in 8 bits": 0.005,
+    "head in 8 bits": 0.02,
     "head in 4 bits": 0.25,
 }
 """What each rounding may change of a part's outputs, over the checkpoint's largest magnitude."""
 
 LIKELIHOODS: Mapping[Rounding, float] = {
-    "float32": 1e-3,
-    "float16": 5e-2,
-    "inputs in blocks": 0.5,
-    "inputs to 8 bits": 0.5,
-    "embeddings in 8 bits": 0.25,
+    "float32": 0.001,
+    "float16": 0.05,
+    "inputs in blocks": 0.25,
+    "inputs to 8 bits": 0.25,
+    "embeddings in 8 bits": 0.1,
     "head in 8 bits": 0.1,
     "head in 4 bits": 0.5,
 }

@@ -1,4 +1,7 @@
-"""CLIP (arXiv 2103.00020) as two graphs, one for images and one for texts, each by itself."""
+"""CLIP (arXiv 2103.00020) as two graphs, one for images and one for texts, each by itself.
+
+How alike an image and a text are is the cosine of what the two give, times `logit_scale` in the metadata of either file.
+"""
 
 from __future__ import annotations
 
@@ -70,5 +73,6 @@ def _project(parts: Parts, value: str, norm: str, config: Any, projection: str, 
     """Norm and project the one place [batch, 1, hidden] that is left, and give it out."""
     graph = parts.graph
     normed = parts.layer_norm(graph.op("Squeeze", value, graph.const([1])), norm, float(config.layer_norm_eps))
+    graph.notes["logit_scale"] = repr(float(parts.source.reader.tensor("logit_scale").float().exp()))
     width = int(parts.source.config.projection_dim)
     graph.output(name, parts.linear(normed, projection), graph.dtype, ["batch_size", width])

@@ -81,6 +81,9 @@ class Graph:
     inputs: list[ValueInfoProto] = field(default_factory=lambda: list[ValueInfoProto]())
     outputs: list[ValueInfoProto] = field(default_factory=lambda: list[ValueInfoProto]())
     weights: dict[str, Weight] = field(default_factory=lambda: dict[str, Weight]())
+    notes: dict[str, str] = field(default_factory=lambda: dict[str, str]())
+    """What is said of the graph in its file's metadata."""
+
     _constants: dict[tuple[str, tuple[int, ...], bytes], TensorProto] = field(default_factory=lambda: {}, repr=False)
     _known: list[ValueInfoProto] = field(default_factory=lambda: list[ValueInfoProto](), repr=False)
     _scopes: list[str] = field(default_factory=lambda: list[str](), repr=False)
@@ -205,7 +208,9 @@ class Graph:
         domains = [helper.make_opsetid("", OPSET)]
         if any(node.domain == MICROSOFT for node in self.nodes):
             domains.append(helper.make_opsetid(MICROSOFT, 1))
-        return helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="vlm-compress")
+        model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="vlm-compress")
+        helper.set_model_props(model, self.notes)
+        return model
 
     def _named(self, kind: str) -> str:
         base = "/".join(("", *self._scopes, kind))

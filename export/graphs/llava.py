@@ -58,7 +58,7 @@ def _layers(parts: Parts, pixels: str) -> list[str]:
     config, tower = parts.source.config, parts.source.config.vision_config
     count, said = int(tower.num_hidden_layers), config.vision_feature_layer
     wanted = [said] if isinstance(said, int) else [int(layer) for layer in said]
-    if not wanted or not all(-count - 1 <= layer <= count for layer in wanted):
+    if not all(-count - 1 <= layer <= count for layer in wanted):
         raise CheckpointError(
             f"{parts.source.checkpoint.folder}/config.json: vision_feature_layer is {said}, "
             f"of a tower of {count} blocks; fetch the checkpoint again"

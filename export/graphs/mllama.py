@@ -16,9 +16,23 @@ from compress.export.graphs.parts import Parts
 
 _TOWER, _PROJECTOR = "model.vision_model", "model.multi_modal_projector"
 _MULTIPLE = 8
-"""What the number of places of a tile is padded to a multiple of; padding is seen by the patches, as in training."""
+"""What the number of places of a tile is padded to a multiple of; padding is seen by the patches, as in training. Heads are widened
+by as much, since fused kernels want such widths."""
 
 _TOWER_EPSILON = 1e-5
+
+
+_MARK = 64.0
+"""Its square, scaled, is more than any score, and within what float16 holds."""
+
+
+@dataclass(frozen=True)
+class Marks:
+    """What stands beside each head's queries, keys and values of the tower, [images, all places, heads, 8]."""
+
+    query: str
+    key: str
+    value: str
 
 
 @dataclass(frozen=True)
@@ -82,19 +96,19 @@ def _tower(parts: Parts, pixels: str, ratios: str, mask: str) -> str:
     value = parts.layer_norm(_patches(parts, pixels, ratios, config), f"{_TOWER}.layernorm_pre", _TOWER_EPSILON)
     value = graph.op("Pad", value, graph.const([0, 0, 0, 0, 0, 0, padding, 0]), graph.const(0.0))
     value = graph.reshape(value, [-1, tiles * (places + padding), width])
-    bias = _tile_bias(parts, mask, places, padding)
+    marks = _marks(parts, mask, places, padding)
 
     inner: list[str] = []
     for layer in range(int(config.num_hidden_layers)):
         with graph.scope(f"layers.{layer}"):
-            value = _block(parts, value, f"{_TOWER}.transformer.layers.{layer}", bias, config)
+            value = _block(parts, value, f"{_TOWER}.transformer.layers.{layer}", marks, config)
         inner.append(value)
     value = parts.layer_norm(value, f"{_TOWER}.layernorm_post", _TOWER_EPSILON)
     value = _tile_positions(parts, graph.reshape(value, padded), "post_tile_positional_embedding", ratios, config)
     value = graph.reshape(value, [-1, tiles * (places + padding), width])
     for layer in range(int(config.num_global_layers)):
         with graph.scope(f"global_layers.{layer}"):
-            value = _block(parts, value, f"{_TOWER}.global_transformer.layers.{layer}", bias, config, gated=True)
+            value = _block(parts, value, f"{_TOWER}.global_transformer.layers.{layer}", marks, config, gated=True)
 
     chosen = [graph.reshape(inner[int(index)], [*padded, 1]) for index in config.intermediate_layers_indices]
     mixed = graph.reshape(graph.op("Concat", *chosen, axis=-1), [*padded[:3], width * len(chosen)])
@@ -133,31 +147,48 @@ def _tile_positions(parts: Parts, value: str, name: str, ratios: str, config: An
     return graph.op("Add", value, graph.op("Mul", found, graph.op("Tanh", parts.tensor(f"{_TOWER}.{name}.gate"))))
 
 
-def _tile_bias(parts: Parts, mask: str, places: int, padding: int) -> str:
-    """Return the bias [images, 1, all places, all places] that keeps padding from padding, and nothing else, as in training."""
-    graph = parts.graph
-    real = np.concatenate([np.ones(places), np.zeros(padding)]).astype(np.bool_)
+def _marks(parts: Parts, mask: str, places: int, padding: int) -> Marks:
+    """Return what is put beside queries, keys and values of every place of images, so that padding is not seen from padding.
+
+    That alone is hidden, as in training. A large negative product does it without a bias, which would be as large as the scores,
+    and need them all in memory at once.
+    """
+    graph, heads = parts.graph, int(parts.source.config.vision_config.attention_heads)
+    real = np.concatenate([np.ones(places), np.zeros(padding)])
     seen = graph.op("And", graph.cast(graph.op("Unsqueeze", mask, graph.const([-1])), np.bool_), graph.const(real, np.bool_))
-    empty = graph.op("Not", graph.op("Flatten", seen))
-    both = graph.op("And", graph.op("Unsqueeze", empty, graph.const([1, 3])), graph.op("Unsqueeze", empty, graph.const([1, 2])))
-    return _bias(graph, both)
+    empty = graph.reshape(graph.cast(graph.op("Not", seen), graph.dtype), [0, -1, 1, 1])
+    row = np.zeros((1, 1, heads, _MULTIPLE))
+    row[..., 0] = _MARK
+    query, key, states = (graph.op("Mul", empty, graph.const(each)) for each in (row, -row, 0 * row))
+    return Marks(query, key, states)
 
 
 def _bias(graph: Graph, hidden: str) -> str:
     return graph.op("Where", hidden, graph.const(float(np.finfo(graph.dtype).min)), graph.const(0.0))
 
 
-def _block(parts: Parts, value: str, name: str, bias: str, config: Any, *, gated: bool = False) -> str:
+def _block(parts: Parts, value: str, name: str, marks: Marks, config: Any, *, gated: bool = False) -> str:
     """Return what a block of the tower makes of a value [images, all places, hidden]."""
     graph, epsilon = parts.graph, float(config.norm_eps)
     normed = parts.layer_norm(value, f"{name}.input_layernorm", epsilon)
-    query, key, states = parts.linears(normed, [f"{name}.self_attn.{part}_proj" for part in "qkv"])
-    mixed = parts.attention(query, key, states, int(config.attention_heads), bias)
-    mixed = parts.linear(mixed, f"{name}.self_attn.o_proj")
+    mixed = _tower_attention(parts, normed, f"{name}.self_attn", marks, int(config.attention_heads))
     value = graph.op("Add", value, _gate(parts, mixed, f"{name}.gate_attn") if gated else mixed)
     normed = parts.layer_norm(value, f"{name}.post_attention_layernorm", epsilon)
     grown = parts.linear(parts.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act)), f"{name}.mlp.fc2")
     return graph.op("Add", value, _gate(parts, grown, f"{name}.gate_ffn") if gated else grown)
+
+
+def _tower_attention(parts: Parts, value: str, name: str, marks: Marks, heads: int) -> str:
+    """Return attention `name` of a value [images, all places, hidden] over itself."""
+    graph, width = parts.graph, int(parts.source.config.vision_config.hidden_size) // heads
+    found = parts.linears(value, [f"{name}.{part}_proj" for part in "qkv"])
+    query, key, states = (
+        graph.reshape(graph.op("Concat", graph.reshape(each, [0, 0, heads, width]), mark, axis=-1), [0, 0, -1])
+        for each, mark in zip(found, (marks.query, marks.key, marks.value), strict=True)
+    )
+    mixed = parts.attention(query, key, states, heads, scale=width**-0.5)
+    mixed = graph.slice(graph.reshape(mixed, [0, 0, heads, width + _MULTIPLE]), 0, width, 3)
+    return parts.linear(graph.reshape(mixed, [0, 0, heads * width]), f"{name}.o_proj")
 
 
 def _gate(parts: Parts, value: str, name: str) -> str:

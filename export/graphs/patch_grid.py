@@ -10,14 +10,42 @@ from compress.export.graphs.graph import Graph
 
 
 @dataclass(frozen=True)
-class PatchGrid:
-    """The places of patches that lie one image after the other, each frame in squares of `merge` by `merge`, int64 [patches].
+class Groups:
+    """Patches that attend to each other, laid out one group to a row: each row has as many places as the largest group may need.
 
-    `frame` is the first patch of the frame that a patch belongs to; `heights` and `widths` are those of its frame, in patches.
+    `patches` int64 [groups, places] is the patch in each place (the first where there is none), `filled` bool tells where there
+    is one, and `places` int64 [patches] is where each patch lies among all. `shape` is what groups and places are in shapes.
+    """
+
+    patches: str
+    filled: str
+    places: str
+    shape: tuple[str, str | int]
+
+    @staticmethod
+    def of(graph: Graph, group: str, place: str, extents: tuple[str, str], shape: tuple[str, str | int]) -> Groups:
+        """Return the layout of patches whose groups and places in them are known; `extents` are how many of each there are."""
+        places = graph.op("Add", graph.op("Mul", group, extents[1]), place)
+        empty = graph.op("Expand", graph.const([-1]), graph.op("Mul", *extents))
+        patches = graph.op("ScatterElements", empty, places, graph.arange(graph.extent(group, 0)), axis=0)
+        patches = graph.op("Reshape", patches, graph.op("Concat", *extents, axis=0))
+        filled = graph.op("GreaterOrEqual", patches, graph.const(0))
+        return Groups(graph.op("Max", patches, graph.const(0)), filled, places, shape)
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """The places of patches that lie one image after the other, frame by frame, in squares of `merge` by `merge`.
+
+    Of each patch, int64 [patches]: its `image`, its frame in it and its place in that, its row and column; `heights` and
+    `widths` of its frame, in patches. `grids` are the frames, rows and columns of each image, int64 [images].
     """
 
     graph: Graph
+    grids: tuple[str, str, str]
+    image: str
     frame: str
+    place: str
     row: str
     column: str
     heights: str
@@ -28,32 +56,52 @@ class PatchGrid:
         """Return the places of `count` patches (int64 [1]) of images whose frames, rows and columns are `grids` [images, 3]."""
         frames, rows, columns = (graph.reshape(each, [-1]) for each in graph.split(grids, [1, 1, 1], axis=1))
         ends = graph.op("CumSum", graph.op("Mul", frames, graph.op("Mul", rows, columns)), graph.const(0))
-        starts = graph.op("Concat", graph.const([0]), graph.slice(ends, 0, -1, 0), axis=0)
         patch = graph.arange(count)
-        begun = graph.op("GreaterOrEqual", graph.reshape(patch, [-1, 1]), graph.reshape(ends, [1, -1]))
-        image = graph.op("ReduceSum", graph.cast(begun, np.int64), graph.const([1]), keepdims=0)
-        heights, widths, start = (graph.op("Gather", each, image) for each in (rows, columns, starts))
-        local = graph.op("Sub", patch, start)
-        within = graph.op("Mod", local, graph.op("Mul", heights, widths))
-        square, inside = _divided(graph, within, graph.const(merge * merge))
+        passed = graph.op("GreaterOrEqual", graph.reshape(patch, [-1, 1]), graph.reshape(ends, [1, -1]))
+        image = graph.op("ReduceSum", graph.cast(passed, np.int64), graph.const([1]), keepdims=0)
+        heights, widths = (graph.op("Gather", each, image) for each in (rows, columns))
+        start = graph.op("Gather", _before(graph, ends), image)
+        frame, place = _divided(graph, graph.op("Sub", patch, start), graph.op("Mul", heights, widths))
+        square, inside = _divided(graph, place, graph.const(merge * merge))
         square_row, square_column = _divided(graph, square, graph.op("Div", widths, graph.const(merge)))
         row, column = _divided(graph, inside, graph.const(merge))
-        return PatchGrid(
-            graph,
-            frame=graph.op("Sub", patch, within),
-            row=graph.op("Add", graph.op("Mul", square_row, graph.const(merge)), row),
-            column=graph.op("Add", graph.op("Mul", square_column, graph.const(merge)), column),
-            heights=heights,
-            widths=widths,
-        )
+        row = graph.op("Add", graph.op("Mul", square_row, graph.const(merge)), row)
+        column = graph.op("Add", graph.op("Mul", square_column, graph.const(merge)), column)
+        return PatchGrid(graph, (frames, rows, columns), image, frame, place, row, column, heights, widths)
 
-    def windows(self, side: int) -> str:
-        """Return a number for the window of `side` by `side` patches that each patch lies in, different in each frame."""
+    def frames(self) -> Groups:
+        """Return the frames as groups."""
+        graph, (frames, rows, columns) = self.graph, self.grids
+        largest = graph.op("ReduceMax", graph.op("Mul", rows, columns), keepdims=1)
+        number, count = self._numbered(frames)
+        return Groups.of(graph, graph.op("Add", number, self.frame), self.place, (count, largest), ("frames", "frame_patches"))
+
+    def windows(self, side: int) -> Groups:
+        """Return the windows of `side` by `side` patches as groups; those at the right and lower edge of a frame may be smaller."""
+        graph, (frames, rows, columns), length = self.graph, self.grids, self.graph.const(side)
+        down, across = (self._windows_along(each, side) for each in (rows, columns))
+        window_row, row = _divided(graph, self.row, length)
+        window_column, column = _divided(graph, self.column, length)
+        number, count = self._numbered(graph.op("Mul", frames, graph.op("Mul", down, across)))
+        above = graph.op("Add", graph.op("Mul", self.frame, self._windows_along(self.heights, side)), window_row)
+        left = graph.op("Add", graph.op("Mul", above, self._windows_along(self.widths, side)), window_column)
+        place = graph.op("Add", graph.op("Mul", row, length), column)
+        return Groups.of(graph, graph.op("Add", number, left), place, (count, graph.const([side * side])), ("windows", side * side))
+
+    def _windows_along(self, extent: str, side: int) -> str:
         graph = self.graph
-        length = graph.const(side)
-        across = graph.op("Div", graph.op("Add", self.widths, graph.const(side - 1)), length)
-        above = graph.op("Mul", graph.op("Div", self.row, length), across)
-        return graph.op("Add", self.frame, graph.op("Add", above, graph.op("Div", self.column, length)))
+        return graph.op("Div", graph.op("Add", extent, graph.const(side - 1)), graph.const(side))
+
+    def _numbered(self, counts: str) -> tuple[str, str]:
+        """Return, where each image has so many groups, how many come before each patch's image, and how many there are, [1]."""
+        graph = self.graph
+        ends = graph.op("CumSum", counts, graph.const(0))
+        return graph.op("Gather", _before(graph, ends), self.image), graph.slice(ends, -1, None, 0)
+
+
+def _before(graph: Graph, ends: str) -> str:
+    """Return sums up to but without each, given those that include it."""
+    return graph.op("Concat", graph.const([0]), graph.slice(ends, 0, -1, 0), axis=0)
 
 
 def _divided(graph: Graph, value: str, divisor: str) -> tuple[str, str]:

@@ -12,9 +12,11 @@ import numpy as np
 
 from compress.export.graphs.decoder import feed_forward
 from compress.export.graphs.parts import Parts
-from compress.export.graphs.patch_grid import PatchGrid
+from compress.export.graphs.patch_grid import Groups, PatchGrid
 
 _EPSILON = 1e-6
+_NEVER = -30000.0
+_MARKS = 8
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,11 @@ class Tower:
     window: int
     whole: tuple[int, ...]
     levels: tuple[int, ...]
+
+    @property
+    def width(self) -> int:
+        """A head's."""
+        return self.hidden // self.heads
 
     @staticmethod
     def of(parts: Parts) -> Tower:
@@ -63,6 +70,32 @@ class Rotation:
     places: str
 
 
+@dataclass(frozen=True)
+class Attention:
+    """The groups in which patches attend to each other, and what keeps them from places that no patch is in.
+
+    Queries and keys, [groups, places, heads, width], are made longer by these marks: the product of a query's and an empty
+    place's is `_NEVER`, that of others 0. So no mask is needed, with which attention would hold all scores in memory at once;
+    the marks are as many as keep the width a multiple of eight.
+    """
+
+    groups: Groups
+    queries: str
+    keys: str
+
+    @staticmethod
+    def of(parts: Parts, groups: Groups, heads: int) -> Attention:
+        """Return the attention in `groups`."""
+        graph = parts.graph
+        first = np.arange(_MARKS) == 0
+        shape = graph.op("Concat", graph.op("Shape", groups.filled), graph.const([heads, _MARKS]), axis=0)
+        filled = graph.op("Unsqueeze", groups.filled, graph.const([2, 3]))
+        zeros = np.zeros(_MARKS)
+        keys = graph.op("Where", filled, graph.const(zeros), graph.const(np.where(first, _NEVER, 0.0)))
+        queries = graph.const(first.astype(np.float64))
+        return Attention(groups, *(graph.op("Expand", each, shape) for each in (queries, keys)))
+
+
 def vision_encoder(parts: Parts) -> None:
     """Emit the tower: `pixel_values` [patches, values], `image_grid_thw` [images, 3] to `image_features` [tokens, hidden].
 
@@ -75,12 +108,13 @@ def vision_encoder(parts: Parts) -> None:
     places = PatchGrid.of(graph, grids, graph.extent(pixels, 0), tower.merge)
     value = _embed(parts, tower, pixels, places)
     rotation = _rotation(parts, tower, places)
-    whole = parts.block_mask(places.frame)
-    windows = parts.block_mask(places.windows(tower.window)) if tower.window else ""
+    whole = Attention.of(parts, places.frames(), tower.heads)
+    windows = Attention.of(parts, places.windows(tower.window), tower.heads) if tower.window else whole
     levels: list[str] = []
     for block in range(tower.blocks):
         with graph.scope(f"blocks.{block}"):
-            value = _block(parts, tower, block, value, rotation, whole if block in tower.whole else windows)
+            name = f"{tower.name}.blocks.{block}"
+            value = _block(parts, tower, name, value, (rotation, whole if block in tower.whole else windows))
             if block in tower.levels:
                 merger = f"{tower.name}.deepstack_merger_list.{tower.levels.index(block)}"
                 levels.append(graph.op("Unsqueeze", _merged(parts, tower, merger, value), graph.const([0])))
@@ -91,14 +125,14 @@ def vision_encoder(parts: Parts) -> None:
 
 
 def _embed(parts: Parts, tower: Tower, pixels: str, places: PatchGrid) -> str:
-    """Return the patches' embeddings [1, patches, hidden]: a convolution whose kernels do not overlap is a product."""
+    """Return the patches' embeddings [patches, hidden]: a convolution whose kernels do not overlap is a product."""
     graph, name = parts.graph, f"{tower.name}.patch_embed.proj"
     value = graph.op("MatMul", pixels, parts.tensor(f"{name}.weight", lambda kernel: kernel.flatten(1).T, "_matrix"))
     if parts.has(f"{name}.bias"):
         value = graph.op("Add", value, parts.tensor(f"{name}.bias"))
     if parts.has(f"{tower.name}.pos_embed.weight"):
         value = graph.op("Add", value, _positions(parts, f"{tower.name}.pos_embed.weight", places))
-    return graph.op("Unsqueeze", value, graph.const([0]))
+    return value
 
 
 def _positions(parts: Parts, name: str, places: PatchGrid) -> str:
@@ -145,17 +179,37 @@ def _rotation(parts: Parts, tower: Tower, places: PatchGrid) -> Rotation:
     return Rotation(tables[0], tables[1], rows)
 
 
-def _block(parts: Parts, tower: Tower, block: int, value: str, rotation: Rotation, bias: str) -> str:
-    graph, name, shape = parts.graph, f"{tower.name}.blocks.{block}", (1, "patches", tower.hidden)
-    states = parts.linear(_norm(parts, value, f"{name}.norm1"), f"{name}.attn.qkv")
+def _block(parts: Parts, tower: Tower, name: str, value: str, sight: tuple[Rotation, Attention]) -> str:
+    """Return what a block makes of patches [patches, hidden]: attention and feed-forward, each normed first and added."""
+    mixed = _attention(parts, tower, parts.linear(_norm(parts, value, f"{name}.norm1"), f"{name}.attn.qkv"), *sight)
+    value = parts.graph.op("Add", value, parts.linear(mixed, f"{name}.attn.proj"))
+    return parts.graph.op("Add", value, _feed_forward(parts, tower, _norm(parts, value, f"{name}.norm2"), f"{name}.mlp"))
+
+
+def _attention(parts: Parts, tower: Tower, states: str, rotation: Rotation, attention: Attention) -> str:
+    """Return attention [patches, hidden] of queries, keys and values that lie side by side, [patches, 3 · hidden]."""
+    graph, groups = parts.graph, attention.groups
     query, key, content = graph.split(states, [tower.hidden] * 3)
-    query, key = (
-        graph.typed(parts.rotated(each, rotation.cosines, rotation.sines, rotation.places), graph.dtype, shape)
-        for each in (query, key)
-    )
-    mixed = graph.typed(parts.attention(query, key, content, tower.heads, bias), graph.dtype, shape)
-    value = graph.op("Add", value, parts.linear(mixed, f"{name}.attn.proj"))
-    return graph.op("Add", value, _feed_forward(parts, tower, _norm(parts, value, f"{name}.norm2"), f"{name}.mlp"))
+    query = _marked(parts, tower, _rotated(parts, tower, query, rotation), groups, attention.queries)
+    key = _marked(parts, tower, _rotated(parts, tower, key, rotation), groups, attention.keys)
+    content = graph.op("Gather", content, groups.patches, axis=0)
+    mixed = parts.attention(query, key, content, tower.heads, scale=tower.width**-0.5)
+    mixed = graph.reshape(graph.typed(mixed, graph.dtype, (*groups.shape, tower.hidden)), [-1, tower.hidden])
+    return graph.op("Gather", mixed, groups.places, axis=0)
+
+
+def _rotated(parts: Parts, tower: Tower, value: str, rotation: Rotation) -> str:
+    """Return [1, patches, hidden]: queries or keys [patches, hidden], turned by their places."""
+    row = parts.graph.op("Unsqueeze", value, parts.graph.const([0]))
+    turned = parts.rotated(row, rotation.cosines, rotation.sines, rotation.places)
+    return parts.graph.typed(turned, parts.graph.dtype, (1, "patches", tower.hidden))
+
+
+def _marked(parts: Parts, tower: Tower, value: str, groups: Groups, marks: str) -> str:
+    """Return queries or keys laid out in groups, [groups, places, heads · (width + marks)]."""
+    graph = parts.graph
+    laid = graph.op("Gather", graph.reshape(value, [-1, tower.heads, tower.width]), groups.patches, axis=0)
+    return graph.reshape(graph.op("Concat", laid, marks, axis=3), [0, 0, tower.heads * (tower.width + _MARKS)])
 
 
 def _feed_forward(parts: Parts, tower: Tower, value: str, name: str) -> str:

@@ -12,7 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionConfig
-from transformers.models.llava_next.modeling_llava_next import LlavaNextModel, image_size_to_num_patches
+from transformers.models.llava_next import modeling_llava_next
 
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
@@ -25,6 +25,7 @@ from tests.quantized import round_checkpoint, scheme
 from tests.tiny import BUILDERS, Sizes
 from tests.tiny.parts import fill
 
+LLAVA_NEXT = cast("Any", modeling_llava_next)
 FAMILIES = ("llava", "llava-next")
 MARK = "<image>\n"
 PROMPTS: tuple[tuple[str, Pictures], ...] = (
@@ -114,18 +115,19 @@ def test_tiles_are_packed_as_by_transformers(
     session: Any = onnxruntime.InferenceSession(str(graph.save(tmp_path, {})))
     for _ in range(60):
         sizes = _sizes(generator, resolutions)
-        tiles = [image_size_to_num_patches(size, resolutions, side) for size in sizes]
-        features = torch.arange(float(sum(tiles) * grid**2)).view(-1, grid**2, 1).split(tiles)
-        packed, _ = LlavaNextModel.pack_image_features(
-            SimpleNamespace(config=config),  # pyright: ignore[reportArgumentType]
-            list(features),
-            torch.tensor(sizes),
-            "default",
-            torch.tensor([-1.0]),
-        )
+        tiles: list[int] = [LLAVA_NEXT.image_size_to_num_patches(size, resolutions, side) for size in sizes]
+        numbered = torch.arange(float(sum(tiles) * grid**2)).view(-1, grid**2, 1)
+        packed = _packed(config, list(cast("Any", numbered).split(tiles)), sizes)
         counted, places = session.run(None, {"image_sizes": np.array(sizes, np.int64)})
         assert counted.tolist() == tiles, sizes
-        assert places.tolist() == torch.cat(packed).flatten().tolist(), sizes
+        assert places.tolist() == packed, sizes
+
+
+def _packed(config: Any, features: list[torch.Tensor], sizes: list[list[int]]) -> list[float]:
+    """Return transformers' order of numbered features, -1 for a newline."""
+    pack, newline = LLAVA_NEXT.LlavaNextModel.pack_image_features, torch.tensor([-1.0])
+    found: list[torch.Tensor] = pack(SimpleNamespace(config=config), features, torch.tensor(sizes), "default", newline)[0]
+    return cast("Any", torch.cat(found)).flatten().tolist()
 
 
 def _sizes(generator: np.random.Generator, resolutions: list[list[int]]) -> list[list[int]]:
@@ -137,7 +139,7 @@ def _sizes(generator: np.random.Generator, resolutions: list[list[int]]) -> list
             up, down = generator.integers(1, 8), generator.integers(1, 6)
             found.append([int(max(1, extent * up // down)) for extent in (height, width)])
         else:
-            height = int(generator.integers(1, generator.choice([60, 700, 5000])))
+            height = int(generator.integers(1, (60, 700, 5000)[generator.integers(3)]))
             found.append([height, int(generator.integers(max(1, height // 30), height * 30))])
     return found
 
@@ -198,7 +200,7 @@ def _unlimited(folder: Path, model: Seeing) -> Any:
     ("family", "key", "value", "fault"),
     [
         ("llava", "vision_feature_layer", -4, "vision_feature_layer is -4, of a tower of 2 blocks"),
-        ("llava-next", "vision_feature_layer", [], r"vision_feature_layer is \[\], of a tower of 2 blocks"),
+        ("llava-next", "vision_feature_layer", [-2, 3], r"vision_feature_layer is \[-2, 3\], of a tower of 2 blocks"),
         ("llava-next", "vision_feature_select_strategy", "full", "'full' leaves 17 tokens of the 16 patches of a tile"),
     ],
 )

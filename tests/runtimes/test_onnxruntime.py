@@ -198,16 +198,16 @@ def test_records_that_do_not_fit_are_refused(artifact: Path, tmp_path: Path) -> 
 def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(artifact: Path, tmp_path: Path) -> None:
     broken, good, long = Prompt("broken", "What is this?", (b"no image",)), asked()[0], Prompt("long", "word " * 3000)
     passages = [Passage("p", (1, 2), broken), Passage("q", (1, 2), good)]
-    heard: list[str] = []
+    heard: list[Answer] = []
     with opened(artifact) as session:
-        found = session.answer([broken, good, long], NEW_TOKENS, SILENT, lambda answer: heard.append(answer.id))
+        found = session.answer([broken, good, long], NEW_TOKENS, SILENT, heard.append)
         alone = session.answer([good], NEW_TOKENS, SILENT)
         first = session.score(passages, tmp_path / "record", None, SILENT)
         again = session.score(passages, None, tmp_path / "record", SILENT)
     assert "broken: image 0: cannot be read as an image" in found[0].fault
     assert found[1:2] == alone and alone[0].fault is None
     assert "long: takes" in found[2].fault and "shorten its text or use smaller images" in found[2].fault
-    assert sorted(heard) == ["broken", "long", "one"]
+    assert sorted(answer.id for answer in heard) == ["broken", "long", "one"]
     assert "broken: image 0" in first[0].fault and len(first[0].negative_log_likelihood) == 0
     assert "broken: image 0" in again[0].fault and len(again[0].kl) == 0
     assert again[1].fault is None and (again[1].kl == 0).all()

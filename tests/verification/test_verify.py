@@ -1,0 +1,158 @@
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from compress.errors import CheckpointError, VerificationError
+from compress.export.onnx import Onnx
+from compress.numerics.scheme import Scheme
+from tests.quantized import round_checkpoint
+from tests.tiny import build_clip, build_llava, build_qwen2_5_vl
+from tests.verification.artifacts import export_onnx, spoil, verify
+
+ROUNDED = Scheme(bits=4, group_size=32, symmetric=False)
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_qwen2_5_vl(tmp_path_factory.mktemp("source") / "model")
+
+
+@pytest.fixture(scope="module")
+def artifact(source: Path) -> tuple[Onnx, Path]:
+    folder = source.parent / "onnx"
+    return export_onnx(source, folder), folder
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Onnx, Path, Path]:
+    folder = tmp_path_factory.mktemp("clip")
+    model = build_clip(folder / "model")
+    return export_onnx(model, folder / "onnx"), folder / "onnx", model
+
+
+def test_a_faithful_artifact_agrees_part_by_part_and_in_every_answer(source: Path, artifact: tuple[Onnx, Path]) -> None:
+    found = verify(*artifact, source)
+    assert found.roundings == ("float32",)
+    assert [part.component for part in found.components] == ["vision encoder", "embeddings", "decoder"]
+    assert [part.inputs for part in found.components] == [4, 5, 10]
+    for part in found.components:
+        assert part.relative < 1e-5
+        assert part.limit == 1e-4
+        assert part.passed
+    assert found.answers is not None
+    assert [(row.shown, row.prompts, row.same) for row in found.answers.agreement] == [
+        ("right image", 8, 8),
+        ("wrong image", 8, 8),
+        ("no image", 8, 8),
+    ]
+    assert found.answers.likelihood < 1e-5
+    assert found.answers.seeing == 8
+    assert found.answers.blind == 0
+    assert found.answers.changed_artifact == found.answers.changed_checkpoint > 0
+
+
+def test_a_vision_encoder_without_weights_is_named_first(source: Path, artifact: tuple[Onnx, Path], tmp_path: Path) -> None:
+    export, folder = artifact
+    broken = spoil(folder, tmp_path / "onnx", "vision_encoder", r"\.(weight|bias)", np.zeros_like)
+    broken = spoil(broken, tmp_path / "both", "decoder_model_merged", r"layers\.1.*down_proj", np.zeros_like)
+    with pytest.raises(VerificationError) as caught:
+        verify(export, broken, source)
+    told = str(caught.value)
+    assert told.startswith(f"{broken / 'vision_encoder.onnx'}: the vision encoder differs from the checkpoint's: by ")
+    assert "1 of its largest value (limit 0.0001; as it runs), for " in told
+    assert " pixels; nothing of it is measured or published. Run again with --fresh" in told
+
+
+def test_exchanged_positions_are_found_in_the_vision_encoder(tmp_path: Path) -> None:
+    model = build_llava(tmp_path / "model")
+    export = export_onnx(model, tmp_path / "onnx")
+    broken = spoil(tmp_path / "onnx", tmp_path / "broken", "vision_encoder", r"position_embedding", lambda rows: rows[::-1])
+    with pytest.raises(VerificationError, match=r"the vision encoder differs from the checkpoint's: by .* for .*an image"):
+        verify(export, broken, model)
+
+
+def test_one_exchanged_weight_of_the_decoder_is_found(source: Path, artifact: tuple[Onnx, Path], tmp_path: Path) -> None:
+    export, folder = artifact
+    broken = spoil(folder, tmp_path / "onnx", "decoder_model_merged", r"layers\.1\..*o_proj\.weight", lambda rows: rows[::-1])
+    with pytest.raises(VerificationError, match=r"decoder_model_merged.onnx: the decoder differs .* in a batch of 3"):
+        verify(export, broken, source)
+
+
+def test_exchanged_embeddings_are_found_before_the_decoder(source: Path, artifact: tuple[Onnx, Path], tmp_path: Path) -> None:
+    export, folder = artifact
+    broken = spoil(folder, tmp_path / "onnx", "embed_tokens", r"embed_tokens", lambda rows: np.roll(rows, 1, 0))
+    with pytest.raises(VerificationError, match=r"embed_tokens.onnx: the embeddings differ"):
+        verify(export, broken, source)
+
+
+def test_numbers_that_are_none_never_agree(source: Path, artifact: tuple[Onnx, Path], tmp_path: Path) -> None:
+    export, folder = artifact
+
+    def spread(rows: np.ndarray) -> np.ndarray:
+        return np.full_like(rows, np.nan)
+
+    broken = spoil(folder, tmp_path / "onnx", "decoder_model_merged", r"layers\.2\..*o_proj\.weight", spread)
+    with pytest.raises(VerificationError, match=r"the decoder differs from the checkpoint's: by inf, inf of its largest value"):
+        verify(export, broken, source)
+
+
+def test_an_artifact_that_sees_every_image_alike_has_a_dead_vision_path(
+    source: Path, artifact: tuple[Onnx, Path], tmp_path: Path
+) -> None:
+    """Its graphs are right, and its processor makes one grey of every image."""
+    export, folder = artifact
+    shutil.copytree(folder, tmp_path / "onnx")
+    path = tmp_path / "onnx" / "processor_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["image_processor"]["image_std"] = [1e9] * 3
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(VerificationError, match=r"a dead vision path: for \d of 8 prompts another image changes"):
+        verify(export, tmp_path / "onnx", source)
+
+
+def test_one_wrong_code_does_not_hide_behind_what_the_runtime_rounds(source: Path, tmp_path: Path) -> None:
+    round_checkpoint(source, tmp_path / "rounded", ROUNDED)
+    export = export_onnx(tmp_path / "rounded", tmp_path / "onnx")
+    found = verify(export, tmp_path / "onnx", tmp_path / "rounded")
+    assert found.roundings == ("float32", "inputs in blocks")
+    held, run = [part for part in found.components if part.component == "decoder"]
+    assert (held.computed, held.limit) == ("inputs not rounded", 1e-4)
+    assert held.relative < 1e-5
+    assert (run.computed, run.limit) == ("as it runs", 0.15)
+    assert 1e-3 < run.relative < 0.1
+    assert held.inputs < run.inputs  # a step with the cache is compared as it runs
+
+    def wrong(codes: np.ndarray) -> np.ndarray:
+        codes[3, 0, 5] ^= 0x0F
+        return codes
+
+    broken = spoil(tmp_path / "onnx", tmp_path / "broken", "decoder_model_merged", r"layers\.1\..*down_proj\.codes", wrong)
+    with pytest.raises(VerificationError, match=r"the decoder differs .*\(limit 0.0001; inputs not rounded\)"):
+        verify(export, broken, tmp_path / "rounded")
+
+
+def test_the_two_towers_of_clip_are_compared_and_what_they_find_nearest(clip: tuple[Onnx, Path, Path]) -> None:
+    found = verify(*clip)
+    assert [part.component for part in found.components] == ["image encoder", "text encoder"]
+    assert all(part.relative < 1e-5 for part in found.components)
+    assert found.answers is not None
+    assert [(row.shown, row.same) for row in found.answers.agreement] == [("right image", 8), ("wrong image", 8)]
+    assert found.answers.blind == 0
+
+
+def test_exchanged_weights_of_clip_are_found_in_their_tower(clip: tuple[Onnx, Path, Path], tmp_path: Path) -> None:
+    export, folder, model = clip
+    broken = spoil(folder, tmp_path / "onnx", "text_model", r"layers\.0\..*fc1\.weight", lambda rows: rows[::-1])
+    with pytest.raises(VerificationError, match=r"text_model.onnx: the text encoder differs .* for the text '"):
+        verify(export, broken, model)
+
+
+def test_a_graph_that_is_missing_is_named(source: Path, artifact: tuple[Onnx, Path], tmp_path: Path) -> None:
+    export, folder = artifact
+    shutil.copytree(folder, tmp_path / "onnx")
+    (tmp_path / "onnx" / "embed_tokens.onnx").unlink()
+    with pytest.raises(CheckpointError, match=r"embed_tokens.onnx: missing; export it again"):
+        verify(export, tmp_path / "onnx", source)
