@@ -1,5 +1,5 @@
 # make demo    the whole way on a small model that ships here: no GPU, no hub, no server
-# make test    every test, vLLM and llm-compressor in their own environments included
+# make test    every test, vLLM, llm-compressor and onnxruntime-genai in their own environments included
 # make browser Chromium, for the tests of the HTML report, where there is none
 # make check   format, lint and types
 # make lock    resolve the tested set of versions again
@@ -36,6 +36,7 @@ test: $(VENV)/.developer browser
 	$(BIN)/compress runtime install llmcompressor
 	$(BIN)/compress runtime install lmms-eval
 	$(BIN)/compress runtime install lm-eval
+	$(BIN)/compress runtime install onnxruntime-genai
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # so small models gain nothing by more threads
 
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable

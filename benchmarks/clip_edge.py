@@ -163,17 +163,17 @@ def _onnx(source: Path, target: Path, embedding_bits: int | None = None) -> Side
 
 
 def read_images(model: Path) -> Labelled:
-    """Return the held-out images of the demo, their captions as classes."""
+    """Return the held-out images of the demo; their labels are the classes."""
     processor: Any = cast("Any", CLIPProcessor).from_pretrained(model / "model")
-    columns = Columns(question=None, answer="caption")
+    columns = Columns(question=None, answer="label")
     found = draw_questions([model / "test.parquet"], columns, None, 0)
-    captions = [question.answers[0] for question in found]
-    names = sorted(set(captions))
+    labels = [question.answers[0] for question in found]
+    names = sorted(set(labels))
     pixels = processor.image_processor([decode_image(each.images[0], each.id) for each in found], return_tensors="np")[
         "pixel_values"
     ]
     texts = [dict(processor.tokenizer([template.format(name)], return_tensors="np")) for name in names for template in TEMPLATES]
-    return Labelled(pixels, np.array([names.index(caption) for caption in captions]), texts)
+    return Labelled(pixels, np.array([names.index(label) for label in labels]), texts)
 
 
 def accuracy(side: Side, labelled: Labelled) -> float:

@@ -1,7 +1,7 @@
 """The command line: the only place that prints and that decides how a process ends.
 
-Exit codes: 0 gate passed, 1 gate failed or inconclusive, 2 recipe or usage error, 3 something is missing here, 70 a fault of this
-program itself, 130 interrupted.
+Exit codes: 0 gate passed, 1 gate failed or inconclusive, or an export differs from its checkpoint, 2 recipe or usage error,
+3 something is missing here, 70 a fault of this program itself, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ examples:
   compress plan recipes/qwen-vl-awq.yaml --set model.source=/models/qwen --set stages.0.group_size=64
   compress runtime install vllm
 
-exit codes: 0 gate passed, 1 gate failed or inconclusive, 2 recipe or usage error,
+exit codes: 0 gate passed, 1 gate failed or inconclusive, or an export differs from its checkpoint, 2 recipe or usage error,
 3 something is missing on this machine, 70 a fault of compress itself, 130 interrupted"""
 
 
@@ -230,7 +230,7 @@ def _parser() -> argparse.ArgumentParser:
     runtime = commands.add_parser("runtime", help="install the engines that run artifacts, or list them")
     actions = runtime.add_subparsers(required=True, metavar="ACTION")
     install = actions.add_parser("install", parents=[shared], help="make a runtime's own environment from its lock file")
-    install.add_argument("name", metavar="NAME", help="vllm, llmcompressor, lmms-eval or lm-eval")
+    install.add_argument("name", metavar="NAME", help="vllm, llmcompressor, onnxruntime-genai, lmms-eval or lm-eval")
     install.set_defaults(command=_runtime, action="install")
     actions.add_parser("list", parents=[shared], help="say which are installed").set_defaults(command=_runtime, action="list")
     return parser

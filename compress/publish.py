@@ -16,6 +16,8 @@ from compress.files import one_error, telling_where, write_text
 from compress.progress import Progress
 from compress.report import Published, Report, checks_of, fidelity_table, table
 from compress.schema import is_local
+from compress.tabular import markdown
+from compress.verification.table import answers_table, components_table
 
 _CARD = "README.md"
 
@@ -79,6 +81,9 @@ def card(report: Report, name: str) -> str:
     front = "\n".join(["---", *base, "library_name: vllm", "pipeline_tag: image-text-to-text", "tags: [compress]", "---"])
     steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])
     notes = "\n\n".join(f"{key}: {text}" for key, text in report.notes.items())
+    own = {name: found} if (found := report.verifications.get(name)) else {}
+    compared = (components_table(own), answers_table(own))
+    verified = "\n".join(f"\n{each.caption}:\n\n{markdown(each)}\n" for each in compared if each.rows)
     provenance = "\n".join(f"- {key}: {known if key == 'source' else value}" for key, value in report.source.items())
     return f"""{front}
 
@@ -91,7 +96,7 @@ def card(report: Report, name: str) -> str:
 {table(rows)}
 
 {fidelity_table(rows)}
-
+{verified}
 {notes}
 
 ## Gate: {report.gate.verdict}

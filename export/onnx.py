@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint import open_checkpoint, read_json_object
 from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
 from compress.export.onnx_export import OnnxExport
 from compress.export.onnx_limits import expected_bytes, faults
+from compress.files import telling_where, write_json
 
 if TYPE_CHECKING:
     from compress.verification.results import Verification
@@ -43,7 +45,6 @@ class Onnx(OnnxExport, VerifiedExport):
         from compress.artifact import copy_side_files
         from compress.export.graphs.parts import Source
         from compress.export.graphs.write import Precision, write_graphs
-        from compress.files import telling_where, write_json
 
         checkpoint = self.checked(context)
         precision = Precision(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
@@ -52,6 +53,7 @@ class Onnx(OnnxExport, VerifiedExport):
         with telling_where(context.target):
             write_json(context.target / "config.json", config)
             copy_side_files(context.source, context.target)
+            _write_image_processor(context.target)
 
     def verification_versions(self) -> dict[str, str]:
         """Return the versions of ONNX Runtime, and of what prepares text and images for it.
@@ -77,3 +79,13 @@ class Onnx(OnnxExport, VerifiedExport):
         settings = Settings(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
         limits = limits_of(settings, open_checkpoint(context.source), context.family)
         return verify_graphs(context, Onnxruntime(runtime="onnxruntime", providers=("cpu",)), limits)
+
+
+def _write_image_processor(folder: Path) -> None:
+    """Give the image processor a file of its own where it has none: what runs graphs elsewhere looks for it there."""
+    whole, own = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if own.exists() or not whole.is_file():
+        return
+    settings = read_json_object(whole)
+    if images := settings.get("image_processor"):
+        write_json(own, {**images, "processor_class": settings.get("processor_class")})

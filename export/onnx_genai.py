@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
 from compress.export.onnx_export import OnnxExport
 from compress.export.onnx_genai_limits import faults, notes
 from compress.export.onnx_limits import expected_bytes
 
+if TYPE_CHECKING:
+    from compress.verification.results import Verification
 
-class OnnxGenai(OnnxExport):
+
+class OnnxGenai(OnnxExport, VerifiedExport):
     """A folder for onnxruntime-genai: `genai_config.json`, its image processor's config, and a graph per component.
 
     `decoder: builder` takes the graph that onnxruntime-genai's own model builder makes, in its own environment; `own` the one of
@@ -36,7 +39,7 @@ class OnnxGenai(OnnxExport):
         return faults(self, outlook)
 
     def notes(self, outlook: Outlook) -> list[str]:
-        """Return in what the runtime's image processor differs from the checkpoint's."""
+        """Return in what the runtime reads prompts otherwise than the checkpoint's own processor."""
         del outlook
         return notes()
 
@@ -55,3 +58,28 @@ class OnnxGenai(OnnxExport):
         from compress.export.onnx_genai_write import write_folder
 
         write_folder(self, context, self.checked(context))
+
+    def verification_versions(self) -> dict[str, str]:
+        """Return the versions in onnxruntime-genai's environment, and of what computes the checkpoint and the graphs here.
+
+        Raises:
+            MissingError: one of the two runtimes is not installed.
+        """
+        from compress.runtimes.onnxruntime import Onnxruntime
+        from compress.runtimes.onnxruntime_genai import ENVIRONMENT, OnnxruntimeGenai
+
+        own = OnnxruntimeGenai(runtime="onnxruntime-genai").versions()
+        here = Onnxruntime(runtime="onnxruntime").versions()
+        return here | {f"{ENVIRONMENT}/{name}": version for name, version in own.items()}
+
+    def verify(self, context: VerifyContext) -> Verification:
+        """Compare every graph with the checkpoint's own part, and what onnxruntime-genai answers, on the CPU.
+
+        Raises:
+            VerificationError: they differ by more than the limits of what was rounded.
+            CheckpointError: a graph, or the checkpoint, cannot be loaded.
+            MissingError: onnxruntime-genai is not installed.
+        """
+        from compress.export.onnx_genai_verify import verify_folder
+
+        return verify_folder(self, context)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 from collections.abc import Sequence
@@ -56,10 +57,11 @@ def build_decoder(export: OnnxGenai, context: ExportContext, outlook: Outlook, w
     command = [str(python), "-I", "-u", "-m", _MODULE, "-i", str(source), "-o", str(built), "-c", str((work / "cache").absolute())]
     _run([*command, *arguments(export, outlook)], context, work)
     path = built / DECODER_OF_BUILDER
+    model = onnx.load_model(str(path), load_external_data=False)
+    fix_cache(model, json.loads((built / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["head_size"])
     if levels:
-        model = onnx.load_model(str(path), load_external_data=False)
         add_levels(model, levels)
-        onnx.save_model(model, str(path))
+    onnx.save_model(model, str(path))
     for found in (path.with_name(f"{path.name}.data"), path):
         found.replace(context.target / found.name)
 
@@ -132,6 +134,13 @@ def _run(command: Sequence[str], context: ExportContext, work: Path) -> None:
                 f"{server.last_words()}"
             )
         advance(1)
+
+
+def fix_cache(model: ModelProto, width: int) -> None:
+    """Say how wide a decoder's keys and values are, which the builder leaves open, in place."""
+    for value in (*model.graph.input, *model.graph.output):
+        if value.name.startswith(("past_key_values.", "present.")):
+            value.type.tensor_type.shape.dim[3].dim_value = width
 
 
 def add_levels(model: ModelProto, levels: int) -> None:

@@ -48,10 +48,10 @@ class GenaiGraph(Graph):
             case _:
                 return super().input(name, dtype, shape)
 
-    def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape) -> None:
+    def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape, *, first: bool = False) -> None:
         """Give a value out; features from within the vision tower as further columns of `image_features`."""
         if not self.levels or name not in ("image_features", "deepstack_features"):
-            super().output(name, value, dtype, shape)
+            super().output(name, value, dtype, shape, first=first)
             return
         if name == "deepstack_features":
             value = self.reshape(self.transpose(value, [1, 0, 2]), [0, self.levels * self.hidden])

@@ -105,8 +105,9 @@ def decoder_schemes(outlook: Outlook) -> dict[str, Scheme]:
 
 
 def notes() -> list[str]:
-    """Return in what onnxruntime-genai's image processor differs from the checkpoint's."""
+    """Return in what onnxruntime-genai reads prompts otherwise than the checkpoint's own processor."""
     return [
         "onnxruntime-genai rounds halves of image sizes away from zero, transformers to even: an image one of whose sides is an "
-        "odd multiple of half the patch grid (such as 70 pixels in a grid of 28) may be read at another size there"
+        "odd multiple of half the patch grid (such as 70 pixels in a grid of 28) may be read at another size there; its tokenizer "
+        "does not compose letters and accents that are apart (NFC): give it text that is"
     ]

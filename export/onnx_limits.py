@@ -20,8 +20,8 @@ LARGEST_BLOCK, SMALLEST_BLOCK = 256, 16
 ROUNDED_BLOCK = 32
 """How many input channels share a scale in an output head or embeddings that the export itself rounds."""
 
-FIXED_ROTATIONS = ("default", "linear", "llama3", "yarn")
-"""The ways to rotate positions whose frequencies do not change with the length."""
+ROTATIONS = ("default", "linear", "llama3", "yarn", "dynamic")
+"""The ways to rotate positions that decoders here know; the last one's frequencies change with the length."""
 
 _WIDTHS = (4, 8)
 _PATCHES = "vision_model.embeddings.patch_embedding"
@@ -83,9 +83,9 @@ def _positions(outlook: Outlook) -> list[str]:
     text = outlook.checkpoint.text_config
     rotation = cast("Mapping[str, Any]", text.get("rope_parameters") or text.get("rope_scaling") or {})
     kind = str(rotation.get("rope_type") or rotation.get("type") or "default")
-    if kind in (*FIXED_ROTATIONS, "mrope"):
+    if kind in (*ROTATIONS, "mrope"):
         return []
-    return [f"positions of rope_type {kind!r} change with the length, which a graph cannot hold; use format: vllm"]
+    return [f"positions of rope_type {kind!r} are not in the graphs, which know {', '.join(ROTATIONS)}; use format: vllm"]
 
 
 def _ends(settings: OnnxExport, outlook: Outlook) -> list[str]:

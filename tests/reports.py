@@ -28,6 +28,7 @@ from compress.gate import Check, Outcome, Verdict
 from compress.report import Published, Report, Row, Timing
 from compress.runtimes.vllm_ladder import LadderStep
 from compress.stages.widths import GroupWidth, Widths
+from compress.verification.results import Agreement, Answers, Difference, Verification
 
 SPEEDS = {"original": 1.0, "vllm-awq": 0.62, "vllm-int8": 0.81}
 SIZES = {"original": 16_580_000_000, "vllm-awq": 6_940_000_000, "vllm-int8": 9_410_000_000}
@@ -204,6 +205,39 @@ def widths(blocks: int = 28) -> Widths:
     return Widths(bits_per_weight=total, predicted_loss=sum(group.predicted_loss for group in groups), groups=tuple(groups))
 
 
+def verification() -> Verification:
+    parts = (
+        Difference(
+            component="vision encoder", inputs=4, absolute=7.1e-6, relative=1.1e-6, limit=1e-4,
+            worst="images of 97×61 and 252×140 pixels",
+        ),
+        Difference(component="embeddings", inputs=5, absolute=0, relative=0, limit=1e-4, worst="a prompt without an image"),
+        Difference(
+            component="decoder", computed="inputs not rounded", inputs=5, absolute=8.1e-6, relative=6.1e-7, limit=1e-4,
+            worst="an image of 84×196 pixels",
+        ),
+        Difference(
+            component="decoder", inputs=10, absolute=0.179, relative=0.018, limit=0.15,
+            worst="a prompt without an image, in a batch of 3, decoding with its cache",
+        ),
+    )  # fmt: skip
+    answers = Answers(
+        agreement=(
+            Agreement(shown="right image", prompts=8, same=8),
+            Agreement(shown="wrong image", prompts=8, same=8),
+            Agreement(shown="no image", prompts=8, same=7),
+        ),
+        likelihood=0.049,
+        likelihood_limit=0.25,
+        least_agreement=0,
+        seeing=8,
+        blind=0,
+        changed_checkpoint=6,
+        changed_artifact=6,
+    )
+    return Verification(roundings=("float32", "inputs in blocks"), components=parts, answers=answers)
+
+
 def report(**changes: Any) -> Report:
     made = Report(
         name="qwen2.5-vl-7b",
@@ -233,6 +267,7 @@ def report(**changes: Any) -> Report:
         hardware={"processor": "AMD EPYC 9654", "gpus": ["NVIDIA H200"], "cores": 16, "memory_bytes": 137_000_000_000},
         widths={"awq": widths()},
         latency={"local": latency()},
+        verifications={"vllm-awq": verification()},
         digests={"original": "3b1f" * 16, "textvqa": "77ad" * 16},
     )
     return made.model_copy(update=changes)

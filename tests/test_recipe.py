@@ -78,7 +78,8 @@ def test_an_unknown_row_names_the_known_ones(folder: Path) -> None:
     data["calibration"]["sets"][0]["dataset"] = "c4"
     assert faults(folder, data) == (
         "recipe.yaml:7: calibration.sets.0.dataset: 'c4' is not one of 'wikitext', 'text', 'vqa'",
-        "recipe.yaml:20: eval.runtime.runtime: 'llama.cpp' is not one of 'endpoint', 'onnxruntime', 'onnxruntime-genai', 'transformers', 'vllm'",
+        "recipe.yaml:20: eval.runtime.runtime: 'llama.cpp' is not one of 'endpoint', 'onnxruntime', 'onnxruntime-genai', "
+        "'transformers', 'vllm'",
     )
 
 

@@ -21,7 +21,7 @@ from compress.progress import Silent
 from compress.report import Report
 from compress.store import Store
 from tests.jobs import Job, make_job
-from tests.tiny import build_qwen2_5_vl
+from tests.tiny import build_llava, build_qwen2_5_vl
 
 ONNX = [{"format": "onnx"}]
 SETTINGS = {
@@ -68,6 +68,8 @@ def test_a_run_verifies_each_artifact_before_it_is_measured(job: Job, finished: 
     assert "| onnx | vision encoder | as it runs | 4 | " in page
     assert "| artifact | same with right image | same with wrong image | same with no image |" in page
     assert 'id="verification"' in (Path(finished.run) / "report.html").read_text(encoding="utf-8")
+    (card,) = job.published.rglob("onnx/README.md")
+    assert "Answers of the artifact against the checkpoint's:" in card.read_text(encoding="utf-8")
     stored = json.loads((Path(finished.run) / "report.json").read_text(encoding="utf-8"))
     assert stored["verifications"]["onnx"]["components"][0]["component"] == "vision encoder"
     again = compress.run(job.recipe, set=SETTINGS, **job.places())
@@ -122,9 +124,17 @@ def test_a_blind_artifact_stops_the_run_names_the_part_and_is_tried_again(
     ],
 )
 def test_a_scheme_without_an_operator_is_refused_in_the_plan(job: Job, tmp_path: Path, stage: dict[str, object], told: str) -> None:
-    with pytest.raises(RecipeError, match=rf"export\.0: .*{told}") as caught:
+    with pytest.raises(RecipeError, match=rf"export\.0: .*{told}"):
         make_plan(job.recipe, {**SETTINGS, "stages": [stage]}, Store(tmp_path))
-    assert "(got " not in str(caught.value)
+
+
+def test_a_family_without_graphs_is_refused_in_the_plan(job: Job, tmp_path: Path) -> None:
+    model = build_llava(tmp_path / "model", text={"model_type": "phi3", "pad_token_id": 0})
+    with pytest.raises(RecipeError) as caught:
+        make_plan(job.recipe, {**SETTINGS, "model.source": str(model)}, Store(tmp_path))
+    (fault,) = caught.value.faults
+    assert "export.0: there are ONNX graphs for qwen2-vl, qwen2.5-vl, " in fault
+    assert "is none of them; use format: vllm" in fault
 
 
 def test_widths_that_only_the_run_chooses_are_refused_where_one_has_no_operator(job: Job, tmp_path: Path) -> None:
@@ -144,11 +154,17 @@ def test_widths_that_only_the_run_chooses_are_refused_where_one_has_no_operator(
     assert "verify onnx" in plan.by_name
 
 
-def test_a_disk_that_fills_while_weights_are_written_leaves_nothing_behind(tmp_path: Path) -> None:
-    source = build_qwen2_5_vl(tmp_path / "model")
-    target = tmp_path / "onnx"
-    target.mkdir()
-    (target / "decoder_model_merged.onnx_data").symlink_to("/dev/full")
-    export = Onnx(format="onnx")
-    with pytest.raises(StoreError, match=r"No space left on device; free some space"):
-        export.apply(ExportContext(source, target, family_at(source), Silent()))
+@pytest.mark.parametrize("graph", ["vision_encoder", "embed_tokens", "decoder_model_merged"])
+def test_a_disk_that_fills_while_weights_are_written_is_told_and_nothing_is_kept(tmp_path: Path, graph: str) -> None:
+    if not Path("/dev/full").exists():
+        pytest.fail("this test needs a system with /dev/full")
+    source, store = build_qwen2_5_vl(tmp_path / "model"), Store(tmp_path / "store")
+    with (
+        store.lock("key", lambda: None),
+        pytest.raises(StoreError, match=r"No space left on device; free some space, or name a folder on another disk"),
+        store.write("key", "export onnx") as target,
+    ):
+        (target / f"{graph}.onnx_data").symlink_to("/dev/full")
+        Onnx(format="onnx").apply(ExportContext(source, target, family_at(source), Silent()))
+    assert store.entries() == []
+    assert [path.name for path in store.folder.rglob("*") if not path.is_dir()] == ["key.lock"]

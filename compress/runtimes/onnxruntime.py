@@ -21,9 +21,9 @@ _BESIDE = ("onnx", "torch", "transformers", "tokenizers", "torchvision", "pillow
 class Onnxruntime(Runtime):
     """Greedy answers, scores and embeddings by ONNX Runtime.
 
-    The original is exported first, to a folder that is removed afterwards, in the type `dtype` (auto: float32 on a CPU, float16
-    elsewhere), so that both are measured in one runtime. `providers` compute in that order of preference, each what the ones before
-    it cannot; auto is CUDA where it can be used, and else the CPU. `threads` is for a CPU; left out, all its cores.
+    The original is exported first, to a folder that is removed once it is loaded, in the type `dtype` (auto: float32 on a CPU,
+    float16 elsewhere), so that both are measured in one runtime. `providers` compute in that order of preference, each what the
+    ones before it cannot; auto is CUDA where it can be used, and else the CPU. `threads` is for a CPU; left out, all its cores.
     `tokens_per_batch` bounds what is computed at once, the answers still to come included; a single prompt may be longer.
     `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart.
     """
@@ -74,8 +74,8 @@ def _installed() -> dict[str, str]:
         except PackageNotFoundError:
             continue
     raise MissingError(
-        "runtime: onnxruntime, and ONNX Runtime is not installed here: pip install 'vlm-compress[onnx]', or, for CUDA, onnx and "
-        "onnxruntime-gpu"
+        "runtime: onnxruntime, and ONNX Runtime is not installed here: pip install 'vlm-compress[onnx]', or, for "
+        "CUDA, 'vlm-compress[onnx-gpu]'"
     )
 
 

@@ -24,17 +24,16 @@ class Decoding:
         self._graphs = graphs
         self._prepared = prepared
         self._lengths = prepared.lengths.copy()
-        self._cache: dict[str, Any] = {}
-        """By the decoder's outputs."""
         decoder = graphs.decoder
+        cache: dict[str, Any] = {}
         for name in decoder.outputs:
             if name.startswith(PRESENT):
                 declared = decoder.inputs[name.replace(PRESENT, PAST, 1)]
                 _, heads, _, width = declared.shape
-                empty = np.zeros((len(self._lengths), int(heads), room, int(width)), declared.dtype)
-                self._cache[name] = decoder.hold(empty)
-        self._read = {name.replace(PRESENT, PAST, 1): value for name, value in self._cache.items()}
-        self._read |= {name: decoder.hold(value.astype(decoder.inputs[name].dtype)) for name, value in prepared.states.items()}
+                cache[name] = decoder.hold(np.zeros((len(self._lengths), int(heads), room, int(width)), declared.dtype))
+        read = {name.replace(PRESENT, PAST, 1): value for name, value in cache.items()}
+        read |= {name: decoder.hold(value.astype(decoder.inputs[name].dtype)) for name, value in prepared.states.items()}
+        self._kept = decoder.keep(read, cache)
 
     def begin(self) -> NDArray[np.float32]:
         """Read the whole batch and return the logits of each row's first token to come [samples, vocabulary]."""
@@ -88,4 +87,4 @@ class Decoding:
 
     def _run(self, given: dict[str, Any], keep: int) -> NDArray[np.float32]:
         given["num_logits_to_keep"] = np.array(keep, dtype=np.int64)
-        return self._graphs.decoder.run(given | self._read, self._cache)[_LOGITS]
+        return self._graphs.decoder.run(given, self._kept)[_LOGITS]

@@ -23,6 +23,7 @@ from compress.files import telling_where
 from compress.progress import Progress
 from compress.runtimes.environment import require
 from compress.runtimes.onnxruntime_genai import CONFIG, ENVIRONMENT
+from compress.runtimes.onnxruntime_graph import check_files
 from compress.runtimes.runtime import Ability, Answer, Embeddings, OpenContext, Passage, Picture, Prompt, Score, scored_tokens
 from compress.runtimes.server import Server, run_server
 from compress.runtimes.top_tokens import Position, TopRecord, score_of, write_record
@@ -78,6 +79,8 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
         folder = context.artifact
         if not (folder / CONFIG).is_file():
             folder = _export(context, temporary / "original")
+        for path in sorted(folder.glob("*.onnx")):
+            check_files(path)
         listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
         address = temporary / "socket"
         listener.bind(str(address))
@@ -105,12 +108,15 @@ def _export(context: OpenContext, target: Path) -> Path:
     """
     from compress.export.format import ExportContext
     from compress.export.onnx_genai import OnnxGenai
+    from compress.export.onnx_genai_limits import KINDS
 
     checkpoint = open_checkpoint(context.artifact)
     family = family_of(checkpoint.config, str(context.artifact), checkpoint)
+    built = family.name in KINDS and KINDS[family.name].built
     target.mkdir()
     with telling_where(target):
-        OnnxGenai(format="onnx-genai").apply(ExportContext(context.artifact, target, family, context.progress))
+        export = OnnxGenai(format="onnx-genai", decoder="builder" if built else "own")
+        export.apply(ExportContext(context.artifact, target, family, context.progress))
     return target
 
 

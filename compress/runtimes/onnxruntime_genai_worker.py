@@ -40,7 +40,10 @@ class Worker:
 
     def __init__(self, folder: Path) -> None:
         self.context = int(json.loads((folder / "genai_config.json").read_text(encoding="utf-8"))["model"]["context_length"])
-        self.model = _GENAI.Model(str(folder))
+        config = _GENAI.Config(str(folder))
+        if not _GENAI.is_cuda_available():
+            config.clear_providers()  # a folder for GPUs runs without one too
+        self.model = _GENAI.Model(config)
         self.processor = self.model.create_multimodal_processor()
 
     def reply(self, request: dict[str, Any]) -> dict[str, Any]:

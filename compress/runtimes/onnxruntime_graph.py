@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
@@ -27,7 +27,7 @@ _PROVIDERS: dict[Provider, str] = {
 }
 _WANTED: dict[Provider, str] = {
     "cpu": "onnxruntime",
-    "cuda": "onnxruntime-gpu in the place of onnxruntime, with CUDA and cuDNN of the versions it names",
+    "cuda": "onnxruntime-gpu in the place of onnxruntime, and the CUDA and cuDNN that it names",
     "tensorrt": "onnxruntime-gpu in the place of onnxruntime, and tensorrt",
 }
 _OPTIONS: dict[Provider, dict[str, str]] = {"cuda": {"use_tf32": "0"}}  # as exact as what it is compared with
@@ -124,49 +124,60 @@ class Graph:
         for name in engine.providers:
             if _PROVIDERS[name] not in taken:
                 raise MissingError(f"{path}: providers: {name} could not be started here; install {_WANTED[name]}")
-        self.inputs: dict[str, Declared] = {value.name: _declared(value) for value in self._session.get_inputs()}
-        self.outputs: dict[str, Declared] = {value.name: _declared(value) for value in self._session.get_outputs()}
+        self.inputs: dict[str, Declared] = {value.name: _declared(path, value) for value in self._session.get_inputs()}
+        self.outputs: dict[str, Declared] = {value.name: _declared(path, value) for value in self._session.get_outputs()}
         self.notes: dict[str, str] = self._session.get_modelmeta().custom_metadata_map
+
+    def expect(self, inputs: Set[str], outputs: Set[str]) -> None:
+        """Check that the graph has these inputs and outputs.
+
+        Raises:
+            CheckpointError: it lacks one.
+        """
+        if lacking := sorted((inputs - self.inputs.keys()) | (outputs - self.outputs.keys())):
+            raise CheckpointError(f"{self.path}: of another make, it has no {', '.join(lacking)}; export it with format: onnx")
 
     def hold(self, value: NDArray[Any]) -> Any:
         """Return an array as a value of ONNX Runtime's on the device, without a copy on a CPU."""
         return _ORT.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device, 0)
 
-    def run(
-        self,
-        given: Mapping[str, Any],
-        held: Mapping[str, Any] | None = None,
-        staying: Collection[str] = (),
-    ) -> dict[str, Any]:
-        """Compute the outputs that are not in `held`: arrays, or, of those in `staying`, values on the device.
+    def keep(self, given: Mapping[str, Any], made: Mapping[str, Any]) -> Kept:
+        """Bind values on the device, as `hold` gives them, to inputs and outputs for many runs; one may be both at once."""
+        binding: Any = self._session.io_binding()
+        for name, value in given.items():
+            binding.bind_ortvalue_input(name, value)
+        for name, value in made.items():
+            binding.bind_ortvalue_output(name, value)
+        return Kept(binding, tuple(made), (*given.values(), *made.values()))
 
-        `given` has arrays, or values on the device, by the inputs' names; arrays take the type that is declared. What is in `held`
-        is written into those values, which may be inputs at once.
+    def run(self, given: Mapping[str, Any], kept: Kept | None = None, staying: Collection[str] = ()) -> dict[str, Any]:
+        """Compute the outputs that are not kept: arrays, or, of those in `staying`, values on the device.
+
+        `given` has arrays, or values on the device, by the names of the inputs that are not kept; arrays take the type that is
+        declared.
 
         Raises:
             CheckpointError: it cannot be computed.
             MissingError: there is too little memory.
         """
-        held = held or {}
-        binding: Any = self._session.io_binding()
-        kept: list[Any] = []  # what is bound has to outlive the run
+        kept = kept or self.keep({}, {})
+        binding, bound = kept.binding, list[Any]()  # what is bound has to outlive the run
         for name, value in given.items():
             if isinstance(value, np.ndarray):
                 array = np.ascontiguousarray(value, dtype=self.inputs[name].dtype)
                 value = _ORT.OrtValue.ortvalue_from_numpy(array)
-            kept.append(value)
+            bound.append(value)
             binding.bind_ortvalue_input(name, value)
-        made = [name for name in self.outputs if name not in held]
-        for name, value in held.items():
-            binding.bind_ortvalue_output(name, value)
+        made = [name for name in self.outputs if name not in kept.outputs]
         for name in made:
             binding.bind_output(name, self._device if name in staying else "cpu")
         with self._telling("cannot run it"):
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()
-        found = dict(zip([*held, *made], binding.get_outputs(), strict=True))
-        return {name: found[name] if name in staying else found[name].numpy() for name in made}
+        values: Any = binding.get_outputs_as_ortvaluevector()
+        found = {name: values[place] for place, name in enumerate(made, len(kept.outputs))}
+        return {name: _ORT.OrtValue(value) if name in staying else value.numpy() for name, value in found.items()}
 
     @contextmanager
     def _telling(self, what: str) -> Generator[None]:
@@ -174,6 +185,15 @@ class Graph:
             yield
         except _FAILURES as error:
             raise _told(self.path, what, " ".join(str(error).split())) from error
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What stays bound between runs of a graph: `outputs` are the names of those that are written in place."""
+
+    binding: Any
+    outputs: tuple[str, ...]
+    values: tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -248,7 +268,9 @@ def _told(path: Path, what: str, reason: str) -> CheckpointError | MissingError:
     return CheckpointError(f"{path}: {version} {what} ({reason}); export it again")
 
 
-def _declared(value: Any) -> Declared:
+def _declared(path: Path, value: Any) -> Declared:
+    if value.type not in _TYPES:
+        raise CheckpointError(f"{path}: {value.name} is a {value.type}, which is not known here; export it with format: onnx")
     return Declared(np.dtype(_TYPES[value.type]), tuple(value.shape))
 
 

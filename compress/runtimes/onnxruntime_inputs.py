@@ -45,10 +45,13 @@ class Graphs:
         """Load an artifact's graphs.
 
         Raises:
-            CheckpointError: one is missing or damaged.
+            CheckpointError: one is missing, damaged, or of another make.
             MissingError: this ONNX Runtime lacks what one needs.
         """
-        return Graphs(*(Graph(folder / name, engine) for name in (VISION, EMBED, DECODER)))
+        graphs = Graphs(*(Graph(folder / name, engine) for name in (VISION, EMBED, DECODER)))
+        graphs.embed.expect({"input_ids"}, {"inputs_embeds"})
+        graphs.decoder.expect({"inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep"}, {"logits"})
+        return graphs
 
 
 @dataclass(frozen=True)
@@ -93,12 +96,12 @@ class Preparer:
         inputs = self.encoder.collate(batch, "right", _CPU)
         ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
         features = self._features(batch)
-        fills = FEATURES in self.graphs.vision.outputs
-        places = np.isin(ids, self.placeholders) & (mask > 0) if fills else np.zeros_like(ids, dtype=np.bool_)
+        found = features.get(FEATURES)
+        places = np.zeros_like(ids, dtype=np.bool_) if found is None else np.isin(ids, self.placeholders) & (mask > 0)
         known = np.where(places, self.encoder.pad_id, ids)  # the embeddings may have no row for an image's token
         embeds: NDArray[Any] = self.graphs.embed.run({"input_ids": known})["inputs_embeds"]
-        if fills:
-            self._fill(embeds, places, features.get(FEATURES))
+        if found is not None:
+            self._fill(embeds, places, found)
         positions, offsets = self._positions(inputs)
         return Prepared(
             lengths=mask.sum(axis=1, dtype=np.int64),
@@ -124,8 +127,8 @@ class Preparer:
             parts.append(self.graphs.vision.run({name: extras[name].numpy() for name in self.graphs.vision.inputs}))
         return {name: _joined(name, [part[name] for part in parts]) for name in parts[0]}
 
-    def _fill(self, embeds: NDArray[Any], places: NDArray[np.bool_], features: NDArray[Any] | None) -> None:
-        flat = np.empty((0, embeds.shape[2]), embeds.dtype) if features is None else features.reshape(-1, embeds.shape[2])
+    def _fill(self, embeds: NDArray[Any], places: NDArray[np.bool_], features: NDArray[Any]) -> None:
+        flat = features.reshape(-1, embeds.shape[2])
         if len(flat) != places.sum():
             raise CheckpointError(
                 f"{self.graphs.vision.path}: gives {len(flat)} features for {places.sum()} image tokens; its processor does not "
@@ -145,7 +148,7 @@ class Preparer:
         return positions.numpy(), offsets.reshape(samples).to(torch.int64).numpy()
 
     def _states(self, features: Mapping[str, NDArray[Any]], samples: int) -> dict[str, NDArray[Any]]:
-        """Return what cross-attention reads: no state at all of a prompt without images."""
+        """Return what cross-attention reads: of a prompt without images, one state that no token sees."""
         decoder = self.graphs.decoder
         kept = {name.replace(PRESENT, PAST, 1) for name in decoder.outputs if name.startswith(PRESENT)}
         names = [name for name in decoder.inputs if name.startswith(PAST) and name not in kept]
@@ -154,7 +157,7 @@ class Preparer:
         found: dict[str, NDArray[Any]] = {}
         for name in names:
             _, heads, _, width = decoder.inputs[name].shape
-            found[name] = np.zeros((samples, int(heads), 0, int(width)), decoder.inputs[name].dtype)
+            found[name] = np.zeros((samples, int(heads), 1, int(width)), decoder.inputs[name].dtype)
         return found
 
     def _seen(self, inputs: Mapping[str, Tensor]) -> NDArray[np.int64] | None:
@@ -162,7 +165,7 @@ class Preparer:
             return None
         samples, tokens = inputs["input_ids"].shape
         if SEEN not in inputs:
-            return np.zeros((samples, tokens, 0), dtype=np.int64)
+            return np.zeros((samples, tokens, 1), dtype=np.int64)
         return inputs[SEEN].reshape(samples, tokens, -1).to(torch.int64).numpy()
 
     def _levels(self, embeds: NDArray[Any], places: NDArray[np.bool_], features: NDArray[Any] | None) -> NDArray[Any] | None:

@@ -27,7 +27,7 @@ from compress.runtimes.inputs import Encoded, Encoder, check_compares, check_wri
 from compress.runtimes.onnxruntime import Provider
 from compress.runtimes.onnxruntime_decoder import Decoding
 from compress.runtimes.onnxruntime_graph import Engine, Graph, choose_engine
-from compress.runtimes.onnxruntime_inputs import Graphs, Preparer, find_rope
+from compress.runtimes.onnxruntime_inputs import PAST, Graphs, Preparer, find_rope
 from compress.runtimes.runtime import (
     Ability,
     Answer,
@@ -45,7 +45,7 @@ from compress.skeleton import load_config
 
 _IMAGES, _TEXTS = "vision_model.onnx", "text_model.onnx"
 _SCALE = "logit_scale"
-_LOGITS_AT_ONCE = 2**28
+_LOGITS_AT_ONCE = 2**27
 """How many of them, in float32, are held at once where a batch is scored."""
 _ROWS_AT_ONCE = 64
 
@@ -63,7 +63,7 @@ class Settings:
 
 @contextmanager
 def open_session(context: OpenContext, settings: Settings) -> Generator[OnnxruntimeSession]:
-    """Load an artifact, or what a checkpoint is exported to; memory and disk are free again when the context ends.
+    """Load an artifact, or what a checkpoint is exported to; its memory is free again when the context ends.
 
     Raises:
         CheckpointError: it cannot be read or exported.
@@ -71,13 +71,15 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Onnxrunt
         StoreError: there is no room for the exported checkpoint.
     """
     engine = choose_engine(settings.providers, settings.threads)
-    with _graphs_of(context, settings, engine) as folder, closing(_load(folder, context, settings, engine)) as session:
+    with _graphs_of(context, settings, engine) as folder:
+        session = _load(folder, context, settings, engine)
+    with closing(session):
         yield session
 
 
 @contextmanager
 def _graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Generator[Path]:
-    """Give the folder that holds the graphs: the artifact or, of a checkpoint that has none, one that is removed afterwards."""
+    """Give the folder to load graphs from: the artifact or, of a checkpoint that has none, one that is there only so long."""
     if artifact_format(context.artifact) == "onnx":
         yield context.artifact
         return
@@ -107,6 +109,12 @@ def _load(folder: Path, context: OpenContext, settings: Settings, engine: Engine
     if family.head is None:
         return OnnxruntimeSession(encoder, _towers(folder, engine), stops, settings.top_logprobs)
     graphs = Graphs.load(folder, engine)
+    cached = {value.dtype for name, value in graphs.decoder.inputs.items() if name.startswith(PAST)}
+    if engine.device != "cpu" and np.dtype(np.float32) in cached:
+        context.progress.warn(
+            f"{artifact}: computes in float32, in which CUDA has no grouped-query attention: that runs on the CPU; export it with "
+            "dtype: float16 for its speed"
+        )
     rope = find_rope(artifact, graphs.decoder, trusted)
     preparer = Preparer(graphs, encoder, family.placeholders(read_config(artifact)), rope)
     return OnnxruntimeSession(encoder, preparer, stops, settings.top_logprobs)
@@ -253,7 +261,8 @@ class OnnxruntimeSession:
             for row, (ids, values) in enumerate(zip(_rows(best.indices), _rows(best.values), strict=True)):
                 top = dict(zip(map(int, ids), values, strict=True))
                 for token, _ in known[first + row].top if known else ():
-                    top.setdefault(token, float(logs[row, token]))
+                    if token < logs.shape[1]:
+                        top.setdefault(token, float(logs[row, token]))
                 token = tokens[first + row]
                 found.append(Position(token, float(logs[row, token]), tuple(top.items())))
         return found
@@ -284,6 +293,8 @@ def _towers(folder: Path, engine: Engine) -> Towers:
         MissingError: this ONNX Runtime lacks what one needs.
     """
     images, texts = Graph(folder / _IMAGES, engine), Graph(folder / _TEXTS, engine)
+    images.expect({"pixel_values"}, {"image_embeds"})
+    texts.expect({"input_ids", "attention_mask"}, {"text_embeds"})
     scale = images.notes.get(_SCALE) or texts.notes.get(_SCALE)
     if scale is None:
         raise CheckpointError(f"{images.path}: does not say what cosines are scaled by (metadata {_SCALE}); export it again")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -71,9 +72,8 @@ def _match(session: Session, given: Said | None, progress: Progress) -> Said:
     """Return which text is nearest to each picture and how likely it is, and how likely that is for the next picture."""
     shown, texts = pictures(), captions()
     likely = session.classify(shown, [[text] for text in texts], progress)
-    answers = [
-        Answer(picture.id, texts[place], (place,)) for picture, place in zip(shown, likely.argmax(axis=1).tolist(), strict=True)
-    ]
+    nearest = cast("list[int]", likely.argmax(axis=1).tolist())
+    answers = [Answer(picture.id, texts[place], (place,)) for picture, place in zip(shown, nearest, strict=True)]
     chosen = [answer.token_ids[0] for answer in (given.answers["right image"] if given else answers)]
     rows = np.arange(len(shown))
     likelihoods: dict[Shown, list[float]] = {
@@ -104,7 +104,7 @@ def judge_answers(theirs: Said, ours: Said, limits: Limits) -> Answers:
         likelihood_limit=limits.likelihood,
         least_agreement=limits.agreement,
         seeing=len(seeing),
-        blind=sum(not moves[place] > _BLIND * moved[place] for place in seeing),
+        blind=sum(moves[place] <= _BLIND * moved[place] for place in seeing),
         changed_checkpoint=_changed(theirs),
         changed_artifact=_changed(ours),
     )

@@ -22,13 +22,16 @@ from compress.verification.samples import samples
 _TOKENS_PER_BATCH = 2048
 _ENGINE = Engine(("cpu",))
 
-_Compare = Callable[..., Iterator[graphs.Compared]]
-_GENERATIVE: Mapping[Component, tuple[str, _Compare, _Compare]] = {
+Compare = Callable[..., Iterator[graphs.Compared]]
+Table = Mapping[Component, tuple[str, Compare, Compare]]
+"""The graph of each part, and what compares it: without the runtime's own rounding of inputs, and as it runs."""
+
+_GENERATIVE: Table = {
     "vision encoder": ("vision_encoder", graphs.image_features, graphs.image_features),
     "embeddings": ("embed_tokens", graphs.embeddings, graphs.embeddings),
     "decoder": ("decoder_model_merged", graphs.prompt_logits, graphs.logits),
 }
-_TOWERS: Mapping[Component, tuple[str, _Compare, _Compare]] = {
+_TOWERS: Table = {
     "image encoder": ("vision_model", graphs.image_embeds, graphs.image_embeds),
     "text encoder": ("text_model", graphs.text_embeds, graphs.text_embeds),
 }
@@ -41,10 +44,11 @@ _REMEDY = (
 )
 
 
-def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits) -> Verification:
+def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits, table: Table | None = None) -> Verification:
     """Compare every graph of an artifact with the checkpoint, then what it answers in its runtime.
 
-    The checkpoint is let go of before the artifact is loaded, and each graph before the next.
+    The checkpoint is let go of before the artifact is loaded, and each graph before the next. `table` is for artifacts whose graphs
+    are not those of `format: onnx`.
 
     Raises:
         VerificationError: something is beyond its limit; the first part is named.
@@ -53,7 +57,7 @@ def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits) -> V
     opening = OpenContext(context.source, context.logs, context.progress, context.trust_remote_code, "checkpoint")
     with open_session(opening, Settings("float32", "cpu", _TOKENS_PER_BATCH)) as session:
         given, said = _parts(session, context), ask(session, None, context.progress)
-    found = list(_components(context.artifact, given, limits))
+    found = list(_components(context.artifact, given, limits, table or (_TOWERS if isinstance(given, Towers) else _GENERATIVE)))
     opening = replace(opening, artifact=context.artifact, name=context.artifact.name)
     with runtime.open(opening) as session:
         answers = judge_answers(said, ask(session, said, context.progress), limits)
@@ -67,13 +71,13 @@ def _parts(session: TransformersSession, context: VerifyContext) -> list[Referen
     return references(session, samples(context.family), context.progress)
 
 
-def _components(artifact: Path, given: list[Reference] | Towers, limits: Limits) -> Iterator[Difference]:
+def _components(artifact: Path, given: list[Reference] | Towers, limits: Limits, table: Table) -> Iterator[Difference]:
     """Give what each part's difference is, in the order in which parts feed each other, up to the first that is too large.
 
     Where a graph lets its runtime round the inputs of matrices, it is first compared without that: so the weights themselves are
     held to a limit that no rounding hides behind.
     """
-    for component, (name, exactly, compare) in (_TOWERS if isinstance(given, Towers) else _GENERATIVE).items():
+    for component, (name, exactly, compare) in table.items():
         path = artifact / f"{name}.onnx"
         check_files(path)
         ways = (True, False) if rounds_inputs(path) else (False,)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
 from compress.export.graphs.parts import Parts
-from compress.export.onnx_limits import FIXED_ROTATIONS
+from compress.export.onnx_limits import ROTATIONS
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def decoder(parts: Parts) -> None:
     """Emit the decoder, with its cache: see `docs/formats/onnx.md` for inputs and outputs.
 
     Raises:
-        CheckpointError: its positions are rotated in a way that depends on the length.
+        CheckpointError: its positions are rotated in a way that is not known here.
     """
     graph, text = parts.graph, parts.source.config.get_text_config()
     shape, epsilon = Shape.of(text), float(text.rms_norm_eps)
@@ -99,15 +99,15 @@ def rotate(parts: Parts, text: Any, shape: Shape) -> Rotation:
     """Declare `position_ids`, in one stream or Qwen-VL's three (time, height, width), and return the tables they make.
 
     Raises:
-        CheckpointError: the frequencies depend on the length.
+        CheckpointError: they are rotated in a way that is not known here.
     """
     graph, rotary = parts.graph, parts.module(f"{parts.source.family.blocks.rpartition('.')[0]}.rotary_emb")
     parameters = cast("dict[str, Any]", text.rope_parameters or {})
     kind = str(parameters.get("rope_type", "default"))
-    if kind not in FIXED_ROTATIONS:
+    if kind not in ROTATIONS:
         raise CheckpointError(
-            f"{parts.source.checkpoint.folder}/config.json: rope_type {kind!r} changes with the length, which a graph cannot hold; "
-            "use format: vllm"
+            f"{parts.source.checkpoint.folder}/config.json: rope_type {kind!r} is not in the graphs, which know "
+            f"{', '.join(ROTATIONS)}; use format: vllm"
         )
     streams = _streams(rotary)
     if streams is None:
@@ -116,7 +116,7 @@ def rotate(parts: Parts, text: Any, shape: Shape) -> Rotation:
     else:
         places = graph.input("position_ids", np.int64, [3, "batch_size", "sequence_length"])
         angles = graph.op("Gather", graph.transpose(graph.cast(places, np.float32), [1, 2, 0]), graph.const(streams), axis=2)
-    angles = graph.op("Mul", angles, graph.const(rotary.inv_freq.numpy(), np.float32))
+    angles = graph.op("Mul", angles, _frequencies(parts, places, rotary, text))
     scaling = graph.const(float(rotary.attention_scaling), np.float32)
     tables = [
         graph.cast(graph.op("Mul", graph.op(kind, graph.reshape(angles, [-1, shape.width // 2])), scaling), graph.dtype)
@@ -125,6 +125,28 @@ def rotate(parts: Parts, text: Any, shape: Shape) -> Rotation:
     extents = graph.op("Shape", places, start=0 if streams is None else 1)
     rows = graph.op("Reshape", graph.arange(graph.op("ReduceProd", extents, keepdims=1)), extents)
     return Rotation(tables[0], tables[1], rows)
+
+
+def _frequencies(parts: Parts, places: str, rotary: Any, text: Any) -> str:
+    """Return the angle by which each pair of channels turns per position, float32 [pairs], or [batch, 1, pairs] for each row.
+
+    Where they are dynamic, those of rows longer than the model was trained for shrink, the slow ones the most, with the row's last
+    position; transformers takes the last of the whole batch.
+    """
+    graph, fixed = parts.graph, parts.graph.const(rotary.inv_freq.numpy(), np.float32)
+    parameters = cast("dict[str, Any]", text.rope_parameters or {})
+    if parameters.get("rope_type") != "dynamic":
+        return fixed
+    factor, pairs = float(parameters["factor"]), len(rotary.inv_freq)
+    last = graph.cast(graph.op("ReduceMax", places, graph.const([-1]), keepdims=1), np.float32)
+    trained = graph.const(float(text.max_position_embeddings), np.float32)
+    length = graph.op("Max", graph.op("Add", last, graph.const(1.0, np.float32)), trained)
+    excess = graph.op(
+        "Mul", graph.op("Sub", graph.op("Div", length, trained), graph.const(1.0, np.float32)), graph.const(factor, np.float32)
+    )
+    grown = graph.op("Unsqueeze", graph.op("Add", excess, graph.const(1.0, np.float32)), graph.const([-1]))
+    powers = -np.arange(pairs) / (pairs - 1)
+    return graph.op("Mul", fixed, graph.op("Pow", grown, graph.const(powers, np.float32)))
 
 
 def _streams(rotary: Any) -> NDArray[np.int64] | None:
@@ -159,7 +181,14 @@ def self_attention(
         query = head_norm(parts, query, f"{name}.q_norm", epsilon, shape.width)
         key = head_norm(parts, key, f"{name}.k_norm", epsilon, shape.width)
     if rotation is not None:
-        query, key = (parts.rotated(each, rotation.cosines, rotation.sines, rotation.places) for each in (query, key))
+        query, key = (
+            graph.typed(
+                parts.rotated(each, rotation.cosines, rotation.sines, rotation.places),
+                graph.dtype,
+                ("batch_size", "sequence_length", heads * shape.width),
+            )
+            for each, heads in ((query, shape.heads), (key, shape.kv_heads))
+        )
     past = [
         graph.input(
             f"past_key_values.{layer}.{part}", graph.dtype, ["batch_size", shape.kv_heads, "past_sequence_length", shape.width]
@@ -210,4 +239,4 @@ def logits(parts: Parts, value: str) -> None:
     last = graph.op("Slice", value, first, graph.const([np.iinfo(np.int64).max]), graph.const([1]))
     found = parts.head(last)
     vocabulary = parts.vocabulary
-    graph.output("logits", graph.cast(found, np.float32), np.float32, ["batch_size", "kept_length", vocabulary])
+    graph.output("logits", graph.cast(found, np.float32), np.float32, ["batch_size", "kept_length", vocabulary], first=True)

@@ -108,10 +108,10 @@ class Graph:
         self.inputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), list(shape)))
         return name
 
-    def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape) -> None:
-        """Give a value out under `name`."""
+    def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape, *, first: bool = False) -> None:
+        """Give a value out under `name`, after the outputs that are there or before them."""
         self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/{name}"))
-        self.outputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), list(shape)))
+        self.outputs.insert(0 if first else len(self.outputs), helper.make_tensor_value_info(name, _onnx_type(dtype), list(shape)))
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Add an operator with one output and return that; an input that is left out is an empty name."""

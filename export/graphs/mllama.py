@@ -20,10 +20,8 @@ _MULTIPLE = 8
 by as much, since fused kernels want such widths."""
 
 _TOWER_EPSILON = 1e-5
-
-
 _MARK = 64.0
-"""Its square, scaled, is more than any score, and within what float16 holds."""
+"""Marks a place of padding in what is multiplied; its square, scaled, is more than any score, and within what float16 holds."""
 
 
 @dataclass(frozen=True)

@@ -8,29 +8,35 @@ import numpy as np
 
 from compress.export.graphs.graph import Graph
 
+CODES = 16
+"""How many groups at most lie in one row."""
+
 
 @dataclass(frozen=True)
 class Groups:
-    """Patches that attend to each other, laid out one group to a row: each row has as many places as the largest group may need.
+    """Patches laid out in rows, [rows, places], so that those which attend to each other are in one; they have one code there.
 
-    `patches` int64 [groups, places] is the patch in each place (the first where there is none), `filled` bool tells where there
-    is one, and `places` int64 [patches] is where each patch lies among all. `shape` is what groups and places are in shapes.
+    `patches` int64 [rows, places] is the patch in each place (the first where there is none), `filled` bool tells where there is
+    one, and `places` int64 [patches] is where each patch lies among all. `codes` int64 [patches] is below `CODES`. `shape` is
+    what rows and places are in shapes.
     """
 
     patches: str
     filled: str
     places: str
+    codes: str
     shape: tuple[str, str | int]
 
     @staticmethod
-    def of(graph: Graph, group: str, place: str, extents: tuple[str, str], shape: tuple[str, str | int]) -> Groups:
-        """Return the layout of patches whose groups and places in them are known; `extents` are how many of each there are."""
-        places = graph.op("Add", graph.op("Mul", group, extents[1]), place)
+    def of(graph: Graph, row: str, place: str, extents: tuple[str, str], shape: tuple[str, str | int], codes: str = "") -> Groups:
+        """Return the layout of patches whose rows and places in them are known; `extents` are how many of each there are."""
+        places = graph.op("Add", graph.op("Mul", row, extents[1]), place)
         empty = graph.op("Expand", graph.const([-1]), graph.op("Mul", *extents))
-        patches = graph.op("ScatterElements", empty, places, graph.arange(graph.extent(group, 0)), axis=0)
+        patches = graph.op("ScatterElements", empty, places, graph.arange(graph.extent(row, 0)), axis=0)
         patches = graph.op("Reshape", patches, graph.op("Concat", *extents, axis=0))
         filled = graph.op("GreaterOrEqual", patches, graph.const(0))
-        return Groups(graph.op("Max", patches, graph.const(0)), filled, places, shape)
+        codes = codes or graph.op("Mul", row, graph.const(0))
+        return Groups(graph.op("Max", patches, graph.const(0)), filled, places, codes, shape)
 
 
 @dataclass(frozen=True)
@@ -70,11 +76,21 @@ class PatchGrid:
         return PatchGrid(graph, (frames, rows, columns), image, frame, place, row, column, heights, widths)
 
     def frames(self) -> Groups:
-        """Return the frames as groups."""
+        """Return the frames as groups. Small ones share a row: those that begin in one stretch as long as the largest."""
         graph, (frames, rows, columns) = self.graph, self.grids
         largest = graph.op("ReduceMax", graph.op("Mul", rows, columns), keepdims=1)
-        number, count = self._numbered(frames)
-        return Groups.of(graph, graph.op("Add", number, self.frame), self.place, (count, largest), ("frames", "frame_patches"))
+        number = graph.op("Add", self._numbered(frames)[0], self.frame)
+        patch = graph.arange(graph.extent(self.place, 0))
+        stretch = graph.op("Div", graph.op("Sub", patch, self.place), largest)
+        former = graph.op("Concat", graph.const([-1]), graph.slice(stretch, 0, -1, 0), axis=0)
+        codes = graph.op("Mod", number, graph.const(CODES))
+        first_of_codes = graph.op("Equal", graph.op("Add", codes, self.place), graph.const(0))
+        begins = graph.op("Or", graph.op("Not", graph.op("Equal", stretch, former)), first_of_codes)
+        row = graph.op("Sub", graph.op("CumSum", graph.cast(begins, np.int64), graph.const(0)), graph.const(1))
+        starts = graph.reshape(graph.op("NonZero", begins), [-1])
+        place = graph.op("Sub", patch, graph.op("Gather", starts, row))
+        longest = graph.op("Add", graph.op("ReduceMax", place, keepdims=1), graph.const(1))
+        return Groups.of(graph, row, place, (graph.extent(starts, 0), longest), ("frame_rows", "frame_places"), codes)
 
     def windows(self, side: int) -> Groups:
         """Return the windows of `side` by `side` patches as groups; those at the right and lower edge of a frame may be smaller."""

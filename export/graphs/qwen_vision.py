@@ -12,11 +12,11 @@ import numpy as np
 
 from compress.export.graphs.decoder import feed_forward
 from compress.export.graphs.parts import Parts
-from compress.export.graphs.patch_grid import Groups, PatchGrid
+from compress.export.graphs.patch_grid import CODES, Groups, PatchGrid
 
 _EPSILON = 1e-6
-_NEVER = -30000.0
-_MARKS = 8
+_NEVER = -15000.0
+_MARKS = 8  # two for each bit of a code; with eight the width of a head stays one that kernels on GPUs take
 
 
 @dataclass(frozen=True)
@@ -72,11 +72,12 @@ class Rotation:
 
 @dataclass(frozen=True)
 class Attention:
-    """The groups in which patches attend to each other, and what keeps them from places that no patch is in.
+    """The groups in which patches attend to each other, and what keeps them from all others in their rows.
 
-    Queries and keys, [groups, places, heads, width], are made longer by these marks: the product of a query's and an empty
-    place's is `_NEVER`, that of others 0. So no mask is needed, with which attention would hold all scores in memory at once;
-    the marks are as many as keep the width a multiple of eight.
+    Queries and keys, [rows, places, heads, width], are made longer by these marks: a query has a one for each bit of its group's
+    code and of that code's complement, a key has `_NEVER` where its group's has none. Their product is 0 in one group, and so
+    low elsewhere, and for places where no patch is, that nothing is seen there. A mask would do the same, but with one attention
+    holds all scores in memory at once.
     """
 
     groups: Groups
@@ -87,13 +88,15 @@ class Attention:
     def of(parts: Parts, groups: Groups, heads: int) -> Attention:
         """Return the attention in `groups`."""
         graph = parts.graph
-        first = np.arange(_MARKS) == 0
-        shape = graph.op("Concat", graph.op("Shape", groups.filled), graph.const([heads, _MARKS]), axis=0)
-        filled = graph.op("Unsqueeze", groups.filled, graph.const([2, 3]))
-        zeros = np.zeros(_MARKS)
-        keys = graph.op("Where", filled, graph.const(zeros), graph.const(np.where(first, _NEVER, 0.0)))
-        queries = graph.const(first.astype(np.float64))
-        return Attention(groups, *(graph.op("Expand", each, shape) for each in (queries, keys)))
+        bits = np.arange(CODES)[:, None] >> np.arange(_MARKS // 2) & 1
+        codes = graph.op("Gather", groups.codes, groups.patches)
+        shape = graph.op("Concat", graph.op("Shape", codes), graph.const([heads, _MARKS]), axis=0)
+        ones = graph.op("Gather", graph.const(np.concatenate([bits, 1 - bits], axis=1), graph.dtype), codes)
+        others = graph.op("Mul", graph.op("Sub", graph.const(1.0), ones), graph.const(_NEVER))
+        keys = graph.op("Where", graph.op("Unsqueeze", groups.filled, graph.const([2])), others, graph.const(_NEVER))
+        return Attention(
+            groups, *(graph.op("Expand", graph.op("Unsqueeze", each, graph.const([2])), shape) for each in (ones, keys))
+        )
 
 
 def vision_encoder(parts: Parts) -> None:
@@ -206,7 +209,7 @@ def _rotated(parts: Parts, tower: Tower, value: str, rotation: Rotation) -> str:
 
 
 def _marked(parts: Parts, tower: Tower, value: str, groups: Groups, marks: str) -> str:
-    """Return queries or keys laid out in groups, [groups, places, heads · (width + marks)]."""
+    """Return queries or keys laid out in rows, [rows, places, heads · (width + marks)]."""
     graph = parts.graph
     laid = graph.op("Gather", graph.reshape(value, [-1, tower.heads, tower.width]), groups.patches, axis=0)
     return graph.reshape(graph.op("Concat", laid, marks, axis=3), [0, 0, tower.heads * (tower.width + _MARKS)])

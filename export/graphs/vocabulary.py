@@ -56,7 +56,8 @@ def head_name(parts: Parts) -> str:
     """Return the module whose matrix the output head is: its own, or the embeddings' where the two are one."""
     family = parts.source.family
     assert family.head is not None, "only models that write have an output head"
-    return family.head if parts.has_linear(family.head) else family.embeddings
+    own = parts.has_linear(family.head) and not parts.source.checkpoint.tied
+    return family.head if own or family.head in parts.source.held else family.embeddings
 
 
 def head(parts: Parts, value: str) -> str:

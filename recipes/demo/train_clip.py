@@ -3,8 +3,9 @@
     python recipes/demo/train_clip.py --out recipes/demo/clip --seed 1
 
 Writes `model/` and the parquet files with held-out images. In every step each image is compared with all captions there are,
-with a number ("two red circles") and without ("a red circle"), which is what it is asked later. Linear heads on the patches,
-thrown away in the end, tell which kind of shape covers each and where centres are: without them the tower is slow to see shapes.
+with a number ("two red circles") and without ("a red circle"), which is what it is asked later. The first images are windows of
+4 x 4 patches around a shape, which cost a quarter of a whole image and show as much of a shape. Linear heads on the patches, thrown
+away in the end, tell which kind of shape covers each and where centres are: without them the tower is slow to see shapes.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ WINDOW = 4  # patches along an edge of a window
 CONTEXT = 32  # tokens of a text at most
 WORDINGS = ("{}", "a picture of {}", "a drawing of {}", "there is {} here", "{} on a plain background")
 SPLIT_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
-REPORT_EVERY = 25
+REPORT_EVERY = 50
 TEST_IMAGES, CALIBRATION_IMAGES = 600, 128
 
 
@@ -223,7 +224,7 @@ def see(model: CLIPModel, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 class Optimizers:
-    """Muon (steps of one length in all directions of a matrix) for the blocks, Adam for the rest; rates rise, then fall as a cosine."""
+    """Muon (a step as long in every direction of a matrix) for the blocks, Adam for the rest; rates rise, then fall as a cosine."""
 
     def __init__(self, modules: list[nn.Module], steps: int, rate: float) -> None:
         named = [(name, weight) for module in modules for name, weight in module.named_parameters()]
@@ -341,8 +342,8 @@ def main() -> None:
     """Trains and writes the model, and the images it is calibrated and measured on."""
     parser = argparse.ArgumentParser(description="Train the demo CLIP.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the model and its data")
-    parser.add_argument("--steps", type=int, default=3000)
-    parser.add_argument("--warm-steps", type=int, default=1500, help="steps on windows of images")
+    parser.add_argument("--steps", type=int, default=1200)
+    parser.add_argument("--warm-steps", type=int, default=1200, help="steps on windows of images")
     parser.add_argument("--scenes", type=int, default=32, help="scenes in a step")
     parser.add_argument("--rate", type=float, default=3e-3)
     parser.add_argument("--seed", type=int, default=1)

@@ -23,10 +23,16 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Row:
-    """A prompt and what is to follow it: embeddings [tokens, hidden], and which images' tiles each token sees [tokens, tiles]."""
+    """A prompt and what is to follow it: embeddings [tokens, hidden], and which images' tiles each token sees [tokens, tiles].
+
+    `places` are its tokens' positions where there are several streams of them, [streams, tokens], and `deepstack` what is added
+    to their states after the first blocks, [levels, tokens, hidden].
+    """
 
     embeds: Array
     seen: NDArray[np.int64] = field(default_factory=lambda: np.zeros((0, 0), np.int64))
+    places: NDArray[np.int64] | None = None
+    deepstack: Array | None = None
 
 
 @dataclass(frozen=True)
@@ -82,18 +88,25 @@ def _step(rows: Sequence[Row], spans: Sequence[tuple[int, int]], past: int, dtyp
     tiles = max(row.seen.shape[1] for row in rows)
     embeds = np.zeros((len(rows), longest, rows[0].embeds.shape[1]), dtype)
     mask = np.zeros((len(rows), past + longest), np.int64)
-    places = np.zeros((len(rows), longest), np.int64)
+    streams = 1 if rows[0].places is None else len(rows[0].places)
+    places = np.zeros((streams, len(rows), longest), np.int64)
+    levels = 0 if rows[0].deepstack is None else len(rows[0].deepstack)
+    deepstack = np.zeros((levels, *embeds.shape), dtype)
     seen = np.zeros((len(rows), longest, tiles), np.int64)
     for row, (start, end) in enumerate(spans):
         embeds[row, : end - start] = rows[row].embeds[start:end]
         mask[row, :end] = 1
-        places[row, : end - start] = np.arange(start, end)
+        given = rows[row].places
+        places[:, row, : end - start] = np.arange(start, end) if given is None else given[:, start:end]
+        if (added := rows[row].deepstack) is not None:
+            deepstack[:, row, : end - start] = added[:, start:end]
         own = rows[row].seen[start:end]
         seen[row, : len(own), : own.shape[1]] = own
     return {
         "inputs_embeds": embeds,
         "attention_mask": mask,
-        "position_ids": places,
+        "position_ids": places[0] if rows[0].places is None else places,
+        "deepstack_embeds": deepstack,
         "cross_attention_mask": seen,
         "num_logits_to_keep": np.array(0, np.int64),
     }

@@ -26,6 +26,8 @@ from compress.runtimes.transformers_model import load_model
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_clip
 
+_ORT: Any = onnxruntime
+
 Embeddings = tuple[NDArray[np.float32], NDArray[np.float32]]
 
 IMAGE = "vision_model.embeddings.patch_embedding.weight"
@@ -71,9 +73,9 @@ def export(folder: Path, target: Path, **settings: Any) -> Path:
 def run(target: Path, name: str, **given: Any) -> NDArray[Any]:
     path = str(target / f"{name}.onnx")
     onnx.checker.check_model(path, full_check=True)
-    options = onnxruntime.SessionOptions()
+    options = _ORT.SessionOptions()
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    session = _ORT.InferenceSession(path, options, providers=["CPUExecutionProvider"])
     return np.asarray(session.run(None, given)[0])
 
 

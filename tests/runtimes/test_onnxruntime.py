@@ -2,7 +2,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from compress.progress import Silent
 from compress.runtimes import onnxruntime as row
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_graph import Engine, Graph
-from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Picture, Prompt, Runtime, Score
+from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Picture, Prompt, Runtime, Score, Session
 from compress.runtimes.transformers import Transformers
 from tests.tiny import BUILDERS, build_blip2, build_clip, build_qwen2_5_vl, picture
 
@@ -51,17 +51,6 @@ def opened(artifact: Path, runtime: Runtime | None = None) -> Any:
 def answers(artifact: Path, prompts: Sequence[Prompt], runtime: Runtime | None = None) -> list[Answer]:
     with opened(artifact, runtime) as session:
         return session.answer(prompts, NEW_TOKENS, SILENT)
-
-
-def scores(
-    artifact: Path,
-    passages: Sequence[Passage],
-    runtime: Runtime | None = None,
-    record: Path | None = None,
-    against: Path | None = None,
-) -> list[Score]:
-    with opened(artifact, runtime) as session:
-        return session.score(passages, record, against, SILENT)
 
 
 def export(source: Path, target: Path) -> Path:
@@ -100,24 +89,35 @@ def artifact(original: Path) -> Path:
     return export(original, original.parent / "artifact")
 
 
+@pytest.fixture(scope="module")
+def session(artifact: Path) -> Generator[Session]:
+    with opened(artifact) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def said(session: Session) -> list[Answer]:
+    return session.answer(asked(), NEW_TOKENS, SILENT)
+
+
 @pytest.mark.parametrize("name", WRITING)
 def test_answers_and_scores_are_those_of_transformers(name: str, tmp_path: Path) -> None:
-    """Of an original, which is exported for it and removed again."""
+    """Of an original, whose graphs are gone as soon as they are loaded."""
     folder = BUILDERS[name](tmp_path / "model")
     prompts = asked(single=family_at(folder).single_image)
-    expected = answers(folder, prompts, in_process())
-    passages = passages_of(prompts, expected)
-    known = scores(folder, passages, in_process())
+    with opened(folder, in_process()) as session:
+        expected = session.answer(prompts, NEW_TOKENS, SILENT)
+        passages = passages_of(prompts, expected)
+        known = session.score(passages, None, None, SILENT)
     with opened(folder) as session:
         found = session.answer(prompts, NEW_TOKENS, SILENT)
         likely = session.score(passages, None, None, SILENT)
         assert session.offers == {"text", "scores"}
-        assert len(list(tmp_path.glob("logs/*/decoder_model_merged.onnx"))) == 1
+        assert list((tmp_path / "logs").iterdir()) == []
     assert found == expected
     assert len({answer.token_ids for answer in found}) > 2
     for ours, theirs in zip(likely, known, strict=True):
         np.testing.assert_allclose(ours.negative_log_likelihood, theirs.negative_log_likelihood, atol=1e-4)
-    assert list((tmp_path / "logs").iterdir()) == []
 
 
 def test_the_demo_model_says_the_same_to_a_hundred_questions(tmp_path: Path) -> None:
@@ -131,100 +131,107 @@ def test_the_demo_model_says_the_same_to_a_hundred_questions(tmp_path: Path) -> 
     assert len({answer.text for answer in found[0]}) > 5
 
 
-def test_the_batch_does_not_change_answers(artifact: Path) -> None:
-    prompts = asked()
-    together = answers(artifact, prompts)
-    assert answers(artifact, prompts, in_onnxruntime(tokens_per_batch=1)) == together
-    assert answers(artifact, prompts[::-1], in_onnxruntime(tokens_per_batch=200)) == together[::-1]
+def test_the_batch_does_not_change_answers(artifact: Path, said: list[Answer]) -> None:
+    assert answers(artifact, asked(), in_onnxruntime(tokens_per_batch=1)) == said
+    assert answers(artifact, asked()[::-1], in_onnxruntime(tokens_per_batch=200)) == said[::-1]
 
 
-def test_an_answer_ends_before_the_first_stop_token(artifact: Path, tmp_path: Path) -> None:
+def test_an_answer_ends_before_the_first_stop_token(artifact: Path, said: list[Answer], tmp_path: Path) -> None:
     """Rows of one batch end at different places, and those that go on are not changed by it."""
-    before = answers(artifact, asked())
-    stop = before[0].token_ids[2]
+    stop = said[0].token_ids[2]
     folder = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     config = read_json_object(folder / "generation_config.json")
     write_json(folder / "generation_config.json", {**config, "eos_token_id": [stop]})
-    for ended, whole in zip(answers(folder, asked()), before, strict=True):
+    for ended, whole in zip(answers(folder, asked()), said, strict=True):
         first = whole.token_ids.index(stop) if stop in whole.token_ids else None
         assert ended.token_ids == whole.token_ids[:first]
 
 
-def test_an_answer_holds_no_image_token(original: Path, artifact: Path, tmp_path: Path) -> None:
+def test_an_answer_holds_no_image_token(original: Path, said: list[Answer], tmp_path: Path) -> None:
     """The model would say the image's token wherever it said the one that its row of the head is doubled from."""
-    before = answers(artifact, asked())
     folder = Path(shutil.copytree(original, tmp_path / "model"))
     config = open_checkpoint(folder).config
     tensors = FILES.load_file(folder / "model.safetensors")
     head = next(tensor for name, tensor in tensors.items() if name.endswith("lm_head.weight"))
-    head[config["image_token_id"]] = 2 * head[before[0].token_ids[0]]
-    head[config["video_token_id"]] = 3 * head[before[0].token_ids[0]]
+    head[config["image_token_id"]] = 2 * head[said[0].token_ids[0]]
+    head[config["video_token_id"]] = 3 * head[said[0].token_ids[0]]
     FILES.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    assert answers(folder, asked()) == before
+    assert answers(folder, asked()) == said
 
 
-def test_a_model_is_not_unlike_itself_and_another_as_unlike_as_transformers_says(artifact: Path, tmp_path: Path) -> None:
-    """With as many top tokens as there are, KL is that over the whole vocabulary."""
+def test_half_precision_is_like_the_whole(session: Session, said: list[Answer], original: Path, tmp_path: Path) -> None:
+    """An original is exported in the type that is asked for."""
+    passages = passages_of(asked(), said)
+    session.score(passages, tmp_path / "record", None, SILENT)
+    with opened(original, in_onnxruntime(dtype="float16")) as half:
+        found = half.score(passages, None, tmp_path / "record", SILENT)
+    divergences = np.concatenate([score.kl for score in found if score.kl is not None])
+    assert 0 < divergences.mean() < 1e-3
+
+
+def test_a_model_is_as_unlike_another_as_transformers_says(
+    session: Session, said: list[Answer], original: Path, tmp_path: Path
+) -> None:
+    """And not unlike itself. With as many top tokens as there are, KL is that over the whole vocabulary."""
     other = build_qwen2_5_vl(tmp_path / "other", seed=7)
-    original = artifact.parent / "original"
-    passages = passages_of(asked(), answers(artifact, asked()))
     whole = in_onnxruntime(top_logprobs=int(open_checkpoint(original).text_config["vocab_size"]))
-    for name, runtime in (("few", in_onnxruntime()), ("all", whole)):
-        scores(artifact, passages, runtime, record=tmp_path / name)
-        for score in scores(artifact, passages, runtime, against=tmp_path / name):
-            assert score.kl is not None and score.same_top is not None
-            assert (score.kl == 0).all() and score.same_top.all()
-    scores(original, passages, in_process(), record=tmp_path / "exact")
-    exact = scores(other, passages, in_process(), against=tmp_path / "exact")
-    few = scores(other, passages, against=tmp_path / "few")
-    every = scores(other, passages, whole, against=tmp_path / "all")
-    for truth, lower, found in zip(exact, few, every, strict=True):
-        assert truth.kl is not None and lower.kl is not None and found.kl is not None
-        np.testing.assert_allclose(found.kl, truth.kl, atol=1e-3)
-        assert (lower.kl <= found.kl + 1e-4).all()
-        np.testing.assert_array_equal(lower.same_top, truth.same_top)
-    assert max(score.kl.max() for score in few if score.kl is not None and len(score.kl)) > 0.1
+    passages = passages_of(asked(), said)
+    session.score(passages, tmp_path / "few", None, SILENT)
+    for score in session.score(passages, None, tmp_path / "few", SILENT):
+        assert score.kl is not None and score.same_top is not None
+        assert (score.kl == 0).all() and score.same_top.all()
+    with opened(original, whole) as complete:
+        complete.score(passages, tmp_path / "all", None, SILENT)
+    with opened(original, in_process()) as inside:
+        inside.score(passages, tmp_path / "exact", None, SILENT)
+    found: dict[str, list[Score]] = {}
+    for name, runtime in (("exact", in_process()), ("few", in_onnxruntime()), ("all", whole)):
+        with opened(other, runtime) as session:
+            found[name] = session.score(passages, None, tmp_path / name, SILENT)
+    exact, few, every = ([score.kl for score in found[name] if score.kl is not None] for name in ("exact", "few", "all"))
+    np.testing.assert_allclose(np.concatenate(every), np.concatenate(exact), atol=1e-3)
+    assert (np.concatenate(few) <= np.concatenate(exact) + 1e-3).all()
+    assert np.concatenate(few).max() > 0.1
+    for ours, theirs in zip(found["few"], found["exact"], strict=True):
+        np.testing.assert_array_equal(ours.same_top, theirs.same_top)
 
 
-def test_records_that_do_not_fit_are_refused(artifact: Path, tmp_path: Path) -> None:
+def test_records_that_do_not_fit_are_refused(session: Session, tmp_path: Path) -> None:
     passages = [Passage("a", (1, 2, 3)), Passage("b", (4, 5))]
-    scores(artifact, passages, record=tmp_path / "record")
+    session.score(passages, tmp_path / "record", None, SILENT)
     with pytest.raises(UsageError, match="was recorded on other passages than these"):
-        scores(artifact, passages[1:], against=tmp_path / "record")
-    with pytest.raises(UsageError, match="was recorded with top_logprobs 20, not 5"):
-        scores(artifact, passages, in_onnxruntime(top_logprobs=5), against=tmp_path / "record")
+        session.score(passages[1:], None, tmp_path / "record", SILENT)
+    content = read_json_object(tmp_path / "record" / "record.json")
+    write_json(tmp_path / "record" / "record.json", {**content, "top": 5})
+    with pytest.raises(UsageError, match="was recorded with top_logprobs 5, not 20"):
+        session.score(passages, None, tmp_path / "record", SILENT)
 
 
-def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(artifact: Path, tmp_path: Path) -> None:
+def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(session: Session, said: list[Answer], tmp_path: Path) -> None:
     broken, good, long = Prompt("broken", "What is this?", (b"no image",)), asked()[0], Prompt("long", "word " * 3000)
     passages = [Passage("p", (1, 2), broken), Passage("q", (1, 2), good)]
     heard: list[Answer] = []
-    with opened(artifact) as session:
-        found = session.answer([broken, good, long], NEW_TOKENS, SILENT, heard.append)
-        alone = session.answer([good], NEW_TOKENS, SILENT)
-        first = session.score(passages, tmp_path / "record", None, SILENT)
-        again = session.score(passages, None, tmp_path / "record", SILENT)
-    assert "broken: image 0: cannot be read as an image" in found[0].fault
-    assert found[1:2] == alone and alone[0].fault is None
-    assert "long: takes" in found[2].fault and "shorten its text or use smaller images" in found[2].fault
+    found = session.answer([broken, good, long], NEW_TOKENS, SILENT, heard.append)
+    assert "broken: image 0: cannot be read as an image" in (found[0].fault or "")
+    assert found[1] == said[0]
+    assert "long: takes" in (found[2].fault or "") and "shorten its text or use smaller images" in (found[2].fault or "")
     assert sorted(answer.id for answer in heard) == ["broken", "long", "one"]
-    assert "broken: image 0" in first[0].fault and len(first[0].negative_log_likelihood) == 0
-    assert "broken: image 0" in again[0].fault and len(again[0].kl) == 0
-    assert again[1].fault is None and (again[1].kl == 0).all()
+    for record, against in ((tmp_path / "record", None), (None, tmp_path / "record")):
+        first, second = session.score(passages, record, against, SILENT)
+        assert "broken: image 0" in (first.fault or "") and len(first.negative_log_likelihood) == 0
+        assert second.fault is None and len(second.negative_log_likelihood) == 2
+    assert second.kl is not None and (second.kl == 0).all()
 
 
-def test_what_the_original_has_no_score_of_is_not_compared(artifact: Path, tmp_path: Path) -> None:
+def test_what_the_original_has_no_score_of_is_not_compared(session: Session, tmp_path: Path) -> None:
     """The original could not decode an image that the artifact can."""
     broken, good = Passage("p", (1, 2), Prompt("p", "?", (b"no image",))), Passage("q", (1, 2, 3))
-    with opened(artifact) as session:
-        session.score([broken, good], tmp_path / "record", None, SILENT)
-        content = read_json_object(tmp_path / "record" / "record.json")
-        mended = [Passage("p", (1, 2), asked()[0]), good]
-        session.score(mended, tmp_path / "other", None, SILENT)
-        told = read_json_object(tmp_path / "other" / "record.json")["passages"]
-        write_json(tmp_path / "record" / "record.json", {**content, "passages": told})
-        found = session.score(mended, None, tmp_path / "record", SILENT)
-    assert [score.fault for score in found] == [UNSCORED, None]
+    session.score([broken, good], tmp_path / "record", None, SILENT)
+    mended = [Passage("p", (1, 2), asked()[0]), good]
+    session.score(mended, tmp_path / "other", None, SILENT)
+    content, other = (read_json_object(tmp_path / name / "record.json") for name in ("record", "other"))
+    write_json(tmp_path / "record" / "record.json", {**content, "passages": other["passages"]})
+    assert [score.fault for score in session.score(mended, None, tmp_path / "record", SILENT)] == [UNSCORED, None]
 
 
 def test_more_images_than_the_model_takes_are_a_fault(tmp_path: Path) -> None:
@@ -251,8 +258,8 @@ def test_pictures_and_texts_are_compared_as_transformers_does(tmp_path: Path) ->
     assert embedded.scale == pytest.approx(expected.scale)
 
 
-def test_a_model_that_writes_compares_nothing(artifact: Path) -> None:
-    with opened(artifact) as session, pytest.raises(UsageError, match="writes text and compares no images with texts"):
+def test_a_model_that_writes_compares_nothing(session: Session) -> None:
+    with pytest.raises(UsageError, match="writes text and compares no images with texts"):
         session.embed([], [], SILENT)
 
 
@@ -322,6 +329,18 @@ def test_a_graph_that_points_outside_its_folder_is_refused(tmp_path: Path) -> No
             Graph(graph_file(tmp_path / "graph.onnx", "Relu", 21, place=place), Engine(("cpu",), 1))
 
 
+def test_a_graph_of_another_make_is_refused(artifact: Path, tmp_path: Path) -> None:
+    folder = damaged(artifact, tmp_path / "artifact")
+    shutil.copy(folder / "embed_tokens.onnx", folder / "decoder_model_merged.onnx")
+    with (
+        pytest.raises(
+            CheckpointError, match=r"merged\.onnx: of another make, it has no attention_mask, inputs_embeds, logits, num"
+        ),
+        opened(folder),
+    ):
+        pass
+
+
 def test_a_provider_that_is_not_here_is_told() -> None:
     """In a process that sees no GPU, whatever the machine has and whichever ONNX Runtime is installed."""
     program = "from compress.runtimes.onnxruntime_graph import choose_engine as c; print(c(None, 1)); c(('tensorrt', 'cpu'), None)"
@@ -340,7 +359,7 @@ def test_a_package_that_is_missing_is_told_before_anything_is_loaded(monkeypatch
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(row, "version", version)
-    with pytest.raises(MissingError, match=r"ONNX Runtime is not installed here: pip install 'compress\[onnx\]', or, for CUDA,"):
+    with pytest.raises(MissingError, match=r"is not installed here: pip install 'vlm-compress\[onnx\]', or, for CUDA,"):
         in_onnxruntime().open(OpenContext(tmp_path, tmp_path, SILENT))
 
 

@@ -1,0 +1,253 @@
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+from numpy.typing import NDArray
+from onnx import numpy_helper
+
+from compress.artifact import SIDE_FILES
+from compress.checkpoint import open_checkpoint, read_json_object
+from compress.errors import CheckpointError, MissingError, VerificationError
+from compress.export import FORMATS
+from compress.export.format import ExportContext, Outlook, VerifyContext
+from compress.export.onnx_genai import OnnxGenai
+from compress.families import family_of
+from compress.files import write_json
+from compress.layouts import quantized_linears
+from compress.numerics.scheme import Scheme
+from compress.progress import Silent
+from compress.schema import load_row
+from tests.quantized import exact_weights, round_checkpoint, scheme
+from tests.tiny import BUILDERS, build_qwen2_5_vl, build_qwen2_vl, build_qwen3_vl
+
+ORT: Any = onnxruntime
+NUMPY: Any = numpy_helper
+DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
+
+
+@dataclass
+class Warnings(Silent):
+    """Progress that keeps what it was told."""
+
+    heard: list[str] = field(default_factory=lambda: list[str]())
+
+    def warn(self, message: str) -> None:
+        self.heard.append(message)
+
+
+def onnx_genai(**settings: Any) -> OnnxGenai:
+    return OnnxGenai.model_validate({"format": "onnx-genai", **settings})
+
+
+def exported(source: Path, target: Path, progress: Silent | None = None, **settings: Any) -> Path:
+    target.mkdir()
+    family = family_of(open_checkpoint(source).config)
+    onnx_genai(**settings).apply(ExportContext(source, target, family, progress or Silent()))
+    return target
+
+
+def verified(source: Path, artifact: Path, **settings: Any) -> dict[str, float]:
+    """Verify an artifact and return by which share of its largest value each part differs."""
+    family = family_of(open_checkpoint(source).config)
+    context = VerifyContext(artifact, source, family, Silent(), artifact.parent / "logs")
+    return {each.component: each.relative for each in onnx_genai(**settings).verify(context).components}
+
+
+def faults(source: Path, held: Scheme | Callable[[str], Scheme | None] | None, folder: Path, **settings: Any) -> list[str]:
+    if held is not None:
+        round_checkpoint(source, folder / "rounded", held)
+        source = folder / "rounded"
+    checkpoint = open_checkpoint(source)
+    return onnx_genai(**settings).check(Outlook(checkpoint, family_of(checkpoint.config), quantized_linears(checkpoint)))
+
+
+def ran(path: Path, **given: NDArray[Any]) -> NDArray[Any]:
+    return ORT.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, given)[0]
+
+
+def tensors(path: Path) -> dict[str, NDArray[Any]]:
+    return {each.name: NUMPY.to_array(each) for each in onnx.load(path).graph.initializer}
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return exported(DEMO, tmp_path_factory.mktemp("demo") / "artifact")
+
+
+def test_the_table_of_formats_has_it() -> None:
+    assert load_row(FORMATS, "onnx-genai") is OnnxGenai
+    names = [onnx_genai(), onnx_genai(decoder="own", dtype="float16"), onnx_genai(accuracy_level=0, head_bits=8, embedding_bits=8)]
+    assert [export.artifact for export in names] == [
+        "onnx-genai", "onnx-genai-own-float16", "onnx-genai-exact-head8-embeddings8",
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("family", sorted(BUILDERS.keys() - {"qwen2-vl", "qwen2.5-vl", "qwen3-vl"}))
+def test_a_family_without_images_there_is_refused(family: str, tmp_path: Path) -> None:
+    found = faults(BUILDERS[family](tmp_path / "source"), None, tmp_path)
+    assert len(found) == 1
+    assert found[0].startswith("onnxruntime-genai 0.18 runs qwen2-vl, qwen2.5-vl, qwen3-vl with images, and ")
+    assert found[0].endswith("use format: onnx")
+
+
+def test_what_the_builder_does_not_read_is_refused_and_the_own_decoder_holds_it(tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source", layers=2)
+    cases: dict[str, tuple[Scheme | Callable[[str], Scheme | None], str]] = {
+        "rounded inputs": (
+            Scheme(8, -1, symmetric=True, activations="token"), r"reads no linears whose inputs are rounded to 8 bits",
+        ),
+        "asymmetric": (scheme(8, 64), r"8 bits as GPTQ lays them out, symmetric, and this grid is asymmetric"),
+        "several": (lambda name: scheme(4, 32 if "mlp" in name else 64), r"reads one scheme for all linears of the decoder"),
+        "some": (lambda name: scheme() if "mlp" in name else None, r"q_proj and \d+ others|k_proj and \d+ others"),
+    }  # fmt: skip
+    for number, (held, words) in enumerate(cases.values()):
+        (tmp_path / str(number)).mkdir()
+        found = faults(source, held, tmp_path / str(number))
+        assert len(found) == 1
+        assert found[0].endswith("set decoder: own")
+        assert re.search(words, found[0])
+        rounded = tmp_path / str(number) / "rounded"
+        assert faults(rounded, None, tmp_path, decoder="own") == []
+    (tmp_path / "three").mkdir()
+    assert "MatMulNBits holds 4 or 8 bits, not 3" in faults(source, scheme(3, 32), tmp_path / "three")[0]
+    assert faults(build_qwen2_vl(tmp_path / "qwen2"), None, tmp_path) == [
+        "onnxruntime-genai's model builder does not know Qwen2VLForConditionalGeneration; set decoder: own"
+    ]
+
+
+def test_the_folder_holds_what_the_runtime_reads(demo: Path) -> None:
+    found = {path.name for path in demo.iterdir()}
+    sides = {name for name in SIDE_FILES if (DEMO / name).is_file()}
+    assert found == sides | {
+        "config.json", "genai_config.json", "vision_processor.json", "model.onnx", "model.onnx.data",
+        "vision_encoder.onnx", "vision_encoder.onnx_data", "embeddings.onnx", "embeddings.onnx_data",
+    }  # fmt: skip
+    for name in sides:
+        assert (demo / name).read_bytes() == (DEMO / name).read_bytes()
+    config = read_json_object(demo / "genai_config.json")
+    model = config["model"]
+    assert {key: model[key] for key in ("type", "eos_token_id", "image_token_id", "vision_start_token_id", "context_length")} == {
+        "type": "qwen2_5_vl", "eos_token_id": [1010, 1011], "image_token_id": 1022, "vision_start_token_id": 1019,
+        "context_length": 2048,
+    }  # fmt: skip
+    assert model["decoder"]["hidden_size"] == 192
+    assert config["search"]["do_sample"] is False
+    transforms = [row["operation"] for row in read_json_object(demo / "vision_processor.json")["processor"]["transforms"]]
+    assert [row["type"] for row in transforms] == ["DecodeImage", "Resize", "Rescale", "Normalize", "PatchImage"]
+    assert transforms[1]["attrs"] == {
+        "smart_resize": 1, "interpolation": "CUBIC", "min_pixels": 3136, "max_pixels": 50176, "patch_size": 14, "merge_size": 2,
+    }  # fmt: skip
+    onnx.checker.check_model(str(demo / "vision_encoder.onnx"), full_check=True)
+    onnx.checker.check_model(str(demo / "embeddings.onnx"), full_check=True)
+
+
+def test_images_that_were_filled_up_give_what_each_gives_alone(demo: Path) -> None:
+    random = np.random.default_rng(0)
+    grids = np.array([[1, 4, 6], [1, 10, 6], [1, 6, 4]])
+    patches = [random.standard_normal((int(grid.prod()), 1176)).astype(np.float32) for grid in grids]
+    longest = max(map(len, patches))
+    filled = np.full((3, longest, 1176), np.nan, np.float32)
+    for image, own in enumerate(patches):
+        filled[image, : len(own)] = own
+    path = demo / "vision_encoder.onnx"
+    together = ran(path, pixel_values=filled.reshape(-1, 1176), image_grid_thw=grids)
+    alone = [ran(path, pixel_values=own, image_grid_thw=grid[None]) for own, grid in zip(patches, grids, strict=True)]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+
+
+def test_features_take_the_places_of_image_tokens(demo: Path) -> None:
+    ids = np.array([[5, 1022, 1022, 7], [1022, 8, 9, 10]])
+    features = np.arange(3 * 192, dtype=np.float32).reshape(3, 192)
+    found = ran(demo / "embeddings.onnx", input_ids=ids, image_features=features)
+    np.testing.assert_array_equal(found[ids == 1022], features)
+    words = ran(demo / "embeddings.onnx", input_ids=np.array([[5, 7, 8, 9, 10]]), image_features=features[:0])
+    np.testing.assert_array_equal(found[ids != 1022], words[0])
+
+
+def test_the_builder_takes_the_stages_own_integers(tmp_path: Path) -> None:
+    """Of the checkpoint's two linears alike in nothing but their names, each is found again: codes, scales and zero points."""
+    source, heard = DEMO, Warnings()
+    schemes = round_checkpoint(source, tmp_path / "rounded", scheme(4, 32))
+    artifact = exported(tmp_path / "rounded", tmp_path / "artifact", heard)
+    held, exact = tensors(artifact / "model.onnx"), exact_weights(source, schemes)
+    for name, row in (("q_proj", "model.layers.1.self_attn.q_proj"), ("down_proj", "model.layers.2.mlp.down_proj")):
+        part = f"model.layers.{row.split('.')[2]}.{'attn' if 'attn' in row else 'mlp'}.{name}.MatMulNBits"
+        codes, scales, points = (held[f"{part}.{each}"] for each in ("qweight", "scales", "qzeros"))
+        nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], 32).astype(np.float32)
+        flat = points.reshape(len(codes), -1)
+        zeros = np.stack([flat & 15, flat >> 4], axis=-1).reshape(len(codes), -1)[:, : codes.shape[1]]
+        steps = scales.reshape(len(codes), codes.shape[1], 1)
+        found = ((nibbles - zeros[..., None]) * steps).reshape(len(codes), -1)
+        np.testing.assert_allclose(found, exact[row].numpy(), atol=1e-3 * float(exact[row].abs().max()))
+        theirs = exact[row].numpy().reshape(nibbles.shape)
+        np.testing.assert_array_equal(np.rint(theirs / steps), nibbles - zeros[..., None])
+    assert held["lm_head.MatMul.weight"].dtype == np.float32
+    assert not list(artifact.glob(".*"))
+    assert verified(tmp_path / "rounded", artifact)["decoder"] < 0.1
+
+
+@pytest.mark.parametrize(("build", "decoder"), [(build_qwen3_vl, "builder"), (build_qwen3_vl, "own"), (build_qwen2_vl, "own")])
+def test_every_part_is_the_checkpoints(build: Any, decoder: str, tmp_path: Path) -> None:
+    source: Path = build(tmp_path / "source")
+    found = verified(source, exported(source, tmp_path / "artifact", decoder=decoder), decoder=decoder)
+    assert found.keys() == {"vision encoder", "embeddings", "decoder"}
+    assert max(found.values()) < 1e-4
+
+
+def test_float16_is_for_gpus_and_is_verified_without_one(tmp_path: Path) -> None:
+    artifact = exported(DEMO, tmp_path / "artifact", dtype="float16")
+    session = read_json_object(artifact / "genai_config.json")["model"]["decoder"]["session_options"]
+    assert session["provider_options"] == [{"cuda": {}}]
+    assert {value.dtype for name, value in tensors(artifact / "model.onnx").items() if name.endswith("MatMul.weight")} == {
+        np.dtype("f2")
+    }
+    assert max(verified(DEMO, artifact, dtype="float16").values()) < 0.02
+
+
+def test_a_changed_part_is_found_and_named(demo: Path, tmp_path: Path) -> None:
+    spoilt = tmp_path / "spoilt"
+    spoilt.mkdir()
+    for path in demo.iterdir():
+        (spoilt / path.name).write_bytes(path.read_bytes())
+    data = np.fromfile(spoilt / "model.onnx.data", np.float32)
+    data[len(data) // 2 :] *= 1.05
+    data.tofile(spoilt / "model.onnx.data")
+    with pytest.raises(VerificationError, match=r"model\.onnx: the decoder differs from the checkpoint's"):
+        verified(DEMO, spoilt)
+
+
+def test_a_builder_that_fails_is_told_with_its_own_words(tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source", layers=1)
+    config = read_json_object(source / "config.json")
+    write_json(source / "config.json", config | {"architectures": ["Qwen2_5_VLForAnythingElse"]})
+    with pytest.raises(CheckpointError, match=r"model builder failed on it; set decoder: own.*\n.*(not currently supported)"):
+        exported(source, tmp_path / "artifact")
+
+
+def test_a_missing_environment_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_RUNTIMES", str(tmp_path / "none"))
+    with pytest.raises(MissingError, match="run `compress runtime install onnxruntime-genai`"):
+        exported(DEMO, tmp_path / "artifact")
+    with pytest.raises(MissingError, match="run `compress runtime install onnxruntime-genai`"):
+        onnx_genai().verification_versions()
+
+
+def test_a_processor_that_it_has_no_operation_for_is_told(tmp_path: Path) -> None:
+    source = build_qwen2_vl(tmp_path / "source", layers=1)
+    whole = read_json_object(source / "processor_config.json")
+    write_json(source / "processor_config.json", whole | {"image_processor": whole["image_processor"] | {"do_normalize": False}})
+    with pytest.raises(CheckpointError, match="do_normalize is false, and onnxruntime-genai always does it; use format: onnx"):
+        exported(source, tmp_path / "artifact", decoder="own")
+
+
+def test_the_size_is_predicted(demo: Path) -> None:
+    checkpoint = open_checkpoint(DEMO)
+    found = onnx_genai().predict_bytes(Outlook(checkpoint, family_of(checkpoint.config), {}))
+    written = sum(path.stat().st_size for path in demo.iterdir() if "data" in path.suffix)
+    assert abs(written - found) < 0.05 * written

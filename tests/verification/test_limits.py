@@ -1,0 +1,64 @@
+import re
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from compress.checkpoint import open_checkpoint
+from compress.families import family_at
+from compress.numerics.scheme import Scheme
+from compress.verification.limits import AGREEMENT, LIKELIHOODS, PARTS, Limits, Settings, limits_of
+from tests.quantized import round_checkpoint
+from tests.tiny import build_mllama, build_qwen2_5_vl
+
+PAGE = (Path(__file__).parent.parent.parent / "docs" / "verification.md").read_text(encoding="utf-8")
+FOUR = Scheme(4, 32, symmetric=False)
+EIGHT = Scheme(8, -1, symmetric=True, activations="token")
+
+
+def limits(folder: Path, settings: Settings) -> Limits:
+    return limits_of(settings, open_checkpoint(folder), family_at(folder))
+
+
+def test_the_page_has_the_tables() -> None:
+    rows = re.findall(r"^\| ([a-z0-9 ]+) \| ([0-9.]+) \| ([0-9.]+) \| ([0-9.]+) \|", PAGE, re.MULTILINE)
+    told = {name: tuple(map(float, values)) for name, *values in rows}
+    assert told == {name: (PARTS[name], LIKELIHOODS[name], AGREEMENT[name]) for name in PARTS}
+
+
+def test_the_coarsest_rounding_that_reaches_a_part_decides(tmp_path: Path) -> None:
+    plain = build_qwen2_5_vl(tmp_path / "model")
+    found = limits(plain, Settings("float32", accuracy_level=4))
+    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [1e-4, 1e-4, 1e-4]
+    assert found.roundings == ("float32",)
+    assert (found.likelihood, found.agreement) == (0.001, 0.95)
+    found = limits(plain, Settings("float16", accuracy_level=0, head_bits=8, embedding_bits=8))
+    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.02, 0.02, 0.02]
+    assert found.roundings == ("float16", "embeddings in 8 bits", "head in 8 bits")
+    assert (found.likelihood, found.agreement) == (0.1, 0.0)
+
+
+def test_quantized_weights_alone_loosen_nothing_and_rounded_inputs_only_their_part(tmp_path: Path) -> None:
+    plain = build_qwen2_5_vl(tmp_path / "model")
+    round_checkpoint(plain, tmp_path / "four", FOUR)
+    settings = Settings("float32", accuracy_level=4)
+    found = limits(tmp_path / "four", settings)
+    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [1e-4, 1e-4, 0.15]
+    assert found.of("decoder", exact=True) == 1e-4
+    assert limits(tmp_path / "four", replace(settings, accuracy_level=0)).of("decoder") == 1e-4
+    assert limits(tmp_path / "four", replace(settings, head_bits=4)).of("decoder", exact=True) == 0.25
+    round_checkpoint(plain, tmp_path / "eight", EIGHT, vision=lambda name: EIGHT if ".mlp." in name else None)
+    found = limits(tmp_path / "eight", replace(settings, accuracy_level=0))
+    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.15, 1e-4, 0.15]
+
+
+def test_what_reads_images_in_the_decoder_belongs_to_the_vision_encoder(tmp_path: Path) -> None:
+    plain = build_mllama(tmp_path / "model")
+    round_checkpoint(plain, tmp_path / "four", lambda name: FOUR if "cross_attn.k_proj" in name else None)
+    found = limits(tmp_path / "four", Settings("float32", accuracy_level=4))
+    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.15, 1e-4, 1e-4]
+
+
+@pytest.mark.parametrize("table", [LIKELIHOODS, AGREEMENT])
+def test_every_rounding_has_its_limits(table: dict[str, float]) -> None:
+    assert list(table) == list(PARTS)
