@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.errors import CheckpointError
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from compress.numerics.grids import QuantizedWeight
 
 __all__ = [
+    "PackedLinear",
     "has_kv_scales",
     "is_quantized",
     "kv_cache_tensors",
@@ -38,6 +39,7 @@ __all__ = [
     "quantization_config",
     "quantized_linears",
     "read_linear",
+    "read_packed",
     "unquantized_linears",
 ]
 
@@ -86,33 +88,60 @@ def pack_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     return tensors
 
 
-def read_linear(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> QuantizedWeight:
-    """Return the codes, scales and zero points of the linear `name`; `read` gives a tensor by its name on disk.
+@dataclass(frozen=True)
+class PackedLinear:
+    """A matrix [rows, columns] of integers whose codes are as they lie on disk: int32 `words` [rows, words].
+
+    `scales` and uint8 `zero_points` are [rows, groups].
+    """
+
+    rows: int
+    columns: int
+    words: Tensor
+    scales: Tensor
+    zero_points: Tensor
+
+
+def read_packed(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> PackedLinear:
+    """Return a linear that is pack-quantized, its codes still packed; `read` gives a tensor by its name on disk.
 
     Raises:
         CheckpointError: the tensors do not fit each other or the scheme.
     """
     import torch
 
-    from compress.numerics.grids import QuantizedWeight
     from compress.numerics.packing import unpack_words
 
-    if scheme.format != "pack-quantized":
-        return _read_unpacked(name, scheme, read)
-    packed, scales = read(f"{name}.{_PACKED}"), read(f"{name}.{_SCALE}")
+    words, scales = read(f"{name}.{_PACKED}"), read(f"{name}.{_SCALE}")
     rows, columns = cast("list[int]", read(f"{name}.{_SHAPE}").tolist())
     groups = scheme.groups(columns)
-    if tuple(packed.shape) != (rows, _words(columns, scheme.bits)) or tuple(scales.shape) != (rows, groups):
+    if tuple(words.shape) != (rows, _words(columns, scheme.bits)) or tuple(scales.shape) != (rows, groups):
         raise CheckpointError(
-            f"{name}: its packed tensors {tuple(packed.shape)} and {tuple(scales.shape)} do not hold a matrix [{rows}, {columns}] "
+            f"{name}: its packed tensors {tuple(words.shape)} and {tuple(scales.shape)} do not hold a matrix [{rows}, {columns}] "
             f"of {scheme.bits} bits in groups of {scheme.group_size}; config.json does not fit the weights, fetch both again"
         )
     if scheme.symmetric:
         zero_points = torch.full_like(scales, scheme.levels // 2, dtype=torch.uint8)
     else:
         zero_points = unpack_words(read(f"{name}.{_ZERO_POINT}").t(), scheme.bits, rows).t().contiguous()
-    own = replace(scheme, group_size=columns // groups)
-    return QuantizedWeight(unpack_words(packed, scheme.bits, columns), scales, zero_points, own)
+    return PackedLinear(rows, columns, words, scales, zero_points)
+
+
+def read_linear(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> QuantizedWeight:
+    """Return the codes, scales and zero points of the linear `name`; `read` gives a tensor by its name on disk.
+
+    Raises:
+        CheckpointError: the tensors do not fit each other or the scheme.
+    """
+    from compress.numerics.grids import QuantizedWeight
+    from compress.numerics.packing import unpack_words
+
+    if scheme.format != "pack-quantized":
+        return _read_unpacked(name, scheme, read)
+    found = read_packed(name, scheme, read)
+    own = replace(scheme, group_size=found.columns // found.scales.shape[1])
+    codes = unpack_words(found.words, scheme.bits, found.columns)
+    return QuantizedWeight(codes, found.scales, found.zero_points, own)
 
 
 def _read_unpacked(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> QuantizedWeight:

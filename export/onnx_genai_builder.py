@@ -15,7 +15,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from compress.artifact import copy_side_files
 from compress.engine.weights import ShardWriter, WeightReader
-from compress.errors import CheckpointError
+from compress.errors import CheckpointError, CompressError, ServerError, StoreError
 from compress.export.format import ExportContext, Outlook
 from compress.export.onnx_genai_config import DECODER_OF_BUILDER
 from compress.export.onnx_genai_limits import decoder_schemes, layout_of
@@ -23,7 +23,7 @@ from compress.export.vllm_writer import Rounding, awq_config, awq_linear, float1
 from compress.files import write_json
 from compress.layouts import linear_tensors, read_linear
 from compress.runtimes.environment import require
-from compress.runtimes.server import run_server
+from compress.runtimes.server import Server, run_server
 
 if TYPE_CHECKING:
     from compress.export.onnx_genai import OnnxGenai
@@ -35,6 +35,7 @@ _INTERVAL = 0.2
 _DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false", "CUDA_VISIBLE_DEVICES": ""}
 _EMBEDDINGS = "inputs_embeds"
+_FULL, _KILLED = "No space left on device", "(SIGKILL)"
 
 
 def build_decoder(export: OnnxGenai, context: ExportContext, outlook: Outlook, work: Path, levels: int) -> None:
@@ -120,6 +121,8 @@ def _run(command: Sequence[str], context: ExportContext, work: Path) -> None:
 
     Raises:
         CheckpointError: it failed.
+        StoreError: the disk is full.
+        ServerError: it was killed.
     """
     variables = {name: value for name, value in os.environ.items() if name not in _DROPPED} | _SETTINGS
     with (
@@ -129,11 +132,23 @@ def _run(command: Sequence[str], context: ExportContext, work: Path) -> None:
         while server.process.poll() is None:
             time.sleep(_INTERVAL)
         if not (work / "built" / "genai_config.json").is_file():  # it writes this last
-            raise CheckpointError(
-                f"{context.source}: onnxruntime-genai's model builder failed on it; set decoder: own, or mend what it says.\n"
-                f"{server.last_words()}"
-            )
+            raise _failure(context, server)
         advance(1)
+
+
+def _failure(context: ExportContext, server: Server) -> CompressError:
+    """Return what tells that the builder ended before it was done."""
+    said = server.last_words()
+    if _FULL in said:
+        return StoreError(f"{context.target}: the disk is full; free space, and run again.\n{said}")
+    if _KILLED in said:
+        return ServerError(
+            f"{context.source}: onnxruntime-genai's model builder was killed; the machine may have run out of memory: it loads the "
+            f"whole model. Set decoder: own, which does not.\n{said}"
+        )
+    return CheckpointError(
+        f"{context.source}: onnxruntime-genai's model builder failed on it; set decoder: own, or mend what it says.\n{said}"
+    )
 
 
 def fix_cache(model: ModelProto, width: int) -> None:

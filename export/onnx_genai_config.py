@@ -56,6 +56,7 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
         "provider_options": [{"cuda": {}}] if export.dtype == "float16" else [],
+        "session.x64quantprecision": "1",  # older CPUs add products of 8 bits in 16, which overflows
     }
     heads = int(text.num_attention_heads)
     model: dict[str, Any] = {
@@ -88,8 +89,8 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
             "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
             "outputs": {"inputs_embeds": "inputs_embeds"},
         },
-        # The grids' name is left out: where it is known, images of several sizes are cut out of the patches one by one as if
-        # nothing stood between them, but its image processor fills each up to the longest.
+        # The grids' name is left out: all images are one run then, whatever their sizes, and nothing depends on how a version's
+        # loop over images, which it enters otherwise, finds each one's patches among those that fill up.
         "vision": {
             "filename": f"{VISION}.onnx",
             "config_filename": PROCESSOR,

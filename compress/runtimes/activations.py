@@ -7,7 +7,9 @@ where a kernel for integers sums exactly.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any, Literal
 
 import torch
@@ -21,6 +23,7 @@ from compress.runtimes.unpack import open_tensors, settings_of
 
 _GROUP = 128
 _FLOAT8_MAX = 448.0
+_ROUNDING: ContextVar[bool] = ContextVar("rounding", default=True)
 
 
 def round_activations(inputs: Tensor, kind: Activations, type: Literal["int", "float"], bits: int, scale: Tensor | None) -> Tensor:  # noqa: A002
@@ -52,6 +55,16 @@ def round_activations(inputs: Tensor, kind: Activations, type: Literal["int", "f
     return rounded.to(inputs.dtype)
 
 
+@contextmanager
+def inputs_as_they_are() -> Generator[None]:
+    """Have no linear round its input while the block runs: what the weights alone make of it is left."""
+    token = _ROUNDING.set(False)
+    try:
+        yield
+    finally:
+        _ROUNDING.reset(token)
+
+
 def round_inputs(checkpoint: Checkpoint, family: Family, modules: Mapping[str, nn.Module], device: torch.device) -> int:
     """Have every linear round its input which an artifact's config.json gives `input_activations`; return how many they are.
 
@@ -80,6 +93,8 @@ def _rounder(settings: Mapping[str, Any], scale: Tensor | None) -> Callable[[nn.
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
+        if not _ROUNDING.get():
+            return arguments
         return (round_activations(arguments[0], kind, sort, bits, scale), *arguments[1:])
 
     return hook

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from compress.errors import CheckpointError, MissingError
 from compress.runtimes.onnxruntime import Provider
+from compress.runtimes.onnxruntime_exact import without_rounding
 
 _ORT: Any = onnxruntime
 _RAISED: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
@@ -99,7 +100,7 @@ class Graph:
     """One graph, loaded. `inputs` and `outputs` are its declared values, by name."""
 
     def __init__(self, path: Path, engine: Engine, *, exact: bool = False) -> None:
-        """Check a graph's files and load it; `exact` computes with the same weights, and rounds no input of a matrix in blocks.
+        """Check a graph's files and load it; `exact` computes with the same weights, and rounds no input of a matrix.
 
         Raises:
             CheckpointError: the graph or its data is missing, truncated, or no graph.
@@ -116,7 +117,8 @@ class Graph:
         providers = [(_PROVIDERS[name], _OPTIONS.get(name, {})) for name in engine.providers]
         model: str | bytes = str(path)
         if exact:
-            model = _without_rounding(path)
+            model = without_rounding(path)
+            options.graph_optimization_level = _ORT.GraphOptimizationLevel.ORT_DISABLE_ALL  # some expect integers on both sides
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         with self._telling("cannot load it"):
             self._session: Any = _ORT.InferenceSession(model, options, providers=providers)
@@ -239,24 +241,6 @@ def _check_data(path: Path, name: str, place: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"{data}: truncated: {name} ends at byte {end}, the file at {size}; copy it again, or export it again"
         )
-
-
-def rounds_inputs(path: Path) -> bool:
-    """Return whether a graph lets matrices in blocks round what comes into them to 8 bits."""
-    return any(attribute.i for attribute in _accuracy_levels(onnx.load(path, load_external_data=False)))
-
-
-def _without_rounding(path: Path) -> bytes:
-    """Return a graph, without its data, whose matrices in blocks compute with their inputs as they are."""
-    model = onnx.load(path, load_external_data=False)
-    for attribute in _accuracy_levels(model):
-        attribute.i = 0
-    return model.SerializeToString()
-
-
-def _accuracy_levels(model: onnx.ModelProto) -> list[onnx.AttributeProto]:
-    nodes = (node for node in model.graph.node if node.op_type == "MatMulNBits")
-    return [attribute for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level"]
 
 
 def _told(path: Path, what: str, reason: str) -> CheckpointError | MissingError:

@@ -11,6 +11,7 @@ from typing import cast
 
 import numpy as np
 
+from compress.families import Family
 from compress.progress import Progress
 from compress.runtimes.runtime import Answer, Passage, Prompt, Session
 from compress.verification.limits import Limits
@@ -37,14 +38,14 @@ class Said:
     likelihoods: dict[Shown, list[float]]
 
 
-def ask(session: Session, given: Said | None, progress: Progress) -> Said:
-    """Ask a model every question with its image, with a wrong one, and with none, and score the answers of the first.
+def ask(session: Session, family: Family, given: Said | None, progress: Progress) -> Said:
+    """Ask a model every question with its images, with wrong ones, and with none, and score the answers of the first.
 
     What is scored, with each image, are the model's own answers to the right one or, with `given`, those of the model that made it.
     """
     if "text" not in session.offers:
         return _match(session, given, progress)
-    own = questions()
+    own = questions(family)
     asked: dict[Shown, list[Prompt]] = {
         "right image": own,
         "wrong image": with_wrong_images(own),

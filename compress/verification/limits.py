@@ -80,10 +80,10 @@ class Limits:
         return tuple(each for each in PARTS if each in every)
 
     def of(self, component: Component, *, exact: bool = False) -> float:
-        """Return what a part's largest difference may be; `exact` without inputs rounded in blocks."""
+        """Return what a part's largest difference may be; `exact` where no inputs are rounded, in the checkpoint neither."""
         vision = component in ("vision encoder", "image encoder")
         found = self.embeddings if component == "embeddings" else self.vision if vision else self.decoder
-        return max(PARTS[each] for each in found if not (exact and each == "inputs in blocks"))
+        return max(PARTS[each] for each in found if not (exact and each.startswith("inputs")))
 
     @property
     def likelihood(self) -> float:

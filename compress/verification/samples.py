@@ -84,10 +84,14 @@ def _sample(place: int, pictures: Sequence[int]) -> Sample:
     )
 
 
-def questions() -> list[Prompt]:
-    """Return questions, each about a picture of its own."""
-    shown = zip(_QUESTIONS, _SIZES, strict=True)
-    return [Prompt(f"question {place}", text, (draw(100 + place, *size),)) for place, (text, size) in enumerate(shown)]
+def questions(family: Family) -> list[Prompt]:
+    """Return questions, each about a picture of its own; the last two about two of different sizes where the family takes two."""
+    drawn = [draw(100 + place, *size) for place, size in enumerate(_SIZES)]
+    several = 0 if family.single_image else 2
+    asked = [Prompt(f"question {place}", text, (drawn[place],)) for place, text in enumerate(_QUESTIONS)]
+    return asked[: len(asked) - several] + [
+        Prompt(prompt.id, prompt.text, (*prompt.images, drawn[0])) for prompt in asked[len(asked) - several :]
+    ]
 
 
 def with_wrong_images(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from compress.errors import VerificationError
 from compress.export.format import VerifyContext
-from compress.runtimes.onnxruntime_graph import Engine, Graph, check_files, rounds_inputs
+from compress.runtimes.activations import inputs_as_they_are
+from compress.runtimes.onnxruntime_exact import rounds_inputs
+from compress.runtimes.onnxruntime_graph import Engine, Graph, check_files
 from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.transformers_session import Settings, TransformersSession, open_session
 from compress.verification import graphs
@@ -24,7 +26,7 @@ _ENGINE = Engine(("cpu",))
 
 Compare = Callable[..., Iterator[graphs.Compared]]
 Table = Mapping[Component, tuple[str, Compare, Compare]]
-"""The graph of each part, and what compares it: without the runtime's own rounding of inputs, and as it runs."""
+"""The graph of each part, and what compares it: where no inputs are rounded, and as it runs."""
 
 _GENERATIVE: Table = {
     "vision encoder": ("vision_encoder", graphs.image_features, graphs.image_features),
@@ -35,8 +37,6 @@ _TOWERS: Table = {
     "image encoder": ("vision_model", graphs.image_embeds, graphs.image_embeds),
     "text encoder": ("text_model", graphs.text_embeds, graphs.text_embeds),
 }
-"""The graph of each part, and what compares it: without the runtime's own rounding of inputs, and as it runs."""
-
 
 _REMEDY = (
     "nothing of it is measured or published. Run again with --fresh, which exports it anew; if it stays so, the export is at "
@@ -56,25 +56,42 @@ def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits, tabl
     """
     opening = OpenContext(context.source, context.logs, context.progress, context.trust_remote_code, "checkpoint")
     with open_session(opening, Settings("float32", "cpu", _TOKENS_PER_BATCH)) as session:
-        given, said = _parts(session, context), ask(session, None, context.progress)
-    found = list(_components(context.artifact, given, limits, table or (_TOWERS if isinstance(given, Towers) else _GENERATIVE)))
+        given = _given(session, context, limits)
+        said = ask(session, context.family, None, context.progress)
+    usual = _TOWERS if context.family.head is None else _GENERATIVE
+    found = list(_components(context.artifact, given, limits, table or usual))
     opening = replace(opening, artifact=context.artifact, name=context.artifact.name)
     with runtime.open(opening) as session:
-        answers = judge_answers(said, ask(session, said, context.progress), limits)
+        answers = judge_answers(said, ask(session, context.family, said, context.progress), limits)
     check_answers(context.artifact, answers)
     return Verification(roundings=limits.roundings, components=tuple(found), answers=answers)
 
 
-def _parts(session: TransformersSession, context: VerifyContext) -> list[Reference] | Towers:
-    if context.family.head is None:
-        return towers(session)
-    return references(session, samples(context.family), context.progress)
+@dataclass(frozen=True)
+class _Given:
+    """What the checkpoint's parts give: as it says, and with no input rounded."""
+
+    rounded: list[Reference] | Towers
+    exact: list[Reference] | Towers
 
 
-def _components(artifact: Path, given: list[Reference] | Towers, limits: Limits, table: Table) -> Iterator[Difference]:
+def _given(session: TransformersSession, context: VerifyContext, limits: Limits) -> _Given:
+    def ask_parts() -> list[Reference] | Towers:
+        if context.family.head is None:
+            return towers(session)
+        return references(session, samples(context.family), context.progress)
+
+    found = ask_parts()
+    if "inputs to 8 bits" not in limits.roundings:
+        return _Given(found, found)
+    with inputs_as_they_are():
+        return _Given(found, ask_parts())
+
+
+def _components(artifact: Path, given: _Given, limits: Limits, table: Table) -> Iterator[Difference]:
     """Give what each part's difference is, in the order in which parts feed each other, up to the first that is too large.
 
-    Where a graph lets its runtime round the inputs of matrices, it is first compared without that: so the weights themselves are
+    Where the inputs of matrices are rounded, a graph is first compared without that, on both sides: so the weights themselves are
     held to a limit that no rounding hides behind.
     """
     for component, (name, exactly, compare) in table.items():
@@ -83,7 +100,8 @@ def _components(artifact: Path, given: list[Reference] | Towers, limits: Limits,
         ways = (True, False) if rounds_inputs(path) else (False,)
         for exact in ways:
             graph: Any = Graph(path, _ENGINE, exact=exact)
-            inputs, absolute, relative, worst = graphs.largest((exactly if exact else compare)(graph, given))
+            compared = exactly(graph, given.exact) if exact else compare(graph, given.rounded)
+            inputs, absolute, relative, worst = graphs.largest(compared)
             del graph
             found = Difference(
                 component=component,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,11 +95,11 @@ def _rounded(parts: Parts, name: str) -> str:
     def matrix() -> Any:
         return quantize(parts.source.reader.tensor(name).float().flatten(1), _PER_CHANNEL, torch.float32)
 
-    def codes() -> NDArray[Any]:
-        return (matrix().codes ^ _SIGN).view(torch.int8).numpy().reshape(shape)
+    def codes() -> Iterable[NDArray[Any]]:
+        yield (matrix().codes ^ _SIGN).view(torch.int8).numpy()
 
-    def scales() -> NDArray[Any]:
-        return parts.floats(name, matrix().scales).reshape(-1, *([1] * (len(shape) - 1)))
+    def scales() -> Iterable[NDArray[Any]]:
+        yield parts.floats(name, matrix().scales)
 
     held = graph.weight(f"{name}.codes8", Weight(f"{name}.codes8", np.dtype(np.int8), shape, codes))
     steps = graph.weight(

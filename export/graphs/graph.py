@@ -6,7 +6,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -49,12 +49,15 @@ Shape = Sequence[int | str]
 
 @dataclass(frozen=True)
 class Weight:
-    """A large tensor that is read when it is written: two of one `key` are the same bytes and are stored once per folder."""
+    """A large tensor that is read when it is written: two of one `key` are the same bytes and are stored once per folder.
+
+    `read` gives it in pieces, one after the other, so that it is never in memory as a whole.
+    """
 
     key: str
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
-    read: Callable[[], NDArray[Any]]
+    read: Callable[[], Iterable[NDArray[Any]]]
 
     @property
     def bytes(self) -> int:
@@ -236,14 +239,17 @@ def _external(name: str, weight: Weight, place: Stored) -> TensorProto:
 
 
 def _write_data(path: Path, weights: Sequence[tuple[Stored, Weight]]) -> None:
-    """Write weights to where they belong, one in memory at a time."""
+    """Write weights to where they belong, piece by piece."""
     with path.open("wb") as file:
         for place, weight in weights:
-            array = np.ascontiguousarray(weight.read())
-            if array.nbytes != place.length or array.dtype != weight.dtype:
-                raise ValueError(f"{weight.key}: read {array.dtype}{list(array.shape)}, said {weight.dtype}{list(weight.shape)}")
             file.seek(place.offset)
-            file.write(array.data)
+            written = 0
+            for piece in weight.read():
+                if piece.dtype != weight.dtype:
+                    raise ValueError(f"{weight.key}: read {piece.dtype}, said {weight.dtype}")
+                written += file.write(np.ascontiguousarray(piece).data)
+            if written != place.length:
+                raise ValueError(f"{weight.key}: read {written} bytes, said {place.length}")
 
 
 __all__ = ["MICROSOFT", "OPSET", "Float", "Graph", "Shape", "Stored", "Weight"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,9 +18,9 @@ from compress.numerics.scheme import Scheme
 
 if TYPE_CHECKING:
     from compress.export.graphs.parts import Parts
-    from compress.numerics.grids import QuantizedWeight
 
 _LARGEST = 127.0
+_PIECE = 1 << 22
 _SIGN = 128
 
 
@@ -74,12 +74,10 @@ class LinearWriter:
         if not biased:
             return value
 
-        def read() -> NDArray[Any]:
-            rows = [
-                parts.source.reader.tensor(f"{name}.bias").float() if f"{name}.bias" in biased else torch.zeros(self._rows(name))
-                for name in names
-            ]
-            return parts.floats(biased[0], torch.cat(rows))
+        def read() -> Iterable[NDArray[Any]]:
+            for name in names:
+                whole = parts.source.reader.tensor(f"{name}.bias") if f"{name}.bias" in biased else torch.zeros(self._rows(name))
+                yield parts.floats(f"{name}.bias", whole)
 
         return parts.graph.op("Add", value, self._weight(names, "bias", parts.graph.dtype, (sum(map(self._rows, names)),), read))
 
@@ -88,75 +86,74 @@ class LinearWriter:
         parts = self.parts
         rows, columns = sum(map(self._rows, names)), parts.shape(f"{names[0]}.weight")[1]
 
-        def read() -> NDArray[Any]:
-            whole = np.empty((columns, rows), parts.graph.dtype)
-            first = 0
-            for name in names:
-                found = parts.floats(name, parts.source.reader.tensor(f"{name}.weight"))
-                whole[:, first : first + len(found)] = found.T
-                first += len(found)
-            return whole
+        def read() -> Iterable[NDArray[Any]]:
+            matrices = [parts.source.reader.tensor(f"{name}.weight") for name in names]
+            for piece in _side_by_side(matrices, parts.float_type):
+                yield parts.floats(names[0], piece)
 
         return parts.graph.op("MatMul", value, self._weight(names, "weight", parts.graph.dtype, (columns, rows), read))
 
     def _blocks(self, value: str, names: tuple[str, ...]) -> str:
         """Return a product with matrices of 4 or 8 bits, from the checkpoint's own codes and scales.
 
-        MatMulNBits holds codes as bytes [out, blocks, block · bits / 8], lowest bits first, scales [out · blocks], zero points
-        packed along the blocks.
+        MatMulNBits holds codes as bytes [out, blocks, block · bits / 8], lowest bits first, which is how they lie in the checkpoint
+        too; scales [out · blocks], zero points packed along the blocks.
         """
         parts, graph = self.parts, self.parts.graph
         scheme = parts.source.held[names[0]].scheme
         rows, columns = sum(map(self._rows, names)), parts.quantized_shape(names[0])[1]
         block = block_size(columns if scheme.group_size == -1 else scheme.group_size)
-        blocks = columns // block
-        codes = self._weight(
-            names,
-            "codes",
-            np.dtype(np.uint8),
-            (rows, blocks, block * scheme.bits // 8),
-            self._each(names, lambda weight: pack_words(weight.codes, scheme.bits).view(torch.uint8).numpy()),
-        )
+        blocks, byte = columns // block, np.dtype(np.uint8)
 
-        def scales(weight: QuantizedWeight) -> NDArray[Any]:
-            spread = weight.scales.repeat_interleave(blocks // weight.scales.shape[1], dim=1)
-            return parts.floats(names[0], spread.reshape(-1))
+        def codes() -> Iterable[NDArray[Any]]:
+            for name in names:
+                yield _bytes(parts.packed(name).words)
 
-        inputs = [value, codes, self._weight(names, "scales", graph.dtype, (rows * blocks,), self._each(names, scales))]
+        def scales() -> Iterable[NDArray[Any]]:
+            for name in names:
+                found = parts.packed(name).scales
+                yield parts.floats(name, found.repeat_interleave(blocks // found.shape[1], dim=1))
+
+        def zero_points() -> Iterable[NDArray[Any]]:
+            for name in names:
+                found = parts.packed(name).zero_points
+                spread = found.repeat_interleave(blocks // found.shape[1], dim=1)
+                yield _bytes(pack_words(spread, scheme.bits))[:, :packed]
+
+        packed = -(-blocks * scheme.bits // 8)
+        inputs = [
+            value,
+            self._weight(names, "codes", byte, (rows, blocks, block * scheme.bits // 8), codes),
+            self._weight(names, "scales", graph.dtype, (rows * blocks,), scales),
+        ]
         if not scheme.symmetric:
-            packed = -(-blocks * scheme.bits // 8)
-            points = self._each(names, lambda weight: _zero_points(weight, blocks))
-            inputs.append(self._weight(names, "zero_points", np.dtype(np.uint8), (rows * packed,), points))
-        return graph.op(
-            "MatMulNBits",
-            *inputs,
-            K=columns,
-            N=rows,
-            bits=scheme.bits,
-            block_size=block,
-            accuracy_level=parts.accuracy_level,
-        )
+            inputs.append(self._weight(names, "zero_points", byte, (rows * packed,), zero_points))
+        level = parts.accuracy_level
+        return graph.op("MatMulNBits", *inputs, K=columns, N=rows, bits=scheme.bits, block_size=block, accuracy_level=level)
 
     def _integers(self, value: str, names: tuple[str, ...], activations: str) -> str:
         """Return a product of 8-bit integers: the input is rounded by a scale per token as it comes, or by one fixed scale."""
         parts, graph = self.parts, self.parts.graph
         rows, columns = sum(map(self._rows, names)), parts.quantized_shape(names[0])[1]
-        codes = self._weight(
-            names,
-            "codes",
-            np.dtype(np.int8),
-            (columns, rows),
-            self._each(names, lambda weight: (weight.codes ^ _SIGN).view(torch.int8).numpy(), axis=1),
-        )
-        scales = self._weight(
-            names, "scales", graph.dtype, (rows,), self._each(names, lambda weight: parts.floats(names[0], weight.scales.view(-1)))
-        )
+
+        def read_codes() -> Iterable[NDArray[Any]]:
+            signed = [(parts.quantized(name).codes ^ _SIGN).view(torch.int8) for name in names]
+            for piece in _side_by_side(signed, torch.int8):
+                yield piece.numpy()
+
+        def read_scales() -> Iterable[NDArray[Any]]:
+            for name in names:
+                yield parts.floats(name, parts.quantized(name).scales.view(-1))
+
+        codes = self._weight(names, "codes", np.dtype(np.int8), (columns, rows), read_codes)
+        scales = self._weight(names, "scales", graph.dtype, (rows,), read_scales)
         if activations == "tensor":
             scale = graph.const(parts.input_scale(names[0]), graph.dtype)
             zero = graph.const(0, np.int8)
             rounded = parts.once(value, f"fixed {scale}", lambda: graph.op("QuantizeLinear", value, scale, zero))
             dense = parts.once(rounded, "back", lambda: graph.op("DequantizeLinear", rounded, scale, zero))
-            return graph.op("MatMul", dense, graph.op("DequantizeLinear", codes, scales, axis=1))
+            zeros = graph.const(np.zeros(rows), np.int8)  # written out: ONNX Runtime for older CPUs makes a single one of none
+            return graph.op("MatMul", dense, graph.op("DequantizeLinear", codes, scales, zeros, axis=1))
         step = parts.once(value, "step", lambda: self._step(value))
         zero = graph.const(_SIGN, np.uint8)  # bytes without a sign: only for these there are fast kernels
         divided = parts.once(
@@ -172,34 +169,29 @@ class LinearWriter:
         steps = graph.op("Div", largest, graph.const(_LARGEST))
         return graph.op("Where", graph.op("Equal", steps, graph.const(0.0)), graph.const(1.0), steps)
 
-    def _each(
-        self, names: tuple[str, ...], make: Callable[[QuantizedWeight], NDArray[Any]], axis: int = 0
-    ) -> Callable[[], NDArray[Any]]:
-        """Return what reads quantized matrices one after the other and puts together what is made of each; along the columns
-        of a transposed matrix for `axis` 1."""
-
-        def read() -> NDArray[Any]:
-            found = [make(self.parts.quantized(name)) for name in names]
-            return np.concatenate(found) if axis == 0 else np.ascontiguousarray(np.concatenate(found).T)
-
-        return read
-
     def _weight(
-        self, names: tuple[str, ...], part: str, dtype: np.dtype[Any], shape: tuple[int, ...], read: Callable[[], NDArray[Any]]
+        self,
+        names: tuple[str, ...],
+        part: str,
+        dtype: np.dtype[Any],
+        shape: tuple[int, ...],
+        read: Callable[[], Iterable[NDArray[Any]]],
     ) -> str:
         name = f"{'+'.join((names[0], *(other.rpartition('.')[2] for other in names[1:])))}.{part}"
-        return self.parts.graph.weight(
-            name, Weight(f"{'+'.join(names)}.{part}:{dtype.name}", dtype, shape, lambda: read().reshape(shape))
-        )
+        return self.parts.graph.weight(name, Weight(f"{'+'.join(names)}.{part}:{dtype.name}", dtype, shape, read))
 
 
-def _zero_points(weight: QuantizedWeight, blocks: int) -> NDArray[Any]:
-    points = weight.zero_points
-    assert points is not None, "only integers are laid out this way"
-    spread = points.repeat_interleave(blocks // points.shape[1], dim=1)
-    bits = weight.scheme.bits
-    packed = -(-blocks * bits // 8)
-    return _bytes(pack_words(spread, bits))[:, :packed].copy()
+def _side_by_side(matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
+    """Give the transposes of matrices of as many columns, put side by side, in a type, some rows at a time."""
+    turned = [matrix.t().contiguous() for matrix in matrices]
+    width = sum(matrix.shape[1] for matrix in turned)
+    step = max(1, _PIECE // width)
+    for first in range(0, len(turned[0]), step):
+        rows = [matrix[first : first + step] for matrix in turned]
+        piece = torch.empty(len(rows[0]), width, dtype=dtype)
+        for place, part in zip(torch.split(piece, [each.shape[1] for each in rows], dim=1), rows, strict=True):
+            place.copy_(part)
+        yield piece
 
 
 def _bytes(words: Tensor) -> NDArray[np.uint8]:

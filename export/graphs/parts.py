@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,7 +18,8 @@ from compress.export.graphs.graph import Graph, Weight
 from compress.export.graphs.linears import Held, LinearWriter
 from compress.export.graphs.vocabulary import embed, head, head_name
 from compress.families import Family
-from compress.layouts import linear_shape, quantized_linears, read_linear
+from compress.layouts import PackedLinear, linear_shape, quantized_linears, read_linear, read_packed
+from compress.numerics.grids import QuantizedWeight
 from compress.skeleton import build_skeleton
 
 _FLOATS = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.float16}
@@ -71,6 +72,11 @@ class Parts:
     embedding_bits: int | None = None
     _inputs: dict[tuple[str, str], str] = field(default_factory=lambda: dict[tuple[str, str], str](), repr=False)
 
+    @property
+    def float_type(self) -> torch.dtype:
+        """The type of the graph's floating-point numbers."""
+        return _FLOATS[self.graph.dtype]
+
     def has(self, name: str) -> bool:
         """Return whether the checkpoint has a tensor of this name."""
         return name in self.source.reader.disk_names
@@ -94,9 +100,9 @@ class Parts:
         """Return a tensor of the checkpoint in the graph's type; `change` makes of it what is stored, which `form` names."""
         shape, dtype = self.shape(name), self.graph.dtype
 
-        def read() -> NDArray[Any]:
+        def read() -> Iterable[NDArray[Any]]:
             found = self.source.reader.tensor(name)
-            return self.floats(name, found if change is None else change(found))
+            yield self.floats(name, found if change is None else change(found))
 
         if change is not None:
             shape = tuple(change(torch.empty(shape, device="meta")).shape)
@@ -109,7 +115,7 @@ class Parts:
         Raises:
             CheckpointError: a value is too large for it.
         """
-        found = tensor.to(_FLOATS[self.graph.dtype])
+        found = tensor.to(self.float_type)
         if found.dtype == torch.float16 and not bool(found.isfinite().all()):
             raise CheckpointError(f"{name}: has values beyond 65504, the largest that float16 holds; set dtype: float32")
         return found.contiguous().numpy()
@@ -137,10 +143,15 @@ class Parts:
         name = head_name(self)
         return self.quantized_shape(name)[0] if name in self.source.held else self.shape(f"{name}.weight")[0]
 
-    def quantized(self, name: str) -> Any:
+    def quantized(self, name: str) -> QuantizedWeight:
         """Return the codes, scales and zero points of a quantized linear, as stored."""
         held = self.source.held[name]
         return read_linear(held.name, held.scheme, self.source.reader.disk_tensor)
+
+    def packed(self, name: str) -> PackedLinear:
+        """Return the same of one whose codes are packed, with these as they lie on disk."""
+        held = self.source.held[name]
+        return read_packed(held.name, held.scheme, self.source.reader.disk_tensor)
 
     def quantized_shape(self, name: str) -> tuple[int, int]:
         """Return [out, in] of a quantized linear."""

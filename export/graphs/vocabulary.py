@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from compress.export.graphs.graph import Weight
 from compress.export.onnx_limits import ROUNDED_BLOCK, block_size
+from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_words
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from compress.export.graphs.parts import Parts
 
 _ZERO = 128
+_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -90,26 +92,29 @@ def _rounded(parts: Parts, name: str, bits: int) -> Rounded:
 
 
 def _codes(parts: Parts, rounded: Rounded, shape: tuple[int, ...]) -> str:
-    def make() -> NDArray[Any]:
-        scheme = Scheme(rounded.bits, rounded.block, symmetric=True)
-        matrix = parts.source.reader.tensor(f"{rounded.name}.weight").float()
-        return pack_words(quantize(matrix, scheme, torch.float32).codes, rounded.bits).view(torch.uint8).numpy()
+    def read() -> Iterable[NDArray[Any]]:
+        for piece in _pieces(parts, rounded):
+            yield pack_words(piece.codes, rounded.bits).view(torch.uint8).numpy()
 
-    return _weight(parts, rounded, "codes", np.dtype(np.uint8), shape, make)
+    return _weight(parts, rounded, "codes", Weight("", np.dtype(np.uint8), shape, read))
 
 
 def _scales(parts: Parts, rounded: Rounded, shape: tuple[int, ...]) -> str:
-    def make() -> NDArray[Any]:
-        scheme = Scheme(rounded.bits, rounded.block, symmetric=True)
-        matrix = parts.source.reader.tensor(f"{rounded.name}.weight").float()
-        return parts.floats(rounded.name, quantize(matrix, scheme, torch.float32).scales)
+    def read() -> Iterable[NDArray[Any]]:
+        for piece in _pieces(parts, rounded):
+            yield parts.floats(rounded.name, piece.scales)
 
-    return _weight(parts, rounded, "scales", parts.graph.dtype, shape, make)
+    return _weight(parts, rounded, "scales", Weight("", parts.graph.dtype, shape, read))
 
 
-def _weight(
-    parts: Parts, rounded: Rounded, part: str, dtype: np.dtype[Any], shape: tuple[int, ...], make: Callable[[], NDArray[Any]]
-) -> str:
+def _pieces(parts: Parts, rounded: Rounded) -> Iterable[QuantizedWeight]:
+    """Give the rounded matrix, some rows at a time."""
+    scheme = Scheme(rounded.bits, rounded.block, symmetric=True)
+    for rows in torch.split(parts.source.reader.tensor(f"{rounded.name}.weight"), max(1, _PIECE // rounded.columns)):
+        yield quantize(rows, scheme, torch.float32)
+
+
+def _weight(parts: Parts, rounded: Rounded, part: str, weight: Weight) -> str:
     """Return a tensor of a rounded matrix: embeddings and a head that are one, in as many bits, share the bytes."""
     name = f"{rounded.name}.{part}{rounded.bits}"
-    return parts.graph.weight(name, Weight(f"{name}:{dtype.name}", dtype, shape, lambda: make().reshape(shape)))
+    return parts.graph.weight(name, replace(weight, key=f"{name}:{weight.dtype.name}"))

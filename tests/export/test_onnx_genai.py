@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from compress.artifact import SIDE_FILES
 from compress.checkpoint import open_checkpoint, read_json_object
-from compress.errors import CheckpointError, MissingError, VerificationError
+from compress.errors import CheckpointError, MissingError, ServerError, StoreError, VerificationError
 from compress.export import FORMATS
 from compress.export.format import ExportContext, Outlook, VerifyContext
 from compress.export.onnx_genai import OnnxGenai
@@ -22,6 +22,7 @@ from compress.files import write_json
 from compress.layouts import quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
+from compress.runtimes.environment import require
 from compress.schema import load_row
 from tests.quantized import exact_weights, round_checkpoint, scheme
 from tests.tiny import BUILDERS, build_qwen2_5_vl, build_qwen2_vl, build_qwen3_vl
@@ -227,6 +228,32 @@ def test_a_builder_that_fails_is_told_with_its_own_words(tmp_path: Path) -> None
     config = read_json_object(source / "config.json")
     write_json(source / "config.json", config | {"architectures": ["Qwen2_5_VLForAnythingElse"]})
     with pytest.raises(CheckpointError, match=r"model builder failed on it; set decoder: own.*\n.*(not currently supported)"):
+        exported(source, tmp_path / "artifact")
+
+
+@pytest.mark.parametrize(
+    ("script", "error", "words"),
+    [
+        ("kill -9 $$", ServerError, r"model builder was killed; .* Set decoder: own, which does not\.\n(?s:.*)\(SIGKILL\)"),
+        (
+            "echo 'OSError: [Errno 28] No space left on device' >&2; exit 1",
+            StoreError,
+            "the disk is full; free space, and run again",
+        ),
+    ],
+)
+def test_how_a_builder_was_ended_is_told(
+    script: str, error: type[Exception], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the place of the environment's Python stands a program that ends as the builder does on a machine that is too small."""
+    folder = tmp_path / require("onnxruntime-genai").python.parents[1].name
+    (folder / "bin").mkdir(parents=True)
+    (folder / "compress-environment.json").write_text("{}")
+    (folder / "bin" / "python").write_text(f"#!/bin/sh\n{script}\n")
+    (folder / "bin" / "python").chmod(0o755)
+    monkeypatch.setenv("COMPRESS_RUNTIMES", str(tmp_path))
+    source = build_qwen2_5_vl(tmp_path / "source", layers=1)
+    with pytest.raises(error, match=words):
         exported(source, tmp_path / "artifact")
 
 

@@ -237,19 +237,21 @@ def test_a_damaged_folder_is_told(demo: Path, tmp_path: Path) -> None:
     damaged.mkdir()
     for path in demo.iterdir():
         (damaged / path.name).write_bytes(path.read_bytes())
-    (damaged / "model.onnx").write_bytes((demo / "model.onnx").read_bytes()[:5000])
-    with (
-        pytest.raises(CheckpointError, match=r"damaged: onnxruntime-genai cannot load it .*model\.onnx.*; export it again"),
-        opened(damaged, in_genai(), tmp_path),
-    ):
-        pass
+
+    def refused(words: str) -> None:
+        with pytest.raises(CheckpointError, match=words), opened(damaged, in_genai(), tmp_path):
+            pass
+
+    whole = (demo / "model.onnx").read_bytes()
+    (damaged / "model.onnx").write_bytes(whole[:5000])
+    refused(r"damaged/model\.onnx: truncated, or no ONNX file .*; export it again")
+    (damaged / "model.onnx").write_bytes(whole)
+    (damaged / "model.onnx.data").unlink()
+    refused(r"damaged/model\.onnx: its data file model\.onnx\.data is missing; put it beside the graph")
+    (damaged / "model.onnx.data").write_bytes((demo / "model.onnx.data").read_bytes())
     config = read_json_object(demo / "genai_config.json")
     write_json(damaged / "genai_config.json", config | {"model": config["model"] | {"type": "llava"}})
-    with (
-        pytest.raises(CheckpointError, match=r"Unsupported model_type in config\.json: llava"),
-        opened(damaged, in_genai(), tmp_path),
-    ):
-        pass
+    refused(r"damaged: onnxruntime-genai cannot load it \(Unsupported model_type in config\.json: llava\); export it again")
 
 
 def test_what_it_does_not_offer_names_the_runtime_that_does(demo: Path, tmp_path: Path) -> None:
