@@ -237,14 +237,14 @@ def _median_ratio(theirs: list[float], ours: list[float]) -> float:
 def table(rows: Mapping[str, Mapping[str, Any]]) -> str:
     """Return the figures as a table; the shares are of images put right among all labels, and among all captions."""
     heads = ("MB", "smaller", "ms/image", "faster", "ms/text", "faster", "labels", "lost", "captions", "lost")
-    lines = [f"{'':26}" + "".join(f"{head:>9}" for head in heads)]
+    lines = [f"{'':29}" + "".join(f"{head:>9}" for head in heads)]
     for name, row in rows.items():
         figures = [f"{row['bytes'] / 1e6:.2f}", f"{row['times_smaller']:.2f}"]
         for part in ("image", "text"):
             figures += [f"{row[part]['core_ms']:.3f}", f"{row[part]['speedup']:.2f}"]
         for column in COLUMNS:
             figures += [f"{row[column]['right']:.2%}", f"{row[column]['points_lost']:.2f}"]
-        lines.append(f"{name:26}" + "".join(f"{figure:>9}" for figure in figures))
+        lines.append(f"{name:29}" + "".join(f"{figure:>9}" for figure in figures))
     return "\n".join(lines)
 
 

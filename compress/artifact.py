@@ -35,6 +35,7 @@ ArtifactFormat = Literal["onnx", "onnx-genai", "vllm"]
 """What an artifact's folder is by its files: graphs of ours, a folder of onnxruntime-genai's, or a checkpoint."""
 
 _GENAI = "genai_config.json"
+_GENAI_IMAGES = "vision_processor.json"
 
 
 def copy_side_files(source: Path, target: Path) -> None:
@@ -81,7 +82,7 @@ def weight_bytes(folder: Path) -> int:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the files that make up an artifact: config, weights, and how text and images enter the model."""
-    named = [folder / name for name in ("config.json", _GENAI, *SIDE_FILES) if (folder / name).is_file()]
+    named = [folder / name for name in ("config.json", _GENAI, _GENAI_IMAGES, *SIDE_FILES) if (folder / name).is_file()]
     templates = [path for path in (folder / "additional_chat_templates").rglob("*") if path.is_file()]
     return sorted([*named, *weight_files(folder), *templates])
 

@@ -149,7 +149,7 @@ def _held_bytes(shape: tuple[int, ...], bits: int | None, number: int) -> int:
 def _linear_bytes(shape: tuple[int, int], scheme: Scheme, number: int) -> int:
     rows, columns = shape
     if scheme.activations is not None:
-        return rows * columns + rows * number
+        return rows * columns + rows * (number + (scheme.activations == "tensor"))
     blocks = columns // block_size(columns if scheme.group_size == -1 else scheme.group_size)
     points = 0 if scheme.symmetric else rows * -(-blocks * scheme.bits // 8)
     return rows * columns * scheme.bits // 8 + rows * blocks * number + points

@@ -13,20 +13,29 @@ from compress.numerics.scheme import Scheme
 from compress.verification.results import Component
 
 Rounding = Literal[
-    "float32", "float16", "inputs in blocks", "inputs to 8 bits", "embeddings in 8 bits", "head in 8 bits", "head in 4 bits"
+    "float32",
+    "float16",
+    "inputs in blocks",
+    "inputs to 8 bits",
+    "embeddings in 8 bits",
+    "words and patches in 8 bits",
+    "head in 8 bits",
+    "head in 4 bits",
 ]
 """What makes an artifact's numbers others than the checkpoint's, which is computed in float32 with the same integers.
 
 `inputs in blocks` are those of matrices that compute with 8-bit inputs though the checkpoint does not (`accuracy_level: 4`),
-`inputs to 8 bits` those that the checkpoint rounds too, where the last digit decides to which side.
+`inputs to 8 bits` those that the checkpoint rounds too, where the last digit decides to which side; `words and patches in 8 bits` the first
+matrices of two encoders, whose outputs are compared at the far end.
 """
 
 PARTS: Mapping[Rounding, float] = {
     "float32": 1e-4,
     "float16": 0.02,
-    "inputs in blocks": 0.15,
-    "inputs to 8 bits": 0.15,
+    "inputs in blocks": 0.25,
+    "inputs to 8 bits": 0.25,
     "embeddings in 8 bits": 0.005,
+    "words and patches in 8 bits": 0.03,
     "head in 8 bits": 0.02,
     "head in 4 bits": 0.25,
 }
@@ -38,6 +47,7 @@ LIKELIHOODS: Mapping[Rounding, float] = {
     "inputs in blocks": 0.25,
     "inputs to 8 bits": 0.25,
     "embeddings in 8 bits": 0.1,
+    "words and patches in 8 bits": 0.1,
     "head in 8 bits": 0.1,
     "head in 4 bits": 0.5,
 }
@@ -49,6 +59,7 @@ AGREEMENT: Mapping[Rounding, float] = {
     "inputs in blocks": 0.0,
     "inputs to 8 bits": 0.0,
     "embeddings in 8 bits": 0.0,
+    "words and patches in 8 bits": 0.0,
     "head in 8 bits": 0.0,
     "head in 4 bits": 0.0,
 }
@@ -102,12 +113,15 @@ def limits_of(settings: Settings, checkpoint: Checkpoint, family: Family) -> Lim
     seeing = {name for name in schemes if family.inside_vision(family.module_name(name)) or name.endswith(family.vision_readers)}
     embeddings: set[Rounding] = {settings.dtype}
     decoder = _roundings(settings, (scheme for name, scheme in schemes.items() if name not in seeing))
-    if settings.embedding_bits:
+    vision = _roundings(settings, (schemes[name] for name in seeing))
+    if settings.embedding_bits and family.head is None:
+        for part in (vision, decoder):
+            part.add("words and patches in 8 bits")
+    elif settings.embedding_bits:
         embeddings.add("embeddings in 8 bits")
     if settings.head_bits:
         decoder.add("head in 8 bits" if settings.head_bits == 8 else "head in 4 bits")
         decoder.update(_inputs(settings, Scheme(settings.head_bits, -1, symmetric=True)))
-    vision = _roundings(settings, (schemes[name] for name in seeing))
     return Limits(frozenset(vision), frozenset(embeddings), frozenset(decoder))
 
 

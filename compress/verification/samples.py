@@ -32,7 +32,7 @@ _QUESTIONS = (
     "Name one thing that this shows.",
     "What colour is the background?",
 )
-_SIZES = ((150, 113), (97, 61), (252, 140), (84, 196), (131, 131), (203, 90), (71, 118), (177, 164))
+_SIZES = ((150, 113), (97, 61), (252, 140), (84, 196), (131, 131), (203, 90), (59, 118), (177, 164))
 """Widths and heights: none a multiple of a window of 112 pixels, and hardly one of a patch."""
 
 

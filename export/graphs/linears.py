@@ -152,7 +152,8 @@ class LinearWriter:
             zero = graph.const(0, np.int8)
             rounded = parts.once(value, f"fixed {scale}", lambda: graph.op("QuantizeLinear", value, scale, zero))
             dense = parts.once(rounded, "back", lambda: graph.op("DequantizeLinear", rounded, scale, zero))
-            zeros = graph.const(np.zeros(rows), np.int8)  # written out: ONNX Runtime for older CPUs makes a single one of none
+            # Written out, and each matrix its own: else ONNX Runtime fails where it makes unsigned integers of signed ones.
+            zeros = self._weight(names, "zero_points", np.dtype(np.int8), (rows,), lambda: [np.zeros(rows, np.int8)])
             return graph.op("MatMul", dense, graph.op("DequantizeLinear", codes, scales, zeros, axis=1))
         step = parts.once(value, "step", lambda: self._step(value))
         zero = graph.const(_SIGN, np.uint8)  # bytes without a sign: only for these there are fast kernels

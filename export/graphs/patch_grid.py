@@ -28,8 +28,9 @@ class Groups:
     shape: tuple[str, str | int]
 
     @staticmethod
-    def of(graph: Graph, row: str, place: str, extents: tuple[str, str], shape: tuple[str, str | int], codes: str = "") -> Groups:
-        """Return the layout of patches whose rows and places in them are known; `extents` are how many of each there are."""
+    def of(graph: Graph, laid: tuple[str, str], extents: tuple[str, str], shape: tuple[str, str | int], codes: str = "") -> Groups:
+        """Return the layout of patches whose rows and places in them are known; `extents` are how many of each there are, [1]."""
+        row, place = laid
         places = graph.op("Add", graph.op("Mul", row, extents[1]), place)
         empty = graph.op("Expand", graph.const([-1]), graph.op("Mul", *extents))
         patches = graph.op("ScatterElements", empty, places, graph.arange(graph.extent(row, 0)), axis=0)
@@ -76,7 +77,10 @@ class PatchGrid:
         return PatchGrid(graph, (frames, rows, columns), image, frame, place, row, column, heights, widths)
 
     def frames(self) -> Groups:
-        """Return the frames as groups. Small ones share a row: those that begin in one stretch as long as the largest."""
+        """Return the frames as groups. Small ones share a row: those that begin in one stretch as long as the largest.
+
+        So a row is at most twice as long as the largest frame, and rows of frames of one size have no empty places.
+        """
         graph, (frames, rows, columns) = self.graph, self.grids
         largest = graph.op("ReduceMax", graph.op("Mul", rows, columns), keepdims=1)
         number = graph.op("Add", self._numbered(frames)[0], self.frame)
@@ -90,7 +94,7 @@ class PatchGrid:
         starts = graph.reshape(graph.op("NonZero", begins), [-1])
         place = graph.op("Sub", patch, graph.op("Gather", starts, row))
         longest = graph.op("Add", graph.op("ReduceMax", place, keepdims=1), graph.const(1))
-        return Groups.of(graph, row, place, (graph.extent(starts, 0), longest), ("frame_rows", "frame_places"), codes)
+        return Groups.of(graph, (row, place), (graph.extent(starts, 0), longest), ("frame_rows", "frame_places"), codes)
 
     def windows(self, side: int) -> Groups:
         """Return the windows of `side` by `side` patches as groups; those at the right and lower edge of a frame may be smaller."""
@@ -102,7 +106,8 @@ class PatchGrid:
         above = graph.op("Add", graph.op("Mul", self.frame, self._windows_along(self.heights, side)), window_row)
         left = graph.op("Add", graph.op("Mul", above, self._windows_along(self.widths, side)), window_column)
         place = graph.op("Add", graph.op("Mul", row, length), column)
-        return Groups.of(graph, graph.op("Add", number, left), place, (count, graph.const([side * side])), ("windows", side * side))
+        laid = (graph.op("Add", number, left), place)
+        return Groups.of(graph, laid, (count, graph.const([side * side])), ("windows", side * side))
 
     def _windows_along(self, extent: str, side: int) -> str:
         graph = self.graph

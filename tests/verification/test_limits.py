@@ -9,7 +9,7 @@ from compress.families import family_at
 from compress.numerics.scheme import Scheme
 from compress.verification.limits import AGREEMENT, LIKELIHOODS, PARTS, Limits, Settings, limits_of
 from tests.quantized import round_checkpoint
-from tests.tiny import build_mllama, build_qwen2_5_vl
+from tests.tiny import build_clip, build_mllama, build_qwen2_5_vl
 
 PAGE = (Path(__file__).parent.parent.parent / "docs" / "verification.md").read_text(encoding="utf-8")
 FOUR = Scheme(4, 32, symmetric=False)
@@ -43,20 +43,27 @@ def test_quantized_weights_alone_loosen_nothing_and_rounded_inputs_only_their_pa
     round_checkpoint(plain, tmp_path / "four", FOUR)
     settings = Settings("float32", accuracy_level=4)
     found = limits(tmp_path / "four", settings)
-    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [1e-4, 1e-4, 0.15]
+    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [1e-4, 1e-4, 0.25]
     assert found.of("decoder", exact=True) == 1e-4
     assert limits(tmp_path / "four", replace(settings, accuracy_level=0)).of("decoder") == 1e-4
     assert limits(tmp_path / "four", replace(settings, head_bits=4)).of("decoder", exact=True) == 0.25
     round_checkpoint(plain, tmp_path / "eight", EIGHT, vision=lambda name: EIGHT if ".mlp." in name else None)
     found = limits(tmp_path / "eight", replace(settings, accuracy_level=0))
-    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.15, 1e-4, 0.15]
+    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.25, 1e-4, 0.25]
+    assert found.of("vision encoder", exact=True) == 1e-4
 
 
 def test_what_reads_images_in_the_decoder_belongs_to_the_vision_encoder(tmp_path: Path) -> None:
     plain = build_mllama(tmp_path / "model")
     round_checkpoint(plain, tmp_path / "four", lambda name: FOUR if "cross_attn.k_proj" in name else None)
     found = limits(tmp_path / "four", Settings("float32", accuracy_level=4))
-    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.15, 1e-4, 1e-4]
+    assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.25, 1e-4, 1e-4]
+
+
+def test_encoders_round_words_and_patches_at_their_beginning(tmp_path: Path) -> None:
+    found = limits(build_clip(tmp_path / "model"), Settings("float32", embedding_bits=8))
+    assert [found.of(part) for part in ("image encoder", "text encoder")] == [0.03, 0.03]
+    assert found.roundings == ("float32", "words and patches in 8 bits")
 
 
 @pytest.mark.parametrize("table", [LIKELIHOODS, AGREEMENT])
