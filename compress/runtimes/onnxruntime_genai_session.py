@@ -26,7 +26,7 @@ from compress.runtimes.onnxruntime_genai import CONFIG, ENVIRONMENT
 from compress.runtimes.onnxruntime_graph import check_files
 from compress.runtimes.runtime import Ability, Answer, Embeddings, OpenContext, Passage, Picture, Prompt, Score, scored_tokens
 from compress.runtimes.server import Server, run_server
-from compress.runtimes.top_tokens import Position, TopRecord, score_of, write_record
+from compress.runtimes.top_tokens import Position, TopRecord, scores_of, write_record
 from compress.runtimes.vllm_server import stop_tokens
 
 if TYPE_CHECKING:
@@ -238,10 +238,7 @@ class OnnxruntimeGenaiSession:
                 advance(len(passage.token_ids))
         if record is not None:
             write_record(record, passages, [[] if isinstance(row, str) else row for row in found], self._top)
-        return [
-            score_of(passage.id, row, original.of(place) if original is not None else None)
-            for place, (passage, row) in enumerate(zip(passages, found, strict=True))
-        ]
+        return scores_of(passages, found, original)
 
     def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
         """Refuse to tell which of some texts an image shows.

@@ -142,3 +142,11 @@ class TopRecord:
         pairs = zip(self._top_ids[row].tolist(), self._top_logs[row].tolist(), strict=True)
         top = tuple((token, value) for token, value in pairs if token >= 0)
         return Position(token=int(self._tokens[row]), log_probability=float(self._logs[row]), top=top)
+
+
+def scores_of(passages: Sequence[Passage], found: Sequence[Sequence[Position] | str], original: TopRecord | None) -> list[Score]:
+    """Return the scores of all passages, in their order, compared with the original's record where there is one."""
+    return [
+        score_of(passage.id, row, None if original is None else original.of(place))
+        for place, (passage, row) in enumerate(zip(passages, found, strict=True))
+    ]

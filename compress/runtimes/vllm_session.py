@@ -16,7 +16,7 @@ from compress.errors import ServerError, UsageError
 from compress.progress import Progress
 from compress.runtimes.openai_client import Address, Asker, Patience
 from compress.runtimes.runtime import Ability, Answer, Embeddings, Passage, Picture, Prompt, Score, scored_tokens
-from compress.runtimes.top_tokens import Position, TopRecord, position_of, score_of, write_record
+from compress.runtimes.top_tokens import Position, TopRecord, position_of, scores_of, write_record
 
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp", b"BM": "image/bmp"}
 
@@ -115,10 +115,7 @@ class VllmSession:
             )
         if record is not None:
             write_record(record, passages, [[] if isinstance(row, str) else row for row in found], self._top)
-        return [
-            score_of(passage.id, row, original.of(place) if original is not None else None)
-            for place, (passage, row) in enumerate(zip(passages, found, strict=True))
-        ]
+        return scores_of(passages, found, original)
 
     def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
         """Refuse to tell which of some texts an image shows.

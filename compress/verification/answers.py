@@ -16,13 +16,14 @@ from compress.progress import Progress
 from compress.runtimes.runtime import Answer, Passage, Prompt, Session
 from compress.verification.limits import Limits
 from compress.verification.results import Agreement, Answers, Shown
-from compress.verification.samples import captions, pictures, questions, with_wrong_images, without_images
+from compress.verification.samples import captions, pictures, questions, without_images
 
 NEW_TOKENS = 16
 """How many tokens an answer has at most."""
 
 _SEEING = 1e-3
 _BLIND = 0.1
+_OTHERS = 300
 _SCORED: tuple[Shown, ...] = ("right image", "wrong image")
 
 
@@ -48,7 +49,7 @@ def ask(session: Session, family: Family, given: Said | None, progress: Progress
     own = questions(family)
     asked: dict[Shown, list[Prompt]] = {
         "right image": own,
-        "wrong image": with_wrong_images(own),
+        "wrong image": questions(family, seed=_OTHERS),
         "no image": without_images(own),
     }
     answers: dict[Shown, list[Answer]] = {}

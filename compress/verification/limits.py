@@ -25,8 +25,8 @@ Rounding = Literal[
 """What makes an artifact's numbers others than the checkpoint's, which is computed in float32 with the same integers.
 
 `inputs in blocks` are those of matrices that compute with 8-bit inputs though the checkpoint does not (`accuracy_level: 4`),
-`inputs to 8 bits` those that the checkpoint rounds too, where the last digit decides to which side; `words and patches in 8 bits` the first
-matrices of two encoders, whose outputs are compared at the far end.
+`inputs to 8 bits` those that the checkpoint rounds too, where the last digit decides to which side;
+`words and patches in 8 bits` the first matrices of two encoders, whose outputs are compared at the far end.
 """
 
 PARTS: Mapping[Rounding, float] = {

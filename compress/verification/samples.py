@@ -84,19 +84,15 @@ def _sample(place: int, pictures: Sequence[int]) -> Sample:
     )
 
 
-def questions(family: Family) -> list[Prompt]:
-    """Return questions, each about a picture of its own; the last two about two of different sizes where the family takes two."""
-    drawn = [draw(100 + place, *size) for place, size in enumerate(_SIZES)]
-    several = 0 if family.single_image else 2
-    asked = [Prompt(f"question {place}", text, (drawn[place],)) for place, text in enumerate(_QUESTIONS)]
-    return asked[: len(asked) - several] + [
-        Prompt(prompt.id, prompt.text, (*prompt.images, drawn[0])) for prompt in asked[len(asked) - several :]
-    ]
+def questions(family: Family, seed: int = 100) -> list[Prompt]:
+    """Return questions, each about a picture of its own; the last two about two of different sizes where the family takes two.
 
-
-def with_wrong_images(prompts: Sequence[Prompt]) -> list[Prompt]:
-    """Return each prompt with the images of the next."""
-    return [Prompt(prompt.id, prompt.text, prompts[place - len(prompts) + 1].images) for place, prompt in enumerate(prompts)]
+    Another `seed` gives the same questions about other pictures of the same sizes: what changes then is what is in them alone.
+    """
+    drawn = [draw(seed + place, *size) for place, size in enumerate(_SIZES)]
+    double = 0 if family.single_image else 2
+    shown = [(drawn[place], *([drawn[0]] if place >= len(drawn) - double else [])) for place in range(len(drawn))]
+    return [Prompt(f"question {place}", text, shown[place]) for place, text in enumerate(_QUESTIONS)]
 
 
 def without_images(prompts: Sequence[Prompt]) -> list[Prompt]:

@@ -14,17 +14,8 @@ from numpy.typing import NDArray
 
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
-from compress.export.graphs.parts import Parts
+from compress.export.graphs.parts import Parts, Rotation
 from compress.export.onnx_limits import ROTATIONS
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """The tables by which positions rotate queries and keys, [batch · length, head width / 2], and the row of each token."""
-
-    cosines: str
-    sines: str
-    places: str
 
 
 @dataclass(frozen=True)
@@ -183,7 +174,7 @@ def self_attention(
     if rotation is not None:
         query, key = (
             graph.typed(
-                parts.rotated(each, rotation.cosines, rotation.sines, rotation.places),
+                parts.rotated(each, rotation),
                 graph.dtype,
                 ("batch_size", "sequence_length", heads * shape.width),
             )

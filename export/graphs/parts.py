@@ -26,6 +26,17 @@ _FLOATS = {np.dtype(np.float32): torch.float32, np.dtype(np.float16): torch.floa
 
 
 @dataclass(frozen=True)
+class Rotation:
+    """The tables by which positions rotate queries and keys, [positions, head width / 2]; `places` is each token's row in them,
+    int64 [batch, length].
+    """
+
+    cosines: str
+    sines: str
+    places: str
+
+
+@dataclass(frozen=True)
 class Source:
     """A checkpoint whose weights graphs are made from."""
 
@@ -225,9 +236,6 @@ class Parts:
         bias = graph.op("Where", same, graph.const(0.0), graph.const(lowest))
         return graph.op("Unsqueeze", bias, graph.const([0, 1]))
 
-    def rotated(self, value: str, cosines: str, sines: str, places: str) -> str:
-        """Return [batch, length, heads · width] rotated by its positions (arXiv 2104.09864, halves as in GPT-NeoX).
-
-        `cosines`, `sines` [positions, width / 2] are tables; `places` int64 [batch, length] says which row belongs to which.
-        """
-        return self.graph.op("RotaryEmbedding", value, places, cosines, sines)
+    def rotated(self, value: str, rotation: Rotation) -> str:
+        """Return [batch, length, heads · width] rotated by its positions (arXiv 2104.09864, halves as in GPT-NeoX)."""
+        return self.graph.op("RotaryEmbedding", value, rotation.places, rotation.cosines, rotation.sines)

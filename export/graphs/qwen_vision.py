@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from compress.export.graphs.decoder import feed_forward
-from compress.export.graphs.parts import Parts
+from compress.export.graphs.parts import Parts, Rotation
 from compress.export.graphs.patch_grid import CODES, Groups, PatchGrid
 
 _EPSILON = 1e-6
@@ -59,15 +59,6 @@ class Tower:
             whole=tuple(config.fullatt_block_indexes) if window else tuple(range(blocks)),
             levels=tuple(getattr(config, "deepstack_visual_indexes", None) or ()),
         )
-
-
-@dataclass(frozen=True)
-class Rotation:
-    """The tables by which places rotate queries and keys, [patches, head width / 2], and the row of each patch [1, patches]."""
-
-    cosines: str
-    sines: str
-    places: str
 
 
 @dataclass(frozen=True)
@@ -204,7 +195,7 @@ def _attention(parts: Parts, tower: Tower, states: str, rotation: Rotation, atte
 def _rotated(parts: Parts, tower: Tower, value: str, rotation: Rotation) -> str:
     """Return [1, patches, hidden]: queries or keys [patches, hidden], turned by their places."""
     row = parts.graph.op("Unsqueeze", value, parts.graph.const([0]))
-    turned = parts.rotated(row, rotation.cosines, rotation.sines, rotation.places)
+    turned = parts.rotated(row, rotation)
     return parts.graph.typed(turned, parts.graph.dtype, (1, "patches", tower.hidden))
 
 

@@ -105,11 +105,12 @@ def test_an_artifact_that_sees_every_image_alike_has_a_dead_vision_path(
     """Its graphs are right, and its processor makes one grey of every image."""
     export, folder = artifact
     shutil.copytree(folder, tmp_path / "onnx")
-    path = tmp_path / "onnx" / "processor_config.json"
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["image_processor"]["image_std"] = [1e9] * 3
-    path.write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(VerificationError, match=r"a dead vision path: for \d of 8 prompts another image changes"):
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        path = tmp_path / "onnx" / name
+        config = json.loads(path.read_text(encoding="utf-8"))
+        config.get("image_processor", config)["image_std"] = [1e9] * 3
+        path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(VerificationError, match=r"a dead vision path: for 8 of 8 prompts another image changes"):
         verify(export, tmp_path / "onnx", source)
 
 
