@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock
 
-from compress.artifact import RECORD, folder_digests, source_commit, write_record
+from compress.artifact import RECORD, ArtifactFormat, artifact_format, folder_digests, source_commit, write_record
 from compress.checkpoint import read_json_object
 from compress.errors import StoreError
 from compress.files import one_error, telling_where, write_text
@@ -71,6 +72,33 @@ def _check_whole(copy: Path, record: Mapping[str, Any], folder: Path) -> None:
         raise StoreError(f"{folder}: is not what was measured any more; run `compress store verify`, then this command again")
 
 
+@dataclass(frozen=True)
+class _Use:
+    """What the card of an artifact says of running it, and the name of the library that does."""
+
+    library: str
+    how: str
+
+
+_USES: Mapping[ArtifactFormat, _Use] = {
+    "vllm": _Use("vllm", "```\nvllm serve FOLDER\n```"),
+    "onnx": _Use(
+        "onnxruntime",
+        "Each `.onnx` file is a graph for ONNX Runtime; the `.onnx_data` files beside it are its weights: keep them together. "
+        "Inputs and outputs are named in the graphs; tokenizer and processor in this folder prepare prompts and images for them.",
+    ),
+    "onnx-genai": _Use(
+        "onnxruntime-genai",
+        '```python\nimport onnxruntime_genai\n\nmodel = onnxruntime_genai.Model("FOLDER")\n```',
+    ),
+}
+
+
+def _compares(report: Report) -> bool:
+    """Return whether the model compares images with texts and writes none."""
+    return all(task["task"] in ("zero-shot", "retrieval") for task in report.recipe["eval"]["tasks"])
+
+
 def card(report: Report, name: str) -> str:
     """Return the model card of one artifact: what it is, the table, the verdict, how to run it, where it comes from."""
     rows = tuple(row for row in report.rows if row.artifact in ("original", name))
@@ -78,7 +106,9 @@ def card(report: Report, name: str) -> str:
     known = Path(source).name if is_local(source) else source
     forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
     base = [] if is_local(source) else [f"base_model: {source}"]
-    front = "\n".join(["---", *base, "library_name: vllm", "pipeline_tag: image-text-to-text", "tags: [compress]", "---"])
+    use = _USES[artifact_format(Path(rows[-1].path))]
+    kind = "zero-shot-image-classification" if _compares(report) else "image-text-to-text"
+    front = "\n".join(["---", *base, f"library_name: {use.library}", f"pipeline_tag: {kind}", "tags: [compress]", "---"])
     steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])
     notes = "\n\n".join(f"{key}: {text}" for key, text in report.notes.items())
     own = {name: found} if (found := report.verifications.get(name)) else {}
@@ -105,9 +135,7 @@ def card(report: Report, name: str) -> str:
 
 ## Use
 
-```
-vllm serve FOLDER
-```
+{use.how}
 
 ## Provenance
 

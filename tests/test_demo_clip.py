@@ -54,6 +54,8 @@ def test_two_encoders_in_integers_find_the_same_and_are_published(report: Report
     (published,) = (Path(row.path) for row in report.published)
     encoders = {path.name: path.stat().st_size for path in published.glob("*.onnx*")}
     assert encoders.keys() == {f"{name}_model.onnx{part}" for name in ("vision", "text") for part in ("", "_data")}
+    card = (published / "README.md").read_text(encoding="utf-8")
+    assert "library_name: onnxruntime\npipeline_tag: zero-shot-image-classification\n" in card
     weights = (MODEL / "model.safetensors").stat().st_size  # of two bytes each
     assert 3.5 * sum(encoders.values()) < 2 * weights
 

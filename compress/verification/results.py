@@ -56,10 +56,11 @@ class Agreement(Frozen):
 class Answers(Frozen):
     """What whole answers say, greedily decoded.
 
-    `likelihood` is the largest difference of a prompt's mean log-likelihood per token, in nats, of what the checkpoint answers, and
-    `likelihood_limit` what it may be. Of the prompts whose likelihood another image changes in the checkpoint (`seeing`), `blind`
-    are those where it does not in the artifact. `changed_checkpoint` and `changed_artifact` count the answers that are others
-    with the wrong image. For a model that compares images with texts a prompt is a picture, and its answer the nearest text.
+    `likelihood` is the largest difference of the mean log-likelihood per token, in nats, of what the checkpoint answers to the
+    right image, and `likelihood_limit` what it may be. Of the prompts whose likelihood another image changes in the checkpoint
+    (`seeing`), `blind` are those where it does not in the artifact. `changed_checkpoint` and `changed_artifact` count the answers
+    that are others with the wrong image. For a model that compares images with texts a prompt is a picture, and its answer the
+    nearest text.
     """
 
     agreement: tuple[Agreement, ...]

@@ -80,7 +80,9 @@ def head(parts: Parts, value: str) -> str:
             block_size=rounded.block,
             accuracy_level=parts.accuracy_level,
         )
-    rows, columns = parts.shape(f"{name}.weight")
+    if name != parts.source.family.embeddings:
+        return parts.linear(value, name)
+    rows, columns = parts.shape(f"{name}.weight")  # stored once, as the embeddings need it
     flat = graph.op("Gemm", graph.reshape(value, [-1, columns]), parts.tensor(f"{name}.weight"), transB=1)
     extents = graph.op("Concat", graph.op("Shape", value, end=2), graph.const([rows]), axis=0)
     return graph.op("Reshape", flat, extents)

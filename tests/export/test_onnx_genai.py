@@ -8,6 +8,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
@@ -17,6 +18,7 @@ from compress.errors import CheckpointError, MissingError, ServerError, StoreErr
 from compress.export import FORMATS
 from compress.export.format import ExportContext, Outlook, VerifyContext
 from compress.export.onnx_genai import OnnxGenai
+from compress.export.onnx_genai_builder import lay_out
 from compress.families import family_of
 from compress.files import write_json
 from compress.layouts import quantized_linears
@@ -172,10 +174,9 @@ def test_features_take_the_places_of_image_tokens(demo: Path) -> None:
 
 
 def test_the_builder_takes_the_stages_own_integers(tmp_path: Path) -> None:
-    """Of the checkpoint's two linears alike in nothing but their names, each is found again: codes, scales and zero points."""
     source, heard = DEMO, Warnings()
     schemes = round_checkpoint(source, tmp_path / "rounded", scheme(4, 32))
-    artifact = exported(tmp_path / "rounded", tmp_path / "artifact", heard)
+    artifact = exported(tmp_path / "rounded", tmp_path / "artifact", heard, accuracy_level=0)
     held, exact = tensors(artifact / "model.onnx"), exact_weights(source, schemes)
     for name, row in (("q_proj", "model.layers.1.self_attn.q_proj"), ("down_proj", "model.layers.2.mlp.down_proj")):
         part = f"model.layers.{row.split('.')[2]}.{'attn' if 'attn' in row else 'mlp'}.{name}.MatMulNBits"
@@ -185,12 +186,27 @@ def test_the_builder_takes_the_stages_own_integers(tmp_path: Path) -> None:
         zeros = np.stack([flat & 15, flat >> 4], axis=-1).reshape(len(codes), -1)[:, : codes.shape[1]]
         steps = scales.reshape(len(codes), codes.shape[1], 1)
         found = ((nibbles - zeros[..., None]) * steps).reshape(len(codes), -1)
-        np.testing.assert_allclose(found, exact[row].numpy(), atol=1e-3 * float(exact[row].abs().max()))
-        theirs = exact[row].numpy().reshape(nibbles.shape)
-        np.testing.assert_array_equal(np.rint(theirs / steps), nibbles - zeros[..., None])
+        np.testing.assert_array_equal(found, exact[row].numpy())
     assert held["lm_head.MatMul.weight"].dtype == np.float32
     assert not list(artifact.glob(".*"))
-    assert verified(tmp_path / "rounded", artifact)["decoder"] < 0.1
+    assert max(verified(tmp_path / "rounded", artifact, accuracy_level=0).values()) < 1e-4
+    assert heard.heard == []
+
+
+def test_scales_that_are_no_float16_numbers_are_told(tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source", layers=1, dtype=torch.float32)
+    round_checkpoint(source, tmp_path / "rounded", scheme(4, 32))
+    checkpoint, heard = open_checkpoint(tmp_path / "rounded"), Warnings()
+    family = family_of(checkpoint.config)
+    (tmp_path / "laid").mkdir()
+    context = ExportContext(tmp_path / "rounded", tmp_path / "target", family, heard)
+    lay_out(context, Outlook(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
+    found = open_checkpoint(tmp_path / "laid")
+    assert len(heard.heard) == 1
+    assert heard.heard[0].startswith("onnxruntime-genai's builder reads scales as float16: those of 7 linears (model.layers.0.")
+    assert heard.heard[0].endswith("decoder: own keeps them")
+    assert not [name for name in found.tensors if name.startswith("visual.")]
+    assert found.tensors["model.layers.0.self_attn.q_proj.qweight"].dtype == "I32"
 
 
 @pytest.mark.parametrize(("build", "decoder"), [(build_qwen3_vl, "builder"), (build_qwen3_vl, "own"), (build_qwen2_vl, "own")])

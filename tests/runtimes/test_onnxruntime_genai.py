@@ -128,7 +128,7 @@ def test_our_own_runner_says_the_same(demo: Path, prompts: list[Prompt], tmp_pat
 
 def test_4_bits_of_a_stage_answer_as_the_quantized_checkpoint(prompts: list[Prompt], tmp_path: Path) -> None:
     round_checkpoint(DEMO / "model", tmp_path / "rounded", scheme(4, 32), vision=lambda name: scheme(8, 32, True))
-    artifact = exported(tmp_path / "rounded", tmp_path / "artifact", accuracy_level=0)
+    artifact = exported(tmp_path / "rounded", tmp_path / "artifact", accuracy_level=0, decoder="own")
     theirs, ours = compare(tmp_path / "rounded", artifact, prompts, tmp_path, 0.002)
     assert ours == theirs
 

@@ -6,11 +6,25 @@ import numpy as np
 import pytest
 
 from compress.errors import CheckpointError, VerificationError
+from compress.export.format import VerifyContext
 from compress.export.onnx import Onnx
+from compress.families import family_at
 from compress.numerics.scheme import Activations, Scheme
+from compress.progress import Silent
 from tests.quantized import round_checkpoint
 from tests.tiny import build_clip, build_llava, build_qwen2_5_vl
 from tests.verification.artifacts import export_onnx, spoil, verify
+
+
+class Noted(Silent):
+    """Keeps the warnings it is told."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
 
 ROUNDED = Scheme(bits=4, group_size=32, symmetric=False)
 
@@ -171,6 +185,19 @@ def test_exchanged_weights_of_clip_are_found_in_their_tower(clip: tuple[Onnx, Pa
     broken = spoil(folder, tmp_path / "onnx", "text_model", r"layers\.0\..*fc1\.weight", lambda rows: rows[::-1])
     with pytest.raises(VerificationError, match=r"text_model.onnx: the text encoder differs .* for the text '"):
         verify(export, broken, model)
+
+
+def test_a_prompt_that_is_too_long_for_the_model_is_left_out_with_a_warning(tmp_path: Path) -> None:
+    model = build_qwen2_5_vl(tmp_path / "model", context=100, layers=1)
+    export = export_onnx(model, tmp_path / "onnx")
+    told = Noted()
+    found = export.verify(VerifyContext(tmp_path / "onnx", model, family_at(model), told, tmp_path / "logs"))
+    assert [part.inputs for part in found.components] == [2, 3, 6]
+    assert [warning.split(" left out: ")[0] for warning in told.warnings] == [
+        "verification: images of 97×61 and 252×140 pixels",
+        "verification: an image of 252×140 pixels",
+    ]
+    assert "takes 104 tokens with 3 for its answer, and the model takes 100" in told.warnings[0]
 
 
 def test_a_graph_that_is_missing_is_named(source: Path, artifact: tuple[Onnx, Path], tmp_path: Path) -> None:
