@@ -196,9 +196,15 @@ def _shows_images(recipe: Recipe) -> bool:
 
 
 def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str]:
-    """Return which tasks ask of the model what it does not do, or what the runtime does not offer of it."""
+    """Return which tasks, and what else is measured, ask what the model does not do, or the runtime does not offer of it."""
     writes = family.head is not None
     faults: list[str] = []
+    if recipe.eval.latency is not None and not writes:
+        where = document.whereabouts(("eval", "latency"))
+        faults.append(
+            f"{where}: eval.latency: is measured of answers, and {family.name} compares images with texts and writes none; leave "
+            "it out"
+        )
     for position, task in enumerate(recipe.eval.tasks):
         place = ("eval", "tasks", position)
         where = f"{document.whereabouts(place)}: {dotted(place)}"
@@ -208,10 +214,10 @@ def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str
             continue
         for target in recipe.eval.places:
             runtime = target.runtime
-            if task.needs_server and not runtime.serves:
+            if task.needs_server and not runtime.asks_server:
                 faults.append(
-                    f"{where}: {task.task} needs a server, and runtime {runtime.runtime} has none; set eval.runtime to vllm or "
-                    "endpoint"
+                    f"{where}: {task.task} needs a server, and runtime {runtime.runtime} has none for harnesses to ask; set "
+                    "eval.runtime to vllm or endpoint"
                 )
             elif task.needs not in runtime.offers:
                 faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; set eval.runtime to transformers")

@@ -188,7 +188,7 @@ class Planner:
         runtime = target.runtime
         stopping = self.recipe.gate.stopping(target.name, self.recipe.judged_tasks)
         drawn = {name: rule.looks if original is None else rule.describe() for name, rule in stopping.items()}
-        noise = self.recipe.eval.noise if original is None and runtime.serves else 0
+        noise = self.recipe.eval.noise if original is None and runtime.asks_server else 0
         alive = None if original is None else self.recipe.gate.alive(target.name)
         how = [drawn, noise, None if check is None else check.model_dump(mode="json"), alive]
         shaping = [runtime.settings(name), runtime.revision, runtime.versions(), self.device]
@@ -197,7 +197,8 @@ class Planner:
     def _latency(self, place: int, settings: LatencySettings, models: Mapping[str, str]) -> str:
         """Return the key of a target's latencies, which belong to the machine that they were measured on or from."""
         runtime = self.recipe.eval.places[place].runtime
-        shaping = [[runtime.settings(name) for name in models], runtime.revision, runtime.versions(), describe()]
+        pace = runtime.model_dump(mode="json", include=set(runtime.pace))
+        shaping = [[runtime.settings(name) | pace for name in models], runtime.revision, runtime.versions(), describe()]
         return self._key("latency", dict(models), settings.model_dump(mode="json"), settings.revision, *shaping)
 
     def _lineage(self) -> dict[str, Any]:

@@ -250,7 +250,9 @@ def _eval_faults(document: Document, recipe: Recipe, artifacts: Mapping[str, fro
             faults += [f"{where}: {fault}" for fault in target.runtime.faults(here)]
     if recipe.eval.latency is not None and not any(target.runtime.serves for target in recipe.eval.places):
         where = document.whereabouts(("eval", "latency"))
-        faults.append(f"{where}: eval.latency: is measured of a server, and no target has one; set a runtime to vllm or endpoint")
+        faults.append(
+            f"{where}: eval.latency: is measured of a server, and no target has one; set a runtime to vllm, onnxruntime or endpoint"
+        )
     check = recipe.eval.liveness
     if check is not None and not any(task.name == check.task and task.asks for task in recipe.eval.tasks):
         asking = ", ".join(task.name for task in recipe.eval.tasks if task.asks) or "none"

@@ -129,7 +129,9 @@ def components_table(latency: Latency) -> Table:
     for name, found in timed.items():
         medians = {row.component: milliseconds(row.median_ms) for row in found.components}
         lines.append((name, *(medians.get(part, "") for part in parts), f"{found.device}, {found.dtype}"))
-    note = "Medians, computed in one process with dense weights; decode is one further token."
+    dense = any(found.runtime == "transformers" for found in timed.values())
+    how = "with dense weights" if dense else "by ONNX Runtime; the projector is part of vision"
+    note = f"Medians, computed in one process {how}; decode is one further token."
     return Table("Where the time goes in the model", columns, tuple(lines), note).without_empty()
 
 

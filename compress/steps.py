@@ -185,7 +185,7 @@ class Workshop:
             progress=self.progress,
             logs=logs,
             stopping=recipe.gate.stopping(place.name, recipe.judged_tasks),
-            noise=recipe.eval.noise if is_original and place.runtime.serves else 0,
+            noise=recipe.eval.noise if is_original and place.runtime.asks_server else 0,
             liveness=recipe.eval.liveness,
             alive=recipe.gate.alive(place.name),
         )

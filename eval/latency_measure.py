@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from compress.eval.concurrency import find_best
@@ -16,6 +16,7 @@ from compress.eval.loading import Loading, loading
 from compress.eval.telemetry import combine
 from compress.hardware import describe, gpus
 from compress.progress import Progress
+from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_ladder import LadderStep, carried
@@ -140,9 +141,7 @@ class _Measuring:
     def _serving(self, model: _Model) -> Generator[Loading]:
         """Bring up a model's server; what it lowered to come up holds for every server after it."""
         context, steps = self._context, list[LadderStep]()
-        logs = context.logs / model.name
-        opening = OpenContext(model.path, logs, context.progress, context.trust_remote_code, model.name, steps.append)
-        with loading(self._runtime, opening, self._settings) as server:
+        with loading(self._runtime, replace(self._opening(model), lowered=steps.append), self._settings) as server:
             if steps:
                 self._steps += steps
                 if isinstance(self._runtime, Vllm):
@@ -151,6 +150,10 @@ class _Measuring:
                     context.progress.warn("the models measured so far are measured anew, with as little memory as this one has")
                     raise _LoweredError
             yield server
+
+    def _opening(self, model: _Model) -> OpenContext:
+        context = self._context
+        return OpenContext(model.path, context.logs / model.name, context.progress, context.trust_remote_code, model.name)
 
     def _model_latency(self, model: _Model, original: ModelLatency | None) -> ModelLatency:
         points = tuple(self._point_latency(model, point, compared=original is not None) for point in model.loads)
@@ -182,12 +185,9 @@ class _Measuring:
         settings = self._settings
         if not settings.component_repeats:
             return None
-        from compress.runtimes.components import Timed, measure_components
-
         shape = settings.shapes[0]
         prompt = make_prompts(model.path, shape, 1, settings.seed_of(shape, "components"))[0]
-        timed = Timed(model.path, shape, prompt, settings.component_repeats, self._context.trust_remote_code)
-        return measure_components(timed, self._context.progress)
+        return self._runtime.time_components(self._opening(model), shape, prompt, settings.component_repeats)
 
     def _notes(self) -> list[str]:
         notes: list[str] = []
@@ -196,6 +196,6 @@ class _Measuring:
             notes.append("Not all loads were put on by the same client: servers of this target differ in the requests they take.")
         if isinstance(self._runtime, Vllm) and self._runtime.url is None and self._runtime.eager and gpus():
             notes.append("The server ran with eager: true, without CUDA graphs; eager: false is what a deployment would set.")
-        if self._settings.component_repeats:
+        if self._settings.component_repeats and not isinstance(self._runtime, Onnxruntime):
             notes.append("The components are of the dense model: quantized weights are unpacked before they are timed.")
         return notes

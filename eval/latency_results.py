@@ -140,11 +140,12 @@ class Component(Frozen):
 
 
 class ComponentTable(Frozen):
-    """Where the time goes within the model, computed in this process by transformers with dense weights.
+    """Where the time goes within the model, computed in this process by transformers with dense weights, or by ONNX Runtime.
 
     `prefill` is the decoder over the whole prompt, without what is done of images; `decode` is one further token.
     """
 
+    runtime: Literal["transformers", "onnxruntime"] = "transformers"
     device: str
     dtype: str
     point: LoadPoint

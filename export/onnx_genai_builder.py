@@ -6,6 +6,7 @@ import json
 import os
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,14 +15,12 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from compress.artifact import copy_side_files
-from compress.engine.weights import ShardWriter, WeightReader
 from compress.errors import CheckpointError, CompressError, ServerError, StoreError
 from compress.export.format import ExportContext, Outlook
 from compress.export.onnx_genai_config import DECODER_OF_BUILDER
 from compress.export.onnx_genai_limits import decoder_schemes, layout_of
-from compress.export.vllm_writer import Rounding, awq_config, awq_linear, float16_scales, gptq_config, gptq_linear
+from compress.export.vllm_writer import Reader, layout_config, write_tensors
 from compress.files import write_json
-from compress.layouts import linear_tensors, read_linear
 from compress.runtimes.environment import require
 from compress.runtimes.server import Server, run_server
 
@@ -88,31 +87,12 @@ def lay_out(context: ExportContext, outlook: Outlook, target: Path) -> None:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
-    reader, family, checkpoint = WeightReader(outlook.checkpoint, context.family), context.family, outlook.checkpoint
+    family, checkpoint = context.family, outlook.checkpoint
     layout = layout_of(next(iter(outlook.schemes.values())))
-    owners = {part: name for name in outlook.schemes for part in linear_tensors(name)}
     names = [name for name in sorted(checkpoint.tensors) if not family.inside_vision(family.module_name(name))]
-    rounding = Rounding([])
-    with ShardWriter(target) as writer, context.progress.task("export: lay out for the builder", len(names), "tensors") as advance:
-        for name in names:
-            owner = owners.get(name)
-            if owner is None:
-                writer.add(name, reader.disk_tensor(name))
-            elif name == f"{owner}.weight_packed":
-                weight = read_linear(owner, outlook.schemes[owner], reader.disk_tensor)
-                scales = float16_scales(owner, weight, layout, rounding)
-                parts = awq_linear(owner, weight) if layout == "awq" else gptq_linear(owner, weight)
-                for part, tensor in {**parts, f"{owner}.scales": scales}.items():
-                    writer.add(part, tensor)
-            advance(1)
-    if rounding.linears:
-        context.progress.warn(
-            f"onnxruntime-genai's builder reads scales as float16: those of {len(rounding.linears)} linears "
-            f"({rounding.linears[0]} first) are no float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; "
-            "decoder: own keeps them"
-        )
-    config = awq_config(outlook) if layout == "awq" else gptq_config(outlook)
-    write_json(target / "config.json", {**checkpoint.config, "quantization_config": config})
+    reader = Reader(layout, f"{_ENVIRONMENT}'s builder reads", "decoder: own", "export: lay out for the builder")
+    write_tensors(replace(context, target=target), outlook, reader, names)
+    write_json(target / "config.json", {**checkpoint.config, "quantization_config": layout_config(outlook, layout)})
     copy_side_files(context.source, target)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +23,25 @@ from compress.files import telling_where, write_json
 from compress.layouts import linear_tensors, read_linear, unquantized_linears
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_awq, pack_gptq, pack_words
-from compress.progress import Progress
 
 _FLOAT16_MAX = 65504.0
+
+Layout = Literal["awq", "gptq"]
+"""How integers that share a scale lie for a kernel: AutoAWQ's order, or GPTQ's."""
+
+
+@dataclass(frozen=True)
+class Reader:
+    """What linears are laid out for, and in which layout.
+
+    `takes` says in messages what takes scales and how ("layout awq stores"), `instead` which setting keeps them as they are;
+    `task` is what the progress calls the work.
+    """
+
+    layout: Layout
+    takes: str
+    instead: str
+    task: str = "export"
 
 
 @dataclass
@@ -89,34 +105,50 @@ def _quantizes_head(outlook: Outlook) -> bool:
     return outlook.family.head in {outlook.family.module_name(name) for name in outlook.schemes}
 
 
-def write_laid_out(context: ExportContext, outlook: Outlook, layout: Literal["awq", "gptq"]) -> None:
+def layout_config(outlook: Outlook, layout: Layout) -> dict[str, Any]:
+    """Return config.json's `quantization_config` for a layout."""
+    return awq_config(outlook) if layout == "awq" else gptq_config(outlook)
+
+
+def write_laid_out(context: ExportContext, outlook: Outlook, layout: Layout) -> None:
     """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, from the same integers.
 
     Raises:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
-    reader = WeightReader(outlook.checkpoint, context.family)
+    reader = Reader(layout, f"layout {layout} stores", "layout: compressed-tensors")
+    write_tensors(context, outlook, reader, sorted(outlook.checkpoint.tensors))
+    _write_rest(context, {**outlook.checkpoint.config, "quantization_config": layout_config(outlook, layout)})
+
+
+def write_tensors(context: ExportContext, outlook: Outlook, reader: Reader, names: Sequence[str]) -> None:
+    """Write the checkpoint's tensors `names`, the quantized linears laid out; warns where scales lose by it.
+
+    Raises:
+        CheckpointError: a scale is too large for float16.
+        StoreError: the target cannot be written.
+    """
+    weights = WeightReader(outlook.checkpoint, context.family)
     owners = {part: name for name in outlook.schemes for part in linear_tensors(name)}
     rounding = Rounding([])
-    lay_out = awq_linear if layout == "awq" else gptq_linear
-    with (
-        ShardWriter(context.target) as writer,
-        context.progress.task("export", len(outlook.checkpoint.tensors), "tensors") as advance,
-    ):
-        for name in sorted(outlook.checkpoint.tensors):
+    lay_out = awq_linear if reader.layout == "awq" else gptq_linear
+    with ShardWriter(context.target) as writer, context.progress.task(reader.task, len(names), "tensors") as advance:
+        for name in names:
             owner = owners.get(name)
             if owner is None:
-                writer.add(name, reader.disk_tensor(name))
+                writer.add(name, weights.disk_tensor(name))
             elif name == f"{owner}.weight_packed":
-                weight = read_linear(owner, outlook.schemes[owner], reader.disk_tensor)
-                scales = float16_scales(owner, weight, layout, rounding)
+                weight = read_linear(owner, outlook.schemes[owner], weights.disk_tensor)
+                scales = float16_scales(owner, weight, reader, rounding)
                 for part, tensor in {**lay_out(owner, weight), f"{owner}.scales": scales}.items():
                     writer.add(part, tensor)
             advance(1)
-    _tell(rounding, layout, context.progress)
-    config = awq_config(outlook) if layout == "awq" else gptq_config(outlook)
-    _write_rest(context, {**outlook.checkpoint.config, "quantization_config": config})
+    if rounding.linears:
+        context.progress.warn(
+            f"{reader.takes} scales as float16: those of {len(rounding.linears)} linears ({rounding.linears[0]} first) are no "
+            f"float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; {reader.instead} keeps them"
+        )
 
 
 def awq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -136,7 +168,7 @@ def gptq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def float16_scales(name: str, weight: QuantizedWeight, layout: str, rounding: Rounding) -> Tensor:
+def float16_scales(name: str, weight: QuantizedWeight, reader: Reader, rounding: Rounding) -> Tensor:
     """Return the scales of one linear, float16 [groups, out]; what they lose by that is noted in `rounding`.
 
     Raises:
@@ -145,8 +177,8 @@ def float16_scales(name: str, weight: QuantizedWeight, layout: str, rounding: Ro
     exact = weight.scales.to(torch.float32)
     if bool((exact.abs() > _FLOAT16_MAX).any()):
         raise CheckpointError(
-            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and layout {layout} stores them as float16, which ends at "
-            f"{_FLOAT16_MAX:.0f}; set layout: compressed-tensors"
+            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and {reader.takes} them as float16, which ends at "
+            f"{_FLOAT16_MAX:.0f}; set {reader.instead}"
         )
     scales = exact.to(torch.float16)
     change = (scales.to(torch.float32) - exact).abs()
@@ -193,12 +225,3 @@ def _write_rest(context: ExportContext, config: Mapping[str, Any]) -> None:
     with telling_where(context.target):
         write_json(context.target / "config.json", config)
         copy_side_files(context.source, context.target)
-
-
-def _tell(rounding: Rounding, layout: str, progress: Progress) -> None:
-    if rounding.linears:
-        progress.warn(
-            f"layout {layout} stores scales as float16: those of {len(rounding.linears)} linears ({rounding.linears[0]} first) are "
-            f"no float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; "
-            "layout: compressed-tensors keeps them"
-        )

@@ -27,7 +27,7 @@ from compress.runtimes.transformers_model import choose_device, choose_dtype, lo
 
 Part = Literal["vision", "projector", "prefill", "decode"]
 
-_DECODED = 8
+DECODED = 8
 """How many tokens are decoded in each repeat: their mean time is the repeat's."""
 
 
@@ -58,7 +58,7 @@ def measure_components(timed: Timed, progress: Progress) -> ComponentTable:
     family = family_at(timed.artifact)
     processor = load_processor(timed.artifact, timed.trust_remote_code)
     model = load_model(timed.artifact, dtype, device, progress, timed.trust_remote_code)
-    neutral = GenerationConfig(do_sample=False, max_new_tokens=_DECODED + 1, min_new_tokens=_DECODED + 1, pad_token_id=0)
+    neutral = GenerationConfig(do_sample=False, max_new_tokens=DECODED + 1, min_new_tokens=DECODED + 1, pad_token_id=0)
     for module in model.modules():  # models ship sampling and penalties, which generate would take from here
         if getattr(module, "generation_config", None) is not None:
             module.generation_config = neutral
@@ -78,7 +78,7 @@ def measure_components(timed: Timed, progress: Progress) -> ComponentTable:
         dtype=str(dtype).removeprefix("torch."),
         point=timed.point,
         sequence_tokens=int(inputs["input_ids"].shape[1]),
-        components=tuple(_component(part, [row[part] for row in repeats]) for part in order if repeats and part in repeats[0]),
+        components=tuple(component_of(part, [row[part] for row in repeats]) for part in order if repeats and part in repeats[0]),
     )
 
 
@@ -177,7 +177,7 @@ def _inputs(timed: Timed, family: Family, processor: Any, device: torch.device) 
     pad = processor.tokenizer.pad_token_id
     encoder = Encoder(processor, family, 0 if pad is None else int(pad), 1, longest_input(timed.artifact))
     faults: dict[int, str] = {}
-    batches = list(encoder.prompts([timed.prompt], _DECODED + 1, faults))
+    batches = list(encoder.prompts([timed.prompt], DECODED + 1, faults))
     if not batches:
         raise DataError(f"{timed.artifact}: the parts of the model cannot be timed: {faults[0]}")
     return dict(encoder.collate(batches[0], "left", device))
@@ -191,6 +191,7 @@ def _run(model: Any, family: Family, inputs: dict[str, Any], settings: Generatio
         entry.generate(**inputs, generation_config=settings)
 
 
-def _component(part: Part, milliseconds: Sequence[float]) -> Component:
+def component_of(part: Part, milliseconds: Sequence[float]) -> Component:
+    """Return a part's time from that of each repeat."""
     median = statistics.median(milliseconds)
     return Component(component=part, median_ms=median, least_ms=min(milliseconds), repeats=len(milliseconds))

@@ -46,6 +46,7 @@ class Endpoint(Runtime):
     kl_definition: ClassVar[str] = Vllm.kl_definition
     incidental: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds", "key_variable"})
     serves: ClassVar[bool] = True
+    asks_server: ClassVar[bool] = True
 
     runtime: Literal["endpoint"]
     original: Place

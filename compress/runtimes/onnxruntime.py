@@ -4,12 +4,17 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
-from typing import Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
 from compress.errors import MissingError
-from compress.runtimes.runtime import Ability, OpenContext, Runtime, Session
+from compress.runtimes.runtime import Ability, OpenContext, Prompt, Runtime, Served, Session
+
+if TYPE_CHECKING:
+    from compress.eval.latency import LoadPoint
+    from compress.eval.latency_results import ComponentTable
+    from compress.runtimes.onnxruntime_session import Settings
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """What computes: ONNX Runtime's execution providers, by the names that recipes give them."""
@@ -26,6 +31,9 @@ class Onnxruntime(Runtime):
     ones before it cannot; auto is CUDA where it can be used, and else the CPU. `threads` is for a CPU; left out, all its cores.
     `tokens_per_batch` bounds what is computed at once, the answers still to come included; a single prompt may be longer.
     `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart.
+
+    Latency is measured of a server of its own on loopback, at `port` or a free one, which makes one answer after the other: what
+    is asked meanwhile waits. It may take `startup_seconds` to load, and one request `request_seconds`.
     """
 
     revision: ClassVar[int] = 1
@@ -35,7 +43,9 @@ class Onnxruntime(Runtime):
         "token that stands there, and one bucket for all others. Merging tokens only lowers KL: this is a lower bound of the KL "
         "over the whole vocabulary"
     )
-    incidental: ClassVar[frozenset[str]] = frozenset({"threads"})
+    incidental: ClassVar[frozenset[str]] = frozenset({"threads", "port", "startup_seconds", "request_seconds"})
+    pace: ClassVar[frozenset[str]] = frozenset({"threads"})
+    serves: ClassVar[bool] = True
 
     runtime: Literal["onnxruntime"]
     providers: Literal["auto"] | Annotated[tuple[Provider, ...], Field(min_length=1)] = "auto"
@@ -43,6 +53,9 @@ class Onnxruntime(Runtime):
     dtype: Literal["auto", "float32", "float16"] = "auto"
     tokens_per_batch: PositiveInt = 4096
     top_logprobs: PositiveInt = 20
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    startup_seconds: PositiveInt = 600
+    request_seconds: PositiveInt = 600
 
     def versions(self) -> dict[str, str]:
         """Return the versions of ONNX Runtime, and of what prepares text and images for it.
@@ -60,10 +73,41 @@ class Onnxruntime(Runtime):
             MissingError: ONNX Runtime is not installed, or lacks a provider, or an operator of the graphs.
         """
         self.versions()
-        from compress.runtimes.onnxruntime_session import Settings, open_session
+        from compress.runtimes.onnxruntime_session import open_session
+
+        return open_session(context, self._engine_settings())
+
+    def serve(self, context: OpenContext) -> AbstractContextManager[Served]:
+        """Start a server for the artifact; a checkpoint without graphs is exported first. Its log is `onnxruntime.log`.
+
+        Raises:
+            UsageError: the model writes no text.
+            CheckpointError: it cannot be exported.
+            MissingError: ONNX Runtime is not installed, or lacks a provider.
+            ServerError: the server did not come up.
+        """
+        self.versions()
+        from compress.runtimes.onnxruntime_start import serve
+
+        return serve(self, context, self._engine_settings())
+
+    def time_components(self, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
+        """Return how long each graph takes in this process.
+
+        Raises:
+            UsageError: the model writes no text.
+            CheckpointError: it cannot be read, or not exported.
+            DataError: the model takes no such prompt.
+        """
+        from compress.runtimes.onnxruntime_components import measure_components
+
+        return measure_components(context, self._engine_settings(), point, prompt, repeats)
+
+    def _engine_settings(self) -> Settings:
+        from compress.runtimes.onnxruntime_session import Settings
 
         providers = None if self.providers == "auto" else self.providers
-        return open_session(context, Settings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs))
+        return Settings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs)
 
 
 def _installed() -> dict[str, str]:

@@ -108,7 +108,7 @@ class Graph:
         """
         check_files(path)
         self.path = path
-        self._device = engine.device
+        self.device = engine.device
         options: Any = _ORT.SessionOptions()
         options.log_severity_level = _SILENT  # what goes wrong is raised
         options.add_session_config_entry("session.x64quantprecision", "1")  # older CPUs add products of 8 bits in 16
@@ -141,7 +141,7 @@ class Graph:
 
     def hold(self, value: NDArray[Any]) -> Any:
         """Return an array as a value of ONNX Runtime's on the device, without a copy on a CPU."""
-        return _ORT.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self._device, 0)
+        return _ORT.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0)
 
     def keep(self, given: Mapping[str, Any], made: Mapping[str, Any]) -> Kept:
         """Bind values on the device, as `hold` gives them, to inputs and outputs for many runs; one may be both at once."""
@@ -172,7 +172,7 @@ class Graph:
             binding.bind_ortvalue_input(name, value)
         made = [name for name in self.outputs if name not in kept.outputs]
         for name in made:
-            binding.bind_output(name, self._device if name in staying else "cpu")
+            binding.bind_output(name, self.device if name in staying else "cpu")
         with self._telling("cannot run it"):
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)

@@ -87,15 +87,15 @@ class Preparer:
     placeholders: tuple[int, ...]
     rope: Rope | None
 
-    def prepare(self, batch: Sequence[Encoded]) -> Prepared:
-        """Return a batch as the decoder reads it.
+    def prepare(self, batch: Sequence[Encoded], features: Mapping[str, NDArray[Any]] | None = None) -> Prepared:
+        """Return a batch as the decoder reads it; `features`, of its images, are made where they are not given.
 
         Raises:
             CheckpointError: the graphs do not fit each other, or the processor.
         """
         inputs = self.encoder.collate(batch, "right", _CPU)
         ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
-        features = self._features(batch)
+        features = self.features(batch) if features is None else features
         found = features.get(FEATURES)
         places = np.zeros_like(ids, dtype=np.bool_) if found is None else np.isin(ids, self.placeholders) & (mask > 0)
         known = np.where(places, self.encoder.pad_id, ids)  # the embeddings may have no row for an image's token
@@ -113,7 +113,7 @@ class Preparer:
             levels=self._levels(embeds, places, features.get(LEVELS)),
         )
 
-    def _features(self, batch: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
+    def features(self, batch: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
         """Return what the vision graph makes of a batch's images, in their order; empty where there are none."""
         if _PIXELS not in batch[0].extras:
             return {}

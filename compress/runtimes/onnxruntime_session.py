@@ -8,7 +8,7 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import cast
+from typing import Literal, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from compress.artifact import artifact_format
 from compress.calibration.collect import longest_input
 from compress.checkpoint import read_config
 from compress.conversation import load_processor
-from compress.errors import CheckpointError, StoreError
+from compress.errors import CheckpointError, DataError, StoreError
 from compress.families import family_at
 from compress.progress import Progress
 from compress.runtimes.embedding import Embedder, Towers
@@ -61,6 +61,21 @@ class Settings:
     top_logprobs: int
 
 
+class Spoken(NamedTuple):
+    """A token as it is made, and why it is the last: it ends the answer and is none of its words, or there is room for no more."""
+
+    token: int
+    finish: Literal["stop", "length"] | None
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """An answer that is being made: how many tokens its prompt has, and its own, each as soon as it is known."""
+
+    prompt_tokens: int
+    tokens: Generator[Spoken]
+
+
 @contextmanager
 def open_session(context: OpenContext, settings: Settings) -> Generator[OnnxruntimeSession]:
     """Load an artifact, or what a checkpoint is exported to; its memory is free again when the context ends.
@@ -71,15 +86,20 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Onnxrunt
         StoreError: there is no room for the exported checkpoint.
     """
     engine = choose_engine(settings.providers, settings.threads)
-    with _graphs_of(context, settings, engine) as folder:
-        session = _load(folder, context, settings, engine)
+    with graphs_of(context, settings, engine) as folder:
+        session = load(folder, context, settings, engine)
     with closing(session):
         yield session
 
 
 @contextmanager
-def _graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Generator[Path]:
-    """Give the folder to load graphs from: the artifact or, of a checkpoint that has none, one that is there only so long."""
+def graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Generator[Path]:
+    """Give the folder to load graphs from: the artifact or, of a checkpoint that has none, one that is there only so long.
+
+    Raises:
+        CheckpointError: the checkpoint cannot be exported.
+        StoreError: there is no room for what it is exported to.
+    """
     if artifact_format(context.artifact) == "onnx":
         yield context.artifact
         return
@@ -100,7 +120,8 @@ def _graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Gene
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _load(folder: Path, context: OpenContext, settings: Settings, engine: Engine) -> OnnxruntimeSession:
+def load(folder: Path, context: OpenContext, settings: Settings, engine: Engine) -> OnnxruntimeSession:
+    """Load an artifact, its graphs from the folder that `graphs_of` gives; raises as `open_session` does."""
     artifact, trusted = context.artifact, context.trust_remote_code
     family = family_at(artifact)
     processor = load_processor(artifact, trusted)
@@ -154,7 +175,7 @@ class OnnxruntimeSession:
             CheckpointError: the graphs cannot be run.
             MissingError: there is too little memory.
         """
-        preparer = self._preparer()
+        preparer = self.preparer()
         answers: dict[int, Answer] = {}
         faults: dict[int, str] = {}
 
@@ -166,13 +187,43 @@ class OnnxruntimeSession:
         with progress.task("answer", len(prompts), "prompts") as advance:
             for batch in self._encoder.prompts(prompts, max_new_tokens, faults):
                 for sample, ids in zip(batch, self._continue(preparer, batch, max_new_tokens), strict=True):
-                    text = self._encoder.processor.tokenizer.decode(ids, skip_special_tokens=True)
-                    tell(sample.place, Answer(id=prompts[sample.place].id, text=text, token_ids=tuple(ids)))
+                    tell(sample.place, Answer(id=prompts[sample.place].id, text=self.words(ids), token_ids=tuple(ids)))
                 advance(len(batch))
             for place, words in faults.items():
                 tell(place, Answer(id=prompts[place].id, text="", token_ids=(), fault=words))
             advance(len(faults))
         return [answers[place] for place in range(len(prompts))]
+
+    def stream(self, prompt: Prompt, max_new_tokens: int, *, ignore_eos: bool = False) -> Streamed:
+        """Answer one prompt as `answer` does, token by token; with `ignore_eos`, no token ends it.
+
+        Raises:
+            UsageError: the model writes no text.
+            DataError: the prompt is longer than the model takes, has more images, or one that cannot be decoded.
+            CheckpointError: the graphs cannot be run.
+            MissingError: there is too little memory.
+        """
+        preparer, faults = self.preparer(), dict[int, str]()
+        batches = list(self._encoder.prompts([prompt], max_new_tokens, faults))
+        if not batches:
+            raise DataError(faults[0])
+        (batch,) = batches
+
+        def spoken() -> Generator[Spoken]:
+            steps = self._steps(preparer, batch, max_new_tokens, () if ignore_eos else self._stops)
+            for count, (tokens, going) in enumerate(steps, 1):
+                yield Spoken(int(tokens[0]), "stop" if not going[0] else "length" if count == max_new_tokens else None)
+
+        return Streamed(batch[0].length, spoken())
+
+    def words(self, token_ids: Sequence[int]) -> str:
+        """Return the text of an answer's tokens."""
+        return str(self._encoder.processor.tokenizer.decode(token_ids, skip_special_tokens=True))
+
+    @property
+    def longest(self) -> int | None:
+        """How many tokens the model takes, None where its config does not say."""
+        return self._encoder.longest
 
     def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
         """Score the passages; see `Session.score`. One that is longer than the model takes gives a score with its fault.
@@ -184,7 +235,7 @@ class OnnxruntimeSession:
             MissingError: there is too little memory.
             StoreError: the record cannot be written.
         """
-        preparer = self._preparer()
+        preparer = self.preparer()
         original = TopRecord(against, passages, self._top) if against is not None else None
         recorded: dict[int, list[Position]] = {}
         scores = [score_of(passage.id, [], None if original is None else []) for passage in passages]
@@ -224,7 +275,12 @@ class OnnxruntimeSession:
         """
         return self._embedder().embed(pictures, texts, progress)
 
-    def _preparer(self) -> Preparer:
+    def preparer(self) -> Preparer:
+        """Return what makes of encoded samples what the graphs read.
+
+        Raises:
+            UsageError: the model writes no text.
+        """
         check_writes(self._encoder.family)
         return cast("Preparer", self._model)
 
@@ -234,22 +290,29 @@ class OnnxruntimeSession:
 
     def _continue(self, preparer: Preparer, batch: Sequence[Encoded], most: int) -> list[list[int]]:
         """Return the likeliest continuation of each prompt: at most so many tokens, without the one that ends it."""
+        said: list[list[int]] = [[] for _ in batch]
+        for tokens, going in self._steps(preparer, batch, most, self._stops):
+            for row in np.flatnonzero(going):
+                said[row].append(int(tokens[row]))
+        return said
+
+    def _steps(
+        self, preparer: Preparer, batch: Sequence[Encoded], most: int, stops: Sequence[int]
+    ) -> Generator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+        """Give, step by step, the likeliest token of each prompt's continuation, and which rows it does not end [samples]."""
         prepared = preparer.prepare(batch)
         decoding = Decoding(preparer.graphs, prepared, prepared.longest + most)
         logits = decoding.begin()
         never = [token for token in preparer.placeholders if token < logits.shape[1]]
         going = np.ones(len(batch), dtype=np.bool_)
-        said: list[list[int]] = [[] for _ in batch]
         for count in range(1, most + 1):
             logits[:, never] = -np.inf
             tokens = logits.argmax(axis=1)
-            going &= ~np.isin(tokens, self._stops)
-            for row in np.flatnonzero(going):
-                said[row].append(int(tokens[row]))
+            going = going & ~np.isin(tokens, stops)
+            yield tokens, going
             if count == most or not going.any():
                 break
             logits = decoding.step(tokens, going)
-        return said
 
     def _positions(self, tokens: Sequence[int], logits: NDArray[np.float32], known: Sequence[Position] | None) -> list[Position]:
         """Return how tokens were predicted from logits [tokens, vocabulary], at those known of the original too."""

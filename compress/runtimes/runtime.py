@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,10 @@ from compress.errors import UsageError
 from compress.progress import Progress
 from compress.runtimes.vllm_ladder import LadderStep, ignore_step
 from compress.schema import Frozen
+
+if TYPE_CHECKING:
+    from compress.eval.latency import LoadPoint
+    from compress.eval.latency_results import ComponentTable
 
 Ability = Literal["text", "scores", "comparison"]
 """What is offered of a model: it answers in text, it tells how likely given tokens are, or it compares images with texts."""
@@ -181,8 +185,14 @@ class Runtime(Frozen, ABC):
     incidental: ClassVar[frozenset[str]] = frozenset()
     """The fields that shape how it is run, but nothing of what is measured."""
 
+    pace: ClassVar[frozenset[str]] = frozenset()
+    """Those of the incidental fields that shape how fast it is."""
+
     serves: ClassVar[bool] = False
-    """Whether a model is behind a server, which others can ask and put load on."""
+    """Whether it has a server of a model that load can be put on."""
+
+    asks_server: ClassVar[bool] = False
+    """Whether its sessions ask a server, which others can ask too, and which may answer otherwise when it is asked again."""
 
     offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores"})
     """What can be asked of the models that it runs; of a single one a session may offer less."""
@@ -232,6 +242,17 @@ class Runtime(Frozen, ABC):
             f"{context.artifact}: latency is measured of a server, and runtime: {self.runtime} has none; set runtime: vllm, "
             "or leave out eval.latency"
         )
+
+    def time_components(self, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
+        """Return how long each part of the model takes in this process: by transformers, with dense weights.
+
+        Raises:
+            CheckpointError: the artifact cannot be read.
+            DataError: the model takes no such prompt.
+        """
+        from compress.runtimes.components import Timed, measure_components
+
+        return measure_components(Timed(context.artifact, point, prompt, repeats, context.trust_remote_code), context.progress)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,19 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, cast
+
+import httpx
 
 from compress.errors import ServerError, StoreError
+from compress.runtimes.runtime import Served
 
 _GUARD = Path(__file__).with_name("guard.py")
 _GRACE = 10.0
 """Seconds a server has to end by itself."""
 _SHOWN_LINES = 20
 _INTERVAL = 0.25
+_SECONDS = 10
 _CAUSE = re.compile(r"(\b\w*(?:Error|Exception)\b: .+)")
 _HARMLESS = re.compile(r"\b(?:DEBUG|INFO|WARNING|Warning)\b")
 
@@ -111,6 +116,31 @@ def run_server(name: str, command: Sequence[str], environment: Mapping[str, str]
         process.wait()
         with suppress(ProcessLookupError):  # nothing is left, unless the guard was killed
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def await_service(server: Server, served: Served, seconds: float) -> None:
+    """Wait until a started server answers at `/health`, and see that it serves the model that it was started with.
+
+    Raises:
+        ServerError: it ended before, was not ready after so many seconds, or serves something else.
+    """
+    headers = {"Authorization": f"Bearer {served.key}"}
+    with httpx.Client(base_url=served.url, headers=headers, timeout=_SECONDS, trust_env=False) as client:
+        server.wait(lambda: _is_healthy(client), seconds)
+        try:
+            rows = cast("dict[str, Any]", client.get("/v1/models").raise_for_status().json()).get("data", [])
+        except (httpx.HTTPError, ValueError) as error:
+            raise ServerError(f"{served.url}: does not tell which model it serves ({error}); run it again") from error
+        names = [str(row["id"]) for row in rows]
+        if names != [served.model]:
+            raise ServerError(f"{served.url} serves {', '.join(names)}, not the server that was started; run it again")
+
+
+def _is_healthy(client: httpx.Client) -> bool:
+    try:
+        return client.get("/health").is_success
+    except httpx.TransportError:
+        return False
 
 
 def choose_port(wanted: int | None, name: str) -> int:

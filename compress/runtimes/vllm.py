@@ -34,6 +34,7 @@ class Vllm(Runtime):
     )
 
     serves: ClassVar[bool] = True
+    asks_server: ClassVar[bool] = True
 
     runtime: Literal["vllm"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"

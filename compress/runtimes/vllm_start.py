@@ -8,9 +8,6 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
-
-import httpx
 
 from compress.checkpoint import read_config, read_json_object, text_config
 from compress.errors import ServerError
@@ -18,12 +15,11 @@ from compress.families import family_at
 from compress.files import telling_where, write_text
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import Environment, OpenContext, Served
-from compress.runtimes.server import Server, choose_port, run_server
+from compress.runtimes.server import Server, await_service, choose_port, run_server
 from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_ladder import Memory, sequences_of, step_down
 
 _CONTEXT = 8192
-_SECONDS = 10
 _DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -75,7 +71,7 @@ def _first_that_loads(stack: ExitStack, runtime: Vllm, context: OpenContext, mem
             started = attempt.enter_context(_run(runtime, context, memory))
             try:
                 with context.progress.task("start vllm", 1, "servers") as advance:
-                    _wait(started, runtime)
+                    await_service(started.server, started.served, runtime.startup_seconds)
                     advance(1)
             except ServerError:
                 lower = None if started.server.process.poll() is None else step_down(memory, started.server.words())
@@ -101,20 +97,6 @@ def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Start
     variables = plain_environment() | {"VLLM_API_KEY": key, "VLLM_CPU_KVCACHE_SPACE": str(memory.cache_gib)}
     with run_server(f"vLLM, serving {context.artifact},", command, variables, context.logs / "vllm.log") as server:
         yield Started(Served(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.words), server)
-
-
-def _wait(started: Started, runtime: Vllm) -> None:
-    served = started.served
-    headers = {"Authorization": f"Bearer {served.key}"}
-    with httpx.Client(base_url=served.url, headers=headers, timeout=_SECONDS, trust_env=False) as client:
-        started.server.wait(lambda: _is_healthy(client), runtime.startup_seconds)
-        try:
-            rows = cast("dict[str, Any]", client.get("/v1/models").raise_for_status().json()).get("data", [])
-        except (httpx.HTTPError, ValueError) as error:
-            raise ServerError(f"{served.url}: does not tell which model it serves ({error}); run it again") from error
-        names = [str(row["id"]) for row in rows]
-        if names != [served.model]:
-            raise ServerError(f"{served.url} serves {', '.join(names)}, not the server that was started; run it again")
 
 
 def _command(runtime: Vllm, context: OpenContext, memory: Memory, extra: tuple[str, ...]) -> list[str]:
@@ -149,10 +131,3 @@ def _chat_template(context: OpenContext) -> tuple[str, ...]:
 
 def _context(artifact: Path) -> int:
     return min(int(text_config(read_config(artifact)).get("max_position_embeddings", _CONTEXT)), _CONTEXT)
-
-
-def _is_healthy(client: httpx.Client) -> bool:
-    try:
-        return client.get("/health").is_success
-    except httpx.TransportError:
-        return False

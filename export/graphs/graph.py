@@ -7,8 +7,10 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from io import BufferedWriter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,17 +241,27 @@ def _external(name: str, weight: Weight, place: Stored) -> TensorProto:
 
 
 def _write_data(path: Path, weights: Sequence[tuple[Stored, Weight]]) -> None:
-    """Write weights to where they belong, piece by piece."""
-    with path.open("wb") as file:
+    """Write weights to where they belong, piece by piece: while one is on its way to the disk, the next is made."""
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writing:
+        written: Future[int] | None = None
         for place, weight in weights:
-            file.seek(place.offset)
-            written = 0
+            end = place.offset
             for piece in weight.read():
                 if piece.dtype != weight.dtype:
                     raise ValueError(f"{weight.key}: read {piece.dtype}, said {weight.dtype}")
-                written += file.write(np.ascontiguousarray(piece).data)
-            if written != place.length:
-                raise ValueError(f"{weight.key}: read {written} bytes, said {place.length}")
+                if written is not None:
+                    written.result()
+                written = writing.submit(_write_at, file, end, np.ascontiguousarray(piece))
+                end += piece.nbytes
+            if end != place.offset + place.length:
+                raise ValueError(f"{weight.key}: read {end - place.offset} bytes, said {place.length}")
+        if written is not None:
+            written.result()
+
+
+def _write_at(file: BufferedWriter, offset: int, piece: NDArray[Any]) -> int:
+    file.seek(offset)
+    return file.write(piece.data)
 
 
 __all__ = ["MICROSOFT", "OPSET", "Float", "Graph", "Shape", "Stored", "Weight"]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import DTypeLike, NDArray
 from torch import Tensor
 
 from compress.export.graphs.graph import Weight
@@ -155,20 +155,30 @@ class LinearWriter:
             # Written out, and each matrix its own: else ONNX Runtime fails where it makes unsigned integers of signed ones.
             zeros = self._weight(names, "zero_points", np.dtype(np.int8), (rows,), lambda: [np.zeros(rows, np.int8)])
             return graph.op("MatMul", dense, graph.op("DequantizeLinear", codes, scales, zeros, axis=1))
-        step = parts.once(value, "step", lambda: self._step(value))
+        return self._per_token(value, codes, scales)
+
+    def _per_token(self, value: str, codes: str, scales: str) -> str:
+        """Return a product with 8-bit codes, the input rounded by a scale per token; in float32, as its sums are beyond float16."""
+        parts, graph = self.parts, self.parts.graph
         zero = graph.const(_SIGN, np.uint8)  # bytes without a sign: only for these there are fast kernels
-        divided = parts.once(
-            value, "codes", lambda: graph.op("QuantizeLinear", graph.op("Div", value, step), graph.const(1.0), zero)
-        )
-        product = graph.cast(graph.op("MatMulInteger", divided, codes, zero), graph.dtype)
-        return graph.op("Mul", graph.op("Mul", product, step), scales)
+        wide = parts.once(value, "wide", lambda: self._as(value, np.float32))
+        step = parts.once(wide, "step", lambda: self._step(wide))
+        one = graph.const(1.0, np.float32)
+        rounded = parts.once(wide, "codes", lambda: graph.op("QuantizeLinear", graph.op("Div", wide, step), one, zero))
+        product = graph.cast(graph.op("MatMulInteger", rounded, codes, zero), np.float32)
+        return self._as(graph.op("Mul", graph.op("Mul", product, step), self._as(scales, np.float32)), graph.dtype)
+
+    def _as(self, value: str, dtype: DTypeLike) -> str:
+        """Return a value of the graph's own type, or of float32, in another; itself where the graph knows but one."""
+        return value if self.parts.graph.dtype == np.float32 else self.parts.graph.cast(value, dtype)
 
     def _step(self, value: str) -> str:
-        """Return the scale of each token [..., 1]: its largest value becomes 127."""
+        """Return the scale of each token [..., 1], float32: its largest value becomes 127."""
         graph = self.parts.graph
         largest = graph.op("ReduceMax", graph.op("Abs", value), graph.const([-1]), keepdims=1)
-        steps = graph.op("Div", largest, graph.const(_LARGEST))
-        return graph.op("Where", graph.op("Equal", steps, graph.const(0.0)), graph.const(1.0), steps)
+        steps = graph.op("Div", largest, graph.const(_LARGEST, np.float32))
+        none = graph.op("Equal", steps, graph.const(0.0, np.float32))
+        return graph.op("Where", none, graph.const(1.0, np.float32), steps)
 
     def _weight(
         self,

@@ -1,0 +1,68 @@
+"""Starting the server of an ONNX artifact on loopback, in this Python."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import sys
+from collections.abc import Generator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+
+from compress.errors import UsageError
+from compress.families import family_at
+from compress.runtimes.onnxruntime import Onnxruntime
+from compress.runtimes.onnxruntime_graph import choose_engine
+from compress.runtimes.onnxruntime_server import KEY, Job
+from compress.runtimes.onnxruntime_session import Settings, graphs_of
+from compress.runtimes.runtime import OpenContext, Served
+from compress.runtimes.server import Server, await_service, choose_port, run_server
+from compress.runtimes.vllm_start import plain_environment
+
+_NAME = "ONNX Runtime"
+_MODULE = "compress.runtimes.onnxruntime_server"
+_OWN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
+"""What leads a Python to its packages: the server is started by this one."""
+
+
+@contextmanager
+def serve(runtime: Onnxruntime, context: OpenContext, settings: Settings) -> Generator[Served]:
+    """Start a server for an artifact, or what a checkpoint is exported to, and wait until it serves.
+
+    Raises:
+        UsageError: the model writes no text.
+        CheckpointError: a checkpoint cannot be exported.
+        MissingError: a provider is not there.
+        StoreError: there is no room for the exported checkpoint.
+        ServerError: the server did not come up.
+    """
+    family = family_at(context.artifact)
+    if family.head is None:
+        raise UsageError(
+            f"{context.artifact}: latency is measured of answers, and {family.name} compares images with texts and writes none; "
+            "leave out eval.latency"
+        )
+    engine = choose_engine(settings.providers, settings.threads)
+    with ExitStack() as stack:
+        with (
+            graphs_of(context, settings, engine) as graphs,
+            context.progress.task("start onnxruntime", 1, "servers") as advance,
+        ):
+            server, served = stack.enter_context(_run(runtime, context, settings, graphs))
+            await_service(server, served, runtime.startup_seconds)
+            advance(1)
+        yield served
+
+
+@contextmanager
+def _run(runtime: Onnxruntime, context: OpenContext, settings: Settings, graphs: Path) -> Generator[tuple[Server, Served]]:
+    port = choose_port(runtime.port, _NAME)
+    model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
+    artifact = str(context.artifact.absolute())
+    job = Job(artifact, str(graphs.absolute()), model, port, asdict(settings), context.trust_remote_code)
+    command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]
+    variables = plain_environment() | {name: os.environ[name] for name in _OWN if name in os.environ} | {KEY: key}
+    with run_server(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:
+        yield server, Served(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.words)
