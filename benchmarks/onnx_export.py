@@ -39,6 +39,11 @@ RESIDENT = """
 def resident():
     lines = open("/proc/self/status", encoding="utf-8").read().splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM"))
+
+def spent(start, before, imported):
+    import time
+    seconds, processor = time.perf_counter() - start, time.process_time() - before
+    return {"seconds": seconds, "processor_seconds": processor, "peak_bytes": resident(), "imported_bytes": imported}
 """
 
 OURS = (
@@ -53,11 +58,11 @@ from compress.export.onnx import Onnx
 from compress.families import family_of
 from compress.progress import Silent
 source, target, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
-imported, start = resident(), time.perf_counter()
+imported, start, before = resident(), time.perf_counter(), time.process_time()
 target.mkdir()
 family = family_of(open_checkpoint(source).config)
 Onnx(format="onnx", dtype=dtype).apply(ExportContext(source, target, family, Silent()))
-print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": resident(), "imported_bytes": imported}))
+print(json.dumps(spent(start, before, imported)))
 """
 )
 
@@ -68,12 +73,12 @@ import contextlib, json, runpy, sys, tempfile, time
 import torch, transformers
 from onnxruntime_genai.models import builder
 source, target, precision, *options = sys.argv[1:]
-imported, start = resident(), time.perf_counter()
+imported, start, before = resident(), time.perf_counter(), time.process_time()
 sys.argv = ["builder", "-i", source, "-o", target, "-p", precision, "-e", "cpu", "-c", tempfile.mkdtemp()]
 sys.argv += ["--extra_options", *options]
 with contextlib.redirect_stdout(sys.stderr):
     runpy.run_module("onnxruntime_genai.models.builder", run_name="__main__")
-print(json.dumps({"seconds": time.perf_counter() - start, "peak_bytes": resident(), "imported_bytes": imported}))
+print(json.dumps(spent(start, before, imported)))
 """
 )
 OPTIONS = {
@@ -136,7 +141,7 @@ def measure(model: Path, folder: Path, precision: str, rounds: int, *, alone: bo
     own = {key: statistics.median(each[key] for each in runs["compress"]) for key in runs["compress"][0]}
     found: dict[str, Any] = {"runs": runs, "written_weights_bytes": dense, "peak_over_weights": own["peak_bytes"] / dense}
     found["peak_beyond_imports_over_weights"] = (own["peak_bytes"] - own["imported_bytes"]) / dense
-    for key in ("seconds", "peak_bytes"):
+    for key in ("seconds", "processor_seconds", "peak_bytes"):
         pairs = zip(runs["compress"], runs["builder"], strict=False)
         if ratios := [one[key] / other[key] for one, other in pairs]:
             found[f"{key}_ratio"] = statistics.median(ratios)

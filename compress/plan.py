@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -128,7 +129,20 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
             open_checkpoint(folder)
         given[folder.name] = folder
     recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in given.items()})
-    return _plan(recipe, document, store, given)
+    plan = _plan(recipe, document, store, given)
+    _check_graphs(plan)
+    return plan
+
+
+def _check_graphs(plan: Plan) -> None:
+    """Check the files of artifacts that are graphs before anything is measured, where there is what reads them."""
+    graphs = [folder for folder in plan.given.values() if artifact_format(folder) != "vllm"]
+    if not graphs or find_spec("onnx") is None:
+        return
+    from compress.onnx_files import check_artifact
+
+    for folder in graphs:
+        check_artifact(folder, plan.family)
 
 
 def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, Path]) -> Plan:

@@ -19,7 +19,6 @@ from compress.runtimes.onnxruntime_inputs import Preparer
 from compress.runtimes.onnxruntime_session import Settings, open_session
 from compress.runtimes.runtime import OpenContext, Prompt
 
-
 Result = TypeVar("Result")
 
 

@@ -20,10 +20,10 @@ from compress.conversation import check_image_count, load_processor, open_images
 from compress.errors import CheckpointError, DataError, ServerError, UsageError
 from compress.families import Family, family_at, family_of
 from compress.files import telling_where
+from compress.onnx_files import check_files
 from compress.progress import Progress
 from compress.runtimes.environment import require
 from compress.runtimes.onnxruntime_genai import CONFIG, ENVIRONMENT
-from compress.runtimes.onnxruntime_graph import check_files
 from compress.runtimes.runtime import Ability, Answer, Embeddings, OpenContext, Passage, Picture, Prompt, Score, scored_tokens
 from compress.runtimes.server import Server, run_server
 from compress.runtimes.top_tokens import Position, TopRecord, scores_of, write_record

@@ -6,16 +6,15 @@ import importlib
 from collections.abc import Collection, Generator, Mapping, Set
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
 import onnxruntime
-from google.protobuf.message import DecodeError
 from numpy.typing import NDArray
 
 from compress.errors import CheckpointError, MissingError
+from compress.onnx_files import check_files
 from compress.runtimes.onnxruntime import Provider
 from compress.runtimes.onnxruntime_exact import without_rounding
 
@@ -204,43 +203,6 @@ class Declared:
 
     dtype: np.dtype[Any]
     shape: tuple[int | str, ...] = field(default=())
-
-
-def check_files(path: Path) -> None:
-    """Check that a graph can be read and that all its data is there, without reading the data.
-
-    Raises:
-        CheckpointError: a file is missing, truncated, or no graph; or the graph points outside its folder.
-    """
-    try:
-        model = onnx.load(path, load_external_data=False)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; export it again, or copy the whole folder") from error
-    except (OSError, DecodeError) as error:
-        raise CheckpointError(f"{path}: truncated, or no ONNX file ({error}); export it again") from error
-    if not model.graph.output:
-        raise CheckpointError(f"{path}: truncated, or no ONNX file (it has no output); export it again")
-    for tensor in model.graph.initializer:
-        if tensor.data_location == onnx.TensorProto.EXTERNAL:
-            _check_data(path, tensor.name, {entry.key: entry.value for entry in tensor.external_data})
-
-
-def _check_data(path: Path, name: str, place: Mapping[str, str]) -> None:
-    location = place.get("location", "")
-    relative = PurePosixPath(location)
-    if not location or relative.is_absolute() or ".." in relative.parts:
-        raise CheckpointError(f"{path}: {name} points to {location!r}, outside the graph's folder; do not use this artifact")
-    data = path.parent / location
-    if not data.is_file():
-        raise CheckpointError(
-            f"{path}: its data file {location} is missing; put it beside the graph, or copy the whole folder again"
-        )
-    end = int(place.get("offset", 0)) + int(place.get("length", 0))
-    size = data.stat().st_size
-    if end > size:
-        raise CheckpointError(
-            f"{data}: truncated: {name} ends at byte {end}, the file at {size}; copy it again, or export it again"
-        )
 
 
 def _told(path: Path, what: str, reason: str) -> CheckpointError | MissingError:

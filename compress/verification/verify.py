@@ -9,9 +9,10 @@ from typing import Any
 
 from compress.errors import VerificationError
 from compress.export.format import VerifyContext
+from compress.onnx_files import check_files
 from compress.runtimes.activations import inputs_as_they_are
 from compress.runtimes.onnxruntime_exact import rounds_inputs
-from compress.runtimes.onnxruntime_graph import Engine, Graph, check_files
+from compress.runtimes.onnxruntime_graph import Engine, Graph
 from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.transformers_session import Settings, TransformersSession, open_session
 from compress.verification import graphs

@@ -19,8 +19,10 @@ from compress.numerics.scheme import Scheme
 if TYPE_CHECKING:
     from compress.export.graphs.parts import Parts
 
+PIECE = 1 << 22
+"""How many numbers are made and written at once."""
+
 _LARGEST = 127.0
-_PIECE = 1 << 22
 _SIGN = 128
 
 
@@ -76,7 +78,7 @@ class LinearWriter:
 
         def read() -> Iterable[NDArray[Any]]:
             for name in names:
-                whole = parts.source.reader.tensor(f"{name}.bias") if f"{name}.bias" in biased else torch.zeros(self._rows(name))
+                whole = parts.mapped(f"{name}.bias") if f"{name}.bias" in biased else torch.zeros(self._rows(name))
                 yield parts.floats(f"{name}.bias", whole)
 
         return parts.graph.op("Add", value, self._weight(names, "bias", parts.graph.dtype, (sum(map(self._rows, names)),), read))
@@ -87,7 +89,7 @@ class LinearWriter:
         rows, columns = sum(map(self._rows, names)), parts.shape(f"{names[0]}.weight")[1]
 
         def read() -> Iterable[NDArray[Any]]:
-            matrices = [parts.source.reader.tensor(f"{name}.weight") for name in names]
+            matrices = [parts.mapped(f"{name}.weight") for name in names]
             for piece in _side_by_side(matrices, parts.float_type):
                 yield parts.floats(names[0], piece)
 
@@ -196,7 +198,7 @@ def _side_by_side(matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Te
     """Give the transposes of matrices of as many columns, put side by side, in a type, some rows at a time."""
     turned = [matrix.t().contiguous() for matrix in matrices]
     width = sum(matrix.shape[1] for matrix in turned)
-    step = max(1, _PIECE // width)
+    step = max(1, PIECE // width)
     for first in range(0, len(turned[0]), step):
         rows = [matrix[first : first + step] for matrix in turned]
         piece = torch.empty(len(rows[0]), width, dtype=dtype)

@@ -11,11 +11,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint
-from compress.engine.weights import WeightReader
+from compress.checkpoint import Checkpoint, TensorEntry
+from compress.engine.weights import WeightReader, is_finite, map_tensor
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph, Weight
-from compress.export.graphs.linears import Held, LinearWriter
+from compress.export.graphs.linears import PIECE, Held, LinearWriter
 from compress.export.graphs.vocabulary import embed, head, head_name
 from compress.families import Family
 from compress.layouts import PackedLinear, linear_shape, quantized_linears, read_linear, read_packed
@@ -102,18 +102,26 @@ class Parts:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
+        return self._entry(name).shape
+
+    def mapped(self, name: str) -> Tensor:
+        """Return a tensor as it lies on disk, a view of the file; what is written of it is checked by `floats`."""
+        return map_tensor(self._entry(name))
+
+    def _entry(self, name: str) -> TensorEntry:
         reader = self.source.reader
         if name not in reader.disk_names:
             raise CheckpointError(f"{reader.checkpoint.folder}: holds no tensor for the model's {name}; fetch the checkpoint again")
-        return reader.checkpoint.tensors[reader.disk_names[name]].shape
+        return reader.checkpoint.tensors[reader.disk_names[name]]
 
     def tensor(self, name: str, change: Callable[[Tensor], Tensor] | None = None, form: str = "") -> str:
         """Return a tensor of the checkpoint in the graph's type; `change` makes of it what is stored, which `form` names."""
         shape, dtype = self.shape(name), self.graph.dtype
 
         def read() -> Iterable[NDArray[Any]]:
-            found = self.source.reader.tensor(name)
-            yield self.floats(name, found if change is None else change(found))
+            found = self.mapped(name)
+            for piece in torch.split((found if change is None else change(found)).reshape(-1), PIECE):
+                yield self.floats(name, piece)
 
         if change is not None:
             shape = tuple(change(torch.empty(shape, device="meta")).shape)
@@ -121,14 +129,16 @@ class Parts:
         return self.graph.weight(f"{name}{form}", Weight(key, dtype, shape, read))
 
     def floats(self, name: str, tensor: Tensor) -> NDArray[Any]:
-        """Return a tensor in the graph's type.
+        """Return a tensor, or a piece of it, in the graph's type.
 
         Raises:
-            CheckpointError: a value is too large for it.
+            CheckpointError: it holds NaN or infinite values, or one that is too large for the type.
         """
         found = tensor.to(self.float_type)
-        if found.dtype == torch.float16 and not bool(found.isfinite().all()):
-            raise CheckpointError(f"{name}: has values beyond 65504, the largest that float16 holds; set dtype: float32")
+        if not is_finite(found):
+            if found.dtype == torch.float16 and is_finite(tensor):
+                raise CheckpointError(f"{name}: has values beyond 65504, the largest that float16 holds; set dtype: float32")
+            raise CheckpointError(f"{name}: holds NaN or infinite values; fetch the checkpoint again or mend it")
         return found.contiguous().numpy()
 
     def linear(self, value: str, name: str, activation: str = "") -> str:

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.export.graphs.graph import Weight
+from compress.export.graphs.linears import PIECE
 from compress.export.onnx_limits import ROUNDED_BLOCK, block_size
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_words
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from compress.export.graphs.parts import Parts
 
 _ZERO = 128
-_PIECE = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _scales(parts: Parts, rounded: Rounded, shape: tuple[int, ...]) -> str:
 def _pieces(parts: Parts, rounded: Rounded) -> Iterable[QuantizedWeight]:
     """Give the rounded matrix, some rows at a time."""
     scheme = Scheme(rounded.bits, rounded.block, symmetric=True)
-    for rows in torch.split(parts.source.reader.tensor(f"{rounded.name}.weight"), max(1, _PIECE // rounded.columns)):
+    for rows in torch.split(parts.source.reader.tensor(f"{rounded.name}.weight"), max(1, PIECE // rounded.columns)):
         yield quantize(rows, scheme, torch.float32)
 
 

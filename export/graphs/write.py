@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
 
 import numpy as np
+import torch
 
 from compress.export.graphs import GRAPHS
 from compress.export.graphs.graph import Float, Graph, Stored
@@ -36,7 +38,7 @@ def write_graphs(source: Source, precision: Precision, target: Path, progress: P
     stored: dict[str, Stored] = {}
     written: list[Path] = []
     graphs: Mapping[str, str] = GRAPHS[source.family.name]
-    with progress.task("export", len(graphs), "graphs") as advance:
+    with _sparing_a_core(), progress.task("export", len(graphs), "graphs") as advance:
         for name, row in graphs.items():
             emit = emitter(row)
             parts = Parts(
@@ -46,6 +48,17 @@ def write_graphs(source: Source, precision: Precision, target: Path, progress: P
             written.append(parts.graph.save(target, stored))
             advance(1)
     return written
+
+
+@contextmanager
+def _sparing_a_core() -> Generator[None]:
+    """Let torch compute on all cores but one, which writes what is made."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(1, threads - 1))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def emitter(row: str) -> Callable[[Parts], None]:

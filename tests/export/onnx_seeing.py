@@ -6,21 +6,33 @@ import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from PIL import Image
-from transformers import AutoProcessor
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from compress.export.graphs.write import Precision
 from compress.progress import Silent
 from compress.runtimes.transformers_model import load_model
 from tests.export.onnx_graphs import Array, Graphs, Row, written
+from tests.tiny import Sizes as Weights
 from tests.tiny import picture
+from tests.tiny.parts import fill
 
 Sizes = Sequence[tuple[int, int]]
 """The width and height of each picture."""
+
+MARKS = {"internvl3": "<IMG_CONTEXT>\n", "llava": "<image>\n", "llava-next": "<image>\n"}
+"""What a prompt has for an image, by family."""
+
+PROMPTS: tuple[tuple[str, Sizes], ...] = (
+    ("How many circles are there?", [(200, 90), (57, 300)]),
+    ("Is there a red square?", []),
+    ("What colour is the largest shape?", [(56, 56)]),
+)
+"""Questions with two pictures, none and one."""
 
 
 @dataclass(frozen=True)
@@ -84,6 +96,18 @@ def seeing(folder: Path, target: Path, mark: str, precision: Precision | None = 
     """Write a checkpoint's graphs to `target` and open both them and the checkpoint."""
     model = load_model(folder, torch.float32, torch.device("cpu"), Silent())
     return Seeing(model, AutoProcessor.from_pretrained(folder), written(folder, target, precision), mark)
+
+
+@torch.no_grad()
+def rebuilt(source: Path, target: Path, config: Any) -> Path:
+    """Write the model that a changed `config` describes, its weights drawn anew, with the processor of `source`."""
+    made: Any = cast("Any", AutoModelForImageTextToText).from_config(config)
+    fill(made, Weights())
+    made.save_pretrained(target)
+    for file in source.glob("*"):
+        if not (target / file.name).exists():
+            file.rename(target / file.name)
+    return target
 
 
 def difference(ours: Array, theirs: Array) -> float:

@@ -6,80 +6,14 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
+from transformers import AutoConfig
 
 from compress.errors import CheckpointError
-from compress.export.graphs.write import Precision
 from tests.export.onnx_graphs import written
-from tests.export.onnx_seeing import Seeing, difference, seeing
-from tests.export.onnx_seeing import Sizes as Pictures
-from tests.quantized import round_checkpoint, scheme
-from tests.tiny import Sizes, build_internvl
-from tests.tiny.parts import fill
-
-MARK = "<IMG_CONTEXT>\n"
-PROMPTS: tuple[tuple[str, Pictures], ...] = (
-    ("How many circles are there?", [(200, 90), (57, 300)]),
-    ("Is there a red square?", []),
-    ("What colour is the largest shape?", [(56, 56)]),
-)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Seeing:
-    folder = tmp_path_factory.mktemp("internvl3")
-    return seeing(build_internvl(folder / "model"), folder / "onnx", MARK)
-
-
-@pytest.mark.parametrize(
-    "sizes", [[(112, 112)], [(200, 90), (57, 300)], [(333, 120), (30, 31), (120, 333), (1000, 40)]], ids=["one", "two", "four"]
-)
-def test_features_are_those_of_transformers(model: Seeing, sizes: Pictures) -> None:
-    pixels = model.pixels(sizes)
-    assert difference(model.features(pixels), model.expected_features(pixels)) < 1e-5
-
-
-def test_logits_are_those_of_transformers(model: Seeing) -> None:
-    rows = [model.row(*prompt) for prompt in PROMPTS]
-    for prompt, ours in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
-        assert difference(ours, model.expected_logits(*prompt)) < 3e-5
-
-
-def test_a_picture_changes_the_answer(model: Seeing) -> None:
-    question = PROMPTS[0][0]
-    last = [model.graphs.logits([model.row(question, [size])], steps=0)[0][-1] for size in ((112, 112), (200, 90))]
-    assert difference(*last) > 0.1
-
-
-def test_attention_is_fused(model: Seeing) -> None:
-    vision, decoder = model.graphs.operators("vision_encoder"), model.graphs.operators("decoder_model_merged")
-    assert vision.count("MultiHeadAttention") == 2
-    assert decoder.count("GroupQueryAttention") == 3
-    assert "Softmax" not in vision + decoder
-
-
-def test_half_precision_is_near(tmp_path: Path) -> None:
-    model = seeing(build_internvl(tmp_path / "model"), tmp_path / "onnx", MARK, Precision("float16"))
-    for prompt in PROMPTS:
-        expected = model.expected_logits(*prompt)
-        [ours] = model.graphs.logits([model.row(*prompt)], steps=1)
-        assert difference(ours, expected) < 0.01 * np.abs(expected).max()
-
-
-def test_weights_of_four_bits_are_the_checkpoint_s_own(tmp_path: Path) -> None:
-    folder = tmp_path / "int4"
-    held = round_checkpoint(
-        build_internvl(tmp_path / "model"), folder, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True)
-    )
-    assert any(name.endswith("attention.projection_layer") for name in held)
-    model = seeing(folder, tmp_path / "onnx", MARK, Precision("float32", accuracy_level=0))
-    rows = [model.row(*prompt) for prompt in PROMPTS]
-    for prompt, ours in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
-        assert difference(ours, model.expected_logits(*prompt)) < 1e-4
-    assert "MatMul" not in model.graphs.operators("vision_encoder")
+from tests.export.onnx_seeing import MARKS, PROMPTS, difference, rebuilt, seeing
+from tests.tiny import build_internvl
 
 
 @pytest.mark.parametrize(
@@ -92,20 +26,14 @@ def test_weights_of_four_bits_are_the_checkpoint_s_own(tmp_path: Path) -> None:
     ],
     ids=["norms", "normed at the end", "an inner layer", "larger squares"],
 )
-@torch.no_grad()
 def test_other_towers_and_layers(changes: dict[str, Any], vision: dict[str, Any], tmp_path: Path) -> None:
     source = build_internvl(tmp_path / "source")
     config = cast("Any", AutoConfig).from_pretrained(source)
     for owner, keys in ((config, changes), (config.vision_config, vision)):
         for key, value in keys.items():
             setattr(owner, key, value)
-    made = cast("Any", AutoModelForImageTextToText).from_config(config)
-    fill(made, Sizes())
-    made.save_pretrained(tmp_path / "model")
-    for file in source.glob("*"):
-        if not (tmp_path / "model" / file.name).exists():
-            file.rename(tmp_path / "model" / file.name)
-    model = seeing(tmp_path / "model", tmp_path / "onnx", MARK)
+    folder = rebuilt(source, tmp_path / "model", config)
+    model = seeing(folder, tmp_path / "onnx", MARKS["internvl3"])
     pixels = model.pixels([(200, 90), (57, 300)])
     assert difference(model.features(pixels), model.expected_features(pixels)) < 2e-5
 
@@ -117,7 +45,7 @@ def test_positions_of_long_rows_are_those_of_transformers(tmp_path: Path) -> Non
     scaling = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}  # as published, for more than 16 tokens
     config["text_config"] |= {"max_position_embeddings": 16, "rope_parameters": scaling}
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    model = seeing(folder, tmp_path / "onnx", MARK)
+    model = seeing(folder, tmp_path / "onnx", MARKS["internvl3"])
     prompts = [PROMPTS[1], PROMPTS[2], PROMPTS[0]]  # transformers stays with the longest row that it has seen
     rows = [model.row(*prompt) for prompt in prompts]
     assert [len(row.embeds) > 16 for row in rows] == [False, True, True]

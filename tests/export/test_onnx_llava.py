@@ -17,86 +17,17 @@ from transformers.models.llava_next import modeling_llava_next
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
 from compress.export.graphs.llava_next import image_layout, token_places
-from compress.export.graphs.write import Precision
 from tests.export.onnx_graphs import written
-from tests.export.onnx_seeing import Seeing, difference, seeing
-from tests.export.onnx_seeing import Sizes as Pictures
-from tests.quantized import round_checkpoint, scheme
-from tests.tiny import BUILDERS, Sizes
-from tests.tiny.parts import fill
+from tests.export.onnx_seeing import MARKS, PROMPTS, Seeing, difference, rebuilt, seeing
+from tests.tiny import BUILDERS
 
 LLAVA_NEXT = cast("Any", modeling_llava_next)
 FAMILIES = ("llava", "llava-next")
-MARK = "<image>\n"
-PROMPTS: tuple[tuple[str, Pictures], ...] = (
-    ("How many circles are there?", [(200, 90), (57, 300)]),
-    ("Is there a red square?", []),
-    ("What colour is the largest shape?", [(112, 112)]),
-)
 GRIDS = (
     (336, 14, [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]),
     (384, 16, [[384 * rows, 384 * columns] for rows in range(1, 7) for columns in range(1, 7)]),
 )
 """The side of a tile, that of a patch and the sizes that an image may be scaled to: of LLaVA-NeXT, and as many as others have."""
-
-
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Seeing:
-    folder = tmp_path_factory.mktemp(request.param)
-    return seeing(BUILDERS[request.param](folder / "model"), folder / "onnx", MARK)
-
-
-@pytest.mark.parametrize(
-    "sizes",
-    [
-        [(112, 112)],
-        [(200, 90), (57, 300)],
-        [(333, 120), (30, 31), (120, 333), (1000, 40)],
-    ],
-    ids=["one", "two", "four"],
-)
-def test_features_are_those_of_transformers(model: Seeing, sizes: Pictures) -> None:
-    pixels = model.pixels(sizes)
-    assert difference(model.features(pixels), model.expected_features(pixels)) < 1e-5
-
-
-def test_logits_are_those_of_transformers(model: Seeing) -> None:
-    rows = [model.row(*prompt) for prompt in PROMPTS]
-    for prompt, ours in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
-        assert difference(ours, model.expected_logits(*prompt)) < 3e-5
-
-
-def test_a_picture_changes_the_answer(model: Seeing) -> None:
-    question = PROMPTS[0][0]
-    last = [model.graphs.logits([model.row(question, [size])], steps=0)[0][-1] for size in ((112, 112), (200, 90))]
-    assert difference(*last) > 0.1
-
-
-def test_attention_is_fused(model: Seeing) -> None:
-    vision, decoder = model.graphs.operators("vision_encoder"), model.graphs.operators("decoder_model_merged")
-    assert vision.count("MultiHeadAttention") == 1  # of two blocks the last is not looked at
-    assert decoder.count("GroupQueryAttention") == 3
-    assert "Softmax" not in vision + decoder
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_half_precision_is_near(family: str, tmp_path: Path) -> None:
-    model = seeing(BUILDERS[family](tmp_path / "model"), tmp_path / "onnx", MARK, Precision("float16"))
-    for prompt in PROMPTS:
-        expected = model.expected_logits(*prompt)
-        [ours] = model.graphs.logits([model.row(*prompt)], steps=1)
-        assert difference(ours, expected) < 0.01 * np.abs(expected).max()
-
-
-@pytest.mark.parametrize("family", FAMILIES)
-def test_weights_of_four_bits_are_the_checkpoint_s_own(family: str, tmp_path: Path) -> None:
-    folder = tmp_path / "int4"
-    round_checkpoint(BUILDERS[family](tmp_path / "model"), folder, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True))
-    model = seeing(folder, tmp_path / "onnx", MARK, Precision("float32", accuracy_level=0))
-    rows = [model.row(*prompt) for prompt in PROMPTS]
-    for prompt, ours in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
-        assert difference(ours, model.expected_logits(*prompt)) < 1e-4
-    assert "MatMul" not in model.graphs.operators("vision_encoder")
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -155,7 +86,6 @@ def _sizes(generator: np.random.Generator, resolutions: list[list[int]]) -> list
     ],
     ids=["last", "several", "first", "siglip", "siglip tiles"],
 )
-@torch.no_grad()
 def test_other_towers_and_layers(family: str, changes: dict[str, Any], tmp_path: Path) -> None:
     source = BUILDERS[family](tmp_path / "source")
     config = cast("Any", AutoConfig).from_pretrained(source)
@@ -165,13 +95,8 @@ def test_other_towers_and_layers(family: str, changes: dict[str, Any], tmp_path:
         )
     for key, value in changes.items():
         setattr(config, key, value)
-    made = cast("Any", AutoModelForImageTextToText).from_config(config)
-    fill(made, Sizes())
-    made.save_pretrained(tmp_path / "model")
-    for file in source.glob("*"):
-        if not (tmp_path / "model" / file.name).exists():
-            file.rename(tmp_path / "model" / file.name)
-    model = seeing(tmp_path / "model", tmp_path / "onnx", MARK)
+    folder = rebuilt(source, tmp_path / "model", config)
+    model = seeing(folder, tmp_path / "onnx", MARKS["llava"])
     pixels = model.pixels([(200, 90), (57, 300)])
     assert difference(model.features(pixels), model.expected_features(pixels)) < 2e-5
 
@@ -180,7 +105,7 @@ def test_other_towers_and_layers(family: str, changes: dict[str, Any], tmp_path:
 def test_a_sliding_window_is_transformers_own(window: int, tmp_path: Path) -> None:
     folder = BUILDERS["llava-next"](tmp_path / "model")
     _change(folder, window, "text_config", "sliding_window")
-    model = seeing(folder, tmp_path / "onnx", MARK)
+    model = seeing(folder, tmp_path / "onnx", MARKS["llava"])
     assert difference(model.expected_logits(*PROMPTS[0])[:window], _unlimited(folder, model)[:window]) < 3e-5
     assert difference(model.expected_logits(*PROMPTS[0]), _unlimited(folder, model)) > 0.1
     rows = [model.row(*prompt) for prompt in PROMPTS]

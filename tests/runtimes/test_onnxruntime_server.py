@@ -1,4 +1,4 @@
-"""The server of an ONNX artifact: the demo model behind the API in a process of its own, asked by the load generator and by hand."""
+"""The server of an ONNX artifact: the demo model behind the API in a process of its own, under load and asked by hand."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import psutil
 import pytest
 
 from compress.errors import DataError, RecipeError, ServerError, UsageError
-from compress.eval.adapter import Adapter
 from compress.eval.latency import LatencySettings, LoadPoint
 from compress.eval.load import DIALECTS, make_prompts, make_requests, put_load, warm_up
-from compress.eval.loading import loading
+from compress.eval.loading import Loading
+from compress.eval.telemetry import watching
 from compress.export.format import ExportContext
 from compress.export.onnx import Onnx
 from compress.families import family_at
@@ -133,22 +133,6 @@ def test_requests_that_it_does_not_answer(served: Served, client: httpx.Client) 
     assert client.post("/v1/chat/completions", json=body(served, Prompt("", QUESTION), max_tokens=1)).is_success
 
 
-def test_a_server_that_is_killed_is_told(artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMPRESS_RUNTIMES", str(tmp_path / "none"))
-    settings = LatencySettings(concurrency=(1,), requests=2, warmup=1)
-    with loading(in_onnxruntime(), OpenContext(artifact, tmp_path, SILENT), settings) as server:
-        load, used = server.put(POINT.at(1), "round 0")
-        assert (load.client, [sample.fault for sample in load.samples]) == ("compress", [None, None])
-        assert used.memory_bytes is not None
-        guard, process = processes_of(server.served)
-        process.kill()
-        while guard.status() != psutil.STATUS_ZOMBIE:
-            os.sched_yield()
-        with pytest.raises(ServerError, match=r"its server ended under load[\s\S]*signal 9 \(SIGKILL\)"):
-            server.put(POINT.at(1), "round 1")
-    assert server.served.key not in (tmp_path / "onnxruntime.log").read_text()
-
-
 def test_tokens_come_one_by_one(session: Any) -> None:
     prompt = Prompt("one", QUESTION, (picture(0),))
     (answer,) = session.answer([prompt], 6, SILENT)
@@ -166,11 +150,13 @@ def test_tokens_come_one_by_one(session: Any) -> None:
 
 def test_pieces_add_up_to_the_answer(session: Any) -> None:
     """Whatever the tokens: also where a character lies in several of them, or ends in none."""
+    found: list[str] = []
     for first in range(0, 250, 25):
         wording = Wording(session)
         pieces = [wording.piece(token) for token in range(first, first + 25)]
         assert "".join([*pieces, wording.rest()]) == wording.whole()
-        assert len([piece for piece in pieces if piece]) > 1
+        found += [piece for piece in pieces if piece]
+    assert len(found) > 50
 
 
 @pytest.mark.parametrize(
@@ -223,7 +209,6 @@ def test_the_plan_measures_latency_and_refuses_what_has_no_server_to_ask(tmp_pat
     assert {name for name in one if one[name] != two[name]} == {"latency"}, "threads shape how fast it is, and nothing else"
     with pytest.raises(RecipeError, match=r"adapter needs a server, and runtime onnxruntime has none for harnesses to ask"):
         keys(**{"eval.tasks.1": {"task": "adapter", "harness": "lmms", "benchmark": "mme"}, "gate.perplexity": None})
-    assert Adapter.needs_server
 
 
 def test_a_model_that_writes_nothing_has_no_latency(tmp_path: Path) -> None:
@@ -235,3 +220,20 @@ def test_a_model_that_writes_nothing_has_no_latency(tmp_path: Path) -> None:
         in_onnxruntime().serve(OpenContext(model, tmp_path, SILENT)),
     ):
         pass
+
+
+def test_a_server_that_is_killed_is_told(served: Served, tmp_path: Path) -> None:
+    """The last test that asks it."""
+    settings = LatencySettings(concurrency=(1,), requests=2, warmup=1)
+    with watching(served.process, served.said()) as watch:
+        loading = Loading(served, OpenContext(DEMO, tmp_path, SILENT), settings, None, 60, watch)
+        load, used = loading.put(POINT.at(1), "round 0")
+        assert (load.client, [sample.fault for sample in load.samples]) == ("compress", [None, None])
+        assert used.memory_bytes is not None
+        guard, process = processes_of(served)
+        process.kill()
+        while guard.status() != psutil.STATUS_ZOMBIE:
+            os.sched_yield()
+        with pytest.raises(ServerError, match=r"its server ended under load[\s\S]*signal 9 \(SIGKILL\)") as raised:
+            loading.put(POINT.at(1), "round 1")
+    assert served.key is not None and served.key not in f"{raised.value}{served.said()}{served}"
