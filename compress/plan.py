@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from compress.artifact import artifact_format
 from compress.calibration.sets import QuestionSource
@@ -22,6 +22,9 @@ from compress.numerics.scheme import Scheme
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
 from compress.quantization_config import foreign_format
 from compress.recipe import Recipe, read_evaluation, read_recipe
+from compress.runtimes import RUNTIMES
+from compress.runtimes.runtime import Runtime
+from compress.schema import load_row
 from compress.store import Store
 
 if TYPE_CHECKING:
@@ -229,13 +232,25 @@ def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str
         for target in recipe.eval.places:
             runtime = target.runtime
             if task.needs_server and not runtime.asks_server:
+                remedy = _remedy(recipe, lambda row: row.asks_server)
                 faults.append(
-                    f"{where}: {task.task} needs a server, and runtime {runtime.runtime} has none for harnesses to ask; set "
-                    "eval.runtime to vllm or endpoint"
+                    f"{where}: {task.task} needs a server, and runtime {runtime.runtime} has none for harnesses to ask; {remedy}"
                 )
             elif task.needs not in runtime.offers:
-                faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; set eval.runtime to transformers")
+                remedy = _remedy(recipe, lambda row, needed=task.needs: needed in row.offers)
+                faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; {remedy}")
     return faults
+
+
+def _remedy(recipe: Recipe, does: Callable[[type[Runtime]], bool]) -> str:
+    """Return which runtimes do what is asked and run what is exported."""
+    known = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
+    found = [name for name in sorted(known, reverse=True) if does(known[name])]
+    formats = sorted({export.format for export in recipe.export})
+    run = [name for name in found if not formats or any(name in export.runtimes for export in recipe.export)]
+    if run:
+        return f"set eval.runtime to {' or '.join(run)}"
+    return f"what does ({', '.join(found)}) runs no {' or '.join(formats)}; use another format, or leave the task out"
 
 
 def _outlook_notes(recipe: Recipe, outlooks: list[Outlook]) -> tuple[str, ...]:

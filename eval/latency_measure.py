@@ -196,6 +196,11 @@ class _Measuring:
             notes.append("Not all loads were put on by the same client: servers of this target differ in the requests they take.")
         if isinstance(self._runtime, Vllm) and self._runtime.url is None and self._runtime.eager and gpus():
             notes.append("The server ran with eager: true, without CUDA graphs; eager: false is what a deployment would set.")
-        if self._settings.component_repeats and not isinstance(self._runtime, Onnxruntime):
+        if isinstance(self._runtime, Onnxruntime):
+            notes.append(
+                "The server makes one answer after the other: requests queue. Its memory includes the libraries that prepare "
+                "prompts, which draws ratios of memory towards one."
+            )
+        elif self._settings.component_repeats:
             notes.append("The components are of the dense model: quantized weights are unpacked before they are timed.")
         return notes

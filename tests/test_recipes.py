@@ -39,7 +39,9 @@ DEMO = ROOT / "recipes" / "demo"
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 APART = "llmcompressor"
 """The stage whose library is installed apart."""
-INSTALLS = (f"stage: {APART}", "task: adapter")
+GENAI = "onnxruntime-genai"
+"""The runtime whose environment plans with its export ask the versions of."""
+INSTALLS = (f"stage: {APART}", "task: adapter", f"runtime: {GENAI}")
 """What in a recipe asks for an environment of its own."""
 
 every_recipe = pytest.mark.parametrize(
@@ -106,6 +108,8 @@ def settings_for(recipe: Recipe, server: str) -> dict[str, Any]:
     """Return what lets a recipe be planned here: vLLM's version comes from a server, a library's from its environment."""
     if any(stage.stage == APART for stage in recipe.stages):
         install(APART, Silent())
+    if any(target.runtime.runtime == GENAI for target in recipe.eval.places):
+        install(GENAI, Silent())
     for task in recipe.eval.tasks:
         if isinstance(task, Adapter):
             install(ENVIRONMENTS[task.harness], Silent())

@@ -29,15 +29,10 @@ MICROSOFT = "com.microsoft"
 
 _MICROSOFT_OPERATORS = frozenset(
     {
-        "FusedMatMul",
-        "GatherBlockQuantized",
         "GroupQueryAttention",
-        "MatMulIntegerToFloat",
         "MatMulNBits",
         "MultiHeadAttention",
-        "QuickGelu",
         "RotaryEmbedding",
-        "SkipLayerNormalization",
         "SkipSimplifiedLayerNormalization",
     }
 )

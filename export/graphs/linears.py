@@ -90,7 +90,7 @@ class LinearWriter:
 
         def read() -> Iterable[NDArray[Any]]:
             matrices = [parts.mapped(f"{name}.weight") for name in names]
-            for piece in _side_by_side(matrices, parts.float_type):
+            for piece in _side_by_side(matrices, torch.float32):
                 yield parts.floats(names[0], piece)
 
         return parts.graph.op("MatMul", value, self._weight(names, "weight", parts.graph.dtype, (columns, rows), read))

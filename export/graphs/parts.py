@@ -238,14 +238,6 @@ class Parts:
         """
         return self.graph.op("MultiHeadAttention", query, key, value, "", "", bias, num_heads=heads, scale=scale)
 
-    def block_mask(self, groups: str) -> str:
-        """Return the bias [1, 1, n, n] under which each of n places sees those of its own group (int64 [n])."""
-        graph = self.graph
-        same = graph.op("Equal", graph.reshape(groups, [-1, 1]), graph.reshape(groups, [1, -1]))
-        lowest = float(np.finfo(graph.dtype).min)
-        bias = graph.op("Where", same, graph.const(0.0), graph.const(lowest))
-        return graph.op("Unsqueeze", bias, graph.const([0, 1]))
-
     def rotated(self, value: str, rotation: Rotation) -> str:
         """Return [batch, length, heads · width] rotated by its positions (arXiv 2104.09864, halves as in GPT-NeoX)."""
         return self.graph.op("RotaryEmbedding", value, rotation.places, rotation.cosines, rotation.sines)

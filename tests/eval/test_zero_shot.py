@@ -174,3 +174,9 @@ def test_a_plan_refuses_what_model_or_runtime_cannot_do(tmp_path: Path) -> None:
     job.recipe.write_text(yaml.safe_dump(recipe))
     with pytest.raises(RecipeError, match=r"eval.tasks.0: runtime vllm does not offer zero-shot; set eval.runtime to transformers"):
         make_plan(job.recipe, clip, Store(job.store))
+    recipe |= {"export": [{"format": "onnx-genai"}]}
+    recipe["eval"]["runtime"] = {"runtime": "onnxruntime-genai"}
+    job.recipe.write_text(yaml.safe_dump(recipe))
+    told = r"eval.tasks.0: .* does not offer zero-shot; what does \(transformers, onnxruntime\) runs no onnx-genai; use another"
+    with pytest.raises(RecipeError, match=told):
+        make_plan(job.recipe, clip, Store(job.store))
