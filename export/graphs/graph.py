@@ -6,7 +6,7 @@ https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -110,17 +110,19 @@ class Graph:
 
     def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape, *, first: bool = False) -> None:
         """Give a value out under `name`, after the outputs that are there or before them."""
-        self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/{name}"))
+        if not self._rename(value, name):
+            self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/{name}"))
         self.outputs.insert(0 if first else len(self.outputs), helper.make_tensor_value_info(name, _onnx_type(dtype), list(shape)))
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
         """Add an operator with one output and return that; an input that is left out is an empty name."""
         return self.ops(kind, *inputs, outputs=1, **attributes)[0]
 
-    def ops(self, kind: str, *inputs: str, outputs: int, **attributes: Any) -> tuple[str, ...]:
-        """Add an operator and return its outputs."""
+    def ops(self, kind: str, *inputs: str, outputs: int, unused: Collection[int] = (), **attributes: Any) -> tuple[str, ...]:
+        """Add an operator and return its outputs; those at the places `unused` are not made, and empty."""
         name = self._named(kind)
-        results = (name,) if outputs == 1 else tuple(f"{name}:{place}" for place in range(outputs))
+        named = (name,) if outputs == 1 else tuple(f"{name}:{place}" for place in range(outputs))
+        results = tuple("" if place in unused else each for place, each in enumerate(named))
         self._add(kind, name, inputs, results, attributes)
         return results
 
@@ -211,6 +213,18 @@ class Graph:
         model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="vlm-compress")
         helper.set_model_props(model, self.notes)
         return model
+
+    def _rename(self, value: str, name: str) -> bool:
+        """Let what makes a value, and all that takes it, call it `name`; False where it is an input or given out already."""
+        if value in {each.name for each in (*self.inputs, *self.outputs)} or value in self.weights:
+            return False
+        for node in self.nodes:
+            for names in (node.input, node.output):
+                for place, known in enumerate(names):
+                    if known == value:
+                        names[place] = name
+        self._known = [each for each in self._known if each.name != value]
+        return True
 
     def _named(self, kind: str) -> str:
         base = "/".join(("", *self._scopes, kind))

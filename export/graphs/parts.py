@@ -201,9 +201,8 @@ class Parts:
     def add_rms_norm(self, value: str, more: str, name: str, epsilon: float, width: int) -> tuple[str, str]:
         """Return RMSNorm `name` of the sum of two values [batch, sequence, width], and the sum."""
         graph = self.graph
-        outputs = graph.ops(
-            "SkipSimplifiedLayerNormalization", value, more, self.tensor(f"{name}.weight"), outputs=4, epsilon=epsilon
-        )
+        inputs = (value, more, self.tensor(f"{name}.weight"))
+        outputs = graph.ops("SkipSimplifiedLayerNormalization", *inputs, outputs=4, unused=(1, 2), epsilon=epsilon)
         shape = ("batch_size", "sequence_length", width)
         return graph.typed(outputs[0], graph.dtype, shape), graph.typed(outputs[3], graph.dtype, shape)
 

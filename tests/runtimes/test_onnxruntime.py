@@ -20,12 +20,14 @@ from compress.export.format import ExportContext
 from compress.export.onnx import Onnx
 from compress.families import FAMILIES, family_at
 from compress.files import write_json
+from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes import onnxruntime as row
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_graph import Engine, Graph
 from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Picture, Prompt, Runtime, Score, Session
 from compress.runtimes.transformers import Transformers
+from tests.quantized import round_checkpoint
 from tests.tiny import BUILDERS, build_blip2, build_clip, build_qwen2_5_vl, picture
 
 FILES: Any = safetensors.torch
@@ -120,15 +122,36 @@ def test_answers_and_scores_are_those_of_transformers(name: str, tmp_path: Path)
         np.testing.assert_allclose(ours.negative_log_likelihood, theirs.negative_log_likelihood, atol=1e-4)
 
 
-def test_the_demo_model_says_the_same_to_a_hundred_questions(tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def questions() -> list[Prompt]:
+    """A hundred of the demo's questions about images."""
     rows = PARQUET.read_table(DEMO / "test.parquet").slice(0, 100).to_pylist()
-    prompts = [Prompt(row["id"], row["question"], (row["image"]["bytes"],)) for row in rows]
+    return [Prompt(row["id"], row["question"], (row["image"]["bytes"],)) for row in rows]
+
+
+def test_the_demo_model_says_the_same_to_a_hundred_questions(questions: list[Prompt], tmp_path: Path) -> None:
     found: list[list[Answer]] = []
     for runtime in (in_process(), in_onnxruntime()):
         with runtime.open(OpenContext(DEMO / "model", tmp_path, SILENT)) as session:
-            found.append(session.answer(prompts, 16, SILENT))
+            found.append(session.answer(questions, 16, SILENT))
     assert found[0] == found[1]
     assert len({answer.text for answer in found[0]}) > 5
+
+
+def test_in_four_bits_the_demo_model_says_what_its_checkpoint_says(questions: list[Prompt], tmp_path: Path) -> None:
+    """With inputs as they are and rounded in blocks, as the kernels for CPUs do it unless told otherwise."""
+    quantized = tmp_path / "quantized"
+    round_checkpoint(DEMO / "model", quantized, Scheme(4, 64, symmetric=False))
+    with opened(quantized, in_process()) as session:
+        expected = session.answer(questions, 16, SILENT)
+    for level in (0, 4):
+        target = tmp_path / f"level-{level}"
+        target.mkdir()
+        settings = Onnx.model_validate({"format": "onnx", "accuracy_level": level})
+        settings.apply(ExportContext(quantized, target, family_at(quantized), SILENT))
+        with opened(target) as session:
+            said = session.answer(questions, 16, SILENT)
+        assert sum(one.token_ids == other.token_ids for one, other in zip(said, expected, strict=True)) >= 99
 
 
 def test_the_batch_does_not_change_answers(artifact: Path, said: list[Answer]) -> None:
