@@ -101,33 +101,44 @@ def rotate(parts: Parts, text: Any, shape: Shape) -> Rotation:
             f"{', '.join(ROTATIONS)}; use format: vllm"
         )
     streams = _streams(rotary)
-    if streams is None:
-        places = graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
-        angles = graph.op("Unsqueeze", graph.cast(places, np.float32), graph.const([-1]))
-    else:
-        places = graph.input("position_ids", np.int64, [3, "batch_size", "sequence_length"])
-        angles = graph.op("Gather", graph.transpose(graph.cast(places, np.float32), [1, 2, 0]), graph.const(streams), axis=2)
-    angles = graph.op("Mul", angles, _frequencies(parts, places, rotary, text))
-    scaling = graph.const(float(rotary.attention_scaling), np.float32)
-    tables = [
-        graph.cast(graph.op("Mul", graph.op(kind, graph.reshape(angles, [-1, shape.width // 2])), scaling), graph.dtype)
-        for kind in ("Cos", "Sin")
-    ]
-    extents = graph.op("Shape", places, start=0 if streams is None else 1)
-    rows = graph.op("Reshape", graph.arange(graph.op("ReduceProd", extents, keepdims=1)), extents)
+    extents: list[int | str] = ["batch_size", "sequence_length"]
+    places = graph.input("position_ids", np.int64, extents if streams is None else [3, *extents])
+    angles = _angles(parts, places, rotary, text)
+    tables: list[str] = []
+    for function in ("Cos", "Sin"):
+        table = graph.op(function, angles)
+        if rotary.attention_scaling != 1.0:
+            table = graph.op("Mul", table, graph.const(float(rotary.attention_scaling), np.float32))
+        tables.append(table if graph.dtype == np.float32 else graph.cast(table, graph.dtype))
+    given = graph.op("Shape", places, start=0 if streams is None else 1)
+    every = graph.op("Range", graph.const(0), graph.op("ReduceProd", given, keepdims=0), graph.const(1))
+    rows = graph.op("Reshape", every, given)
     return Rotation(tables[0], tables[1], rows)
 
 
-def _frequencies(parts: Parts, places: str, rotary: Any, text: Any) -> str:
-    """Return the angle by which each pair of channels turns per position, float32 [pairs], or [batch, 1, pairs] for each row.
+def _angles(parts: Parts, places: str, rotary: Any, text: Any) -> str:
+    """Return by which angles positions turn each pair of channels, float32 [batch · sequence, pairs]."""
+    graph, streams, pairs = parts.graph, _streams(rotary), len(rotary.inv_freq)
+    dynamic = _frequencies(parts, places, rotary, text)
+    if dynamic:
+        angles = graph.op("Mul", graph.op("Unsqueeze", graph.cast(places, np.float32), graph.const([-1])), dynamic)
+        return graph.reshape(angles, [-1, pairs])
+    mixed = np.zeros((1 if streams is None else 3, pairs), np.float32)
+    mixed[0 if streams is None else streams, np.arange(pairs)] = rotary.inv_freq.numpy()
+    flat = graph.cast(graph.reshape(places, [len(mixed), -1]), np.float32)
+    return graph.op("Gemm", flat, graph.const(mixed, np.float32), transA=1)  # each sum has one term that is not zero
 
-    Where they are dynamic, those of rows longer than the model was trained for shrink, the slow ones the most, with the row's last
-    position; transformers takes the last of the whole batch.
+
+def _frequencies(parts: Parts, places: str, rotary: Any, text: Any) -> str:
+    """Return the angle by which each pair of channels turns per position where that is dynamic, float32 [batch, 1, pairs].
+
+    Those of rows longer than the model was trained for shrink, the slow ones the most, with the row's last position; transformers
+    takes the last of the whole batch. Empty where all are fixed.
     """
-    graph, fixed = parts.graph, parts.graph.const(rotary.inv_freq.numpy(), np.float32)
-    parameters = cast("dict[str, Any]", text.rope_parameters or {})
+    graph, parameters = parts.graph, cast("dict[str, Any]", text.rope_parameters or {})
     if parameters.get("rope_type") != "dynamic":
-        return fixed
+        return ""
+    fixed = graph.const(rotary.inv_freq.numpy(), np.float32)
     factor, pairs = float(parameters["factor"]), len(rotary.inv_freq)
     last = graph.cast(graph.op("ReduceMax", places, graph.const([-1]), keepdims=1), np.float32)
     trained = graph.const(float(text.max_position_embeddings), np.float32)
@@ -229,5 +240,5 @@ def logits(parts: Parts, value: str) -> None:
     first = graph.op("Neg", graph.reshape(kept, [1]))
     last = graph.op("Slice", value, first, graph.const([np.iinfo(np.int64).max]), graph.const([1]))
     found = parts.head(last)
-    vocabulary = parts.vocabulary
-    graph.output("logits", graph.cast(found, np.float32), np.float32, ["batch_size", "kept_length", vocabulary], first=True)
+    wide = found if graph.dtype == np.float32 else graph.cast(found, np.float32)
+    graph.output("logits", wide, np.float32, ["batch_size", "kept_length", parts.vocabulary], first=True)

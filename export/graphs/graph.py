@@ -88,6 +88,8 @@ class Graph:
     _known: list[ValueInfoProto] = field(default_factory=lambda: list[ValueInfoProto](), repr=False)
     _scopes: list[str] = field(default_factory=lambda: list[str](), repr=False)
     _counts: dict[str, int] = field(default_factory=lambda: dict[str, int](), repr=False)
+    _aliases: dict[str, str] = field(default_factory=lambda: dict[str, str](), repr=False)
+    """What values are called that are given out."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
@@ -110,6 +112,7 @@ class Graph:
 
     def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape, *, first: bool = False) -> None:
         """Give a value out under `name`, after the outputs that are there or before them."""
+        value = self._aliases.get(value, value)
         if not self._rename(value, name):
             self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/{name}"))
         self.outputs.insert(0 if first else len(self.outputs), helper.make_tensor_value_info(name, _onnx_type(dtype), list(shape)))
@@ -145,7 +148,8 @@ class Graph:
 
     def typed(self, value: str, dtype: DTypeLike, shape: Shape) -> str:
         """Tell shape inference what a value is that an operator of another domain gives; returns the value."""
-        self._known.append(helper.make_tensor_value_info(value, _onnx_type(dtype), list(shape)))
+        if value not in self._aliases:  # what is given out is declared already
+            self._known.append(helper.make_tensor_value_info(value, _onnx_type(dtype), list(shape)))
         return value
 
     def reshape(self, value: str, shape: Sequence[int]) -> str:
@@ -224,6 +228,7 @@ class Graph:
                     if known == value:
                         names[place] = name
         self._known = [each for each in self._known if each.name != value]
+        self._aliases[value] = name
         return True
 
     def _named(self, kind: str) -> str:
@@ -234,7 +239,8 @@ class Graph:
     def _add(self, kind: str, name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, Any]) -> None:
         domain = MICROSOFT if kind in _MICROSOFT_OPERATORS else None
         given = {key: value for key, value in attributes.items() if value is not None}
-        self.nodes.append(helper.make_node(kind, list(inputs), list(outputs), name=name, domain=domain, **given))
+        taken = [self._aliases.get(value, value) for value in inputs]
+        self.nodes.append(helper.make_node(kind, taken, list(outputs), name=name, domain=domain, **given))
 
 
 def _onnx_type(dtype: DTypeLike) -> int:

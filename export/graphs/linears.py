@@ -41,8 +41,10 @@ class LinearWriter:
     parts: Parts
 
     def linears(self, value: str, names: Sequence[str]) -> list[str]:
-        """Return what each linear makes of a value; as one matrix where all are held alike."""
-        if len(names) > 1 and len({self._kind(name) for name in names}) == 1:
+        """Return what each linear makes of a value; as one matrix where all are held alike and that saves work on it."""
+        several = len(names) > 1 and len({self._kind(name) for name in names}) == 1
+        # Of plain products without a bias each is one operator, and taking one result apart costs as much as the others.
+        if several and (names[0] in self.parts.source.held or self.parts.has(f"{names[0]}.bias")):
             sizes = [self._rows(name) for name in names]
             return list(self.parts.graph.split(self._one(value, tuple(names)), sizes))
         return [self._one(value, (name,)) for name in names]
