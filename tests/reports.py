@@ -241,7 +241,7 @@ def verification() -> Verification:
 def report(**changes: Any) -> Report:
     made = Report(
         name="qwen2.5-vl-7b",
-        run="/work/runs/qwen2.5-vl-7b-20250112-101500-3fa9",
+        run="/srv/runs/qwen2.5-vl-7b-20250112-101500-3fa9",
         finished="2025-01-12T10:41:07+00:00",
         source={"source": "Qwen/Qwen2.5-VL-7B-Instruct", "hub": "huggingface", "revision": "main", "commit": "cc594898"},
         rows=rows(),
