@@ -1,0 +1,61 @@
+"""The sizes and times past which foreign input is refused, each settable by an environment variable (docs/limits.md)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from functools import cache
+
+from compress.errors import UsageError
+
+PREFIX = "COMPRESS_LIMIT_"
+"""What the environment variables begin with; the field's name in capitals follows."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much of anything that comes from outside is taken in; more is one error that names the limit.
+
+    They are settings of the machine, not of a recipe, since a recipe may come from outside too, and shape no result: what
+    is within them is read the same whatever they are.
+    """
+
+    json_bytes: int = 100_000_000
+    """Bytes of one JSON or YAML file. safetensors allows its headers as much; the index of 100,000 tensors has 10 MB."""
+
+    json_depth: int = 64
+    """Objects and lists within one another in JSON or YAML. Configs nest 5 deep; Python's own parsers give up at about 1,000."""
+
+    integer_digits: int = 309
+    """Digits of an integer: as many as the largest 64-bit float has. Tokenizers write 10^30 for "no limit"."""
+
+    def set_by(self, name: str) -> str:
+        """Return how a message tells which limit was met and how it is raised."""
+        return f"limit {name} = {getattr(self, name):,}, set by {PREFIX}{name.upper()}"
+
+
+def limits() -> Limits:
+    """Return the limits as the environment sets them.
+
+    Raises:
+        UsageError: a variable with the prefix names no limit, or holds no positive whole number.
+    """
+    return _read(tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(PREFIX))))
+
+
+@cache
+def _read(settings: tuple[tuple[str, str], ...]) -> Limits:
+    known = {PREFIX + field.name.upper(): field.name for field in fields(Limits)}
+    values: dict[str, int] = {}
+    for name, value in settings:
+        if name not in known:
+            raise UsageError(f"{name}: there is no such limit; the limits are {_listed(known)}")
+        if not (value.isascii() and value.isdigit() and int(value) > 0):
+            raise UsageError(f"{name}: must be a whole number above 0 (got {value!r})")
+        values[known[name]] = int(value)
+    return Limits(**values)
+
+
+def _listed(known: Mapping[str, str]) -> str:
+    return ", ".join(known)
