@@ -1,5 +1,6 @@
 # make demo    the whole way on a small model that ships here: no GPU, no hub, no server
 # make test    every test, vLLM, llm-compressor and onnxruntime-genai in their own environments included
+# make fuzz    every mutated checkpoint, recipe, data file and server answer; make test tries a tenth
 # make browser Chromium, for the tests of the HTML report, where there is none
 # make check   format, lint and types
 # make lock    resolve the tested set of versions again
@@ -10,7 +11,7 @@ BIN := $(VENV)/bin
 UV := $(BIN)/python -m uv
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test browser check lock clean
+.PHONY: help demo test fuzz browser check lock clean
 
 help:
 	@sed -n 's/^# //p' Makefile
@@ -38,6 +39,9 @@ test: $(VENV)/.developer browser
 	$(BIN)/compress runtime install lm-eval
 	$(BIN)/compress runtime install onnxruntime-genai
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder  # so small models gain nothing by more threads
+
+fuzz: $(VENV)/.developer
+	COMPRESS_FUZZ=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile -o timeout=7200 -s tests/fuzz
 
 BROWSERS := chromium chromium-browser google-chrome google-chrome-stable
 browser:
