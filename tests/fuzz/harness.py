@@ -131,8 +131,8 @@ class Harness:
         if not line:
             raise RuntimeError(f"the harness ended with exit code {self._process.wait(timeout=60)}")
         told = cast("dict[str, Any]", json.loads(line))
-        lists: dict[str, tuple[str, ...]] = {name: tuple(told.pop(name)) for name in ("opened", "decoys")}
-        outcome = Outcome(**told, **lists)
+        opened, decoys = (tuple(cast("list[str]", told.pop(name))) for name in ("opened", "decoys"))
+        outcome = Outcome(**told, opened=opened, decoys=decoys)
         self.tally.add(outcome)
         return outcome
 
