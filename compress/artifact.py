@@ -11,6 +11,7 @@ from typing import Literal
 
 from compress.checkpoint import open_checkpoint
 from compress.files import write_json
+from compress.redaction import redact_value
 
 SIDE_FILES = (
     "added_tokens.json",
@@ -95,7 +96,7 @@ def checkpoint_bytes(folder: Path) -> int:
 def write_record(folder: Path, record: Mapping[str, object]) -> None:
     """Write `compress.json` into an artifact: `record`, and the digest of every other file."""
     (folder / RECORD).unlink(missing_ok=True)
-    write_json(folder / RECORD, {"schema": 1, **record, "files": folder_digests(folder)})
+    write_json(folder / RECORD, {"schema": 1, **redact_value(record), "files": folder_digests(folder)})
 
 
 def source_commit() -> str | None:

@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from compress import __version__, interrupts
 from compress.errors import CompressError
+from compress.redaction import redact, redact_value
+from compress.untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -50,15 +52,15 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     except Exception:
-        traceback.print_exc()
+        print(printable(redact(traceback.format_exc())), end="", file=sys.stderr)
         print("this is a fault of compress itself; please report it with the lines above", file=sys.stderr)
         code = _OWN_FAULT
     sys.exit(code)
 
 
 def _complain(message: str, *, as_json: bool, code: int) -> None:
-    for line in message.splitlines():
-        print(f"compress: {line}", file=sys.stderr)
+    for line in message.split("\n"):
+        print(f"compress: {printable(line)}", file=sys.stderr)
     if as_json:
         print(json.dumps({"error": message, "exit_code": code}, ensure_ascii=False))
 
@@ -113,7 +115,7 @@ def _plan(options: argparse.Namespace) -> int:
     console = _console(options)
     plan = make_plan(options.recipe, _settings(options), store)
     if options.json:
-        print(json.dumps(plan.summary(store), indent=2, ensure_ascii=False))
+        print(json.dumps(redact_value(plan.summary(store)), indent=2, ensure_ascii=False))
     else:
         show(plan, store, console)
     return 0

@@ -12,6 +12,8 @@ from rich.progress import Progress as Bars
 from rich.progress import Task as BarTask
 from rich.text import Text
 
+from compress.untrusted import printable
+
 _SECONDS_BETWEEN_LINES = 10.0
 
 
@@ -57,7 +59,7 @@ class Display:
 
     def warn(self, message: str) -> None:
         """Show a warning."""
-        self._console.print(f"warning: {message}", style="yellow", highlight=False, markup=False)
+        self._console.print(f"warning: {printable(message)}", style="yellow", highlight=False, markup=False)
 
     @contextmanager
     def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:

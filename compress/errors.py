@@ -15,18 +15,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compress.redaction import redact
+
 
 class CompressError(Exception):
-    """What every error of this package is; `exit_code` is what the command line ends with."""
+    """What every error of this package is; `exit_code` is what the command line ends with. Its message holds no secret."""
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redact(message))
 
 
 class RecipeError(CompressError):
     """A recipe that cannot be run; `faults` holds one line per fault, all that were found."""
 
     def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(faults)
+        self.faults = tuple(redact(fault) for fault in faults)
         super().__init__("\n".join(self.faults))
 
 

@@ -13,6 +13,7 @@ from typing import Protocol
 from compress import interrupts
 from compress.files import telling_where
 from compress.progress import Progress
+from compress.redaction import redact, redact_value
 
 _SECONDS_BETWEEN = 1.0
 
@@ -39,8 +40,10 @@ class EventLog:
         self._collected: list[str] = []
 
     def write(self, event: str, **fields: object) -> None:
-        """Append one event with its time."""
-        line = json.dumps({"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}, default=str)
+        """Append one event with its time; whatever it is told, no secret is written."""
+        content = json.loads(json.dumps(fields, default=str))
+        about = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
+        line = json.dumps(about | redact_value(content))
         with telling_where(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -58,6 +61,7 @@ class EventLog:
 
     def warn(self, message: str) -> None:
         """Record a warning; the report repeats each once."""
+        message = redact(message)
         if message not in self.warnings:
             self.warnings.append(message)
         self._collected.append(message)
@@ -66,6 +70,7 @@ class EventLog:
 
     def say(self, message: str) -> None:
         """Show something that only concerns this moment; the report does not repeat it."""
+        message = redact(message)
         self.write("message", message=message)
         self._watcher.warn(message)
 

@@ -29,6 +29,7 @@ from compress.plan import Plan, make_plan, notes_of, plan_evaluation
 from compress.planner import ORIGINAL, Step
 from compress.publish import publish
 from compress.recipe import Target
+from compress.redaction import redact_value
 from compress.report import Report, Row, Timing, render
 from compress.report_html import render_html
 from compress.stages.widths import Widths, read_widths
@@ -105,7 +106,7 @@ def _execute(plan: Plan, store: Store, command: _Command) -> Report:
     events = EventLog(folder / "events.jsonl", command.watcher)
     events.write("started", recipe=str(command.recipe), settings=dict(command.settings))
     with telling_where(folder):
-        write_json(folder / "plan.json", plan.summary(store))
+        write_json(folder / "plan.json", redact_value(plan.summary(store)))
     with _noting_a_stop(events), store.using(step.key for step in plan.steps):
         report = _Run(plan, store, folder, events, fresh=command.fresh).report(force=command.force)
     events.write("finished", verdict=report.gate.verdict)
@@ -230,7 +231,7 @@ class _Run:
             name=recipe.name,
             run=str(self.folder),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            source=self.plan.model.describe(),
+            source=redact_value(self.plan.model.describe()),
             rows=tuple(rows),
             gate=together(verdicts),
             timings=tuple(self.timings),
@@ -241,9 +242,9 @@ class _Run:
                 **{task.name: task.note() for task in recipe.eval.tasks},
                 **({"serving": "; ".join(serving)} if serving else {}),
             },
-            recipe=recipe.model_dump(mode="json"),
+            recipe=redact_value(recipe.model_dump(mode="json")),
             versions=workshop.versions(),
-            runtime_versions={name: version for runtime in runtimes for name, version in runtime.versions().items()},
+            runtime_versions=redact_value({name: version for runtime in runtimes for name, version in runtime.versions().items()}),
             hardware=describe(),
             widths=self._widths(),
             latency=latencies,

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from compress.errors import UsageError
 from compress.families import family_at
+from compress.redaction import remember_secret
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_graph import choose_engine
 from compress.runtimes.onnxruntime_server import KEY, Job
@@ -60,6 +61,7 @@ def serve(runtime: Onnxruntime, context: OpenContext, settings: Settings) -> Gen
 def _run(runtime: Onnxruntime, context: OpenContext, settings: Settings, graphs: Path) -> Generator[tuple[Server, Served]]:
     port = choose_port(runtime.port, _NAME)
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
+    remember_secret(key)
     artifact = str(context.artifact.absolute())
     job = Job(artifact, str(graphs.absolute()), model, port, asdict(settings), context.trust_remote_code)
     command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]

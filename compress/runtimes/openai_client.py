@@ -17,6 +17,8 @@ from typing import Any, Final, Generic, TypeVar, cast
 import httpx
 
 from compress.errors import MissingError, ServerError
+from compress.redaction import redact, remember_secret
+from compress.untrusted import printable
 
 _CONNECT_SECONDS = 10
 _PROBE_SECONDS = 10
@@ -105,6 +107,7 @@ def read_key(variable: str | None, url: str) -> str | None:
     key = os.environ.get(variable, "").strip()
     if not key:
         raise MissingError(f"the key for {url} is not there: set the environment variable {variable}")
+    remember_secret(key)
     return key
 
 
@@ -315,9 +318,7 @@ class Asker:
 
     def _short(self, words: str) -> str:
         """Return words of a server's, or about it, on one line and without the key, which some servers repeat."""
-        if self._address.key:
-            words = words.replace(self._address.key, "…")
-        flat = " ".join(words.split())
+        flat = printable(" ".join(redact(words).split()))
         return flat if len(flat) <= _WORDS else flat[: _WORDS - 1] + "…"
 
 

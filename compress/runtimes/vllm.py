@@ -10,6 +10,9 @@ from pydantic import Field, PositiveInt, model_validator
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import OpenContext, Runtime, Served, Session
 
+_KEYS = {"--api-key", "--hf-token"}
+"""Arguments of `vllm serve` whose values are secrets. Each server that is started has a key of its own."""
+
 
 class Vllm(Runtime):
     """Greedy answers and scores of given tokens by vLLM, with real images.
@@ -48,7 +51,7 @@ class Vllm(Runtime):
     request_seconds: PositiveInt = 600
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     arguments: tuple[str, ...] = ()
-    url: Annotated[str, Field(pattern=r"^https?://")] | None = None
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$")] | None = None
     key_variable: str | None = None
 
     @model_validator(mode="after")
@@ -57,6 +60,9 @@ class Vllm(Runtime):
             raise ValueError("url names a server that runs already: leave out port and arguments, or leave out url")
         if self.url is None and self.key_variable is not None:
             raise ValueError("key_variable belongs to url: add url, or leave it out")
+        named = [argument.partition("=")[0].replace("_", "-") for argument in self.arguments]
+        if keys := [name for name in named if name in _KEYS]:
+            raise ValueError(f"arguments: {keys[0]} is followed by a secret, and a recipe is kept and shown; leave it out")
         return self
 
     def versions(self) -> dict[str, str]:

@@ -13,6 +13,7 @@ from compress.checkpoint import read_config, read_json_object, text_config
 from compress.errors import ServerError
 from compress.families import family_at
 from compress.files import telling_where, write_text
+from compress.redaction import remember_secret
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import Environment, OpenContext, Served
 from compress.runtimes.server import Server, await_service, choose_port, run_server
@@ -92,6 +93,7 @@ def _first_that_loads(stack: ExitStack, runtime: Vllm, context: OpenContext, mem
 def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Started]:
     port = choose_port(runtime.port, "vLLM")
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
+    remember_secret(key)
     extra = ("--port", str(port), "--served-model-name", model, *_chat_template(context))
     command = _command(runtime, context, memory, extra)
     variables = plain_environment() | {"VLLM_API_KEY": key, "VLLM_CPU_KVCACHE_SPACE": str(memory.cache_gib)}
