@@ -80,8 +80,8 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 def _run(options: argparse.Namespace) -> int:
     from compress.display import Display
-    from compress.report import show
     from compress.runner import Places, run_recipe
+    from compress.summary import show
 
     console = _console(options)
     places = Places(runs=options.runs, store=options.store)
@@ -94,8 +94,8 @@ def _run(options: argparse.Namespace) -> int:
 
 def _eval(options: argparse.Namespace) -> int:
     from compress.display import Display
-    from compress.report import show
     from compress.runner import Places, run_evaluation
+    from compress.summary import show
 
     console = _console(options)
     places = Places(runs=options.runs, store=options.store)

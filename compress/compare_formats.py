@@ -15,10 +15,10 @@ from compress.figures import milliseconds, share, size
 from compress.report_charts import size_axis
 from compress.report_tables import ORIGINAL
 from compress.tabular import Column, Table, markdown
+from compress.terminal import as_renderables as table_renderables
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-    from rich.text import Text
 
 Format = Literal["table", "markdown", "csv", "html", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
@@ -27,7 +27,6 @@ SUFFIXES: dict[str, Format] = {".md": "markdown", ".csv": "csv", ".html": "html"
 
 _WIDE = 400
 _FRONT = "in front"
-_COLOURS = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 _NOTE = (
     "In brackets: the share of the original's size and score that is kept, and how many times its perplexity or latency. In front "
     "is what no other line beats: as small, and in every task as good."
@@ -48,7 +47,7 @@ def group_table(group: Group) -> Table:
     columns = (
         Column("run"), Column("artifact"), Column("target"), Column("runtime"), Column("verdict", "verdict"),
         Column("size", "number"), Column("bits/weight", "number"),
-        *(Column(measure.head, "number") for measure in group.measures), Column(_FRONT),
+        *(Column(measure.head, "number") for measure in group.measures), Column(_FRONT, "mark"),
     )  # fmt: skip
     targets, runtimes = {line.target for line in group.lines}, {line.runtime for line in group.lines}
     rows = [
@@ -169,46 +168,10 @@ def as_renderables(comparison: Comparison, width: int) -> Iterator[RenderableTyp
     for group in comparison.groups:
         table = group_table(group)
         yield Text(group.original, style="bold")
-        yield from [_rich_table(table)] if _width(table) <= width else _blocks(table)
+        yield from table_renderables(table, width)
         yield Text("\n".join([*legend_lines(group), _NOTE]) + "\n", style="dim")
     for note in comparison.notes:
         yield Text(f"note: {note}", style="yellow")
-
-
-def _width(table: Table) -> int:
-    """Return how many columns a table takes in a terminal, two between its own."""
-    columns = zip(*[tuple(column.head for column in table.columns), *table.rows], strict=True)
-    return sum(2 + max(map(len, cells)) for cells in columns)
-
-
-def _rich_table(table: Table) -> RenderableType:
-    from rich.table import Table as RichTable
-
-    shown = RichTable(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for column in table.columns:
-        shown.add_column(column.head, justify="right" if column.kind == "number" else "left", no_wrap=True)
-    for row in table.rows:
-        shown.add_row(*(_cell(column, cell) for column, cell in zip(table.columns, row, strict=True)))
-    return shown
-
-
-def _blocks(table: Table) -> Iterator[RenderableType]:
-    """Yield each row as a line of its words, and below it its figures with their heads."""
-    from rich.padding import Padding
-    from rich.text import Text
-
-    for row in table.rows:
-        cells = [(column, cell) for column, cell in zip(table.columns, row, strict=True) if cell]
-        yield Text("  ").join(_cell(*pair) for pair in cells if pair[0].kind != "number" and pair[0].head != _FRONT)
-        figures = [f"{column.head}\u00a0{cell.replace(' ', chr(160))}" for column, cell in cells if column.kind == "number"]
-        front = [_FRONT] if any(column.head == _FRONT for column, _ in cells) else []
-        yield Padding(Text("  ".join([*figures, *front])), (0, 0, 0, 4))
-
-
-def _cell(column: Column, cell: str) -> Text:
-    from rich.text import Text
-
-    return Text(cell, style=_COLOURS.get(cell, "") if column.kind == "verdict" else "")
 
 
 def charts(group: Group) -> list[Chart]:

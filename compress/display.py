@@ -7,14 +7,23 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Progress as Bars
 from rich.progress import Task as BarTask
 from rich.text import Text
 
+from compress.figures import singular, size
 from compress.untrusted import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
+
+
+class _Count(ProgressColumn):
+    """How many of all units are finished."""
+
+    def render(self, task: BarTask) -> Text:
+        """Return both numbers."""
+        return Text(share_of(int(task.completed), int(task.total or 0), task.fields["unit"]), style="progress.download")
 
 
 class _Rate(ProgressColumn):
@@ -23,12 +32,21 @@ class _Rate(ProgressColumn):
     def render(self, task: BarTask) -> Text:
         """Return the rate, or nothing while it is unknown."""
         speed = task.finished_speed or task.speed
-        return Text(f"{rate(speed)} {task.fields['unit']}/s" if speed else "", style="progress.data.speed")
+        return Text(rate(speed, task.fields["unit"]) if speed else "", style="progress.data.speed")
 
 
-def rate(speed: float) -> str:
+def share_of(done: int, total: int, unit: str) -> str:
+    """Return how many of all units are finished: 3/64 prompts, 1/1 server, 1.2 MB of 3.9 MB."""
+    if unit == "B":
+        return f"{size(done)} of {size(total)}"
+    return f"{done:,}/{total:,} {singular(unit) if total == 1 else unit}"
+
+
+def rate(speed: float, unit: str) -> str:
     """Return a speed with three digits that matter."""
-    return f"{speed:,.0f}" if speed >= 100 else f"{speed:.3g}"
+    if unit == "B":
+        return f"{size(speed)}/s"
+    return f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.3g} {unit}/s"
 
 
 def duration(seconds: float) -> str:
@@ -67,10 +85,17 @@ class Display:
         if not self._console.is_terminal:
             yield from self._lines(name, total, unit)
             return
-        columns = (TextColumn("      {task.description}"), BarColumn(), MofNCompleteColumn(), _Rate(), TimeRemainingColumn())
+        columns = (TextColumn("      {task.description}"), BarColumn(), _Count(), _Rate(), TimeRemainingColumn())
         with Bars(*columns, console=self._console, transient=True) as bars:
             bar = bars.add_task(name, total=total, unit=unit)
-            yield lambda units: bars.advance(bar, units)
+            done = 0
+
+            def count(units: int) -> None:
+                nonlocal done
+                done = min(done + units, total)  # work that is done again, such as a piece fetched anew, is not more work
+                bars.update(bar, completed=done)
+
+            yield count
 
     def _lines(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
         done, began = 0, time.monotonic()
@@ -78,15 +103,18 @@ class Display:
 
         def count(units: int) -> None:
             nonlocal done, last
-            done += units
+            done = min(done + units, total)
             now = time.monotonic()
             if now - last >= _SECONDS_BETWEEN_LINES and done < total:
                 last = now
                 speed = done / (now - began)
                 left = duration((total - done) / speed) if speed else "unknown"
-                self._console.print(f"      {name}: {done}/{total} {unit}, {rate(speed)} {unit}/s, {left} left", highlight=False)
+                told = f"{share_of(done, total, unit)}, {rate(speed, unit)}, {left} left"
+                self._console.print(f"      {name}: {told}", highlight=False, markup=False)
 
         yield count
         took = time.monotonic() - began
-        speed = f", {rate(done / took)} {unit}/s" if took > 0 and done > 1 else ""
-        self._console.print(f"      {name}: {done}/{total} {unit} in {duration(took)}{speed}", highlight=False)
+        speed = f", {rate(done / took, unit)}" if took > 0 and done > 1 else ""
+        self._console.print(
+            f"      {name}: {share_of(done, total, unit)} in {duration(took)}{speed}", highlight=False, markup=False
+        )

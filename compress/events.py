@@ -92,7 +92,7 @@ class EventLog:
             def count(units: int) -> None:
                 nonlocal done, last
                 interrupts.check()
-                done += units
+                done = min(done + units, total)
                 advance(units)
                 if time.monotonic() - last >= _SECONDS_BETWEEN:
                     last = time.monotonic()

@@ -23,6 +23,25 @@ def size(count: float) -> str:
     return f"{count:.3g} TB"
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number of things: 1 item, 2 items, 3 entries, 4 classes."""
+    return f"{count:,} {noun if count == 1 else plural(noun)}"
+
+
+def plural(noun: str) -> str:
+    """Return a regular English noun's plural."""
+    if noun.endswith("y") and noun[-2] not in "aeiou":
+        return noun.removesuffix("y") + "ies"
+    return noun + ("es" if noun.endswith(("s", "x", "ch", "sh")) else "s")
+
+
+def singular(nouns: str) -> str:
+    """Return what `plural` makes this of, where it is regular and no single one ends in "se" or "xe"."""
+    if nouns.endswith("ies"):
+        return nouns.removesuffix("ies") + "y"
+    return nouns.removesuffix("es") if nouns.endswith(("sses", "xes", "ches", "shes")) else nouns.removesuffix("s")
+
+
 def share(value: float) -> str:
     """Return a share in per cent, with two decimals."""
     return f"{value:.2%}"

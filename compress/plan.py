@@ -26,6 +26,8 @@ from compress.runtimes import RUNTIMES
 from compress.runtimes.runtime import Runtime
 from compress.schema import load_row
 from compress.store import Store
+from compress.tabular import Column, Table
+from compress.terminal import print_table
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -328,18 +330,22 @@ def _placed(document: Document, place: tuple[str | int, ...], faults: list[str])
 
 def show(plan: Plan, store: Store, console: Console) -> None:
     """Print the plan: what each step would do, and what is there already."""
-    from rich.table import Table
-
-    from compress.report import size
+    from compress.figures import size
 
     summary = plan.summary(store)
     source = ", ".join(f"{key} {value}" for key, value in summary["source"].items())
     console.print(f"{plan.recipe.name}: {source}; on {plan.device}", highlight=False, markup=False)
-    table = Table("step", "key", "cached", "expected size", box=None, pad_edge=False)
-    for step in summary["steps"]:
-        expected = size(step["expected_bytes"]) if step["expected_bytes"] else ""
-        table.add_row(step["step"], step["key"][:12], "yes" if step["cached"] else "no", expected)
-    console.print(table)
+    rows = [
+        (
+            str(step["step"]),
+            str(step["key"])[:12],
+            "yes" if step["cached"] else "no",
+            size(step["expected_bytes"]) if step["expected_bytes"] else "",
+        )
+        for step in summary["steps"]
+    ]
+    columns = (Column("step"), Column("key", "code"), Column("cached"), Column("expected size", "number"))
+    print_table(console, Table("Steps", columns, tuple(rows)))
     if plan.family.derived:
         console.print(f"warning: {plan.family.derived}", highlight=False, markup=False)
     for note in (*plan.power, *plan.notes):

@@ -30,7 +30,7 @@ def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: P
         StoreError: the place cannot be written, or holds something that was not published by this program.
     """
     published: list[Published] = []
-    with progress.task("publishing", total=len(artifacts), unit="artifact") as advance:
+    with progress.task("publishing", total=len(artifacts), unit="artifacts") as advance:
         for name, folder in artifacts.items():
             place = (to / report.name / name).absolute()
             with telling_where(place), one_error():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from pydantic import ConfigDict, Field
 
@@ -21,9 +21,6 @@ from compress.tabular import markdown
 from compress.verification.results import Verification
 from compress.verification.table import answers_table, components_table
 from compress.width_table import width_table
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 class Row(Frozen):
@@ -163,15 +160,3 @@ def published_lines(report: Report) -> tuple[str, ...]:
 
 def _forced(row: Published) -> str:
     return " by force, though the gate did not pass" if row.forced else ""
-
-
-def show(report: Report, console: Console) -> None:
-    """Print the report's page and, last, the run's folder."""
-    from rich.markdown import Markdown
-
-    page = render(report)
-    if console.is_terminal:
-        console.print(Markdown(page), soft_wrap=False)
-    else:
-        console.print(page, markup=False, highlight=False)
-    console.print(report.run, markup=False, highlight=False)

@@ -9,12 +9,15 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
 
-Kind = Literal["text", "number", "verdict", "brief", "prose", "code"]
+Kind = Literal["text", "number", "verdict", "brief", "prose", "code", "mark"]
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column: numbers stand to the right, verdicts get a sign beside their word, `brief` and `prose` may fill several lines."""
+    """One column: numbers stand to the right, verdicts get a sign beside their word, `brief` and `prose` may fill several lines.
+
+    What a `mark` says is in its head: its cells are empty or not.
+    """
 
     head: str
     kind: Kind = "text"

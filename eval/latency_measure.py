@@ -114,7 +114,10 @@ class _Measuring:
                 for model in self._models if number % 2 == 0 else reversed(self._models):
                     with self._serving(model) as server:
                         for point in points:
-                            load, telemetry = server.put(point, f"round {number}")
+                            what = f"{model.name} at concurrency {point.concurrency}, round {number + 1} of {rounds}"
+                            with self._context.progress.task(what, 1, "loads") as done:
+                                load, telemetry = server.put(point, f"round {number}")
+                                done(1)
                             model.loads.setdefault(point, []).append(load)
                             model.telemetry.setdefault(point, []).append(telemetry)
                             advance(1)

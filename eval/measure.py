@@ -65,7 +65,7 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
     liveness, dead = _liveness(session, tasks, context)
     before = read_measured(context.against).skipped if context.against else dict[str, str]()
     skipped: dict[str, str] = {}
-    with context.progress.task("tasks", len(tasks), "task") as advance:
+    with context.progress.task("tasks", len(tasks), "tasks") as advance:
         for task in tasks:
             if dead:
                 skipped[task.name] = "answers do not depend on the image, so nothing else was asked"
