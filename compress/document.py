@@ -11,12 +11,17 @@ from typing import Any, cast
 import yaml
 
 from compress.errors import RecipeError
+from compress.limits import limits
+from compress.untrusted import printable, read_text
+from compress.untrusted_yaml import YamlError, parse_yaml
 
 Place = tuple[str | int, ...]
 """Where a value stands in a document: keys and list positions from the root."""
 
 _SPECIAL = tuple("*&!%@`")
 """Characters that a text cannot begin with in YAML, unless it is quoted."""
+
+_TEXT = "tag:yaml.org,2002:str"
 
 _READ_FROM_HERE = ("source", "definition")
 
@@ -49,41 +54,44 @@ def read_document(path: Path) -> Document:
         RecipeError: the file is missing, is no YAML, holds no mapping, or names a key twice.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path, limits().yaml_bytes, RecipeError, name="yaml_bytes")
     except FileNotFoundError as error:
-        raise RecipeError([f"{path}: no such file"]) from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError([f"{path}: cannot be read as text ({error})"]) from error
+        raise RecipeError([f"{printable(str(path))}: no such file"]) from error
+    name = printable(path.name)
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        data: object = yaml.safe_load(text)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise RecipeError([f"{path.name}:{line}: no valid YAML: {error.problem}"]) from error
-    except yaml.YAMLError as error:
-        raise RecipeError([f"{path.name}: no valid YAML: {error}"]) from error
-    if root is None or not isinstance(data, dict):
-        raise RecipeError([f"{path.name}:1: holds no mapping of keys to values"])
+        parsed = parse_yaml(text)
+    except YamlError as error:
+        raise RecipeError([f"{name}{f':{error.line}' if error.line else ''}: no valid YAML: {error.problem}"]) from error
+    if parsed.root is None or not isinstance(parsed.data, dict):
+        raise RecipeError([f"{name}:1: holds no mapping of keys to values"])
     lines: dict[Place, int] = {}
-    twice: list[str] = []
-    _note_lines(root, (), lines, twice)
-    if twice:
-        raise RecipeError([f"{path.name}:{fault}" for fault in twice])
-    return Document(path=path, data=cast("dict[str, Any]", data), lines=lines)
+    faults: list[str] = []
+    _note_lines(parsed.root, (), lines, faults)
+    if faults:
+        raise RecipeError([f"{name}:{fault}" for fault in faults])
+    return Document(path=path, data=cast("dict[str, Any]", parsed.data), lines=lines)
 
 
-def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int], twice: list[str]) -> None:
+def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[str]) -> None:
     lines.setdefault(place, node.start_mark.line + 1)
     if isinstance(node, yaml.MappingNode):
-        for key, value in cast("list[tuple[yaml.ScalarNode, yaml.Node]]", node.value):
+        for key, value in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
+            line = key.start_mark.line + 1
+            if key.tag != _TEXT:
+                faults.append(f"{line}: {dotted((*place, _shown(key)))}: is no text, and keys are texts; put quotes around it")
+                continue
             here = (*place, str(key.value))
             if here in lines:
-                twice.append(f"{key.start_mark.line + 1}: {dotted(here)}: stands twice; keep one")
-            lines[here] = key.start_mark.line + 1
-            _note_lines(value, here, lines, twice)
+                faults.append(f"{line}: {dotted(here)}: stands twice; keep one")
+            lines[here] = line
+            _note_lines(value, here, lines, faults)
     elif isinstance(node, yaml.SequenceNode):
         for position, value in enumerate(cast("list[yaml.Node]", node.value)):
-            _note_lines(value, (*place, position), lines, twice)
+            _note_lines(value, (*place, position), lines, faults)
+
+
+def _shown(key: yaml.Node) -> str:
+    return str(key.value) if isinstance(key, yaml.ScalarNode) else "a list or table"
 
 
 def dotted(place: Place) -> str:
@@ -164,8 +172,7 @@ def parse_setting(text: str) -> tuple[str, Any]:
     if not equals or not path:
         raise RecipeError([f"--set {text}: must be PATH=VALUE, for example --set stages.0.group_size=64"])
     try:
-        return path, yaml.safe_load(value) if value else ""
-    except yaml.YAMLError as error:
-        problem = error.problem if isinstance(error, yaml.MarkedYAMLError) else str(error)
+        return path, parse_yaml(value).data if value else ""
+    except YamlError as error:
         hint = "; put quotes around what is a text" if value[:1] in _SPECIAL else ""
-        raise RecipeError([f"--set {text}: the value is no valid YAML: {problem}{hint}"]) from error
+        raise RecipeError([f"--set {printable(text)}: the value is no valid YAML: {error.problem}{hint}"]) from error

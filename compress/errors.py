@@ -30,8 +30,8 @@ class CompressError(Exception):
 class RecipeError(CompressError):
     """A recipe that cannot be run; `faults` holds one line per fault, all that were found."""
 
-    def __init__(self, faults: Sequence[str]) -> None:
-        self.faults = tuple(redact(fault) for fault in faults)
+    def __init__(self, faults: Sequence[str] | str) -> None:
+        self.faults = tuple(redact(fault) for fault in ([faults] if isinstance(faults, str) else faults))
         super().__init__("\n".join(self.faults))
 
 

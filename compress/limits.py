@@ -21,14 +21,39 @@ class Limits:
     is within them is read the same whatever they are.
     """
 
-    json_bytes: int = 100_000_000
-    """Bytes of one JSON or YAML file. safetensors allows its headers as much; the index of 100,000 tensors has 10 MB."""
+    json_bytes: int = 64_000_000
+    """Bytes of one JSON file or safetensors header. The largest tokenizers have 35 MB, the index of 100,000 tensors 10 MB."""
+
+    json_items: int = 5_000_000
+    """Commas and brackets in one of them, about its values: each takes up to 72 bytes of memory from 2 of text. The largest
+    tokenizers have 1.5 million."""
 
     json_depth: int = 64
     """Objects and lists within one another in JSON or YAML. Configs nest 5 deep; Python's own parsers give up at about 1,000."""
 
     integer_digits: int = 309
     """Digits of an integer: as many as the largest 64-bit float has. Tokenizers write 10^30 for "no limit"."""
+
+    yaml_bytes: int = 256_000
+    """Bytes of one recipe or other YAML text, which takes a second for 100,000. Recipes have 1,000 to 5,000."""
+
+    yaml_values: int = 20_000
+    """Values of a YAML text, those that an alias stands for counted each time. Recipes have 30 to 300."""
+
+    tensors: int = 200_000
+    """Tensors of a checkpoint. Experts held one by one make 100,000 in the largest published models."""
+
+    buffer_bytes: int = 256_000_000
+    """Bytes of what a model computes from its config alone, as rotary frequencies and position numbers. They take kilobytes."""
+
+    template_bytes: int = 1_000_000
+    """Bytes of one chat template. The longest published ones have 20,000."""
+
+    trial_seconds: int = 3
+    """Seconds of CPU that a chat template or the patterns of a config get when they are tried. They take milliseconds."""
+
+    trial_bytes: int = 512_000_000
+    """Memory of the process in which they are tried."""
 
     def set_by(self, name: str) -> str:
         """Return how a message tells which limit was met and how it is raised."""

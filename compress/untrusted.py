@@ -1,4 +1,7 @@
-"""The guard that everything from outside passes: files of a folder, JSON, text for a terminal; every failure is one clear error."""
+"""The guard that everything from outside passes: files of a folder, JSON, text for a terminal, and what libraries make of them.
+
+Every failure is one clear error. YAML is read by `compress/untrusted_yaml.py`.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,8 @@ import math
 import os
 import re
 import stat
+from collections.abc import Callable, Generator, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,9 +19,12 @@ from compress.errors import CheckpointError, CompressError
 from compress.limits import limits
 
 _AGAIN = "fetch the file again"
+_MOST_SAID = 300
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and line feed, marks that turn the direction of writing, line separators, lone surrogates."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+_ESCAPED = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+_HUGE = re.compile(r"[eE]\+?[0-9]{3}")
 
 
 def printable(text: str) -> str:
@@ -28,6 +36,7 @@ def inside(folder: Path, path: Path, error: type[CompressError] = CheckpointErro
     """Return the path with its links resolved, after checking that it lies in the folder, or in the hub cache's `blobs` beside it.
 
     A snapshot of the hub's cache is a folder of links to `blobs`: https://huggingface.co/docs/huggingface_hub/guides/manage-cache.
+    Earlier versions of its client filled folders elsewhere with links to them too.
 
     Raises:
         CompressError: of the type given: it leads out of the folder, or round in a circle.
@@ -37,9 +46,76 @@ def inside(folder: Path, path: Path, error: type[CompressError] = CheckpointErro
     except (OSError, RuntimeError, ValueError) as fault:
         raise error(f"{printable(str(path))}: leads nowhere ({printable(str(fault))}); do not use this folder") from fault
     blobs = [parent.parent.parent / "blobs" for parent in (base, *base.parents) if parent.parent.name == "snapshots"]
-    if any(real.is_relative_to(place) for place in (base, *blobs)):
+    if any(real.is_relative_to(place) for place in (base, *blobs)) or _in_hub_cache(real):
         return real
     raise error(f"{printable(str(path))}: leads out of its folder, to {printable(str(real))}; put a copy there if you trust it")
+
+
+def _in_hub_cache(real: Path) -> bool:
+    """Return whether a file is a blob of the hub's cache: models--org--name/blobs/digest."""
+    if real.parent.name != "blobs":
+        return False
+    from huggingface_hub import constants
+
+    return real.parents[2] == Path(constants.HF_HUB_CACHE).resolve()
+
+
+def check_folder(folder: Path, error: type[CompressError] = CheckpointError) -> None:
+    """Check all that a reader may open of a folder: its files and those one level below are files, and lie in it.
+
+    It is for readers that open a folder's files by themselves, as transformers does. Deeper ones are nobody's to read.
+
+    Raises:
+        CompressError: of the type given: a link leads out, or a pipe or the like stands in place of a file.
+    """
+    try:
+        for entry in _entries(folder):
+            path = Path(entry.path)
+            real = inside(folder, path, error) if entry.is_symlink() else path
+            if real.exists() and not (real.is_file() or real.is_dir()):
+                raise error(f"{printable(str(path))}: is no regular file; put a copy of it there")
+    except OSError as fault:
+        raise error(f"{printable(str(folder))}: cannot be read ({fault}); name a folder you can read") from fault
+
+
+def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
+    with os.scandir(folder) as top:
+        for entry in top:
+            yield entry
+            if entry.is_dir(follow_symlinks=False):
+                with os.scandir(entry.path) as below:
+                    yield from below
+
+
+@contextmanager
+def foreign(what: str, error: type[CompressError] = CheckpointError, remedy: str = _AGAIN) -> Generator[None]:
+    """Turn whatever a library raises on content from outside into one message: `what` (the reason); `remedy`.
+
+    For calls into transformers, tokenizers, safetensors, jinja and the like alone: with a config, a template or a file that a
+    stranger wrote they may raise anything.
+
+    Raises:
+        CompressError: of the type given, or as it came from within.
+    """
+    try:
+        yield
+    except CompressError:
+        raise
+    except Exception as fault:
+        raise error(f"{printable(what)} ({reason(fault)}); {remedy}") from fault
+    except BaseException as fault:
+        if type(fault).__name__ != "PanicException":  # of libraries in Rust, which says that it is no Exception
+            raise
+        raise error(f"{printable(what)} ({reason(fault)}); {remedy}") from fault
+
+
+def reason(fault: BaseException) -> str:
+    """Return what an error says as one printable line of at most 300 characters, its type where it says nothing."""
+    if isinstance(fault, MemoryError):
+        return "it needs more memory than there is"
+    said = " ".join(str(fault).partition("\n\n")[0].split())
+    short = said if len(said) <= _MOST_SAID else f"{said[:_MOST_SAID]} …"
+    return printable(short) if said else type(fault).__name__
 
 
 def read_bytes(
@@ -60,11 +136,24 @@ def read_bytes(
                 raise error(f"{printable(str(path))}: is no regular file; put a copy of it there")
             if state.st_size > most:
                 raise error(f"{printable(str(path))}: has {state.st_size:,} bytes ({limits().set_by(name)})")
-            return file.read(most + 1)
+            content = file.read(most + 1)
     except FileNotFoundError:
         raise
     except (OSError, ValueError) as fault:
         raise error(f"{printable(str(path))}: cannot be read ({fault}); {_AGAIN}") from fault
+    if len(content) > most:  # of a file that says it has none, as those of the system do
+        raise error(f"{printable(str(path))}: has more than {most:,} bytes ({limits().set_by(name)})")
+    return content
+
+
+def read_text(
+    path: Path, most: int, error: type[CompressError] = CheckpointError, *, name: str = "json_bytes", root: Path | None = None
+) -> str:
+    """Return a text file's content; raises as `read_bytes` does, and where it is no UTF-8."""
+    try:
+        return read_bytes(path, most, error, name=name, root=root).decode("utf-8-sig")
+    except UnicodeDecodeError as fault:
+        raise error(f"{printable(str(path))}: cannot be read as text ({fault}); {_AGAIN}") from fault
 
 
 def read_json(path: Path, error: type[CompressError] = CheckpointError, *, root: Path | None = None, remedy: str = _AGAIN) -> Any:
@@ -98,8 +187,11 @@ def parse_json(text: str | bytes, where: str, error: type[CompressError] = Check
     """
     try:
         content = text.decode("utf-8-sig") if isinstance(text, bytes) else text
-        value: object = json.loads(content, parse_int=_integer, parse_constant=_refuse)
-        _check(value)
+        items = content.count(",") + content.count("[") + content.count("{")
+        if items > limits().json_items:
+            raise error(f"{printable(where)}: has about {items:,} values ({limits().set_by('json_items')})")
+        value: object = json.loads(content, parse_int=_integers(limits().integer_digits), parse_constant=_refuse)
+        _check(value, scalars=_suspect(content))
     except json.JSONDecodeError as fault:
         place = f"line {fault.lineno}, column {fault.colno}"
         raise error(f"{printable(where)}: not readable as JSON ({fault.msg} at {place}); {remedy}") from fault
@@ -110,38 +202,51 @@ def parse_json(text: str | bytes, where: str, error: type[CompressError] = Check
     return value
 
 
-def _integer(digits: str) -> int:
-    if len(digits) > limits().integer_digits + digits.startswith("-"):
-        raise ValueError(f"an integer of {len(digits):,} digits; {limits().set_by('integer_digits')}")
-    return int(digits)
+def _integers(most: int) -> Callable[[str], int]:
+    """Return what reads an integer of at most so many digits."""
+
+    def read(digits: str) -> int:
+        if len(digits) > most + digits.startswith("-"):
+            raise ValueError(f"an integer of {len(digits):,} digits; {limits().set_by('integer_digits')}")
+        return int(digits)
+
+    return read
 
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is no JSON")
 
 
-def _check(value: object) -> None:
-    """Refuse what JSON's grammar allows and nothing that reads the value could bear.
+def _suspect(text: str) -> bool:
+    """Return whether a JSON text could hold a lone surrogate, a NUL character or an infinity; few do, and looking is slow."""
+    return "\0" in text or any(pattern.search(text) for pattern in (_ESCAPED, _SURROGATE, _HUGE))
+
+
+def check_plain(value: object) -> None:
+    """Refuse what a grammar allows and nothing that reads the value could bear: depth, infinities, NaN, NUL, lone surrogates.
 
     Raises:
         ValueError, RecursionError: it is there.
     """
-    most = limits().json_depth
-    level: list[object] = [value]
-    for _ in range(most + 1):
+    _check(value, scalars=True)
+
+
+def _check(value: object, *, scalars: bool) -> None:
+    level: list[object] = [[value]]
+    for _ in range(limits().json_depth + 1):
+        parts: list[object] = []
         for item in level:
-            _check_scalar(item)
-        level = [part for item in level for part in _parts(item)]
+            if isinstance(item, dict):
+                pairs = cast("dict[object, object]", item)
+                parts += [*pairs.keys(), *pairs.values()] if scalars else pairs.values()
+            else:
+                parts += cast("list[object]", item)
+        level = [part for part in parts if isinstance(part, dict | list)]
+        for part in parts if scalars else ():
+            _check_scalar(part)
         if not level:
             return
     raise RecursionError
-
-
-def _parts(value: object) -> list[object]:
-    if isinstance(value, dict):
-        pairs = cast("dict[object, object]", value)
-        return [*pairs.keys(), *pairs.values()]
-    return cast("list[object]", value) if isinstance(value, list) else []
 
 
 def _check_scalar(value: object) -> None:
@@ -151,4 +256,4 @@ def _check_scalar(value: object) -> None:
         if _SURROGATE.search(value):
             raise ValueError("a text holds half of a surrogate pair")
     elif isinstance(value, float) and not math.isfinite(value):
-        raise ValueError("a number is too large for a float")
+        raise ValueError("a number is infinite, too large for a float, or none")

@@ -10,12 +10,13 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
-import yaml
-
-from compress.errors import MissingError
+from compress.errors import DataError, MissingError
 from compress.hubs import huggingface
 from compress.hubs.repository import RemoteFile, Repository, content_digest
+from compress.limits import limits
 from compress.progress import Progress
+from compress.untrusted import read_bytes
+from compress.untrusted_yaml import YamlError, parse_yaml
 
 READABLE = (".parquet", ".jsonl", ".json", ".txt")
 CONVERTED = "refs/convert/parquet"
@@ -92,11 +93,12 @@ def _card_configs(repository: Repository) -> list[dict[str, Any]]:
     card = repository.by_name.get("README.md")
     if card is None:
         return []
-    text = (huggingface.fetch(repository, [card], lambda count: None) / card.name).read_text(encoding="utf-8", errors="replace")
+    folder = huggingface.fetch(repository, [card], lambda count: None)
+    text = read_bytes(folder / card.name, limits().json_bytes, DataError, root=folder).decode("utf-8", "replace")
     header = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", text, re.DOTALL)
     try:
-        data: object = yaml.safe_load(header.group(1)) if header else None
-    except yaml.YAMLError:
+        data: object = parse_yaml(header.group(1)).data if header else None
+    except YamlError:
         return []
     configs: object = cast("dict[str, object]", data).get("configs") if isinstance(data, dict) else None
     rows = cast("list[object]", configs) if isinstance(configs, list) else []
