@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -39,14 +39,23 @@ class TensorEntry:
         """Its size on disk."""
         return self.end - self.start
 
+    @property
+    def elements(self) -> int:
+        """How many numbers it has."""
+        return math.prod(self.shape)
+
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in Hugging Face layout whose safetensors headers were read and found whole."""
+    """A folder in Hugging Face layout whose safetensors headers were read and found whole.
+
+    `read_part` reads a file's bytes from a first up to a last one, exclusive, where the files are yet to be fetched.
+    """
 
     folder: Path
     config: Mapping[str, Any]
     tensors: Mapping[str, TensorEntry]
+    read_part: Callable[[str, int, int], bytes] | None = None
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -57,11 +66,6 @@ class Checkpoint:
     def text_config(self) -> Mapping[str, Any]:
         """The decoder's part of the config, with what is usual where it says nothing; older files keep it at the top."""
         return text_config(self.config)
-
-    @property
-    def tied(self) -> bool:
-        """Whether the output head is the embedding's own matrix."""
-        return bool(self.config.get("tie_word_embeddings", self.text_config.get("tie_word_embeddings", False)))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -192,19 +192,23 @@ def open_pinned(pin: ModelPin, *, allow_pickle: bool = False) -> Checkpoint | No
                     f"{pin.source}: {name} is said to be in {shard}, which does not hold it; use another revision"
                 )
             tensors[name] = headers[shard][name]
-    return Checkpoint(folder=folder, config=pin.config, tensors=tensors)
+    return Checkpoint(folder=folder, config=pin.config, tensors=tensors, read_part=lru_cache(maxsize=256)(partial(_read_part, pin)))
 
 
 def _remote_header(pin: ModelPin, folder: Path, name: str) -> dict[str, TensorEntry]:
     """Read one safetensors file's tensor table from its first bytes."""
-    repository = cast("Repository", pin.repository)
-    read = huggingface.read_part if pin.hub == "huggingface" else modelscope.read_part
-    size = repository.by_name[name].size
-    start = read(repository, name, 0, min(_FIRST_READ, size))
+    size = cast("Repository", pin.repository).by_name[name].size
+    start = _read_part(pin, name, 0, min(_FIRST_READ, size))
     length = 8 + int.from_bytes(start[:8], "little")
     if len(start) < length <= min(size, 100_000_000):
-        start += read(repository, name, len(start), length)
+        start += _read_part(pin, name, len(start), length)
     return parse_header(folder / name, start, size)
+
+
+def _read_part(pin: ModelPin, name: str, start: int, end: int) -> bytes:
+    """Return the bytes of a file from `start` up to `end`."""
+    read = huggingface.read_part if pin.hub == "huggingface" else modelscope.read_part
+    return read(cast("Repository", pin.repository), name, start, end)
 
 
 def _fetch(pin: ModelPin, files: Sequence[RemoteFile], report: Callable[[int], None]) -> Path:

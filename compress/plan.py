@@ -19,6 +19,7 @@ from compress.families import Family, family_of
 from compress.hub import ModelPin, open_pinned, resolve_model
 from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
+from compress.output_head import check_head, head_notes
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
 from compress.quantization_config import foreign_format
 from compress.recipe import Recipe, read_evaluation, read_recipe
@@ -37,8 +38,8 @@ if TYPE_CHECKING:
 class Plan:
     """A recipe with everything it reads pinned, its steps in the order they run, and what one should know of what it makes.
 
-    `power` says what the tasks' items can show, and which are not measured. `given` are artifacts that are there already, by their
-    names; where there are any, the recipe makes none itself.
+    `source_notes` are those of `notes` that are about the original as it is. `power` says what the tasks' items can show, and which
+    are not measured. `given` are artifacts that are there already, by their names; where there are any, the recipe makes none.
     """
 
     recipe: Recipe
@@ -50,6 +51,7 @@ class Plan:
     tasks: tuple[DataPin | None, ...]
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+    source_notes: tuple[str, ...] = ()
     given: Mapping[str, Path] = field(default_factory=lambda: dict[str, Path]())
     power: tuple[str, ...] = ()
 
@@ -155,6 +157,10 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
     pin = resolve_model(source.source, source.hub, source.revision)
     checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle)
     family = family_of(pin.config, pin.source, checkpoint)
+    source_notes: tuple[str, ...] = ()
+    if checkpoint is not None:
+        check_head(checkpoint, family)
+        source_notes = tuple(head_notes(checkpoint, family))
     if faults := _task_faults(recipe, document, family):
         raise RecipeError(faults)
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else Sizes({}, {})
@@ -168,7 +174,8 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
         sets=planner.sets,
         tasks=planner.tasks,
         steps=planner.steps(),
-        notes=sizes.notes,
+        notes=(*source_notes, *sizes.notes),
+        source_notes=source_notes,
         given=given,
         power=(*_power(recipe), *_unmeasured(recipe)),
     )

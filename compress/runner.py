@@ -240,6 +240,7 @@ class _Run:
             notes={
                 "KL": " / ".join(dict.fromkeys(runtime.kl_definition for runtime in runtimes)),
                 **{task.name: task.note() for task in recipe.eval.tasks},
+                **({"original": "; ".join(self.plan.source_notes)} if self.plan.source_notes else {}),
                 **({"serving": "; ".join(serving)} if serving else {}),
             },
             recipe=redact_value(recipe.model_dump(mode="json")),

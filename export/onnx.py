@@ -45,11 +45,12 @@ class Onnx(OnnxExport, VerifiedExport):
         from compress.artifact import copy_side_files
         from compress.export.graphs.parts import Source
         from compress.export.graphs.write import Precision, write_graphs
+        from compress.output_head import written_config
 
         checkpoint = self.checked(context)
         precision = Precision(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
         write_graphs(Source.of(checkpoint, context.family), precision, context.target, context.progress)
-        config = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+        config = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
         with telling_where(context.target):
             write_json(context.target / "config.json", config)
             copy_side_files(context.source, context.target)

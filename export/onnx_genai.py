@@ -45,7 +45,7 @@ class OnnxGenai(OnnxExport, VerifiedExport):
 
     def predict_bytes(self, outlook: Outlook) -> int:
         """Return the size of the weights it writes."""
-        return expected_bytes(self, outlook)
+        return expected_bytes(self, outlook, built=self.decoder == "builder")
 
     def apply(self, context: ExportContext) -> None:
         """Write the artifact.

@@ -21,6 +21,7 @@ from compress.export.onnx_genai_config import DECODER_OF_BUILDER
 from compress.export.onnx_genai_limits import decoder_schemes, layout_of
 from compress.export.vllm_writer import Reader, layout_config, write_tensors
 from compress.files import write_json
+from compress.output_head import written_config
 from compress.runtimes.environment import require
 from compress.runtimes.server import Server, run_server
 
@@ -92,7 +93,9 @@ def lay_out(context: ExportContext, outlook: Outlook, target: Path) -> None:
     names = [name for name in sorted(checkpoint.tensors) if not family.inside_vision(family.module_name(name))]
     reader = Reader(layout, f"{_ENVIRONMENT}'s builder reads", "decoder: own", "export: lay out for the builder")
     write_tensors(replace(context, target=target), outlook, reader, names)
-    write_json(target / "config.json", {**checkpoint.config, "quantization_config": layout_config(outlook, layout)})
+    write_json(
+        target / "config.json", {**written_config(checkpoint, family), "quantization_config": layout_config(outlook, layout)}
+    )
     copy_side_files(context.source, target)
 
 

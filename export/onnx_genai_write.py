@@ -27,6 +27,7 @@ from compress.export.onnx_genai_config import (
 from compress.export.onnx_genai_graphs import GenaiGraph, embedding
 from compress.files import telling_where, write_json
 from compress.layouts import quantized_linears
+from compress.output_head import written_config
 
 if TYPE_CHECKING:
     from compress.export.onnx_genai import OnnxGenai
@@ -65,7 +66,7 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
             shutil.rmtree(work)
     decoder = DECODER_OF_BUILDER if export.decoder == "builder" else f"{DECODER}.onnx"
     processor = load_processor(context.source).image_processor
-    plain = {key: value for key, value in checkpoint.config.items() if key != "quantization_config"}
+    plain = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
     with telling_where(context.target):
         write_json(context.target / "config.json", plain)
         copy_side_files(context.source, context.target)

@@ -10,6 +10,7 @@ from compress.export.format import Outlook
 from compress.export.graphs import GRAPHS
 from compress.layouts import linear_shape, linear_tensors
 from compress.numerics.scheme import Scheme
+from compress.output_head import head_is_tied
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -111,34 +112,44 @@ def _is(outlook: Outlook, name: str, module: str | None) -> bool:
     return module is not None and outlook.family.module_name(name) == f"{module}.weight"
 
 
-def expected_bytes(settings: OnnxExport, outlook: Outlook) -> int:
-    """Return the size of the weights that an export writes, in bytes."""
+def expected_bytes(settings: OnnxExport, outlook: Outlook, *, built: bool = False) -> int:
+    """Return the size of the weights that an export writes, in bytes.
+
+    `built` says that the decoder is that of onnxruntime-genai's builder, which stores a head that is the embeddings once more, and
+    the cosines and sines of every position.
+    """
     checkpoint, number = outlook.checkpoint, _FLOAT_BYTES[settings.dtype]
     total, taken = 0, set[str]()
     for name, scheme in outlook.schemes.items():
         total += _linear_bytes(linear_shape(checkpoint, name), scheme, number)
         taken.update((*linear_tensors(name), f"{name}.weight"))
+    total += _rotation_bytes(checkpoint.text_config, number) if built else 0
+    ends = _end_widths(settings, outlook, apart=built)
     for name, entry in checkpoint.tensors.items():
         if name in taken:
             continue
         if settings.embedding_bits and outlook.family.head is None and _is(outlook, name, _PATCHES):
             total += math.prod(entry.shape) + entry.shape[0] * number
             continue
-        bits = [
-            width
-            for module, width in ((outlook.family.embeddings, settings.embedding_bits), (outlook.family.head, settings.head_bits))
-            if _is(outlook, name, module)
-        ]
-        total += sum(_held_bytes(entry.shape, width, number) for width in set(bits or [None]) | _shared(outlook, name, settings))
+        widths = next((widths for module, widths in ends if _is(outlook, name, module)), [None])
+        total += sum(_held_bytes(entry.shape, width, number) for width in widths)
     return total
 
 
-def _shared(outlook: Outlook, name: str, settings: OnnxExport) -> set[int | None]:
-    """Return how else the embeddings are held because the output head is the same matrix."""
-    tied = outlook.family.head is not None and not any(
-        _is(outlook, other, outlook.family.head) for other in outlook.checkpoint.tensors
-    )
-    return {settings.head_bits} if tied and _is(outlook, name, outlook.family.embeddings) else set()
+def _rotation_bytes(text: Mapping[str, Any], number: int) -> int:
+    """Return the size of two tables [positions, head width / 2]."""
+    width = text.get("head_dim") or text["hidden_size"] // text["num_attention_heads"]
+    return int(text.get("max_position_embeddings") or 0) * int(width) * number
+
+
+def _end_widths(settings: OnnxExport, outlook: Outlook, apart: bool) -> list[tuple[str | None, list[int | None]]]:
+    """Return in how many bits each matrix of embeddings or head is held, once for each time that it is stored."""
+    family = outlook.family
+    words, head = settings.embedding_bits, settings.head_bits
+    if family.head is None or not head_is_tied(outlook.checkpoint, family):
+        return [(family.embeddings, [words]), (family.head, [head])]
+    both: list[int | None] = [words] if words == head and not apart else [words, head]
+    return [(family.embeddings, both), (family.head, [])]
 
 
 def _held_bytes(shape: tuple[int, ...], bits: int | None, number: int) -> int:

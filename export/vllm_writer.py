@@ -23,6 +23,7 @@ from compress.files import telling_where, write_json
 from compress.layouts import linear_tensors, read_linear, unquantized_linears
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_awq, pack_gptq, pack_words
+from compress.output_head import written_config
 
 _FLOAT16_MAX = 65504.0
 
@@ -119,7 +120,9 @@ def write_laid_out(context: ExportContext, outlook: Outlook, layout: Layout) -> 
     """
     reader = Reader(layout, f"layout {layout} stores", "layout: compressed-tensors")
     write_tensors(context, outlook, reader, sorted(outlook.checkpoint.tensors))
-    _write_rest(context, {**outlook.checkpoint.config, "quantization_config": layout_config(outlook, layout)})
+    _write_rest(
+        context, {**written_config(outlook.checkpoint, context.family), "quantization_config": layout_config(outlook, layout)}
+    )
 
 
 def write_tensors(context: ExportContext, outlook: Outlook, reader: Reader, names: Sequence[str]) -> None:
@@ -195,7 +198,7 @@ def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[st
         CheckpointError: config.json leaves a linear that is not quantized to vLLM as if it were.
         StoreError: the target cannot be written.
     """
-    config = dict(checkpoint.config)
+    config = written_config(checkpoint, context.family)
     if quantization := config.get("quantization_config"):
         missing = sorted(set(ignored) - set(quantization.get("ignore", [])))
         if missing and any("Linear" in group["targets"] for group in quantization["config_groups"].values()):

@@ -29,6 +29,7 @@ from compress.engine.statistics import Moment, Moments
 from compress.engine.weights import unload
 from compress.errors import CheckpointError
 from compress.families import within
+from compress.output_head import head_is_tied
 
 _HEAD_CHUNK = 1 << 25
 
@@ -194,7 +195,8 @@ class _Reverse:
 
     def _head_weight(self) -> Tensor:
         reader = self.replay.reader
-        owner = self.replay.family.embeddings if reader.checkpoint.tied else self.head
+        family = self.replay.family
+        owner = family.embeddings if head_is_tied(reader.checkpoint, family) else self.head
         return reader.tensor(f"{owner}.weight", self.device).to(torch.float32)
 
     @torch.no_grad()

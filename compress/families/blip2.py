@@ -53,5 +53,7 @@ BLIP2 = Family(
         ("text_config.do_layer_norm_before", True),
         ("text_config.activation_function", "relu"),
     ),
-    defaults=(("max_position_embeddings", 2048), ("tie_word_embeddings", True)),
+    defaults=(("max_position_embeddings", 2048),),
+    tied_by=("text_config.tie_word_embeddings",),
+    tied_default=True,
 )

@@ -93,6 +93,8 @@ class _Inspection:
             image_token_keys=keys,
             pairs=pairs,
             vision_pairs=(),
+            tied_by=(),
+            tied_default=f"{names[id(head)]}.weight" in (getattr(self.model, "all_tied_weights_keys", None) or {}),
             derived="",
         )
         return _described(found)

@@ -43,7 +43,9 @@ class Family:
     [samples, tokens, images, tiles]. `text_model` is the module that takes text without images where the whole model takes none;
     `single_image` says that a prompt can have one image at most. `chat_template` (Jinja) is for checkpoints that ship none.
     `requires` are the values, one or several, that keys of the config (dotted) may have, without which a checkpoint of
-    this `model_type` is another architecture; `defaults` those of the text's config that published files leave out.
+    this `model_type` is another architecture; `defaults` those of the text's config that published files leave out. `tied_by` are
+    the keys of the config (dotted), any of which says that the output head is the embeddings, as transformers 5 reads them, and
+    `tied_default` whether it is where none is there.
     `served_until` is the last vLLM that has the architecture, where later ones dropped it; `served_plain` are the modules whose
     weights vLLM cannot hold quantized; `served_names` turn names on disk into those by which vLLM asks how a module is held, where
     that are others than its own mapping gives. `derived` says what was found out by looking at the model, where there is no record.
@@ -72,6 +74,8 @@ class Family:
     served_names: tuple[tuple[str, str], ...] = ()
     requires: tuple[tuple[str, str | bool | tuple[str, ...]], ...] = ()
     defaults: tuple[tuple[str, Any], ...] = ()
+    tied_by: tuple[str, ...] = ("tie_word_embeddings",)
+    tied_default: bool = False
     derived: str = ""
 
     @property
@@ -90,6 +94,11 @@ class Family:
     def placeholders(self, config: Mapping[str, Any]) -> tuple[int, ...]:
         """Return the tokens that only stand for images and videos in a prompt, by a checkpoint's config."""
         return tuple(int(config[key]) for key in self.image_token_keys if config.get(key) is not None)
+
+    def says_tied(self, config: Mapping[str, Any]) -> bool:
+        """Return whether a config says that the output head is the embedding matrix; the weights may say otherwise."""
+        said = [value for value in (_value(config, key) for key in self.tied_by) if value is not None]
+        return self.head is not None and (any(said) if said else self.tied_default)
 
     def module_name(self, disk_name: str) -> str:
         """Return the in-memory name of a tensor or module that a checkpoint calls `disk_name`."""
@@ -149,6 +158,12 @@ def _recorded(config: Mapping[str, Any]) -> tuple[Family | None, str]:
             these = " or ".join(map(repr, allowed))
             return None, f"{key} is {found!r}; of {family.model_type} only checkpoints with {these} there are supported"
     return family, ""
+
+
+def says_tied(config: Mapping[str, Any]) -> bool:
+    """Return whether a config says that the output head is the embedding matrix; an unknown architecture's, at the top alone."""
+    family = next((family for family in _families() if family.model_type == config.get("model_type")), None)
+    return bool(config.get("tie_word_embeddings")) if family is None else family.says_tied(config)
 
 
 def text_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -20,4 +20,6 @@ INTERNVL3 = replace(
     served_plain=("model.multi_modal_projector",),
     requires=(("text_config.model_type", ("qwen2", "qwen3", "llama")), ("vision_config.model_type", ("internvl_vision",))),
     defaults=(),
+    tied_by=("tie_word_embeddings",),
+    tied_default=True,
 )

@@ -34,4 +34,5 @@ LLAVA = Family(
         ("vision_config.model_type", ("clip_vision_model", "siglip_vision_model")),
     ),
     defaults=(("num_attention_heads", 32), ("num_hidden_layers", 32)),
+    tied_by=("tie_word_embeddings", "text_config.tie_word_embeddings"),
 )

@@ -9,5 +9,6 @@ LLAVA_NEXT = replace(
     name="llava-next",
     model_type="llava_next",
     architecture="LlavaNextForConditionalGeneration",
+    tied_by=("tie_word_embeddings",),
     renames=(*RENAMES, (r"^image_newline$", "model.image_newline")),
 )

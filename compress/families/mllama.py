@@ -33,5 +33,6 @@ MLLAMA = Family(
     ),
     vision_readers=("cross_attn.k_proj", "cross_attn.v_proj"),
     image_mask="cross_attention_mask",
+    tied_by=(),  # transformers 5 does not tie it whatever the config says
     served_until="0.10.2",
 )

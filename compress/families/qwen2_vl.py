@@ -29,4 +29,5 @@ QWEN2_VL = Family(
     image_token_keys=("image_token_id", "video_token_id"),
     pairs=DECODER_PAIRS,
     vision_pairs=(Pair("norm1", ("attn.qkv",)), Pair("norm2", ("mlp.fc1",))),
+    tied_by=("tie_word_embeddings", "text_config.tie_word_embeddings"),
 )

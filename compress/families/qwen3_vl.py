@@ -13,4 +13,5 @@ QWEN3_VL = replace(
     renames=(),
     projector=("model.visual.deepstack_merger_list", "model.visual.merger"),
     vision_pairs=(Pair("norm1", ("attn.qkv",)), Pair("norm2", ("mlp.linear_fc1",))),
+    tied_by=("tie_word_embeddings",),
 )

@@ -7,11 +7,12 @@ import shutil
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, cast
 
 from compress.artifact import copy_side_files
 from compress.checkpoint import INDEX, SINGLE, read_config, read_index
 from compress.errors import CheckpointError
+from compress.families import says_tied
 from compress.files import telling_where, write_json
 
 if TYPE_CHECKING:
@@ -41,7 +42,7 @@ def convert_pickle(folder: Path, target: Path) -> None:
         for path in (folder / "config.json", *folder.glob("*.py")):
             shutil.copyfile(path, target / path.name)
         for number, shard in enumerate(shards, start=1):
-            tensors = _unshare(_load(folder / shard), tied=_is_tied(config))
+            tensors = _unshare(_load(folder / shard), tied=says_tied(config))
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
             _save(tensors, target / name)
             owners |= dict.fromkeys(tensors, name)
@@ -91,8 +92,3 @@ def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
         aside.replace(path)
     finally:
         aside.unlink(missing_ok=True)
-
-
-def _is_tied(config: Mapping[str, Any]) -> bool:
-    text = cast("Mapping[str, Any]", config.get("text_config") or {})
-    return bool(config.get("tie_word_embeddings", text.get("tie_word_embeddings", False)))

@@ -12,6 +12,7 @@ from compress.checkpoint import open_checkpoint
 from compress.engine.weights import map_tensor
 from compress.errors import CheckpointError, MissingError
 from compress.families import Family, family_of
+from compress.output_head import head_is_tied
 from compress.progress import Progress
 from compress.runtimes.activations import round_inputs
 from compress.runtimes.kv_cache import SCALES, round_cache
@@ -61,7 +62,7 @@ def load_model(
             if leaf not in computed:  # old files hold the numbers of the positions too
                 _assign(artifact, name, modules[path], leaf, tensor)
             advance(1)
-    if checkpoint.tied:
+    if head_is_tied(checkpoint, family):
         model.tie_weights()
     for name, parameter in cast("nn.Module", model).named_parameters():
         if parameter.is_meta:

@@ -9,6 +9,7 @@ from typing import Literal
 
 from compress.checkpoint import Checkpoint
 from compress.families import Family, within
+from compress.output_head import head_is_tied
 
 Target = Literal["decoder", "vision", "projector", "lm_head"]
 """A part of a model whose linears a stage can be told to work on."""
@@ -43,7 +44,7 @@ def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], le
     faults: list[str] = []
     found: list[Linear] = []
     for target in targets:
-        tied = target == "lm_head" and checkpoint.tied  # a head on disk beside it is never read
+        tied = target == "lm_head" and head_is_tied(checkpoint, family)
         linears = [linear for linear in _linears(checkpoint, family) if not tied and linear.part == target]
         if not linears:
             reason = "its output head is the embedding's own matrix" if target == "lm_head" else "it has no such linear layers"

@@ -26,6 +26,7 @@ from compress.errors import CheckpointError, DataError, MissingError, RecipeErro
 from compress.families import Family
 from compress.files import telling_where, write_bytes, write_json
 from compress.layouts import unquantized_linears
+from compress.output_head import head_is_tied, settled_config
 from compress.progress import Progress
 from compress.runtimes.environment import require
 from compress.runtimes.server import Server, run_server
@@ -287,11 +288,7 @@ class _Intake:
 
     def _config(self) -> dict[str, Any]:
         """Return the source's config with what the library says of quantization, and whether the head is still the embedding's."""
-        config = json.loads(json.dumps(self.source.config))
-        if self.written.tied != self.source.tied:
-            config["tie_word_embeddings"] = self.written.tied
-            if "text_config" in config:
-                config["text_config"]["tie_word_embeddings"] = self.written.tied
+        config = settled_config(self.source.config, self.family, head_is_tied(self.written, self.family))
         settings = cast("Mapping[str, Any]", self.written.config.get("quantization_config") or {})
         if self.quantized or _is_online(settings):
             config["quantization_config"] = self._settings(settings)

@@ -32,6 +32,7 @@ from compress.layouts import (
     read_linear,
     unquantized_linears,
 )
+from compress.output_head import written_config
 from compress.runtimes.activations import round_activations
 from compress.stages.block import BlockWeights
 from compress.stages.linears import Linear
@@ -280,7 +281,10 @@ class _Work:
             write_json(target / WIDTHS, self.found.widths.model_dump(mode="json"))
         write_json(
             target / "config.json",
-            {**self.site.checkpoint.config, "quantization_config": quantization_config(quantized, ignore, bool(attentions))},
+            {
+                **written_config(self.site.checkpoint, self.family),
+                "quantization_config": quantization_config(quantized, ignore, bool(attentions)),
+            },
         )
 
     def _clear(self) -> None:

@@ -17,6 +17,7 @@ from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_words
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
+from compress.output_head import head_is_tied
 
 if TYPE_CHECKING:
     from compress.export.graphs.parts import Parts
@@ -58,8 +59,7 @@ def head_name(parts: Parts) -> str:
     """Return the module whose matrix the output head is: its own, or the embeddings' where the two are one."""
     family = parts.source.family
     assert family.head is not None, "only models that write have an output head"
-    own = parts.has_linear(family.head) and not parts.source.checkpoint.tied
-    return family.head if own or family.head in parts.source.held else family.embeddings
+    return family.embeddings if head_is_tied(parts.source.checkpoint, family) else family.head
 
 
 def head(parts: Parts, value: str) -> str:

@@ -19,7 +19,7 @@ from compress.export import FORMATS
 from compress.export.format import ExportContext, Outlook, VerifyContext
 from compress.export.onnx_genai import OnnxGenai
 from compress.export.onnx_genai_builder import lay_out
-from compress.families import family_of
+from compress.families import family_at, family_of
 from compress.files import write_json
 from compress.layouts import quantized_linears
 from compress.numerics.scheme import Scheme
@@ -191,6 +191,15 @@ def test_the_builder_takes_the_stages_own_integers(tmp_path: Path) -> None:
     assert not list(artifact.glob(".*"))
     assert max(verified(tmp_path / "rounded", artifact, accuracy_level=0).values()) < 1e-4
     assert heard.heard == []
+
+
+@pytest.mark.parametrize("decoder", ["builder", "own"])
+def test_the_size_is_known_before_with_a_head_that_is_the_embeddings(decoder: str, tmp_path: Path) -> None:
+    source = build_qwen2_5_vl(tmp_path / "source", layers=1, tied=True, dtype=torch.float32)
+    artifact = exported(source, tmp_path / "artifact", decoder=decoder)
+    expected = onnx_genai(decoder=decoder).predict_bytes(Outlook(open_checkpoint(source), family_at(source), {}))
+    stored = sum(path.stat().st_size for path in (*artifact.glob("*.onnx_data"), *artifact.glob("*.onnx.data")))
+    assert expected <= stored < expected + 100_000  # the matrix once more has 311,296 bytes, the tables of positions 262,144
 
 
 def test_scales_that_are_no_float16_numbers_are_told(tmp_path: Path) -> None:

@@ -101,12 +101,17 @@ def rounded(weight: torch.Tensor, bits: int | None) -> NDArray[Any]:
     return (weight if bits is None else quantize(weight, how, torch.float32).dequantize()).double().numpy()
 
 
-@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("says", ["tied", "untied", "tied, with a head of its own", "tied, with a copy of the embeddings"])
 @pytest.mark.parametrize(("head_bits", "embedding_bits"), [(None, None), (8, 8), (4, 8), (8, None), (None, 8)])
 def test_both_ends_are_rounded_by_choice_and_stored_once_where_they_are_one(
-    tied: bool, head_bits: int | None, embedding_bits: int | None, tmp_path: Path
+    says: str, head_bits: int | None, embedding_bits: int | None, tmp_path: Path
 ) -> None:
-    folder = build_qwen2_5_vl(tmp_path / "model", layers=1, tied=tied, dtype=torch.float32)
+    folder = build_qwen2_5_vl(tmp_path / "model", layers=1, tied=says != "untied", dtype=torch.float32)
+    tied = says in ("tied", "tied, with a copy of the embeddings")
+    if "with" in says:
+        held = load_file(folder / "model.safetensors")
+        held[HEAD] = held[EMBEDDINGS].clone() if tied else torch.randn_like(held[EMBEDDINGS])
+        save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
     graphs = written(folder, tmp_path / "onnx", Precision("float32", 0, head_bits, embedding_bits))
     tensors = load_file(folder / "model.safetensors")
     words, head = tensors[EMBEDDINGS], tensors[EMBEDDINGS if tied else HEAD]

@@ -7,6 +7,7 @@ from torch import Tensor
 from compress.checkpoint import open_checkpoint
 from compress.engine.replay import Replay, Walkthrough
 from compress.families import family_at
+from compress.output_head import head_is_tied
 from tests.families.samples import batches, plain_outputs, tensors_of
 from tests.tiny import BUILDERS
 
@@ -26,7 +27,7 @@ def assert_every_part_equals(folder: Path) -> None:
     """Walk the vision tower, then the decoder, and compare all that their parts return with a plain forward's."""
     given, checkpoint, family = batches(folder), open_checkpoint(folder), family_at(folder)
     replay = Replay(Walkthrough(checkpoint, family, given, "cpu", folder, 1 << 30))
-    decoder = [*replay.decoder_units(), *([family.head] if family.head and not checkpoint.tied else [])]
+    decoder = [*replay.decoder_units(), *([family.head] if family.head and not head_is_tied(checkpoint, family) else [])]
     vision = replay.vision_units()
     assert len(vision) > 2
     expected = plain_outputs(folder, given, [*vision, *decoder])

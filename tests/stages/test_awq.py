@@ -187,10 +187,13 @@ def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, benc
     held = load_file(tmp_path / "model.safetensors")
     held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
     save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    for checkpoint in (tied, open_checkpoint(tmp_path)):  # the second holds a head beside the embedding, which no runtime reads
+    for checkpoint in (tied, open_checkpoint(tmp_path)):  # the second holds a copy of the embeddings beside them
         (fault,) = awq(targets=("decoder", "lm_head")).check(checkpoint, bench.family)
         assert "lm_head matches nothing" in fault
         assert "its output head is the embedding's own matrix; leave it away" in fault
+    held["lm_head.weight"] += 1  # as PEFT leaves it
+    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert awq(targets=("decoder", "lm_head")).check(open_checkpoint(tmp_path), bench.family) == []
 
 
 def test_a_quantized_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> None:
