@@ -141,4 +141,7 @@ def read_rows(path: Path) -> list[dict[str, object]]:
     Raises:
         OSError, ValueError: it is missing or damaged.
     """
-    return cast("list[dict[str, object]]", pq.read_table(path).to_pylist())
+    try:
+        return cast("list[dict[str, object]]", pq.read_table(path).to_pylist())
+    except _UNREADABLE as error:  # not all of them are one of the two
+        raise ValueError(str(error)) from error

@@ -1,7 +1,7 @@
 """The command line: the only place that prints and that decides how a process ends.
 
 Exit codes: 0 gate passed, 1 gate failed or inconclusive, or an export differs from its checkpoint, 2 recipe or usage error,
-3 something is missing here, 70 a fault of this program itself, 130 interrupted.
+3 something is missing here, 70 a fault of this program itself, 130 interrupted, 141 whoever read the output went.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 _INTERRUPTED = 130
+_PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports of any program whose reader went
 _OWN_FAULT = 70  # EX_SOFTWARE of sysexits
 _EPILOG = """\
 examples:
@@ -32,13 +33,31 @@ examples:
   compress runtime install vllm
 
 exit codes: 0 gate passed, 1 gate failed or inconclusive, or an export differs from its checkpoint, 2 recipe or usage error,
-3 something is missing on this machine, 70 a fault of compress itself, 130 interrupted"""
+3 something is missing on this machine, 70 a fault of compress itself, 130 interrupted, 141 whoever read the output went"""
 
 
 def main(arguments: Sequence[str] | None = None) -> NoReturn:
     """Run one command and end the process with its exit code."""
-    options = _parser().parse_args(arguments)
-    interrupts.install()
+    try:
+        try:
+            options = _parser().parse_args(arguments)
+        finally:
+            sys.stdout.flush()  # help ends the process here
+        interrupts.install()
+        code = _attempt(options)
+    except BrokenPipeError:
+        for stream in (sys.stdout, sys.stderr):  # what is left in their buffers has nowhere to go
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        code = _PIPE_CLOSED
+    sys.exit(code)
+
+
+def _attempt(options: argparse.Namespace) -> int:
+    """Run one command, tell what stopped it, and return the exit code.
+
+    Raises:
+        BrokenPipeError: whoever read the output has gone.
+    """
     try:
         code = int(options.command(options))
         sys.stdout.flush()
@@ -48,14 +67,13 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted; the same command goes on where this one was", file=sys.stderr)
         code = _INTERRUPTED
-    except BrokenPipeError:  # whoever read our output has gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        code = 1
+    except BrokenPipeError:
+        raise
     except Exception:
         print(printable(redact(traceback.format_exc())), end="", file=sys.stderr)
         print("this is a fault of compress itself; please report it with the lines above", file=sys.stderr)
         code = _OWN_FAULT
-    sys.exit(code)
+    return code
 
 
 def _complain(message: str, *, as_json: bool, code: int) -> None:
@@ -67,9 +85,9 @@ def _complain(message: str, *, as_json: bool, code: int) -> None:
 
 def _console(options: argparse.Namespace) -> Console:
     """Return where people read: standard error when standard output is kept for JSON."""
-    from rich.console import Console
+    from compress.display import PipedConsole
 
-    return Console(stderr=bool(options.json), soft_wrap=True)
+    return PipedConsole(stderr=bool(options.json), soft_wrap=True)
 
 
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
@@ -261,6 +279,7 @@ def _store_parser(commands: Any, parents: list[argparse.ArgumentParser]) -> None
     actions.add_parser("verify", parents=parents, help="read every file again").set_defaults(action="verify")
     prune = actions.add_parser("prune", parents=parents, help="remove what was not used for long")
     prune.add_argument("--unused-for", type=_days, default=30.0, metavar="DAYS", help="days without use (default: 30; 0: all)")
+    prune.add_argument("--dry-run", action="store_true", help="say what would be removed, and remove nothing")
     prune.add_argument("--keep", type=float, metavar="GB", help="then remove the longest unused until this size is left")
     prune.set_defaults(action="prune")
     for action in actions.choices.values():

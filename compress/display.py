@@ -18,6 +18,18 @@ from compress.untrusted import printable
 _SECONDS_BETWEEN_LINES = 10.0
 
 
+class PipedConsole(Console):
+    """A console that says when whoever reads it has gone; rich's own ends the process there, with the exit code of a verdict."""
+
+    def on_broken_pipe(self) -> None:
+        """Leave it to the command line.
+
+        Raises:
+            BrokenPipeError: always; this is called while one is handled.
+        """
+        raise
+
+
 class _Count(ProgressColumn):
     """How many of all units are finished."""
 

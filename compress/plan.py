@@ -69,6 +69,15 @@ class Plan:
         """Return the step that measures an artifact, or the original, at one of the recipe's places."""
         return next(step for step in self.steps if step.kind == "measure" and (step.place, step.artifact) == (place, artifact))
 
+    def sources_of(self, step: Step) -> list[Step]:
+        """Return the steps whose outputs a stage or an export is computed from; none of the original as it was published."""
+        stages = [other for other in self.steps if other.kind == "stage"]
+        before = stages[: step.position if step.kind == "stage" else len(stages)][-1:]
+        before = before or [other for other in self.steps if other.kind == "convert"]
+        if step.kind == "stage" and self.recipe.stages[step.position].calibrated:
+            before += [other for other in self.steps if other.kind == "calibration"]
+        return before
+
     @property
     def digests(self) -> dict[str, str]:
         """The digests of the original and of each task with its data: figures of equal ones can be compared between runs."""

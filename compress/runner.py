@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.artifact import checkpoint_bytes, weight_bytes
 from compress.checkpoint import open_checkpoint
-from compress.errors import CheckpointError, StoreError
+from compress.errors import CheckpointError, DataError, StoreError
 from compress.eval.latency_results import Latency, read_latency
 from compress.eval.results import Measured, read_measured
 from compress.events import EventLog, Watcher
@@ -26,7 +26,7 @@ from compress.gate import Subject, Verdict, judge, together
 from compress.hardware import describe
 from compress.meter import Meter
 from compress.plan import Plan, make_plan, notes_of, plan_evaluation
-from compress.planner import ORIGINAL, Step
+from compress.planner import ORIGINAL, Kind, Step
 from compress.publish import publish
 from compress.recipe import Target
 from compress.redaction import redact_value
@@ -34,7 +34,8 @@ from compress.report import Report, Row, Timing, render
 from compress.report_html import render_html
 from compress.stages.widths import Widths, read_widths
 from compress.steps import Workshop
-from compress.store import Entry, Store, default_store
+from compress.store import Store, default_store
+from compress.store_entries import Entry, Origin
 from compress.verification.results import read_verification
 
 
@@ -133,6 +134,14 @@ def _make_folder(runs: Path, name: str) -> Path:
     return folder
 
 
+_READERS: Mapping[Kind, Callable[[Path], object]] = {
+    "measure": read_measured,
+    "latency": read_latency,
+    "verify": read_verification,
+}
+"""What reads the outputs that a verdict is made of: a cached one is read whole, for every byte of it counts."""
+
+
 class _Run:
     """One execution of a plan."""
 
@@ -152,7 +161,7 @@ class _Run:
         workshop = Workshop(self.plan, self.folder, self.events, self.entries)
         for position, step in enumerate(self.plan.steps, 1):
             self.events.step_started(step.name, position, len(self.plan.steps))
-            self._make(step, workshop.maker(step))
+            self._make(step, workshop)
         report = self._judge(workshop)
         gallery = self._gallery(workshop)
         self._write(report, gallery)
@@ -170,12 +179,13 @@ class _Run:
             write_text(self.folder / "report.md", render(report))
             write_text(self.folder / "report.html", render_html(report, gallery))
 
-    def _make(self, step: Step, make: Callable[[Path], None]) -> None:
+    def _make(self, step: Step, workshop: Workshop) -> None:
         began = time.perf_counter()
-        entry = None if self.fresh else self.store.find(step.key, self.events.warn)
+        entry = None if self.fresh else self._find(step)
         meter = Meter()
         if entry is None:
-            entry, meter = self._make_anew(step, make)
+            self._check_sources(step, workshop)
+            entry, meter = self._make_anew(step, workshop.maker(step))
         cached = meter.seconds == 0
         for warning in entry.warnings if cached else ():
             self.events.warn(warning)
@@ -192,6 +202,30 @@ class _Run:
         )
         self.events.step_finished(step.name, seconds, cached=cached)
 
+    def _find(self, step: Step) -> Entry | None:
+        """Return a step's entry; one that is damaged, or holds something else than such a step writes, is a miss."""
+        read = _READERS.get(step.kind)
+        entry = self.store.find(step.key, self.events.warn, thorough=read is not None)
+        if entry is None or read is None:
+            return entry
+        try:
+            read(entry.folder)
+        except DataError as error:
+            self.store.distrust(step.key)
+            self.events.warn(f"{step.name}: {error}; the step is made again")
+            return None
+        return entry
+
+    def _check_sources(self, step: Step, workshop: Workshop) -> None:
+        """Read whole what a stage or an export is about to be made of, and make anew what is not what was written.
+
+        Time of change and size of a file stay as they were where a disk loses bits.
+        """
+        for source in self.plan.sources_of(step) if step.kind in ("stage", "export") else ():
+            if self.store.find(source.key, self.events.warn, thorough=True) is None:
+                self._check_sources(source, workshop)
+                self.entries[source.name], _ = self._make_anew(source, workshop.maker(source))
+
     def _make_anew(self, step: Step, make: Callable[[Path], None]) -> tuple[Entry, Meter]:
         before = self.store.find(step.key, _unheard)
         with self.store.lock(step.key, lambda: self.events.say(f"{step.name}: another run is making this; waiting for it")):
@@ -201,7 +235,8 @@ class _Run:
                 return entry, Meter()
             resume = step.kind in ("stage", "measure") and not self.fresh  # they commit what they finish, piece by piece
             warnings: list[str] = []
-            writing = self.store.write(step.key, step.name, resume=resume, warnings=warnings)
+            origin = Origin(self.plan.recipe.model.source, self.plan.recipe.name)
+            writing = self.store.write(step.key, step.name, origin, resume=resume, warnings=warnings)
             with Meter() as meter, writing as target, self.events.collecting(warnings):
                 make(target)
             entry = self.store.find(step.key, self.events.warn)

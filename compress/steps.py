@@ -23,7 +23,7 @@ from compress.planner import ORIGINAL, DataPin, Step
 from compress.progress import Progress
 from compress.runtimes.runtime import OpenContext
 from compress.stages.stage import StageContext
-from compress.store import Entry
+from compress.store_entries import Entry
 
 Make = Callable[[Path], None]
 
@@ -104,7 +104,7 @@ class Workshop:
         calibration = self.plan.recipe.calibration
         stage.apply(
             StageContext(
-                source=self._checkpoint_before(step.position),
+                source=self._checkpoint_before(step),
                 target=target,
                 calibration=self.entries["calibration"].folder if stage.calibrated else None,
                 family=self.plan.family,
@@ -116,14 +116,16 @@ class Workshop:
             )
         )
 
-    def _checkpoint_before(self, position: int) -> Path:
-        stages = [step for step in self.plan.steps if step.kind == "stage"]
-        return self.entries[stages[position - 1].name].folder if position else self.original()
+    def _checkpoint_before(self, step: Step) -> Path:
+        """Return the checkpoint that a stage or an export reads, or that an artifact was exported from."""
+        weights = [source for source in self.plan.sources_of(step) if source.kind != "calibration"]
+        return self.entries[weights[0].name].folder if weights else self.fetched
 
     def _export(self, step: Step, target: Path) -> None:
         export = self.plan.recipe.export[step.position]
-        source = self._checkpoint_before(len(self.plan.recipe.stages))
-        export.apply(ExportContext(source=source, target=target, family=self.plan.family, progress=self.progress))
+        export.apply(
+            ExportContext(source=self._checkpoint_before(step), target=target, family=self.plan.family, progress=self.progress)
+        )
         write_record(target, self._record(step))
 
     def _verify(self, step: Step, target: Path) -> None:
@@ -133,7 +135,7 @@ class Workshop:
         assert isinstance(export, VerifiedExport)
         context = VerifyContext(
             artifact=self.artifact(step.artifact),
-            source=self._checkpoint_before(len(self.plan.recipe.stages)),
+            source=self._checkpoint_before(step),
             family=self.plan.family,
             progress=self.progress,
             logs=self._logs(step),

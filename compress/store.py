@@ -1,68 +1,54 @@
 """The content-addressed cache of step outputs, shared by all runs and safe against crashes and each other.
 
 store/
-  entries/<key>/entry.json     what the step was, every file's size and SHA-256
+  entries/<key>/entry.json     what the step was, every file's size and SHA-256, the model and recipe it was first made for
   entries/<key>/data/          what it wrote
-  aside/<key>/                 an output that is being written; renamed to entries/<key> when whole
+  aside/<key>/                 an output that is being written, or what an interrupted step keeps of it; renamed to entries/<key>
+                               when whole
   aside/<key>.<random>/        an entry that was replaced or pruned, on its way out
   locks/<key>.lock             held by the process that writes the entry
   active/<random>.json         the keys a living run depends on, beside a lock that the run holds
+  active.lock                  held while such a mark is made or swept
   fingerprints.json            digests of files outside the store, by path, size and time of change
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 from filelock import FileLock, Timeout
 
 from compress.artifact import file_digest
 from compress.errors import MissingError, StoreError
 from compress.files import telling_where, write_json
+from compress.store_entries import (
+    ENTRY,
+    NOBODY,
+    STARTED,
+    Entry,
+    Held,
+    Origin,
+    damage_of,
+    files_of,
+    held_of,
+    read_entry,
+    record_of,
+    unfinished_at,
+    unreadable_at,
+)
+from compress.untrusted import read_json, read_object
 
-_ENTRY = "entry.json"
 _DAMAGED = "damaged.json"
 _WORTH_REMEMBERING = 1_000_000
-
-
-@dataclass(frozen=True)
-class StoredFile:
-    """One file of an entry; `changed` is its modification time in nanoseconds when the entry was made."""
-
-    size: int
-    sha256: str
-    changed: int
-
-
-@dataclass(frozen=True)
-class Entry:
-    """A step's finished output: its files lie in `folder`; `made` and `used` are seconds since the epoch.
-
-    `warnings` are what making it had to say, to be said again when it is found.
-    """
-
-    key: str
-    step: str
-    folder: Path
-    files: Mapping[str, StoredFile]
-    warnings: tuple[str, ...]
-    made: float
-    used: float
-
-    @property
-    def bytes(self) -> int:
-        """The size of its files."""
-        return sum(file.size for file in self.files.values())
 
 
 def default_store() -> Path:
@@ -93,20 +79,29 @@ class Store:
             for folder in (self._entries, self._aside, self._locks, self._active):
                 folder.mkdir(parents=True, exist_ok=True)
 
-    def find(self, key: str, warn: Callable[[str], None]) -> Entry | None:
-        """Return a key's entry if it is there and whole; a damaged one is a miss, with a warning."""
-        entry = self._read(key)
+    def find(self, key: str, warn: Callable[[str], None], *, thorough: bool = False) -> Entry | None:
+        """Return a key's entry if it is there and whole; a damaged one is a miss, with a warning.
+
+        Files of unchanged size and time are trusted, unless it is to be `thorough`: then every file is read.
+        """
+        entry = read_entry(self._entries / key)
         if entry is None:
             if (self._entries / key).exists():
-                warn(f"{self._entries / key}: has no readable {_ENTRY}; the step is made again")
+                warn(f"{self._entries / key}: has no readable {ENTRY}; the step is made again")
             return None
-        damage = _damage(entry, thorough=False)
-        if damage:
+        if damage := damage_of(entry, thorough=thorough):
+            self.distrust(key)
             warn(f"{entry.step}: {damage}; the step is made again")
             return None
         with contextlib.suppress(OSError):  # a store that can only be read still serves
-            os.utime(entry.folder.parent / _ENTRY)
+            os.utime(entry.folder.parent / ENTRY)
         return entry
+
+    def distrust(self, key: str) -> None:
+        """Mark an entry as damaged, so that it is a miss from now on."""
+        record = self._entries / key / ENTRY
+        with contextlib.suppress(OSError):  # gone meanwhile, or the store can only be read: then nothing is made either
+            record.rename(record.with_name(_DAMAGED))
 
     @contextmanager
     def lock(self, key: str, wait: Callable[[], None]) -> Generator[None]:
@@ -126,7 +121,9 @@ class Store:
             lock.release()
 
     @contextmanager
-    def write(self, key: str, step: str, *, resume: bool = False, warnings: Sequence[str] = ()) -> Generator[Path]:
+    def write(
+        self, key: str, step: str, origin: Origin = NOBODY, *, resume: bool = False, warnings: Sequence[str] = ()
+    ) -> Generator[Path]:
         """Give a folder to fill; when the block ends well it becomes the key's entry.
 
         The caller holds the key's lock. With `resume` the folder holds what a process that was killed or interrupted had
@@ -144,16 +141,12 @@ class Store:
                 if not resume:
                     shutil.rmtree(aside, ignore_errors=True)
                 data.mkdir(parents=True, exist_ok=True)
+                write_json(aside / STARTED, {"step": step, **asdict(origin)})
                 yield data
-                files = {path.relative_to(data).as_posix(): _stored(path) for path in sorted(data.rglob("*")) if path.is_file()}
-                content = {
-                    "key": key,
-                    "step": step,
-                    "made": time.time(),
-                    "warnings": list(warnings),
-                    "files": {name: asdict(file) for name, file in files.items()},
-                }
-                write_json(aside / _ENTRY, content)
+                made = time.time()
+                entry = Entry(key, step, data, files_of(data), tuple(warnings), made, made, origin)
+                write_json(aside / ENTRY, record_of(entry))
+                (aside / STARTED).unlink()
                 self._put(aside, key)
         except (KeyboardInterrupt, StoreError, MissingError):
             kept = resume
@@ -172,21 +165,17 @@ class Store:
         else:
             aside.replace(place)
 
-    def _read(self, key: str) -> Entry | None:
-        path = self._entries / key / _ENTRY
-        try:
-            content = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
-            files = {name: StoredFile(**fields) for name, fields in content["files"].items()}
-            warnings = tuple(str(warning) for warning in content["warnings"])
-            made, used = float(content["made"]), path.stat().st_mtime
-            return Entry(key, str(content["step"]), path.parent / "data", files, warnings, made, used)
-        except (OSError, ValueError, KeyError, TypeError):
-            return None
-
     def entries(self) -> list[Entry]:
         """Return all readable entries, the one used last first."""
-        found = [self._read(path.name) for path in self._entries.glob("*")] if self._entries.is_dir() else []
+        found = [read_entry(path) for path in _folders(self._entries)]
         return sorted((entry for entry in found if entry), key=lambda entry: entry.used, reverse=True)
+
+    def held(self) -> list[Held]:
+        """Return everything that takes room: outputs, what interrupted steps keep, unreadable entries; the one used last first."""
+        entries = {path: read_entry(path) for path in _folders(self._entries)}
+        found = [held_of(entry) if entry else unreadable_at(path) for path, entry in entries.items()]
+        found += [unfinished_at(path) for path in _folders(self._aside)]
+        return sorted(found, key=lambda held: held.used, reverse=True)
 
     def verify(self) -> dict[str, str]:
         """Read every file of every entry again; return what is wrong, by key.
@@ -195,22 +184,27 @@ class Store:
         written, is only told of.
         """
         faults: dict[str, str] = {}
-        for path in sorted(self._entries.glob("*")) if self._entries.is_dir() else []:
-            entry = self._read(path.name)
-            damage = _damage(entry, thorough=True) if entry else f"no readable {_ENTRY}"
+        for path in _folders(self._entries):
+            entry = read_entry(path)
+            damage = damage_of(entry, thorough=True) if entry else f"no readable {ENTRY}"
             if damage:
                 faults[path.name] = damage
             if damage and entry:
-                (path / _ENTRY).rename(path / _DAMAGED)
+                self.distrust(path.name)
         return faults
 
     @contextmanager
     def using(self, keys: Iterable[str]) -> Generator[None]:
-        """Keep `prune` from removing these keys while the block runs."""
+        """Keep `prune` from removing these keys while the block runs; marks that killed runs left are swept.
+
+        Raises:
+            StoreError: the store cannot be written.
+        """
         self.prepare()
-        with telling_where(self.folder):
-            mark = self._active / f"{secrets.token_hex(8)}.json"
-            lock = FileLock(mark.with_suffix(".lock"))
+        mark = self._active / f"{secrets.token_hex(8)}.json"
+        lock = FileLock(mark.with_suffix(".lock"))
+        with telling_where(self.folder), self._marks_locked():
+            self._sweep_marks()
             lock.acquire()
             write_json(mark, sorted(keys))
         try:
@@ -220,51 +214,67 @@ class Store:
             lock.release()
             mark.with_suffix(".lock").unlink(missing_ok=True)
 
-    def prune(self, *, unused_for: float, keep_bytes: int | None) -> list[Entry]:
-        """Remove entries not used for `unused_for` seconds, and then the longest unused until `keep_bytes` are left.
+    def prune(self, *, unused_for: float, keep_bytes: int | None, dry: bool = False) -> list[Held]:
+        """Remove what was not used for `unused_for` seconds (0: everything), then the longest unused until `keep_bytes` are left.
 
-        What a living run depends on stays. What killed processes left half-written goes too.
+        What a living run depends on stays, and so does what is being written. With `dry` nothing is removed. Returns what was, or
+        would be.
+
+        Raises:
+            StoreError: something cannot be removed, or a living run's mark cannot be read.
         """
         self.prepare()
-        kept = self._keys_in_use()
-        removed: list[Entry] = []
-        total = sum(entry.bytes for entry in self.entries())
-        for entry in reversed(self.entries()):
-            stale = time.time() - entry.used >= unused_for
+        with telling_where(self.folder), self._marks_locked():
+            kept = self._sweep_marks()
+        removed: list[Held] = []
+        found = self.held()
+        total = sum(held.bytes for held in found)
+        for held in reversed(found):
+            stale = unused_for <= 0 or time.time() - held.used >= unused_for
             surplus = keep_bytes is not None and total > keep_bytes
-            if entry.key not in kept and (stale or surplus) and self._remove(entry.key):
-                total -= entry.bytes
-                removed.append(entry)
-        for path in self._entries.glob("*"):
-            if self._read(path.name) is None and time.time() - path.stat().st_mtime >= unused_for:
-                self._remove(path.name)
-        for left in self._aside.glob("*"):
-            self._sweep(left)
+            leaving = held.kind == "unfinished" and "." in held.key
+            if (leaving or (held.key not in kept and (stale or surplus))) and self._remove(held, dry=dry):
+                total -= held.bytes
+                removed.append(held)
         return removed
 
-    def _remove(self, key: str) -> bool:
+    def _remove(self, held: Held, *, dry: bool) -> bool:
+        """Remove something, unless it is being written just now; return whether it was, or with `dry` would be."""
+        place = (self._aside if held.kind == "unfinished" else self._entries) / held.key
+        key = held.key.partition(".")[0]
         try:
             with FileLock(self._locks / f"{key}.lock", timeout=0), telling_where(self.folder):
-                gone = self._aside / f"{key}.{secrets.token_hex(4)}"
-                (self._entries / key).replace(gone)
-                shutil.rmtree(gone)
-        except Timeout:  # being written just now
+                if not dry:
+                    gone = self._aside / f"{key}.{secrets.token_hex(4)}"
+                    place.replace(gone)
+                    shutil.rmtree(gone)
+        except (Timeout, FileNotFoundError):  # or another process removed it meanwhile
             return False
         return True
 
-    def _sweep(self, left: Path) -> None:
-        with contextlib.suppress(Timeout), FileLock(self._locks / f"{left.name.partition('.')[0]}.lock", timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
+    @contextmanager
+    def _marks_locked(self) -> Generator[None]:
+        """Hold the right to make and sweep marks, so that one that is being made is not taken for a dead run's."""
+        with FileLock(self.folder / "active.lock"):
+            yield
 
-    def _keys_in_use(self) -> set[str]:
+    def _sweep_marks(self) -> set[str]:
+        """Remove the marks of dead runs; return the keys that living ones depend on.
+
+        Raises:
+            StoreError: a living run's mark cannot be read.
+        """
         keys: set[str] = set()
-        for mark in self._active.glob("*.json"):
+        for mark in {path.with_suffix(".json") for path in self._active.glob("[!.]*")}:
             try:
                 with FileLock(mark.with_suffix(".lock"), timeout=0):  # nobody holds it: the run is dead
                     mark.unlink(missing_ok=True)
+                    mark.with_suffix(".lock").unlink(missing_ok=True)
             except Timeout:
                 with contextlib.suppress(FileNotFoundError):  # the run ended just now
-                    keys |= set(cast("list[str]", json.loads(mark.read_text(encoding="utf-8"))))
+                    keys |= _keys_of(mark)
+        for unwritten in self._active.glob(".*"):  # by runs that were killed: no mark is being made now
+            unwritten.unlink(missing_ok=True)
         return keys
 
     def fingerprint(self, path: Path) -> str:
@@ -278,40 +288,28 @@ class Store:
             if status.st_size < _WORTH_REMEMBERING:
                 return file_digest(path)
             mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
-            known = self._fingerprints()
-            row = known.get(str(path))
-            if row and row[:-1] == mark:
-                return cast("str", row[-1])
+            row = self._fingerprints().get(str(path))
+            if isinstance(row, list) and row[:-1] == mark and isinstance(row[-1], str):
+                return row[-1]
             digest = file_digest(path)
         with contextlib.suppress(OSError):  # only saves time
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "fingerprints.json", {**self._fingerprints(), str(path): [*mark, digest]})
         return digest
 
-    def _fingerprints(self) -> dict[str, list[Any]]:
+    def _fingerprints(self) -> dict[str, object]:
         try:
-            return cast("dict[str, list[Any]]", json.loads((self.folder / "fingerprints.json").read_text(encoding="utf-8")))
-        except (OSError, ValueError):
+            return read_object(self.folder / "fingerprints.json", StoreError)
+        except (OSError, StoreError):
             return {}
 
 
-def _stored(path: Path) -> StoredFile:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())  # the entry must not outlive its data when the power fails
-    status = path.stat()
-    return StoredFile(size=status.st_size, sha256=file_digest(path), changed=status.st_mtime_ns)
+def _keys_of(mark: Path) -> set[str]:
+    keys: object = read_json(mark, StoreError, remedy="end the run that uses this store first")
+    if not isinstance(keys, list):
+        raise StoreError(f"{mark}: is no list of keys; end the run that uses this store first")
+    return {str(key) for key in cast("list[object]", keys)}
 
 
-def _damage(entry: Entry, *, thorough: bool) -> str | None:
-    """Return what is wrong with an entry's files; without `thorough`, a file of unchanged size and time is trusted."""
-    for name, stored in entry.files.items():
-        path = entry.folder / name
-        try:
-            status = path.stat()
-        except OSError:
-            return f"{path} is missing"
-        if status.st_size != stored.size:
-            return f"{path} has {status.st_size} bytes, not {stored.size}"
-        if (thorough or status.st_mtime_ns != stored.changed) and file_digest(path) != stored.sha256:
-            return f"{path} was changed: its digest is not the recorded one"
-    return None
+def _folders(parent: Path) -> list[Path]:
+    return sorted(path for path in parent.glob("*") if path.is_dir())

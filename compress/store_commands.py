@@ -5,14 +5,20 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
 from compress.report import size
-from compress.store import Entry, Store, default_store
+from compress.schema import is_local
+from compress.store import Store, default_store
+from compress.store_entries import Held
+from compress.untrusted import printable
 
 _DAY = 86_400.0
+
+_STATES = {"output": "", "unfinished": "unfinished", "unreadable": "unreadable"}
 
 Outcome = tuple[object, int]
 """What an action gives as JSON, and the exit code."""
@@ -22,21 +28,45 @@ def _open(options: argparse.Namespace) -> Store:
     return Store(options.store or default_store())
 
 
-def _rows(entries: list[Entry]) -> list[dict[str, object]]:
-    return [{"key": entry.key, "step": entry.step, "bytes": entry.bytes, "path": str(entry.folder)} for entry in entries]
+def _rows(found: list[Held]) -> list[dict[str, object]]:
+    return [
+        {
+            "key": held.key,
+            "step": held.step,
+            "model": held.origin.model,
+            "recipe": held.origin.recipe,
+            "bytes": held.bytes,
+            "kind": held.kind,
+            "path": str(held.folder),
+        }
+        for held in found
+    ]
+
+
+def _count(found: list[Held]) -> str:
+    """Return how many entries there are and how much room they take, what interrupted steps keep apart."""
+    entries, rest = [held for held in found if held.kind != "unfinished"], [held for held in found if held.kind == "unfinished"]
+    told = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size(sum(held.bytes for held in entries))}"
+    return f"{told}; of unfinished steps {len(rest)}, {size(sum(held.bytes for held in rest))}" if rest else told
+
+
+def _named(model: str) -> str:
+    return Path(model).name if is_local(model) else model
 
 
 def _list(options: argparse.Namespace, console: Console) -> Outcome:
     store = _open(options)
-    entries = store.entries()
-    table = Table("key", "step", "size", "last used", box=None, pad_edge=False)
-    for entry in entries:
-        days = (time.time() - entry.used) / _DAY
-        table.add_row(entry.key[:12], entry.step, size(entry.bytes), "today" if days < 1 else f"{days:.0f} days ago")
-    console.print(f"{store.folder}: {len(entries)} entries, {size(sum(entry.bytes for entry in entries))}", highlight=False)
-    if entries:
+    found = store.held()
+    table = Table("key", "step", "model", "recipe", "size", "last used", "", box=None, pad_edge=False)
+    for held in found:
+        days = (time.time() - held.used) / _DAY
+        used = "today" if days < 1 else f"{days:.0f} days ago"
+        named = (printable(text) for text in (held.step, _named(held.origin.model), held.origin.recipe))
+        table.add_row(held.key[:12], *named, size(held.bytes), used, _STATES[held.kind])
+    console.print(f"{store.folder}: {_count(found)}", highlight=False)
+    if found:
         console.print(table)
-    return _rows(entries), 0
+    return _rows(found), 0
 
 
 def _verify(options: argparse.Namespace, console: Console) -> Outcome:
@@ -50,8 +80,11 @@ def _verify(options: argparse.Namespace, console: Console) -> Outcome:
 
 def _prune(options: argparse.Namespace, console: Console) -> Outcome:
     keep = None if options.keep is None else round(options.keep * 1e9)
-    removed = _open(options).prune(unused_for=options.unused_for * _DAY, keep_bytes=keep)
-    console.print(f"removed {len(removed)} entries, {size(sum(entry.bytes for entry in removed))}", highlight=False)
+    removed = _open(options).prune(unused_for=options.unused_for * _DAY, keep_bytes=keep, dry=options.dry_run)
+    console.print(f"{'would remove' if options.dry_run else 'removed'} {_count(removed)}", highlight=False)
+    if options.dry_run:
+        for held in removed:
+            console.print(f"{held.key[:12]}  {printable(held.step)}, {size(held.bytes)}", highlight=False, markup=False)
     return _rows(removed), 0
 
 

@@ -38,6 +38,18 @@ def test_a_command_that_is_none_is_a_usage_error() -> None:
     assert compress("compact").returncode == 2
 
 
+@pytest.mark.parametrize("command", [["--help"], ["schema"], ["store", "list"], ["store", "list", "--json"], ["plan", "none.yaml"]])
+@pytest.mark.parametrize("errors_too", [False, True])
+def test_a_reader_that_goes_early_is_no_verdict(tmp_path: Path, command: list[str], *, errors_too: bool) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    errors = write if errors_too else subprocess.DEVNULL
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    done = subprocess.run([*COMPRESS, *command], stdout=write, stderr=errors, cwd=tmp_path, env=environment, check=False)
+    os.close(write)
+    assert done.returncode == (2 if "none.yaml" in command and not errors_too else 141)
+
+
 def test_the_schema_is_json() -> None:
     assert json.loads(compress("schema").stdout)["title"] == "compress recipe"
 
@@ -224,6 +236,9 @@ def test_the_store_is_listed_verified_and_pruned(job: Job) -> None:
     assert compress(*job.arguments("--json")).returncode == 0
     listed = json.loads(compress("store", "list", "--store", str(job.store), "--json").stdout)
     assert {"awq", "calibration", "measure original"} <= {row["step"] for row in listed}
+    assert {(row["model"], row["recipe"]) for row in listed} == {(str(job.folder / "model"), "tiny")}
+    shown = compress("store", "list", "--store", str(job.store)).stdout
+    assert "model" in next(line for line in shown.splitlines() if "measure original" in line)
     assert compress("store", "verify", "--store", str(job.store)).returncode == 0
     victim = next((job.store / "entries").rglob("*.safetensors"))
     entry = job.store / "entries" / victim.relative_to(job.store / "entries").parts[0]
@@ -236,7 +251,10 @@ def test_the_store_is_listed_verified_and_pruned(job: Job) -> None:
     again = compress(*job.arguments("--json"))
     assert again.returncode == 0
     assert compress("store", "verify", "--store", str(job.store)).returncode == 0
-    removed = json.loads(compress("store", "prune", "--unused-for", "0", "--store", str(job.store), "--json").stdout)
+    pruning = ("store", "prune", "--unused-for", "0", "--store", str(job.store), "--json")
+    would = json.loads(compress(*pruning, "--dry-run").stdout)
+    removed = json.loads(compress(*pruning).stdout)
+    assert would == removed
     assert {row["key"] for row in removed} >= {row["key"] for row in listed}
 
 

@@ -1,12 +1,16 @@
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from compress.artifact import file_digest
 from compress.errors import StoreError
 from compress.files import telling_where, write_json
 from compress.store import Store
+from compress.store_entries import Origin
 
 
 def nothing() -> None:
@@ -17,6 +21,14 @@ def fill(store: Store, key: str, text: str = "content") -> None:
     with store.lock(key, nothing), store.write(key, "a step") as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "file.txt").write_text(text, encoding="utf-8")
+
+
+def interrupt(store: Store, key: str) -> None:
+    """Leave what an interrupted step keeps, to go on from."""
+    origin = Origin("org/model", "the recipe")
+    with pytest.raises(KeyboardInterrupt), store.lock(key, nothing), store.write(key, "a step", origin, resume=True) as folder:
+        (folder / "block-0").write_text("done", encoding="utf-8")
+        raise KeyboardInterrupt
 
 
 def test_what_was_written_is_found_again(tmp_path: Path) -> None:
@@ -132,6 +144,137 @@ def test_prune_forgets_the_mark_of_a_dead_run(tmp_path: Path) -> None:
     fill(store, "k")
     write_json(tmp_path / "active" / "dead.json", ["k"])
     assert [entry.key for entry in store.prune(unused_for=0, keep_bytes=None)] == ["k"]
+
+
+def test_a_run_sweeps_the_marks_of_killed_ones_and_leaves_those_of_living_ones(tmp_path: Path) -> None:
+    code = (
+        "import os, sys; from pathlib import Path; from compress.store import Store\n"
+        "with Store(Path(sys.argv[1])).using(['k']): os.kill(os.getpid(), 9)"
+    )
+    for _ in range(2):
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=False)
+    active = tmp_path / "active"
+    (active / ".half.json.abcd").write_text("[", encoding="utf-8")
+    assert len(list(active.iterdir())) >= 3
+    with Store(tmp_path).using(["mine"]):
+        with Store(tmp_path).using(["other"]):
+            assert sorted(json.loads(path.read_text(encoding="utf-8"))[0] for path in active.glob("*.json")) == ["mine", "other"]
+            assert len(list(active.iterdir())) == 4
+        assert [json.loads(path.read_text(encoding="utf-8")) for path in active.glob("*.json")] == [["mine"]]
+    assert list(active.iterdir()) == []
+
+
+def test_while_a_living_runs_mark_cannot_be_read_nothing_is_pruned(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    with store.using(["k"]):
+        (mark,) = (tmp_path / "active").glob("*.json")
+        mark.write_text("3", encoding="utf-8")
+        with pytest.raises(StoreError, match="end the run that uses this store first"):
+            store.prune(unused_for=0, keep_bytes=None)
+    assert store.find("k", pytest.fail) is not None
+
+
+def test_prune_of_what_is_unused_for_no_time_takes_all(tmp_path: Path) -> None:
+    """Also what a clock that was ahead has dated in the future, what cannot be read, and what interrupted steps keep."""
+    store = Store(tmp_path)
+    fill(store, "ahead")
+    os.utime(tmp_path / "entries" / "ahead" / "entry.json", (1e11, 1e11))
+    fill(store, "unreadable")
+    (tmp_path / "entries" / "unreadable" / "entry.json").write_text("[]", encoding="utf-8")
+    os.utime(tmp_path / "entries" / "unreadable", (1e11, 1e11))
+    interrupt(store, "half")
+    would = store.prune(unused_for=0, keep_bytes=None, dry=True)
+    assert {held.key for held in would} == {"ahead", "unreadable", "half"}
+    assert {held.key for held in store.held()} == {"ahead", "unreadable", "half"}
+    assert {held.key for held in store.prune(unused_for=0, keep_bytes=None)} == {"ahead", "unreadable", "half"}
+    assert store.held() == []
+    assert [*(tmp_path / "entries").iterdir(), *(tmp_path / "aside").iterdir()] == []
+
+
+def test_what_an_interrupted_step_keeps_is_counted_and_kept_as_long_as_outputs(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    interrupt(store, "half")
+    (held,) = store.held()
+    assert (held.kind, held.step, held.origin, held.key) == ("unfinished", "a step", Origin("org/model", "the recipe"), "half")
+    assert held.bytes >= len("done")
+    assert store.prune(unused_for=3600, keep_bytes=None) == []
+    assert (tmp_path / "aside" / "half" / "data" / "block-0").exists()
+    with store.lock("half", nothing):
+        assert store.prune(unused_for=0, keep_bytes=None) == []
+    assert store.prune(unused_for=0, keep_bytes=None) == [held]
+
+
+def test_an_entry_says_for_which_model_and_recipe_it_was_made(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    with store.lock("k", nothing), store.write("k", "a step", Origin("org/model", "the recipe")) as folder:
+        (folder / "file").write_text("x", encoding="utf-8")
+    (held,) = store.held()
+    assert (held.kind, held.origin) == ("output", Origin("org/model", "the recipe"))
+    assert sorted(path.name for path in (tmp_path / "entries" / "k").iterdir()) == ["data", "entry.json"]
+
+
+ROW: dict[str, object] = {"size": 7, "sha256": "0" * 64, "changed": 1}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"files": ["sub/file.txt"]},
+        {"files": {}},
+        {"files": {"../../outside": ROW}},
+        {"files": {"/etc/hostname": ROW}},
+        {"files": {"sub/file.txt": ROW | {"size": "many"}}},
+        {"files": {"sub/file.txt": ROW | {"sha256": None}}},
+        {"key": "another"},
+        {"made": None},
+        {"warnings": 3},
+        {"something": "else"},
+    ],
+)
+def test_a_record_written_by_hand_is_a_miss_with_a_warning(tmp_path: Path, change: dict[str, object]) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    path = tmp_path / "entries" / "k" / "entry.json"
+    write_json(path, json.loads(path.read_text(encoding="utf-8")) | change)
+    warnings: list[str] = []
+    assert store.find("k", warnings.append) is None
+    assert len(warnings) == 1
+    assert "no readable entry.json; the step is made again" in warnings[0]
+    assert [held.kind for held in store.held()] == ["unreadable"]
+
+
+def test_a_file_that_was_put_into_an_entry_is_damage(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    (tmp_path / "entries" / "k" / "data" / "more.txt").write_text("x", encoding="utf-8")
+    warnings: list[str] = []
+    assert store.find("k", warnings.append) is None
+    assert "more.txt is no part of it; the step is made again" in warnings[0]
+
+
+def test_a_thorough_look_reads_what_a_hit_trusts(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    path = tmp_path / "entries" / "k" / "data" / "sub" / "file.txt"
+    before = path.stat()
+    path.write_text("CONTENT", encoding="utf-8")
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert store.find("k", pytest.fail) is not None
+    warnings: list[str] = []
+    assert store.find("k", warnings.append, thorough=True) is None
+    assert "its digest is not the recorded one; the step is made again" in warnings[0]
+    assert store.find("k", warnings.append) is None
+
+
+@pytest.mark.parametrize("content", ["[1]", '{"PATH": 3}', '{"PATH": [1, 2]}', "{", '{"PATH": []}'])
+def test_damaged_fingerprints_cost_only_time(tmp_path: Path, content: str) -> None:
+    store = Store(tmp_path / "store")
+    store.prepare()
+    path = tmp_path / "file"
+    path.write_bytes(b"one" * 1_000_000)
+    (store.folder / "fingerprints.json").write_text(content.replace("PATH", str(path)), encoding="utf-8")
+    assert store.fingerprint(path) == file_digest(path)
 
 
 def test_prune_keeps_to_a_size_and_drops_the_longest_unused_first(tmp_path: Path) -> None:
