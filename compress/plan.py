@@ -20,6 +20,7 @@ from compress.hub import ModelPin, open_pinned, resolve_model
 from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.output_head import check_head, head_notes
+from compress.places import check_places
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
 from compress.quantization_config import foreign_format
 from compress.recipe import Recipe, read_evaluation, read_recipe
@@ -125,8 +126,12 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     Raises:
         RecipeError: the recipe is at fault, or asks for what this model cannot hold; every fault at once.
         CheckpointError, DataError, MissingError: the model or data cannot be read.
+        StoreError: the place to publish to cannot be written, or holds something else.
     """
-    return _plan(*read_recipe(path, settings), store, {})
+    plan = _plan(*read_recipe(path, settings), store, {})
+    if plan.recipe.publish:
+        check_places(Path(plan.recipe.publish.to), plan.recipe.name, plan.artifacts, store.fingerprint)
+    return plan
 
 
 def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, artifacts: Sequence[Path], original: str) -> Plan:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
-
 from compress.artifact import RECORD, ArtifactFormat, artifact_format, folder_digests, source_commit, write_record
 from compress.checkpoint import read_json_object
 from compress.errors import StoreError
-from compress.files import one_error, telling_where, write_text
+from compress.files import write_text
+from compress.places import place_of, replacing
 from compress.progress import Progress
 from compress.report import Published, Report, checks_of, fidelity_table, table
 from compress.schema import is_local
@@ -32,37 +31,22 @@ def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: P
     published: list[Published] = []
     with progress.task("publishing", total=len(artifacts), unit="artifacts") as advance:
         for name, folder in artifacts.items():
-            place = (to / report.name / name).absolute()
-            with telling_where(place), one_error():
-                place.parent.mkdir(parents=True, exist_ok=True)
-                with FileLock(place.parent / ".publishing.lock"):
-                    _replace(place, folder, name, report)
+            place = place_of(to, report.name, name)
+            with replacing(place) as copy:
+                _fill(copy, folder, name, report)
             published.append(Published(artifact=name, path=str(place), forced=report.gate.verdict != "pass"))
             advance(1)
     return tuple(published)
 
 
-def _replace(place: Path, folder: Path, name: str, report: Report) -> None:
-    if place.exists() and not (place / RECORD).is_file():
-        raise StoreError(f"{place}: holds something else than a published artifact; name another publish.to or move it away")
-    aside, old = place.with_name(f".{name}.new"), place.with_name(f".{name}.old")
-    for left in (aside, old):  # by a process that was killed: the lock is ours
-        shutil.rmtree(left, ignore_errors=True)
-    try:
-        shutil.copytree(folder, aside)
-        record = read_json_object(aside / RECORD)
-        _check_whole(aside, record, folder)
-        write_text(aside / _CARD, card(report, name))
-        record |= {"recipe": report.recipe, "gate": report.gate.model_dump(mode="json"), "hardware": report.hardware}
-        write_record(aside, {**record, "git_commit": source_commit()})
-        if place.exists():
-            place.replace(old)
-            aside.replace(place)
-            shutil.rmtree(old)
-        else:
-            aside.replace(place)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+def _fill(copy: Path, folder: Path, name: str, report: Report) -> None:
+    """Copy an artifact, and write its card and record."""
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    record = read_json_object(copy / RECORD)
+    _check_whole(copy, record, folder)
+    write_text(copy / _CARD, card(report, name))
+    record |= {"recipe": report.recipe, "gate": report.gate.model_dump(mode="json"), "hardware": report.hardware}
+    write_record(copy, {**record, "git_commit": source_commit()})
 
 
 def _check_whole(copy: Path, record: Mapping[str, Any], folder: Path) -> None:

@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from compress.errors import RecipeError
+import compress
+from compress.errors import RecipeError, StoreError
 from compress.plan import Plan, make_plan, show
 from compress.store import Store
 from tests.jobs import Job, make_job
@@ -86,3 +87,18 @@ def test_calibration_without_images_where_they_are_needed_is_refused_in_the_plan
     with pytest.raises(RecipeError, match=r"stages.0: awq observes layers of mllama that only images reach"):
         plan_with(job, **mllama)
     plan_with(job, **mllama, stages=[{"stage": "rtn", "bits": 4, "group_size": 32, "symmetric": True, "targets": ["vision"]}])
+
+
+def test_a_place_that_is_taken_is_known_before_anything_is_made(job: Job, tmp_path: Path) -> None:
+    place = tmp_path / "tiny" / "vllm-compressed-tensors"
+    place.mkdir(parents=True)
+    plan_with(job, **{"publish.to": str(tmp_path)})
+    (place / "mine.txt").write_text("keep", encoding="utf-8")
+    with pytest.raises(StoreError, match=r"vllm-compressed-tensors: holds something else than a published artifact; move it away"):
+        plan_with(job, **{"publish.to": str(tmp_path)})
+    with pytest.raises(StoreError, match="holds something else"):
+        compress.run(job.recipe, set={**SYMMETRIC, "publish.to": str(tmp_path)}, **job.places())
+    assert not job.runs.exists()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    with pytest.raises(StoreError, match=r"file: cannot be written"):
+        plan_with(job, **{"publish.to": str(tmp_path / "file")})

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import secrets
 from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.errors import MissingError, UsageError
-from compress.files import telling_where
+from compress.files import telling_where, write_text
 from compress.hubs.repository import RemoteFile, Report, Repository
 
 if TYPE_CHECKING:
@@ -202,22 +201,30 @@ def _snapshot(repository: Repository) -> Path:
 
 
 def _remember(kind: Kind, source: str, revision: str, commit: str) -> None:
-    """Note in the cache which commit a revision is, as the client does when it is asked by revision."""
-    if revision == commit:
-        return
+    """Note in the cache which commit a revision is, as the client does when it is asked by revision.
+
+    A cache that can only be read serves all the same: what is missing in it is told of when it is to be fetched.
+    """
     path = _storage(kind, source) / "refs" / revision
-    with telling_where(path):
+    if revision == commit or _commit_of(path) == commit:
+        return
+    with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
-        aside.write_text(commit, encoding="utf-8")
-        aside.replace(path)
+        write_text(path, commit)
+
+
+def _commit_of(reference: Path) -> str | None:
+    """Return the commit that a file of the cache's `refs` names; None where there is no such file."""
+    try:
+        return reference.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None
 
 
 def _cached(kind: Kind, source: str, revision: str) -> Repository | None:
     """Return what the cache holds of a revision: its files may be fewer than the hub's."""
     storage = _storage(kind, source)
-    reference = storage / "refs" / revision
-    commit = reference.read_text(encoding="utf-8").strip() if reference.is_file() else revision
+    commit = _commit_of(storage / "refs" / revision) or revision
     folder = storage / "snapshots" / commit
     paths = sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
     if not paths:

@@ -7,7 +7,11 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import PurePosixPath
 from typing import Literal
+
+from compress.errors import MissingError
+from compress.untrusted import printable
 
 Report = Callable[[int], None]
 """Is told how many more bytes have arrived."""
@@ -30,13 +34,25 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """A model or dataset repository: `revision` is what was asked for, `commit` what that was when it was asked."""
+    """A model or dataset repository: `revision` is what was asked for, `commit` what that was when it was asked.
+
+    Raises:
+        MissingError: a file's name, or the commit's, would lead out of the folder that it is fetched to.
+    """
 
     kind: Literal["model", "dataset"]
     source: str
     revision: str
     commit: str
     files: tuple[RemoteFile, ...]
+
+    def __post_init__(self) -> None:
+        for name in (self.commit, *(file.name for file in self.files)):
+            path = PurePosixPath(name)
+            if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
+                raise MissingError(
+                    f"{self.source}: the hub lists {printable(repr(name))}, which leads out of a folder; use another source"
+                )
 
     @cached_property
     def by_name(self) -> dict[str, RemoteFile]:
