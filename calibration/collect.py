@@ -63,7 +63,7 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
     """
     target.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(model, trust_remote_code)
-    longest = _longest_window(model)
+    longest = _longest_window(model, trust_remote_code)
     samples, windows, rows = list[dict[str, Any]](), dict[str, NDArray[np.int32]](), list[dict[str, Any]]()
     for place, pinned in enumerate(selection.sets):
         seed, name = f"{selection.seed}:{place}", f"calibration.sets.{place}"
@@ -111,9 +111,9 @@ def longest_input(model: Path) -> int | None:
     return length if isinstance(length, int) else None
 
 
-def _longest_window(model: Path) -> int | None:
+def _longest_window(model: Path, trust_remote_code: bool) -> int | None:
     """Return how many tokens of text the model takes at once; where it writes none, it has every text between two of its own."""
-    longest, family = longest_input(model), family_at(model)
+    longest, family = longest_input(model), family_at(model, trust_remote_code)
     return longest - 2 if longest is not None and family.head is None else longest
 
 

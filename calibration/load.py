@@ -132,7 +132,7 @@ def load_batches(folder: Path, model: Path, tokens_per_batch: int, trust_remote_
         CheckpointError: the checkpoint has no processor or chat template that can be loaded.
     """
     processor = load_processor(model, trust_remote_code)
-    family = family_at(model)
+    family = family_at(model, trust_remote_code)
     batches = list[Batch](_window_batches(folder, processor, tokens_per_batch, family))
     batches += _question_batches(_checked_exchanges(folder, processor, family, longest_input(model)), processor, tokens_per_batch)
     if not batches:
@@ -149,7 +149,7 @@ def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
     processor = load_any_processor(model, trust_remote_code)
     if not hasattr(processor, "image_processor"):
         raise CheckpointError(f"{model}: has no image processor; add its preprocessor_config.json, or use a vision-language model")
-    if processor.chat_template is None and family_at(model).head is not None:
+    if processor.chat_template is None and family_at(model, trust_remote_code).head is not None:
         raise CheckpointError(f"{model}: has no chat template; use an instruction-tuned checkpoint, or add chat_template.jinja")
     tokenizer = processor.tokenizer
     tokenizer.padding_side = "right"

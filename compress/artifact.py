@@ -3,32 +3,30 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import shutil
 import subprocess
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from compress.checkpoint import open_checkpoint
 from compress.files import write_json
 from compress.redaction import redact_value
+from compress.remote_code import code_files
+from compress.untrusted import inside
 
-SIDE_FILES = (
-    "added_tokens.json",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "merges.txt",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "special_tokens_map.json",
-    "tokenizer.json",
-    "tokenizer.model",
-    "tokenizer_config.json",
-    "video_preprocessor_config.json",
-    "vocab.json",
+_SIDE_NAMES = frozenset({
+    "added_tokens.json", "bpe.codes", "chat_template.json", "generation_config.json", "merges.txt", "preprocessor_config.json",
+    "processor_config.json", "special_tokens_map.json", "tekken.json", "tokenizer.json", "tokenizer_config.json",
+    "tokenizer_file.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
+})  # fmt: skip
+_SIDE_SUFFIXES = (".jinja", ".model", ".tiktoken")
+"""What slow tokenizers read has no one name: tokenizer.model, spiece.model, sentencepiece.bpe.model, qwen.tiktoken, …"""
+_TERMS = re.compile(
+    r"(?i)^((third[-_]party[-_])?(licen[cs]e|notice|copying|copyright|(acceptable_)?use_policy|terms)s?)([-_. ].*)?$"
 )
-"""The files that say how text and images enter a model; an artifact carries them as they are in the source."""
+_TEMPLATES = "additional_chat_templates"
 
 RECORD = "compress.json"
 
@@ -39,13 +37,38 @@ _GENAI = "genai_config.json"
 _GENAI_IMAGES = "vision_processor.json"
 
 
+def is_side_file(name: str) -> bool:
+    """Return whether a file, by its path in a model's folder, says how text and images enter it, or on what terms it may be used.
+
+    An artifact carries such files as they are in the source.
+    """
+    path = PurePosixPath(name)
+    if path.parent.name == _TEMPLATES:
+        return path.suffix == ".jinja"
+    return path.parent == PurePosixPath() and (name in _SIDE_NAMES or path.suffix in _SIDE_SUFFIXES or is_terms(name))
+
+
+def is_terms(name: str) -> bool:
+    """Return whether a file, by its name, is a licence, a notice, or a policy of use."""
+    return _TERMS.match(name) is not None and not name.endswith((".py", ".safetensors"))
+
+
+def side_files(folder: Path) -> list[str]:
+    """Return the paths, in a model's folder, of the files beside its weights and config that belong to it, its code included."""
+    found = [path for path in (*folder.glob("*"), *folder.glob(f"{_TEMPLATES}/*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in found]
+    return sorted([*(name for name in names if is_side_file(name)), *code_files(folder)])
+
+
 def copy_side_files(source: Path, target: Path) -> None:
-    """Copy tokenizer, processor, chat template and generation config byte for byte; sub-folders of chat templates too."""
-    for name in SIDE_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, target / name)
-    if (source / "additional_chat_templates").is_dir():
-        shutil.copytree(source / "additional_chat_templates", target / "additional_chat_templates", dirs_exist_ok=True)
+    """Copy tokenizer, processor, chat templates, generation config, terms of use and the model's own code byte for byte.
+
+    Raises:
+        CheckpointError: one of them leads out of the source's folder.
+    """
+    for name in side_files(source):
+        (target / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(inside(source, source / name), target / name)
 
 
 def file_digest(path: Path) -> str:
@@ -70,7 +93,7 @@ def artifact_format(folder: Path) -> ArtifactFormat:
 def weight_files(folder: Path) -> list[Path]:
     """Return the files that hold an artifact's weights: safetensors and their index, or graphs and their external data."""
     if artifact_format(folder) == "vllm":
-        return sorted([*folder.glob("*.safetensors"), *folder.glob("*.safetensors.index.json")])
+        return sorted(open_checkpoint(folder).weight_files)
     return sorted([*folder.glob("*.onnx"), *folder.glob("*.onnx_data"), *folder.glob("*.onnx.data")])
 
 
@@ -83,9 +106,8 @@ def weight_bytes(folder: Path) -> int:
 
 def checkpoint_files(folder: Path) -> list[Path]:
     """Return the files that make up an artifact: config, weights, and how text and images enter the model."""
-    named = [folder / name for name in ("config.json", _GENAI, _GENAI_IMAGES, *SIDE_FILES) if (folder / name).is_file()]
-    templates = [path for path in (folder / "additional_chat_templates").rglob("*") if path.is_file()]
-    return sorted([*named, *weight_files(folder), *templates])
+    named = [folder / name for name in ("config.json", _GENAI, _GENAI_IMAGES) if (folder / name).is_file()]
+    return sorted([*named, *weight_files(folder), *(folder / name for name in side_files(folder))])
 
 
 def checkpoint_bytes(folder: Path) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from compress.errors import CheckpointError
 from compress.families import text_defaults
+from compress.untrusted import printable
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,7 +21,21 @@ _DTYPE_BITS = {
     "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
 }  # fmt: skip
 _MAX_HEADER = 100_000_000
+ADAPTER = "adapter_config.json"
+"""What PEFT writes beside an adapter's weights."""
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
+
+_MERGE = (
+    "merge it and take the folder that this writes: "
+    "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(…), the base's tokenizer and processor beside it"
+)
+_ADAPTED = (".lora_A.", ".lora_B.", ".base_layer.", ".lora_magnitude_vector.", ".modules_to_save.")
+_RENAME = "save the model inside it, or take the prefix away from every name"
+_WRAPPERS = {
+    "base_model.model.": ("PEFT", "save what merge_and_unload() returns, or take the prefix away from every name"),
+    "_orig_mod.": ("torch.compile", _RENAME),
+    "module.": ("DataParallel", _RENAME),
+}
 
 
 @dataclass(frozen=True)
@@ -62,6 +77,12 @@ class Checkpoint:
         """The size of all tensors, in bytes."""
         return sum(entry.bytes for entry in self.tensors.values())
 
+    @property
+    def weight_files(self) -> list[Path]:
+        """The files that hold its weights: those with tensors, and the index that tells which has which."""
+        files = sorted({entry.file for entry in self.tensors.values()})
+        return files if [file.name for file in files] == [SINGLE] else [*files, self.folder / INDEX]
+
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
         """The decoder's part of the config, with what is usual where it says nothing; older files keep it at the top."""
@@ -80,10 +101,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         CheckpointError: no checkpoint, a pickle one, or one with a missing, truncated or inconsistent file.
     """
     config = read_config(folder)
-    if (folder / INDEX).is_file():
-        tensors = _read_sharded(folder)
-    elif (folder / SINGLE).is_file():
+    if (folder / SINGLE).is_file():  # transformers, too, reads it before it looks for an index
         tensors = read_header(folder / SINGLE)
+    elif (folder / INDEX).is_file():
+        tensors = _read_sharded(folder)
     elif any((folder / name).exists() for name in _PICKLES):
         raise CheckpointError(
             f"{folder}: holds a pickle checkpoint, which can run code when loaded; set model.allow_pickle: true in the recipe "
@@ -91,7 +112,27 @@ def open_checkpoint(folder: Path) -> Checkpoint:
         )
     else:
         raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; is this a checkpoint's folder?")
+    check_names(str(folder), tensors)
     return Checkpoint(folder=folder, config=config, tensors=tensors)
+
+
+def check_names(where: str, tensors: Collection[str]) -> None:
+    """Check that tensors have the names of a model, not those that a wrapper of it has left.
+
+    Raises:
+        CheckpointError: they have not.
+    """
+    left = next((name for name in tensors if any(part in name for part in _ADAPTED)), None)
+    if left is not None:
+        raise CheckpointError(f"{where}: holds {left}, a part of a PEFT adapter that is not merged; {_MERGE}")
+    for prefix, (owner, remedy) in _WRAPPERS.items():
+        if tensors and all(name.startswith(prefix) for name in tensors):
+            raise CheckpointError(f"{where}: all names of its tensors begin with {prefix!r}, as {owner} leaves them; {remedy}")
+
+
+def adapter_words(base: str) -> str:
+    """Return what a message says of a folder or repository that holds an adapter alone; `base` is the model it belongs to."""
+    return f"holds a PEFT adapter and no model; it belongs to {base}: {_MERGE}"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -102,6 +143,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: no such folder")
+    if not (folder / "config.json").exists() and (folder / ADAPTER).is_file():
+        base = read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
+        raise CheckpointError(f"{folder}: {adapter_words(printable(str(base)))}")
     return read_json_object(folder / "config.json")
 
 

@@ -27,7 +27,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{folder}: its processor cannot be loaded ({error}); fetch or export it again") from error
     if getattr(processor, "chat_template", None) is None:
-        usual = family_at(folder).chat_template
+        usual = family_at(folder, trust_remote_code).chat_template
         shipped = processor.tokenizer.chat_template if usual else None  # this processor's class takes none up from the folder
         processor.chat_template = shipped or usual or None
     if processor.chat_template is not None:  # without one, text can be scored all the same

@@ -8,10 +8,23 @@ from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from compress.artifact import SIDE_FILES
-from compress.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry, open_checkpoint, parse_header, read_config, read_index
-from compress.errors import CheckpointError
+from compress.artifact import is_side_file, side_files
+from compress.checkpoint import (
+    ADAPTER,
+    INDEX,
+    SINGLE,
+    Checkpoint,
+    TensorEntry,
+    adapter_words,
+    check_names,
+    open_checkpoint,
+    parse_header,
+    read_config,
+    read_index,
+)
+from compress.errors import CheckpointError, MissingError, StoreError
 from compress.hubs import huggingface, modelscope
+from compress.hubs.card import CARD, read_licence
 from compress.hubs.datasets import DatasetPin, fetch_dataset_files, resolve_dataset
 from compress.hubs.pickles import PICKLE, PICKLE_INDEX, convert_pickle
 from compress.hubs.repository import RemoteFile, Repository, content_digest
@@ -31,8 +44,6 @@ __all__ = [
 ]
 
 _CONFIG = "config.json"
-_SIDE_SUFFIXES = {".jinja", ".model", ".tiktoken"}
-_SIDE_NAMES = {*SIDE_FILES, _CONFIG, "vocab.txt", "tokenizer_file.json", "spiece.model"}
 _FIRST_READ = 1 << 16
 
 Fingerprint = Callable[[Path], str]
@@ -59,8 +70,7 @@ class ModelPin:
         if self.repository is not None:
             return frozenset(self.repository.by_name)
         folder = Path(self.source)
-        kept = [path for path in (*folder.glob("*"), *folder.glob("additional_chat_templates/*")) if path.is_file()]
-        return frozenset(path.relative_to(folder).as_posix() for path in kept)
+        return frozenset([*(path.name for path in folder.glob("*") if path.is_file()), *side_files(folder)])
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
@@ -78,7 +88,7 @@ class ModelPin:
         Raises:
             CheckpointError: there are none, or an index names a file that is not there.
         """
-        if SINGLE in self.names and INDEX not in self.names:
+        if SINGLE in self.names:
             return (SINGLE,)
         if not self.pickled and INDEX not in self.names:
             raise CheckpointError(f"{self.source}: holds no {SINGLE} and no {INDEX}; is this a model's repository?")
@@ -106,9 +116,26 @@ class ModelPin:
     def describe(self) -> dict[str, str]:
         """Return what a report says of where it came from."""
         if self.repository is None:
-            return {"source": self.source}
+            return {"source": self.source, **self.licence}
         kind = "commit" if self.hub == "huggingface" else "files"
-        return {"source": self.source, "hub": self.hub, "revision": self.repository.revision, kind: self.repository.commit}
+        where = {"source": self.source, "hub": self.hub, "revision": self.repository.revision, kind: self.repository.commit}
+        return {**where, **self.licence}
+
+    @cached_property
+    def licence(self) -> Mapping[str, str]:
+        """What its model card says of its licence: `license`, and `license_name` and `license_link` of one that is no usual one.
+
+        Raises:
+            CheckpointError: the card leads out of the model's folder, or is too large.
+        """
+        if CARD not in self.names:
+            return {}
+        if self.repository is None:
+            return read_licence(Path(self.source))
+        try:
+            return read_licence(_fetch(self, [self.repository.by_name[CARD]], lambda count: None))
+        except (MissingError, StoreError):  # a cache that cannot be written holds all but the card: no reason to stop
+            return {}
 
     def _digest(self, names: Sequence[str], fingerprint: Fingerprint) -> str:
         if self.repository is not None:
@@ -128,21 +155,31 @@ def resolve_model(source: str, hub: Literal["huggingface", "modelscope"], revisi
         read_config(Path(source))
         return ModelPin(source=source, hub="folder")
     listed = huggingface.list_files("model", source, revision) if hub == "huggingface" else modelscope.list_files(source, revision)
+    if _CONFIG not in listed.by_name and ADAPTER in listed.by_name:
+        raise CheckpointError(f"{source}: {adapter_words('the model that its ' + ADAPTER + ' names')}")
     if _CONFIG not in listed.by_name:
         raise CheckpointError(f"{source}: holds no {_CONFIG} at revision {revision}; is this a model's repository?")
     return ModelPin(source=source, hub=hub, repository=listed)
 
 
-def fetch_metadata(pin: ModelPin) -> Path:
-    """Fetch a model's small files (config, tokenizer, processor, index); return the folder they are in.
+def fetch_metadata(pin: ModelPin, *, trust_remote_code: bool = False) -> Path:
+    """Fetch a model's small files (config, tokenizer, processor, index; its code where trusted); return the folder they are in.
 
     Raises:
         MissingError: they cannot be fetched.
     """
     if pin.repository is None:
         return Path(pin.source)
-    small = [file for file in pin.repository.files if _is_side(file.name) or file.name in {INDEX, PICKLE_INDEX}]
-    return _fetch(pin, small, lambda count: None)
+    return _fetch(pin, _small(pin.repository, trust_remote_code), lambda count: None)
+
+
+def _small(repository: Repository, trust_remote_code: bool) -> list[RemoteFile]:
+    """Return what is fetched beside the weights."""
+    return [
+        file
+        for file in repository.files
+        if _is_side(file.name) or file.name in {INDEX, PICKLE_INDEX} or (trust_remote_code and file.name.endswith(".py"))
+    ]
 
 
 def fetch_model(pin: ModelPin, progress: Progress, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Path:
@@ -158,15 +195,13 @@ def fetch_model(pin: ModelPin, progress: Progress, *, allow_pickle: bool = False
     if pin.repository is None:
         return Path(pin.source)
     fetch_metadata(pin)
-    files = pin.repository.by_name
-    wanted = [name for name in files if trust_remote_code and name.endswith(".py")]
-    listed = [files[name] for name in (*wanted, *pin.weights)]
-    small = [file for file in files.values() if _is_side(file.name) or file.name in {INDEX, PICKLE_INDEX}]
+    listed = [pin.repository.by_name[name] for name in pin.weights]
+    small = _small(pin.repository, trust_remote_code)
     with progress.task(f"fetch {pin.source}", sum(file.size for file in (*small, *listed)), "B") as advance:
         return _fetch(pin, [*small, *listed], advance)
 
 
-def open_pinned(pin: ModelPin, *, allow_pickle: bool = False) -> Checkpoint | None:
+def open_pinned(pin: ModelPin, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Checkpoint | None:
     """Return a model's config and tensor table, read from the headers alone; None where its weights are a pickle that is allowed.
 
     The tensors' files are where `fetch_model` will put them.
@@ -180,7 +215,7 @@ def open_pinned(pin: ModelPin, *, allow_pickle: bool = False) -> Checkpoint | No
         return None
     if pin.repository is None:
         return open_checkpoint(Path(pin.source))
-    folder = fetch_metadata(pin)
+    folder = fetch_metadata(pin, trust_remote_code=trust_remote_code)
     tensors: dict[str, TensorEntry] = {}
     headers = {shard: _remote_header(pin, folder, shard) for shard in pin.weights}
     if pin.weights == (SINGLE,):
@@ -192,7 +227,28 @@ def open_pinned(pin: ModelPin, *, allow_pickle: bool = False) -> Checkpoint | No
                     f"{pin.source}: {name} is said to be in {shard}, which does not hold it; use another revision"
                 )
             tensors[name] = headers[shard][name]
+    check_names(pin.source, tensors)
     return Checkpoint(folder=folder, config=pin.config, tensors=tensors, read_part=lru_cache(maxsize=256)(partial(_read_part, pin)))
+
+
+def weights_notes(pin: ModelPin) -> list[str]:
+    """Return which of several weights are taken where a model has a single file and an index of others beside it."""
+    if not {SINGLE, INDEX} <= pin.names:
+        return []
+    shards = set(read_index(fetch_metadata(pin) / INDEX).values()) - {SINGLE}
+    gone = sorted(shards - pin.names)
+    if not shards:
+        return []
+    others = f"{len(shards)} shards ({INDEX})"
+    if gone:
+        return [
+            f"the weights are {SINGLE}, as transformers reads them; {INDEX} beside it is stale: {gone[0]} is not there. vLLM goes "
+            "by the index: remove it"
+        ]
+    return [
+        f"there are weights twice: {SINGLE}, and {others}. {SINGLE} is taken, as by transformers; vLLM goes by the index and takes "
+        f"the shards of the original: remove those that are not meant"
+    ]
 
 
 def _remote_header(pin: ModelPin, folder: Path, name: str) -> dict[str, TensorEntry]:
@@ -225,8 +281,5 @@ def _refuse_pickle(pin: ModelPin, allow_pickle: bool) -> None:
 
 
 def _is_side(name: str) -> bool:
-    """Return whether a file belongs to config, tokenizer, processor or chat template."""
-    path = Path(name)
-    if path.parent.name == "additional_chat_templates":
-        return path.suffix == ".jinja"
-    return path.parent == Path() and (name in _SIDE_NAMES or path.suffix in _SIDE_SUFFIXES)
+    """Return whether a file belongs to config, tokenizer, processor or chat template, or tells the terms of use."""
+    return name == _CONFIG or is_side_file(name)

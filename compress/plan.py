@@ -16,7 +16,7 @@ from compress.document import Document, dotted
 from compress.errors import RecipeError, UsageError
 from compress.export.format import Outlook, runtimes_of
 from compress.families import Family, family_of
-from compress.hub import ModelPin, open_pinned, resolve_model
+from compress.hub import ModelPin, open_pinned, resolve_model, weights_notes
 from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.output_head import check_head, head_notes
@@ -30,6 +30,7 @@ from compress.schema import load_row
 from compress.store import Store
 from compress.tabular import Column, Table
 from compress.terminal import print_table
+from compress.tokens_check import check_tokens
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -169,12 +170,13 @@ def _check_graphs(plan: Plan) -> None:
 def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, Path]) -> Plan:
     source = recipe.model
     pin = resolve_model(source.source, source.hub, source.revision)
-    checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle)
-    family = family_of(pin.config, pin.source, checkpoint)
+    checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle, trust_remote_code=source.trust_remote_code)
+    family = family_of(pin.config, pin.source, checkpoint, source.trust_remote_code)
     source_notes: tuple[str, ...] = ()
     if checkpoint is not None:
         check_head(checkpoint, family)
-        source_notes = tuple(head_notes(checkpoint, family))
+        check_tokens(checkpoint, family)
+        source_notes = (*weights_notes(pin), *head_notes(checkpoint, family))
     if faults := _task_faults(recipe, document, family):
         raise RecipeError(faults)
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else Sizes({}, {})

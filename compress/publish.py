@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.artifact import RECORD, ArtifactFormat, artifact_format, folder_digests, source_commit, write_record
+from compress.artifact import RECORD, ArtifactFormat, artifact_format, folder_digests, is_terms, source_commit, write_record
 from compress.checkpoint import read_json_object
 from compress.errors import StoreError
 from compress.files import write_text
@@ -20,6 +20,8 @@ from compress.tabular import markdown
 from compress.verification.table import answers_table, components_table
 
 _CARD = "README.md"
+_LICENCE = ("license", "license_name", "license_link")
+"""The keys of a card's front matter that a hub reads a model's licence from."""
 
 
 def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: Progress) -> tuple[Published, ...]:
@@ -83,6 +85,14 @@ def _compares(report: Report) -> bool:
     return all(task["task"] in ("zero-shot", "retrieval") for task in report.recipe["eval"]["tasks"])
 
 
+def _terms(report: Report, folder: Path) -> str:
+    """Return what the card says of the terms of use: the original's licence by its name, and the files that hold them."""
+    named = report.source.get("license_name") or report.source.get("license")
+    files = sorted(path.name for path in folder.glob("*") if path.is_file() and is_terms(path.name))
+    words = f"Its licence is the original's: {named}" if named else "Its licence is the original's, whose card names none"
+    return f"{words}. Its terms of use are in {', '.join(f'[{name}]({name})' for name in files)}." if files else f"{words}."
+
+
 def card(report: Report, name: str) -> str:
     """Return the model card of one artifact: what it is, the table, the verdict, how to run it, where it comes from."""
     rows = tuple(row for row in report.rows if row.artifact in ("original", name))
@@ -92,7 +102,8 @@ def card(report: Report, name: str) -> str:
     base = [] if is_local(source) else [f"base_model: {source}"]
     use = _USES[artifact_format(Path(rows[-1].path))]
     kind = "zero-shot-image-classification" if _compares(report) else "image-text-to-text"
-    front = "\n".join(["---", *base, f"library_name: {use.library}", f"pipeline_tag: {kind}", "tags: [compress]", "---"])
+    licence = [f"{key}: {report.source[key]}" for key in _LICENCE if key in report.source]
+    front = "\n".join(["---", *licence, *base, f"library_name: {use.library}", f"pipeline_tag: {kind}", "tags: [compress]", "---"])
     steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])
     notes = "\n\n".join(f"{key}: {text}" for key, text in report.notes.items())
     own = {name: found} if (found := report.verifications.get(name)) else {}
@@ -103,7 +114,7 @@ def card(report: Report, name: str) -> str:
 
 # {report.name}: {name}
 
-{known}, compressed ({steps}). Its licence is the original's.
+{known}, compressed ({steps}). {_terms(report, Path(rows[-1].path))}
 {forced}
 ## Measured on this artifact and on the original, same prompts, same runtime: {rows[0].runtime}
 

@@ -7,13 +7,16 @@ from typing import Any, cast
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import __version__ as transformers_version
 
+from compress.checkpoint import read_config
 from compress.errors import CheckpointError
 
 _AUTO_CONFIG: Any = AutoConfig
 _GENERATIVE: Any = AutoModelForImageTextToText
 _PLAIN: Any = AutoModel
+_WRITING: Any = AutoModelForCausalLM
 
 
 def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False) -> PreTrainedModel:
@@ -51,8 +54,10 @@ def _fill_buffers(module: torch.nn.Module, model: Any, device: torch.device) -> 
 
 def _class_for(config: Any) -> Any:
     """Return what builds the model of a config: one that writes text, or the architecture's only one (CLIP)."""
-    generative = type(config) in _GENERATIVE._model_mapping or "AutoModelForImageTextToText" in getattr(config, "auto_map", {})
-    return _GENERATIVE if generative else _PLAIN
+    own: dict[str, Any] = getattr(config, "auto_map", None) or {}
+    if type(config) in _GENERATIVE._model_mapping or "AutoModelForImageTextToText" in own:
+        return _GENERATIVE
+    return _WRITING if "AutoModelForCausalLM" in own else _PLAIN
 
 
 def _keep_precise(model: Any, dtype: torch.dtype) -> None:
@@ -74,10 +79,24 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     try:
         config = _AUTO_CONFIG.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        reason = " ".join(str(error).partition("\n\n")[0].split())
-        raise CheckpointError(
-            f"{folder}/config.json: transformers cannot read it ({reason}); fetch the file again, or install a version that can"
-        ) from error
+        raise CheckpointError(_unreadable(folder, error)) from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    """Return why transformers reads no config, and what to do."""
+    config = read_config(folder)
+    if config.get("auto_map") and "trust_remote_code" in str(error):
+        return (
+            f"{folder}: the model brings its own Python code; set model.trust_remote_code: true in the recipe if you trust its "
+            "author, or use a model whose classes are in transformers"
+        )
+    if "does not recognize this architecture" in str(error):
+        return (
+            f"{folder}/config.json: transformers {transformers_version} has no model_type {config.get('model_type')!r}; use "
+            "another model, or its authors' repository with their Python files and model.trust_remote_code: true"
+        )
+    reason = " ".join(str(error).partition("\n\n")[0].split())
+    return f"{folder}/config.json: transformers cannot read it ({reason}); fetch the file again, or install a version that can"

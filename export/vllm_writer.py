@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.artifact import copy_side_files
-from compress.checkpoint import INDEX, Checkpoint
+from compress.checkpoint import Checkpoint
 from compress.engine.weights import ShardWriter, WeightReader
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext, Outlook
@@ -207,9 +207,7 @@ def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[st
                 f"{' and others' if len(missing) > 3 else ''}, which are not quantized; write the checkpoint again"
             )
         config["quantization_config"] = compressed_tensors_config(quantization, context.family)
-    files = sorted({entry.file for entry in checkpoint.tensors.values()})
-    if (context.source / INDEX).is_file():
-        files.append(context.source / INDEX)
+    files = checkpoint.weight_files
     with context.progress.task("export", len(files), "files") as advance, telling_where(context.target):
         for file in files:
             _link(file, context.target / file.name)

@@ -22,6 +22,7 @@ from compress.calibration.enough import enough_for
 from compress.calibration.sets import Text
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError, CompressError, MissingError, UsageError
+from compress.families import family_at
 from compress.hub import (
     convert_pickle,
     fetch_dataset_files,
@@ -30,6 +31,7 @@ from compress.hub import (
     resolve_dataset,
     resolve_model,
 )
+from compress.output_head import head_is_tied
 from compress.progress import Silent
 from tests.hub_server import HubServer, Repo, hub_server
 from tests.tiny import build_qwen2_5_vl
@@ -173,6 +175,28 @@ def test_folder_digest_follows_the_content(tmp_path: Path, checkpoint: Path) -> 
     assert original.digest(file_digest) != other.digest(file_digest)
     assert other.describe() == {"source": str(copy)}
     assert fetch_model(other, Silent()) == copy
+
+
+def test_the_licence_comes_with_the_card_and_its_terms_with_the_model(hub: HubServer, checkpoint: Path) -> None:
+    terms = {"README.md": b"---\nlicense: apache-2.0\n---\n", "LICENSE": b"terms", "USE_POLICY.md": b"policy"}
+    hub.repos["model", "org/tiny"] = Repo({**files_of(checkpoint), **terms})
+    pin = resolve_model("org/tiny", "huggingface", "main")
+    assert pin.describe()["license"] == "apache-2.0"
+    folder = fetch_model(pin, Silent())
+    assert {name: (folder / name).read_bytes() for name in terms} == terms
+
+
+def test_a_contradiction_about_the_head_is_seen_before_the_weights_are_fetched(hub: HubServer, tmp_path: Path) -> None:
+    folder = build_qwen2_5_vl(tmp_path / "model", layers=1, tied=True)
+    tensors = safetensors_torch.load_file(folder / "model.safetensors")
+    for other in (False, True):
+        head = tensors["model.embed_tokens.weight"] + (1 if other else 0)
+        safetensors_torch.save_file({**tensors, "lm_head.weight": head.contiguous()}, folder / "model.safetensors")
+        hub.repos["model", f"org/head{other}"] = Repo(files_of(folder))
+        opened = open_pinned(resolve_model(f"org/head{other}", "huggingface", "main"))
+        assert opened is not None
+        assert not any(entry.file.exists() for entry in opened.tensors.values())
+        assert head_is_tied(opened, family_at(folder)) != other
 
 
 def test_offline_takes_the_cache(hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -27,6 +27,8 @@ COMPRESS = [sys.executable, "-m", "compress.cli"]
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Report]:
     job = make_job(tmp_path_factory.mktemp("job"))
+    (job.folder / "model" / "LICENSE").write_text("Permission is granted.")
+    (job.folder / "model" / "README.md").write_text("---\nlicense: other\nlicense_name: own-terms\n---\n# Tiny\n")
     return job, compress.run(job.recipe, **job.places())
 
 
@@ -53,6 +55,9 @@ def test_a_run_ends_with_a_verdict_a_table_and_published_artifacts(finished: tup
         assert len(record["calibration"]["samples"]) == 8
         card = (folder / "README.md").read_text(encoding="utf-8")
         assert "| original |" in card
+        assert card.startswith("---\nlicense: other\nlicense_name: own-terms\n")
+        assert "Its licence is the original's: own-terms. Its terms of use are in [LICENSE](LICENSE)." in card
+        assert (folder / "LICENSE").read_text() == "Permission is granted."
         assert "by force" not in card
 
 

@@ -28,7 +28,7 @@ _MATRIX = 2
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
 
 
-def derive_family(checkpoint: Checkpoint, misfit: str) -> Family:
+def derive_family(checkpoint: Checkpoint, misfit: str, trust_remote_code: bool = False) -> Family:
     """Return a record for a checkpoint that fits none, for the reason `misfit`; what was derived stands in its `derived`.
 
     The decoder is run on a few tokens without its weights, every tensor followed. Its blocks have to consist of norms, linear
@@ -38,13 +38,15 @@ def derive_family(checkpoint: Checkpoint, misfit: str) -> Family:
         CheckpointError: transformers does not know the architecture, or it is built otherwise.
     """
     shapes = tuple((name, entry.shape) for name, entry in checkpoint.tensors.items())
-    return _derive(checkpoint.folder, json.dumps(checkpoint.config, sort_keys=True), shapes, misfit)
+    return _derive(checkpoint.folder, json.dumps(checkpoint.config, sort_keys=True), shapes, misfit, trust_remote_code)
 
 
 @lru_cache(maxsize=4)
-def _derive(folder: Path, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], misfit: str) -> Family:
+def _derive(
+    folder: Path, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], misfit: str, trust_remote_code: bool
+) -> Family:
     try:
-        model: Any = build_skeleton(folder, torch.float32, torch.device("cpu"))
+        model: Any = build_skeleton(folder, torch.float32, torch.device("cpu"), trust_remote_code)
     except CheckpointError as error:
         raise CheckpointError(f"{misfit}. Nor can a family be derived from the model: {error}") from error
     return _Inspection(model, misfit, json.loads(config), dict(shapes)).family()

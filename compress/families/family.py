@@ -15,6 +15,19 @@ if TYPE_CHECKING:
     from compress.checkpoint import Checkpoint
 
 _IMAGES = "pixel_values"
+_LLAVA = (
+    "is LLaVA in its authors' own form, which transformers does not read; use the repository of the same model at llava-hf, or "
+    "convert it with convert_llava_weights_to_hf.py from transformers' sources"
+)
+_ELSEWHERE: Mapping[str, str] = {
+    "internvl_chat": (
+        "is InternVL in its authors' own form, which transformers does not read; use the repository of the same model whose name "
+        "ends in -hf, such as OpenGVLab/InternVL3-2B-hf, or convert it with convert_internvl_weights_to_hf.py from transformers' "
+        "sources"
+    ),
+    **dict.fromkeys(("llava_llama", "llava_mistral", "llava_qwen"), _LLAVA),
+}
+"""What to use in the place of models whose files are another form of a supported architecture, by their `model_type`."""
 
 
 @dataclass(frozen=True)
@@ -114,10 +127,13 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def family_of(config: Mapping[str, Any], where: str = "config.json", checkpoint: Checkpoint | None = None) -> Family:
+def family_of(
+    config: Mapping[str, Any], where: str = "config.json", checkpoint: Checkpoint | None = None, trust_remote_code: bool = False
+) -> Family:
     """Return the family of a model by its config.json; `where` is the folder, file or hub id that an error names.
 
-    Where no record fits, one is derived from the `checkpoint`, if that is given; this imports torch.
+    Where no record fits, one is derived from the `checkpoint`, if that is given; this imports torch, and with `trust_remote_code`
+    the model's own code.
 
     Raises:
         CheckpointError: no record fits, and none can be derived.
@@ -125,14 +141,14 @@ def family_of(config: Mapping[str, Any], where: str = "config.json", checkpoint:
     family, misfit = _recorded(config)
     if family is not None:
         return family
-    if checkpoint is not None:
+    if checkpoint is not None and (trust_remote_code or config.get("model_type") not in _ELSEWHERE):
         from compress.families.derived import derive_family
 
-        return derive_family(checkpoint, f"{where}: {misfit}")
+        return derive_family(checkpoint, f"{where}: {misfit}", trust_remote_code)
     raise CheckpointError(f"{where}: {misfit}")
 
 
-def family_at(folder: Path) -> Family:
+def family_at(folder: Path, trust_remote_code: bool = False) -> Family:
     """Return the family of the checkpoint in a folder, whose weights are looked at only where no record fits its config.
 
     Raises:
@@ -141,7 +157,7 @@ def family_at(folder: Path) -> Family:
     from compress.checkpoint import open_checkpoint, read_config
 
     config = read_config(folder)
-    return _recorded(config)[0] or family_of(config, str(folder), open_checkpoint(folder))
+    return _recorded(config)[0] or family_of(config, str(folder), open_checkpoint(folder), trust_remote_code)
 
 
 def _recorded(config: Mapping[str, Any]) -> tuple[Family | None, str]:
@@ -149,6 +165,8 @@ def _recorded(config: Mapping[str, Any]) -> tuple[Family | None, str]:
     known = list(_families())
     family = next((family for family in known if family.model_type == config.get("model_type")), None)
     if family is None:
+        if instead := _ELSEWHERE.get(str(config.get("model_type"))):
+            return None, f"model_type {config.get('model_type')!r} {instead}"
         types = ", ".join(family.model_type for family in known)
         return None, f"model_type {config.get('model_type')!r} is no supported architecture; supported are {types}"
     for key, needed in family.requires:

@@ -39,8 +39,7 @@ def convert_pickle(folder: Path, target: Path) -> None:
     with telling_where(target):
         target.mkdir(parents=True, exist_ok=True)
         copy_side_files(folder, target)
-        for path in (folder / "config.json", *folder.glob("*.py")):
-            shutil.copyfile(path, target / path.name)
+        shutil.copyfile(folder / "config.json", target / "config.json")
         for number, shard in enumerate(shards, start=1):
             tensors = _unshare(_load(folder / shard), tied=says_tied(config))
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE

@@ -55,7 +55,7 @@ def measure_components(timed: Timed, progress: Progress) -> ComponentTable:
     """
     device = choose_device(timed.device)
     dtype = choose_dtype("auto", timed.artifact, device)
-    family = family_at(timed.artifact)
+    family = family_at(timed.artifact, timed.trust_remote_code)
     processor = load_processor(timed.artifact, timed.trust_remote_code)
     model = load_model(timed.artifact, dtype, device, progress, timed.trust_remote_code)
     neutral = GenerationConfig(do_sample=False, max_new_tokens=DECODED + 1, min_new_tokens=DECODED + 1, pad_token_id=0)

@@ -106,7 +106,9 @@ def open_session(runtime: Settings, context: OpenContext) -> Generator[VllmSessi
         told = _ask(runtime, endpoint)
         if told.scores:
             config = read_config(context.artifact)
-            tokens = Tokens(stop_tokens(context.artifact), family_at(context.artifact).placeholders(config))
+            tokens = Tokens(
+                stop_tokens(context.artifact), family_at(context.artifact, context.trust_remote_code).placeholders(config)
+            )
             session = VllmSession(endpoint, runtime, tokens)
         else:
             session = EndpointSession(endpoint, runtime)

@@ -93,7 +93,7 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
         if "failed" in (told := worker.reply(runtime.startup_seconds)):
             raise CheckpointError(f"{context.artifact}: onnxruntime-genai cannot load it ({told['failed']}); export it again")
         config = read_config(folder)
-        family = family_at(folder)
+        family = family_at(folder, context.trust_remote_code)
         model = Model(load_processor(folder, context.trust_remote_code), family, stop_tokens(folder), family.placeholders(config))
         pictures = temporary / "images"
         pictures.mkdir()
@@ -111,7 +111,7 @@ def _export(context: OpenContext, target: Path) -> Path:
     from compress.export.onnx_genai_limits import KINDS
 
     checkpoint = open_checkpoint(context.artifact)
-    family = family_of(checkpoint.config, str(context.artifact), checkpoint)
+    family = family_of(checkpoint.config, str(context.artifact), checkpoint, context.trust_remote_code)
     built = family.name in KINDS and KINDS[family.name].built
     target.mkdir()
     with telling_where(target):

@@ -112,7 +112,9 @@ def graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Gener
     shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
     try:
         folder.mkdir(parents=True)
-        export.apply(ExportContext(context.artifact, folder, family_at(context.artifact), context.progress))
+        export.apply(
+            ExportContext(context.artifact, folder, family_at(context.artifact, context.trust_remote_code), context.progress)
+        )
         yield folder
     except OSError as error:
         raise StoreError(f"{folder}: {context.artifact} cannot be exported there ({error}); free space") from error
@@ -123,7 +125,7 @@ def graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Gener
 def load(folder: Path, context: OpenContext, settings: Settings, engine: Engine) -> OnnxruntimeSession:
     """Load an artifact, its graphs from the folder that `graphs_of` gives; raises as `open_session` does."""
     artifact, trusted = context.artifact, context.trust_remote_code
-    family = family_at(artifact)
+    family = family_at(artifact, trusted)
     processor = load_processor(artifact, trusted)
     stops, pad_id = stops_and_pad(artifact, processor, load_config(artifact, trusted).get_text_config())
     encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(artifact))

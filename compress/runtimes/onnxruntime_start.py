@@ -39,7 +39,7 @@ def serve(runtime: Onnxruntime, context: OpenContext, settings: Settings) -> Gen
         StoreError: there is no room for the exported checkpoint.
         ServerError: the server did not come up.
     """
-    family = family_at(context.artifact)
+    family = family_at(context.artifact, context.trust_remote_code)
     if family.head is None:
         raise UsageError(
             f"{context.artifact}: latency is measured of answers, and {family.name} compares images with texts and writes none; "

@@ -50,7 +50,7 @@ def load_model(
         CheckpointError: a weight is missing, superfluous, or of another shape than the model's.
     """
     checkpoint = open_checkpoint(artifact)
-    family = family_of(checkpoint.config, str(artifact), checkpoint)
+    family = family_of(checkpoint.config, str(artifact), checkpoint, trust_remote_code)
     model: Any = build_skeleton(artifact, dtype, device, trust_remote_code)
     modules: dict[str, nn.Module] = dict(model.named_modules())
     with progress.task("load weights", dense_count(checkpoint), "tensors") as advance:

@@ -61,7 +61,7 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Transfor
     processor = load_processor(context.artifact, context.trust_remote_code)
     model = load_model(context.artifact, dtype, device, context.progress, context.trust_remote_code)
     stops, pad_id = stops_and_pad(context.artifact, processor, model.config.get_text_config())
-    family = family_at(context.artifact)
+    family = family_at(context.artifact, context.trust_remote_code)
     encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(context.artifact))
     session = TransformersSession(model, encoder, device, stops)
     del model

@@ -28,7 +28,7 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
         ServerError: the server did not come up, or nothing serves at `url`.
     """
     config = read_config(context.artifact)
-    tokens = Tokens(stop_tokens(context.artifact), family_at(context.artifact).placeholders(config))
+    tokens = Tokens(stop_tokens(context.artifact), family_at(context.artifact, context.trust_remote_code).placeholders(config))
     if runtime.url is not None:
         address = _address(runtime)
         with open_client(address, patience_of(runtime), runtime.concurrency) as client:

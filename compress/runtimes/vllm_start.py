@@ -119,7 +119,7 @@ def _command(runtime: Vllm, context: OpenContext, memory: Memory, extra: tuple[s
 
 def _chat_template(context: OpenContext) -> tuple[str, ...]:
     """Return what makes a server write prompts as the in-process runtime does where the artifact ships no chat template."""
-    artifact, template = context.artifact, family_at(context.artifact).chat_template
+    artifact, template = context.artifact, family_at(context.artifact, context.trust_remote_code).chat_template
     settings = artifact / "tokenizer_config.json"
     ships = any((artifact / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
     if not template or ships or (settings.is_file() and read_json_object(settings).get("chat_template")):

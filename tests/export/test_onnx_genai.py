@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from compress.artifact import SIDE_FILES
+from compress.artifact import side_files
 from compress.checkpoint import open_checkpoint, read_json_object
 from compress.errors import CheckpointError, MissingError, ServerError, StoreError, VerificationError
 from compress.export import FORMATS
@@ -126,7 +126,7 @@ def test_what_the_builder_does_not_read_is_refused_and_the_own_decoder_holds_it(
 
 def test_the_folder_holds_what_the_runtime_reads(demo: Path) -> None:
     found = {path.name for path in demo.iterdir()}
-    sides = {name for name in SIDE_FILES if (DEMO / name).is_file()}
+    sides = set(side_files(DEMO))
     assert found == sides | {
         "config.json", "genai_config.json", "vision_processor.json", "model.onnx", "model.onnx.data",
         "vision_encoder.onnx", "vision_encoder.onnx_data", "embeddings.onnx", "embeddings.onnx_data",

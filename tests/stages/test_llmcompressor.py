@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 import compress
-from compress.artifact import SIDE_FILES
+from compress.artifact import side_files
 from compress.calibration.load import load_batches
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError
@@ -83,9 +83,8 @@ def four_bit_floats(bench: Bench, tmp_path_factory: pytest.TempPathFactory) -> P
     source = base / "model"
     source.mkdir()
     save_file(renamed, source / "model.safetensors", metadata={"format": "pt"})
-    for name in ("config.json", *SIDE_FILES):
-        if (bench.folder / name).is_file():
-            (source / name).write_bytes((bench.folder / name).read_bytes())
+    for name in ("config.json", *side_files(bench.folder)):
+        (source / name).write_bytes((bench.folder / name).read_bytes())
     return replace(bench, folder=source).apply(base / "out", stage({"QuantizationModifier": {"scheme": "NVFP4"}}))
 
 
@@ -181,7 +180,7 @@ def test_what_is_not_quantized_stays_as_it_was(finished: tuple[Job, Report]) -> 
     same = before.keys() & after.keys()
     assert any("visual" in name for name in same)
     assert [name for name in same if not torch.equal(before[name], after[name])] == []
-    carried = [name for name in SIDE_FILES if (job.folder / "model" / name).exists()]
+    carried = side_files(job.folder / "model")
     assert len(carried) >= 5
     for name in carried:
         assert (artifact / name).read_bytes() == (job.folder / "model" / name).read_bytes()

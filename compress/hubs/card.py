@@ -1,0 +1,31 @@
+"""What a model's card says of its licence."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+from compress.limits import limits
+from compress.untrusted import read_bytes
+
+CARD = "README.md"
+_FRONT = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*$", re.DOTALL | re.MULTILINE)
+_LINE = re.compile(r"(?m)^(license|license_name|license_link):[ \t]*(['\"]?)([^\n'\"#]{1,300}?)\2[ \t]*$")
+_NAME = re.compile(r"\w[\w .+-]*")
+_LINK = re.compile(r"https://[\w./%~+#?=&:-]+|[\w.-]+")
+
+
+def read_licence(folder: Path) -> Mapping[str, str]:
+    """Return `license`, `license_name` and `license_link` of the card in a model's folder, those that are there.
+
+    They stand in the card's front matter (https://huggingface.co/docs/hub/model-cards), one to a line; what is no plain name or
+    link is left out.
+
+    Raises:
+        CheckpointError: the card leads out of the folder, or is too large.
+    """
+    text = read_bytes(folder / CARD, limits().json_bytes, root=folder).decode("utf-8", "replace").replace("\r\n", "\n")
+    front = _FRONT.search(text.removeprefix("\ufeff"))
+    found = {key: value.strip() for key, _, value in _LINE.findall(front.group(1))} if front else {}
+    return {key: value for key, value in found.items() if (_LINK if key == "license_link" else _NAME).fullmatch(value)}
