@@ -14,7 +14,7 @@ from compress.artifact import artifact_format, checkpoint_files
 from compress.calibration.questions import source_digest
 from compress.calibration.sets import QuestionSource, TextSource
 from compress.export.format import VerifiedExport, runtimes_of
-from compress.hardware import default_device, describe
+from compress.hardware import default_device, describe, gpus, processor
 from compress.hub import DatasetPin, ModelPin, resolve_dataset, resolve_model
 from compress.recipe import Recipe
 from compress.schema import is_local
@@ -96,6 +96,7 @@ class Planner:
         self.runtimes = {name: runtimes_of(path) for name, path in given.items()}
         self.given = {name: _given_key(path, store) for name, path in given.items()}
         self.device = default_device()
+        self.computed_on = [self.device, *gpus()[:1]]  # another GPU has other kernels, which round otherwise
         self.source_key = pin.digest(store.fingerprint)
         self.side_key = pin.side_digest(store.fingerprint)
         self.sizes = sizes
@@ -109,7 +110,7 @@ class Planner:
         steps: list[Step] = []
         weights = self.source_key
         if self.convert:
-            weights = self._key("convert", weights)
+            weights = self._key("convert", weights, versions_of(("torch", "safetensors")))
             steps.append(Step("convert to safetensors", "convert", weights))
         calibration = self._calibration()
         if calibration:
@@ -120,7 +121,7 @@ class Planner:
         for position, stage in enumerate(self.recipe.stages):
             seed = self.recipe.calibration.seed if self.recipe.calibration else 0
             fields = stage.model_dump(mode="json")
-            shaping = [stage.revision, stage.versions(), self.device, seed]
+            shaping = [stage.revision, stage.versions(), self.computed_on, seed]
             last = self._key("stage", fields, last, calibration if stage.calibrated else None, *shaping)
             steps.append(Step(self._stage_name(position), "stage", last, position, self.sizes.stages.get(position)))
         exports = {
@@ -151,7 +152,8 @@ class Planner:
         export = self.recipe.export[position]
         if not isinstance(export, VerifiedExport):
             return []
-        key = self._key("verify", artifact, export.verification_revision, export.verification_versions())
+        how = [export.verification_revision, export.verification_versions(), processor()]  # graphs are computed on the processor
+        key = self._key("verify", artifact, *how)
         return [Step(f"verify {name}", "verify", key, position, artifact=name)]
 
     def _at(self, place: int) -> str:
@@ -161,7 +163,7 @@ class Planner:
     def _export_key(self, position: int, checkpoint: str) -> str:
         export = self.recipe.export[position]
         fields = export.model_dump(mode="json")
-        return self._key("export", fields, checkpoint, export.revision, versions_of(export.libraries), self._lineage())
+        return self._key("export", fields, checkpoint, export.revision, export.versions(), self._lineage())
 
     def _stage_name(self, position: int) -> str:
         names = [stage.stage for stage in self.recipe.stages]
@@ -191,7 +193,7 @@ class Planner:
         noise = self.recipe.eval.noise if original is None and runtime.asks_server else 0
         alive = None if original is None else self.recipe.gate.alive(target.name)
         how = [drawn, noise, None if check is None else check.model_dump(mode="json"), alive]
-        shaping = [runtime.settings(name), runtime.revision, runtime.versions(), self.device]
+        shaping = [runtime.settings(name), runtime.revision, runtime.versions(), self.computed_on]
         return self._key("measure", artifact, original, self._task_settings(), how, *shaping)
 
     def _latency(self, place: int, settings: LatencySettings, models: Mapping[str, str]) -> str:

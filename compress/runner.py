@@ -277,7 +277,7 @@ class _Run:
                 **({"serving": "; ".join(serving)} if serving else {}),
             },
             recipe=redact_value(recipe.model_dump(mode="json")),
-            versions=workshop.versions(),
+            versions=workshop.versions(recipe.export),
             runtime_versions=redact_value({name: version for runtime in runtimes for name, version in runtime.versions().items()}),
             hardware=describe(),
             widths=self._widths(),

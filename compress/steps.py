@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
@@ -13,7 +13,7 @@ from compress.calibration.collect import MANIFEST, PinnedSet, Selection, collect
 from compress.calibration.enough import enough_for
 from compress.calibration.overlap import check_overlap
 from compress.eval.measure import MeasureContext, measure
-from compress.export.format import ExportContext, VerifiedExport, VerifyContext
+from compress.export.format import Export, ExportContext, VerifiedExport, VerifyContext
 from compress.files import write_json
 from compress.hub import fetch_dataset_files, fetch_model
 from compress.hubs.datasets import Enough
@@ -64,11 +64,12 @@ class Workshop:
         converted = next((self.entries[step.name].folder for step in self.plan.steps if step.kind == "convert"), None)
         return converted or self.fetched
 
-    def versions(self) -> dict[str, str]:
-        """Return the versions of this package and of the libraries that shaped the weights."""
+    def versions(self, exports: Sequence[Export]) -> dict[str, str]:
+        """Return the versions of this package, and of what shaped the weights and these artifacts, in whatever environment."""
         import importlib.metadata
 
-        own = {name: version for stage in self.plan.recipe.stages for name, version in stage.versions().items()}
+        parts = (*self.plan.recipe.stages, *exports)
+        own = {name: version for part in parts for name, version in part.versions().items()}
         return {"vlm-compress": importlib.metadata.version("vlm-compress"), **dict(sorted(own.items()))}
 
     def _convert(self, step: Step, target: Path) -> None:
@@ -153,7 +154,7 @@ class Workshop:
             "stages": [stage.model_dump(mode="json") for stage in recipe.stages],
             "export": recipe.export[step.position].model_dump(mode="json"),
             "device": plan.device,
-            "versions": self.versions(),
+            "versions": self.versions([recipe.export[step.position]]),
         }
         if recipe.calibration:
             folder = self.entries["calibration"].folder

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -66,10 +67,18 @@ class Export(Frozen, ABC):
     """Raised whenever the same settings write something else, so that the store forgets the old artifact."""
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
-    """The distributions whose versions shape the result."""
+    """The distributions in this environment whose versions shape the result."""
 
     runtimes: ClassVar[frozenset[str]]
     """The rows of the table of runtimes that run what it writes."""
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions, by distribution, that shape the result; imports nothing heavy.
+
+        Raises:
+            MissingError: something that makes it lives in an environment of its own, which is not installed.
+        """
+        return {name: importlib.metadata.version(name) for name in self.libraries}
 
     @property
     @abstractmethod

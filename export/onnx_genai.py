@@ -59,6 +59,19 @@ class OnnxGenai(OnnxExport, VerifiedExport):
 
         write_folder(self, context, self.checked(context))
 
+    def versions(self) -> dict[str, str]:
+        """Return what makes the graphs here, and with `decoder: builder` the environment whose builder makes the decoder.
+
+        Raises:
+            MissingError: that environment is not installed.
+        """
+        from compress.runtimes.onnxruntime_genai import ENVIRONMENT, OnnxruntimeGenai
+
+        if self.decoder == "own":
+            return super().versions()
+        built = OnnxruntimeGenai(runtime="onnxruntime-genai").versions()
+        return super().versions() | {f"{ENVIRONMENT}/{name}": version for name, version in built.items()}
+
     def verification_versions(self) -> dict[str, str]:
         """Return the versions in onnxruntime-genai's environment, and of what computes the checkpoint and the graphs here.
 
