@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.checkpoint import open_checkpoint, read_json_object
 from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
+from compress.export.onnx_cost import cost_notes
 from compress.export.onnx_export import OnnxExport
 from compress.export.onnx_limits import expected_bytes, faults
 from compress.files import telling_where, write_json
@@ -30,6 +31,10 @@ class Onnx(OnnxExport, VerifiedExport):
     def check(self, outlook: Outlook) -> list[str]:
         """Return the architecture, linears or settings that no graph here can hold."""
         return faults(self, outlook)
+
+    def notes(self, outlook: Outlook) -> list[str]:
+        """Return what the parts that no stage quantized cost, and how to have them smaller."""
+        return cost_notes(self, outlook)
 
     def predict_bytes(self, outlook: Outlook) -> int:
         """Return the size of the weights it writes."""

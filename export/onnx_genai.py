@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
+from compress.export.onnx_cost import cost_notes
 from compress.export.onnx_export import OnnxExport
 from compress.export.onnx_genai_limits import faults, notes
 from compress.export.onnx_limits import expected_bytes
@@ -39,9 +40,8 @@ class OnnxGenai(OnnxExport, VerifiedExport):
         return faults(self, outlook)
 
     def notes(self, outlook: Outlook) -> list[str]:
-        """Return in what the runtime reads prompts otherwise than the checkpoint's own processor."""
-        del outlook
-        return notes()
+        """Return in what the runtime reads prompts otherwise than the checkpoint's own processor, and what floats cost."""
+        return [*notes(), *cost_notes(self, outlook)]
 
     def predict_bytes(self, outlook: Outlook) -> int:
         """Return the size of the weights it writes."""

@@ -28,7 +28,8 @@ _WIDTHS = (4, 8)
 _PATCHES = "vision_model.embeddings.patch_embedding"
 """What CLIP's patches are multiplied with, which counts as embeddings."""
 
-_FLOAT_BYTES = {"float32": 4, "float16": 2}
+FLOAT_BYTES = {"float32": 4, "float16": 2}
+"""The bytes of a number in each type that graphs compute in."""
 
 
 def block_size(group_size: int) -> int:
@@ -118,10 +119,10 @@ def expected_bytes(settings: OnnxExport, outlook: Outlook, *, built: bool = Fals
     `built` says that the decoder is that of onnxruntime-genai's builder, which stores a head that is the embeddings once more, and
     the cosines and sines of every position.
     """
-    checkpoint, number = outlook.checkpoint, _FLOAT_BYTES[settings.dtype]
+    checkpoint, number = outlook.checkpoint, FLOAT_BYTES[settings.dtype]
     total, taken = 0, set[str]()
     for name, scheme in outlook.schemes.items():
-        total += _linear_bytes(linear_shape(checkpoint, name), scheme, number)
+        total += linear_bytes(linear_shape(checkpoint, name), scheme, number)
         taken.update((*linear_tensors(name), f"{name}.weight"))
     total += _rotation_bytes(checkpoint.text_config, number) if built else 0
     ends = _end_widths(settings, outlook, apart=built)
@@ -157,7 +158,8 @@ def _held_bytes(shape: tuple[int, ...], bits: int | None, number: int) -> int:
     return count * number if bits is None else count * bits // 8 + count // ROUNDED_BLOCK * number
 
 
-def _linear_bytes(shape: tuple[int, int], scheme: Scheme, number: int) -> int:
+def linear_bytes(shape: tuple[int, int], scheme: Scheme, number: int) -> int:
+    """Return the size of a linear [out, in] in a graph whose floats have `number` bytes."""
     rows, columns = shape
     if scheme.activations is not None:
         return rows * columns + rows * (number + (scheme.activations == "tensor"))
