@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 from transformers import CLIPModel, CLIPProcessor
 
 from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Columns, Vqa
+from compress.calibration.sets import Columns, QuestionSource, Vqa
 from compress.checkpoint import open_checkpoint
 from compress.conversation import decode_image
 from compress.eval.task import draw_questions
@@ -176,7 +176,8 @@ def read_images(model: Path) -> Held:
     questions: dict[str, Question] = {}
     found: list[Any] = []
     for column in COLUMNS:
-        found = draw_questions([model / "test.parquet"], Columns(question=None, answer=column), None, 0)
+        source, columns = model / "test.parquet", Columns(question=None, answer=column)
+        found = draw_questions([source], QuestionSource.model_construct(source=str(source), columns=columns), None, 0)
         given = [each.answers[0] for each in found]
         names = sorted(set(given))
         texts = [dict(processor.tokenizer([words.format(name)], return_tensors="np")) for name in names for words in TEMPLATES]

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from compress.calibration.sets import Columns
+from compress.calibration.sets import QuestionSource
 from compress.eval.journal import answer_all
 from compress.eval.task import draw_questions
 from compress.files import write_json
@@ -103,7 +103,7 @@ def ask_ourselves(session: VllmSession, folder: Path) -> tuple[float, list[str]]
     """Return the seconds from the file of questions to all answers, and what was said."""
     target = folder / "measurement"
     began = time.perf_counter()
-    questions = draw_questions([DEMO / "test.parquet"], Columns(), None, 0)
+    questions = draw_questions([DEMO / "test.parquet"], QuestionSource(source=str(DEMO / "test.parquet")), None, 0)
     prompts = [Prompt(id=question.id, text=question.question, images=question.images) for question in questions]
     answers = answer_all(session, prompts, MAX_NEW_TOKENS, target, "scenes", Silent())
     taken = time.perf_counter() - began

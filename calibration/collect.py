@@ -6,7 +6,7 @@ import hashlib
 import io
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -17,12 +17,13 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import numpy as tensors
 
+from compress.calibration.identity import WordHashes, looks_of, shingles, words_of
 from compress.calibration.questions import Question, count_questions, read_questions
 from compress.calibration.sets import Text, Vqa, Wikitext
 from compress.calibration.texts import read_documents
-from compress.calibration.windows import Encode, Wanted, choose, pack_windows
+from compress.calibration.windows import Encode, Wanted, Window, choose, pack_windows
 from compress.checkpoint import read_config, text_config
-from compress.conversation import check_reserved, decode_image
+from compress.conversation import check_reserved
 from compress.errors import CheckpointError, DataError
 from compress.families import family_at
 from compress.files import write_json, write_text
@@ -31,6 +32,7 @@ from compress.progress import Progress
 MANIFEST = "manifest.json"
 QUESTIONS = "questions.jsonl"
 WINDOWS = "windows.safetensors"
+SHINGLES = "shingles.safetensors"
 IMAGES = "images"
 
 
@@ -55,7 +57,8 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
     """Draw the samples with the tokenizer of the checkpoint at `model` and write them below `target`.
 
     `manifest.json` has an entry per sample (kind, id, origin, SHA-256 of its content, and what the overlap check compares) and
-    a digest of them all; `windows.safetensors` the token ids of each text set; `questions.jsonl` and `images/` the questions.
+    a digest of them all; `windows.safetensors` the token ids of each text set; `shingles.safetensors` a hash of each 13 words in a
+    row of their text, with the place of its sample; `questions.jsonl` and `images/` the questions.
 
     Raises:
         DataError: a source cannot be used or gives fewer samples than asked for, or a sample does not fit the model.
@@ -65,12 +68,12 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
     tokenizer = load_tokenizer(model, trust_remote_code)
     longest = _longest_window(model, trust_remote_code)
     samples, windows, rows = list[dict[str, Any]](), dict[str, NDArray[np.int32]](), list[dict[str, Any]]()
+    texts = dict[int, str]()
     for place, pinned in enumerate(selection.sets):
         seed, name = f"{selection.seed}:{place}", f"calibration.sets.{place}"
         if isinstance(pinned.spec, Vqa):
-            drawn = _draw_questions(pinned, seed, name, progress)
             reserved = set[str](tokenizer.all_special_tokens)
-            for question in drawn:
+            for question in _draw_questions(pinned, seed, name, progress):
                 row, sample = _write_question(pinned, question, target, reserved)
                 rows.append({"set": place, **row})
                 samples.append({"set": place, **sample})
@@ -80,14 +83,17 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
                 f"{name}: windows of {pinned.spec.tokens} tokens, and the model takes {longest}; lower {name}.tokens in the recipe"
             )
         wanted = Wanted(samples=pinned.spec.samples, tokens=pinned.spec.tokens, seed=seed, name=name)
-        entries, windows[name] = _draw_windows(pinned, wanted, encoder(tokenizer), progress)
-        samples += [{"set": place, **entry} for entry in entries]
+        drawn = _draw_windows(pinned, wanted, encoder(tokenizer), progress)
+        windows[name] = np.stack([window.token_ids for window in drawn])
+        texts |= {len(samples) + number: window.text for number, window in enumerate(drawn)}
+        samples += [{"set": place, **_window_entry(pinned, name, *numbered)} for numbered in enumerate(drawn)]
     if windows:
         tensors.save_file(windows, target / WINDOWS)
+        tensors.save_file(_shingles_of(texts), target / SHINGLES)
     if rows:
         write_text(target / QUESTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     total = hashlib.sha256("\n".join([str(selection.seed), *(sample["sha256"] for sample in samples)]).encode()).hexdigest()
-    write_json(target / MANIFEST, {"schema": 1, "seed": selection.seed, "digest": total, "samples": samples})
+    write_json(target / MANIFEST, {"schema": 2, "seed": selection.seed, "digest": total, "samples": samples})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
@@ -151,30 +157,37 @@ def encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def _draw_windows(
-    pinned: PinnedSet, wanted: Wanted, encode: Encode, progress: Progress
-) -> tuple[list[dict[str, Any]], NDArray[np.int32]]:
+def _draw_windows(pinned: PinnedSet, wanted: Wanted, encode: Encode, progress: Progress) -> list[Window]:
     spec = cast("Text | Wikitext", pinned.spec)
     documents = chain.from_iterable(read_documents(path, spec.column) for path in pinned.files)
     with progress.task(f"{wanted.name}: pack text", wanted.samples, "windows") as advance:
         windows = pack_windows(documents, encode, wanted)
         advance(len(windows))
-    entries = [
-        {
-            "kind": "text",
-            "id": f"{wanted.name}:{number}",
-            "origin": _origin(pinned, window.first if window.first == window.last else f"{window.first} to {window.last}"),
-            "sha256": hashlib.sha256(window.token_ids.astype("<i4").tobytes()).hexdigest(),
-            "paragraphs": {digest: _origin(pinned, origin) for digest, origin in window.paragraphs.items()},
-        }
-        for number, window in enumerate(windows)
-    ]
-    return entries, np.stack([window.token_ids for window in windows])
+    return windows
+
+
+def _window_entry(pinned: PinnedSet, name: str, number: int, window: Window) -> dict[str, Any]:
+    return {
+        "kind": "text",
+        "id": f"{name}:{number}",
+        "origin": _origin(pinned, window.first if window.first == window.last else f"{window.first} to {window.last}"),
+        "sha256": hashlib.sha256(window.token_ids.astype("<i4").tobytes()).hexdigest(),
+    }
+
+
+def _shingles_of(texts: Mapping[int, str]) -> dict[str, NDArray[Any]]:
+    """Return the hashes of all runs of words of the samples' texts, sorted, each once, and the place of a sample that has it."""
+    hashes = WordHashes()
+    found = {place: shingles(hashes.of(words_of(text))) for place, text in texts.items()}
+    owners = np.concatenate([np.full(len(own), place, dtype=np.int64) for place, own in found.items()])
+    every, first = np.unique(np.concatenate(list(found.values())), return_index=True)
+    return {"hashes": every, "samples": owners[first]}
 
 
 def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress) -> list[Question]:
     spec = cast("Vqa", pinned.spec)
-    total = count_questions(pinned.files, spec.columns)
+    total = count_questions(pinned.files, spec.columns, spec.rows)
+    folder = None if spec.image_folder is None else Path(spec.image_folder)
     if total < spec.samples:
         raise DataError(
             f"{name}: {', '.join(map(str, pinned.files))} holds {total} questions, {spec.samples} are asked for; "
@@ -182,7 +195,8 @@ def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress)
         )
     drawn = list[Question]()
     with progress.task(f"{name}: read questions", spec.samples, "questions") as advance:
-        for question in read_questions(pinned.files, spec.columns, frozenset(choose(total, spec.samples, seed))):
+        chosen = frozenset(choose(total, spec.samples, seed))
+        for question in read_questions(pinned.files, spec.columns, chosen, spec.rows, folder):
             drawn.append(question)
             advance(1)
     return drawn
@@ -196,9 +210,8 @@ def _write_question(
     answer = Counter(question.answers).most_common(1)[0][0] if question.answers else None
     origin = _origin(pinned, question.origin)
     check_reserved((prompt, answer or ""), reserved, f"{origin}: question {question.id}")
-    images = [
-        _write_image(image, digest, target, origin) for image, digest in zip(question.images, question.image_digests, strict=True)
-    ]
+    looks = [looks_of(image, origin) for image in question.images]  # decodes all of each, too
+    images = [_write_image(image, digest, target) for image, digest in zip(question.images, question.image_digests, strict=True)]
     content = json.dumps([prompt, answer, *question.image_digests], ensure_ascii=False)
     row = {"id": question.id, "prompt": prompt, "answer": answer, "images": images}
     sample = {
@@ -206,15 +219,15 @@ def _write_question(
         "id": question.id,
         "origin": origin,
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
-        "question": question.digest,
+        "words": " ".join(words_of(question.question)),
         "images": list(question.image_digests),
+        "looks": [{"pixels": each.pixels, "hash": each.hashed.tobytes().hex()} for each in looks],
     }
     return row, sample
 
 
-def _write_image(data: bytes, digest: str, target: Path, origin: str) -> str:
-    """Write an image under its digest after decoding all of it; return its path below `target`."""
-    decode_image(data, origin)
+def _write_image(data: bytes, digest: str, target: Path) -> str:
+    """Write an image, which has been decoded, under its digest; return its path below `target`."""
     with Image.open(io.BytesIO(data)) as image:
         suffix = (image.format or "image").lower()
     path = target / IMAGES / f"{digest}.{suffix}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from compress.calibration.json_rows import read_json_rows
 from compress.calibration.sets import Text, Vqa, Wikitext
 from compress.calibration.tables import parquet_bytes, parquet_rows
 from compress.calibration.windows import REACH
@@ -38,5 +39,4 @@ def enough_for(spec: Text | Wikitext | Vqa) -> Callable[[Sequence[Path]], bool]:
 def _rows(path: Path) -> int:
     if path.suffix == ".parquet":
         return parquet_rows(path)
-    with path.open("rb") as file:
-        return sum(1 for line in file if line.strip())
+    return len(read_json_rows(path))

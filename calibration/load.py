@@ -205,8 +205,10 @@ def _checked_exchanges(folder: Path, processor: Any, family: Family, longest: in
 
 def _question_batches(exchanges: Iterable[Exchange], processor: Any, tokens_per_batch: int) -> Iterator[QuestionBatch]:
     batch = list[Exchange]()
-    for exchange in sorted(exchanges, key=lambda exchange: exchange.length):
-        if batch and (len(batch) + 1) * exchange.length > tokens_per_batch:
+    # processors differ in what they make of a row without images among rows with some, so these have batches of their own
+    for exchange in sorted(exchanges, key=lambda exchange: (bool(exchange.prompt.images), exchange.length)):
+        mixed = bool(batch) and bool(batch[0].prompt.images) != bool(exchange.prompt.images)
+        if batch and (mixed or (len(batch) + 1) * exchange.length > tokens_per_batch):
             yield QuestionBatch(tuple(batch), processor)
             batch = []
         batch.append(exchange)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self, cast
 
-from pydantic import BeforeValidator, Field, PositiveInt, model_validator
+from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
 
-from compress.schema import Frozen, Source
+from compress.schema import Frozen, Source, resolve_source
 
 Names = str | Annotated[tuple[str, ...], Field(min_length=1)]
 """A field, or several that together hold one thing."""
@@ -49,6 +50,20 @@ class Rows(Frozen):
     text_only: bool = False
 
 
+def _resolve_folder(value: str, info: ValidationInfo) -> str:
+    found = Path(resolve_source(value, info)).resolve() if value.strip() else Path()
+    if not value.strip() or not found.is_dir():
+        raise ValueError(f"no folder at {value}; name one that holds the images")
+    return str(found)
+
+
+ImageFolder = Annotated[str, AfterValidator(_resolve_folder)]
+"""A folder, relative to the recipe, below which the images lie that a question file names by their paths.
+
+Without it they must lie below the file's own folder: a file of a stranger's must not name what else is on this machine.
+"""
+
+
 class TextSource(Frozen):
     """Where running text comes from: a local text, parquet or JSONL file, or a hub dataset."""
 
@@ -60,13 +75,14 @@ class TextSource(Frozen):
 
 
 class QuestionSource(Frozen):
-    """Where questions about images come from: a local JSONL or parquet file, or a hub dataset."""
+    """Where questions about images come from: a local JSONL, JSON or parquet file, or a hub dataset."""
 
     source: Source
     subset: str | None = None
     split: str = "train"
     revision: str = "main"
     columns: Columns = Columns()
+    image_folder: ImageFolder | None = None
 
     @model_validator(mode="after")
     def _check_question(self) -> Self:
@@ -96,8 +112,17 @@ class Wikitext(TextSource):
 
 
 class Vqa(QuestionSource):
-    """Images with a question and its answer, through the model's own chat template and processor."""
+    """Images with a question and its answer, through the model's own chat template and processor.
+
+    With `text_only`, rows without an image are questions of text alone.
+    """
 
     dataset: Literal["vqa"]
     samples: PositiveInt
+    text_only: bool = False
     prompt: str = Field(default="{question}", pattern=r"\{question\}")
+
+    @property
+    def rows(self) -> Rows:
+        """Which rows count."""
+        return Rows(text_only=self.text_only)

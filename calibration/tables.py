@@ -1,66 +1,100 @@
-"""Rows of the files samples come from: JSONL with line numbers, parquet in small pieces, plain text."""
+"""Files that samples come from: plain text line by line, parquet in small pieces; what is too large is refused unread."""
 
 from __future__ import annotations
 
 import io
-import json
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, BinaryIO, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compress.errors import DataError
+from compress.limits import limits
+from compress.untrusted import printable, read_bytes
 
-_UNREADABLE = cast("tuple[type[Exception], ...]", (pa.ArrowException, OSError))
+_UNREADABLE = cast("tuple[type[Exception], ...]", (pa.ArrowException, OSError, ValueError, OverflowError, MemoryError))
+"""What pyarrow raises on files that are damaged; `ValueError` has the texts that are no UTF-8."""
+
+_BATCH_BYTES = 256_000_000
+"""How many bytes of values are made at once, were each as large as a column chunk: one value may be written once for many rows."""
+
+_BATCH_ROWS = 64
+"""Rows that are made at once where they are small: fewer cost time, more are no faster."""
+
+_NAMES = 40
+"""How many names a message lists."""
+
+_READ_BYTES = 1_000_000
+"""Bytes that are read from the disk at once."""
 
 
 def check_file(path: Path) -> None:
     """Check that there is a file.
 
     Raises:
-        DataError: there is none, or a folder.
+        DataError: there is none, or a folder, or something that cannot be read to its end.
     """
-    if path.is_dir():
-        raise DataError(f"{path}: is a folder; name the file in it")
-    if not path.exists():
-        raise DataError(f"{path}: no such file; check the path in the recipe")
+    where = printable(str(path))
+    try:
+        if path.is_dir():
+            raise DataError(f"{where}: is a folder; name the file in it")
+        if not path.exists():
+            raise DataError(f"{where}: no such file; check the path in the recipe")
+        if not path.is_file():  # a pipe would be waited for, a device has no end
+            raise DataError(f"{where}: is no regular file; name a copy of it")
+    except (OSError, ValueError) as error:
+        raise DataError(f"{where}: cannot be read ({printable(str(error))}); check the path in the recipe") from error
 
 
 def read_text(path: Path) -> str:
     """Return a UTF-8 file's content, without a byte order mark.
 
     Raises:
-        DataError: it is missing, unreadable or not UTF-8.
+        DataError: it is missing, unreadable, too large or not UTF-8.
     """
     check_file(path)
     try:
-        return path.read_text(encoding="utf-8-sig")
+        text = read_bytes(path, limits().text_bytes, DataError, name="text_bytes").decode("utf-8-sig")
     except UnicodeDecodeError as error:
-        raise DataError(f"{path}: byte {error.start} is not UTF-8; save the file as UTF-8 text") from error
-    except OSError as error:
-        raise DataError(f"{path}: cannot be read ({error.strerror}); check the path in the recipe") from error
+        raise DataError(_no_utf8(path, error.start)) from error
+    return text.replace("\r\n", "\n").replace("\r", "\n") if "\r" in text else text
 
 
-def read_json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the objects of a JSONL file with their line numbers, counted from 1; blank lines are passed over.
+def read_lines(path: Path) -> Iterator[tuple[int, str]]:
+    """Yield the lines of a UTF-8 file, without their ends, with their numbers from 1 on; holds one at a time.
 
     Raises:
-        DataError: the file is missing or unreadable, or a line is no JSON object; names the line.
+        DataError: it is missing, unreadable or not UTF-8, or a line is too long; names the line.
     """
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
-        if not line.strip():
-            continue
-        try:
-            value: object = json.loads(line)
-        except json.JSONDecodeError as error:
+    check_file(path)
+    try:
+        with path.open("rb") as file:
+            yield from _lines(path, file)
+    except OSError as error:
+        raise DataError(f"{printable(str(path))}: cannot be read ({error.strerror}); check the path in the recipe") from error
+
+
+def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
+    most, number, before = limits().line_bytes, 0, 0
+    while line := file.readline(most + 1):
+        number += 1
+        if len(line) > most:
             raise DataError(
-                f"{path}:{number}: is no JSON ({error.msg} at column {error.colno}); correct or remove the line"
-            ) from error
-        if not isinstance(value, dict):
-            raise DataError(f"{path}:{number}: is no JSON object; write one {{…}} with named fields per line")
-        yield number, cast("dict[str, Any]", value)
+                f"{printable(str(path))}:{number}: is longer than {most:,} bytes ({limits().set_by('line_bytes')}); break it up"
+            )
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise DataError(_no_utf8(path, before + error.start)) from error
+        before += len(line)
+        yield number, text.rstrip("\r\n")
+
+
+def _no_utf8(path: Path, place: int) -> str:
+    return f"{printable(str(path))}: byte {place} is not UTF-8; save the file as UTF-8 text"
 
 
 def parquet_columns(path: Path) -> list[str]:
@@ -82,9 +116,7 @@ def parquet_rows(path: Path) -> int:
 def parquet_bytes(path: Path, column: str) -> int:
     """Return the size of a parquet file's column, unpacked, in bytes; raises as `parquet_columns` does."""
     with _open_parquet(path) as file:
-        groups = [file.metadata.row_group(place) for place in range(file.metadata.num_row_groups)]
-        parts = [group.column(place) for group in groups for place in range(group.num_columns)]
-        return sum(int(part.total_uncompressed_size) for part in parts if str(part.path_in_schema).split(".")[0] == column)
+        return sum(_group_bytes(path, file.metadata, place, {column}) for place in range(file.metadata.num_row_groups))
 
 
 def read_parquet(path: Path, columns: Sequence[str], chosen: Container[int] | None = None) -> Iterator[tuple[int, tuple[Any, ...]]]:
@@ -93,39 +125,102 @@ def read_parquet(path: Path, columns: Sequence[str], chosen: Container[int] | No
     With `chosen`, only the rows whose numbers it holds.
 
     Raises:
-        DataError: the file cannot be read or lacks a column; names those it has.
+        DataError: the file cannot be read, lacks a column (names those it has), or declares more than is taken in.
     """
     with _open_parquet(path) as file:
         known = list[str](file.schema_arrow.names)
         for column in columns:
             if column not in known:
-                raise DataError(f"{path}: has no column {column!r}, only {names(known)}; name the right one in the recipe")
+                raise DataError(
+                    f"{printable(str(path))}: has no column {column!r}, only {names(known)}; name the right one in the recipe"
+                )
+        sizes = [_group_bytes(path, file.metadata, place, set(columns)) for place in range(file.metadata.num_row_groups)]
         first = 1
         try:
-            for batch in file.iter_batches(batch_size=64, columns=list(columns)):
-                numbers = range(first, first + int(batch.num_rows))
+            for place, size in enumerate(sizes):
+                numbers = range(first, first + int(file.metadata.row_group(place).num_rows))
                 first = numbers.stop
-                taken = [number for number in numbers if chosen is None or number in chosen]
-                if not taken:
-                    continue
-                rows: list[dict[str, Any]] = batch.take([number - numbers.start for number in taken]).to_pylist()
-                for number, row in zip(taken, rows, strict=True):
-                    yield number, tuple(row[column] for column in columns)
+                if chosen is None or any(number in chosen for number in numbers):
+                    yield from _group_rows(file, place, _batch_rows(size), columns, (numbers, chosen))
         except _UNREADABLE as error:
-            raise DataError(f"{path}: cannot be read from row {first} on ({error}); fetch the file again") from error
+            raise DataError(
+                f"{printable(str(path))}: cannot be read from row {first} on ({printable(str(error))}); fetch the file again"
+            ) from error
+
+
+def _batch_rows(size: int) -> int:
+    return max(1, min(_BATCH_ROWS, _BATCH_BYTES // max(1, size)))
+
+
+def _group_rows(
+    file: Any, place: int, at_once: int, columns: Sequence[str], wanted: tuple[range, Container[int] | None]
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    numbers, chosen = wanted
+    first = numbers.start
+    for batch in file.iter_batches(batch_size=at_once, row_groups=[place], columns=list(columns)):
+        here = range(first, min(numbers.stop, first + int(batch.num_rows)))
+        first = here.stop
+        taken = [number for number in here if chosen is None or number in chosen]
+        if not taken:
+            continue
+        rows: list[dict[str, Any]] = batch.take([number - here.start for number in taken]).to_pylist()
+        for number, row in zip(taken, rows, strict=True):
+            yield number, tuple(row[column] for column in columns)
 
 
 def names(columns: Iterable[str]) -> str:
     """Return column names as a message lists them."""
-    return ", ".join(columns) or "none at all"
+    shown = [printable(column) for column in islice(columns, _NAMES + 1)]
+    return ", ".join(shown[:_NAMES]) + (" and more" if len(shown) > _NAMES else "") or "none at all"
+
+
+def _group_bytes(path: Path, metadata: Any, place: int, columns: Container[str]) -> int:
+    """Return what a row group declares its columns to have, unpacked, in bytes.
+
+    Raises:
+        DataError: that, or the number of a column's values, is past the limit or below 0.
+    """
+    group, most = metadata.row_group(place), limits()
+    chunks = [group.column(number) for number in range(group.num_columns)]
+    chunks = [chunk for chunk in chunks if str(chunk.path_in_schema).split(".")[0] in columns]
+    total = sum(int(chunk.total_uncompressed_size) for chunk in chunks)
+    where = f"{printable(str(path))}: row group {place + 1}"
+    if total > most.parquet_group_bytes:
+        raise DataError(
+            f"{where}: declares {total:,} bytes ({most.set_by('parquet_group_bytes')}); write the file with smaller row groups"
+        )
+    for chunk in chunks:
+        if int(chunk.num_values) > most.parquet_group_values:
+            raise DataError(
+                f"{where}: declares {chunk.num_values:,} values of {printable(str(chunk.path_in_schema))} "
+                f"({most.set_by('parquet_group_values')}); write the file with smaller row groups"
+            )
+    if min([0, int(group.num_rows), *(int(chunk.total_uncompressed_size) for chunk in chunks)]) < 0:
+        raise DataError(f"{where}: declares a size below 0; fetch the file again")
+    return total
 
 
 def _open_parquet(path: Path) -> Any:
+    """Open a parquet file after checking what it declares; columns are read piece by piece.
+
+    `pre_buffer`, which is usual, would hold all row groups in memory at once.
+    """
     check_file(path)
+    where, most = printable(str(path)), limits()
     try:
-        return pq.ParquetFile(path)
+        file = cast("Any", pq.ParquetFile(path, pre_buffer=False, buffer_size=_READ_BYTES))
+        metadata = file.metadata
+        rows, chunks = int(metadata.num_rows), int(metadata.num_row_groups) * int(metadata.num_columns)
+        schema_names = list[str](file.schema_arrow.names)
     except _UNREADABLE as error:
-        raise DataError(f"{path}: is no whole parquet file ({error}); fetch it again") from error
+        raise DataError(f"{where}: is no whole parquet file ({printable(str(error))}); fetch it again") from error
+    if rows > most.rows:
+        raise DataError(f"{where}: declares {rows:,} rows ({most.set_by('rows')}); name a part of it")
+    if chunks > most.parquet_chunks:
+        raise DataError(f"{where}: declares {chunks:,} chunks of columns ({most.set_by('parquet_chunks')}); write fewer row groups")
+    if len(set(schema_names)) < len(schema_names):
+        raise DataError(f"{where}: has two columns of one name; rename one of {names(schema_names)}")
+    return file
 
 
 def parquet_of(rows: Sequence[Mapping[str, object]]) -> bytes:

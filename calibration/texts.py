@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.calibration.tables import names, read_json_lines, read_parquet, read_text
+from compress.calibration.json_rows import SUFFIXES, read_json_rows
+from compress.calibration.tables import names, parquet_bytes, read_lines, read_parquet, read_text
 from compress.errors import DataError
+from compress.limits import limits
 
 SEPARATOR = "\n\n"
 """What stands between two documents where they are joined."""
-
-PARAGRAPH_CHARACTERS = 80
-"""The shortest paragraph that says where it comes from: headings and stock phrases recur, sentences of this length do not."""
 
 
 @dataclass(frozen=True)
@@ -30,16 +28,16 @@ class Document:
 def read_documents(path: Path, column: str = "text") -> Iterator[Document]:
     """Yield a file's documents in its order, empty ones left out.
 
-    A document is a row of a parquet file, a line's `column` of a JSONL file, or in any other file a block of text between
-    blank lines.
+    A document is a row of a parquet file, a row's `column` of a JSONL file or JSON list, or in any other file a block of text
+    between blank lines.
 
     Raises:
         DataError: the file is missing, unreadable or malformed (with the line), or has no such column (names those it has).
     """
     if path.suffix == ".parquet":
         rows = ((number, text) for number, (text,) in read_parquet(path, [column]))
-    elif path.suffix in {".jsonl", ".json"}:
-        rows = ((number, _text_field(row, column, f"{path}:{number}")) for number, row in read_json_lines(path))
+    elif path.suffix in SUFFIXES:
+        rows = ((number, _text_field(row, column, f"{path}:{number}")) for number, row in read_json_rows(path).read())
     else:
         rows = _blocks(path)
     for number, value in rows:
@@ -58,35 +56,27 @@ def read_joined(path: Path, column: str = "text") -> str:
         DataError: as `read_documents` does.
     """
     if path.suffix == ".parquet":
+        size = parquet_bytes(path, column)
+        if size > limits().text_bytes:
+            raise DataError(f"{path}: declares {size:,} bytes of text ({limits().set_by('text_bytes')}); name a part of it")
         return SEPARATOR.join(str(text or "") for _, (text,) in read_parquet(path, [column]))
-    if path.suffix in {".jsonl", ".json"}:
-        return SEPARATOR.join(_text_field(row, column, f"{path}:{number}") for number, row in read_json_lines(path))
+    if path.suffix in SUFFIXES:
+        return SEPARATOR.join(_text_field(row, column, f"{path}:{number}") for number, row in read_json_rows(path).read())
     return read_text(path)
 
 
 @dataclass(frozen=True)
 class Piece:
-    """A line of a document with the line ends after it; `digests` are those of the paragraphs it belongs to."""
+    """A line of a document with the line ends after it."""
 
     text: str
-    digests: tuple[str, ...]
     origin: str
 
 
 def pieces(document: Document) -> Iterator[Piece]:
-    """Cut a document to its lines; put together they are its text and `SEPARATOR`.
-
-    A paragraph is a line or the whole document, compared by its SHA-256 without regard to case and spacing; the ones shorter
-    than `PARAGRAPH_CHARACTERS` have none.
-    """
-    whole = _digests(document.text)
+    """Cut a document to its lines; put together they are its text and `SEPARATOR`."""
     for line in re.findall(r"[^\n]*\n+", document.text + SEPARATOR):
-        yield Piece(text=line, digests=tuple(dict.fromkeys(whole + _digests(line))), origin=document.origin)
-
-
-def _digests(text: str) -> tuple[str, ...]:
-    normalized = " ".join(text.split()).casefold()
-    return (hashlib.sha256(normalized.encode()).hexdigest(),) if len(normalized) >= PARAGRAPH_CHARACTERS else ()
+        yield Piece(text=line, origin=document.origin)
 
 
 def _text_field(row: dict[str, Any], column: str, place: str) -> str:
@@ -107,7 +97,7 @@ def _text_field(row: dict[str, Any], column: str, place: str) -> str:
 
 def _blocks(path: Path) -> Iterator[tuple[int, str]]:
     start, lines = 0, list[str]()
-    for number, line in enumerate(read_text(path).split("\n"), start=1):
+    for number, line in read_lines(path):
         if line.strip():
             start = start if lines else number
             lines.append(line)

@@ -22,10 +22,10 @@ Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive tokens of the joined text; `paragraphs` has the origin of each paragraph of which a part is in it, by digest."""
+    """Consecutive tokens of the joined text; `text` are all lines of which a part is in it, from origin `first` to `last`."""
 
     token_ids: NDArray[np.int32]
-    paragraphs: dict[str, str]
+    text: str
     first: str
     last: str
 
@@ -88,7 +88,7 @@ def _cut(stream: NDArray[np.int32], parts: list[Piece], ends: NDArray[np.int64],
     inside = parts[int(first) : int(last) + 1]
     return Window(
         token_ids=stream[start : start + tokens],
-        paragraphs={digest: piece.origin for piece in inside for digest in piece.digests},
+        text="".join(piece.text for piece in inside),
         first=inside[0].origin,
         last=inside[-1].origin,
     )

@@ -23,7 +23,7 @@ _SPECIAL = tuple("*&!%@`")
 
 _TEXT = "tag:yaml.org,2002:str"
 
-_READ_FROM_HERE = ("source", "definition")
+_READ_FROM_HERE = ("source", "definition", "image_folder")
 
 
 @dataclass

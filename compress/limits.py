@@ -55,6 +55,40 @@ class Limits:
     trial_bytes: int = 512_000_000
     """Memory of the process in which they are tried."""
 
+    image_bytes: int = 50_000_000
+    """Bytes of one encoded image: a sharp photograph of 61 megapixels as JPEG has about as many. Values of a TIFF's tags take up
+    to 20 times their size in memory."""
+
+    rows_file_bytes: int = 500_000_000
+    """Bytes of one JSONL or JSON file of questions or texts, which is held in memory. LLaVA's 150,000 conversations have 229 MB."""
+
+    rows: int = 2_000_000
+    """Rows of one JSONL, JSON or parquet file. The training split of VQA v2 has 443,757 questions."""
+
+    row_values: int = 1_000_000
+    """Values within one row of JSON: a row of 64 MB could hold 20 million empty lists, which take a hundred times its bytes."""
+
+    line_bytes: int = 64_000_000
+    """Bytes of one line of text or JSONL, or of one entry of a JSON list: an image in base64 is a third larger than its file."""
+
+    text_bytes: int = 500_000_000
+    """Bytes of the text of one perplexity task, which is tokenized as a whole. wikitext-2's test text has 1.3 MB."""
+
+    question_characters: int = 100_000
+    """Characters of one question, answer or option: more than any model here takes."""
+
+    question_images: int = 100
+    """Images of one question. MMMU's have seven."""
+
+    parquet_group_bytes: int = 500_000_000
+    """Bytes, unpacked, of the columns that are read of one row group of a parquet file, by what the file declares."""
+
+    parquet_group_values: int = 10_000_000
+    """Values of one column in one row group, those within lists counted: repeated ones take next to no bytes in the file."""
+
+    parquet_chunks: int = 200_000
+    """Columns times row groups of one parquet file, each of which has an entry in its footer."""
+
     def set_by(self, name: str) -> str:
         """Return how a message tells which limit was met and how it is raised."""
         return f"limit {name} = {getattr(self, name):,}, set by {PREFIX}{name.upper()}"

@@ -27,8 +27,8 @@ Kind = Literal["convert", "calibration", "overlap", "stage", "export", "verify",
 
 _REVISIONS: Mapping[Kind, int] = {
     "convert": 1,
-    "calibration": 1,
-    "overlap": 1,
+    "calibration": 2,
+    "overlap": 2,
     "stage": 2,
     "export": 2,
     "verify": 2,
@@ -174,7 +174,7 @@ class Planner:
         if calibration is None:
             return None
         sets = [
-            [entry.model_dump(mode="json", exclude={"source", "revision", "subset", "split"}), pin.digest]
+            [entry.model_dump(mode="json", exclude={"source", "revision", "subset", "split", "image_folder"}), pin.digest]
             for entry, pin in zip(calibration.sets, self.sets, strict=True)
         ]
         return self._key("calibration", sets, calibration.seed, self.side_key, versions_of(("transformers", "tokenizers")))
@@ -221,8 +221,10 @@ def _given_key(artifact: Path, store: Store) -> str:
 def _pin_data(data: TextSource | QuestionSource, store: Store) -> DataPin:
     if is_local(data.source):
         path = Path(data.source)
-        columns = data.columns if isinstance(data, QuestionSource) else None
-        digest = digest_of(path.suffix, source_digest(path, columns, store.fingerprint))  # the suffix says how it is read
+        asked = data if isinstance(data, QuestionSource) else None
+        columns, folder = (asked.columns, asked.image_folder) if asked else (None, None)
+        content = source_digest(path, columns, store.fingerprint, Path(folder) if folder else None)
+        digest = digest_of(path.suffix, content)  # the suffix says how it is read
         return DataPin(digest=digest, path=path, remote=None)
     remote = resolve_dataset(data.source, data.subset, data.split, data.revision)
     return DataPin(digest=remote.digest, path=None, remote=remote, label=remote.label)

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import PositiveInt, ValidationInfo, field_validator, model_validator
 
-from compress.calibration.sets import Columns, QuestionSource, Rows
+from compress.calibration.sets import Columns, ImageFolder, QuestionSource, Rows
 from compress.checkpoint import read_json_object
 from compress.errors import CheckpointError, DataError, RecipeError
 from compress.eval.definition import Definition, Kind, find_definition, read_definition
 from compress.eval.journal import answer_all
-from compress.eval.metrics import answers_fault, figures_of
+from compress.eval.metrics import figures_of
 from compress.eval.normalize import normalize
 from compress.eval.results import Fidelity, QuestionItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
 from compress.eval.task import (
@@ -40,6 +40,9 @@ from compress.schema import Source
 if TYPE_CHECKING:
     from compress.calibration.questions import Question
     from compress.calibration.texts import Document
+
+_OWN_WORDS = ("prompt", "max_new_tokens", "metric")
+"""What a recipe may say in a definition's place, where a kind of task has it as a key."""
 
 Scorer = Callable[["Question", str], float]
 """Takes a question and what was said to it, and returns the score."""
@@ -64,7 +67,7 @@ class Asked(Task, ABC):
 
     A `source` of its own replaces the definition's, and then so do `subset`, `split`, `revision`, `columns`, `where` and
     `text_only`, given or not: what the definition says of them is true of its own source only. `samples` draws at most so many of
-    the questions, with `seed`.
+    the questions, with `seed`. A `prompt` and `max_new_tokens` take the place of the definition's.
     """
 
     asks: ClassVar[bool] = True
@@ -77,6 +80,9 @@ class Asked(Task, ABC):
     split: str | None = None
     revision: str | None = None
     columns: Columns | None = None
+    image_folder: ImageFolder | None = None
+    prompt: str | None = None
+    max_new_tokens: PositiveInt | None = None
     samples: PositiveInt | None = None
     seed: int = 0
 
@@ -86,7 +92,9 @@ class Asked(Task, ABC):
         if not isinstance(data, dict):
             return data
         given = cast("dict[str, Any]", data)
-        return {"name": Path(str(given.get("definition", ""))).stem, **given}
+        usual = cls.model_fields["definition"].get_default()
+        definition = str(given.get("definition", usual if isinstance(usual, str) else ""))
+        return {"name": Path(definition).stem, **given}
 
     @field_validator("definition")
     @classmethod
@@ -103,7 +111,7 @@ class Asked(Task, ABC):
 
     @model_validator(mode="after")
     def _check_source(self) -> Self:
-        definition = self.read()
+        definition = read_definition(Path(self.definition)).changed(self._own_words())
         if self.source is None and definition.source is None:
             raise ValueError(f"the definition {definition.name} names no data; give source, a JSONL or parquet file")
         if self.columns is not None and self.columns.question is None and "{question}" in definition.prompt:
@@ -119,7 +127,7 @@ class Asked(Task, ABC):
         """Return how its figures come about, one sentence for the report."""
 
     @property
-    def metric(self) -> str:
+    def scored_by(self) -> str:
         """What reports call the score."""
         return self.read().metric
 
@@ -128,12 +136,7 @@ class Asked(Task, ABC):
         """Whether every item's score is 0 or 1."""
         return self.read().binary
 
-    @property
-    def max_new_tokens(self) -> int:
-        """How many tokens an answer may have."""
-        return self.read().max_new_tokens
-
-    def prompt(self, question: Question) -> str:
+    def wording(self, question: Question) -> str:
         """Return the text that a model is asked."""
         return self.read().ask(question.question)
 
@@ -143,9 +146,8 @@ class Asked(Task, ABC):
         Raises:
             DataError: there is none, or what the data say cannot be one; without the question's name.
         """
-        fault = answers_fault(self.metric, question.answers)
-        if fault is not None:
-            raise DataError(fault)
+        if not question.answers:
+            raise DataError("has no accepted answer; add one")
         return question.answers
 
     def same(self, said: str, other: str) -> bool:
@@ -155,15 +157,15 @@ class Asked(Task, ABC):
     def figures(self, questions: Sequence[Question], items: Sequence[QuestionItem]) -> dict[str, float]:
         """Return further figures: those of the metric, and the mean score of each category, as `column=category`."""
         answers = [(None if item.fault else item.said, item.accepted) for item in items]
-        return dict(figures_of(self.metric, answers)) | _by_category(self.data.columns.category, questions, items)
+        return dict(figures_of(self.scored_by, answers)) | _by_category(self.data.columns.category, questions, items)
 
     def read(self) -> Definition:
-        """Return the task's definition.
+        """Return the task's definition, with what the recipe says otherwise.
 
         Raises:
             RecipeError: its file has changed and is no definition any more.
         """
-        return read_definition(Path(self.definition))
+        return read_definition(Path(self.definition)).model_copy(update=self._own_words())
 
     @property
     def data(self) -> QuestionSource:
@@ -177,6 +179,7 @@ class Asked(Task, ABC):
             split=self.split or usual.split,
             revision=self.revision or usual.revision,
             columns=self.columns or usual.columns,
+            image_folder=self.image_folder,
         )
 
     @property
@@ -188,7 +191,8 @@ class Asked(Task, ABC):
     def settings(self) -> dict[str, Any]:
         """Return the definition's content, the columns, how questions are drawn, and the task's revision."""
         said = {"name", "version", "task", "prompt", "max_new_tokens", "metric", "labels"}
-        own = self.model_dump(mode="json", exclude={"definition", "source", "subset", "split", "revision", "columns"})
+        elsewhere = {"definition", "source", "subset", "split", "revision", "columns", "image_folder", *_OWN_WORDS}
+        own = self.model_dump(mode="json", exclude=elsewhere)
         return own | {
             "revision": self.task_revision,
             "definition": self.read().model_dump(mode="json", include=said),
@@ -202,7 +206,7 @@ class Asked(Task, ABC):
         Raises:
             DataError: a file or question cannot be used, there is none, or one has no accepted answer.
         """
-        questions = draw_questions(files, self.data.columns, self.samples, self.seed, self.rows)
+        questions = draw_questions(files, self.data, self.samples, self.seed, self.rows)
         for question in questions:
             try:
                 self.accepted(question)
@@ -244,7 +248,7 @@ class Asked(Task, ABC):
             CheckpointError: the runtime predicts no finite numbers.
             ServerError: the runtime does not answer any more.
         """
-        prompts, limit = self.prompts(part), self.max_new_tokens
+        prompts, limit = self.prompts(part), self.read().max_new_tokens
         answers = answer_all(context.session, prompts, limit, context.target, part.name, context.progress)
         end_tokens = read_end_tokens(context.original)
         spoken = [_with_end(answer, limit, end_tokens) for answer in answers]
@@ -259,7 +263,8 @@ class Asked(Task, ABC):
     def ask_again(self, part: Part, context: TaskContext) -> list[Answered]:
         """Ask a part's questions, which the original has answered, once more, and score its answers twice, to compare them."""
         prompts, before, again = self.prompts(part), part.original or (), f"{part.name}@again"
-        answers = answer_all(context.session, prompts, self.max_new_tokens, context.target, again, context.progress)
+        limit = self.read().max_new_tokens
+        answers = answer_all(context.session, prompts, limit, context.target, again, context.progress)
         passages = [
             Passage(id=item.id, token_ids=item.token_ids, prompt=prompt) for item, prompt in zip(before, prompts, strict=True)
         ]
@@ -271,7 +276,18 @@ class Asked(Task, ABC):
 
     def prompts(self, part: Part) -> list[Prompt]:
         """Return what a part's questions are as prompts, in their order."""
-        return [Prompt(id=question.id, text=self.prompt(question), images=question.images) for question in part.questions]
+        return [Prompt(id=question.id, text=self.wording(question), images=question.images) for question in part.questions]
+
+    def asked_as(self) -> str:
+        """Return with which prompt questions are asked, and by which definition, for a report."""
+        definition, own = self.read(), sorted(self._own_words())
+        changed = f", with the recipe's own {' and '.join(own)}" if own else ""
+        return f"prompt {definition.prompt!r} ({definition.name}, version {definition.version}{changed})"
+
+    def _own_words(self) -> dict[str, Any]:
+        """Return what of the definition the recipe says otherwise."""
+        given = {name: getattr(self, name, None) for name in _OWN_WORDS}
+        return {name: value for name, value in given.items() if value is not None}
 
     def _usual_columns(self) -> Columns:
         """Return the columns of data that are not the definition's own, where the recipe names none."""
@@ -287,7 +303,7 @@ class Asked(Task, ABC):
         reserved = load_tokenizer(original).all_special_tokens
         for question in questions:
             name = f"task {self.name}: {question.origin}: question {question.id}"
-            check_reserved((self.prompt(question),), reserved, name)
+            check_reserved((self.wording(question),), reserved, name)
 
     def _parts(self, questions: Sequence[Question], context: TaskContext) -> list[Part]:
         """Return the questions as one part in their order, or, where they are drawn until it is settled, as several by lot."""
@@ -324,7 +340,7 @@ class Asked(Task, ABC):
         original = [item for item in read_items(context.against, self.name) if isinstance(item, QuestionItem)]
         check_pairs(self.name, original, ((question.id, question.digest) for question in questions))
         for item, question in zip(original, questions, strict=True):
-            if item.prompt != self.prompt(question):
+            if item.prompt != self.wording(question):
                 raise DataError(
                     f"task {self.name}: item {item.id} was asked in other words when the original was measured; measure the "
                     "original again with --fresh"
@@ -336,7 +352,7 @@ class Asked(Task, ABC):
             id=question.id,
             digest=question.digest,
             cluster=cluster_of(question),
-            prompt=self.prompt(question),
+            prompt=self.wording(question),
             accepted=self.accepted(question),
             said=answer.text,
             score=0.0 if answer.fault else part.scorer(question, answer.text),
@@ -351,7 +367,7 @@ class Asked(Task, ABC):
     def _metrics(self, questions: Sequence[Question], items: Sequence[QuestionItem]) -> ScoreMetrics:
         return ScoreMetrics(
             task=self.kind,
-            metric=self.metric,
+            metric=self.scored_by,
             score=math.fsum(item.score for item in items) / len(items),
             items=len(items),
             failed=sum(item.fault is not None for item in items),

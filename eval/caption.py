@@ -42,11 +42,10 @@ class Caption(Asked):
 
     def note(self) -> str:
         """Return how images are described and captions scored."""
-        definition = self.read()
+        limit = self.read().max_new_tokens
         return (
             f"mean CIDEr-D over images{drawn(self.samples, self.seed)} beside their reference captions, 1.0 being the usual 100; "
-            f"greedy, at most {definition.max_new_tokens} tokens, prompt {definition.prompt!r} ({definition.name}, version "
-            f"{definition.version}); KL and top-1 are of the original's own captions"
+            f"greedy, at most {limit} tokens, {self.asked_as()}; KL and top-1 are of the original's own captions"
         )
 
     def _usual_columns(self) -> Columns:

@@ -51,11 +51,11 @@ class Choice(Asked):
         return "scores" if self.by == "likelihood" else "text"
 
     @property
-    def metric(self) -> str:
+    def scored_by(self) -> str:
         """What reports call the score: how an option is chosen."""
         return "likelihood" if self.by == "likelihood" else self.read().metric
 
-    def prompt(self, question: Question) -> str:
+    def wording(self, question: Question) -> str:
         """Return the question with its options, a line each, as `A. text`."""
         lines = (f"{letter}. {option}" for letter, option in zip(LETTERS, question.options, strict=False))
         return self.read().ask(question.question, "\n".join(lines))
@@ -96,7 +96,7 @@ class Choice(Asked):
     def note(self) -> str:
         """Return how an option is chosen."""
         definition, sampled = self.read(), drawn(self.samples, self.seed)
-        asked = f"prompt {definition.prompt!r} ({definition.name}, version {definition.version})"
+        asked = self.asked_as()
         if self.by == "generation":
             return (
                 f"share of questions{sampled} whose answer names the right option: its text, or the last letter (MMMU); greedy, at "

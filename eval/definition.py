@@ -87,6 +87,18 @@ class Definition(Frozen):
             raise ValueError(f"are those of a choice, and this is a {info.data['task']}; remove them")
         return labels
 
+    def changed(self, words: Mapping[str, object]) -> Definition:
+        """Return the definition with some fields changed, after checking the whole.
+
+        Raises:
+            ValueError: it cannot be so; says which of the fields.
+        """
+        try:
+            return Definition.model_validate({**self.model_dump(exclude_unset=True), **words})
+        except ValidationError as error:
+            said = [f"{dotted(detail['loc'])}: {detail['msg'].removeprefix('Value error, ')}" for detail in error.errors()]
+            raise ValueError("; ".join(said)) from error
+
     @property
     def rows(self) -> Rows:
         """Which rows of its own data count."""

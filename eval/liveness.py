@@ -91,8 +91,8 @@ def _paired(name: str, drawn: Sequence[Question], every: Sequence[Question]) -> 
 
 
 def _ask(task: Asked, questions: Sequence[Question], which: str, context: TaskContext) -> list[Answer]:
-    prompts = [Prompt(id=question.id, text=task.prompt(question), images=question.images) for question in questions]
-    return answer_all(context.session, prompts, task.max_new_tokens, context.target, f"liveness@{which}", context.progress)
+    prompts = [Prompt(id=question.id, text=task.wording(question), images=question.images) for question in questions]
+    return answer_all(context.session, prompts, task.read().max_new_tokens, context.target, f"liveness@{which}", context.progress)
 
 
 def _item(
@@ -108,7 +108,7 @@ def _item(
         digest=question.digest,
         cluster=cluster_of(question),
         other=standing.id,
-        prompt=task.prompt(question),
+        prompt=task.wording(question),
         accepted=task.accepted(question),
         said_own=own.text,
         said_other=other.text,
@@ -124,7 +124,7 @@ def _summary(task: Asked, items: Sequence[LivenessItem], kept: Sequence[Liveness
     count = max(len(kept), 1)
     return Liveness(
         task=task.name,
-        metric=task.metric,
+        metric=task.scored_by,
         binary=task.binary,
         items=len(items),
         failed=len(items) - len(kept),

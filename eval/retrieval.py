@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import PositiveInt, model_validator
 
-from compress.calibration.sets import Columns, QuestionSource
+from compress.calibration.sets import Columns, ImageFolder, QuestionSource
 from compress.errors import CheckpointError, DataError
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
 from compress.eval.task import Task, TaskContext, cluster_of, digest_text, draw_questions, fidelity_of, flips, warn_of_few
@@ -57,6 +57,7 @@ class Retrieval(Task):
     split: str = "test"
     revision: str = "main"
     columns: Columns = Columns(question=None)
+    image_folder: ImageFolder | None = None
     samples: PositiveInt | None = None
     seed: int = 0
 
@@ -79,6 +80,7 @@ class Retrieval(Task):
             split=self.split,
             revision=self.revision,
             columns=self.columns.model_copy(update={"question": None}),
+            image_folder=self.image_folder,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -105,7 +107,7 @@ class Retrieval(Task):
         Raises:
             DataError: a file or image cannot be used, there is only one, or one has no caption or several images.
         """
-        questions = draw_questions(files, self.data.columns, self.samples, self.seed)
+        questions = draw_questions(files, self.data, self.samples, self.seed)
         places = dict[str, int]()
         for question in questions:
             where = f"task {self.name}: {question.origin}: image {question.id}"

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compress.calibration.sets import Columns, QuestionSource, Rows, TextSource
+from compress.calibration.sets import QuestionSource, Rows, TextSource
 from compress.errors import CheckpointError
 from compress.eval.journal import Journal, score_all
 from compress.eval.results import Fidelity, ScoredItem, TaskMeasurement, Unit
@@ -162,7 +162,7 @@ def score_again(context: TaskContext, name: str, passages: Sequence[Passage]) ->
 
 
 def draw_questions(
-    files: Sequence[Path], columns: Columns, samples: int | None, seed: int, rows: Rows = _ALL_ROWS
+    files: Sequence[Path], data: QuestionSource, samples: int | None, seed: int, rows: Rows = _ALL_ROWS
 ) -> list[Question]:
     """Return the questions that count of the files, in their order, with `samples` at most so many, drawn with a seed.
 
@@ -173,9 +173,10 @@ def draw_questions(
 
     chosen: set[int] | None = None
     if samples is not None:
-        held = count_questions(files, columns, rows)
+        held = count_questions(files, data.columns, rows)
         chosen = set(random.Random(seed).sample(range(held), min(held, samples)))  # noqa: S311 - no secret
-    return list(read_questions(files, columns, chosen, rows))
+    folder = None if data.image_folder is None else Path(data.image_folder)
+    return list(read_questions(files, data.columns, chosen, rows, folder))
 
 
 def flips(original: Sequence[ScoredItem], items: Sequence[ScoredItem]) -> dict[str, int]:

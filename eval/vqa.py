@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from pydantic import Field
+
 from compress.eval.asked import Asked, Scorer, drawn
 from compress.eval.definition import Kind
 from compress.eval.metrics import load_metric
@@ -24,17 +26,22 @@ _MEASURES = {
 
 
 class Vqa(Asked):
-    """Questions about images, each answered in the model's own words and scored by the definition's metric."""
+    """Questions about images, each answered in the model's own words and scored by the definition's metric, or the recipe's.
+
+    Without a `definition`, questions of one's own are asked for a word or phrase, which must equal an accepted answer.
+    """
 
     task_revision: ClassVar[int] = 3
     kind: ClassVar[Kind] = "vqa"
 
     task: Literal["vqa"]
+    definition: str = Field(default="questions", validate_default=True)
+    metric: str | None = None
 
     def scorer(self, questions: Sequence[Question]) -> Scorer:
         """Return the definition's metric; see `Asked.scorer`."""
         del questions
-        metric = load_metric(self.metric)
+        metric = load_metric(self.scored_by)
         return lambda question, said: float(metric(said, question.answers))
 
     def note(self) -> str:
@@ -42,6 +49,6 @@ class Vqa(Asked):
         definition = self.read()
         measures = _MEASURES[definition.metric].replace("{drawn}", drawn(self.samples, self.seed))
         return (
-            f"{measures}; greedy, at most {definition.max_new_tokens} tokens, prompt {definition.prompt!r} ({definition.name}, "
-            f"version {definition.version}); KL and top-1 are of the original's own answers"
+            f"{measures}; greedy, at most {definition.max_new_tokens} tokens, {self.asked_as()}; KL and top-1 are of the "
+            "original's own answers"
         )

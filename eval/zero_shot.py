@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
 
-from compress.calibration.sets import Columns, QuestionSource
+from compress.calibration.sets import Columns, ImageFolder, QuestionSource
 from compress.errors import CheckpointError, DataError
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
 from compress.eval.task import Task, TaskContext, cluster_of, draw_questions, fidelity_of, flips, warn_of_few
@@ -42,6 +42,7 @@ class ZeroShot(Task):
     split: str = "test"
     revision: str = "main"
     columns: Columns = Columns(question=None)
+    image_folder: ImageFolder | None = None
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     templates: Annotated[tuple[Template, ...], Field(min_length=1)]
     samples: PositiveInt | None = None
@@ -73,6 +74,7 @@ class ZeroShot(Task):
             split=self.split,
             revision=self.revision,
             columns=self.columns.model_copy(update={"question": None}),
+            image_folder=self.image_folder,
         )
 
     def settings(self) -> dict[str, Any]:
@@ -99,7 +101,7 @@ class ZeroShot(Task):
         Raises:
             DataError: a file or image cannot be used, there is none, or a label is no class.
         """
-        questions = draw_questions(files, self.data.columns, self.samples, self.seed)
+        questions = draw_questions(files, self.data, self.samples, self.seed)
         return [(question, self._label(question)) for question in questions]
 
     def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:

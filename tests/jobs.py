@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,10 @@ WORDS = ("red", "green", "blue", "circle", "square", "star", "one", "two", "thre
 
 
 def sentences(first: int, count: int) -> str:
-    """Return paragraphs of text, none the same for other numbers."""
+    """Return paragraphs of text, in which no words in a row are the same for other numbers."""
     lines: list[str] = []
     for number in range(first, first + count):
-        words = [WORDS[(number * 7 + place * (number % 5 + 1)) % len(WORDS)] for place in range(24)]
+        words = random.Random(number).choices(WORDS, k=24)
         lines.append(f"Sentence number {number} says " + " ".join(words) + ".")
     return "\n\n".join(lines) + "\n"
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch as safetensors
@@ -21,6 +22,15 @@ from compress.runtimes.environment import install
 from compress.store import Store
 from tests.jobs import Job, make_job, sentences
 
+OPENED: list[str] = []
+"""The question files that were opened since the first run began, each time."""
+
+
+def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "open" and str(arguments[0]).endswith(".jsonl") and "/store/" not in str(arguments[0]):
+        OPENED.append(Path(arguments[0]).name)
+
+
 COMPRESS = [sys.executable, "-m", "compress.cli"]
 
 
@@ -29,6 +39,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[Job, Report]:
     job = make_job(tmp_path_factory.mktemp("job"))
     (job.folder / "model" / "LICENSE").write_text("Permission is granted.")
     (job.folder / "model" / "README.md").write_text("---\nlicense: other\nlicense_name: own-terms\n---\n# Tiny\n")
+    sys.addaudithook(_note_opened)
     return job, compress.run(job.recipe, **job.places())
 
 
@@ -59,6 +70,12 @@ def test_a_run_ends_with_a_verdict_a_table_and_published_artifacts(finished: tup
         assert "Its licence is the original's: own-terms. Its terms of use are in [LICENSE](LICENSE)." in card
         assert (folder / "LICENSE").read_text() == "Permission is granted."
         assert "by force" not in card
+
+
+def test_a_question_file_is_read_once(finished: tuple[Job, Report]) -> None:
+    job, _ = finished
+    assert (job.folder / "test.jsonl").is_file()
+    assert [OPENED.count(name) for name in ("calibration.jsonl", "test.jsonl")] == [1, 1]
 
 
 def test_both_layouts_hold_the_same_model(finished: tuple[Job, Report]) -> None:

@@ -22,9 +22,6 @@ BINARY = frozenset({"exact_match", "relaxed", "letter", "yes_no"})
 FIGURES = {"yes_no": "compress.eval.metrics.yes_no:yes_no_figures"}
 """What a metric says of all items together, beside the mean of their scores: name → the function that gives it."""
 
-ANSWERS = {"vqa_vote": 2}
-"""How many accepted answers a metric cannot do without; one where nothing is said."""
-
 Metric = Callable[[str, Sequence[str]], float]
 """Takes what was said and the accepted answers, and returns the score."""
 
@@ -39,16 +36,6 @@ def figures_of(name: str, answers: Sequence[tuple[str | None, Sequence[str]]]) -
     if name not in FIGURES:
         return {}
     return cast("Callable[[Sequence[tuple[str | None, Sequence[str]]]], Mapping[str, float]]", _load(FIGURES[name]))(answers)
-
-
-def answers_fault(name: str, accepted: Sequence[str]) -> str | None:
-    """Return what is wrong with an item's accepted answers for a metric, None where it can work with them."""
-    if not accepted:
-        return "has no accepted answer; add one"
-    least = ANSWERS.get(name, 1)
-    if len(accepted) < least:
-        return f"has {len(accepted)} accepted answers, and {name} counts those of ten people; use metric: exact_match"
-    return None
 
 
 def _load(row: str) -> object:

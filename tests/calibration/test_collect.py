@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from compress.artifact import folder_digests
@@ -15,7 +17,7 @@ from compress.calibration.collect import PinnedSet, Selection, collect, read_man
 from compress.calibration.load import Batches, load_batches, load_processor
 from compress.calibration.overlap import check_overlap
 from compress.calibration.questions import read_questions
-from compress.calibration.sets import Columns, Text, Vqa
+from compress.calibration.sets import Columns, Rows, Text, Vqa
 from compress.calibration.texts import read_documents
 from compress.conversation import messages, open_images
 from compress.errors import CheckpointError, CompressError, DataError
@@ -83,8 +85,15 @@ def test_manifest_pins_every_sample(collected: Path) -> None:
         assert row["answer"] == "blue"
         held = [hashlib.sha256((collected / image).read_bytes()).hexdigest() for image in row["images"]]
         assert held == sample["images"]
+        picture = [hashlib.sha256(decoded(collected / image)).hexdigest() for image in row["images"]]
+        assert picture == [look["pixels"] for look in sample["looks"]]
     assert samples[0]["origin"].startswith("text.txt:")
     assert samples[6]["origin"].startswith("questions.jsonl:")
+
+
+def decoded(path: Path) -> bytes:
+    image = Image.open(path).convert("RGB")
+    return f"{image.width}x{image.height}:".encode() + image.tobytes()
 
 
 def test_collecting_again_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
@@ -187,6 +196,27 @@ def test_a_question_without_answer_ends_where_the_model_begins(model: Path, tmp_
     assert processor.tokenizer.decode(row).endswith("<|im_start|>assistant\n")
 
 
+def test_questions_of_text_alone_where_they_are_asked_for(model: Path, tmp_path: Path) -> None:
+    path = write_questions(tmp_path, 0, 6)
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    for row in rows[::2]:
+        del row["image"]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked: dict[str, Any] = {"dataset": "vqa", "source": str(path), "samples": 6}
+    with pytest.raises(DataError, match=r"questions.jsonl:1: has no field 'image'"):
+        collect(Selection(0, (PinnedSet(Vqa(**asked), (path,)),)), model, tmp_path / "refused", Silent())
+    collect(Selection(0, (PinnedSet(Vqa(**asked, text_only=True), (path,)),)), model, tmp_path / "out", Silent())
+    batches = load_batches(tmp_path / "out", model, 2000)
+    inputs = [batch.inputs() for batch in batches]
+    assert sorted(name for batch in batches for name in batch.ids) == [str(number) for number in range(6)]
+    assert ["pixel_values" in each for each in inputs] == [False, True]
+    network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
+    with torch.no_grad():
+        assert all(bool(network(**each).logits.isfinite().all()) for each in inputs)
+    with pytest.raises(DataError, match=r"question 0 .* of the evaluation is calibration sample 0 "):
+        check_overlap(tmp_path / "out", read_questions([path], Columns(), {0}, Rows(text_only=True)), [])
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -274,13 +304,100 @@ def test_an_image_in_both_with_another_question_warns(collected: Path, tmp_path:
     assert warning.startswith(f"an image of question {row['id']} (questions.jsonl:1) of the evaluation is also calibration sample")
 
 
-def test_a_paragraph_in_both_stops(collected: Path, tmp_path: Path) -> None:
-    origins = [origin for sample in read_manifest(collected)["samples"] for origin in sample.get("paragraphs", {}).values()]
-    number = (int(origins[0].removeprefix("text.txt:")) - 3) // 4
-    path = write_text(tmp_path, number, number + 1, "test.txt")
+def encoded_again(path: Path, **how: Any) -> None:
+    """Write an image's pixels in another encoding to its place."""
+    image, buffer = Image.open(path).convert("RGB"), io.BytesIO()
+    size = how.pop("size", image.size)
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, **how)
+    path.write_bytes(buffer.getvalue())
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("What", "What"), ("What is it,", "w\u200bHAT  is it\u00ad;"), ("scene 1?", "scene \uff11 \uff1f!")]
+)
+def test_a_question_in_both_is_found_in_other_letters_and_with_its_images_in_another_encoding(
+    collected: Path, tmp_path: Path, old: str, new: str
+) -> None:
+    number = next(
+        int(row["id"])
+        for row in map(json.loads, (collected / "questions.jsonl").read_text().splitlines())
+        if "scene 1" in row["prompt"]
+    )
+    path = write_questions(tmp_path, number, number + 1)
+    row = json.loads(path.read_text())
+    path.write_text(json.dumps({**row, "question": row["question"].replace(old, new)}))
+    for image in row["image"]:
+        encoded_again(tmp_path / image, format="WEBP", lossless=True)
+    with pytest.raises(DataError, match=rf"question {number} .* of the evaluation is calibration sample {number} "):
+        check_overlap(collected, read_questions([path], Columns()), [])
+
+
+def test_an_image_that_looks_like_one_in_both_warns(collected: Path, tmp_path: Path) -> None:
+    held = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
+    number = int(held["id"])
+    path = write_questions(tmp_path, number, number + 1)
+    for image in json.loads(path.read_text())["image"]:
+        encoded_again(tmp_path / image, format="JPEG", quality=80, size=(90, 90))
+    (warning, *_) = check_overlap(collected, read_questions([path], Columns()), [])
+    assert f"looks like calibration sample {number}'s" in warning
+    assert warning.endswith("with the same question")
+
+
+def test_options_do_not_hide_a_question(collected: Path, tmp_path: Path) -> None:
+    held = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
+    path = write_questions(tmp_path, int(held["id"]), int(held["id"]) + 1, options=["red", "blue"])
+    with pytest.raises(DataError, match="of the evaluation is calibration sample"):
+        check_overlap(collected, read_questions([path], Columns(options="options")), [])
+
+
+PLAIN = (
+    "Long before the railway came , the mill stood at the bend of the river and ground the corn of nine villages . "
+    "Its wheel was made of oak , and every spring two brothers mended the paddles that the ice had broken ."
+)
+
+
+@pytest.fixture(scope="module")
+def of_prose(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("prose")
+    path = folder / "text.txt"
+    path.write_text(PLAIN)
+    collect(selection(path, None, samples=1, tokens=16), model, folder / "out", Silent())
+    return folder / "out"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        PLAIN,
+        PLAIN.replace(" ,", ",").replace(" .", "!").upper(),
+        PLAIN.replace("nine", "ten"),
+        " ".join(PLAIN.split()[:25]) + "\n" + " ".join(PLAIN.split()[25:]),
+    ],
+)
+def test_a_paragraph_in_both_stops(of_prose: Path, tmp_path: Path, text: str) -> None:
+    (tmp_path / "test.txt").write_text(f"Something else .\n\n{text}\n")
     message = (
-        rf"a paragraph of the evaluation's text \(test.txt:3: 'The harbour of town {number} .*…'\) is part of calibration sample "
-        rf"calibration.sets.0:\d+ \({origins[0]}\): a measurement on it proves nothing"
+        r"a paragraph of the evaluation's text \(test.txt:3: '.*…'\) is part of calibration sample "
+        r"calibration.sets.0:\d+ \(text.txt:1.*\): a measurement on it proves nothing"
     )
     with pytest.raises(DataError, match=message):
-        check_overlap(collected, [], read_documents(path))
+        check_overlap(of_prose, [], read_documents(tmp_path / "test.txt"))
+
+
+def test_a_quotation_is_no_leak(of_prose: Path, tmp_path: Path) -> None:
+    quoted = " ".join(PLAIN.split()[:16])
+    own = "They say that in this country nobody has ever written more than a line without adding another one to it"
+    (tmp_path / "test.txt").write_text(f"{own} : {quoted} , {own} .\n")
+    assert check_overlap(of_prose, [], read_documents(tmp_path / "test.txt")) == []
+
+
+def test_fifty_words_in_a_long_line_are_a_leak(model: Path, tmp_path: Path) -> None:
+    words = [f"word{number}" for number in range(300)]
+    (tmp_path / "text.txt").write_text(" ".join(words))
+    collect(selection(tmp_path / "text.txt", None, samples=1, tokens=64), model, tmp_path / "out", Silent())
+    other = [f"other{number}" for number in range(400)]
+    (tmp_path / "test.txt").write_text(" ".join([*other, *words[:50], *other]))
+    with pytest.raises(DataError, match="a paragraph of the evaluation's text"):
+        check_overlap(tmp_path / "out", [], read_documents(tmp_path / "test.txt"))
+    (tmp_path / "test.txt").write_text(" ".join([*other, *words[:49], *other]))
+    assert check_overlap(tmp_path / "out", [], read_documents(tmp_path / "test.txt")) == []

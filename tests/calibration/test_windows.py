@@ -31,18 +31,15 @@ def test_windows_are_exact_spans_of_the_joined_text() -> None:
     assert max(starts) < 64 * 4 * REACH
 
 
-def test_a_window_knows_the_paragraphs_in_it() -> None:
+def test_a_window_knows_the_lines_in_it() -> None:
     documents = [Document(f"{number}{'x' * 99}", f"a:{number}") for number in range(40)]
-    digests = [piece.digests[0] for document in documents for piece in pieces(document)]
+    text = "".join(blocks(documents))
+    ends = [sum(map(len, blocks(documents[: place + 1]))) for place in range(40)]
     for window in pack_windows(documents, encode, wanted(samples=3, tokens=150)):
-        held = bytes(window.token_ids.tolist()).decode()
-        text = "".join(piece.text for document in documents for piece in pieces(document))
-        start = text.index(held)
-        inside = [digests[place] for place in range(40) if sum(map(len, blocks(documents[:place]))) < start + 150]
-        inside = [digest for digest in inside if sum(map(len, blocks(documents[: digests.index(digest) + 1]))) > start]
-        assert list(window.paragraphs) == inside
-        assert window.paragraphs[inside[0]] == window.first
-        assert window.paragraphs[inside[-1]] == window.last
+        start = text.index(bytes(window.token_ids.tolist()).decode())
+        inside = [place for place in range(40) if ends[place] > start and (ends[place - 1] if place else 0) < start + 150]
+        assert window.text == "".join(blocks([documents[place] for place in inside]))
+        assert (window.first, window.last) == (f"a:{inside[0]}", f"a:{inside[-1]}")
 
 
 def blocks(documents: list[Document]) -> list[str]:

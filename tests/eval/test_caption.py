@@ -98,4 +98,4 @@ def test_rows_may_have_questions_of_their_own(tmp_path: Path) -> None:
     source.write_text(json.dumps({"image": "0.png", "captions": ["a dog"], "question": "What is there?"}) + "\n")
     task = task_for(tmp_path, prompt="In short: {question}", columns={"answer": "captions"})
     (question,) = task.questions([source])
-    assert task.prompt(question) == "In short: What is there?"
+    assert task.wording(question) == "In short: What is there?"

@@ -167,7 +167,7 @@ def say_only(checkpoint: Path, target: Path, word: str, session: Session, prompt
 def test_an_answer_in_own_words_counts_by_the_option_that_it_names(world: World) -> None:
     task = world.task("words", SHOWN, tokens=1, by="generation")
     questions = task.questions((world.folder / "rows.jsonl",))
-    prompt = Prompt("one", task.prompt(questions[0]), questions[0].images)
+    prompt = Prompt("one", task.wording(questions[0]), questions[0].images)
     assert prompt.text == "What is in it, 0? A. it\nB. but\nC. a Which letter?"
     parrot = say_only(world.checkpoint, world.folder / "parrot", "B", world.original, prompt)
     with Transformers(runtime="transformers").open(OpenContext(parrot, world.folder, Silent())) as session:

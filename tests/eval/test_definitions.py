@@ -95,11 +95,11 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def test_what_is_shipped() -> None:
-    assert set(shipped_definitions()) == {*ROWS, "scenes"}
+    assert set(shipped_definitions()) == {*ROWS, "scenes", "questions"}
     assert shipped_definitions("choice") == ["ai2d", "mmmu"]
     for name in shipped_definitions():
         found = read_definition(find_definition(name, Path()))
-        assert (found.name, found.source is None) == (name, name == "scenes")
+        assert (found.name, found.source is None) == (name, name in {"scenes", "questions"})
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
@@ -111,7 +111,7 @@ def test_a_shipped_definition_reads_its_dataset_as_it_stands_on_the_hub(tmp_path
     assert task.accepted(question) == ANSWERS[name]
     assert len(question.images) == (2 if name == "mmmu" else 1)
     assert question.category == {"vqav2": "other", "chartqa": "human_test", "pope": "adversarial", "mmmu": "Hard"}.get(name)
-    prompt = task.prompt(question)
+    prompt = task.wording(question)
     assert question.question in prompt
     assert "{" not in prompt
     if name == "mmmu":
@@ -149,11 +149,45 @@ def test_figures_of_pope_stand_beside_the_accuracy(tmp_path: Path) -> None:
     assert not task_of("docvqa", tmp_path).binary
 
 
-def test_votes_of_one_person_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "rows.parquet"
-    pq.write_table(cast("Any", pa).Table.from_pylist([{**ROWS["textvqa"], "answers": ["red"]}]), path)
-    with pytest.raises(DataError, match=r"task textvqa: rows.parquet:1: question 34602 has 1 accepted answers, and vqa_vote"):
-        task_of("textvqa", tmp_path).questions([path])
+def test_a_single_answer_counts_as_that_of_ten_people(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, [row(options=None, answer="red")])
+    task = task_of("textvqa", tmp_path, source="rows.jsonl")
+    (question,) = task.questions([path])
+    scorer = task.scorer([question])
+    assert [scorer(question, said) for said in ("Red.", "blue")] == [1.0, 0.0]
+    with pytest.raises(DataError, match=r"task textvqa: rows.jsonl:1: question a has no accepted answer; add one"):
+        task.questions([write_rows(tmp_path, [row(options=None, answer=[])])])
+
+
+def test_questions_of_ones_own_need_nothing_but_their_file(tmp_path: Path) -> None:
+    path = write_rows(tmp_path, [row(options=None, answer="three red ones")])
+    given = {"task": "vqa", "source": "rows.jsonl"}
+    task = Vqa.model_validate(given, context={"base": tmp_path})
+    (question,) = task.questions([path])
+    assert (task.name, task.scored_by, task.read().max_new_tokens) == ("questions", "exact_match", 16)
+    assert task.wording(question) == "Which?\nAnswer the question using a single word or phrase."
+    assert [task.scorer([question])(question, said) for said in ("3 red ones", "red")] == [1.0, 0.0]
+    own = {"prompt": "In short: {question}", "metric": "anls", "max_new_tokens": 40}
+    changed = Vqa.model_validate({**given, **own}, context={"base": tmp_path})
+    assert (changed.wording(question), changed.scored_by, changed.binary) == ("In short: Which?", "anls", False)
+    assert 0.5 < changed.scorer([question])(question, "three red one") < 1
+    assert "at most 40 tokens, prompt 'In short: {question}' (questions, version 1, with the recipe's own" in changed.note()
+    assert changed.settings()["definition"] | own == changed.settings()["definition"] != task.settings()["definition"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompt": "What?"}, r"prompt: must have \{question\} where each question belongs"),
+        ({"metric": "bleu"}, "metric: of a vqa must be one of exact_match, relaxed, anls"),
+        ({"max_new_tokens": 0}, "max_new_tokens\n  Input should be greater than 0"),
+        ({"source": None}, "the definition questions names no data; give source, a JSONL or parquet file"),
+    ],
+)
+def test_what_a_recipe_says_of_its_questions_is_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write_rows(tmp_path, [row()])
+    with pytest.raises(ValidationError, match=message):
+        Vqa.model_validate({"task": "vqa", "source": "rows.jsonl", **changes}, context={"base": tmp_path})
 
 
 def test_rows_that_do_not_count_are_left_out_before_any_are_drawn(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from compress.eval.metrics import BINARY, METRICS, answers_fault, figures_of, load_metric
+from compress.eval.metrics import BINARY, METRICS, figures_of, load_metric
 from compress.eval.metrics.anls import anls, edit_distance
 from compress.eval.metrics.cider import Cider, tokens
 from compress.eval.metrics.letter import letter, named_option
@@ -55,12 +55,9 @@ def test_a_blank_answer_of_a_person_agrees_with_nobody() -> None:
     assert vqa_vote("red", ["red"] * 3 + ["blue"] * 4) == pytest.approx(0.9)  # the three blank ones are not among the accepted
 
 
-def test_votes_need_the_answers_of_several_people() -> None:
-    assert answers_fault("vqa_vote", ["red"] * 9) is None
-    fault = answers_fault("vqa_vote", ["red"])
-    assert fault == "has 1 accepted answers, and vqa_vote counts those of ten people; use metric: exact_match"
-    assert answers_fault("anls", ["red"]) is None
-    assert answers_fault("anls", []) == "has no accepted answer; add one"
+def test_a_single_answer_is_taken_for_that_of_all() -> None:
+    assert (vqa_vote("Red.", ["red"]), vqa_vote("blue", ["red"])) == (1.0, 0.0)
+    assert vqa_vote("red", ["red", "blue"]) == pytest.approx(0.3)
 
 
 # arXiv 2203.10244, section 5.1: "within 5% of the gold answer"; "for non-numeric answers, we still need an exact match"
