@@ -89,6 +89,30 @@ class Limits:
     parquet_chunks: int = 200_000
     """Columns times row groups of one parquet file, each of which has an entry in its footer."""
 
+    answer_bytes: int = 33_554_432
+    """Bytes of one answer of a server, unpacked. Scores of 8,192 tokens with the 20 likeliest of each have 13 MB."""
+
+    answer_values: int = 4_000_000
+    """Values in one answer's JSON: in Python one takes a hundred bytes and more. The scores above hold 660,000."""
+
+    answer_characters: int = 1_024
+    """Characters of a model's answer for each token that it was asked for. The longest tokens that are known have a few hundred."""
+
+    head_bytes: int = 65_536
+    """Bytes of the head of one HTTP answer, and of what follows its last chunk. Servers allow 8 to 64 KiB."""
+
+    stream_bytes: int = 4_096
+    """Bytes of one streamed answer for each token that it was asked for. vLLM sends about 250."""
+
+    event_bytes: int = 65_536
+    """Bytes of one event in a stream."""
+
+    log_bytes: int = 16_777_216
+    """Bytes that are read of a server's log to find out why it ended: the first half and the last of so many."""
+
+    hub_seconds: int = 600
+    """Seconds in which the part of a file on a hub must have come that a plan reads, a header of up to 100 MB."""
+
     def set_by(self, name: str) -> str:
         """Return how a message tells which limit was met and how it is raised."""
         return f"limit {name} = {getattr(self, name):,}, set by {PREFIX}{name.upper()}"

@@ -22,6 +22,7 @@ from compress.eval.task import TaskContext
 from compress.files import write_json
 from compress.progress import Progress
 from compress.runtimes.environment import require
+from compress.runtimes.exchange import AnswerError, exchange, models_of
 from compress.runtimes.server import Server, run_server
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ _LOOPBACK = "127.0.0.1,localhost"
 _OFFLINE = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
 _INTERVAL = 0.25
 _ASKED = re.compile(rb"(?:Model Responding|Requesting API): +\d+%[^\r\n]*?(\d+)/(\d+) \[")
+_MODELS_SECONDS = 30.0
 _SHOWN = 1200
 
 
@@ -131,11 +133,11 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
 def _context_length(client: httpx.Client, model: str) -> int | None:
     """Return how many tokens the server takes, None where it does not tell: lm-eval cuts what is longer."""
     try:
-        rows = client.get("/v1/models").raise_for_status().json()["data"]
-    except (httpx.HTTPError, ValueError, LookupError, TypeError):
+        with exchange(client, "GET", "/v1/models", _MODELS_SECONDS) as answer:
+            found = {row["id"]: row.get("max_model_len") for row in models_of(answer.json())}.get(model)
+    except (httpx.HTTPError, AnswerError, ValueError, RecursionError):
         return None
-    found = {row.get("id"): row.get("max_model_len") for row in cast("list[dict[str, Any]]", rows)}.get(model)
-    return found if isinstance(found, int) else None
+    return found if isinstance(found, int) and found > 0 else None
 
 
 def _variables(key: str) -> dict[str, str]:

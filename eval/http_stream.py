@@ -7,6 +7,7 @@ piece of an answer as a small model does for a token; here a piece is noted as i
 from __future__ import annotations
 
 import asyncio
+import re
 import ssl
 import time
 from dataclasses import dataclass, field
@@ -14,14 +15,42 @@ from typing import cast
 from urllib.parse import urlsplit
 
 from compress.errors import UsageError
+from compress.limits import limits
+from compress.redaction import redact
+from compress.untrusted import printable
 
 _HEAD_END = b"\r\n\r\n"
-_LARGEST_HEAD = 65536
+_STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: .*)?")
+_SIZE_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?")
+"""A chunk's size, in hexadecimal digits alone, and extensions that mean nothing here (RFC 9112, section 7.1)."""
+_LONGEST_LINE = 4096
+_INTERIM = 16
+"""How many answers that only say to go on may come before the one that counts."""
+_PIECES = 8
+"""Pieces for each token that was asked for: vLLM sends one, and each takes memory of its own."""
+_SPARE_BYTES, _SPARE_PIECES = 65_536, 64
 _CONNECT_SECONDS = 30
+_DIGITS = 15
 
 
 class StreamError(Exception):
-    """A connection could not be made, or ended in the middle of an answer."""
+    """A connection could not be made, or ended in the middle of an answer, or more came than may; the message holds no secret."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(redact(message)))
+
+
+@dataclass(frozen=True)
+class Most:
+    """How much of one answer is taken in: bytes on the wire, and pieces."""
+
+    bytes: int
+    pieces: int
+
+    @classmethod
+    def of(cls, tokens: int) -> Most:
+        """Return what an answer of so many tokens may need, and some for what stands around it."""
+        return cls(_SPARE_BYTES + tokens * limits().stream_bytes, _SPARE_PIECES + tokens * _PIECES)
 
 
 @dataclass
@@ -32,6 +61,7 @@ class Reply:
     """
 
     sent: float
+    most: Most
     status: int = 0
     pieces: list[tuple[float, bytes]] = field(default_factory=lambda: list[tuple[float, bytes]]())
     whole: bool = False
@@ -39,13 +69,21 @@ class Reply:
     _buffer: bytearray = field(default_factory=bytearray)
     _chunked: bool = False
     _left: int | None = None
+    _taken: int = 0
+    _interim: int = 0
 
     def feed(self, moment: float, data: bytes) -> None:
         """Take what has come at a moment.
 
         Raises:
-            StreamError: it is no HTTP/1.1 answer.
+            StreamError: it is no HTTP/1.1 answer, or larger than it may be.
         """
+        self._taken += len(data)
+        if self._taken > self.most.bytes or len(self.pieces) >= self.most.pieces:
+            raise StreamError(
+                f"the answer has more than {self.most.bytes:,} bytes or {self.most.pieces:,} pieces "
+                f"({limits().set_by('stream_bytes')} a token)"
+            )
         self._buffer += data
         if not self.status and not self._read_head():
             return
@@ -73,26 +111,35 @@ class Reply:
         """Read the status and the headers once they are whole; one that only says to go on is skipped."""
         while True:
             end = self._buffer.find(_HEAD_END)
+            if end > limits().head_bytes or (end < 0 and len(self._buffer) > limits().head_bytes):
+                raise StreamError(f"no HTTP answer: its head does not end ({limits().set_by('head_bytes')})")
             if end < 0:
-                if len(self._buffer) > _LARGEST_HEAD:
-                    raise StreamError("no HTTP answer: its head does not end")
                 return False
             lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
             del self._buffer[: end + len(_HEAD_END)]
-            parts = lines[0].split(" ", 2)
-            if not parts[0].startswith("HTTP/1.") or len(parts) < 2 or not parts[1].isdigit():
+            found = _STATUS_LINE.fullmatch(lines[0])
+            if found is None:
                 raise StreamError(f"no HTTP answer: {lines[0][:40]!r}")
-            if parts[1].startswith("1"):
+            if found[1].startswith("1"):
+                self._interim += 1
+                if self._interim > _INTERIM:
+                    raise StreamError(f"no HTTP answer: {self._interim} that only say to go on")
                 continue
-            self._read_headers(int(parts[1]), parts[0], lines[1:])
+            self._read_headers(int(found[1]), lines[0][:8], lines[1:])
             return True
 
     def _read_headers(self, status: int, version: str, lines: list[str]) -> None:
         headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
         self.status = status
-        self._chunked = "chunked" in headers.get("transfer-encoding", "").lower()
+        coding = headers.get("transfer-encoding", "").lower()
+        self._chunked = coding == "chunked"
         length = headers.get("content-length", "")
-        self._left = int(length) if length.isdigit() and not self._chunked else None
+        packed = headers.get("content-encoding", "identity").lower()
+        if coding not in ("", "chunked", "identity") or packed not in ("", "identity"):
+            raise StreamError(f"the answer is packed as {(coding or packed)[:40]!r}, which was not asked for")
+        if length and not (length.isascii() and length.isdigit() and len(length) <= _DIGITS):
+            raise StreamError(f"no HTTP answer: its length is {length[:40]!r}")
+        self._left = int(length) if length and not self._chunked else None
         self.whole = self._left == 0 or status in (204, 304)
         keeps = self._chunked or self._left is not None
         self.reusable = keeps and version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
@@ -106,6 +153,8 @@ class Reply:
         while self._buffer and not self.whole:
             if self._left is None:
                 end = self._buffer.find(b"\r\n")
+                if end > _LONGEST_LINE or (end < 0 and len(self._buffer) > _LONGEST_LINE):
+                    raise StreamError(f"no chunked HTTP answer: a chunk's size does not end within {_LONGEST_LINE:,} bytes")
                 if end < 0:
                     break
                 self._left = _chunk_size(bytes(self._buffer[:end]))
@@ -119,22 +168,26 @@ class Reply:
                 self._left -= len(found[-1])
             elif len(self._buffer) < 2:
                 break
-            else:
+            elif self._buffer.startswith(b"\r\n"):
                 del self._buffer[:2]
                 self._left = None
+            else:
+                raise StreamError(f"no chunked HTTP answer: {bytes(self._buffer[:40])!r} after a chunk")
         return b"".join(found)
 
     def _end_chunks(self, end: int) -> bool:
         """Return whether what follows the last chunk, trailers and an empty line, has come."""
         rest = bytes(self._buffer[end:])
+        if len(rest) > limits().head_bytes:
+            raise StreamError(f"no chunked HTTP answer: its trailers do not end ({limits().set_by('head_bytes')})")
         return rest.startswith(b"\r\n\r\n") or (_HEAD_END in rest[2:])
 
 
 def _chunk_size(line: bytes) -> int:
-    try:
-        return int(line.partition(b";")[0], 16)
-    except ValueError as error:
-        raise StreamError(f"no chunked HTTP answer: {line[:40]!r}") from error
+    found = _SIZE_LINE.fullmatch(line)
+    if found is None:
+        raise StreamError(f"no chunked HTTP answer: {line[:40]!r}")
+    return int(found[1], 16)
 
 
 class Connection(asyncio.Protocol):
@@ -149,8 +202,8 @@ class Connection(asyncio.Protocol):
         self._reply: Reply | None = None
         self._waiter: asyncio.Future[None] | None = None
 
-    async def post(self, path: str, headers: dict[str, str], body: bytes) -> Reply:
-        """Send a body and return the answer once it is whole.
+    async def post(self, path: str, headers: dict[str, str], body: bytes, most: Most) -> Reply:
+        """Send a body and return the answer, of at most so much, once it is whole.
 
         Raises:
             StreamError: the server cannot be reached, ended the connection, or does not speak HTTP.
@@ -165,7 +218,7 @@ class Connection(asyncio.Protocol):
         if self._transport is None or self._transport.is_closing():
             await self._connect()
         self._waiter = asyncio.get_running_loop().create_future()
-        self._reply = Reply(began)
+        self._reply = Reply(began, most)
         cast("asyncio.Transport", self._transport).write(head + body)
         try:
             await self._waiter

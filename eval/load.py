@@ -9,6 +9,7 @@ import json
 import re
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -18,16 +19,22 @@ import numpy as np
 from PIL import Image
 
 from compress.errors import MissingError, ServerError
-from compress.eval.http_stream import Connection, StreamError
+from compress.eval.http_stream import Connection, Most, StreamError
 from compress.eval.latency import LoadPoint
+from compress.limits import limits
+from compress.redaction import redact
 from compress.runtimes.runtime import Prompt, Served
+from compress.untrusted import printable
 
 _PATH = "/v1/chat/completions"
 _OK = 200
 _WORDS = 200
 _ATTEMPTS = 10
 _END = re.compile(rb"\r?\n\r?\n")
+_SPLIT = 3
+"""Bytes of an event's end that may have come already when the last of it does."""
 _DONE = "[DONE]"
+_MOST_TOKENS = 1 << 31
 
 Client = Literal["vllm bench serve", "compress"]
 
@@ -126,13 +133,13 @@ def make_requests(artifact: Path, point: LoadPoint, count: int, seed: int) -> Re
     return Requests(point, tuple(messages))
 
 
-def put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float) -> Load:
-    """Send all requests, so many at a time, and read every answer's stream to its end.
+def put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float, tokens: int) -> Load:
+    """Send all requests, so many at a time, each for so many tokens, and read every answer's stream to its end.
 
     A request that fails is a sample with its fault. Nothing of an answer is looked into before the last one has ended, so that
     the reading costs the server's machine no time. The server is reached directly, whatever proxy the environment names.
     """
-    return asyncio.run(_put_load(served, bodies, concurrency, request_seconds))
+    return asyncio.run(_put_load(served, bodies, concurrency, request_seconds, Most.of(tokens)))
 
 
 def warm_up(served: Served, requests: Requests, request_seconds: float) -> Dialect:
@@ -143,10 +150,11 @@ def warm_up(served: Served, requests: Requests, request_seconds: float) -> Diale
     """
     first, fault = Requests(requests.point, requests.messages[:1]), ""
     for dialect in DIALECTS:
-        sample = put_load(served, first.bodies(served.model, dialect), 1, request_seconds).samples[0]
+        sample = put_load(served, first.bodies(served.model, dialect), 1, request_seconds, requests.point.output_tokens).samples[0]
         if sample.fault is None:
             rest = Requests(requests.point, requests.messages[1:])
-            put_load(served, rest.bodies(served.model, dialect), requests.point.concurrency, request_seconds)
+            point = requests.point
+            put_load(served, rest.bodies(served.model, dialect), point.concurrency, request_seconds, point.output_tokens)
             return dialect
         fault = sample.fault
         if not fault.startswith(("400", "422")):
@@ -162,7 +170,7 @@ def _remedy(fault: str) -> str:
     return "see that it serves, then measure again"
 
 
-async def _put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float) -> Load:
+async def _put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float, most: Most) -> Load:
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {served.key}"} if served.key else {}
     found: list[Stream | str] = [""] * len(bodies)
@@ -171,7 +179,11 @@ async def _put_load(served: Served, bodies: Sequence[bytes], concurrency: int, r
     async def work() -> None:
         connection = Connection(served.url)
         for place, body in waiting:
-            found[place] = await _ask(connection, headers, body, request_seconds)
+            try:
+                async with asyncio.timeout(request_seconds):
+                    found[place] = await _ask(connection, headers, body, most)
+            except TimeoutError:
+                found[place] = f"no answer within {request_seconds:g} seconds"
         connection.close()
 
     began = time.perf_counter()
@@ -190,13 +202,10 @@ class Stream:
     pieces: list[tuple[float, bytes]]
 
 
-async def _ask(connection: Connection, headers: dict[str, str], body: bytes, seconds: float) -> Stream | str:
+async def _ask(connection: Connection, headers: dict[str, str], body: bytes, most: Most) -> Stream | str:
     """Return an answer's stream, or why there is none."""
     try:
-        async with asyncio.timeout(seconds):
-            reply = await connection.post(_PATH, headers, body)
-    except TimeoutError:
-        return f"no answer within {seconds:g} seconds"
+        reply = await connection.post(_PATH, headers, body, most)
     except StreamError as error:
         return str(error)[:_WORDS]
     if reply.status != _OK:
@@ -206,12 +215,10 @@ async def _ask(connection: Connection, headers: dict[str, str], body: bytes, sec
 
 def _told(text: str) -> str:
     """Return a server's own words on a failure."""
-    try:
+    with suppress(ValueError, KeyError, TypeError, RecursionError):
         content: Any = json.loads(text)
         text = str(content["error"]["message"])
-    except (ValueError, KeyError, TypeError):
-        pass
-    return " ".join(text.split())[:_WORDS]
+    return printable(" ".join(redact(text).split()))[:_WORDS]
 
 
 def read_stream(stream: Stream) -> Sample:
@@ -225,18 +232,20 @@ def read_stream(stream: Stream) -> Sample:
         if data == _DONE:
             ended = True
             continue
+        if data is None:
+            return Sample(0.0, (), 0, f"the stream holds an event that does not end ({limits().set_by('event_bytes')})")
         try:
             event: Any = json.loads(data)
             choices: Any = event.get("choices")
             usage: Mapping[str, Any] = event.get("usage") or {}
-            told = int(usage.get("completion_tokens") or told)
+            told = min(int(usage.get("completion_tokens") or told), _MOST_TOKENS)
             if event.get("error"):
                 return Sample(0.0, (), 0, _told(data))
             if choices:
                 times.append(moment)
                 spoken += bool(choices[0].get("delta", {}).get("content"))
                 ended = ended or choices[0].get("finish_reason") is not None
-        except (ValueError, AttributeError, KeyError, TypeError, IndexError):
+        except (ValueError, AttributeError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
             return Sample(0.0, (), 0, "the stream holds what is no chunk of an answer")
     if not times or not ended:
         return Sample(0.0, (), 0, "the stream ended before the answer did")
@@ -244,17 +253,27 @@ def read_stream(stream: Stream) -> Sample:
     return Sample(times[0] - stream.sent, gaps, told or spoken)
 
 
-def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, str]]:
-    """Give the data of each event with the time its last byte came."""
-    rest = b""
+def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, str | None]]:
+    """Give the data of each event with the time its last byte came; None, as the last, for one that is too long."""
+    rest, most = bytearray(), limits().event_bytes
     closed = [*pieces, (pieces[-1][0], b"\n\n")] if pieces else []
     for moment, piece in closed:
-        *whole, rest = _END.split(rest + piece)
-        for event in whole:
-            lines = event.decode(errors="replace").splitlines()
-            data = "\n".join(line.removeprefix("data:").lstrip(" ") for line in lines if line.startswith("data:"))
+        looked = max(0, len(rest) - _SPLIT)
+        rest += piece
+        while (end := _END.search(rest, looked)) is not None and end.start() <= most:
+            data = _data_of(bytes(rest[: end.start()]))
+            del rest[: end.end()]
+            looked = 0
             if data:
                 yield moment, data
+        if end is not None or len(rest) > most:
+            yield moment, None
+            return
+
+
+def _data_of(event: bytes) -> str:
+    lines = event.decode(errors="replace").splitlines()
+    return "\n".join(line.removeprefix("data:").lstrip(" ") for line in lines if line.startswith("data:"))
 
 
 def _image(random: np.random.Generator, width: int, height: int) -> bytes:

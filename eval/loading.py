@@ -51,7 +51,7 @@ class Loading:
             load = bench_serve(self.bench, self.served, point, count, seed)
         else:
             bodies = make_requests(artifact, point, count, seed).bodies(self.served.model, dialect)
-            load = put_load(self.served, bodies, point.concurrency, self.request_seconds)
+            load = put_load(self.served, bodies, point.concurrency, self.request_seconds, point.output_tokens)
         self._check(point)
         answered = sum(sample.fault is None for sample in load.samples)
         return load, self.watch.during(load.began, load.seconds, answered)

@@ -17,10 +17,11 @@ from compress.families import family_at
 from compress.progress import Progress
 from compress.runtimes.endpoint import Endpoint as Settings
 from compress.runtimes.endpoint import Place, Told
-from compress.runtimes.openai_client import Address, Asker, ItemError, denied, open_client, read_key
+from compress.runtimes.exchange import AnswerError, exchange, models_of
+from compress.runtimes.openai_client import Address, Asker, ItemError, denied, open_client, read_key, refusal_of, shown
 from compress.runtimes.runtime import Ability, Answer, Embeddings, OpenContext, Passage, Picture, Prompt, Score, Served
 from compress.runtimes.vllm_server import stop_tokens
-from compress.runtimes.vllm_session import Asking, Endpoint, Tokens, VllmSession, messages, patience_of
+from compress.runtimes.vllm_session import Asking, Endpoint, Tokens, VllmSession, answer_text, messages, patience_of
 
 _DENIED = {401, 403}
 _ABSENT = {404, 405, 501}
@@ -56,7 +57,7 @@ class EndpointSession:
 
         def ask(prompt: Prompt) -> Answer:
             body = settings | {"messages": messages(prompt)}
-            text = self._asker.post("/v1/chat/completions", body, _text)
+            text = self._asker.post("/v1/chat/completions", body, lambda content: _text(content, max_new_tokens))
             return Answer(id=prompt.id, text=text, token_ids=())
 
         return Asking(self._asker, self._concurrency, progress).answers(prompts, ask, each)
@@ -100,8 +101,8 @@ def open_session(runtime: Settings, context: OpenContext) -> Generator[VllmSessi
     """
     place = runtime.place(context.name)
     address = _address(runtime, place)
-    with open_client(address, patience_of(runtime), runtime.concurrency) as client:
-        _check_model(client, address, place.model, context)
+    with open_client(address, runtime.concurrency) as client:
+        _check_model(client, address, runtime, context)
         endpoint = Endpoint(client, place.model, lambda: None, address)
         told = _ask(runtime, endpoint)
         if told.scores:
@@ -128,8 +129,8 @@ def serve(runtime: Settings, context: OpenContext) -> Generator[Served]:
     """Reach the server as `open_session` does, for others to put load on."""
     place = runtime.place(context.name)
     address = _address(runtime, place)
-    with open_client(address, patience_of(runtime), 1) as client:
-        _check_model(client, address, place.model, context)
+    with open_client(address, 1) as client:
+        _check_model(client, address, runtime, context)
     yield Served(address.url.rstrip("/").removesuffix("/v1"), place.model, address.key)
 
 
@@ -141,7 +142,7 @@ def ask_about(runtime: Settings, name: str) -> Told:
     """
     place = runtime.place(name)
     address = _address(runtime, place)
-    with open_client(address, patience_of(runtime), 1) as client:
+    with open_client(address, 1) as client:
         return _ask(runtime, Endpoint(client, place.model, lambda: None, address))
 
 
@@ -150,13 +151,13 @@ def _address(runtime: Settings, place: Place) -> Address:
 
 
 def _ask(runtime: Settings, endpoint: Endpoint) -> Told:
-    content = _get(endpoint.client, endpoint.address, "/version")
+    content = _get(endpoint.client, endpoint.address, "/version", runtime.request_seconds)
     version = cast("dict[str, Any]", content).get("version") if isinstance(content, dict) else None
     if not isinstance(version, str):
-        _get(endpoint.client, endpoint.address, "/v1/models")
+        _get(endpoint.client, endpoint.address, "/v1/models", runtime.request_seconds)
         return Told(_PLAIN, scores=False)
     with closing(Asker(endpoint.client, endpoint.address, patience_of(runtime), endpoint.check)) as asker:
-        return Told(f"vLLM {version[:_LONGEST]}", scores=_gives_scores(asker, endpoint.model, runtime.top_logprobs))
+        return Told(f"vLLM {shown(version, _LONGEST)}", scores=_gives_scores(asker, endpoint.model, runtime.top_logprobs))
 
 
 def _gives_scores(asker: Asker, model: str, top: int) -> bool:
@@ -172,60 +173,57 @@ def _gives_scores(asker: Asker, model: str, top: int) -> bool:
         return False
 
 
-def _check_model(client: httpx.Client, address: Address, model: str, context: OpenContext) -> None:
+def _check_model(client: httpx.Client, address: Address, runtime: Settings, context: OpenContext) -> None:
     """See that the server says that it serves the model.
 
     Raises:
         ServerError: it serves something else; measuring that would say nothing of the artifact.
     """
-    content = _get(client, address, "/v1/models")
+    model = runtime.place(context.name).model
+    content = _get(client, address, "/v1/models", runtime.request_seconds)
     if content is None:
         context.progress.warn(f"{address.url}: does not tell which models it serves; that it serves {model} is taken on trust")
         return
     try:
-        names = [str(row["id"]) for row in cast("dict[str, Any]", content)["data"]]
-    except (KeyError, TypeError) as error:
+        names = [str(row["id"]) for row in models_of(content)]
+    except ValueError as error:
         raise ServerError(
             f"{address.url}: its list of models cannot be read; give the URL of an OpenAI-compatible server"
         ) from error
     if model not in names:
-        shown = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+        listed = ", ".join(shown(name, _LONGEST) for name in names[:_SHOWN])
+        listed += f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
         raise ServerError(
-            f"{address.url} serves {shown or 'no model'}, not {model}, which the recipe names for {context.name}; correct "
+            f"{address.url} serves {listed or 'no model'}, not {model}, which the recipe names for {context.name}; correct "
             "model, or start the server with that one"
         )
 
 
-def _get(client: httpx.Client, address: Address, path: str) -> object:
+def _get(client: httpx.Client, address: Address, path: str, seconds: float) -> object:
     """Return what a server says at a path, None where it has no such path.
 
     Raises:
         ServerError: it cannot be reached, is too slow, refuses the key, or fails.
     """
     try:
-        answer = client.get(path)
+        with exchange(client, "GET", path, seconds) as answer:
+            if answer.status in _DENIED:
+                raise ServerError(denied(address, str(answer.status)))
+            if answer.status in _ABSENT:
+                return None
+            if httpx.codes.is_success(answer.status):
+                return cast("object", answer.json())
+            words = shown(f"{answer.status}: {refusal_of(answer)}")
     except httpx.TimeoutException as error:
         raise ServerError(
-            f"{address.url}: did not answer within {client.timeout.read:g} seconds; raise request_seconds, or see "
-            "what it is busy with"
+            f"{address.url}: did not answer within {seconds:g} seconds; raise request_seconds, or see what it is busy with"
         ) from error
     except httpx.HTTPError as error:
-        raise ServerError(f"{address.url}: no server answers there ({error}); start it, or correct url") from error
-    if answer.status_code in _DENIED:
-        raise ServerError(denied(address, str(answer.status_code)))
-    if answer.status_code in _ABSENT:
-        return None
-    try:
-        answer.raise_for_status()
-        return cast("object", answer.json())
-    except (httpx.HTTPStatusError, ValueError) as error:
-        raise ServerError(
-            f"{address.url}: {path} cannot be read ({answer.status_code}); give the URL of an OpenAI-compatible server"
-        ) from error
+        raise ServerError(f"{address.url}: no server answers there ({shown(str(error))}); start it, or correct url") from error
+    except (AnswerError, ValueError, RecursionError) as error:
+        words = shown(str(error))
+    raise ServerError(f"{address.url}: {path} cannot be read ({words}); give the URL of an OpenAI-compatible server")
 
 
-def _text(content: dict[str, Any]) -> str:
-    text = content["choices"][0]["message"]["content"]
-    if text is not None and not isinstance(text, str):
-        raise TypeError("the answer is no text")
-    return text or ""
+def _text(content: dict[str, Any], tokens: int) -> str:
+    return answer_text(content["choices"][0]["message"]["content"], tokens)

@@ -7,6 +7,7 @@ import json
 import os
 import queue
 import random
+import re
 import sys
 import threading
 import time
@@ -18,9 +19,9 @@ import httpx
 
 from compress.errors import MissingError, ServerError
 from compress.redaction import redact, remember_secret
+from compress.runtimes.exchange import Answer, AnswerError, exchange, open_http
 from compress.untrusted import printable
 
-_CONNECT_SECONDS = 10
 _PROBE_SECONDS = 10
 _INTERVAL = 0.25
 """Seconds between two looks whether a server is back."""
@@ -30,13 +31,19 @@ _TIMEOUTS = 2
 _OUTAGES = 3
 """How many outages one item may fall into: a question that brings the server down each time must end."""
 _WORDS = 300
+_LONGEST_REFUSAL = 65_536
 _LEAST_IN_A_ROW = 16
 _DENIED = {401, 403}
+_ELSEWHERE = {301, 302, 303, 307, 308}
 _AGAIN = {408, 409, 425}
 _BUSY = 429
 _NOT_OFFERED = 501
+_UNREADABLE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+"""What reading an answer that is not as it should be raises."""
 _AWAY = {502, 503, 504}
 """What a proxy answers where the server behind it does not."""
+
+_SECONDS = re.compile(r"[0-9]{1,9}(?:\.[0-9]*)?")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -83,17 +90,11 @@ class _Failure:
     pause: float | None = None
 
 
-def open_client(address: Address, patience: Patience, connections: int, *, trust_env: bool = True) -> httpx.Client:
+def open_client(address: Address, connections: int, *, trust_env: bool = True) -> httpx.Client:
     """Return a client for a server; without `trust_env` no proxy of the environment stands between."""
-    return httpx.Client(
-        base_url=address.url.rstrip("/").removesuffix("/v1"),
-        headers={"Authorization": f"Bearer {address.key}"} if address.key else {},
-        timeout=httpx.Timeout(patience.request_seconds, connect=_CONNECT_SECONDS, pool=None),
-        limits=httpx.Limits(
-            max_connections=connections + 1, max_keepalive_connections=connections + 1
-        ),  # one more to look after it
-        trust_env=trust_env,
-    )
+    headers = {"Authorization": f"Bearer {address.key}"} if address.key else {}
+    url = address.url.rstrip("/").removesuffix("/v1")
+    return open_http(url, headers, connections + 1, trust_env=trust_env)  # one more to look after it
 
 
 def read_key(variable: str | None, url: str) -> str | None:
@@ -208,50 +209,41 @@ class Asker:
 
     def _once(self, path: str, content: bytes, read: Callable[[Any], Result]) -> Result | _Failure:
         try:
-            status, headers, text = self._exchange(path, content)
+            with exchange(self.client, "POST", path, self._patience.request_seconds, content) as answer:
+                if not httpx.codes.is_success(answer.status):
+                    return self._refused(answer)
+                try:
+                    return read(answer.json())
+                except _UNREADABLE as error:
+                    return _Failure(shown(f"its answer cannot be read ({type(error).__name__}: {error})"))
+        except AnswerError as error:
+            raise ItemError(shown(str(error))) from error
         except httpx.TimeoutException as error:
             connecting = isinstance(error, httpx.ConnectTimeout)
             return _Failure(
                 f"no answer within {self._patience.request_seconds:g} seconds", timed_out=not connecting, away=connecting
             )
         except httpx.HTTPError as error:
-            return _Failure(self._short(f"{type(error).__name__}: {error}"), away=True)
+            return _Failure(shown(f"{type(error).__name__}: {error}"), away=True)
         except RuntimeError as error:  # the client was closed meanwhile
-            return _Failure(self._short(str(error)))
-        if not httpx.codes.is_success(status):
-            return self._refused(status, headers, text)
-        try:
-            return read(json.loads(text))
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            return _Failure(self._short(f"its answer cannot be read ({type(error).__name__}: {error})"))
+            return _Failure(shown(str(error)))
 
-    def _exchange(self, path: str, content: bytes) -> tuple[int, httpx.Headers, str]:
-        """Send and receive; the whole may take `request_seconds`, also where it trickles in."""
-        deadline = time.monotonic() + self._patience.request_seconds
-        headers = {"Content-Type": "application/json"}
-        with self.client.stream("POST", path, content=content, headers=headers) as answer:
-            parts: list[bytes] = []
-            for part in answer.iter_bytes():
-                parts.append(part)
-                if time.monotonic() > deadline:
-                    raise httpx.ReadTimeout("the answer did not end")
-            return answer.status_code, answer.headers, b"".join(parts).decode("utf-8", "replace")
-
-    def _refused(self, status: int, headers: httpx.Headers, text: str) -> _Failure:
+    def _refused(self, answer: Answer) -> _Failure:
         """Return what a status other than success means for the item.
 
         Raises:
             ItemError: the server will not answer this item, however often it is asked.
             ServerError: it wants a key, or another one; or it lacks what it is asked for.
         """
-        words = self._short(f"{status}: {_message(text)}")
+        status = answer.status
+        words = shown(f"{status}: {refusal_of(answer)}")
         if status in _DENIED:
             raise ServerError(denied(self._address, words))
         if "scale-out" in words.lower():
             raise ServerError(f"{self._address.url}: {words}; start the server with --enable-scale-out")
         if (status < 500 and status != _BUSY and status not in _AGAIN) or status == _NOT_OFFERED:
             raise ItemError(words)
-        return _Failure(words, away=status in _AWAY, busy=status == _BUSY, pause=_retry_after(headers))
+        return _Failure(words, away=status in _AWAY, busy=status == _BUSY, pause=_retry_after(answer.headers))
 
     def _wait_as_told(self, outcome: _Failure, failed: int) -> None:
         """Keep every thread from asking for a while; being asked to wait is no failure of an item.
@@ -303,8 +295,9 @@ class Asker:
             self._lost = f"{error}\nTo go on, {RESUMES}."
             raise ServerError(self._lost) from error
         try:
-            return self.client.get("/v1/models", timeout=_PROBE_SECONDS).status_code < 500
-        except (httpx.HTTPError, RuntimeError):
+            with exchange(self.client, "GET", "/v1/models", _PROBE_SECONDS) as answer:
+                return answer.status < 500
+        except (httpx.HTTPError, AnswerError, RuntimeError):
             return False
 
     def _told(self, outcome: _Failure, failed: int) -> float:
@@ -315,11 +308,6 @@ class Asker:
         longest = min(self._patience.pause * 2 ** (failed - 1), _LONGEST_PAUSE)
         with self._looking:
             return longest * self._chance.uniform(0.5, 1.0)
-
-    def _short(self, words: str) -> str:
-        """Return words of a server's, or about it, on one line and without the key, which some servers repeat."""
-        flat = printable(" ".join(redact(words).split()))
-        return flat if len(flat) <= _WORDS else flat[: _WORDS - 1] + "…"
 
 
 class _Crew(Generic[Item]):
@@ -369,6 +357,12 @@ class _Crew(Generic[Item]):
             return None if self._stopped else next(self._work, None)
 
 
+def shown(words: str, most: int = _WORDS) -> str:
+    """Return words of a server's, or about it, on one line, cut, and without secrets, which some servers repeat."""
+    flat = printable(" ".join(redact(words).split()))
+    return flat if len(flat) <= most else flat[: most - 1] + "…"
+
+
 def denied(address: Address, words: str) -> str:
     """Return what to say where a server wants a key, or another one."""
     if address.key_variable is None:
@@ -378,23 +372,28 @@ def denied(address: Address, words: str) -> str:
     return f"{address.url}: {words}; {remedy}"
 
 
-def _message(text: str) -> str:
-    """Return the server's own words on a failure."""
+def refusal_of(answer: Answer) -> str:
+    """Return the server's own words on a failure, or where it sends who asks."""
+    if answer.status in _ELSEWHERE:
+        return (
+            f"it sends to {answer.headers.get('Location', 'another address')}, which is not followed; name the server that answers"
+        )
+    text = answer.text[:_LONGEST_REFUSAL]
     try:
         content: Any = json.loads(text)
-    except ValueError:
+        error: Any = cast("dict[str, Any]", content).get("error", content) if isinstance(content, dict) else content
+        told = cast("dict[str, Any]", error).get("message", error) if isinstance(error, dict) else error
+        return told if isinstance(told, str) else json.dumps(told)
+    except (ValueError, RecursionError):
         return text
-    error: Any = cast("dict[str, Any]", content).get("error", content) if isinstance(content, dict) else content
-    told = cast("dict[str, Any]", error).get("message", error) if isinstance(error, dict) else error
-    return told if isinstance(told, str) else json.dumps(told)
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
     """Return how many seconds a server asks to wait: a number, or until a date (RFC 9110, section 10.2.3)."""
     told = headers.get("Retry-After", "").strip()
-    if told.replace(".", "", 1).isdigit():
+    if _SECONDS.fullmatch(told):
         return float(told)
     try:
         return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return None

@@ -13,12 +13,14 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import httpx
 
 from compress.errors import ServerError, StoreError
+from compress.redaction import redact
+from compress.runtimes.exchange import AnswerError, exchange, models_of, open_http
 from compress.runtimes.runtime import Served
+from compress.untrusted import printable
 
 _GUARD = Path(__file__).with_name("guard.py")
 _GRACE = 10.0
@@ -125,21 +127,23 @@ def await_service(server: Server, served: Served, seconds: float) -> None:
         ServerError: it ended before, was not ready after so many seconds, or serves something else.
     """
     headers = {"Authorization": f"Bearer {served.key}"}
-    with httpx.Client(base_url=served.url, headers=headers, timeout=_SECONDS, trust_env=False) as client:
+    with open_http(served.url, headers, 1, trust_env=False) as client:
         server.wait(lambda: _is_healthy(client), seconds)
         try:
-            rows = cast("dict[str, Any]", client.get("/v1/models").raise_for_status().json()).get("data", [])
-        except (httpx.HTTPError, ValueError) as error:
-            raise ServerError(f"{served.url}: does not tell which model it serves ({error}); run it again") from error
-        names = [str(row["id"]) for row in rows]
+            with exchange(client, "GET", "/v1/models", _SECONDS) as answer:
+                names = [str(row["id"]) for row in models_of(answer.json())]
+        except (httpx.HTTPError, AnswerError, ValueError, RecursionError) as error:
+            words = printable(redact(str(error)))
+            raise ServerError(f"{served.url}: does not tell which model it serves ({words}); run it again") from error
         if names != [served.model]:
-            raise ServerError(f"{served.url} serves {', '.join(names)}, not the server that was started; run it again")
+            raise ServerError(f"{served.url} serves another model, not the server that was started; run it again")
 
 
 def _is_healthy(client: httpx.Client) -> bool:
     try:
-        return client.get("/health").is_success
-    except httpx.TransportError:
+        with exchange(client, "GET", "/health", _SECONDS) as answer:
+            return httpx.codes.is_success(answer.status)
+    except (httpx.HTTPError, AnswerError):
         return False
 
 

@@ -18,6 +18,9 @@ from compress.errors import ServerError, StoreError, UsageError
 from compress.runtimes.runtime import UNSCORED, Passage, Score, passages_digest, unscored
 
 _SCHEMA = "top-tokens-1"
+_TOKENS = 1 << 31
+_LARGEST = 1e-3
+"""What rounding may put a log-probability above 0."""
 _FLOOR = 1e-6
 """What float32 log-probabilities leave uncertain of a probability that remains."""
 
@@ -36,12 +39,17 @@ def position_of(name: str, token: int, row: Mapping[str, Mapping[str, Any]] | No
 
     Raises:
         ServerError: the position holds another token than the one that was asked for; `name` says in which item.
+        ValueError: it holds more tokens than asked for, or what is no log-probability.
     """
     if row is None or str(token) not in row:
         raise ServerError(
             f"{name}: vLLM scored other tokens than the {token} it was given; this version cannot be used for scoring"
         )
+    if len(row) > top + 1:
+        raise ValueError(f"{len(row):,} tokens at a position where {top} were asked for")
     found = {int(key): float(value["logprob"]) for key, value in row.items()}
+    if not all(0 <= number < _TOKENS and value <= _LARGEST for number, value in found.items()):
+        raise ValueError("a position holds what is no token, or no log-probability")
     likeliest = dict(found)
     if len(likeliest) > top:
         del likeliest[token]

@@ -12,11 +12,16 @@ import httpx
 from compress.checkpoint import read_config, read_json_object
 from compress.errors import ServerError
 from compress.families import family_at
-from compress.runtimes.openai_client import Address, open_client, read_key
+from compress.runtimes.exchange import AnswerError, exchange, models_of
+from compress.runtimes.openai_client import Address, open_client, read_key, refusal_of, shown
 from compress.runtimes.runtime import OpenContext, Served
 from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_session import Endpoint, Tokens, VllmSession, patience_of
+from compress.runtimes.vllm_session import Endpoint, Tokens, VllmSession
 from compress.runtimes.vllm_start import start_server
+
+_LONGEST = 60
+"""Characters of a version that a server tells."""
+_SHOWN = 5
 
 
 @contextmanager
@@ -31,7 +36,7 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
     tokens = Tokens(stop_tokens(context.artifact), family_at(context.artifact, context.trust_remote_code).placeholders(config))
     if runtime.url is not None:
         address = _address(runtime)
-        with open_client(address, patience_of(runtime), runtime.concurrency) as client:
+        with open_client(address, runtime.concurrency) as client:
             endpoint = Endpoint(client, _remote_model(runtime, client, context.artifact), lambda: None, address)
             with closing(VllmSession(endpoint, runtime, tokens)) as session:
                 yield session
@@ -40,7 +45,7 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
         served = started.served
         address = Address(served.url, served.key)
         # No proxy stands between this machine and itself.
-        with open_client(address, patience_of(runtime), runtime.concurrency, trust_env=False) as client:
+        with open_client(address, runtime.concurrency, trust_env=False) as client:
             endpoint = Endpoint(client, served.model, started.server.check, address)
             with closing(VllmSession(endpoint, runtime, tokens)) as session:
                 yield session
@@ -59,7 +64,7 @@ def serve(runtime: Vllm, context: OpenContext) -> Generator[Served]:
             yield started.served
         return
     address = _address(runtime)
-    with open_client(address, patience_of(runtime), 1) as client:
+    with open_client(address, 1) as client:
         model = _remote_model(runtime, client, context.artifact)
     yield Served(runtime.url.rstrip("/").removesuffix("/v1"), model, address.key)
 
@@ -70,8 +75,8 @@ def remote_version(runtime: Vllm) -> str:
     Raises:
         MissingError: it does not answer, or is no vLLM server.
     """
-    with open_client(_address(runtime), patience_of(runtime), 1) as client:
-        return str(_get(client, "/version").get("version", "unknown"))
+    with open_client(_address(runtime), 1) as client:
+        return shown(str(_get(client, runtime, "/version").get("version", "unknown")), _LONGEST)
 
 
 def stop_tokens(artifact: Path) -> tuple[int, ...]:
@@ -88,13 +93,16 @@ def stop_tokens(artifact: Path) -> tuple[int, ...]:
     return tuple(cast("list[int]", named)) if isinstance(named, (list, tuple)) else (int(named),)
 
 
-def _get(client: httpx.Client, path: str) -> dict[str, Any]:
+def _get(client: httpx.Client, runtime: Vllm, path: str) -> dict[str, Any]:
     try:
-        answer = client.get(path)
-        answer.raise_for_status()
-        return cast("dict[str, Any]", answer.json())
-    except (httpx.HTTPError, ValueError) as error:
-        raise ServerError(f"{client.base_url}: no vLLM server answers there ({error}); start it, or correct url") from error
+        with exchange(client, "GET", path, runtime.request_seconds) as answer:
+            content: object = answer.json() if httpx.codes.is_success(answer.status) else None
+            words = shown(f"{answer.status}: {refusal_of(answer)}" if content is None else "no JSON object")
+    except (httpx.HTTPError, AnswerError, ValueError, RecursionError) as error:
+        content, words = None, shown(f"{type(error).__name__}: {error}")
+    if isinstance(content, dict):
+        return cast("dict[str, Any]", content)
+    raise ServerError(f"{runtime.url}: no vLLM server answers there ({words}); start it, or correct url")
 
 
 def _address(runtime: Vllm) -> Address:
@@ -108,9 +116,21 @@ def _remote_model(runtime: Vllm, client: httpx.Client, artifact: Path) -> str:
     Raises:
         ServerError: it serves something else; measuring that would say nothing of the artifact.
     """
-    served = {str(row["id"]): str(row.get("root", "")) for row in _get(client, "/v1/models").get("data", [])}
+    try:
+        rows = models_of(_get(client, runtime, "/v1/models"))
+    except ValueError as error:
+        raise ServerError(f"{runtime.url}: does not tell which model it serves ({error}); start it, or correct url") from error
+    served = {str(row["id"]): str(row.get("root", "")) for row in rows}
     for name, root in served.items():
-        if Path(root).resolve() == artifact.resolve():
+        if _leads_to(root, artifact):
             return name
-    shown = ", ".join(root or name for name, root in served.items()) or "no model"
-    raise ServerError(f"{runtime.url} serves {shown}, not {artifact}; start it with that folder, or leave out url")
+    listed = ", ".join(shown(root or name) for name, root in list(served.items())[:_SHOWN]) or "no model"
+    raise ServerError(f"{runtime.url} serves {listed}, not {artifact}; start it with that folder, or leave out url")
+
+
+def _leads_to(root: str, artifact: Path) -> bool:
+    """Return whether what a server names as its model's folder is an artifact's."""
+    try:
+        return Path(root).resolve() == artifact.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return False

@@ -13,11 +13,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.errors import ServerError, UsageError
+from compress.limits import limits
 from compress.progress import Progress
+from compress.redaction import redact_answer
 from compress.runtimes.openai_client import Address, Asker, Patience
 from compress.runtimes.runtime import Ability, Answer, Embeddings, Passage, Picture, Prompt, Score, scored_tokens
 from compress.runtimes.top_tokens import Position, TopRecord, position_of, scores_of, write_record
 
+_TOKENS = 1 << 31
+"""More than any vocabulary has: tokens are written as 32-bit integers."""
 _SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp", b"BM": "image/bmp"}
 
 
@@ -92,7 +96,9 @@ class VllmSession:
                 body |= {"logit_bias": self._bias}
             if self._stops:
                 body |= {"stop_token_ids": list(self._stops), "ignore_eos": True}
-            return self._asker.post("/v1/chat/completions", body, lambda content: self._read(prompt, content["choices"][0]))
+            return self._asker.post(
+                "/v1/chat/completions", body, lambda content: self._read(prompt, content["choices"][0], max_new_tokens)
+            )
 
         return Asking(self._asker, self._concurrency, progress).answers(prompts, ask, each)
 
@@ -135,10 +141,10 @@ class VllmSession:
         del pictures, texts, progress
         raise UsageError("task retrieval: cannot be measured with runtime: vllm; set eval.runtime to transformers")
 
-    def _read(self, prompt: Prompt, choice: dict[str, Any]) -> Answer:
-        ids = [int(token) for token in choice["token_ids"]]
+    def _read(self, prompt: Prompt, choice: dict[str, Any], most: int) -> Answer:
+        ids = token_ids(choice["token_ids"], most)
         end = next((place for place, token in enumerate(ids) if token in self._stops), len(ids))
-        return Answer(id=prompt.id, text=str(choice["message"]["content"] or ""), token_ids=tuple(ids[:end]))
+        return Answer(id=prompt.id, text=answer_text(choice["message"]["content"], most), token_ids=tuple(ids[:end]))
 
     def _positions(self, passage: Passage) -> list[Position] | str:
         """Ask how each of a passage's tokens was predicted; one entry per scored token."""
@@ -164,7 +170,7 @@ class VllmSession:
         return self._asker.post("/inference/v1/generate", body, read)
 
     def _rendered(self, content: dict[str, Any]) -> tuple[list[int], dict[str, Any] | None]:
-        ids = [int(token) for token in content["token_ids"]]
+        ids = token_ids(content["token_ids"], limits().answer_values)
         return ids, _embedded(content["features"], ids, self._bias)
 
     def _body(self, max_tokens: int) -> dict[str, Any]:
@@ -197,6 +203,40 @@ class Asking:
 def _unanswered(prompt: Prompt, words: str) -> Answer:
     """Return what stands for the answer to a prompt that failed."""
     return Answer(id=prompt.id, text="", token_ids=(), fault=words)
+
+
+def answer_text(content: object, tokens: int) -> str:
+    """Return a model's answer as a server gives it, without secrets, and so that it can be written as UTF-8.
+
+    Raises:
+        TypeError: it is no text.
+        ValueError: it is longer than so many tokens can be.
+    """
+    if content is not None and not isinstance(content, str):
+        raise TypeError("the answer is no text")
+    text = content or ""
+    if len(text) > tokens * limits().answer_characters:
+        raise ValueError(
+            f"it has {len(text):,} characters where {tokens:,} tokens were asked for ({limits().set_by('answer_characters')})"
+        )
+    return redact_answer(text).encode("utf-8", "replace").decode()
+
+
+def token_ids(content: object, most: int) -> list[int]:
+    """Return tokens as a server gives them.
+
+    Raises:
+        TypeError: they are no list of tokens.
+        ValueError: there are more, or one is none that a vocabulary can have.
+    """
+    if not isinstance(content, list):
+        raise TypeError("its tokens are no list")
+    ids = cast("list[object]", content)
+    if len(ids) > most:
+        raise ValueError(f"it has {len(ids):,} tokens where {most:,} were asked for")
+    if not all(isinstance(token, int) and 0 <= token < _TOKENS for token in ids):
+        raise ValueError("it holds what is no token")
+    return cast("list[int]", ids)
 
 
 def messages(prompt: Prompt) -> list[dict[str, Any]]:

@@ -7,9 +7,10 @@ import asyncio
 import pytest
 
 from compress.errors import UsageError
-from compress.eval.http_stream import Connection, Reply, StreamError
+from compress.eval.http_stream import Connection, Most, Reply, StreamError
 from tests.eval.stream_server import event, stream_server
 
+MOST = Most(1_000_000, 1_000)
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = (
     b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -18,7 +19,7 @@ CHUNKED = (
 
 
 def _feed(data: bytes, size: int) -> Reply:
-    reply = Reply(0.0)
+    reply = Reply(0.0, MOST)
     for moment, start in enumerate(range(0, len(data), size)):
         assert not reply.whole, "an answer is whole with its last byte, not before"
         reply.feed(float(moment), data[start : start + size])
@@ -50,7 +51,7 @@ def test_body_without_a_length_ends_with_the_connection() -> None:
 
 
 def test_pieces_have_the_moment_they_came() -> None:
-    reply = Reply(0.0)
+    reply = Reply(0.0, MOST)
     reply.feed(1.0, HEAD + b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc")
     reply.feed(2.0, b"\r\n2\r\nde\r\n")
     reply.feed(3.0, b"0\r\n\r\n")
@@ -63,7 +64,63 @@ def test_pieces_have_the_moment_they_came() -> None:
 )
 def test_what_is_no_http_is_refused(data: bytes) -> None:
     with pytest.raises(StreamError, match=r"no (chunked )?HTTP answer"):
-        Reply(0.0).feed(0.0, data)
+        Reply(0.0, MOST).feed(0.0, data)
+
+
+def chunked(*lines: bytes) -> bytes:
+    return HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"\r\n".join(lines) + b"\r\n"
+
+
+@pytest.mark.parametrize(
+    "size", [b"-5", b"+5", b"0x5", b" 5", b"5_0", b"", b"\xb2", b"5 5", b"f" * 16, b"5\n", b"0" * 20, b";x"], ids=repr
+)
+def test_sizes_of_chunks_are_hexadecimal_digits_alone(size: bytes) -> None:
+    """Python reads most of these as numbers, one of them below 0."""
+    with pytest.raises(StreamError, match="no chunked HTTP answer"):
+        Reply(0.0, MOST).feed(0.0, chunked(size, b"hello"))
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [
+        (chunked(b"5", b"hello!"), "after a chunk"),
+        (chunked(b"5" + b";" + b"x" * 5000), "a chunk's size does not end"),
+        (chunked(b"5;" + b"x" * 5000, b"hello"), "a chunk's size does not end"),
+        (chunked(b"0", *[b"X-More: 1"] * 10_000), "its trailers do not end"),
+        (HEAD + b"X: " + b"x" * 70_000 + b"\r\n\r\n", "its head does not end"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 20, "that only say to go on"),
+        (HEAD + b"Content-Length: -1\r\n\r\n", "its length is '-1'"),
+        (HEAD + b"Content-Length: \xb2\r\n\r\n", "its length is"),
+        (HEAD + b"Content-Length: " + b"9" * 5000 + b"\r\n\r\n", "its length is"),
+        (HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n", "packed as 'gzip, chunked'"),
+        (HEAD + b"Content-Encoding: gzip\r\n\r\n", "packed as 'gzip'"),
+        (b"HTTP/1.1 \xb2\xb2\xb2 x\r\n\r\n", "no HTTP answer"),
+        (b"HTTP/1.1 999 x\r\n\r\n", "no HTTP answer"),
+        (HEAD + b"\r\n" + b"x" * 1_000_000, "more than 1,000,000 bytes"),
+    ],
+)
+def test_what_has_no_end_or_no_measure_is_refused(data: bytes, words: str) -> None:
+    with pytest.raises(StreamError, match=words):
+        Reply(0.0, MOST).feed(0.0, data)
+
+
+def test_pieces_are_counted() -> None:
+    """Each takes memory of its own, however small."""
+    reply = Reply(0.0, Most(1_000_000, 10))
+    reply.feed(0.0, HEAD + b"\r\n")
+    for _ in range(10):
+        reply.feed(0.0, b"x")
+    with pytest.raises(StreamError, match=r"more than 1,000,000 bytes or 10 pieces \(limit stream_bytes"):
+        reply.feed(0.0, b"x")
+    assert Most.of(100).bytes >= 100 * 4096
+    assert Most.of(100).pieces > 100
+
+
+def test_an_error_of_a_stream_shows_no_control_character() -> None:
+    with pytest.raises(StreamError) as caught:
+        Reply(0.0, MOST).feed(0.0, b"\x1b[2J\x9b31m\r\n\r\n")
+    assert "\x1b" not in str(caught.value)
+    assert "\x9b" not in str(caught.value)
 
 
 def test_connection_serves_one_request_after_the_other() -> None:
@@ -71,7 +128,7 @@ def test_connection_serves_one_request_after_the_other() -> None:
         connection = Connection(f"{url}/deep")
         found: list[tuple[int, bytes]] = []
         for _ in range(2):
-            reply = await connection.post("/path", {"X-Name": "value"}, b'{"max_tokens": 1}')
+            reply = await connection.post("/path", {"X-Name": "value"}, b'{"max_tokens": 1}', MOST)
             found.append((reply.status, b"".join(piece for _, piece in reply.pieces)))
         connection.close()
         await asyncio.sleep(0)
@@ -84,4 +141,4 @@ def test_connection_serves_one_request_after_the_other() -> None:
 
 def test_key_with_a_lines_end_is_not_sent() -> None:
     with pytest.raises(UsageError, match="a header holds a line's end"):
-        asyncio.run(Connection("http://127.0.0.1:1").post("/", {"Authorization": "Bearer a\r\nX: y"}, b""))
+        asyncio.run(Connection("http://127.0.0.1:1").post("/", {"Authorization": "Bearer a\r\nX: y"}, b"", MOST))

@@ -68,7 +68,7 @@ def test_every_request_is_sent_once_and_so_many_are_under_way() -> None:
 
     requests = make_requests(DEMO, POINT, 9, 0)
     with stream_server(together) as server:
-        load = put_load(_served(server.url, "secret"), requests.bodies("the-model", DIALECTS[0]), 3, 60)
+        load = put_load(_served(server.url, "secret"), requests.bodies("the-model", DIALECTS[0]), 3, 60, POINT.output_tokens)
     assert [sample.fault for sample in load.samples] == [None] * 9
     assert [(sample.tokens, len(sample.gaps), len(sample.between_tokens)) for sample in load.samples] == [(5, 5, 4)] * 9
     assert server.most_at_once == 3
@@ -89,7 +89,7 @@ def test_failed_requests_keep_their_places_and_their_words() -> None:
         return whole_answer(body, number)
 
     with stream_server(sometimes) as server:
-        load = put_load(_served(server.url), make_requests(DEMO, POINT, 8, 0).bodies("m", DIALECTS[0]), 1, 60)
+        load = put_load(_served(server.url), make_requests(DEMO, POINT, 8, 0).bodies("m", DIALECTS[0]), 1, 60, POINT.output_tokens)
     faults = [None, "503: try again later", "the stream ended before the answer did", "engine died"]
     assert [sample.fault for sample in load.samples] == faults * 2
 
@@ -97,7 +97,7 @@ def test_failed_requests_keep_their_places_and_their_words() -> None:
 def test_unreachable_server_fails_every_request() -> None:
     with stream_server() as server:
         url = server.url
-    load = put_load(_served(url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 2, 60)
+    load = put_load(_served(url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 2, 60, POINT.output_tokens)
     assert all(sample.fault is not None and sample.fault.startswith("the server at 127.0.0.1:") for sample in load.samples)
 
 
@@ -155,3 +155,26 @@ def test_what_is_no_stream_of_chunks_is_a_fault(data: str) -> None:
 
 def test_empty_stream_is_a_fault() -> None:
     assert read_stream(Stream(0.0, [])).fault == "the stream ended before the answer did"
+
+
+def test_an_event_that_does_not_end_is_a_fault_and_found_in_one_pass() -> None:
+    """A thousand pieces that are each put before all that came earlier would take minutes."""
+    pieces = [(float(place), b"data: " + b"x" * 60) for place in range(100_000)]
+    fault = read_stream(Stream(0.0, pieces)).fault
+    assert fault == "the stream holds an event that does not end (limit event_bytes = 65,536, set by COMPRESS_LIMIT_EVENT_BYTES)"
+    whole = b"data: " + b" " * 65_000 + b'{"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n'
+    assert read_stream(Stream(0.0, [(1.0, whole[place : place + 1]) for place in range(len(whole))])).fault is None
+
+
+@pytest.mark.parametrize(
+    "data", ["[" * 60_000, '{"choices": [{"delta": {}}], "usage": {"completion_tokens": 1e999}}', "{" + '"a":{' * 9000]
+)
+def test_an_event_that_no_parser_bears_is_a_fault(data: str) -> None:
+    assert read_stream(Stream(0.0, [(1.0, event(data))])).fault == "the stream holds what is no chunk of an answer"
+
+
+def test_a_server_that_floods_fails_its_request() -> None:
+    """An answer of five tokens has no thousand pieces."""
+    with stream_server(lambda body, number: [chunk("word " * 1000)] * 1000) as server:
+        load = put_load(_served(server.url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 1, 60, POINT.output_tokens)
+    assert all("the answer has more than 86,016 bytes" in (sample.fault or "") for sample in load.samples)

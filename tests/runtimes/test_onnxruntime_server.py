@@ -97,7 +97,7 @@ def test_load_is_put_on_it(served: Served) -> None:
     """Every request has as many tokens as asked, each an event of its own."""
     requests = make_requests(DEMO, POINT, 7, 0)
     assert warm_up(served, requests, 60) == DIALECTS[0]
-    load = put_load(served, requests.bodies(served.model, DIALECTS[0]), POINT.concurrency, 60)
+    load = put_load(served, requests.bodies(served.model, DIALECTS[0]), POINT.concurrency, 60, POINT.output_tokens)
     assert [(sample.fault, sample.tokens, len(sample.between_tokens)) for sample in load.samples] == [(None, 6, 5)] * 7
 
 

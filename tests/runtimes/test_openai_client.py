@@ -33,7 +33,7 @@ def asker(server: StandIn, patience: Patience = QUICK, ended: threading.Event | 
         if ended is not None and ended.is_set():
             raise ServerError("vLLM, serving x, ended.")
 
-    with open_client(address, patience, 8, trust_env=False) as client:
+    with open_client(address, 8, trust_env=False) as client:
         opened = Asker(client, address, patience, check)
         yield opened
         opened.close()
@@ -202,7 +202,7 @@ from compress.runtimes.openai_client import Address, Asker, Patience, open_clien
 from tests.runtimes.test_openai_client import ask, each
 address = Address(sys.argv[1])
 patience = Patience(request_seconds=600, away_seconds=600)
-with open_client(address, patience, 8, trust_env=False) as client:
+with open_client(address, 8, trust_env=False) as client:
     each(Asker(client, address, patience, lambda: None), [str(number) for number in range(8)], 4)
 """
 

@@ -85,7 +85,7 @@ def test_position_of_another_token_is_refused(row: dict[str, dict[str, float]] |
 
 def test_score_says_where_both_put_the_same_token_first() -> None:
     before = [position(logs_of(seed), 0, 5) for seed in (0, 1)]
-    after = [before[0], position(-logs_of(1) - 10, 0, 5)]
+    after = [before[0], position(-logs_of(1) - np.log(np.exp(-logs_of(1)).sum()), 0, 5)]
     score = score_of("item", after, before)
     assert score.same_top is not None
     assert score.same_top.tolist() == [True, False]
