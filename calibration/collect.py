@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from safetensors import numpy as tensors
 
+from compress.artifact import check_side_files
 from compress.calibration.identity import WordHashes, looks_of, shingles, words_of
 from compress.calibration.questions import Question, count_questions, read_questions
 from compress.calibration.sets import Text, Vqa, Wikitext
@@ -28,6 +29,7 @@ from compress.errors import CheckpointError, DataError
 from compress.families import family_at
 from compress.files import write_json, write_text
 from compress.progress import Progress
+from compress.untrusted import foreign
 
 MANIFEST = "manifest.json"
 QUESTIONS = "questions.jsonl"
@@ -131,10 +133,9 @@ def load_tokenizer(model: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
-        tokenizer = cast("Any", AutoTokenizer).from_pretrained(model, trust_remote_code=trust_remote_code)
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{model}: its tokenizer cannot be loaded ({error}); fetch the checkpoint again") from error
+    check_side_files(model)
+    with foreign(f"{model}: its tokenizer cannot be loaded", remedy="fetch the checkpoint again"):
+        tokenizer = cast("Any", AutoTokenizer).from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=True)
     if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # transformers makes an empty one of missing files
         raise CheckpointError(f"{model}: has no tokenizer; add its tokenizer.json, or fetch the checkpoint again")
     return tokenizer

@@ -7,14 +7,17 @@ import re
 import shutil
 import subprocess
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint import open_checkpoint, read_json_object
+from compress.errors import CheckpointError
 from compress.files import write_json
+from compress.limits import limits
 from compress.redaction import redact_value
 from compress.remote_code import code_files
-from compress.untrusted import inside
+from compress.untrusted import check_folder, inside, read_text
 
 _SIDE_NAMES = frozenset({
     "added_tokens.json", "bpe.codes", "chat_template.json", "generation_config.json", "merges.txt", "preprocessor_config.json",
@@ -66,9 +69,35 @@ def copy_side_files(source: Path, target: Path) -> None:
     Raises:
         CheckpointError: one of them leads out of the source's folder.
     """
+    check_folder(source)
     for name in side_files(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(source, source / name), target / name)
+
+
+def check_side_files(folder: Path) -> None:
+    """Check that the files which transformers reads of a folder lie in it, and that those of JSON can be read.
+
+    Raises:
+        CheckpointError: a link leads out, a file is none that its reader could bear, or the processor's is to be read elsewhere.
+    """
+    check_folder(folder)
+    for path in (folder / name for name in ("config.json", *side_files(folder))):
+        if path.suffix == ".json" and path.is_file():
+            state = path.stat()
+            _check_json(path, state.st_size, state.st_mtime_ns)
+        elif path.suffix == ".jinja":
+            read_text(path, limits().template_bytes, name="template_bytes", root=folder)
+    processor = folder / "processor_config.json"
+    if processor.is_file() and read_json_object(processor).get("audio_tokenizer") is not None:
+        raise CheckpointError(f"{processor}: names an audio tokenizer, which would be read elsewhere; remove it from the file")
+
+
+@lru_cache(maxsize=64)
+def _check_json(path: Path, size: int, changed: int) -> None:
+    """Check a file once for each of its states; those of tokenizers are large."""
+    del size, changed
+    read_json_object(path)
 
 
 def file_digest(path: Path) -> str:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
+import stat
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
+from compress.config_types import check_config, patterns_in
 from compress.errors import CheckpointError
 from compress.families import text_defaults
-from compress.untrusted import printable
+from compress.limits import limits
+from compress.trial import try_patterns
+from compress.untrusted import check_folder, inside, parse_json, printable, read_object
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -20,9 +24,13 @@ _DTYPE_BITS = {
     "F64": 64, "I64": 64, "U64": 64, "F32": 32, "I32": 32, "U32": 32, "F16": 16, "BF16": 16, "I16": 16, "U16": 16,
     "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
 }  # fmt: skip
-_MAX_HEADER = 100_000_000
 ADAPTER = "adapter_config.json"
 """What PEFT writes beside an adapter's weights."""
+_DEPTH = re.compile(r"^(?!max_)(.*_)?(layers?|depth|blocks)$")
+_FEW = 64
+"""As deep as a model may be said to be whatever its tensors: small ones are published with settings that nothing in them uses."""
+_MOST_DIMENSIONS = 8
+_OFFSETS = 2
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _MERGE = (
@@ -113,7 +121,40 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     else:
         raise CheckpointError(f"{folder}: no {SINGLE} and no {INDEX}; is this a checkpoint's folder?")
     check_names(str(folder), tensors)
-    return Checkpoint(folder=folder, config=config, tensors=tensors)
+    return checked(Checkpoint(folder=folder, config=config, tensors=tensors))
+
+
+def checked(checkpoint: Checkpoint) -> Checkpoint:
+    """Return a checkpoint whose config and tensors were read, after checking what only both together tell.
+
+    Raises:
+        CheckpointError: the model is said to be deeper than its tensors, or a pattern in the config takes too long.
+    """
+    _check_depth(checkpoint)
+    try_patterns(patterns_in(checkpoint.config), checkpoint.tensors, f"{checkpoint.folder}/config.json")
+    return checkpoint
+
+
+def _check_depth(checkpoint: Checkpoint) -> None:
+    """Check that no part of a model is said to be deeper, and no list in its config longer, than it has tensors.
+
+    What builds the model would make so many blocks before a tensor is missed.
+
+    Raises:
+        CheckpointError: config.json says so.
+    """
+    most = max(len(checkpoint.tensors), _FEW)
+    parts: list[tuple[str, object]] = [(name, value) for name, value in checkpoint.config.items() if name != "quantization_config"]
+    while parts:
+        name, value = parts.pop()
+        extent = len(cast("list[object]", value)) if isinstance(value, list) else value
+        if isinstance(extent, int) and extent > most and (isinstance(value, list) or _DEPTH.search(name)):
+            raise CheckpointError(
+                f"{checkpoint.folder}/config.json: {printable(name)} is {'a list of ' if isinstance(value, list) else ''}"
+                f"{extent:,}, and the checkpoint has {len(checkpoint.tensors):,} tensors; fetch both again"
+            )
+        if isinstance(value, dict):
+            parts += cast("dict[str, object]", value).items()
 
 
 def check_names(where: str, tensors: Collection[str]) -> None:
@@ -141,29 +182,32 @@ def read_config(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: it is missing or no JSON object.
     """
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder")
+    try:
+        there = folder.is_dir()
+    except (OSError, ValueError):  # a name too long, or one that holds NUL
+        there = False
+    if not there:
+        raise CheckpointError(f"{printable(str(folder))}: no such folder")
+    check_folder(folder)
     if not (folder / "config.json").exists() and (folder / ADAPTER).is_file():
         base = read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
         raise CheckpointError(f"{folder}: {adapter_words(printable(str(base)))}")
-    return read_json_object(folder / "config.json")
+    path = folder / "config.json"
+    config = read_json_object(path)
+    check_config(config, str(path))
+    return config
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
-    """Return a JSON file's object.
+    """Return the object in a JSON file of a checkpoint's folder.
 
     Raises:
-        CheckpointError: it is missing, unreadable or something else than an object.
+        CheckpointError: it is missing, unreadable or something else than an object, or lies elsewhere.
     """
     try:
-        value: object = json.loads(path.read_text(encoding="utf-8"))
+        return read_object(path, root=path.parent)
     except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; is {path.parent} a checkpoint's folder?") from error
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: not readable as JSON ({error}); fetch the file again") from error
-    if not isinstance(value, dict):
-        raise CheckpointError(f"{path}: holds no JSON object; fetch the file again")
-    return cast("dict[str, Any]", value)
+        raise CheckpointError(f"{printable(str(path))}: missing; is {path.parent} a checkpoint's folder?") from error
 
 
 def read_index(index: Path) -> dict[str, str]:
@@ -177,9 +221,9 @@ def read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: has no weight_map; fetch the file again")
     owners = cast("dict[str, object]", weight_map)
     for name, shard in owners.items():
-        if not isinstance(shard, str) or Path(shard).name != shard:
+        if not isinstance(shard, str) or Path(shard).name != shard or not shard:
             raise CheckpointError(
-                f"{index}: {name} points to {shard!r}, outside the checkpoint's folder; do not use this checkpoint"
+                f"{index}: {printable(name)} points to {shard!r}, outside the checkpoint's folder; do not use this checkpoint"
             )
     return cast("dict[str, str]", owners)
 
@@ -188,11 +232,15 @@ def _read_sharded(folder: Path) -> dict[str, TensorEntry]:
     index = folder / INDEX
     headers: dict[str, dict[str, TensorEntry]] = {}
     tensors: dict[str, TensorEntry] = {}
-    for name, shard in read_index(index).items():
+    owners = read_index(index)
+    check_count(len(owners), index)
+    for name, shard in owners.items():
         if shard not in headers:
             headers[shard] = read_header(folder / shard)
         if name not in headers[shard]:
-            raise CheckpointError(f"{index}: {name} is said to be in {shard}, which does not hold it; fetch both again")
+            raise CheckpointError(
+                f"{index}: {printable(name)} is said to be in {printable(shard)}, which does not hold it; fetch both again"
+            )
         tensors[name] = headers[shard][name]
     return tensors
 
@@ -204,11 +252,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
         CheckpointError: the file is missing, truncated or corrupt.
     """
     try:
-        size = path.stat().st_size
+        state = inside(path.parent, path).stat()
+        if not stat.S_ISREG(state.st_mode):
+            raise CheckpointError(f"{path}: is no regular file; fetch the checkpoint again")
+        size = state.st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
-            if length <= min(_MAX_HEADER, size):
+            if length <= min(limits().json_bytes, size):
                 start += file.read(length)
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again") from error
@@ -226,15 +277,15 @@ def parse_header(path: Path, start: bytes, size: int) -> dict[str, TensorEntry]:
         CheckpointError: the file is truncated or corrupt.
     """
     length = int.from_bytes(start[:8], "little")
-    if not 0 < length <= min(_MAX_HEADER, size - 8, len(start) - 8):
+    if limits().json_bytes < length <= size - 8:
+        raise CheckpointError(f"{path}: its header has {length:,} bytes ({limits().set_by('json_bytes')})")
+    if not 0 < length <= min(size - 8, len(start) - 8):
         raise CheckpointError(f"{path}: truncated or no safetensors file ({size} bytes); fetch it again")
-    try:
-        header: object = json.loads(start[8 : 8 + length])
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path}: its header cannot be read ({error}); fetch the file again") from error
+    header: object = parse_json(start[8 : 8 + length], f"{path}: its header")
     if not isinstance(header, dict):
         raise CheckpointError(f"{path}: its header is no JSON object; fetch the file again")
     rows = cast("dict[str, object]", header)
+    check_count(len(rows), path)
     entries = {name: _entry(path, name, row, 8 + length, size) for name, row in rows.items() if name != "__metadata__"}
     due = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
@@ -247,16 +298,35 @@ def parse_header(path: Path, start: bytes, size: int) -> dict[str, TensorEntry]:
     return entries
 
 
+def check_count(tensors: int, path: Path) -> None:
+    """Check how many tensors a file names.
+
+    Raises:
+        CheckpointError: more than the limit.
+    """
+    if tensors > limits().tensors:
+        raise CheckpointError(f"{path}: names {tensors:,} tensors ({limits().set_by('tensors')})")
+
+
 def _entry(path: Path, name: str, row: object, start: int, size: int) -> TensorEntry:
-    try:
-        fields = cast("dict[str, Any]", row)
-        dtype, shape = str(fields["dtype"]), tuple(int(extent) for extent in fields["shape"])
-        first, last = (int(offset) for offset in fields["data_offsets"])
-        expected = math.prod(shape) * _DTYPE_BITS[dtype] // 8
-    except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{path}: the header's entry for {name} is malformed ({error}); fetch the file again") from error
-    if last - first != expected or first < 0:
-        raise CheckpointError(f"{path}: {name} has {last - first} bytes, its shape {shape} needs {expected}; fetch the file again")
+    shown = printable(name)
+    fields = cast("dict[str, object]", row) if isinstance(row, dict) else {}
+    dtype, shape, place = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
+    if not (isinstance(dtype, str) and dtype in _DTYPE_BITS) or shape is None or place is None or len(place) != _OFFSETS:
+        problem = "type, shape or place" if fields else "value"
+        raise CheckpointError(f"{path}: the header's entry for {shown} is malformed (its {problem}); fetch the file again")
+    first, last = place
+    expected = math.prod(shape) * _DTYPE_BITS[dtype] // 8
+    if last - first != expected:
+        raise CheckpointError(f"{path}: {shown} has {last - first} bytes, its shape {shape} needs {expected}; fetch the file again")
     if start + last > size:
-        raise CheckpointError(f"{path}: truncated: {name} ends at byte {start + last}, the file at {size}; fetch it again")
+        raise CheckpointError(f"{path}: truncated: {shown} ends at byte {start + last}, the file at {size}; fetch it again")
     return TensorEntry(name=name, dtype=dtype, shape=shape, file=path, start=start + first, end=start + last)
+
+
+def _counts(value: object) -> tuple[int, ...] | None:
+    """Return a list of a few whole numbers from 0 on; None where it is something else."""
+    items = cast("list[object]", value) if isinstance(value, list) else None
+    if items is None or len(items) > _MOST_DIMENSIONS or any(type(item) is not int or item < 0 for item in items):
+        return None
+    return tuple(cast("list[int]", items))

@@ -9,9 +9,12 @@ from typing import Any, cast
 
 from PIL import Image, UnidentifiedImageError
 
-from compress.errors import CheckpointError, DataError
+from compress.artifact import check_side_files
+from compress.errors import DataError
 from compress.families import Family, family_at
 from compress.runtimes.runtime import Prompt
+from compress.trial import try_template
+from compress.untrusted import foreign
 
 
 def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
@@ -22,10 +25,9 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     from transformers import AutoProcessor
 
-    try:
+    check_side_files(folder)
+    with foreign(f"{folder}: its processor cannot be loaded", remedy="fetch or export it again"):
         processor = cast("Any", AutoProcessor).from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{folder}: its processor cannot be loaded ({error}); fetch or export it again") from error
     if getattr(processor, "chat_template", None) is None:
         usual = family_at(folder, trust_remote_code).chat_template
         shipped = processor.tokenizer.chat_template if usual else None  # this processor's class takes none up from the folder
@@ -69,19 +71,19 @@ def messages(prompt: Prompt, answer: str | None = None) -> list[dict[str, Any]]:
 
 
 def check_template(processor: Any, folder: Path) -> None:
-    """Write a short conversation with the chat template of the checkpoint at `folder`.
+    """Write short conversations with the chat template of the checkpoint at `folder`, at first in a process with limits.
 
     Raises:
-        CheckpointError: the template is broken.
+        CheckpointError: the template is broken, or takes too long or too much memory.
     """
-    from jinja2 import TemplateError
-
     turns = messages(Prompt("trial", "What is it?", (b"",)), "red")
-    try:
+    others = (messages(Prompt("trial", "What is it?", images)) for images in ((), (b"", b"")))
+    with foreign(f"{folder}: its tokenizer cannot be loaded"):
+        tokens = {**processor.tokenizer.special_tokens_map}
+    try_template(processor.chat_template, [turns, turns[:1], *others], tokens, str(folder))
+    with foreign(f"{folder}: its chat template cannot be used", remedy="correct it, or fetch it again"):
         for shown, begun in ((turns, False), (turns[:1], True)):
             processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=begun)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{folder}: its chat template cannot be used ({error}); correct it, or fetch it again") from error
 
 
 def check_reserved(texts: Iterable[str], reserved: Iterable[str], name: str) -> None:

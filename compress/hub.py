@@ -17,6 +17,7 @@ from compress.checkpoint import (
     TensorEntry,
     adapter_words,
     check_names,
+    checked,
     open_checkpoint,
     parse_header,
     read_config,
@@ -28,6 +29,7 @@ from compress.hubs.card import CARD, read_licence
 from compress.hubs.datasets import DatasetPin, fetch_dataset_files, resolve_dataset
 from compress.hubs.pickles import PICKLE, PICKLE_INDEX, convert_pickle
 from compress.hubs.repository import RemoteFile, Repository, content_digest
+from compress.limits import limits
 from compress.progress import Progress
 from compress.schema import is_local
 
@@ -228,7 +230,8 @@ def open_pinned(pin: ModelPin, *, allow_pickle: bool = False, trust_remote_code:
                 )
             tensors[name] = headers[shard][name]
     check_names(pin.source, tensors)
-    return Checkpoint(folder=folder, config=pin.config, tensors=tensors, read_part=lru_cache(maxsize=256)(partial(_read_part, pin)))
+    read_part = lru_cache(maxsize=256)(partial(_read_part, pin))
+    return checked(Checkpoint(folder=folder, config=pin.config, tensors=tensors, read_part=read_part))
 
 
 def weights_notes(pin: ModelPin) -> list[str]:
@@ -256,7 +259,7 @@ def _remote_header(pin: ModelPin, folder: Path, name: str) -> dict[str, TensorEn
     size = cast("Repository", pin.repository).by_name[name].size
     start = _read_part(pin, name, 0, min(_FIRST_READ, size))
     length = 8 + int.from_bytes(start[:8], "little")
-    if len(start) < length <= min(size, 100_000_000):
+    if len(start) < length <= min(size, limits().json_bytes):
         start += _read_part(pin, name, len(start), length)
     return parse_header(folder / name, start, size)
 

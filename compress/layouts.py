@@ -47,6 +47,7 @@ _PACKED, _SCALE, _SHAPE, _ZERO_POINT = "weight_packed", "weight_scale", "weight_
 _WEIGHT, _INPUT_SCALE = "weight", "input_scale"
 _PARTS = (_PACKED, _SCALE, _SHAPE, _ZERO_POINT, _WEIGHT, _INPUT_SCALE)
 _SHAPE_BYTES = 16
+_MATRIX = 2
 _INPUT_SCALE_BYTES = 4
 _CODE_TYPES = ("I8", "F8_E4M3")
 _SIGN = 128
@@ -221,11 +222,17 @@ def _quantized_names(checkpoint: Checkpoint) -> list[str]:
 
 
 def linear_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
-    """Return [out, in] of a linear by its name on disk, quantized or not; read without torch."""
-    if whole := checkpoint.tensors.get(f"{name}.{_WEIGHT}"):
+    """Return [out, in] of a linear by its name on disk, quantized or not; read without torch.
+
+    Raises:
+        CheckpointError: it is no matrix, or the tensor that gives its shape is missing.
+    """
+    if (whole := checkpoint.tensors.get(f"{name}.{_WEIGHT}")) and len(whole.shape) == _MATRIX:
         rows, columns = whole.shape
         return rows, columns
-    entry = checkpoint.tensors[f"{name}.{_SHAPE}"]
+    entry = checkpoint.tensors.get(f"{name}.{_SHAPE}")
+    if entry is None or entry.bytes != _SHAPE_BYTES:
+        raise CheckpointError(f"{checkpoint.folder}: {name} has no shape of a matrix; fetch the checkpoint again")
     with entry.file.open("rb") as file:
         file.seek(entry.start)
         rows, columns = struct.unpack("<2q", file.read(_SHAPE_BYTES))

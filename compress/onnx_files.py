@@ -6,13 +6,13 @@ from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
 
 import onnx
-from google.protobuf.message import DecodeError
 
 from compress.artifact import artifact_format
 from compress.checkpoint import read_config
 from compress.errors import CheckpointError
 from compress.export.graphs import GRAPHS
 from compress.families import Family
+from compress.untrusted import foreign, inside
 
 
 def check_artifact(folder: Path, family: Family) -> None:
@@ -33,12 +33,10 @@ def check_files(path: Path) -> None:
     Raises:
         CheckpointError: a file is missing, truncated, or no graph; or the graph points outside its folder.
     """
-    try:
+    if not inside(path.parent, path).is_file():
+        raise CheckpointError(f"{path}: missing; export it again, or copy the whole folder")
+    with foreign(f"{path}: truncated, or no ONNX file", remedy="export it again"):
         model = onnx.load(path, load_external_data=False)
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; export it again, or copy the whole folder") from error
-    except (OSError, DecodeError) as error:
-        raise CheckpointError(f"{path}: truncated, or no ONNX file ({error}); export it again") from error
     if not model.graph.output:
         raise CheckpointError(f"{path}: truncated, or no ONNX file (it has no output); export it again")
     for tensor in model.graph.initializer:
@@ -51,12 +49,13 @@ def _check_data(path: Path, name: str, place: Mapping[str, str]) -> None:
     relative = PurePosixPath(location)
     if not location or relative.is_absolute() or ".." in relative.parts:
         raise CheckpointError(f"{path}: {name} points to {location!r}, outside the graph's folder; do not use this artifact")
-    data = path.parent / location
+    data = inside(path.parent, path.parent / location)
     if not data.is_file():
         raise CheckpointError(
             f"{path}: its data file {location} is missing; put it beside the graph, or copy the whole folder again"
         )
-    end = int(place.get("offset", 0)) + int(place.get("length", 0))
+    with foreign(f"{path}: {name} has no readable place in its data", remedy="export it again"):
+        end = int(place.get("offset", 0)) + int(place.get("length", 0))
     size = data.stat().st_size
     if end > size:
         raise CheckpointError(

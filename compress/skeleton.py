@@ -6,12 +6,14 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers import __version__ as transformers_version
 
+from compress.artifact import check_side_files
 from compress.checkpoint import read_config
 from compress.errors import CheckpointError
+from compress.limits import limits
+from compress.untrusted import foreign
 
 _AUTO_CONFIG: Any = AutoConfig
 _GENERATIVE: Any = AutoModelForImageTextToText
@@ -28,16 +30,24 @@ def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust
         CheckpointError: transformers knows no such model.
     """
     config = load_config(folder, trust_remote_code)
-    try:
+    with foreign(f"{folder}/config.json: transformers cannot build this model"):
         with torch.device("meta"):
             model = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
-    except (ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
+        _check_buffers(model, folder)
+        _keep_precise(model, dtype)
+        _fill_buffers(model, model, device)
+        return cast("PreTrainedModel", model.eval())
+
+
+def _check_buffers(model: torch.nn.Module, folder: Path) -> None:
+    """Check the size of what is computed from the config alone before it is computed."""
+    held = set(model.state_dict())
+    size = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in held)
+    if size > limits().buffer_bytes:
         raise CheckpointError(
-            f"{folder}/config.json: transformers cannot build this model ({error}); fetch the file again"
-        ) from error
-    _keep_precise(model, dtype)
-    _fill_buffers(model, model, device)
-    return cast("PreTrainedModel", model.eval())
+            f"{folder}/config.json: a model of these sizes computes {size:,} bytes beside its weights "
+            f"({limits().set_by('buffer_bytes')}); fetch the file again"
+        )
 
 
 def _fill_buffers(module: torch.nn.Module, model: Any, device: torch.device) -> None:
@@ -76,17 +86,22 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     Raises:
         CheckpointError: transformers knows no such model.
     """
-    try:
-        config = _AUTO_CONFIG.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, StrictDataclassError) as error:
-        raise CheckpointError(_unreadable(folder, error)) from error
+    check_side_files(folder)
+    remedy = "fetch the file again, or install a version that can"
+    with foreign(f"{folder}/config.json: transformers cannot read it", remedy=remedy):
+        try:
+            config = _AUTO_CONFIG.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        except (OSError, ValueError) as error:
+            if why := _unsupported(folder, error):
+                raise CheckpointError(why) from error
+            raise
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     return config
 
 
-def _unreadable(folder: Path, error: Exception) -> str:
-    """Return why transformers reads no config, and what to do."""
+def _unsupported(folder: Path, error: Exception) -> str:
+    """Return what to do where transformers has no such architecture, or only by the model's own code; empty for other errors."""
     config = read_config(folder)
     if config.get("auto_map") and "trust_remote_code" in str(error):
         return (
@@ -98,5 +113,4 @@ def _unreadable(folder: Path, error: Exception) -> str:
             f"{folder}/config.json: transformers {transformers_version} has no model_type {config.get('model_type')!r}; use "
             "another model, or its authors' repository with their Python files and model.trust_remote_code: true"
         )
-    reason = " ".join(str(error).partition("\n\n")[0].split())
-    return f"{folder}/config.json: transformers cannot read it ({reason}); fetch the file again, or install a version that can"
+    return ""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Generator, Iterable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -20,12 +20,19 @@ from compress.errors import CheckpointError
 from compress.families.dataflow import Flow, divides
 from compress.families.family import Family, Pair, within
 from compress.skeleton import build_skeleton
+from compress.untrusted import foreign
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 _NEEDED = ("num_attention_heads", "num_hidden_layers")
 _TOKENS = 8
+_MOST_PACKED = 32
+"""How many weights a number on disk holds at most."""
+_NOR = "Nor can a family be derived from the model"
+_REMEDY = (
+    "A record names the decoder's blocks, embeddings and head, the vision tower, its blocks and projector, and the norms and "
+    "linears between which scales can move: docs/adding-a-family.md says how to write one"
+)
 _MATRIX = 2
-_FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, KeyError, IndexError, NotImplementedError)
 
 
 def derive_family(checkpoint: Checkpoint, misfit: str, trust_remote_code: bool = False) -> Family:
@@ -62,6 +69,16 @@ class _Inspection:
     shapes: Mapping[str, tuple[int, ...]]
 
     def family(self) -> Family:
+        """Return what was found.
+
+        Raises:
+            CheckpointError: the model is built otherwise.
+        """
+        self._check_widths()
+        with self._telling("it is built otherwise than models that are known"):
+            return self._family()
+
+    def _family(self) -> Family:
         names = {id(module): name for name, module in self.model.named_modules()}
         try:
             embeddings, head = self.model.get_input_embeddings(), self.model.get_output_embeddings()
@@ -102,11 +119,18 @@ class _Inspection:
         return _described(found)
 
     def _refuse(self, reason: str) -> NoReturn:
-        raise CheckpointError(
-            f"{self.misfit}. Nor can a family be derived from the model: {reason}. A record names the decoder's blocks, embeddings "
-            "and head, the vision tower, its blocks and projector, and the norms and linears between which scales can move: "
-            "docs/adding-a-family.md says how to write one"
-        )
+        raise CheckpointError(f"{self.misfit}. {_NOR}: {reason}. {_REMEDY}")
+
+    def _telling(self, reason: str) -> AbstractContextManager[None]:
+        """Let whatever the model's own code raises be a refusal for that reason."""
+        return foreign(f"{self.misfit}. {_NOR}: {reason}", remedy=_REMEDY)
+
+    def _check_widths(self) -> None:
+        """Check that the model's layers are about as wide as the tensors on disk, before numbers of that width are made."""
+        widest = max((max(parameter.shape, default=0) for parameter in self.model.parameters()), default=0)
+        there = max((max(shape, default=0) for shape in self.shapes.values()), default=0)
+        if widest > _MOST_PACKED * there:
+            self._refuse(f"config.json makes layers {widest:,} wide, and the widest tensor has {there:,}")
 
     def _run(self, names: Mapping[int, str]) -> tuple[Flow, set[str]]:
         """Run the decoder on text, and return what happened and which modules took part."""
@@ -126,10 +150,9 @@ class _Inspection:
         hooks = [module.register_forward_pre_hook(note) for module in self.model.modules()]
         tokens = torch.arange(_TOKENS).unsqueeze(0)
         try:
-            with torch.no_grad(), _without_weights(decoder), Flow(weighty) as flow:
+            failing = self._telling("its decoder does not run on text alone")
+            with failing, torch.no_grad(), _without_weights(decoder), Flow(weighty) as flow:
                 decoder(input_ids=tokens, use_cache=False)
-        except _FAILURES as error:
-            self._refuse(f"its decoder does not run on text alone ({error})")
         finally:
             for hook in hooks:
                 hook.remove()

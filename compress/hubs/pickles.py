@@ -14,6 +14,7 @@ from compress.checkpoint import INDEX, SINGLE, read_config, read_index
 from compress.errors import CheckpointError
 from compress.families import says_tied
 from compress.files import telling_where, write_json
+from compress.untrusted import foreign, inside
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,7 +40,7 @@ def convert_pickle(folder: Path, target: Path) -> None:
     with telling_where(target):
         target.mkdir(parents=True, exist_ok=True)
         copy_side_files(folder, target)
-        shutil.copyfile(folder / "config.json", target / "config.json")
+        shutil.copyfile(inside(folder, folder / "config.json"), target / "config.json")
         for number, shard in enumerate(shards, start=1):
             tensors = _unshare(_load(folder / shard), tied=says_tied(config))
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
@@ -53,18 +54,16 @@ def convert_pickle(folder: Path, target: Path) -> None:
 def _load(path: Path) -> dict[str, Tensor]:
     import torch
 
-    try:
-        # files from before torch 1.6 are no zip archives and cannot be mapped
-        loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except FileNotFoundError as error:
-        raise CheckpointError(f"{path}: missing; fetch the checkpoint again") from error
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path}: holds more than tensors, or is damaged, and is not loaded; use a safetensors copy"
-        ) from error
-    except (RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path}: cannot be read ({reason}); fetch the checkpoint again") from error
+    if not inside(path.parent, path).is_file():
+        raise CheckpointError(f"{path}: missing; fetch the checkpoint again")
+    with foreign(f"{path}: cannot be read", remedy="fetch the checkpoint again"):
+        try:
+            # files from before torch 1.6 are no zip archives and cannot be mapped
+            loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except pickle.UnpicklingError as error:
+            raise CheckpointError(
+                f"{path}: holds more than tensors, or is damaged, and is not loaded; use a safetensors copy"
+            ) from error
     rows = cast("dict[object, object]", loaded) if isinstance(loaded, dict) else {}
     if not rows or not all(isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in rows.items()):
         raise CheckpointError(f"{path}: is no table of named tensors; use a safetensors copy of the checkpoint")

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from compress.checkpoint import Checkpoint
 from compress.errors import CheckpointError
+from compress.untrusted import foreign as refused
 
 Read = Callable[[str], Tensor]
 _AWQ, _GPTQ, _COMPRESSED_TENSORS = "awq", "gptq", "compressed-tensors"
@@ -93,7 +94,8 @@ def open_tensors(checkpoint: Checkpoint, device: torch.device) -> Generator[Read
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
         for file in {entry.file for entry in checkpoint.tensors.values()}:
-            files[file] = stack.enter_context(opening(file, framework="pt", device=str(device)))
+            with refused(f"{file}: cannot be read"):
+                files[file] = stack.enter_context(opening(file, framework="pt", device=str(device)))
         yield lambda name: files[checkpoint.tensors[name].file].get_tensor(name)
 
 

@@ -58,7 +58,8 @@ class _Watch:
         return sorted(str(self.folder / name) for name in names if name)
 
 
-def _run(job: dict[str, Any], streams: dict[int, str], record: str) -> NoReturn:
+def _run(job: dict[str, Any], streams: dict[int, str], baseline: str, record: str) -> NoReturn:
+    Path(baseline).write_text(str(_memory(os.getpid(), "VmRSS")), encoding="ascii")
     for descriptor, path in streams.items():
         os.dup2(os.open(path, os.O_WRONLY), descriptor)
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
@@ -94,22 +95,21 @@ def _run(job: dict[str, Any], streams: dict[int, str], record: str) -> NoReturn:
 
 def _serve(job: dict[str, Any], watch: _Watch) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        paths = [str(Path(folder) / name) for name in ("stdout", "stderr", "opened")]
+        paths = [str(Path(folder) / name) for name in ("stdout", "stderr", "opened", "before")]
         for path in paths:
             Path(path).touch()
         watch.opened()
-        before = _memory(os.getpid(), "VmRSS")
         child = os.fork()
         if child == 0:
-            _run(job, {1: paths[0], 2: paths[1]}, paths[2])
+            _run(job, {1: paths[0], 2: paths[1]}, paths[3], paths[2])
         _, status, usage = os.wait4(child, 0)
-        stdout, stderr, opened = (Path(path).read_text(encoding="utf-8", errors="replace") for path in paths)
+        stdout, stderr, opened, before = (Path(path).read_text(encoding="utf-8", errors="replace") for path in paths)
     return {
         "code": os.waitstatus_to_exitcode(status),
         "stdout": stdout,
         "stderr": stderr,
         "seconds": usage.ru_utime + usage.ru_stime,
-        "grown": max(0, usage.ru_maxrss * 1024 - before),
+        "grown": max(0, usage.ru_maxrss * 1024 - int(before)),
         "opened": [path for path in json.loads(opened or "[]") if not path.startswith(folder)],
         "decoys": watch.opened(),
     }
