@@ -18,6 +18,8 @@ from typing import Any, cast
 from compress.errors import CheckpointError, CompressError
 from compress.limits import limits
 
+_FLOAT_BITS = 1024
+"""How many bits a whole number has that the largest float holds. Python writes none of more than 4,300 digits."""
 _AGAIN = "fetch the file again"
 _MOST_SAID = 300
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -255,5 +257,7 @@ def _check_scalar(value: object) -> None:
             raise ValueError("a text holds a NUL character")
         if _SURROGATE.search(value):
             raise ValueError("a text holds half of a surrogate pair")
+    elif isinstance(value, int) and value.bit_length() > _FLOAT_BITS:
+        raise ValueError("an integer has more digits than any float")
     elif isinstance(value, float) and not math.isfinite(value):
         raise ValueError("a number is infinite, too large for a float, or none")

@@ -22,6 +22,7 @@ MERGES = "a: &a {k: v}\n" + "".join(
         ("a: &a [*a]", "an alias stands within what it stands for"),
         ("a: " + "x" * 256_000, r"has 256,003 bytes \(limit yaml_bytes = 256,000"),
         ("a: " + "9" * 5000, "5000 digits|4300 digits"),
+        ("a: 0x" + "f" * 300, "an integer has more digits than any float"),
         ("a: 2024-13-45", "month must be in"),
         ("a: .inf", "a number is infinite"),
         ("a: [.nan]", "a number is infinite"),
