@@ -12,6 +12,7 @@ from pathlib import Path, PurePosixPath
 from typing import Literal
 
 from compress.checkpoint import open_checkpoint, read_json_object
+from compress.config_types import check_config
 from compress.errors import CheckpointError
 from compress.files import write_json
 from compress.limits import limits
@@ -88,6 +89,9 @@ def check_side_files(folder: Path) -> None:
             _check_json(path, state.st_size, state.st_mtime_ns)
         elif path.suffix == ".jinja":
             read_text(path, limits().template_bytes, name="template_bytes", root=folder)
+    generation = folder / "generation_config.json"
+    if generation.is_file():
+        check_config(read_json_object(generation), str(generation))
     processor = folder / "processor_config.json"
     if processor.is_file() and read_json_object(processor).get("audio_tokenizer") is not None:
         raise CheckpointError(f"{processor}: names an audio tokenizer, which would be read elsewhere; remove it from the file")

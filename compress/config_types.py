@@ -40,13 +40,16 @@ _TYPES: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "auto_map": (_is_table, "a table"),
     "tie_word_embeddings": (lambda value: isinstance(value, bool), "true or false"),
     "eos_token_id": (_is_tokens, "a whole number, or a list of them"),
+    "pad_token_id": (_is_token, "a whole number"),
     **dict.fromkeys(("max_position_embeddings", "head_dim", *_COUNTS), (_is_count, "a whole number above 0")),
     **dict.fromkeys(_TOKENS, (_is_token, "a whole number")),
 }
 
 
 def check_config(config: Mapping[str, Any], where: str) -> None:
-    """Check the types of what is read of a config.json, and of its parts; `where` is the file that an error names.
+    """Check the types of what is read of a config.json, and of its parts, or of a generation_config.json.
+
+    `where` is the file that an error names.
 
     Raises:
         CheckpointError: a key holds something else.

@@ -408,7 +408,8 @@ def read_end_tokens(folder: Path) -> tuple[int, ...]:
         if not path.is_file():
             continue
         config = read_json_object(path)
-        found: object = config.get("eos_token_id", config.get("text_config", {}).get("eos_token_id"))
+        text = cast("dict[str, Any]", config.get("text_config") or {})
+        found: object = config.get("eos_token_id", text.get("eos_token_id"))
         if found is not None:
             return tuple(cast("list[int]", found)) if isinstance(found, list) else (cast("int", found),)
     raise CheckpointError(f"{folder}: no eos_token_id in generation_config.json or config.json; add it, so that answers can end")

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from compress.artifact import check_side_files, copy_side_files
 from compress.checkpoint import open_checkpoint, read_header
 from compress.conversation import load_processor
 from compress.errors import CheckpointError
 from compress.layouts import linear_shape
+from compress.runtimes.unpack import dense_tensors
 from tests.tiny import build_qwen2_5_vl
 
 TWO = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}
@@ -189,6 +192,32 @@ def test_a_shape_that_is_none_is_one_message(tmp_path: Path) -> None:
     header = {"x.weight_packed": TWO["a"], "x.weight_shape": {"dtype": "I32", "shape": [1], "data_offsets": [4, 8]}}
     with pytest.raises(CheckpointError, match="x has no shape of a matrix"):
         linear_shape(open_checkpoint(write(tmp_path / "model", {}, header)), "x")
+
+
+def test_an_artifact_whose_codes_do_not_fit_its_shape_is_one_message(tmp_path: Path) -> None:
+    group = {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "symmetric": True, "group_size": 32}}
+    config = {
+        "quantization_config": {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": {"a": group}}
+    }
+    folder = tmp_path / "model"
+    tensors = {
+        "x.weight_packed": torch.zeros(2, 4, dtype=torch.int32),
+        "x.weight_scale": torch.ones(2, 1),
+        "x.weight_shape": torch.tensor([10**9, 10**9]),
+    }
+    write(folder, config)
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(
+        CheckpointError, match=r"x: its packed weight \[2, 4\] holds no matrix \[1000000000, 1000000000\] of 4 bits"
+    ):
+        list(dense_tensors(open_checkpoint(folder), torch.float32, torch.device("cpu")))
+
+
+def test_a_generation_config_of_the_wrong_types_is_one_message(tmp_path: Path) -> None:
+    folder = write(tmp_path / "model", {})
+    (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
+    with pytest.raises(CheckpointError, match=r"generation_config\.json: eos_token_id must be a whole number, or a list of them"):
+        load_processor(folder)
 
 
 def test_a_template_that_does_not_end_is_refused_before_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

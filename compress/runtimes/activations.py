@@ -20,6 +20,7 @@ from compress.checkpoint import Checkpoint
 from compress.families import Family
 from compress.numerics.scheme import Activations
 from compress.runtimes.unpack import open_tensors, settings_of
+from compress.untrusted import foreign
 
 _GROUP = 128
 _FLOAT8_MAX = 448.0
@@ -74,7 +75,8 @@ def round_inputs(checkpoint: Checkpoint, family: Family, modules: Mapping[str, n
     if not any(group.get("input_activations") for group in quantization.get("config_groups", {}).values()):
         return 0
     count = 0
-    with open_tensors(checkpoint, device) as read:
+    where = f"{checkpoint.folder}/config.json: its input_activations cannot be used"
+    with foreign(where, remedy="export the artifact again"), open_tensors(checkpoint, device) as read:
         for name in checkpoint.tensors:
             owner, _, part = name.rpartition(".")
             settings = settings_of(quantization, owner)["input_activations"] if part == "weight_scale" else None

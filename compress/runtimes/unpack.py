@@ -20,7 +20,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, TensorEntry
 from compress.errors import CheckpointError
 from compress.untrusted import foreign as refused
 
@@ -62,20 +62,23 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
     with open_tensors(checkpoint, device) as read:
         for entry in sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.start)):
             owner, _, kind = entry.name.rpartition(".")
-            if kind == "weight_packed":
-                weight = _unpack_compressed(owner, settings_of(quantization, owner)["weights"], read)
-            elif kind == "weight" and entry.dtype in _CODES:
-                weight = _spread_codes(owner, settings_of(quantization, owner)["weights"], read)
-            elif kind == "qweight" and method == _GPTQ:
-                weight = _unpack_gptq(owner, quantization, read)
-            elif kind == "qweight":
-                weight = _unpack_awq(owner, read)
-            elif method and kind in _PARTS:
+            if method and kind in _PARTS:
                 continue
-            else:
-                yield entry.name, read(entry.name).to(dtype)
-                continue
-            yield f"{owner}.weight", weight.to(dtype)
+            with refused(f"{entry.file}: {entry.name} cannot be read as config.json says", remedy="export the artifact again"):
+                weight = _dense(entry, quantization, read)
+            yield entry.name if weight is None else f"{owner}.weight", (read(entry.name) if weight is None else weight).to(dtype)
+
+
+def _dense(entry: TensorEntry, quantization: Mapping[str, Any], read: Read) -> Tensor | None:
+    """Return a quantized matrix, of which the tensor holds the codes; None for a tensor that is dense already."""
+    owner, _, kind = entry.name.rpartition(".")
+    if kind == "weight_packed":
+        return _unpack_compressed(owner, settings_of(quantization, owner)["weights"], read)
+    if kind == "weight" and entry.dtype in _CODES:
+        return _spread_codes(owner, settings_of(quantization, owner)["weights"], read)
+    if kind != "qweight":
+        return None
+    return _unpack_gptq(owner, quantization, read) if quantization.get("quant_method") == _GPTQ else _unpack_awq(owner, read)
 
 
 def _foreign_format(quantization: Mapping[str, Any]) -> str:
@@ -123,6 +126,10 @@ def _unpack_compressed(name: str, settings: Mapping[str, Any], read: Read) -> Te
     else:
         zero_points = _bit_fields(read(f"{name}.weight_zero_point").t(), bits, rows).t()
     packed = read(f"{name}.weight_packed")
+    if tuple(packed.shape) != (rows, -(-columns * bits // 32)):
+        raise CheckpointError(
+            f"{name}: its packed weight {list(packed.shape)} holds no matrix [{rows}, {columns}] of {bits} bits; export it again"
+        )
     dense = torch.empty(rows, columns, device=scales.device)
     step = max(1, _CHUNK // columns)
     for first in range(0, rows, step):

@@ -16,12 +16,14 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from tests.fuzz.checkpoints import CHANGES, TEMPLATES, make_checkpoint
-from tests.fuzz.harness import Harness, Outcome, cases, leaked, make_decoys
+from tests.fuzz.harness import Harness, Outcome, Tally, cases, leaked, make_decoys
 from tests.jobs import sentences
 from tests.tiny import build_qwen2_5_vl
 
-SEEDED, DRAWN = 1700, 300
-"""How many checkpoints are made from seeds, and how many Hypothesis draws: 2,000."""
+SEEDED, ARTIFACTS, DRAWN = 1400, 300, 300
+"""How many checkpoints are made from seeds, how many artifacts, and how many Hypothesis draws: 2,000."""
+
+_OURS = ("case", "sound", "measured", "texts.txt", "recipe.yaml", "by.yaml")
 
 
 @dataclass(frozen=True)
@@ -54,9 +56,19 @@ class Ground:
             faults += [f"run: a copy of a decoy at {path}" for path in leaked(self.decoys, [case / "store", case / "runs"])]
         return faults
 
+    def attempt_artifact(self, changes: list[tuple[str, int]]) -> list[str]:
+        """Evaluate a changed artifact against the sound checkpoint that it was made from; return what it must not do and does."""
+        case = self.folder / "case"
+        shutil.rmtree(case, ignore_errors=True)
+        case.mkdir()
+        make_checkpoint(self.folder / "artifact", self.model, self.decoys, changes)
+        places = ["--store", self.folder / "measured", "--runs", case / "runs", "--json"]
+        outcome = self.harness.command("eval", self.model, "--against", self.folder / "sound", "--by", self.by, *places)
+        return self.judge(outcome, "eval", {0, 1, 2, 3})
+
     def judge(self, outcome: Outcome, command: str, codes: set[int]) -> list[str]:
         """Return the faults of one command, what it printed last with them."""
-        faults = outcome.faults(codes, [self.folder / "case", self.folder / "sound", self.folder / "texts.txt", self.recipe])
+        faults = outcome.faults(codes, [self.folder / name for name in _OURS])
         if "\x1b[2J" in outcome.stderr or "SECRET-OF-SOMEBODY" in outcome.stdout + outcome.stderr:
             faults.append("it shows what it must not")
         try:
@@ -64,13 +76,19 @@ class Ground:
         except ValueError:
             faults.append(f"standard output is no JSON: {outcome.stdout[:200]!r}")
         else:
-            verdict = command == "run" and "gate" in told
+            verdict = command in ("run", "eval") and "gate" in told
             faults += [] if verdict or outcome.code != 1 else ["exit code 1 without a verdict"]
         return [f"{command}: {fault} … {outcome.stderr[-1500:]}" for fault in faults]
 
     @property
-    def recipe(self) -> Path:
-        return self.folder / "recipe.yaml"
+    def by(self) -> Path:
+        return self.folder / "by.yaml"
+
+
+def seeded(number: int) -> list[tuple[str, int]]:
+    """Return the changes of one case."""
+    chance = random.Random(number)
+    return [(chance.choice(sorted(CHANGES)), chance.randrange(10**6)) for _ in range(chance.choice([1, 1, 2, 3]))]
 
 
 @pytest.fixture(scope="module")
@@ -90,7 +108,11 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
         },
         "gate": {"perplexity": {"max_ratio": 9.0, "confidence": 0.95}},
     }
+    first = {**recipe, "model": {"source": "sound"}, "publish": {"to": str(folder / "published")}}
+    (folder / "first.yaml").write_text(yaml.safe_dump(first), encoding="utf-8")
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    judged = {name: recipe[name] for name in ("name", "eval", "gate")}
+    (folder / "by.yaml").write_text(yaml.safe_dump(judged), encoding="utf-8")
     modules = [
         "compress.cli", "compress.runner", "compress.stages.quantize", "compress.export.vllm_writer", "compress.families.derived",
         "compress.runtimes.transformers_session", "compress.conversation", "transformers.models.qwen2_5_vl",
@@ -100,13 +122,20 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
         "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "torch._dynamo",
     ]  # fmt: skip
     with Harness(modules, decoys) as harness:
+        store, runs = folder / "store", folder / "runs"
+        made = harness.command("run", folder / "first.yaml", "--store", store, "--runs", runs)
+        assert made.code == 0, made.stderr
+        (published,) = (folder / "published").glob("**/compress.json")
+        published.parent.rename(folder / "artifact")
+        harness.tally = Tally()
         yield Ground(folder, harness)
         print(f"\ncheckpoints: {harness.tally}")  # noqa: T201 - the figures of make fuzz
 
 
 def test_the_sound_checkpoint_goes_through(ground: Ground) -> None:
     assert ground.attempt([]) == []
-    assert ground.harness.tally.codes == {0: 2}
+    assert ground.attempt_artifact([]) == []
+    assert ground.harness.tally.codes == {0: 3}
 
 
 @pytest.mark.parametrize("template", range(len(TEMPLATES)))
@@ -118,12 +147,20 @@ def test_every_template_of_the_corpus(ground: Ground, template: int) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(14400)
 def test_checkpoints_from_seeds(ground: Ground) -> None:
-    names = sorted(CHANGES)
     found: list[str] = []
     for number in range(cases(SEEDED)):
-        chance = random.Random(number)
-        changes = [(chance.choice(names), chance.randrange(10**6)) for _ in range(chance.choice([1, 1, 2, 3]))]
+        changes = seeded(number)
         found += [f"{changes}: {fault}" for fault in ground.attempt(changes)]
+    assert found == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(14400)
+def test_artifacts_from_seeds(ground: Ground) -> None:
+    found: list[str] = []
+    for number in range(cases(ARTIFACTS)):
+        changes = seeded(10**6 + number)
+        found += [f"{changes}: {fault}" for fault in ground.attempt_artifact(changes)]
     assert found == []
 
 
