@@ -176,7 +176,7 @@ def _outcome(task: Adapter, job: Job, server: Server) -> dict[str, Any]:
     where = f"task {task.name}: {server.name}"
     path = Path(job.outcome)
     if not path.is_file():
-        raise ServerError(f"{where} was ended before it was done; the machine may have run out of memory.\n{server.last_words()}")
+        raise ServerError(f"{where} was ended before it was done; the machine may have run out of memory{server.last_words()}")
     told = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
     if "failed" not in told:
         return told

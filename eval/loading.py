@@ -15,10 +15,10 @@ from compress.eval.latency_results import Telemetry
 from compress.eval.load import DIALECTS, Load, make_requests, put_load, warm_up
 from compress.eval.telemetry import Watch, watching
 from compress.runtimes.environment import find
+from compress.runtimes.last_words import describe_end
 from compress.runtimes.runtime import OpenContext, Runtime, Served
 
 _REQUEST_SECONDS = 600.0
-_SHOWN_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,9 @@ class Loading:
 
     def _check(self, point: LoadPoint) -> None:
         if self.served.process is not None and _has_ended(self.served.process):
-            said = "\n".join(f"  {line}" for line in self.served.said().splitlines()[-_SHOWN_LINES:])
             raise ServerError(
-                f"{self.context.artifact}: its server ended under load ({point.label}); put less on it, or give it less memory. "
-                f"Its last words:\n{said}"
+                f"{self.context.artifact}: its server ended under load ({point.label}); put less on it, or give it less memory"
+                f"{describe_end(self.served.said(), None)}"
             )
 
 

@@ -176,7 +176,7 @@ class Worker:
             line = self._stream.readline()
         except TimeoutError as error:
             raise ServerError(
-                f"onnxruntime-genai did not answer within {seconds:g} seconds; raise request_seconds, or use a smaller model.\n"
+                f"onnxruntime-genai did not answer within {seconds:g} seconds; raise request_seconds, or use a smaller model"
                 f"{self._server.last_words()}"
             ) from error
         except OSError as error:
@@ -187,7 +187,7 @@ class Worker:
 
     def _ended(self) -> ServerError:
         self._server.process.wait()
-        return ServerError(f"onnxruntime-genai ended; the machine may have run out of memory.\n{self._server.last_words()}")
+        return ServerError(f"onnxruntime-genai ended; the machine may have run out of memory{self._server.last_words()}")
 
 
 class OnnxruntimeGenaiSession:

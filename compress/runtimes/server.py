@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -19,17 +18,15 @@ import httpx
 from compress.errors import ServerError, StoreError
 from compress.redaction import redact
 from compress.runtimes.exchange import AnswerError, exchange, models_of, open_http
+from compress.runtimes.last_words import describe_end, read_log
 from compress.runtimes.runtime import Served
 from compress.untrusted import printable
 
 _GUARD = Path(__file__).with_name("guard.py")
 _GRACE = 10.0
 """Seconds a server has to end by itself."""
-_SHOWN_LINES = 20
 _INTERVAL = 0.25
 _SECONDS = 10
-_CAUSE = re.compile(r"(\b\w*(?:Error|Exception)\b: .+)")
-_HARMLESS = re.compile(r"\b(?:DEBUG|INFO|WARNING|Warning)\b")
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class Server:
             ServerError: it ended; the message holds its last log lines.
         """
         if self.process.poll() is not None:
-            raise ServerError(f"{self.name} ended.\n{self.last_words()}")
+            raise ServerError(f"{self.name} ended{self.last_words()}")
 
     def wait(self, ready: Callable[[], bool], seconds: float) -> None:
         """Wait until `ready` says that it serves.
@@ -59,28 +56,21 @@ class Server:
         deadline = time.monotonic() + seconds
         while not ready():
             if self.process.poll() is not None:
-                raise ServerError(f"{self.name} ended while it was loading.\n{self.last_words()}")
+                raise ServerError(f"{self.name} ended while it was loading{self.last_words()}")
             if time.monotonic() > deadline:
                 raise ServerError(
                     f"{self.name} did not answer within {seconds:g} seconds; raise startup_seconds if the log shows that it is "
-                    f"still loading.\n{self.last_words()}"
+                    f"still loading{self.last_words()}"
                 )
             time.sleep(_INTERVAL)
 
     def words(self) -> str:
         """Return all that it has printed."""
-        with self.log.open("rb") as file:
-            file.seek(self.start)
-            return file.read().decode(errors="replace")
+        return read_log(self.log, self.start)
 
     def last_words(self) -> str:
-        """Return what the log tells of an end: the first error named in it, its last lines, and where the whole is."""
-        lines = [line.rstrip() for line in self.words().splitlines() if line.strip()]
-        tail = lines[-_SHOWN_LINES:]
-        causes = (found.group(1) for line in lines if not _HARMLESS.search(line) and (found := _CAUSE.search(line)))
-        cause = next((f"The first error it named: {found}\n" for found in causes), "")
-        shown = "\n".join(f"  {line}" for line in tail)
-        return f"{cause}The last lines of {self.log}:\n{shown}"
+        """Return what the log tells of an end, to be put after words that say that it came: see `describe_end`."""
+        return describe_end(self.words(), self.log)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from compress.runtimes.environment import require
 from compress.runtimes.runtime import Environment, OpenContext, Served
 from compress.runtimes.server import Server, await_service, choose_port, run_server
 from compress.runtimes.vllm import Vllm
+from compress.runtimes.vllm_faults import fault_of
 from compress.runtimes.vllm_ladder import Memory, sequences_of, step_down
 
 _CONTEXT = 8192
@@ -51,6 +52,7 @@ def start_server(runtime: Vllm, context: OpenContext) -> Generator[Started]:
 
     Raises:
         MissingError: vLLM is not installed.
+        RecipeError, CheckpointError: the runtime's settings, or the artifact, are such that vLLM does not take them.
         ServerError: the server did not come up.
     """
     environment = require("vllm")
@@ -74,10 +76,14 @@ def _first_that_loads(stack: ExitStack, runtime: Vllm, context: OpenContext, mem
                 with context.progress.task("start vllm", 1, "servers") as advance:
                     await_service(started.server, started.served, runtime.startup_seconds)
                     advance(1)
-            except ServerError:
-                lower = None if started.server.process.poll() is None else step_down(memory, started.server.words())
+            except ServerError as error:
+                ended, words = started.server.process.poll() is not None, started.server.words()
+                lower = step_down(memory, words) if ended else None
                 if lower is None:
-                    raise
+                    fault = fault_of(started.server.name.rstrip(","), words, str(started.server.log)) if ended else None
+                    if fault is None:
+                        raise
+                    raise fault from error
             else:
                 stack.push(attempt.pop_all())
                 return started

@@ -14,7 +14,7 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from compress.errors import MissingError, ServerError
+from compress.errors import CheckpointError, MissingError, RecipeError, ServerError
 from compress.progress import Silent
 from compress.runtimes.endpoint import Endpoint
 from compress.runtimes.environment import install
@@ -222,19 +222,28 @@ def test_server_at_a_url_is_asked_with_its_key(
 
 
 @pytest.mark.slow
-def test_server_that_dies_while_loading_shows_its_last_lines(runtime: Vllm, model: Path, tmp_path: Path) -> None:
+def test_server_that_dies_while_loading_says_what_is_at_fault(runtime: Vllm, model: Path, tmp_path: Path) -> None:
     broken = tmp_path / "broken"
     shutil.copytree(model, broken)
     config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["intermediate_size"] += 32
     (broken / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(ServerError) as caught, runtime.open(OpenContext(broken, tmp_path / "logs", SILENT)):
+    with pytest.raises(CheckpointError) as caught, runtime.open(OpenContext(broken, tmp_path / "logs", SILENT)):
         pass
     message = str(caught.value)
-    assert f"vLLM, serving {broken}, ended while it was loading." in message
-    assert "The first error it named: " in message
-    assert f"The last lines of {tmp_path / 'logs' / 'vllm.log'}:" in message
-    assert "The server ended with exit code 1." in message
+    assert f"vLLM, serving {broken} ended while it was loading: AssertionError: assert " in message
+    assert "export it again" in message
+    assert f"(its log: {tmp_path / 'logs' / 'vllm.log'})" in message
+
+
+@pytest.mark.slow
+def test_a_setting_that_vllm_does_not_take_is_the_recipes_fault(runtime: Vllm, model: Path, tmp_path: Path) -> None:
+    long = runtime.model_copy(update={"max_model_len": 1_000_000})
+    with pytest.raises(RecipeError) as caught, long.open(OpenContext(model, tmp_path / "logs", SILENT)):
+        pass
+    assert str(caught.value).startswith("max_model_len of runtime vllm: vLLM, serving ")
+    assert "User-specified max_model_len (1000000) is greater than" in str(caught.value)
+    assert "set it to at most " in str(caught.value)
 
 
 @pytest.mark.slow
