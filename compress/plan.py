@@ -21,6 +21,8 @@ from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.output_head import check_head, head_notes
 from compress.places import check_places
+from compress.plan_data import count_items
+from compress.plan_notes import export_notes, outlook_notes, power, size_notes, unmeasured
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
 from compress.quantization_config import foreign_format
 from compress.recipe import Recipe, read_evaluation, read_recipe
@@ -42,6 +44,7 @@ class Plan:
 
     `source_notes` are those of `notes` that are about the original as it is. `power` says what the tasks' items can show, and which
     are not measured. `given` are artifacts that are there already, by their names; where there are any, the recipe makes none.
+    `items` is how many items each task asks whose data could be read, `gate_notes` which limits of the gate cannot be kept.
     """
 
     recipe: Recipe
@@ -56,6 +59,8 @@ class Plan:
     source_notes: tuple[str, ...] = ()
     given: Mapping[str, Path] = field(default_factory=lambda: dict[str, Path]())
     power: tuple[str, ...] = ()
+    items: Mapping[str, int] = field(default_factory=lambda: dict[str, int]())
+    gate_notes: tuple[str, ...] = ()
 
     @property
     def artifacts(self) -> list[str]:
@@ -113,6 +118,8 @@ class Plan:
             "steps": steps,
             "notes": list(self.notes),
             "power": list(self.power),
+            "items": dict(self.items),
+            "gate": list(self.gate_notes),
         }
 
 
@@ -177,10 +184,11 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
         check_head(checkpoint, family)
         check_tokens(checkpoint, family)
         source_notes = (*weights_notes(pin), *head_notes(checkpoint, family))
-    if faults := _task_faults(recipe, document, family):
+    if faults := [*_task_faults(recipe, document, family), *_length_faults(recipe, document, pin.config)]:
         raise RecipeError(faults)
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else Sizes({}, {})
     planner = Planner(recipe, pin, store, sizes, given)
+    items = count_items(recipe.eval.tasks, planner.tasks)
     return Plan(
         recipe=recipe,
         model=pin,
@@ -193,7 +201,9 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
         notes=(*source_notes, *sizes.notes),
         source_notes=source_notes,
         given=given,
-        power=(*_power(recipe), *_unmeasured(recipe)),
+        power=(*power(recipe, items), *unmeasured(recipe)),
+        items=items,
+        gate_notes=sizes.gate_notes,
     )
 
 
@@ -230,7 +240,8 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
             exports[position] = export.predict_bytes(outlooks[0])
     if faults:
         raise RecipeError(faults)
-    return Sizes(stages, exports, _outlook_notes(recipe, outlooks or [Outlook(checkpoint, family, {})]))
+    notes = outlook_notes(recipe, outlooks or [Outlook(checkpoint, family, {})])
+    return Sizes(stages, exports, notes, size_notes(recipe, checkpoint, exports))
 
 
 def _shows_images(recipe: Recipe) -> bool:
@@ -267,6 +278,18 @@ def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str
     return faults
 
 
+def _length_faults(recipe: Recipe, document: Document, config: Mapping[str, Any]) -> list[str]:
+    """Return which runtimes cannot take as many tokens as the recipe says, or as its tasks' windows have."""
+    windows = (getattr(task, "window", None) for task in recipe.eval.tasks)
+    longest = max((window for window in windows if isinstance(window, int)), default=0)
+    faults: list[str] = []
+    for position, target in enumerate(recipe.eval.places):
+        place = ("eval", "runtime") if recipe.eval.targets is None else ("eval", "targets", position)
+        where = f"{document.whereabouts(place)}: {dotted(place)}"
+        faults += [f"{where}: {fault}" for fault in target.runtime.length_faults(config, longest)]
+    return faults
+
+
 def _remedy(recipe: Recipe, does: Callable[[type[Runtime]], bool]) -> str:
     """Return which runtimes do what is asked and run what is exported."""
     known = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
@@ -278,62 +301,13 @@ def _remedy(recipe: Recipe, does: Callable[[type[Runtime]], bool]) -> str:
     return f"what does ({', '.join(found)}) runs no {' or '.join(formats)}; use another format, or leave the task out"
 
 
-def _outlook_notes(recipe: Recipe, outlooks: list[Outlook]) -> tuple[str, ...]:
-    """Return what one should know of whatever comes out, and what only where the run chooses to hold linears so."""
-    noted = [_notes(recipe, outlook) for outlook in outlooks]
-    every = dict.fromkeys(note for notes in noted for note in notes)
-    return tuple(note if all(note in notes for notes in noted) else f"where the stage chooses so: {note}" for note in every)
-
-
 def notes_of(plan: Plan, folder: Path) -> tuple[str, ...]:
     """Return what one should know of the exports of the checkpoint that the last stage wrote to `folder`."""
     checkpoint = open_checkpoint(folder)
     if foreign_format(checkpoint.config):
         return plan.notes
     outlook = Outlook(checkpoint, plan.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
-    return _notes(plan.recipe, outlook)
-
-
-def _notes(recipe: Recipe, outlook: Outlook) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
-
-
-def _unmeasured(recipe: Recipe) -> tuple[str, ...]:
-    """Return which tasks a target's servers cannot be asked, by what they say of themselves."""
-    return tuple(
-        f"task {task.name}: not measured at {target.name}: {why}"
-        for target in recipe.eval.places
-        for need, why in target.runtime.missing().items()
-        for task in recipe.eval.tasks
-        if task.needs == need
-    )
-
-
-def _power(recipe: Recipe) -> tuple[str, ...]:
-    """Return, for each task that the gate judges by its items, what so many of them can show."""
-    from compress.eval.power import POWER, Assumed, items_for, resolved_loss
-    from compress.eval.sequential import Sequential
-
-    limit = recipe.gate.accuracy
-    if limit is None:
-        return ()
-    plan = Sequential.even(limit.sequential, limit.confidence) if limit.sequential else None
-    level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
-    assumed = Assumed()
-    told: list[str] = []
-    for task in recipe.eval.tasks:
-        items: object = getattr(task, "samples", None)
-        if task.name in recipe.judged_tasks and isinstance(items, int):
-            wanted = items_for(limit.of(task.name), level, assumed)
-            needed = f"; a limit of {100 * limit.of(task.name):g} % needs {wanted:,}" if wanted else ""
-            loss = resolved_loss(items, level, assumed)
-            shown = f"resolve {100 * loss:.1f} points" if loss else "resolve nothing"
-            told.append(
-                f"{task.name}: {items:,} items {shown} (so far below the original a limit is passed by an artifact that loses "
-                f"nothing with {100 * POWER:g} % probability, if {100 * assumed.flips:g} % of the items flip and "
-                f"{100 * assumed.accuracy:g} % are right){needed}"
-            )
-    return tuple(told)
+    return export_notes(plan.recipe, outlook)
 
 
 def _joined(before: dict[str, Scheme] | None, made: dict[str, Scheme] | None) -> dict[str, Scheme] | None:
@@ -371,5 +345,7 @@ def show(plan: Plan, store: Store, console: Console) -> None:
     print_table(console, Table("Steps", columns, tuple(rows)))
     if plan.family.derived:
         console.print(f"warning: {plan.family.derived}", highlight=False, markup=False)
+    for note in plan.gate_notes:
+        console.print(f"warning: {note}", highlight=False, markup=False)
     for note in (*plan.power, *plan.notes):
         console.print(f"note: {note}", highlight=False, markup=False)

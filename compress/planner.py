@@ -71,11 +71,15 @@ class DataPin:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What one should know of the results of stages and exports before they are made: their bytes, by position, and notes."""
+    """What one should know of the results of stages and exports before they are made: their bytes, by position, and notes.
+
+    `gate_notes` are the gate's limits that they cannot keep.
+    """
 
     stages: Mapping[int, int]
     exports: Mapping[int, int]
     notes: tuple[str, ...] = ()
+    gate_notes: tuple[str, ...] = ()
 
 
 def digest_of(*parts: object) -> str:

@@ -156,6 +156,8 @@ class _Run:
         """Make every step, judge, publish, and write the report."""
         if self.plan.family.derived:
             self.events.warn(self.plan.family.derived)
+        for note in self.plan.gate_notes:
+            self.events.warn(note)
         workshop = Workshop(self.plan, self.folder, self.events, self.entries)
         for position, step in enumerate(self.plan.steps, 1):
             self.events.step_started(step.name, position, len(self.plan.steps))

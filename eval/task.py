@@ -98,6 +98,11 @@ class Task(Frozen, ABC):
     def data(self) -> TextSource | QuestionSource | None:
         """Where its data come from; None where what asks the server reads them by itself."""
 
+    @property
+    def rows(self) -> Rows:
+        """Which rows of its data count."""
+        return _ALL_ROWS
+
     @abstractmethod
     def settings(self) -> dict[str, Any]:
         """Return all that shapes its figures but the data's content, free of paths, as plain JSON values."""

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import io
+import json
+import re
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
 import compress
-from compress.errors import RecipeError, StoreError
+from compress.errors import DataError, RecipeError, StoreError
 from compress.plan import Plan, make_plan, show
+from compress.runtimes.vllm import Vllm, positions_of
 from compress.store import Store
 from tests.jobs import Job, make_job
 from tests.tiny import build_mllama
@@ -102,3 +105,125 @@ def test_a_place_that_is_taken_is_known_before_anything_is_made(job: Job, tmp_pa
     (tmp_path / "file").write_text("", encoding="utf-8")
     with pytest.raises(StoreError, match=r"file: cannot be written"):
         plan_with(job, **{"publish.to": str(tmp_path / "file")})
+
+
+def questions(job: Job, name: str, count: int, **change: object) -> str:
+    """Write a file of questions about an image that is there, each with the changed fields; return its path."""
+    row = {"image": "images/200.png", "question": "What is this?", "answer": "red", **change}
+    rows = [{name: value for name, value in row.items() if value is not None} for _ in range(count)]
+    path = job.folder / name
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return str(path)
+
+
+def test_the_items_of_the_power_figures_are_those_there_are(job: Job) -> None:
+    gate = {"gate.accuracy": {"min_recovery": 0.97, "confidence": 0.95}}
+    task = {"task": "vqa", "definition": "scenes", "source": questions(job, "eight.jsonl", 8)}
+    plan, shown = plan_with(job, **gate, **{"eval.tasks.0": {**task, "samples": 5000}})
+    assert plan.items == {"scenes": 8}
+    (told,) = plan.power
+    assert told.startswith("scenes: 8 items (5,000 are asked for, and its data hold no more) resolve nothing")
+    assert f"note: {told}" in " ".join(shown.split())
+    plan, _ = plan_with(job, **gate, **{"eval.tasks.0": {**task, "samples": 3}})
+    assert plan.items == {"scenes": 3}
+    assert plan.power[0].startswith("scenes: 3 items resolve nothing")
+    plan, _ = plan_with(job, **gate, **{"eval.tasks.0": task})
+    assert plan.power[0].startswith("scenes: 8 items resolve nothing")
+    assert plan.summary(Store(job.store))["items"] == {"scenes": 8}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"question": None}, r"bad.jsonl:1: has no field 'question'"),
+        ({"answer": None}, r"question .* has no"),
+        ({"image": "images/none.png"}, r"none.png: no such file"),
+        ({"image": "test.txt"}, r"test.txt: .*image"),
+    ],
+    ids=["question", "answer", "image", "no picture"],
+)
+def test_a_question_that_cannot_be_asked_is_told_in_the_plan(job: Job, change: dict[str, object], said: str) -> None:
+    source = questions(job, "bad.jsonl", 2, **change)
+    with pytest.raises(DataError, match=said):
+        plan_with(job, **{"eval.tasks.0.source": source})
+
+
+def test_a_text_that_cannot_be_read_is_told_in_the_plan(job: Job) -> None:
+    path = job.folder / "rows.jsonl"
+    path.write_text('{"words": "some text"}\n', encoding="utf-8")
+    with pytest.raises(DataError, match=r"rows.jsonl:1: .*text"):
+        plan_with(job, **{"eval.tasks.1.source": str(path)})
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        (
+            {"max_ratio": 0.05},
+            r"will take 0\.\d+ times the original's bytes, and gate.size.max_ratio allows 0.05",
+        ),
+        ({"max_bits_per_weight": 2}, r"will take [\d.]+ bits per weight, and gate.size.max_bits_per_weight allows 2"),
+        ({"max_bytes": 10_000}, r"will take [\d,]+ bytes, and gate.size.max_bytes allows 10,000"),
+    ],
+)
+def test_a_limit_on_size_that_cannot_be_kept_is_told(job: Job, limit: dict[str, float], said: str) -> None:
+    plan, shown = plan_with(job, **{"gate.size": limit})
+    (note,) = plan.gate_notes
+    assert re.search(rf"^the gate cannot pass: vllm-compressed-tensors {said}; ", note)
+    assert f"warning: {note}" in shown
+    assert plan.summary(Store(job.store))["gate"] == [note]
+    assert plan_with(job)[0].gate_notes == ()
+
+
+def test_what_is_predicted_is_what_the_gate_sees(job: Job) -> None:
+    """A limit just above the size that the gate finds is kept, one just below the predicted is told."""
+    settings = {
+        **SYMMETRIC,
+        "eval.tasks": [
+            {"task": "perplexity", "dataset": "text", "source": str(job.folder / "test.txt"), "window": 32, "samples": 4}
+        ],
+    }
+    report = compress.run(job.recipe, set={**settings, "publish": None}, **job.places())
+    ratio = report.rows[1].size_ratio
+    above, below = (plan_with(job, **{"gate.size": {"max_ratio": ratio * share}})[0].gate_notes for share in (1.0, 0.9))
+    assert above == ()
+    assert len(below) == 1
+
+
+def test_more_tokens_than_a_model_has_positions_are_refused_in_the_plan(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = json.loads((job.folder / "model" / "config.json").read_text(encoding="utf-8"))
+    positions = config["text_config"]["max_position_embeddings"]
+    for length in (positions, positions + 1):
+        faults = Vllm(runtime="vllm", max_model_len=length).length_faults(config, 32)
+        assert bool(faults) == (length > positions)
+    settings = {"eval.runtime": {"runtime": "vllm", "max_model_len": positions + 1}}
+    with pytest.raises(
+        RecipeError, match=rf"eval.runtime: max_model_len is {positions + 1:,}, and the model has {positions:,} positions"
+    ):
+        plan_with(job, **settings)
+    monkeypatch.setenv("VLLM_ALLOW_LONG_MAX_MODEL_LEN", "1")
+    assert Vllm(runtime="vllm", max_model_len=positions + 1).length_faults(config, 32) == []
+
+
+@pytest.mark.parametrize(
+    ("rope", "positions"),
+    [
+        (None, 1000),
+        ({"type": "mrope", "mrope_section": [1, 2, 2]}, 1000),
+        ({"rope_type": "yarn", "factor": 4.0}, 1000),
+        ({"rope_type": "linear", "factor": 4.0}, 4000),
+        ({"type": "dynamic", "factor": 2}, 2000),
+        ({"type": "dynamic", "factor": None}, 1000),
+    ],
+)
+def test_positions_are_vllms(rope: dict[str, object] | None, positions: int) -> None:
+    text = {"model_type": "qwen2", "max_position_embeddings": 1000, "rope_scaling": rope}
+    assert positions_of({"model_type": "qwen2_vl", "text_config": text}) == positions
+
+
+def test_windows_that_do_not_fit_a_server_are_refused_in_the_plan(job: Job) -> None:
+    settings = {"eval.runtime": {"runtime": "vllm", "max_model_len": 64}}
+    with pytest.raises(
+        RecipeError, match=r"eval.runtime: windows of 64 tokens and the one that vLLM adds do not fit into 64; .*max_model_len: 65"
+    ):
+        plan_with(job, **settings, **{"eval.tasks.1.window": 64})

@@ -88,6 +88,13 @@ def fetch_dataset_files(pin: DatasetPin, enough: Enough | int | None, progress: 
     return paths
 
 
+def cached_files(pin: DatasetPin) -> list[Path] | None:
+    """Return where the split's files are, where the cache has all of them; fetches nothing."""
+    paths = [huggingface.cached(pin.repository, file) for file in pin.files]
+    found = [path for path in paths if path is not None]
+    return found if len(found) == len(paths) else None
+
+
 def _card_configs(repository: Repository) -> list[dict[str, Any]]:
     """Return the `configs` of a dataset card's YAML header, none where it has no readable one."""
     card = repository.by_name.get("README.md")

@@ -63,16 +63,23 @@ def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -
         MissingError: a file cannot be fetched, or arrived damaged twice.
         StoreError: the cache cannot be written, or the disk is full.
     """
-    from huggingface_hub import constants, try_to_load_from_cache
+    from huggingface_hub import constants
 
     with telling(repository.kind, repository.source, repository.revision), telling_where(Path(constants.HF_HUB_CACHE)):
         for file in files:
-            known = try_to_load_from_cache(repository.source, file.name, revision=repository.commit, repo_type=repository.kind)
-            if isinstance(known, str):
+            if cached(repository, file) is not None:
                 report(file.size)
             elif not _download(repository, file, report) and not _download(repository, file, lambda count: None):
                 raise MissingError(f"{repository.source}: {file.name} arrived damaged twice; check the network or HF_ENDPOINT")
         return _snapshot(repository)
+
+
+def cached(repository: Repository, file: RemoteFile) -> Path | None:
+    """Return where the cache has a file of a pinned repository; None where it has not."""
+    from huggingface_hub import try_to_load_from_cache
+
+    known = try_to_load_from_cache(repository.source, file.name, revision=repository.commit, repo_type=repository.kind)
+    return Path(known) if isinstance(known, str) else None
 
 
 def _download(repository: Repository, file: RemoteFile, report: Report) -> bool:

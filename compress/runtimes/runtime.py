@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -205,6 +205,11 @@ class Runtime(Frozen, ABC):
     def faults(self, artifacts: Sequence[str]) -> list[str]:
         """Return why it cannot measure a recipe's artifacts of these names, one line each; empty where it can."""
         del artifacts
+        return []
+
+    def length_faults(self, config: Mapping[str, Any], longest: int) -> list[str]:
+        """Return why it cannot take a model of this config, or passages of up to `longest` tokens; empty where it can."""
+        del config, longest
         return []
 
     def missing(self) -> dict[Ability, str]:

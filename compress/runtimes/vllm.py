@@ -2,16 +2,48 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, PositiveInt, model_validator
 
+from compress.checkpoint import text_config
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import OpenContext, Runtime, Served, Session
 
 _KEYS = {"--api-key", "--hf-token"}
 """Arguments of `vllm serve` whose values are secrets. Each server that is started has a key of its own."""
+
+CONTEXT = 8192
+"""How many tokens a server takes at most where the recipe does not say: models allow up to a million, whose cache fits nowhere."""
+
+_LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+"""The variable by which vLLM lets `max_model_len` be more than a model's positions."""
+
+_SCALED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope", "default")
+"""Kinds of rotary embedding whose `max_position_embeddings` holds for the model as it is: vLLM multiplies it by no factor."""
+
+
+def default_context(config: Mapping[str, Any]) -> int:
+    """Return how many tokens a server of a model takes where the recipe does not say: its positions, at most `CONTEXT`."""
+    return min(positions_of(config) or CONTEXT, CONTEXT)
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Return how many tokens vLLM lets a model take by its config.json; None where that does not say.
+
+    As `_get_and_verify_max_len` of vLLM 0.33 (vllm/config/model.py) does it.
+    """
+    text = text_config(config)
+    length: object = text.get("max_position_embeddings")
+    if not isinstance(length, int):
+        return None
+    rope: object = text.get("rope_parameters") or text.get("rope_scaling")
+    scaling = cast("dict[str, object]", rope) if isinstance(rope, dict) else dict[str, object]()
+    factor, kind = scaling.get("factor"), scaling.get("rope_type", scaling.get("type", "default"))
+    return length if kind in _SCALED or not isinstance(factor, int | float) else int(length * factor)
 
 
 class Vllm(Runtime):
@@ -64,6 +96,24 @@ class Vllm(Runtime):
         if keys := [name for name in named if name in _KEYS]:
             raise ValueError(f"arguments: {keys[0]} is followed by a secret, and a recipe is kept and shown; leave it out")
         return self
+
+    def length_faults(self, config: Mapping[str, Any], longest: int) -> list[str]:
+        """Return whether `max_model_len` is more than vLLM gives this model, or the passages to score do not fit it."""
+        if self.url is not None:
+            return []
+        positions, allowed = positions_of(config), os.environ.get(_LONGER) in ("1", "true", "True")
+        if self.max_model_len is not None and positions is not None and self.max_model_len > positions and not allowed:
+            return [
+                f"max_model_len is {self.max_model_len:,}, and the model has {positions:,} positions, so that vLLM does not start; "
+                f"lower it, or set {_LONGER}=1"
+            ]
+        context = self.max_model_len or default_context(config)
+        if longest >= context:
+            return [
+                f"windows of {longest:,} tokens and the one that vLLM adds do not fit into {context:,}; give smaller windows, or "
+                f"max_model_len: {longest + 1}"
+            ]
+        return []
 
     def versions(self) -> dict[str, str]:
         """Return the versions in vLLM's environment, or the one that the server at `url` tells.

