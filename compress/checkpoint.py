@@ -309,24 +309,28 @@ def check_count(tensors: int, path: Path) -> None:
 
 
 def _entry(path: Path, name: str, row: object, start: int, size: int) -> TensorEntry:
-    shown = printable(name)
     fields = cast("dict[str, object]", row) if isinstance(row, dict) else {}
     dtype, shape, place = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
     if not (isinstance(dtype, str) and dtype in _DTYPE_BITS) or shape is None or place is None or len(place) != _OFFSETS:
         problem = "type, shape or place" if fields else "value"
-        raise CheckpointError(f"{path}: the header's entry for {shown} is malformed (its {problem}); fetch the file again")
+        raise CheckpointError(
+            f"{path}: the header's entry for {printable(name)} is malformed (its {problem}); fetch the file again"
+        )
     first, last = place
     expected = math.prod(shape) * _DTYPE_BITS[dtype] // 8
     if last - first != expected:
-        raise CheckpointError(f"{path}: {shown} has {last - first} bytes, its shape {shape} needs {expected}; fetch the file again")
+        what = f"{printable(name)} has {last - first} bytes, its shape {shape} needs {expected}"
+        raise CheckpointError(f"{path}: {what}; fetch the file again")
     if start + last > size:
-        raise CheckpointError(f"{path}: truncated: {shown} ends at byte {start + last}, the file at {size}; fetch it again")
+        what = f"{printable(name)} ends at byte {start + last}, the file at {size}"
+        raise CheckpointError(f"{path}: truncated: {what}; fetch it again")
     return TensorEntry(name=name, dtype=dtype, shape=shape, file=path, start=start + first, end=start + last)
 
 
 def _counts(value: object) -> tuple[int, ...] | None:
     """Return a list of a few whole numbers from 0 on; None where it is something else."""
     items = cast("list[object]", value) if isinstance(value, list) else None
-    if items is None or len(items) > _MOST_DIMENSIONS or any(type(item) is not int or item < 0 for item in items):
+    if items is None or len(items) > _MOST_DIMENSIONS or not {type(item) for item in items} <= {int}:
         return None
-    return tuple(cast("list[int]", items))
+    counts = tuple(cast("list[int]", items))
+    return counts if min(counts, default=0) >= 0 else None

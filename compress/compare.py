@@ -14,9 +14,11 @@ from compress.errors import DataError, UsageError
 from compress.eval.results import ScoreMetrics
 from compress.figures import asked, kept, main_figure
 from compress.gate import Outcome
+from compress.limits import limits
 from compress.report import Report, Row, origin
 from compress.report_latency import models_of, shapes_of
 from compress.report_tables import ORIGINAL, originals
+from compress.untrusted import read_bytes
 
 REPORT = "report.json"
 
@@ -103,8 +105,8 @@ def read_report(path: Path) -> Report:
     """
     file = path / REPORT if path.is_dir() else path
     try:
-        content = file.read_bytes()
-    except OSError as error:
+        content = read_bytes(file, limits().json_bytes, DataError)
+    except FileNotFoundError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); name a run's folder or its {REPORT}") from error
     try:
         return Report.model_validate_json(content)

@@ -40,7 +40,7 @@ class Limits:
     yaml_values: int = 20_000
     """Values of a YAML text, those that an alias stands for counted each time. Recipes have 30 to 300."""
 
-    tensors: int = 200_000
+    tensors: int = 150_000
     """Tensors of a checkpoint. Experts held one by one make 100,000 in the largest published models."""
 
     buffer_bytes: int = 256_000_000

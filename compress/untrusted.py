@@ -26,6 +26,8 @@ _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e
 """Control characters but tab and line feed, marks that turn the direction of writing, line separators, lone surrogates."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _ESCAPED = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
+_LONG = 300
+_DIGITS = re.compile("[0-9]{300}")
 _HUGE = re.compile(r"[eE]\+?[0-9]{3}")
 
 
@@ -192,7 +194,9 @@ def parse_json(text: str | bytes, where: str, error: type[CompressError] = Check
         items = content.count(",") + content.count("[") + content.count("{")
         if items > limits().json_items:
             raise error(f"{printable(where)}: has about {items:,} values ({limits().set_by('json_items')})")
-        value: object = json.loads(content, parse_int=_integers(limits().integer_digits), parse_constant=_refuse)
+        most = limits().integer_digits
+        long = most < _LONG or _DIGITS.search(content) is not None  # looking at every integer is slow
+        value: object = json.loads(content, parse_int=_integers(most) if long else None, parse_constant=_refuse)
         _check(value, scalars=_suspect(content))
     except json.JSONDecodeError as fault:
         place = f"line {fault.lineno}, column {fault.colno}"
