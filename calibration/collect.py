@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,6 @@ from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 from safetensors import numpy as tensors
 
 from compress.artifact import check_side_files
@@ -28,6 +26,7 @@ from compress.conversation import check_reserved
 from compress.errors import CheckpointError, DataError
 from compress.families import family_at
 from compress.files import write_json, write_text
+from compress.pictures import media_type
 from compress.progress import Progress
 from compress.untrusted import foreign
 
@@ -229,9 +228,7 @@ def _write_question(
 
 def _write_image(data: bytes, digest: str, target: Path) -> str:
     """Write an image, which has been decoded, under its digest; return its path below `target`."""
-    with Image.open(io.BytesIO(data)) as image:
-        suffix = (image.format or "image").lower()
-    path = target / IMAGES / f"{digest}.{suffix}"
+    path = target / IMAGES / f"{digest}.{media_type(data).rpartition('/')[2]}"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return f"{IMAGES}/{path.name}"

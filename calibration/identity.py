@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from compress.conversation import decode_image
+from compress.pictures import decode_image
 
 SHINGLE = 13
 """How many words in a row are compared: GPT-3's authors looked for as many (arXiv 2005.14165, appendix C)."""

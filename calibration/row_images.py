@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import binascii
-import io
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,11 +11,9 @@ from pathlib import Path
 from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
-from PIL import Image, UnidentifiedImageError
-
-from compress.conversation import image_fault
 from compress.errors import DataError
 from compress.limits import limits
+from compress.pictures import check_image
 from compress.untrusted import inside, printable, read_bytes
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}+=*+\s*+")
@@ -88,7 +85,7 @@ def read_images(found: Sequence[object], places: ImagePlaces, place: str) -> tup
             data = read_bytes(places.find(value, name), limits().image_bytes, DataError, name="image_bytes")
         if data is None:
             raise DataError(f"{name}: holds no image's bytes; store the image in the file, or use JSONL with paths")
-        _verify(data, name)
+        check_image(data, name)
         images.append(data)
     return tuple(images)
 
@@ -128,11 +125,3 @@ def _encoded(value: object, name: str) -> bytes | None:
 def _check_size(size: int, name: str) -> None:
     if size > limits().image_bytes:
         raise DataError(f"{name}: has {size:,} bytes ({limits().set_by('image_bytes')}); use a smaller image, or remove the row")
-
-
-def _verify(data: bytes, name: str) -> None:
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            image.verify()
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{name}: cannot be read as an image ({image_fault(error)}); replace it or remove the row") from error

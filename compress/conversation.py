@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 
 from compress.artifact import check_side_files
 from compress.errors import DataError
 from compress.families import Family, family_at
+from compress.pictures import decode_image
 from compress.runtimes.runtime import Prompt
 from compress.trial import try_template
 from compress.untrusted import foreign
@@ -99,33 +99,9 @@ def check_reserved(texts: Iterable[str], reserved: Iterable[str], name: str) -> 
 
 
 def open_images(prompt: Prompt) -> list[Image.Image]:
-    """Decode a prompt's images, in order, each to RGB, as vLLM does: RGBA is laid on white, EXIF rotation is not applied.
+    """Decode a prompt's images, in order, each as `decode_image` does.
 
     Raises:
         DataError: an image cannot be decoded; names the prompt and which of its images.
     """
     return [decode_image(image, f"{prompt.id}: image {place}") for place, image in enumerate(prompt.images)]
-
-
-def decode_image(data: bytes, name: str) -> Image.Image:
-    """Decode one encoded image to RGB.
-
-    Raises:
-        DataError: the bytes are no whole image; `name` says which.
-    """
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            if image.mode == "RGBA":
-                ground = Image.new("RGB", image.size, "white")
-                ground.paste(image, mask=image.getchannel("A"))
-                return ground
-            return image.convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(
-            f"{name}: cannot be read as an image ({image_fault(error)}); replace the file or leave the sample out"
-        ) from error
-
-
-def image_fault(error: Exception) -> str:
-    """Return what a failure to read an image says, without the object in memory that Pillow names in place of a file."""
-    return "its format is not known" if isinstance(error, UnidentifiedImageError) else str(error)

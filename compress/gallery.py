@@ -11,11 +11,10 @@ from itertools import chain, zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from PIL import Image, ImageOps
-
 from compress.errors import CompressError
 from compress.eval.results import Measured, QuestionItem, ScoredItem, ScoreMetrics
 from compress.eval.task import Task
+from compress.pictures import decode_image
 
 if TYPE_CHECKING:
     from compress.calibration.questions import Question
@@ -180,7 +179,7 @@ def _filled(each: TaskFlips, cards: Sequence[Card]) -> Iterator[Card]:
 
 
 def _fill(card: Card, question: Question) -> Card:
-    shown = tuple(thumbnail(image) for image in question.images[:_IMAGES])
+    shown = tuple(thumbnail(image, question.origin) for image in question.images[:_IMAGES])
     more = len(question.images) - len(shown)
     return replace(card, question=question.question, options=question.options, images=shown, more_images=more)
 
@@ -192,16 +191,15 @@ def _with_question(card: Card, filled: Card | None) -> Card:
     return replace(card, **told)
 
 
-def thumbnail(image: bytes) -> Thumbnail:
-    """Return an encoded image as a small JPEG, upright, and on white where it is transparent."""
-    with Image.open(io.BytesIO(image)) as opened:
-        opened.draft("RGB", (_SIDE, _SIDE))
-        upright = ImageOps.exif_transpose(opened)
-        clear = upright.convert("RGBA")
-    small = Image.new("RGBA", clear.size, "white")
-    small.alpha_composite(clear)
+def thumbnail(image: bytes, name: str) -> Thumbnail:
+    """Return an encoded image, as models see it, as a small JPEG.
+
+    Raises:
+        DataError: it cannot be decoded; `name` says which it is.
+    """
+    small = decode_image(image, name)
     small.thumbnail((_SIDE, _SIDE))
     buffer = io.BytesIO()
-    small.convert("RGB").save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    small.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
     uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Thumbnail(uri=uri, width=small.width, height=small.height)

@@ -55,9 +55,26 @@ class Limits:
     trial_bytes: int = 512_000_000
     """Memory of the process in which they are tried."""
 
+    image_pixels: int = 50_331_648
+    """Pixels of one image, by its header, and of a tile of a TIFF: 8192 × 6144, which phones call 50 megapixels. Decoding takes
+    up to four copies of 4 bytes a pixel, 0.9 GB at the limit; vLLM refuses more than 178,956,970."""
+
     image_bytes: int = 50_000_000
-    """Bytes of one encoded image: a sharp photograph of 61 megapixels as JPEG has about as many. Values of a TIFF's tags take up
-    to 20 times their size in memory."""
+    """Bytes of one encoded image: a sharp photograph of 60 megapixels as JPEG has about as many. A server is sent 4/3 of it."""
+
+    image_tag_bytes: int = 1_000_000
+    """Bytes of the numbers in an image's TIFF or EXIF tags, texts and plain bytes not counted: each number becomes an object of
+    some 100 bytes. A TIFF of 50 megapixels in strips of one row has 49 KB."""
+
+    exif_segments: int = 64
+    """Pieces of EXIF data in one JPEG or AVIF; one is usual, and one for each further picture behind the first."""
+
+    image_parts: int = 500_000
+    """In how many parts an image's file is read: chunks, segments and blocks of its headers; a PNG of 50 MB has 20,000."""
+
+    jpeg_scan_pixels: int = 2_000_000_000
+    """Pixels times scans of one JPEG: each scan goes over all pixels again. Photographs have 1 to 10 scans, and 39 are left for
+    the largest."""
 
     rows_file_bytes: int = 500_000_000
     """Bytes of one JSONL or JSON file of questions or texts, which is held in memory. LLaVA's 150,000 conversations have 229 MB."""

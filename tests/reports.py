@@ -296,7 +296,7 @@ def gallery() -> Gallery:
             ),
             accepted=((colour, 9), (f"dark {colour}", 1)),
             question=f"What colour is the shape in picture {place}?",
-            images=(thumbnail(picture(colour)),),
+            images=(thumbnail(picture(colour), "a picture"),),
         )
         for place, (colour, kind) in enumerate(shown)
     )

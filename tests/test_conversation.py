@@ -5,8 +5,9 @@ import io
 import pytest
 from PIL import Image
 
-from compress.conversation import decode_image, messages, open_images
+from compress.conversation import messages, open_images
 from compress.errors import DataError
+from compress.pictures import decode_image
 from compress.runtimes.runtime import Prompt
 from tests.tiny import picture
 
@@ -37,5 +38,5 @@ def test_a_damaged_image_is_named() -> None:
     assert len(open_images(Prompt("a", "?", (whole, whole)))) == 2
     with pytest.raises(DataError, match=r"a: image 1: cannot be read as an image \(.*\); replace the file or leave the sample out"):
         open_images(Prompt("a", "?", (whole, whole[: len(whole) // 2])))
-    with pytest.raises(DataError, match=r"a: image 0: cannot be read as an image \(its format is not known\); replace the file"):
+    with pytest.raises(DataError, match=r"a: image 0: cannot be read as an image \(it is none of PNG, .*\); convert the file"):
         open_images(Prompt("a", "?", (b"no image",)))

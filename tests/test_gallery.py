@@ -118,7 +118,7 @@ def test_items_that_an_artifact_was_not_asked_and_tasks_without_scores_are_no_fl
 def test_thumbnails_are_small_jpegs_of_any_image(mode: str, size: tuple[int, int]) -> None:
     buffer = io.BytesIO()
     Image.new(mode, size).save(buffer, "PNG")
-    made = thumbnail(buffer.getvalue())
+    made = thumbnail(buffer.getvalue(), "a picture")
     decoded = Image.open(io.BytesIO(base64.b64decode(made.uri.partition(",")[2])))
     assert (decoded.format, decoded.mode, decoded.size) == ("JPEG", "RGB", (made.width, made.height))
     assert max(decoded.size) <= 256
@@ -129,7 +129,7 @@ def test_thumbnails_are_small_jpegs_of_any_image(mode: str, size: tuple[int, int
 def test_what_is_transparent_is_white() -> None:
     buffer = io.BytesIO()
     Image.new("RGBA", (20, 20), (255, 0, 0, 0)).save(buffer, "PNG")
-    decoded = Image.open(io.BytesIO(base64.b64decode(thumbnail(buffer.getvalue()).uri.partition(",")[2])))
+    decoded = Image.open(io.BytesIO(base64.b64decode(thumbnail(buffer.getvalue(), "a picture").uri.partition(",")[2])))
     assert decoded.getpixel((10, 10)) == (255, 255, 255)
 
 
@@ -138,5 +138,5 @@ def test_an_image_is_shown_upright() -> None:
     exif[0x0112] = 6  # to be turned by a quarter
     buffer = io.BytesIO()
     Image.open(io.BytesIO(picture(1))).convert("RGB").resize((80, 40)).save(buffer, "JPEG", exif=exif)
-    made = thumbnail(buffer.getvalue())
+    made = thumbnail(buffer.getvalue(), "a picture")
     assert (made.width, made.height) == (40, 80)

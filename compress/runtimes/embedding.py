@@ -11,8 +11,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.conversation import decode_image
 from compress.errors import DataError
+from compress.pictures import decode_image
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoder
 from compress.runtimes.runtime import Embeddings, Picture

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -17,6 +15,7 @@ from compress.checkpoint import read_json_object
 from compress.conversation import check_image_count, open_images, write_prompt
 from compress.errors import DataError, UsageError
 from compress.families import Family
+from compress.pictures import image_size
 from compress.runtimes.runtime import Passage, Prompt, scored_tokens
 
 _MASKS = "attention_mask"
@@ -199,8 +198,8 @@ def _extent(prompt: Prompt) -> tuple[int, int]:
     area = 0
     for data in prompt.images:
         try:
-            with Image.open(io.BytesIO(data)) as image:
-                area += image.width * image.height
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+            width, height = image_size(data, prompt.id)
+        except DataError:
             continue  # reported with the prompt's name when it is decoded
+        area += width * height
     return area, len(prompt.text)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from compress.errors import ServerError, UsageError
 from compress.limits import limits
+from compress.pictures import media_type
 from compress.progress import Progress
 from compress.redaction import redact_answer
 from compress.runtimes.openai_client import Address, Asker, Patience
@@ -22,7 +23,6 @@ from compress.runtimes.top_tokens import Position, TopRecord, position_of, score
 
 _TOKENS = 1 << 31
 """More than any vocabulary has: tokens are written as 32-bit integers."""
-_SIGNATURES = {b"\x89PNG": "image/png", b"\xff\xd8": "image/jpeg", b"GIF8": "image/gif", b"RIFF": "image/webp", b"BM": "image/bmp"}
 
 
 @dataclass(frozen=True)
@@ -246,8 +246,7 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
 
 
 def _data_uri(image: bytes) -> str:
-    kind = next((kind for start, kind in _SIGNATURES.items() if image.startswith(start)), "image/png")
-    return f"data:{kind};base64,{base64.b64encode(image).decode()}"
+    return f"data:{media_type(image)};base64,{base64.b64encode(image).decode()}"
 
 
 def _embedded(features: dict[str, Any] | None, token_ids: Sequence[int], placeholders: Container[str]) -> dict[str, Any] | None:

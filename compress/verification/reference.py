@@ -12,9 +12,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from compress.conversation import decode_image
 from compress.errors import DataError
 from compress.families import Family
+from compress.pictures import decode_image
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoded, Encoder
 from compress.runtimes.runtime import Passage

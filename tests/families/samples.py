@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from transformers import AutoProcessor
 
 from compress.checkpoint import open_checkpoint
-from compress.conversation import decode_image, messages
+from compress.conversation import messages
 from compress.engine.host import map_tensors
 from compress.families import Family, family_at
+from compress.pictures import decode_image
 from compress.runtimes.runtime import Prompt
 from tests.tiny import picture
 

@@ -9,12 +9,13 @@ import torch
 from compress.calibration.collect import load_tokenizer, longest_input
 from compress.calibration.load import Exchange, load_processor, process
 from compress.checkpoint import open_checkpoint, read_config
-from compress.conversation import decode_image, write_prompt
+from compress.conversation import write_prompt
 from compress.engine.replay import Replay, Walkthrough
 from compress.errors import CheckpointError
 from compress.families import family_of
 from compress.families.blip2 import BLIP2
 from compress.output_head import head_is_tied
+from compress.pictures import decode_image
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage, Prompt
 from compress.runtimes.transformers import Transformers

@@ -10,8 +10,8 @@ from compress.calibration.collect import PinnedSet, Selection, collect
 from compress.calibration.load import load_batches
 from compress.calibration.sets import Text, Vqa
 from compress.checkpoint import open_checkpoint, read_config
-from compress.conversation import decode_image
 from compress.errors import DataError, UsageError
+from compress.pictures import decode_image
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage, Picture, Prompt
 from compress.runtimes.transformers import Transformers
