@@ -38,6 +38,7 @@ __all__ = [
     "packed_bytes",
     "quantization_config",
     "quantized_linears",
+    "quantized_names",
     "read_linear",
     "read_packed",
     "unquantized_linears",
@@ -208,10 +209,11 @@ def quantized_linears(checkpoint: Checkpoint) -> dict[str, Scheme]:
             f"{where}: quantized as {settings.get('quant_method')!r}, format {settings.get('format')!r}; only {METHOD!r} with "
             f"{', '.join(map(repr, FORMATS))} can be read, or start from the model's original"
         )
-    return {name: scheme_of(settings, name, where) for name in _quantized_names(checkpoint)}
+    return {name: scheme_of(settings, name, where) for name in quantized_names(checkpoint)}
 
 
-def _quantized_names(checkpoint: Checkpoint) -> list[str]:
+def quantized_names(checkpoint: Checkpoint) -> list[str]:
+    """Return the names on disk of the linears whose weights are codes of compressed-tensors, in whatever format of it."""
     names: list[str] = []
     for name, entry in checkpoint.tensors.items():
         owner, _, part = name.rpartition(".")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
@@ -14,7 +14,7 @@ from compress.calibration.sets import QuestionSource
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.document import Document, dotted
 from compress.errors import RecipeError, UsageError
-from compress.export.format import Outlook, runtimes_of
+from compress.export.format import Outlook, runtimes_of, warnings_of
 from compress.families import Family, family_of
 from compress.hub import ModelPin, open_pinned, resolve_model, weights_notes
 from compress.layouts import has_kv_scales, quantized_linears
@@ -44,7 +44,8 @@ class Plan:
 
     `source_notes` are those of `notes` that are about the original as it is. `power` says what the tasks' items can show, and which
     are not measured. `given` are artifacts that are there already, by their names; where there are any, the recipe makes none.
-    `items` is how many items each task asks whose data could be read, `gate_notes` which limits of the gate cannot be kept.
+    `items` is how many items each task asks whose data could be read, `gate_notes` which limits of the gate cannot be kept,
+    `warnings` what is wrong with artifacts that are given.
     """
 
     recipe: Recipe
@@ -61,6 +62,7 @@ class Plan:
     power: tuple[str, ...] = ()
     items: Mapping[str, int] = field(default_factory=lambda: dict[str, int]())
     gate_notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
     @property
     def artifacts(self) -> list[str]:
@@ -160,7 +162,7 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
     recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in given.items()})
     plan = _plan(recipe, document, store, given)
     _check_graphs(plan)
-    return plan
+    return replace(plan, warnings=tuple(line for folder in given.values() for line in warnings_of(folder, plan.family)))
 
 
 def _check_graphs(plan: Plan) -> None:

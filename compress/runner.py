@@ -158,6 +158,8 @@ class _Run:
             self.events.warn(self.plan.family.derived)
         for note in self.plan.gate_notes:
             self.events.warn(note)
+        for warning in self.plan.warnings:
+            self.events.warn(warning)
         workshop = Workshop(self.plan, self.folder, self.events, self.entries)
         for position, step in enumerate(self.plan.steps, 1):
             self.events.step_started(step.name, position, len(self.plan.steps))

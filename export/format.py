@@ -94,6 +94,12 @@ class Export(Frozen, ABC):
         del outlook
         return []
 
+    @classmethod
+    def warnings(cls, folder: Path, family: Family) -> list[str]:
+        """Return what is wrong with an artifact that was written before, one line each with its remedy; reads headers only."""
+        del cls, folder, family
+        return []
+
     @abstractmethod
     def predict_bytes(self, outlook: Outlook) -> int:
         """Return the expected size of the weights it writes, in bytes."""
@@ -132,4 +138,13 @@ class VerifiedExport(Export, ABC):
 
 def runtimes_of(folder: Path) -> frozenset[str]:
     """Return the rows of the table of runtimes that run the artifact in a folder, by its files."""
-    return cast("type[Export]", load_row(FORMATS, artifact_format(folder))).runtimes
+    return _export_of(folder).runtimes
+
+
+def warnings_of(folder: Path, family: Family) -> list[str]:
+    """Return what is wrong with the artifact in a folder, which its format knows; one line each."""
+    return _export_of(folder).warnings(folder, family)
+
+
+def _export_of(folder: Path) -> type[Export]:
+    return cast("type[Export]", load_row(FORMATS, artifact_format(folder)))

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
 
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import Export, ExportContext, Outlook
 from compress.export.vllm_limits import Layout, faults, notes
-from compress.layouts import has_kv_scales, linear_shape, linear_tensors, packed_bytes, quantized_linears, unquantized_linears
+from compress.families import Family
+from compress.layouts import (
+    has_kv_scales,
+    linear_shape,
+    linear_tensors,
+    packed_bytes,
+    quantized_linears,
+    quantized_names,
+    unquantized_linears,
+)
+from compress.module_names import misnamed, misnaming
 from compress.numerics.scheme import Scheme
-from compress.quantization_config import foreign_format
+from compress.quantization_config import METHOD, foreign_format
 
 _SCALE_BYTES = {"F32": 4, "F64": 4}
 _INDEX_BYTES = 4
@@ -25,7 +37,7 @@ class Vllm(Export):
     schemes at once; a checkpoint that is not quantized at all fits it too.
     """
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     runtimes: ClassVar[frozenset[str]] = frozenset({"endpoint", "transformers", "vllm"})
 
     format: Literal["vllm"]
@@ -43,6 +55,17 @@ class Vllm(Export):
     def notes(self, outlook: Outlook) -> list[str]:
         """Return which vLLM still serves the model, where that is not every one, and what needs a GPU."""
         return notes(outlook)
+
+    @classmethod
+    def warnings(cls, folder: Path, family: Family) -> list[str]:
+        """Return which linears transformers takes for something else than they are, where it has other names for them."""
+        checkpoint = open_checkpoint(folder)
+        settings = cast("Mapping[str, Any]", checkpoint.config.get("quantization_config") or {})
+        quantized = quantized_names(checkpoint)
+        if settings.get("quant_method") != METHOD or not quantized:
+            return []
+        found = misnamed(settings, family, quantized, unquantized_linears(checkpoint, family, quantized))
+        return [misnaming(f"{folder}/config.json", found, family)] if found else []
 
     def predict_bytes(self, outlook: Outlook) -> int:
         """Return the exact size of the tensors it writes."""

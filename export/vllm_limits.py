@@ -9,12 +9,10 @@ from typing import Literal
 from compress.export.format import Outlook
 from compress.families import within
 from compress.layouts import linear_shape
+from compress.module_names import FUSED
 from compress.numerics.scheme import BLOCK, Scheme
 
 Layout = Literal["awq", "gptq", "compressed-tensors"]
-
-_FUSED = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Linears that vLLM joins into one, which must be held alike."""
 
 _JOINED = {"qkv": 3}
 """Linears that checkpoints hold as one and vLLM takes apart again: into how many."""
@@ -69,7 +67,7 @@ def _stays_plain(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
 
 def _rounded_again(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
     del outlook
-    if scheme.block_rows != -1 or not any(name.rpartition(".")[2] in parts for parts in _FUSED):
+    if scheme.block_rows != -1 or not any(name.rpartition(".")[2] in parts for parts in FUSED.values()):
         return None
     return (
         "vLLM joins it with others, gives them the largest of their scales and rounds them again where that is not their own; "
@@ -95,7 +93,7 @@ def _fused_faults(outlook: Outlook) -> list[str]:
     found: dict[str, list[str]] = {}
     for name in outlook.schemes:
         parent, _, own = name.rpartition(".")
-        for parts in (parts for parts in _FUSED if own in parts):
+        for parts in (parts for parts in FUSED.values() if own in parts):
             siblings = [f"{parent}.{part}" for part in parts]
             whole = all(sibling in outlook.schemes or f"{sibling}.weight" in outlook.checkpoint.tensors for sibling in siblings)
             if whole and len({outlook.schemes.get(sibling) for sibling in siblings}) > 1:
@@ -137,7 +135,7 @@ def _blocks_fit_joined(outlook: Outlook, name: str, scheme: Scheme) -> str | Non
         return None
     own = name.rpartition(".")[2]
     rows = linear_shape(outlook.checkpoint, name)[0] // _JOINED.get(own, 1)
-    inner = own in _JOINED or any(own in parts[:-1] for parts in _FUSED)
+    inner = own in _JOINED or any(own in parts[:-1] for parts in FUSED.values())
     if not inner or rows % BLOCK == 0:
         return None
     return (

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,9 +17,9 @@ from compress.checkpoint import Checkpoint
 from compress.engine.weights import ShardWriter, WeightReader
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext, Outlook
-from compress.families import Family
 from compress.files import telling_where, write_json
 from compress.layouts import linear_tensors, read_linear, unquantized_linears
+from compress.module_names import all_names, portable_config
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_awq, pack_gptq, pack_words
 from compress.output_head import written_config
@@ -53,22 +52,6 @@ class Rounding:
     largest: float = 0.0
 
 
-def served_names(family: Family, names: Iterable[str]) -> list[str]:
-    """Return names on disk, each followed by that which vLLM has for the module where the family says it is another."""
-    found: dict[str, None] = {}
-    for name in names:
-        found[name] = None
-        for pattern, replacement in family.served_names:
-            found[re.sub(pattern, replacement, name)] = None
-    return list(found)
-
-
-def compressed_tensors_config(settings: Mapping[str, Any], family: Family) -> dict[str, Any]:
-    """Return a checkpoint's `quantization_config` with vLLM's own names beside those on disk."""
-    groups = {key: {**group, "targets": served_names(family, group["targets"])} for key, group in settings["config_groups"].items()}
-    return {**settings, "config_groups": groups, "ignore": served_names(family, settings.get("ignore") or [])}
-
-
 def gptq_config(outlook: Outlook) -> dict[str, Any]:
     """Return config.json's `quantization_config` for GPTQ's layout: zero points less one (its first version), no reordering.
 
@@ -81,7 +64,7 @@ def gptq_config(outlook: Outlook) -> dict[str, Any]:
         "desc_act": False,
         "group_size": scheme.group_size,
         "lm_head": _quantizes_head(outlook),
-        "modules_in_block_to_quantize": served_names(outlook.family, sorted(outlook.schemes)),
+        "modules_in_block_to_quantize": all_names(outlook.family, sorted(outlook.schemes)),
         "quant_method": "gptq",
         "sym": True,
     }
@@ -95,7 +78,7 @@ def awq_config(outlook: Outlook) -> dict[str, Any]:
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "lm_head": _quantizes_head(outlook),
-        "modules_to_not_convert": served_names(family, unquantized_linears(outlook.checkpoint, family, outlook.schemes)),
+        "modules_to_not_convert": all_names(family, unquantized_linears(outlook.checkpoint, family, outlook.schemes)),
         "quant_method": "awq",
         "version": "gemm",
         "zero_point": True,
@@ -206,7 +189,8 @@ def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[st
                 f"{checkpoint.folder}/config.json: quantization_config.ignore leaves out {', '.join(missing[:3])}"
                 f"{' and others' if len(missing) > 3 else ''}, which are not quantized; write the checkpoint again"
             )
-        config["quantization_config"] = compressed_tensors_config(quantization, context.family)
+        linears = [name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith((".weight", ".weight_packed"))]
+        config["quantization_config"] = portable_config(quantization, context.family, [*linears, context.family.head or ""])
     files = checkpoint.weight_files
     with context.progress.task("export", len(files), "files") as advance, telling_where(context.target):
         for file in files:

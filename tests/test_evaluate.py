@@ -1,5 +1,6 @@
 """Judging artifacts that are there already, at one target and at several."""
 
+import json
 import shutil
 import subprocess
 import sys
@@ -73,6 +74,23 @@ def test_two_copies_of_one_artifact_have_no_flips_and_no_divergence(made: tuple[
     assert [(row.lost, row.gained, row.changed) for row in (fidelity["scenes"],)] == [(0, 0, 0)]
     assert all(row.kl_mean < 1e-6 for row in fidelity.values())
     assert found.rows[0].metrics == found.rows[1].metrics
+
+
+def test_an_artifact_that_names_linears_as_on_disk_alone_is_told_of(made: tuple[Job, Report], tmp_path: Path) -> None:
+    """As artifacts were written once: transformers takes their vision tower for quantized, with scales that are in no file."""
+    job, report = made
+    old = tmp_path / "old"
+    shutil.copytree(path_of(report, "vllm-compressed-tensors"), old)
+    config = json.loads((old / "config.json").read_text())
+    kept = [name for name in config["quantization_config"]["ignore"] if not name.startswith("re:")]
+    config["quantization_config"]["ignore"] = kept
+    (old / "config.json").write_text(json.dumps(config))
+    given: dict[str, Any] = {"against": job.folder / "model", "by": job.folder / "check.yaml", **job.places()}
+    (warning,) = compress.evaluate(old, **given).warnings
+    assert warning.startswith(f"{old}/config.json: quantization_config does not say of visual.blocks.0.attn.proj and ")
+    assert "by the name that transformers has for it (model.visual.blocks.0.attn.proj)" in warning
+    assert warning.endswith("Run its recipe again: the export writes the names anew, from the same weights")
+    assert compress.evaluate(path_of(report, "vllm-compressed-tensors"), **given).warnings == ()
 
 
 def test_several_targets_stand_in_one_table_each_with_its_gate(made: tuple[Job, Report], tmp_path: Path) -> None:

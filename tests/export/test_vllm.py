@@ -16,6 +16,7 @@ from compress.export.vllm_limits import Layout
 from compress.families import family_of
 from compress.files import write_json
 from compress.layouts import quantized_linears
+from compress.module_names import all_names, group_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes.unpack import dense_tensors
@@ -93,7 +94,7 @@ def test_the_gptq_config_names_what_is_quantized(tmp_path: Path) -> None:
     artifact, _ = export("gptq", tmp_path / "rounded", tmp_path / "gptq")
     assert artifact.config["quantization_config"] == {
         "bits": 4, "checkpoint_format": "gptq", "desc_act": False, "group_size": 64, "lm_head": False, "quant_method": "gptq",
-        "modules_in_block_to_quantize": sorted(schemes), "sym": True,
+        "modules_in_block_to_quantize": all_names(family_of(artifact.config), sorted(schemes)), "sym": True,
     }  # fmt: skip
     tensors = {name.rpartition(".")[2]: entry for name, entry in artifact.tensors.items() if "k_proj" in name}
     shapes = {part: entry.shape for part, entry in tensors.items()}
@@ -355,12 +356,13 @@ def test_blip_2_is_told_by_the_names_that_vllm_has(layout: Layout, tmp_path: Pat
     if layout == "gptq":
         assert not [name for name in settings["modules_in_block_to_quantize"] if not name.startswith("language_model.")]
     else:
-        left = settings["ignore" if layout == "compressed-tensors" else "modules_to_not_convert"]
-        assert {"vision_model.encoder.layers.0.mlp.fc1", ".encoder.layers.0.mlp.fc1", "language_model.lm_head"} <= set(left)
+        plain = ("vision_model.encoder.layers.0.mlp.fc1", ".encoder.layers.0.mlp.fc1", "language_model.lm_head")
+        left = settings.get("modules_to_not_convert", plain)
+        assert set(plain) <= set(left)
+        assert not any(layout == "compressed-tensors" and group_of(settings, name) for name in plain)
     round_checkpoint(source, tmp_path / "seeing", scheme(4, 32), vision=lambda name: EIGHT_BITS[0] if "mlp" in name else None)
     seeing, _ = export("compressed-tensors", tmp_path / "seeing", tmp_path / "seen")
-    targets = [group["targets"] for group in seeing.config["quantization_config"]["config_groups"].values()]
-    assert [".encoder.layers.0.mlp.fc1" in names for names in targets] == [False, True]
+    assert group_of(seeing.config["quantization_config"], ".encoder.layers.0.mlp.fc1") == "group_1"
     assert quantized_linears(seeing) == quantized_linears(open_checkpoint(tmp_path / "seeing"))
 
 

@@ -1,0 +1,77 @@
+"""transformers alone, with compressed-tensors, loads every family's artifacts and sees images as the in-process runtime does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import GenerationConfig
+
+from compress.families import FAMILIES, family_at
+from compress.numerics.scheme import Scheme
+from compress.progress import Silent
+from compress.runtimes.transformers_model import load_model
+from tests.families.samples import batches, load_plain
+from tests.quantized import scheme
+from tests.runtimes.agreement import TOKEN, Case, make_artifact
+from tests.tiny import BUILDERS
+
+CASES: dict[str, Case] = {
+    "4 bits": Case("compressed-tensors", scheme(4, 32), "float32"),
+    "W8A8, fixed scales": Case("compressed-tensors", Scheme(8, -1, symmetric=True, activations="tensor"), "float32"),
+    "FP8": Case("compressed-tensors", Scheme(8, -1, symmetric=True, type="float", activations="token"), "float32"),
+    "4 bits, the vision tower in W8A8": Case("compressed-tensors", scheme(4, 32), "float32", vision=TOKEN),
+}
+
+TOKEN_STEPS = 0.04
+"""compressed-tensors divides a token's largest value by 127.5 where vLLM's kernels, and we, divide it by 127; relative."""
+
+TOKENS_APART = 0.1
+"""compressed-tensors gives each number a scale of its own where a linear's input has no batch dimension, as OPT's `fc1`."""
+
+NOISE = 1.0
+"""What a tower of random weights gives is at 1.4."""
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return BUILDERS[request.param](tmp_path_factory.mktemp("plain") / "source", dtype=torch.float32)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_what_transformers_makes_of_an_artifact(source: Path, case: str, tmp_path: Path) -> None:
+    artifact = make_artifact(source, tmp_path, CASES[case])
+    plain, ours = load_plain(artifact), load_model(artifact, torch.float32, torch.device("cpu"), Silent())
+    family = family_at(artifact)
+    text, shown = (batch.inputs() for batch in batches(artifact)[:2])
+    if family.head is not None:  # as one asks it: weights are unpacked by the first forward of the whole model
+        assert torch.equal(said(plain, shown), said(ours, shown)) or case.endswith("W8A8")
+    differences = [apart(plain, ours, inputs, family.entry(inputs)) for inputs in (shown, text)]
+    limit = TOKEN_STEPS if case.endswith("W8A8") else TOKENS_APART if (family.name, case) == ("blip-2", "FP8") else 1e-6
+    assert max(differences) < limit < NOISE, differences
+
+
+def said(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Return the greedy answer's tokens."""
+    settings = GenerationConfig(do_sample=False, max_new_tokens=4, min_new_tokens=4, pad_token_id=0)
+    return model.generate(**inputs, generation_config=settings)
+
+
+def apart(plain: Any, ours: Any, inputs: dict[str, Tensor], entry: str) -> float:
+    """Return how far the outputs of two models are apart, relative to their size."""
+    rows = [outputs(model.get_submodule(entry), inputs) for model in (plain, ours)]
+    return float((rows[0] - rows[1]).square().mean().sqrt() / rows[1].square().mean().sqrt())
+
+
+def outputs(part: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        found = part(**inputs)
+    if "logits" in found:
+        return found.logits[inputs["attention_mask"].bool()].double()
+    if "image_embeds" in found:
+        return torch.cat([found.image_embeds, found.text_embeds]).double()
+    return found.pooler_output.double()
