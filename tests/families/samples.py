@@ -44,11 +44,11 @@ def load_processor(folder: Path) -> Any:
     return processor
 
 
-def load_plain(folder: Path, dtype: str = "auto") -> Any:
-    """Return the checkpoint as transformers itself loads it."""
+def load_plain(folder: Path, dtype: str = "auto", **settings: Any) -> Any:
+    """Return the checkpoint as transformers itself loads it; `settings` are `from_pretrained`'s own."""
     name = open_checkpoint(folder).config["architectures"][0]
     model = getattr(cast("Any", transformers), name)
-    return model.from_pretrained(folder, dtype=dtype).eval()
+    return model.from_pretrained(folder, dtype=dtype, **settings).eval()
 
 
 def written(processor: Any, family: Family, question: str, images: int) -> str:
