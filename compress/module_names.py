@@ -133,10 +133,10 @@ def misnaming(where: str, found: Sequence[str], family: Family) -> str:
     """Return what a file's linears `found` by `misnamed` mean for who loads it, and what to do."""
     others = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return (
-        f"{where}: quantization_config does not say of {found[0]}{others} what it is "
-        f"by the name that transformers has for it ({_in_memory(family, found[0])}): loaded with from_pretrained, the model computes there without the "
-        "weights' own scales: it fails, or does not see its images. vLLM and the runtime `transformers` of this program read it "
-        "rightly. Run its recipe again: the export writes the names anew, from the same weights"
+        f"{where}: quantization_config does not say of {found[0]}{others} what it is by the name that transformers has for it "
+        f"({_in_memory(family, found[0])}): loaded with from_pretrained, the model computes there without the weights' own scales: "
+        "it fails, or does not see its images. vLLM and the runtime `transformers` of this program read it rightly. "
+        "Run its recipe again: the export writes the names anew, from the same weights"
     )
 
 

@@ -174,4 +174,4 @@ def test_the_command_ends_with_the_gates_verdict(made: tuple[Job, Report]) -> No
     assert done.stdout.strip().splitlines()[-1].startswith(str(job.runs))
     failed = subprocess.run([*command, "--set", "gate.fidelity.max_kl=1e-9"], capture_output=True, text=True, check=False)
     assert failed.returncode == 1
-    assert "**fail**" in failed.stdout
+    assert "check: fail" in failed.stdout
