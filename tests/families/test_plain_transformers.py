@@ -52,7 +52,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 def test_what_transformers_makes_of_an_artifact(source: Path, case: str, tmp_path: Path) -> None:
     artifact = make_artifact(source, tmp_path, CASES[case])
     family = family_at(artifact)
-    settings = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family.name in UNPACKED else {}
+    settings: dict[str, Any] = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family.name in UNPACKED else {}
     plain, ours = load_plain(artifact, **settings), load_model(artifact, torch.float32, torch.device("cpu"), Silent())
     text, shown = (batch.inputs() for batch in batches(artifact)[:2])
     limit = TOKEN_STEPS if case.endswith("W8A8") else TOKENS_APART if (family.name, case) == ("blip-2", "FP8") else EXACT
