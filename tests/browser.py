@@ -16,7 +16,7 @@ from types import TracebackType
 from typing import Any, Self, cast
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-_SECONDS = 30.0
+_SECONDS = 300.0
 _FLAGS = (
     "--headless=new", "--remote-debugging-pipe", "--disable-gpu", "--disable-dev-shm-usage", "--hide-scrollbars",
     "--no-first-run", "--no-default-browser-check", "--disable-extensions", "--disable-background-networking",

@@ -23,6 +23,8 @@ from typing import Any, ClassVar, cast
 from compress.runtimes.runtime import Prompt
 
 MODEL = "served"
+SECONDS = 600
+"""How long anything that must come is waited for: longer than the busiest machine takes."""
 MALFORMED = (b"{", b"<html>down</html>", b'{"choices": []}', b'{"choices": [{"message": {"content": 7}}]}', b"[1, 2]")
 
 
@@ -121,12 +123,12 @@ class StandIn:
     def wait(self, answers: int) -> None:
         """Wait until so many questions are answered."""
         with self.changed:
-            assert self.changed.wait_for(lambda: self.answered.total() >= answers, 60)
+            assert self.changed.wait_for(lambda: self.answered.total() >= answers, SECONDS)
 
     def wait_asked(self, requests: int) -> None:
         """Wait until so many questions were asked."""
         with self.changed:
-            assert self.changed.wait_for(lambda: self.asked.total() >= requests, 60)
+            assert self.changed.wait_for(lambda: self.asked.total() >= requests, SECONDS)
 
     def close(self) -> None:
         """Go away, and do not come back."""
@@ -182,7 +184,7 @@ class StandIn:
             begin = due and not self._restarted
             self._restarted = self._restarted or begin
             if self.trouble.hold_after is not None and self.answered.total() >= self.trouble.hold_after:
-                self.changed.wait_for(self.trouble.released.is_set, 60)
+                self.changed.wait_for(self.trouble.released.is_set, SECONDS)
             attempt = self.asked[digest]
         if begin:
             threading.Thread(target=self._restart, daemon=True).start()

@@ -93,3 +93,36 @@ def raw_server(reply: Reply) -> Generator[RawServer]:
         listener.shutdown(socket.SHUT_RDWR)
         listener.close()
         thread.join()
+
+
+@contextmanager
+def absent_server() -> Generator[str]:
+    """Give the URL of a port where nothing listens, and where nothing else can while the context lasts."""
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as bound:
+        bound.bind(("127.0.0.1", 0))
+        yield f"http://127.0.0.1:{bound.getsockname()[1]}"
+
+
+@dataclass(frozen=True)
+class MuteServer:
+    """A port that takes every connection, as the kernel does it, and where nothing answers."""
+
+    url: str
+    listener: socket.socket
+
+    def connections(self) -> int:
+        """Return how many connections were made, and forget them."""
+        self.listener.setblocking(False)
+        count = 0
+        with suppress(BlockingIOError):
+            while True:
+                self.listener.accept()[0].close()
+                count += 1
+        return count
+
+
+@contextmanager
+def mute_server() -> Generator[MuteServer]:
+    """Listen while the context lasts, and never answer."""
+    with socket.create_server(("127.0.0.1", 0), backlog=64) as listener:
+        yield MuteServer(f"http://127.0.0.1:{listener.getsockname()[1]}", listener)

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import socket
 import ssl
 import threading
 import time
 import urllib.request
+import weakref
 import zlib
 from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from contextvars import ContextVar
 from dataclasses import dataclass
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -144,14 +146,14 @@ def open_http(url: str, headers: dict[str, str], connections: int, *, trust_env:
         "max_connections": connections,
         "max_keepalive_connections": connections,
         "keepalive_expiry": _KEPT_SECONDS,
-        "network_backend": _Network(),
+        "network_backend": (network := _Network()),
     }
     connected = httpcore.ConnectionPool(**pool) if proxy is None else _proxied(proxy, pool)
     return httpx.Client(
         base_url=url,
         headers={"Accept-Encoding": "gzip, deflate", **headers},
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-        transport=_Transport(connected),
+        transport=_Transport(connected, network),
         trust_env=False,
         timeout=httpx.Timeout(None),
     )
@@ -215,8 +217,10 @@ def _too_large(most: int) -> str:
 class _Stream(httpcore.NetworkStream):
     """A connection whose time and bytes count against the exchange that is under way in this thread."""
 
-    def __init__(self, stream: httpcore.NetworkStream) -> None:
+    def __init__(self, stream: httpcore.NetworkStream, network: _Network) -> None:
         self._stream = stream
+        self._network = network
+        network.add(self)
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         content = self._stream.read(max_bytes, _within(timeout, httpcore.ReadTimeout))
@@ -236,17 +240,44 @@ class _Stream(httpcore.NetworkStream):
     def start_tls(
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
-        return _Stream(self._stream.start_tls(ssl_context, server_hostname, _within(timeout, httpcore.ConnectTimeout)))
+        secured = self._stream.start_tls(ssl_context, server_hostname, _within(timeout, httpcore.ConnectTimeout))
+        return _Stream(secured, self._network)
 
     def get_extra_info(self, info: str) -> Any:
         return self._stream.get_extra_info(info)
 
 
 class _Network(httpcore.NetworkBackend):
-    """Connects as httpcore does, to streams that count."""
+    """Connects as httpcore does, to streams that count; closed, it ends them in whatever thread they are waited for."""
 
     def __init__(self) -> None:
         self._backend = httpcore.SyncBackend()
+        self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
+        self._changing = threading.Lock()
+        self._closed = False
+
+    def add(self, stream: _Stream) -> None:
+        """Take in a new stream.
+
+        Raises:
+            httpcore.ConnectError: the client was closed meanwhile.
+        """
+        with self._changing:
+            self._streams.add(stream)
+            closed = self._closed
+        if closed:
+            stream.close()
+            raise httpcore.ConnectError("the client was closed")
+
+    def close(self) -> None:
+        """End every stream, also those that a thread is reading from, and those that come to be after this."""
+        with self._changing:
+            self._closed = True
+            streams = list(self._streams)
+        for stream in streams:
+            with suppress(OSError):  # it has ended already
+                stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
+            stream.close()
 
     def connect_tcp(
         self,
@@ -257,7 +288,7 @@ class _Network(httpcore.NetworkBackend):
         socket_options: Iterable[httpcore.SOCKET_OPTION] | None = None,
     ) -> httpcore.NetworkStream:
         seconds = min(_within(timeout, httpcore.ConnectTimeout), CONNECT_SECONDS)
-        return _Stream(self._backend.connect_tcp(host, port, seconds, local_address, socket_options))
+        return _Stream(self._backend.connect_tcp(host, port, seconds, local_address, socket_options), self)
 
 
 def _within(timeout: float | None, late: type[Exception]) -> float:
@@ -276,8 +307,9 @@ def _within(timeout: float | None, late: type[Exception]) -> float:
 class _Transport(httpx.BaseTransport):
     """httpx's own transport, on a pool of connections that is given: httpx has no place to give it one."""
 
-    def __init__(self, pool: httpcore.ConnectionPool) -> None:
+    def __init__(self, pool: httpcore.ConnectionPool, network: _Network) -> None:
         self._pool = pool
+        self._network = network
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
         asked = httpcore.Request(
@@ -295,6 +327,7 @@ class _Transport(httpx.BaseTransport):
         return httpx.Response(response.status, headers=response.headers, stream=_Body(body))
 
     def close(self) -> None:
+        self._network.close()
         self._pool.close()
 
 

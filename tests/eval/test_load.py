@@ -17,6 +17,7 @@ from compress.eval.latency import LoadPoint
 from compress.eval.load import DIALECTS, Stream, make_prompts, make_requests, put_load, read_stream, warm_up
 from compress.runtimes.runtime import Served
 from tests.eval.stream_server import Body, chunk, event, stream_server, whole_answer
+from tests.raw_server import absent_server
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
 POINT = LoadPoint(concurrency=3, images=2, width=48, height=32, prompt_tokens=12, output_tokens=5)
@@ -63,12 +64,12 @@ def test_every_request_is_sent_once_and_so_many_are_under_way() -> None:
     barrier = threading.Barrier(3)
 
     def together(body: Body, number: int) -> list[bytes]:
-        barrier.wait(timeout=60)
+        barrier.wait(timeout=600)
         return whole_answer(body, number)
 
     requests = make_requests(DEMO, POINT, 9, 0)
     with stream_server(together) as server:
-        load = put_load(_served(server.url, "secret"), requests.bodies("the-model", DIALECTS[0]), 3, 60, POINT.output_tokens)
+        load = put_load(_served(server.url, "secret"), requests.bodies("the-model", DIALECTS[0]), 3, 600, POINT.output_tokens)
     assert [sample.fault for sample in load.samples] == [None] * 9
     assert [(sample.tokens, len(sample.gaps), len(sample.between_tokens)) for sample in load.samples] == [(5, 5, 4)] * 9
     assert server.most_at_once == 3
@@ -89,15 +90,14 @@ def test_failed_requests_keep_their_places_and_their_words() -> None:
         return whole_answer(body, number)
 
     with stream_server(sometimes) as server:
-        load = put_load(_served(server.url), make_requests(DEMO, POINT, 8, 0).bodies("m", DIALECTS[0]), 1, 60, POINT.output_tokens)
+        load = put_load(_served(server.url), make_requests(DEMO, POINT, 8, 0).bodies("m", DIALECTS[0]), 1, 600, POINT.output_tokens)
     faults = [None, "503: try again later", "the stream ended before the answer did", "engine died"]
     assert [sample.fault for sample in load.samples] == faults * 2
 
 
 def test_unreachable_server_fails_every_request() -> None:
-    with stream_server() as server:
-        url = server.url
-    load = put_load(_served(url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 2, 60, POINT.output_tokens)
+    with absent_server() as url:
+        load = put_load(_served(url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 2, 600, POINT.output_tokens)
     assert all(sample.fault is not None and sample.fault.startswith("the server at 127.0.0.1:") for sample in load.samples)
 
 
@@ -107,11 +107,11 @@ def test_warm_up_finds_the_dialect_a_server_takes() -> None:
         return whole_answer(body, number) if body.keys() <= known else (400, f"unknown {sorted(body.keys() - known)}")
 
     with stream_server(older) as server:
-        dialect = warm_up(_served(server.url), make_requests(DEMO, POINT, 4, 0), 60)
+        dialect = warm_up(_served(server.url), make_requests(DEMO, POINT, 4, 0), 600)
         assert dialect == DIALECTS[2]
         assert len(server.asked) == 2 + 4
     with stream_server() as server:
-        assert warm_up(_served(server.url), make_requests(DEMO, POINT, 4, 0), 60) == DIALECTS[0]
+        assert warm_up(_served(server.url), make_requests(DEMO, POINT, 4, 0), 600) == DIALECTS[0]
         assert len(server.asked) == 4
 
 
@@ -124,7 +124,7 @@ def test_server_that_refuses_the_load_is_named_with_its_words(status: int, words
         stream_server(lambda body, number: (status, "no such thing")) as server,
         pytest.raises(ServerError, match=rf"does not answer a request of the load \({status}: no such thing\); {words}"),
     ):
-        warm_up(_served(server.url, "key"), make_requests(DEMO, POINT, 4, 0), 60)
+        warm_up(_served(server.url, "key"), make_requests(DEMO, POINT, 4, 0), 600)
     assert len(server.asked) == asked
 
 
@@ -176,5 +176,5 @@ def test_an_event_that_no_parser_bears_is_a_fault(data: str) -> None:
 def test_a_server_that_floods_fails_its_request() -> None:
     """An answer of five tokens has no thousand pieces."""
     with stream_server(lambda body, number: [chunk("word " * 1000)] * 1000) as server:
-        load = put_load(_served(server.url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 1, 60, POINT.output_tokens)
+        load = put_load(_served(server.url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 1, 600, POINT.output_tokens)
     assert all("the answer has more than 86,016 bytes" in (sample.fault or "") for sample in load.samples)

@@ -20,7 +20,7 @@ from compress.eval.journal import answer_all
 from compress.progress import Silent
 from compress.runtimes.endpoint import Endpoint, Place
 from compress.runtimes.runtime import OpenContext, Prompt
-from tests.chaos_server import MODEL, Manners, Refusal, StandIn, Trouble, answer_to, digest_of, stand_in
+from tests.chaos_server import MODEL, SECONDS, Manners, Refusal, StandIn, Trouble, answer_to, digest_of, stand_in
 
 ITEMS = 2000
 
@@ -41,7 +41,7 @@ def questions(count: int) -> list[Prompt]:
 
 
 def runtime(url: str) -> Endpoint:
-    return Endpoint(runtime="endpoint", original=Place(url=url, model=MODEL), artifacts={}, concurrency=32, request_seconds=4)
+    return Endpoint(runtime="endpoint", original=Place(url=url, model=MODEL), artifacts={}, concurrency=32, request_seconds=12)
 
 
 @pytest.fixture(autouse=True)
@@ -97,7 +97,7 @@ def kept_in(folder: Path) -> set[str]:
 
 def wait_for_part(folder: Path) -> None:
     """Wait until a part of the journal is there: the last answers that were sent may not have been read yet."""
-    deadline, pause = time.monotonic() + 60, threading.Event()
+    deadline, pause = time.monotonic() + SECONDS, threading.Event()
     while not kept_in(folder):
         assert time.monotonic() < deadline
         pause.wait(0.05)
@@ -118,7 +118,7 @@ def test_a_measurement_that_is_killed_asks_only_for_the_rest(tmp_path: Path) -> 
         before = server.asked.copy()
         server.release()
         done = start(server, tmp_path, len(prompts))
-        out, _ = done.communicate(timeout=120)
+        out, _ = done.communicate(timeout=SECONDS)
         assert done.returncode == 0
         assert {name: server.asked[digests[name]] - before[digests[name]] for name in kept} == dict.fromkeys(kept, 0)
         assert json.loads(out) == [[prompt.id, answer_to(prompt)] for prompt in prompts]

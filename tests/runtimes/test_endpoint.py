@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import socket
 import threading
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from compress.runtimes.runtime import OpenContext, Prompt
 from compress.store import Store
 from tests.chaos_server import MODEL, Manners, Refusal, StandIn, Trouble, answer_to, stand_in
 from tests.jobs import Job, content, make_job, write_questions
+from tests.raw_server import absent_server, mute_server
 
 KEY = "sk-secret-0123456789"
 PROMPTS = [Prompt(f"q{number}", f"What is number {number}?", (b"\x89PNG" + bytes([number]),)) for number in range(6)]
@@ -90,9 +90,8 @@ def test_vllm_without_its_token_endpoints_says_how_to_get_them(tmp_path: Path) -
 
 
 def test_nothing_listens(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with (
+        absent_server() as url,
         pytest.raises(ServerError, match=f"{url}: no server answers there .*; start it, or correct url"),
         endpoint(url).open(context(tmp_path)),
     ):
@@ -100,8 +99,8 @@ def test_nothing_listens(tmp_path: Path) -> None:
 
 
 def test_a_server_that_is_slow(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        runtime = endpoint(f"http://127.0.0.1:{mute.getsockname()[1]}", request_seconds=1)
+    with mute_server() as mute:
+        runtime = endpoint(mute.url, request_seconds=1)
         with (
             pytest.raises(ServerError, match="did not answer within 1 seconds; raise request_seconds"),
             runtime.open(context(tmp_path)),

@@ -153,6 +153,34 @@ def test_a_proxy_of_the_environment_is_used_unless_it_is_not_for_that_server(mon
         open_http("http://model.invalid", {}, 1, trust_env=True)
 
 
+def test_a_client_that_is_closed_lets_go_of_what_another_thread_waits_for() -> None:
+    """Else the thread, and its socket, would stay until the server answers or the deadline comes."""
+    errors: list[Exception] = []
+
+    def wait(client: httpx.Client) -> None:
+        try:
+            with exchange(client, "GET", "/x", 600):
+                pass
+        except httpx.HTTPError as error:
+            errors.append(error)
+
+    came = threading.Event()
+
+    def silent(asked: Asked) -> Iterable[bytes]:
+        came.set()
+        asked.ended.wait()
+        return []
+
+    with raw_server(silent) as server:
+        with open_http(server.url, {}, 1, trust_env=False) as client:
+            waiting = threading.Thread(target=wait, args=(client,))
+            waiting.start()
+            assert came.wait(600)
+        waiting.join(600)
+        assert len(errors) == 1
+        assert not waiting.is_alive()
+
+
 def test_a_list_of_models_is_read_with_care() -> None:
     assert models_of({"data": [{"id": "a", "root": "/x"}]}) == [{"id": "a", "root": "/x"}]
     wrong: list[object] = [None, [], {}, *({"data": data} for data in ("abc", {"id": "a"}, ["a"], [{"id": 1}], [None]))]

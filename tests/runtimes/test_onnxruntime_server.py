@@ -70,7 +70,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[Served]:
 @pytest.fixture
 def client(served: Served) -> Generator[httpx.Client]:
     headers = {"Authorization": f"Bearer {served.key}"}
-    with httpx.Client(base_url=served.url, headers=headers, trust_env=False, timeout=60) as client:
+    with httpx.Client(base_url=served.url, headers=headers, trust_env=False, timeout=600) as client:
         yield client
 
 

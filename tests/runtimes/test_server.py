@@ -16,6 +16,9 @@ import pytest
 from compress.errors import ServerError, StoreError
 from compress.runtimes.server import Server, choose_port, run_server
 
+SECONDS = 600
+"""How long anything that must come is waited for: longer than the busiest machine takes."""
+
 FAMILY = """
 import subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
@@ -29,7 +32,7 @@ from pathlib import Path
 from compress.runtimes.server import run_server
 log = Path(sys.argv[1])
 with run_server("the server", [sys.executable, "-c", sys.argv[2]], os.environ, log) as server:
-    server.wait(lambda: b"child" in log.read_bytes(), 60)
+    server.wait(lambda: b"child" in log.read_bytes(), 600)
     os.kill(os.getpid(), signal.SIGKILL)
 """
 
@@ -40,7 +43,7 @@ def child_of(log: Path) -> psutil.Process:
 
 
 def start(server: Server) -> psutil.Process:
-    server.wait(lambda: b"child" in server.log.read_bytes(), 60)
+    server.wait(lambda: b"child" in server.log.read_bytes(), 600)
     return child_of(server.log)
 
 
@@ -50,7 +53,7 @@ def test_whole_group_ends_with_the_context(tmp_path: Path) -> None:
         assert child.is_running()
         server.check()
     assert server.process.returncode is not None
-    child.wait(30)
+    child.wait(SECONDS)
 
 
 def test_group_ends_when_the_context_is_left_by_an_interrupt(tmp_path: Path) -> None:
@@ -59,7 +62,7 @@ def test_group_ends_when_the_context_is_left_by_an_interrupt(tmp_path: Path) -> 
     with pytest.raises(KeyboardInterrupt), run_server("the server", command, os.environ, tmp_path / "server.log") as server:
         children.append(start(server))
         raise KeyboardInterrupt
-    children[0].wait(30)
+    children[0].wait(SECONDS)
     assert not psutil.pid_exists(server.process.pid)
 
 
@@ -68,13 +71,13 @@ def test_group_ends_when_its_starter_is_killed(tmp_path: Path) -> None:
     starter = subprocess.run([sys.executable, "-c", STARTER, str(log), FAMILY], check=False)
     assert starter.returncode == -signal.SIGKILL
     with suppress(psutil.NoSuchProcess):
-        child_of(log).wait(30)
+        child_of(log).wait(SECONDS)
 
 
 def test_group_ends_when_only_the_server_does(tmp_path: Path) -> None:
     code = FAMILY.replace("time.sleep(600)\n", "raise SystemExit(3)\n")
     with run_server("the server", [sys.executable, "-c", code], os.environ, tmp_path / "server.log") as server:
-        server.process.wait(60)
+        server.process.wait(SECONDS)
         with pytest.raises(ServerError, match=r"(?s)the server ended\..*ended with exit code 3"):
             server.check()
     assert not psutil.pid_exists(server.process.pid)
@@ -86,7 +89,7 @@ def test_end_while_loading_shows_cause_last_lines_and_log(tmp_path: Path) -> Non
     log = tmp_path / "server.log"
     log.write_text("an earlier server's TypeError: not ours\n", encoding="utf-8")
     with run_server("the server", [sys.executable, "-c", code], os.environ, log) as server, pytest.raises(ServerError) as caught:
-        server.wait(lambda: False, 60)
+        server.wait(lambda: False, SECONDS)
     message = str(caught.value)
     assert message.startswith("the server ended while it was loading: ValueError: no such dtype\n")
     assert f"The last lines of {log}:" in message

@@ -23,6 +23,7 @@ from compress.runtimes.transformers import Transformers
 from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_server import stop_tokens
 from compress.runtimes.vllm_session import Tokens, VllmSession
+from tests.raw_server import absent_server
 from tests.tiny import build_qwen2_5_vl, picture
 
 SILENT = Silent()
@@ -284,14 +285,13 @@ def test_url_and_port_exclude_each_other() -> None:
 
 
 def test_absent_server_at_a_url(tmp_path: Path) -> None:
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        url = f"http://127.0.0.1:{free.getsockname()[1]}"
-    remote = Vllm(runtime="vllm", url=url)
-    with pytest.raises(ServerError, match=f"{url}: no vLLM server answers there .* start it, or correct url"):
-        remote.versions()
     context = OpenContext(build_qwen2_5_vl(tmp_path / "model"), tmp_path, SILENT)
-    with pytest.raises(ServerError, match="no vLLM server answers there"), remote.open(context):
-        pass
+    with absent_server() as url:
+        remote = Vllm(runtime="vllm", url=url)
+        with pytest.raises(ServerError, match=f"{url}: no vLLM server answers there .* start it, or correct url"):
+            remote.versions()
+        with pytest.raises(ServerError, match="no vLLM server answers there"), remote.open(context):
+            pass
 
 
 def test_key_that_is_not_set_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
