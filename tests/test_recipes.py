@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
 
 from compress.document import parse_setting
@@ -31,8 +30,8 @@ from compress.schema import is_local
 from compress.stages.int8 import Int8
 from compress.stages.linears import Target
 from compress.store import Store
-from tests.hub_server import Repo, hub_server
 from tests.published import Published, published
+from tests.published_hub import published_hub
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo"
@@ -52,15 +51,6 @@ every_recipe = pytest.mark.parametrize(
     ],
 )
 METHODS = ("awq", "gptq", "int8")
-DATASETS = {
-    "Salesforce/wikitext": ("wikitext-2-raw-v1/train-00000-of-00001.parquet", "wikitext-2-raw-v1/test-00000-of-00001.parquet"),
-    "jxie/flickr8k": ("data/train-00000-of-00002.parquet", "data/test-00000-of-00001.parquet"),
-    "lmms-lab/DocVQA": ("DocVQA/validation-00000-of-00006.parquet",),
-    "lmms-lab/MMMU": ("data/validation-00000-of-00001.parquet",),
-    "uoft-cs/cifar10": ("plain_text/test-00000-of-00001.parquet",),
-    "lmms-lab/textvqa": ("data/train-00000-of-00020.parquet", "data/validation-00000-of-00003.parquet"),
-}
-"""The data sets that recipes name, with those of their files that hold the splits in use."""
 
 
 class _Version(BaseHTTPRequestHandler):
@@ -90,18 +80,8 @@ def server() -> Generator[str]:
 
 @pytest.fixture(scope="module")
 def hub(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
-    with hub_server() as running, pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_PROXY", "127.0.0.1")
-        patch.setattr(huggingface_hub.constants, "ENDPOINT", running.endpoint)
-        template = f"{running.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
-        patch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        patch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path_factory.mktemp("hub")))
-        for source, model in published().items():
-            running.repos["model", source] = model.repository()
-        for source, files in DATASETS.items():
-            running.repos["dataset", source] = Repo(dict.fromkeys(files, b""))
+    with published_hub(tmp_path_factory.mktemp("hub")):
         yield
-        huggingface_hub.close_session()
 
 
 def settings_for(recipe: Recipe, server: str) -> dict[str, Any]:
