@@ -11,6 +11,7 @@ from compress.figures import counted, divergence, kept_value, metric_value, size
 from compress.report import Report, Row, published_lines
 from compress.report_tables import ORIGINAL, originals, several_targets
 from compress.terminal import VERDICT_STYLES
+from compress.untrusted import printable
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -34,14 +35,14 @@ def show(report: Report, console: Console) -> None:
             _print_artifact(report, row, console)
     console.print()
     for line in _endings(report):
-        console.print(line, markup=False, highlight=False)
+        console.print(printable(line), markup=False, highlight=False)
     console.print(report.run, markup=False, highlight=False)
 
 
 def _print_artifact(report: Report, row: Row, console: Console) -> None:
     name = f"{row.artifact} @{row.target}" if several_targets(report.rows) else row.artifact
     console.print(name, style="bold", highlight=False, markup=False)
-    lines = list(_lines(report, row))
+    lines = [(printable(head), printable(text), style) for head, text, style in _lines(report, row)]
     width = max(len(head) for head, _, _ in lines)
     if not console.is_terminal:
         for head, text, _ in lines:

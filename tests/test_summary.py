@@ -51,6 +51,16 @@ def test_a_narrow_terminal_cuts_no_number(width: int) -> None:
     assert [word for word in narrow.split() if word in numbers] == [word for word in wide.split() if word in numbers]
 
 
+def test_what_steers_a_terminal_does_not_reach_it() -> None:
+    report = reports.report()
+    check = report.gate.checks[-1].model_copy(update={"reason": "item \x1b[2Jq1 is missing"})
+    gate = report.gate.model_copy(update={"checks": (check,)})
+    console = Console(file=io.StringIO(), width=200, color_system=None)
+    show(report.model_copy(update={"gate": gate}), console)
+    assert isinstance(console.file, io.StringIO)
+    assert "item \\x1b[2Jq1 is missing" in console.file.getvalue()
+
+
 TABLE = Table(
     "Steps",
     (Column("step"), Column("key", "code"), Column("expected size", "number")),
