@@ -62,11 +62,12 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
             if value is None:
                 continue
             fits, kind = _TYPES.get(key, (_fits_anything, ""))
-            if key.endswith("_config"):
+            part_of_it = key.endswith("_config") and not key.startswith("_")  # transformers' own marks, `_from_model_config`
+            if part_of_it:
                 fits, kind = _is_table, "a table"
             if not fits(value):
                 raise CheckpointError(f"{where}: {printable(name)} must be {kind}, not {_shown(value)}; fetch the file again")
-            if key.endswith("_config") and key != "quantization_config":
+            if part_of_it and key != "quantization_config":
                 parts.append((f"{name}.", value))
     check_quantization(config.get("quantization_config"), where)
 

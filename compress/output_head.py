@@ -173,7 +173,12 @@ def _spans(count: int) -> Iterator[tuple[int, int]]:
 def _sample(checkpoint: Checkpoint, entry: TensorEntry, start: int, end: int) -> NDArray[Any]:
     assert checkpoint.read_part is not None
     width = entry.bytes // entry.elements
-    return _values(entry, checkpoint.read_part(entry.file.name, entry.start + start * width, entry.start + end * width))
+    data = checkpoint.read_part(entry.file.name, entry.start + start * width, entry.start + end * width)
+    if len(data) != (end - start) * width:
+        raise CheckpointError(
+            f"{entry.file.name}: the hub gave {len(data)} of {(end - start) * width} bytes of {entry.name}; try again"
+        )
+    return _values(entry, data)
 
 
 def _values(entry: TensorEntry, data: bytes) -> NDArray[Any]:

@@ -34,6 +34,12 @@ class Repo:
         """Return how many bytes a file has."""
         return self.lengths.get(name, len(self.files[name]))
 
+    def part(self, name: str, start: int, end: int) -> bytes:
+        """Return a file's bytes from `start` up to `end`; where only its start is held, others that no two places share follow."""
+        held = self.files[name][start:end]
+        missing = range(start + len(held), min(end, self.size(name)))
+        return held + b"".join(place.to_bytes(8, "little") for place in missing[::8])[: len(missing)]
+
     def listing(self) -> list[dict[str, Any]]:
         """Return the files as Hugging Face lists them."""
         return [
@@ -154,7 +160,7 @@ class _Handler(BaseHTTPRequestHandler):
         part = self.headers.get("Range", "")
         if part:
             first, _, last = part.removeprefix("bytes=").partition("-")
-            data, status = data[int(first) : int(last) + 1 if last else None], 206
+            data, status = repo.part(name, int(first), int(last) + 1 if last else repo.size(name)), 206
             headers |= {"Content-Range": f"bytes {first}-{int(first) + len(data) - 1}/{repo.size(name)}"}
         if self.command == "GET":
             self.state.served.append((name, part))
