@@ -65,16 +65,29 @@ def _values(value: Any, places: list[tuple[Any, Any]]) -> list[tuple[Any, Any]]:
     return places
 
 
+def _is_plain(path: Path) -> bool:
+    return path.is_file() and not path.is_symlink()
+
+
 def _json_files(folder: Path) -> list[Path]:
-    return [folder / name for name in JSON_FILES if (folder / name).is_file()]
+    return [folder / name for name in JSON_FILES if _is_plain(folder / name)]
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write a file in place of whatever is there, not through a link or into a pipe."""
+    path.unlink(missing_ok=True)
+    path.write_bytes(content)
 
 
 def change_value(folder: Path, chance: random.Random, decoys: Path) -> None:
     """Put another value in one place of a JSON file, or remove the place."""
-    path = chance.choice([folder / "config.json", *_json_files(folder)])
+    files = _json_files(folder)
+    if not files:
+        return
+    path = chance.choice([files[0], files[0], *files])
     try:
         content = json.loads(path.read_bytes())
-    except (OSError, ValueError, RecursionError):
+    except (ValueError, RecursionError):
         return
     places = _values(content, [])
     if not places:
@@ -89,7 +102,10 @@ def change_value(folder: Path, chance: random.Random, decoys: Path) -> None:
 
 def add_value(folder: Path, chance: random.Random, decoys: Path) -> None:
     """Add a key that some reader knows to a JSON file."""
-    path = chance.choice(_json_files(folder) or [folder / "config.json"])
+    files = _json_files(folder)
+    if not files:
+        return
+    path = chance.choice(files)
     keys = (
         "vocab_file", "merges_file", "tokenizer_file", "spm_file", "chat_template", "audio_tokenizer", "auto_map", "backbone",
         "quantization_config", "use_pretrained_backbone", "_name_or_path", "base_model_name_or_path", "tokenizer_class",
@@ -107,7 +123,7 @@ def add_value(folder: Path, chance: random.Random, decoys: Path) -> None:
 def replace_text(folder: Path, chance: random.Random, decoys: Path) -> None:
     """Put something else in place of a whole JSON file."""
     del decoys
-    (folder / chance.choice(JSON_FILES)).write_bytes(chance.choice(TEXTS))
+    _write(folder / chance.choice(JSON_FILES), chance.choice(TEXTS))
 
 
 def link_out(folder: Path, chance: random.Random, decoys: Path) -> None:
@@ -137,14 +153,14 @@ def link_out(folder: Path, chance: random.Random, decoys: Path) -> None:
 def change_template(folder: Path, chance: random.Random, decoys: Path) -> None:
     """Write a chat template that does not work, does not end, or fills the memory."""
     del decoys
-    (folder / "chat_template.jinja").write_text(chance.choice(TEMPLATES), encoding="utf-8")
+    _write(folder / "chat_template.jinja", chance.choice(TEMPLATES).encode())
 
 
 def change_header(folder: Path, chance: random.Random, decoys: Path) -> None:
     """Change the header of the weights: its length, its text, or one of its values."""
     del decoys
     path = folder / "model.safetensors"
-    if not path.is_file() or path.is_symlink():
+    if not _is_plain(path):
         return
     data = path.read_bytes()
     if len(data) < 8:
@@ -181,21 +197,24 @@ def make_index(folder: Path, chance: random.Random, decoys: Path) -> None:
         ["model.safetensors", "../secret", str(decoys / "secret.txt"), "", ".", "..", "x\0y", "missing.safetensors", "a/b"]
     )
     content = {"metadata": {}, "weight_map": chance.choice([{"lm_head.weight": shard}, {"a": 7}, [], {}, {"x" * 9: shard}])}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(content), encoding="utf-8")
+    _write(folder / "model.safetensors.index.json", json.dumps(content).encode())
 
 
 def remove_file(folder: Path, chance: random.Random, decoys: Path) -> None:
     """Remove a file."""
     del decoys
-    path = chance.choice(sorted(folder.iterdir()))
-    if path.is_file():
-        path.unlink()
+    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
+    if files:
+        chance.choice(files).unlink()
 
 
 def change_bytes(folder: Path, chance: random.Random, decoys: Path) -> None:
     """Change some bytes of a file."""
     del decoys
-    path = chance.choice([path for path in sorted(folder.iterdir()) if path.is_file() and not path.is_symlink()])
+    files = [path for path in sorted(folder.iterdir()) if _is_plain(path)]
+    if not files:
+        return
+    path = chance.choice(files)
     data = bytearray(path.read_bytes())
     for _ in range(chance.randrange(1, 20) if data else 0):
         data[chance.randrange(len(data))] = chance.randrange(256)
@@ -206,6 +225,8 @@ def quantized(folder: Path, chance: random.Random, decoys: Path) -> None:
     """Say that the weights are quantized, in a way that is none."""
     del decoys
     path = folder / "config.json"
+    if not _is_plain(path):
+        return
     try:
         content = json.loads(path.read_bytes())
         group: dict[str, Any] = {
