@@ -37,6 +37,7 @@ from compress.runtimes.runtime import (
     unscored,
 )
 from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
+from compress.untrusted import foreign
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Transfor
     session = TransformersSession(model, encoder, device, stops)
     del model
     try:
+        with foreign(f"{context.artifact}/config.json: the model that it describes does not run"):
+            session.try_out()
         yield session
     finally:
         session.close()
@@ -104,6 +107,13 @@ class TransformersSession:
     def encoder(self) -> Encoder:
         """What turns prompts into its inputs."""
         return self._encoder
+
+    def try_out(self) -> None:
+        """Run the model on two tokens of text, if it writes any: a config may describe one that cannot run."""
+        if self._family.head is not None:
+            ids = torch.zeros(1, 2, dtype=torch.long, device=self._device)
+            with torch.no_grad():
+                self._head_input({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def close(self) -> None:
         """Let go of the model."""

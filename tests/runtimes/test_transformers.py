@@ -386,3 +386,12 @@ def test_versions_name_what_shapes_the_answers() -> None:
     versions = Transformers(runtime="transformers").versions()
     assert versions["torch"] == torch.__version__.partition("+")[0] or versions["torch"] == torch.__version__
     assert {"transformers", "tokenizers", "pillow"} <= versions.keys()
+
+
+def test_a_config_of_a_model_that_cannot_run_is_refused(tmp_path: Path) -> None:
+    folder = build_qwen2_5_vl(tmp_path / "model", layers=1)
+    config = dict(open_checkpoint(folder).config)
+    config["text_config"]["rope_parameters"]["mrope_section"] = "x"
+    write_json(folder / "config.json", config)
+    with pytest.raises(CheckpointError, match=r"config\.json: the model that it describes does not run \(split"), opened(folder):
+        pass
