@@ -27,12 +27,12 @@ Kind = Literal["convert", "calibration", "overlap", "stage", "export", "verify",
 
 _REVISIONS: Mapping[Kind, int] = {
     "convert": 1,
-    "calibration": 2,
+    "calibration": 3,
     "overlap": 2,
-    "stage": 2,
-    "export": 2,
-    "verify": 2,
-    "measure": 3,
+    "stage": 3,
+    "export": 3,
+    "verify": 3,
+    "measure": 4,
     "latency": 1,
 }
 """Raised whenever this package's own part of such a step gives another output for the same settings."""
