@@ -5,8 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -15,20 +15,19 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import numpy as tensors
 
-from compress.artifact import check_side_files
 from compress.calibration.identity import WordHashes, looks_of, shingles, words_of
 from compress.calibration.questions import Question, count_questions, read_questions
 from compress.calibration.sets import Text, Vqa, Wikitext
 from compress.calibration.texts import read_documents
 from compress.calibration.windows import Encode, Wanted, Window, choose, pack_windows
 from compress.checkpoint import read_config, text_config
-from compress.conversation import check_reserved
-from compress.errors import CheckpointError, DataError
+from compress.conversation import RefusedError, check_reserved, load_tokenizer
+from compress.errors import DataError
 from compress.families import family_at
 from compress.files import write_json, write_text
 from compress.pictures import media_type
 from compress.progress import Progress
-from compress.untrusted import foreign
+from compress.runtimes.runtime import Prompt
 
 MANIFEST = "manifest.json"
 QUESTIONS = "questions.jsonl"
@@ -59,7 +58,8 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
 
     `manifest.json` has an entry per sample (kind, id, origin, SHA-256 of its content, and what the overlap check compares) and
     a digest of them all; `windows.safetensors` the token ids of each text set; `shingles.safetensors` a hash of each 13 words in a
-    row of their text, with the place of its sample; `questions.jsonl` and `images/` the questions.
+    row of their text, with the place of its sample; `questions.jsonl` and `images/` the questions. Those that the model's processor
+    does not take are left out, and who watches is told which.
 
     Raises:
         DataError: a source cannot be used or gives fewer samples than asked for, or a sample does not fit the model.
@@ -73,9 +73,8 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
     for place, pinned in enumerate(selection.sets):
         seed, name = f"{selection.seed}:{place}", f"calibration.sets.{place}"
         if isinstance(pinned.spec, Vqa):
-            reserved = set[str](tokenizer.all_special_tokens)
-            for question in _draw_questions(pinned, seed, name, progress):
-                row, sample = _write_question(pinned, question, target, reserved)
+            check = _question_check(model, set(tokenizer.all_special_tokens), trust_remote_code)
+            for row, sample in _take_questions(pinned, _draw_questions(pinned, seed, name, progress), target, check, progress):
                 rows.append({"set": place, **row})
                 samples.append({"set": place, **sample})
             continue
@@ -122,22 +121,6 @@ def _longest_window(model: Path, trust_remote_code: bool) -> int | None:
     """Return how many tokens of text the model takes at once; where it writes none, it has every text between two of its own."""
     longest, family = longest_input(model), family_at(model, trust_remote_code)
     return longest - 2 if longest is not None and family.head is None else longest
-
-
-def load_tokenizer(model: Path, trust_remote_code: bool = False) -> Any:
-    """Load a checkpoint's tokenizer.
-
-    Raises:
-        CheckpointError: it cannot be loaded, or there is none.
-    """
-    from transformers import AutoTokenizer
-
-    check_side_files(model)
-    with foreign(f"{model}: its tokenizer cannot be loaded", remedy="fetch the checkpoint again"):
-        tokenizer = cast("Any", AutoTokenizer).from_pretrained(model, trust_remote_code=trust_remote_code, local_files_only=True)
-    if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # transformers makes an empty one of missing files
-        raise CheckpointError(f"{model}: has no tokenizer; add its tokenizer.json, or fetch the checkpoint again")
-    return tokenizer
 
 
 def encoder(tokenizer: Any) -> Encode:
@@ -202,15 +185,56 @@ def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress)
     return drawn
 
 
+QuestionCheck = Callable[[Prompt, str | None, str], None]
+"""Checks a question with its answer, None where it has none, and where it is from; raises where the model cannot be shown it."""
+
+
+def _question_check(model: Path, reserved: set[str], trust_remote_code: bool) -> QuestionCheck:
+    """Return what checks that questions hold no special token and that the processor of the checkpoint at `model` takes them."""
+    from compress.calibration.load import Exchange, load_processor, process
+
+    processor = load_processor(model, trust_remote_code)
+
+    def check(prompt: Prompt, answer: str | None, origin: str) -> None:
+        check_reserved((prompt.text, answer or ""), reserved, f"{origin}: question {prompt.id}")
+        process(processor, [Exchange(replace(prompt, id=f"{origin}: question {prompt.id}"), answer)])
+
+    return check
+
+
+def _take_questions(
+    pinned: PinnedSet, questions: Sequence[Question], target: Path, check: QuestionCheck, progress: Progress
+) -> list[tuple[dict[str, Any], dict[str, Any]]]:
+    """Write questions, those left out which the model's processor does not take; return for each what `_write_question` does.
+
+    Raises:
+        DataError: it takes none, or a question cannot be used otherwise.
+    """
+    taken, refused = list[tuple[dict[str, Any], dict[str, Any]]](), list[str]()
+    for question in questions:
+        try:
+            taken.append(_write_question(pinned, question, target, check))
+        except RefusedError as error:
+            refused.append(str(error))
+            progress.warn(f"calibration leaves out a question: {error}")
+    if not taken:
+        raise DataError(f"calibration: none of {len(refused):,} questions can be shown to the model; the first: {refused[0]}")
+    return taken
+
+
 def _write_question(
-    pinned: PinnedSet, question: Question, target: Path, reserved: set[str]
+    pinned: PinnedSet, question: Question, target: Path, check: QuestionCheck
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Write a question's images; return its row in `questions.jsonl` and its entry in the manifest."""
+    """Write a question's images; return its row in `questions.jsonl` and its entry in the manifest.
+
+    Raises:
+        DataError: it cannot be used, for the images or as `check` says.
+    """
     prompt = cast("Vqa", pinned.spec).prompt.replace("{question}", question.question)
     answer = Counter(question.answers).most_common(1)[0][0] if question.answers else None
     origin = _origin(pinned, question.origin)
-    check_reserved((prompt, answer or ""), reserved, f"{origin}: question {question.id}")
     looks = [looks_of(image, origin) for image in question.images]  # decodes all of each, too
+    check(Prompt(question.id, prompt, question.images), answer, origin)
     images = [_write_image(image, digest, target) for image, digest in zip(question.images, question.image_digests, strict=True)]
     content = json.dumps([prompt, answer, *question.image_digests], ensure_ascii=False)
     row = {"id": question.id, "prompt": prompt, "answer": answer, "images": images}

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from safetensors import numpy as tensors
 
 from compress.calibration.collect import QUESTIONS, WINDOWS, longest_input
-from compress.conversation import check_image_count, open_images, write_prompt
+from compress.conversation import check_image_count, open_images, run_processor, write_prompt
 from compress.conversation import load_processor as load_any_processor
 from compress.errors import CheckpointError, DataError
 from compress.families import Family, family_at
@@ -163,9 +163,12 @@ def process(processor: Any, exchanges: Sequence[Exchange]) -> dict[str, torch.Te
 
     Raises:
         DataError: an image cannot be decoded.
+        RefusedError: the processor does not take one.
     """
     images = [open_images(exchange.prompt) for exchange in exchanges]
-    encoded = processor(
+    encoded = run_processor(
+        processor,
+        ", ".join(exchange.prompt.id for exchange in exchanges),
         text=[write_prompt(processor, exchange.prompt, exchange.answer) for exchange in exchanges],
         images=images if any(images) else None,
         padding=True,

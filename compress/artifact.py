@@ -18,6 +18,7 @@ from compress.files import write_json
 from compress.limits import limits
 from compress.redaction import redact_value
 from compress.remote_code import code_files
+from compress.tokenizer_files import write_uncut
 from compress.untrusted import check_folder, inside, read_text
 
 _SIDE_NAMES = frozenset({
@@ -67,6 +68,8 @@ def side_files(folder: Path) -> list[str]:
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, processor, chat templates, generation config, terms of use and the model's own code byte for byte.
 
+    Settings of the tokenizer that would cut prompts are left out.
+
     Raises:
         CheckpointError: one of them leads out of the source's folder.
     """
@@ -74,6 +77,7 @@ def copy_side_files(source: Path, target: Path) -> None:
     for name in side_files(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(inside(source, source / name), target / name)
+    write_uncut(source, target)
 
 
 def check_side_files(folder: Path) -> None:

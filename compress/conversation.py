@@ -9,16 +9,40 @@ from typing import Any, cast
 from PIL import Image
 
 from compress.artifact import check_side_files
-from compress.errors import DataError
+from compress.errors import CheckpointError, DataError
 from compress.families import Family, family_at
 from compress.pictures import decode_image
 from compress.runtimes.runtime import Prompt
+from compress.tokenizer_files import never_cut
 from compress.trial import try_template
 from compress.untrusted import foreign
 
 
+class RefusedError(DataError):
+    """A model's processor does not take an image or a text, such as an image two hundred times as wide as it is high."""
+
+
+def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
+    """Load a checkpoint's tokenizer, for use in memory only; it cuts nothing, whatever its files say.
+
+    Raises:
+        CheckpointError: it cannot be loaded, or there is none.
+    """
+    from transformers import AutoTokenizer
+
+    check_side_files(folder)
+    with foreign(f"{folder}: its tokenizer cannot be loaded", remedy="fetch the checkpoint again"):
+        tokenizer = cast("Any", AutoTokenizer).from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # transformers makes an empty one of missing files
+            raise CheckpointError(f"{folder}: has no tokenizer; add its tokenizer.json, or fetch the checkpoint again")
+        never_cut(tokenizer)
+    return tokenizer
+
+
 def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     """Load a checkpoint's processor, for use in memory only, with its family's chat template where it ships none.
+
+    Its tokenizer cuts nothing, whatever its files say.
 
     Raises:
         CheckpointError: it cannot be loaded, or its chat template does not work.
@@ -28,6 +52,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     check_side_files(folder)
     with foreign(f"{folder}: its processor cannot be loaded", remedy="fetch or export it again"):
         processor = cast("Any", AutoProcessor).from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
+        never_cut(getattr(processor, "tokenizer", processor))  # where nothing but a tokenizer is there, it is that
     if getattr(processor, "chat_template", None) is None:
         usual = family_at(folder, trust_remote_code).chat_template
         shipped = processor.tokenizer.chat_template if usual else None  # this processor's class takes none up from the folder
@@ -35,6 +60,16 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     if processor.chat_template is not None:  # without one, text can be scored all the same
         check_template(processor, folder)
     return processor
+
+
+def run_processor(processor: Any, name: str, **given: Any) -> Any:
+    """Return what a model's processor, or a part of it, makes of texts or images; `name` says of which.
+
+    Raises:
+        RefusedError: it does not take them.
+    """
+    with foreign(f"{name}: the model's processor does not take it", RefusedError, "leave it out"):
+        return processor(**given)
 
 
 def write_prompt(processor: Any, prompt: Prompt, answer: str | None = None) -> str:

@@ -22,7 +22,7 @@ from compress.numerics.scheme import Scheme
 from compress.output_head import check_head, head_notes
 from compress.places import check_places
 from compress.plan_data import count_items
-from compress.plan_notes import export_notes, outlook_notes, power, size_notes, unmeasured
+from compress.plan_notes import export_notes, outlook_notes, power, size_notes, tokenizer_notes, unmeasured
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
 from compress.quantization_config import foreign_format
 from compress.recipe import Recipe, read_evaluation, read_recipe
@@ -185,7 +185,7 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
     if checkpoint is not None:
         check_head(checkpoint, family)
         check_tokens(checkpoint, family)
-        source_notes = (*weights_notes(pin), *head_notes(checkpoint, family))
+        source_notes = (*weights_notes(pin), *head_notes(checkpoint, family), *tokenizer_notes(checkpoint.folder))
     if faults := [*_task_faults(recipe, document, family), *_length_faults(recipe, document, pin.config)]:
         raise RecipeError(faults)
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else Sizes({}, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 from compress.artifact import side_files
 from compress.checkpoint import Checkpoint
@@ -12,6 +13,7 @@ from compress.figures import counted
 from compress.gate import SizeLimit
 from compress.plan_data import asked_at_most
 from compress.recipe import Recipe
+from compress.tokenizer_files import cutting_settings
 
 _LISTED = 300
 """What a tensor takes in a header and an index, in bytes, at most; of a hub's files only the tensors' own bytes are known here."""
@@ -27,6 +29,15 @@ def outlook_notes(recipe: Recipe, outlooks: list[Outlook]) -> tuple[str, ...]:
 def export_notes(recipe: Recipe, outlook: Outlook) -> tuple[str, ...]:
     """Return what one should know of the exports of one checkpoint."""
     return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
+
+
+def tokenizer_notes(folder: Path) -> tuple[str, ...]:
+    """Return what of a folder's tokenizer artifacts do not carry: settings that would cut prompts, or fill them up."""
+    return tuple(
+        f"{name} holds {' and '.join(settings)}, by which prompts would be cut or filled up, and vLLM fails on images; "
+        "here prompts are read whole, and artifacts are written without"
+        for name, settings in cutting_settings(folder).items()
+    )
 
 
 def unmeasured(recipe: Recipe) -> tuple[str, ...]:

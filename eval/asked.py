@@ -297,8 +297,7 @@ class Asked(Task, ABC):
         return self.source is None or self.source == definition.source
 
     def _check_words(self, questions: Sequence[Question], original: Path) -> None:
-        from compress.calibration.collect import load_tokenizer
-        from compress.conversation import check_reserved
+        from compress.conversation import check_reserved, load_tokenizer
 
         reserved = load_tokenizer(original).all_special_tokens
         for question in questions:

@@ -131,7 +131,8 @@ class Choice(Asked):
 
     def _options(self, part: Part, context: TaskContext) -> list[Passage]:
         """Return each question's options as answers to its prompt, question by question."""
-        from compress.calibration.collect import encoder, load_tokenizer
+        from compress.calibration.collect import encoder
+        from compress.conversation import load_tokenizer
 
         encode = encoder(load_tokenizer(context.original))
         passages = list[Passage]()

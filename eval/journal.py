@@ -90,7 +90,7 @@ def answer_all(
                 if place not in kept:
                     write(keys[place], answer)
     faults = [(answer.id, answer.fault) for _, answer in sorted(answers.items()) if answer.fault is not None]
-    _tell(name, "answered", faults, len(prompts), progress)
+    tell_of_faults(name, "answered", faults, len(prompts), progress)
     return [answers[place] for place in range(len(prompts))]
 
 
@@ -111,7 +111,7 @@ def score_all(session: Session, passages: Sequence[Passage], journal: Journal, p
             scores += _score_chunk(session, chunk, journal, f"{number:05d}", _Within(progress, advance))
     scored = [score for passage, score in zip(passages, scores, strict=True) if scored_tokens(passage)]
     faults = [(score.id, score.fault) for score in scored if score.fault is not None and score.fault != UNSCORED]
-    _tell(journal.name, "scored", faults, len(scored), progress)
+    tell_of_faults(journal.name, "scored", faults, len(scored), progress)
     return scores
 
 
@@ -120,7 +120,7 @@ def forget(folder: Path) -> None:
     shutil.rmtree(folder / "journal", ignore_errors=True)
 
 
-def _tell(name: str, what: str, faults: Sequence[tuple[str, str]], items: int, progress: Progress) -> None:
+def tell_of_faults(name: str, what: str, faults: Sequence[tuple[str, str]], items: int, progress: Progress) -> None:
     """Tell who watches of the items that failed.
 
     Raises:

@@ -290,6 +290,8 @@ def _texts(artifact: Path, tokens: int, count: int, random: np.random.Generator)
     if not path.is_file():
         raise MissingError(f"{path}: is not there, and load is made of its tokens; fetch the model again")
     tokenizer: Any = Tokenizer.from_file(str(path))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
     marks = set(tokenizer.get_added_tokens_decoder())
     plain = np.array([number for number in range(tokenizer.get_vocab_size(with_added_tokens=False)) if number not in marks])
 

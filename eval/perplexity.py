@@ -135,8 +135,9 @@ class Perplexity(Task):
             DataError: a file cannot be used, or the text gives no whole window.
             CheckpointError: the original's tokenizer cannot be loaded.
         """
-        from compress.calibration.collect import encoder, load_tokenizer
+        from compress.calibration.collect import encoder
         from compress.calibration.texts import SEPARATOR, read_joined
+        from compress.conversation import load_tokenizer
 
         text = SEPARATOR.join(read_joined(path, self.column) for path in files)
         (ids,) = encoder(load_tokenizer(original))([text])

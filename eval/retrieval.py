@@ -16,10 +16,22 @@ from pydantic import PositiveInt, model_validator
 
 from compress.calibration.sets import Columns, ImageFolder, QuestionSource
 from compress.errors import CheckpointError, DataError
+from compress.eval.journal import tell_of_faults
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
-from compress.eval.task import Task, TaskContext, cluster_of, digest_text, draw_questions, fidelity_of, flips, warn_of_few
+from compress.eval.task import (
+    Task,
+    TaskContext,
+    cluster_of,
+    count,
+    digest_text,
+    draw_questions,
+    fidelity_of,
+    flips,
+    total,
+    warn_of_few,
+)
 from compress.files import write_bytes
-from compress.runtimes.runtime import Ability, Embeddings, Picture, Score
+from compress.runtimes.runtime import Ability, Embeddings, Faults, Picture, Score, unscored
 from compress.schema import Source
 
 if TYPE_CHECKING:
@@ -130,18 +142,22 @@ class Retrieval(Task):
         warn_of_few(context, self.name, self.samples, len(pool.questions), "images")
         original = None if context.against is None else _original_items(self.name, pool.questions, context.against)
         pictures = [Picture(question.id, question.images[0]) for question in pool.questions]
-        found = context.session.embed(pictures, pool.texts, context.progress)
-        if not all(np.isfinite(part).all() for part in (found.images, found.texts, found.scale)):
+        faults: Faults = {}
+        found = context.session.embed(pictures, pool.texts, context.progress, faults)
+        known = np.delete(found.images, list(faults), axis=0)
+        if not all(np.isfinite(part).all() for part in (known, found.texts, found.scale)):
             raise CheckpointError(
                 f"task {self.name}: the model's embeddings are not finite; its weights overflow in this runtime's dtype: set "
                 "another dtype for the runtime, or a gentler stage"
             )
+        told = [(pictures[place].id, words) for place, words in sorted(faults.items())]
+        tell_of_faults(self.name, "shown to the model", told, len(pictures), context.progress)
         reference = None if context.against is None else _read_record(context.against, self.name)
         if context.against is None:
             _write_record(context.target, self.name, found)
         found_at = ranks(pool, found)
         hits = image_scores(pool, *found_at)
-        nearest, scores = _compare(pool, found, reference)
+        nearest, scores = _compare(pool, found, reference, faults)
         items = [self._item(pool, row, *parts) for row, parts in enumerate(zip(hits, nearest, scores, strict=True))]
         write_items(context.target, self.name, items)
         fidelity = fidelity_of(scores, "image")
@@ -165,23 +181,30 @@ class Retrieval(Task):
             digest=_digest(question),
             cluster=cluster_of(question),
             accepted=question.answers,
-            said=pool.texts[nearest],
-            score=float(hit),
-            nll=float(score.negative_log_likelihood[0]),
-            kl=None if score.kl is None else float(score.kl[0]),
-            same_top=None if score.same_top is None else int(score.same_top[0]),
+            said="" if score.fault else pool.texts[nearest],
+            score=0.0 if score.fault else float(hit),
+            fault=score.fault,
+            nll=float(score.negative_log_likelihood.sum()),
+            kl=total(score.kl),
+            same_top=count(score.same_top),
         )
 
 
 def ranks(pool: Pool, found: Embeddings) -> tuple[Counts, Counts]:
     """Return, for each image, how many foreign captions are as near as its nearest own one or nearer; then so for each caption."""
+    hidden = cast("NDArray[np.bool_]", np.isnan(found.images).any(axis=1))  # images that could not be shown: nothing is near them
+    directions = np.where(hidden[:, None], np.float32(0), found.images)
     captions, images = np.zeros(len(pool.questions), dtype=np.int64), np.zeros(len(pool.texts), dtype=np.int64)
     for first in range(0, len(captions), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
-        captions[rows] = _nearer(found.images[rows] @ found.texts.T, pool.belongs[rows])
+        cosines = directions[rows] @ found.texts.T
+        cosines[hidden[rows]] = -np.inf
+        captions[rows] = _nearer(cosines, pool.belongs[rows])
     for first in range(0, len(images), _ROWS_AT_ONCE):
         rows = slice(first, first + _ROWS_AT_ONCE)
-        images[rows] = _nearer(found.texts[rows] @ found.images.T, pool.belongs[:, rows].T)
+        cosines = found.texts[rows] @ directions.T
+        cosines[:, hidden] = -np.inf
+        images[rows] = _nearer(cosines, pool.belongs[:, rows].T)
     return captions, images
 
 
@@ -207,17 +230,20 @@ def recalls(pool: Pool, captions: Counts, images: Counts) -> dict[str, float]:
     }
 
 
-def _compare(pool: Pool, found: Embeddings, reference: Embeddings | None) -> tuple[list[int], list[Score]]:
+def _compare(pool: Pool, found: Embeddings, reference: Embeddings | None, faults: Faults) -> tuple[list[int], list[Score]]:
     """Return the place of each image's nearest caption, and how alike the captions' likelihoods are to the original's."""
     nearest, scores = list[int](), list[Score]()
     theirs = None if reference is None else _likelihoods(reference)
-    for question, own, ours in zip(pool.questions, pool.belongs, _likelihoods(found), strict=True):
+    for row, (question, own, ours) in enumerate(zip(pool.questions, pool.belongs, _likelihoods(found), strict=True)):
+        before = None if theirs is None else next(theirs)
         nearest.append(int(ours.argmax()))
+        if row in faults:
+            scores.append(unscored(question.id, faults[row], compared=theirs is not None))
+            continue
         lost = -np.logaddexp.reduce(ours[own], keepdims=True)
-        if theirs is None:
+        if before is None or not np.isfinite(before).all():  # the original could not be shown it
             scores.append(Score(question.id, lost))
             continue
-        before = next(theirs)
         kl = max(0.0, float((np.exp(before) * (before - ours)).sum()))  # below zero only by rounding
         scores.append(Score(question.id, lost, np.array([kl]), np.array([before.argmax() == ours.argmax()])))
     return nearest, scores
@@ -227,7 +253,9 @@ def _likelihoods(found: Embeddings) -> Iterator[Floats]:
     """Give each image's log-probabilities of all captions, by the softmax of the scaled cosines."""
     for first in range(0, len(found.images), _ROWS_AT_ONCE):
         logits = (found.scale * (found.images[first : first + _ROWS_AT_ONCE] @ found.texts.T)).astype(np.float64)
-        yield from logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        with np.errstate(invalid="ignore"):  # of images that could not be shown
+            likelihoods = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+        yield from likelihoods
 
 
 def _digest(question: Question) -> str:

@@ -14,10 +14,11 @@ from pydantic import Field, PositiveInt, model_validator
 
 from compress.calibration.sets import Columns, ImageFolder, QuestionSource
 from compress.errors import CheckpointError, DataError
+from compress.eval.journal import tell_of_faults
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
-from compress.eval.task import Task, TaskContext, cluster_of, draw_questions, fidelity_of, flips, warn_of_few
+from compress.eval.task import Task, TaskContext, cluster_of, count, draw_questions, fidelity_of, flips, total, warn_of_few
 from compress.files import write_bytes
-from compress.runtimes.runtime import Ability, Picture, Score
+from compress.runtimes.runtime import Ability, Faults, Picture, Score, unscored
 from compress.schema import Source
 
 if TYPE_CHECKING:
@@ -114,21 +115,26 @@ class ZeroShot(Task):
         warn_of_few(context, self.name, self.samples, len(images), "images")
         original = None if context.against is None else _original_items(self.name, images, context.against)
         pictures = [Picture(question.id, question.images[0]) for question, _ in images]
-        found = context.session.classify(pictures, [self.texts(name) for name in self.classes], context.progress)
-        if found.shape != (len(images), len(self.classes)) or not np.isfinite(found).all():
+        faults: Faults = {}
+        found = context.session.classify(pictures, [self.texts(name) for name in self.classes], context.progress, faults)
+        if found.shape != (len(images), len(self.classes)) or not np.isfinite(np.delete(found, list(faults), axis=0)).all():
             raise CheckpointError(
                 f"task {self.name}: the model's likelihoods are not finite, or not one for each image and class; its weights "
                 "overflow in this runtime's dtype: set another dtype for the runtime, or a gentler stage"
             )
+        told = [(pictures[place].id, words) for place, words in sorted(faults.items())]
+        tell_of_faults(self.name, "shown to the model", told, len(images), context.progress)
         reference = None if context.against is None else _read_record(context.against, self.name)
         if context.against is None:
             _write_record(context.target, self.name, found)
         scores = [
-            _score(question.id, place, found[row], None if reference is None else reference[row])
+            unscored(question.id, faults[row], compared=reference is not None)
+            if row in faults
+            else _score(question.id, place, found[row], None if reference is None else reference[row])
             for row, (question, place) in enumerate(images)
         ]
         items = [
-            self._item(*image, said=int(likelihoods.argmax()), score=score)
+            self._item(*image, said=None if score.fault else int(likelihoods.argmax()), score=score)
             for image, likelihoods, score in zip(images, found, scores, strict=True)
         ]
         write_items(context.target, self.name, items)
@@ -155,24 +161,25 @@ class ZeroShot(Task):
             "one; correct classes or columns.answer"
         )
 
-    def _item(self, question: Question, place: int, *, said: int, score: Score) -> ImageItem:
+    def _item(self, question: Question, place: int, *, said: int | None, score: Score) -> ImageItem:
         return ImageItem(
             id=question.id,
             digest=question.digest,
             cluster=cluster_of(question),
             accepted=(self.classes[place],),
-            said=self.classes[said],
+            said="" if said is None else self.classes[said],
             score=float(said == place),
-            nll=float(score.negative_log_likelihood[0]),
-            kl=None if score.kl is None else float(score.kl[0]),
-            same_top=None if score.same_top is None else int(score.same_top[0]),
+            fault=score.fault,
+            nll=float(score.negative_log_likelihood.sum()),
+            kl=total(score.kl),
+            same_top=count(score.same_top),
         )
 
 
 def _score(name: str, place: int, found: NDArray[np.float64], reference: NDArray[np.float64] | None) -> Score:
     """Return how likely an image's right class was, and how alike all likelihoods are to the original's."""
     likelihood = -found[place : place + 1]
-    if reference is None:
+    if reference is None or not np.isfinite(reference).all():  # the original could not be shown it
         return Score(name, likelihood)
     kl = max(0.0, float((np.exp(reference) * (reference - found)).sum()))  # below zero only by rounding
     return Score(name, likelihood, np.array([kl]), np.array([reference.argmax() == found.argmax()]))

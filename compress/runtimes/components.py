@@ -15,7 +15,7 @@ from torch import nn
 from transformers import GenerationConfig
 
 from compress.calibration.collect import longest_input
-from compress.conversation import load_processor, open_images
+from compress.conversation import load_processor, open_images, run_processor
 from compress.errors import DataError
 from compress.eval.latency import LoadPoint
 from compress.eval.latency_results import Component, ComponentTable
@@ -172,7 +172,9 @@ def _decoder_hooks(modules: dict[str, nn.Module], family: Family, clock: _Clock)
 def _inputs(timed: Timed, family: Family, processor: Any, device: torch.device) -> dict[str, Any]:
     if family.head is None:  # it compares images with texts, and has no way to be asked
         images = open_images(timed.prompt) or None
-        values = processor(text=[timed.prompt.text], images=images, truncation=True, return_tensors="pt")
+        values = run_processor(
+            processor, timed.prompt.id, text=[timed.prompt.text], images=images, truncation=True, return_tensors="pt"
+        )
         return {key: value.to(device) for key, value in values.items()}
     pad = processor.tokenizer.pad_token_id
     encoder = Encoder(processor, family, 0 if pad is None else int(pad), 1, longest_input(timed.artifact))

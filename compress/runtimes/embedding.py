@@ -11,11 +11,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from compress.conversation import run_processor
 from compress.errors import DataError
 from compress.pictures import decode_image
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoder
-from compress.runtimes.runtime import Embeddings, Picture
+from compress.runtimes.runtime import Embeddings, Faults, Picture
 
 _AT_ONCE = 32
 
@@ -51,17 +52,21 @@ class Embedder:
     towers: Towers
     encoder: Encoder
 
-    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+    def classify(
+        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+    ) -> NDArray[np.float64]:
         """Return log-probabilities [pictures, classes]: the softmax of the scaled cosines with each class's mean direction."""
         with progress.task("embed texts", len(classes), "classes") as advance:
             directions = torch.stack([self._direction(texts, advance) for texts in classes])
         rows = [
             (self.towers.scale * images @ directions.t()).to(torch.float64).log_softmax(dim=1).cpu()
-            for images in self._batches(pictures, progress)
+            for images in self._batches(pictures, directions.shape[1], progress, faults)
         ]
         return torch.cat(rows).numpy()
 
-    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+    def embed(
+        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+    ) -> Embeddings:
         """Return the directions of all images and texts, and what their cosines are scaled by."""
         found: list[Tensor] = []
         with progress.task("embed texts", len(texts), "texts") as advance:
@@ -69,15 +74,19 @@ class Embedder:
                 batch = texts[first : first + _AT_ONCE]
                 found.append(self._texts(batch).cpu())
                 advance(len(batch))
-        images = torch.cat([images.cpu() for images in self._batches(pictures, progress)])
-        return Embeddings(images=images.numpy(), texts=torch.cat(found).numpy(), scale=self.towers.scale)
+        written = torch.cat(found)
+        images = torch.cat([images.cpu() for images in self._batches(pictures, written.shape[1], progress, faults)])
+        return Embeddings(images=images.numpy(), texts=written.numpy(), scale=self.towers.scale)
 
-    def _batches(self, pictures: Sequence[Picture], progress: Progress) -> Generator[Tensor]:
-        """Give the directions of a few images at a time."""
+    def _batches(self, pictures: Sequence[Picture], width: int, progress: Progress, faults: Faults | None) -> Generator[Tensor]:
+        """Give the directions [images, width] of a few images at a time; see `Session.classify` for those that cannot be shown."""
         with progress.task("embed images", len(pictures), "images") as advance:
             for first in range(0, len(pictures), _AT_ONCE):
                 batch = pictures[first : first + _AT_ONCE]
-                yield self._images(batch)
+                own: Faults | None = None if faults is None else {}
+                yield self._images(batch, width, own)
+                if faults is not None and own:
+                    faults |= {first + place: words for place, words in own.items()}
                 advance(len(batch))
 
     def _direction(self, texts: Sequence[str], advance: Any) -> Tensor:
@@ -94,10 +103,24 @@ class Embedder:
                 raise DataError(f"the text {text!r} takes {length} tokens, and the model takes {longest}; shorten it")
         return _unit(self.towers.texts(encoded["input_ids"], encoded["attention_mask"]).to(torch.float32))
 
-    def _images(self, pictures: Sequence[Picture]) -> Tensor:
-        images = [decode_image(picture.image, picture.id) for picture in pictures]
-        pixels = self.encoder.processor.image_processor(images, return_tensors="pt")["pixel_values"]
-        return _unit(self.towers.images(pixels).to(torch.float32))
+    def _images(self, pictures: Sequence[Picture], width: int, faults: Faults | None) -> Tensor:
+        shown: dict[int, Tensor] = {}
+        for place, picture in enumerate(pictures):
+            try:
+                image = decode_image(picture.image, picture.id)
+                prepared = run_processor(self.encoder.processor.image_processor, picture.id, images=[image], return_tensors="pt")
+            except DataError as error:
+                if faults is None:
+                    raise
+                faults[place] = str(error)
+            else:
+                shown[place] = prepared["pixel_values"]
+        found = torch.full((len(pictures), width), torch.nan)
+        if shown:
+            directions = _unit(self.towers.images(torch.cat(list(shown.values()))).to(torch.float32))
+            found = found.to(directions.device)
+            found[list(shown)] = directions
+        return found
 
 
 def _unit(vectors: Tensor) -> Tensor:

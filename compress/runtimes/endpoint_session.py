@@ -19,7 +19,7 @@ from compress.runtimes.endpoint import Endpoint as Settings
 from compress.runtimes.endpoint import Place, Told
 from compress.runtimes.exchange import AnswerError, exchange, models_of
 from compress.runtimes.openai_client import Address, Asker, ItemError, denied, open_client, read_key, refusal_of, shown
-from compress.runtimes.runtime import Ability, Answer, Embeddings, OpenContext, Passage, Picture, Prompt, Score, Served
+from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, OpenContext, Passage, Picture, Prompt, Score, Served
 from compress.runtimes.vllm_server import stop_tokens
 from compress.runtimes.vllm_session import Asking, Endpoint, Tokens, VllmSession, answer_text, messages, patience_of
 
@@ -71,22 +71,26 @@ class EndpointSession:
         del passages, record, against, progress
         raise UsageError(f"{self.endpoint.address.url}: gives no log-probabilities of given tokens; measure answers, or use vLLM")
 
-    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+    def classify(
+        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+    ) -> NDArray[np.float64]:
         """Refuse to tell which of some texts an image shows.
 
         Raises:
             UsageError: always; the API has nothing for it.
         """
-        del pictures, classes, progress
+        del pictures, classes, progress, faults
         raise UsageError("task zero-shot: cannot be measured with runtime: endpoint; set eval.runtime to transformers")
 
-    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+    def embed(
+        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+    ) -> Embeddings:
         """Refuse to place images and texts in one space.
 
         Raises:
             UsageError: always; the API has nothing for it.
         """
-        del pictures, texts, progress
+        del pictures, texts, progress, faults
         raise UsageError("task retrieval: cannot be measured with runtime: endpoint; set eval.runtime to transformers")
 
 

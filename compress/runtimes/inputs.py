@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from compress.checkpoint import read_json_object
-from compress.conversation import check_image_count, open_images, write_prompt
+from compress.conversation import check_image_count, open_images, run_processor, write_prompt
 from compress.errors import DataError, UsageError
 from compress.families import Family
 from compress.pictures import image_size
@@ -106,7 +106,9 @@ class Encoder:
     def _prompt(self, place: int, prompt: Prompt, forced: tuple[int, ...] = (), room: int = 0) -> Encoded:
         check_image_count(self.family, prompt)
         text, images = write_prompt(self.processor, prompt), open_images(prompt) or None
-        values = self.processor(text=[text], images=images, add_special_tokens=False, return_tensors="pt")
+        values = run_processor(
+            self.processor, prompt.id, text=[text], images=images, add_special_tokens=False, truncation=False, return_tensors="pt"
+        )
         length = values["input_ids"].shape[1]
         self._check_length(prompt, length, len(forced) + room)
         sequences = {key: value for key, value in values.items() if _runs_along(key, value, length)}

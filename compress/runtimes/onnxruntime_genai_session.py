@@ -24,7 +24,18 @@ from compress.onnx_files import check_files
 from compress.progress import Progress
 from compress.runtimes.environment import require
 from compress.runtimes.onnxruntime_genai import CONFIG, ENVIRONMENT
-from compress.runtimes.runtime import Ability, Answer, Embeddings, OpenContext, Passage, Picture, Prompt, Score, scored_tokens
+from compress.runtimes.runtime import (
+    Ability,
+    Answer,
+    Embeddings,
+    Faults,
+    OpenContext,
+    Passage,
+    Picture,
+    Prompt,
+    Score,
+    scored_tokens,
+)
 from compress.runtimes.server import Server, run_server
 from compress.runtimes.top_tokens import Position, TopRecord, scores_of, write_record
 from compress.runtimes.vllm_server import stop_tokens
@@ -240,22 +251,26 @@ class OnnxruntimeGenaiSession:
             write_record(record, passages, [[] if isinstance(row, str) else row for row in found], self._top)
         return scores_of(passages, found, original)
 
-    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+    def classify(
+        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+    ) -> NDArray[np.float64]:
         """Refuse to tell which of some texts an image shows.
 
         Raises:
             UsageError: always; onnxruntime-genai only writes.
         """
-        del pictures, classes, progress
+        del pictures, classes, progress, faults
         raise UsageError("task zero-shot: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
 
-    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+    def embed(
+        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+    ) -> Embeddings:
         """Refuse to say where images and texts lie.
 
         Raises:
             UsageError: always; onnxruntime-genai only writes.
         """
-        del pictures, texts, progress
+        del pictures, texts, progress, faults
         raise UsageError("task retrieval: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
 
     def _positions(self, passage: Passage) -> list[Position] | str:

@@ -32,6 +32,7 @@ from compress.runtimes.runtime import (
     Ability,
     Answer,
     Embeddings,
+    Faults,
     OpenContext,
     Passage,
     Picture,
@@ -259,23 +260,27 @@ class OnnxruntimeSession:
             scores[place] = unscored(passages[place].id, words, compared=original is not None)
         return scores
 
-    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+    def classify(
+        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+    ) -> NDArray[np.float64]:
         """Return how likely the model finds each class for each picture; see `Session.classify`.
 
         Raises:
             UsageError: the model compares no images with texts.
             DataError: a text is longer than the model takes, or an image cannot be decoded.
         """
-        return self._embedder().classify(pictures, classes, progress)
+        return self._embedder().classify(pictures, classes, progress, faults)
 
-    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+    def embed(
+        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+    ) -> Embeddings:
         """Return where the model puts each picture and each text; see `Session.embed`.
 
         Raises:
             UsageError: the model compares no images with texts.
             DataError: a text is longer than the model takes, or an image cannot be decoded.
         """
-        return self._embedder().embed(pictures, texts, progress)
+        return self._embedder().embed(pictures, texts, progress, faults)
 
     def preparer(self) -> Preparer:
         """Return what makes of encoded samples what the graphs read.

@@ -95,6 +95,10 @@ class Embeddings:
     scale: float
 
 
+Faults = dict[int, str]
+"""Why items could not be shown to a model, by their places among those that were given."""
+
+
 class Session(Protocol):
     """An artifact that is loaded and answers."""
 
@@ -134,12 +138,22 @@ class Session(Protocol):
         """
         ...
 
-    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
-        """Return log-probabilities [pictures, classes] of a model that compares images with texts; a class has one or more."""
+    def classify(
+        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+    ) -> NDArray[np.float64]:
+        """Return log-probabilities [pictures, classes] of a model that compares images with texts; a class has one or more.
+
+        A picture that cannot be shown has NaN in its row, and why is put into `faults` under its place.
+
+        Raises:
+            DataError: there is such a picture, and no `faults`.
+        """
         ...
 
-    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
-        """Return where a model that compares images with texts puts each of them."""
+    def embed(
+        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+    ) -> Embeddings:
+        """Return where a model that compares images with texts puts each; see `classify` for pictures that cannot be shown."""
         ...
 
 

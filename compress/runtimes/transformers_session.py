@@ -28,6 +28,7 @@ from compress.runtimes.runtime import (
     Ability,
     Answer,
     Embeddings,
+    Faults,
     OpenContext,
     Passage,
     Picture,
@@ -199,24 +200,28 @@ class TransformersSession:
         return scores
 
     @torch.inference_mode()
-    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+    def classify(
+        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+    ) -> NDArray[np.float64]:
         """Return how likely the model finds each class for each picture; see `Session.classify`.
 
         Raises:
             UsageError: the model compares no images with texts.
             DataError: a text is longer than the model takes, or an image cannot be decoded.
         """
-        return self._embedder().classify(pictures, classes, progress)
+        return self._embedder().classify(pictures, classes, progress, faults)
 
     @torch.inference_mode()
-    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+    def embed(
+        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+    ) -> Embeddings:
         """Return where the model puts each picture and each text; see `Session.embed`.
 
         Raises:
             UsageError: the model compares no images with texts.
             DataError: a text is longer than the model takes, or an image cannot be decoded.
         """
-        return self._embedder().embed(pictures, texts, progress)
+        return self._embedder().embed(pictures, texts, progress, faults)
 
     def _embedder(self) -> Embedder:
         check_compares(self._family)

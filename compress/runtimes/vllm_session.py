@@ -18,7 +18,7 @@ from compress.pictures import media_type
 from compress.progress import Progress
 from compress.redaction import redact_answer
 from compress.runtimes.openai_client import Address, Asker, Patience
-from compress.runtimes.runtime import Ability, Answer, Embeddings, Passage, Picture, Prompt, Score, scored_tokens
+from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, Passage, Picture, Prompt, Score, scored_tokens
 from compress.runtimes.top_tokens import Position, TopRecord, position_of, scores_of, write_record
 
 _TOKENS = 1 << 31
@@ -123,22 +123,26 @@ class VllmSession:
             write_record(record, passages, [[] if isinstance(row, str) else row for row in found], self._top)
         return scores_of(passages, found, original)
 
-    def classify(self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress) -> NDArray[np.float64]:
+    def classify(
+        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+    ) -> NDArray[np.float64]:
         """Refuse to tell which of some texts an image shows.
 
         Raises:
             UsageError: always; vLLM's embeddings are not offered here.
         """
-        del pictures, classes, progress
+        del pictures, classes, progress, faults
         raise UsageError("task zero-shot: cannot be measured with runtime: vllm; set eval.runtime to transformers")
 
-    def embed(self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress) -> Embeddings:
+    def embed(
+        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+    ) -> Embeddings:
         """Refuse to say where images and texts lie.
 
         Raises:
             UsageError: always; vLLM's embeddings are not offered here.
         """
-        del pictures, texts, progress
+        del pictures, texts, progress, faults
         raise UsageError("task retrieval: cannot be measured with runtime: vllm; set eval.runtime to transformers")
 
     def _read(self, prompt: Prompt, choice: dict[str, Any], most: int) -> Answer:

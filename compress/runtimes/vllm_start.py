@@ -7,6 +7,7 @@ import secrets
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from compress.checkpoint import read_config, read_json_object
 from compress.errors import ServerError
@@ -19,6 +20,7 @@ from compress.runtimes.server import Server, await_service, choose_port, run_ser
 from compress.runtimes.vllm import Vllm, default_context
 from compress.runtimes.vllm_faults import fault_of
 from compress.runtimes.vllm_ladder import Memory, sequences_of, step_down
+from compress.tokenizer_files import uncut_folder
 
 _DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
 _SETTINGS = {
@@ -99,15 +101,17 @@ def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Start
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
     extra = ("--port", str(port), "--served-model-name", model, *_chat_template(context))
-    command = _command(runtime, context, memory, extra)
     variables = plain_environment() | {"VLLM_API_KEY": key, "VLLM_CPU_KVCACHE_SPACE": str(memory.cache_gib)}
-    with run_server(f"vLLM, serving {context.artifact},", command, variables, context.logs / "vllm.log") as server:
+    with ExitStack() as stack:
+        command = _command(runtime, context, stack.enter_context(uncut_folder(context.artifact)), memory, extra)
+        name, log = f"vLLM, serving {context.artifact},", context.logs / "vllm.log"
+        server = stack.enter_context(run_server(name, command, variables, log))
         yield Started(Served(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.words), server)
 
 
-def _command(runtime: Vllm, context: OpenContext, memory: Memory, extra: tuple[str, ...]) -> list[str]:
+def _command(runtime: Vllm, context: OpenContext, folder: Path, memory: Memory, extra: tuple[str, ...]) -> list[str]:
     environment: Environment = require("vllm")
-    command = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "serve", str(context.artifact)]
+    command = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--host", "127.0.0.1", *extra, "--dtype", runtime.dtype, "--seed", "0"]
     command += ["--max-model-len", str(memory.context)]
     command += ["--gpu-memory-utilization", str(memory.share)]

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import shutil
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -401,3 +402,30 @@ def test_fifty_words_in_a_long_line_are_a_leak(model: Path, tmp_path: Path) -> N
         check_overlap(tmp_path / "out", [], read_documents(tmp_path / "test.txt"))
     (tmp_path / "test.txt").write_text(" ".join([*other, *words[:49], *other]))
     assert check_overlap(tmp_path / "out", [], read_documents(tmp_path / "test.txt")) == []
+
+
+@dataclass
+class Listening(Silent):
+    warnings: list[str] = field(default_factory=lambda: list[str]())
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
+def test_a_question_that_the_processor_refuses_is_left_out_by_name(model: Path, tmp_path: Path) -> None:
+    source = write_questions(tmp_path, 0, 4)
+    (tmp_path / "2-0.png").write_bytes(picture(2, 2000, 9))
+    heard = Listening()
+    chosen = Vqa.model_validate({"dataset": "vqa", "source": str(source), "samples": 4})
+    wanted = Selection(0, (PinnedSet(chosen, (source,)),))
+    collect(wanted, model, tmp_path / "out", heard)
+    (warning,) = heard.warnings
+    assert warning.startswith("calibration leaves out a question: questions.jsonl:3: question 2: the model's processor does not")
+    assert "aspect ratio" in warning
+    assert sorted(sample["id"] for sample in read_manifest(tmp_path / "out")["samples"]) == ["0", "1", "3"]
+    batches = load_batches(tmp_path / "out", model, 4096)
+    assert sorted(identity for batch in batches for identity in batch.ids) == ["0", "1", "3"]
+    for number in (0, 1, 3):
+        (tmp_path / f"{number}-0.png").write_bytes(picture(number, 2000, 9))
+    with pytest.raises(DataError, match=r"calibration: none of 4 questions can be shown to the model; the first: questions"):
+        collect(wanted, model, tmp_path / "none", Silent())

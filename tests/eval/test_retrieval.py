@@ -13,9 +13,11 @@ from compress.errors import CheckpointError, DataError, UsageError
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ImageItem, Measured, ScoreMetrics, read_measured
 from compress.eval.retrieval import Pool, Retrieval, image_scores, ranks, recalls
+from compress.pictures import decode_image
 from compress.progress import Silent
 from compress.runtimes.runtime import Embeddings, OpenContext, Picture
 from compress.runtimes.transformers import Transformers
+from tests.pictures import encoded
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_clip, build_qwen2_5_vl, picture
 
@@ -199,3 +201,27 @@ def test_settings_and_note_say_what_is_searched(world: World) -> None:
     assert "mean over images, at most 4 drawn with seed 2, of having one of its captions nearest" in task.note()
     assert task.needs == "comparison"
     assert len(task.pool([Path(task.source)]).questions) == 4
+
+
+def test_an_image_that_could_not_be_shown_is_near_nothing() -> None:
+    pool = pool_of([["a"], ["b"], ["c"]])
+    images, texts = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
+    images[1] = np.nan
+    captions, found = ranks(pool, Embeddings(images, texts, 1.0))
+    assert captions.tolist() == [0, 2, 0]
+    assert found.tolist() == [0, 2, 0]
+
+
+def test_an_image_that_cannot_be_decoded_counts_0(world: World, tmp_path: Path) -> None:
+    task = task_for(write_rows(tmp_path, CAPTIONS))
+    path = tmp_path / "1.png"
+    image = encoded(decode_image(path.read_bytes(), "1"), "JPEG")
+    path.write_bytes(image[: len(image) // 2])
+    original = measure_one(world.folder / "model", world.folder / "model", task, tmp_path / "original", None)
+    found = read_measured(measure_one(world.folder / "model", world.folder / "model", task, tmp_path / "artifact", original))
+    items = [item for item in found.items["retrieval"] if isinstance(item, ImageItem)]
+    assert [place for place, item in enumerate(items) if item.fault is not None] == [1]
+    assert (items[1].score, items[1].said) == (0.0, "")
+    fidelity = found.tasks["retrieval"].fidelity
+    assert fidelity is not None
+    assert (fidelity.tokens, fidelity.kl_mean, fidelity.lost) == (len(CAPTIONS) - 1, 0.0, 0)

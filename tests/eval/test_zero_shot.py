@@ -1,5 +1,5 @@
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,16 +13,28 @@ from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ImageItem, ScoreMetrics, read_measured
 from compress.eval.zero_shot import ZeroShot
 from compress.gate import Gate, Subject, judge
+from compress.pictures import decode_image
 from compress.plan import make_plan
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Picture
 from compress.runtimes.transformers import Transformers
 from compress.store import Store
 from tests.jobs import content, make_job
+from tests.pictures import encoded
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_clip, picture
 
 IMAGES = 12
+
+
+@dataclass
+class Heard(Silent):
+    warnings: list[str] = field(default_factory=lambda: list[str]())
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
 CLASSES = ("red", "green", "blue")
 TEMPLATES = ("a photo of a {class} square.", "{class}")
 
@@ -180,3 +192,30 @@ def test_a_plan_refuses_what_model_or_runtime_cannot_do(tmp_path: Path) -> None:
     told = r"eval.tasks.0: .* does not offer zero-shot; what does \(transformers, onnxruntime\) runs no onnx-genai; use another"
     with pytest.raises(RecipeError, match=told):
         make_plan(job.recipe, clip, Store(job.store))
+
+
+def test_an_image_that_cannot_be_decoded_counts_0_and_is_named(measured: Measured, tmp_path: Path) -> None:
+    """The others are measured as without it; `told` are the warnings."""
+    task = task_for(write_images(tmp_path, [*CLASSES, "red"]))
+    cut = tmp_path / "2.png"
+    image = encoded(decode_image(cut.read_bytes(), "2"), "JPEG")
+    cut.write_bytes(image[: len(image) // 2])
+    heard = Heard()
+    for target, against in (("original", None), ("artifact", tmp_path / "original")):
+        context = MeasureContext(
+            measured.folder / "model", {task.name: (Path(task.source),)}, tmp_path / target, against, heard, tmp_path
+        )
+        (tmp_path / target).mkdir()
+        with Transformers(runtime="transformers").open(OpenContext(measured.folder / "model", tmp_path, Silent())) as session:
+            measure(session, [task], context)
+    before, after = (read_measured(tmp_path / name) for name in ("original", "artifact"))
+    for found in (before, after):
+        items = [item for item in found.items["zero-shot"] if isinstance(item, ImageItem)]
+        assert [item.fault is None for item in items] == [True, True, False, True]
+        assert (items[2].score, items[2].said) == (0.0, "")
+        assert items[2].fault is not None and items[2].fault.startswith(f"{items[2].id}: cannot be read as an image (")
+    words = "task zero-shot: 1 of 4 items could not be shown to the model and count as wrong; the first: "
+    assert [message.startswith(words) for message in heard.warnings] == [True, True]
+    fidelity = after.tasks["zero-shot"].fidelity
+    assert fidelity is not None
+    assert (fidelity.tokens, fidelity.kl_mean, fidelity.lost) == (3, 0.0, 0)

@@ -6,10 +6,10 @@ from typing import Any, cast
 import pytest
 import torch
 
-from compress.calibration.collect import load_tokenizer, longest_input
+from compress.calibration.collect import longest_input
 from compress.calibration.load import Exchange, load_processor, process
 from compress.checkpoint import open_checkpoint, read_config
-from compress.conversation import write_prompt
+from compress.conversation import load_tokenizer, write_prompt
 from compress.engine.replay import Replay, Walkthrough
 from compress.errors import CheckpointError
 from compress.families import family_of

@@ -395,3 +395,17 @@ def test_a_config_of_a_model_that_cannot_run_is_refused(tmp_path: Path) -> None:
     write_json(folder / "config.json", config)
     with pytest.raises(CheckpointError, match=r"config\.json: the model that it describes does not run \(split"), opened(folder):
         pass
+
+
+def test_a_picture_that_the_processor_refuses_is_a_fault_of_its_item(original: Path, prompts: list[Prompt]) -> None:
+    """Qwen's processors take none that is 200 times as wide as it is high."""
+    wide = Prompt("wide", "What is it?", (picture(0, 2000, 9),))
+    with opened(original) as session:
+        found = session.answer([prompts[0], wide, prompts[1]], NEW_TOKENS, Silent())
+        scores = session.score([Passage("before", (17, 40)), Passage("wide passage", (17, 40), wide)], None, None, Silent())
+    message = "wide: the model's processor does not take it (absolute aspect ratio must be smaller than 200"
+    assert [(answer.id, answer.fault is None) for answer in found] == [("q0", True), ("wide", False), ("q1", True)]
+    assert found[1].fault is not None and found[1].fault.startswith(message)
+    assert scores[0].fault is None
+    assert scores[1].fault is not None and scores[1].fault.startswith(message)
+    assert [found[0], found[2]] == answers(original, prompts[:2])
