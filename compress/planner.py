@@ -27,13 +27,13 @@ Kind = Literal["convert", "calibration", "overlap", "stage", "export", "verify",
 
 _REVISIONS: Mapping[Kind, int] = {
     "convert": 1,
-    "calibration": 3,
+    "calibration": 4,
     "overlap": 2,
-    "stage": 3,
-    "export": 3,
-    "verify": 3,
-    "measure": 4,
-    "latency": 1,
+    "stage": 4,
+    "export": 4,
+    "verify": 4,
+    "measure": 5,
+    "latency": 2,
 }
 """Raised whenever this package's own part of such a step gives another output for the same settings."""
 
