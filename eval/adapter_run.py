@@ -21,8 +21,10 @@ from compress.eval.results import AdapterItem, ScoreMetrics, TaskMeasurement, ch
 from compress.eval.task import TaskContext
 from compress.files import write_json
 from compress.progress import Progress
+from compress.redaction import redact_value
 from compress.runtimes.environment import require
 from compress.runtimes.exchange import AnswerError, exchange, models_of
+from compress.runtimes.openai_client import shown
 from compress.runtimes.server import Server, run_server
 
 if TYPE_CHECKING:
@@ -124,10 +126,19 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
     with run_server(name, command, _variables(key), log) as server:
         _follow(server, endpoint, name, context.progress)
         told = _outcome(task, job, server)
-    lines = Path(job.items).read_text(encoding="utf-8").splitlines()
-    items = [AdapterItem.model_validate_json(line) for line in lines]
+    items = _items(Path(job.items), name)
     _check_answers(task, items, log, context.progress)
     return told, items
+
+
+def _items(path: Path, name: str) -> list[AdapterItem]:
+    """Return the items that a harness wrote down, without secrets: what a server said is in them."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        return [AdapterItem.model_validate(redact_value(json.loads(line))) for line in lines if line]
+    except (ValueError, RecursionError) as error:
+        words = shown(f"{type(error).__name__}: {error}")
+        raise ServerError(f"{name}: wrote down an item that cannot be read ({words}); install its environment anew") from error
 
 
 def _context_length(client: httpx.Client, model: str) -> int | None:
@@ -177,7 +188,7 @@ def _outcome(task: Adapter, job: Job, server: Server) -> dict[str, Any]:
     path = Path(job.outcome)
     if not path.is_file():
         raise ServerError(f"{where} was ended before it was done; the machine may have run out of memory{server.last_words()}")
-    told = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
+    told = cast("dict[str, Any]", redact_value(json.loads(path.read_text(encoding="utf-8"))))
     if "failed" not in told:
         return told
     log, message = f"Its log is {server.log}", str(told["message"])[:_SHOWN]

@@ -6,6 +6,7 @@ import json
 import math
 import secrets
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -13,12 +14,14 @@ from typing import Any, cast
 from compress.errors import ServerError
 from compress.eval.latency import LoadPoint
 from compress.eval.load import Load, Sample
-from compress.files import telling_where
+from compress.files import telling_where, write_text
+from compress.redaction import redact
+from compress.runtimes.last_words import describe_end
 from compress.runtimes.runtime import Environment, Served
 from compress.runtimes.vllm_start import plain_environment
+from compress.untrusted import printable
 
 _STARTUP_SECONDS = 600
-_SHOWN_LINES = 12
 _WORDS = 200
 
 
@@ -45,11 +48,25 @@ def bench_serve(bench: Bench, served: Served, point: LoadPoint, requests: int, s
     name = f"bench-{secrets.token_hex(4)}"
     with telling_where(bench.logs):
         bench.logs.mkdir(parents=True, exist_ok=True)
-    saving = ("--save-result", "--save-detailed", "--result-dir", str(bench.logs), "--result-filename", f"{name}.json")
-    command = [*_command(bench, served, point, requests, seed), *saving]
+    with tempfile.TemporaryDirectory(prefix="compress-bench-") as folder:
+        saving = ("--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", f"{name}.json")
+        _run(bench, served, [*_command(bench, served, point, requests, seed), *saving], requests / point.concurrency)
+        path = Path(folder) / f"{name}.json"
+        load = read_bench(path)
+        with telling_where(bench.logs):  # what the server said is in it
+            write_text(bench.logs / path.name, redact(path.read_text(encoding="utf-8", errors="replace")))
+    return load
+
+
+def _run(bench: Bench, served: Served, command: list[str], rounds: float) -> None:
+    """Run the client to its end.
+
+    Raises:
+        ServerError: it failed, or did not end.
+    """
     variables = plain_environment() | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     variables |= {"OPENAI_API_KEY": served.key} if served.key else {}
-    limit = _STARTUP_SECONDS + math.ceil(requests / point.concurrency) * bench.request_seconds
+    limit = _STARTUP_SECONDS + math.ceil(rounds) * bench.request_seconds
     try:
         run = subprocess.run(
             command,
@@ -65,11 +82,10 @@ def bench_serve(bench: Bench, served: Served, point: LoadPoint, requests: int, s
         raise ServerError(
             f"{served.url}: vllm bench serve did not end within {limit:g} seconds; look into the server's log"
         ) from error
-    path = bench.logs / f"{name}.json"
-    if run.returncode != 0 or not path.is_file():
-        said = "\n".join(f"  {line}" for line in (run.stdout + run.stderr).splitlines()[-_SHOWN_LINES:])
-        raise ServerError(f"{served.url}: vllm bench serve ended with exit code {run.returncode}:\n{said}")
-    return read_bench(path)
+    if run.returncode != 0:
+        raise ServerError(
+            f"{served.url}: vllm bench serve ended with exit code {run.returncode}{describe_end(run.stdout + run.stderr, None)}"
+        )
 
 
 def read_bench(path: Path) -> Load:
@@ -84,14 +100,14 @@ def read_bench(path: Path) -> Load:
         samples = tuple(_sample(*row) for row in rows)
         began = min((float(start) for start in content["start_times"] if start), default=0.0)
         return Load(samples, float(content["duration"]), "vllm bench serve", began)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ServerError(f"{path}: holds no result of vllm bench serve for each request ({error}); install vLLM anew") from error
 
 
 def _sample(ttft: float, gaps: list[float], tokens: int, fault: str) -> Sample:
     if fault or not tokens:
         lines = [line for line in fault.splitlines() if line.strip()]
-        return Sample(0.0, (), 0, (lines[-1].strip() if lines else "no answer")[:_WORDS])
+        return Sample(0.0, (), 0, printable(redact(lines[-1].strip()))[:_WORDS] if lines else "no answer")
     return Sample(float(ttft), tuple(float(gap) for gap in gaps), int(tokens))
 
 

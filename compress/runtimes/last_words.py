@@ -59,7 +59,7 @@ def describe_end(words: str, log: Path | None) -> str:
     """Return what to say of an end: after a colon the reason, where one is known, and then the log's last lines."""
     reason = reason_of(words)
     lines = [printable(redact(line.rstrip())) for line in words.splitlines() if line.strip()]
-    tail = "\n".join(f"  {line[:_LONGEST]}" for line in lines[-(_FEW_LINES if reason else _SHOWN_LINES) :])
+    tail = "\n".join(f"  {line[:_MOST]}" for line in lines[-(_FEW_LINES if reason else _SHOWN_LINES) :])
     return f"{f': {shorten(reason)}' if reason else '.'}\nThe last lines{'' if log is None else f' of {log}'}:\n{tail}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import socket
@@ -16,7 +17,7 @@ from pathlib import Path
 import httpx
 
 from compress.errors import ServerError, StoreError
-from compress.redaction import redact
+from compress.redaction import redact, secrets_known
 from compress.runtimes.exchange import AnswerError, exchange, models_of, open_http
 from compress.runtimes.last_words import describe_end, read_log
 from compress.runtimes.runtime import Served
@@ -100,6 +101,7 @@ def run_server(name: str, command: Sequence[str], environment: Mapping[str, str]
         except OSError as error:
             raise ServerError(f"{name} cannot be started ({error}): {command[0]}") from error
     try:
+        _tell_secrets(process)
         yield Server(name=name, process=process, log=log, start=start)
     finally:
         if process.stdin is not None:
@@ -108,6 +110,14 @@ def run_server(name: str, command: Sequence[str], environment: Mapping[str, str]
         process.wait()
         with suppress(ProcessLookupError):  # nothing is left, unless the guard was killed
             os.killpg(process.pid, signal.SIGKILL)
+
+
+def _tell_secrets(process: subprocess.Popen[bytes]) -> None:
+    """Tell the guard what to keep out of the log; not by its command or environment, which others can read."""
+    if process.stdin is not None:
+        with suppress(BrokenPipeError):  # it has ended already, which its log tells
+            process.stdin.write(json.dumps(secrets_known()).encode() + b"\n")
+            process.stdin.flush()
 
 
 def await_service(server: Server, served: Served, seconds: float) -> None:

@@ -12,6 +12,7 @@ from compress.errors import ServerError
 from compress.eval.bench_serve import Bench, bench_serve, read_bench
 from compress.eval.latency import LoadPoint
 from compress.eval.latency_figures import summarize
+from compress.redaction import remember_secret
 from compress.runtimes.runtime import Environment, Served
 
 RESULT: dict[str, Any] = {
@@ -49,6 +50,26 @@ def test_other_content_is_refused(tmp_path: Path, content: str) -> None:
         read_bench(path)
 
 
+def test_what_the_client_saves_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Servers repeat keys in what they say of a failure, and the client writes that down; a program stands for the client."""
+    key = "sk-the-secret-0123456789"
+    monkeypatch.setattr("compress.redaction._noted", dict[str, None]())
+    remember_secret(key)
+    saved = json.dumps(RESULT | {"errors": ["", "", f"401: Incorrect API key provided: {key}\x9b"]})
+    (tmp_path / "saved.json").write_text(saved, encoding="utf-8")
+    program = tmp_path / "python"
+    lines = ["#!/bin/sh", 'while [ "$1" != --result-dir ]; do shift; done', f'cp {tmp_path}/saved.json "$2/$4"']
+    program.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    program.chmod(0o755)
+    bench = Bench(Environment("vllm", program), tmp_path / "model", tmp_path / "logs", 1.0)
+    point = LoadPoint(concurrency=2, images=0, width=64, height=48, prompt_tokens=8, output_tokens=8)
+    load = bench_serve(bench, Served("http://127.0.0.1:1", "m", key), point, 3, 7)
+    assert [sample.fault for sample in load.samples] == [None, None, "401: Incorrect API key provided: …\\x9b"]
+    (kept,) = (tmp_path / "logs").iterdir()
+    assert json.loads(kept.read_text(encoding="utf-8"))["ttfts"] == RESULT["ttfts"]
+    assert key not in kept.read_text(encoding="utf-8")
+
+
 def test_client_that_fails_is_told_with_its_last_lines_and_without_the_key(tmp_path: Path) -> None:
     """A Python without vLLM stands for a broken environment: it fails at once."""
     program = tmp_path / "python"
@@ -56,7 +77,9 @@ def test_client_that_fails_is_told_with_its_last_lines_and_without_the_key(tmp_p
     program.chmod(0o755)
     bench = Bench(Environment("vllm", program), tmp_path / "model", tmp_path / "logs", 1.0)
     point = LoadPoint(concurrency=2, images=1, width=64, height=48, prompt_tokens=8, output_tokens=8)
-    with pytest.raises(ServerError, match=r"vllm bench serve ended with exit code 3:\n  No module named vllm") as raised:
+    with pytest.raises(
+        ServerError, match=r"vllm bench serve ended with exit code 3\.\nThe last lines:\n  No module named vllm"
+    ) as raised:
         bench_serve(bench, Served("http://127.0.0.1:1", "m", "the-secret"), point, 4, 7)
     words = str(raised.value)
     assert "the-secret" not in words

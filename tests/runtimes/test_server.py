@@ -14,6 +14,7 @@ import psutil
 import pytest
 
 from compress.errors import ServerError, StoreError
+from compress.redaction import remember_secret
 from compress.runtimes.server import Server, choose_port, run_server
 
 SECONDS = 600
@@ -96,6 +97,34 @@ def test_end_while_loading_shows_cause_last_lines_and_log(tmp_path: Path) -> Non
     assert "RuntimeError: see above" in message
     assert "line 20\n" not in message
     assert "not ours" not in message
+
+
+CHATTY = """
+import os, sys, time
+for part in ("key ", os.environ["TOLD"][:9], os.environ["TOLD"][9:], " said\\n", "and ", os.environ["HF_TOKEN"]):
+    sys.stdout.write(part)
+    sys.stdout.flush()
+os.write(2, b"\\rhalf a line, 5/9 \\xff")
+"""
+
+
+def test_a_log_holds_no_secret_however_it_is_printed(tmp_path: Path) -> None:
+    """Neither one that was read for a server nor one of the server's own environment, though it comes in two parts."""
+    remember_secret(key := "sk-told-to-the-guard-0123456789")
+    environment = {**os.environ, "TOLD": key, "HF_TOKEN": "hf_of_its_own_environment"}
+    with run_server("the server", [sys.executable, "-c", CHATTY], environment, tmp_path / "server.log") as server:
+        server.process.wait(SECONDS)
+    log = (tmp_path / "server.log").read_bytes()
+    assert log == b"key \xe2\x80\xa6 said\nand \xe2\x80\xa6\rhalf a line, 5/9 \xff\nThe server ended with exit code 0.\n"
+    status = subprocess.run(["ps", "-eo", "args"], capture_output=True, text=True, check=True).stdout
+    assert key not in status
+
+
+def test_a_server_that_closes_its_output_runs_on(tmp_path: Path) -> None:
+    code = "import os, sys; os.close(1); os.close(2); sys.stdin.read(); os.kill(os.getpid(), 9)"
+    with run_server("the server", [sys.executable, "-c", code], os.environ, tmp_path / "server.log") as server:
+        server.process.wait(SECONDS)
+    assert (tmp_path / "server.log").read_text() == "The server ended with signal 9 (SIGKILL).\n"
 
 
 def test_server_that_is_never_ready(tmp_path: Path) -> None:
