@@ -44,15 +44,25 @@ class Looks:
     hashed: NDArray[np.uint8]
 
 
-def words_of(text: str) -> list[str]:
-    """Return a text's words: compatible characters made one (NFKC), without case, punctuation and what is not seen."""
-    kept = list[str]()
-    for letter in unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()):
+class _Letters(dict[int, str]):
+    """What each character stands for where words are compared; worked out when it is first met."""
+
+    def __missing__(self, code: int) -> str:
+        letter = chr(code)
         category = unicodedata.category(letter)
         if category == "Cf" or letter in _APOSTROPHES or letter in _UNSEEN:
-            continue
-        kept.append(" " if category[0] in "PZC" else letter)
-    return "".join(kept).split()
+            self[code] = ""
+        else:
+            self[code] = " " if category[0] in "PZC" else letter
+        return self[code]
+
+
+_LETTERS = _Letters()
+
+
+def words_of(text: str) -> list[str]:
+    """Return a text's words: compatible characters made one (NFKC), without case, punctuation and what is not seen."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_LETTERS).split()
 
 
 def looks_of(image: bytes, name: str) -> Looks:

@@ -18,11 +18,17 @@ from compress.untrusted import parse_json, printable, read_bytes
 
 SUFFIXES = frozenset({".jsonl", ".json"})
 
+_OPEN = ord("{")
+
 _MARK = b"\xef\xbb\xbf"
 """A byte order mark, with which some editors begin a file."""
 
-_TOKEN = re.compile(rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?|[\[\]{},]', re.DOTALL)
-"""A string, which may be cut off at the end, or what divides values. Possessive, so that no text is gone over twice."""
+_STRING = rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?'
+_TOKEN = re.compile(rb"\{[^{}\[\]\"]*+(?:" + _STRING + rb"[^{}\[\]\"]*+)*+\}|" + _STRING + rb"|[\[\]{},]", re.DOTALL)
+"""An object without lists and objects in it, a string, which may be cut off at the end, or what divides values.
+
+Possessive, so that no text is gone over more than twice.
+"""
 
 _REMEDIES = ("correct or remove the line", "write one list of all rows, or one object {…} a line")
 """What to do where a row of a JSONL file, and of a JSON file, cannot be read."""
@@ -74,7 +80,7 @@ class JsonRows:
             self._refuse_values(number)
         value: object = parse_json(text, where, DataError, _REMEDIES[self._path.suffix == ".json"])
         if not isinstance(value, dict):
-            raise DataError(f"{printable(where)}: is no JSON object; write one {{…}} with named fields for each row")
+            self._refuse_kind(number)
         return cast("dict[str, Any]", value)
 
     @cached_property
@@ -102,6 +108,8 @@ class JsonRows:
         for token in _TOKEN.finditer(self._content, start):
             mark = self._content[token.start()]
             tokens += 1
+            if mark == _OPEN and token.end() - token.start() > 1:
+                continue
             if tokens > most.row_values * 2:  # each value has at most two: a bracket and a comma, or a name and a string
                 self._refuse_values(len(spans[0]) + 1)
             depth += (mark in b"[{") - (mark in b"]}")
@@ -109,7 +117,10 @@ class JsonRows:
                 continue
             if len(spans[0]) == most.rows:
                 self._refuse_number("entries")
-            if depth or len(spans[0]) or self._content[start : token.start()].strip():
+            entry = self._content[start : token.start()].lstrip()
+            if depth or len(spans[0]) or entry:
+                if not entry.startswith(b"{"):  # told at once, as a list of millions of numbers would take long to divide
+                    self._refuse_kind(len(spans[0]) + 1)
                 _add(spans, len(spans[0]) + 1, start, token.start())
             start, tokens = token.end(), 0
             if not depth:
@@ -122,6 +133,10 @@ class JsonRows:
             raise DataError(
                 f"{printable(str(self._path))}: goes on after its list; write one list of all rows, or one object {{…}} a line"
             )
+
+    def _refuse_kind(self, number: int) -> NoReturn:
+        where = printable(f"{self._path}:{number}")
+        raise DataError(f"{where}: is no JSON object; write one {{…}} with named fields for each row")
 
     def _refuse_values(self, number: int) -> NoReturn:
         where = printable(f"{self._path}:{number}")

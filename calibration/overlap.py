@@ -95,48 +95,61 @@ def _looks(question: Question, place: int, known: dict[str, Looks]) -> Looks:
 
 
 @dataclass(frozen=True)
-class _Line:
-    """A line of the evaluation's text and where its words begin and end among those that are compared with it."""
+class _Passage:
+    """Lines of the evaluation's text, each with its origin, where each one's words end, and the hashes of all words in a row."""
 
-    text: str
-    origin: str
-    first: int
-    end: int
+    lines: Sequence[tuple[str, str]]
+    ends: NDArray[np.int64]
+    words: NDArray[np.uint64]
 
 
 def _check_text(folder: Path, samples: Samples, documents: Iterable[Document]) -> None:
     hashes, owners = _read_shingles(folder)
-    for lines, words in _lines(documents):
-        held = shingles(words)
-        places = np.minimum(np.searchsorted(hashes, held), max(len(hashes) - 1, 0))
-        hits = hashes[places] == held if len(hashes) else np.zeros(len(held), dtype=np.bool_)
-        shared = _spread(hits, len(words))
-        for line in lines:
-            size = line.end - line.first
-            counted = int(shared[line.first : line.end].sum())
-            whole = size >= SHINGLE and counted >= _SHARE * size
-            if whole or (counted and _longest(shared[max(0, line.first - _RUN) : line.end]) >= _RUN):
-                first = int(np.flatnonzero(hits[: line.end])[-1])
-                sample = samples[int(owners[places[first]])]
-                raise DataError(
-                    f"a paragraph of the evaluation's text ({line.origin}: {_excerpt(line.text)}) is part of calibration sample "
-                    f"{sample['id']} ({sample['origin']}): a measurement on it proves nothing; {_REMEDY}"
-                )
+    if not len(hashes):
+        return
+    for passage in _passages(documents):
+        held = shingles(passage.words)
+        places = np.minimum(np.searchsorted(hashes, held), len(hashes) - 1)
+        hits = hashes[places] == held
+        shared = _spread(hits, len(passage.words))
+        line = _leaked(passage.ends, shared)
+        if line is not None:
+            text, origin = passage.lines[line]
+            sample = samples[int(owners[places[np.flatnonzero(hits[: passage.ends[line]])[-1]]])]
+            raise DataError(
+                f"a paragraph of the evaluation's text ({origin}: {_excerpt(text)}) is part of calibration sample "
+                f"{sample['id']} ({sample['origin']}): a measurement on it proves nothing; {_REMEDY}"
+            )
 
 
-def _lines(documents: Iterable[Document]) -> Iterator[tuple[list[_Line], NDArray[np.uint64]]]:
-    """Yield lines of the text with the hashes of their words, some documents at once, all words of these in a row."""
+def _leaked(ends: NDArray[np.int64], shared: NDArray[np.bool_]) -> int | None:
+    """Return the first line that is the calibration's by its share of shared words, or ends a run of them that is."""
+    before = np.concatenate([[0], shared.cumsum()])
+    first = np.concatenate([[0], ends[:-1]])
+    sizes, counts = ends - first, before[ends] - before[first]
+    whole = (sizes >= SHINGLE) & (counts >= _SHARE * sizes)
+    gaps = np.concatenate([[-1], np.flatnonzero(~shared), [len(shared)]])
+    runs = np.flatnonzero(np.diff(gaps) - 1 >= _RUN)
+    found = [int(np.flatnonzero(whole)[0])] if whole.any() else []
+    if len(runs):
+        found.append(int(np.searchsorted(ends, gaps[runs[0]] + 1, side="right")))
+    return min(found, default=None)
+
+
+def _passages(documents: Iterable[Document]) -> Iterator[_Passage]:
+    """Yield some documents at once, all their words in a row."""
     hashes = WordHashes()
-    lines, words = list[_Line](), list[str]()
+    lines, ends, words = list[tuple[str, str]](), list[int](), list[str]()
     for document in documents:
         for piece in pieces(document):
-            first = len(words)
             words += words_of(piece.text)
-            lines.append(_Line(piece.text, piece.origin, first, len(words)))
+            lines.append((piece.text, piece.origin))
+            ends.append(len(words))
         if len(words) >= _WORDS_AT_ONCE:
-            yield lines, hashes.of(words)
-            lines, words = [], []
-    yield lines, hashes.of(words)
+            yield _Passage(lines, np.array(ends), hashes.of(words))
+            lines, ends, words = [], [], []
+    if lines:
+        yield _Passage(lines, np.array(ends), hashes.of(words))
 
 
 def _read_shingles(folder: Path) -> tuple[NDArray[np.uint64], NDArray[np.int64]]:
@@ -155,12 +168,6 @@ def _spread(hits: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
     np.add.at(steps, first, 1)
     np.add.at(steps, first + SHINGLE, -1)
     return steps[:count].cumsum() > 0
-
-
-def _longest(shared: NDArray[np.bool_]) -> int:
-    """Return how many words in a row are shared, at most."""
-    gaps = np.flatnonzero(~shared)
-    return int(np.diff(np.concatenate([[-1], gaps, [len(shared)]])).max()) - 1
 
 
 def _excerpt(text: str) -> str:

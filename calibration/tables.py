@@ -78,12 +78,15 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 
 
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
-    most, number, before = limits().line_bytes, 0, 0
-    while line := file.readline(most + 1):
+    where, most = printable(str(path)), limits()
+    number, before = 0, 0
+    while line := file.readline(most.line_bytes + 1):
         number += 1
-        if len(line) > most:
+        if number > most.rows:
+            raise DataError(f"{where}: has more than {most.rows:,} lines ({most.set_by('rows')}); name a part of it")
+        if len(line) > most.line_bytes:
             raise DataError(
-                f"{printable(str(path))}:{number}: is longer than {most:,} bytes ({limits().set_by('line_bytes')}); break it up"
+                f"{where}:{number}: is longer than {most.line_bytes:,} bytes ({most.set_by('line_bytes')}); break it up"
             )
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
@@ -144,7 +147,7 @@ def read_parquet(path: Path, columns: Sequence[str], chosen: Container[int] | No
                     yield from _group_rows(file, place, _batch_rows(size), columns, (numbers, chosen))
         except _UNREADABLE as error:
             raise DataError(
-                f"{printable(str(path))}: cannot be read from row {first} on ({printable(str(error))}); fetch the file again"
+                f"{printable(str(path))}: cannot be read from row {first} on ({_reason(error)}); fetch the file again"
             ) from error
 
 
@@ -200,6 +203,11 @@ def _group_bytes(path: Path, metadata: Any, place: int, columns: Container[str])
     return total
 
 
+def _reason(error: Exception) -> str:
+    """Return what pyarrow says, which may be several lines, as one."""
+    return printable(" ".join(str(error).split()))
+
+
 def _open_parquet(path: Path) -> Any:
     """Open a parquet file after checking what it declares; columns are read piece by piece.
 
@@ -213,7 +221,7 @@ def _open_parquet(path: Path) -> Any:
         rows, chunks = int(metadata.num_rows), int(metadata.num_row_groups) * int(metadata.num_columns)
         schema_names = list[str](file.schema_arrow.names)
     except _UNREADABLE as error:
-        raise DataError(f"{where}: is no whole parquet file ({printable(str(error))}); fetch it again") from error
+        raise DataError(f"{where}: is no whole parquet file ({_reason(error)}); fetch it again") from error
     if rows > most.rows:
         raise DataError(f"{where}: declares {rows:,} rows ({most.set_by('rows')}); name a part of it")
     if chunks > most.parquet_chunks:

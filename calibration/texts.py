@@ -17,6 +17,13 @@ SEPARATOR = "\n\n"
 """What stands between two documents where they are joined."""
 
 
+_PIECE = 100_000
+"""The most characters that are tokenized as one: of a text in a single line only the beginning may be needed."""
+
+_LINE = re.compile(r"[^\n]*\n+")
+_PARTS = re.compile(rf"(?s:.{{1,{_PIECE}}}(?=\s|\Z)|.{{1,{_PIECE}}})")
+
+
 @dataclass(frozen=True)
 class Document:
     """A piece of text without blank edges; `origin` is its file and the line or row where it starts, counted from 1."""
@@ -67,16 +74,20 @@ def read_joined(path: Path, column: str = "text") -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A line of a document with the line ends after it."""
+    """A line of a document with the line ends after it, or a part of a line that is very long."""
 
     text: str
     origin: str
 
 
 def pieces(document: Document) -> Iterator[Piece]:
-    """Cut a document to its lines; put together they are its text and `SEPARATOR`."""
-    for line in re.findall(r"[^\n]*\n+", document.text + SEPARATOR):
-        yield Piece(text=line, origin=document.origin)
+    """Cut a document to its lines; put together they are its text and `SEPARATOR`.
+
+    A line longer than `_PIECE` characters is cut before white space, where tokenizers cut too.
+    """
+    for line in (found.group() for found in _LINE.finditer(document.text + SEPARATOR)):
+        for part in [line] if len(line) <= _PIECE else _PARTS.findall(line):
+            yield Piece(text=part, origin=document.origin)
 
 
 def _text_field(row: dict[str, Any], column: str, place: str) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import chain
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +15,9 @@ from compress.errors import DataError
 
 REACH = 16
 """The text is read until it fills this many times the windows asked for, and these are drawn from."""
+
+_GROUP_PIECES, _GROUP_CHARACTERS = 1024, 500_000
+"""After how many pieces, and characters, a group is tokenized. Pieces of up to 100,000 characters make it one second at most."""
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
 """Turns texts to token ids, without special tokens."""
@@ -95,6 +98,13 @@ def _cut(stream: NDArray[np.int32], parts: list[Piece], ends: NDArray[np.int64],
 
 
 def _grouped(items: Iterable[Piece]) -> Iterator[list[Piece]]:
-    rest = iter(items)
-    while group := list(islice(rest, 1024)):
+    """Yield some pieces at once: tokenizers are faster so, and little is tokenized that is not needed."""
+    group, characters = list[Piece](), 0
+    for item in items:
+        group.append(item)
+        characters += len(item.text)
+        if len(group) == _GROUP_PIECES or characters >= _GROUP_CHARACTERS:
+            yield group
+            group, characters = [], 0
+    if group:
         yield group

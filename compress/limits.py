@@ -79,8 +79,8 @@ class Limits:
     rows_file_bytes: int = 500_000_000
     """Bytes of one JSONL or JSON file of questions or texts, which is held in memory. LLaVA's 150,000 conversations have 229 MB."""
 
-    rows: int = 2_000_000
-    """Rows of one JSONL, JSON or parquet file. The training split of VQA v2 has 443,757 questions."""
+    rows: int = 1_000_000
+    """Rows of one JSONL, JSON or parquet file, or lines of one text. The training split of VQA v2 has 443,757 questions."""
 
     row_values: int = 1_000_000
     """Values within one row of JSON: a row of 64 MB could hold 20 million empty lists, which take a hundred times its bytes."""
@@ -88,7 +88,7 @@ class Limits:
     line_bytes: int = 64_000_000
     """Bytes of one line of text or JSONL, or of one entry of a JSON list: an image in base64 is a third larger than its file."""
 
-    text_bytes: int = 500_000_000
+    text_bytes: int = 100_000_000
     """Bytes of the text of one perplexity task, which is tokenized as a whole. wikitext-2's test text has 1.3 MB."""
 
     question_characters: int = 100_000

@@ -83,7 +83,7 @@ def test_texts_may_stand_in_a_list(tmp_path: Path) -> None:
     [
         ('[{"text": "x"}', "rows.json: is cut off: its list has no end"),
         ('[{"text": "x}]', "rows.json: is cut off: its list has no end"),
-        ('[{"text": "x"},]', "rows.json:2: not readable as JSON"),
+        ('[{"text": "x"},]', "rows.json:2: is no JSON object"),
         ('[{"text": "x"}] [', "rows.json: goes on after its list; write one list of all rows"),
         ('[{"text": "x"}, 3]', "rows.json:2: is no JSON object; write one {…} with named fields for each row"),
         ('[{"text": "x"}, {"text": }]', "rows.json:2: not readable as JSON"),

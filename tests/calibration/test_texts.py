@@ -51,6 +51,16 @@ def test_pieces_put_together_are_the_document() -> None:
     assert {piece.origin for piece in found} == {"a:1"}
 
 
+def test_a_very_long_line_is_cut_before_white_space() -> None:
+    for text in ("word " * 50_000 + "end", "x" * 250_000, f"{'x' * 99_999} {'y' * 100_000}"):
+        found = [piece.text for piece in pieces(Document(text, "a:1"))]
+        assert "".join(found) == f"{text}\n\n"
+        assert 2 < len(found) < 5
+        assert all(len(part) <= 100_000 for part in found)
+        if " word" in text:
+            assert all(part.startswith(" word") for part in found[1:])
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
