@@ -116,7 +116,7 @@ class Export(Frozen, ABC):
 class VerifiedExport(Export, ABC):
     """A format whose artifacts are compared, once written, with the checkpoint they came from, in a step of its own."""
 
-    verification_revision: ClassVar[int] = 1
+    verification_revision: ClassVar[int] = 2
     """Raised whenever the same artifact is compared in another way, or by other limits."""
 
     @abstractmethod

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import map_tensor
 from compress.errors import CheckpointError, MissingError
 from compress.families import Family, family_of
@@ -67,10 +68,16 @@ def load_model(
     for name, parameter in cast("nn.Module", model).named_parameters():
         if parameter.is_meta:
             raise CheckpointError(f"{artifact}: holds no weight for {name}; fetch or export it again")
+    round_as_served(checkpoint, family, cast("nn.Module", model), device)
+    return model
+
+
+def round_as_served(checkpoint: Checkpoint, family: Family, model: nn.Module, device: torch.device) -> None:
+    """Have a dense model of an artifact round inputs, keys and values where a runtime that serves the artifact does."""
+    modules = dict(cast("Iterable[tuple[str, nn.Module]]", model.named_modules()))
     round_inputs(checkpoint, family, modules, device)
     cached = [name for name in checkpoint.tensors if name.endswith(SCALES)]
     round_cache(modules, {_module_name(name, family): map_tensor(checkpoint.tensors[name]).to(device) for name in cached})
-    return model
 
 
 def _module_name(scale: str, family: Family) -> str:

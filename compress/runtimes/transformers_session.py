@@ -40,6 +40,9 @@ from compress.runtimes.runtime import (
 from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
 from compress.untrusted import foreign
 
+Load = Callable[[Path, torch.dtype, torch.device, Progress, bool], Any]
+"""Returns a folder's model, dense, computed in a type on a device; the last argument is `trust_remote_code`."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -51,8 +54,8 @@ class Settings:
 
 
 @contextmanager
-def open_session(context: OpenContext, settings: Settings) -> Generator[TransformersSession]:
-    """Load an artifact; its memory is free again when the context ends.
+def open_session(context: OpenContext, settings: Settings, load: Load = load_model) -> Generator[TransformersSession]:
+    """Load an artifact, with `load`; its memory is free again when the context ends.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -61,7 +64,7 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Transfor
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, context.artifact, device)
     processor = load_processor(context.artifact, context.trust_remote_code)
-    model = load_model(context.artifact, dtype, device, context.progress, context.trust_remote_code)
+    model = load(context.artifact, dtype, device, context.progress, context.trust_remote_code)
     stops, pad_id = stops_and_pad(context.artifact, processor, model.config.get_text_config())
     family = family_at(context.artifact, context.trust_remote_code)
     encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(context.artifact))

@@ -32,8 +32,8 @@ from compress.layouts import (
     read_linear,
     unquantized_linears,
 )
+from compress.numerics.activations import fake_quantize_activations
 from compress.output_head import written_config
-from compress.runtimes.activations import round_activations
 from compress.stages.block import BlockWeights
 from compress.stages.linears import Linear
 from compress.stages.preparation import Preparation, prepare, weigh
@@ -306,12 +306,10 @@ class _Work:
 def _round_inputs(linear: nn.Module, stored: QuantizedWeight) -> None:
     """Let a linear of the running model round what it is given, as a runtime will."""
     scheme = stored.scheme
-    assert scheme.activations is not None
-    kind, scale = scheme.activations, stored.input_scale
-    scale = None if scale is None else scale.to(cast("Tensor", linear.weight).device)
+    scale = None if stored.input_scale is None else stored.input_scale.to(cast("Tensor", linear.weight).device)
 
     def round_given(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
-        return (round_activations(args[0], kind, scheme.type, scheme.bits, scale), *args[1:])
+        return (fake_quantize_activations(args[0], scheme, scale), *args[1:])
 
     linear.register_forward_pre_hook(round_given)

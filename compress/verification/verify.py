@@ -17,6 +17,7 @@ from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.transformers_session import Settings, TransformersSession, open_session
 from compress.verification import graphs
 from compress.verification.answers import ask, judge_answers
+from compress.verification.independent import load_independently
 from compress.verification.limits import Limits
 from compress.verification.reference import Reference, Towers, references, towers
 from compress.verification.results import Answers, Component, Difference, Verification
@@ -56,7 +57,7 @@ def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits, tabl
         CheckpointError: the checkpoint, or a graph, cannot be loaded or run.
     """
     opening = OpenContext(context.source, context.logs, context.progress, context.trust_remote_code, "checkpoint")
-    with open_session(opening, Settings("float32", "cpu", _TOKENS_PER_BATCH)) as session:
+    with open_session(opening, Settings("float32", "cpu", _TOKENS_PER_BATCH), load_independently) as session:
         given = _given(session, context, limits)
         said = ask(session, context.family, None, context.progress)
     usual = _TOWERS if context.family.head is None else _GENERATIVE

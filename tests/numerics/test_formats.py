@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pytest
 import torch
 from compressed_tensors.compressors.naive_quantized.base import FloatQuantizationCompressor, IntQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.base import PackedQuantizationCompressor
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from compress.layouts import pack_linear, quantization_config
+from compress.numerics.activations import fake_quantize_activations
 from compress.numerics.floats import float_scales, spread_scales
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_gptq, pack_words, unpack_gptq, unpack_words
@@ -234,3 +236,20 @@ def test_a_last_group_may_be_narrower_than_128_channels(values: Tensor) -> None:
     starts = range(0, values.shape[-1], 128)
     parts = [round_activations(values[..., start : start + 128], "token", "float", 8, None) for start in starts]
     assert torch.equal(rounded, torch.cat(parts, dim=-1))
+
+
+@repeatable
+@given(inputs(st.integers(1, 300)), st.sampled_from(["token", "group", "tensor"]), st.sampled_from(["int", "float"]))
+def test_a_stage_rounds_inputs_as_what_reads_its_artifact_does(values: Tensor, kind: Any, sort: Any) -> None:
+    """Two programs of the same: neither calls the other, so that a mistake in one is a difference between them."""
+    scheme = Scheme(8, 128 if kind == "group" else -1, True, sort, 128 if kind == "group" else 1, kind)
+    scale = torch.tensor([0.02]) if kind == "tensor" else None
+    for given_values in (values, values.bfloat16()):
+        ours = fake_quantize_activations(given_values, scheme, scale)
+        assert torch.equal(ours, round_activations(given_values, kind, sort, 8, scale))
+        assert ours.dtype == given_values.dtype
+
+
+def test_a_stage_needs_the_scale_that_is_fixed() -> None:
+    with pytest.raises(ValueError, match="inputs of a fixed scale cannot be rounded without it"):
+        fake_quantize_activations(torch.ones(2, 2), Scheme(8, -1, symmetric=True, activations="tensor"))
