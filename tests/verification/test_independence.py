@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 from typing import Any
-from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
+from compress.checkpoint import Checkpoint
 from compress.errors import CheckpointError, VerificationError
 from compress.export.graphs import linears, vocabulary
 from compress.families import FAMILIES, Family, family_at
@@ -37,14 +39,54 @@ def rounded(source: Path) -> Path:
     return source.parent / "rounded"
 
 
+@pytest.fixture(scope="module")
+def merged(source: Path) -> Path:
+    """Return a checkpoint whose config says that the head is the embeddings, beside a head of its own, as PEFT leaves it."""
+    folder = source.parent / "merged"
+    shutil.copytree(source, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["tie_word_embeddings"] = config["text_config"]["tie_word_embeddings"] = True
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rounded_merged(merged: Path) -> Path:
+    round_checkpoint(merged, merged.parent / "rounded merged", scheme(4, 32))
+    return merged.parent / "rounded merged"
+
+
+@pytest.mark.parametrize("name", ["merged", "rounded_merged"])
+def test_a_head_of_its_own_beside_a_config_that_says_tied(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    checkpoint = request.getfixturevalue(name)
+    assert verify(export_onnx(checkpoint, tmp_path / "onnx"), tmp_path / "onnx", checkpoint).components
+
+
+@pytest.mark.parametrize("name", ["merged", "rounded_merged"])
 def test_a_head_that_all_of_this_program_takes_for_the_embeddings(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """The config alone is believed, by writer and reader alike."""
+    checkpoint = request.getfixturevalue(name)
     for module in (vocabulary, transformers_model):
-        monkeypatch.setattr(module, "head_is_tied", Mock(return_value=True))
-    export = export_onnx(source, tmp_path / "onnx")
+        monkeypatch.setattr(module, "head_is_tied", _as_the_config_says)
+    export = export_onnx(checkpoint, tmp_path / "onnx")
     with pytest.raises(VerificationError, match="the decoder differs from the checkpoint's"):
-        verify(export, tmp_path / "onnx", source)
+        verify(export, tmp_path / "onnx", checkpoint)
+
+
+def test_a_head_that_the_writer_alone_takes_for_the_embeddings(
+    merged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as broken:
+        broken.setattr(vocabulary, "head_is_tied", _as_the_config_says)
+        export = export_onnx(merged, tmp_path / "onnx")
+    with pytest.raises(VerificationError, match="the decoder differs from the checkpoint's"):
+        verify(export, tmp_path / "onnx", merged)
+
+
+def _as_the_config_says(checkpoint: Checkpoint, family: Family) -> bool:
+    return family.says_tied(checkpoint.config)
 
 
 def test_tensors_that_all_of_this_program_takes_for_each_other(
