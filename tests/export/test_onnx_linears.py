@@ -23,10 +23,10 @@ from compress.export.graphs.write import Precision
 from compress.export.onnx import Onnx
 from compress.families import family_at
 from compress.numerics.rounding import quantize
-from compress.numerics.scheme import Scheme
+from compress.numerics.scheme import Activations, Scheme
 from compress.progress import Silent
 from tests.export.onnx_graphs import written
-from tests.quantized import exact_weights, round_checkpoint, scheme
+from tests.quantized import INPUT_SCALE, exact_weights, round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl
 
 _ORT: Any = onnxruntime
@@ -82,6 +82,18 @@ def test_sums_of_integers_may_be_larger_than_float16_holds(dtype: Float, tmp_pat
     evaluator: Any = ReferenceEvaluator(str(linear(tmp_path / "quantized", tmp_path / "onnx", dtype)))
     [found] = evaluator.run(None, {"value": value.astype(dtype)})
     assert np.abs(found - wanted).max() < {"float32": 1e-5, "float16": 1e-3}[dtype] * np.abs(wanted).max()
+
+
+@pytest.mark.parametrize("activations", ["token", "tensor"])
+def test_inputs_are_rounded_to_the_nearest_of_255_codes(activations: Activations, tmp_path: Path) -> None:
+    """Each token's largest value becomes 127, or a fixed scale says what does."""
+    source = build_qwen2_5_vl(tmp_path / "model", layers=1)
+    weight, bias = held(source, tmp_path / "quantized", Scheme(8, -1, symmetric=True, activations=activations))
+    value = np.random.default_rng(0).normal(size=(5, weight.shape[1])).astype(np.float32)
+    steps = np.abs(value).max(axis=1, keepdims=True) / 127 if activations == "token" else INPUT_SCALE
+    evaluator: Any = ReferenceEvaluator(str(linear(tmp_path / "quantized", tmp_path / "onnx")))
+    [found] = evaluator.run(None, {"value": value})
+    assert np.abs(found - ((value / steps).round() * steps @ weight.T + bias)).max() < 1e-5
 
 
 def test_a_weight_that_float16_cannot_hold_is_named(tmp_path: Path) -> None:
