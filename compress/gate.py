@@ -189,8 +189,10 @@ class Subject:
 class Check(Frozen):
     """One limit held against one artifact, and one task where it is about tasks.
 
-    `check` is the limit's place in the recipe's gate. `interval` holds the bounds of `value`, where it has any.
-    `items_needed` is how many items, at the rates observed, would turn an inconclusive check into a pass or a fail.
+    `check` is the limit's place in the recipe's gate. `interval` holds the bounds of `value`, where it has any, and
+    `interval_level` the confidence of both together: 0.9 where each holds with 95 %. `at_least` says that `value` is a lower bound
+    of what the limit is about. `items_needed` is how many items, at the rates observed, would turn an inconclusive check into a
+    pass or a fail.
     """
 
     artifact: str
@@ -203,6 +205,8 @@ class Check(Frozen):
     reason: str
     items_needed: int | None = None
     target: str = "local"
+    interval_level: float | None = None
+    at_least: bool = False
 
 
 class Verdict(Frozen):

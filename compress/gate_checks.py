@@ -3,91 +3,30 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import numpy as np
 
 from compress.eval.changes import count_flips, judge_flips
 from compress.eval.latency_gate import LatencyFinding, judge_latency, judge_memory
 from compress.eval.liveness import looks
+from compress.eval.noise import flips_above_noise
 from compress.eval.paired import Pairs, judge_family, judge_pairs, overall_recovery
-from compress.eval.results import Fidelity, PerplexityMetrics, ScoreMetrics, TaskMeasurement, check_pairs
+from compress.eval.results import PerplexityMetrics, ScoreMetrics, TaskMeasurement, check_pairs
 from compress.eval.sequential import Sequential
-from compress.eval.statistics import Finding, Levels, Outcome, Recovery, judge_perplexity
+from compress.eval.statistics import Finding, Levels, Recovery, judge_perplexity
 from compress.gate import (
     AccuracyLimit,
     Check,
-    FidelityLimit,
     FlipsLimit,
     Limits,
     LivenessLimit,
     PerplexityLimit,
     SizeLimit,
     Subject,
-    pairs_of,
 )
-
-
-@dataclass(frozen=True)
-class _Held:
-    """The limits of the gate at a target, held against one artifact."""
-
-    original: Subject
-    artifact: Subject
-    target: str
-
-    def decide(self, check: str, limit: float, finding: Finding, reason: str, task: str | None = None) -> Check:
-        return Check(
-            artifact=self.artifact.artifact,
-            check=check,
-            task=task,
-            value=finding.value,
-            interval=finding.interval,
-            limit=limit,
-            verdict=finding.outcome,
-            reason=reason,
-            items_needed=finding.items_needed,
-            target=self.target,
-        )
-
-    def leave_open(self, check: str, limit: float, reason: str, task: str | None = None) -> Check:
-        return Check(
-            artifact=self.artifact.artifact,
-            check=check,
-            task=task,
-            value=None,
-            interval=None,
-            limit=limit,
-            verdict="inconclusive",
-            reason=reason,
-            target=self.target,
-        )
-
-    def unmeasured(self, check: str, limit: float) -> Check:
-        return self.leave_open(check, limit, "nothing that was measured says anything about it; add a task to eval.tasks")
-
-    def names(self, kind: type[ScoreMetrics | PerplexityMetrics]) -> list[str]:
-        """Return the tasks of a kind that the original was measured on."""
-        return [name for name, task in self.original.measured.tasks.items() if isinstance(task.metrics, kind)]
-
-    def skipped(self, task: str) -> str | None:
-        """Return why the artifact was not measured on a task; None where it was."""
-        if task in self.artifact.measured.tasks:
-            return None
-        return f"{task}: not measured: {self.artifact.measured.skipped.get(task, 'the task is missing')}"
-
-    def pairs(self, task: str) -> Pairs:
-        """Return the scores of both on the items that the artifact was asked.
-
-        Raises:
-            DataError: they are others than the original's.
-        """
-        after = self.artifact.measured.scored(task)
-        before = self.original.measured.scored(task)
-        if self.artifact.measured.tasks[task].look is not None:
-            before = before[: len(after)]
-        check_pairs(task, before, ((item.id, item.digest) for item in after))
-        return pairs_of(before, after)
+from compress.gate_fidelity import fidelity_checks
+from compress.gate_held import Held, bounds_told
 
 
 def checks_of(limits: Limits, original: Subject, artifact: Subject, target: str) -> Iterator[Check]:
@@ -96,13 +35,13 @@ def checks_of(limits: Limits, original: Subject, artifact: Subject, target: str)
     Raises:
         DataError: the artifact was measured on other items than the original; names the first.
     """
-    held = _Held(original, artifact, target)
+    held = Held(original, artifact, target)
     if limits.accuracy is not None:
         yield from _accuracy(held, limits.accuracy)
     if limits.perplexity is not None:
         yield from _perplexity(held, limits.perplexity)
     if limits.fidelity is not None:
-        yield from _fidelity(held, limits.fidelity)
+        yield from fidelity_checks(held, limits.fidelity)
     if limits.flips is not None:
         yield from _flips(held, limits.flips)
     if limits.liveness is not None:
@@ -117,7 +56,7 @@ def checks_of(limits: Limits, original: Subject, artifact: Subject, target: str)
         yield from _measured_load(held, "memory", found)
 
 
-def _measured_load(held: _Held, check: str, found: list[LatencyFinding]) -> Iterator[Check]:
+def _measured_load(held: Held, check: str, found: list[LatencyFinding]) -> Iterator[Check]:
     if not found:
         yield held.leave_open(check, 0.0, f"no load was put on a server at target {held.target}, so its {check} is not known")
     for row in found:
@@ -131,10 +70,11 @@ def _measured_load(held: _Held, check: str, found: list[LatencyFinding]) -> Iter
             verdict=row.outcome,
             reason=row.reason,
             target=held.target,
+            interval_level=row.level,
         )
 
 
-def _accuracy(held: _Held, limit: AccuracyLimit) -> Iterator[Check]:
+def _accuracy(held: Held, limit: AccuracyLimit) -> Iterator[Check]:
     check = "accuracy.min_recovery"
     names = held.names(ScoreMetrics)
     if not names:
@@ -171,9 +111,9 @@ def _recovery(task: TaskMeasurement, pairs: Pairs, limit: AccuracyLimit, tasks: 
     return look.recovery if look is not None else None
 
 
-def _recovery_reason(held: _Held, name: str, pairs: Pairs, finding: Recovery, limit: AccuracyLimit) -> str:
+def _recovery_reason(held: Held, name: str, pairs: Pairs, finding: Recovery, limit: AccuracyLimit) -> str:
     flips = count_flips(pairs, limit.confidence)
-    bounds = f" ({100 * finding.interval[0]:.2f}–{100 * finding.interval[1]:.2f} %)" if finding.interval else ""
+    bounds = _share_bounds(finding)
     task = held.artifact.measured.tasks[name]
     failed = task.metrics.failed + held.original.measured.tasks[name].metrics.failed
     told = f", {failed} of them failed and count 0" if failed else ""
@@ -186,12 +126,12 @@ def _recovery_reason(held: _Held, name: str, pairs: Pairs, finding: Recovery, li
     )
 
 
-def _overall(held: _Held, limit: float, recoveries: Mapping[str, Recovery], names: list[str]) -> Check:
+def _overall(held: Held, limit: float, recoveries: Mapping[str, Recovery], names: list[str]) -> Check:
     check = "accuracy.overall"
     finding = overall_recovery(list(recoveries.values()), limit)
     if finding is None or len(recoveries) < len(names):
         return held.leave_open(check, limit, "not every task could be judged, so their mean cannot be")
-    bounds = f" ({100 * finding.interval[0]:.2f}–{100 * finding.interval[1]:.2f} %)" if finding.interval else ""
+    bounds = _share_bounds(finding)
     return held.decide(
         check,
         limit,
@@ -201,7 +141,7 @@ def _overall(held: _Held, limit: float, recoveries: Mapping[str, Recovery], name
     )
 
 
-def _perplexity(held: _Held, limit: PerplexityLimit) -> Iterator[Check]:
+def _perplexity(held: Held, limit: PerplexityLimit) -> Iterator[Check]:
     check = "perplexity.max_ratio"
     names = held.names(PerplexityMetrics)
     if not names:
@@ -225,7 +165,7 @@ def _perplexity(held: _Held, limit: PerplexityLimit) -> Iterator[Check]:
             limit.max_ratio,
             limit.confidence,
         )
-        bounds = f" ({finding.interval[0]:.4f}–{finding.interval[1]:.4f})" if finding.interval else ""
+        bounds = bounds_told(finding.interval, finding.level, lambda value: f"{value:.4f}")
         outlook = _outlook(finding, "windows") if finding.interval else ": a single window has no spread; measure more of them"
         yield held.decide(
             check,
@@ -237,52 +177,7 @@ def _perplexity(held: _Held, limit: PerplexityLimit) -> Iterator[Check]:
         )
 
 
-def _fidelity(held: _Held, limit: FidelityLimit) -> Iterator[Check]:
-    written = {"max_kl": limit.max_kl, "max_kl_p99": limit.max_kl_p99, "min_top1": limit.min_top1}
-    for name, value in written.items():
-        if value is None:
-            continue
-        check = f"fidelity.{name}"
-        names = [task for task, found in held.original.measured.tasks.items() if _comparable(found)]
-        if not names:
-            yield held.unmeasured(check, value)
-        for task in names:
-            found = held.artifact.measured.tasks.get(task)
-            if found is None or found.fidelity is None:
-                reason = (
-                    held.skipped(task) or f"{task}: was not compared with the original; measure it against the original's record"
-                )
-                yield held.leave_open(check, value, reason, task)
-            else:
-                yield _alike(held, name, value, task, found.fidelity)
-
-
-def _comparable(task: TaskMeasurement) -> bool:
-    return not (isinstance(task.metrics, ScoreMetrics) and task.metrics.task == "adapter")
-
-
-def _alike(held: _Held, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
-    unit = fidelity.unit
-    interval: tuple[float, float] | None = None
-    if name == "min_top1":
-        value, good = fidelity.top1_agreement, fidelity.top1_agreement >= limit
-        shown = f"the same top {'token' if unit == 'token' else 'class'} for {100 * value:.2f} % of {unit}s"
-    elif name == "max_kl_p99":
-        value, good = fidelity.kl_p99, fidelity.kl_p99 <= limit
-        shown = f"KL at most {value:.5f} nats for 99 % of {unit}s"
-    else:
-        value, good, interval = fidelity.kl_mean, fidelity.kl_mean <= limit, fidelity.kl_interval
-        bounds = f" ({interval[0]:.5f}–{interval[1]:.5f})" if interval else ""
-        shown = f"mean KL {value:.5f}{bounds} nats per {unit}"
-        noise = held.original.measured.tasks[task].noise
-        shown += f" (the original asked twice: {noise.kl_mean:.5f})" if noise is not None else ""
-    outcome: Outcome = "pass" if good else "fail"
-    asked = f"{100 * limit:g} %" if name == "min_top1" else f"{limit:g}"
-    reason = f"{task}: {shown}, {fidelity.tokens:,} {unit}s; the limit is {asked}"
-    return held.decide(f"fidelity.{name}", limit, Finding(value, interval, outcome, None), reason, task)
-
-
-def _flips(held: _Held, limit: FlipsLimit) -> Iterator[Check]:
+def _flips(held: Held, limit: FlipsLimit) -> Iterator[Check]:
     check = "flips.max_share"
     names = held.names(ScoreMetrics)
     if not names:
@@ -293,15 +188,21 @@ def _flips(held: _Held, limit: FlipsLimit) -> Iterator[Check]:
             continue
         flips = count_flips(held.pairs(name), limit.confidence)
         finding = judge_flips(flips, limit.max_share)
-        bounds = f" ({100 * flips.interval[0]:.2f}–{100 * flips.interval[1]:.2f} %)"
+        noise = flips_above_noise(held.original.measured, held.artifact.measured, name, limit.confidence)
+        own = "" if noise is None else f" (the original asked again: {100 * noise.floor:.2f} %)"
+        outlook = _outlook(finding, "items")
+        if finding.outcome == "fail" and noise is not None and not noise.above:
+            finding = replace(finding, outcome="inconclusive", items_needed=None)
+            outlook = f": but it is not shown to be more than of the original itself (p = {noise.p_value:.2g})"
+        bounds = _share_bounds(finding)
         reason = (
-            f"{name}: {flips.lost} lost and {flips.gained} gained of {flips.items:,} items, {100 * flips.share:.2f} %{bounds}; the "
-            f"limit is {100 * limit.max_share:g} %{_outlook(finding, 'items')}"
+            f"{name}: {flips.lost} lost and {flips.gained} gained of {flips.items:,} items, {100 * flips.share:.2f} %{bounds}{own}"
+            f"; the limit is {100 * limit.max_share:g} %{outlook}"
         )
         yield held.decide(check, limit.max_share, finding, reason, name)
 
 
-def _liveness(held: _Held, limit: LivenessLimit) -> Check:
+def _liveness(held: Held, limit: LivenessLimit) -> Check:
     check = "liveness"
     before, after = held.original.measured.liveness, held.artifact.measured.liveness
     if before is None or after is None:
@@ -327,7 +228,7 @@ def _liveness(held: _Held, limit: LivenessLimit) -> Check:
     return held.decide(check, 0.0, found, f"{after.task}: {verdict}: {shown}", after.task)
 
 
-def _size(held: _Held, limit: SizeLimit) -> Iterator[Check]:
+def _size(held: Held, limit: SizeLimit) -> Iterator[Check]:
     before, after = held.original.bytes, held.artifact.bytes
     if limit.max_ratio is not None:
         ratio = after / before
@@ -345,6 +246,10 @@ def _size(held: _Held, limit: SizeLimit) -> Iterator[Check]:
     if limit.max_bytes is not None:
         reason = f"{after:,} bytes; the limit is {limit.max_bytes:,.0f}"
         yield held.decide("size.max_bytes", limit.max_bytes, _within(after, limit.max_bytes), reason)
+
+
+def _share_bounds(finding: Finding) -> str:
+    return bounds_told(finding.interval, finding.level, lambda value: f"{100 * value:.2f}", " %")
 
 
 def _within(value: float, limit: float) -> Finding:

@@ -20,10 +20,11 @@ from compress.eval.definition import Definition, Kind, find_definition, read_def
 from compress.eval.journal import answer_all
 from compress.eval.metrics import figures_of
 from compress.eval.normalize import normalize
-from compress.eval.results import Fidelity, QuestionItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
+from compress.eval.results import Fidelity, QuestionItem, ScoreMetrics, TaskMeasurement, again, check_pairs, read_items, write_items
 from compress.eval.task import (
     Task,
     TaskContext,
+    asked_otherwise,
     cluster_of,
     count,
     draw_questions,
@@ -34,6 +35,7 @@ from compress.eval.task import (
     total,
     warn_of_few,
 )
+from compress.eval.whole import compare_whole
 from compress.runtimes.runtime import Answer, Passage, Prompt, Score
 from compress.schema import Source
 
@@ -255,16 +257,20 @@ class Asked(Task, ABC):
         forced = spoken if part.original is None else [item.token_ids for item in part.original]
         passages = [Passage(id=prompt.id, token_ids=ids, prompt=prompt) for prompt, ids in zip(prompts, forced, strict=True)]
         scores = score_passages(context, part.name, passages)
+        scores = compare_whole(context, part.name, passages, scores, parts_of(context))
         return [
             (self._item(part, question, said, ids, score), score)
             for question, said, ids, score in zip(part.questions, answers, spoken, scores, strict=True)
         ]
 
     def ask_again(self, part: Part, context: TaskContext) -> list[Answered]:
-        """Ask a part's questions, which the original has answered, once more, and score its answers twice, to compare them."""
-        prompts, before, again = self.prompts(part), part.original or (), f"{part.name}@again"
+        """Ask a part's questions, which the original has answered, once more, and score its answers twice, to compare them.
+
+        They are asked in another order and in other batches, where it is a server that is asked.
+        """
+        prompts, before, session = self.prompts(part), part.original or (), asked_otherwise(context.session)
         limit = self.read().max_new_tokens
-        answers = answer_all(context.session, prompts, limit, context.target, again, context.progress)
+        answers = answer_all(session, prompts, limit, context.target, again(part.name), context.progress)
         passages = [
             Passage(id=item.id, token_ids=item.token_ids, prompt=prompt) for item, prompt in zip(before, prompts, strict=True)
         ]
@@ -384,11 +390,20 @@ class Asked(Task, ABC):
         part = replace(parts[0], name=self.name, questions=asked, original=first)
         answered = self.ask_again(part, context)
         fidelity = fidelity_of([score for _, score in answered])
-        return None if fidelity is None else self._with_flips(fidelity, first, [item for item, _ in answered])
+        if fidelity is None:
+            return None
+        repeated = [item for item, _ in answered]
+        write_items(context.target, again(self.name), repeated)
+        return self._with_flips(fidelity, first, repeated)
 
     def _with_flips(self, fidelity: Fidelity, original: Sequence[QuestionItem], items: Sequence[QuestionItem]) -> Fidelity:
         changed = sum(not self.same(old.said, new.said) for old, new in zip(original, items, strict=True))
         return fidelity.model_copy(update={**flips(original, items), "changed": changed})
+
+
+def parts_of(context: TaskContext) -> int:
+    """Return in how many parts a task's questions are asked."""
+    return 1 if context.stopping is None else context.stopping.looks
 
 
 def drawn(samples: int | None, seed: int) -> str:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from compress.eval.bootstrap import sum_tails
 from compress.eval.paired import Pairs
-from compress.eval.statistics import Finding, Outcome, mean_interval
+from compress.eval.statistics import Finding, Outcome, mean_interval, two_sided
 
 Floats = NDArray[np.float64]
 
@@ -69,6 +69,8 @@ def effective_items(flipped: NDArray[np.bool_], clusters: NDArray[np.int64]) -> 
 class Flips:
     """How many items' scores fell (`lost`) and rose (`gained`), the share that did either with its bounds, and whether evenly.
 
+    `level` is the confidence of the interval as a whole.
+
     `p_value` is two-sided: how often flips that go either way as likely would be as uneven.
     """
 
@@ -78,6 +80,7 @@ class Flips:
     share: float
     interval: tuple[float, float]
     p_value: float
+    level: float
 
 
 def count_flips(pairs: Pairs, confidence: float) -> Flips:
@@ -101,6 +104,7 @@ def count_flips(pairs: Pairs, confidence: float) -> Flips:
         share=share,
         interval=share_interval(share * items, items, confidence),
         p_value=p_value,
+        level=two_sided(confidence),
     )
 
 
@@ -117,7 +121,7 @@ def judge_flips(flips: Flips, limit: float) -> Finding:
         bound = high if flips.share < limit else low
         ratio = (bound - flips.share) / (limit - flips.share)
         needed = max(math.ceil(flips.items * ratio**2), flips.items + 1)
-    return Finding(flips.share, flips.interval, outcome, needed)
+    return Finding(flips.share, flips.interval, outcome, needed, level=flips.level)
 
 
 @dataclass(frozen=True)
@@ -159,4 +163,5 @@ def image_gain(right: Sequence[float], wrong: Sequence[float], clusters: Sequenc
         items=pairs.items,
         p_value=p_value,
         changed=float((pairs.original != pairs.artifact).mean()),
+        level=two_sided(confidence),
     )

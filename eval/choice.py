@@ -11,11 +11,12 @@ from pydantic import model_validator
 
 from compress.calibration.sets import Columns
 from compress.errors import DataError
-from compress.eval.asked import Answered, Asked, Part, Scorer, drawn
+from compress.eval.asked import Answered, Asked, Part, Scorer, drawn, parts_of
 from compress.eval.definition import Kind
 from compress.eval.metrics.letter import LETTERS, named_option
 from compress.eval.results import QuestionItem
 from compress.eval.task import TaskContext, score_again, score_passages
+from compress.eval.whole import compare_whole
 from compress.runtimes.runtime import Ability, Answer, Passage, Score
 
 if TYPE_CHECKING:
@@ -114,7 +115,11 @@ class Choice(Asked):
         if self.by == "generation":
             return super().ask(part, context)
         passages = self._options(part, context)
-        return self._likeliest(part, score_passages(context, part.name, passages), passages)
+        answered = self._likeliest(part, score_passages(context, part.name, passages), passages)
+        by_id = {passage.id: passage for passage in passages}
+        theirs = [by_id[f"{item.id}#{self._theirs(part, place, item)}"] for place, (item, _) in enumerate(answered)]
+        scores = compare_whole(context, part.name, theirs, [score for _, score in answered], parts_of(context))
+        return [(item, score) for (item, _), score in zip(answered, scores, strict=True)]
 
     def ask_again(self, part: Part, context: TaskContext) -> list[Answered]:
         """Ask a part's questions, or score their options, once more; see `Asked.ask_again`."""
@@ -165,6 +170,11 @@ class Choice(Asked):
     def _likelihood(self, score: Score) -> float:
         total = -float(score.negative_log_likelihood.sum())
         return total / len(score.negative_log_likelihood) if self.length_normalized else total
+
+    def _theirs(self, part: Part, place: int, item: QuestionItem) -> str:
+        """Return the letter of the option that the original finds likeliest."""
+        original = item if part.original is None else part.original[place]
+        return LETTERS[self._place(original)]
 
     def _place(self, item: QuestionItem) -> int:
         return LETTERS.index(item.said) if item.said else 0

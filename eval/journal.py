@@ -267,10 +267,11 @@ def _score_chunk(session: Session, passages: Sequence[Passage], journal: Journal
 
 
 def _packed(scores: Sequence[Score], digest: str) -> bytes:
+    at_least = any(score.at_least for score in scores)
     arrays = {
         "sizes": np.array([len(score.negative_log_likelihood) for score in scores], dtype=np.int64),
         "nll": np.concatenate([score.negative_log_likelihood for score in scores]),
-        "about": np.array(json.dumps({"digest": digest, "faults": [score.fault for score in scores]})),
+        "about": np.array(json.dumps({"digest": digest, "faults": [score.fault for score in scores], "at_least": at_least})),
     }
     if any(score.kl is not None for score in scores):
         arrays["kl"] = np.concatenate([score.kl for score in scores if score.kl is not None])
@@ -299,6 +300,7 @@ def _read_scores(path: Path, passages: Sequence[Passage], digest: str) -> list[S
             kl=columns["kl"][part] if "kl" in columns else None,
             same_top=columns["same_top"][part] if "same_top" in columns else None,
             fault=fault,
+            at_least=about["at_least"] and len(columns["nll"][part]) > 0,
         )
         for passage, part, fault in zip(passages, parts, about["faults"], strict=True)
     ]

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from compress.eval.latency_results import Estimate, Latency, ModelLatency, PointLatency
-from compress.eval.statistics import Outcome
+from compress.eval.statistics import Outcome, two_sided
 from compress.schema import Frozen
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -113,7 +113,7 @@ class MemoryLimit(Frozen):
 class LatencyFinding:
     """One limit held against one artifact at one point; `check` is the limit's place in the gate, `point` empty for memory.
 
-    `value` is None where nothing was measured; `interval` are its bounds, where it has any.
+    `value` is None where nothing was measured; `interval` are its bounds, where it has any, and `level` the confidence of both.
     """
 
     check: str
@@ -123,12 +123,17 @@ class LatencyFinding:
     limit: float
     outcome: Outcome
     reason: str
+    level: float | None = None
 
 
 def judge_latency(limit: LatencyLimit, latency: Latency, name: str) -> list[LatencyFinding]:
     """Hold every limit against an artifact at every point; what was not measured is inconclusive, never left out."""
     model = latency.artifacts.get(name)
-    found = list(_at_points(limit, latency.original, model)) if model is not None else []
+    level = two_sided(latency.settings.confidence)
+    found = [
+        replace(row, level=level) if row.interval is not None else row
+        for row in (_at_points(limit, latency.original, model) if model is not None else ())
+    ]
     unmeasured = "was not measured: there is no load; set eval.latency"
     return found or [_open(f"latency.{check}", "", value, unmeasured) for check, value in limit.limits.items()]
 

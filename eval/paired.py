@@ -134,6 +134,7 @@ def judge_pairs(pairs: Pairs, limit: float, levels: Levels) -> Recovery | None:
         p_fail=tails.smaller,
         levels=levels,
         method="bootstrap by clusters",
+        level=levels.interval,
     )
 
 
@@ -216,11 +217,12 @@ def overall_recovery(recoveries: Sequence[Recovery], limit: float) -> Finding | 
     below = math.hypot(*(recovery.value - bounds[0] for recovery, bounds in zip(recoveries, known, strict=True)))
     above = math.hypot(*(bounds[1] - recovery.value for recovery, bounds in zip(recoveries, known, strict=True)))
     interval = (value - below / len(known), value + above / len(known))
+    level = min((recovery.level for recovery in recoveries if recovery.level is not None), default=None)
     if interval[0] >= limit:
-        return Finding(value, interval, "pass", None)
+        return Finding(value, interval, "pass", None, level=level)
     if interval[1] < limit:
-        return Finding(value, interval, "fail", None)
+        return Finding(value, interval, "fail", None, level=level)
     reach, distance = (below if value > limit else above) / len(known), abs(value - limit)
     items = sum(recovery.items for recovery in recoveries)
     needed = max(math.ceil(items * (reach / distance) ** 2), items + 1) if distance > 1e-12 else None
-    return Finding(value, interval, "inconclusive", needed)
+    return Finding(value, interval, "inconclusive", needed, level=level)

@@ -13,10 +13,20 @@ from pydantic import Field, PositiveInt, model_validator
 
 from compress.calibration.sets import TextSource
 from compress.errors import DataError
-from compress.eval.results import PerplexityMetrics, TaskMeasurement, WindowItem, check_pairs, read_items, write_items
+from compress.eval.results import (
+    Fidelity,
+    PerplexityMetrics,
+    TaskMeasurement,
+    WindowItem,
+    again,
+    check_pairs,
+    read_items,
+    write_items,
+)
 from compress.eval.statistics import bounded_exp
 from compress.eval.task import Task, TaskContext, count, fidelity_of, score_again, score_passages, total, warn_of_few
-from compress.runtimes.runtime import Ability, Passage
+from compress.eval.whole import compare_whole
+from compress.runtimes.runtime import Ability, Passage, Score
 from compress.schema import Source
 
 if TYPE_CHECKING:
@@ -102,19 +112,8 @@ class Perplexity(Task):
         if context.against is not None:
             original = [item for item in read_items(context.against, self.name) if isinstance(item, WindowItem)]
             check_pairs(self.name, original, zip((passage.id for passage in passages), digests, strict=True))
-        scores = score_passages(context, self.name, passages)
-        items = [
-            WindowItem(
-                id=score.id,
-                digest=digest,
-                tokens=len(score.negative_log_likelihood),
-                nll=float(score.negative_log_likelihood.sum()),
-                kl=total(score.kl),
-                same_top=count(score.same_top),
-                fault=score.fault,
-            )
-            for score, digest in zip(scores, digests, strict=True)
-        ]
+        scores = compare_whole(context, self.name, passages, score_passages(context, self.name, passages))
+        items = _items(scores, digests)
         write_items(context.target, self.name, items)
         tokens = sum(item.tokens for item in items)
         metrics = PerplexityMetrics(
@@ -124,9 +123,17 @@ class Perplexity(Task):
             tokens=tokens,
             failed=sum(item.fault is not None for item in items),
         )
-        repeated = passages[: context.noise] if context.against is None else []
-        noise = fidelity_of(score_again(context, self.name, repeated)) if repeated else None
+        noise = self._noise(passages, digests, context)
         return TaskMeasurement(name=self.name, metrics=metrics, fidelity=fidelity_of(scores), noise=noise)
+
+    def _noise(self, passages: Sequence[Passage], digests: Sequence[str], context: TaskContext) -> Fidelity | None:
+        """Return how much the original's predictions change when it is asked once more, None where it is not."""
+        repeated = passages[: context.noise]
+        if context.against is not None or not repeated:
+            return None
+        scores = score_again(context, self.name, repeated)
+        write_items(context.target, again(self.name), _items(scores, digests[: len(repeated)]))
+        return fidelity_of(scores)
 
     def windows(self, files: Sequence[Path], original: Path) -> list[Passage]:
         """Return the text's windows as tokens of the original's tokenizer, `window` each.
@@ -151,6 +158,21 @@ class Perplexity(Task):
             Passage(id=f"window-{number:05d}", token_ids=tuple(ids[number * self.window : (number + 1) * self.window]))
             for number in range(min(whole, self.samples or whole))
         ]
+
+
+def _items(scores: Sequence[Score], digests: Sequence[str]) -> list[WindowItem]:
+    return [
+        WindowItem(
+            id=score.id,
+            digest=digest,
+            tokens=len(score.negative_log_likelihood),
+            nll=float(score.negative_log_likelihood.sum()),
+            kl=total(score.kl),
+            same_top=count(score.same_top),
+            fault=score.fault,
+        )
+        for score, digest in zip(scores, digests, strict=True)
+    ]
 
 
 def _digest(token_ids: Sequence[int]) -> str:

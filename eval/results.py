@@ -54,13 +54,29 @@ class PerplexityMetrics(Frozen):
 Metrics = Annotated[ScoreMetrics | PerplexityMetrics, Field(discriminator="task")]
 
 
+class WholeKl(Frozen):
+    """KL over the whole vocabulary, estimated for all of a task's tokens from `tokens` of them, drawn by lot.
+
+    Each bound of `kl_interval` holds with 95 % confidence (`interval_level` is that of both together); with 95 %, too, the 99th
+    percentile is at most `kl_p99_at_most`. Both are None where too few tokens were drawn.
+    """
+
+    tokens: int
+    kl_mean: float
+    kl_interval: tuple[float, float] | None
+    kl_p99_at_most: float | None
+    interval_level: float = 0.9
+
+
 class Fidelity(Frozen):
     """How alike an artifact's predictions are to the original's on the same tokens, or images where `unit` says so.
 
-    `kl_mean` and `kl_p99` are of KL(original ‖ artifact) per token in nats, `kl_interval` the bounds of the mean, each with
-    95 % confidence, by windows or answers (None for a single one); `top1_agreement` is the share of tokens where both put the
-    same one first. Of a VQA task, the original's own answers are the tokens. `lost` items score less than they did (were right, are
-    wrong), `gained` ones more, and of `changed` ones the (normalized) answer is another.
+    `kl_mean` and `kl_p99` are of KL(original ‖ artifact) per token in nats, `kl_interval` the bounds of the mean, each with 95 %
+    confidence, so that they are a 90 % interval (`interval_level`), by windows or answers (None for a single one). Where
+    `at_least`, they are over the likeliest tokens and the rest as one, which bounds KL from below; `whole` is then what tokens
+    drawn by lot say of the KL over the whole vocabulary, None where the runtime gives none. `top1_agreement` is the share of
+    tokens where both put the same one first. Of a VQA task, the original's own answers are the tokens. `lost` items score less
+    than they did (were right, are wrong), `gained` ones more, and of `changed` ones the (normalized) answer is another.
     """
 
     unit: Unit = "token"
@@ -69,13 +85,16 @@ class Fidelity(Frozen):
     kl_p99: float
     kl_interval: tuple[float, float] | None
     top1_agreement: float
+    at_least: bool = False
+    whole: WholeKl | None = None
+    interval_level: float = 0.9
     lost: int | None = None
     gained: int | None = None
     changed: int | None = None
 
 
 class TaskMeasurement(Frozen):
-    """One task's figures; `fidelity` is None for the original, `noise` is the original's, asked once more, for it alone.
+    """One task's figures; `fidelity` is None for the original, `noise` is the original's, asked again otherwise, for it alone.
 
     Where items were drawn in `looks` parts, `look` is after which of them it was settled.
     """
@@ -206,6 +225,8 @@ class Measured:
     liveness: Liveness | None = None
     liveness_items: tuple[LivenessItem, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
+    again: Mapping[str, tuple[AnyItem, ...]] = field(default_factory=lambda: dict[str, tuple[AnyItem, ...]]())
+    """Of the original, the items that were asked again."""
 
     def scored(self, name: str) -> tuple[ScoredItem, ...]:
         """Return the items of a task that are answered, with their scores."""
@@ -223,6 +244,11 @@ class Measured:
 def items_path(folder: Path, name: str) -> Path:
     """Return where a measurement's folder holds a task's items."""
     return folder / f"items-{name}.parquet"
+
+
+def again(name: str) -> str:
+    """Return what a task's items that are asked again go by; no task has such a name."""
+    return f"{name}@again"
 
 
 def write_items(folder: Path, name: str, items: Sequence[AnyItem | LivenessItem]) -> None:
@@ -287,6 +313,7 @@ def read_measured(folder: Path) -> Measured:
         liveness=measurement.liveness,
         skipped=measurement.skipped,
         liveness_items=read_liveness(folder) if measurement.liveness is not None else (),
+        again={task.name: read_items(folder, again(task.name)) for task in measurement.tasks if task.noise is not None},
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import NormalDist
 from typing import Literal
 
@@ -54,6 +54,8 @@ class Finding:
     interval: tuple[float, float] | None
     outcome: Outcome
     items_needed: int | None
+    level: float | None = field(default=None, kw_only=True)
+    """The confidence of the interval as a whole: of two bounds with 95 % each, 90 %."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,11 @@ class Levels:
     def at(cls, confidence: float) -> Levels:
         """Return the levels at which both verdicts hold with `confidence`."""
         return cls(1 - confidence, 1 - confidence)
+
+    @property
+    def interval(self) -> float:
+        """The confidence of an interval of both bounds: each may err at its own end."""
+        return 1 - self.passing - self.failing
 
     def outcome(self, p_pass: float, p_fail: float) -> Outcome:
         """Return the verdict that these one-sided p-values give."""
@@ -191,6 +198,7 @@ def judge_counts(counts: PairedCounts, limit: float, levels: Levels) -> Recovery
         p_fail=p_fail,
         levels=levels,
         method="score test",
+        level=levels.interval,
     )
 
 
@@ -224,6 +232,11 @@ def clustered_mean(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> tup
     return mean, math.sqrt(clusters / (clusters - 1) * float((residuals**2).sum())) / total
 
 
+def two_sided(confidence: float) -> float:
+    """Return the confidence of an interval whose bounds hold with `confidence` each."""
+    return 2 * confidence - 1
+
+
 def mean_interval(sums: NDArray[np.float64], sizes: NDArray[np.float64], confidence: float) -> tuple[float, float] | None:
     """Return the bounds of the mean over all tokens, each with `confidence`, by Student's t over clusters; None for one."""
     mean, error = clustered_mean(sums, sizes)
@@ -254,7 +267,7 @@ def judge_perplexity(
     needed = None
     if outcome == "inconclusive":
         needed = _windows_to_settle(abs(mean - math.log(limit)), error * math.sqrt(len(change)), len(change), confidence)
-    return Finding(bounded_exp(mean), bounds, outcome, needed)
+    return Finding(bounded_exp(mean), bounds, outcome, needed, level=two_sided(confidence))
 
 
 @dataclass(frozen=True)
@@ -274,19 +287,22 @@ def above_floor(
     clusters: NDArray[np.int64],
     confidence: float,
 ) -> Excess:
-    """Tell whether the artifact's mean KL per token is above that of the original asked twice, with `confidence`.
+    """Tell whether the artifact's mean KL per token is above that of the original asked again, with `confidence`.
 
-    Both give per item, in the same order, the sum over its tokens and the number of its tokens; items of one cluster may depend.
-    The difference of the two means is linearised by clusters and held against Student's t.
+    Both give per item, in the same order, the sum over its tokens and the number of its tokens, both 0 where an item was not asked;
+    items of one cluster may depend. The difference of the two means is linearised by clusters and held against Student's t, with
+    the degrees of freedom of the one that has fewer clusters.
     """
     codes = np.unique(clusters, return_inverse=True)[1]
     means: list[float] = []
     residuals: list[NDArray[np.float64]] = []
+    asked: list[int] = []
     for sums, tokens in (artifact, floor):
         total = float(tokens.sum())
         means.append(float(sums.sum()) / total)
         residuals.append(np.bincount(codes, sums - means[-1] * tokens).astype(np.float64) / total)
-    count = len(residuals[0])
+        asked.append(int((np.bincount(codes, tokens) > 0).sum()))
+    count = min(asked)
     difference = means[0] - means[1]
     if count < 2:
         return Excess(means[0], means[1], None, 1.0, above=False)

@@ -17,10 +17,11 @@ from pydantic import Field
 from compress.calibration.sets import QuestionSource, Rows, TextSource
 from compress.errors import CheckpointError
 from compress.eval.journal import Journal, score_all
-from compress.eval.results import Fidelity, ScoredItem, TaskMeasurement, Unit
+from compress.eval.results import Fidelity, ScoredItem, TaskMeasurement, Unit, again
 from compress.eval.statistics import mean_interval
+from compress.eval.whole import summarise
 from compress.progress import Progress
-from compress.runtimes.runtime import Ability, Passage, Score, Session, unscored
+from compress.runtimes.runtime import Ability, AskedOtherwise, Passage, Score, Session, unscored
 from compress.schema import Frozen
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class TaskContext:
     `session` runs the model that is measured; `original` is the original's checkpoint folder, whose tokenizer and end tokens
     count for every artifact; `files` hold the task's data, in order; items are written to `target`. `against` is the folder
     that measuring the original wrote, None where the original itself is measured. With `stopping`, items are drawn in
-    parts until it is settled. Of the original, the first `noise` items are asked twice more, to see how much an answer changes by
-    itself.
+    parts until it is settled. Of the original, the first `noise` items are asked twice more, the second time in another order and
+    in other batches, to see how much an answer changes by itself.
     """
 
     session: Session
@@ -129,11 +130,13 @@ class Task(Frozen, ABC):
         """
 
 
-def score_passages(context: TaskContext, name: str, passages: Sequence[Passage], against: str | None = None) -> list[Score]:
+def score_passages(
+    context: TaskContext, name: str, passages: Sequence[Passage], against: str | None = None, session: Session | None = None
+) -> list[Score]:
     """Score a task's passages: the original's predictions are recorded as `name`, an artifact's compared with that record.
 
-    With `against`, they are compared with what this very measurement recorded under that name. Where the session gives no scores,
-    or nothing was recorded of the original, the scores are empty.
+    With `against`, they are compared with what this very measurement recorded under that name. Another `session` of the same model
+    may be asked. Where it gives no scores, or nothing was recorded of the original, the scores are empty.
 
     Raises:
         CheckpointError: the score of a passage is missing or not finite; names it.
@@ -146,7 +149,7 @@ def score_passages(context: TaskContext, name: str, passages: Sequence[Passage],
     if "scores" not in context.session.offers or (theirs is not None and passages and not theirs.is_dir()):
         return [unscored(passage.id, None, compared=False) for passage in passages]
     journal = Journal(context.target, name, None if theirs is not None else record, theirs)
-    scores = score_all(context.session, passages, journal, context.progress)
+    scores = score_all(session or context.session, passages, journal, context.progress)
     for score in scores:
         missing = theirs is not None and (score.kl is None or score.same_top is None)
         if missing or not np.isfinite(score.negative_log_likelihood).all():
@@ -159,11 +162,19 @@ def score_passages(context: TaskContext, name: str, passages: Sequence[Passage],
 def score_again(context: TaskContext, name: str, passages: Sequence[Passage]) -> list[Score]:
     """Score passages twice and compare the second time with the first: how far the original's predictions are its own.
 
+    The second time they are asked in another order and in other batches, where it is a server that is asked: one that is asked the
+    same in the same way may say the same to the bit, and its numbers still depend on what they are computed with.
+
     Raises:
         CheckpointError: as `score_passages` does.
     """
     score_passages(context, f"{name}@noise", passages)
-    return score_passages(context, f"{name}@again", passages, against=f"{name}@noise")
+    return score_passages(context, again(name), passages, f"{name}@noise", asked_otherwise(context.session))
+
+
+def asked_otherwise(session: Session) -> Session:
+    """Return what asks the same model in another order and in other batches; the session itself where nothing depends on these."""
+    return session.otherwise() if isinstance(session, AskedOtherwise) else session
 
 
 def draw_questions(
@@ -229,17 +240,31 @@ def fidelity_of(scores: Sequence[Score], unit: Unit = "token") -> Fidelity | Non
     kept = [(kl, same) for kl, same in compared if kl is not None and same is not None and len(kl)]  # none where an item failed
     if not kept:
         return None
-    sums = np.array([kl.sum() for kl, _ in kept], dtype=np.float64)
+    lower, whole, weights = _whole_of(scores)
+    at_least = any(score.at_least for score in scores)
+    if at_least and not np.isnan(whole).any():  # every token was drawn: nothing is left to be bounded
+        at_least, lower = False, whole
+    ends = np.cumsum([len(kl) for kl, _ in kept])
+    sums = np.array([part.sum() for part in np.split(lower, ends[:-1])], dtype=np.float64)
     sizes = np.array([len(kl) for kl, _ in kept], dtype=np.float64)
-    every = np.concatenate([kl for kl, _ in kept])
     return Fidelity(
         unit=unit,
-        tokens=len(every),
-        kl_mean=float(every.mean()),
-        kl_p99=float(np.quantile(every, 0.99)),
+        tokens=len(lower),
+        kl_mean=float(lower.mean()),
+        kl_p99=float(np.quantile(lower, 0.99)),
         kl_interval=_not_negative(mean_interval(sums, sizes, FIDELITY_CONFIDENCE)),
         top1_agreement=float(np.concatenate([same for _, same in kept]).mean()),
+        at_least=at_least,
+        whole=summarise(lower, whole, weights) if at_least and not np.isnan(whole).all() else None,
     )
+
+
+def _whole_of(scores: Sequence[Score]) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    """Return, over all compared tokens, KL, KL over the whole vocabulary where it was asked (else nan), and the weights."""
+    compared = [(score, score.kl) for score in scores if score.kl is not None and len(score.kl)]
+    wholes = [np.full(len(kl), np.nan) if score.whole is None else score.whole for score, kl in compared]
+    weights = [np.full(len(kl), score.weight) for score, kl in compared]
+    return np.concatenate([kl for _, kl in compared]), np.concatenate(wholes), np.concatenate(weights)
 
 
 def _not_negative(interval: tuple[float, float] | None) -> tuple[float, float] | None:

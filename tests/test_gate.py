@@ -92,7 +92,7 @@ def test_accuracy_that_is_kept_passes() -> None:
     low, high = (f"{100 * bound:.2f}" for bound in check.interval)
     assert (
         check.reason
-        == f"scenes: recovery 100.00 % ({low}–{high} %) of 400 items, 1 lost and 1 gained (as uneven by chance: p = 1); "
+        == f"scenes: recovery 100.00 % (90% interval {low}–{high} %) of 400 items, 1 lost and 1 gained (as uneven by chance: p = 1); "
         "the limit is 97 %"
     )
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from compress.errors import UsageError
-from compress.runtimes.runtime import Ability, OpenContext, Runtime, Served, Session
+from compress.runtimes.runtime import WHOLE_TOKENS, Ability, OpenContext, Runtime, Served, Session
 from compress.runtimes.vllm import Vllm
 from compress.schema import Frozen
 
@@ -39,10 +39,11 @@ class Endpoint(Runtime):
     `original` and `artifacts`, by the names of the recipe's exports, say where each is served: what is deployed there is measured,
     whatever the run has made here. The key is in the environment variable `key_variable`. `images: false` is for a server that
     takes text alone: questions about images are not asked there. A request may take `request_seconds`; a server that does not
-    answer at all is waited for `startup_seconds`. `top_logprobs` is as in `vllm`.
+    answer at all is waited for `startup_seconds`. `top_logprobs` and `whole_tokens` are as in
+    `vllm`.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     kl_definition: ClassVar[str] = Vllm.kl_definition
     incidental: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds", "key_variable"})
     serves: ClassVar[bool] = True
@@ -57,6 +58,7 @@ class Endpoint(Runtime):
     request_seconds: PositiveInt = 120
     startup_seconds: PositiveInt = 300
     top_logprobs: PositiveInt = 20
+    whole_tokens: NonNegativeInt = WHOLE_TOKENS
 
     @model_validator(mode="after")
     def _check_names(self) -> Endpoint:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
+from copy import copy
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +22,17 @@ from compress.runtimes.exchange import AnswerError, exchange, models_of
 from compress.runtimes.openai_client import Address, Asker, ItemError, denied, open_client, read_key, refusal_of, shown
 from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, OpenContext, Passage, Picture, Prompt, Score, Served
 from compress.runtimes.vllm_server import stop_tokens
-from compress.runtimes.vllm_session import Asking, Endpoint, Tokens, VllmSession, answer_text, messages, patience_of
+from compress.runtimes.vllm_session import (
+    Asking,
+    Endpoint,
+    Order,
+    Tokens,
+    VllmSession,
+    answer_text,
+    messages,
+    other_concurrency,
+    patience_of,
+)
 
 _DENIED = {401, 403}
 _ABSENT = {404, 405, 501}
@@ -39,6 +50,7 @@ class EndpointSession:
     def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
         self.endpoint = endpoint
         self._concurrency = settings.concurrency
+        self._order: Order | None = None
         self._asker = Asker(endpoint.client, endpoint.address, patience_of(settings), endpoint.check)
 
     def close(self) -> None:
@@ -60,7 +72,13 @@ class EndpointSession:
             text = self._asker.post("/v1/chat/completions", body, lambda content: _text(content, max_new_tokens))
             return Answer(id=prompt.id, text=text, token_ids=())
 
-        return Asking(self._asker, self._concurrency, progress).answers(prompts, ask, each)
+        return Asking(self._asker, self._concurrency, progress, self._order).answers(prompts, ask, each)
+
+    def otherwise(self) -> EndpointSession:
+        """Return a session that asks the same server in another order and with another number of requests at once."""
+        other = copy(self)
+        other._order, other._concurrency = Order.drawn(), other_concurrency(self._concurrency)
+        return other
 
     def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
         """Refuse to score given tokens.

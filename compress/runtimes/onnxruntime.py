@@ -6,10 +6,10 @@ from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt
 
 from compress.errors import MissingError
-from compress.runtimes.runtime import Ability, OpenContext, Prompt, Runtime, Served, Session
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Ability, OpenContext, Prompt, Runtime, Served, Session
 
 if TYPE_CHECKING:
     from compress.eval.latency import LoadPoint
@@ -30,18 +30,18 @@ class Onnxruntime(Runtime):
     float16 elsewhere), so that both are measured in one runtime. `providers` compute in that order of preference, each what the
     ones before it cannot; auto is CUDA where it can be used, and else the CPU. `threads` is for a CPU; left out, all its cores.
     `tokens_per_batch` bounds what is computed at once, the answers still to come included; a single prompt may be longer.
-    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart.
+    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart, `whole_tokens` at how many
+    tokens of a task it is over the whole vocabulary too.
 
     Latency is measured of a server of its own on loopback, at `port` or a free one, which makes one answer after the other: what
     is asked meanwhile waits. It may take `startup_seconds` to load, and one request `request_seconds`.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores", "comparison"})
     kl_definition: ClassVar[str] = (
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise), the "
-        "token that stands there, and one bucket for all others. Merging tokens only lowers KL: this is a lower bound of the KL "
-        "over the whole vocabulary"
+        f"token that stands there, and one bucket for all others. {LOWER_BOUND}"
     )
     incidental: ClassVar[frozenset[str]] = frozenset({"threads", "port", "startup_seconds", "request_seconds"})
     pace: ClassVar[frozenset[str]] = frozenset({"threads"})
@@ -53,6 +53,7 @@ class Onnxruntime(Runtime):
     dtype: Literal["auto", "float32", "float16"] = "auto"
     tokens_per_batch: PositiveInt = 4096
     top_logprobs: PositiveInt = 20
+    whole_tokens: NonNegativeInt = WHOLE_TOKENS
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     startup_seconds: PositiveInt = 600
     request_seconds: PositiveInt = 600
@@ -107,7 +108,7 @@ class Onnxruntime(Runtime):
         from compress.runtimes.onnxruntime_session import Settings
 
         providers = None if self.providers == "auto" else self.providers
-        return Settings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs)
+        return Settings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs, self.whole_tokens)
 
 
 def _installed() -> dict[str, str]:

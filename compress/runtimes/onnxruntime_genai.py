@@ -5,10 +5,10 @@ from __future__ import annotations
 from contextlib import AbstractContextManager
 from typing import ClassVar, Literal
 
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from compress.runtimes.environment import require
-from compress.runtimes.runtime import OpenContext, Runtime, Session
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, OpenContext, Runtime, Session
 
 ENVIRONMENT = "onnxruntime-genai"
 """What its environment is installed as."""
@@ -22,19 +22,21 @@ class OnnxruntimeGenai(Runtime):
 
     It runs in an environment and a process of its own. The original is exported first, in float32, to a folder that is removed
     afterwards, so that both are measured in one runtime. Loading may take `startup_seconds`, one prompt `request_seconds`.
-    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart.
+    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart, `whole_tokens` at how many
+    tokens of a task it is over the whole vocabulary too.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     kl_definition: ClassVar[str] = (
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise) and one "
         "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "
-        "both. Merging tokens only lowers KL: this is a lower bound of the KL over the whole vocabulary"
+        f"both. {LOWER_BOUND}"
     )
     incidental: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds"})
 
     runtime: Literal["onnxruntime-genai"]
     top_logprobs: PositiveInt = 20
+    whole_tokens: NonNegativeInt = WHOLE_TOKENS
     startup_seconds: PositiveInt = 600
     request_seconds: PositiveInt = 600
 

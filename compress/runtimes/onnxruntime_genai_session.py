@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -54,15 +55,17 @@ class Request:
     """What the worker is asked: an answer to a prompt, or how given tokens are predicted after it (None: from their own start).
 
     `images` are files; `forbidden` are tokens that no answer may hold, `top` is how many of the likeliest are told.
+    At the scored tokens of these numbers in `whole`, a request of kind `whole` tells the whole vocabulary's log-probabilities.
     """
 
-    kind: Literal["answer", "score"]
+    kind: Literal["answer", "score", "whole"]
     text: str | None
     images: list[str]
     max_new_tokens: int = 0
     forbidden: tuple[int, ...] = ()
     tokens: tuple[int, ...] = ()
     top: int = 0
+    whole: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -108,7 +111,7 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
         model = Model(load_processor(folder, context.trust_remote_code), family, stop_tokens(folder), family.placeholders(config))
         pictures = temporary / "images"
         pictures.mkdir()
-        yield OnnxruntimeGenaiSession(worker, model, pictures, runtime.top_logprobs)
+        yield OnnxruntimeGenaiSession(worker, model, pictures, runtime)
 
 
 def _export(context: OpenContext, target: Path) -> Path:
@@ -207,11 +210,12 @@ class OnnxruntimeGenaiSession:
     offers: frozenset[Ability] = frozenset({"text", "scores"})
     block: int | None = None
 
-    def __init__(self, worker: Worker, model: Model, pictures: Path, top: int) -> None:
+    def __init__(self, worker: Worker, model: Model, pictures: Path, runtime: OnnxruntimeGenai) -> None:
         self._worker = worker
         self._model = model
         self._pictures = pictures
-        self._top = top
+        self._top = runtime.top_logprobs
+        self.whole_tokens = runtime.whole_tokens
 
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
@@ -251,6 +255,24 @@ class OnnxruntimeGenaiSession:
             write_record(record, passages, [[] if isinstance(row, str) else row for row in found], self._top)
         return scores_of(passages, found, original)
 
+    def distributions(
+        self, passages: Sequence[Passage], places: Sequence[tuple[int, int]], progress: Progress
+    ) -> list[NDArray[np.float32] | None]:
+        """Return how each place is predicted over the whole vocabulary; see `WholeVocabulary`.
+
+        Raises:
+            ServerError: the process ended, or does not answer any more.
+        """
+        found: dict[tuple[int, int], NDArray[np.float32]] = {}
+        with progress.task("whole vocabulary", len(places), "tokens") as advance:
+            for passage in dict.fromkeys(passage for passage, _ in places):
+                wanted = tuple(token for each, token in places if each == passage)
+                told = self._scored(passages[passage], "whole", whole=wanted)
+                for token, encoded in zip(wanted, told.get("distributions", ()), strict=False):
+                    found[passage, token] = np.frombuffer(base64.b64decode(encoded), dtype="<f4").astype(np.float32)
+                advance(len(wanted))
+        return [found.get(place) for place in places]
+
     def classify(
         self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
@@ -277,10 +299,7 @@ class OnnxruntimeGenaiSession:
         """Ask how each of a passage's tokens was predicted, one entry per scored token; or return why that cannot be told."""
         if not scored_tokens(passage):
             return []
-        if passage.prompt is None:
-            told = self._worker.ask(Request("score", None, [], tokens=passage.token_ids, top=self._top))
-        else:
-            told = self._ask(passage.prompt, "score", tokens=passage.token_ids, top=self._top)
+        told = self._scored(passage, "score", top=self._top)
         if "fault" in told:
             return _named(passage.id, told["fault"])
         return [
@@ -288,7 +307,12 @@ class OnnxruntimeGenaiSession:
             for token, value, top in told["positions"]
         ]
 
-    def _ask(self, prompt: Prompt, kind: Literal["answer", "score"], **settings: Any) -> dict[str, Any]:
+    def _scored(self, passage: Passage, kind: Literal["score", "whole"], **settings: Any) -> dict[str, Any]:
+        if passage.prompt is None:
+            return self._worker.ask(Request(kind, None, [], tokens=passage.token_ids, **settings))
+        return self._ask(passage.prompt, kind, tokens=passage.token_ids, **settings)
+
+    def _ask(self, prompt: Prompt, kind: Literal["answer", "score", "whole"], **settings: Any) -> dict[str, Any]:
         """Ask about a prompt, its images as files that are removed again."""
         paths: list[Path] = []
         try:

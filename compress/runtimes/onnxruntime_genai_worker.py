@@ -1,12 +1,14 @@
 """Runs a folder of onnxruntime-genai's: a script for that project's environment, `onnxruntime_genai_worker.py FOLDER SOCKET`.
 
 It connects to SOCKET and says `{"loaded": true}`, or `{"failed": …}` where the folder cannot be loaded. Each line that comes then
-is a request (`Request` of `onnxruntime_genai_session`), each line that goes back what came of it: `tokens` or `positions`, or a
-`fault`. It ends when the other side closes the socket. Nothing of this package is imported: it has versions of its own.
+is a request (`Request` of `onnxruntime_genai_session`), each line that goes back what came of it: `tokens`, `positions`,
+`distributions` (base64 of little-endian float32), or a `fault`. It ends when the other side closes the socket. Nothing of this
+package is imported: it has versions of its own.
 """
 
 from __future__ import annotations
 
+import base64
 import json
 import socket
 import sys
@@ -51,6 +53,8 @@ class Worker:
         try:
             if request["kind"] == "answer":
                 return {"tokens": self.answer(request)}
+            if request["kind"] == "whole":
+                return {"distributions": self.whole(request)}
             return {"positions": self.score(request)}
         except _FAULTS as error:
             return {"fault": str(error)}
@@ -74,6 +78,17 @@ class Worker:
     def score(self, request: dict[str, Any]) -> list[list[Any]]:
         """Return each given token with its log-probability, and the likeliest with theirs: [token, value, [[token, value], …]]."""
         tokens = cast("list[int]", request["tokens"])
+        logits = self._logits(request, tokens)
+        targets = tokens[len(tokens) - len(logits) :]
+        return [_position(row, token, int(request["top"])) for row, token in zip(logits, targets, strict=True)]
+
+    def whole(self, request: dict[str, Any]) -> list[str]:
+        """Return how the scored tokens of the numbers asked for are predicted: the whole vocabulary's log-probabilities."""
+        logits = self._logits(request, cast("list[int]", request["tokens"]))
+        return [base64.b64encode(_log_softmax(logits[place]).astype("<f4").tobytes()).decode() for place in request["whole"]]
+
+    def _logits(self, request: dict[str, Any], tokens: list[int]) -> np.ndarray[Any, Any]:
+        """Return the logits [scored tokens, vocabulary] of given tokens: all after a prompt, all but the first without one."""
         inputs, length = self._inputs(request)
         given = inputs["input_ids"].as_numpy() if request["text"] is not None else np.empty((1, 0), np.int32)
         length = given.shape[1]
@@ -81,9 +96,7 @@ class Worker:
         whole = np.concatenate([given, np.array([tokens], dtype=given.dtype)], axis=1)
         inputs["input_ids"] = _GENAI.Tensor(np.ascontiguousarray(whole))
         logits = self._generator(inputs, whole.shape[1] + 1).get_output("logits")[0].astype(np.float64)
-        first = length - 1 if length else 0
-        targets = tokens if length else tokens[1:]
-        return [_position(row, token, int(request["top"])) for row, token in zip(logits[first:-1], targets, strict=True)]
+        return logits[length - 1 if length else 0 : -1]
 
     def _inputs(self, request: dict[str, Any]) -> tuple[Any, int]:
         """Return what the model reads of a prompt, and how many tokens that is."""
@@ -107,10 +120,14 @@ class Worker:
 
 
 def _position(row: np.ndarray[Any, Any], token: int, top: int) -> list[Any]:
-    logs = row - row.max()
-    logs -= np.log(np.exp(logs).sum())
+    logs = _log_softmax(row)
     likeliest = np.argsort(-logs, kind="stable")[:top]
     return [token, float(logs[token]), [[int(place), float(logs[place])] for place in likeliest]]
+
+
+def _log_softmax(row: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    logs = row - row.max()
+    return logs - np.log(np.exp(logs).sum())
 
 
 def main(folder: str, address: str) -> None:

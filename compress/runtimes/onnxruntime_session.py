@@ -60,6 +60,7 @@ class Settings:
     dtype: str
     tokens_per_batch: int
     top_logprobs: int
+    whole_tokens: int
 
 
 class Spoken(NamedTuple):
@@ -131,7 +132,7 @@ def load(folder: Path, context: OpenContext, settings: Settings, engine: Engine)
     stops, pad_id = stops_and_pad(artifact, processor, load_config(artifact, trusted).get_text_config())
     encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(artifact))
     if family.head is None:
-        return OnnxruntimeSession(encoder, _towers(folder, engine), stops, settings.top_logprobs)
+        return OnnxruntimeSession(encoder, _towers(folder, engine), stops, settings)
     graphs = Graphs.load(folder, engine)
     cached = {value.dtype for name, value in graphs.decoder.inputs.items() if name.startswith(PAST)}
     if engine.device != "cpu" and np.dtype(np.float32) in cached:
@@ -141,7 +142,7 @@ def load(folder: Path, context: OpenContext, settings: Settings, engine: Engine)
         )
     rope = find_rope(artifact, graphs.decoder, trusted)
     preparer = Preparer(graphs, encoder, family.placeholders(read_config(artifact)), rope)
-    return OnnxruntimeSession(encoder, preparer, stops, settings.top_logprobs)
+    return OnnxruntimeSession(encoder, preparer, stops, settings)
 
 
 class OnnxruntimeSession:
@@ -149,11 +150,12 @@ class OnnxruntimeSession:
 
     block: int | None = 64
 
-    def __init__(self, encoder: Encoder, model: Preparer | Towers, stops: tuple[int, ...], top: int) -> None:
+    def __init__(self, encoder: Encoder, model: Preparer | Towers, stops: tuple[int, ...], settings: Settings) -> None:
         self._encoder = encoder
         self._model: Preparer | Towers | None = model
         self._stops = stops
-        self._top = top
+        self._top = settings.top_logprobs
+        self.whole_tokens = settings.whole_tokens
 
     @property
     def offers(self) -> frozenset[Ability]:
@@ -243,8 +245,7 @@ class OnnxruntimeSession:
         recorded: dict[int, list[Position]] = {}
         scores = [score_of(passage.id, [], None if original is None else []) for passage in passages]
         faults: dict[int, str] = {}
-        vocabulary = int(preparer.graphs.decoder.outputs["logits"].shape[2])
-        encoder = replace(self._encoder, tokens_per_batch=min(self._encoder.tokens_per_batch, _LOGITS_AT_ONCE // vocabulary))
+        encoder = self._for_scores(preparer)
         with progress.task("score", sum(len(scored_tokens(passage)) for passage in passages), "tokens") as advance:
             for batch in encoder.passages(passages, faults):
                 for place, logits in _scored_logits(preparer, batch, passages):
@@ -259,6 +260,29 @@ class OnnxruntimeSession:
         for place, words in faults.items():
             scores[place] = unscored(passages[place].id, words, compared=original is not None)
         return scores
+
+    def distributions(
+        self, passages: Sequence[Passage], places: Sequence[tuple[int, int]], progress: Progress
+    ) -> list[NDArray[np.float32] | None]:
+        """Return how each place is predicted over the whole vocabulary; see `WholeVocabulary`.
+
+        Raises:
+            UsageError: the model writes no text.
+            CheckpointError: the graphs cannot be run.
+            MissingError: there is too little memory.
+        """
+        preparer = self.preparer()
+        chosen = list(dict.fromkeys(passage for passage, _ in places))
+        own = [passages[place] for place in chosen]
+        found: dict[int, NDArray[np.float32]] = {}
+        with progress.task("whole vocabulary", len(places), "tokens") as advance:
+            for batch in self._for_scores(preparer).passages(own, {}):
+                for place, logits in _scored_logits(preparer, batch, own):
+                    wanted = [(at, token) for at, (passage, token) in enumerate(places) if passage == chosen[place]]
+                    rows = torch.from_numpy(logits[[token for _, token in wanted]]).to(torch.float64).log_softmax(dim=1)
+                    found |= {at: row.to(torch.float32).numpy() for (at, _), row in zip(wanted, rows, strict=True)}
+                    advance(len(wanted))
+        return [found.get(place) for place in range(len(places))]
 
     def classify(
         self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
@@ -290,6 +314,11 @@ class OnnxruntimeSession:
         """
         check_writes(self._encoder.family)
         return cast("Preparer", self._model)
+
+    def _for_scores(self, preparer: Preparer) -> Encoder:
+        """Return what makes batches of passages small enough for the logits of all their tokens."""
+        vocabulary = int(preparer.graphs.decoder.outputs["logits"].shape[2])
+        return replace(self._encoder, tokens_per_batch=min(self._encoder.tokens_per_batch, _LOGITS_AT_ONCE // vocabulary))
 
     def _embedder(self) -> Embedder:
         check_compares(self._encoder.family)

@@ -73,7 +73,7 @@ def score_of(name: str, positions: Sequence[Position] | str, original: Sequence[
     pairs = list(zip(original, positions, strict=True))
     kl = np.array([divergence(before, after) for before, after in pairs], dtype=np.float64)
     same_top = np.array([before.top[0][0] == after.top[0][0] for before, after in pairs], dtype=np.bool_)
-    return Score(id=name, negative_log_likelihood=likelihood, kl=kl, same_top=same_top)
+    return Score(id=name, negative_log_likelihood=likelihood, kl=kl, same_top=same_top, at_least=True)
 
 
 def divergence(original: Position, other: Position) -> float:

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from compress.checkpoint import text_config
 from compress.runtimes.environment import require
-from compress.runtimes.runtime import OpenContext, Runtime, Served, Session
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, OpenContext, Runtime, Served, Session
 
 _KEYS = {"--api-key", "--hf-token"}
 """Arguments of `vllm serve` whose values are secrets. Each server that is started has a key of its own."""
@@ -52,16 +52,18 @@ class Vllm(Runtime):
     The server is started in vLLM's own environment and ended with the measurement; with `url`, one that runs already and serves
     that very folder is asked instead, with the key in the environment variable `key_variable` names. `max_model_len` is in
     tokens; left out, it is the model's own, at most 8,192. `kv_cache_gib` holds on a CPU, `gpu_memory_utilization` on a GPU.
-    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart. `arguments` go to `vllm serve`.
+    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart, `whole_tokens` at how many
+    tokens of a task it is over the whole vocabulary too (0: none; a server at a `url` must allow it by `--max-logprobs -1`).
+    `arguments` go to `vllm serve`.
 
     With `concurrency` above 1 the server batches requests as they come, which can change the last bits of a number.
     """
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
     kl_definition: ClassVar[str] = (
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise) and one "
         "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "
-        "both. Merging tokens only lowers KL: this is a lower bound of the KL over the whole vocabulary"
+        f"both. {LOWER_BOUND}"
     )
 
     incidental: ClassVar[frozenset[str]] = frozenset(
@@ -77,6 +79,7 @@ class Vllm(Runtime):
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     kv_cache_gib: PositiveInt = 2
     top_logprobs: PositiveInt = 20
+    whole_tokens: NonNegativeInt = WHOLE_TOKENS
     concurrency: PositiveInt = 8
     eager: bool = True
     startup_seconds: PositiveInt = 600

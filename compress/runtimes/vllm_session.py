@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from collections.abc import Callable, Container, Sequence
+from copy import copy
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -17,12 +18,18 @@ from compress.limits import limits
 from compress.pictures import media_type
 from compress.progress import Progress
 from compress.redaction import redact_answer
-from compress.runtimes.openai_client import Address, Asker, Patience
+from compress.runtimes.openai_client import Address, Asker, Item, ItemError, Patience, Result
 from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, Passage, Picture, Prompt, Score, scored_tokens
 from compress.runtimes.top_tokens import Position, TopRecord, position_of, scores_of, write_record
 
 _TOKENS = 1 << 31
 """More than any vocabulary has: tokens are written as 32-bit integers."""
+
+_ROUNDING = 1e-3
+"""How far above 0 a log-probability may lie by rounding."""
+
+_TOGETHER = 8
+"""How many requests at once another batch is made of where each was asked alone."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +49,8 @@ class Settings(Protocol):
     def concurrency(self) -> int: ...  # noqa: D102
     @property
     def top_logprobs(self) -> int: ...  # noqa: D102
+    @property
+    def whole_tokens(self) -> int: ...  # noqa: D102
     @property
     def request_seconds(self) -> int: ...  # noqa: D102
     @property
@@ -71,6 +80,8 @@ class VllmSession:
         self.endpoint = endpoint
         self._concurrency = settings.concurrency
         self._top = settings.top_logprobs
+        self._order: Order | None = None
+        self.whole_tokens = settings.whole_tokens
         self._stops = tokens.stops
         self._bias = {str(token): -100 for token in tokens.placeholders}
         self._asker = Asker(endpoint.client, endpoint.address, patience_of(settings), endpoint.check)
@@ -100,7 +111,13 @@ class VllmSession:
                 "/v1/chat/completions", body, lambda content: self._read(prompt, content["choices"][0], max_new_tokens)
             )
 
-        return Asking(self._asker, self._concurrency, progress).answers(prompts, ask, each)
+        return Asking(self._asker, self._concurrency, progress, self._order).answers(prompts, ask, each)
+
+    def otherwise(self) -> VllmSession:
+        """Return a session that asks the same server in another order and with another number of requests at once."""
+        other = copy(self)
+        other._order, other._concurrency = Order.drawn(), other_concurrency(self._concurrency)
+        return other
 
     def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
         """Score the passages; see `Session.score`.
@@ -112,16 +129,46 @@ class VllmSession:
         """
         original = TopRecord(against, passages, self._top) if against is not None else None
         with progress.task("score", sum(len(passage.token_ids) for passage in passages), "tokens") as advance:
-            found = self._asker.each(
-                passages,
-                self._positions,
-                lambda passage, words: words,
-                self._concurrency,
-                lambda passage, row: advance(len(passage.token_ids)),
+            asking = Asking(self._asker, self._concurrency, progress, self._order)
+            found: list[list[Position] | str] = asking.each(
+                passages, self._positions, lambda passage, words: words, lambda passage, row: advance(len(passage.token_ids))
             )
         if record is not None:
             write_record(record, passages, [[] if isinstance(row, str) else row for row in found], self._top)
         return scores_of(passages, found, original)
+
+    def distributions(
+        self, passages: Sequence[Passage], places: Sequence[tuple[int, int]], progress: Progress
+    ) -> list[NDArray[np.float32] | None]:
+        """Return how each place is predicted over the whole vocabulary; see `WholeVocabulary`.
+
+        All that stands before a place is the prompt, and the distribution that of the one token that follows: a prompt's own
+        log-probabilities could only be had of all its tokens at once, image tokens included.
+
+        Raises:
+            ServerError: the server ended or does not answer any more, or items fail one after the other.
+        """
+        if not places:
+            return []
+
+        def ask(place: tuple[int, int]) -> NDArray[np.float32]:
+            return self._distribution(passages[place[0]], place[1])
+
+        try:
+            first = ask(places[0])
+        except ItemError as error:
+            progress.warn(
+                f"{self.endpoint.address.url}: gives no whole distributions ({error}), so that KL is known from below alone; start "
+                "the server with --max-logprobs -1"
+            )
+            return [None] * len(places)
+        with progress.task("whole vocabulary", len(places), "tokens") as advance:
+            advance(1)
+            asking = Asking(self._asker, self._concurrency, progress)
+            rest: list[NDArray[np.float32] | None] = asking.each(
+                places[1:], ask, lambda place, words: None, lambda place, row: advance(1)
+            )
+        return [first, *rest]
 
     def classify(
         self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
@@ -154,16 +201,10 @@ class VllmSession:
         """Ask how each of a passage's tokens was predicted; one entry per scored token."""
         # A vocabulary may have more rows than the tokenizer has tokens, and vLLM ends when it is to spell such a one.
         sampling = {"max_tokens": 1, "temperature": 0.0, "seed": 0, "prompt_logprobs": self._top, "detokenize": False}
-        body: dict[str, Any] = {"model": self.endpoint.model, "sampling_params": sampling}
         tokens = scored_tokens(passage)
         if not tokens:
             return []
-        if passage.prompt is None:
-            body["token_ids"] = list(passage.token_ids)
-        else:
-            rendering = self._body(1) | {"messages": messages(passage.prompt)}
-            ids, features = self._asker.post("/v1/chat/completions/render", rendering, self._rendered)
-            body |= {"token_ids": [*ids, *tokens], "features": features}
+        body = self._given(passage, len(tokens), sampling)
 
         def read(content: dict[str, Any]) -> list[Position]:
             rows = cast("list[dict[str, Any] | None]", content["prompt_logprobs"] or [])[-len(tokens) :]
@@ -172,6 +213,20 @@ class VllmSession:
             return [position_of(passage.id, token, row, self._top) for token, row in zip(tokens, rows, strict=True)]
 
         return self._asker.post("/inference/v1/generate", body, read)
+
+    def _given(self, passage: Passage, count: int, sampling: dict[str, Any]) -> dict[str, Any]:
+        """Return a request for what stands before a passage's scored tokens and the first `count` of these."""
+        body: dict[str, Any] = {"model": self.endpoint.model, "sampling_params": sampling}
+        tokens = scored_tokens(passage)[:count]
+        if passage.prompt is None:
+            return body | {"token_ids": [*passage.token_ids[:1], *tokens]}
+        rendering = self._body(1) | {"messages": messages(passage.prompt)}
+        ids, features = self._asker.post("/v1/chat/completions/render", rendering, self._rendered)
+        return body | {"token_ids": [*ids, *tokens], "features": features}
+
+    def _distribution(self, passage: Passage, place: int) -> NDArray[np.float32]:
+        sampling = {"max_tokens": 1, "temperature": 0.0, "seed": 0, "logprobs": -1, "detokenize": False, "ignore_eos": True}
+        return self._asker.post("/inference/v1/generate", self._given(passage, place, sampling), _whole)
 
     def _rendered(self, content: dict[str, Any]) -> tuple[list[int], dict[str, Any] | None]:
         ids = token_ids(content["token_ids"], limits().answer_values)
@@ -182,12 +237,47 @@ class VllmSession:
 
 
 @dataclass(frozen=True)
+class Order:
+    """In which order items are asked: by lot, and each time alike."""
+
+    seed: int
+
+    @classmethod
+    def drawn(cls) -> Order:
+        """Return the order in which the original is asked again."""
+        return cls(1)
+
+    def of(self, count: int) -> list[int]:
+        """Return the places of so many items in this order."""
+        return np.random.default_rng(self.seed).permutation(count).tolist()
+
+
+def other_concurrency(concurrency: int) -> int:
+    """Return another number of requests at once, at which a server computes in other batches and by other kernels."""
+    return 1 if concurrency > 1 else _TOGETHER
+
+
+@dataclass(frozen=True)
 class Asking:
-    """How prompts are asked of a server: so many at once, and who watches."""
+    """How items are asked of a server: so many at once, in which order (None: as they stand), and who watches."""
 
     asker: Asker
     concurrency: int
     progress: Progress
+    order: Order | None = None
+
+    def each(
+        self,
+        items: Sequence[Item],
+        call: Callable[[Item], Result],
+        failed: Callable[[Item, str], Result],
+        told: Callable[[Item, Result], None],
+    ) -> list[Result]:
+        """Ask each item, and return the results in the items' own order; see `Asker.each`."""
+        places = list(range(len(items))) if self.order is None else self.order.of(len(items))
+        found = self.asker.each([items[place] for place in places], call, failed, self.concurrency, told)
+        by_place = dict(zip(places, found, strict=True))
+        return [by_place[place] for place in range(len(items))]
 
     def answers(
         self, prompts: Sequence[Prompt], ask: Callable[[Prompt], Answer], each: Callable[[Answer], None] | None
@@ -201,7 +291,7 @@ class Asking:
                     each(answer)
                 advance(1)
 
-            return self.asker.each(prompts, ask, _unanswered, self.concurrency, told)
+            return self.each(prompts, ask, _unanswered, told)
 
 
 def _unanswered(prompt: Prompt, words: str) -> Answer:
@@ -247,6 +337,21 @@ def messages(prompt: Prompt) -> list[dict[str, Any]]:
     """Return a prompt as the OpenAI API takes it: one user turn, images first, as data, then the text."""
     images = [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in prompt.images]
     return [{"role": "user", "content": [*images, {"type": "text", "text": prompt.text}]}]
+
+
+def _whole(content: dict[str, Any]) -> NDArray[np.float32]:
+    """Read the log-probabilities of a whole vocabulary, by the tokens' ids.
+
+    Raises:
+        ValueError: some are missing, or none are log-probabilities.
+    """
+    rows = cast("list[dict[str, Any]]", content["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
+    logs = np.full(len(rows), np.nan, dtype=np.float32)
+    for row in rows:
+        logs[row["token_id"]] = row["logprob"]
+    if not len(logs) or not np.isfinite(logs).all() or logs.max() > _ROUNDING:
+        raise ValueError("the distribution is not over the whole vocabulary")
+    return logs
 
 
 def _data_uri(image: bytes) -> str:

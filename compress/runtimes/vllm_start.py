@@ -115,7 +115,7 @@ def _command(runtime: Vllm, context: OpenContext, folder: Path, memory: Memory, 
     command += ["--host", "127.0.0.1", *extra, "--dtype", runtime.dtype, "--seed", "0"]
     command += ["--max-model-len", str(memory.context)]
     command += ["--gpu-memory-utilization", str(memory.share)]
-    command += ["--max-logprobs", str(runtime.top_logprobs)]
+    command += [f"--max-logprobs={-1 if runtime.whole_tokens else runtime.top_logprobs}"]  # -1: as many as the vocabulary has
     command += ["--generation-config", "vllm"]  # models ship sampling settings and penalties, which greedy decoding leaves out
     command += ["--no-enable-prefix-caching"]  # a cached prefix is computed in other pieces than a new one, and rounds otherwise
     command += ["--enable-scale-out"]  # the endpoints that take an answer as tokens
