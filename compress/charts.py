@@ -108,14 +108,30 @@ class Chart:
         return rows
 
 
-def pareto_front(points: Iterable[Point], *, larger_is_better: bool) -> tuple[Point, ...]:
-    """Return the points that no other one beats in y without being worse in x, from small x to large; a small x is better."""
+def pareto_front(points: Iterable[Point], worth: Callable[[Point], float]) -> tuple[Point, ...]:
+    """Return the points that no other one beats in worth without being worse in x, from small x to large; a small x is better.
+
+    A point whose worth is not finite is in no front.
+    """
     best: list[Point] = []
-    sign = 1 if larger_is_better else -1
-    for point in sorted(points, key=lambda point: (point.x, -sign * point.y)):
-        if math.isfinite(point.x) and math.isfinite(point.y) and (not best or sign * point.y > sign * best[-1].y):
+    for point in sorted(points, key=lambda point: (point.x, -worth(point))):
+        if math.isfinite(point.x) and math.isfinite(worth(point)) and (not best or worth(point) > worth(best[-1])):
             best.append(point)
     return tuple(best)
+
+
+def larger(point: Point) -> float:
+    """Return the worth of a point whose figure is better the larger it is."""
+    return point.y
+
+
+def near(figure: float) -> Callable[[Point], float]:
+    """Return the worth of points whose figure, above 0, is better the nearer it is to another one, as a ratio."""
+
+    def worth(point: Point) -> float:
+        return -abs(math.log(point.y / figure)) if point.y > 0 and figure > 0 and math.isfinite(point.y) else -math.inf
+
+    return worth
 
 
 def ticks(low: float, high: float, count: int = _TICKS) -> list[float]:

@@ -141,12 +141,12 @@ def _plan(options: argparse.Namespace) -> int:
 
 def _compare(options: argparse.Namespace) -> int:
     from compress import compare_formats
-    from compress.compare import compare, read_report
+    from compress.compare import compare, read_reports
     from compress.files import telling_where, write_text
 
-    comparison = compare([read_report(path) for path in options.run])
     output: Path | None = options.output
-    form = options.format or (compare_formats.SUFFIXES.get(output.suffix, "table") if output else "table")
+    form = compare_formats.format_of(output, options.format)
+    comparison = compare(read_reports(options.run, lambda message: print(f"compress: warning: {message}", file=sys.stderr)))
     if output is not None:
         with telling_where(output, making=True):
             write_text(output, compare_formats.render(comparison, form))

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, cast
 
 from pydantic import ValidationError
 
@@ -27,21 +29,27 @@ REPORT = "report.json"
 class Value:
     """A figure of one line: as measured, and how many times the original's it is; None where that says nothing.
 
-    `items` is of how many items it is where that is not of as many as the original's.
+    `items` is of how many items it is where that is not of as many as the original's; `at_least` says that it is a lower bound.
     """
 
     figure: float
     kept: float | None
     failed: int = 0
     items: int | None = None
+    at_least: bool = False
+
+    @property
+    def distance(self) -> float | None:
+        """How far the figure is from the original's, as a ratio either way; None where that is not known."""
+        return None if self.kept is None or self.kept <= 0 else abs(math.log(self.kept))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a column holds: a task's figure or a latency; `key` tells it from another of the same name.
+    """What a column holds: a task's figure, its KL or a latency; `key` tells it from another of the same name.
 
     `number` is None where no other has the name, otherwise its place among them, from 1. `share` figures are told in per cent;
-    `larger` ones are better.
+    `larger` ones are better. A perplexity is better the nearer it is to the original's: one below it is of another model too.
     """
 
     key: str
@@ -51,6 +59,12 @@ class Measure:
     larger: bool
     metric: str
     latency: bool = False
+    kl: bool = False
+
+    @property
+    def task(self) -> bool:
+        """Whether it is a task's own figure, by which lines are better or worse than others."""
+        return not self.latency and not self.kl
 
     @property
     def head(self) -> str:
@@ -119,6 +133,20 @@ def read_report(path: Path) -> Report:
         ) from error
 
 
+def read_reports(paths: Sequence[Path], warn: Callable[[str], None]) -> list[Report]:
+    """Read the reports of several runs; a folder without one, as a run that is not done leaves it, is passed over with a warning.
+
+    Raises:
+        DataError: no folder has a report, or one cannot be read.
+    """
+    without = [path for path in paths if path.is_dir() and not (path / REPORT).exists()]
+    for path in without:
+        warn(f"{path}: has no {REPORT} and is passed over; a run has one once it is done")
+    if without and len(without) == len(paths):
+        raise DataError(f"none of the {len(paths)} folders has a {REPORT}; name runs that are done")
+    return [read_report(path) for path in paths if path not in without]
+
+
 def compare(reports: Sequence[Report]) -> Comparison:
     """Put runs side by side, those of one original together, and a task's figures in one column only where it is one task.
 
@@ -139,7 +167,7 @@ def compare(reports: Sequence[Report]) -> Comparison:
         notes += _task_notes(groups[-1], own)
     if len(groups) > 1:
         notes.insert(0, f"These runs began with {len(groups)} different originals; each has a table of its own.")
-    return Comparison(tuple(groups), (*notes, *_other_notes(names, reports)))
+    return Comparison(tuple(groups), (*notes, *_gate_notes(names, reports), *_other_notes(names, reports)))
 
 
 def _names(reports: Sequence[Report]) -> list[str]:
@@ -183,6 +211,9 @@ def _measures(reports: Iterable[Report]) -> tuple[Measure, ...]:
                 metric = metrics.metric if isinstance(metrics, ScoreMetrics) else "perplexity"
                 key = _task_key(report, name)
                 found.setdefault(key, Measure(key, name, None, share=scored, larger=scored, metric=metric))
+                if any(name in (other.fidelity or {}) for other in report.rows):
+                    told = "mean KL from the original in nats"
+                    found.setdefault(_kl(key), Measure(_kl(key), f"{name} KL", None, False, False, told, kl=True))
         for label in _loads(report).values():
             metric = f"end to end p95: {label}"
             found.setdefault(label, Measure(label, "p95 latency", None, share=False, larger=False, metric=metric, latency=True))
@@ -192,7 +223,11 @@ def _measures(reports: Iterable[Report]) -> tuple[Measure, ...]:
     for measure in found.values():
         seen[measure.name] = seen.get(measure.name, 0) + 1
         numbered.append(replace(measure, number=seen[measure.name] if heads.count(measure.name) > 1 else None))
-    return tuple(sorted(numbered, key=lambda measure: measure.latency))
+    return tuple(sorted(numbered, key=lambda measure: (measure.latency, measure.kl)))
+
+
+def _kl(key: str) -> str:
+    return f"{key}/KL"
 
 
 def _loads(report: Report) -> dict[str, str]:
@@ -229,6 +264,10 @@ def _values(report: Report, row: Row, original: Row | None) -> Iterator[tuple[st
         share = kept(before, metrics) if before is not None else None
         fewer = asked(metrics) if before is not None and asked(before) != asked(metrics) else None
         yield _task_key(report, name), Value(main_figure(metrics), share, metrics.failed, fewer)
+    for name, fidelity in (row.fidelity or {}).items():
+        whole = fidelity.whole
+        kl = Value(fidelity.kl_mean, None, at_least=fidelity.at_least) if whole is None else Value(whole.kl_mean, None)
+        yield _kl(_task_key(report, name)), kl
 
 
 def _latency(report: Report, row: Row) -> dict[str, Value]:
@@ -266,7 +305,7 @@ def _alike(one: Line, other: Line) -> bool:
 
 
 def _marked(lines: Sequence[Line], measures: Sequence[Measure]) -> Iterator[Line]:
-    tasks = [measure for measure in measures if not measure.latency]
+    tasks = [measure for measure in measures if measure.task]
     for line in lines:
         yield replace(line, front=not any(_beats(other, line, tasks) for other in lines))
 
@@ -278,13 +317,18 @@ def _beats(other: Line, line: Line, tasks: Sequence[Measure]) -> bool:
         return False
     gains = [float(line.bytes - other.bytes)]
     for measure in shared:
-        gain = other.values[measure.key].figure - line.values[measure.key].figure
-        gains.append(gain if measure.larger else -gain)
+        theirs, own = other.values[measure.key], line.values[measure.key]
+        if measure.larger:
+            gains.append(theirs.figure - own.figure)
+        elif theirs.distance is None or own.distance is None:
+            return False
+        else:
+            gains.append(own.distance - theirs.distance)
     return min(gains) >= 0 and max(gains) > 0
 
 
 def _task_notes(group: Group, reports: Mapping[str, Report]) -> Iterator[str]:
-    for name in dict.fromkeys(measure.name for measure in group.measures if measure.number is not None):
+    for name in dict.fromkeys(measure.name for measure in group.measures if measure.number is not None and not measure.kl):
         parts: list[str] = []
         for measure in group.measures:
             if measure.name == name:
@@ -315,6 +359,26 @@ def _other_notes(names: Sequence[str], reports: Sequence[Report]) -> Iterator[st
             yield (
                 f"Not all were measured {what}: " + "; ".join(f"{', '.join(runs)}: {each}" for each, runs in by_told.items()) + "."
             )
+
+
+def _gate_notes(names: Sequence[str], reports: Sequence[Report]) -> Iterator[str]:
+    """Yield which limits differ between the runs' gates, so that their verdicts do not mean the same."""
+    gates = [dict(_limits(report.recipe.get("gate") or {})) for report in reports]
+    for limit in dict.fromkeys(name for gate in gates for name in gate):
+        by_value: dict[str, list[str]] = {}
+        for name, gate in zip(names, gates, strict=True):
+            by_value.setdefault(gate.get(limit, "not checked"), []).append(name)
+        if len(by_value) > 1:
+            told = "; ".join(f"{value} in {', '.join(runs)}" for value, runs in by_value.items())
+            yield f"The gates differ, so that one verdict is not the other: {limit}: {told}."
+
+
+def _limits(gate: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
+    for key, value in gate.items():
+        if isinstance(value, Mapping):
+            yield from _limits(cast("Mapping[str, Any]", value), f"{place}{key}.")
+        elif value is not None:
+            yield f"{place}{key}", f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _gpus(report: Report) -> list[str]:

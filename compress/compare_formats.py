@@ -5,13 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
-from compress.charts import Axis, Chart, Point, Series, Unit, pareto_front
+from compress.charts import Axis, Chart, Point, Series, Unit, larger, near, pareto_front
 from compress.compare import Comparison, Group, Measure, Value
-from compress.figures import milliseconds, share, size
+from compress.errors import UsageError
+from compress.figures import divergence, milliseconds, share, size
 from compress.report_charts import size_axis
 from compress.report_tables import ORIGINAL
 from compress.tabular import Column, Table, markdown
@@ -29,13 +32,29 @@ _WIDE = 400
 _FRONT = "in front"
 _NOTE = (
     "In brackets: the share of the original's size and score that is kept, and how many times its perplexity or latency. In front "
-    "is what no other line beats: as small, and in every task as good."
+    "is what no other line beats: as small, in every score as good, and in perplexity as near to the original."
 )
+
+
+def format_of(output: Path | None, given: Format | None) -> Format:
+    """Return the format that is asked for, or that a file's name says; a name without an ending is of a plain table.
+
+    Raises:
+        UsageError: the name's ending is of no format.
+    """
+    if given is not None or output is None or not output.suffix:
+        return given or "table"
+    if output.suffix not in SUFFIXES:
+        raise UsageError(
+            f"compare: {output}: {output.suffix} is none of the endings that are written, {', '.join(SUFFIXES)}; change it, or say "
+            "--format"
+        )
+    return SUFFIXES[output.suffix]
 
 
 def show_value(measure: Measure, value: Value) -> str:
     """Return a value as tables show it, with what is kept in brackets."""
-    told = _teller(measure)(value.figure)
+    told = ("at least " if value.at_least else "") + _teller(measure)(value.figure)
     against = "" if value.kept is None or value.kept == 1 else f" ({_kept(measure, value.kept)})"
     failed = f", {value.failed:,} failed" if value.failed else ""
     fewer = f", of {value.items:,} items" if value.items is not None else ""
@@ -114,14 +133,18 @@ def legend_lines(group: Group) -> list[str]:
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return one line per artifact with plain numbers; a measure has two columns: its figure, and how many times the original's."""
+    """Return one line per artifact with plain numbers; a measure has two columns: its figure, and how many times the original's.
+
+    Of KL the second says whether the first is a lower bound (1) or not (0).
+    """
     heads = ["original", "run", "artifact", "target", "runtime", "verdict", "bytes", "size_ratio", "bits_per_weight", "front"]
     measures = [(group, measure) for group in comparison.groups for measure in group.measures]
     keys = list(dict.fromkeys(measure.key for _, measure in measures))
     names: list[str] = []
     for key in keys:
         head = next(f"{measure.head}: {measure.metric}" for _, measure in measures if measure.key == key)
-        names += [head, f"{head} / original"]
+        kl = any(measure.kl for _, measure in measures if measure.key == key)
+        names += [head, f"{head}, at least" if kl else f"{head} / original"]
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([*heads, *names])
@@ -131,7 +154,10 @@ def as_csv(comparison: Comparison) -> str:
             figures: list[float | str] = []
             for key in keys:
                 value = line.values.get(key)
-                figures += ["", ""] if value is None else [value.figure, "" if value.kept is None else value.kept]
+                second = "" if value is None or value.kept is None else value.kept
+                if value is not None and key.endswith("/KL"):
+                    second = int(value.at_least)
+                figures += ["", ""] if value is None else [value.figure, second]
             writer.writerow([*plain, line.bytes, line.size_ratio, line.bits_per_weight, int(line.front), *figures])
     return buffer.getvalue()
 
@@ -177,7 +203,7 @@ def as_renderables(comparison: Comparison, width: int) -> Iterator[RenderableTyp
 def charts(group: Group) -> list[Chart]:
     """Return each task's figure against size, and against latency where that was measured: the original, and a series a run."""
     across = [measure for measure in group.measures if measure.latency]
-    tasks = [measure for measure in group.measures if not measure.latency]
+    tasks = [measure for measure in group.measures if measure.task]
     found = [_chart(group, task, None) for task in tasks]
     found += [_chart(group, task, latency) for latency in across for task in tasks]
     return [chart for chart in found if chart.drawable and any(series.name != ORIGINAL for series in chart.series)]
@@ -189,13 +215,15 @@ def _chart(group: Group, task: Measure, latency: Measure | None) -> Chart:
     for line in lines:
         value = line.values[task.key].figure
         x = line.bytes if latency is None else line.values[latency.key].figure
-        label = line.artifact if line.target == "local" else f"{line.artifact} @{line.target}"
+        name = line.artifact if line.artifact == ORIGINAL else f"{line.run}: {line.artifact}"
+        label = name if line.target == "local" else f"{name} @{line.target}"
         by_name.setdefault(ORIGINAL if line.artifact == ORIGINAL else line.run, []).append(Point(x, value, label))
     order = list(dict.fromkeys([ORIGINAL, *(line.run for line in group.lines if line.artifact != ORIGINAL)]))
     x_axis = Axis("end to end p95", milliseconds, Unit(1, " ms"), zero=True) if latency else size_axis(line.bytes for line in lines)
     unit = Unit(100, "%") if task.share else Unit()
     against = f"{task.head} against {'size' if latency is None else latency.head}"
-    front = pareto_front((point for points in by_name.values() for point in points), larger_is_better=task.larger)
+    original = next((line.values[task.key].figure for line in lines if line.artifact == ORIGINAL), math.nan)
+    front = pareto_front((point for points in by_name.values() for point in points), larger if task.larger else near(original))
     told = ", ".join(f"{point.label} {_teller(task)(point.y)} at {x_axis.show(point.x)}" for point in front)
     return Chart(
         title=against,
@@ -204,13 +232,15 @@ def _chart(group: Group, task: Measure, latency: Measure | None) -> Chart:
         y=Axis(f"{task.head}: {task.metric}", _teller(task), unit),
         series=tuple(Series(name, tuple(points), order.index(name)) for name, points in by_name.items()),
         front=front,
-        better="better: up and left" if task.larger else "better: down and left",
+        better="better: up and left" if task.larger else "better: left, and near the original",
     )
 
 
 def _teller(measure: Measure) -> Callable[[float], str]:
     if measure.latency:
         return milliseconds
+    if measure.kl:
+        return divergence
     return share if measure.share else _four_digits
 
 

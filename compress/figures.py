@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from compress.eval.results import Metrics, ScoreMetrics
+from compress.eval.results import Fidelity, Metrics, ScoreMetrics
 
 if TYPE_CHECKING:
     from compress.gate import Check
@@ -57,6 +57,21 @@ def divergence(value: float) -> str:
     return f"{value:#.2g}".rstrip(".") if value else "0"
 
 
+def kl_value(found: Fidelity) -> str:
+    """Return a mean KL: of the whole vocabulary, or the lower bound that is known of it."""
+    return divergence(found.whole.kl_mean) if found.whole is not None else bounded(found, found.kl_mean)
+
+
+def bounded(found: Fidelity, value: float) -> str:
+    """Return one of the figures over the likeliest tokens, told as the lower bound that it is."""
+    return f"{'at least ' if found.at_least else ''}{divergence(value)}"
+
+
+def level_name(level: float | None) -> str:
+    """Return what to call an interval by the confidence of both its bounds together."""
+    return "interval" if level is None else f"{100 * level:.3g}% interval"
+
+
 def rate(value: float) -> str:
     """Return a number per second with three digits that matter."""
     return f"{value:,.0f}" if abs(value) >= 100 or not value else f"{value:#.3g}".rstrip(".")
@@ -98,7 +113,7 @@ def kept_value(original: Metrics, artifact: Metrics) -> str:
 def check_values(check: Check) -> tuple[str, str, str]:
     """Return a check's value, interval and limit as tables show them; empty where there is none."""
     tell = _teller(check.check)
-    value = "" if check.value is None else tell(check.value)
+    value = "" if check.value is None else f"{'at least ' if check.at_least else ''}{tell(check.value)}"
     interval = "" if check.interval is None else "–".join(tell(bound) for bound in check.interval)
     return value, interval, _limit(check.check, check.limit)
 

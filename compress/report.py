@@ -27,7 +27,7 @@ class Row(Frozen):
     """One artifact in one runtime; `metrics` and `fidelity` hold each task's figures by the task's name.
 
     `bytes` are those on disk, `size_ratio` to the original's, `bits_per_weight` the weight files' over the original's weights.
-    `target` names where the runtime ran. `noise` is the original's alone: how alike it is to itself, asked twice.
+    `target` names where the runtime ran. `noise` is the original's alone: how alike it is to itself, asked again.
     """
 
     artifact: str

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from compress.charts import Axis, Chart, Limit, Point, Series, Unit, pareto_front
+from compress.charts import Axis, Chart, Limit, Point, Series, Unit, larger, near, pareto_front
 from compress.eval.results import Metrics, ScoreMetrics
 from compress.figures import asked, main_figure, metric_value, milliseconds, share, size
 from compress.report_latency import models_of, shapes_of
@@ -101,7 +102,8 @@ def _chart(report: Report, rows: Sequence[Row], name: str, across: _Place, style
         )
         for row, found, x in measured
     )
-    larger = isinstance(measured[0][1], ScoreMetrics)
+    scored = isinstance(measured[0][1], ScoreMetrics)
+    worth = larger if scored else near(main_figure(before) if before is not None else math.nan)
     points = [point for each in series for point in each.points]
     told = "; ".join(f"{row.artifact} {metric_value(found)} at {across.axis.show(x)}" for row, found, x in measured)
     return Chart(
@@ -110,9 +112,9 @@ def _chart(report: Report, rows: Sequence[Row], name: str, across: _Place, style
         x=across.axis,
         y=task_axis(name, measured[0][1]),
         series=series,
-        front=pareto_front(points, larger_is_better=larger),
+        front=pareto_front(points, worth),
         limits=tuple(_limits(report, rows, name, before, original if across.title == "size" else None)),
-        better="better: up and left" if larger else "better: down and left",
+        better="better: up and left" if scored else "better: left, and near the original",
     )
 
 

@@ -11,7 +11,7 @@ import yaml
 from compress import report_tables as tables
 from compress.charts import Chart
 from compress.eval.results import ScoreMetrics
-from compress.figures import share
+from compress.figures import kl_value, share
 from compress.gallery import Card, Gallery
 from compress.gate import Outcome
 from compress.page import Entry, Figure, figures, legend, render_page
@@ -255,7 +255,7 @@ def _flips(gallery: Gallery) -> Iterator[Part]:
 def _widths(stage: str, widths: Widths, report: Report) -> Iterator[Part]:
     measured = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
     found = "; ".join(
-        f"{artifact}: " + ", ".join(f"{task} {fidelity.kl_mean:.2g}" for task, fidelity in by_task.items())
+        f"{artifact}: " + ", ".join(f"{task} {kl_value(fidelity)}" for task, fidelity in by_task.items())
         for artifact, by_task in measured.items()
     )
     measured_kl = f"; measured KL of {found}." if found else "."

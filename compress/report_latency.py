@@ -7,7 +7,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from compress.charts import Axis, Chart, Point, Series, Unit
 from compress.eval.latency import LoadPoint
 from compress.eval.latency_results import Estimate, Latency, ModelLatency, Percentiles, PointLatency
-from compress.figures import milliseconds, rate, size
+from compress.eval.statistics import two_sided
+from compress.figures import level_name, milliseconds, rate, size
 from compress.report_tables import ORIGINAL
 from compress.tabular import Column, Table
 
@@ -73,8 +74,8 @@ def ratio_table(latency: Latency, shape: LoadPoint) -> Table:
         if row.ratios
     ]
     note = (
-        f"Times below ×1 and rates above ×1 are better than the original's. In brackets: bounds, each with "
-        f"{latency.settings.confidence:.0%} confidence."
+        f"Times below ×1 and rates above ×1 are better than the original's. In brackets: the "
+        f"{level_name(two_sided(latency.settings.confidence))}, each bound with {latency.settings.confidence:.0%} confidence."
     )
     return Table(f"Against the original: {shape_name(shape)}", columns, tuple(lines), note).without_empty()
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from compress.eval.results import Fidelity, ScoreMetrics
-from compress.figures import asked, check_values, divergence, kept_value, metric_value, share, size
+from compress.eval.results import Fidelity, ScoreMetrics, WholeKl
+from compress.figures import asked, bounded, check_values, divergence, kept_value, level_name, metric_value, share, size
 from compress.gate import Check, Outcome
 from compress.tabular import Column, Table
 
@@ -82,18 +82,21 @@ def details_table(rows: Sequence[Row]) -> Table:
 
 def fidelity_table(rows: Sequence[Row]) -> Table:
     """Return how alike each artifact's predictions are to the original's, task by task."""
-    heads = ("KL", "95% interval", "KL p99", "same top token", "flips", "other answers")
+    levels = {found.interval_level for row in rows for found in {**(row.fidelity or {}), **(row.noise or {})}.values()}
+    named = level_name(levels.pop() if len(levels) == 1 else None)
+    heads = ("KL", named, "KL, whole vocabulary", "KL p99", "same top token", "flips", "other answers")
     columns = (Column("artifact"), Column("target"), Column("task"), *(Column(head, "number") for head in heads))
     several = several_targets(rows)
     lines = [
         (label, row.target if several else "", name, *_fidelity_cells(found))
         for row in rows
-        for label, by_task in ((row.artifact, row.fidelity), (f"{ORIGINAL}, asked twice", row.noise))
+        for label, by_task in ((row.artifact, row.fidelity), (f"{ORIGINAL}, asked again", row.noise))
         for name, found in (by_task or {}).items()
     ]
     note = (
-        "KL divergence of the original's predictions from the artifact's, in nats per token or image. A flip is an item that "
-        "scores less (lost) or more (gained) than with the original."
+        "KL divergence of the original's predictions from the artifact's, in nats per token or image; at least: over the likeliest "
+        "tokens and the rest as one, a lower bound. Each bound holds with 95 % confidence, both together with 90 %. A flip is an "
+        "item that scores less (lost) or more (gained) than with the original, which is asked again in another order and batch."
     )
     return Table("Fidelity to the original", columns, tuple(lines), note).without_empty()
 
@@ -102,14 +105,24 @@ def _fidelity_cells(found: Fidelity) -> tuple[str, ...]:
     interval = "–".join(divergence(bound) for bound in found.kl_interval) if found.kl_interval else ""
     flips = "" if found.lost is None else f"{found.lost:,} lost, {found.gained or 0:,} gained"
     changed = "" if found.changed is None else f"{found.changed:,}"
-    return divergence(found.kl_mean), interval, divergence(found.kl_p99), share(found.top1_agreement), flips, changed
+    shown = (bounded(found, found.kl_mean), interval, _whole(found.whole), bounded(found, found.kl_p99))
+    return *shown, share(found.top1_agreement), flips, changed
+
+
+def _whole(found: WholeKl | None) -> str:
+    if found is None:
+        return ""
+    bounds = f" ({'–'.join(divergence(bound) for bound in found.kl_interval)})" if found.kl_interval else ""
+    return f"{divergence(found.kl_mean)}{bounds} by {found.tokens:,}"
 
 
 def checks_table(checks: Sequence[Check]) -> Table:
     """Return every check of the gate with its value, interval, limit, verdict and reason; what fails comes first."""
+    levels = {check.interval_level for check in checks if check.interval is not None}
+    named = level_name(next(iter(levels)) if len(levels) == 1 else None)
     columns = (
         Column("artifact"), Column("check", "code"), Column("verdict", "verdict"), Column("of", "brief"), Column("value", "number"),
-        Column("interval", "number"), Column("limit", "number"), Column("reason", "prose"),
+        Column(named, "number"), Column("limit", "number"), Column("reason", "prose"),
     )  # fmt: skip
     several = len({check.target for check in checks}) > 1
     by_artifact: dict[str, list[Check]] = {}
@@ -120,6 +133,8 @@ def checks_table(checks: Sequence[Check]) -> Table:
     for name, own in by_artifact.items():
         for check in own:
             value, interval, limit = check_values(check)
+            if interval and len(levels) > 1 and check.interval_level is not None:
+                interval = f"{interval} ({100 * check.interval_level:.3g}%)"
             lines.append((name, check.check, check.verdict, check.task or "", value, interval, limit, check.reason))
     return replace(Table("Every check of the gate", columns, tuple(lines)).without_empty(), grouped=True)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.eval.results import Metrics, ScoreMetrics
-from compress.figures import counted, divergence, kept_value, metric_value, size
+from compress.figures import counted, kept_value, kl_value, metric_value, size
 from compress.report import Report, Row, published_lines
 from compress.report_tables import ORIGINAL, originals, several_targets
 from compress.terminal import VERDICT_STYLES
@@ -77,7 +77,7 @@ def _lines(report: Report, row: Row) -> Iterator[Line]:
     for name, metrics in row.metrics.items():
         yield name, _figure(original.metrics.get(name), metrics), ""
     if row.fidelity:
-        yield "KL", ", ".join(f"{name} {divergence(found.kl_mean)}" for name, found in row.fidelity.items()), ""
+        yield "KL", ", ".join(f"{name} {kl_value(found)}" for name, found in row.fidelity.items()), ""
     yield from _speed(report, row)
     for check in checks:
         if check.verdict != "pass":

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from compress.eval.results import Fidelity
+from compress.figures import kl_value
 from compress.stages.widths import GroupWidth, Widths
 
 _NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
@@ -23,7 +24,7 @@ def width_table(stage: str, widths: Widths, measured: Mapping[str, Mapping[str, 
         loss = sum(group.predicted_loss for group in groups)
         lines.append(f"| {kind} | {blocks} | {width if width < 16 else '16 (as it was)'} | {bits:.2f} | {loss:.2g} |")
     found = "; ".join(
-        f"{artifact}: " + ", ".join(f"{task} {fidelity.kl_mean:.2g}" for task, fidelity in tasks.items())
+        f"{artifact}: " + ", ".join(f"{task} {kl_value(fidelity)}" for task, fidelity in tasks.items())
         for artifact, tasks in measured.items()
     )
     total = (

@@ -110,8 +110,10 @@ def _multiplier(differences: Floats, shares: Floats, low: float, high: float) ->
 def bootstrap_tails(totals: Totals, recovery: float) -> Tails:
     """Return the bootstrap's one-sided p-values for "the artifact's mean score is `recovery` times the original's", which is not 0.
 
-    The spread is estimated from the clusters, so the p-values are widened from the normal to Student's distribution with one
-    degree less than there are clusters; a single cluster tells nothing, and both are 1.
+    The spread is estimated from the clusters, so the p-values are widened from the normal to Student's distribution; a single
+    cluster tells nothing, and both are 1. Where few clusters changed it is those few that tell of the spread: the degrees of
+    freedom are as many as give a sample variance the coefficient of variation that it has at this kurtosis (Satterthwaite,
+    Biometrics Bulletin 2, 1946), and at most one less than there are clusters.
     """
     values, probabilities = tilted(totals, recovery)
     spread = math.sqrt(float((probabilities * values**2).sum()))
@@ -119,7 +121,9 @@ def bootstrap_tails(totals: Totals, recovery: float) -> Tails:
     if totals.clusters < 2 or spread == 0:
         return Tails(1.0, 1.0, spread)
     larger, smaller = sum_tails([(values, probabilities, totals.clusters)], seen)
-    return Tails(_widen(larger, totals.clusters), _widen(smaller, totals.clusters), spread)
+    kurtosis = float((probabilities * values**4).sum()) / spread**4
+    freedom = min(totals.clusters - 1, 2 * totals.clusters / max(kurtosis - 1, 1e-9))
+    return Tails(_widen(larger, totals.clusters, freedom), _widen(smaller, totals.clusters, freedom), spread)
 
 
 def sum_tails(parts: Sequence[tuple[Floats, Floats, int]], seen: float) -> tuple[float, float]:
@@ -149,8 +153,8 @@ def sum_tails(parts: Sequence[tuple[Floats, Floats, int]], seen: float) -> tuple
     return min(float(masses[sums >= seen - blur].sum()), 1.0), min(float(masses[sums <= seen + blur].sum()), 1.0)
 
 
-def _widen(tail: float, clusters: int) -> float:
+def _widen(tail: float, clusters: int, freedom: float) -> float:
     from scipy.special import ndtri, stdtr
 
     normal = float(ndtri(min(max(tail, _SMALLEST), 1.0)))
-    return float(stdtr(clusters - 1, normal * math.sqrt((clusters - 1) / clusters)))
+    return float(stdtr(freedom, normal * math.sqrt((clusters - 1) / clusters)))

@@ -58,7 +58,7 @@ def test_there_are_a_few_ticks_and_they_lie_between_the_ends(low: float, spread:
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12), st.booleans())
 def test_the_front_is_what_no_other_point_beats(pairs: list[tuple[int, int]], larger: bool) -> None:
     sign = 1 if larger else -1
-    front = {(point.x, point.y) for point in pareto_front([Point(*pair) for pair in pairs], larger_is_better=larger)}
+    front = {(point.x, point.y) for point in pareto_front([Point(*pair) for pair in pairs], lambda point: sign * point.y)}
     unbeaten = {
         (x, y)
         for x, y in pairs

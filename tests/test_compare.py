@@ -11,7 +11,9 @@ import pytest
 from compress.compare import Comparison, compare, read_report
 from compress.compare_formats import FORMATS, as_csv, as_json, charts, group_table, render
 from compress.errors import DataError, UsageError
+from compress.eval.results import WholeKl
 from compress.report import Report, Row
+from compress.report_charts import size_charts
 from tests.reports import report, rows
 
 COMPRESS = [sys.executable, "-m", "compress.cli", "compare"]
@@ -50,14 +52,15 @@ def test_runs_of_one_original_share_a_table_and_its_row() -> None:
         ("first", "vllm-int8"),
         ("second", "vllm-gptq"),
     ]
-    assert columns(comparison) == ["textvqa", "chartqa", "text"]
+    assert columns(comparison) == ["textvqa", "chartqa", "text", "textvqa KL", "chartqa KL", "text KL"]
     table = group_table(group)
     assert [column.head for column in table.columns] == [
-        "run", "artifact", "verdict", "size", "bits/weight", "textvqa", "chartqa", "text", "in front"
+        "run", "artifact", "verdict", "size", "bits/weight", "textvqa", "chartqa", "text", "textvqa KL",
+        "chartqa KL", "text KL", "in front",
     ]  # fmt: skip
     assert table.rows[2] == (
         "first", "vllm-int8", "fail", "9.41 GB (56.8%)", "9.08", "79.05% (93.83%), 3 failed", "70.21% (91.04%)", "8.447 (×1.0042)",
-        "yes",
+        "0.031", "0.040", "0.025", "yes",
     )  # fmt: skip
 
 
@@ -85,13 +88,13 @@ def test_other_originals_get_a_table_of_their_own_and_it_is_told() -> None:
 
 def test_other_questions_get_a_column_of_their_own_and_it_is_told() -> None:
     comparison = compare([run("first"), run("second", digests={**SAME, "textvqa": "00" * 32})])
-    assert columns(comparison) == ["textvqa (1)", "chartqa", "text", "textvqa (2)"]
+    assert columns(comparison)[:4] == ["textvqa (1)", "chartqa", "text", "textvqa (2)"]
     assert comparison.notes == (
         "textvqa asks other questions, or in another way, so its figures stand in columns of their own: textvqa (1) in first; "
         "textvqa (2) in second.",
     )
     values = [set(line.values) for line in comparison.groups[0].lines]
-    assert len(values[0]) == 4
+    assert len(values[0]) == 4  # the original's, of both runs
     assert values[1] != values[3]
 
 
@@ -131,6 +134,83 @@ def test_runs_of_one_recipe_are_told_apart_by_their_folders() -> None:
     first, second = run("a"), run("a").model_copy(update={"run": "/runs/a-20250113-080000-77c1"})
     lines = compare([first, second]).groups[0].lines
     assert lines[0].runs == ("a-20250112-101500-3fa9", "a-20250113-080000-77c1")
+
+
+def test_kl_is_shown_as_the_lower_bound_that_it_is() -> None:
+    original, artifact, other = rows()
+    own = {name: found.model_copy(update={"at_least": True}) for name, found in (artifact.fidelity or {}).items()}
+    whole = WholeKl(tokens=320, kl_mean=0.0052, kl_interval=(0.0048, 0.0057), kl_p99_at_most=0.1)
+    own["text"] = own["text"].model_copy(update={"whole": whole})
+    comparison = compare([run("first", rows=(original, artifact.model_copy(update={"fidelity": own}), other))])
+    table = group_table(comparison.groups[0])
+    heads = [column.head for column in table.columns]
+    assert [table.rows[1][heads.index(f"{name} KL")] for name in ("textvqa", "text")] == ["at least 0.0041", "0.0052"]
+    assert table.rows[2][heads.index("textvqa KL")] == "0.031"
+    values = json.loads(as_json(comparison))["groups"][0]["lines"][1]["values"]
+    assert [value["at_least"] for key, value in values.items() if key.endswith("/KL")] == [True, True, False]
+    found = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    head = "textvqa KL: mean KL from the original in nats"
+    assert [row[f"{head}, at least"] for row in found] == ["", "1", "0"]
+
+
+def test_a_perplexity_below_the_originals_is_as_far_off_as_one_above() -> None:
+    original, artifact, _ = rows()
+
+    def of(name: str, perplexity: float, extra: int) -> Row:
+        text = artifact.metrics["text"].model_copy(update={"perplexity": perplexity})
+        changes = {"artifact": name, "bytes": artifact.bytes + extra, "metrics": {**artifact.metrics, "text": text}}
+        return artifact.model_copy(update=changes)
+
+    near, below = of("near", 8.412 * 1.01, 0), of("below", 8.412 / 1.05, 1)
+    (group,) = compare([run("only", rows=(original, near, below))]).groups
+    assert [line.front for line in group.lines] == [True, True, False]
+    (chart,) = [each for each in charts(group) if each.title == "text against size"]
+    assert {point.label for point in chart.front} == {"only: near", "original"}
+    assert chart.better == "better: left, and near the original"
+    own = next(each for each in size_charts(run("only", rows=(original, near, below))) if each.title == "text against size")
+    assert {point.label for point in own.front} == {"near", "original"}
+
+
+def test_gates_that_differ_are_told() -> None:
+    def gated(name: str, share: float, **more: Any) -> Report:
+        return run(name, recipe={**report().recipe, "gate": {"accuracy": {"min_recovery": share, "confidence": 0.95}, **more}})
+
+    notes = compare([gated("first", 0.99), gated("second", 0.95, size={"max_ratio": 0.4, "max_bytes": None})]).notes
+    assert notes == (
+        "The gates differ, so that one verdict is not the other: accuracy.min_recovery: 0.99 in first; 0.95 in second.",
+        "The gates differ, so that one verdict is not the other: size.max_ratio: not checked in first; 0.4 in second.",
+    )
+    assert compare([gated("first", 0.99), gated("second", 0.99)]).notes == ()
+
+
+def test_points_are_labelled_by_run_and_artifact() -> None:
+    (group,) = compare([run("first"), run("second", rows=smaller())]).groups
+    labels = {point.label for chart in charts(group) for series in chart.series for point in series.points}
+    assert labels == {"original", "first: vllm-awq", "first: vllm-int8", "second: vllm-gptq"}
+
+
+def test_a_folder_without_a_report_is_passed_over_with_a_warning(tmp_path: Path) -> None:
+    folder, unfinished = write(tmp_path, run("first")), tmp_path / "killed-20250112-101500-77c1"
+    unfinished.mkdir()
+    done = subprocess.run([*COMPRESS, str(unfinished), str(folder)], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stderr == f"compress: warning: {unfinished}: has no report.json and is passed over; a run has one once it is done\n"
+    assert "vllm-awq" in done.stdout
+    done = subprocess.run([*COMPRESS, str(unfinished)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "none of the 1 folders has a report.json; name runs that are done" in done.stderr
+
+
+def test_an_ending_that_is_not_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    output = tmp_path / "comparison.pdf"
+    done = subprocess.run([*COMPRESS, str(tmp_path / "nowhere"), "-o", str(output)], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (2, "")
+    told = f"{output}: .pdf is none of the endings that are written, .md, .csv, .html, .json; change it, or say --format"
+    assert told in done.stderr
+    assert not output.exists()
+    folder = str(write(tmp_path, run("first")))
+    done = subprocess.run([*COMPRESS, folder, "-o", str(output), "--format", "csv"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0 and output.read_text(encoding="utf-8").startswith("original,run")
 
 
 def test_nothing_and_one_run_twice_are_refused() -> None:

@@ -1,8 +1,11 @@
+import json
+
 import pytest
 
-from compress.eval.results import PerplexityMetrics, ScoreMetrics
+from compress.eval.results import PerplexityMetrics, ScoreMetrics, WholeKl
 from compress.figures import check_values, kept_value, milliseconds, size
 from compress.report import Report, render
+from compress.report_html import render_html
 from compress.report_tables import checks_table, results_table
 from compress.tabular import Column, Table, comma_separated, markdown
 from tests.reports import check, report, rows
@@ -34,7 +37,7 @@ def test_what_is_kept_stands_beside_each_figure_and_failures_are_counted(page: s
 
 def test_the_page_tells_fidelity_liveness_and_latency(page: str) -> None:
     assert "| vllm-awq | textvqa | 0.0041 | 0.0037–0.0045 | 0.086 | 98.77% | 21 lost, 10 gained | 72 |" in page
-    assert "| original, asked twice | text | 0.00016 |" in page
+    assert "| original, asked again | text | 0.00016 |" in page
     assert "| vllm-awq | textvqa | 64 | 83.90% | 11.30% | 9.40% | 89.10% | 93.80% |" in page
     assert "| artifact | at once | TTFT p50 | TTFT p95 | TPOT p50 | TPOT p95 | end to end p50 | end to end p95 |" in page
     assert "| vllm-awq | 16 | 268 ms | 428 ms | 11.8 ms | 18.8 ms | 1,764 ms | 2,822 ms | 9.07 | 1,161 | 8.44 |" in page
@@ -123,3 +126,17 @@ def test_a_cell_cannot_break_its_table() -> None:
     made = Table("t", (Column("a|b"), Column("n", "number")), (("x | y\nz", "1"), ('q"u', "2,5")))
     assert markdown(made) == '| a\\|b | n |\n| --- | ---: |\n| x \\| y z | 1 |\n| q"u | 2,5 |'
     assert comma_separated(made) == 'a|b,n\n"x | y\nz",1\n"q""u","2,5"\n'
+
+
+def test_intervals_are_named_by_their_confidence_and_lower_bounds_as_such() -> None:
+    original, artifact, _ = report().rows
+    own = {name: found.model_copy(update={"at_least": True}) for name, found in (artifact.fidelity or {}).items()}
+    whole = WholeKl(tokens=320, kl_mean=0.0052, kl_interval=(0.0048, 0.0057), kl_p99_at_most=None)
+    own["text"] = own["text"].model_copy(update={"whole": whole})
+    changed = report(rows=(original, artifact.model_copy(update={"fidelity": own})))
+    for made in (render(changed), render_html(changed)):
+        assert "90% interval" in made and "95% interval" not in made
+        assert "at least 0.0041" in made and "at least 0.086" in made
+        assert "0.0052 (0.0048–0.0057) by 320" in made
+    content = json.loads(changed.to_json())["rows"][1]["fidelity"]["text"]
+    assert (content["at_least"], content["interval_level"], content["whole"]["interval_level"]) == (True, 0.9, 0.9)

@@ -25,6 +25,7 @@ from compress.eval.statistics import (
     recovery_interval,
     recovery_score,
     score_tails,
+    two_sided,
 )
 
 CASES = [
@@ -285,3 +286,15 @@ def test_two_runs_that_are_alike_are_at_the_floor() -> None:
     assert (excess.above, excess.p_value, excess.interval) == (False, 1.0, (0.0, 0.0))
     single = above_floor((np.array([5.0]), np.ones(1)), (np.array([0.0]), np.ones(1)), np.zeros(1, dtype=np.int64), 0.95)
     assert (single.above, single.interval) == (False, None)
+
+
+def test_an_interval_is_named_by_the_confidence_of_both_its_bounds() -> None:
+    """Two bounds with 95 % each hold together in 90 of 100."""
+    generator, held = np.random.default_rng(0), 0
+    for _ in range(2000):
+        bounds = mean_interval(generator.normal(1, 1, 20), np.ones(20), 0.95)
+        assert bounds is not None
+        held += bounds[0] <= 1 <= bounds[1]
+    assert held / 2000 == pytest.approx(two_sided(0.95), abs=0.02)
+    assert Levels.at(0.95).interval == pytest.approx(0.9)
+    assert judge_recovery(PairedCounts(90, 5, 4, 1), 0.9, 0.95).level == pytest.approx(0.9)

@@ -25,7 +25,19 @@ from compress.progress import Silent
 from compress.runtimes import onnxruntime as row
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_graph import Engine, Graph
-from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Picture, Prompt, Runtime, Score, Session
+from compress.eval.whole import divergence
+from compress.runtimes.runtime import (
+    UNSCORED,
+    Answer,
+    OpenContext,
+    Passage,
+    Picture,
+    Prompt,
+    Runtime,
+    Score,
+    Session,
+    WholeVocabulary,
+)
 from compress.runtimes.transformers import Transformers
 from tests.quantized import round_checkpoint
 from tests.tiny import BUILDERS, build_blip2, build_clip, build_qwen2_5_vl, picture
@@ -400,3 +412,24 @@ def test_what_an_original_is_exported_to_is_removed_when_it_fails(original: Path
         opened(folder),
     ):
         pass
+
+
+def test_whole_distributions_are_those_that_transformers_compares(
+    session: Session, said: list[Answer], original: Path, tmp_path: Path
+) -> None:
+    other = build_qwen2_5_vl(tmp_path / "other", seed=7)
+    passages = passages_of(asked(), said)
+    with opened(original, in_process()) as inside:
+        inside.score(passages, tmp_path / "exact", None, SILENT)
+    with opened(other, in_process()) as inside:
+        exact = inside.score(passages, None, tmp_path / "exact", SILENT)
+    places = [(place, token) for place, score in enumerate(exact) for token in range(len(score.negative_log_likelihood))][::3]
+    assert isinstance(session, WholeVocabulary)
+    before = session.distributions(passages, places, SILENT)
+    with opened(other, in_onnxruntime()) as artifact:
+        assert isinstance(artifact, WholeVocabulary)
+        after = artifact.distributions(passages, places, SILENT)
+    for (place, token), old, new in zip(places, before, after, strict=True):
+        kl = exact[place].kl
+        assert old is not None and new is not None and kl is not None
+        assert divergence(old, new) == pytest.approx(kl[token], abs=1e-3)

@@ -15,6 +15,7 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
 from compress.errors import CheckpointError, MissingError, RecipeError, ServerError
+from compress.eval.whole import divergence
 from compress.progress import Silent
 from compress.runtimes.endpoint import Endpoint
 from compress.runtimes.environment import install
@@ -27,6 +28,18 @@ from tests.raw_server import absent_server
 from tests.tiny import build_qwen2_5_vl, picture
 
 SILENT = Silent()
+
+
+class Listener(Silent):
+    """Progress that keeps the warnings."""
+
+    def __init__(self) -> None:
+        self.warnings: list[str] = []
+
+    def warn(self, message: str) -> None:
+        self.warnings.append(message)
+
+
 PROMPTS = (
     Prompt("one picture", "What colour is the shape?", (picture(0),)),
     Prompt("another", "What colour is the shape?", (picture(1),)),
@@ -161,6 +174,49 @@ def test_changed_model_is_compared_with_the_original(session: VllmSession, runti
     same = [score.same_top for score in scores if score.same_top is not None]
     same_exact = [score.same_top for score in exact if score.same_top is not None]
     assert (np.concatenate(same) == np.concatenate(same_exact)).mean() > 0.98
+
+
+@pytest.mark.slow
+def test_whole_distributions_are_those_that_transformers_compares(
+    session: VllmSession, runtime: Vllm, model: Path, tmp_path: Path
+) -> None:
+    """KL over the top 20 is below what the whole vocabulary gives, and that is the in-process runtime's."""
+    changed = tmp_path / "changed"
+    shutil.copytree(model, changed)
+    tensors = load_file(changed / "model.safetensors")
+    tensors = {name: tensor * 1.05 if name.endswith("down_proj.weight") else tensor for name, tensor in tensors.items()}
+    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
+    inside = Transformers(runtime="transformers", dtype="float32", device="cpu")
+    with inside.open(OpenContext(model, tmp_path, SILENT)) as original:
+        original.score(PASSAGES, tmp_path / "exact", None, SILENT)
+    with inside.open(OpenContext(changed, tmp_path, SILENT)) as artifact:
+        exact = artifact.score(PASSAGES, None, tmp_path / "exact", SILENT)
+    few = runtime.model_copy(update={"top_logprobs": 20})
+    before = VllmSession(session.endpoint, few, Tokens(()))
+    before.score(PASSAGES, tmp_path / "record", None, SILENT)
+    places = [(0, token) for token in range(0, 99, 9)] + [(1, 0), (1, 4), (3, 1)]
+    old = before.distributions(PASSAGES, places, SILENT)
+    with few.open(OpenContext(changed, tmp_path / "logs", SILENT)) as other:
+        assert isinstance(other, VllmSession)
+        lower = other.score(PASSAGES, None, tmp_path / "record", SILENT)
+        new = other.distributions(PASSAGES, places, SILENT)
+    assert all(score.at_least for score in lower if len(score.negative_log_likelihood))
+    for (place, token), one, another in zip(places, old, new, strict=True):
+        whole, bound = exact[place].kl, lower[place].kl
+        assert one is not None and another is not None and whole is not None and bound is not None
+        assert divergence(one, another) == pytest.approx(whole[token], rel=0.05, abs=1e-5)
+        assert bound[token] < 0.9 * divergence(one, another)
+
+
+@pytest.mark.slow
+def test_a_server_that_gives_few_tokens_is_known_from_below_and_says_so(
+    runtime: Vllm, model: Path, tmp_path: Path
+) -> None:
+    heard = Listener()
+    with runtime.model_copy(update={"whole_tokens": 0}).open(OpenContext(model, tmp_path, SILENT)) as few:
+        assert isinstance(few, VllmSession)
+        assert few.distributions(PASSAGES, [(0, 1), (1, 2)], heard) == [None, None]
+    assert "gives no whole distributions (400: " in heard.warnings[0] and "--max-logprobs -1" in heard.warnings[0]
 
 
 @pytest.mark.slow
