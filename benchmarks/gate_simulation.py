@@ -9,9 +9,9 @@ original's; at most 5 % may pass, and at most 5 % fail. `no loss`: as many items
 planned to pass. Each with all items at once and in four looks.
 
 `clusters` holds numbers of items fixed beforehand instead: 3 and 10 questions to an image, 100, 400 and 2,000 items, whose flips
-are correlated by half or nearly wholly, at the limit. Each cell is simulated `--screening` times, and where more than 4 %
-pass or fail, `--cell-evaluations` times anew, so that the chance of the simulation does not decide; a rate's standard error stands
-beside it.
+are correlated by half or nearly wholly, at the limit. Each cell is simulated as often as the first of `--cell-evaluations` says,
+and anew, as often as the next one says, until three standard errors lie between the larger rate and 5.5 %, so that the chance of
+the simulation does not decide; a rate's standard error stands beside it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -52,7 +52,8 @@ Kind = Literal["right/wrong", "right/wrong, 3 per image", "right/wrong, 10 per i
 PER_IMAGE: dict[Kind, int] = {"right/wrong, 3 per image": 3, "right/wrong, 10 per image": 10}
 ITEMS = (100, 400, 2000)
 CORRELATIONS = (SHARED, 0.9)
-SUSPECT = 0.04
+MOST = 0.055
+ERRORS = 3
 Truth = Literal["at the limit", "no loss"]
 Floats = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, int], Pairs]
@@ -209,31 +210,32 @@ def cell(setting: Setting, number: int, evaluations: int, seed: int) -> dict[str
     }
 
 
-def cells(screening: int, evaluations: int, seed: int) -> list[dict[str, Any]]:
+def cells(evaluations: Sequence[int], seed: int) -> list[dict[str, Any]]:
     """Simulate every number of clustered items, and those that may err too often with more evaluations, anew."""
     rows: list[dict[str, Any]] = []
     for kind, shared, number, numbers in product(PER_IMAGE, CORRELATIONS, ITEMS, SETTINGS):
         setting = Setting(kind, *numbers, shared=shared)
-        found = cell(setting, number, screening, seed)
-        if max(found["pass"], found["fail"]) > SUSPECT:
-            found = cell(setting, number, evaluations, seed + 1)
+        found: dict[str, Any] = {}
+        for again, count in enumerate(evaluations):
+            found = cell(setting, number, count, seed + again)
+            if max(found["pass"], found["fail"]) + ERRORS * found["standard error"] < MOST:
+                break
         rows.append(found)
-        print(json.dumps(found), file=sys.stderr)
+        print(json.dumps(found), file=sys.stderr, flush=True)
     return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--evaluations", type=int, default=1000)
-    parser.add_argument("--screening", type=int, default=2000)
-    parser.add_argument("--cell-evaluations", type=int, default=20_000)
+    parser.add_argument("--cell-evaluations", type=int, nargs="+", default=[500, 2000, 6000, 20_000])
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path)
     arguments = parser.parse_args()
     kinds: tuple[Kind, ...] = ("right/wrong", "right/wrong, 3 per image", "votes", "votes, 1-5 per image")
     truths: tuple[Truth, ...] = ("at the limit", "no loss")
     started = time.monotonic()
-    clusters = cells(arguments.screening, arguments.cell_evaluations, arguments.seed)
+    clusters = cells(arguments.cell_evaluations, arguments.seed)
     rows: list[dict[str, Any]] = []
     for kind, numbers, truth, looks in product(kinds, SETTINGS, truths, (1, LOOKS)):
         rows.append(row(Setting(kind, *numbers), truth, looks, arguments.evaluations, arguments.seed))

@@ -112,8 +112,8 @@ def bootstrap_tails(totals: Totals, recovery: float) -> Tails:
 
     The spread is estimated from the clusters, so the p-values are widened from the normal to Student's distribution; a single
     cluster tells nothing, and both are 1. Where few clusters changed it is those few that tell of the spread: the degrees of
-    freedom are as many as give a sample variance the coefficient of variation that it has at this kurtosis (Satterthwaite,
-    Biometrics Bulletin 2, 1946), and at most one less than there are clusters.
+    freedom are as many as give a sample variance the coefficient of variation that it has here (Satterthwaite, Biometrics Bulletin
+    2, 1946), and at most one less than there are clusters.
     """
     values, probabilities = tilted(totals, recovery)
     spread = math.sqrt(float((probabilities * values**2).sum()))
@@ -121,9 +121,18 @@ def bootstrap_tails(totals: Totals, recovery: float) -> Tails:
     if totals.clusters < 2 or spread == 0:
         return Tails(1.0, 1.0, spread)
     larger, smaller = sum_tails([(values, probabilities, totals.clusters)], seen)
-    kurtosis = float((probabilities * values**4).sum()) / spread**4
-    freedom = min(totals.clusters - 1, 2 * totals.clusters / max(kurtosis - 1, 1e-9))
+    freedom = min(totals.clusters - 1, 2 * totals.clusters / max(_uncertainty(values / spread, probabilities), 1e-9))
     return Tails(_widen(larger, totals.clusters, freedom), _widen(smaller, totals.clusters, freedom), spread)
+
+
+def _uncertainty(values: Floats, probabilities: Floats) -> float:
+    """Return how many times its own square over the clusters the variance 1 of such values is uncertain by, their mean being known.
+
+    That is their kurtosis, less 1 and less what follows from the mean, the square of their skewness (Owen, as above): with the mean
+    a distribution of two values, as of items that are right or wrong, has a known variance, and only that of more is estimated.
+    """
+    skewness, kurtosis = (float((probabilities * values**power).sum()) for power in (3, 4))
+    return kurtosis - 1 - skewness**2
 
 
 def sum_tails(parts: Sequence[tuple[Floats, Floats, int]], seen: float) -> tuple[float, float]:

@@ -288,6 +288,7 @@ def _read_scores(path: Path, passages: Sequence[Passage], digest: str) -> list[S
             about = json.loads(str(arrays["about"]))
             if about["digest"] != digest:
                 return None
+            at_least = bool(about["at_least"])
             ends = np.cumsum(arrays["sizes"]).tolist()
             columns = {name: arrays[name] for name in ("nll", "kl", "same_top") if name in arrays}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
@@ -300,7 +301,7 @@ def _read_scores(path: Path, passages: Sequence[Passage], digest: str) -> list[S
             kl=columns["kl"][part] if "kl" in columns else None,
             same_top=columns["same_top"][part] if "same_top" in columns else None,
             fault=fault,
-            at_least=about["at_least"] and len(columns["nll"][part]) > 0,
+            at_least=at_least and len(columns["nll"][part]) > 0,
         )
         for passage, part, fault in zip(passages, parts, about["faults"], strict=True)
     ]

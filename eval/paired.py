@@ -7,9 +7,10 @@ and 1, several questions about one image) by the bootstrap of whole clusters in 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,12 @@ from compress.eval.statistics import (
 )
 
 Floats = NDArray[np.float64]
+
+_LEAST, _MOST = 1e-9, 1e6
+"""Between these a recovery's bounds are looked for."""
+
+_STEP = 0.02
+"""How far from the value that begins: less than bounds usually are."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -139,21 +146,40 @@ def judge_pairs(pairs: Pairs, limit: float, levels: Levels) -> Recovery | None:
 
 
 def _bounds(totals: Totals, limit: float, value: float, levels: Levels, outcome: Outcome) -> tuple[float, float] | None:
-    """Invert the bootstrap's test; the verdict at the limit says on which side of it the bounds lie. None for one cluster."""
+    """Invert the bootstrap's test; the verdict at the limit says on which side of it the bounds lie. None for one cluster.
+
+    A bound is the crossing nearest to the value: of a recovery that is far from it so little is known that the test may not be
+    sure of anything any more.
+    """
     if totals.clusters < 2:
         return None
-    start = limit if outcome == "pass" else 1e-9
-    low = crossing(lambda ratio: levels.passing - bootstrap_tails(totals, ratio).larger, start, max(value, start), 1e-6)
-    if value == 0:
-        low = 0.0
+
+    def below(ratio: float) -> float:
+        return levels.passing - bootstrap_tails(totals, ratio).larger
 
     def above(ratio: float) -> float:
         return bootstrap_tails(totals, ratio).smaller - levels.failing
 
-    top = limit if outcome == "fail" else max(2 * value, 2.0)
-    while outcome != "fail" and above(top) > 0 and top < 1e6:
-        top *= 2
-    return low, crossing(above, min(max(value, 1e-9), top), top, 1e-6)
+    low = high = max(value, _LEAST)
+    if outcome == "pass":
+        start = limit
+    else:
+        start, low = _outwards(lambda ratio: below(ratio) < 0, min(low, limit), -1)
+    if outcome == "fail":
+        end = limit
+    else:
+        high, end = _outwards(lambda ratio: above(ratio) > 0, max(high, limit), 1)
+    return 0.0 if value == 0 else crossing(below, start, low, 1e-6), crossing(above, high, end, 1e-6)
+
+
+def _outwards(inside: Callable[[float], bool], ratio: float, sign: Literal[-1, 1]) -> tuple[float, float]:
+    """Step away from a recovery that is within the bounds until one is not; return the last two, the smaller first."""
+    step = _STEP
+    while True:
+        last, ratio = ratio, min(max(ratio + sign * step, _LEAST), _MOST)
+        if not inside(ratio) or ratio in (_LEAST, _MOST):
+            return min(last, ratio), max(last, ratio)
+        step *= 2
 
 
 def _items_to_settle(pairs: Pairs, limit: float, spread: float, levels: Levels) -> int | None:

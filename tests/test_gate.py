@@ -145,7 +145,7 @@ def test_perplexity_verdicts() -> None:
     assert passed.value == pytest.approx(1.02)
     assert passed.interval is not None
     low, high = passed.interval
-    expected = f"text: 1.0200 times the original's perplexity ({low:.4f}–{high:.4f}) over 12 windows; the limit is 1.05"
+    expected = f"text: 1.0200 times the original's perplexity (90% interval {low:.4f}–{high:.4f}) over 12 windows; the limit is 1.05"
     assert passed.reason == expected
     assert judge_text(extra, 1.01).verdict == "fail"
     unsettled = judge_text(extra, 1.021)
@@ -218,18 +218,18 @@ def test_the_99th_percentile_from_below_never_passes_either(found: Fidelity, ver
     assert check.verdict == verdict and words in check.reason
 
 
-def with_kl(name: str, kl: list[float], right: list[bool], again: list[tuple[float, bool]] | None = None) -> Subject:
+def with_kl(
+    name: str, kl: list[float], right: list[bool], again: list[tuple[float, bool]] | None = None, same_top: float = 1.0
+) -> Subject:
     """A model whose items have these KL sums, and of the original what they were when it was asked again."""
     made = subject(name, 100, right, alike=fidelity(kl_mean=sum(kl) / (2 * len(kl)), kl_interval=None))
-    items = tuple(
-        item.model_copy(update={"kl": value}) for item, value in zip(made.measured.questions("scenes"), kl, strict=True)
-    )
+    items = tuple(item.model_copy(update={"kl": value}) for item, value in zip(made.measured.questions("scenes"), kl, strict=True))
     if again is None:
         return replace(made, measured=replace(made.measured, items={"scenes": items}))
     repeated = tuple(
         item.model_copy(update={"kl": value, "score": float(found)}) for item, (value, found) in zip(items, again, strict=False)
     )
-    noise = fidelity(kl_mean=sum(value for value, _ in again) / (2 * len(again)), top1_agreement=0.96)
+    noise = fidelity(kl_mean=sum(value for value, _ in again) / (2 * len(again)), top1_agreement=same_top)
     task = made.measured.tasks["scenes"].model_copy(update={"fidelity": None, "noise": noise})
     measured = replace(made.measured, tasks={"scenes": task}, items={"scenes": items}, again={"scenes": repeated})
     return replace(made, measured=measured)
@@ -241,13 +241,14 @@ def test_kl_that_is_no_more_than_the_originals_own_does_not_fail() -> None:
     artifact = with_kl("small", spread, [True] * 64)
     gate = Gate.model_validate({"fidelity": {"max_kl": 0.005, "min_top1": 0.98}})
     own = [(value, True) for value in reversed(spread[:40])]
-    noisy = with_kl("original", [0.0] * 64, [True] * 64, own)
+    noisy = with_kl("original", [0.0] * 64, [True] * 64, own, 0.96)
     checks = judge(gate, noisy, [artifact]).checks
-    assert [check.verdict for check in checks] == ["inconclusive", "fail"]
+    assert [check.verdict for check in checks] == ["inconclusive", "inconclusive"]
     assert "(the original asked again: 0.01" in checks[0].reason
     assert "not shown to be further off than the original is from itself, asked in another order and batch" in checks[0].reason
-    quiet = with_kl("original", [0.0] * 64, [True] * 64, [(0.0, True)] * 40)
-    assert judge(gate, quiet, [artifact]).checks[0].verdict == "fail"
+    assert "for 97.00 % of tokens (the original asked again: 96.00 %)" in checks[1].reason
+    quiet = with_kl("original", [0.0] * 64, [True] * 64, [(0.0, True)] * 40, 0.99)
+    assert [check.verdict for check in judge(gate, quiet, [artifact]).checks] == ["fail", "fail"]
 
 
 def test_flips_that_are_no_more_than_the_originals_own_do_not_fail() -> None:

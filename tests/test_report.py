@@ -129,11 +129,11 @@ def test_a_cell_cannot_break_its_table() -> None:
 
 
 def test_intervals_are_named_by_their_confidence_and_lower_bounds_as_such() -> None:
-    original, artifact, _ = report().rows
+    original, artifact, other = report().rows
     own = {name: found.model_copy(update={"at_least": True}) for name, found in (artifact.fidelity or {}).items()}
     whole = WholeKl(tokens=320, kl_mean=0.0052, kl_interval=(0.0048, 0.0057), kl_p99_at_most=None)
     own["text"] = own["text"].model_copy(update={"whole": whole})
-    changed = report(rows=(original, artifact.model_copy(update={"fidelity": own})))
+    changed = report(rows=(original, artifact.model_copy(update={"fidelity": own}), other))
     for made in (render(changed), render_html(changed)):
         assert "90% interval" in made and "95% interval" not in made
         assert "at least 0.0041" in made and "at least 0.086" in made

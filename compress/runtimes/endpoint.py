@@ -39,8 +39,7 @@ class Endpoint(Runtime):
     `original` and `artifacts`, by the names of the recipe's exports, say where each is served: what is deployed there is measured,
     whatever the run has made here. The key is in the environment variable `key_variable`. `images: false` is for a server that
     takes text alone: questions about images are not asked there. A request may take `request_seconds`; a server that does not
-    answer at all is waited for `startup_seconds`. `top_logprobs` and `whole_tokens` are as in
-    `vllm`.
+    answer at all is waited for `startup_seconds`. `top_logprobs` and `whole_tokens` are as in `vllm`.
     """
 
     revision: ClassVar[int] = 2

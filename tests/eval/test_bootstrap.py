@@ -139,10 +139,20 @@ def test_where_few_clusters_changed_the_spread_is_known_from_those_few() -> None
     """Otherwise an artifact whose changes come by whole images passes at the limit in 5.9 % of evaluations, not 5 %."""
     from scipy.special import ndtri, stdtr
 
-    found = totals([(3.0, 3.0)] * 80 + [(3.0, 0.0)] * 5 + [(0.0, 0.0)] * 50, size=3)
+    found = totals([(3.0, 3.0)] * 80 + [(3.0, 0.0)] * 5 + [(3.0, 1.0)] * 3 + [(0.0, 3.0)] * 2 + [(0.0, 0.0)] * 50, size=3)
     values, chances = tilted(found, 0.9)
-    larger, _ = sum_tails([(values, chances, 135)], float(found.artifact.sum() - 0.9 * found.original.sum()))
-    kurtosis = (chances * values**4).sum() / (chances * values**2).sum() ** 2
-    freedom = 2 * 135 / (kurtosis - 1)
-    assert 5 < freedom < 30
-    assert bootstrap_tails(found, 0.9).larger == pytest.approx(stdtr(freedom, ndtri(larger) * math.sqrt(134 / 135)), rel=1e-6)
+    larger, _ = sum_tails([(values, chances, 140)], float(found.artifact.sum() - 0.9 * found.original.sum()))
+    third, fourth = ((chances * values**power).sum() / (chances * values**2).sum() ** (power / 2) for power in (3, 4))
+    freedom = 2 * 140 / (fourth - 1 - third**2)
+    assert 5 < freedom < 100
+    assert bootstrap_tails(found, 0.9).larger == pytest.approx(stdtr(freedom, ndtri(larger) * math.sqrt(139 / 140)), rel=1e-6)
+
+
+def test_of_two_values_the_spread_is_known_and_nothing_is_widened_for_it() -> None:
+    """As of items alone that are right or wrong, which agree with the score test in `statistics`."""
+    from scipy.special import ndtri, stdtr
+
+    found = totals([(3.0, 3.0)] * 80 + [(3.0, 0.0)] * 5, size=3)
+    values, chances = tilted(found, 0.9)
+    larger, _ = sum_tails([(values, chances, 85)], float(found.artifact.sum() - 0.9 * found.original.sum()))
+    assert bootstrap_tails(found, 0.9).larger == pytest.approx(stdtr(84, ndtri(larger) * math.sqrt(84 / 85)), rel=1e-6)

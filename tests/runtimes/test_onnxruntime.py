@@ -16,6 +16,7 @@ from onnx import TensorProto, helper
 
 from compress.checkpoint import open_checkpoint, read_json_object
 from compress.errors import CheckpointError, MissingError, StoreError, UsageError
+from compress.eval.whole import divergence
 from compress.export.format import ExportContext
 from compress.export.onnx import Onnx
 from compress.families import FAMILIES, family_at
@@ -25,7 +26,6 @@ from compress.progress import Silent
 from compress.runtimes import onnxruntime as row
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_graph import Engine, Graph
-from compress.eval.whole import divergence
 from compress.runtimes.runtime import (
     UNSCORED,
     Answer,

@@ -209,9 +209,7 @@ def test_whole_distributions_are_those_that_transformers_compares(
 
 
 @pytest.mark.slow
-def test_a_server_that_gives_few_tokens_is_known_from_below_and_says_so(
-    runtime: Vllm, model: Path, tmp_path: Path
-) -> None:
+def test_a_server_that_gives_few_tokens_is_known_from_below_and_says_so(runtime: Vllm, model: Path, tmp_path: Path) -> None:
     heard = Listener()
     with runtime.model_copy(update={"whole_tokens": 0}).open(OpenContext(model, tmp_path, SILENT)) as few:
         assert isinstance(few, VllmSession)
