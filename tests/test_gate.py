@@ -145,7 +145,9 @@ def test_perplexity_verdicts() -> None:
     assert passed.value == pytest.approx(1.02)
     assert passed.interval is not None
     low, high = passed.interval
-    expected = f"text: 1.0200 times the original's perplexity (90% interval {low:.4f}–{high:.4f}) over 12 windows; the limit is 1.05"
+    expected = (
+        f"text: 1.0200 times the original's perplexity (90% interval {low:.4f}–{high:.4f}) over 12 windows; the limit is 1.05"
+    )
     assert passed.reason == expected
     assert judge_text(extra, 1.01).verdict == "fail"
     unsettled = judge_text(extra, 1.021)
