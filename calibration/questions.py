@@ -10,7 +10,7 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from compress.artifact import file_digest
 from compress.calibration.conversations import Row
@@ -173,27 +173,31 @@ def _read_ids(opened: QuestionRows, rows: Rows, prefix: str) -> dict[int, str]:
         for column in own:
             if not isinstance(row[column], str | int) or isinstance(row[column], bool) or row[column] == "":
                 raise DataError(f"{place}: the id ({column!r}) is missing or neither text nor number; give the question one")
-            _checked(str(row[column]), f"{place}: the id")
+            _checked(str(row[column]), f"{place}: the id", "id_characters")
         ids[number] = f"{prefix}{number}" if numbered else "/".join(str(row[column]) for column in own)
     return ids
 
 
-def _checked(text: str, what: str) -> str:
+def _checked(text: str, what: str, limit: Literal["question_characters", "id_characters"] = "question_characters") -> str:
     """Return a text that a model or a report could take.
 
     Raises:
         DataError: it is too long, or holds NUL characters, which no tokenizer is made for; `what` says which it is.
     """
-    if len(text) > limits().question_characters:
-        raise DataError(
-            f"{what} has {len(text):,} characters ({limits().set_by('question_characters')}); shorten it or remove the row"
-        )
+    if len(text) > getattr(limits(), limit):
+        raise DataError(f"{what} has {len(text):,} characters ({limits().set_by(limit)}); shorten it or remove the row")
     if "\0" in text:
         raise DataError(f"{what} holds NUL characters; remove them or the row")
     return text
 
 
+def _check_count(count: int, what: str) -> None:
+    if count > limits().question_answers:
+        raise DataError(f"{what}: there are {count:,} ({limits().set_by('question_answers')}); leave some out or remove the row")
+
+
 def _read_answers(found: Sequence[object], place: str) -> tuple[str, ...]:
+    _check_count(len(found), f"{place}: its answers")
     answers = list[str]()
     for answer in found:
         text: object = cast("dict[str, Any]", answer).get("answer") if isinstance(answer, dict) else answer
@@ -214,6 +218,7 @@ def _read_options(row: Row, columns: Columns, place: str) -> tuple[str, ...]:
         value = _written_list(_checked(value, f"{place}: its options"))
     if not isinstance(value, list):
         raise DataError(f"{place}: its options ({columns.options!r}) are no list; write one, or name a field for each option")
+    _check_count(len(cast("list[object]", value)), f"{place}: its options")
     return tuple(_checked(str(option).strip(), f"{place}: an option") for option in cast("list[object]", value))
 
 

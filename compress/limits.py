@@ -94,6 +94,12 @@ class Limits:
     question_characters: int = 100_000
     """Characters of one question, answer or option: more than any model here takes."""
 
+    question_answers: int = 10_000
+    """Answers, and options, of one question. VQA v2 has ten answers to each, MMMU at most nine options."""
+
+    id_characters: int = 1_000
+    """Characters of one question's id, which stands in every message and report. Paths and digests have 20 to 200."""
+
     question_images: int = 100
     """Images of one question. MMMU's have seven."""
 

@@ -298,6 +298,8 @@ def many(count: int) -> list[dict[str, Any]]:
         ("row_values", 9, [row(answer=[1] * 9)], r"q.jsonl:1: holds too many values \(limit row_values = 9"),
         ("question_characters", 9, [row(question="x" * 10)], r"q.jsonl:1: the question has 10 characters \(limit question_char"),
         ("question_characters", 20, [row(answer="x" * 21)], r"q.jsonl:1: an answer has 21 characters \(limit question_characters"),
+        ("id_characters", 5, [row(id="x" * 6)], r"q.jsonl:1: the id has 6 characters \(limit id_characters = 5, set by"),
+        ("question_answers", 2, [row(answer=["a"] * 3)], r"q.jsonl:1: its answers: there are 3 \(limit question_answers = 2, set"),
         ("question_images", 2, [row(image=["0.png"] * 3)], r"q.jsonl:1: has more than 2 images \(limit question_images = 2"),
         ("image_bytes", 9, [row()], r"q.jsonl:1: image 0.png: has \d+ bytes \(limit image_bytes = 9"),
         ("image_bytes", 9, [row(image=text_of(PNG))], r"q.jsonl:1: image 0: has \d+ bytes \(limit image_bytes = 9"),
@@ -408,3 +410,12 @@ def test_whatever_a_file_holds_the_error_is_ours(tmp_path: Path, suffix: str) ->
         path.write_bytes(content)
         with pytest.raises(CompressError):
             read(path)
+
+
+def test_options_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, [row(options=["a", "b", "c"])])
+    columns = Columns(options="options")
+    assert next(iter(read_questions([path], columns))).options == ("a", "b", "c")
+    monkeypatch.setenv("COMPRESS_LIMIT_QUESTION_ANSWERS", "2")
+    with pytest.raises(DataError, match=r"q.jsonl:1: its options: there are 3 \(limit question_answers = 2"):
+        list(read_questions([path], columns))
