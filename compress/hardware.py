@@ -31,12 +31,23 @@ def default_device() -> str:
 
 def processor() -> str:
     """Return the processor's name."""
+    return _told("model name") or platform.processor() or platform.machine()
+
+
+@cache
+def processor_features() -> frozenset[str]:
+    """Return what an x86 processor can do, as Linux names it (`avx2`, `avx512f`, …); empty for others, and where it is not told."""
+    return frozenset(_told("flags").split())
+
+
+def _told(what: str) -> str:
+    """Return what Linux tells of the first processor, or nothing."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
-        return platform.processor() or platform.machine()
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, platform.machine())
+        return ""
+    rows = (line.partition(":") for line in lines)
+    return next((value.strip() for name, _, value in rows if name.strip() == what), "")
 
 
 def describe() -> dict[str, object]:

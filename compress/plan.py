@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from compress.artifact import artifact_format
 from compress.calibration.sets import QuestionSource
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoint import Checkpoint, open_checkpoint, read_config
 from compress.document import Document, dotted
 from compress.errors import RecipeError, UsageError
 from compress.export.format import Outlook, runtimes_of, warnings_of
@@ -22,9 +22,9 @@ from compress.numerics.scheme import Scheme
 from compress.output_head import check_head, head_notes
 from compress.places import check_places
 from compress.plan_data import count_items
-from compress.plan_notes import export_notes, outlook_notes, power, size_notes, tokenizer_notes, unmeasured
+from compress.plan_notes import export_notes, kernels, outlook_notes, power, size_notes, tokenizer_notes, unmeasured
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
-from compress.quantization_config import foreign_format
+from compress.quantization_config import Product, foreign_format, products_in, products_of
 from compress.recipe import Recipe, read_evaluation, read_recipe
 from compress.runtimes import RUNTIMES
 from compress.runtimes.runtime import Runtime
@@ -45,7 +45,7 @@ class Plan:
     `source_notes` are those of `notes` that are about the original as it is. `power` says what the tasks' items can show, and which
     are not measured. `given` are artifacts that are there already, by their names; where there are any, the recipe makes none.
     `items` is how many items each task asks whose data could be read, `gate_notes` which limits of the gate cannot be kept,
-    `warnings` what is wrong with artifacts that are given.
+    `warnings` what is wrong with artifacts that are given, `unfit` why this machine cannot measure what is to be measured.
     """
 
     recipe: Recipe
@@ -63,6 +63,7 @@ class Plan:
     items: Mapping[str, int] = field(default_factory=lambda: dict[str, int]())
     gate_notes: tuple[str, ...] = ()
     warnings: tuple[str, ...] = ()
+    unfit: tuple[str, ...] = ()
 
     @property
     def artifacts(self) -> list[str]:
@@ -122,6 +123,7 @@ class Plan:
             "power": list(self.power),
             "items": dict(self.items),
             "gate": list(self.gate_notes),
+            "unfit": list(self.unfit),
         }
 
 
@@ -191,6 +193,8 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else Sizes({}, {})
     planner = Planner(recipe, pin, store, sizes, given)
     items = count_items(recipe.eval.tasks, planner.tasks)
+    steps = planner.steps()
+    unfit, kernel_notes = kernels(recipe, _products(recipe, sizes, given))
     return Plan(
         recipe=recipe,
         model=pin,
@@ -199,14 +203,22 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
         device=planner.device,
         sets=planner.sets,
         tasks=planner.tasks,
-        steps=planner.steps(),
-        notes=(*source_notes, *sizes.notes),
+        steps=steps,
+        notes=(*source_notes, *sizes.notes, *kernel_notes),
         source_notes=source_notes,
         given=given,
         power=(*power(recipe, items), *unmeasured(recipe)),
         items=items,
         gate_notes=sizes.gate_notes,
+        unfit=tuple(unfit),
     )
+
+
+def _products(recipe: Recipe, sizes: Sizes, given: Mapping[str, Path]) -> dict[str, frozenset[Product]]:
+    """Return what each artifact needs kernels for in vLLM; graphs bring operators of their own."""
+    if given:
+        return {name: products_in(read_config(folder)) for name, folder in given.items() if artifact_format(folder) == "vllm"}
+    return {export.artifact: sizes.products for export in recipe.export if export.format == "vllm"}
 
 
 def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: Family) -> Sizes:
@@ -243,7 +255,8 @@ def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: F
     if faults:
         raise RecipeError(faults)
     notes = outlook_notes(recipe, outlooks or [Outlook(checkpoint, family, {})])
-    return Sizes(stages, exports, notes, size_notes(recipe, checkpoint, exports))
+    products = products_of(scheme for outlook in outlooks for scheme in outlook.schemes.values())
+    return Sizes(stages, exports, notes, size_notes(recipe, checkpoint, exports), products)
 
 
 def _shows_images(recipe: Recipe) -> bool:
@@ -347,7 +360,7 @@ def show(plan: Plan, store: Store, console: Console) -> None:
     print_table(console, Table("Steps", columns, tuple(rows)))
     if plan.family.derived:
         console.print(f"warning: {plan.family.derived}", highlight=False, markup=False)
-    for note in plan.gate_notes:
+    for note in (*plan.unfit, *plan.gate_notes):
         console.print(f"warning: {note}", highlight=False, markup=False)
     for note in (*plan.power, *plan.notes):
         console.print(f"note: {note}", highlight=False, markup=False)

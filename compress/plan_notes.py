@@ -12,6 +12,7 @@ from compress.export.format import Outlook
 from compress.figures import counted
 from compress.gate import SizeLimit
 from compress.plan_data import asked_at_most
+from compress.quantization_config import Product
 from compress.recipe import Recipe
 from compress.tokenizer_files import cutting_settings
 
@@ -38,6 +39,22 @@ def tokenizer_notes(folder: Path) -> tuple[str, ...]:
         "here prompts are read whole, and artifacts are written without"
         for name, settings in cutting_settings(folder).items()
     )
+
+
+def kernels(recipe: Recipe, products: Mapping[str, frozenset[Product]]) -> tuple[list[str], list[str]]:
+    """Return why artifacts cannot be measured on this machine, and what one should know of what is measured of them here.
+
+    `products` are what each artifact needs kernels for, by its name.
+    """
+    faults: dict[str, None] = {}
+    notes: dict[str, None] = {}
+    runs = {export.artifact: export.runtimes for export in recipe.export}
+    for target in recipe.eval.places:
+        for artifact, needed in products.items():
+            if target.runtime.runtime in runs.get(artifact, {target.runtime.runtime}):
+                faults |= dict.fromkeys(f"{artifact} at {target.name}: {fault}" for fault in target.runtime.kernel_faults(needed))
+                notes |= dict.fromkeys(f"{artifact} at {target.name}: {note}" for note in target.runtime.kernel_notes(needed))
+    return list(faults), list(notes)
 
 
 def unmeasured(recipe: Recipe) -> tuple[str, ...]:

@@ -16,6 +16,7 @@ from compress.calibration.sets import QuestionSource, TextSource
 from compress.export.format import VerifiedExport, runtimes_of
 from compress.hardware import default_device, describe, gpus, processor
 from compress.hub import DatasetPin, ModelPin, resolve_dataset, resolve_model
+from compress.quantization_config import Product
 from compress.recipe import Recipe
 from compress.schema import is_local
 from compress.store import Store
@@ -73,13 +74,14 @@ class DataPin:
 class Sizes:
     """What one should know of the results of stages and exports before they are made: their bytes, by position, and notes.
 
-    `gate_notes` are the gate's limits that they cannot keep.
+    `gate_notes` are the gate's limits that they cannot keep, `products` what their linears need kernels for, as far as is known.
     """
 
     stages: Mapping[int, int]
     exports: Mapping[int, int]
     notes: tuple[str, ...] = ()
     gate_notes: tuple[str, ...] = ()
+    products: frozenset[Product] = frozenset()
 
 
 def digest_of(*parts: object) -> str:

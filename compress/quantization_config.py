@@ -7,14 +7,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 from compress.errors import CheckpointError
 from compress.numerics.scheme import BLOCK, Activations, Scheme
 
 METHOD = "compressed-tensors"
+_PACKED_BITS = 4
 MIXED = "mixed-precision"
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", MIXED)
+
+Product = Literal["4-bit weights", "8-bit inputs"]
+"""What a runtime needs a kernel of its own for: inputs times integers of 4 bits, and 8-bit integers times 8-bit integers."""
 
 _STRATEGIES: Mapping[Activations, str] = {"token": "token", "tensor": "tensor", "group": "group"}
 
@@ -54,6 +58,35 @@ def foreign_format(config: Mapping[str, Any]) -> str:
     groups = cast("Mapping[str, Any]", settings.get("config_groups") or {}).values()
     formats = [settings.get("format"), *(group.get("format") for group in groups)]
     return next((str(name) for name in formats if name and name not in FORMATS), "")
+
+
+def products_of(schemes: Iterable[Scheme]) -> frozenset[Product]:
+    """Return which products linears that are held so need."""
+    found: set[Product] = set()
+    for scheme in schemes:
+        if scheme.format == "pack-quantized" and scheme.bits == _PACKED_BITS:
+            found.add("4-bit weights")
+        if scheme.format == "int-quantized":
+            found.add("8-bit inputs")
+    return frozenset(found)
+
+
+def products_in(config: Mapping[str, Any]) -> frozenset[Product]:
+    """Return which products an artifact needs, by its config.json, in any layout; other forms count for nothing."""
+    settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
+    if settings.get("quant_method") in ("awq", "gptq"):
+        return frozenset({"4-bit weights"}) if settings.get("bits") == _PACKED_BITS else frozenset()
+    groups = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
+    found: set[Product] = set()
+    for group in groups.values():
+        weights = cast("Mapping[str, Any]", group.get("weights") or {})
+        if weights.get("type") != "int":
+            continue
+        if group.get("input_activations"):
+            found.add("8-bit inputs")
+        elif weights.get("num_bits") == _PACKED_BITS:
+            found.add("4-bit weights")
+    return frozenset(found)
 
 
 def scheme_of(settings: Mapping[str, Any], name: str, where: str) -> Scheme:

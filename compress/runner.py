@@ -16,7 +16,7 @@ from typing import Any
 
 from compress.artifact import checkpoint_bytes, weight_bytes
 from compress.checkpoint import open_checkpoint
-from compress.errors import CheckpointError, DataError, StoreError
+from compress.errors import CheckpointError, DataError, MissingError, StoreError
 from compress.eval.latency_results import Latency, read_latency
 from compress.eval.results import Measured, read_measured
 from compress.events import EventLog, Watcher
@@ -101,6 +101,8 @@ def _store(places: Places) -> Store:
 
 
 def _execute(plan: Plan, store: Store, command: _Command) -> Report:
+    if plan.unfit:
+        raise MissingError("\n".join(plan.unfit))
     folder = _make_folder(command.places.runs, plan.recipe.name)
     events = EventLog(folder / "events.jsonl", command.watcher)
     events.write("started", recipe=str(command.recipe), settings=dict(command.settings))

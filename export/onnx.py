@@ -22,7 +22,7 @@ class Onnx(OnnxExport, VerifiedExport):
     The settings are those of `OnnxExport`.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx")
     runtimes: ClassVar[frozenset[str]] = frozenset({"endpoint", "onnxruntime"})
 

@@ -49,10 +49,12 @@ def _exact(node: NodeProto, rounded: dict[str, str], graph: GraphProto) -> list[
     if node.op_type != "MatMulInteger":
         raise ValueError(f"{node.name}: {node.op_type} of rounded inputs is not known here")
     kind = next(_cast_to(other) for other in graph.node if other.op_type == "Cast" and other.input[0] == node.output[0])
-    codes = f"{node.name}:codes"
+    codes, zero, centred = (f"{node.name}:{part}" for part in ("codes", "zero", "centred"))
     return [
         helper.make_node("Cast", [node.input[1]], [codes], name=codes, to=kind),
-        helper.make_node("MatMul", [value, codes], list(node.output), name=node.name),
+        helper.make_node("Cast", [node.input[3]], [zero], name=zero, to=kind),
+        helper.make_node("Sub", [codes, zero], [centred], name=centred),
+        helper.make_node("MatMul", [value, centred], list(node.output), name=node.name),
     ]
 
 

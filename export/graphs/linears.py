@@ -136,40 +136,42 @@ class LinearWriter:
         return graph.op("MatMulNBits", *inputs, K=columns, N=rows, bits=scheme.bits, block_size=block, accuracy_level=level)
 
     def _integers(self, value: str, names: tuple[str, ...], activations: str) -> str:
-        """Return a product of 8-bit integers: the input is rounded by a scale per token as it comes, or by one fixed scale."""
+        """Return a product of 8-bit integers: the input is rounded by a scale per token as it comes, or by one fixed scale.
+
+        Both sides are bytes without a sign, zero at 128: with signed weights ONNX Runtime's sums of two products are cut off at 16
+        bits on processors without VNNI ("Quantize ONNX models", on data types).
+        """
         parts, graph = self.parts, self.parts.graph
         rows, columns = sum(map(self._rows, names)), parts.quantized_shape(names[0])[1]
 
         def read_codes() -> Iterable[NDArray[Any]]:
-            signed = [(parts.quantized(name).codes ^ _SIGN).view(torch.int8) for name in names]
-            for piece in _side_by_side(signed, torch.int8):
+            for piece in _side_by_side([parts.quantized(name).codes for name in names], torch.uint8):
                 yield piece.numpy()
 
         def read_scales() -> Iterable[NDArray[Any]]:
             for name in names:
                 yield parts.floats(name, parts.quantized(name).scales.view(-1))
 
-        codes = self._weight(names, "codes", np.dtype(np.int8), (columns, rows), read_codes)
+        codes = self._weight(names, "codes", np.dtype(np.uint8), (columns, rows), read_codes)
         scales = self._weight(names, "scales", graph.dtype, (rows,), read_scales)
         if activations == "tensor":
             scale = graph.const(parts.input_scale(names[0]), graph.dtype)
-            zero = graph.const(0, np.int8)
+            zero = graph.const(_SIGN, np.uint8)
             rounded = parts.once(value, f"fixed {scale}", lambda: graph.op("QuantizeLinear", value, scale, zero))
             dense = parts.once(rounded, "back", lambda: graph.op("DequantizeLinear", rounded, scale, zero))
-            # Written out, and each matrix its own: else ONNX Runtime fails where it makes unsigned integers of signed ones.
-            zeros = self._weight(names, "zero_points", np.dtype(np.int8), (rows,), lambda: [np.zeros(rows, np.int8)])
+            zeros = self._weight(names, "zero_points", np.dtype(np.uint8), (rows,), lambda: [np.full(rows, _SIGN, np.uint8)])
             return graph.op("MatMul", dense, graph.op("DequantizeLinear", codes, scales, zeros, axis=1))
         return self._per_token(value, codes, scales)
 
     def _per_token(self, value: str, codes: str, scales: str) -> str:
         """Return a product with 8-bit codes, the input rounded by a scale per token; in float32, as its sums are beyond float16."""
         parts, graph = self.parts, self.parts.graph
-        zero = graph.const(_SIGN, np.uint8)  # bytes without a sign: only for these there are fast kernels
+        zero = graph.const(_SIGN, np.uint8)
         wide = parts.once(value, "wide", lambda: self._as(value, np.float32))
         step = parts.once(wide, "step", lambda: self._step(wide))
         one = graph.const(1.0, np.float32)
         rounded = parts.once(wide, "codes", lambda: graph.op("QuantizeLinear", graph.op("Div", wide, step), one, zero))
-        product = graph.cast(graph.op("MatMulInteger", rounded, codes, zero), np.float32)
+        product = graph.cast(graph.op("MatMulInteger", rounded, codes, zero, zero), np.float32)
         return self._as(graph.op("Mul", graph.op("Mul", product, step), self._as(scales, np.float32)), graph.dtype)
 
     def _as(self, value: str, dtype: DTypeLike) -> str:

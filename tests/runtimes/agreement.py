@@ -25,7 +25,7 @@ from compress.progress import Silent
 from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
 from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm import Vllm
+from compress.runtimes.vllm import VNNI_FEATURES, WNA16_FEATURES, Vllm, lacks
 from tests.quantized import round_checkpoint
 from tests.tiny import picture
 
@@ -38,6 +38,9 @@ PROMPTS = (
 TOKENS = 8
 CLEAR = 0.5
 """Nats by which the in-process model must prefer its own token over vLLM's for a disagreement."""
+
+KERNELS: Literal["vllm", "reference"] = "reference" if lacks(WNA16_FEATURES) or lacks(VNNI_FEATURES) else "vllm"
+"""Those by which vLLM's build for CPUs multiplies quantized linears rightly on this processor."""
 
 TOKEN = Scheme(8, -1, symmetric=True, activations="token")
 """8-bit integers, inputs rounded token by token: W8A8."""
@@ -89,7 +92,7 @@ def make_artifact(source: Path, folder: Path, case: Case) -> Path:
 def serving(case: Case) -> Vllm:
     """Return the runtime that serves a case, installed where it is not."""
     install("vllm", SILENT)
-    return Vllm(runtime="vllm", dtype=case.dtype, kv_cache_gib=1, max_model_len=512, top_logprobs=128)
+    return Vllm(runtime="vllm", dtype=case.dtype, kv_cache_gib=1, max_model_len=512, top_logprobs=128, kernels=KERNELS)
 
 
 def compare(artifact: Path, runtime: Vllm, logs: Path, prompts: Sequence[Prompt] = PROMPTS) -> Agreement:

@@ -163,7 +163,7 @@ def test_what_the_checkpoint_rounds_too_is_compared_without_it_first(
         assert part.relative < (1e-5 if part.computed == "inputs not rounded" or part.component == "embeddings" else 0.1)
 
     def wrong(codes: np.ndarray) -> np.ndarray:
-        codes[7, 3] += 20 if codes[7, 3] < 0 else -20
+        codes[7, 3] ^= 20
         return codes
 
     broken = spoil(tmp_path / "onnx", tmp_path / "broken", "decoder_model_merged", r"layers\.1\..*down_proj\.codes", wrong)
