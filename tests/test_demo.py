@@ -16,6 +16,7 @@ from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Prompt
 from compress.runtimes.vllm import Vllm
 from compress.store import Store
+from tests.runtimes.agreement import KERNELS
 from tests.tiny import build_qwen2_5_vl, build_qwen2_vl
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
@@ -82,7 +83,7 @@ def test_vllm_answers_as_the_in_process_runtime_does(report: Report, places: Pla
     kept = [entry.folder for entry in Store(places.store).entries() if entry.step == f"measure vllm-{layout}"]
     asked = [read_measured(folder).questions("scenes") for folder in kept]
     here = {item.id: item.said for item in max(asked, key=len)}
-    runtime = Vllm(runtime="vllm", dtype="float16", max_model_len=512, kv_cache_gib=1)
+    runtime = Vllm(runtime="vllm", dtype="float16", max_model_len=512, kv_cache_gib=1, kernels=KERNELS)
     with runtime.open(OpenContext(Path(row.path), tmp_path, Silent())) as session:
         there = {answer.id: answer.text for answer in session.answer(prompts, task.read().max_new_tokens, Silent())}
     assert len(there) == 400

@@ -15,6 +15,7 @@ import compress
 from compress.progress import Silent
 from compress.report import Report
 from compress.runtimes.environment import install
+from tests.runtimes.agreement import KERNELS
 
 ROOT = Path(__file__).parent.parent
 DEMO = ROOT / "recipes" / "demo.yaml"
@@ -26,7 +27,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a server starts fi
 EVALUATION = {
     "name": "verdicts",
     "eval": {
-        "runtime": {"runtime": "vllm", "dtype": "float16", "max_model_len": 512, "kv_cache_gib": 1},
+        "runtime": {"runtime": "vllm", "dtype": "float16", "max_model_len": 512, "kv_cache_gib": 1, "kernels": KERNELS},
         "tasks": [
             {"task": "vqa", "definition": "scenes", "source": str(QUESTIONS), "samples": 200},
             {"task": "perplexity", "dataset": "text", "source": str(TEXT), "window": 256, "samples": 16},
