@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from compress.errors import StoreError
 from compress.files import write_text
 from compress.places import place_of, replacing
 from compress.progress import Progress
-from compress.report import Published, Report, checks_of, fidelity_table, table
+from compress.report import Published, Report, Row, checks_of, fidelity_table, table
 from compress.schema import is_local
 from compress.tabular import markdown
 from compress.verification.table import answers_table, components_table
@@ -93,6 +93,15 @@ def _terms(report: Report, folder: Path) -> str:
     return f"{words}. Its terms of use are in {', '.join(f'[{name}]({name})' for name in files)}." if files else f"{words}."
 
 
+def _loaded(rows: Sequence[Row], name: str) -> str:
+    """Return what the card says an artifact was loaded with: what measured it, and nothing that was not run."""
+    found = dict.fromkeys(row.loaded_with for row in rows if row.artifact == name and row.loaded_with)
+    if not found:
+        return ""
+    lines = "\n".join(f"- {words}" for words in found)
+    return f"\nTo be measured it was loaded with:\n\n{lines}\n\nThe evaluation tried no other program and no other version.\n"
+
+
 def card(report: Report, name: str) -> str:
     """Return the model card of one artifact: what it is, the table, the verdict, how to run it, where it comes from."""
     rows = tuple(row for row in report.rows if row.artifact in ("original", name))
@@ -131,7 +140,7 @@ def card(report: Report, name: str) -> str:
 ## Use
 
 {use.how}
-
+{_loaded(rows, name)}
 ## Provenance
 
 {provenance}

@@ -28,6 +28,7 @@ class Row(Frozen):
 
     `bytes` are those on disk, `size_ratio` to the original's, `bits_per_weight` the weight files' over the original's weights.
     `target` names where the runtime ran. `noise` is the original's alone: how alike it is to itself, asked again.
+    `loaded_with` says what loaded it to be measured, with versions; nothing where a report was written before this was noted.
     """
 
     artifact: str
@@ -41,6 +42,7 @@ class Row(Frozen):
     target: str = "local"
     liveness: Liveness | None = None
     noise: Mapping[str, Fidelity] | None = None
+    loaded_with: str = ""
 
 
 class Timing(Frozen):

@@ -344,6 +344,7 @@ class _Run:
                     target=target.name,
                     liveness=found.liveness,
                     noise=noise or None,
+                    loaded_with=redact_value(target.runtime.loaded_with(name)),
                 )
             )
         return rows

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -70,6 +71,10 @@ def test_a_run_ends_with_a_verdict_a_table_and_published_artifacts(finished: tup
         assert "Its licence is the original's: own-terms. Its terms of use are in [LICENSE](LICENSE)." in card
         assert (folder / "LICENSE").read_text() == "Permission is granted."
         assert "by force" not in card
+        (loaded,) = (line for line in card.splitlines() if line.startswith("- transformers ("))
+        assert loaded.startswith(f"- transformers (torch {version('torch')}, transformers {version('transformers')}, ")
+        assert loaded.endswith("), in process, from weights that compress itself unpacked: nothing of `from_pretrained` was tried")
+        assert "vllm (" not in card
 
 
 def test_a_question_file_is_read_once(finished: tuple[Job, Report]) -> None:

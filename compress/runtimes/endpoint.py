@@ -120,6 +120,14 @@ class Endpoint(Runtime):
         """
         return {name: f"{told.version}{', with scores' if told.scores else ''}" for name, told in self.told.items()}
 
+    def loaded_with(self, name: str) -> str:
+        """Return what the artifact's server says that it is, in words for its model card.
+
+        Raises:
+            MissingError: a key is not there, or a server does not answer.
+        """
+        return f"{self.runtime} ({self.versions()[name]})"
+
     @cached_property
     def told(self) -> dict[str, Told]:
         """What each server says of itself, by the artifact's name; it is asked once."""

@@ -256,6 +256,15 @@ class Runtime(Frozen, ABC):
         del name
         return self.model_dump(mode="json", exclude=set(self.incidental))
 
+    def loaded_with(self, name: str) -> str:
+        """Return what loads the artifact `name` to measure it, with versions, in words for its model card; may ask a server.
+
+        Raises:
+            MissingError: it is not here, or a server does not answer.
+        """
+        del name
+        return f"{self.runtime} ({', '.join(f'{part} {version}' for part, version in self.versions().items())})"
+
     def faults(self, artifacts: Sequence[str]) -> list[str]:
         """Return why it cannot measure a recipe's artifacts of these names, one line each; empty where it can."""
         del artifacts

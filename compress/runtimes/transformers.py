@@ -31,6 +31,11 @@ class Transformers(Runtime):
         """Return the versions of the model code, of what it computes with, and of what prepares text and images for it."""
         return {name: version(name) for name in ("torch", "transformers", "tokenizers", "torchvision", "pillow")}
 
+    def loaded_with(self, name: str) -> str:
+        """Return what loads an artifact, in words for its model card."""
+        own = "in process, from weights that compress itself unpacked: nothing of `from_pretrained` was tried"
+        return f"{super().loaded_with(name)}, {own}"
+
     def open(self, context: OpenContext) -> AbstractContextManager[Session]:
         """Load the artifact into this process.
 

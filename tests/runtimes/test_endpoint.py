@@ -85,6 +85,7 @@ def test_vllm_without_its_token_endpoints_says_how_to_get_them(tmp_path: Path) -
     listener = Listener()
     with stand_in(manners=Manners(version="0.32.0")) as server:
         assert endpoint(server.url).versions()["awq"] == "vLLM 0.32.0"
+        assert endpoint(server.url).loaded_with("awq") == "endpoint (vLLM 0.32.0)"
         with endpoint(server.url).open(context(tmp_path, progress=listener)) as session:
             assert session.offers == {"text"}
     assert "start it with --enable-scale-out for perplexity and KL" in listener.warnings[0]
