@@ -48,7 +48,7 @@ def position_of(name: str, token: int, row: Mapping[str, Mapping[str, Any]] | No
     if len(row) > top + 1:
         raise ValueError(f"{len(row):,} tokens at a position where {top} were asked for")
     found = {int(key): float(value["logprob"]) for key, value in row.items()}
-    if not all(0 <= number < _TOKENS and value <= _LARGEST for number, value in found.items()):
+    if not all(0 <= number < _TOKENS and -math.inf < value <= _LARGEST for number, value in found.items()):
         raise ValueError("a position holds what is no token, or no log-probability")
     likeliest = dict(found)
     if len(likeliest) > top:

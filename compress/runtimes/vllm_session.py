@@ -346,12 +346,12 @@ def _whole(content: dict[str, Any]) -> NDArray[np.float32]:
         ValueError: some are missing, or none are log-probabilities.
     """
     rows = cast("list[dict[str, Any]]", content["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
-    logs = np.full(len(rows), np.nan, dtype=np.float32)
-    for row in rows:
-        logs[row["token_id"]] = row["logprob"]
-    if not len(logs) or not np.isfinite(logs).all() or logs.max() > _ROUNDING:
+    ids = token_ids([row["token_id"] for row in rows], len(rows))
+    logs = np.array([float(row["logprob"]) for row in rows])
+    if not ids or sorted(ids) != list(range(len(ids))) or not np.isfinite(logs).all() or logs.max() > _ROUNDING:
         raise ValueError("the distribution is not over the whole vocabulary")
-    return logs
+    logs[ids] = logs.copy()
+    return logs.astype(np.float32)
 
 
 def _data_uri(image: bytes) -> str:

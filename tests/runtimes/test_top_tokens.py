@@ -83,6 +83,12 @@ def test_position_of_another_token_is_refused(row: dict[str, dict[str, float]] |
         position_of("item", 7, row, 1)
 
 
+@pytest.mark.parametrize("value", [float("-inf"), float("inf"), float("nan"), 0.5])
+def test_what_is_no_log_probability_is_no_position(value: float) -> None:
+    with pytest.raises(ValueError, match="what is no token, or no log-probability"):
+        position_of("item", 7, {"7": {"logprob": value}}, 1)
+
+
 def test_score_says_where_both_put_the_same_token_first() -> None:
     before = [position(logs_of(seed), 0, 5) for seed in (0, 1)]
     after = [before[0], position(-logs_of(1) - np.log(np.exp(-logs_of(1)).sum()), 0, 5)]
