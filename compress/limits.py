@@ -130,6 +130,9 @@ class Limits:
     event_bytes: int = 65_536
     """Bytes of one event in a stream."""
 
+    reply_bytes: int = 536_870_912
+    """Bytes of one reply of onnxruntime-genai's process. Whole distributions of 320 tokens over 256,000 have 437 MB."""
+
     log_bytes: int = 16_777_216
     """Bytes that are read of a server's log to find out why it ended: the first half and the last of so many."""
 

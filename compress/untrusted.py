@@ -103,12 +103,11 @@ def foreign(what: str, error: type[CompressError] = CheckpointError, remedy: str
     """
     try:
         yield
-    except CompressError:
-        raise
-    except Exception as fault:
-        raise error(f"{printable(what)} ({reason(fault)}); {remedy}") from fault
+    # What such libraries raise is listed nowhere, changes from one version to the next, and depends on the content: a list would
+    # have holes, and each would be a traceback. PanicException, of those in Rust, says that it is no Exception.
     except BaseException as fault:
-        if type(fault).__name__ != "PanicException":  # of libraries in Rust, which says that it is no Exception
+        is_theirs = isinstance(fault, Exception) or type(fault).__name__ == "PanicException"
+        if isinstance(fault, CompressError) or not is_theirs:
             raise
         raise error(f"{printable(what)} ({reason(fault)}); {remedy}") from fault
 

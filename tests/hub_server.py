@@ -6,7 +6,7 @@ import hashlib
 import json
 import threading
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -19,7 +19,8 @@ LARGE = (".safetensors", ".parquet", ".bin")
 class Repo:
     """A repository at one commit; `damaged` files are served that many times with a changed byte.
 
-    Of the files in `lengths`, which says how large they are, `files` holds only the start.
+    Of the files in `lengths`, which says how large they are, `files` holds only the start. Where it is `dripping`, a file that was
+    asked for in part comes byte by byte and without end; `said` is what it answers in place of a listing.
     """
 
     files: dict[str, bytes]
@@ -27,6 +28,8 @@ class Repo:
     revisions: tuple[str, ...] = ("main",)
     gated: bool = False
     down: bool = False
+    dripping: bool = False
+    said: bytes | None = None
     damaged: dict[str, int] = field(default_factory=lambda: dict[str, int]())
     lengths: dict[str, int] = field(default_factory=lambda: dict[str, int]())
 
@@ -124,6 +127,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._refuse(503, "Overloaded")
         elif revision not in (*repo.revisions, repo.commit):
             self._refuse(404, "RevisionNotFound")
+        elif repo.said is not None:
+            self._send(200, repo.said, {"Content-Type": "application/json"})
         else:
             self._json({"id": name, "sha": repo.commit, "siblings": repo.listing(), "tags": [], "private": False})
 
@@ -162,12 +167,25 @@ class _Handler(BaseHTTPRequestHandler):
             first, _, last = part.removeprefix("bytes=").partition("-")
             data, status = repo.part(name, int(first), int(last) + 1 if last else repo.size(name)), 206
             headers |= {"Content-Range": f"bytes {first}-{int(first) + len(data) - 1}/{repo.size(name)}"}
+        if part and repo.dripping:
+            self._drip()
+            return
         if self.command == "GET":
             self.state.served.append((name, part))
             if repo.damaged.get(name, 0) > 0:
                 repo.damaged[name] -= 1
                 data = data[:-1] + bytes([data[-1] ^ 255])
         self._send(status, data, {"Content-Type": "application/octet-stream", "Accept-Ranges": "bytes", **headers})
+
+    def _drip(self) -> None:
+        self.send_response(206)
+        self.send_header("Content-Length", str(1 << 30))
+        self.end_headers()
+        self.close_connection = True
+        with suppress(OSError):
+            while True:  # until the client goes
+                self.wfile.write(b"\0")
+                threading.Event().wait(0.01)
 
     def _refuse(self, status: int, code: str) -> None:
         self._send(status, b"", {"X-Error-Code": code, "X-Error-Message": code})

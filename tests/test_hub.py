@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import huggingface_hub
 import pyarrow as pa
@@ -113,6 +113,42 @@ def test_plan_reads_headers_only(hub: HubServer, checkpoint: Path) -> None:
     assert opened.config == plain.config
     assert pin.describe() == {"source": "org/tiny", "hub": "huggingface", "revision": "main", "commit": repo.commit}
     assert not any(name.endswith(".safetensors") for name in hub.names())
+
+
+@pytest.mark.parametrize("hub_name", ["huggingface", "modelscope"])
+def test_a_part_that_drips_is_waited_for_so_long(
+    hub: HubServer, checkpoint: Path, monkeypatch: pytest.MonkeyPatch, hub_name: Literal["huggingface", "modelscope"]
+) -> None:
+    kind, revision = ("model", "main") if hub_name == "huggingface" else ("modelscope", "master")
+    hub.repos[kind, "org/tiny"] = repo = Repo(files_of(checkpoint), revisions=("main", "master"))
+    pin = resolve_model("org/tiny", hub_name, revision)
+    repo.dripping = True
+    monkeypatch.setenv("COMPRESS_LIMIT_HUB_SECONDS", "1")
+    with pytest.raises(MissingError, match=r"org/tiny: a part of a file has not come in time \(limit hub_seconds = 1, set by"):
+        open_pinned(pin)
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"",
+        b"[",
+        b"[1]",
+        b"null",
+        b'{"sha": 7}',
+        b'{"id": "org/tiny", "sha": "c0ffee", "siblings": [7]}',
+        b'{"id": "org/tiny", "sha": "c0ffee", "siblings": [{}]}',
+        b'{"id": "org/tiny", "sha": "c0ffee", "siblings": {"a": 1}}',
+        b'{"id": "org/tiny", "sha": "c0ffee", "siblings": [{"rfilename": 7}]}',
+        b'{"id": "org/tiny", "sha": "c0ffee", "siblings": [{"rfilename": "config.json", "size": "large"}]}',
+        b'{"id": "org/tiny", "sha": "c0ffee", "siblings": [{"rfilename": "config.json", "size": -1}]}',
+        b"[" * 100_000,
+    ],
+)
+def test_a_listing_that_cannot_be_read_is_one_message(hub: HubServer, said: bytes) -> None:
+    hub.repos["model", "org/tiny"] = Repo({}, said=said)
+    with pytest.raises((MissingError, CheckpointError), match=r"^org/tiny: [^\n]+$"):
+        resolve_model("org/tiny", "huggingface", "main")
 
 
 def test_fetch_takes_the_listed_files_only(hub: HubServer, checkpoint: Path) -> None:

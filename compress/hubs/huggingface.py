@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from compress.errors import MissingError, UsageError
 from compress.files import telling_where, write_text
-from compress.hubs.repository import RemoteFile, Report, Repository
-
-if TYPE_CHECKING:
-    pass
+from compress.hubs.repository import RemoteFile, Report, Repository, part_deadline, take_part
+from compress.limits import limits
+from compress.untrusted import reason
 
 Kind = Literal["model", "dataset"]
 
@@ -34,7 +34,9 @@ def list_files(kind: Kind, source: str, revision: str) -> Repository:
     with telling(kind, source, revision):
         try:
             api = HfApi()
-            info = (api.model_info if kind == "model" else api.dataset_info)(source, revision=revision, files_metadata=True)
+            ask = api.model_info if kind == "model" else api.dataset_info
+            with _readable(source):
+                info = ask(source, revision=revision, files_metadata=True, timeout=limits().hub_seconds)
         except (httpx.TransportError, OfflineModeIsEnabled):
             cached = _cached(kind, source, revision)
             if cached is None:
@@ -112,19 +114,15 @@ def read_part(repository: Repository, name: str, start: int, end: int) -> bytes:
             file.seek(start)
             return file.read(end - start)
     url = hf_hub_url(repository.source, name, revision=repository.commit, endpoint=HfApi().endpoint)
-    headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}"}
+    headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+    deadline = part_deadline()
     with (
         telling(repository.kind, repository.source, repository.revision),
-        utils.get_session().stream("GET", url, headers=headers, follow_redirects=True) as response,
+        utils.get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=limits().hub_seconds) as response,
     ):
         utils.hf_raise_for_status(response)
         skipped = start if response.status_code == 200 else 0  # a server that knows no ranges sends the file from its start
-        held = b""
-        for chunk in response.iter_bytes():
-            held += chunk
-            if len(held) >= skipped + end - start:
-                break
-    return held[skipped : skipped + end - start]
+        return take_part(repository.source, response.iter_raw(), skipped, end - start, deadline)
 
 
 @contextmanager
@@ -160,6 +158,17 @@ def telling(kind: Kind, source: str, revision: str) -> Generator[None]:
         raise MissingError(
             f"{source}: {HfApi().endpoint} cannot be reached ({_first_line(error)}) and the cache does not have it; "
             "check the network, set HF_ENDPOINT to a mirror, or name a local path as source"
+        ) from error
+
+
+@contextmanager
+def _readable(source: str) -> Generator[None]:
+    """Tell of what the client raises where a hub's JSON is not as it should be; its own errors are those of `telling`."""
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, json.JSONDecodeError) as error:
+        raise MissingError(
+            f"{source}: what the hub says of it cannot be read ({reason(error)}); try another endpoint (HF_ENDPOINT)"
         ) from error
 
 

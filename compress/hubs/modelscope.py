@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from compress.errors import MissingError
-from compress.hubs.repository import RemoteFile, Report, Repository, content_digest
+from compress.hubs.repository import RemoteFile, Report, Repository, content_digest, part_deadline, take_part
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi, ProgressCallback
@@ -71,14 +71,11 @@ def read_part(repository: Repository, name: str, start: int, end: int) -> bytes:
     with telling(repository.source, repository.revision):
         client = _api(repository.source).legacy
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
+        deadline = part_deadline()
         with client.download_stream(repository.source, "model", name, repository.revision, headers) as response:
             skipped = start if response.status_code == 200 else 0  # a server that knows no ranges sends the file from its start
-            held = b""
-            for chunk in response.iter_content(chunk_size=1 << 16):
-                held += chunk
-                if len(held) >= skipped + end - start:
-                    break
-    return held[skipped : skipped + end - start]
+            arriving = iter(lambda: response.raw.read1(1 << 16), b"")  # as it comes: others wait until a portion is full
+            return take_part(repository.source, arriving, skipped, end - start, deadline)
 
 
 @contextmanager

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
-from typing import Literal
+from typing import Literal, cast
 
 from compress.errors import MissingError
+from compress.limits import limits
 from compress.untrusted import printable
 
 Report = Callable[[int], None]
@@ -37,7 +39,7 @@ class Repository:
     """A model or dataset repository: `revision` is what was asked for, `commit` what that was when it was asked.
 
     Raises:
-        MissingError: a file's name, or the commit's, would lead out of the folder that it is fetched to.
+        MissingError: a file has no name or size, or its name, or the commit's, would lead out of the folder that it is fetched to.
     """
 
     kind: Literal["model", "dataset"]
@@ -47,6 +49,10 @@ class Repository:
     files: tuple[RemoteFile, ...]
 
     def __post_init__(self) -> None:
+        for file in self.files:
+            told = cast("tuple[object, object]", (file.name, file.size))  # which a hub's client passes on as they came
+            if not (isinstance(told[0], str) and isinstance(told[1], int) and told[1] >= 0):
+                raise MissingError(f"{self.source}: the hub lists a file without name or size; use another source")
         for name in (self.commit, *(file.name for file in self.files)):
             path = PurePosixPath(name)
             if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
@@ -63,3 +69,28 @@ class Repository:
 def content_digest(contents: dict[str, str]) -> str:
     """Return one SHA-256 for some files, from a digest of each by its name."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
+
+
+def part_deadline() -> float:
+    """Return until when, by `time.monotonic`, a part of a file that is asked for now must have come."""
+    return time.monotonic() + limits().hub_seconds
+
+
+def take_part(source: str, arriving: Iterable[bytes], skipped: int, count: int, deadline: float) -> bytes:
+    """Return `count` bytes of an answer after the first `skipped`, fewer where it ends before; holds no more than these.
+
+    Raises:
+        MissingError: they have not come in time.
+    """
+    held = bytearray()
+    for portion in arriving:
+        held += portion[skipped : skipped + count - len(held)]
+        skipped = max(0, skipped - len(portion))
+        if len(held) == count:
+            break
+        if time.monotonic() > deadline:
+            raise MissingError(
+                f"{source}: a part of a file has not come in time ({limits().set_by('hub_seconds')}); check the network, "
+                "or fetch the model first"
+            )
+    return bytes(held)

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
+import math
 import os
 import socket
 import tempfile
-from collections.abc import Callable, Generator, Sequence
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +23,7 @@ from compress.conversation import check_image_count, load_processor, open_images
 from compress.errors import CheckpointError, DataError, ServerError, UsageError
 from compress.families import Family, family_at, family_of
 from compress.files import telling_where
+from compress.limits import limits
 from compress.onnx_files import check_files
 from compress.progress import Progress
 from compress.runtimes.environment import require
@@ -40,11 +43,14 @@ from compress.runtimes.runtime import (
 from compress.runtimes.server import Server, run_server
 from compress.runtimes.top_tokens import Position, TopRecord, scores_of, write_record
 from compress.runtimes.vllm_server import stop_tokens
+from compress.runtimes.vllm_session import token_ids
+from compress.untrusted import printable, reason
 
 if TYPE_CHECKING:
     from compress.runtimes.onnxruntime_genai import OnnxruntimeGenai
 
 _WORKER = Path(__file__).with_name("onnxruntime_genai_worker.py")
+_PORTION = 1 << 20
 _LOG = "onnxruntime-genai.log"
 _DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
 _SETTINGS = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -105,7 +111,9 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
         connection = resources.enter_context(_accept(listener, server, runtime.startup_seconds))
         worker = Worker(connection, server, runtime.request_seconds)
         if "failed" in (told := worker.reply(runtime.startup_seconds)):
-            raise CheckpointError(f"{context.artifact}: onnxruntime-genai cannot load it ({told['failed']}); export it again")
+            raise CheckpointError(
+                f"{context.artifact}: onnxruntime-genai cannot load it ({printable(str(told['failed']))}); export it again"
+            )
         config = read_config(folder)
         family = family_at(folder, context.trust_remote_code)
         model = Model(load_processor(folder, context.trust_remote_code), family, stop_tokens(folder), family.placeholders(config))
@@ -158,23 +166,25 @@ def _accept(listener: socket.socket, server: Server, seconds: float) -> socket.s
 
 
 class Worker:
-    """The other side of the socket."""
+    """The other side of the socket. It runs a folder that may be a stranger's, so what it says is read within limits."""
 
     def __init__(self, connection: socket.socket, server: Server, request_seconds: float) -> None:
         self._connection = connection
-        self._stream = connection.makefile("rw", encoding="utf-8", newline="\n")
         self._server = server
         self._seconds = request_seconds
+        self._rest = bytearray()
 
     def ask(self, request: Request) -> dict[str, Any]:
         """Return what came of a request.
 
         Raises:
-            ServerError: the worker ended, or took too long.
+            ServerError: the worker ended, took too long, or said what cannot be read.
         """
+        self._connection.settimeout(self._seconds)
         try:
-            self._stream.write(json.dumps(asdict(request)) + "\n")
-            self._stream.flush()
+            self._connection.sendall(json.dumps(asdict(request)).encode() + b"\n")
+        except TimeoutError as error:
+            raise self._late(self._seconds) from error
         except OSError as error:
             raise self._ended() from error
         return self.reply(self._seconds)
@@ -183,25 +193,92 @@ class Worker:
         """Wait for the worker's next line.
 
         Raises:
-            ServerError: it ended, or there was none after so many seconds.
+            ServerError: it ended, there was none after so many seconds, or one that is too long or cannot be read.
         """
-        self._connection.settimeout(seconds)
         try:
-            line = self._stream.readline()
+            content: object = json.loads(self._line(time.monotonic() + seconds))
         except TimeoutError as error:
-            raise ServerError(
-                f"onnxruntime-genai did not answer within {seconds:g} seconds; raise request_seconds, or use a smaller model"
-                f"{self._server.last_words()}"
-            ) from error
+            raise self._late(seconds) from error
         except OSError as error:
             raise self._ended() from error
-        if not line.endswith("\n"):
-            raise self._ended()
-        return json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise unreadable(error) from error
+        if not isinstance(content, dict):
+            raise unreadable(TypeError("no JSON object"))
+        return cast("dict[str, Any]", content)
+
+    def _line(self, deadline: float) -> bytes:
+        """Return the bytes up to the next line's end.
+
+        Raises:
+            TimeoutError, ServerError: it does not come in time, or is too long.
+        """
+        most, looked = limits().reply_bytes, 0
+        while (end := self._rest.find(b"\n", looked)) < 0:
+            looked = len(self._rest)
+            if looked > most:
+                raise unreadable(ValueError(f"more than {most:,} bytes, {limits().set_by('reply_bytes')}"))
+            if (left := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            self._connection.settimeout(left)
+            if not (portion := self._connection.recv(_PORTION)):
+                raise self._ended()
+            self._rest += portion
+        line = bytes(self._rest[:end])
+        del self._rest[: end + 1]
+        return line
+
+    def _late(self, seconds: float) -> ServerError:
+        return ServerError(
+            f"onnxruntime-genai did not answer within {seconds:g} seconds; raise request_seconds, or use a smaller model"
+            f"{self._server.last_words()}"
+        )
 
     def _ended(self) -> ServerError:
         self._server.process.wait()
         return ServerError(f"onnxruntime-genai ended; the machine may have run out of memory{self._server.last_words()}")
+
+
+def unreadable(error: Exception) -> ServerError:
+    """Return what to say of a reply that is none."""
+    return ServerError(
+        f"onnxruntime-genai said what cannot be read ({type(error).__name__}: {reason(error)}); run compress runtime install "
+        f"{ENVIRONMENT} again"
+    )
+
+
+def read_tokens(told: Mapping[str, Any], most: int) -> list[int]:
+    """Return the tokens of a reply.
+
+    Raises:
+        ServerError: they are none.
+    """
+    try:
+        return token_ids(told["tokens"], most)
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable(error) from error
+
+
+def read_positions(told: Mapping[str, Any], tokens: Sequence[int], top: int) -> list[Position]:
+    """Return how a reply says that these tokens were predicted.
+
+    Raises:
+        ServerError: it is of other tokens, or says what is no log-probability.
+    """
+    try:
+        rows = cast("list[tuple[int, float, list[tuple[int, float]]]]", told["positions"])
+        if [token for token, _, _ in rows] != list(tokens):
+            raise ValueError("other tokens than it was given")
+        likely = [token_ids([place for place, _ in best], top) for _, _, best in rows]
+        logs = [(float(value), [float(log) for _, log in best]) for _, value, best in rows]
+        if not all(math.isfinite(log) for value, best in logs for log in (value, *best)):
+            raise ValueError("what is no log-probability")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise unreadable(error) from error
+    return [
+        Position(token=token, log_probability=value, top=tuple(zip(places, best, strict=True)))
+        for token, places, (value, best) in zip(tokens, likely, logs, strict=True)
+    ]
 
 
 class OnnxruntimeGenaiSession:
@@ -231,7 +308,7 @@ class OnnxruntimeGenaiSession:
         with progress.task("answer", len(prompts), "prompts") as advance:
             for prompt in prompts:
                 told = self._ask(prompt, "answer", max_new_tokens=max_new_tokens, forbidden=self._model.placeholders)
-                answers.append(self._finish(prompt, told))
+                answers.append(self._finish(prompt, told, max_new_tokens))
                 if each is not None:
                     each(answers[-1])
                 advance(1)
@@ -268,8 +345,11 @@ class OnnxruntimeGenaiSession:
             for passage in dict.fromkeys(passage for passage, _ in places):
                 wanted = tuple(token for each, token in places if each == passage)
                 told = self._scored(passages[passage], "whole", whole=wanted)
-                for token, encoded in zip(wanted, told.get("distributions", ()), strict=False):
-                    found[passage, token] = np.frombuffer(base64.b64decode(encoded), dtype="<f4").astype(np.float32)
+                try:
+                    for token, encoded in zip(wanted, told.get("distributions", ()), strict=False):
+                        found[passage, token] = np.frombuffer(base64.b64decode(encoded), dtype="<f4").astype(np.float32)
+                except (TypeError, ValueError) as error:
+                    raise unreadable(error) from error
                 advance(len(wanted))
         return [found.get(place) for place in places]
 
@@ -301,11 +381,8 @@ class OnnxruntimeGenaiSession:
             return []
         told = self._scored(passage, "score", top=self._top)
         if "fault" in told:
-            return _named(passage.id, told["fault"])
-        return [
-            Position(token=token, log_probability=value, top=tuple((place, log) for place, log in top))
-            for token, value, top in told["positions"]
-        ]
+            return _named(passage.id, str(told["fault"]))
+        return read_positions(told, scored_tokens(passage), self._top)
 
     def _scored(self, passage: Passage, kind: Literal["score", "whole"], **settings: Any) -> dict[str, Any]:
         if passage.prompt is None:
@@ -330,10 +407,10 @@ class OnnxruntimeGenaiSession:
             for path in paths:
                 path.unlink(missing_ok=True)
 
-    def _finish(self, prompt: Prompt, told: dict[str, Any]) -> Answer:
+    def _finish(self, prompt: Prompt, told: dict[str, Any], most: int) -> Answer:
         if "fault" in told:
-            return Answer(id=prompt.id, text="", token_ids=(), fault=_named(prompt.id, told["fault"]))
-        ids: list[int] = told["tokens"]
+            return Answer(id=prompt.id, text="", token_ids=(), fault=_named(prompt.id, str(told["fault"])))
+        ids = read_tokens(told, most)
         end = next((place for place, token in enumerate(ids) if token in self._model.stops), len(ids))
         text = self._model.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return Answer(id=prompt.id, text=text, token_ids=tuple(ids[:end]))

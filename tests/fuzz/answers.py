@@ -22,11 +22,12 @@ _LARGE = 1 << 16
 
 @dataclass(frozen=True)
 class Way:
-    """How a sound body is sent instead; `sound` where a client must come to the right result all the same."""
+    """How a sound body is sent instead; `sound` where the right result is due all the same, if a client takes `packed` answers."""
 
     name: str
     reply: Reply
     sound: bool = False
+    packed: bool = False
 
 
 def _head(*lines: str | bytes, status: str | bytes = "HTTP/1.1 200 OK") -> bytes:
@@ -57,7 +58,7 @@ def _packed(name: str, pack: Callable[[bytes], bytes], coding: str = "gzip", *, 
         content = pack(body)
         return [_head(f"Content-Length: {len(content)}", f"Content-Encoding: {coding}", "Connection: close") + content]
 
-    return Way(name, reply, sound)
+    return Way(name, reply, sound, packed=True)
 
 
 @cache

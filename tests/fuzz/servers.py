@@ -89,6 +89,11 @@ class Behaviour:
     folder: str
     done: int = 0
 
+    @property
+    def sound(self) -> bool:
+        """Whether the right result is due; a load's client asks for plain answers alone."""
+        return self.way.sound and not (self.client == "load" and self.way.packed)
+
     def __str__(self) -> str:
         return f"{self.client}, {self.path}{' once' if self.once else ''}: {self.way.name}"
 

@@ -71,9 +71,9 @@ class Ground:
         if self.other.asked:
             faults.append("it went elsewhere")
         if outcome.code == 0:
-            faults += judge(json.loads(outcome.stdout), exact=behaviour.way.sound)
-            self.right += behaviour.way.sound
-        elif behaviour.way.sound:
+            faults += judge(json.loads(outcome.stdout), exact=behaviour.sound)
+            self.right += behaviour.sound
+        elif behaviour.sound:
             faults.append("it did not come to the right result")
         return [f"{behaviour}: {fault} … {outcome.stdout[-700:]} {outcome.stderr[-1500:]}" for fault in faults]
 
