@@ -79,13 +79,17 @@ def test_a_touched_but_unchanged_file_is_still_whole(tmp_path: Path) -> None:
     assert store.find("k", pytest.fail) is not None
 
 
-def test_verify_reads_what_a_hit_trusts(tmp_path: Path) -> None:
-    store = Store(tmp_path)
-    fill(store, "k")
-    path = tmp_path / "entries" / "k" / "data" / "sub" / "file.txt"
+def change_unseen(path: Path) -> None:
+    """Give a file other content of the same size and time."""
     before = path.stat()
     path.write_text("CONTENT", encoding="utf-8")
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_verify_reads_what_a_hit_trusts(tmp_path: Path) -> None:
+    store = Store(tmp_path)
+    fill(store, "k")
+    change_unseen(tmp_path / "entries" / "k" / "data" / "sub" / "file.txt")
     assert store.find("k", pytest.fail) is not None
     assert "digest" in store.verify()["k"]
     warnings: list[str] = []
@@ -256,10 +260,7 @@ def test_a_file_that_was_put_into_an_entry_is_damage(tmp_path: Path) -> None:
 def test_a_thorough_look_reads_what_a_hit_trusts(tmp_path: Path) -> None:
     store = Store(tmp_path)
     fill(store, "k")
-    path = tmp_path / "entries" / "k" / "data" / "sub" / "file.txt"
-    before = path.stat()
-    path.write_text("CONTENT", encoding="utf-8")
-    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    change_unseen(tmp_path / "entries" / "k" / "data" / "sub" / "file.txt")
     assert store.find("k", pytest.fail) is not None
     warnings: list[str] = []
     assert store.find("k", warnings.append, thorough=True) is None

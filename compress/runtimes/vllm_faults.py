@@ -89,14 +89,13 @@ def fault_of(name: str, words: str, log: str) -> CompressError | None:
         return None
     for sign in _SIGNS:
         if (found := sign.words.search(reason)) is not None:
-            remedy = sign.remedy.format(found.group(0), *found.groups())
             part = f"{sign.part} of {_RUNTIME}: " if sign.part else ""
-            return _made(sign.error, f"{part}{name} ended while it was loading: {shorten(reason)}; {remedy} (its log: {log})")
-    if _SETTINGS.search(words):
+            error, remedy = sign.error, sign.remedy.format(found.group(0), *found.groups())
+            break
+    else:
+        if not _SETTINGS.search(words):
+            return None
+        part, error = f"{_RUNTIME}: ", RecipeError
         remedy = "correct the setting that it names, in the runtime's fields or arguments"
-        return RecipeError([f"{_RUNTIME}: {name} ended while it was loading: {shorten(reason)}; {remedy} (its log: {log})"])
-    return None
-
-
-def _made(error: type[CompressError], message: str) -> CompressError:
+    message = f"{part}{name} ended while it was loading: {shorten(reason)}; {remedy} (its log: {log})"
     return RecipeError([message]) if error is RecipeError else error(message)

@@ -16,6 +16,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, cast
 
+from hypothesis import HealthCheck, settings
+
 from compress.artifact import file_digest
 
 MOST_SECONDS = 5.0
@@ -35,6 +37,12 @@ _MACHINE = ("/proc", "/sys", "/dev", "/etc", "/usr", "/lib", "/lib64", "/opt", "
 def cases(count: int) -> int:
     """Return how many of `count` cases are tried, by COMPRESS_FUZZ."""
     return max(1, round(count * float(os.environ.get("COMPRESS_FUZZ", "0.1"))))
+
+
+def drawn(count: int) -> settings:
+    """Return how Hypothesis tries so many cases: the same ones each time, however long one takes."""
+    checks = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture, HealthCheck.data_too_large, HealthCheck.filter_too_much]
+    return settings(max_examples=cases(count), derandomize=True, deadline=None, database=None, suppress_health_check=checks)
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.checkpoints import CHANGES, TEMPLATES, make_checkpoint
-from tests.fuzz.harness import Harness, Outcome, Tally, cases, leaked, make_decoys
+from tests.fuzz.harness import Harness, Outcome, Tally, cases, drawn, leaked, make_decoys
 from tests.jobs import sentences
 from tests.tiny import build_qwen2_5_vl
 
@@ -166,13 +166,7 @@ def test_artifacts_from_seeds(ground: Ground) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(14400)
-@settings(
-    max_examples=cases(DRAWN),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+@drawn(DRAWN)
 @given(changes=st.lists(st.tuples(st.sampled_from(sorted(CHANGES)), st.integers(0, 10**6)), min_size=1, max_size=3))
 def test_checkpoints_that_hypothesis_draws(ground: Ground, changes: list[tuple[str, int]]) -> None:
     assert ground.attempt(changes) == []

@@ -7,14 +7,13 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import cast
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.data import KINDS, change, lines, sound
-from tests.fuzz.harness import Harness, cases, leaked, make_decoys
+from tests.fuzz.harness import Harness, cases, drawn, leaked, make_decoys
 from tests.tiny import build_qwen2_5_vl
 
 SEEDED, DRAWN = 400, 100
@@ -107,11 +106,10 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-_ALL_CHECKS = cast("list[HealthCheck]", list(HealthCheck))
 FIELDS = st.sampled_from(["id", "image", "images", "question", "answer", "options", "conversations", "messages", "text", "\x1b[2J"])
 
 
-@settings(max_examples=cases(DRAWN), deadline=None, suppress_health_check=_ALL_CHECKS, derandomize=True, database=None)
+@drawn(DRAWN)
 @given(rows=st.lists(st.dictionaries(FIELDS, VALUES, max_size=5), max_size=3), listed=st.booleans(), texts=st.booleans())
 @pytest.mark.timeout(7200)
 def test_rows_of_any_values(ground: Ground, rows: list[dict[str, object]], listed: bool, texts: bool) -> None:

@@ -12,11 +12,11 @@ from typing import Any, cast
 
 import pytest
 import yaml
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.fuzz.checkpoints import HOSTILE, TEXTS
-from tests.fuzz.harness import Harness, Outcome, cases, make_decoys
+from tests.fuzz.harness import Harness, Outcome, cases, drawn, make_decoys
 from tests.jobs import Job, content, make_job
 
 SEEDED, DRAWN = 420, 80
@@ -183,13 +183,7 @@ def test_recipes_from_seeds(ground: Ground) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(14400)
-@settings(
-    max_examples=cases(DRAWN),
-    derandomize=True,
-    deadline=None,
-    database=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
-)
+@drawn(DRAWN)
 @given(
     place=st.sampled_from(["name", "model", "stages", "export", "eval", "gate", "calibration", "publish", "other"]),
     value=st.recursive(

@@ -14,12 +14,12 @@ from urllib.parse import quote
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from compress.untrusted import printable
 from tests.fuzz.answers import Way
-from tests.fuzz.harness import Harness, Outcome, cases, make_decoys
+from tests.fuzz.harness import Harness, Outcome, cases, drawn, make_decoys
 from tests.fuzz.servers import ANSWER, CLIENTS, KEY, KEY_VARIABLE, LIKELIHOOD, MODEL, Behaviour, behave
 from tests.raw_server import Asked, RawServer, http, raw_server
 from tests.tiny import build_qwen2_5_vl
@@ -178,12 +178,11 @@ VALUES = st.recursive(
     ),
     max_leaves=8,
 )
-_ALL_CHECKS = cast("list[HealthCheck]", list(HealthCheck))
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
-@settings(max_examples=cases(DRAWN), deadline=None, suppress_health_check=_ALL_CHECKS, derandomize=True, database=None)
+@drawn(DRAWN)
 @given(
     asked=st.sampled_from([(client, path) for client, paths in CLIENTS.items() for path in paths]),
     name=st.sampled_from(["choices", "data", "version", "token_ids", "prompt_logprobs", "error"]),
