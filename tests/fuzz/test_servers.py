@@ -142,7 +142,7 @@ def test_a_sound_server_is_asked_with_the_key_and_answers(ground: Ground, client
 @pytest.mark.parametrize(
     "content",
     [
-        {"prompt_logprobs": [{str(token): {"logprob": float("-inf")} for token in range(9)}] * 3},
+        {"prompt_logprobs": [{str(token): {"logprob": float("-inf")} for token in (5, 6, 7)}] * 3},
         {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token_id": None, "logprob": -1.0}]}]}}]},
         {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token_id": -1, "logprob": -1.0}]}]}}]},
         {"choices": [{"logprobs": {"content": [{"top_logprobs": [{"token_id": 0, "logprob": float("-inf")}]}]}}]},
@@ -158,6 +158,30 @@ def test_what_is_no_log_probability_makes_no_figure(ground: Ground, content: obj
     assert ground.attempt(behaviour) == []
     if kind == "logprobs":
         assert (ground.target / "events.jsonl").read_text(encoding="utf-8").count("gives no whole distributions") == 1
+
+
+SAID = f"Incorrect API key provided: {KEY}"
+REPEATED: list[tuple[str, str, str, object]] = [
+    ("answers", "/v1/chat/completions", "400 Bad", {"error": {"message": SAID}}),
+    ("answers", "/v1/chat/completions", "401 Denied", {"error": {"message": SAID}}),
+    ("answers", "/v1/chat/completions", "200 OK", {"choices": [{"message": {"content": f"{SAID} {KEY}"}}]}),
+    ("answers", "/v1/chat/completions", "302 Elsewhere", {}),
+    ("answers", "/v1/models", "200 OK", {"data": [{"id": KEY}]}),
+    ("scores", "/inference/v1/generate", "422 Bad", SAID.encode()),
+    ("scores", "/v1/chat/completions", "200 OK", {"choices": [{"message": {"content": KEY}, "token_ids": [5]}]}),
+    ("told", "/version", "200 OK", {"version": KEY}),
+    ("url", "/v1/models", "200 OK", {"data": [{"id": KEY, "root": KEY}]}),
+    ("load", "/v1/chat/completions", "400 Bad", {"error": {"message": SAID}}),
+    ("start", "/v1/models", "200 OK", {"data": [{"id": KEY}]}),
+]
+
+
+@pytest.mark.parametrize(("client", "path", "status", "content"), REPEATED)
+def test_a_key_that_a_server_repeats_is_told_nowhere(ground: Ground, client: str, path: str, status: str, content: object) -> None:
+    way = Way(f"{status}, the key", lambda asked, _: [http(content, status, f"Location: http://127.0.0.1:1/?x={KEY}", f"X: {KEY}")])
+    behaviour = Behaviour(client, path, way, once=False, folder=str(ground.folder / "model"))
+    assert ground.attempt(behaviour) == []
+    assert behaviour.done
 
 
 @pytest.mark.slow
