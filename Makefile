@@ -21,12 +21,12 @@ $(BIN)/uv:
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
 
 $(VENV)/.user: $(BIN)/uv requirements/user.txt pyproject.toml
-	$(UV) pip install --quiet --python $(BIN)/python -r requirements/user.txt
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements/user.txt
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --editable .
 	@touch $@
 
 $(VENV)/.developer: $(VENV)/.user requirements/developer.txt
-	$(UV) pip install --quiet --python $(BIN)/python -r requirements/developer.txt
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python -r requirements/developer.txt
 	@touch $@
 
 demo: $(VENV)/.user

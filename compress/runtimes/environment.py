@@ -181,7 +181,13 @@ def _make(name: str, folder: Path, row: Lock, progress: Progress) -> None:
     with progress.task(f"install {name}", _pins(lock), "packages") as advance:
         uv = _uv(runtimes_home())
         _call([*uv, "venv", "--python", sys.executable, str(folder)], name, folder)
-        _call([*uv, "pip", "sync", "--python", str(python), str(lock)], name, folder, lambda line: advance(line.startswith(" + ")))
+        # Compiled once here: a server is several processes, and each would compile all it imports where nothing may write bytecode.
+        _call(
+            [*uv, "pip", "sync", "--compile-bytecode", "--python", str(python), str(lock)],
+            name,
+            folder,
+            lambda line: advance(line.startswith(" + ")),
+        )
     for present, alias in row.aliases:
         _stand_in(_site_packages(folder), present, alias)
     record = {"runtime": name, "lock": lock.name, "digest": hashlib.sha256(lock.read_bytes()).hexdigest()}

@@ -70,7 +70,10 @@ _SIGNS = (
         CheckpointError,
     ),
     _Sign(
-        re.compile(r"assert \w+\.(?:shape|size\(\)) == loaded_weight\.|size mismatch for "),
+        re.compile(
+            r"assert \w+\.(?:shape|size\(\)) == loaded_weight\.|size mismatch for "
+            r"|start \(\d+\) \+ length \(\d+\) exceeds dimension"
+        ),
         "",
         "its weights have other shapes than its config.json gives: export it again",
         CheckpointError,

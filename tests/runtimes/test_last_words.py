@@ -47,6 +47,8 @@ SHORT = (
     "than the available KV cache memory (0.25 GiB). Based on the available memory, the estimated maximum model length is 4096."
 )
 
+NARROW = "RuntimeError: start (0) + length (288) exceeds dimension size (256)."
+
 DEATHS: dict[str, tuple[str, str, type[CompressError] | None, str]] = {
     "context": (validation(f"{LONG}_length=None)."), LONG, RecipeError, "max_model_len of runtime vllm: vLLM, serving x, ended"),
     "quantization": (
@@ -80,6 +82,7 @@ DEATHS: dict[str, tuple[str, str, type[CompressError] | None, str]] = {
         RecipeError,
         "correct --kv-cache-dtype",
     ),
+    "narrow": (f"{TRACE}{NARROW}\n{END}", NARROW, CheckpointError, "export it again"),
     "shapes": (WORKER, "AssertionError: assert param_data.shape == loaded_weight.shape", CheckpointError, "export it again"),
     "cache": (f"{TRACE}{SHORT}\n{WORKER}", SHORT[:60], MissingError, "set it to at most 4096"),
     "killed": (f"{WARNING}The server ended with signal 9 (SIGKILL).\n", "The server ended with signal 9 (SIGKILL).", None, ""),
