@@ -54,9 +54,11 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         processor = cast("Any", AutoProcessor).from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         never_cut(getattr(processor, "tokenizer", processor))  # where nothing but a tokenizer is there, it is that
     if getattr(processor, "chat_template", None) is None:
-        usual = family_at(folder, trust_remote_code).chat_template
-        shipped = processor.tokenizer.chat_template if usual else None  # this processor's class takes none up from the folder
-        processor.chat_template = shipped or usual or None
+        # A processor takes up its own file's alone; one in tokenizer_config.json is the tokenizer's, which vLLM asks next.
+        shipped = getattr(getattr(processor, "tokenizer", processor), "chat_template", None)
+        if isinstance(shipped, dict):  # several by name, as a list in the file
+            shipped = cast("dict[str, str]", shipped).get("default")
+        processor.chat_template = shipped or family_at(folder, trust_remote_code).chat_template or None
     if processor.chat_template is not None:  # without one, text can be scored all the same
         check_template(processor, folder)
     return processor

@@ -20,7 +20,7 @@ from compress.calibration.overlap import check_overlap
 from compress.calibration.questions import read_questions
 from compress.calibration.sets import Columns, Rows, Text, Vqa
 from compress.calibration.texts import read_documents
-from compress.conversation import messages, open_images
+from compress.conversation import messages, open_images, write_prompt
 from compress.errors import CheckpointError, CompressError, DataError
 from compress.progress import Silent
 from compress.runtimes.runtime import Prompt
@@ -278,6 +278,19 @@ def test_damaged_folders(model: Path, collected: Path, tmp_path: Path) -> None:
     (bare / "tokenizer.json").write_text("{")
     with pytest.raises(CompressError, match=r"bare/tokenizer.json: not readable as JSON"):
         collect(selection(write_text(tmp_path, 0, 200), None), bare, tmp_path / "out", Silent())
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_a_chat_template_in_the_tokenizers_settings_alone_counts(several: bool, model: Path, tmp_path: Path) -> None:
+    prompt, kept = Prompt("one", "What is it?", (picture(0),)), load_processor(model)
+    moved = shutil.copytree(model, tmp_path / "moved")
+    template = (moved / "chat_template.jinja").read_text(encoding="utf-8")
+    (moved / "chat_template.jinja").unlink()
+    settings = json.loads((moved / "tokenizer_config.json").read_text(encoding="utf-8"))
+    named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": template}]
+    settings["chat_template"] = named if several else template
+    (moved / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    assert write_prompt(load_processor(moved), prompt, "red") == write_prompt(kept, prompt, "red")
 
 
 def test_no_overlap(collected: Path, tmp_path: Path) -> None:
