@@ -33,6 +33,7 @@ from compress.store import Store
 from compress.tabular import Column, Table
 from compress.terminal import print_table
 from compress.tokens_check import check_tokens
+from compress.word_layouts import check_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -159,7 +160,7 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
         if folder.name in (*given, ORIGINAL):
             raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
         if artifact_format(folder) == "vllm":
-            open_checkpoint(folder)
+            check_words(open_checkpoint(folder))
         given[folder.name] = folder
     recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in given.items()})
     plan = _plan(recipe, document, store, given)

@@ -10,7 +10,7 @@ these three mixed. Scales of activations, keys and values are no weights and are
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Generator, Iterable, Mapping
+from collections.abc import Callable, Container, Generator, Iterable, Mapping
 from contextlib import ExitStack, contextmanager
 from math import gcd
 from pathlib import Path
@@ -23,9 +23,10 @@ from torch import Tensor
 from compress.checkpoint import Checkpoint, TensorEntry
 from compress.errors import CheckpointError
 from compress.untrusted import foreign as refused
+from compress.word_layouts import AWQ, GPTQ, check_words
 
 Read = Callable[[str], Tensor]
-_AWQ, _GPTQ, _COMPRESSED_TENSORS = "awq", "gptq", "compressed-tensors"
+_COMPRESSED_TENSORS = "compressed-tensors"
 _COLUMNS_OF_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 _PARTS = ("weight_scale", "weight_shape", "weight_zero_point", "input_scale", "k_scale", "v_scale", "qzeros", "scales", "g_idx")
 _CODES = ("I8", "F8_E4M3")
@@ -50,7 +51,7 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
     """
     quantization = cast("Mapping[str, Any]", checkpoint.config.get("quantization_config") or {})
     method = quantization.get("quant_method", "")
-    if method not in ("", _AWQ, _GPTQ, _COMPRESSED_TENSORS):
+    if method not in ("", AWQ, GPTQ, _COMPRESSED_TENSORS):
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: quant_method {method!r} cannot be read here; evaluate it with runtime: vllm"
         )
@@ -59,18 +60,22 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
             f"{checkpoint.folder}/config.json: the format {foreign} cannot be read here, only by vLLM; "
             "evaluate it with runtime: vllm"
         )
+    check_words(checkpoint)
     with open_tensors(checkpoint, device) as read:
         for entry in sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.start)):
             owner, _, kind = entry.name.rpartition(".")
             if method and kind in _PARTS:
                 continue
             with refused(f"{entry.file}: {entry.name} cannot be read as config.json says", remedy="export the artifact again"):
-                weight = _dense(entry, quantization, read)
+                weight = _dense(entry, quantization, checkpoint.tensors, read)
             yield entry.name if weight is None else f"{owner}.weight", (read(entry.name) if weight is None else weight).to(dtype)
 
 
-def _dense(entry: TensorEntry, quantization: Mapping[str, Any], read: Read) -> Tensor | None:
-    """Return a quantized matrix, of which the tensor holds the codes; None for a tensor that is dense already."""
+def _dense(entry: TensorEntry, quantization: Mapping[str, Any], held: Container[str], read: Read) -> Tensor | None:
+    """Return a quantized matrix, of which the tensor holds the codes; None for a tensor that is dense already.
+
+    `held` are the names of all tensors.
+    """
     owner, _, kind = entry.name.rpartition(".")
     if kind == "weight_packed":
         return _unpack_compressed(owner, settings_of(quantization, owner)["weights"], read)
@@ -78,7 +83,9 @@ def _dense(entry: TensorEntry, quantization: Mapping[str, Any], read: Read) -> T
         return _spread_codes(owner, settings_of(quantization, owner)["weights"], read)
     if kind != "qweight":
         return None
-    return _unpack_gptq(owner, quantization, read) if quantization.get("quant_method") == _GPTQ else _unpack_awq(owner, read)
+    if f"{owner}.g_idx" in held:
+        _check_order(owner, read)
+    return _unpack_gptq(owner, quantization, read) if quantization.get("quant_method") == GPTQ else _unpack_awq(owner, read)
 
 
 def _foreign_format(quantization: Mapping[str, Any]) -> str:
@@ -170,6 +177,16 @@ def _spread_codes(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
         rows = slice(block * height, (block + 1) * height)
         dense[rows] = codes[rows].to(torch.float32) * scales[block].repeat_interleave(width)[: codes.shape[1]]
     return dense
+
+
+def _check_order(name: str, read: Read) -> None:
+    """See that each of GPTQ's groups is of inputs side by side: `g_idx` says otherwise where they were sorted (`desc_act`)."""
+    order, groups = read(f"{name}.g_idx"), read(f"{name}.scales").shape[0]
+    if order.tolist() != (torch.arange(len(order)) // max(1, len(order) // groups)).tolist():
+        raise CheckpointError(
+            f"{name}: its groups are of inputs in another order (g_idx, desc_act: true), which is not read here; quantize without "
+            "desc_act, or evaluate it with runtime: vllm"
+        )
 
 
 def _unpack_gptq(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
