@@ -28,7 +28,7 @@ Servers without keys are given words such as EMPTY or none, and answers may hold
 _HEAD = 12
 """Characters by which a longer secret is known, so that one which a server cuts short is found too."""
 _NAMES = re.compile(
-    r"(?:^|_)(?:API_?KEY|API_?TOKEN|ACCESS_?TOKEN|AUTH_?TOKEN|HUB_TOKEN|HF_TOKEN|GITHUB_TOKEN|SECRET|SECRET_(?:ACCESS_)?KEY|PASSWORD)$",
+    r"(?:^|_)(?:(?:API|ACCESS|AUTH)_?TOKEN|(?:HUB|HF|GH|GITHUB|MODELSCOPE)_TOKEN|API_?KEY|SECRET|SECRET_(?:ACCESS_)?KEY|PASSWORD)$",
     re.IGNORECASE,
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"<>]+@")

@@ -56,7 +56,16 @@ def test_no_form_of_a_key_is_left(form: str, where: str, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize(
     "name",
-    ["HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "MODELSCOPE_API_TOKEN", "OPENAI_API_KEY", "VLLM_API_KEY", "AWS_SECRET_ACCESS_KEY"],
+    [
+        "HF_TOKEN",
+        "GH_TOKEN",
+        "HUGGING_FACE_HUB_TOKEN",
+        "MODELSCOPE_TOKEN",
+        "MODELSCOPE_API_TOKEN",
+        "OPENAI_API_KEY",
+        "VLLM_API_KEY",
+        "AWS_SECRET_ACCESS_KEY",
+    ],
 )
 def test_variables_hold_secrets_by_their_names(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(name, TOKEN)

@@ -10,7 +10,9 @@ from compress.untrusted import inside, parse_json, printable, read_bytes, read_o
 
 
 def test_what_would_steer_a_terminal_is_shown_as_an_escape() -> None:
-    assert printable("red\x1b[2J\x07 \u202eblue\ud800\nnext\tone é") == "red\\x1b[2J\\x07 \\u202eblue\\ud800\nnext\tone é"
+    assert (
+        printable("red\x1b[2J\x07 \u202e\u061cblue\ud800\nnext\tone é") == "red\\x1b[2J\\x07 \\u202e\\u061cblue\\ud800\nnext\tone é"
+    )
 
 
 def test_a_link_out_of_the_folder_is_refused_by_name(tmp_path: Path) -> None:
