@@ -5,7 +5,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -14,17 +14,15 @@ import huggingface_hub
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from safetensors import torch as safetensors_torch
 
 from compress.artifact import file_digest
 from compress.calibration.enough import enough_for
 from compress.calibration.sets import Text
 from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.errors import CheckpointError, CompressError, MissingError, UsageError
+from compress.errors import CheckpointError, MissingError, UsageError
 from compress.families import family_at
 from compress.hub import (
-    convert_pickle,
     fetch_dataset_files,
     fetch_model,
     open_pinned,
@@ -34,6 +32,7 @@ from compress.hub import (
 from compress.output_head import head_is_tied
 from compress.progress import Silent
 from tests.hub_server import HubServer, Repo, hub_server
+from tests.pickles import files_of, save_pickles
 from tests.tiny import build_qwen2_5_vl
 
 
@@ -70,10 +69,6 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_qwen2_5_vl(tmp_path_factory.mktemp("model"))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def sharded(folder: Path) -> dict[str, bytes]:
@@ -428,45 +423,6 @@ def test_no_more_shards_than_needed(hub: HubServer) -> None:
     assert [path.read_bytes() for path in paths] == list(shards.values())
 
 
-def save_pickles(folder: Path, target: Path, shards: Sequence[Sequence[str]]) -> None:
-    """Write the checkpoint again with pickled weights, the names of each shard as given."""
-    tensors = safetensors_torch.load_file(folder / "model.safetensors")
-    for name, data in files_of(folder).items():
-        if name != "model.safetensors":
-            (target / name).write_bytes(data)
-    if len(shards) == 1:
-        torch.save(tensors, target / "pytorch_model.bin")
-        return
-    weight_map = dict[str, str]()
-    for number, names in enumerate(shards):
-        torch.save({name: tensors[name] for name in names}, target / f"part-{number}.bin")
-        weight_map |= dict.fromkeys(names, f"part-{number}.bin")
-    (target / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": weight_map}))
-
-
-@pytest.mark.parametrize("count", [1, 2])
-def test_pickle_converts_to_the_same_tensors(checkpoint: Path, tmp_path: Path, count: int) -> None:
-    names = sorted(open_checkpoint(checkpoint).tensors)
-    source, target = tmp_path / "pickled", tmp_path / "converted"
-    source.mkdir()
-    save_pickles(checkpoint, source, [names[place::count] for place in range(count)])
-    pin = resolve_model(str(source), "huggingface", "main")
-    assert pin.pickled
-    with pytest.raises(CheckpointError, match=r"holds a pickle checkpoint, .* set model.allow_pickle: true"):
-        open_pinned(pin)
-    with pytest.raises(CheckpointError, match="holds a pickle checkpoint"):
-        fetch_model(pin, Silent())
-    assert open_pinned(pin, allow_pickle=True) is None
-    convert_pickle(fetch_model(pin, Silent(), allow_pickle=True), target)
-    converted = open_checkpoint(target)
-    assert len({entry.file for entry in converted.tensors.values()}) == count
-    expected = safetensors_torch.load_file(checkpoint / "model.safetensors")
-    found = {name: tensor for path in target.glob("*.safetensors") for name, tensor in safetensors_torch.load_file(path).items()}
-    assert found.keys() == expected.keys()
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
-    assert file_digest(target / "tokenizer.json") == file_digest(checkpoint / "tokenizer.json")
-
-
 def test_pickle_on_the_hub_is_fetched_only_when_allowed(hub: HubServer, checkpoint: Path, tmp_path: Path) -> None:
     save_pickles(checkpoint, tmp_path, [[]])
     hub.repos["model", "org/old"] = Repo(files_of(tmp_path))
@@ -475,44 +431,3 @@ def test_pickle_on_the_hub_is_fetched_only_when_allowed(hub: HubServer, checkpoi
         fetch_model(pin, Silent())
     assert "pytorch_model.bin" not in hub.names()
     assert (fetch_model(pin, Silent(), allow_pickle=True) / "pytorch_model.bin").is_file()
-
-
-@pytest.mark.parametrize("tied", [True, False])
-def test_pickle_with_a_shared_head(tmp_path: Path, tied: bool) -> None:
-    source, target = tmp_path / "pickled", tmp_path / "converted"
-    source.mkdir()
-    (source / "config.json").write_text(json.dumps({"tie_word_embeddings": tied}))
-    embedding = torch.arange(12.0).reshape(4, 3)
-    torch.save({"embed.weight": embedding, "lm_head.weight": embedding}, source / "pytorch_model.bin")
-    convert_pickle(source, target)
-    found = safetensors_torch.load_file(target / "model.safetensors")
-    assert set(found) == ({"embed.weight"} if tied else {"embed.weight", "lm_head.weight"})
-    assert all(torch.equal(tensor, embedding) for tensor in found.values())
-
-
-class Harmful:
-    """What a pickle can do when it is loaded without care."""
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (Path.touch, (Path("harm"),))
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ({"weight": Harmful()}, "holds more than tensors, or is damaged, and is not loaded"),
-        ({"step": 3}, "is no table of named tensors"),
-        (b"PK\x03\x04 cut short", "cannot be read|holds more than tensors"),
-        (None, "missing; fetch the checkpoint again"),
-    ],
-)
-def test_bad_pickles(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, content: object, message: str) -> None:
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "config.json").write_text("{}")
-    if isinstance(content, bytes):
-        (tmp_path / "pytorch_model.bin").write_bytes(content)
-    elif content is not None:
-        torch.save(content, tmp_path / "pytorch_model.bin")
-    with pytest.raises(CompressError, match=message):
-        convert_pickle(tmp_path, tmp_path / "converted")
-    assert not (tmp_path / "harm").exists()
