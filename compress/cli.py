@@ -23,6 +23,8 @@ from compress.untrusted import printable
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from compress.display import Display
+
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports of any program whose reader went
 _OWN_FAULT = 70  # EX_SOFTWARE of sysexits
@@ -90,6 +92,13 @@ def _console(options: argparse.Namespace) -> Console:
     return PipedConsole(stderr=bool(options.json), soft_wrap=True)
 
 
+def _progress() -> Display:
+    """Return what shows how far a command is: on standard error, so that standard output holds its result alone."""
+    from compress.display import Display, PipedConsole
+
+    return Display(PipedConsole(stderr=True, soft_wrap=True))
+
+
 def _settings(options: argparse.Namespace) -> dict[str, Any]:
     from compress.document import parse_setting
 
@@ -97,31 +106,27 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from compress.display import Display
     from compress.runner import Places, run_recipe
     from compress.summary import show
 
-    console = _console(options)
     places = Places(runs=options.runs, store=options.store)
-    report = run_recipe(options.recipe, _settings(options), places, Display(console), fresh=options.fresh, force=options.force)
+    report = run_recipe(options.recipe, _settings(options), places, _progress(), fresh=options.fresh, force=options.force)
     if options.json:
         print(report.to_json())
-    show(report, console)
+    show(report, _console(options))
     return 0 if report.gate.verdict == "pass" else 1
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from compress.display import Display
     from compress.runner import Places, run_evaluation
     from compress.summary import show
 
-    console = _console(options)
     places = Places(runs=options.runs, store=options.store)
     models = (options.against, options.artifacts)
-    report = run_evaluation(options.by, _settings(options), models, places, Display(console), fresh=options.fresh)
+    report = run_evaluation(options.by, _settings(options), models, places, _progress(), fresh=options.fresh)
     if options.json:
         print(report.to_json())
-    show(report, console)
+    show(report, _console(options))
     return 0 if report.gate.verdict == "pass" else 1
 
 
@@ -178,12 +183,11 @@ def _store(options: argparse.Namespace) -> int:
 
 
 def _runtime(options: argparse.Namespace) -> int:
-    from compress.display import Display
     from compress.runtimes import environment
 
     console = _console(options)
     if options.action == "install":
-        installed = environment.install(options.name, Display(console))
+        installed = environment.install(options.name, _progress())
         rows = {installed.name: installed}
     else:
         rows = {name: environment.find(name) for name in environment.LOCKS}

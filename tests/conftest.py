@@ -1,11 +1,17 @@
-"""The order of the tests: files with slow ones first, so that workers that share them end at about the same time."""
+"""The order of the tests, slow files first, so that workers that share them end at about the same time; and how vLLM starts."""
+
+import os
 
 import pytest
+
+os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+# vLLM's worker is then in its engine's process: a server imports vLLM twice instead of three times, which is most of its start with
+# a tiny model. tests/test_demo.py starts servers as users do.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     slow: dict[str, int] = {}
     for item in items:
         slow[item.path.name] = slow.get(item.path.name, 0) + (item.get_closest_marker("slow") is not None)
-    first = {"test_verdicts.py": 1000}  # a handful of tests on fifteen starts of a server
+    first = {"test_verdicts.py": 1000}  # a handful of tests on nine starts of a server
     items.sort(key=lambda item: -first.get(item.path.name, slow[item.path.name]))

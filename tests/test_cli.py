@@ -277,12 +277,13 @@ def test_an_artifact_that_changed_after_it_was_measured_is_not_published(job: Jo
 def test_an_interrupt_ends_with_130_and_leaves_nothing_half_done(job: Job, tmp_path: Path) -> None:
     arguments = ["run", str(job.recipe), "--runs", str(tmp_path / "runs"), "--store", str(tmp_path / "store")]
     process = subprocess.Popen([*COMPRESS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    assert process.stdout is not None
-    for line in process.stdout:
+    assert process.stderr is not None
+    for line in process.stderr:
         if "awq" in line:
             break
     process.send_signal(2)
-    _, said = process.communicate()
+    said = process.stderr.read()
+    process.communicate()
     assert process.returncode == 130
     assert "goes on where this one was" in said
     assert not list((tmp_path / "store" / "entries").glob("*/data/.blocks"))

@@ -72,7 +72,10 @@ def test_no_more_is_asked_once_it_is_settled(report: Report, places: Places) -> 
 
 
 @pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
-def test_vllm_answers_as_the_in_process_runtime_does(report: Report, places: Places, tmp_path: Path, layout: str) -> None:
+def test_vllm_answers_as_the_in_process_runtime_does(
+    report: Report, places: Places, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # as users start it: a worker in a process of its own
     install("vllm", Silent())
     task = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, VqaTask)

@@ -258,15 +258,17 @@ def test_runs_that_are_killed_ten_times_end_as_one_that_was_not(finished: tuple[
     ]  # fmt: skip
     while killed < 10:
         extra = ["--fresh"] if killed % 3 == 2 else []
-        process = subprocess.Popen([*arguments, *extra], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True)
-        assert process.stdout is not None
+        process = subprocess.Popen([*arguments, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)
+        assert process.stderr is not None
         for _ in range(chance.randrange(1, 14)):
-            if not process.stdout.readline():
+            if not process.stderr.readline():
                 break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
-        process.stdout.close()
+        process.stderr.close()
         killed += 1
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("tiny: pass\n")
+    assert "measure vllm-awq" in done.stderr
     assert {path.name: folder_digests(path) for path in (job.published / "tiny").glob("[!.]*")} == undisturbed

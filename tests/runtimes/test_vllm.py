@@ -74,6 +74,27 @@ def session(runtime: Vllm, model: Path, tmp_path_factory: pytest.TempPathFactory
 
 
 @pytest.fixture(scope="module")
+def changed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model with other weights in its decoder."""
+    folder = tmp_path_factory.mktemp("changed") / "model"
+    shutil.copytree(model, folder)
+    tensors = load_file(folder / "model.safetensors")
+    generator = torch.Generator().manual_seed(1)
+    for name, tensor in tensors.items():
+        if name.endswith("proj.weight") and "visual" not in name:
+            tensors[name] = (tensor * (1 + 0.1 * torch.randn(tensor.shape, generator=generator))).to(tensor.dtype)
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def other(runtime: Vllm, changed: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[VllmSession]:
+    with runtime.open(OpenContext(changed, tmp_path_factory.mktemp("logs"), SILENT)) as opened:
+        assert isinstance(opened, VllmSession)
+        yield opened
+
+
+@pytest.fixture(scope="module")
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Answer], list[Score]]:
     context = OpenContext(model, tmp_path_factory.mktemp("logs"), SILENT)
     with Transformers(runtime="transformers", dtype="float32", device="cpu").open(context) as inside:
@@ -147,20 +168,12 @@ def test_model_compared_with_itself_does_not_differ(session: VllmSession, tmp_pa
 
 
 @pytest.mark.slow
-def test_changed_model_is_compared_with_the_original(session: VllmSession, runtime: Vllm, model: Path, tmp_path: Path) -> None:
+def test_changed_model_is_compared_with_the_original(
+    session: VllmSession, other: VllmSession, model: Path, changed: Path, tmp_path: Path
+) -> None:
     """KL over the top tokens is a bound from below of the exact one, and a good part of it even of predictions as flat as these."""
-    changed = tmp_path / "changed"
-    shutil.copytree(model, changed)
-    tensors = load_file(changed / "model.safetensors")
-    generator = torch.Generator().manual_seed(1)
-    for name, tensor in tensors.items():
-        if name.endswith("proj.weight") and "visual" not in name:
-            tensors[name] = (tensor * (1 + 0.1 * torch.randn(tensor.shape, generator=generator))).to(tensor.dtype)
-    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
-
     session.score(PASSAGES, tmp_path / "record", None, SILENT)
-    with runtime.open(OpenContext(changed, tmp_path / "logs", SILENT)) as other:
-        scores = other.score(PASSAGES, None, tmp_path / "record", SILENT)
+    scores = other.score(PASSAGES, None, tmp_path / "record", SILENT)
     inside = Transformers(runtime="transformers", dtype="float32", device="cpu")
     with inside.open(OpenContext(model, tmp_path, SILENT)) as original:
         original.score(PASSAGES, tmp_path / "exact", None, SILENT)
@@ -178,14 +191,9 @@ def test_changed_model_is_compared_with_the_original(session: VllmSession, runti
 
 @pytest.mark.slow
 def test_whole_distributions_are_those_that_transformers_compares(
-    session: VllmSession, runtime: Vllm, model: Path, tmp_path: Path
+    session: VllmSession, other: VllmSession, runtime: Vllm, model: Path, changed: Path, tmp_path: Path
 ) -> None:
     """KL over the top 20 is below what the whole vocabulary gives, and that is the in-process runtime's."""
-    changed = tmp_path / "changed"
-    shutil.copytree(model, changed)
-    tensors = load_file(changed / "model.safetensors")
-    tensors = {name: tensor * 1.05 if name.endswith("down_proj.weight") else tensor for name, tensor in tensors.items()}
-    save_file(tensors, changed / "model.safetensors", metadata={"format": "pt"})
     inside = Transformers(runtime="transformers", dtype="float32", device="cpu")
     with inside.open(OpenContext(model, tmp_path, SILENT)) as original:
         original.score(PASSAGES, tmp_path / "exact", None, SILENT)
@@ -196,10 +204,9 @@ def test_whole_distributions_are_those_that_transformers_compares(
     before.score(PASSAGES, tmp_path / "record", None, SILENT)
     places = [(0, token) for token in range(0, 99, 9)] + [(1, 0), (1, 4), (3, 1)]
     old = before.distributions(PASSAGES, places, SILENT)
-    with few.open(OpenContext(changed, tmp_path / "logs", SILENT)) as other:
-        assert isinstance(other, VllmSession)
-        lower = other.score(PASSAGES, None, tmp_path / "record", SILENT)
-        new = other.distributions(PASSAGES, places, SILENT)
+    after = VllmSession(other.endpoint, few, Tokens(()))
+    lower = after.score(PASSAGES, None, tmp_path / "record", SILENT)
+    new = after.distributions(PASSAGES, places, SILENT)
     assert all(score.at_least for score in lower if len(score.negative_log_likelihood))
     for (place, token), one, another in zip(places, old, new, strict=True):
         whole, bound = exact[place].kl, lower[place].kl
