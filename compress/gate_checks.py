@@ -115,7 +115,8 @@ def _recovery_reason(held: Held, name: str, pairs: Pairs, finding: Recovery, lim
     flips = count_flips(pairs, limit.confidence)
     bounds = _share_bounds(finding)
     task = held.artifact.measured.tasks[name]
-    failed = task.metrics.failed + held.original.measured.tasks[name].metrics.failed
+    both = zip(held.original.measured.scored(name), held.artifact.measured.scored(name), strict=False)
+    failed = sum(before.fault is not None or after.fault is not None for before, after in both)
     told = f", {failed} of them failed and count 0" if failed else ""
     stopped = f", settled after part {task.look} of {task.looks}" if task.look and task.looks and task.look < task.looks else ""
     chance = f" (as uneven by chance: p = {flips.p_value:.2g})" if flips.lost + flips.gained else ""

@@ -81,7 +81,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     Raises:
         DataError: it is no whole image in one of the `FORMATS`, or exceeds a limit; `name` says which it is.
     """
-    with _telling(name):
+    with _telling(name, data):
         with _opened(data) as image:
             upright: Image.Image = image
             with suppress(*_FAULTS):  # vLLM passes over what is wrong with EXIF data, and shows the picture as it lies
@@ -99,7 +99,7 @@ def check_image(data: bytes, name: str) -> None:
     Raises:
         DataError: as `decode_image` does.
     """
-    with _telling(name), _opened(data) as image:
+    with _telling(name, data), _opened(data) as image:
         image.verify()
 
 
@@ -109,7 +109,7 @@ def image_size(data: bytes, name: str) -> tuple[int, int]:
     Raises:
         DataError: as `decode_image` does.
     """
-    with _telling(name), _opened(data) as image:
+    with _telling(name, data), _opened(data) as image:
         return image.size
 
 
@@ -119,16 +119,15 @@ def media_type(data: bytes) -> str:
 
 
 @contextmanager
-def _telling(name: str) -> Generator[None]:
+def _telling(name: str, data: bytes) -> Generator[None]:
     """Make of what Pillow raises an error that says which image cannot be read."""
     try:
         with _QUIET, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # they tell of damage that is passed over, or of sizes that are refused here
             yield
     except UnidentifiedImageError as error:
-        raise DataError(
-            f"{name}: cannot be read as an image (it is none of {', '.join(FORMATS)}); convert the file, or leave the sample out"
-        ) from error
+        why = f"is none of {', '.join(FORMATS)}); convert the file" if data else "has no bytes); fetch the file again"
+        raise DataError(f"{name}: cannot be read as an image (it {why}, or leave the sample out") from error
     except Image.DecompressionBombError as error:
         raise DataError(
             f"{name}: cannot be read as an image (it has too many pixels; {limits().set_by('image_pixels')})"

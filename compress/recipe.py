@@ -51,6 +51,9 @@ else:
 LOCAL = "local"
 """The one target of a recipe that names none."""
 
+_LONGEST_NAME = 200
+"""Characters of a recipe's name: folders are called after it and the time, and file systems take 255 bytes."""
+
 _SHOULD = "Input should be "
 _NO_TABLE = ("model_type", "dict_type")
 
@@ -120,7 +123,7 @@ class Publish(Frozen):
 class Recipe(Frozen):
     """One compression job, from the published weights to the published artifact."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)]
     model: Model
     calibration: Calibration | None = None
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
@@ -159,7 +162,7 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Docume
 class Evaluation(Frozen):
     """What of a recipe artifacts are judged by that are there already."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)]
     eval: Eval
     gate: Gate
 

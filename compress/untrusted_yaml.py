@@ -43,7 +43,10 @@ def parse_yaml(text: str) -> Parsed:
         data: object = None if root is None else loader.construct_document(root)
         check_plain(data)
     except yaml.MarkedYAMLError as fault:
-        raise YamlError(printable(str(fault.problem)), fault.problem_mark.line + 1 if fault.problem_mark else 1) from fault
+        tab = "; indent with spaces" if "'\\t'" in str(fault.problem) else ""
+        raise YamlError(
+            f"{printable(str(fault.problem))}{tab}", fault.problem_mark.line + 1 if fault.problem_mark else 1
+        ) from fault
     except RecursionError as fault:
         raise YamlError(f"nests too deep ({limits().set_by('json_depth')})") from fault
     except (yaml.YAMLError, ValueError, OverflowError, TypeError, AttributeError) as fault:  # a date of month 13, 5,000 digits

@@ -142,6 +142,7 @@ def hostile() -> dict[str, tuple[bytes, str]]:
             "none of PNG",
         ),
         "TGA, which vLLM takes and others do not": (encoded(dot, "TGA"), "none of PNG"),
+        "an empty file": (b"", "it has no bytes); fetch the file again"),
         "PPM": (encoded(dot, "PPM"), "none of PNG"),
         "an icon": (encoded(dot, "ICO"), "none of PNG"),
     }

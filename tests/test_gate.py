@@ -107,6 +107,46 @@ def test_accuracy_that_is_lost_fails() -> None:
     assert check.interval[1] < 0.97
 
 
+def about_shared_images(made: Subject, questions: int) -> Subject:
+    """Let as many questions in a row be about one image."""
+    items = tuple(
+        item.model_copy(update={"cluster": f"image-{number // questions}"})
+        for number, item in enumerate(made.measured.questions("scenes"))
+    )
+    return replace(made, measured=replace(made.measured, items={"scenes": items}))
+
+
+def test_questions_about_one_image_say_less_than_as_many_about_their_own() -> None:
+    """Twenty answers lost about two images are two draws, not twenty."""
+    before, after = [True] * 400, [number >= 20 for number in range(400)]
+    gate = Gate.model_validate({"accuracy": {"min_recovery": 0.92, "confidence": 0.95}})
+    pair = subject("original", 100, before), subject("small", 40, after)
+    alone = only(judge(gate, pair[0], [pair[1]]))
+    shared = only(judge(gate, *(about_shared_images(pair[0], 10), [about_shared_images(pair[1], 10)])))
+    assert alone.value == shared.value == 0.95
+    assert alone.interval is not None and shared.interval is not None
+    assert shared.interval[0] < alone.interval[0] - 0.02
+    assert (alone.verdict, shared.verdict) == ("pass", "inconclusive")
+
+
+def test_an_item_that_failed_in_both_is_one_that_failed() -> None:
+    def failing(made: Subject, *places: int) -> Subject:
+        items = list(made.measured.questions("scenes"))
+        for place in places:
+            items[place] = items[place].model_copy(update={"fault": "cannot be decoded", "score": 0.0})
+        task = made.measured.tasks["scenes"]
+        metrics = task.metrics.model_copy(update={"failed": len(places)})
+        measured = replace(
+            made.measured, tasks={"scenes": task.model_copy(update={"metrics": metrics})}, items={"scenes": tuple(items)}
+        )
+        return replace(made, measured=measured)
+
+    gate = Gate.model_validate({"accuracy": {"min_recovery": 0.5, "confidence": 0.95}})
+    right = [True] * 50
+    check = only(judge(gate, failing(subject("original", 100, right), 3), [failing(subject("small", 40, right), 3, 7)]))
+    assert "of 50 items, 2 of them failed and count 0" in check.reason
+
+
 def test_too_few_items_are_inconclusive_and_say_how_many_would_do() -> None:
     check = judge_accuracy((380, 3, 2, 15), 0.99)
     assert check.verdict == "inconclusive"
@@ -193,6 +233,7 @@ def over_all(mean: float, interval: tuple[float, float] | None, p99: float | Non
         (below(0.0006, over_all(0.00098, (0.00092, 0.00105))), "inconclusive", "leave open; raise the runtime's whole_tokens"),
         (below(0.0006, over_all(0.0007, None)), "inconclusive", "too few for an upper bound"),
         (below(0.0012, over_all(0.0012, (0.0012, 0.0012))), "fail", "mean KL at least 0.00120"),
+        (below(0.0012, over_all(0.0009, (0.0007, 0.0011))), "fail", "mean KL at least 0.00120"),
     ],
 )
 def test_a_lower_bound_of_kl_fails_a_limit_and_never_passes_it(found: Fidelity, verdict: str, words: str) -> None:

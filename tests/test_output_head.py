@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any, cast
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from transformers import AutoConfig, AutoModelForImageTextToText
 
+from compress import output_head
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
@@ -95,6 +97,35 @@ def test_config_and_tensors_together_are_read_as_transformers_reads_them(name: s
         ours: Any = load_model(folder, torch.float32, torch.device("cpu"), Silent())
         assert head_is_tied(checkpoint, family) == tied_in(theirs, family) == tied_in(ours, family), (top, text, kind)
         assert torch.equal(ours.get_submodule(family.head).weight, theirs.get_submodule(family.head).weight), (top, text, kind)
+
+
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_difference_is_found_at_the_end_of_large_matrices(remote: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compared piece by piece, and on a hub at places from the first to the last."""
+    monkeypatch.setattr(output_head, "_CHUNK", 8 * 1000)
+    monkeypatch.setattr(output_head, "_SAMPLE", 8 * 100)
+    source, folder = BUILDERS["qwen2.5-vl"](tmp_path / "source"), BUILDERS["qwen2.5-vl"](tmp_path / "model")
+    family = family_at(folder)
+    say(folder, True, None)
+    for kind in ("equal", "different"):
+        put_head(folder, kind, source)
+        checkpoint = open_checkpoint(folder)
+        matrix = checkpoint.tensors[names(checkpoint, family)[0]]
+        assert matrix.elements > 8 * 1000
+        if remote:
+            checkpoint = on_a_hub(checkpoint)
+        assert head_is_tied(checkpoint, family) == (kind == "equal")
+
+
+def on_a_hub(checkpoint: Checkpoint) -> Checkpoint:
+    """Give the bytes of a checkpoint's files only in parts, as a hub does."""
+    folder = checkpoint.folder
+
+    def read_part(name: str, start: int, end: int) -> bytes:
+        return (folder / name).read_bytes()[start:end]
+
+    away = {name: replace(entry, file=Path("/on-the-hub") / entry.file.name) for name, entry in checkpoint.tensors.items()}
+    return replace(checkpoint, tensors=away, read_part=read_part)
 
 
 def test_a_contradiction_is_told_and_what_is_written_contradicts_nothing(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def test_a_whole_recipe_is_read_and_frozen(folder: Path) -> None:
         recipe.name = "other"
 
 
+def test_a_name_is_not_longer_than_a_folders_may_be(folder: Path) -> None:
+    (fault,) = faults(folder, whole() | {"name": "n" * 201})
+    assert "recipe.yaml:1: name: String should have at most 200 characters" in fault
+    assert read(folder, whole() | {"name": "n" * 200}).name == "n" * 200
+
+
 def test_all_faults_come_at_once_with_line_and_remedy(folder: Path) -> None:
     data = whole()
     data["stages"][0] |= {"bits": 5, "groupsize": 3}

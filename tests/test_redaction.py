@@ -11,6 +11,7 @@ from urllib.parse import quote
 
 import pytest
 
+from compress.artifact import write_record
 from compress.cli import main
 from compress.display import Display
 from compress.errors import RecipeError, ServerError
@@ -52,6 +53,15 @@ def test_no_form_of_a_key_is_left(form: str, where: str, monkeypatch: pytest.Mon
     assert not holds(redact(text), KEY)
     assert redact(text).startswith(where.partition("{")[0])
     assert redact(text).endswith(where.rpartition("}")[2])
+
+
+def test_an_artifacts_record_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SOME_API_KEY", KEY)
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    write_record(tmp_path, {"recipe": {"name": "tiny", "prompt": f"say {KEY}"}, "command": ["--header", f"Bearer {KEY}"]})
+    record = (tmp_path / "compress.json").read_text(encoding="utf-8")
+    assert json.loads(record)["recipe"]["name"] == "tiny"
+    assert not holds(record, KEY)
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from huggingface_hub import constants
 
 from compress.errors import CheckpointError, DataError
 from compress.untrusted import inside, parse_json, printable, read_bytes, read_object
@@ -37,6 +38,21 @@ def test_a_snapshot_of_the_hubs_cache_may_link_to_its_blobs_and_to_no_others(tmp
     assert read_object(snapshot / "config.json", root=snapshot) == {"a": 1}
     with pytest.raises(CheckpointError, match=r"other\.json: leads out of its folder"):
         inside(snapshot, snapshot / "other.json")
+
+
+def test_only_blobs_of_the_hubs_own_cache_may_be_led_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache may lie below a folder that is called blobs itself, and holds more than blobs."""
+    cache, folder = tmp_path / "blobs" / "hub", tmp_path / "model"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    for place in ("models--acme--demo/blobs", "models--acme--demo/refs"):
+        (cache / place).mkdir(parents=True)
+        (cache / place / "123").write_text('{"a": 1}')
+    folder.mkdir()
+    (folder / "config.json").symlink_to(cache / "models--acme--demo/blobs/123")
+    (folder / "other.json").symlink_to(cache / "models--acme--demo/refs/123")
+    assert read_object(folder / "config.json", root=folder) == {"a": 1}
+    with pytest.raises(CheckpointError, match=r"other\.json: leads out of its folder"):
+        inside(folder, folder / "other.json")
 
 
 def test_links_in_a_circle_are_told(tmp_path: Path) -> None:

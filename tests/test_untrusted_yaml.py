@@ -19,6 +19,7 @@ MERGES = "a: &a {k: v}\n" + "".join(
         (MERGES, "too many values, aliases counted"),
         ("[" * 65 + "]" * 65, r"nests too deep \(limit json_depth = 64"),
         ("[" * 100_000, "nests too deep"),
+        ("a:\n\tb: 1", "line 2: .*cannot start any token; indent with spaces"),
         ("a: &a [*a]", "an alias stands within what it stands for"),
         ("a: " + "x" * 256_000, r"has 256,003 bytes \(limit yaml_bytes = 256,000"),
         ("a: " + "9" * 5000, "5000 digits|4300 digits"),

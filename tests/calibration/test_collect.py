@@ -14,6 +14,7 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from compress.artifact import folder_digests
+from compress.calibration import overlap
 from compress.calibration.collect import PinnedSet, Selection, collect, read_manifest
 from compress.calibration.load import Batches, load_batches, load_processor
 from compress.calibration.overlap import check_overlap
@@ -311,6 +312,18 @@ def test_a_question_in_both_stops(collected: Path, tmp_path: Path) -> None:
         check_overlap(collected, read_questions([path], Columns()), [])
 
 
+def test_one_image_of_several_in_both_with_the_same_question_stops(collected: Path, tmp_path: Path) -> None:
+    row = next(row for row in map(json.loads, (collected / "questions.jsonl").read_text().splitlines()) if int(row["id"]) % 2 == 0)
+    number = int(row["id"])
+    path = write_questions(tmp_path, number, number + 1)
+    (tmp_path / "more.png").write_bytes(picture(77, 112, 112))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "image": [f"{number}-0.png", "more.png"]}) + "\n")
+    with pytest.raises(
+        DataError, match=rf"question {number} \(questions.jsonl:1\) of the evaluation is calibration sample {number} "
+    ):
+        check_overlap(collected, read_questions([path], Columns()), [])
+
+
 def test_an_image_in_both_with_another_question_warns(collected: Path, tmp_path: Path) -> None:
     row = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
     path = write_questions(tmp_path, int(row["id"]), int(row["id"]) + 1, question="Something else?")
@@ -396,6 +409,30 @@ def test_a_paragraph_in_both_stops(of_prose: Path, tmp_path: Path, text: str) ->
     )
     with pytest.raises(DataError, match=message):
         check_overlap(of_prose, [], read_documents(tmp_path / "test.txt"))
+
+
+def with_changes(every: int) -> str:
+    """The prose with a word put in after each so many, such that no longer run of words stands in both."""
+    words = PLAIN.replace(" ,", "").replace(" .", "").split()
+    runs = [words[place : place + every] for place in range(0, len(words), every)]
+    return " ".join(word for number, run in enumerate(runs) for word in (*run, f"new{number}"))
+
+
+def test_runs_of_thirteen_words_count_and_shorter_ones_do_not(of_prose: Path, tmp_path: Path) -> None:
+    (tmp_path / "test.txt").write_text(with_changes(13))
+    with pytest.raises(DataError, match="a paragraph of the evaluation's text"):
+        check_overlap(of_prose, [], read_documents(tmp_path / "test.txt"))
+    (tmp_path / "test.txt").write_text(with_changes(12))
+    assert check_overlap(of_prose, [], read_documents(tmp_path / "test.txt")) == []
+
+
+def test_a_leak_is_found_wherever_it_stands_in_a_long_text(of_prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(overlap, "_WORDS_AT_ONCE", 40)
+    others = [" ".join(f"other{number}x{place}" for place in range(25)) for number in range(6)]
+    for place in range(len(others) + 1):
+        (tmp_path / "test.txt").write_text("\n\n".join([*others[:place], PLAIN, *others[place:]]))
+        with pytest.raises(DataError, match="a paragraph of the evaluation's text"):
+            check_overlap(of_prose, [], read_documents(tmp_path / "test.txt"))
 
 
 def test_a_quotation_is_no_leak(of_prose: Path, tmp_path: Path) -> None:

@@ -4,11 +4,12 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from compress.calibration.questions import Question
 from compress.errors import RecipeError
 from compress.eval import TASKS
 from compress.eval.definition import read_definition
 from compress.eval.perplexity import Perplexity
-from compress.eval.task import Task
+from compress.eval.task import Task, cluster_of
 from compress.eval.vqa import Vqa
 from compress.schema import load_row
 
@@ -33,6 +34,26 @@ def definition(tmp_path: Path) -> Path:
 
 def make_vqa(base: Path, **fields: Any) -> Vqa:
     return Vqa.model_validate({"task": "vqa", **fields}, context={"base": base})
+
+
+def test_questions_with_the_same_images_are_a_cluster() -> None:
+    def asked(number: int, *images: bytes) -> Question:
+        return Question(str(number), images, f"What is in scene {number}?", ("red",), f"q.jsonl:{number}")
+
+    first, second = cluster_of(asked(1, b"one")), cluster_of(asked(2, b"one"))
+    assert first == second
+    assert (
+        len(
+            {
+                first,
+                cluster_of(asked(3, b"other")),
+                cluster_of(asked(4, b"one", b"other")),
+                cluster_of(asked(5)),
+                cluster_of(asked(6)),
+            }
+        )
+        == 5
+    )
 
 
 def test_every_row_of_the_table_is_a_task_of_its_own_name() -> None:
