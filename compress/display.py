@@ -17,6 +17,12 @@ from compress.untrusted import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
 
+_ALREADY_THERE = 0.1
+"""Seconds within which work that was done before is counted: a speed would be that of reading it."""
+
+_TELLING = 20
+"""From one part of so many on, the time that is left is guessed: the first batch of a server is slow."""
+
 
 class PipedConsole(Console):
     """A console that says when whoever reads it has gone; rich's own ends the process there, with the exit code of a verdict."""
@@ -120,13 +126,13 @@ class Display:
             if now - last >= _SECONDS_BETWEEN_LINES and done < total:
                 last = now
                 speed = done / (now - began)
-                left = duration((total - done) / speed) if speed else "unknown"
-                told = f"{share_of(done, total, unit)}, {rate(speed, unit)}, {left} left"
+                left = f", {duration((total - done) / speed)} left" if done * _TELLING >= total else ""
+                told = f"{share_of(done, total, unit)}, {rate(speed, unit)}{left}"
                 self._console.print(f"      {name}: {told}", highlight=False, markup=False)
 
         yield count
         took = time.monotonic() - began
-        speed = f", {rate(done / took, unit)}" if took > 0 and done > 1 else ""
+        speed = f", {rate(done / took, unit)}" if took > _ALREADY_THERE and done > 1 else ""
         self._console.print(
             f"      {name}: {share_of(done, total, unit)} in {duration(took)}{speed}", highlight=False, markup=False
         )

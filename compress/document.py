@@ -11,6 +11,7 @@ from typing import Any, cast
 import yaml
 
 from compress.errors import RecipeError
+from compress.files import is_path
 from compress.limits import limits
 from compress.untrusted import printable, read_text
 from compress.untrusted_yaml import YamlError, parse_yaml
@@ -132,9 +133,10 @@ def _from_here(place: Place, value: Any) -> Any:
         return {key: _from_here((*place, key), item) for key, item in cast("dict[str, Any]", value).items()}
     if isinstance(value, list):
         return [_from_here((*place, position), item) for position, item in enumerate(cast("list[Any]", value))]
-    named = isinstance(value, str) and place[-1] in _READ_FROM_HERE
-    here = Path(cast("str", value)).expanduser().absolute() if named and value else None
-    return str(here) if here and here.exists() else value
+    if not isinstance(value, str) or not value or place[-1] not in _READ_FROM_HERE:
+        return value
+    here = Path(value).expanduser().absolute()
+    return str(here) if here.exists() or is_path(value) else value
 
 
 def _assign(data: dict[str, Any], place: Place, value: Any) -> str | None:

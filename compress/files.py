@@ -16,6 +16,14 @@ from compress.errors import StoreError
 _FULL = {errno.ENOSPC, errno.EDQUOT}
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG, errno.ELOOP}
 
+_PATH_MARKS = ("/", "./", "../", "~")
+_FILE_SUFFIXES = {".txt", ".tokens", ".raw", ".parquet", ".jsonl", ".json", ".yaml", ".yml"}
+
+
+def is_path(text: str) -> bool:
+    """Return whether what names a source is written as a path, and not as a hub id or the name of something that ships."""
+    return text.startswith(_PATH_MARKS) or Path(text).suffix.lower() in _FILE_SUFFIXES
+
 
 def write_json(path: Path, value: object) -> None:
     """Write JSON aside and rename it into place."""

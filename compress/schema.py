@@ -9,8 +9,7 @@ from typing import Annotated, Any, Union, cast
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, model_validator
 
-_PATH_MARKS = ("/", "./", "../", "~")
-_FILE_SUFFIXES = {".txt", ".tokens", ".raw", ".parquet", ".jsonl", ".json", ".yaml", ".yml"}
+from compress.files import is_path
 
 
 class Frozen(BaseModel):
@@ -32,8 +31,7 @@ def resolve_source(value: str, info: ValidationInfo) -> str:
     full = path if path.is_absolute() else Path(context.get("base", ".")) / path
     if full.exists():
         return str(full.resolve())
-    looks_like_path = value.startswith(_PATH_MARKS) or path.suffix.lower() in _FILE_SUFFIXES
-    if looks_like_path or value.count("/") > 1 or not value.strip():
+    if is_path(value) or value.count("/") > 1 or not value.strip():
         raise ValueError(f"no file or folder at {full}; name an existing path or a hub id such as org/name")
     return value
 

@@ -30,6 +30,10 @@ def test_what_is_cut_short_says_how_far_it_came() -> None:
     assert re.fullmatch(r" +fetch: 3/12 prompts in [\d.]+ s.*\n", shown(False, [1, 2], 12, "prompts"))
 
 
+def test_what_was_there_already_has_no_speed() -> None:
+    assert re.fullmatch(r" +fetch: 12/12 prompts in 0.0 s\n", shown(False, [12], 12, "prompts"))
+
+
 @pytest.mark.parametrize(
     ("done", "total", "unit", "text"),
     [(1, 1, "servers", "1/1 server"), (0, 2, "classes", "0/2 classes"), (1234, 56789, "tokens", "1,234/56,789 tokens")],

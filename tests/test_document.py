@@ -80,3 +80,16 @@ def test_settings_are_read_as_yaml() -> None:
     assert parse_setting("a.b=[x, 1]") == ("a.b", ["x", 1])
     with pytest.raises(RecipeError, match="must be PATH=VALUE"):
         parse_setting("stages.0.bits")
+
+
+def test_a_path_after_set_that_is_not_there_is_looked_for_from_the_current_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    (tmp_path / "recipe.yaml").write_text("model: {source: model}\n")
+    monkeypatch.chdir(tmp_path / "here")
+    document = read_document(tmp_path / "recipe.yaml")
+    override(document, {"model.source": "questions.jsonl"})
+    assert document.data["model"]["source"] == str(tmp_path / "here" / "questions.jsonl")
+    override(document, {"model.source": "org/name"})
+    assert document.data["model"]["source"] == "org/name"

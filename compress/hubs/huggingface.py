@@ -146,7 +146,8 @@ def telling(kind: Kind, source: str, revision: str) -> Generator[None]:
         raise MissingError(f"{source}: has no revision {revision!r}; name one listed at {page}/tree/main") from error
     except errors.OfflineModeIsEnabled as error:
         raise MissingError(
-            f"{source}: not in the cache at revision {revision!r}, and HF_HUB_OFFLINE is set; unset it once"
+            f"{source}: not in the cache at revision {revision!r}, and HF_HUB_OFFLINE is set; unset it once, or name a local "
+            "path as source"
         ) from error
     except errors.EntryNotFoundError as error:
         raise MissingError(
