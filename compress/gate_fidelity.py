@@ -100,7 +100,8 @@ def _mean(held: Held, limit: float, task: str, fidelity: Fidelity) -> _Said:
     shown = f"mean KL {_told(fidelity, fidelity.kl_mean)}{told} nats per {fidelity.unit}"
     if whole is not None:
         bounds = bounds_told(whole.kl_interval, whole.interval_level, _five)
-        shown += f", over the whole vocabulary {whole.kl_mean:.5f} for the same {fidelity.unit}s, as {whole.tokens:,} of them show{bounds}"
+        shown += f", over the whole vocabulary {whole.kl_mean:.5f} for the same {fidelity.unit}s, "
+        shown += f"as {whole.tokens:,} of them show{bounds}"
     if noise is not None:
         shown += f" (the original asked again: {_told(noise, noise.kl_mean)})"
     finding, why = _mean_finding(fidelity, limit)
