@@ -32,7 +32,7 @@ from compress.eval.bench_serve import Bench, bench_serve
 from compress.eval.latency import LoadPoint
 from compress.eval.latency_figures import summarize
 from compress.eval.latency_results import LoadResult
-from compress.eval.load import DIALECTS, Load, make_requests, put_load, warm_up
+from compress.eval.load_generator import DIALECTS, Load, make_requests, put_load, warm_up
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent

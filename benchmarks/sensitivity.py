@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from compress.calibration.batches import Batch, load_batches
 from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.load import Batch, load_batches
 from compress.calibration.sets import Text, Vqa
 from compress.checkpoint import open_checkpoint
-from compress.engine.replay import Replay, Walkthrough
+from compress.engine.replay import Replay, WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
 from compress.engine.statistics import observe
 from compress.families import family_of
@@ -97,7 +97,7 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]
     family = family_of(checkpoint.config)
     linears = [linear.name for linear in select(checkpoint, family, ("decoder",), ()).linears]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    plan = Walkthrough(checkpoint, family, given, device, folder)
+    plan = WalkConfig(checkpoint, family, given, device, folder)
     sensitivities = measure_sensitivity(plan, linears, seed=0)
     measuring = {"kl_calibration": _Kl(arguments.model, given, device), "kl_test": _Kl(arguments.model, test, device)}
     replay = Replay(plan)

@@ -24,8 +24,8 @@ import torch
 
 import compress.stages.quantize
 from compress.artifact import copy_side_files
+from compress.calibration.batches import load_batches
 from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.load import load_batches
 from compress.calibration.sets import Text, Vqa
 from compress.checkpoint import open_checkpoint
 from compress.families import family_of

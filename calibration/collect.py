@@ -191,7 +191,7 @@ QuestionCheck = Callable[[Prompt, str | None, str], None]
 
 def _question_check(model: Path, reserved: set[str], trust_remote_code: bool) -> QuestionCheck:
     """Return what checks that questions hold no special token and that the processor of the checkpoint at `model` takes them."""
-    from compress.calibration.load import Exchange, load_processor, process
+    from compress.calibration.batches import Exchange, load_processor, process
 
     processor = load_processor(model, trust_remote_code)
 

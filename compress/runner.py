@@ -33,7 +33,7 @@ from compress.redaction import redact_value
 from compress.report import Report, Row, Timing, render
 from compress.report_html import render_html
 from compress.stages.widths import Widths, read_widths
-from compress.steps import Workshop
+from compress.steps import StepExecutor
 from compress.store import Store, default_store
 from compress.store_entries import Entry, Origin
 from compress.verification.results import read_verification
@@ -162,12 +162,12 @@ class _Run:
             self.events.warn(note)
         for warning in self.plan.warnings:
             self.events.warn(warning)
-        workshop = Workshop(self.plan, self.folder, self.events, self.entries)
+        executor = StepExecutor(self.plan, self.folder, self.events, self.entries)
         for position, step in enumerate(self.plan.steps, 1):
             self.events.step_started(step.name, position, len(self.plan.steps))
-            self._make(step, workshop)
-        report = self._judge(workshop)
-        gallery = self._gallery(workshop)
+            self._make(step, executor)
+        report = self._judge(executor)
+        gallery = self._gallery(executor)
         self._write(report, gallery)
         recipe = self.plan.recipe
         if recipe.publish and (report.gate.verdict == "pass" or force):
@@ -183,13 +183,13 @@ class _Run:
             write_text(self.folder / "report.md", render(report))
             write_text(self.folder / "report.html", render_html(report, gallery))
 
-    def _make(self, step: Step, workshop: Workshop) -> None:
+    def _make(self, step: Step, executor: StepExecutor) -> None:
         began = time.perf_counter()
         entry = None if self.fresh else self._find(step)
         meter = Meter()
         if entry is None:
-            self._check_sources(step, workshop)
-            entry, meter = self._make_anew(step, workshop.maker(step))
+            self._check_sources(step, executor)
+            entry, meter = self._make_anew(step, executor.maker(step))
         cached = meter.seconds == 0
         for warning in entry.warnings if cached else ():
             self.events.warn(warning)
@@ -220,15 +220,15 @@ class _Run:
             return None
         return entry
 
-    def _check_sources(self, step: Step, workshop: Workshop) -> None:
+    def _check_sources(self, step: Step, executor: StepExecutor) -> None:
         """Read whole what a stage or an export is about to be made of, and make anew what is not what was written.
 
         Time of change and size of a file stay as they were where a disk loses bits.
         """
         for source in self.plan.sources_of(step) if step.kind in ("stage", "export") else ():
             if self.store.find(source.key, self.events.warn, thorough=True) is None:
-                self._check_sources(source, workshop)
-                self.entries[source.name], _ = self._make_anew(source, workshop.maker(source))
+                self._check_sources(source, executor)
+                self.entries[source.name], _ = self._make_anew(source, executor.maker(source))
 
     def _make_anew(self, step: Step, make: Callable[[Path], None]) -> tuple[Entry, Meter]:
         before = self.store.find(step.key, _unheard)
@@ -250,7 +250,7 @@ class _Run:
             )
         return entry, meter
 
-    def _judge(self, workshop: Workshop) -> Report:
+    def _judge(self, executor: StepExecutor) -> Report:
         recipe = self.plan.recipe
         rows: list[Row] = []
         verdicts: list[Verdict] = []
@@ -259,7 +259,7 @@ class _Run:
             measured = self._measured(place)
             found = self._latency(place)
             latencies |= {} if found is None else {target.name: found}
-            own = self._rows(measured, workshop, target)
+            own = self._rows(measured, executor, target)
             subjects = [Subject(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, found) for row in own]
             verdicts.append(judge(recipe.gate, subjects[0], subjects[1:], target.name))
             rows += own
@@ -283,7 +283,7 @@ class _Run:
                 **({"serving": "; ".join(serving)} if serving else {}),
             },
             recipe=redact_value(recipe.model_dump(mode="json")),
-            versions=workshop.versions(recipe.export),
+            versions=executor.versions(recipe.export),
             runtime_versions=redact_value({name: version for runtime in runtimes for name, version in runtime.versions().items()}),
             hardware=describe(),
             widths=self._widths(),
@@ -301,12 +301,12 @@ class _Run:
         steps = {name: self.plan.measured(place, name) for name in (ORIGINAL, *self.plan.artifacts_at(place))}
         return {name: read_measured(self.entries[step.name].folder) for name, step in steps.items()}
 
-    def _gallery(self, workshop: Workshop) -> Gallery:
+    def _gallery(self, executor: StepExecutor) -> Gallery:
         """Return the items that flipped, at the first of the recipe's places."""
         measured = self._measured(0)
         original = measured.pop(ORIGINAL)
         flips = [
-            TaskFlips(task, partial(workshop.files, pin), original, measured)
+            TaskFlips(task, partial(executor.files, pin), original, measured)
             for task, pin in zip(self.plan.recipe.eval.tasks, self.plan.tasks, strict=True)
             if pin is not None
         ]
@@ -321,14 +321,14 @@ class _Run:
         found = {step.name: read_widths(self.entries[step.name].folder) for step in self.plan.steps if step.kind == "stage"}
         return {name: widths for name, widths in found.items() if widths is not None}
 
-    def _rows(self, measured: Mapping[str, Measured], workshop: Workshop, target: Target) -> list[Row]:
-        original = workshop.original()
+    def _rows(self, measured: Mapping[str, Measured], executor: StepExecutor, target: Target) -> list[Row]:
+        original = executor.original()
         checkpoint = open_checkpoint(original)
         weights = sum(_elements(entry.shape) for entry in checkpoint.tensors.values())
         whole = checkpoint_bytes(original)
         rows: list[Row] = []
         for name, found in measured.items():
-            path = workshop.artifact(name)
+            path = executor.artifact(name)
             compared = {task: row.fidelity for task, row in found.tasks.items() if row.fidelity}
             noise = {task: row.noise for task, row in found.tasks.items() if row.noise}
             rows.append(

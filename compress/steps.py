@@ -29,7 +29,7 @@ Make = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
-class Workshop:
+class StepExecutor:
     """Makes the outputs of a plan's steps; `entries` holds those of the steps before, by name, and grows as the run goes on."""
 
     plan: Plan

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from compress.errors import ServerError
 from compress.eval.latency import LoadPoint
-from compress.eval.load import Load, Sample
+from compress.eval.load_generator import Load, Sample
 from compress.files import telling_where, write_text
 from compress.redaction import redact
 from compress.runtimes.last_words import describe_end

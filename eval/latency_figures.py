@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from compress.eval.latency import LatencyGoal
 from compress.eval.latency_results import FIGURES, RATES, STATISTICS, Estimate, LoadResult, Percentiles
-from compress.eval.load import Load
+from compress.eval.load_generator import Load
 
 Floats = NDArray[np.float64]
 

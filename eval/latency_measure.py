@@ -11,8 +11,8 @@ from compress.eval.concurrency import find_best
 from compress.eval.latency import LatencySettings, LoadPoint
 from compress.eval.latency_figures import estimates, pool, ratios, summarize
 from compress.eval.latency_results import Best, ComponentTable, Latency, LoadResult, ModelLatency, PointLatency, Telemetry
-from compress.eval.load import Load, make_prompts
-from compress.eval.loading import Loading, loading
+from compress.eval.load_generator import Load, make_prompts
+from compress.eval.server_under_load import Loading, loading
 from compress.eval.telemetry import combine
 from compress.hardware import describe, gpus
 from compress.progress import Progress

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from compress.artifact import copy_side_files, side_files
-from compress.calibration.load import Exchange, load_processor, process
+from compress.calibration.batches import Exchange, load_processor, process
 from compress.conversation import load_processor as load_any_processor
 from compress.conversation import load_tokenizer
 from compress.families import family_at

@@ -84,7 +84,7 @@ class _Trace:
 
 
 @dataclass(frozen=True)
-class Walkthrough:
+class WalkConfig:
     """What a walk needs: the checkpoint, its family, the calibration batches, the device, where activations may spill."""
 
     checkpoint: Checkpoint
@@ -97,7 +97,7 @@ class Walkthrough:
 
 
 @dataclass(frozen=True)
-class Visit:
+class BlockVisit:
     """A part of the model with its weights in place; changes made to them before the walk goes on are what later parts see.
 
     `calls` is empty where no sample reaches the part. `vision_readers` are its linears whose input is the images' states.
@@ -119,7 +119,7 @@ class Visit:
 class Replay:
     """Visits the parts of a model in the order in which they run; `at` is the part it is at."""
 
-    def __init__(self, plan: Walkthrough) -> None:
+    def __init__(self, plan: WalkConfig) -> None:
         self.plan = plan
         self.family = plan.family
         self.reader = WeightReader(plan.checkpoint, plan.family)
@@ -140,7 +140,7 @@ class Replay:
         return [*self._blocks(self.family.blocks), *self._projections()]
 
     @torch.no_grad()
-    def walk(self, units: Sequence[str]) -> Iterator[Visit]:
+    def walk(self, units: Sequence[str]) -> Iterator[BlockVisit]:
         """Visit parts of the vision tower, or of the decoder (the output head may follow its blocks), in the order they run.
 
         To have both, walk the vision tower first. A part's outputs are computed when the walk goes on to the next. A part that a
@@ -166,13 +166,13 @@ class Replay:
             for name in self.family.vision:
                 unload(self.model.get_submodule(name))
 
-    def _visit(self, units: Sequence[str], index: int, frontends: Sequence[str]) -> Iterator[Visit]:
+    def _visit(self, units: Sequence[str], index: int, frontends: Sequence[str]) -> Iterator[BlockVisit]:
         self.at = name = units[index]
         calls = [self._call(number, units, index, frontends) for number in range(len(self._traces))]
         module = self.model.get_submodule(name)
         self.reader.load(module, name, self.plan.device)
         readers = self.family.vision_readers if within(name, self.family.blocks) else ()
-        visit = Visit(name, module, [call for call in calls if call is not None], self.plan.device, readers)
+        visit = BlockVisit(name, module, [call for call in calls if call is not None], self.plan.device, readers)
         yield visit
         if index + 1 == len(units) and not self._inside_vision(name):
             return

@@ -18,7 +18,7 @@ _SEED = 0
 
 
 @dataclass(frozen=True)
-class Kept:
+class HessianRequest:
     """What of a second moment is to be kept up.
 
     `whole` is all of it; otherwise blocks of `block` channels along its diagonal, and with `sketch` what tells the output error of
@@ -36,7 +36,7 @@ class Kept:
         return Sketch(channels, SKETCH_ROWS if self.sketch else 0, self.block, device)
 
 
-WHOLE = Kept()
+WHOLE = HessianRequest()
 
 
 class Gram:

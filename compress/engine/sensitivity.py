@@ -24,7 +24,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
 from compress.engine.host import map_tensors
-from compress.engine.replay import Call, Positions, Replay, Visit, Walkthrough
+from compress.engine.replay import BlockVisit, Call, Positions, Replay, WalkConfig
 from compress.engine.statistics import Moment, Moments
 from compress.engine.weights import unload
 from compress.errors import CheckpointError
@@ -127,7 +127,7 @@ class _Sums:
 
 
 def measure_sensitivity(
-    plan: Walkthrough, linears: Iterable[str], seed: int, advance: Callable[[int], None] = lambda blocks: None
+    plan: WalkConfig, linears: Iterable[str], seed: int, advance: Callable[[int], None] = lambda blocks: None
 ) -> dict[str, Sensitivity]:
     """Return the sensitivity of linears of the decoder or its head, by their names in the model.
 
@@ -179,7 +179,7 @@ class _Reverse:
             raise CheckpointError(f"{missing[0]}: no calibration sample calls it; leave it out of the stage")
         return {name: self.sums[name].result(self.predicted) for name in self.linears}
 
-    def _begin(self, last: Visit) -> None:
+    def _begin(self, last: BlockVisit) -> None:
         """Compute the gradients at the last block's output, with all that is left of the model in float32."""
         self.replay.model.float()
         weight = self._head_weight()

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.engine.recorder import ReachedError
-from compress.engine.replay import Positions, Visit
-from compress.engine.second_moment import WHOLE, Gram, Kept, in_chunks
+from compress.engine.replay import BlockVisit, Positions
+from compress.engine.second_moment import WHOLE, Gram, HessianRequest, in_chunks
 from compress.errors import CheckpointError
 from compress.numerics.rounding import PANEL
 
@@ -22,8 +22,8 @@ from compress.numerics.rounding import PANEL
 class Moment:
     """Sums over the tokens of one kind: `second`, of xᵀx, `abs_sum` Σ |x| [in] and `abs_max` max |x| [in], all float32."""
 
-    def __init__(self, channels: int, device: torch.device, kept: Kept = WHOLE) -> None:
-        self.second = kept.start(channels, device)
+    def __init__(self, channels: int, device: torch.device, requested: HessianRequest = WHOLE) -> None:
+        self.second = requested.start(channels, device)
         self.abs_sum = torch.zeros(channels, device=device)
         self.abs_max = torch.zeros(channels, device=device)
         self.tokens: float = 0
@@ -48,21 +48,21 @@ class Moments:
     """What one distinct linear input was over the calibration samples; a kind of token that never came is None.
 
     `weights` say how much a text and a vision token count in the means. Of what is `disposable` nobody needs the sums any more
-    once `spend_gram` was called. `kept` says what of the second moments there is: the whole ones can be asked for where it does.
+    once `take_hessian` was called. `kept` says what of the second moments there is: the whole ones can be asked for where it does.
     """
 
     text: Moment | None = None
     vision: Moment | None = None
     weights: tuple[float, float] = (1.0, 1.0)
     disposable: bool = False
-    kept: Kept = WHOLE
+    requested: HessianRequest = WHOLE
 
     @property
     def tokens(self) -> float:
         """How many tokens were counted."""
         return sum(part.tokens for part, _ in self._parts())
 
-    def mean_gram(self) -> Tensor:
+    def mean_hessian(self) -> Tensor:
         """Return the weighted mean of xᵀx over all tokens, float32 [in, in]."""
         (first, weight), *others = self._grams()
         lower = first.lower.clone() if weight == 1 else first.lower * weight
@@ -70,10 +70,10 @@ class Moments:
             lower.add_(part.lower, alpha=weight)
         return _mirror(lower).div_(self._weight())
 
-    def spend_gram(self) -> Tensor:
-        """Return what `mean_gram` does, made in place of the sums where they are disposable: a matrix may take gigabytes."""
+    def take_hessian(self) -> Tensor:
+        """Return what `mean_hessian` does, made in place of the sums where they are disposable: a matrix may take gigabytes."""
         if not self.disposable:
-            return self.mean_gram()
+            return self.mean_hessian()
         (first, weight), *others = self._grams()
         lower = first.lower.mul_(weight)
         for part, weight in others:
@@ -154,7 +154,7 @@ class Moments:
                 setattr(self, kind, self._added(getattr(self, kind), chosen))
 
     def _added(self, part: Moment | None, rows: Tensor) -> Moment:
-        moment = part or Moment(rows.shape[-1], rows.device, self.kept)
+        moment = part or Moment(rows.shape[-1], rows.device, self.requested)
         moment.add(rows)
         return moment
 
@@ -176,11 +176,13 @@ class Observer:
     input, a run is ended by `ReachedError`.
     """
 
-    def __init__(self, module: nn.Module, linears: Iterable[str], vision_readers: Iterable[str] = (), kept: Kept = WHOLE) -> None:
+    def __init__(
+        self, module: nn.Module, linears: Iterable[str], vision_readers: Iterable[str] = (), requested: HessianRequest = WHOLE
+    ) -> None:
         self.moments: dict[str, Moments] = {}
         self.positions: Positions | None = None
         self._vision_readers = frozenset(vision_readers)
-        self._kept = kept
+        self._requested = requested
         self._module = module
         self._linears = tuple(linears)
         self._hooks: list[RemovableHandle] = []
@@ -205,7 +207,7 @@ class Observer:
             if name not in self._leader:
                 shared = self._last is not None and self._last[1] is inputs
                 self._leader[name] = self._last[0] if shared and self._last is not None else name
-                self.moments.setdefault(self._leader[name], Moments(kept=self._kept))
+                self.moments.setdefault(self._leader[name], Moments(requested=self._requested))
                 self.moments[name] = self.moments[self._leader[name]]
             leader = self._leader[name]
             if leader == name:
@@ -224,7 +226,7 @@ class Observer:
         return self.positions.of_images(inputs.numel() // inputs.shape[-1])
 
 
-def observe(visit: Visit, linears: Iterable[str], kept: Kept = WHOLE) -> dict[str, Moments]:
+def observe(visit: BlockVisit, linears: Iterable[str], requested: HessianRequest = WHOLE) -> dict[str, Moments]:
     """Run a visited module over all its calls and return what its linears (names within the module) were given.
 
     Linears with the same input share one object. `kept` says what of the second moments is wanted.
@@ -237,7 +239,7 @@ def observe(visit: Visit, linears: Iterable[str], kept: Kept = WHOLE) -> dict[st
         raise CheckpointError(
             f"{visit.name}: no calibration sample reaches it; add samples that do, images with questions for what reads images"
         )
-    with Observer(visit.module, names, visit.vision_readers, kept) as observer:
+    with Observer(visit.module, names, visit.vision_readers, requested) as observer:
         for call in visit.calls:
             observer.positions = call.positions
             with suppress(ReachedError):

@@ -1,6 +1,6 @@
 """BLIP-2 (arXiv 2301.12597) with OPT as its decoder: a Q-Former turns an image into a few states that stand before the prompt."""
 
-from compress.families.family import Family, Pair
+from compress.families.family import Family, ScalePair
 
 _CHAT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -36,13 +36,13 @@ BLIP2 = Family(
     blocks="language_model.model.decoder.layers",
     head="language_model.lm_head",
     image_token_keys=("image_token_index", "image_token_id"),
-    pairs=(
-        Pair("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Pair("self_attn.v_proj", ("self_attn.out_proj",)),
-        Pair("final_layer_norm", ("fc1",)),
-        Pair("fc1", ("fc2",)),  # between them is a ReLU, which a positive scale passes
+    scale_pairs=(
+        ScalePair("self_attn_layer_norm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ScalePair("self_attn.v_proj", ("self_attn.out_proj",)),
+        ScalePair("final_layer_norm", ("fc1",)),
+        ScalePair("fc1", ("fc2",)),  # between them is a ReLU, which a positive scale passes
     ),
-    vision_pairs=(Pair("layer_norm1", ("self_attn.qkv",)), Pair("layer_norm2", ("mlp.fc1",))),
+    vision_scale_pairs=(ScalePair("layer_norm1", ("self_attn.qkv",)), ScalePair("layer_norm2", ("mlp.fc1",))),
     single_image=True,
     text_model="language_model",
     chat_template=_CHAT_TEMPLATE,

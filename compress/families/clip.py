@@ -1,11 +1,11 @@
 """CLIP (arXiv 2103.00020): a vision and a text tower whose results are projected into one space and compared there."""
 
-from compress.families.family import Family, Pair
+from compress.families.family import Family, ScalePair
 
 _PAIRS = (
-    Pair("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Pair("self_attn.v_proj", ("self_attn.out_proj",)),
-    Pair("layer_norm2", ("mlp.fc1",)),
+    ScalePair("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ScalePair("self_attn.v_proj", ("self_attn.out_proj",)),
+    ScalePair("layer_norm2", ("mlp.fc1",)),
 )
 
 CLIP = Family(
@@ -20,8 +20,8 @@ CLIP = Family(
     blocks="text_model.encoder.layers",
     head=None,
     image_token_keys=(),
-    pairs=_PAIRS,
-    vision_pairs=_PAIRS,
+    scale_pairs=_PAIRS,
+    vision_scale_pairs=_PAIRS,
     single_image=True,
     text_model="text_model",
     served_plain=("visual_projection", "text_projection"),

@@ -18,7 +18,7 @@ from compress.checkpoint import Checkpoint
 from compress.engine.recorder import Forward, replaced
 from compress.errors import CheckpointError
 from compress.families.dataflow import Flow, divides
-from compress.families.family import Family, Pair, within
+from compress.families.family import Family, ScalePair, within
 from compress.skeleton import build_skeleton
 from compress.untrusted import foreign
 
@@ -88,7 +88,7 @@ class _Inspection:
             self._refuse("its embeddings or its output head cannot be found")
         flow, called = self._run(names)
         blocks = self._blocks(called)
-        pairs = self._pairs(flow, blocks)
+        scale_pairs = self._pairs(flow, blocks)
         vision = self._apart(called, names[id(head)])
         towers = tuple(self._towers(vision))
         projector = tuple(part for part in vision if not any(within(tower, part) for tower in towers))
@@ -110,8 +110,8 @@ class _Inspection:
             blocks=blocks,
             head=names[id(head)],
             image_token_keys=keys,
-            pairs=pairs,
-            vision_pairs=(),
+            scale_pairs=scale_pairs,
+            vision_scale_pairs=(),
             tied_by=(),
             tied_default=f"{names[id(head)]}.weight" in (getattr(self.model, "all_tied_weights_keys", None) or {}),
             derived="",
@@ -170,19 +170,19 @@ class _Inspection:
             self._refuse(f"{idle[0]} has no part in a text")
         return outer[0]
 
-    def _pairs(self, flow: Flow, blocks: str) -> tuple[Pair, ...]:
+    def _pairs(self, flow: Flow, blocks: str) -> tuple[ScalePair, ...]:
         """Return the pairs that hold in every block that has their modules."""
-        found: dict[str, list[Pair]] = {}
+        found: dict[str, list[ScalePair]] = {}
         for place, block in self.model.get_submodule(blocks).named_children():
             name = f"{blocks}.{place}"
             self._check_block(flow, name, block)
             found[name] = list(self._block_pairs(flow, name, block))
-        every = dict.fromkeys(pair for pairs in found.values() for pair in pairs)
+        every = dict.fromkeys(pair for scale_pairs in found.values() for pair in scale_pairs)
         return tuple(pair for pair in every if all(pair in pairs or not self._has(name, pair) for name, pairs in found.items()))
 
-    def _has(self, block: str, pair: Pair) -> bool:
+    def _has(self, block: str, pair: ScalePair) -> bool:
         modules = dict(self.model.get_submodule(block).named_modules())
-        return all(name in modules for name in (pair.source, *pair.linears))
+        return all(name in modules for name in (pair.smooth_layer, *pair.balance_layers))
 
     def _check_block(self, flow: Flow, name: str, block: nn.Module) -> None:
         linears = [part for part, module in _modules(block) if isinstance(module, nn.Linear)]
@@ -197,7 +197,7 @@ class _Inspection:
         if not any(flow.fed(output) for part in norms for output in flow.called[f"{name}.{part}"].outputs):
             self._refuse(f"no norm of {name} feeds linear layers")
 
-    def _block_pairs(self, flow: Flow, name: str, block: nn.Module) -> Iterable[Pair]:
+    def _block_pairs(self, flow: Flow, name: str, block: nn.Module) -> Iterable[ScalePair]:
         """Return the pairs of one block, in the order in which their sources run."""
         modules = {f"{name}.{part}": (part, module) for part, module in _modules(block)}
         for full, called in flow.called.items():
@@ -207,14 +207,14 @@ class _Inspection:
             if not isinstance(module, nn.Linear):
                 fed = self._linears(flow.fed(output), name)
                 if fed and divides(module):
-                    yield Pair(part, fed)
+                    yield ScalePair(part, fed)
                 continue
             product = flow.multiplied(output)
             fed = self._linears(flow.fed(product), name) if product is not None else ()
             if fed:
-                yield Pair(part, fed)
+                yield ScalePair(part, fed)
             elif (values := self._attended(flow, name, output)) is not None:
-                yield Pair(part, values[:1], grouped=values[1:] == ("grouped",))
+                yield ScalePair(part, values[:1], grouped=values[1:] == ("grouped",))
 
     def _linears(self, names: Sequence[str], block: str) -> tuple[str, ...]:
         """Return the names within the block; empty where one is no linear layer of it."""
@@ -342,11 +342,11 @@ def _differing(name: str, key: str) -> tuple[str, str]:
 
 def _described(family: Family) -> Family:
     """Return the family with a text of what was derived."""
-    pairs = "; ".join(f"{pair.source} → {', '.join(pair.linears)}" for pair in family.pairs) or "none"
+    scale_pairs = "; ".join(f"{pair.smooth_layer} → {', '.join(pair.balance_layers)}" for pair in family.scale_pairs) or "none"
     text = (
         f"{family.model_type}: no family record fits, and one was derived from the model: decoder blocks {family.blocks}, "
         f"embeddings {family.embeddings}, head {family.head}; vision {', '.join(family.vision) or 'none'}, its blocks "
         f"{', '.join(family.vision_blocks) or 'none'}, projector {', '.join(family.projector) or 'none'}; scales move between "
-        f"{pairs}, and not within the vision tower. Compare this with the architecture, and the result with the original"
+        f"{scale_pairs}, and not within the vision tower. Compare this with the architecture, and the result with the original"
     )
     return replace(family, derived=text)

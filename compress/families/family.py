@@ -31,17 +31,21 @@ _ELSEWHERE: Mapping[str, str] = {
 
 
 @dataclass(frozen=True)
-class Pair:
+class ScalePair:
     """A module whose output channels feed linears of the same block, so that a scale can move from one to the other.
 
-    Names are relative to a block; a pair whose modules a block does not have does not apply to it. `source` is a norm (its
-    weight, and bias where it has one, are divided) or a linear (its output rows are). Where `grouped` is set, source channels
-    are key-value heads which grouped-query attention repeats for the linears' input.
+    Names are relative to a block; a pair whose modules a block does not have does not apply to it. AWQ and SmoothQuant in
+    llm-compressor call the two by the same names.
     """
 
-    source: str
-    linears: tuple[str, ...]
+    smooth_layer: str
+    """A norm, whose weight and bias are divided by the scale, or a linear, whose output rows are."""
+
+    balance_layers: tuple[str, ...]
+    """The linears that read it, whose input channels are multiplied by the scale."""
+
     grouped: bool = False
+    """Whether the channels of `smooth_layer` are key-value heads, which grouped-query attention repeats for the balance layers."""
 
 
 @dataclass(frozen=True)
@@ -75,8 +79,8 @@ class Family:
     blocks: str
     head: str | None
     image_token_keys: tuple[str, ...]
-    pairs: tuple[Pair, ...]
-    vision_pairs: tuple[Pair, ...]
+    scale_pairs: tuple[ScalePair, ...]
+    vision_scale_pairs: tuple[ScalePair, ...]
     vision_readers: tuple[str, ...] = ()
     image_mask: str = ""
     text_model: str = ""

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from compress.families.family import Pair
+from compress.families.family import ScalePair
 from compress.families.llava import LLAVA
 
 INTERNVL3 = replace(
@@ -12,10 +12,10 @@ INTERNVL3 = replace(
     architecture="InternVLForConditionalGeneration",
     vision_blocks=("model.vision_tower.encoder.layer",),
     image_token_keys=("image_token_id",),
-    vision_pairs=(
-        Pair("layernorm_before", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
-        Pair("attention.v_proj", ("attention.projection_layer",)),
-        Pair("layernorm_after", ("mlp.fc1",)),
+    vision_scale_pairs=(
+        ScalePair("layernorm_before", ("attention.q_proj", "attention.k_proj", "attention.v_proj")),
+        ScalePair("attention.v_proj", ("attention.projection_layer",)),
+        ScalePair("layernorm_after", ("mlp.fc1",)),
     ),
     served_plain=("model.multi_modal_projector",),
     requires=(("text_config.model_type", ("qwen2", "qwen3", "llama")), ("vision_config.model_type", ("internvl_vision",))),

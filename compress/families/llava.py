@@ -1,6 +1,6 @@
 """LLaVA 1.5 (arXiv 2310.03744): CLIP's vision tower, a two-layer projector, a decoder of Llama's make."""
 
-from compress.families.family import Family, Pair
+from compress.families.family import Family, ScalePair
 from compress.families.qwen2_vl import DECODER_PAIRS
 
 RENAMES = (
@@ -23,11 +23,11 @@ LLAVA = Family(
     blocks="model.language_model.layers",
     head="lm_head",
     image_token_keys=("image_token_index", "image_token_id"),
-    pairs=DECODER_PAIRS,
-    vision_pairs=(
-        Pair("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Pair("self_attn.v_proj", ("self_attn.out_proj",)),
-        Pair("layer_norm2", ("mlp.fc1",)),
+    scale_pairs=DECODER_PAIRS,
+    vision_scale_pairs=(
+        ScalePair("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ScalePair("self_attn.v_proj", ("self_attn.out_proj",)),
+        ScalePair("layer_norm2", ("mlp.fc1",)),
     ),
     requires=(
         ("text_config.model_type", ("llama", "mistral", "qwen2", "qwen3")),

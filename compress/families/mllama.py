@@ -1,6 +1,6 @@
 """Llama 3.2 Vision (arXiv 2407.21783, section 7): blocks of cross-attention in a Llama decoder read the images' states."""
 
-from compress.families.family import Family, Pair
+from compress.families.family import Family, ScalePair
 
 MLLAMA = Family(
     name="mllama",
@@ -18,18 +18,18 @@ MLLAMA = Family(
     blocks="model.language_model.layers",
     head="lm_head",
     image_token_keys=("image_token_index", "image_token_id"),
-    pairs=(
-        Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Pair("self_attn.v_proj", ("self_attn.o_proj",), grouped=True),
-        Pair("input_layernorm", ("cross_attn.q_proj",)),
-        Pair("cross_attn.v_proj", ("cross_attn.o_proj",), grouped=True),
-        Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-        Pair("mlp.up_proj", ("mlp.down_proj",)),
+    scale_pairs=(
+        ScalePair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ScalePair("self_attn.v_proj", ("self_attn.o_proj",), grouped=True),
+        ScalePair("input_layernorm", ("cross_attn.q_proj",)),
+        ScalePair("cross_attn.v_proj", ("cross_attn.o_proj",), grouped=True),
+        ScalePair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+        ScalePair("mlp.up_proj", ("mlp.down_proj",)),
     ),
-    vision_pairs=(
-        Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-        Pair("self_attn.v_proj", ("self_attn.o_proj",)),
-        Pair("post_attention_layernorm", ("mlp.fc1",)),
+    vision_scale_pairs=(
+        ScalePair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+        ScalePair("self_attn.v_proj", ("self_attn.o_proj",)),
+        ScalePair("post_attention_layernorm", ("mlp.fc1",)),
     ),
     vision_readers=("cross_attn.k_proj", "cross_attn.v_proj"),
     image_mask="cross_attention_mask",

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from compress.families.family import Pair
+from compress.families.family import ScalePair
 from compress.families.qwen2_vl import QWEN2_VL
 
 QWEN2_5_VL = replace(
@@ -10,9 +10,9 @@ QWEN2_5_VL = replace(
     name="qwen2.5-vl",
     model_type="qwen2_5_vl",
     architecture="Qwen2_5_VLForConditionalGeneration",
-    vision_pairs=(
-        Pair("norm1", ("attn.qkv",)),
-        Pair("norm2", ("mlp.gate_proj", "mlp.up_proj")),
-        Pair("mlp.up_proj", ("mlp.down_proj",)),
+    vision_scale_pairs=(
+        ScalePair("norm1", ("attn.qkv",)),
+        ScalePair("norm2", ("mlp.gate_proj", "mlp.up_proj")),
+        ScalePair("mlp.up_proj", ("mlp.down_proj",)),
     ),
 )

@@ -1,6 +1,6 @@
 """Qwen2-VL (arXiv 2409.12191)."""
 
-from compress.families.family import Family, Pair
+from compress.families.family import Family, ScalePair
 
 RENAMES = (
     (r"^visual\.", "model.visual."),
@@ -9,10 +9,10 @@ RENAMES = (
 """Published checkpoints keep the names of before transformers 4.52; newer ones carry the module names themselves."""
 
 DECODER_PAIRS = (
-    Pair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
-    Pair("self_attn.v_proj", ("self_attn.o_proj",), grouped=True),
-    Pair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
-    Pair("mlp.up_proj", ("mlp.down_proj",)),
+    ScalePair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
+    ScalePair("self_attn.v_proj", ("self_attn.o_proj",), grouped=True),
+    ScalePair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),
+    ScalePair("mlp.up_proj", ("mlp.down_proj",)),
 )
 
 QWEN2_VL = Family(
@@ -27,7 +27,7 @@ QWEN2_VL = Family(
     blocks="model.language_model.layers",
     head="lm_head",
     image_token_keys=("image_token_id", "video_token_id"),
-    pairs=DECODER_PAIRS,
-    vision_pairs=(Pair("norm1", ("attn.qkv",)), Pair("norm2", ("mlp.fc1",))),
+    scale_pairs=DECODER_PAIRS,
+    vision_scale_pairs=(ScalePair("norm1", ("attn.qkv",)), ScalePair("norm2", ("mlp.fc1",))),
     tied_by=("tie_word_embeddings", "text_config.tie_word_embeddings"),
 )

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from compress.families.family import Pair
+from compress.families.family import ScalePair
 from compress.families.qwen2_vl import QWEN2_VL
 
 QWEN3_VL = replace(
@@ -12,6 +12,6 @@ QWEN3_VL = replace(
     architecture="Qwen3VLForConditionalGeneration",
     renames=(),
     projector=("model.visual.deepstack_merger_list", "model.visual.merger"),
-    vision_pairs=(Pair("norm1", ("attn.qkv",)), Pair("norm2", ("mlp.linear_fc1",))),
+    vision_scale_pairs=(ScalePair("norm1", ("attn.qkv",)), ScalePair("norm2", ("mlp.linear_fc1",))),
     tied_by=("tie_word_embeddings",),
 )

@@ -15,7 +15,7 @@ from torch import Tensor
 from compress.errors import CheckpointError
 from compress.numerics.cholesky import factor, permute
 from compress.numerics.grids import QuantizedWeight, Scheme, grid
-from compress.numerics.rounding import own_scheme
+from compress.numerics.rounding import resolve_group_size
 
 _BLOCK = 64
 _RAISE = 10.0
@@ -82,7 +82,7 @@ def round_columns(
     needs no index of groups. `shrink` makes each group's range smaller by a factor (a number, or one per group).
     """
     rows, columns = weight.shape
-    scheme = own_scheme(scheme, columns)
+    scheme = resolve_group_size(scheme, columns)
     scales, zero_points = grid(weight.view(rows, -1, scheme.group_size), scheme, dtype, shrink)
     order = feedback.order
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)

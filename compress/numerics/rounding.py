@@ -26,14 +26,14 @@ def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor 
         scales = float_scales(weight, scheme, dtype, shrink)
         codes = to_float8(weight.to(torch.float32) / spread_scales(scales, scheme, (rows, columns)))
         return QuantizedWeight(codes, scales, None, scheme)
-    scheme = own_scheme(scheme, columns)
+    scheme = resolve_group_size(scheme, columns)
     groups = weight.to(torch.float32).view(rows, -1, scheme.group_size)
     scales, zero_points = grid(groups, scheme, dtype, shrink)
     codes = round_to(groups, scales, zero_points, scheme)
     return QuantizedWeight(codes.to(torch.uint8).view(rows, columns), scales, zero_points.to(torch.uint8), scheme)
 
 
-def own_scheme(scheme: Scheme, columns: int) -> Scheme:
+def resolve_group_size(scheme: Scheme, columns: int) -> Scheme:
     """Return an integer scheme with its group size written out for a matrix of so many input channels."""
     return replace(scheme, group_size=columns) if scheme.group_size == -1 else scheme
 
@@ -49,7 +49,7 @@ def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor
     if scheme.type == "float":
         return quantize(weight, scheme, dtype).dequantize().sub_(weight)
     rows, columns = weight.shape
-    scheme = own_scheme(scheme, columns)
+    scheme = resolve_group_size(scheme, columns)
     groups = weight.view(rows, -1, scheme.group_size)
     scales, zero_points = grid(groups, scheme, dtype)
     codes = round_to(groups, scales, zero_points, scheme)
@@ -83,7 +83,7 @@ def clip(weight: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, ste
     section 3.2), with G_gg the second moment of the group's inputs: `blocks` [in / group_size, group_size, group_size].
     """
     columns = weight.shape[1]
-    scheme = own_scheme(scheme, columns)
+    scheme = resolve_group_size(scheme, columns)
     parts = torch.split(weight.to(torch.float32), max(1, _CHUNK // columns))
     return torch.cat([_clip_rows(part.reshape(len(part), -1, scheme.group_size), blocks, scheme, dtype, steps) for part in parts])
 

@@ -27,7 +27,13 @@ _FLOAT8_MAX = 448.0
 _ROUNDING: ContextVar[bool] = ContextVar("rounding", default=True)
 
 
-def round_activations(inputs: Tensor, kind: Activations, type: Literal["int", "float"], bits: int, scale: Tensor | None) -> Tensor:  # noqa: A002
+def fake_quantize_activations(
+    inputs: Tensor,
+    kind: Activations,
+    type: Literal["int", "float"],  # noqa: A002
+    bits: int,
+    scale: Tensor | None,
+) -> Tensor:
     """Return inputs [..., in] as they are after rounding to codes and back, in their own type.
 
     `kind` says what has a scale of its own: each `token`, each `group` of 128 channels of a token, or the whole `tensor`, which
@@ -57,7 +63,7 @@ def round_activations(inputs: Tensor, kind: Activations, type: Literal["int", "f
 
 
 @contextmanager
-def inputs_as_they_are() -> Generator[None]:
+def activation_quantization_disabled() -> Generator[None]:
     """Have no linear round its input while the block runs: what the weights alone make of it is left."""
     token = _ROUNDING.set(False)
     try:
@@ -97,6 +103,6 @@ def _rounder(settings: Mapping[str, Any], scale: Tensor | None) -> Callable[[nn.
         del module
         if not _ROUNDING.get():
             return arguments
-        return (round_activations(arguments[0], kind, sort, bits, scale), *arguments[1:])
+        return (fake_quantize_activations(arguments[0], kind, sort, bits, scale), *arguments[1:])
 
     return hook

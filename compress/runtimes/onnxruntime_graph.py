@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from compress.errors import CheckpointError, MissingError
 from compress.onnx_files import check_files
 from compress.runtimes.onnxruntime import Provider
-from compress.runtimes.onnxruntime_exact import without_rounding
+from compress.runtimes.strip_activation_quantization import strip_activation_quantization
 
 _ORT: Any = onnxruntime
 _RAISED: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
@@ -116,7 +116,7 @@ class Graph:
         providers = [(_PROVIDERS[name], _OPTIONS.get(name, {})) for name in engine.providers]
         model: str | bytes = str(path)
         if exact:
-            model = without_rounding(path)
+            model = strip_activation_quantization(path)
             options.graph_optimization_level = _ORT.GraphOptimizationLevel.ORT_DISABLE_ALL  # some expect integers on both sides
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         with self._telling("cannot load it"):

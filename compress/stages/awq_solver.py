@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from compress.engine.statistics import Moments
-from compress.families import Pair
+from compress.families import ScalePair
 from compress.numerics.grids import Scheme
-from compress.numerics.rounding import own_scheme, rounding_error
+from compress.numerics.rounding import resolve_group_size, rounding_error
 from compress.stages.block import BlockWeights, Repeats, movable, move, repeats_of
 
 _STRIDE = 4
@@ -28,12 +28,12 @@ _EXTREME = 1e4
 _FLOOR = 1e-3
 
 
-def fold(block: BlockWeights, pair: Pair, moments: Mapping[str, Moments], schemes: Mapping[str, Scheme], steps: int) -> None:
+def fold(block: BlockWeights, pair: ScalePair, moments: Mapping[str, Moments], schemes: Mapping[str, Scheme], steps: int) -> None:
     """Search a pair's scale, in `steps` steps of its exponent, and move it; a pair with a part left out stays as it is."""
     if not movable(block, pair):
         return
     repeats = repeats_of(block, pair)
-    scale = search(block, pair, repeats, moments[pair.linears[0]], schemes, steps)
+    scale = search(block, pair, repeats, moments[pair.balance_layers[0]], schemes, steps)
     if scale is not None:
         move(block, pair, repeats, scale)
 
@@ -55,10 +55,10 @@ class Part:
         return rounding_error(self.weight * spread, self.scheme, self.dtype).div_(spread)
 
 
-def parts_of(block: BlockWeights, pair: Pair, schemes: Mapping[str, Scheme]) -> list[Part]:
+def parts_of(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Scheme]) -> list[Part]:
     """Return a pair's linears by how they are held; of large ones some of the rows, drawn at random, always the same."""
     alike: dict[Scheme, list[str]] = {}
-    for name in pair.linears:
+    for name in pair.balance_layers:
         alike.setdefault(schemes[name], []).append(name)
     parts: list[Part] = []
     for scheme, names in alike.items():
@@ -75,11 +75,11 @@ def parts_of(block: BlockWeights, pair: Pair, schemes: Mapping[str, Scheme]) -> 
 
 
 def search(
-    block: BlockWeights, pair: Pair, repeats: Repeats, moments: Moments, schemes: Mapping[str, Scheme], steps: int
+    block: BlockWeights, pair: ScalePair, repeats: Repeats, moments: Moments, schemes: Mapping[str, Scheme], steps: int
 ) -> Tensor | None:
     """Return the best scale per source channel, float32, or None where none is better than no scale."""
     parts = parts_of(block, pair, schemes)
-    before = block.input_scales.get(pair.linears[0], torch.ones(()))
+    before = block.input_scales.get(pair.balance_layers[0], torch.ones(()))
     importance = repeats.pool(_importance(block, pair, schemes)).clamp_(min=1e-4)
     magnitude = repeats.pool(moments.mean_abs())
 
@@ -91,12 +91,12 @@ def search(
     return None if best == Point(0.0, duo=False) else best.scale(magnitude, importance)
 
 
-def _importance(block: BlockWeights, pair: Pair, schemes: Mapping[str, Scheme]) -> Tensor:
+def _importance(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Scheme]) -> Tensor:
     """Return the mean over all rows of a pair's linears of |W| relative to the largest of its group, float32 [in]."""
-    rows, columns = 0, block.weights[pair.linears[0]].shape[1]
-    total = torch.zeros(columns, device=block.weights[pair.linears[0]].device)
-    for name in pair.linears:
-        size = own_scheme(schemes[name], columns).group_size
+    rows, columns = 0, block.weights[pair.balance_layers[0]].shape[1]
+    total = torch.zeros(columns, device=block.weights[pair.balance_layers[0]].device)
+    for name in pair.balance_layers:
+        size = resolve_group_size(schemes[name], columns).group_size
         for piece in block.pieces(name, PIECE):
             groups = piece.abs_().view(len(piece), -1, size)
             total += groups.div_(groups.amax(dim=-1, keepdim=True).clamp_(min=1e-12)).view(piece.shape).sum(dim=0)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.engine.statistics import Moments
-from compress.families import Pair
+from compress.families import ScalePair
 
 _ALL = slice(None)
 
@@ -64,30 +64,32 @@ class BlockWeights:
         return running if torch.promote_types(disk, running) == disk else disk
 
 
-def movable(block: BlockWeights, pair: Pair) -> bool:
+def movable(block: BlockWeights, pair: ScalePair) -> bool:
     """Return whether a scale can move between a pair's modules: all that have to change are there, and to be quantized."""
-    if any(name not in block.weights for name in pair.linears) or not _present(block.module, pair.source):
+    if any(name not in block.weights for name in pair.balance_layers) or not _present(block.module, pair.smooth_layer):
         return False
-    return pair.source in block.weights or not isinstance(block.module.get_submodule(pair.source), nn.Linear)
+    return pair.smooth_layer in block.weights or not isinstance(block.module.get_submodule(pair.smooth_layer), nn.Linear)
 
 
-def move(block: BlockWeights, pair: Pair, repeats: Repeats, scale: Tensor) -> None:
+def move(block: BlockWeights, pair: ScalePair, repeats: Repeats, scale: Tensor) -> None:
     """Divide a pair's source by a scale per channel and multiply its linears' input channels by it.
 
     What the source is really divided by, given the type it is stored in, is what the linears are multiplied by.
     """
-    linear = isinstance(block.module.get_submodule(pair.source), nn.Linear)
-    spread = repeats.spread(divide_linear(block, pair.source, scale) if linear else divide_norm(block, pair.source, scale))
-    for name in pair.linears:
+    linear = isinstance(block.module.get_submodule(pair.smooth_layer), nn.Linear)
+    spread = repeats.spread(
+        divide_linear(block, pair.smooth_layer, scale) if linear else divide_norm(block, pair.smooth_layer, scale)
+    )
+    for name in pair.balance_layers:
         block.input_scales[name] = block.input_scales[name] * spread if name in block.input_scales else spread
 
 
-def spend_gram(block: BlockWeights, name: str, moments: Moments) -> Tensor:
+def take_hessian(block: BlockWeights, name: str, moments: Moments) -> Tensor:
     """Return the mean second moment of what a linear is given after scales have moved, float32 [in, in].
 
     Sums that are disposable are spent.
     """
-    gram = moments.spend_gram()
+    gram = moments.take_hessian()
     if name in block.input_scales:
         scale = block.input_scales[name]
         gram.div_(scale).div_(scale.unsqueeze(1))
@@ -140,12 +142,12 @@ class Repeats:
         return values.view(self.kv_heads, self.repeats, self.head_dim).amax(dim=1).view(-1)
 
 
-def repeats_of(block: BlockWeights, pair: Pair) -> Repeats:
+def repeats_of(block: BlockWeights, pair: ScalePair) -> Repeats:
     """Return how a pair's source channels come to be its linears' input channels."""
-    columns = block.weights[pair.linears[0]].shape[1]
+    columns = block.weights[pair.balance_layers[0]].shape[1]
     if not pair.grouped:
         return Repeats(1, 1, columns)
-    rows, head_dim = block.weights[pair.source].shape[0], columns // block.heads
+    rows, head_dim = block.weights[pair.smooth_layer].shape[0], columns // block.heads
     return Repeats(rows // head_dim, columns // rows, head_dim)
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from compress.artifact import copy_side_files
-from compress.calibration.load import Batch, WindowBatch, load_batches
+from compress.calibration.batches import Batch, WindowBatch, load_batches
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import DTYPES, ShardWriter, map_tensor
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError, ServerError

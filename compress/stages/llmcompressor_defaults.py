@@ -37,14 +37,14 @@ class Defaults:
         """
         awq: list[Any] = []
         smoothquant: list[Any] = []
-        for pair in self._family.pairs:
-            modules = (pair.source, *pair.linears)
+        for pair in self._family.scale_pairs:
+            modules = (pair.smooth_layer, *pair.balance_layers)
             whole = [block for block in self._blocks if all(self._shape(block, module) for module in modules)]
             if not whole:
                 continue
             source, *linears = (self._pattern(whole, module) for module in modules)
             awq.append({"smooth_layer": source, "balance_layers": linears})
-            if len(self._shape(whole[0], pair.source)) == 1:
+            if len(self._shape(whole[0], pair.smooth_layer)) == 1:
                 smoothquant.append([linears, source])
         return {"AWQModifier": awq, "SmoothQuantModifier": smoothquant}
 

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from compress.artifact import copy_side_files
 from compress.checkpoint import TensorEntry, open_checkpoint, read_header
 from compress.engine.attention import observing
-from compress.engine.replay import Replay, Visit
+from compress.engine.replay import BlockVisit, Replay
 from compress.engine.statistics import observe
 from compress.engine.weights import ShardWriter, WeightReader, map_tensor, place
 from compress.errors import CheckpointError, DataError
-from compress.families import Family, Pair, within
+from compress.families import Family, ScalePair, within
 from compress.files import telling_where, write_json
 from compress.layouts import (
     kv_cache_tensors,
@@ -36,8 +36,8 @@ from compress.numerics.activations import fake_quantize_activations
 from compress.output_head import written_config
 from compress.stages.block import BlockWeights
 from compress.stages.linears import Linear
-from compress.stages.preparation import Preparation, prepare, weigh
-from compress.stages.site import Site, read_commit, relative, write_commit
+from compress.stages.run import StageRun, read_commit, relative, write_commit
+from compress.stages.sensitivity_analysis import SensitivityAnalysis, analyze_sensitivity, set_modality_weights
 from compress.stages.solvers import solve
 from compress.stages.stage import StageContext
 from compress.stages.widths import LEFT, WIDTHS
@@ -59,15 +59,15 @@ def apply(stage: Quantizer, context: StageContext) -> None:
     if faults := stage.check(checkpoint, context.family):
         raise CheckpointError("\n".join(faults))
     with telling_where(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
-        site = Site(stage, context, checkpoint)
-        site.commits.mkdir(parents=True, exist_ok=True)
-        work = _Work(site, prepare(site))
+        run = StageRun(stage, context, checkpoint)
+        run.commits.mkdir(parents=True, exist_ok=True)
+        work = BlockwiseQuantization(run, analyze_sensitivity(run))
         if stage.calibrated:
             work.walk()
         else:
             work.round_each()
         work.write()
-        shutil.rmtree(site.commits)
+        shutil.rmtree(run.commits)
 
 
 @contextmanager
@@ -101,26 +101,26 @@ def deterministic() -> Generator[None]:
 
 
 @dataclass(frozen=True)
-class _Work:
+class BlockwiseQuantization:
     """One application of the stage. A part of the model that is done is committed as one file, named after the part."""
 
-    site: Site
-    found: Preparation
+    run: StageRun
+    found: SensitivityAnalysis
 
     @property
     def stage(self) -> Quantizer:
         """The stage's settings."""
-        return self.site.stage
+        return self.run.stage
 
     @property
     def family(self) -> Family:
         """The model's family."""
-        return self.site.family
+        return self.run.family
 
     @property
     def reader(self) -> WeightReader:
         """The checkpoint's weights."""
-        return self.site.reader
+        return self.run.reader
 
     @cached_property
     def schemes(self) -> Mapping[str, Scheme]:
@@ -129,39 +129,39 @@ class _Work:
         widths = self.found.widths.by_layer if self.found.widths else {}
         schemes = {
             name: replace(parts[linear.part], bits=widths.get(linear.disk_name, parts[linear.part].bits))
-            for name, linear in self.site.targeted.items()
+            for name, linear in self.run.targeted.items()
         }
         return {name: scheme for name, scheme in schemes.items() if scheme.bits != LEFT}
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
         """The linears to be quantized, by their names in the model."""
-        return {name: self.site.targeted[name] for name in self.schemes}
+        return {name: self.run.targeted[name] for name in self.schemes}
 
     def walk(self) -> None:
         """Quantize every part that holds a targeted linear, in the order in which the model runs."""
-        replay = Replay(self.site.walkthrough)
+        replay = Replay(self.run.walk_config)
         walks = self._walks(replay)
-        with self.site.context.progress.task(self.stage.stage, sum(map(len, walks)), "blocks") as advance:
+        with self.run.context.progress.task(self.stage.stage, sum(map(len, walks)), "blocks") as advance:
             try:
                 for visit in chain.from_iterable(map(replay.walk, walks)):
                     self._visit(visit)
                     advance(1)
             except torch.OutOfMemoryError as error:
-                raise self.site.out_of_memory(replay.at) from error
+                raise self.run.out_of_memory(replay.at) from error
 
     def round_each(self) -> None:
         """Round every targeted linear on its own, without samples."""
         method = self.stage.method()
-        with self.site.context.progress.task(self.stage.stage, len(self.linears), "layers") as advance:
+        with self.run.context.progress.task(self.stage.stage, len(self.linears), "layers") as advance:
             for name, linear in self.linears.items():
-                path = self.site.commits / f"{name}.safetensors"
+                path = self.run.commits / f"{name}.safetensors"
                 if read_commit(path) is None:
                     module = nn.Module()
-                    weight = self.reader.disk_tensor(f"{linear.disk_name}.weight", self.site.context.device)
+                    weight = self.reader.disk_tensor(f"{linear.disk_name}.weight", self.run.context.device)
                     module.linear = nn.Linear(1, 1, bias=False, device="meta")
                     module.linear.weight = nn.Parameter(weight, requires_grad=False)
-                    block = BlockWeights.of(module, ["linear"], self.site.heads)
+                    block = BlockWeights.of(module, ["linear"], self.run.heads)
                     codes = solve(block, (), {}, {"linear": self.schemes[name]}, method)["linear"]
                     write_commit(path, pack_linear(linear.disk_name, codes))
                 advance(1)
@@ -173,12 +173,12 @@ class _Work:
         targeted = [units for units in (vision, decoder) if any(within(name, unit) for unit in units for name in self.linears)]
         return [*targeted, decoder] if self.stage.kv_cache and decoder not in targeted else targeted
 
-    def _visit(self, visit: Visit) -> None:
+    def _visit(self, visit: BlockVisit) -> None:
         names = [name for name in self.linears if within(name, visit.name)]
         cached = self.stage.kv_cache is not None and within(visit.name, self.family.blocks)
         if not names and not cached:
             return
-        path = self.site.commits / f"{visit.name}.safetensors"
+        path = self.run.commits / f"{visit.name}.safetensors"
         tensors = read_commit(path)
         if tensors is None:
             tensors = self._solve(visit, names) if names else {}
@@ -189,15 +189,17 @@ class _Work:
         else:
             self._adopt(visit, names, tensors)
 
-    def _solve(self, visit: Visit, names: list[str]) -> dict[str, Tensor]:
+    def _solve(self, visit: BlockVisit, names: list[str]) -> dict[str, Tensor]:
         """Return what is to be stored for a part of the model, by names on disk."""
-        opened = self.site.open(visit, names)
+        part = self.run.open(visit, names)
         observed = self.stage.observes() or any(self.schemes[name].activations == "tensor" for name in names)
-        schemes = {local: self.schemes[name] for name, local in opened.local.items()}
+        schemes = {local: self.schemes[name] for name, local in part.local.items()}
         method = self.stage.method()
-        moments = observe(opened.visit, schemes, method.kept(schemes.values())) if observed else {}
-        weigh(moments, self.stage.balance, {local: self.found.sensitivities.get(name) for name, local in opened.local.items()})
-        block = opened.weights()
+        moments = observe(part.visit, schemes, method.hessian_request(schemes.values())) if observed else {}
+        set_modality_weights(
+            moments, self.stage.balance, {local: self.found.sensitivities.get(name) for name, local in part.local.items()}
+        )
+        block = part.weights()
         for given in moments.values():
             given.merge()
             given.disposable = True
@@ -206,13 +208,13 @@ class _Work:
         except CheckpointError as error:
             raise CheckpointError(f"{visit.name}: {error}") from error
         tensors: dict[str, Tensor] = {}
-        for name, local in opened.local.items():
+        for name, local in part.local.items():
             tensors |= pack_linear(self.linears[name].disk_name, codes[local])
         for local, value in block.changed.items():
             tensors[self.reader.disk_names[f"{visit.name}.{local}"]] = value
         return tensors
 
-    def _cache_scales(self, visit: Visit) -> dict[str, Tensor]:
+    def _cache_scales(self, visit: BlockVisit) -> dict[str, Tensor]:
         """Return the scales of a decoder block's keys and values, as the quantized block computes them."""
         with observing(visit.module) as ranges:
             for call in visit.calls:
@@ -230,7 +232,7 @@ class _Work:
             tensors |= kv_cache_tensors(attention, found.keys / _FLOAT8_MAX, found.values / _FLOAT8_MAX)
         return tensors
 
-    def _adopt(self, visit: Visit, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+    def _adopt(self, visit: BlockVisit, names: list[str], tensors: Mapping[str, Tensor]) -> None:
         """Put stored values into the running module, so that what comes after sees them as a runtime will compute them."""
         for name in names:
             linear = self.linears[name]
@@ -246,10 +248,10 @@ class _Work:
             if disk_name in tensors and disk_name not in quantized:
                 place(visit.module, local, tensors[disk_name].to(visit.device))
 
-    def _pairs(self, unit: str) -> tuple[Pair, ...]:
+    def _pairs(self, unit: str) -> tuple[ScalePair, ...]:
         if within(unit, self.family.blocks):
-            return self.family.pairs
-        return self.family.vision_pairs if any(within(unit, blocks) for blocks in self.family.vision_blocks) else ()
+            return self.family.scale_pairs
+        return self.family.vision_scale_pairs if any(within(unit, blocks) for blocks in self.family.vision_blocks) else ()
 
     def write(self) -> None:
         """Write the checkpoint: quantized linears and changed tensors from the commits, all else as it is in the source."""
@@ -257,12 +259,12 @@ class _Work:
         places = self._committed()
         changed = {f"{linear.disk_name}.weight": linear.disk_name for linear in self.linears.values()}
         attentions = {name.rpartition(".")[0] for name in places if name.endswith(_CACHE_SCALES)}
-        target = self.site.context.target
+        target = self.run.context.target
         with (
             ShardWriter(target) as writer,
-            self.site.context.progress.task(f"{self.stage.stage}: write", len(self.site.checkpoint.tensors), "tensors") as advance,
+            self.run.context.progress.task(f"{self.stage.stage}: write", len(self.run.checkpoint.tensors), "tensors") as advance,
         ):
-            for name in self.site.checkpoint.tensors:
+            for name in self.run.checkpoint.tensors:
                 if name in changed:
                     for stored in [key for key in linear_tensors(changed[name]) if key in places]:
                         writer.add(stored, map_tensor(places[stored]))
@@ -275,30 +277,30 @@ class _Work:
                 for suffix in _CACHE_SCALES:
                     writer.add(f"{attention}{suffix}", map_tensor(places[f"{attention}{suffix}"]))
         quantized = {linear.disk_name: self.schemes[name] for name, linear in self.linears.items()}
-        ignore = unquantized_linears(self.site.checkpoint, self.family, quantized)
-        copy_side_files(self.site.context.source, target)
+        ignore = unquantized_linears(self.run.checkpoint, self.family, quantized)
+        copy_side_files(self.run.context.source, target)
         if self.found.widths:
             write_json(target / WIDTHS, self.found.widths.model_dump(mode="json"))
         write_json(
             target / "config.json",
             {
-                **written_config(self.site.checkpoint, self.family),
+                **written_config(self.run.checkpoint, self.family),
                 "quantization_config": quantization_config(quantized, ignore, bool(attentions)),
             },
         )
 
     def _clear(self) -> None:
         """Delete what a write that was killed has left, its temporary files above all."""
-        for path in self.site.context.target.iterdir():
-            if path.is_dir() and path != self.site.commits:
+        for path in self.run.context.target.iterdir():
+            if path.is_dir() and path != self.run.commits:
                 shutil.rmtree(path)
-            elif path != self.site.commits:
+            elif path != self.run.commits:
                 path.unlink()
 
     def _committed(self) -> dict[str, TensorEntry]:
         return {
             name: entry
-            for path in sorted(self.site.commits.glob("*.safetensors"))
+            for path in sorted(self.run.commits.glob("*.safetensors"))
             for name, entry in sorted(read_header(path).items())
         }
 

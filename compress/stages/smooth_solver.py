@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from compress.engine.statistics import Moments
-from compress.families import Pair
+from compress.families import ScalePair
 from compress.numerics.grids import Scheme, grid
-from compress.numerics.rounding import own_scheme
+from compress.numerics.rounding import resolve_group_size
 from compress.stages.awq_solver import PIECE, Part, Point, best_point, normalised, parts_of
 from compress.stages.block import BlockWeights, Repeats, input_max, input_square, movable, move, repeats_of
 
@@ -34,14 +34,14 @@ class Smoothing:
 
 
 def smooth(
-    block: BlockWeights, pair: Pair, moments: Mapping[str, Moments], schemes: Mapping[str, Scheme], settings: Smoothing
+    block: BlockWeights, pair: ScalePair, moments: Mapping[str, Moments], schemes: Mapping[str, Scheme], settings: Smoothing
 ) -> None:
     """Find a pair's scale and move it; a pair with a part left out, or whose inputs are not rounded, stays as it is."""
-    if not movable(block, pair) or any(schemes[name].activations is None for name in pair.linears):
+    if not movable(block, pair) or any(schemes[name].activations is None for name in pair.balance_layers):
         return
     repeats = repeats_of(block, pair)
-    given = moments[pair.linears[0]]
-    largest = repeats.pool_max(input_max(block, pair.linears[0], given))
+    given = moments[pair.balance_layers[0]]
+    largest = repeats.pool_max(input_max(block, pair.balance_layers[0], given))
     if settings.strength is not None:
         scale = _scale(settings.strength, largest, _weight_max(block, pair, repeats))
     else:
@@ -51,11 +51,11 @@ def smooth(
 
 
 def search(
-    block: BlockWeights, pair: Pair, repeats: Repeats, moments: Moments, schemes: Mapping[str, Scheme], steps: int
+    block: BlockWeights, pair: ScalePair, repeats: Repeats, moments: Moments, schemes: Mapping[str, Scheme], steps: int
 ) -> Tensor | None:
     """Return the best scale per source channel, float32 (the linears' inputs are divided by it), or None for none."""
     parts = parts_of(block, pair, schemes)
-    ranges, squares = input_max(block, pair.linears[0], moments), input_square(block, pair.linears[0], moments)
+    ranges, squares = input_max(block, pair.balance_layers[0], moments), input_square(block, pair.balance_layers[0], moments)
     largest, heaviest = repeats.pool_max(ranges), _weight_max(block, pair, repeats)
 
     def loss(spread: Tensor) -> float:
@@ -74,7 +74,7 @@ def search(
 
 def _weight_error(weight: Tensor, squares: Tensor, part: Part) -> float:
     """Return the expected squared error of the output by rounding a weight, for inputs with the mean squares `squares` [in]."""
-    scheme = own_scheme(part.scheme, weight.shape[1])
+    scheme = resolve_group_size(part.scheme, weight.shape[1])
     steps, _ = grid(weight.view(weight.shape[0], -1, scheme.group_size), scheme, part.dtype)
     return float(steps.to(torch.float32).square_().sum(dim=0).mul_(squares.view(-1, scheme.group_size).sum(dim=1)).sum() / 12)
 
@@ -91,8 +91,8 @@ def _noise(scheme: Scheme, ranges: Tensor, spreads: Tensor) -> float:
     return (largest / _CODES) ** 2 / 12
 
 
-def _weight_max(block: BlockWeights, pair: Pair, repeats: Repeats) -> Tensor:
-    pieces = (piece for name in pair.linears for piece in block.pieces(name, PIECE))
+def _weight_max(block: BlockWeights, pair: ScalePair, repeats: Repeats) -> Tensor:
+    pieces = (piece for name in pair.balance_layers for piece in block.pieces(name, PIECE))
     return repeats.pool_max(torch.stack([piece.abs_().amax(dim=0) for piece in pieces]).amax(dim=0))
 
 

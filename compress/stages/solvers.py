@@ -10,14 +10,14 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compress.engine.second_moment import Kept
+from compress.engine.second_moment import HessianRequest
 from compress.engine.statistics import Moments
-from compress.families import Pair
+from compress.families import ScalePair
 from compress.numerics.gptq import Feedback, Gptq, round_columns
 from compress.numerics.grids import QuantizedWeight, Scheme
-from compress.numerics.rounding import clip, own_scheme, quantize
+from compress.numerics.rounding import clip, quantize, resolve_group_size
 from compress.stages.awq_solver import fold
-from compress.stages.block import BlockWeights, input_blocks, input_max, spend_gram
+from compress.stages.block import BlockWeights, input_blocks, input_max, take_hessian
 from compress.stages.smooth_solver import Smoothing, smooth
 from compress.stages.widths import JOINED
 
@@ -46,17 +46,17 @@ class Method:
     clip: int | None = None
     gptq: Gptq | None = None
 
-    def kept(self, schemes: Iterable[Scheme]) -> Kept:
+    def hessian_request(self, schemes: Iterable[Scheme]) -> HessianRequest:
         """Return what it reads of the second moments of what linears held by `schemes` are given."""
         sizes = {scheme.group_size for scheme in schemes if scheme.type == "int"} if self.clip is not None else set[int]()
         block = math.lcm(*(size for size in sizes if size > 0))
         whole = self.gptq is not None or -1 in sizes or block > _WIDEST_BLOCK
-        return Kept(whole=whole, sketch=self.scales is not None, block=1 if whole else block)
+        return HessianRequest(whole=whole, sketch=self.scales is not None, block=1 if whole else block)
 
 
 def solve(
     block: BlockWeights,
-    pairs: Sequence[Pair],
+    scale_pairs: Sequence[ScalePair],
     moments: Mapping[str, Moments],
     schemes: Mapping[str, Scheme],
     method: Method,
@@ -69,7 +69,7 @@ def solve(
     Raises:
         CheckpointError: what a linear was given cannot be worked with.
     """
-    for pair in pairs:
+    for pair in scale_pairs:
         if method.scales is not None:
             fold(block, pair, moments, schemes, method.scales)
         if method.smoothing is not None:
@@ -127,15 +127,15 @@ def _clips(
         return {}
     columns = block.weights[names[0]].shape[1]
     searched = [name for name in names if name.rpartition(".")[2] not in _SCORES]
-    sizes = {own_scheme(schemes[name], columns).group_size for name in searched}
+    sizes = {resolve_group_size(schemes[name], columns).group_size for name in searched}
     blocks = {size: input_blocks(block, names[0], moments, size) for size in sizes}
-    return {name: blocks[own_scheme(schemes[name], columns).group_size] for name in searched}
+    return {name: blocks[resolve_group_size(schemes[name], columns).group_size] for name in searched}
 
 
 def _feedback(block: BlockWeights, names: Sequence[str], moments: Moments | None, method: Method) -> Feedback | None:
     if moments is None or method.gptq is None:
         return None
-    return Feedback.of(spend_gram(block, names[0], moments), method.gptq)
+    return Feedback.of(take_hessian(block, names[0], moments), method.gptq)
 
 
 def _alike(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:

@@ -10,10 +10,10 @@ from typing import Any
 from compress.errors import VerificationError
 from compress.export.format import VerifyContext
 from compress.onnx_files import check_files
-from compress.runtimes.activations import inputs_as_they_are
-from compress.runtimes.onnxruntime_exact import rounds_inputs
+from compress.runtimes.activations import activation_quantization_disabled
 from compress.runtimes.onnxruntime_graph import Engine, Graph
 from compress.runtimes.runtime import OpenContext, Runtime
+from compress.runtimes.strip_activation_quantization import quantizes_activations
 from compress.runtimes.transformers_session import Settings, TransformersSession, open_session
 from compress.verification import graphs
 from compress.verification.answers import ask, judge_answers
@@ -86,7 +86,7 @@ def _given(session: TransformersSession, context: VerifyContext, limits: Limits)
     found = ask_parts()
     if "inputs to 8 bits" not in limits.roundings:
         return _Given(found, found)
-    with inputs_as_they_are():
+    with activation_quantization_disabled():
         return _Given(found, ask_parts())
 
 
@@ -99,7 +99,7 @@ def _components(artifact: Path, given: _Given, limits: Limits, table: Table) -> 
     for component, (name, exactly, compare) in table.items():
         path = artifact / f"{name}.onnx"
         check_files(path)
-        ways = (True, False) if rounds_inputs(path) else (False,)
+        ways = (True, False) if quantizes_activations(path) else (False,)
         for exact in ways:
             graph: Any = Graph(path, _ENGINE, exact=exact)
             compared = exactly(graph, given.exact) if exact else compare(graph, given.rounded)

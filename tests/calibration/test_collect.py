@@ -15,8 +15,8 @@ from transformers import AutoModelForImageTextToText
 
 from compress.artifact import folder_digests
 from compress.calibration import overlap
+from compress.calibration.batches import Batches, load_batches, load_processor
 from compress.calibration.collect import PinnedSet, Selection, collect, read_manifest
-from compress.calibration.load import Batches, load_batches, load_processor
 from compress.calibration.overlap import check_overlap
 from compress.calibration.questions import read_questions
 from compress.calibration.sets import Columns, Rows, Text, Vqa

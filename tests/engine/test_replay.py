@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.engine.replay import Replay, Walkthrough
+from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.engine.weights import WeightReader, map_tensor
 from compress.errors import CheckpointError
@@ -104,7 +104,7 @@ def plain_outputs(
 
 def open_walk(folder: Path, given: list[Fixed], family: Family | None = None, host_bytes: int = 1 << 30) -> Replay:
     checkpoint = open_checkpoint(folder)
-    return Replay(Walkthrough(checkpoint, family or family_of(checkpoint.config), given, "cpu", folder, host_bytes))
+    return Replay(WalkConfig(checkpoint, family or family_of(checkpoint.config), given, "cpu", folder, host_bytes))
 
 
 def assert_walk_equals(replay: Replay, units: list[str], expected: dict[str, list[Tensor]]) -> list[str]:

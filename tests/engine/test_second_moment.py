@@ -3,7 +3,7 @@ import torch
 from torch import Tensor
 
 from compress.engine import second_moment
-from compress.engine.second_moment import Gram, Kept, Sketch
+from compress.engine.second_moment import Gram, HessianRequest, Sketch
 from compress.numerics.rounding import PANEL, output_error
 
 CPU = torch.device("cpu")
@@ -15,21 +15,23 @@ def tokens(count: int, channels: int) -> Tensor:
     return torch.randn(count, channels, generator=generator) * torch.logspace(-1, 1, channels) + 0.3
 
 
-def counted(kept: Kept, rows: Tensor, parts: int = 7) -> Gram | Sketch:
-    sums = kept.start(rows.shape[1], CPU)
+def counted(request: HessianRequest, rows: Tensor, parts: int = 7) -> Gram | Sketch:
+    sums = request.start(rows.shape[1], CPU)
     for part in torch.split(rows, -(-len(rows) // parts)):
         sums.add(part)
     return sums
 
 
-@pytest.mark.parametrize("kept", [Kept(), Kept(whole=False, sketch=False, block=12), Kept(whole=False, sketch=False)])
-def test_the_diagonal_and_the_blocks_along_it_are_exact(kept: Kept) -> None:
+@pytest.mark.parametrize(
+    "request", [HessianRequest(), HessianRequest(whole=False, sketch=False, block=12), HessianRequest(whole=False, sketch=False)]
+)
+def test_the_diagonal_and_the_blocks_along_it_are_exact(request: HessianRequest) -> None:
     rows = tokens(50, 48)
-    sums = counted(kept, rows)
-    assert isinstance(sums, Gram if kept.whole else Sketch)
+    sums = counted(request, rows)
+    assert isinstance(sums, Gram if request.whole else Sketch)
     gram = rows.t() @ rows
     torch.testing.assert_close(sums.diagonal(), gram.diagonal())
-    for size in (size for size in (1, 4, 12) if kept.whole or size <= kept.block):
+    for size in (size for size in (1, 4, 12) if request.whole or size <= request.block):
         blocks = sums.blocks(size)
         assert blocks.shape == (48 // size, size, size)
         for place, block in enumerate(blocks):
@@ -40,7 +42,7 @@ def test_the_diagonal_and_the_blocks_along_it_are_exact(kept: Kept) -> None:
 def test_blocks_that_cross_the_panels_of_a_whole_sum_are_symmetric() -> None:
     size = PANEL // 2 + PANEL // 4
     rows = tokens(20, 4 * size)
-    torch.testing.assert_close(counted(Kept(), rows).blocks(size)[1], (rows.t() @ rows)[size : 2 * size, size : 2 * size])
+    torch.testing.assert_close(counted(HessianRequest(), rows).blocks(size)[1], (rows.t() @ rows)[size : 2 * size, size : 2 * size])
 
 
 def test_the_output_error_by_a_sketch_is_near_the_true_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -48,11 +50,11 @@ def test_the_output_error_by_a_sketch_is_near_the_true_one(monkeypatch: pytest.M
     rows = tokens(5000, 64)
     error = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
     true = float(output_error(error, rows.t() @ rows))
-    sums = counted(Kept(whole=False), rows)
+    sums = counted(HessianRequest(whole=False), rows)
     assert isinstance(sums, Sketch)
     assert len(sums.rows) < len(rows)
     assert float(sums.output_error(error)) == pytest.approx(true, rel=0.1)
-    few = counted(Kept(whole=False), rows[: second_moment.SKETCH_ROWS])
+    few = counted(HessianRequest(whole=False), rows[: second_moment.SKETCH_ROWS])
     true = float((rows[: second_moment.SKETCH_ROWS] @ error.t()).square().sum())
     assert float(few.output_error(error)) == pytest.approx(true, rel=1e-5)
 
@@ -60,10 +62,10 @@ def test_the_output_error_by_a_sketch_is_near_the_true_one(monkeypatch: pytest.M
 @pytest.mark.parametrize("whole", [True, False])
 def test_the_weighted_sum_of_two_is_that_of_their_tokens(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(second_moment, "WHOLE_CHANNELS", 0)
-    kept, first, second = Kept(whole=whole, block=4), tokens(30, 8), tokens(20, 8).flip(0, 1)
+    request, first, second = HessianRequest(whole=whole, block=4), tokens(30, 8), tokens(20, 8).flip(0, 1)
     error = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    sums = counted(kept, first)
-    sums.absorb(counted(kept, second), 0.5, 3.0)
+    sums = counted(request, first)
+    sums.absorb(counted(request, second), 0.5, 3.0)
     both = torch.cat([first * 0.5**0.5, second * 3**0.5])
     torch.testing.assert_close(sums.diagonal(), both.square().sum(0))
     torch.testing.assert_close(sums.output_error(error), (both @ error.t()).square().sum())
@@ -71,9 +73,9 @@ def test_the_weighted_sum_of_two_is_that_of_their_tokens(whole: bool, monkeypatc
 
 
 def test_few_channels_and_those_that_blocks_do_not_divide_are_kept_whole() -> None:
-    assert isinstance(Kept(whole=False).start(second_moment.WHOLE_CHANNELS, CPU), Gram)
-    assert isinstance(Kept(whole=False, sketch=False, block=5).start(12, CPU), Gram)
-    assert isinstance(Kept(whole=False).start(second_moment.WHOLE_CHANNELS + 1, CPU), Sketch)
+    assert isinstance(HessianRequest(whole=False).start(second_moment.WHOLE_CHANNELS, CPU), Gram)
+    assert isinstance(HessianRequest(whole=False, sketch=False, block=5).start(12, CPU), Gram)
+    assert isinstance(HessianRequest(whole=False).start(second_moment.WHOLE_CHANNELS + 1, CPU), Sketch)
 
 
 def test_what_a_method_reads_is_what_is_kept() -> None:
@@ -82,8 +84,8 @@ def test_what_a_method_reads_is_what_is_kept() -> None:
     from compress.stages.solvers import Method
 
     four, eight = Scheme(4, 64, symmetric=False), Scheme(8, 96, symmetric=True)
-    assert Method(scales=20, clip=20).kept([four, eight]) == Kept(whole=False, sketch=True, block=192)
-    assert Method(scales=20).kept([four]) == Kept(whole=False, sketch=True, block=1)
-    assert Method().kept([four]) == Kept(whole=False, sketch=False, block=1)
-    assert Method(clip=20).kept([Scheme(4, -1, symmetric=False)]).whole
-    assert Method(gptq=Gptq()).kept([four]).whole
+    assert Method(scales=20, clip=20).request([four, eight]) == HessianRequest(whole=False, sketch=True, block=192)
+    assert Method(scales=20).request([four]) == HessianRequest(whole=False, sketch=True, block=1)
+    assert Method().request([four]) == HessianRequest(whole=False, sketch=False, block=1)
+    assert Method(clip=20).request([Scheme(4, -1, symmetric=False)]).whole
+    assert Method(gptq=Gptq()).request([four]).whole

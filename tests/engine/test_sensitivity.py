@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
 from compress.checkpoint import open_checkpoint
-from compress.engine.replay import Positions, Walkthrough
+from compress.engine.replay import Positions, WalkConfig
 from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import Moment, Moments
 from compress.errors import CheckpointError
@@ -19,9 +19,9 @@ KINDS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_pro
 BLOCKS = "model.language_model.layers"
 
 
-def plan(folder: Path, given: list[Fixed]) -> Walkthrough:
+def plan(folder: Path, given: list[Fixed]) -> WalkConfig:
     checkpoint = open_checkpoint(folder)
-    return Walkthrough(checkpoint, family_of(checkpoint.config), given, "cpu", folder)
+    return WalkConfig(checkpoint, family_of(checkpoint.config), given, "cpu", folder)
 
 
 def keeping(outputs: dict[str, Tensor], name: str) -> Any:
@@ -143,7 +143,7 @@ def test_the_predicted_loss_is_its_formula() -> None:
 def test_weights_of_the_modalities() -> None:
     moments = Moments(text=one_kind(torch.ones(20, 2)), vision=one_kind(torch.full((60, 2), 2.0)))
     moments.weights = share(moments, 0.75)
-    torch.testing.assert_close(moments.mean_gram(), torch.full((2, 2), 0.75 * 1 + 0.25 * 4))
+    torch.testing.assert_close(moments.mean_hessian(), torch.full((2, 2), 0.75 * 1 + 0.25 * 4))
     sensitivities = [
         Sensitivity(torch.full((3,), 0.5), torch.full((3,), 0.1), (1.0, 3.0)),
         Sensitivity(torch.tensor([1.5]), torch.tensor([0.2]), (1.0, 3.0)),

@@ -30,12 +30,12 @@ def test_sums_equal_brute_force() -> None:
     }
     for kind, expected in rows.items():
         moment = getattr(moments, kind)
-        torch.testing.assert_close(Moments(text=moment).mean_gram() * len(expected), expected.t() @ expected)
+        torch.testing.assert_close(Moments(text=moment).mean_hessian() * len(expected), expected.t() @ expected)
         torch.testing.assert_close(moment.abs_sum, expected.abs().sum(0))
         assert torch.equal(moment.abs_max, expected.abs().amax(0))
         assert moment.tokens == len(expected)
     everything = torch.cat(list(rows.values()))
-    torch.testing.assert_close(moments.mean_gram(), everything.t() @ everything / len(everything))
+    torch.testing.assert_close(moments.mean_hessian(), everything.t() @ everything / len(everything))
     torch.testing.assert_close(moments.mean_abs(), everything.abs().mean(0))
     torch.testing.assert_close(moments.mean_square(), everything.square().mean(0))
 
@@ -63,7 +63,7 @@ def test_the_sum_over_both_kinds_of_tokens_takes_the_memory_of_one_matrix() -> N
     moments = Moments()
     moments.add(rows, Positions(text, ~text))
     with Counting(width * width) as counting:
-        gram = moments.mean_gram()
+        gram = moments.mean_hessian()
     assert counting.made == 1
     assert torch.equal(gram, gram.t())
     torch.testing.assert_close(gram, rows.t() @ rows / len(rows))
@@ -74,13 +74,13 @@ def test_merged_kinds_have_the_same_means_in_the_memory_of_one() -> None:
     text = torch.arange(20) < 7
     moments = Moments(weights=(1.75, 0.5))
     moments.add(rows, Positions(text, ~text))
-    before = moments.mean_gram(), moments.mean_abs(), moments.abs_max()
+    before = moments.mean_hessian(), moments.mean_abs(), moments.abs_max()
     moments.merge()
     assert moments.vision is None
-    for mean, same in zip((moments.mean_gram(), moments.mean_abs(), moments.abs_max()), before, strict=True):
+    for mean, same in zip((moments.mean_hessian(), moments.mean_abs(), moments.abs_max()), before, strict=True):
         assert torch.equal(mean, same)
     moments.merge()
-    assert torch.equal(moments.mean_gram(), before[0])
+    assert torch.equal(moments.mean_hessian(), before[0])
 
 
 def test_linears_with_one_input_share_their_sums() -> None:
@@ -127,7 +127,7 @@ def test_a_walked_block_counts_text_and_vision_tokens_and_no_padding(tmp_path: P
         rows = torch.cat(parts)
         moment = getattr(moments["mlp.down_proj"], kind)
         assert moment.tokens == len(rows)
-        torch.testing.assert_close(Moments(text=moment).mean_gram() * len(rows), rows.t() @ rows)
+        torch.testing.assert_close(Moments(text=moment).mean_hessian() * len(rows), rows.t() @ rows)
 
 
 def test_in_the_vision_tower_every_row_is_vision(tmp_path: Path) -> None:
@@ -144,7 +144,7 @@ def test_padding_alone_is_an_error() -> None:
     nothing = torch.zeros(4, dtype=torch.bool)
     moments.add(torch.ones(1, 4, 2), Positions(nothing, nothing))
     with pytest.raises(CheckpointError, match="every sample is padding only"):
-        moments.mean_gram()
+        moments.mean_hessian()
 
 
 def test_activations_that_overflow_are_named(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ import pytest
 from compress.eval.latency import LatencyGoal
 from compress.eval.latency_figures import estimates, pool, ratios, summarize
 from compress.eval.latency_results import Percentiles
-from compress.eval.load import Load, Sample
+from compress.eval.load_generator import Load, Sample
 
 
 def _load(ttfts: list[float], gap: float = 0.1, tokens: int = 3, seconds: float = 10.0) -> Load:

@@ -14,7 +14,7 @@ from PIL import Image
 
 from compress.errors import MissingError, ServerError
 from compress.eval.latency import LoadPoint
-from compress.eval.load import DIALECTS, Stream, make_prompts, make_requests, put_load, read_stream, warm_up
+from compress.eval.load_generator import DIALECTS, Stream, make_prompts, make_requests, put_load, read_stream, warm_up
 from compress.runtimes.runtime import Served
 from tests.eval.stream_server import Body, chunk, event, stream_server, whole_answer
 from tests.raw_server import absent_server

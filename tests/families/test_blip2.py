@@ -6,11 +6,11 @@ from typing import Any, cast
 import pytest
 import torch
 
+from compress.calibration.batches import Exchange, load_processor, process
 from compress.calibration.collect import longest_input
-from compress.calibration.load import Exchange, load_processor, process
 from compress.checkpoint import open_checkpoint, read_config
 from compress.conversation import load_tokenizer, write_prompt
-from compress.engine.replay import Replay, Walkthrough
+from compress.engine.replay import Replay, WalkConfig
 from compress.errors import CheckpointError
 from compress.families import family_of
 from compress.families.blip2 import BLIP2
@@ -114,7 +114,7 @@ def test_another_decoder_is_refused(change: dict[str, Any], message: str) -> Non
 def test_the_parts_that_stay_in_float32_do_so_in_the_walk(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_blip2(tmp_path, dtype=torch.float16))
     given = batches(tmp_path)[1:2]
-    replay = Replay(Walkthrough(checkpoint, family_of(checkpoint.config), given, "cpu", tmp_path, 1 << 30))
+    replay = Replay(WalkConfig(checkpoint, family_of(checkpoint.config), given, "cpu", tmp_path, 1 << 30))
     expected = plain_outputs(tmp_path, given, ["qformer", "language_projection"])
     for visit in replay.walk(replay.vision_units()):
         if visit.name in expected:

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import CLIPModel, CLIPProcessor
 
+from compress.calibration.batches import load_batches
 from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.load import load_batches
 from compress.calibration.sets import Text, Vqa
 from compress.checkpoint import open_checkpoint, read_config
 from compress.errors import DataError, UsageError

@@ -13,7 +13,7 @@ from rich.console import Console
 import compress
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
-from compress.families import Family, Pair, family_at, family_of
+from compress.families import Family, ScalePair, family_at, family_of
 from compress.families.derived import derive_family
 from compress.plan import make_plan, show
 from compress.stages.linears import select
@@ -30,7 +30,10 @@ PHI3 = {"model_type": "phi3", "pad_token_id": 0}  # q, k, v and gate, up are one
 GEMMA = {"model_type": "gemma", "pad_token_id": 0}  # its norms hold their weight's distance from one
 COHERE = {"model_type": "cohere2", "pad_token_id": 0}  # attention and feed-forward read the same norm
 MIXTRAL = {"model_type": "mixtral", "pad_token_id": 0, "num_local_experts": 2}
-ATTENTION, FORWARD = Pair("self_attn.v_proj", ("self_attn.o_proj",), grouped=True), Pair("mlp.up_proj", ("mlp.down_proj",))
+ATTENTION, FORWARD = (
+    ScalePair("self_attn.v_proj", ("self_attn.o_proj",), grouped=True),
+    ScalePair("mlp.up_proj", ("mlp.down_proj",)),
+)
 
 QKV_GATE_UP = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj")
 
@@ -43,7 +46,7 @@ def derived(folder: Path) -> Family:
 def test_what_is_derived_is_what_the_record_says(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(BUILDERS[name](tmp_path, vision_blocks=3))
     found, record = derived(tmp_path), family_of(checkpoint.config)
-    assert found.pairs == record.pairs
+    assert found.scale_pairs == record.scale_pairs
     assert (found.blocks, found.embeddings, found.head) == (record.blocks, record.embeddings, record.head)
     assert (found.vision, found.vision_blocks) == (record.vision, record.vision_blocks)
     assert found.placeholders(checkpoint.config) == record.placeholders(checkpoint.config)
@@ -53,15 +56,20 @@ def test_what_is_derived_is_what_the_record_says(name: str, tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("text", "pairs"),
     [
-        (PHI3, (Pair("input_layernorm", ("self_attn.qkv_proj",)), Pair("post_attention_layernorm", ("mlp.gate_up_proj",)))),
+        (
+            PHI3,
+            (ScalePair("input_layernorm", ("self_attn.qkv_proj",)), ScalePair("post_attention_layernorm", ("mlp.gate_up_proj",))),
+        ),
         (GEMMA, (ATTENTION, FORWARD)),
-        (COHERE, (Pair("input_layernorm", QKV_GATE_UP), ATTENTION, FORWARD)),
+        (COHERE, (ScalePair("input_layernorm", QKV_GATE_UP), ATTENTION, FORWARD)),
     ],
 )
-def test_scales_move_only_where_it_changes_nothing(text: Mapping[str, Any], pairs: tuple[Pair, ...], tmp_path: Path) -> None:
+def test_scales_move_only_where_it_changes_nothing(
+    text: Mapping[str, Any], scale_pairs: tuple[ScalePair, ...], tmp_path: Path
+) -> None:
     build_llava(tmp_path, text=text, dtype=torch.float32)
-    assert family_at(tmp_path).pairs == pairs
-    assert assert_pairs_hold(tmp_path) == set(pairs)
+    assert family_at(tmp_path).scale_pairs == scale_pairs
+    assert assert_pairs_hold(tmp_path) == set(scale_pairs)
 
 
 def test_an_unknown_decoder_is_walked_loaded_and_selected(tmp_path: Path) -> None:
@@ -113,7 +121,7 @@ def test_a_quantized_checkpoint_is_of_the_family_of_its_source(tmp_path: Path) -
     source = family_at(tmp_path / "source")
     round_checkpoint(tmp_path / "source", tmp_path / "rounded", scheme(4, 32))
     rounded, found = open_checkpoint(tmp_path / "rounded"), family_at(tmp_path / "rounded")
-    assert (found.pairs, found.vision, found.blocks) == (source.pairs, source.vision, source.blocks)
+    assert (found.scale_pairs, found.vision, found.blocks) == (source.scale_pairs, source.vision, source.blocks)
     assert [found.module_name(name) for name in rounded.tensors] == [source.module_name(name) for name in rounded.tensors]
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.engine.replay import Replay, Walkthrough
+from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.export.format import ExportContext
 from compress.export.vllm import Vllm
@@ -125,7 +125,7 @@ def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path:
     with torch.no_grad():
         for batch in given:
             model(**batch.inputs())
-    replay = Replay(Walkthrough(checkpoint, family, given, "cpu", tmp_path))
+    replay = Replay(WalkConfig(checkpoint, family, given, "cpu", tmp_path))
     seen = set[str]()
     for units in (replay.vision_units(), replay.decoder_units()):
         for visit in replay.walk(units):
@@ -135,7 +135,7 @@ def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path:
                 continue
             moments = observe(visit, local)
             for relative, name in local.items():
-                found = moments[relative].mean_gram() * moments[relative].tokens
+                found = moments[relative].mean_hessian() * moments[relative].tokens
                 torch.testing.assert_close(found, plain[name], rtol=2e-3, atol=2e-3 * float(plain[name].abs().max()))
                 seen.add(name)
     assert seen == set(names)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from compress.checkpoint import open_checkpoint
-from compress.engine.replay import Replay, Visit, Walkthrough
+from compress.engine.replay import BlockVisit, Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.errors import CheckpointError
 from compress.families import family_of
@@ -36,11 +36,11 @@ def text(folder: Path) -> Fixed:
 def visits(folder: Path, given: list[Fixed], units: str) -> dict[str, Any]:
     """Return what `observe` finds of all linears of each part, or the error it raises."""
     checkpoint = open_checkpoint(folder)
-    replay = Replay(Walkthrough(checkpoint, family_of(checkpoint.config), given, "cpu", folder, 1 << 30))
+    replay = Replay(WalkConfig(checkpoint, family_of(checkpoint.config), given, "cpu", folder, 1 << 30))
     return {visit.name: seen(visit) for visit in replay.walk(getattr(replay, units)())}
 
 
-def seen(visit: Visit) -> Any:
+def seen(visit: BlockVisit) -> Any:
     if isinstance(visit.module, torch.nn.Linear):
         visit = replace(visit, module=torch.nn.Sequential(visit.module))
     names = [name.removesuffix(".weight") for name, tensor in visit.module.state_dict().items() if tensor.dim() > 1]
@@ -62,7 +62,7 @@ def test_the_images_states_count_where_a_token_reads_them(folder: Path, mixed: F
     assert int(read.sum()) == sum(tiles)
     (states,) = plain_outputs(folder, [mixed], ["model.multi_modal_projector"])["model.multi_modal_projector"][0]
     rows = states.reshape(len(read), PATCHES, -1)[read].flatten(0, 1).float()
-    torch.testing.assert_close(found["cross_attn.k_proj"].mean_gram() * len(rows), rows.t() @ rows)
+    torch.testing.assert_close(found["cross_attn.k_proj"].mean_hessian() * len(rows), rows.t() @ rows)
     asked = int(inputs["attention_mask"].sum())
     for name in ("cross_attn.q_proj", "cross_attn.o_proj", "mlp.down_proj"):
         assert (found[name].text.tokens, found[name].vision) == (asked, None)

@@ -7,28 +7,28 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import open_checkpoint
-from compress.engine.replay import Replay, Visit, Walkthrough
-from compress.families import Family, Pair, family_at, within
+from compress.engine.replay import BlockVisit, Replay, WalkConfig
+from compress.families import Family, ScalePair, family_at, within
 from compress.stages.block import BlockWeights, movable, move, repeats_of
 from tests.families.samples import batches, tensors_of
 from tests.tiny import BUILDERS
 
 
-def pairs_of(family: Family, unit: str) -> tuple[Pair, ...]:
+def pairs_of(family: Family, unit: str) -> tuple[ScalePair, ...]:
     if within(unit, family.blocks):
-        return family.pairs
-    return family.vision_pairs if any(within(unit, blocks) for blocks in family.vision_blocks) else ()
+        return family.scale_pairs
+    return family.vision_scale_pairs if any(within(unit, blocks) for blocks in family.vision_blocks) else ()
 
 
-def scaled(block: BlockWeights, pair: Pair, generator: torch.Generator) -> None:
+def scaled(block: BlockWeights, pair: ScalePair, generator: torch.Generator) -> None:
     repeats = repeats_of(block, pair)
-    source = block.module.get_submodule(pair.source)
-    channels = source.out_features if isinstance(source, nn.Linear) else block.current(f"{pair.source}.weight").shape[0]
+    source = block.module.get_submodule(pair.smooth_layer)
+    channels = source.out_features if isinstance(source, nn.Linear) else block.current(f"{pair.smooth_layer}.weight").shape[0]
     assert channels == repeats.kv_heads * repeats.head_dim
     move(block, pair, repeats, torch.exp(torch.randn(channels, generator=generator)))
 
 
-def outputs(visit: Visit) -> list[Tensor]:
+def outputs(visit: BlockVisit) -> list[Tensor]:
     return [tensor for call in visit.calls for tensor in tensors_of(visit.run(call))]
 
 
@@ -45,13 +45,13 @@ def put(module: nn.Module, tensors: Iterable[tuple[str, Tensor]]) -> None:
         module.get_parameter(name).data = tensor
 
 
-def assert_pairs_hold(folder: Path) -> set[Pair]:
+def assert_pairs_hold(folder: Path) -> set[ScalePair]:
     """Move random scales along every pair in every block of a float32 checkpoint; return the pairs that were there."""
     checkpoint, family = open_checkpoint(folder), family_at(folder)
-    replay = Replay(Walkthrough(checkpoint, family, batches(folder), "cpu", folder, 1 << 30))
+    replay = Replay(WalkConfig(checkpoint, family, batches(folder), "cpu", folder, 1 << 30))
     generator = torch.Generator().manual_seed(0)
     heads = checkpoint.text_config["num_attention_heads"]
-    moved: set[Pair] = set()
+    moved: set[ScalePair] = set()
     for units in (replay.vision_units(), replay.decoder_units()):
         for visit in replay.walk(units):
             linears = linears_of(visit.module)
@@ -63,7 +63,9 @@ def assert_pairs_hold(folder: Path) -> set[Pair]:
                 old = {part: tensor.clone() for part, tensor in visit.module.state_dict().items()}
                 scaled(block, pair, generator)
                 put(visit.module, [*block.changed.items(), *((f"{part}.weight", block.weight(part)) for part in block.weights)])
-                assert not torch.equal(visit.module.get_parameter(f"{pair.linears[0]}.weight"), old[f"{pair.linears[0]}.weight"])
+                assert not torch.equal(
+                    visit.module.get_parameter(f"{pair.balance_layers[0]}.weight"), old[f"{pair.balance_layers[0]}.weight"]
+                )
                 for found, expected in zip(outputs(visit), before, strict=True):
                     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
                 put(visit.module, old.items())
@@ -75,4 +77,4 @@ def assert_pairs_hold(folder: Path) -> set[Pair]:
 def test_scales_move_along_every_pair_without_changing_the_block(name: str, tmp_path: Path) -> None:
     BUILDERS[name](tmp_path, dtype=torch.float32, layers=5)
     family = family_at(tmp_path)
-    assert assert_pairs_hold(tmp_path) == {*family.pairs, *family.vision_pairs}
+    assert assert_pairs_hold(tmp_path) == {*family.scale_pairs, *family.vision_scale_pairs}

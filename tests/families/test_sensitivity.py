@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import open_checkpoint
-from compress.engine.replay import Walkthrough
+from compress.engine.replay import WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
 from compress.errors import CheckpointError
 from compress.families import Family, family_at
@@ -65,7 +65,7 @@ def test_every_linear_of_the_decoder_is_as_sensitive_as_autograd_says(name: str,
     checkpoint, family = open_checkpoint(tmp_path), family_at(tmp_path)
     linears = [linear.name for linear in select(checkpoint, family, ("decoder",), ()).linears]
     expected, predicted = by_autograd(tmp_path, family, given, linears)
-    found = measure_sensitivity(Walkthrough(checkpoint, family, given, "cpu", tmp_path), linears, seed=0)
+    found = measure_sensitivity(WalkConfig(checkpoint, family, given, "cpu", tmp_path), linears, seed=0)
     largest = max(float(part.max()) for parts in expected.values() for part in parts) / predicted
     for linear, (text, vision) in expected.items():
         measured = found[linear]
@@ -77,6 +77,6 @@ def test_every_linear_of_the_decoder_is_as_sensitive_as_autograd_says(name: str,
 
 def test_a_model_without_an_output_head_says_so(tmp_path: Path) -> None:
     given: list[Any] = batches(build_clip(tmp_path))
-    plan = Walkthrough(open_checkpoint(tmp_path), family_at(tmp_path), given, "cpu", tmp_path)
+    plan = WalkConfig(open_checkpoint(tmp_path), family_at(tmp_path), given, "cpu", tmp_path)
     with pytest.raises(CheckpointError, match="clip has no output head, so nothing tells what its predictions depend on"):
         measure_sensitivity(plan, [], 0)

@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from compress.checkpoint import open_checkpoint
-from compress.engine.replay import Replay, Walkthrough
+from compress.engine.replay import Replay, WalkConfig
 from compress.families import family_at
 from compress.output_head import head_is_tied
 from tests.families.samples import batches, plain_outputs, tensors_of
@@ -26,7 +26,7 @@ def assert_walk_equals(replay: Replay, units: list[str], expected: dict[str, lis
 def assert_every_part_equals(folder: Path) -> None:
     """Walk the vision tower, then the decoder, and compare all that their parts return with a plain forward's."""
     given, checkpoint, family = batches(folder), open_checkpoint(folder), family_at(folder)
-    replay = Replay(Walkthrough(checkpoint, family, given, "cpu", folder, 1 << 30))
+    replay = Replay(WalkConfig(checkpoint, family, given, "cpu", folder, 1 << 30))
     decoder = [*replay.decoder_units(), *([family.head] if family.head and not head_is_tied(checkpoint, family) else [])]
     vision = replay.vision_units()
     assert len(vision) > 2
@@ -46,6 +46,6 @@ def test_every_part_returns_what_it_does_in_a_plain_forward(name: str, blocks: i
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_decoder_is_walked_without_the_vision_tower(name: str, tmp_path: Path) -> None:
     given = batches(BUILDERS[name](tmp_path))
-    replay = Replay(Walkthrough(open_checkpoint(tmp_path), family_at(tmp_path), given, "cpu", tmp_path, 1 << 30))
+    replay = Replay(WalkConfig(open_checkpoint(tmp_path), family_at(tmp_path), given, "cpu", tmp_path, 1 << 30))
     units = replay.decoder_units()
     assert assert_walk_equals(replay, units, plain_outputs(tmp_path, given, units)) == units

@@ -18,7 +18,7 @@ from rich.console import Console
 from compress.display import Display
 from compress.errors import CompressError
 from compress.eval.latency import LoadPoint
-from compress.eval.load import Requests, put_load, warm_up
+from compress.eval.load_generator import Requests, put_load, warm_up
 from compress.events import EventLog
 from compress.runtimes.endpoint import Endpoint
 from compress.runtimes.openai_client import read_key

@@ -23,7 +23,7 @@ from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_gptq, pack_words, unpack_gptq, unpack_words
 from compress.numerics.rounding import quantize, rounding_error
 from compress.numerics.scheme import Activations, Scheme
-from compress.runtimes.activations import round_activations
+from compress.runtimes import activations as reader
 
 repeatable = settings(max_examples=60, deadline=None, derandomize=True, database=None)
 
@@ -204,7 +204,7 @@ def test_inputs_round_to_floats_as_the_library_rounds_them(values: Tensor, kind:
     arguments = group_of(held).input_activations
     scales, zero_points = compute_dynamic_scales_and_zp(values, arguments, torch.nn.Module())
     theirs = fake_quantize(values, scales, zero_points, arguments)
-    torch.testing.assert_close(round_activations(values, kind, "float", 8, None), theirs, rtol=1e-6, atol=0)
+    torch.testing.assert_close(reader.fake_quantize_activations(values, kind, "float", 8, None), theirs, rtol=1e-6, atol=0)
 
 
 @repeatable
@@ -213,28 +213,28 @@ def test_inputs_round_by_a_fixed_scale_as_the_library_rounds_them(values: Tensor
     arguments = group_of(Scheme(8, -1, True, kind, -1 if kind == "float" else 1, "tensor")).input_activations
     scale = torch.tensor([0.02])
     theirs = fake_quantize(values, scale, torch.zeros(1), arguments)
-    assert torch.equal(round_activations(values, "tensor", kind, 8, scale), theirs)
+    assert torch.equal(reader.fake_quantize_activations(values, "tensor", kind, 8, scale), theirs)
 
 
 @repeatable
 @given(inputs(st.integers(1, 300)))
 def test_tokens_round_to_integers_with_127_for_the_largest(values: Tensor) -> None:
-    rounded = round_activations(values, "token", "int", 8, None)
+    rounded = reader.fake_quantize_activations(values, "token", "int", 8, None)
     largest = values.abs().amax(-1, keepdim=True)
     codes = rounded / torch.where(largest == 0, 1, largest / 127)
     torch.testing.assert_close(codes, codes.round(), rtol=0, atol=1e-4)
     torch.testing.assert_close(rounded.abs().amax(-1, keepdim=True), largest)
     assert ((rounded - values).abs() <= largest / 127 * 0.5001).all()
     assert not rounded[0, 0].any()
-    assert round_activations(values.bfloat16(), "token", "int", 8, None).dtype == torch.bfloat16
+    assert reader.fake_quantize_activations(values.bfloat16(), "token", "int", 8, None).dtype == torch.bfloat16
 
 
 @repeatable
 @given(inputs(st.integers(1, 300)))
 def test_a_last_group_may_be_narrower_than_128_channels(values: Tensor) -> None:
-    rounded = round_activations(values, "group", "float", 8, None)
+    rounded = reader.fake_quantize_activations(values, "group", "float", 8, None)
     starts = range(0, values.shape[-1], 128)
-    parts = [round_activations(values[..., start : start + 128], "token", "float", 8, None) for start in starts]
+    parts = [reader.fake_quantize_activations(values[..., start : start + 128], "token", "float", 8, None) for start in starts]
     assert torch.equal(rounded, torch.cat(parts, dim=-1))
 
 
@@ -246,7 +246,7 @@ def test_a_stage_rounds_inputs_as_what_reads_its_artifact_does(values: Tensor, k
     scale = torch.tensor([0.02]) if kind == "tensor" else None
     for given_values in (values, values.bfloat16()):
         ours = fake_quantize_activations(given_values, scheme, scale)
-        assert torch.equal(ours, round_activations(given_values, kind, sort, 8, scale))
+        assert torch.equal(ours, reader.fake_quantize_activations(given_values, kind, sort, 8, scale))
         assert ours.dtype == given_values.dtype
 
 

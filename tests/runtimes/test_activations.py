@@ -14,7 +14,7 @@ from compress.checkpoint import open_checkpoint
 from compress.families import family_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes.activations import round_activations
+from compress.runtimes.activations import fake_quantize_activations
 from compress.runtimes.transformers_model import load_model
 from tests.quantized import INPUT_SCALE, round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl
@@ -62,7 +62,7 @@ def test_every_quantized_linear_rounds_its_input_and_no_other(held: Scheme, tmp_
     assert held.activations is not None
     for name in decoder:
         module, inputs = linears[name], some_inputs(linears[name])
-        expected = linear(round_activations(inputs, held.activations, held.type, 8, scale), module.weight, module.bias)
+        expected = linear(fake_quantize_activations(inputs, held.activations, held.type, 8, scale), module.weight, module.bias)
         assert torch.equal(module(inputs), expected), name
 
 
@@ -83,4 +83,4 @@ def test_weights_alone_leave_inputs_as_they_are(held: Scheme, tmp_path: Path) ->
 
 def test_a_whole_tensor_needs_its_scale() -> None:
     with pytest.raises(ValueError, match="a fixed scale is needed"):
-        round_activations(torch.ones(2, 2), "tensor", "int", 8, None)
+        fake_quantize_activations(torch.ones(2, 2), "tensor", "int", 8, None)

@@ -9,7 +9,7 @@ import pytest
 
 from compress.errors import DataError
 from compress.eval.latency import LoadPoint
-from compress.eval.load import make_prompts
+from compress.eval.load_generator import make_prompts
 from compress.progress import Silent
 from compress.runtimes.components import Timed, measure_components
 from compress.runtimes.runtime import Prompt

@@ -15,8 +15,8 @@ import pytest
 
 from compress.errors import DataError, RecipeError, ServerError, UsageError
 from compress.eval.latency import LatencySettings, LoadPoint
-from compress.eval.load import DIALECTS, make_prompts, make_requests, put_load, warm_up
-from compress.eval.loading import Loading
+from compress.eval.load_generator import DIALECTS, make_prompts, make_requests, put_load, warm_up
+from compress.eval.server_under_load import Loading
 from compress.eval.telemetry import watching
 from compress.export.format import ExportContext
 from compress.export.onnx import Onnx

@@ -13,8 +13,8 @@ from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariable
 from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
+from compress.calibration.batches import load_batches
 from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.load import load_batches
 from compress.calibration.sets import Text, Vqa
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import WeightReader

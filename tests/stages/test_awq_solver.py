@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from compress.engine import second_moment
-from compress.engine.second_moment import Kept
-from compress.families import Pair
+from compress.engine.second_moment import HessianRequest
+from compress.families import ScalePair
 from compress.numerics.gptq import Gptq
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.rounding import output_error, quantize, rounding_error
@@ -17,12 +17,12 @@ from tests.stages.toy import HEAD_DIM, HEADS, KV_HEADS, NAMES, PAIRS, WIDTH, Blo
 
 
 @pytest.mark.parametrize("pair", PAIRS[1:])
-def test_a_folded_scale_keeps_the_function(pair: Pair) -> None:
+def test_a_folded_scale_keeps_the_function(pair: ScalePair) -> None:
     block, x = Block(), samples()
     moments = statistics(block, x)
     state = BlockWeights.of(block, NAMES, HEADS)
     fold(state, pair, moments, alike(Scheme(3, 8, symmetric=False)), 20)
-    (name,) = pair.linears
+    (name,) = pair.balance_layers
     scale = state.input_scales[name]
     assert scale.max() / scale.min() > 1.1
     with torch.no_grad():
@@ -141,7 +141,7 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
 
     def loss(name: str, weight: Tensor) -> float:
         original = block.get_parameter(f"{name}.weight").float()
-        return float(output_error(weight - original, block_moments[name].mean_gram()))
+        return float(output_error(weight - original, block_moments[name].mean_hessian()))
 
     total, nearest = 0.0, 0.0
     for name in ("q", "o", "down"):
@@ -179,7 +179,7 @@ def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.
     block, schemes = Block(), alike(Scheme(3, 8, symmetric=False))
     whole = statistics(block, samples(3000))
     monkeypatch.setattr(second_moment, "WHOLE_CHANNELS", 0)
-    sketched = statistics(block, samples(3000), Kept(whole=False, block=8))
+    sketched = statistics(block, samples(3000), HessianRequest(whole=False, block=8))
     assert isinstance(sketched["q"].text.second, second_moment.Sketch)  # pyright: ignore[reportOptionalMemberAccess]
     errors: list[float] = []
     for given in (whole, sketched):

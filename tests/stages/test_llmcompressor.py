@@ -20,7 +20,7 @@ from transformers import AutoModelForImageTextToText
 
 import compress
 from compress.artifact import side_files
-from compress.calibration.load import load_batches
+from compress.calibration.batches import load_batches
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError
 from compress.export.format import ExportContext

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.engine.replay import Positions
-from compress.engine.second_moment import WHOLE, Kept
+from compress.engine.second_moment import WHOLE, HessianRequest
 from compress.engine.statistics import Moments
-from compress.families import Pair
+from compress.families import ScalePair
 from compress.numerics.scheme import Scheme
 from compress.stages.block import BlockWeights
 
@@ -17,9 +17,9 @@ NAMES = ("q", "v", "o", "up", "down")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8
 WIDTH = HEADS * HEAD_DIM
 PAIRS = (
-    Pair("norm", ("q", "v")),
-    Pair("v", ("o",), grouped=True),
-    Pair("up", ("down",)),
+    ScalePair("norm", ("q", "v")),
+    ScalePair("v", ("o",), grouped=True),
+    ScalePair("up", ("down",)),
 )
 
 
@@ -53,7 +53,7 @@ def samples(count: int = 200) -> Tensor:
     return torch.randn(count, WIDTH, generator=generator) * torch.logspace(-1, 1, WIDTH)
 
 
-def statistics(block: Block, x: Tensor, kept: Kept = WHOLE) -> dict[str, Moments]:
+def statistics(block: Block, x: Tensor, kept: HessianRequest = WHOLE) -> dict[str, Moments]:
     moments: dict[str, Moments] = {}
     hooks: list[RemovableHandle] = []
     for name in NAMES:

@@ -107,12 +107,12 @@ def test_tensors_that_all_of_this_program_takes_for_each_other(
 
 def test_inputs_that_the_reader_alone_rounds_otherwise(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export = export_onnx(rounded, tmp_path / "onnx")
-    honest = activations.round_activations
+    honest = activations.fake_quantize_activations
 
     def coarse(inputs: Tensor, kind: Any, sort: Any, bits: int, scale: Tensor | None) -> Tensor:
         return honest(inputs, kind, sort, bits - 5, scale)
 
-    monkeypatch.setattr(activations, "round_activations", coarse)
+    monkeypatch.setattr(activations, "fake_quantize_activations", coarse)
     with pytest.raises(VerificationError, match=r"the decoder differs from the checkpoint's.*as it runs"):
         verify(export, tmp_path / "onnx", rounded)
 

@@ -8,13 +8,13 @@ import onnx
 from onnx import GraphProto, NodeProto, helper
 
 
-def rounds_inputs(path: Path) -> bool:
+def quantizes_activations(path: Path) -> bool:
     """Return whether a graph rounds, or lets its runtime round, what comes into any of its matrices to 8 bits."""
     graph = onnx.load(path, load_external_data=False).graph
     return bool(_levels(graph)) or any(node.op_type == "QuantizeLinear" for node in graph.node)
 
 
-def without_rounding(path: Path) -> bytes:
+def strip_activation_quantization(path: Path) -> bytes:
     """Return a graph, its data left where it is, whose matrices take their inputs as they are.
 
     Matrices in blocks get the accuracy level at which nothing is rounded. A product of integers becomes one of the numbers that

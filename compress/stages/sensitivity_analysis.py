@@ -15,13 +15,13 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compress.calibration.load import Batch, QuestionBatch, WindowBatch
-from compress.engine.replay import Replay, Visit
+from compress.calibration.batches import Batch, QuestionBatch, WindowBatch
+from compress.engine.replay import BlockVisit, Replay
 from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import Moments, observe
 from compress.families import within
 from compress.files import write_json
-from compress.stages.site import Site, read_commit, write_commit
+from compress.stages.run import StageRun, read_commit, write_commit
 from compress.stages.solvers import solve
 from compress.stages.widths import LEFT, Mixture, Widths
 
@@ -32,58 +32,58 @@ _FOLDER = "preparation"
 
 
 @dataclass(frozen=True)
-class Preparation:
+class SensitivityAnalysis:
     """What was found out; both are empty where nothing asks for them."""
 
     sensitivities: Mapping[str, Sensitivity] = field(default_factory=lambda: dict[str, Sensitivity]())
     widths: Widths | None = None
 
 
-def prepare(site: Site) -> Preparation:
+def analyze_sensitivity(run: StageRun) -> SensitivityAnalysis:
     """Measure what the stage's `balance` and `bits` ask for.
 
     Raises:
         CheckpointError: the weights cannot be used, or the budget not kept.
         MissingError: the device has too little memory.
     """
-    mixture = site.stage.mixture(site.checkpoint, site.family)
-    names = _weighed(site, mixture)
+    mixture = run.stage.mixture(run.checkpoint, run.family)
+    names = _weighed(run, mixture)
     if not names:
-        return Preparation()
-    (site.commits / _FOLDER).mkdir(parents=True, exist_ok=True)
-    sensitivities = _sensitivities(site, names)
+        return SensitivityAnalysis()
+    (run.commits / _FOLDER).mkdir(parents=True, exist_ok=True)
+    sensitivities = _sensitivities(run, names)
     if mixture is None:
-        return Preparation(sensitivities)
-    return Preparation(sensitivities, _Survey(site, mixture, sensitivities).widths())
+        return SensitivityAnalysis(sensitivities)
+    return SensitivityAnalysis(sensitivities, BitAllocation(run, mixture, sensitivities).widths())
 
 
-def _weighed(site: Site, mixture: Mixture | None) -> list[str]:
+def _weighed(run: StageRun, mixture: Mixture | None) -> list[str]:
     """Return the linears whose sensitivity is asked for: those to be given widths, and those that see text and images."""
     names = [linear.name for linear in mixture.linears] if mixture else []
-    if site.stage.balance == "auto" and site.family.head is not None:
-        names += [name for name, linear in site.targeted.items() if linear.part in ("decoder", "lm_head")]
+    if run.stage.balance == "auto" and run.family.head is not None:
+        names += [name for name, linear in run.targeted.items() if linear.part in ("decoder", "lm_head")]
     return list(dict.fromkeys(names))
 
 
-def _sensitivities(site: Site, names: Sequence[str]) -> dict[str, Sensitivity]:
-    path = site.commits / _FOLDER / "sensitivities.safetensors"
+def _sensitivities(run: StageRun, names: Sequence[str]) -> dict[str, Sensitivity]:
+    path = run.commits / _FOLDER / "sensitivities.safetensors"
     tensors = read_commit(path)
     if tensors is None:
-        batches = spread(site.batches, SENSITIVITY_TOKENS)
-        replay_plan = replace(site.walkthrough, batches=batches)
-        blocks = 2 * int(site.checkpoint.text_config["num_hidden_layers"])
-        with site.context.progress.task(f"{site.stage.stage}: sensitivity", blocks, "blocks") as advance:
+        batches = subsample(run.batches, SENSITIVITY_TOKENS)
+        replay_plan = replace(run.walk_config, batches=batches)
+        blocks = 2 * int(run.checkpoint.text_config["num_hidden_layers"])
+        with run.context.progress.task(f"{run.stage.stage}: sensitivity", blocks, "blocks") as advance:
             try:
-                measured = measure_sensitivity(replay_plan, names, site.context.seed, advance)
+                measured = measure_sensitivity(replay_plan, names, run.context.seed, advance)
             except torch.OutOfMemoryError as error:
-                raise site.out_of_memory("a decoder block in float32 and its gradients") from error
+                raise run.out_of_memory("a decoder block in float32 and its gradients") from error
         write_commit(path, _packed(measured))
         tensors = read_commit(path)
         assert tensors is not None
     return {name: _unpacked(name, tensors) for name in names}
 
 
-def spread(batches: Sequence[Batch], tokens: int) -> list[Batch]:
+def subsample(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     """Return batches of about so many positions, taken evenly from all of them: of windows and of questions the same part.
 
     Of each kind that there is at least one is taken.
@@ -112,7 +112,9 @@ def _unpacked(name: str, tensors: Mapping[str, Tensor]) -> Sensitivity:
     return Sensitivity(tensors.get(f"{name}.text"), tensors.get(f"{name}.vision"), (text, vision))
 
 
-def weigh(moments: Mapping[str, Moments], rule: float | str, sensitivities: Mapping[str, Sensitivity | None]) -> None:
+def set_modality_weights(
+    moments: Mapping[str, Moments], rule: float | str, sensitivities: Mapping[str, Sensitivity | None]
+) -> None:
     """Set how much text and vision tokens count, by the rule that a stage's `balance` is; linears with one input have one weight.
 
     A linear whose sensitivity is None has no say in it.
@@ -129,26 +131,26 @@ def weigh(moments: Mapping[str, Moments], rule: float | str, sensitivities: Mapp
 
 
 @dataclass(frozen=True)
-class _Survey:
+class BitAllocation:
     """Predicts what each width of each layer would lose, by the method's own rounding of the original weights.
 
     Scales that the method would move between layers are left out; they need all widths of a block to be known.
     """
 
-    site: Site
+    run: StageRun
     mixture: Mixture
     sensitivities: Mapping[str, Sensitivity]
 
     def widths(self) -> Widths:
         """Return the widths that lose least."""
         losses: dict[str, dict[int, float]] = {}
-        replay = Replay(self.site.walkthrough)
+        replay = Replay(self.run.walk_config)
         names = {linear.name for linear in self.mixture.linears}
-        units = [*replay.decoder_units(), *([self.site.family.head] if self.site.family.head in names else [])]
+        units = [*replay.decoder_units(), *([self.run.family.head] if self.run.family.head in names else [])]
         wanted = [unit for unit in units if any(within(name, unit) for name in names)]
         found = {unit: _read_losses(self._path(unit)) for unit in wanted}
         if any(part is None for part in found.values()):
-            with self.site.context.progress.task(f"{self.site.stage.stage}: widths", len(units), "blocks") as advance:
+            with self.run.context.progress.task(f"{self.run.stage.stage}: widths", len(units), "blocks") as advance:
                 try:
                     for visit in replay.walk(units):
                         if visit.name in found and found[visit.name] is None:
@@ -156,25 +158,27 @@ class _Survey:
                             write_json(self._path(visit.name), found[visit.name])
                         advance(1)
                 except torch.OutOfMemoryError as error:
-                    raise self.site.out_of_memory(replay.at) from error
+                    raise self.run.out_of_memory(replay.at) from error
         for part in found.values():
             losses |= part or {}
         return self.mixture.choose(losses)
 
     def _path(self, unit: str) -> Path:
-        return self.site.commits / _FOLDER / f"{unit}.json"
+        return self.run.commits / _FOLDER / f"{unit}.json"
 
-    def _predict(self, visit: Visit, names: list[str]) -> dict[str, dict[int, float]]:
+    def _predict(self, visit: BlockVisit, names: list[str]) -> dict[str, dict[int, float]]:
         """Return, by names on disk, what each width of a part's linears would lose."""
-        opened = self.site.open(visit, sorted(names))
-        moments = observe(opened.visit, opened.local.values())
-        weigh(moments, self.site.stage.balance, {local: self.sensitivities[name] for name, local in opened.local.items()})
-        losses: dict[str, dict[int, float]] = {self._disk_name(name): {} for name in opened.local}
+        part = self.run.open(visit, sorted(names))
+        moments = observe(part.visit, part.local.values())
+        set_modality_weights(
+            moments, self.run.stage.balance, {local: self.sensitivities[name] for name, local in part.local.items()}
+        )
+        losses: dict[str, dict[int, float]] = {self._disk_name(name): {} for name in part.local}
         for width in self.mixture.rounded:
-            block = opened.weights()
-            schemes = {local: self.mixture.scheme(self.site.targeted[name], width) for name, local in opened.local.items()}
-            codes = solve(block, (), moments, schemes, self.site.stage.method())
-            for name, local in opened.local.items():
+            block = part.weights()
+            schemes = {local: self.mixture.scheme(self.run.targeted[name], width) for name, local in part.local.items()}
+            codes = solve(block, (), moments, schemes, self.run.stage.method())
+            for name, local in part.local.items():
                 rounded = codes[local].dequantize(codes[local].scales.dtype).to(torch.float32)
                 loss = self.sensitivities[name].predicted_loss(rounded.sub_(block.weights[local]), moments[local])
                 losses[self._disk_name(name)][width] = loss
@@ -184,7 +188,7 @@ class _Survey:
         return losses
 
     def _disk_name(self, name: str) -> str:
-        return self.site.targeted[name].disk_name
+        return self.run.targeted[name].disk_name
 
 
 def _read_losses(path: Path) -> dict[str, dict[int, float]] | None:

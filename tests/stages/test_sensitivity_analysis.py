@@ -8,7 +8,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from compress.calibration.load import Exchange, QuestionBatch, WindowBatch
+from compress.calibration.batches import Exchange, QuestionBatch, WindowBatch
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, RecipeError
 from compress.layouts import linear_shape, quantized_linears
@@ -17,9 +17,9 @@ from compress.progress import Silent
 from compress.runtimes.runtime import Prompt
 from compress.stages.awq import Awq
 from compress.stages.gptq import Gptq
-from compress.stages.preparation import spread
 from compress.stages.quantizer import IntegerQuantizer
 from compress.stages.rtn import Rtn
+from compress.stages.sensitivity_analysis import subsample
 from compress.stages.stage import StageContext
 from compress.stages.widths import WIDTHS, Widths, read_widths
 from compress.store import Store
@@ -158,10 +158,10 @@ def test_a_killed_run_does_not_measure_again_and_ends_the_same(bench: Bench, tmp
 def test_sensitivities_are_measured_on_samples_of_each_kind() -> None:
     windows = [WindowBatch((str(number),), np.zeros((2, 50), dtype=np.int32), typed=False) for number in range(20)]
     questions = [QuestionBatch((Exchange(Prompt("q", "What?", ()), None, 100),), None)]
-    assert spread([*windows, *questions], 10_000) == [*windows, *questions]
-    taken = spread([*windows, *questions], 400)
+    assert subsample([*windows, *questions], 10_000) == [*windows, *questions]
+    taken = subsample([*windows, *questions], 400)
     assert [batch.ids[0] for batch in taken] == ["2", "7", "12", "17", "q"]
-    assert spread(windows, 1) == [windows[10]]
+    assert subsample(windows, 1) == [windows[10]]
 
 
 @pytest.mark.parametrize("build", [build_mllama, build_blip2, build_qwen3_vl])

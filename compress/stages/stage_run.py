@@ -14,9 +14,9 @@ import torch
 from safetensors.torch import save
 from torch import Tensor, nn
 
-from compress.calibration.load import Batches, load_batches
+from compress.calibration.batches import Batches, load_batches
 from compress.checkpoint import Checkpoint, read_header
-from compress.engine.replay import Visit, Walkthrough
+from compress.engine.replay import BlockVisit, WalkConfig
 from compress.engine.weights import DTYPES, WeightReader, map_tensor
 from compress.errors import CheckpointError, MissingError
 from compress.families import Family
@@ -33,13 +33,13 @@ _COMMITS = ".blocks"
 
 
 @dataclass(frozen=True)
-class Opened:
+class BlockContext:
     """A part of the model with its linears to be worked on: `local` are their names in `visit.module` by those in the model.
 
     `stored` is what the checkpoint holds of the part in another type than the model runs in.
     """
 
-    visit: Visit
+    visit: BlockVisit
     local: Mapping[str, str]
     stored: Mapping[str, Tensor]
     heads: int
@@ -50,7 +50,7 @@ class Opened:
 
 
 @dataclass(frozen=True)
-class Site:
+class StageRun:
     """One application of a stage to a checkpoint."""
 
     stage: Quantizer
@@ -84,9 +84,9 @@ class Site:
         return load_batches(self.context.calibration, self.context.source, TOKENS_PER_BATCH, self.context.trust_remote_code)
 
     @property
-    def walkthrough(self) -> Walkthrough:
+    def walk_config(self) -> WalkConfig:
         """What a walk over all calibration samples needs."""
-        return Walkthrough(
+        return WalkConfig(
             self.checkpoint,
             self.family,
             self.batches,
@@ -100,17 +100,17 @@ class Site:
         """How many heads the decoder's attention has."""
         return int(self.checkpoint.text_config["num_attention_heads"])
 
-    def open(self, visit: Visit, names: Iterable[str]) -> Opened:
+    def open(self, visit: BlockVisit, names: Iterable[str]) -> BlockContext:
         """Lay open a visited part; one that is a linear itself is put into a module of its own."""
         stored = self._stored(visit)
         local = {name: relative(name, visit.name) for name in names}
         if "" in local.values():
-            visit = Visit(visit.name, nn.Sequential(OrderedDict(linear=visit.module)), visit.calls, visit.device)
+            visit = BlockVisit(visit.name, nn.Sequential(OrderedDict(linear=visit.module)), visit.calls, visit.device)
             local = dict.fromkeys(local, "linear")
             stored = {f"linear.{name}": tensor for name, tensor in stored.items()}
-        return Opened(visit, local, stored, self.heads)
+        return BlockContext(visit, local, stored, self.heads)
 
-    def _stored(self, visit: Visit) -> dict[str, Tensor]:
+    def _stored(self, visit: BlockVisit) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, running in visit.module.state_dict().items():
             disk_name = self.reader.disk_names[f"{visit.name}.{name}"]

@@ -12,7 +12,7 @@ from compress.errors import ServerError
 from compress.eval.bench_serve import Bench, bench_serve
 from compress.eval.latency import LatencySettings, LoadPoint
 from compress.eval.latency_results import Telemetry
-from compress.eval.load import DIALECTS, Load, make_requests, put_load, warm_up
+from compress.eval.load_generator import DIALECTS, Load, make_requests, put_load, warm_up
 from compress.eval.telemetry import Watch, watching
 from compress.runtimes.environment import find
 from compress.runtimes.last_words import describe_end
