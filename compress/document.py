@@ -29,12 +29,13 @@ _READ_FROM_HERE = ("source", "definition", "image_folder")
 
 @dataclass
 class Document:
-    """Plain data read from `path`, the line of each place, and the overrides that replaced places."""
+    """Plain data read from `path`, the line of each place, the overrides that replaced places, and notes on what was read."""
 
     path: Path
     data: dict[str, Any]
     lines: dict[Place, int]
     overridden: dict[Place, str] = field(default_factory=lambda: dict[Place, str]())
+    notes: tuple[str, ...] = ()
 
     def whereabouts(self, place: Place) -> str:
         """Return how a message names the place: the override that set it, or `file:line`."""

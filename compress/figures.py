@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from compress.gate import Check
 
 _SHARES = ("min_recovery", "overall", "min_top1", "max_share", "max_failed_share")
-_SHARES_IN_FULL = ("size.max_ratio", "memory.max_ratio", "liveness")
+_SHARES_IN_FULL = ("size.max_ratio", "memory.max_ratio", "grounding")
 
 
 def size(count: float) -> str:
@@ -140,7 +140,7 @@ def _four_digits(value: float) -> str:
 def _limit(check: str, limit: float) -> str:
     """Return a limit with its sign; empty for what has none because nothing was measured."""
     tell, name = _teller(check), check.rpartition(".")[2]
-    if check == "liveness":
+    if check == "grounding":
         return "> 0%"
     if name == check:
         return ""

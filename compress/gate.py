@@ -71,7 +71,7 @@ class FlipsLimit(Frozen):
     confidence: Confidence
 
 
-class LivenessLimit(Frozen):
+class GroundingLimit(Frozen):
     """Questions are answered better with their own image than with another one, shown with this confidence."""
 
     confidence: Confidence
@@ -94,7 +94,7 @@ class Limits(Frozen):
     perplexity: PerplexityLimit | None = None
     fidelity: FidelityLimit | None = None
     flips: FlipsLimit | None = None
-    liveness: LivenessLimit | None = None
+    grounding: GroundingLimit | None = None
     size: SizeLimit | None = None
     latency: LatencyLimit | None = None
     memory: MemoryLimit | None = None
@@ -106,7 +106,7 @@ class Limits(Frozen):
 
     def parts_needed(self) -> dict[str, str]:
         """Return, for each check that is written and needs it, what else of the recipe's `eval` must be there."""
-        parts = {"liveness": "liveness", "latency": "latency", "memory": "latency"}
+        parts = {"grounding": "grounding", "latency": "latency", "memory": "latency"}
         return {check: part for check, part in parts.items() if getattr(self, check) is not None}
 
 
@@ -132,9 +132,9 @@ class Gate(Limits):
         found |= {name: getattr(own, name) for name in Limits.model_fields if own is not None and getattr(own, name) is not None}
         return Limits.model_construct(**found)
 
-    def alive(self, target: str) -> float | None:
+    def grounding_confidence(self, target: str) -> float | None:
         """Return the confidence with which answers must be shown to depend on images; None where they need not."""
-        limit = self.at(target).liveness
+        limit = self.at(target).grounding
         return None if limit is None else limit.confidence
 
     def stopping(self, target: str, tasks: Sequence[str]) -> dict[str, AccuracyStopping]:

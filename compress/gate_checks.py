@@ -8,8 +8,8 @@ from dataclasses import replace
 import numpy as np
 
 from compress.eval.changes import count_flips, judge_flips
+from compress.eval.grounding import image_gain_of
 from compress.eval.latency_gate import LatencyFinding, judge_latency, judge_memory
-from compress.eval.liveness import looks
 from compress.eval.noise import flips_above_noise
 from compress.eval.paired import Pairs, judge_family, judge_pairs, overall_recovery
 from compress.eval.results import PerplexityMetrics, ScoreMetrics, TaskMeasurement, check_pairs
@@ -19,8 +19,8 @@ from compress.gate import (
     AccuracyLimit,
     Check,
     FlipsLimit,
+    GroundingLimit,
     Limits,
-    LivenessLimit,
     PerplexityLimit,
     SizeLimit,
     Subject,
@@ -44,8 +44,8 @@ def checks_of(limits: Limits, original: Subject, artifact: Subject, target: str)
         yield from fidelity_checks(held, limits.fidelity)
     if limits.flips is not None:
         yield from _flips(held, limits.flips)
-    if limits.liveness is not None:
-        yield _liveness(held, limits.liveness)
+    if limits.grounding is not None:
+        yield _grounding(held, limits.grounding)
     if limits.size is not None:
         yield from _size(held, limits.size)
     if limits.latency is not None:
@@ -118,7 +118,11 @@ def _recovery_reason(held: Held, name: str, pairs: Pairs, finding: Recovery, lim
     both = zip(held.original.measured.scored(name), held.artifact.measured.scored(name), strict=False)
     failed = sum(before.fault is not None or after.fault is not None for before, after in both)
     told = f", {failed} of them failed and count 0" if failed else ""
-    stopped = f", settled after part {task.look} of {task.looks}" if task.look and task.looks and task.look < task.looks else ""
+    stopped = (
+        f", settled after part {task.look} of {task.image_gain_of}"
+        if task.look and task.image_gain_of and task.look < task.image_gain_of
+        else ""
+    )
     chance = f" (as uneven by chance: p = {flips.p_value:.2g})" if flips.lost + flips.gained else ""
     return (
         f"{name}: recovery {100 * finding.value:.2f} %{bounds} of {finding.items:,} items{told}{stopped}, {flips.lost} lost and "
@@ -203,13 +207,13 @@ def _flips(held: Held, limit: FlipsLimit) -> Iterator[Check]:
         yield held.decide(check, limit.max_share, finding, reason, name)
 
 
-def _liveness(held: Held, limit: LivenessLimit) -> Check:
-    check = "liveness"
-    before, after = held.original.measured.liveness, held.artifact.measured.liveness
+def _grounding(held: Held, limit: GroundingLimit) -> Check:
+    check = "grounding"
+    before, after = held.original.measured.grounding, held.artifact.measured.grounding
     if before is None or after is None:
-        return held.leave_open(check, 0.0, "it was not seen whether answers depend on the image; add eval.liveness")
-    own = looks(held.original.measured.liveness_items, limit.confidence)
-    found = looks(held.artifact.measured.liveness_items, limit.confidence)
+        return held.leave_open(check, 0.0, "it was not seen whether answers depend on the image; add eval.grounding")
+    own = image_gain_of(held.original.measured.grounding_items, limit.confidence)
+    found = image_gain_of(held.artifact.measured.grounding_items, limit.confidence)
     if own is None or found is None:
         return held.leave_open(check, 0.0, "every question that was to show it failed", after.task)
     if own.outcome != "pass":

@@ -165,7 +165,9 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
     recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in given.items()})
     plan = _plan(recipe, document, store, given)
     _check_graphs(plan)
-    return replace(plan, warnings=tuple(line for folder in given.values() for line in warnings_of(folder, plan.family)))
+    return replace(
+        plan, warnings=(*plan.warnings, *(line for folder in given.values() for line in warnings_of(folder, plan.family)))
+    )
 
 
 def _check_graphs(plan: Plan) -> None:
@@ -205,13 +207,14 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
         sets=planner.sets,
         tasks=planner.tasks,
         steps=steps,
-        notes=(*source_notes, *sizes.notes, *kernel_notes),
+        notes=(*document.notes, *source_notes, *sizes.notes, *kernel_notes),
         source_notes=source_notes,
         given=given,
         power=(*power(recipe, items), *unmeasured(recipe)),
         items=items,
         gate_notes=sizes.gate_notes,
         unfit=tuple(unfit),
+        warnings=document.notes,
     )
 
 

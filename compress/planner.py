@@ -192,13 +192,13 @@ class Planner:
         ]
 
     def _measure(self, place: int, name: str, artifact: str, original: str | None) -> str:
-        target, check = self.recipe.eval.places[place], self.recipe.eval.liveness
+        target, check = self.recipe.eval.places[place], self.recipe.eval.grounding
         runtime = target.runtime
         stopping = self.recipe.gate.stopping(target.name, self.recipe.judged_tasks)
         drawn = {name: rule.looks if original is None else rule.describe() for name, rule in stopping.items()}
         noise = self.recipe.eval.noise if original is None and runtime.asks_server else 0
-        alive = None if original is None else self.recipe.gate.alive(target.name)
-        how = [drawn, noise, None if check is None else check.model_dump(mode="json"), alive]
+        grounding_confidence = None if original is None else self.recipe.gate.grounding_confidence(target.name)
+        how = [drawn, noise, None if check is None else check.model_dump(mode="json"), grounding_confidence]
         shaping = [runtime.settings(name), runtime.revision, runtime.versions(), self.computed_on]
         return self._key("measure", artifact, original, self._task_settings(), how, *shaping)
 

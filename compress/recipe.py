@@ -17,10 +17,11 @@ from compress.document import Document, Place, dotted, override, read_document
 from compress.errors import RecipeError
 from compress.eval import TASKS
 from compress.eval.adapter import SHORT, spelled_out
+from compress.eval.grounding import GroundingCheck
 from compress.eval.latency import LatencySettings
-from compress.eval.liveness import LivenessCheck
 from compress.export import FORMATS
 from compress.gate import JUDGED, Gate
+from compress.renamed_keys import rename_keys
 from compress.runtimes import RUNTIMES
 from compress.schema import Frozen, Source, union_of
 from compress.stages import STAGES
@@ -92,7 +93,7 @@ class Eval(Frozen):
     runtime: AnyRuntime | None = None
     targets: Annotated[tuple[Target, ...], Field(min_length=1)] | None = None
     tasks: Annotated[tuple[AnyTask, ...], Field(min_length=1)]
-    liveness: LivenessCheck | None = None
+    grounding: GroundingCheck | None = None
     latency: LatencySettings | None = None
     noise: NonNegativeInt = 64
 
@@ -148,6 +149,7 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Docume
     """
     document = read_document(path)
     override(document, settings)
+    document.notes = tuple(rename_keys(document))
     try:
         recipe = Recipe.model_validate(document.data, context={"base": path.resolve().parent})
     except ValidationError as error:
@@ -180,6 +182,7 @@ def read_evaluation(
     """
     document = read_document(path)
     override(document, settings)
+    document.notes = tuple(rename_keys(document))
     unknown = [key for key in document.data if key not in Recipe.model_fields]
     if unknown:
         places = [f"{document.whereabouts((key,))}: {key}: unknown key; allowed here: name, eval, gate" for key in unknown]
@@ -234,7 +237,7 @@ def _listed(runtimes: Iterable[str]) -> str:
 
 
 def _eval_faults(document: Document, recipe: Recipe, artifacts: Mapping[str, frozenset[str]]) -> list[str]:
-    """Return what of the targets, of latency and of liveness cannot be measured as it stands.
+    """Return what of the targets, of latency and of grounding cannot be measured as it stands.
 
     `artifacts` says which runtimes run each.
     """
@@ -256,11 +259,11 @@ def _eval_faults(document: Document, recipe: Recipe, artifacts: Mapping[str, fro
         faults.append(
             f"{where}: eval.latency: is measured of a server, and no target has one; set a runtime to vllm, onnxruntime or endpoint"
         )
-    check = recipe.eval.liveness
+    check = recipe.eval.grounding
     if check is not None and not any(task.name == check.task and task.asks for task in recipe.eval.tasks):
         asking = ", ".join(task.name for task in recipe.eval.tasks if task.asks) or "none"
-        where = document.whereabouts(("eval", "liveness", "task"))
-        faults.append(f"{where}: eval.liveness.task: no task called {check.task} asks about images; those that do: {asking}")
+        where = document.whereabouts(("eval", "grounding", "task"))
+        faults.append(f"{where}: eval.grounding.task: no task called {check.task} asks about images; those that do: {asking}")
     return faults
 
 

@@ -6,11 +6,11 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import AliasChoices, ConfigDict, Field
 
 from compress import report_tables as tables
 from compress.eval.latency_results import Latency
-from compress.eval.results import Fidelity, Liveness, Metrics
+from compress.eval.results import Fidelity, Grounding, Metrics
 from compress.figures import size as size
 from compress.gate import Verdict
 from compress.report_latency import latency_tables, lowered
@@ -40,7 +40,7 @@ class Row(Frozen):
     metrics: Mapping[str, Metrics]
     fidelity: Mapping[str, Fidelity] | None
     target: str = "local"
-    liveness: Liveness | None = None
+    grounding: Grounding | None = Field(None, validation_alias=AliasChoices("grounding", "liveness"))  # as reports before called it
     noise: Mapping[str, Fidelity] | None = None
     loaded_with: str = ""
 
@@ -123,7 +123,7 @@ def render(report: Report) -> str:
     parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows)]
     verified = (components_table(report.verifications), answers_table(report.verifications))
     parts += [f"{each.caption}\n\n{markdown(each)}" for each in verified if each.rows]
-    compared = (tables.details_table(report.rows), tables.fidelity_table(report.rows), tables.liveness_table(report.rows))
+    compared = (tables.details_table(report.rows), tables.fidelity_table(report.rows), tables.grounding_table(report.rows))
     parts += [markdown(each) for each in compared if each.rows]
     for target, latency in report.latency.items():
         parts += [f"{each.caption} ({target})\n\n{markdown(each)}" for each in latency_tables(latency)]

@@ -169,7 +169,9 @@ def _sections(report: Report, gallery: Gallery | None) -> Iterator[Section]:
     yield Section("results", "Accuracy against size", tuple(_results(report)))
     yield Section("checks", "The gate's checks", (TablePart(tables.checks_table(report.gate.checks), hidden_caption=True),))
     yield Section("fidelity", "Fidelity to the original", tuple(_filled(tables.fidelity_table(report.rows))))
-    yield Section("liveness", "Liveness: do answers depend on the image?", tuple(_filled(tables.liveness_table(report.rows))))
+    yield Section(
+        "grounding", "Visual grounding: do answers depend on the image?", tuple(_filled(tables.grounding_table(report.rows)))
+    )
     yield Section("verification", "Verification: does the artifact do what its checkpoint does?", tuple(_verification(report)))
     yield Section("latency", "Latency", tuple(_latency(report)))
     yield Section("flips", "Flips", tuple(_flips(gallery)) if gallery and _scored(report) else ())

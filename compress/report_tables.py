@@ -143,14 +143,14 @@ def _badness(check: Check) -> int:
     return _WORST_FIRST.index(check.verdict)
 
 
-def liveness_table(rows: Sequence[Row]) -> Table:
+def grounding_table(rows: Sequence[Row]) -> Table:
     """Return how much answers depend on the image: the right one, that of another item, none."""
     heads = ("items", "right image", "wrong image", "no image", "answers changed by a wrong image", "by no image", "failed")
     columns = (Column("artifact"), Column("target"), Column("task"), *(Column(head, "number") for head in heads))
     lines: list[tuple[str, ...]] = []
     for row in rows:
-        if row.liveness is not None:
-            found = row.liveness
+        if row.grounding is not None:
+            found = row.grounding
             scores = [_maybe_share(value) for value in (found.score_own, found.score_other, found.score_none)]
             changed = [_maybe_share(value) for value in (found.changed_other, found.changed_none)]
             target = row.target if several_targets(rows) else ""

@@ -342,7 +342,7 @@ class _Run:
                     metrics={task: row.metrics for task, row in found.tasks.items()},
                     fidelity=compared or None,
                     target=target.name,
-                    liveness=found.liveness,
+                    grounding=found.grounding,
                     noise=noise or None,
                     loaded_with=redact_value(target.runtime.loaded_with(name)),
                 )

@@ -189,8 +189,8 @@ class StepExecutor:
             logs=logs,
             stopping=recipe.gate.stopping(place.name, recipe.judged_tasks),
             noise=recipe.eval.noise if is_original and place.runtime.asks_server else 0,
-            liveness=recipe.eval.liveness,
-            alive=recipe.gate.alive(place.name),
+            grounding=recipe.eval.grounding,
+            grounding_confidence=recipe.gate.grounding_confidence(place.name),
         )
         opening = OpenContext(
             artifact=self.artifact(name),

@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from compress.errors import DataError, ServerError
 from compress.eval.results import (
-    LIVENESS,
-    Liveness,
+    GROUNDING,
+    Grounding,
     Measurement,
     TaskMeasurement,
-    read_liveness,
+    read_grounding,
     read_measured,
     write_items,
     write_measurement,
@@ -23,7 +23,7 @@ from compress.progress import Progress
 from compress.runtimes.runtime import Session
 
 if TYPE_CHECKING:
-    from compress.eval.liveness import LivenessCheck
+    from compress.eval.grounding import GroundingCheck
 
 
 @dataclass(frozen=True)
@@ -33,9 +33,8 @@ class MeasureContext:
     `original` is the original's checkpoint folder; `data` the local files of each task by its name; `target` the folder to fill,
     with what an interrupted measurement has left there; `logs` is where harnesses of their own write theirs. `against` is the
     folder that measuring the original in the same runtime filled, None to measure the original; `stopping`, by
-    task, and `noise` are as in
-    `TaskContext`; `liveness` says on which task's questions it is seen whether answers depend on images. Where that is a condition,
-    with the confidence `alive`, an artifact that does not meet it is asked nothing else.
+    task, and `noise` are as in `TaskContext`; `grounding` says on which task's questions it is seen whether answers depend on images.
+    Where that is a condition, with `grounding_confidence`, an artifact that does not meet it is asked nothing else.
     """
 
     original: Path
@@ -46,8 +45,8 @@ class MeasureContext:
     logs: Path
     stopping: Mapping[str, Stopping] = field(default_factory=lambda: dict[str, Stopping]())
     noise: int = 0
-    liveness: LivenessCheck | None = None
-    alive: float | None = None
+    grounding: GroundingCheck | None = None
+    grounding_confidence: float | None = None
 
 
 def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) -> Measurement:
@@ -62,12 +61,12 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
     """
     context.target.mkdir(parents=True, exist_ok=True)
     done: list[TaskMeasurement] = []
-    liveness, dead = _liveness(session, tasks, context)
+    grounding, ungrounded = _grounding(session, tasks, context)
     before = read_measured(context.against).skipped if context.against else dict[str, str]()
     skipped: dict[str, str] = {}
     with context.progress.task("tasks", len(tasks), "tasks") as advance:
         for task in tasks:
-            if dead:
+            if ungrounded:
                 skipped[task.name] = "answers do not depend on the image, so nothing else was asked"
             elif task.name in before:
                 skipped[task.name] = f"of the original neither: {before[task.name]}"
@@ -77,9 +76,9 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
             else:
                 done.append(task.measure(_task_context(task, session, context)))
             advance(1)
-    if not done and not dead:
+    if not done and not ungrounded:
         raise ServerError("nothing could be measured: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
-    measurement = Measurement(tasks=tuple(done), liveness=liveness, skipped=skipped)
+    measurement = Measurement(tasks=tuple(done), grounding=grounding, skipped=skipped)
     from compress.eval.journal import forget
 
     write_measurement(context.target, measurement)
@@ -107,19 +106,19 @@ def _task_context(task: Task, session: Session, context: MeasureContext) -> Task
     )
 
 
-def _liveness(session: Session, tasks: Sequence[Task], context: MeasureContext) -> tuple[Liveness | None, bool]:
+def _grounding(session: Session, tasks: Sequence[Task], context: MeasureContext) -> tuple[Grounding | None, bool]:
     """Return whether answers depend on images, and whether it is settled that they do not, though the original's do."""
-    if context.liveness is None:
+    if context.grounding is None:
         return None, False
     from compress.eval.asked import Asked
-    from compress.eval.liveness import looks, measure_liveness
+    from compress.eval.grounding import image_gain_of, measure_grounding
 
-    task = next(task for task in tasks if task.name == context.liveness.task)
+    task = next(task for task in tasks if task.name == context.grounding.task)
     assert isinstance(task, Asked)
-    found, items = measure_liveness(context.liveness, task, _task_context(task, session, context))
-    write_items(context.target, LIVENESS, items)
-    if context.against is None or context.alive is None:
+    found, items = measure_grounding(context.grounding, task, _task_context(task, session, context))
+    write_items(context.target, GROUNDING, items)
+    if context.against is None or context.grounding_confidence is None:
         return found, False
-    original = looks(read_liveness(context.against), context.alive)
-    own = looks(items, context.alive)
+    original = image_gain_of(read_grounding(context.against), context.grounding_confidence)
+    own = image_gain_of(items, context.grounding_confidence)
     return found, original is not None and own is not None and original.outcome == "pass" and own.outcome == "fail"

@@ -16,7 +16,7 @@ from compress.schema import Frozen
 Item = TypeVar("Item")
 
 MEASUREMENT = "measurement.json"
-LIVENESS = "liveness"
+GROUNDING = "grounding"
 """What stands in a task's place in the name of the file with the items that show whether answers depend on images."""
 
 
@@ -107,7 +107,7 @@ class TaskMeasurement(Frozen):
     looks: int | None = None
 
 
-class Liveness(Frozen):
+class Grounding(Frozen):
     """Whether answers depend on the image: the same questions of a task with their own image, with another one's, and with none.
 
     `score_own`, `score_other` and `score_none` are the mean scores, `changed_other` and `changed_none` the shares of answers that
@@ -130,7 +130,7 @@ class Measurement(Frozen):
     """All tasks' figures for one model in one runtime: the content of `measurement.json`."""
 
     tasks: tuple[TaskMeasurement, ...]
-    liveness: Liveness | None = None
+    grounding: Grounding | None = None
     skipped: Mapping[str, str] = Field(default_factory=lambda: dict[str, str]())
     """Tasks that the runtime could not measure, and why."""
 
@@ -193,10 +193,10 @@ class WindowItem(Frozen):
     fault: str | None = None
 
 
-class LivenessItem(Frozen):
+class GroundingItem(Frozen):
     """One question asked with its own image, with another item's (`other`) and with none, which some models do not take."""
 
-    item: Literal["liveness"] = "liveness"
+    item: Literal["grounding"] = "grounding"
     id: str
     digest: str
     cluster: str
@@ -222,8 +222,8 @@ class Measured:
 
     tasks: dict[str, TaskMeasurement]
     items: dict[str, tuple[AnyItem, ...]]
-    liveness: Liveness | None = None
-    liveness_items: tuple[LivenessItem, ...] = ()
+    grounding: Grounding | None = None
+    grounding_items: tuple[GroundingItem, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
     again: Mapping[str, tuple[AnyItem, ...]] = field(default_factory=lambda: dict[str, tuple[AnyItem, ...]]())
     """Of the original, the items that were asked again."""
@@ -251,7 +251,7 @@ def again(name: str) -> str:
     return f"{name}@again"
 
 
-def write_items(folder: Path, name: str, items: Sequence[AnyItem | LivenessItem]) -> None:
+def write_items(folder: Path, name: str, items: Sequence[AnyItem | GroundingItem]) -> None:
     """Write a task's items, a row each."""
     from compress.calibration.tables import parquet_of
 
@@ -272,9 +272,9 @@ def read_items(folder: Path, name: str) -> tuple[AnyItem, ...]:
     return _read_items(items_path(folder, name), _ITEM)
 
 
-def read_liveness(folder: Path) -> tuple[LivenessItem, ...]:
+def read_grounding(folder: Path) -> tuple[GroundingItem, ...]:
     """Read the items that show whether answers depend on images; see `read_items`."""
-    return _read_items(items_path(folder, LIVENESS), TypeAdapter(LivenessItem))
+    return _read_items(items_path(folder, GROUNDING), TypeAdapter(GroundingItem))
 
 
 def _read_items(path: Path, adapter: TypeAdapter[Item]) -> tuple[Item, ...]:
@@ -310,14 +310,16 @@ def read_measured(folder: Path) -> Measured:
     return Measured(
         tasks={task.name: task for task in measurement.tasks},
         items={name: read_items(folder, name) for name in names},
-        liveness=measurement.liveness,
+        grounding=measurement.grounding,
         skipped=measurement.skipped,
-        liveness_items=read_liveness(folder) if measurement.liveness is not None else (),
+        grounding_items=read_grounding(folder) if measurement.grounding is not None else (),
         again={task.name: read_items(folder, again(task.name)) for task in measurement.tasks if task.noise is not None},
     )
 
 
-def check_pairs(task: str, original: Sequence[ScoredItem | WindowItem | LivenessItem], artifact: Iterable[tuple[str, str]]) -> None:
+def check_pairs(
+    task: str, original: Sequence[ScoredItem | WindowItem | GroundingItem], artifact: Iterable[tuple[str, str]]
+) -> None:
     """Check that two models met the same items in the same order; `artifact` gives each item's id and digest.
 
     Raises:

@@ -15,7 +15,7 @@ PAGES = ("report", "bare", "passed", "compare")
 
 def bare() -> Report:
     """Return a report with nothing in it that can be left out."""
-    rows = tuple(row.model_copy(update={"fidelity": None, "liveness": None, "noise": None}) for row in report().rows)
+    rows = tuple(row.model_copy(update={"fidelity": None, "grounding": None, "noise": None}) for row in report().rows)
     nothing: dict[str, Any] = {"warnings": (), "published": (), "notes": {}, "widths": {}, "latency": {}, "digests": {}}
     return report(rows=rows, timings=(), recipe={}, **nothing)
 

@@ -22,7 +22,7 @@ from compress.eval.latency_results import (
     Telemetry,
     Trial,
 )
-from compress.eval.results import Fidelity, Liveness, PerplexityMetrics, ScoreMetrics
+from compress.eval.results import Fidelity, Grounding, PerplexityMetrics, ScoreMetrics
 from compress.gallery import Card, Gallery, Said, thumbnail
 from compress.gate import Check, Outcome, Verdict
 from compress.report import Published, Report, Row, Timing
@@ -68,8 +68,8 @@ def compared(kl: float, lost: int) -> dict[str, Fidelity]:
     }
 
 
-def liveness(own: float) -> Liveness:
-    return Liveness(
+def grounding(own: float) -> Grounding:
+    return Grounding(
         task="textvqa", metric="vqa_vote", binary=False, items=64, failed=0, score_own=own, score_other=0.113, score_none=0.094,
         changed_other=0.891, changed_none=0.938,
     )  # fmt: skip
@@ -87,7 +87,7 @@ def rows() -> tuple[Row, ...]:
             metrics=metrics(SCORES[name], failed=3 if name == "vllm-int8" else 0),
             fidelity=None if name == "original" else compared(0.0041 if name == "vllm-awq" else 0.031, 21),
             noise=compared(0.0002, 2) if name == "original" else None,
-            liveness=liveness(SCORES[name][0]),
+            grounding=grounding(SCORES[name][0]),
         )
         for name in SPEEDS
     )
@@ -231,7 +231,7 @@ def verification() -> Verification:
         likelihood_limit=0.25,
         least_agreement=0,
         seeing=8,
-        blind=0,
+        ungrounded=0,
         changed_checkpoint=6,
         changed_artifact=6,
     )

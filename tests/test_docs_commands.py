@@ -44,7 +44,7 @@ SMALL = [
         "calibration.sets.1.samples=4",
         "eval.runtime={runtime: transformers}",
         "eval.latency=null",
-        "eval.liveness=null",
+        "eval.grounding=null",
         "eval.tasks.1.window=32",
         "gate={size: {max_ratio: 0.9}}",
     )

@@ -54,8 +54,8 @@ def test_overrides_that_lead_nowhere_are_all_told(tmp_path: Path) -> None:
 
 def test_a_value_that_is_no_yaml_is_told_how_to_write_it() -> None:
     with pytest.raises(RecipeError, match=r"found undefined alias 'down_proj'; put quotes around what is a text"):
-        parse_setting("stages.0.leave_out.0=*down_proj")
-    assert parse_setting('stages.0.leave_out=["*down_proj"]') == ("stages.0.leave_out", ["*down_proj"])
+        parse_setting("stages.0.ignore.0=*down_proj")
+    assert parse_setting('stages.0.ignore=["*down_proj"]') == ("stages.0.ignore", ["*down_proj"])
 
 
 def test_a_source_given_by_override_is_looked_up_from_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -134,9 +134,9 @@ def test_faults_of_targets_and_of_what_is_measured_there_are_told(tmp_path: Path
     assert "a second target called here; give one of them another name" in twice
     (limit,) = faults(job, {"gate": {"targets": {"there": {"size": {"max_ratio": 0.5}}}}})
     assert "gate.targets.there: no such target; those of eval are local" in limit
-    (blind,) = faults(job, {"gate.liveness": {"confidence": 0.95}})
-    assert "gate.liveness: nothing measures it; add eval.liveness" in blind
-    (task,) = faults(job, {"eval.liveness": {"task": "text"}})
+    (blind,) = faults(job, {"gate.grounding": {"confidence": 0.95}})
+    assert "gate.grounding: nothing measures it; add eval.grounding" in blind
+    (task,) = faults(job, {"eval.grounding": {"task": "text"}})
     assert "no task called text asks about images; those that do: scenes" in task
     (named,) = faults(job, {"gate.accuracy": {"min_recovery": 0.9, "confidence": 0.95, "tasks": {"text": 0.8}}})
     assert "gate.accuracy.tasks.text: no such task with scores; there are: scenes" in named

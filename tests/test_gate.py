@@ -10,8 +10,8 @@ from compress.errors import DataError, UsageError
 from compress.eval.results import (
     AnyItem,
     Fidelity,
-    Liveness,
-    LivenessItem,
+    Grounding,
+    GroundingItem,
     Measured,
     PerplexityMetrics,
     QuestionItem,
@@ -366,7 +366,7 @@ def test_nothing_to_judge_is_refused() -> None:
 @pytest.mark.parametrize(
     ("gate", "fault"),
     [
-        ({}, "checks nothing; write at least one of accuracy, perplexity, fidelity, flips, liveness, size, latency, memory"),
+        ({}, "checks nothing; write at least one of accuracy, perplexity, fidelity, flips, grounding, size, latency, memory"),
         ({"size": None}, "checks nothing"),
         ({"fidelity": {}}, "sets no limit; write max_kl, max_kl_p99 or min_top1"),
         ({"accuracy": {"min_recovery": 0.9}}, "confidence\n  Field required"),
@@ -421,7 +421,7 @@ def test_flips_either_way_count_against_their_limit() -> None:
 def seeing(artifact: Subject, own: int, other: int, items: int = 64) -> Subject:
     """Return a subject that was asked `items` questions, so many of them right with their own and with another image."""
     asked = tuple(
-        LivenessItem(
+        GroundingItem(
             id=f"q{number}",
             digest=f"digest-{number}",
             cluster=f"image-{number}",
@@ -438,15 +438,15 @@ def seeing(artifact: Subject, own: int, other: int, items: int = 64) -> Subject:
         for number in range(items)
     )
     changed = sum(item.said_own != item.said_other for item in asked) / items
-    found = Liveness(
+    found = Grounding(
         task="scenes", metric="exact_match", binary=True, items=items, failed=0, score_own=own / items, score_other=other / items,
         score_none=None, changed_other=changed, changed_none=None,
     )  # fmt: skip
-    return replace(artifact, measured=replace(artifact.measured, liveness=found, liveness_items=asked))
+    return replace(artifact, measured=replace(artifact.measured, grounding=found, grounding_items=asked))
 
 
 def test_an_artifact_that_does_not_look_at_images_fails_and_a_blind_original_proves_nothing() -> None:
-    gate = {"liveness": {"confidence": 0.95}}
+    gate = {"grounding": {"confidence": 0.95}}
     original, small = seeing(subject("original", 100), 60, 15), subject("small", 40)
     (alive,) = verdict_of(gate, original, seeing(small, 58, 16)).checks
     assert (alive.verdict, alive.task) == ("pass", "scenes")
@@ -463,7 +463,7 @@ def test_an_artifact_that_does_not_look_at_images_fails_and_a_blind_original_pro
     (unasked,) = verdict_of(gate, original, small).checks
     assert (unasked.verdict, unasked.reason) == (
         "inconclusive",
-        "it was not seen whether answers depend on the image; add eval.liveness",
+        "it was not seen whether answers depend on the image; add eval.grounding",
     )
 
 

@@ -230,7 +230,7 @@ def test_commands_that_a_recipe_shows_are_right(path: Path, server: str, tmp_pat
             "qwen-vl-awq",
             "stages.0.targets",
             ["decoder", "vision"],
-            r"mlp.down_proj \(and 31 more layers as wide\): .* 3420 .* add 'model.visual.blocks.\*.mlp.down_proj' to leave_out",
+            r"mlp.down_proj \(and 31 more layers as wide\): .* 3420 .* add 'model.visual.blocks.\*.mlp.down_proj' to ignore",
         ),
         ("qwen3-vl-gptq", "stages.0.targets", ["vision"], r"blocks.0.mlp.linear_fc2 \(and 26 more layers as wide\): .* 4304"),
         ("qwen2-vl-gptq", "stages.0.symmetric", False, r"export.0: model.layers.0.self_attn.q_proj \(and 195 more\): .* symmetric"),

@@ -35,7 +35,7 @@ def test_what_is_kept_stands_beside_each_figure_and_failures_are_counted(page: s
     assert "| vllm-int8 | 9.41 GB (56.8%) | 9.08 | 79.05% (93.83%), 3 failed | 70.21% (91.04%) | 8.447 (×1.0042) |" in page
 
 
-def test_the_page_tells_fidelity_liveness_and_latency(page: str) -> None:
+def test_the_page_tells_fidelity_grounding_and_latency(page: str) -> None:
     assert "| vllm-awq | textvqa | 0.0041 | 0.0037–0.0045 | 0.086 | 98.77% | 21 lost, 10 gained | 72 |" in page
     assert "| original, asked again | text | 0.00016 |" in page
     assert "| vllm-awq | textvqa | 64 | 83.90% | 11.30% | 9.40% | 89.10% | 93.80% |" in page
@@ -88,7 +88,7 @@ def test_checks_that_fail_come_first() -> None:
         ("latency.max_ttft_p95_ms", (61.234, (60, 62.9), 500), ("61.2 ms", "60.0 ms–62.9 ms", "≤ 500 ms")),
         ("latency.max_p95_ratio", (0.812, (0.8, 0.83), 1.0), ("0.8120", "0.8000–0.8300", "≤ 1")),
         ("memory.max_ratio", (0.612, None, 0.7), ("61.20%", "", "≤ 70%")),
-        ("liveness", (0.731, (0.61, 0.84), 0.0), ("73.10%", "61.00%–84.00%", "> 0%")),
+        ("grounding", (0.731, (0.61, 0.84), 0.0), ("73.10%", "61.00%–84.00%", "> 0%")),
         ("size.max_bits_per_weight", (4.51, None, 4.6), ("4.5100", "", "≤ 4.6")),
         ("flips.max_share", (0.0125, None, 0.02), ("1.25%", "", "≤ 2%")),
     ],

@@ -241,7 +241,7 @@ def test_a_group_size_that_does_not_divide_is_refused_in_the_plan(finished: tupl
     fault = caught.value.faults[0]
     assert "stages.0:" in fault
     assert "does not divide by group_size 48; use group_size" in fault
-    assert "leave_out" in fault
+    assert "ignore" in fault
 
 
 @pytest.mark.slow

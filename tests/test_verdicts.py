@@ -32,12 +32,12 @@ EVALUATION = {
             {"task": "vqa", "definition": "scenes", "source": str(QUESTIONS), "samples": 200},
             {"task": "perplexity", "dataset": "text", "source": str(TEXT), "window": 256, "samples": 16},
         ],
-        "liveness": {"task": "scenes", "samples": 32},
+        "grounding": {"task": "scenes", "samples": 32},
     },
     "gate": {
         "accuracy": {"min_recovery": 0.95, "confidence": 0.95},
         "fidelity": {"max_kl": 0.005},
-        "liveness": {"confidence": 0.95},
+        "grounding": {"confidence": 0.95},
         "size": {"max_ratio": 0.9},
     },
 }
@@ -126,8 +126,8 @@ def test_sound_artifacts_pass_and_broken_ones_fail(report: Report) -> None:
 
 
 def test_a_dead_vision_path_fails_for_not_looking_at_images(report: Report) -> None:
-    assert "liveness" in failed(report, "blind")
-    (check,) = (check for check in report.gate.checks if (check.artifact, check.check) == ("blind", "liveness"))
+    assert "grounding" in failed(report, "blind")
+    (check,) = (check for check in report.gate.checks if (check.artifact, check.check) == ("blind", "grounding"))
     assert "answers do not depend on the image" in check.reason
     assert "0.0 % of answers changed" in check.reason
 
@@ -135,7 +135,7 @@ def test_a_dead_vision_path_fails_for_not_looking_at_images(report: Report) -> N
 def test_permuted_scales_fail_for_what_they_do_to_the_predictions_while_images_still_matter(report: Report) -> None:
     assert failed(report, "scrambled") == {"fidelity.max_kl"}
     checks = {check.check: check.verdict for check in report.gate.checks if check.artifact == "scrambled"}
-    assert checks["liveness"] == "pass"
+    assert checks["grounding"] == "pass"
 
 
 def test_an_artifact_has_latencies_beside_the_originals(report: Report, folder: Path) -> None:

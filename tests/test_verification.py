@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-def blind(parts: Parts) -> None:
+def ungrounded(parts: Parts) -> None:
     """Emit a vision encoder whose output is all zeros: what an exporter might do wrong, and no file check can see."""
     vision_encoder(parts)
     nodes = parts.graph.nodes
@@ -53,7 +53,7 @@ def finished(job: Job) -> Report:
 
 @pytest.fixture
 def broken_export(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    rows = {**GRAPHS["qwen2.5-vl"], "vision_encoder": f"{__name__}:blind"}
+    rows = {**GRAPHS["qwen2.5-vl"], "vision_encoder": f"{__name__}:ungrounded"}
     monkeypatch.setitem(GRAPHS, "qwen2.5-vl", rows)
     yield
 

@@ -50,50 +50,91 @@ class ScalePair:
 
 @dataclass(frozen=True)
 class Family:
-    """Where the parts of an architecture are; module names are those of the model in memory.
+    """One architecture of transformers, as data: where its parts are, and how others read its checkpoints.
 
-    `renames` turns names on disk into module names: the first pattern that matches a name is replaced, any other name stays.
-    `vision` are all the modules that make of images what the decoder reads; within them lie `vision_blocks`, the containers of
-    the tower's blocks, and `projector`, the modules that lead from the tower to the decoder; each of a list is one. `head` is
-    None where nothing is generated. `vision_readers` are the linears of a decoder block, by their names in it, whose input
-    is the images' states and not the prompt's; `image_mask` is the model's input that says which of these states each token reads
-    [samples, tokens, images, tiles]. `text_model` is the module that takes text without images where the whole model takes none;
-    `single_image` says that a prompt can have one image at most. `chat_template` (Jinja) is for checkpoints that ship none.
-    `requires` are the values, one or several, that keys of the config (dotted) may have, without which a checkpoint of
-    this `model_type` is another architecture; `defaults` those of the text's config that published files leave out. `tied_by` are
-    the keys of the config (dotted), any of which says that the output head is the embeddings, as transformers 5 reads them, and
-    `tied_default` whether it is where none is there.
-    `served_until` is the last vLLM that has the architecture, where later ones dropped it; `served_plain` are the modules whose
-    weights vLLM cannot hold quantized; `served_names` turn names on disk into those by which vLLM asks how a module is held, where
-    that are others than its own mapping gives. `derived` says what was found out by looking at the model, where there is no record.
+    Names of modules are those of the model in memory (transformers 5). Names within a block leave out the block's own.
     """
 
     name: str
+    """What the family is called in messages and reports, such as `qwen2.5-vl`."""
+
     model_type: str
+    """The `model_type` of its config.json, by which a checkpoint finds the record."""
+
     architecture: str
+    """The class of transformers that `architectures` of config.json names."""
+
     renames: tuple[tuple[str, str], ...]
+    """Regular expressions and their replacements, from names on disk to names in memory: the first that matches is used once, and a
+    name that none matches is the same in both."""
+
     vision: tuple[str, ...]
+    """All modules that turn images into what the decoder reads, the projector included."""
+
     projector: tuple[str, ...]
+    """Of `vision`, the modules that lead from the tower's last block to the decoder; each module of a list counts as one."""
+
     vision_blocks: tuple[str, ...]
+    """Of `vision`, the lists of the tower's blocks; a tower in two stages has two."""
+
     embeddings: str
+    """The decoder's token embeddings."""
+
     blocks: str
+    """The list of the decoder's blocks; of a model that generates nothing, of its text tower's."""
+
     head: str | None
+    """The output head (lm_head); None where nothing is generated."""
+
     image_token_keys: tuple[str, ...]
+    """The keys of config.json that name the tokens which stand for images and videos in a prompt."""
+
     scale_pairs: tuple[ScalePair, ...]
+    """Where AWQ and SmoothQuant may move scales within a decoder block."""
+
     vision_scale_pairs: tuple[ScalePair, ...]
+    """Where they may within a block of the vision tower."""
+
     vision_readers: tuple[str, ...] = ()
+    """Linears of a decoder block that are given the images' states and not the prompt's: keys and values of cross-attention."""
+
     image_mask: str = ""
+    """The input of the model that says which images' states each token reads, [samples, tokens, images, tiles]; empty for none."""
+
     text_model: str = ""
+    """The module that takes text without images, where the whole model takes none; empty where it does."""
+
     single_image: bool = False
+    """Whether a prompt can have one image at most."""
+
     chat_template: str = ""
+    """A chat template (Jinja) for published checkpoints that ship none."""
+
     served_until: str = ""
+    """The last vLLM that has the architecture, where later ones dropped it; empty where it is still there."""
+
     served_plain: tuple[str, ...] = ()
+    """Modules whose weights vLLM cannot take quantized, since its own classes for them have no quantized linear."""
+
     served_names: tuple[tuple[str, str], ...] = ()
+    """As `renames`, from names on disk to those by which vLLM looks a module up in a quantization config, where its own mapping of
+    names (`hf_to_vllm_mapper`) leads elsewhere."""
+
     requires: tuple[tuple[str, str | bool | tuple[str, ...]], ...] = ()
+    """Keys of config.json (dotted) and the value, or values, that they may have: with others the checkpoint is another
+    architecture under the same `model_type`."""
+
     defaults: tuple[tuple[str, Any], ...] = ()
+    """Keys of the text's part of config.json that published files leave out, and what transformers takes for them."""
+
     tied_by: tuple[str, ...] = ("tie_word_embeddings",)
+    """The keys of config.json (dotted), any of which says that the head is the embeddings, as transformers 5 reads them."""
+
     tied_default: bool = False
+    """Whether the head is the embeddings where none of `tied_by` is there."""
+
     derived: str = ""
+    """For a model without a record: what was found by looking at it, told in the plan; empty in a record."""
 
     @property
     def frontends(self) -> tuple[str, ...]:

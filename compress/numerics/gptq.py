@@ -24,9 +24,9 @@ _ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class Gptq:
-    """`dampening` is the share of H's mean diagonal that is added to its diagonal; `reorder` rounds by falling H_jj."""
+    """`dampening_frac` is the share of H's mean diagonal that is added to its diagonal; `reorder` rounds by falling H_jj."""
 
-    dampening: float = 0.01
+    dampening_frac: float = 0.01
     reorder: bool = True
 
 
@@ -57,7 +57,7 @@ class Feedback:
         if settings.reorder:
             order = diagonal.argsort(descending=True, stable=True)
         permute(gram, order.flip(0))
-        extra = settings.dampening * (level or 1.0)
+        extra = settings.dampening_frac * (level or 1.0)
         for _ in range(_ATTEMPTS):
             if factor(gram, extra):
                 break

@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Gptq(IntegerQuantizer):
     """Round weights column by column, each column's error spread over those still to come.
 
-    `order` activation rounds the columns with the largest activations first; the groups stay those of the columns' places, so a
-    runtime needs no index. `scales: awq` first moves AWQ's scales between layers. `dampening` is the share of the second moment's
-    mean diagonal that is added to its diagonal. `clip` searches each group's range, in `grid` steps, as that of AWQ's scales: it
+    `actorder` static rounds the columns with the largest activations first; the groups stay those of the columns' places, so a
+    runtime needs no index. `scales: awq` first moves AWQ's scales between layers. `dampening_frac` is the share of the Hessian's mean
+    diagonal that is added to its diagonal. `clip` searches each group's range, in `grid` steps, as that of AWQ's scales: it
     fits the samples closer, and what is unlike them less close.
     """
 
@@ -26,8 +26,8 @@ class Gptq(IntegerQuantizer):
     stage: Literal["gptq"]
     symmetric: bool = True
     scales: Literal["none", "awq"] = "none"
-    order: Literal["activation", "none"] = "activation"
-    dampening: Annotated[float, Field(gt=0, le=1)] = 0.01
+    actorder: Literal["static", "none"] = "static"
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     clip: bool = False
     grid: PositiveInt = 20
 
@@ -43,5 +43,5 @@ class Gptq(IntegerQuantizer):
         return Method(
             scales=self.grid if self.scales == "awq" else None,
             clip=self.grid if self.clip else None,
-            gptq=Settings(dampening=self.dampening, reorder=self.order == "activation"),
+            gptq=Settings(dampening_frac=self.dampening_frac, reorder=self.actorder == "static"),
         )

@@ -48,7 +48,7 @@ class Int8(Quantizer):
     activations: Inputs = "token"
     smoothing: Literal["auto", "none"] | Annotated[float, Field(ge=0, le=1)] = "auto"
     rounding: Literal["gptq", "nearest"] = "gptq"
-    dampening: Annotated[float, Field(gt=0, le=1)] = 0.01
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     grid: PositiveInt = 20
     targets: Annotated[tuple[Target | Int8Part, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
 
@@ -69,5 +69,5 @@ class Int8(Quantizer):
         strength = self.smoothing if isinstance(self.smoothing, float) else None
         return Method(
             smoothing=None if self.smoothing == "none" else Smoothing(strength, self.grid),
-            gptq=Gptq(dampening=self.dampening) if self.rounding == "gptq" else None,
+            gptq=Gptq(dampening_frac=self.dampening_frac) if self.rounding == "gptq" else None,
         )

@@ -35,12 +35,12 @@ class Selection:
     faults: tuple[str, ...]
 
 
-def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], leave_out: Iterable[str]) -> Selection:
-    """Return the linears of the targeted parts without those whose name, in the model or on disk, matches a pattern of `leave_out`.
+def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], ignore: Iterable[str]) -> Selection:
+    """Return the linears of the targeted parts without those whose name, in the model or on disk, matches a pattern of `ignore`.
 
     Patterns are shell patterns (`*.down_proj`). A target or pattern that matches nothing is a fault.
     """
-    patterns = tuple(leave_out)
+    patterns = tuple(ignore)
     faults: list[str] = []
     found: list[Linear] = []
     for target in targets:
@@ -51,13 +51,13 @@ def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], le
             faults.append(f"targets: {target} matches nothing in {checkpoint.folder}: {reason}; leave it away")
         found += linears
     faults += [
-        f"leave_out: {pattern!r} matches none of the targeted layers, such as {found[0].name}; mend or remove it"
+        f"ignore: {pattern!r} matches none of the targeted layers, such as {found[0].name}; mend or remove it"
         for pattern in patterns
         if found and not any(_matches(linear, pattern) for linear in found)
     ]
     kept = tuple(linear for linear in found if not any(_matches(linear, pattern) for pattern in patterns))
     if found and not kept:
-        faults.append("leave_out: leaves no layer to work on; remove a pattern")
+        faults.append("ignore: leaves no layer to work on; remove a pattern")
     return Selection(kept, tuple(faults))
 
 

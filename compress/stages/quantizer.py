@@ -85,7 +85,7 @@ def distinct(targets: tuple[Target | Part, ...]) -> tuple[Target | Part, ...]:
 class Quantizer(Stage):
     """A method that rounds linears, and what all of them can be told.
 
-    `leave_out` are shell patterns on layer names. `kv_cache` adds the scales with which a runtime can keep keys and values as
+    `ignore` are shell patterns on layer names. `kv_cache` adds the scales with which a runtime can keep keys and values as
     8-bit floats. `balance` is how text and vision tokens are weighed where a layer sees both: `tokens`, each as it comes; a
     number from 0 to 1, text's share of the second moment; or `auto`, for each layer by how much the model's predictions depend on
     what it makes of either (as MBQ does, arXiv 2412.19509). Layers of the vision tower and the projector see vision alone, so that
@@ -94,7 +94,7 @@ class Quantizer(Stage):
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
 
-    leave_out: tuple[str, ...] = ()
+    ignore: tuple[str, ...] = ()
     balance: Balance = "tokens"
     kv_cache: Literal["fp8"] | None = None
 
@@ -126,7 +126,7 @@ class Quantizer(Stage):
 
     def select(self, checkpoint: Checkpoint, family: Family) -> Selection:
         """Return the linears to be quantized."""
-        return select(checkpoint, family, tuple(self.parts()), self.leave_out)
+        return select(checkpoint, family, tuple(self.parts()), self.ignore)
 
     def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
         """Return what stands against it: weights quantized already, layers a group does not divide, patterns that match nothing."""
@@ -309,11 +309,11 @@ def _indivisible(linears: list[Linear], group_size: int, selected: tuple[Linear,
     patterns = ", ".join(map(repr, sorted(named)))
     return (
         f"{first.name}{others}: its input width {columns} does not divide by group_size {group_size}; "
-        f"use group_size {', '.join(map(str, choices))} or -1, or add {patterns} to leave_out"
+        f"use group_size {', '.join(map(str, choices))} or -1, or add {patterns} to ignore"
     )
 
 
 def _pattern(linear: Linear, others: list[str]) -> str:
-    """Return a pattern for `leave_out` that matches a layer and those of its name in other blocks, and none of `others`."""
+    """Return a pattern for `ignore` that matches a layer and those of its name in other blocks, and none of `others`."""
     short = f"*.{linear.name.rpartition('.')[2]}"
     return re.sub(r"\.\d+(?=\.)", ".*", linear.name) if any(fnmatchcase(name, short) for name in others) else short

@@ -106,7 +106,7 @@ def judge_answers(theirs: Said, ours: Said, limits: Limits) -> Answers:
         likelihood_limit=limits.likelihood,
         least_agreement=limits.agreement,
         seeing=len(seeing),
-        blind=sum(moves[place] <= _BLIND * moved[place] for place in seeing),
+        ungrounded=sum(moves[place] <= _BLIND * moved[place] for place in seeing),
         changed_checkpoint=_changed(theirs),
         changed_artifact=_changed(ours),
     )

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Literal
 
-from pydantic import ValidationError
+from pydantic import AliasChoices, Field, ValidationError
 
 from compress.errors import DataError
 from compress.files import write_text
@@ -58,8 +58,8 @@ class Answers(Frozen):
 
     `likelihood` is the largest difference of the mean log-likelihood per token, in nats, of what the checkpoint answers to the
     right image, and `likelihood_limit` what it may be. Of the prompts whose likelihood another image changes in the checkpoint
-    (`seeing`), `blind` are those where it does not in the artifact. `changed_checkpoint` and `changed_artifact` count the answers
-    that are others with the wrong image. For a model that compares images with texts a prompt is a picture, and its answer the
+    (`seeing`), `ungrounded` are those where it does not in the artifact. `changed_checkpoint` and `changed_artifact` count the
+    answers that are others with the wrong image. For a model that compares images with texts a prompt is a picture, and its answer the
     nearest text.
     """
 
@@ -68,7 +68,7 @@ class Answers(Frozen):
     likelihood_limit: float
     least_agreement: float
     seeing: int
-    blind: int
+    ungrounded: int = Field(validation_alias=AliasChoices("ungrounded", "blind"))  # as reports before called it
     changed_checkpoint: int
     changed_artifact: int
 

@@ -41,7 +41,7 @@ def answers_table(verifications: Mapping[str, Verification]) -> Table:
     shown = list(dict.fromkeys(row.shown for found in verifications.values() if found.answers for row in found.answers.agreement))
     columns = (
         Column("artifact"), *(Column(f"same with {each}", "number") for each in shown),
-        Column("changed by a wrong image", "number"), Column("in the checkpoint", "number"), Column("blind to the image", "number"),
+        Column("changed by a wrong image", "number"), Column("in the checkpoint", "number"), Column("not grounded", "number"),
         Column("nats per token", "number"), Column("limit", "number"),
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
@@ -54,13 +54,13 @@ def answers_table(verifications: Mapping[str, Verification]) -> Table:
                     *(same.get(each, "") for each in shown),
                     f"{found.changed_artifact}",
                     f"{found.changed_checkpoint}",
-                    f"{found.blind} of {found.seeing}",
+                    f"{found.ungrounded} of {found.seeing}",
                     f"{found.likelihood:.2g}",
                     f"{found.likelihood_limit:g}",
                 )
             )
     note = (
-        "Greedy answers that are the checkpoint's to the word. Blind: prompts whose answer another image makes more or less likely "
-        "in the checkpoint and not in the artifact. Nats: the largest change of an answer's mean log-likelihood per token."
+        "Greedy answers that are the checkpoint's to the word. Not grounded: prompts whose answer another image makes more or less "
+        "likely in the checkpoint and not in the artifact. Nats: the largest change of an answer's mean log-likelihood per token."
     )
     return Table("Answers of the artifact against the checkpoint's", columns, tuple(rows), note)

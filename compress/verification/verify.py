@@ -137,10 +137,10 @@ def check_answers(artifact: Path, found: Answers) -> None:
     Raises:
         VerificationError: the artifact does not look at its images, or answers otherwise than the checkpoint.
     """
-    if found.seeing and 2 * found.blind >= found.seeing:
+    if found.seeing and 2 * found.ungrounded >= found.seeing:
         raise VerificationError(
-            f"{artifact}: a dead vision path: for {found.blind} of {found.seeing} prompts another image changes what the "
-            f"checkpoint finds likely, and not what the artifact does, though each part alone agrees; {_REMEDY}"
+            f"{artifact}: not grounded in its images: for {found.ungrounded} of {found.seeing} prompts another image changes "
+            f"what the checkpoint finds likely, and not what the artifact does, though each part alone agrees; {_REMEDY}"
         )
     if not found.likelihood <= found.likelihood_limit:
         raise VerificationError(

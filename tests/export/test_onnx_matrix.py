@@ -61,7 +61,7 @@ def test_an_artifact_is_well_formed_and_does_what_its_checkpoint_does(source: Pa
     check_files(made)
     found = made.export.verify(VerifyContext(made.artifact, made.checkpoint, family_at(source), SILENT, tmp_path / "logs"))
     assert found.answers is not None
-    assert found.answers.blind == 0
+    assert found.answers.ungrounded == 0
     if precision != "int8":  # there the last digit of an input decides to which code it is rounded
         assert all(part.relative < 1e-4 for part in found.components)
         assert all(agreed.same >= 0.99 * agreed.prompts for agreed in found.answers.agreement)

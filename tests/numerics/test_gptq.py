@@ -21,13 +21,13 @@ def problem(rows: int = 24, columns: int = 192, tokens: int = 400) -> tuple[Tens
     return weight, inputs.t() @ inputs / tokens
 
 
-def as_in_the_paper(weight: Tensor, gram: Tensor, scheme: Scheme, dampening: float, reorder: bool) -> Tensor:
+def as_in_the_paper(weight: Tensor, gram: Tensor, scheme: Scheme, dampening_frac: float, reorder: bool) -> Tensor:
     """Return the rounded matrix: columns in turn, each error divided by the inverse's diagonal and taken from those that follow."""
     rows, columns = weight.shape
     size = columns if scheme.group_size == -1 else scheme.group_size
     scales, zeros = grid(weight.view(rows, -1, size), scheme, torch.float32)
     order = gram.diagonal().argsort(descending=True, stable=True) if reorder else torch.arange(columns)
-    damped = gram.double() + dampening * gram.diagonal().mean().double() * torch.eye(columns, dtype=torch.float64)
+    damped = gram.double() + dampening_frac * gram.diagonal().mean().double() * torch.eye(columns, dtype=torch.float64)
     inverse = cast("Tensor", torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True))
     left = weight.double()[:, order].clone()
     rounded = torch.empty_like(left)
@@ -93,7 +93,7 @@ def test_a_second_moment_of_nothing_rounds_to_nearest() -> None:
 def test_a_singular_second_moment_is_damped_until_it_can_be_factored() -> None:
     weight, gram = problem(tokens=3)
     scheme = Scheme(4, 32, symmetric=True)
-    found = round_columns(weight, Feedback.of(gram.clone(), Gptq(dampening=1e-9)), scheme, torch.float32)
+    found = round_columns(weight, Feedback.of(gram.clone(), Gptq(dampening_frac=1e-9)), scheme, torch.float32)
     assert found.dequantize().isfinite().all()
     nearest = quantize(weight, scheme, torch.float32).dequantize()
     assert error_of(weight, found.dequantize(), gram) < error_of(weight, nearest, gram)

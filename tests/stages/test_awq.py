@@ -165,11 +165,11 @@ def test_a_group_that_does_not_divide_names_the_layer_and_what_would(bench: Benc
     assert "(and 17 more layers as wide): its input width 128 does not divide by group_size 48" in fault
     assert "use group_size 32, 64 or -1, or add '*.gate_proj', '*.k_proj', '*.o_proj', '*.q_proj', '*.up_proj', '*.v_proj'" in fault
     assert "layers.0.mlp.down_proj (and 2 more layers as wide): its input width 256" in other
-    assert awq(group_size=256, leave_out=("*.self_attn.*", "*.gate_proj", "*.up_proj")).check(bench.checkpoint, bench.family) == []
+    assert awq(group_size=256, ignore=("*.self_attn.*", "*.gate_proj", "*.up_proj")).check(bench.checkpoint, bench.family) == []
 
 
 def test_what_is_left_out_keeps_its_bits(bench: Bench, tmp_path: Path) -> None:
-    out = bench.apply(tmp_path / "out", awq(grid=4, leave_out=("*.v_proj", "*.layers.1.*")))
+    out = bench.apply(tmp_path / "out", awq(grid=4, ignore=("*.v_proj", "*.layers.1.*")))
     before, after = tensors_of(bench.folder), tensors_of(out)
     for name in before:
         if name.endswith(("v_proj.weight", "v_proj.bias")) or ".layers.1." in name:
@@ -178,11 +178,9 @@ def test_what_is_left_out_keeps_its_bits(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, bench: Bench) -> None:
-    (fault,) = awq(leave_out=("*.fc9",)).check(bench.checkpoint, bench.family)
-    assert fault.startswith("leave_out: '*.fc9' matches none of the targeted layers, such as model.language_model.layers.0.")
-    assert awq(leave_out=("*",)).check(bench.checkpoint, bench.family) == [
-        "leave_out: leaves no layer to work on; remove a pattern"
-    ]
+    (fault,) = awq(ignore=("*.fc9",)).check(bench.checkpoint, bench.family)
+    assert fault.startswith("ignore: '*.fc9' matches none of the targeted layers, such as model.language_model.layers.0.")
+    assert awq(ignore=("*",)).check(bench.checkpoint, bench.family) == ["ignore: leaves no layer to work on; remove a pattern"]
     tied = open_checkpoint(build_qwen2_5_vl(tmp_path, tied=True))
     held = load_file(tmp_path / "model.safetensors")
     held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()

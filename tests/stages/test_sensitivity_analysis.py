@@ -86,7 +86,7 @@ def test_the_predicted_loss_is_below_that_of_one_width_for_all(bench: Bench, tmp
 
 def test_layers_that_a_runtime_joins_have_one_width_and_others_are_fixed(bench: Bench, tmp_path: Path) -> None:
     targets = ("decoder", {"component": "vision", "bits": 8, "group_size": 16})
-    stage = auto(budget=3.6, targets=targets, leave_out=("*.layers.0.*",), widths=(3, 4))
+    stage = auto(budget=3.6, targets=targets, ignore=("*.layers.0.*",), widths=(3, 4))
     out = bench.apply(tmp_path / "out", stage)
     found = widths_of(out)
     joined = {layer.rpartition(".")[2]: group for group in found.groups for layer in group.layers if ".layers.1." in layer}
@@ -184,7 +184,7 @@ def test_other_families(tmp_path: Path, build: Builder) -> None:
 def test_every_balance_gives_other_codes(bench: Bench, tmp_path: Path, name: str) -> None:
     packed: list[bytes] = []
     for number, balance in enumerate(("tokens", 0.0, 0.5, 1.0, "auto")):
-        out = bench.apply(tmp_path / str(number), stage_of(name, balance=balance, leave_out=("*.layers.[02].*",)))
+        out = bench.apply(tmp_path / str(number), stage_of(name, balance=balance, ignore=("*.layers.[02].*",)))
         tensors = tensors_of(out)
         (codes,) = [tensor for key, tensor in tensors.items() if key.endswith("layers.1.mlp.up_proj.weight_packed")]
         packed.append(codes.numpy().tobytes())

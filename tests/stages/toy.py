@@ -61,7 +61,7 @@ def statistics(block: Block, x: Tensor, kept: HessianRequest = WHOLE) -> dict[st
         def count(module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
             if name not in moments:
                 everything = torch.ones(len(args[0]), dtype=torch.bool)
-                moments[name] = Moments(kept=kept)
+                moments[name] = Moments(requested=kept)
                 moments[name].add(args[0], Positions(everything, ~everything))
 
         hooks.append(block.get_submodule(name).register_forward_pre_hook(count))

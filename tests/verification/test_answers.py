@@ -46,21 +46,21 @@ def test_answers_are_counted_by_what_was_shown() -> None:
         ("wrong image", 2, 2),
         ("no image", 1, 2),
     ]
-    assert (found.seeing, found.blind, found.likelihood) == (2, 0, 0.0)
+    assert (found.seeing, found.ungrounded, found.likelihood) == (2, 0, 0.0)
     assert (found.changed_checkpoint, found.changed_artifact) == (1, 1)
 
 
 def test_an_artifact_whose_likelihoods_no_image_moves_is_blind() -> None:
     found = judged(ours([-0.2, -0.4], [-0.2, -0.4]))
-    assert (found.seeing, found.blind) == (2, 2)
-    with pytest.raises(VerificationError, match=r"onnx: a dead vision path: for 2 of 2 prompts another image changes what"):
+    assert (found.seeing, found.ungrounded) == (2, 2)
+    with pytest.raises(VerificationError, match=r"onnx: not grounded in its images: for 2 of 2 prompts another image changes what"):
         check_answers(Path("onnx"), found)
 
 
 def test_a_prompt_that_no_image_moves_in_the_checkpoint_proves_nothing() -> None:
     theirs = said({"right image": ["a"], "wrong image": ["a"]}, {"right image": [-0.2], "wrong image": [-0.2]})
     found = judge_answers(theirs, theirs, LIMITS)
-    assert (found.seeing, found.blind) == (0, 0)
+    assert (found.seeing, found.ungrounded) == (0, 0)
     check_answers(Path("onnx"), found)
 
 

@@ -64,7 +64,7 @@ def test_a_faithful_artifact_agrees_part_by_part_and_in_every_answer(source: Pat
     ]
     assert found.answers.likelihood < 1e-5
     assert found.answers.seeing == 8
-    assert found.answers.blind == 0
+    assert found.answers.ungrounded == 0
     assert found.answers.changed_artifact == found.answers.changed_checkpoint > 0
 
 
@@ -124,7 +124,7 @@ def test_an_artifact_that_sees_every_image_alike_has_a_dead_vision_path(
         config = json.loads(path.read_text(encoding="utf-8"))
         config.get("image_processor", config)["image_std"] = [1e9] * 3
         path.write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(VerificationError, match=r"a dead vision path: for 8 of 8 prompts another image changes"):
+    with pytest.raises(VerificationError, match=r"not grounded in its images: for 8 of 8 prompts another image changes"):
         verify(export, tmp_path / "onnx", source)
 
 
@@ -177,7 +177,7 @@ def test_the_two_towers_of_clip_are_compared_and_what_they_find_nearest(clip: tu
     assert all(part.relative < 1e-5 for part in found.components)
     assert found.answers is not None
     assert [(row.shown, row.same) for row in found.answers.agreement] == [("right image", 8), ("wrong image", 8)]
-    assert found.answers.blind == 0
+    assert found.answers.ungrounded == 0
 
 
 def test_exchanged_weights_of_clip_are_found_in_their_tower(clip: tuple[Onnx, Path, Path], tmp_path: Path) -> None:

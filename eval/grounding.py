@@ -13,7 +13,7 @@ from compress.errors import DataError
 from compress.eval.changes import ImageGain, image_gain
 from compress.eval.journal import answer_all
 from compress.eval.normalize import normalize
-from compress.eval.results import Liveness, LivenessItem, check_pairs, read_liveness
+from compress.eval.results import Grounding, GroundingItem, check_pairs, read_grounding
 from compress.eval.task import TaskContext, cluster_of
 from compress.runtimes.runtime import Answer, Prompt
 from compress.schema import Frozen
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.eval.asked import Asked
 
 
-class LivenessCheck(Frozen):
+class GroundingCheck(Frozen):
     """At most `samples` of the questions about images that the task `task` asks, drawn with `seed`."""
 
     task: str
@@ -31,7 +31,7 @@ class LivenessCheck(Frozen):
     seed: int = 0
 
 
-def measure_liveness(check: LivenessCheck, task: Asked, context: TaskContext) -> tuple[Liveness, list[LivenessItem]]:
+def measure_grounding(check: GroundingCheck, task: Asked, context: TaskContext) -> tuple[Grounding, list[GroundingItem]]:
     """Ask the questions three times over, and score each answer as the task does.
 
     Raises:
@@ -46,18 +46,18 @@ def measure_liveness(check: LivenessCheck, task: Asked, context: TaskContext) ->
     own = _ask(task, [question for question, _ in pairs], "own", context)
     other = _ask(task, [replace(question, images=standing.images) for question, standing in pairs], "other", context)
     none = _ask(task, [replace(question, images=()) for question, _ in pairs], "none", context)
-    blind = all(answer.fault is None for answer in none)  # some models take no question without an image
+    without_image = all(answer.fault is None for answer in none)  # some models take no question without an image
     items = [
-        _item(task, pair, (mine, theirs, said if blind else None), scorer)
+        _item(task, pair, (mine, theirs, said if without_image else None), scorer)
         for pair, mine, theirs, said in zip(pairs, own, other, none, strict=True)
     ]
     if context.against is not None:
-        check_pairs(f"{task.name} (liveness)", read_liveness(context.against), ((item.id, item.digest) for item in items))
+        check_pairs(f"{task.name} (grounding)", read_grounding(context.against), ((item.id, item.digest) for item in items))
     kept = [item for item in items if item.fault is None]
-    return _summary(task, items, kept, blind=blind), items
+    return _summary(task, items, kept, without_image=without_image), items
 
 
-def looks(items: Sequence[LivenessItem], confidence: float) -> ImageGain | None:
+def image_gain_of(items: Sequence[GroundingItem], confidence: float) -> ImageGain | None:
     """Judge whether the questions that could be answered are answered better with their own image; None where there are none."""
     kept = [item for item in items if item.fault is None]
     if not kept:
@@ -82,17 +82,17 @@ def _paired(name: str, drawn: Sequence[Question], every: Sequence[Question]) -> 
         standing = next(apart, fitting[0] if fitting else None)
         if standing is not None:
             pairs.append((question, standing))
-    if len(pairs) < LivenessCheck.model_fields["samples"].metadata[0].ge:
+    if len(pairs) < GroundingCheck.model_fields["samples"].metadata[0].ge:
         raise DataError(
-            f"eval.liveness: {len(pairs)} questions of task {name} have an image that another one's can stand in for; "
-            "name a task with more images, or remove liveness"
+            f"eval.grounding: {len(pairs)} questions of task {name} have an image that another one's can stand in for; "
+            "name a task with more images, or remove grounding"
         )
     return pairs
 
 
 def _ask(task: Asked, questions: Sequence[Question], which: str, context: TaskContext) -> list[Answer]:
     prompts = [Prompt(id=question.id, text=task.wording(question), images=question.images) for question in questions]
-    return answer_all(context.session, prompts, task.read().max_new_tokens, context.target, f"liveness@{which}", context.progress)
+    return answer_all(context.session, prompts, task.read().max_new_tokens, context.target, f"grounding@{which}", context.progress)
 
 
 def _item(
@@ -100,10 +100,10 @@ def _item(
     pair: tuple[Question, Question],
     answers: tuple[Answer, Answer, Answer | None],
     scorer: Callable[[Question, str], float],
-) -> LivenessItem:
+) -> GroundingItem:
     question, standing = pair
     own, other, none = answers
-    return LivenessItem(
+    return GroundingItem(
         id=question.id,
         digest=question.digest,
         cluster=cluster_of(question),
@@ -120,9 +120,9 @@ def _item(
     )
 
 
-def _summary(task: Asked, items: Sequence[LivenessItem], kept: Sequence[LivenessItem], *, blind: bool) -> Liveness:
+def _summary(task: Asked, items: Sequence[GroundingItem], kept: Sequence[GroundingItem], *, without_image: bool) -> Grounding:
     count = max(len(kept), 1)
-    return Liveness(
+    return Grounding(
         task=task.name,
         metric=task.scored_by,
         binary=task.binary,
@@ -130,7 +130,7 @@ def _summary(task: Asked, items: Sequence[LivenessItem], kept: Sequence[Liveness
         failed=len(items) - len(kept),
         score_own=sum(item.score_own for item in kept) / count,
         score_other=sum(item.score_other for item in kept) / count,
-        score_none=sum(item.score_none or 0.0 for item in kept) / count if blind else None,
+        score_none=sum(item.score_none or 0.0 for item in kept) / count if without_image else None,
         changed_other=sum(not task.same(item.said_own, item.said_other) for item in kept) / count,
-        changed_none=sum(not task.same(item.said_own, item.said_none or "") for item in kept) / count if blind else None,
+        changed_none=sum(not task.same(item.said_own, item.said_none or "") for item in kept) / count if without_image else None,
     )
