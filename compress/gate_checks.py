@@ -118,11 +118,7 @@ def _recovery_reason(held: Held, name: str, pairs: Pairs, finding: Recovery, lim
     both = zip(held.original.measured.scored(name), held.artifact.measured.scored(name), strict=False)
     failed = sum(before.fault is not None or after.fault is not None for before, after in both)
     told = f", {failed} of them failed and count 0" if failed else ""
-    stopped = (
-        f", settled after part {task.look} of {task.image_gain_of}"
-        if task.look and task.image_gain_of and task.look < task.image_gain_of
-        else ""
-    )
+    stopped = f", settled after part {task.look} of {task.looks}" if task.look and task.looks and task.look < task.looks else ""
     chance = f" (as uneven by chance: p = {flips.p_value:.2g})" if flips.lost + flips.gained else ""
     return (
         f"{name}: recovery {100 * finding.value:.2f} %{bounds} of {finding.items:,} items{told}{stopped}, {flips.lost} lost and "

@@ -33,8 +33,8 @@ class MeasureContext:
     `original` is the original's checkpoint folder; `data` the local files of each task by its name; `target` the folder to fill,
     with what an interrupted measurement has left there; `logs` is where harnesses of their own write theirs. `against` is the
     folder that measuring the original in the same runtime filled, None to measure the original; `stopping`, by
-    task, and `noise` are as in `TaskContext`; `grounding` says on which task's questions it is seen whether answers depend on images.
-    Where that is a condition, with `grounding_confidence`, an artifact that does not meet it is asked nothing else.
+    task, and `noise` are as in `TaskContext`; `grounding` says on which task's questions it is seen whether answers depend on
+    images. Where that is a condition, with `grounding_confidence`, an artifact that does not meet it is asked nothing else.
     """
 
     original: Path

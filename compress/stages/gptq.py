@@ -15,9 +15,9 @@ if TYPE_CHECKING:
 class Gptq(IntegerQuantizer):
     """Round weights column by column, each column's error spread over those still to come.
 
-    `actorder` static rounds the columns with the largest activations first; the groups stay those of the columns' places, so a
-    runtime needs no index. `scales: awq` first moves AWQ's scales between layers. `dampening_frac` is the share of the Hessian's mean
-    diagonal that is added to its diagonal. `clip` searches each group's range, in `grid` steps, as that of AWQ's scales: it
+    `actorder` static rounds the columns with the largest activations first; the groups stay those of the columns' places, so that
+    a runtime needs no index. `scales: awq` first moves AWQ's scales between layers. `dampening_frac` is the share of the Hessian's
+    mean diagonal that is added to its diagonal. `clip` searches each group's range, in `grid` steps, as that of AWQ's scales: it
     fits the samples closer, and what is unlike them less close.
     """
 

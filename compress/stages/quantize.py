@@ -36,10 +36,10 @@ from compress.numerics.activations import fake_quantize_activations
 from compress.output_head import written_config
 from compress.stages.block import BlockWeights
 from compress.stages.linears import Linear
-from compress.stages.run import StageRun, read_commit, relative, write_commit
 from compress.stages.sensitivity_analysis import SensitivityAnalysis, analyze_sensitivity, set_modality_weights
 from compress.stages.solvers import solve
 from compress.stages.stage import StageContext
+from compress.stages.stage_run import StageRun, read_commit, relative, write_commit
 from compress.stages.widths import LEFT, WIDTHS
 
 if TYPE_CHECKING:

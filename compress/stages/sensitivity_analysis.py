@@ -21,8 +21,8 @@ from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivit
 from compress.engine.statistics import Moments, observe
 from compress.families import within
 from compress.files import write_json
-from compress.stages.run import StageRun, read_commit, write_commit
 from compress.stages.solvers import solve
+from compress.stages.stage_run import StageRun, read_commit, write_commit
 from compress.stages.widths import LEFT, Mixture, Widths
 
 SENSITIVITY_TOKENS = 16384

@@ -59,8 +59,8 @@ class Answers(Frozen):
     `likelihood` is the largest difference of the mean log-likelihood per token, in nats, of what the checkpoint answers to the
     right image, and `likelihood_limit` what it may be. Of the prompts whose likelihood another image changes in the checkpoint
     (`seeing`), `ungrounded` are those where it does not in the artifact. `changed_checkpoint` and `changed_artifact` count the
-    answers that are others with the wrong image. For a model that compares images with texts a prompt is a picture, and its answer the
-    nearest text.
+    answers that are others with the wrong image. For a model that compares images with texts a prompt is a picture, and its
+    answer the nearest text.
     """
 
     agreement: tuple[Agreement, ...]

@@ -84,8 +84,8 @@ def test_what_a_method_reads_is_what_is_kept() -> None:
     from compress.stages.solvers import Method
 
     four, eight = Scheme(4, 64, symmetric=False), Scheme(8, 96, symmetric=True)
-    assert Method(scales=20, clip=20).request([four, eight]) == HessianRequest(whole=False, sketch=True, block=192)
-    assert Method(scales=20).request([four]) == HessianRequest(whole=False, sketch=True, block=1)
-    assert Method().request([four]) == HessianRequest(whole=False, sketch=False, block=1)
-    assert Method(clip=20).request([Scheme(4, -1, symmetric=False)]).whole
-    assert Method(gptq=Gptq()).request([four]).whole
+    assert Method(scales=20, clip=20).hessian_request([four, eight]) == HessianRequest(whole=False, sketch=True, block=192)
+    assert Method(scales=20).hessian_request([four]) == HessianRequest(whole=False, sketch=True, block=1)
+    assert Method().hessian_request([four]) == HessianRequest(whole=False, sketch=False, block=1)
+    assert Method(clip=20).hessian_request([Scheme(4, -1, symmetric=False)]).whole
+    assert Method(gptq=Gptq()).hessian_request([four]).whole
