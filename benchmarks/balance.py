@@ -26,14 +26,14 @@ from typing import Any
 
 import torch
 
-from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Text, Vqa
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
+from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoint import open_checkpoint
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.perplexity import Perplexity
 from compress.eval.results import Measurement
 from compress.eval.task import Task
-from compress.eval.vqa import Vqa as Questions
+from compress.eval.vqa import VqaSet as Questions
 from compress.families import family_of
 from compress.files import write_json
 from compress.hardware import describe
@@ -138,11 +138,11 @@ class _Bench:
             windows, count = self.arguments.samples // 4, self.arguments.samples
             sets: list[PinnedSet] = []
             if samples != "images only":
-                own = Text(dataset="text", source=str(text), samples=windows, tokens=self.arguments.tokens)
+                own = TextSet(dataset="text", source=str(text), samples=windows, tokens=self.arguments.tokens)
                 sets.append(PinnedSet(own, (text,)))
             if samples != "text only":
-                sets.append(PinnedSet(Vqa(dataset="vqa", source=str(questions), samples=count), (questions,)))
-            collect(Selection(seed, tuple(sets)), self.arguments.model, folder, Silent())
+                sets.append(PinnedSet(VqaSet(dataset="vqa", source=str(questions), samples=count), (questions,)))
+            collect(CalibrationSelection(seed, tuple(sets)), self.arguments.model, folder, Silent())
         return folder
 
     def _measure(self, artifact: Path, name: str) -> Measurement:

@@ -29,8 +29,8 @@ import torch
 from numpy.typing import NDArray
 from transformers import CLIPModel, CLIPProcessor
 
-from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Columns, QuestionSource, Vqa
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
+from compress.calibration.sets import Columns, QuestionSource, VqaSet
 from compress.checkpoint import open_checkpoint
 from compress.conversation import decode_image
 from compress.eval.task import draw_questions
@@ -120,8 +120,8 @@ def build_sides(model: Path, folder: Path) -> dict[str, Side]:
     """Return PyTorch's float32 model and the ONNX encoders that are made of the same checkpoint."""
     original = model / "model"
     calibration, source = folder / "calibration", (model / "calibration.parquet").resolve()
-    samples = Vqa(dataset="vqa", source=str(source), samples=128, columns=Columns(question="caption"))
-    collect(Selection(0, (PinnedSet(samples, (source,)),)), original, calibration, Silent())
+    samples = VqaSet(dataset="vqa", source=str(source), samples=128, columns=Columns(question="caption"))
+    collect(CalibrationSelection(0, (PinnedSet(samples, (source,)),)), original, calibration, Silent())
     sides = {PYTORCH: _pytorch(original), FLOAT: _onnx(original, folder / "float32")}
     for activations in ("tensor", "token"):
         target = folder / activations

@@ -25,7 +25,7 @@ from typing import Any
 from benchmarks.speed import SHAPES
 from compress.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.families import family_of
 from compress.files import write_json
 from compress.hardware import describe
@@ -129,7 +129,7 @@ def measure(model: Path, folder: Path, precision: str, rounds: int, *, alone: bo
         round_checkpoint(model, source, SCHEME)
         theirs.mkdir()
         family = family_of(open_checkpoint(source).config)
-        Vllm(format="vllm", layout="awq").apply(ExportContext(source, theirs, family, Silent()))
+        VllmExport(format="vllm", layout="awq").apply(ExportContext(source, theirs, family, Silent()))
     runs: dict[str, list[dict[str, float]]] = {"compress": [], "builder": []}
     for _ in range(rounds):
         runs["compress"].append(run(Path(sys.executable), OURS, folder, [str(source)], ["float32"]))

@@ -27,8 +27,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from compress.calibration.batches import Batch, load_batches
-from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Text, Vqa
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
+from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoint import open_checkpoint
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
@@ -84,10 +84,10 @@ def _arguments() -> argparse.Namespace:
 def _samples(arguments: argparse.Namespace, kind: str, folder: Path) -> Sequence[Batch]:
     text, questions = (getattr(arguments, f"{kind}_{part}").resolve() for part in ("text", "questions"))
     sets = (
-        PinnedSet(Text(dataset="text", source=str(text), samples=arguments.samples // 4, tokens=arguments.tokens), (text,)),
-        PinnedSet(Vqa(dataset="vqa", source=str(questions), samples=arguments.samples), (questions,)),
+        PinnedSet(TextSet(dataset="text", source=str(text), samples=arguments.samples // 4, tokens=arguments.tokens), (text,)),
+        PinnedSet(VqaSet(dataset="vqa", source=str(questions), samples=arguments.samples), (questions,)),
     )
-    collect(Selection(0, sets), arguments.model, folder / kind, Silent())
+    collect(CalibrationSelection(0, sets), arguments.model, folder / kind, Silent())
     return load_batches(folder / kind, arguments.model, TOKENS_PER_BATCH)
 
 

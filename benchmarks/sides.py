@@ -25,8 +25,8 @@ import torch
 import compress.stages.quantize
 from compress.artifact import copy_side_files
 from compress.calibration.batches import load_batches
-from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Text, Vqa
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
+from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoint import open_checkpoint
 from compress.families import family_of
 from compress.progress import Silent
@@ -51,11 +51,11 @@ class Samples:
 def take_samples(model: Path, text: Path, questions: Path | None, count: int, tokens: int, folder: Path) -> Samples:
     """Draw `count` windows of text and, where there are any, as many questions, and save them for both sides."""
     source = text.resolve()
-    sets = [PinnedSet(Text(dataset="text", source=str(source), samples=count, tokens=tokens), (source,))]
+    sets = [PinnedSet(TextSet(dataset="text", source=str(source), samples=count, tokens=tokens), (source,))]
     if questions is not None:
         source = questions.resolve()
-        sets.append(PinnedSet(Vqa(dataset="vqa", source=str(source), samples=count), (source,)))
-    collect(Selection(0, tuple(sets)), model, folder / "calibration", Silent())
+        sets.append(PinnedSet(VqaSet(dataset="vqa", source=str(source), samples=count), (source,)))
+    collect(CalibrationSelection(0, tuple(sets)), model, folder / "calibration", Silent())
     batches = [batch.inputs() for batch in load_batches(folder / "calibration", model, TOKENS_PER_BATCH)]
     if any(not batch["attention_mask"].all() for batch in batches):  # the other side counts padding, so it gets none
         singles = [batch.inputs() for batch in load_batches(folder / "calibration", model, 1)]

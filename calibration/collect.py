@@ -17,7 +17,7 @@ from safetensors import numpy as tensors
 
 from compress.calibration.identity import WordHashes, looks_of, shingles, words_of
 from compress.calibration.questions import Question, count_questions, read_questions
-from compress.calibration.sets import Text, Vqa, Wikitext
+from compress.calibration.sets import TextSet, VqaSet, WikitextSet
 from compress.calibration.texts import read_documents
 from compress.calibration.windows import Encode, Wanted, Window, choose, pack_windows
 from compress.checkpoint import read_config, text_config
@@ -40,20 +40,22 @@ IMAGES = "images"
 class PinnedSet:
     """A recipe's calibration set with its files on this machine; `label` says which hub dataset they are, empty for local ones."""
 
-    spec: Text | Wikitext | Vqa
+    spec: TextSet | WikitextSet | VqaSet
     files: tuple[Path, ...]
     label: str = ""
 
 
 @dataclass(frozen=True)
-class Selection:
+class CalibrationSelection:
     """All calibration sets of a recipe and the seed their samples are drawn with."""
 
     seed: int
     sets: tuple[PinnedSet, ...]
 
 
-def collect(selection: Selection, model: Path, target: Path, progress: Progress, trust_remote_code: bool = False) -> None:
+def collect(
+    selection: CalibrationSelection, model: Path, target: Path, progress: Progress, trust_remote_code: bool = False
+) -> None:
     """Draw the samples with the tokenizer of the checkpoint at `model` and write them below `target`.
 
     `manifest.json` has an entry per sample (kind, id, origin, SHA-256 of its content, and what the overlap check compares) and
@@ -72,7 +74,7 @@ def collect(selection: Selection, model: Path, target: Path, progress: Progress,
     texts = dict[int, str]()
     for place, pinned in enumerate(selection.sets):
         seed, name = f"{selection.seed}:{place}", f"calibration.sets.{place}"
-        if isinstance(pinned.spec, Vqa):
+        if isinstance(pinned.spec, VqaSet):
             check = _question_check(model, set(tokenizer.all_special_tokens), trust_remote_code)
             for row, sample in _take_questions(pinned, _draw_questions(pinned, seed, name, progress), target, check, progress):
                 rows.append({"set": place, **row})
@@ -141,7 +143,7 @@ def encoder(tokenizer: Any) -> Encode:
 
 
 def _draw_windows(pinned: PinnedSet, wanted: Wanted, encode: Encode, progress: Progress) -> list[Window]:
-    spec = cast("Text | Wikitext", pinned.spec)
+    spec = cast("TextSet | WikitextSet", pinned.spec)
     documents = chain.from_iterable(read_documents(path, spec.column) for path in pinned.files)
     with progress.task(f"{wanted.name}: pack text", wanted.samples, "windows") as advance:
         windows = pack_windows(documents, encode, wanted)
@@ -168,7 +170,7 @@ def _shingles_of(texts: Mapping[int, str]) -> dict[str, NDArray[Any]]:
 
 
 def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress) -> list[Question]:
-    spec = cast("Vqa", pinned.spec)
+    spec = cast("VqaSet", pinned.spec)
     total = count_questions(pinned.files, spec.columns, spec.rows)
     folder = None if spec.image_folder is None else Path(spec.image_folder)
     if total < spec.samples:
@@ -230,7 +232,7 @@ def _write_question(
     Raises:
         DataError: it cannot be used, for the images or as `check` says.
     """
-    prompt = cast("Vqa", pinned.spec).prompt.replace("{question}", question.question)
+    prompt = cast("VqaSet", pinned.spec).prompt.replace("{question}", question.question)
     answer = Counter(question.answers).most_common(1)[0][0] if question.answers else None
     origin = _origin(pinned, question.origin)
     looks = [looks_of(image, origin) for image in question.images]  # decodes all of each, too

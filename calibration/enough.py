@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compress.calibration.json_rows import read_json_rows
-from compress.calibration.sets import Text, Vqa, Wikitext
+from compress.calibration.sets import TextSet, VqaSet, WikitextSet
 from compress.calibration.tables import parquet_bytes, parquet_rows
 from compress.calibration.windows import REACH
 
@@ -23,9 +23,9 @@ def enough_rows(rows: int | None) -> Callable[[Sequence[Path]], bool]:
     return held
 
 
-def enough_for(spec: Text | Wikitext | Vqa) -> Callable[[Sequence[Path]], bool]:
+def enough_for(spec: TextSet | WikitextSet | VqaSet) -> Callable[[Sequence[Path]], bool]:
     """Return whether files hold as much as a calibration set is drawn from."""
-    if isinstance(spec, Vqa):
+    if isinstance(spec, VqaSet):
         return enough_rows(spec.samples)
     wanted = spec.samples * spec.tokens * REACH * _BYTES_PER_TOKEN
 

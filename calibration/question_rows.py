@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from compress.calibration.conversations import FIELDS, IMAGES, USUAL, Row, first_exchange, holds_conversation
 from compress.calibration.json_rows import SUFFIXES, read_json_rows
-from compress.calibration.sets import Columns, Rows
+from compress.calibration.sets import Columns, RowFilter
 from compress.calibration.tables import check_file, names, parquet_columns, read_parquet
 from compress.errors import DataError
 
@@ -63,7 +63,7 @@ class QuestionRows:
         for number, values in read_parquet(self.path, held, chosen):
             yield number, self._laid_out(dict(zip(held, values, strict=True)), number, with_images)
 
-    def check_fields(self, rows: Rows) -> bool:
+    def check_fields(self, rows: RowFilter) -> bool:
         """Check that every row has the fields it must have; return whether the rows are to be numbered, as they have no id.
 
         Raises:
@@ -87,7 +87,7 @@ class QuestionRows:
                     )
         return numbered
 
-    def _needed(self, rows: Rows, numbered: bool) -> list[tuple[str, ...]]:
+    def _needed(self, rows: RowFilter, numbered: bool) -> list[tuple[str, ...]]:
         """Return what every row must have: each thing's fields, of which one is enough where a row may leave some out."""
         columns = self.columns
         each = [() if rows.text_only else columns.named("image"), columns.named("question")]

@@ -17,12 +17,12 @@ from compress.calibration.conversations import Row
 from compress.calibration.json_rows import SUFFIXES, read_json_rows
 from compress.calibration.question_rows import QuestionRows, values_of
 from compress.calibration.row_images import ImagePlaces, image_name, is_encoded, read_images
-from compress.calibration.sets import Columns, Rows
+from compress.calibration.sets import Columns, RowFilter
 from compress.calibration.tables import check_file
 from compress.errors import DataError
 from compress.limits import limits
 
-_ALL_ROWS = Rows()
+_ALL_ROWS = RowFilter()
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Question:
         return hashlib.sha256(json.dumps([normalized, *self.image_digests, *options]).encode()).hexdigest()
 
 
-def count_questions(files: Sequence[Path], columns: Columns, rows: Rows = _ALL_ROWS) -> int:
+def count_questions(files: Sequence[Path], columns: Columns, rows: RowFilter = _ALL_ROWS) -> int:
     """Return how many questions the files hold; every row that counts is checked but for its images.
 
     Raises:
@@ -67,7 +67,7 @@ def read_questions(
     files: Sequence[Path],
     columns: Columns,
     chosen: Container[int] | None = None,
-    rows: Rows = _ALL_ROWS,
+    rows: RowFilter = _ALL_ROWS,
     image_folder: Path | None = None,
 ) -> Iterator[Question]:
     """Yield the questions of the files in their order, one at a time; with `chosen`, only those at these places from 0 on.
@@ -131,7 +131,7 @@ def source_digest(
     return total.hexdigest()
 
 
-def _numbered(files: Sequence[Path], columns: Columns, rows: Rows) -> list[tuple[QuestionRows, dict[int, str]]]:
+def _numbered(files: Sequence[Path], columns: Columns, rows: RowFilter) -> list[tuple[QuestionRows, dict[int, str]]]:
     """Return the opened files, each with its rows' ids, after checking that there is a question and that no id stands twice."""
     seen = dict[str, str]()
     found = list[tuple[QuestionRows, dict[int, str]]]()
@@ -155,7 +155,7 @@ def _numbered(files: Sequence[Path], columns: Columns, rows: Rows) -> list[tuple
     return found
 
 
-def _read_ids(opened: QuestionRows, rows: Rows, prefix: str) -> dict[int, str]:
+def _read_ids(opened: QuestionRows, rows: RowFilter, prefix: str) -> dict[int, str]:
     """Return the id of each row that counts by its number, after checking the row's question."""
     columns, numbered = opened.columns, opened.check_fields(rows)
     own = () if numbered else columns.named("id")

@@ -43,7 +43,7 @@ Values = Annotated[tuple[str, ...], BeforeValidator(_spelled), Field(min_length=
 """What a field may hold: one value or several."""
 
 
-class Rows(Frozen):
+class RowFilter(Frozen):
     """Which rows of a question file count: `where` fields hold one of their values; with `text_only`, those with no image too."""
 
     where: Mapping[str, Values] = Field(default_factory=lambda: dict[str, tuple[str, ...]]())
@@ -93,7 +93,7 @@ class QuestionSource(Frozen):
         return self
 
 
-class Text(TextSource):
+class TextSet(TextSource):
     """Running text, packed to windows of exactly `tokens` tokens."""
 
     dataset: Literal["text"]
@@ -101,7 +101,7 @@ class Text(TextSource):
     tokens: PositiveInt
 
 
-class Wikitext(TextSource):
+class WikitextSet(TextSource):
     """Wikitext as published on the hub, or any local copy of it, packed to windows of exactly `tokens` tokens."""
 
     dataset: Literal["wikitext"]
@@ -111,7 +111,7 @@ class Wikitext(TextSource):
     tokens: PositiveInt
 
 
-class Vqa(QuestionSource):
+class VqaSet(QuestionSource):
     """Images with a question and its answer, through the model's own chat template and processor.
 
     With `text_only`, rows without an image are questions of text alone.
@@ -123,6 +123,6 @@ class Vqa(QuestionSource):
     prompt: str = Field(default="{question}", pattern=r"\{question\}")
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowFilter:
         """Which rows count."""
-        return Rows(text_only=self.text_only)
+        return RowFilter(text_only=self.text_only)

@@ -28,7 +28,7 @@ _READ_FROM_HERE = ("source", "definition", "image_folder")
 
 
 @dataclass
-class Document:
+class RecipeDocument:
     """Plain data read from `path`, the line of each place, the overrides that replaced places, and notes on what was read."""
 
     path: Path
@@ -49,7 +49,7 @@ class Document:
         return self.path.name
 
 
-def read_document(path: Path) -> Document:
+def read_document(path: Path) -> RecipeDocument:
     """Read a YAML mapping; only plain data is ever built from it.
 
     Raises:
@@ -71,7 +71,7 @@ def read_document(path: Path) -> Document:
     _note_lines(parsed.root, (), lines, faults)
     if faults:
         raise RecipeError([f"{name}:{fault}" for fault in faults])
-    return Document(path=path, data=cast("dict[str, Any]", parsed.data), lines=lines)
+    return RecipeDocument(path=path, data=cast("dict[str, Any]", parsed.data), lines=lines)
 
 
 def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int], faults: list[str]) -> None:
@@ -101,7 +101,7 @@ def dotted(place: Place) -> str:
     return ".".join(str(part) for part in place)
 
 
-def override(document: Document, settings: Mapping[str, Any]) -> None:
+def override(document: RecipeDocument, settings: Mapping[str, Any]) -> None:
     """Lay `settings` (dotted path → value) over the document; a file named by one is looked up from the current folder.
 
     Raises:

@@ -42,7 +42,7 @@ class TaskFlips:
 
 
 @dataclass(frozen=True)
-class Said:
+class GalleryAnswer:
     """What one model said to an item, why it said nothing, and the item's score."""
 
     model: str
@@ -68,8 +68,8 @@ class Card:
     id: str
     kind: Kind
     binary: bool
-    original: Said
-    artifacts: tuple[Said, ...]
+    original: GalleryAnswer
+    artifacts: tuple[GalleryAnswer, ...]
     accepted: tuple[tuple[str, int], ...]
     question: str = ""
     options: tuple[str, ...] = ()
@@ -77,7 +77,7 @@ class Card:
     more_images: int = 0
 
     @property
-    def said(self) -> tuple[Said, ...]:
+    def said(self) -> tuple[GalleryAnswer, ...]:
         """What was said by each model, the original first."""
         return (self.original, *self.artifacts)
 
@@ -153,8 +153,8 @@ def _card(task: str, kind: Kind, before: ScoredItem, now: Mapping[str, ScoredIte
     )
 
 
-def _said(model: str, item: ScoredItem) -> Said:
-    return Said(model=model, text=item.said, fault=item.fault, score=item.score)
+def _said(model: str, item: ScoredItem) -> GalleryAnswer:
+    return GalleryAnswer(model=model, text=item.said, fault=item.fault, score=item.score)
 
 
 def accepted_answers(answers: Sequence[str]) -> tuple[tuple[str, int], ...]:

@@ -87,7 +87,7 @@ class SizeLimit(Frozen):
     _check_any = sets_a_limit()
 
 
-class Limits(Frozen):
+class GateLimits(Frozen):
     """What an artifact must keep; what is not written is not checked."""
 
     accuracy: AccuracyLimit | None = None
@@ -110,27 +110,29 @@ class Limits(Frozen):
         return {check: part for check, part in parts.items() if getattr(self, check) is not None}
 
 
-class Gate(Limits):
+class Gate(GateLimits):
     """The limits that every artifact of a recipe must keep, everywhere; `targets` holds what is otherwise at a target, by its name.
 
     A check that is written there stands in the place of the general one.
     """
 
-    targets: Mapping[str, Limits] = Field(default_factory=lambda: dict[str, Limits]())
+    targets: Mapping[str, GateLimits] = Field(default_factory=lambda: dict[str, GateLimits]())
 
     @model_validator(mode="after")
     def _check_any(self) -> Self:
-        checks = [name for name in Limits.model_fields if getattr(self, name) is not None]
+        checks = [name for name in GateLimits.model_fields if getattr(self, name) is not None]
         if not checks and not any(limits.model_fields_set for limits in self.targets.values()):
-            raise ValueError(f"checks nothing; write at least one of {', '.join(Limits.model_fields)}")
+            raise ValueError(f"checks nothing; write at least one of {', '.join(GateLimits.model_fields)}")
         return self
 
-    def at(self, target: str) -> Limits:
+    def at(self, target: str) -> GateLimits:
         """Return the limits that hold at a target."""
         own = self.targets.get(target)
-        found = {name: getattr(self, name) for name in Limits.model_fields}
-        found |= {name: getattr(own, name) for name in Limits.model_fields if own is not None and getattr(own, name) is not None}
-        return Limits.model_construct(**found)
+        found = {name: getattr(self, name) for name in GateLimits.model_fields}
+        found |= {
+            name: getattr(own, name) for name in GateLimits.model_fields if own is not None and getattr(own, name) is not None
+        }
+        return GateLimits.model_construct(**found)
 
     def grounding_confidence(self, target: str) -> float | None:
         """Return the confidence with which answers must be shown to depend on images; None where they need not."""

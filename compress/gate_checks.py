@@ -19,23 +19,23 @@ from compress.gate import (
     AccuracyLimit,
     Check,
     FlipsLimit,
+    GateLimits,
     GroundingLimit,
-    Limits,
     PerplexityLimit,
     SizeLimit,
     Subject,
 )
 from compress.gate_fidelity import fidelity_checks
-from compress.gate_held import Held, bounds_told
+from compress.gate_held import ArtifactChecks, bounds_told
 
 
-def checks_of(limits: Limits, original: Subject, artifact: Subject, target: str) -> Iterator[Check]:
+def checks_of(limits: GateLimits, original: Subject, artifact: Subject, target: str) -> Iterator[Check]:
     """Yield every check of one artifact, in the order of the gate's fields.
 
     Raises:
         DataError: the artifact was measured on other items than the original; names the first.
     """
-    held = Held(original, artifact, target)
+    held = ArtifactChecks(original, artifact, target)
     if limits.accuracy is not None:
         yield from _accuracy(held, limits.accuracy)
     if limits.perplexity is not None:
@@ -56,7 +56,7 @@ def checks_of(limits: Limits, original: Subject, artifact: Subject, target: str)
         yield from _measured_load(held, "memory", found)
 
 
-def _measured_load(held: Held, check: str, found: list[LatencyFinding]) -> Iterator[Check]:
+def _measured_load(held: ArtifactChecks, check: str, found: list[LatencyFinding]) -> Iterator[Check]:
     if not found:
         yield held.leave_open(check, 0.0, f"no load was put on a server at target {held.target}, so its {check} is not known")
     for row in found:
@@ -74,7 +74,7 @@ def _measured_load(held: Held, check: str, found: list[LatencyFinding]) -> Itera
         )
 
 
-def _accuracy(held: Held, limit: AccuracyLimit) -> Iterator[Check]:
+def _accuracy(held: ArtifactChecks, limit: AccuracyLimit) -> Iterator[Check]:
     check = "accuracy.min_recovery"
     names = held.names(ScoreMetrics)
     if not names:
@@ -111,7 +111,7 @@ def _recovery(task: TaskMeasurement, pairs: Pairs, limit: AccuracyLimit, tasks: 
     return look.recovery if look is not None else None
 
 
-def _recovery_reason(held: Held, name: str, pairs: Pairs, finding: Recovery, limit: AccuracyLimit) -> str:
+def _recovery_reason(held: ArtifactChecks, name: str, pairs: Pairs, finding: Recovery, limit: AccuracyLimit) -> str:
     flips = count_flips(pairs, limit.confidence)
     bounds = _share_bounds(finding)
     task = held.artifact.measured.tasks[name]
@@ -127,7 +127,7 @@ def _recovery_reason(held: Held, name: str, pairs: Pairs, finding: Recovery, lim
     )
 
 
-def _overall(held: Held, limit: float, recoveries: Mapping[str, Recovery], names: list[str]) -> Check:
+def _overall(held: ArtifactChecks, limit: float, recoveries: Mapping[str, Recovery], names: list[str]) -> Check:
     check = "accuracy.overall"
     finding = overall_recovery(list(recoveries.values()), limit)
     if finding is None or len(recoveries) < len(names):
@@ -142,7 +142,7 @@ def _overall(held: Held, limit: float, recoveries: Mapping[str, Recovery], names
     )
 
 
-def _perplexity(held: Held, limit: PerplexityLimit) -> Iterator[Check]:
+def _perplexity(held: ArtifactChecks, limit: PerplexityLimit) -> Iterator[Check]:
     check = "perplexity.max_ratio"
     names = held.names(PerplexityMetrics)
     if not names:
@@ -178,7 +178,7 @@ def _perplexity(held: Held, limit: PerplexityLimit) -> Iterator[Check]:
         )
 
 
-def _flips(held: Held, limit: FlipsLimit) -> Iterator[Check]:
+def _flips(held: ArtifactChecks, limit: FlipsLimit) -> Iterator[Check]:
     check = "flips.max_share"
     names = held.names(ScoreMetrics)
     if not names:
@@ -203,7 +203,7 @@ def _flips(held: Held, limit: FlipsLimit) -> Iterator[Check]:
         yield held.decide(check, limit.max_share, finding, reason, name)
 
 
-def _grounding(held: Held, limit: GroundingLimit) -> Check:
+def _grounding(held: ArtifactChecks, limit: GroundingLimit) -> Check:
     check = "grounding"
     before, after = held.original.measured.grounding, held.artifact.measured.grounding
     if before is None or after is None:
@@ -229,7 +229,7 @@ def _grounding(held: Held, limit: GroundingLimit) -> Check:
     return held.decide(check, 0.0, found, f"{after.task}: {verdict}: {shown}", after.task)
 
 
-def _size(held: Held, limit: SizeLimit) -> Iterator[Check]:
+def _size(held: ArtifactChecks, limit: SizeLimit) -> Iterator[Check]:
     before, after = held.original.bytes, held.artifact.bytes
     if limit.max_ratio is not None:
         ratio = after / before

@@ -10,7 +10,7 @@ from compress.eval.results import Fidelity, ScoreMetrics, TaskMeasurement, Whole
 from compress.eval.statistics import Finding, Outcome
 from compress.eval.task import FIDELITY_CONFIDENCE
 from compress.gate import Check, FidelityLimit
-from compress.gate_held import Held, bounds_told
+from compress.gate_held import ArtifactChecks, bounds_told
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class _Said:
     at_least: bool = False
 
 
-def fidelity_checks(held: Held, limit: FidelityLimit) -> Iterator[Check]:
+def fidelity_checks(held: ArtifactChecks, limit: FidelityLimit) -> Iterator[Check]:
     """Yield the checks of every limit on every task whose predictions can be compared."""
     written = {"max_kl": limit.max_kl, "max_kl_p99": limit.max_kl_p99, "min_top1": limit.min_top1}
     for name, value in written.items():
@@ -48,7 +48,7 @@ def _comparable(task: TaskMeasurement) -> bool:
     return not (isinstance(task.metrics, ScoreMetrics) and task.metrics.task == "adapter")
 
 
-def _alike(held: Held, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
+def _alike(held: ArtifactChecks, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
     if name == "min_top1":
         said = _top1(held, limit, task, fidelity)
     elif name == "max_kl_p99":
@@ -60,7 +60,7 @@ def _alike(held: Held, name: str, limit: float, task: str, fidelity: Fidelity) -
     return held.decide(f"fidelity.{name}", limit, said.finding, reason, task).model_copy(update={"at_least": said.at_least})
 
 
-def _top1(held: Held, limit: float, task: str, fidelity: Fidelity) -> _Said:
+def _top1(held: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Said:
     value, noise = fidelity.top1_agreement, held.original.measured.tasks[task].noise
     outcome: Outcome = "pass" if value >= limit else "fail"
     what = "token" if fidelity.unit == "token" else "class"
@@ -72,7 +72,7 @@ def _top1(held: Held, limit: float, task: str, fidelity: Fidelity) -> _Said:
     return _Said(Finding(value, None, outcome, None), shown)
 
 
-def _p99(held: Held, limit: float, task: str, fidelity: Fidelity) -> _Said:
+def _p99(held: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Said:
     noise, value = held.original.measured.tasks[task].noise, fidelity.kl_p99
     shown = f"KL at most {value:.5f} nats for 99 % of {fidelity.unit}s"
     if fidelity.at_least:
@@ -94,7 +94,7 @@ def _p99(held: Held, limit: float, task: str, fidelity: Fidelity) -> _Said:
     return _Said(Finding(value, None, "inconclusive", None), shown, _raise_whole(), at_least=True)
 
 
-def _mean(held: Held, limit: float, task: str, fidelity: Fidelity) -> _Said:
+def _mean(held: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Said:
     whole, noise = fidelity.whole, held.original.measured.tasks[task].noise
     told = bounds_told(fidelity.kl_interval, fidelity.interval_level, _five)
     shown = f"mean KL {_told(fidelity, fidelity.kl_mean)}{told} nats per {fidelity.unit}"

@@ -12,7 +12,7 @@ from compress.gate import Check, Subject, pairs_of
 
 
 @dataclass(frozen=True)
-class Held:
+class ArtifactChecks:
     """The limits of the gate at a target, held against one artifact."""
 
     original: Subject

@@ -16,7 +16,7 @@ TEMPLATES = Path(__file__).parent / "html"
 
 
 @dataclass(frozen=True)
-class Entry:
+class LegendEntry:
     """One line of a legend: a mark and what it stands for."""
 
     mark: Markup
@@ -48,13 +48,13 @@ def figures(charts: Sequence[Chart], identity: str) -> tuple[Figure, ...]:
     return tuple(_figure(chart, f"{identity}-{place}") for place, chart in enumerate(charts))
 
 
-def legend(charts: Sequence[Chart]) -> tuple[Entry, ...]:
+def legend(charts: Sequence[Chart]) -> tuple[LegendEntry, ...]:
     """Return a line for each name and mark in the charts; those that differ by dashes alone share one."""
     found: dict[tuple[str, int], bool] = {}
     for chart in charts:
         for series in chart.series:
             found.setdefault((series.name.partition(", ")[0], series.style), series.joined)
-    return tuple(Entry(_markup(swatch(style, joined=joined)), name) for (name, style), joined in found.items())
+    return tuple(LegendEntry(_markup(swatch(style, joined=joined)), name) for (name, style), joined in found.items())
 
 
 def _figure(chart: Chart, identity: str) -> Figure:

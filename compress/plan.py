@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from compress.artifact import artifact_format
 from compress.calibration.sets import QuestionSource
 from compress.checkpoint import Checkpoint, open_checkpoint, read_config
-from compress.document import Document, dotted
+from compress.document import RecipeDocument, dotted
 from compress.errors import RecipeError, UsageError
 from compress.export.format import Outlook, runtimes_of, warnings_of
 from compress.families import Family, family_of
@@ -181,7 +181,7 @@ def _check_graphs(plan: Plan) -> None:
         check_artifact(folder, plan.family)
 
 
-def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, Path]) -> Plan:
+def _plan(recipe: Recipe, document: RecipeDocument, store: Store, given: Mapping[str, Path]) -> Plan:
     source = recipe.model
     pin = resolve_model(source.source, source.hub, source.revision)
     checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle, trust_remote_code=source.trust_remote_code)
@@ -225,7 +225,7 @@ def _products(recipe: Recipe, sizes: Sizes, given: Mapping[str, Path]) -> dict[s
     return {export.artifact: sizes.products for export in recipe.export if export.format == "vllm"}
 
 
-def _check(recipe: Recipe, document: Document, checkpoint: Checkpoint, family: Family) -> Sizes:
+def _check(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, family: Family) -> Sizes:
     """Ask every stage and export whether it can be done, and how large its result will be."""
     faults: list[str] = []
     stages: dict[int, int] = {}
@@ -267,7 +267,7 @@ def _shows_images(recipe: Recipe) -> bool:
     return recipe.calibration is None or any(isinstance(data, QuestionSource) for data in recipe.calibration.sets)
 
 
-def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str]:
+def _task_faults(recipe: Recipe, document: RecipeDocument, family: Family) -> list[str]:
     """Return which tasks, and what else is measured, ask what the model does not do, or the runtime does not offer of it."""
     writes = family.head is not None
     faults: list[str] = []
@@ -297,7 +297,7 @@ def _task_faults(recipe: Recipe, document: Document, family: Family) -> list[str
     return faults
 
 
-def _length_faults(recipe: Recipe, document: Document, config: Mapping[str, Any]) -> list[str]:
+def _length_faults(recipe: Recipe, document: RecipeDocument, config: Mapping[str, Any]) -> list[str]:
     """Return which runtimes cannot take as many tokens as the recipe says, or as its tasks' windows have."""
     windows = (getattr(task, "window", None) for task in recipe.eval.tasks)
     longest = max((window for window in windows if isinstance(window, int)), default=0)
@@ -339,7 +339,7 @@ def _joined(before: dict[str, Scheme] | None, made: dict[str, Scheme] | None) ->
     return {**(before or {}), **made}
 
 
-def _placed(document: Document, place: tuple[str | int, ...], faults: list[str]) -> list[str]:
+def _placed(document: RecipeDocument, place: tuple[str | int, ...], faults: list[str]) -> list[str]:
     where = f"{document.whereabouts(place)}: {place[0]}.{place[1]}"
     return [f"{where}: {fault}" for fault in faults]
 

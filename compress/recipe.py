@@ -13,7 +13,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, NonNegat
 from pydantic_core import ErrorDetails
 
 from compress.calibration import SETS
-from compress.document import Document, Place, dotted, override, read_document
+from compress.document import Place, RecipeDocument, dotted, override, read_document
 from compress.errors import RecipeError
 from compress.eval import TASKS
 from compress.eval.adapter import SHORT, spelled_out
@@ -34,13 +34,13 @@ def _or_short(task: Any) -> Any:
 
 
 if TYPE_CHECKING:
-    from compress.calibration.sets import Text, Vqa, Wikitext
+    from compress.calibration.sets import TextSet, VqaSet, WikitextSet
     from compress.eval.task import Task as AnyTask
     from compress.export.format import Export as AnyExport
     from compress.runtimes.runtime import Runtime as AnyRuntime
     from compress.stages.stage import Stage as AnyStage
 
-    AnySet = Text | Wikitext | Vqa
+    AnySet = TextSet | WikitextSet | VqaSet
 else:
     AnySet = union_of(SETS, "dataset")
     AnyStage = union_of(STAGES, "stage")
@@ -139,7 +139,7 @@ class Recipe(Frozen):
         return [task.name for task in self.eval.tasks if task.task in JUDGED]
 
 
-def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Document]:
+def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, RecipeDocument]:
     """Read a recipe, lay `settings` (dotted path → value) over it, and check everything that needs no model.
 
     The document is given back too: it knows the line of every place.
@@ -171,7 +171,7 @@ class Evaluation(Frozen):
 
 def read_evaluation(
     path: Path, settings: Mapping[str, Any], original: str, artifacts: Mapping[str, frozenset[str]]
-) -> tuple[Recipe, Document]:
+) -> tuple[Recipe, RecipeDocument]:
     """Read the name, tasks and gate of a recipe, or of a file that holds these alone, for artifacts that are there already.
 
     `original` is a folder or hub id, as a recipe's `model.source`; `artifacts` says which runtimes run each. What else a recipe
@@ -202,7 +202,7 @@ def read_evaluation(
     return recipe, document
 
 
-def _cross_check(document: Document, recipe: Recipe) -> list[str]:
+def _cross_check(document: RecipeDocument, recipe: Recipe) -> list[str]:
     faults: list[str] = []
     if recipe.calibration is None:
         faults += [
@@ -236,7 +236,7 @@ def _listed(runtimes: Iterable[str]) -> str:
     return " or ".join(sorted(runtimes, key=lambda name: (name == "endpoint", name)))
 
 
-def _eval_faults(document: Document, recipe: Recipe, artifacts: Mapping[str, frozenset[str]]) -> list[str]:
+def _eval_faults(document: RecipeDocument, recipe: Recipe, artifacts: Mapping[str, frozenset[str]]) -> list[str]:
     """Return what of the targets, of latency and of grounding cannot be measured as it stands.
 
     `artifacts` says which runtimes run each.
@@ -267,7 +267,7 @@ def _eval_faults(document: Document, recipe: Recipe, artifacts: Mapping[str, fro
     return faults
 
 
-def _gate_faults(document: Document, recipe: Recipe) -> list[str]:
+def _gate_faults(document: RecipeDocument, recipe: Recipe) -> list[str]:
     """Return which limits nothing is measured for."""
     faults: list[str] = []
     names = [target.name for target in recipe.eval.places]
@@ -307,7 +307,7 @@ def _follows(detail: ErrorDetails) -> bool:
     return detail["type"] == "default_factory_not_called" or (detail["type"] == "too_short" and bool(detail["input"]))
 
 
-def _faults(document: Document, details: list[ErrorDetails]) -> list[str]:
+def _faults(document: RecipeDocument, details: list[ErrorDetails]) -> list[str]:
     """Return one line for each place that is at fault; where a value may be of several kinds, what each would have it be."""
     found: dict[Place, list[ErrorDetails]] = {}
     for detail in details:

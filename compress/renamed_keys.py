@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from compress.document import Document, Place, dotted
+from compress.document import Place, RecipeDocument, dotted
 from compress.errors import RecipeError
 
 _ANY = "*"
@@ -32,7 +32,7 @@ RENAMED_KEYS = (
 """The new names are those of llm-compressor's modifiers (`ignore`, `dampening_frac`, `actorder`), and the papers' for grounding."""
 
 
-def rename_keys(document: Document) -> list[str]:
+def rename_keys(document: RecipeDocument) -> list[str]:
     """Give a recipe's keys their names of today, in place; return a line for each that had another.
 
     Raises:

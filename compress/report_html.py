@@ -14,7 +14,7 @@ from compress.eval.results import ScoreMetrics
 from compress.figures import kl_value, share
 from compress.gallery import Card, Gallery
 from compress.gate import Outcome
-from compress.page import Entry, Figure, figures, legend, render_page
+from compress.page import Figure, LegendEntry, figures, legend, render_page
 from compress.report import Report, published_lines
 from compress.report_charts import WidthMap, latency_charts, sensitivity_chart, size_charts, styles_of, width_map
 from compress.report_latency import (
@@ -58,7 +58,7 @@ class ChartsPart:
 
     kind: ClassVar[str] = "charts"
     figures: tuple[Figure, ...]
-    entries: tuple[Entry, ...]
+    entries: tuple[LegendEntry, ...]
 
 
 @dataclass(frozen=True)

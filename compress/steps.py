@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.artifact import file_digest, write_record
-from compress.calibration.collect import MANIFEST, PinnedSet, Selection, collect, read_manifest
+from compress.calibration.collect import MANIFEST, CalibrationSelection, PinnedSet, collect, read_manifest
 from compress.calibration.enough import enough_for
 from compress.calibration.overlap import check_overlap
 from compress.eval.measure import MeasureContext, measure
@@ -85,7 +85,7 @@ class StepExecutor:
             for spec, pin in zip(calibration.sets, self.plan.sets, strict=True)
         )
         remote_code = self.plan.recipe.model.trust_remote_code
-        collect(Selection(calibration.seed, sets), self.original(), target, self.progress, remote_code)
+        collect(CalibrationSelection(calibration.seed, sets), self.original(), target, self.progress, remote_code)
 
     def _check_overlap(self, step: Step, target: Path) -> None:
         del step

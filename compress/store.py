@@ -35,8 +35,8 @@ from compress.store_entries import (
     NOBODY,
     STARTED,
     Entry,
-    Held,
     Origin,
+    StoreItem,
     damage_of,
     files_of,
     held_of,
@@ -170,7 +170,7 @@ class Store:
         found = [read_entry(path) for path in _folders(self._entries)]
         return sorted((entry for entry in found if entry), key=lambda entry: entry.used, reverse=True)
 
-    def held(self) -> list[Held]:
+    def held(self) -> list[StoreItem]:
         """Return everything that takes room: outputs, what interrupted steps keep, unreadable entries; the one used last first."""
         entries = {path: read_entry(path) for path in _folders(self._entries)}
         found = [held_of(entry) if entry else unreadable_at(path) for path, entry in entries.items()]
@@ -214,7 +214,7 @@ class Store:
             lock.release()
             mark.with_suffix(".lock").unlink(missing_ok=True)
 
-    def prune(self, *, unused_for: float, keep_bytes: int | None, dry: bool = False) -> list[Held]:
+    def prune(self, *, unused_for: float, keep_bytes: int | None, dry: bool = False) -> list[StoreItem]:
         """Remove what was not used for `unused_for` seconds (0: everything), then the longest unused until `keep_bytes` are left.
 
         What a living run depends on stays, and so does what is being written. With `dry` nothing is removed. Returns what was, or
@@ -226,7 +226,7 @@ class Store:
         self.prepare()
         with telling_where(self.folder), self._marks_locked():
             kept = self._sweep_marks()
-        removed: list[Held] = []
+        removed: list[StoreItem] = []
         found = self.held()
         total = sum(held.bytes for held in found)
         for held in reversed(found):
@@ -238,7 +238,7 @@ class Store:
                 removed.append(held)
         return removed
 
-    def _remove(self, held: Held, *, dry: bool) -> bool:
+    def _remove(self, held: StoreItem, *, dry: bool) -> bool:
         """Remove something, unless it is being written just now; return whether it was, or with `dry` would be."""
         place = (self._aside if held.kind == "unfinished" else self._entries) / held.key
         key = held.key.partition(".")[0]

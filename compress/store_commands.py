@@ -13,7 +13,7 @@ from rich.table import Table
 from compress.report import size
 from compress.schema import is_local
 from compress.store import Store, default_store
-from compress.store_entries import Held
+from compress.store_entries import StoreItem
 from compress.untrusted import printable
 
 _DAY = 86_400.0
@@ -28,7 +28,7 @@ def _open(options: argparse.Namespace) -> Store:
     return Store(options.store or default_store())
 
 
-def _rows(found: list[Held]) -> list[dict[str, object]]:
+def _rows(found: list[StoreItem]) -> list[dict[str, object]]:
     return [
         {
             "key": held.key,
@@ -43,7 +43,7 @@ def _rows(found: list[Held]) -> list[dict[str, object]]:
     ]
 
 
-def _count(found: list[Held]) -> str:
+def _count(found: list[StoreItem]) -> str:
     """Return how many entries there are and how much room they take, what interrupted steps keep apart."""
     entries, rest = [held for held in found if held.kind != "unfinished"], [held for held in found if held.kind == "unfinished"]
     told = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size(sum(held.bytes for held in entries))}"

@@ -68,7 +68,7 @@ class Entry:
 
 
 @dataclass(frozen=True)
-class Held:
+class StoreItem:
     """Something that takes room in the store.
 
     `kind` says what it is: a finished output; what an interrupted step keeps, to go on from; or an entry without a readable record.
@@ -91,7 +91,7 @@ def _within(name: str) -> str:
     return name
 
 
-class Started(Frozen):
+class UnfinishedEntry(Frozen):
     """The content of `started.json`: what is being written beside it."""
 
     step: str
@@ -99,7 +99,7 @@ class Started(Frozen):
     recipe: str = ""
 
 
-class _Record(Frozen):
+class _EntryRecord(Frozen):
     """The content of `entry.json`; entries of before models and recipes were noted hold none."""
 
     key: str
@@ -127,7 +127,7 @@ def read_entry(folder: Path) -> Entry | None:
     """Return the entry that lies in a folder under its key; None where its record is missing, damaged, or not of this package."""
     path = folder / ENTRY
     try:
-        record = _Record.model_validate(read_object(path, StoreError))
+        record = _EntryRecord.model_validate(read_object(path, StoreError))
         used = path.stat().st_mtime
     except (OSError, StoreError, ValidationError):
         return None
@@ -171,24 +171,24 @@ def damage_of(entry: Entry, *, thorough: bool) -> str | None:
     return f"{entry.folder / unknown[0]} is no part of it" if unknown else None
 
 
-def held_of(entry: Entry) -> Held:
+def held_of(entry: Entry) -> StoreItem:
     """Return what a finished output takes."""
-    return Held(entry.key, "output", entry.step, entry.origin, entry.folder, entry.bytes, entry.used)
+    return StoreItem(entry.key, "output", entry.step, entry.origin, entry.folder, entry.bytes, entry.used)
 
 
-def unreadable_at(folder: Path) -> Held:
+def unreadable_at(folder: Path) -> StoreItem:
     """Return what an entry without a readable record takes."""
-    return Held(folder.name, "unreadable", "", NOBODY, folder, _size(folder), _used(folder))
+    return StoreItem(folder.name, "unreadable", "", NOBODY, folder, _size(folder), _used(folder))
 
 
-def unfinished_at(folder: Path) -> Held:
+def unfinished_at(folder: Path) -> StoreItem:
     """Return what the step whose output is being written to a folder, or was when it was interrupted, keeps there."""
     try:
-        started = Started.model_validate(read_object(folder / STARTED, StoreError))
+        started = UnfinishedEntry.model_validate(read_object(folder / STARTED, StoreError))
     except (OSError, StoreError, ValidationError):  # it was killed before it could say; its size counts all the same
-        started = Started(step="")
+        started = UnfinishedEntry(step="")
     origin = Origin(started.model, started.recipe)
-    return Held(folder.name, "unfinished", started.step, origin, folder, _size(folder), _used(folder))
+    return StoreItem(folder.name, "unfinished", started.step, origin, folder, _size(folder), _used(folder))
 
 
 def _size(folder: Path) -> int:

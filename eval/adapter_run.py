@@ -49,7 +49,7 @@ _SHOWN = 1200
 
 
 @dataclass(frozen=True)
-class Job:
+class HarnessJob:
     """What the worker is told."""
 
     harness: str
@@ -99,7 +99,7 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
     """Run the harness to its end; return what it says of the whole, and its items."""
     name = ENVIRONMENTS[task.harness]
     client = cast("httpx.Client", endpoint.client)
-    job = Job(
+    job = HarnessJob(
         harness=task.harness,
         benchmark=task.benchmark,
         url=str(client.base_url).rstrip("/"),
@@ -182,7 +182,7 @@ def _follow(server: Server, endpoint: Any, name: str, progress: Progress) -> Non
             time.sleep(_INTERVAL)
 
 
-def _outcome(task: Adapter, job: Job, server: Server) -> dict[str, Any]:
+def _outcome(task: Adapter, job: HarnessJob, server: Server) -> dict[str, Any]:
     """Return what the worker said, or raise what ended it."""
     where = f"task {task.name}: {server.name}"
     path = Path(job.outcome)

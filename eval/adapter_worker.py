@@ -37,7 +37,7 @@ _NEAR = 6
 _SHOWN = 500
 
 
-class JobError(Exception):
+class UnknownNameError(Exception):
     """A job that asks for what the harness does not have; `kind` says of what."""
 
     def __init__(self, kind: str, message: str) -> None:
@@ -45,7 +45,7 @@ class JobError(Exception):
         super().__init__(message)
 
 
-class Journal:
+class AnswerLog:
     """Answers on disk, a line each, so that a task that was interrupted asks only for those it has not had.
 
     What was asked several times was answered as often: each answer is given out once.
@@ -128,7 +128,7 @@ def lm_model(job: dict[str, Any]) -> Any:
     errors: Any = import_module("aiohttp").ClientError
     base: Any = clients.LocalChatCompletion if job["chat"] else clients.LocalCompletionsAPI
     turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-    journal = Journal(Path(job["journal"]))
+    journal = AnswerLog(Path(job["journal"]))
 
     async def ask(self: Any, session: Any, sem: Any, messages: Any, *, generate: bool = True, **others: Any) -> Any:
         del sem  # the client's own is not below 2: with 1 it would ask in another way, which no failing item survives
@@ -179,7 +179,7 @@ def run_lmms(job: dict[str, Any]) -> Found:
         retry_backoff_s=_PAUSE,
         httpx_trust_env=urlsplit(job["url"]).hostname != "127.0.0.1",
     )
-    model.client = journaled(model.client.with_options(timeout=job["seconds"], max_retries=0), Journal(Path(job["journal"])))
+    model.client = journaled(model.client.with_options(timeout=job["seconds"], max_retries=0), AnswerLog(Path(job["journal"])))
     outcome = evaluator.simple_evaluate(
         model=model,
         tasks=list(leaves.values()),
@@ -196,7 +196,7 @@ def run_lmms(job: dict[str, Any]) -> Found:
     return Found(leaves, dict(outcome["samples"]), dict(outcome["results"]))
 
 
-def journaled(client: Any, journal: Journal) -> Any:
+def journaled(client: Any, journal: AnswerLog) -> Any:
     """Return as much of an OpenAI client as lmms-eval uses, which asks the server only what the journal has no answer to."""
     completion: Any = import_module("openai.types.chat").ChatCompletion
 
@@ -238,7 +238,7 @@ def _check_name(job: dict[str, Any], manager: Any) -> None:
         return
     near = difflib.get_close_matches(str(job["benchmark"]), names, n=_NEAR)
     hint = f"; near it are {', '.join(near)}" if near else ""
-    raise JobError("name", f"no task is called {job['benchmark']}{hint}")
+    raise UnknownNameError("name", f"no task is called {job['benchmark']}{hint}")
 
 
 def _loading(job: dict[str, Any], load: Any) -> Any:
@@ -257,13 +257,15 @@ def _metrics(task: Any, job: dict[str, Any]) -> list[str]:
     """
     names = [str(name) for name in task.aggregation()]
     if job["metric"] is not None and job["metric"] not in names:
-        raise JobError("metric", f"the task's metrics are {', '.join(names)}, and not {job['metric']}")
+        raise UnknownNameError("metric", f"the task's metrics are {', '.join(names)}, and not {job['metric']}")
     wanted = [job["metric"]] if job["metric"] is not None else names
     better = cast("dict[str, bool | None]", task.higher_is_better())
     if better.get(wanted[0]) is False:
         others = [name for name in names if better.get(name) is not False]
         instead = f"; name one of {', '.join(others)}" if others else ""
-        raise JobError("metric", f"the metric {wanted[0]} is the better the lower it is, which no limit here is for{instead}")
+        raise UnknownNameError(
+            "metric", f"the metric {wanted[0]} is the better the lower it is, which no limit here is for{instead}"
+        )
     return [name for name in wanted if better.get(name) is not False]
 
 
@@ -276,7 +278,7 @@ def _of_one_filter(samples: Iterable[dict[str, Any]], job: dict[str, Any]) -> li
         if job["filter"] in (None, sample.get("filter")):
             kept.setdefault(sample["doc_id"], sample)
     if known and not kept:
-        raise JobError("metric", f"the task's filters are {', '.join(known)}, and not {job['filter']}")
+        raise UnknownNameError("metric", f"the task's filters are {', '.join(known)}, and not {job['filter']}")
     return list(kept.values())
 
 
@@ -287,7 +289,7 @@ def item(name: str, task: Any, sample: dict[str, Any], metrics: list[str]) -> tu
     digest = _sha(json.dumps([name, content, _prompt(sample)], sort_keys=True, default=str).encode())
     metric = next((each for each in metrics if each in sample), None)
     if metric is None:
-        raise JobError("metric", f"item {sample['doc_id']} of {name} has none of the metrics {', '.join(metrics)}")
+        raise UnknownNameError("metric", f"item {sample['doc_id']} of {name} has none of the metrics {', '.join(metrics)}")
     fault = _fault(sample)
     score = 0.0 if fault else _score(sample[metric], task, metric)
     row = {
@@ -363,7 +365,7 @@ def _score(value: Any, task: Any, metric: str) -> float:
     try:
         return float(task.aggregation()[metric]([value]))
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
-        raise JobError(
+        raise UnknownNameError(
             "metric", f"{metric} is of all items together and gives none a score of its own ({type(error).__name__}: {error})"
         ) from error
 
@@ -417,7 +419,7 @@ def leave_word(job: dict[str, Any]) -> None:
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
-        failed = error.kind if isinstance(error, JobError) else type(error).__name__
+        failed = error.kind if isinstance(error, UnknownNameError) else type(error).__name__
         message = str(error)
         if job.get("loading"):
             last: Any = getattr(error, "last_attempt", None)  # lmms-eval tries again and again, and tells only that it did

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import PositiveInt, ValidationInfo, field_validator, model_validator
 
-from compress.calibration.sets import Columns, ImageFolder, QuestionSource, Rows
+from compress.calibration.sets import Columns, ImageFolder, QuestionSource, RowFilter
 from compress.checkpoint import read_json_object
 from compress.errors import CheckpointError, DataError, RecipeError
 from compress.eval.definition import Definition, Kind, find_definition, read_definition
@@ -51,7 +51,7 @@ Scorer = Callable[["Question", str], float]
 
 
 @dataclass(frozen=True)
-class Part:
+class QuestionSet:
     """Questions that are asked together, under a name of their own; `original` are the original's items, None where it is asked."""
 
     name: str
@@ -185,10 +185,10 @@ class Asked(Task, ABC):
         )
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowFilter:
         """Which rows of its data count."""
         definition = self.read()
-        return definition.rows if self._own_data(definition) else Rows()
+        return definition.rows if self._own_data(definition) else RowFilter()
 
     def settings(self) -> dict[str, Any]:
         """Return the definition's content, the columns, how questions are drawn, and the task's revision."""
@@ -243,7 +243,7 @@ class Asked(Task, ABC):
             looks=None if context.stopping is None else context.stopping.looks,
         )
 
-    def ask(self, part: Part, context: TaskContext) -> list[Answered]:
+    def ask(self, part: QuestionSet, context: TaskContext) -> list[Answered]:
         """Ask a part's questions, and score the original's answers to them, or the model's own where it is the original.
 
         Raises:
@@ -263,7 +263,7 @@ class Asked(Task, ABC):
             for question, said, ids, score in zip(part.questions, answers, spoken, scores, strict=True)
         ]
 
-    def ask_again(self, part: Part, context: TaskContext) -> list[Answered]:
+    def ask_again(self, part: QuestionSet, context: TaskContext) -> list[Answered]:
         """Ask a part's questions, which the original has answered, once more, and score its answers twice, to compare them.
 
         They are asked in another order and in other batches, where it is a server that is asked.
@@ -280,7 +280,7 @@ class Asked(Task, ABC):
             for question, said, item, score in zip(part.questions, answers, before, scores, strict=True)
         ]
 
-    def prompts(self, part: Part) -> list[Prompt]:
+    def prompts(self, part: QuestionSet) -> list[Prompt]:
         """Return what a part's questions are as prompts, in their order."""
         return [Prompt(id=question.id, text=self.wording(question), images=question.images) for question in part.questions]
 
@@ -310,14 +310,14 @@ class Asked(Task, ABC):
             name = f"task {self.name}: {question.origin}: question {question.id}"
             check_reserved((self.wording(question),), reserved, name)
 
-    def _parts(self, questions: Sequence[Question], context: TaskContext) -> list[Part]:
+    def _parts(self, questions: Sequence[Question], context: TaskContext) -> list[QuestionSet]:
         """Return the questions as one part in their order, or, where they are drawn until it is settled, as several by lot."""
         ordered = list(questions) if context.stopping is None else _by_lot(questions, self.seed)
         ends = [len(ordered)] if context.stopping is None else list(context.stopping.ends(len(ordered)))
         original = self._original_items(ordered, context)
         scorer = self.scorer(ordered)
         return [
-            Part(
+            QuestionSet(
                 name=self.name if context.stopping is None else f"{self.name}@{look}",
                 questions=ordered[first:last],
                 original=None if original is None else original[first:last],
@@ -326,7 +326,7 @@ class Asked(Task, ABC):
             for look, (first, last) in enumerate(pairwise([0, *ends]), 1)
         ]
 
-    def _go_through(self, parts: Sequence[Part], context: TaskContext) -> tuple[list[Answered], int | None]:
+    def _go_through(self, parts: Sequence[QuestionSet], context: TaskContext) -> tuple[list[Answered], int | None]:
         """Ask part after part until an artifact needs no more; return the items, and after which part it was settled."""
         answered = list[Answered]()
         original = list[QuestionItem]()
@@ -352,7 +352,9 @@ class Asked(Task, ABC):
                 )
         return original
 
-    def _item(self, part: Part, question: Question, answer: Answer, token_ids: tuple[int, ...], score: Score) -> QuestionItem:
+    def _item(
+        self, part: QuestionSet, question: Question, answer: Answer, token_ids: tuple[int, ...], score: Score
+    ) -> QuestionItem:
         return QuestionItem(
             id=question.id,
             digest=question.digest,
@@ -381,7 +383,7 @@ class Asked(Task, ABC):
             details=self.figures(questions, items),
         )
 
-    def _noise(self, parts: Sequence[Part], items: Sequence[QuestionItem], context: TaskContext) -> Fidelity | None:
+    def _noise(self, parts: Sequence[QuestionSet], items: Sequence[QuestionItem], context: TaskContext) -> Fidelity | None:
         """Return how much the original's answers and predictions change when it is asked once more, None where none is."""
         asked = [question for part in parts for question in part.questions][: context.noise]
         if context.against is not None or not asked:

@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from compress.errors import ServerError
 from compress.eval.latency import LoadPoint
-from compress.eval.load_generator import Load, Sample
+from compress.eval.load_generator import Load, RequestTiming
 from compress.files import telling_where, write_text
 from compress.redaction import redact
 from compress.runtimes.last_words import describe_end
@@ -104,11 +104,11 @@ def read_bench(path: Path) -> Load:
         raise ServerError(f"{path}: holds no result of vllm bench serve for each request ({error}); install vLLM anew") from error
 
 
-def _sample(ttft: float, gaps: list[float], tokens: int, fault: str) -> Sample:
+def _sample(ttft: float, gaps: list[float], tokens: int, fault: str) -> RequestTiming:
     if fault or not tokens:
         lines = [line for line in fault.splitlines() if line.strip()]
-        return Sample(0.0, (), 0, printable(redact(lines[-1].strip()))[:_WORDS] if lines else "no answer")
-    return Sample(float(ttft), tuple(float(gap) for gap in gaps), int(tokens))
+        return RequestTiming(0.0, (), 0, printable(redact(lines[-1].strip()))[:_WORDS] if lines else "no answer")
+    return RequestTiming(float(ttft), tuple(float(gap) for gap in gaps), int(tokens))
 
 
 def _command(bench: Bench, served: Served, point: LoadPoint, requests: int, seed: int) -> list[str]:

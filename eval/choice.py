@@ -11,7 +11,7 @@ from pydantic import model_validator
 
 from compress.calibration.sets import Columns
 from compress.errors import DataError
-from compress.eval.asked import Answered, Asked, Part, Scorer, drawn, parts_of
+from compress.eval.asked import Answered, Asked, QuestionSet, Scorer, drawn, parts_of
 from compress.eval.definition import Kind
 from compress.eval.metrics.letter import LETTERS, named_option
 from compress.eval.results import QuestionItem
@@ -110,7 +110,7 @@ class Choice(Asked):
             f"answer; {asked}; KL and top-1 are of the option that the original finds likeliest"
         )
 
-    def ask(self, part: Part, context: TaskContext) -> list[Answered]:
+    def ask(self, part: QuestionSet, context: TaskContext) -> list[Answered]:
         """Ask a part's questions, or score their options; see `Asked.ask`."""
         if self.by == "generation":
             return super().ask(part, context)
@@ -121,7 +121,7 @@ class Choice(Asked):
         scores = compare_whole(context, part.name, theirs, [score for _, score in answered], parts_of(context))
         return [(item, score) for (item, _), score in zip(answered, scores, strict=True)]
 
-    def ask_again(self, part: Part, context: TaskContext) -> list[Answered]:
+    def ask_again(self, part: QuestionSet, context: TaskContext) -> list[Answered]:
         """Ask a part's questions, or score their options, once more; see `Asked.ask_again`."""
         if self.by == "generation":
             return super().ask_again(part, context)
@@ -134,7 +134,7 @@ class Choice(Asked):
     def _shows_options(self) -> bool:
         return "{options}" in self.read().prompt
 
-    def _options(self, part: Part, context: TaskContext) -> list[Passage]:
+    def _options(self, part: QuestionSet, context: TaskContext) -> list[Passage]:
         """Return each question's options as answers to its prompt, question by question."""
         from compress.calibration.collect import encoder
         from compress.conversation import load_tokenizer
@@ -150,7 +150,7 @@ class Choice(Asked):
                 passages.append(Passage(id=f"{question.id}#{letter}", token_ids=tuple(token_ids), prompt=prompt))
         return passages
 
-    def _likeliest(self, part: Part, scores: Sequence[Score], passages: Sequence[Passage]) -> list[Answered]:
+    def _likeliest(self, part: QuestionSet, scores: Sequence[Score], passages: Sequence[Passage]) -> list[Answered]:
         """Return each question's item with the likeliest option, and how the option that the original chose was predicted."""
         answered = list[Answered]()
         first = 0
@@ -171,7 +171,7 @@ class Choice(Asked):
         total = -float(score.negative_log_likelihood.sum())
         return total / len(score.negative_log_likelihood) if self.length_normalized else total
 
-    def _theirs(self, part: Part, place: int, item: QuestionItem) -> str:
+    def _theirs(self, part: QuestionSet, place: int, item: QuestionItem) -> str:
         """Return the letter of the option that the original finds likeliest."""
         original = item if part.original is None else part.original[place]
         return LETTERS[self._place(original)]

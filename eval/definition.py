@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
-from compress.calibration.sets import Columns, Rows, Values
+from compress.calibration.sets import Columns, RowFilter, Values
 from compress.document import dotted, read_document
 from compress.errors import RecipeError
 from compress.eval.metrics import BINARY, METRICS
@@ -100,9 +100,9 @@ class Definition(Frozen):
             raise ValueError("; ".join(said)) from error
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowFilter:
         """Which rows of its own data count."""
-        return Rows(where=self.where, text_only=self.text_only)
+        return RowFilter(where=self.where, text_only=self.text_only)
 
     @property
     def binary(self) -> bool:

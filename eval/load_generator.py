@@ -40,7 +40,7 @@ Client = Literal["vllm bench serve", "compress"]
 
 
 @dataclass(frozen=True)
-class Sample:
+class RequestTiming:
     """One request: seconds until the first piece of the answer, and between its pieces; `fault` says why it has no answer.
 
     Where a server sends a piece that only says who speaks, as vLLM does with the first token, that is the first piece.
@@ -69,7 +69,7 @@ class Load:
     `began` is when the first was sent, by the clock of `time.perf_counter`.
     """
 
-    samples: tuple[Sample, ...]
+    samples: tuple[RequestTiming, ...]
     seconds: float
     client: Client
     began: float = 0.0
@@ -190,7 +190,7 @@ async def _put_load(served: Served, bodies: Sequence[bytes], concurrency: int, r
     await asyncio.gather(*(work() for _ in range(min(concurrency, len(bodies)))))
     seconds = time.perf_counter() - began
     await asyncio.sleep(0)  # lets the connections end
-    samples = tuple(Sample(0.0, (), 0, answer) if isinstance(answer, str) else read_stream(answer) for answer in found)
+    samples = tuple(RequestTiming(0.0, (), 0, answer) if isinstance(answer, str) else read_stream(answer) for answer in found)
     return Load(samples, seconds, "compress", began)
 
 
@@ -221,7 +221,7 @@ def _told(text: str) -> str:
     return printable(" ".join(redact(text).split()))[:_WORDS]
 
 
-def read_stream(stream: Stream) -> Sample:
+def read_stream(stream: Stream) -> RequestTiming:
     """Return the times in an answer's stream of server-sent events, OpenAI's chat completion chunks.
 
     One that breaks off, holds an error or something else than chunks is a sample with its fault.
@@ -233,24 +233,24 @@ def read_stream(stream: Stream) -> Sample:
             ended = True
             continue
         if data is None:
-            return Sample(0.0, (), 0, f"the stream holds an event that does not end ({limits().set_by('event_bytes')})")
+            return RequestTiming(0.0, (), 0, f"the stream holds an event that does not end ({limits().set_by('event_bytes')})")
         try:
             event: Any = json.loads(data)
             choices: Any = event.get("choices")
             usage: Mapping[str, Any] = event.get("usage") or {}
             told = min(int(usage.get("completion_tokens") or told), _MOST_TOKENS)
             if event.get("error"):
-                return Sample(0.0, (), 0, _told(data))
+                return RequestTiming(0.0, (), 0, _told(data))
             if choices:
                 times.append(moment)
                 spoken += bool(choices[0].get("delta", {}).get("content"))
                 ended = ended or choices[0].get("finish_reason") is not None
         except (ValueError, AttributeError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
-            return Sample(0.0, (), 0, "the stream holds what is no chunk of an answer")
+            return RequestTiming(0.0, (), 0, "the stream holds what is no chunk of an answer")
     if not times or not ended:
-        return Sample(0.0, (), 0, "the stream ended before the answer did")
+        return RequestTiming(0.0, (), 0, "the stream ended before the answer did")
     gaps = tuple(after - before for before, after in pairwise(times))
-    return Sample(times[0] - stream.sent, gaps, told or spoken)
+    return RequestTiming(times[0] - stream.sent, gaps, told or spoken)
 
 
 def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, str | None]]:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compress.calibration.sets import QuestionSource, Rows, TextSource
+from compress.calibration.sets import QuestionSource, RowFilter, TextSource
 from compress.errors import CheckpointError
 from compress.eval.journal import Journal, score_all
 from compress.eval.results import Fidelity, ScoredItem, TaskMeasurement, Unit, again
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from compress.calibration.texts import Document
 
 FIDELITY_CONFIDENCE = 0.95
-_ALL_ROWS = Rows()
+_ALL_ROWS = RowFilter()
 
 
 class Stopping(Protocol):
@@ -100,7 +100,7 @@ class Task(Frozen, ABC):
         """Where its data come from; None where what asks the server reads them by itself."""
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> RowFilter:
         """Which rows of its data count."""
         return _ALL_ROWS
 
@@ -178,7 +178,7 @@ def asked_otherwise(session: Session) -> Session:
 
 
 def draw_questions(
-    files: Sequence[Path], data: QuestionSource, samples: int | None, seed: int, rows: Rows = _ALL_ROWS
+    files: Sequence[Path], data: QuestionSource, samples: int | None, seed: int, rows: RowFilter = _ALL_ROWS
 ) -> list[Question]:
     """Return the questions that count of the files, in their order, with `samples` at most so many, drawn with a seed.
 

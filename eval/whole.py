@@ -63,7 +63,7 @@ def compare_whole(
     if not isinstance(session, WholeVocabulary) or not session.whole_tokens:
         return list(scores)
     digest = passages_digest(passages)
-    record = _Record((context.against or context.target) / "record" / f"{name}@whole")
+    record = _RecordedDistributions((context.against or context.target) / "record" / f"{name}@whole")
     if context.against is None:
         if not record.holds(digest):
             places = draw(scores, math.ceil(session.whole_tokens / parts), digest)
@@ -150,7 +150,7 @@ def _upper_percentile(values: Floats) -> float | None:
 
 
 @dataclass(frozen=True)
-class _Record:
+class _RecordedDistributions:
     """The original's distributions at the tokens drawn; a token of which there was none is left out."""
 
     folder: Path

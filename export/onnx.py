@@ -79,10 +79,10 @@ class Onnx(OnnxExport, VerifiedExport):
             CheckpointError: a graph, or the checkpoint, cannot be loaded.
         """
         from compress.runtimes.onnxruntime import Onnxruntime
-        from compress.verification.limits import Settings, limits_of
+        from compress.verification.limits import ExportPrecision, limits_of
         from compress.verification.verify import verify_graphs
 
-        settings = Settings(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
+        settings = ExportPrecision(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
         limits = limits_of(settings, open_checkpoint(context.source), context.family)
         return verify_graphs(context, Onnxruntime(runtime="onnxruntime", providers=("cpu",)), limits)
 

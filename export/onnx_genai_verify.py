@@ -13,9 +13,9 @@ from compress.checkpoint import open_checkpoint
 from compress.export.format import VerifyContext
 from compress.export.onnx_genai_config import DECODER, DECODER_OF_BUILDER, EMBEDDING, VISION
 from compress.runtimes.onnxruntime_genai import OnnxruntimeGenai
-from compress.runtimes.onnxruntime_graph import Graph
+from compress.runtimes.onnxruntime_graph import GraphSession
 from compress.verification.graphs import Compared, logits, prompt_logits
-from compress.verification.limits import Settings, limits_of
+from compress.verification.limits import ExportPrecision, limits_of
 from compress.verification.reference import Reference
 from compress.verification.results import Verification
 from compress.verification.verify import Table, verify_graphs
@@ -28,7 +28,7 @@ _EMBEDS, _DEEP = "inputs_embeds", "deepstack_embeds"
 
 def verify_folder(export: OnnxGenai, context: VerifyContext) -> Verification:
     """Do what `OnnxGenai.verify` says."""
-    settings = Settings(export.dtype, export.accuracy_level, export.head_bits, export.embedding_bits)
+    settings = ExportPrecision(export.dtype, export.accuracy_level, export.head_bits, export.embedding_bits)
     limits = limits_of(settings, open_checkpoint(context.source), context.family)
     decoder = DECODER_OF_BUILDER.removesuffix(".onnx") if export.decoder == "builder" else DECODER
     table: Table = {
@@ -39,7 +39,7 @@ def verify_folder(export: OnnxGenai, context: VerifyContext) -> Verification:
     return verify_graphs(context, OnnxruntimeGenai(runtime="onnxruntime-genai"), limits, table)
 
 
-def image_features(graph: Graph, references: Sequence[Reference]) -> Iterator[Compared]:
+def image_features(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
     """Give what the vision graph makes of each prompt's images, each filled up to the longest, beside the checkpoint's."""
     for reference in references:
         if reference.features:
@@ -47,7 +47,7 @@ def image_features(graph: Graph, references: Sequence[Reference]) -> Iterator[Co
             yield Compared(reference.shown, graph.run(given)["image_features"], _wide(reference))
 
 
-def embeddings(graph: Graph, references: Sequence[Reference]) -> Iterator[Compared]:
+def embeddings(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
     """Give what the embeddings make of each prompt's words and the checkpoint's features of its images."""
     width = int(graph.inputs["image_features"].shape[1])
     for reference in references:
@@ -59,12 +59,12 @@ def embeddings(graph: Graph, references: Sequence[Reference]) -> Iterator[Compar
         yield Compared(reference.shown, found, theirs)
 
 
-def decoder_logits(graph: Graph, references: Sequence[Reference]) -> Iterator[Compared]:
+def decoder_logits(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
     """Give the decoder's logits of each prompt, and of the tokens after it; see `compress.verification.graphs.logits`."""
     return logits(_apart(graph, references), references)
 
 
-def decoder_prompt_logits(graph: Graph, references: Sequence[Reference]) -> Iterator[Compared]:
+def decoder_prompt_logits(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
     """Give the decoder's logits of each prompt."""
     return prompt_logits(_apart(graph, references), references)
 
@@ -89,7 +89,7 @@ def _filled(reference: Reference) -> NDArray[np.float32]:
 class _Apart:
     """A decoder whose embeddings carry features from within the vision tower, seen as one that takes them apart from each other."""
 
-    def __init__(self, graph: Graph, levels: int) -> None:
+    def __init__(self, graph: GraphSession, levels: int) -> None:
         declared = graph.inputs[_EMBEDS]
         self._graph = graph
         self.inputs = {**graph.inputs, _DEEP: replace(declared, shape=(levels, *declared.shape))}
@@ -103,6 +103,6 @@ class _Apart:
         return self._graph.run({**kept, _EMBEDS: np.concatenate(parts, axis=-1)})
 
 
-def _apart(graph: Graph, references: Sequence[Reference]) -> Any:
+def _apart(graph: GraphSession, references: Sequence[Reference]) -> Any:
     levels = int(graph.inputs[_EMBEDS].shape[-1]) // references[0].entering.shape[1] - 1
     return _Apart(graph, levels) if levels else graph

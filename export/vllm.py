@@ -29,7 +29,7 @@ _INDEX_BYTES = 4
 _KV_BYTES = 8
 
 
-class Vllm(Export):
+class VllmExport(Export):
     """The checkpoint for `vllm serve`, from the very integers and scales that the stages chose.
 
     `awq` is AutoAWQ's GEMM layout: 4 bits, one group size, read by many runtimes. `gptq` is GPTQ's: 4 or 8 bits, symmetric, one

@@ -23,7 +23,7 @@ from compress.eval.latency_results import (
     Trial,
 )
 from compress.eval.results import Fidelity, Grounding, PerplexityMetrics, ScoreMetrics
-from compress.gallery import Card, Gallery, Said, thumbnail
+from compress.gallery import Card, Gallery, GalleryAnswer, thumbnail
 from compress.gate import Check, Outcome, Verdict
 from compress.report import Published, Report, Row, Timing
 from compress.runtimes.vllm_ladder import LadderStep
@@ -289,10 +289,10 @@ def gallery() -> Gallery:
             id=f"q{place}",
             kind="lost" if kind == "lost" else "gained",
             binary=bool(place % 2),
-            original=Said("original", colour if kind == "lost" else "grey", None, 1.0 if kind == "lost" else 0.0),
+            original=GalleryAnswer("original", colour if kind == "lost" else "grey", None, 1.0 if kind == "lost" else 0.0),
             artifacts=(
-                Said("vllm-awq", "grey" if kind == "lost" else colour, None, 0.0 if kind == "lost" else 1.0),
-                Said("vllm-int8", "", "the server answered 503 three times" if kind == "lost" else None, 0.0),
+                GalleryAnswer("vllm-awq", "grey" if kind == "lost" else colour, None, 0.0 if kind == "lost" else 1.0),
+                GalleryAnswer("vllm-int8", "", "the server answered 503 three times" if kind == "lost" else None, 0.0),
             ),
             accepted=((colour, 9), (f"dark {colour}", 1)),
             question=f"What colour is the shape in picture {place}?",

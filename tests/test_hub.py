@@ -18,7 +18,7 @@ from safetensors import torch as safetensors_torch
 
 from compress.artifact import file_digest
 from compress.calibration.enough import enough_for
-from compress.calibration.sets import Text
+from compress.calibration.sets import TextSet
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError, MissingError, UsageError
 from compress.families import family_at
@@ -417,7 +417,7 @@ def test_no_more_shards_than_needed(hub: HubServer) -> None:
     assert len(fetch_dataset_files(pin, 10, Silent())) == 1
     assert len(fetch_dataset_files(pin, 11, Silent())) == 2
     assert len(hub.names()) == 2
-    spec = Text(dataset="text", source="org/data", samples=1, tokens=4)
+    spec = TextSet(dataset="text", source="org/data", samples=1, tokens=4)
     assert len(fetch_dataset_files(pin, enough_for(spec), Silent())) == 1
     paths = fetch_dataset_files(pin, None, Silent())
     assert [path.read_bytes() for path in paths] == list(shards.values())

@@ -13,7 +13,7 @@ from torch import nn
 
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.export.format import ExportContext
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.families import FAMILIES, family_of
 from compress.layouts import quantized_linears, unquantized_linears
 from compress.module_names import all_names, group_of, misnamed, portable_config
@@ -72,7 +72,7 @@ def export(folder: Path, chosen: Callable[[str], Scheme | None], vision: Callabl
     round_checkpoint(folder / "source", folder / "rounded", chosen, vision=vision)
     (folder / "artifact").mkdir()
     family = family_of(open_checkpoint(folder / "source").config)
-    layout = Vllm.model_validate({"format": "vllm", "layout": "compressed-tensors"})
+    layout = VllmExport.model_validate({"format": "vllm", "layout": "compressed-tensors"})
     layout.apply(ExportContext(folder / "rounded", folder / "artifact", family, Silent()))
     return open_checkpoint(folder / "artifact")
 

@@ -18,7 +18,7 @@ from compress import output_head
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.families import Family, family_at
 from compress.families.derived import derive_family
 from compress.output_head import check_head, head_is_tied, head_notes, settled_config
@@ -156,7 +156,7 @@ def test_an_artifact_of_a_contradictory_checkpoint_contradicts_nothing(tmp_path:
     say(folder, True, True)
     target = tmp_path / "artifact"
     target.mkdir()
-    export = Vllm(format="vllm", layout="compressed-tensors")
+    export = VllmExport(format="vllm", layout="compressed-tensors")
     export.apply(ExportContext(folder, target, family_at(folder), Silent()))
     config = open_checkpoint(target).config
     assert (config[KEY], config["text_config"][KEY]) == (False, False)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from compress.gallery import Card, Gallery, Said
+from compress.gallery import Card, Gallery, GalleryAnswer
 from compress.page import TEMPLATES
 from compress.report_html import render_html, verdict_sentence
 from tests.made_pages import PAGES, content
@@ -109,7 +109,7 @@ def test_the_sentence_beside_the_verdict(outcomes: list[Any], sentence: str) -> 
 
 
 def test_what_models_and_data_say_is_only_ever_text() -> None:
-    said = Said(HOSTILE, HOSTILE, HOSTILE, 0.0)
+    said = GalleryAnswer(HOSTILE, HOSTILE, HOSTILE, 0.0)
     card = Card(
         task=HOSTILE, id=HOSTILE, kind="lost", binary=True, original=said, artifacts=(said,), accepted=((HOSTILE, 2),),
         question=HOSTILE, options=(HOSTILE,),

@@ -16,7 +16,7 @@ from compress.artifact import checkpoint_bytes, copy_side_files, is_terms, side_
 from compress.checkpoint import INDEX, open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.families import family_at, family_of
 from compress.hub import open_pinned, resolve_model, weights_notes
 from compress.hubs.card import read_licence
@@ -53,7 +53,7 @@ def edit(path: Path, **values: object) -> None:
 
 def exported(folder: Path, target: Path) -> Path:
     target.mkdir()
-    Vllm(format="vllm", layout="compressed-tensors").apply(ExportContext(folder, target, family_at(folder), Silent()))
+    VllmExport(format="vllm", layout="compressed-tensors").apply(ExportContext(folder, target, family_at(folder), Silent()))
     return target
 
 
@@ -179,7 +179,7 @@ def test_a_models_own_code_goes_into_what_is_made_of_it(own: Path, tmp_path: Pat
     artifact.mkdir()
     stage = Rtn.model_validate({"stage": "rtn", "bits": 8, "group_size": 32, "symmetric": True})
     stage.apply(StageContext(own, rounded, None, family, "cpu", 0, Silent(), trust_remote_code=True))
-    Vllm(format="vllm", layout="compressed-tensors").apply(ExportContext(rounded, artifact, family, Silent()))
+    VllmExport(format="vllm", layout="compressed-tensors").apply(ExportContext(rounded, artifact, family, Silent()))
     assert code_files(artifact) == code_files(own)
     assert not (artifact / "unrelated.py").exists()
     loaded = load_model(artifact, torch.float32, torch.device("cpu"), Silent(), trust_remote_code=True)

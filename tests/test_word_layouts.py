@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.export.vllm_limits import Layout
 from compress.families import family_of
 from compress.progress import Silent
@@ -31,7 +31,7 @@ def artifact(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     round_checkpoint(source, folder / "rounded", scheme(4, 32, symmetric=layout == "gptq"))
     (folder / layout).mkdir()
     family = family_of(json.loads((source / "config.json").read_text(encoding="utf-8")))
-    Vllm(format="vllm", layout=layout).apply(ExportContext(folder / "rounded", folder / layout, family, Silent()))
+    VllmExport(format="vllm", layout=layout).apply(ExportContext(folder / "rounded", folder / layout, family, Silent()))
     return folder / layout
 
 

@@ -28,7 +28,7 @@ HOST_BYTES = 16 << 30
 """How much host memory activations may take before they spill to disk."""
 
 
-class Batch(Protocol):
+class BatchInputs(Protocol):
     """Calibration samples that go through the model together; made when asked for."""
 
     def inputs(self) -> dict[str, Tensor]:
@@ -89,7 +89,7 @@ class WalkConfig:
 
     checkpoint: Checkpoint
     family: Family
-    batches: Sequence[Batch]
+    batches: Sequence[BatchInputs]
     device: str
     scratch: Path
     host_bytes: int = HOST_BYTES

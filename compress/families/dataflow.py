@@ -20,7 +20,7 @@ _SAME_CHANNELS = {"transpose", "permute", "t", "expand", "clone", "unsqueeze", "
 
 
 @dataclass(frozen=True)
-class Step:
+class Operation:
     """One operation: what it was given and gave back, and the module that was running, empty for the code between modules."""
 
     name: str
@@ -45,7 +45,7 @@ class Flow(TorchDispatchMode):
     def __init__(self, modules: dict[str, nn.Module]) -> None:
         super().__init__()
         self.called: dict[str, Called] = {}
-        self._readers: dict[int, list[Step]] = {}
+        self._readers: dict[int, list[Operation]] = {}
         self._modules = modules
         self._running = ""
         self._hooks: list[RemovableHandle] = []
@@ -66,12 +66,12 @@ class Flow(TorchDispatchMode):
         """Let an operation happen and note it."""
         del types
         output = func(*args, **(kwargs or {}))
-        step = Step(func.overloadpacket.__name__, func, args, kwargs or {}, tuple(_tensors(output)), self._running)
+        step = Operation(func.overloadpacket.__name__, func, args, kwargs or {}, tuple(_tensors(output)), self._running)
         for tensor in _tensors((args, kwargs or {})):
             self._readers.setdefault(id(tensor), []).append(step)  # the step holds the tensor, so its id stays its own
         return output
 
-    def readers(self, tensor: Tensor) -> Sequence[Step]:
+    def readers(self, tensor: Tensor) -> Sequence[Operation]:
         """Return the operations that were given a tensor."""
         return self._readers.get(id(tensor), ())
 
@@ -127,7 +127,7 @@ class Flow(TorchDispatchMode):
         return note
 
 
-def _carry(step: Step, values: Tensor, channels: Tensor) -> tuple[Tensor, Tensor] | None:
+def _carry(step: Operation, values: Tensor, channels: Tensor) -> tuple[Tensor, Tensor] | None:
     """Return what an operation makes of values whose channels are numbered, None where it does not keep them apart."""
     if step.module:
         return None

@@ -14,7 +14,7 @@ _SCALE = 1e6
 
 
 @dataclass(frozen=True)
-class Choice:
+class WidthOption:
     """One width a group of layers could have: what it takes, in bytes or any other whole unit, and the loss it brings."""
 
     width: int
@@ -33,7 +33,7 @@ class BudgetError(ValueError):
         return f"a budget of {self.budget} is below {self.smallest}, the smallest possible"
 
 
-def allocate(groups: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, Choice]:
+def allocate(groups: Mapping[str, Sequence[WidthOption]], budget: int) -> dict[str, WidthOption]:
     """Return each group's choice such that the sum of losses is smallest among all whose costs sum to `budget` at most.
 
     A multiple-choice knapsack, solved as a mixed-integer linear program (HiGHS by way of `scipy.optimize.milp`). Choices that
@@ -61,9 +61,9 @@ def allocate(groups: Mapping[str, Sequence[Choice]], budget: int) -> dict[str, C
     return {name: choices[pick] for (name, choices), pick in zip(kept.items(), picks, strict=True)}
 
 
-def _undominated(choices: Sequence[Choice]) -> list[Choice]:
+def _undominated(choices: Sequence[WidthOption]) -> list[WidthOption]:
     """Return the choices that are worth their cost, the cheapest first; their losses fall."""
-    kept: list[Choice] = []
+    kept: list[WidthOption] = []
     for choice in sorted(choices, key=lambda choice: (choice.cost, choice.loss, choice.width)):
         if not kept or choice.loss < kept[-1].loss:
             kept.append(choice)

@@ -23,7 +23,7 @@ _ATTEMPTS = 8
 
 
 @dataclass(frozen=True)
-class Gptq:
+class GptqOptions:
     """`dampening_frac` is the share of H's mean diagonal that is added to its diagonal; `reorder` rounds by falling H_jj."""
 
     dampening_frac: float = 0.01
@@ -41,7 +41,7 @@ class Feedback:
     factor: Tensor
 
     @classmethod
-    def of(cls, gram: Tensor, settings: Gptq) -> Feedback:
+    def of(cls, gram: Tensor, settings: GptqOptions) -> Feedback:
         """Factor the second moment `gram` of a linear's input, float32 [in, in], in its own memory, which may be gigabytes.
 
         The factorisation runs from the last column to the first: H is turned round and factored.

@@ -16,16 +16,16 @@ from compress.checkpoint import read_config
 from compress.errors import ServerError, UsageError
 from compress.families import family_at
 from compress.progress import Progress
-from compress.runtimes.endpoint import Endpoint as Settings
 from compress.runtimes.endpoint import Place, Told
+from compress.runtimes.endpoint import ServedModel as Settings
 from compress.runtimes.exchange import AnswerError, exchange, models_of
 from compress.runtimes.openai_client import Address, Asker, ItemError, denied, open_client, read_key, refusal_of, shown
 from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, OpenContext, Passage, Picture, Prompt, Score, Served
 from compress.runtimes.vllm_server import stop_tokens
 from compress.runtimes.vllm_session import (
     Asking,
-    Endpoint,
     Order,
+    ServedModel,
     Tokens,
     VllmSession,
     answer_text,
@@ -47,7 +47,7 @@ class EndpointSession:
     offers: frozenset[Ability] = frozenset({"text"})
     block: int | None = None
 
-    def __init__(self, endpoint: Endpoint, settings: Settings) -> None:
+    def __init__(self, endpoint: ServedModel, settings: Settings) -> None:
         self.endpoint = endpoint
         self._concurrency = settings.concurrency
         self._order: Order | None = None
@@ -125,7 +125,7 @@ def open_session(runtime: Settings, context: OpenContext) -> Generator[VllmSessi
     address = _address(runtime, place)
     with open_client(address, runtime.concurrency) as client:
         _check_model(client, address, runtime, context)
-        endpoint = Endpoint(client, place.model, lambda: None, address)
+        endpoint = ServedModel(client, place.model, lambda: None, address)
         told = _ask(runtime, endpoint)
         if told.scores:
             config = read_config(context.artifact)
@@ -165,14 +165,14 @@ def ask_about(runtime: Settings, name: str) -> Told:
     place = runtime.place(name)
     address = _address(runtime, place)
     with open_client(address, 1) as client:
-        return _ask(runtime, Endpoint(client, place.model, lambda: None, address))
+        return _ask(runtime, ServedModel(client, place.model, lambda: None, address))
 
 
 def _address(runtime: Settings, place: Place) -> Address:
     return Address(place.url, read_key(runtime.key_variable, place.url), runtime.key_variable)
 
 
-def _ask(runtime: Settings, endpoint: Endpoint) -> Told:
+def _ask(runtime: Settings, endpoint: ServedModel) -> Told:
     content = _get(endpoint.client, endpoint.address, "/version", runtime.request_seconds)
     version = cast("dict[str, Any]", content).get("version") if isinstance(content, dict) else None
     if not isinstance(version, str):

@@ -63,7 +63,7 @@ _allowed: ContextVar[_Allowance | None] = ContextVar("allowed", default=None)
 
 
 @dataclass(frozen=True)
-class Answer:
+class Response:
     """What came back: status, headers, and the body unpacked."""
 
     status: int
@@ -89,7 +89,7 @@ class Answer:
 
 
 @contextmanager
-def exchange(client: httpx.Client, method: str, path: str, seconds: float, content: bytes | None = None) -> Generator[Answer]:
+def exchange(client: httpx.Client, method: str, path: str, seconds: float, content: bytes | None = None) -> Generator[Response]:
     """Send a request and give the whole answer; all of it, from connecting to the last byte, may take so many seconds.
 
     No redirect is followed. A large answer keeps others from being read until the context is left: read and drop it in there.
@@ -112,7 +112,7 @@ def exchange(client: httpx.Client, method: str, path: str, seconds: float, conte
                     body += part
                     if len(body) > most:
                         raise AnswerError(_too_large(most))
-                answer = Answer(response.status_code, response.headers, bytes(body))
+                answer = Response(response.status_code, response.headers, bytes(body))
         finally:
             _allowed.reset(mark)
         yield answer

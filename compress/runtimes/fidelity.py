@@ -110,7 +110,7 @@ def predict(hidden: Tensor, head: Head, tokens: Tensor, original: tuple[Tensor, 
     return Predictions(likelihood, torch.cat(kl).numpy(), torch.cat(same_top).numpy().astype(np.bool_))
 
 
-class Recorder:
+class RecordWriter:
     """Writes a record: a folder with the head and each batch's hidden states; it appears under its name when it is complete.
 
     Where a record beside it holds the same head, that one is referred to.

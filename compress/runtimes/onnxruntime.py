@@ -14,7 +14,7 @@ from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Ability, OpenCo
 if TYPE_CHECKING:
     from compress.eval.latency import LoadPoint
     from compress.eval.latency_results import ComponentTable
-    from compress.runtimes.onnxruntime_session import Settings
+    from compress.runtimes.onnxruntime_session import OnnxruntimeSettings
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """What computes: ONNX Runtime's execution providers, by the names that recipes give them."""
@@ -104,11 +104,11 @@ class Onnxruntime(Runtime):
 
         return measure_components(context, self._engine_settings(), point, prompt, repeats)
 
-    def _engine_settings(self) -> Settings:
-        from compress.runtimes.onnxruntime_session import Settings
+    def _engine_settings(self) -> OnnxruntimeSettings:
+        from compress.runtimes.onnxruntime_session import OnnxruntimeSettings
 
         providers = None if self.providers == "auto" else self.providers
-        return Settings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs, self.whole_tokens)
+        return OnnxruntimeSettings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs, self.whole_tokens)
 
 
 def _installed() -> dict[str, str]:

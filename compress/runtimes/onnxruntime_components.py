@@ -16,13 +16,15 @@ from compress.runtimes.components import DECODED, component_of
 from compress.runtimes.inputs import Encoded
 from compress.runtimes.onnxruntime_decoder import Decoding
 from compress.runtimes.onnxruntime_inputs import Preparer
-from compress.runtimes.onnxruntime_session import Settings, open_session
+from compress.runtimes.onnxruntime_session import OnnxruntimeSettings, open_session
 from compress.runtimes.runtime import OpenContext, Prompt
 
 Result = TypeVar("Result")
 
 
-def measure_components(context: OpenContext, settings: Settings, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
+def measure_components(
+    context: OpenContext, settings: OnnxruntimeSettings, point: LoadPoint, prompt: Prompt, repeats: int
+) -> ComponentTable:
     """Return the time of each part, after one run that does not count; a prompt without an image does not reach the vision encoder.
 
     The projector lies in the vision encoder's graph, and a token's embedding is looked up in its step of decoding.

@@ -57,7 +57,7 @@ _SETTINGS = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PA
 
 
 @dataclass(frozen=True)
-class Request:
+class GenaiRequest:
     """What the worker is asked: an answer to a prompt, or how given tokens are predicted after it (None: from their own start).
 
     `images` are files; `forbidden` are tokens that no answer may hold, `top` is how many of the likeliest are told.
@@ -75,7 +75,7 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Model:
+class GenaiModel:
     """How an artifact reads prompts: by its processor, and its tokens that end an answer or stand for images and videos."""
 
     processor: Any
@@ -109,14 +109,16 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
         command = [str(python), "-I", "-u", str(_WORKER), str(folder.absolute()), str(address)]
         server = resources.enter_context(run_server(ENVIRONMENT, command, _variables(), context.logs.absolute() / _LOG))
         connection = resources.enter_context(_accept(listener, server, runtime.startup_seconds))
-        worker = Worker(connection, server, runtime.request_seconds)
+        worker = WorkerProcess(connection, server, runtime.request_seconds)
         if "failed" in (told := worker.reply(runtime.startup_seconds)):
             raise CheckpointError(
                 f"{context.artifact}: onnxruntime-genai cannot load it ({printable(str(told['failed']))}); export it again"
             )
         config = read_config(folder)
         family = family_at(folder, context.trust_remote_code)
-        model = Model(load_processor(folder, context.trust_remote_code), family, stop_tokens(folder), family.placeholders(config))
+        model = GenaiModel(
+            load_processor(folder, context.trust_remote_code), family, stop_tokens(folder), family.placeholders(config)
+        )
         pictures = temporary / "images"
         pictures.mkdir()
         yield OnnxruntimeGenaiSession(worker, model, pictures, runtime)
@@ -165,7 +167,7 @@ def _accept(listener: socket.socket, server: Server, seconds: float) -> socket.s
     return found[0]
 
 
-class Worker:
+class WorkerProcess:
     """The other side of the socket. It runs a folder that may be a stranger's, so what it says is read within limits."""
 
     def __init__(self, connection: socket.socket, server: Server, request_seconds: float) -> None:
@@ -174,7 +176,7 @@ class Worker:
         self._seconds = request_seconds
         self._rest = bytearray()
 
-    def ask(self, request: Request) -> dict[str, Any]:
+    def ask(self, request: GenaiRequest) -> dict[str, Any]:
         """Return what came of a request.
 
         Raises:
@@ -287,7 +289,7 @@ class OnnxruntimeGenaiSession:
     offers: frozenset[Ability] = frozenset({"text", "scores"})
     block: int | None = None
 
-    def __init__(self, worker: Worker, model: Model, pictures: Path, runtime: OnnxruntimeGenai) -> None:
+    def __init__(self, worker: WorkerProcess, model: GenaiModel, pictures: Path, runtime: OnnxruntimeGenai) -> None:
         self._worker = worker
         self._model = model
         self._pictures = pictures
@@ -386,7 +388,7 @@ class OnnxruntimeGenaiSession:
 
     def _scored(self, passage: Passage, kind: Literal["score", "whole"], **settings: Any) -> dict[str, Any]:
         if passage.prompt is None:
-            return self._worker.ask(Request(kind, None, [], tokens=passage.token_ids, **settings))
+            return self._worker.ask(GenaiRequest(kind, None, [], tokens=passage.token_ids, **settings))
         return self._ask(passage.prompt, kind, tokens=passage.token_ids, **settings)
 
     def _ask(self, prompt: Prompt, kind: Literal["answer", "score", "whole"], **settings: Any) -> dict[str, Any]:
@@ -400,7 +402,7 @@ class OnnxruntimeGenaiSession:
                 with telling_where(self._pictures):
                     image.save(paths[-1], compress_level=1)
             text = write_prompt(self._model.processor, prompt)
-            return self._worker.ask(Request(kind, text, [str(path) for path in paths], **settings))
+            return self._worker.ask(GenaiRequest(kind, text, [str(path) for path in paths], **settings))
         except DataError as error:
             return {"fault": str(error)}
         finally:

@@ -37,7 +37,7 @@ class PromptError(ValueError):
     """A prompt that the model does not take."""
 
 
-class Worker:
+class LoadedModel:
     """A loaded folder."""
 
     def __init__(self, folder: Path) -> None:
@@ -142,7 +142,7 @@ def main(folder: str, address: str) -> None:
             stream.flush()
 
         try:
-            worker = Worker(Path(folder))
+            worker = LoadedModel(Path(folder))
         except (OSError, LookupError, *_FAULTS) as error:
             say({"failed": str(error)})
             return

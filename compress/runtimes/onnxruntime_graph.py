@@ -95,7 +95,7 @@ def choose_engine(wanted: tuple[Provider, ...] | None, threads: int | None) -> E
     return Engine(wanted, threads)
 
 
-class Graph:
+class GraphSession:
     """One graph, loaded. `inputs` and `outputs` are its declared values, by name."""
 
     def __init__(self, path: Path, engine: Engine, *, exact: bool = False) -> None:
@@ -142,16 +142,16 @@ class Graph:
         """Return an array as a value of ONNX Runtime's on the device, without a copy on a CPU."""
         return _ORT.OrtValue.ortvalue_from_numpy(np.ascontiguousarray(value), self.device, 0)
 
-    def keep(self, given: Mapping[str, Any], made: Mapping[str, Any]) -> Kept:
+    def keep(self, given: Mapping[str, Any], made: Mapping[str, Any]) -> BoundOutputs:
         """Bind values on the device, as `hold` gives them, to inputs and outputs for many runs; one may be both at once."""
         binding: Any = self._session.io_binding()
         for name, value in given.items():
             binding.bind_ortvalue_input(name, value)
         for name, value in made.items():
             binding.bind_ortvalue_output(name, value)
-        return Kept(binding, tuple(made), (*given.values(), *made.values()))
+        return BoundOutputs(binding, tuple(made), (*given.values(), *made.values()))
 
-    def run(self, given: Mapping[str, Any], kept: Kept | None = None, staying: Collection[str] = ()) -> dict[str, Any]:
+    def run(self, given: Mapping[str, Any], kept: BoundOutputs | None = None, staying: Collection[str] = ()) -> dict[str, Any]:
         """Compute the outputs that are not kept: arrays, or, of those in `staying`, values on the device.
 
         `given` has arrays, or values on the device, by the names of the inputs that are not kept; arrays take the type that is
@@ -189,7 +189,7 @@ class Graph:
 
 
 @dataclass(frozen=True)
-class Kept:
+class BoundOutputs:
     """What stays bound between runs of a graph: `outputs` are the names of those that are written in place."""
 
     binding: Any

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from compress.errors import CheckpointError
 from compress.runtimes.inputs import Encoded, Encoder
-from compress.runtimes.onnxruntime_graph import Engine, Graph
+from compress.runtimes.onnxruntime_graph import Engine, GraphSession
 from compress.skeleton import build_skeleton
 
 VISION, EMBED, DECODER = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
@@ -36,9 +36,9 @@ Rope = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
 class Graphs:
     """The three graphs of a model that writes text."""
 
-    vision: Graph
-    embed: Graph
-    decoder: Graph
+    vision: GraphSession
+    embed: GraphSession
+    decoder: GraphSession
 
     @staticmethod
     def load(folder: Path, engine: Engine) -> Graphs:
@@ -48,7 +48,7 @@ class Graphs:
             CheckpointError: one is missing, damaged, or of another make.
             MissingError: this ONNX Runtime lacks what one needs.
         """
-        graphs = Graphs(*(Graph(folder / name, engine) for name in (VISION, EMBED, DECODER)))
+        graphs = Graphs(*(GraphSession(folder / name, engine) for name in (VISION, EMBED, DECODER)))
         graphs.embed.expect({"input_ids"}, {"inputs_embeds"})
         graphs.decoder.expect({"inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep"}, {"logits"})
         return graphs
@@ -178,7 +178,7 @@ class Preparer:
         return levels
 
 
-def find_rope(folder: Path, decoder: Graph, trust_remote_code: bool) -> Rope | None:
+def find_rope(folder: Path, decoder: GraphSession, trust_remote_code: bool) -> Rope | None:
     """Return what gives a model's positions in three streams, by the model's own code, None where it has one stream.
 
     Raises:

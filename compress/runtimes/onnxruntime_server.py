@@ -24,7 +24,7 @@ from typing import Any, ClassVar, cast
 from compress.errors import CompressError, DataError
 from compress.progress import Silent
 from compress.runtimes.onnxruntime_graph import choose_engine
-from compress.runtimes.onnxruntime_session import OnnxruntimeSession, Settings, Streamed, load
+from compress.runtimes.onnxruntime_session import OnnxruntimeSession, OnnxruntimeSettings, Streamed, load
 from compress.runtimes.runtime import OpenContext, Prompt
 
 KEY = "COMPRESS_SERVER_KEY"
@@ -39,7 +39,7 @@ _HALF = "\ufffd"
 
 
 @dataclass(frozen=True)
-class Job:
+class ServerJob:
     """What is served: the artifact, the folder of its graphs, the name it goes by, and where."""
 
     artifact: str
@@ -59,7 +59,7 @@ class RequestError(Exception):
 
 
 @dataclass(frozen=True)
-class Request:
+class ServerRequest:
     """What is asked: a prompt, how many tokens the answer has at most, and how it is sent."""
 
     prompt: Prompt
@@ -69,7 +69,7 @@ class Request:
     usage: bool
 
 
-def read_request(body: object, model: str) -> Request:
+def read_request(body: object, model: str) -> ServerRequest:
     """Read the body of a request for a chat completion: one turn of the user's, of text and images as data URLs.
 
     Raises:
@@ -87,7 +87,7 @@ def read_request(body: object, model: str) -> Request:
     if not isinstance(most, int) or isinstance(most, bool) or most < 1:
         raise RequestError(400, f"max_tokens: {most!r} is no number of tokens")
     options = given.get("stream_options")
-    return Request(
+    return ServerRequest(
         prompt=_prompt(given.get("messages")),
         max_new_tokens=most,
         ignore_eos=bool(given.get("ignore_eos")),
@@ -234,7 +234,7 @@ class Handler(BaseHTTPRequestHandler):
         except ValueError as error:
             raise RequestError(400, f"the body is no JSON ({error})") from error
 
-    def _answer(self, request: Request) -> None:
+    def _answer(self, request: ServerRequest) -> None:
         """Make an answer and send it: what is at fault with the prompt is known before anything is sent."""
         try:
             streamed = self._loaded.session.stream(request.prompt, request.max_new_tokens, ignore_eos=request.ignore_eos)
@@ -258,7 +258,7 @@ class Handler(BaseHTTPRequestHandler):
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
         self._send_json(200, self._head("chat.completion") | {"choices": [choice], "usage": _usage(streamed.prompt_tokens, made)})
 
-    def _send_stream(self, request: Request, streamed: Streamed) -> None:
+    def _send_stream(self, request: ServerRequest, streamed: Streamed) -> None:
         """Send an event for each token as it is made; the first says who speaks, the last why it is the last."""
         head, wording, made = self._head("chat.completion.chunk"), Wording(self._loaded.session), 0
         try:
@@ -327,9 +327,9 @@ def main(arguments: Sequence[str]) -> None:
     Raises:
         CompressError: it cannot be loaded.
     """
-    job = Job(**json.loads(arguments[0]))
+    job = ServerJob(**json.loads(arguments[0]))
     key = os.environ.pop(KEY)
-    settings = Settings(**job.settings)
+    settings = OnnxruntimeSettings(**job.settings)
     engine = choose_engine(settings.providers, settings.threads)
     graphs, artifact = Path(job.graphs), Path(job.artifact)
     session = load(graphs, OpenContext(artifact, graphs, Silent(), job.trust_remote_code, job.model), settings, engine)

@@ -26,7 +26,7 @@ from compress.runtimes.embedding import Embedder, Towers
 from compress.runtimes.inputs import Encoded, Encoder, check_compares, check_writes, stops_and_pad
 from compress.runtimes.onnxruntime import Provider
 from compress.runtimes.onnxruntime_decoder import Decoding
-from compress.runtimes.onnxruntime_graph import Engine, Graph, choose_engine
+from compress.runtimes.onnxruntime_graph import Engine, GraphSession, choose_engine
 from compress.runtimes.onnxruntime_inputs import PAST, Graphs, Preparer, find_rope
 from compress.runtimes.runtime import (
     Ability,
@@ -52,7 +52,7 @@ _ROWS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Settings:
+class OnnxruntimeSettings:
     """A runtime's fields, as the recipe gives them; `providers` None where they are chosen by what is here."""
 
     providers: tuple[Provider, ...] | None
@@ -79,7 +79,7 @@ class Streamed:
 
 
 @contextmanager
-def open_session(context: OpenContext, settings: Settings) -> Generator[OnnxruntimeSession]:
+def open_session(context: OpenContext, settings: OnnxruntimeSettings) -> Generator[OnnxruntimeSession]:
     """Load an artifact, or what a checkpoint is exported to; its memory is free again when the context ends.
 
     Raises:
@@ -95,7 +95,7 @@ def open_session(context: OpenContext, settings: Settings) -> Generator[Onnxrunt
 
 
 @contextmanager
-def graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Generator[Path]:
+def graphs_of(context: OpenContext, settings: OnnxruntimeSettings, engine: Engine) -> Generator[Path]:
     """Give the folder to load graphs from: the artifact or, of a checkpoint that has none, one that is there only so long.
 
     Raises:
@@ -124,7 +124,7 @@ def graphs_of(context: OpenContext, settings: Settings, engine: Engine) -> Gener
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(folder: Path, context: OpenContext, settings: Settings, engine: Engine) -> OnnxruntimeSession:
+def load(folder: Path, context: OpenContext, settings: OnnxruntimeSettings, engine: Engine) -> OnnxruntimeSession:
     """Load an artifact, its graphs from the folder that `graphs_of` gives; raises as `open_session` does."""
     artifact, trusted = context.artifact, context.trust_remote_code
     family = family_at(artifact, trusted)
@@ -150,7 +150,7 @@ class OnnxruntimeSession:
 
     block: int | None = 64
 
-    def __init__(self, encoder: Encoder, model: Preparer | Towers, stops: tuple[int, ...], settings: Settings) -> None:
+    def __init__(self, encoder: Encoder, model: Preparer | Towers, stops: tuple[int, ...], settings: OnnxruntimeSettings) -> None:
         self._encoder = encoder
         self._model: Preparer | Towers | None = model
         self._stops = stops
@@ -391,7 +391,7 @@ def _towers(folder: Path, engine: Engine) -> Towers:
         CheckpointError: one is missing or damaged, or says nothing of what the cosines are scaled by.
         MissingError: this ONNX Runtime lacks what one needs.
     """
-    images, texts = Graph(folder / _IMAGES, engine), Graph(folder / _TEXTS, engine)
+    images, texts = GraphSession(folder / _IMAGES, engine), GraphSession(folder / _TEXTS, engine)
     images.expect({"pixel_values"}, {"image_embeds"})
     texts.expect({"input_ids", "attention_mask"}, {"text_embeds"})
     scale = images.notes.get(_SCALE) or texts.notes.get(_SCALE)

@@ -16,8 +16,8 @@ from compress.families import family_at
 from compress.redaction import remember_secret
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_graph import choose_engine
-from compress.runtimes.onnxruntime_server import KEY, Job
-from compress.runtimes.onnxruntime_session import Settings, graphs_of
+from compress.runtimes.onnxruntime_server import KEY, ServerJob
+from compress.runtimes.onnxruntime_session import OnnxruntimeSettings, graphs_of
 from compress.runtimes.runtime import OpenContext, Served
 from compress.runtimes.server import Server, await_service, choose_port, run_server
 from compress.runtimes.vllm_start import plain_environment
@@ -29,7 +29,7 @@ _OWN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
 
 
 @contextmanager
-def serve(runtime: Onnxruntime, context: OpenContext, settings: Settings) -> Generator[Served]:
+def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings) -> Generator[Served]:
     """Start a server for an artifact, or what a checkpoint is exported to, and wait until it serves.
 
     Raises:
@@ -58,12 +58,14 @@ def serve(runtime: Onnxruntime, context: OpenContext, settings: Settings) -> Gen
 
 
 @contextmanager
-def _run(runtime: Onnxruntime, context: OpenContext, settings: Settings, graphs: Path) -> Generator[tuple[Server, Served]]:
+def _run(
+    runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings, graphs: Path
+) -> Generator[tuple[Server, Served]]:
     port = choose_port(runtime.port, _NAME)
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
     artifact = str(context.artifact.absolute())
-    job = Job(artifact, str(graphs.absolute()), model, port, asdict(settings), context.trust_remote_code)
+    job = ServerJob(artifact, str(graphs.absolute()), model, port, asdict(settings), context.trust_remote_code)
     command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]
     variables = plain_environment() | {name: os.environ[name] for name in _OWN if name in os.environ} | {KEY: key}
     with run_server(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:

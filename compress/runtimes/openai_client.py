@@ -19,7 +19,7 @@ import httpx
 
 from compress.errors import MissingError, ServerError
 from compress.redaction import redact, remember_secret
-from compress.runtimes.exchange import Answer, AnswerError, exchange, open_http
+from compress.runtimes.exchange import AnswerError, Response, exchange, open_http
 from compress.untrusted import printable
 
 _PROBE_SECONDS = 10
@@ -228,7 +228,7 @@ class Asker:
         except RuntimeError as error:  # the client was closed meanwhile
             return _Failure(shown(str(error)))
 
-    def _refused(self, answer: Answer) -> _Failure:
+    def _refused(self, answer: Response) -> _Failure:
         """Return what a status other than success means for the item.
 
         Raises:
@@ -372,7 +372,7 @@ def denied(address: Address, words: str) -> str:
     return f"{address.url}: {words}; {remedy}"
 
 
-def refusal_of(answer: Answer) -> str:
+def refusal_of(answer: Response) -> str:
     """Return the server's own words on a failure, or where it sends who asks."""
     if answer.status in _ELSEWHERE:
         return (

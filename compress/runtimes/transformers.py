@@ -43,6 +43,6 @@ class Transformers(Runtime):
             CheckpointError: it is no artifact that can be read here.
             MissingError: `device: cuda` where there is no such device.
         """
-        from compress.runtimes.transformers_session import Settings, open_session
+        from compress.runtimes.transformers_session import TransformersSettings, open_session
 
-        return open_session(context, Settings(self.dtype, self.device, self.tokens_per_batch))
+        return open_session(context, TransformersSettings(self.dtype, self.device, self.tokens_per_batch))

@@ -21,7 +21,7 @@ from compress.engine.recorder import ReachedError
 from compress.families import Family, family_at
 from compress.progress import Progress
 from compress.runtimes.embedding import Embedder, towers_of
-from compress.runtimes.fidelity import Head, Heads, Predictions, Record, Recorder, predict
+from compress.runtimes.fidelity import Head, Heads, Predictions, Record, RecordWriter, predict
 from compress.runtimes.inputs import Encoded, Encoder, check_compares, check_writes, stops_and_pad
 from compress.runtimes.runtime import (
     UNSCORED,
@@ -45,7 +45,7 @@ Load = Callable[[Path, torch.dtype, torch.device, Progress, bool], Any]
 
 
 @dataclass(frozen=True)
-class Settings:
+class TransformersSettings:
     """A runtime's fields, as the recipe gives them."""
 
     dtype: str
@@ -54,7 +54,7 @@ class Settings:
 
 
 @contextmanager
-def open_session(context: OpenContext, settings: Settings, load: Load = load_model) -> Generator[TransformersSession]:
+def open_session(context: OpenContext, settings: TransformersSettings, load: Load = load_model) -> Generator[TransformersSession]:
     """Load an artifact, with `load`; its memory is free again when the context ends.
 
     Raises:
@@ -178,7 +178,7 @@ class TransformersSession:
         output = self._model.get_output_embeddings()
         head = Head(output.weight, getattr(output, "bias", None))
         original = Record(against, passages, self._device, self._heads) if against is not None else None
-        recorder = Recorder(record, passages, head, self._heads) if record is not None else None
+        recorder = RecordWriter(record, passages, head, self._heads) if record is not None else None
         compared = original is not None
         scores = [unscored(passage.id, None, compared=compared) for passage in passages]
         faults: dict[int, str] = {}

@@ -16,7 +16,7 @@ from compress.runtimes.exchange import AnswerError, exchange, models_of
 from compress.runtimes.openai_client import Address, open_client, read_key, refusal_of, shown
 from compress.runtimes.runtime import OpenContext, Served
 from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_session import Endpoint, Tokens, VllmSession
+from compress.runtimes.vllm_session import ServedModel, Tokens, VllmSession
 from compress.runtimes.vllm_start import start_server
 
 _LONGEST = 60
@@ -37,7 +37,7 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
     if runtime.url is not None:
         address = _address(runtime)
         with open_client(address, runtime.concurrency) as client:
-            endpoint = Endpoint(client, _remote_model(runtime, client, context.artifact), lambda: None, address)
+            endpoint = ServedModel(client, _remote_model(runtime, client, context.artifact), lambda: None, address)
             with closing(VllmSession(endpoint, runtime, tokens)) as session:
                 yield session
         return
@@ -46,7 +46,7 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
         address = Address(served.url, served.key)
         # No proxy stands between this machine and itself.
         with open_client(address, runtime.concurrency, trust_env=False) as client:
-            endpoint = Endpoint(client, served.model, started.server.check, address)
+            endpoint = ServedModel(client, served.model, started.server.check, address)
             with closing(VllmSession(endpoint, runtime, tokens)) as session:
                 yield session
 

@@ -33,7 +33,7 @@ _TOGETHER = 8
 
 
 @dataclass(frozen=True)
-class Endpoint:
+class ServedModel:
     """Where a server is asked: under which model name, and what to call to see that it still runs."""
 
     client: httpx.Client
@@ -42,7 +42,7 @@ class Endpoint:
     address: Address
 
 
-class Settings(Protocol):
+class ServerSettings(Protocol):
     """The fields of a runtime that say how its server is asked."""
 
     @property
@@ -57,7 +57,7 @@ class Settings(Protocol):
     def startup_seconds(self) -> int: ...  # noqa: D102
 
 
-def patience_of(settings: Settings) -> Patience:
+def patience_of(settings: ServerSettings) -> Patience:
     """Return how long a server is waited for."""
     return Patience(request_seconds=settings.request_seconds, away_seconds=settings.startup_seconds)
 
@@ -76,7 +76,7 @@ class VllmSession:
     offers: frozenset[Ability] = frozenset({"text", "scores"})
     block: int | None = None
 
-    def __init__(self, endpoint: Endpoint, settings: Settings, tokens: Tokens) -> None:
+    def __init__(self, endpoint: ServedModel, settings: ServerSettings, tokens: Tokens) -> None:
         self.endpoint = endpoint
         self._concurrency = settings.concurrency
         self._top = settings.top_logprobs

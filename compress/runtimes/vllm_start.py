@@ -34,7 +34,7 @@ _SETTINGS = {
 
 
 @dataclass(frozen=True)
-class Started:
+class StartedServer:
     """A server that serves, and what became of its process."""
 
     served: Served
@@ -47,7 +47,7 @@ def plain_environment() -> dict[str, str]:
 
 
 @contextmanager
-def start_server(runtime: Vllm, context: OpenContext) -> Generator[Started]:
+def start_server(runtime: Vllm, context: OpenContext) -> Generator[StartedServer]:
     """Bring up a server for the artifact; where it runs out of memory while it loads, again with less, down the whole ladder.
 
     `context.lowered` is told of each step, and so is who watches.
@@ -71,7 +71,7 @@ def start_server(runtime: Vllm, context: OpenContext) -> Generator[Started]:
         yield _first_that_loads(stack, runtime, context, memory)
 
 
-def _first_that_loads(stack: ExitStack, runtime: Vllm, context: OpenContext, memory: Memory) -> Started:
+def _first_that_loads(stack: ExitStack, runtime: Vllm, context: OpenContext, memory: Memory) -> StartedServer:
     """Return a server that serves, entered into `stack`."""
     while True:
         with ExitStack() as attempt:
@@ -100,7 +100,7 @@ def _first_that_loads(stack: ExitStack, runtime: Vllm, context: OpenContext, mem
 
 
 @contextmanager
-def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Started]:
+def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[StartedServer]:
     port = choose_port(runtime.port, "vLLM")
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
@@ -111,7 +111,7 @@ def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Start
         command = _command(runtime, context, stack.enter_context(uncut_folder(context.artifact)), memory, extra)
         name, log = f"vLLM, serving {context.artifact},", context.logs / "vllm.log"
         server = stack.enter_context(run_server(name, command, variables, log))
-        yield Started(Served(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.words), server)
+        yield StartedServer(Served(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.words), server)
 
 
 def _command(runtime: Vllm, context: OpenContext, folder: Path, memory: Memory, extra: tuple[str, ...]) -> list[str]:

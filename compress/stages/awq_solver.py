@@ -39,7 +39,7 @@ def fold(block: BlockWeights, pair: ScalePair, moments: Mapping[str, Moments], s
 
 
 @dataclass(frozen=True)
-class Part:
+class RowGroup:
     """Rows of a pair's linears that are held alike, float32 [rows, in]; scales are stored in `dtype`.
 
     Each stands for `share` rows of the linears.
@@ -55,12 +55,12 @@ class Part:
         return rounding_error(self.weight * spread, self.scheme, self.dtype).div_(spread)
 
 
-def parts_of(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Scheme]) -> list[Part]:
+def parts_of(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Scheme]) -> list[RowGroup]:
     """Return a pair's linears by how they are held; of large ones some of the rows, drawn at random, always the same."""
     alike: dict[Scheme, list[str]] = {}
     for name in pair.balance_layers:
         alike.setdefault(schemes[name], []).append(name)
-    parts: list[Part] = []
+    parts: list[RowGroup] = []
     for scheme, names in alike.items():
         counts = [len(block.weights[name]) for name in names]
         share = max(1.0, sum(counts) / max(FEWEST_ROWS, SAMPLE // block.weights[names[0]].shape[1]))
@@ -70,7 +70,7 @@ def parts_of(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Scheme]
             rows = torch.randperm(count, generator=generator)[: max(1, round(count / share))].sort().values
             drawn.append(block.weight(name, rows.to(block.weights[name].device)))
         weight = torch.cat(drawn)
-        parts.append(Part(weight, scheme, block.precision(f"{names[0]}.weight"), sum(counts) / len(weight)))
+        parts.append(RowGroup(weight, scheme, block.precision(f"{names[0]}.weight"), sum(counts) / len(weight)))
     return parts
 
 
@@ -83,12 +83,12 @@ def search(
     importance = repeats.pool(_importance(block, pair, schemes)).clamp_(min=1e-4)
     magnitude = repeats.pool(moments.mean_abs())
 
-    def loss(point: Point) -> float:
+    def loss(point: GridPoint) -> float:
         spread = repeats.spread(point.scale(magnitude, importance))
         return sum(part.share * moments.output_error(part.error(spread).div_(before)) for part in parts)
 
-    best = best_point((Point(0.0, duo=False), Point(0.0, duo=True)), loss, steps)
-    return None if best == Point(0.0, duo=False) else best.scale(magnitude, importance)
+    best = best_point((GridPoint(0.0, duo=False), GridPoint(0.0, duo=True)), loss, steps)
+    return None if best == GridPoint(0.0, duo=False) else best.scale(magnitude, importance)
 
 
 def _importance(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Scheme]) -> Tensor:
@@ -105,7 +105,7 @@ def _importance(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Sche
 
 
 @dataclass(frozen=True)
-class Point:
+class GridPoint:
     """A point of the search: the scale a^α, or with `duo` a^α / w^(1-α), with a the mean |x| and w the mean relative |W|."""
 
     exponent: float
@@ -117,22 +117,22 @@ class Point:
         return normalised(scale / importance.pow(1 - self.exponent) if self.duo else scale)
 
 
-def best_point(starts: Iterable[Point], loss: Callable[[Point], float], steps: int) -> Point:
+def best_point(starts: Iterable[GridPoint], loss: Callable[[GridPoint], float], steps: int) -> GridPoint:
     """Return the point of least loss with an exponent from 0 to 1 on the lines that `starts` begin.
 
     The loss is smooth in the exponent, so every fourth step is tried first, then those around the best.
     """
-    known: dict[Point, float] = {}
+    known: dict[GridPoint, float] = {}
 
-    def cached(point: Point) -> float:
+    def cached(point: GridPoint) -> float:
         if point not in known:
             known[point] = loss(point)
         return known[point]
 
-    coarse = [Point(step / steps, start.duo) for start in starts for step in range(0, steps + 1, _STRIDE)]
+    coarse = [GridPoint(step / steps, start.duo) for start in starts for step in range(0, steps + 1, _STRIDE)]
     nearest = min(coarse, key=cached)
     around = range(1 - _STRIDE, _STRIDE)
-    fine = [Point(round(nearest.exponent * steps + step) / steps, nearest.duo) for step in around]
+    fine = [GridPoint(round(nearest.exponent * steps + step) / steps, nearest.duo) for step in around]
     return min((point for point in fine if 0 <= point.exponent <= 1), key=cached)
 
 

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from compress.numerics.scheme import BLOCK, Scheme
 from compress.stages.linears import Target
-from compress.stages.quantizer import Part, Quantizer, distinct, schemes_of
+from compress.stages.quantizer import Component, Quantizer, distinct, schemes_of
 
 if TYPE_CHECKING:
     from compress.stages.solvers import Method
@@ -23,7 +23,7 @@ _SCHEMES: Mapping[Granularity, Scheme] = {
 }
 
 
-class Fp8Part(Part):
+class Fp8Component(Component):
     """A component with scales of another kind than the rest's."""
 
     granularity: Granularity
@@ -45,7 +45,7 @@ class Fp8(Quantizer):
 
     stage: Literal["fp8"]
     granularity: Granularity = "channel"
-    targets: Annotated[tuple[Target | Fp8Part, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
+    targets: Annotated[tuple[Target | Fp8Component, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
 
     def parts(self) -> Mapping[Target, Scheme]:
         """Return how the linears of each targeted component are held."""

@@ -37,11 +37,11 @@ class Gptq(IntegerQuantizer):
 
     def method(self) -> Method:
         """Return how a block is quantized; imports torch."""
-        from compress.numerics.gptq import Gptq as Settings
+        from compress.numerics.gptq import GptqOptions
         from compress.stages.solvers import Method
 
         return Method(
             scales=self.grid if self.scales == "awq" else None,
             clip=self.grid if self.clip else None,
-            gptq=Settings(dampening_frac=self.dampening_frac, reorder=self.actorder == "static"),
+            gptq=GptqOptions(dampening_frac=self.dampening_frac, reorder=self.actorder == "static"),
         )

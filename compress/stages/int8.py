@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from compress.numerics.scheme import Scheme
 from compress.stages.linears import Target
-from compress.stages.quantizer import Part, Quantizer, distinct, schemes_of
+from compress.stages.quantizer import Component, Quantizer, distinct, schemes_of
 
 if TYPE_CHECKING:
     from compress.stages.solvers import Method
@@ -24,7 +24,7 @@ def _rounding(activations: Inputs) -> Scheme:
     return replace(_SCHEME, activations=None if activations == "none" else activations)
 
 
-class Int8Part(Part):
+class Int8Component(Component):
     """A component whose inputs may be rounded in another way than the rest's."""
 
     activations: Inputs
@@ -50,7 +50,7 @@ class Int8(Quantizer):
     rounding: Literal["gptq", "nearest"] = "gptq"
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     grid: PositiveInt = 20
-    targets: Annotated[tuple[Target | Int8Part, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
+    targets: Annotated[tuple[Target | Int8Component, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
 
     def parts(self) -> Mapping[Target, Scheme]:
         """Return how the linears of each targeted component are held."""
@@ -62,12 +62,12 @@ class Int8(Quantizer):
 
     def method(self) -> Method:
         """Return how a block is quantized; imports torch."""
-        from compress.numerics.gptq import Gptq
+        from compress.numerics.gptq import GptqOptions
         from compress.stages.smooth_solver import Smoothing
         from compress.stages.solvers import Method
 
         strength = self.smoothing if isinstance(self.smoothing, float) else None
         return Method(
             smoothing=None if self.smoothing == "none" else Smoothing(strength, self.grid),
-            gptq=Gptq(dampening_frac=self.dampening_frac) if self.rounding == "gptq" else None,
+            gptq=GptqOptions(dampening_frac=self.dampening_frac) if self.rounding == "gptq" else None,
         )

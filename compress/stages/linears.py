@@ -28,14 +28,14 @@ class Linear:
 
 
 @dataclass(frozen=True)
-class Selection:
+class LinearSelection:
     """The linears a stage works on, in the checkpoint's order, and why there are fewer than was asked for."""
 
     linears: tuple[Linear, ...]
     faults: tuple[str, ...]
 
 
-def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], ignore: Iterable[str]) -> Selection:
+def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], ignore: Iterable[str]) -> LinearSelection:
     """Return the linears of the targeted parts without those whose name, in the model or on disk, matches a pattern of `ignore`.
 
     Patterns are shell patterns (`*.down_proj`). A target or pattern that matches nothing is a fault.
@@ -58,7 +58,7 @@ def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], ig
     kept = tuple(linear for linear in found if not any(_matches(linear, pattern) for pattern in patterns))
     if found and not kept:
         faults.append("ignore: leaves no layer to work on; remove a pattern")
-    return Selection(kept, tuple(faults))
+    return LinearSelection(kept, tuple(faults))
 
 
 def _linears(checkpoint: Checkpoint, family: Family) -> Iterable[Linear]:

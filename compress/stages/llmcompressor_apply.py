@@ -50,7 +50,7 @@ _DROPPED = ("VIRTUAL_ENV", "LLM_COMPRESSOR_LOG_FILE")
 
 
 @dataclass(frozen=True)
-class Job:
+class LlmCompressorJob:
     """What the worker is told; the last three are for modifiers that take such arguments and are given none (`Defaults`)."""
 
     model: str
@@ -123,7 +123,7 @@ def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, wo
         RecipeError, CheckpointError, MissingError, ServerError: as `Llmcompressor.apply` says.
     """
     defaults = Defaults(checkpoint, context.family)
-    job = Job(
+    job = LlmCompressorJob(
         model=str(context.source.absolute()),
         architecture=context.family.architecture,
         blocks=context.family.blocks,

@@ -21,7 +21,7 @@ _MODIFIERS = "llmcompressor.modifiers"
 _BASE = "Modifier"
 
 
-class JobError(Exception):
+class UnknownNameError(Exception):
     """A job that asks for what the library does not have."""
 
 
@@ -81,7 +81,7 @@ def _make_modifier(known: dict[str, Any], name: str, arguments: dict[str, Any], 
     if name not in known:
         near = difflib.get_close_matches(name, known, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise JobError(f"llm-compressor has no modifier {name!r}; it has {', '.join(sorted(known))}{hint}")
+        raise UnknownNameError(f"llm-compressor has no modifier {name!r}; it has {', '.join(sorted(known))}{hint}")
     kind = known[name]
     arguments = dict(arguments)
     if "ignore" in kind.model_fields:
@@ -97,7 +97,7 @@ def _make_modifier(known: dict[str, Any], name: str, arguments: dict[str, Any], 
     except (ValueError, TypeError, NotImplementedError) as error:
         taken = sorted(set(kind.model_fields) - {"index", "group", "start", "end", "update"})
         taken = [field for field in taken if not field.endswith("_")]
-        raise JobError(f"{name}: {_said(error)}; the arguments it takes: {', '.join(taken)}") from error
+        raise UnknownNameError(f"{name}: {_said(error)}; the arguments it takes: {', '.join(taken)}") from error
 
 
 def fill_rotations(modifier: Any, given: dict[str, Any] | None) -> None:
@@ -109,12 +109,12 @@ def fill_rotations(modifier: Any, given: dict[str, Any] | None) -> None:
         JobError: the model cannot be rotated, or not in its weights alone.
     """
     if given is None:
-        raise JobError(
+        raise UnknownNameError(
             "SpinQuantModifier: it rotates what enters a decoder of q/k/v/o and gate/up/down projections behind RMSNorms, and this "
             "model has other parts; use another modifier, or give transform_config, mappings and norm_mappings"
         )
     if online := sorted({*modifier.rotations} - {"R1", "R2"}):
-        raise JobError(
+        raise UnknownNameError(
             f"SpinQuantModifier: {', '.join(online)} rotate at run time, by names that vLLM gives otherwise; leave R1 and R2, or "
             "give transform_config, mappings and norm_mappings"
         )
@@ -170,7 +170,7 @@ def leave_word(outcome: Path) -> None:
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
         failed = "arguments"
-        if not isinstance(error, JobError):
+        if not isinstance(error, UnknownNameError):
             while error.__cause__ is not None:  # the library puts whole programs around what went wrong in them
                 error = error.__cause__
             failed = "memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__

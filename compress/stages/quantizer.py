@@ -17,7 +17,7 @@ from compress.families import Family
 from compress.layouts import is_quantized, packed_bytes
 from compress.numerics.scheme import Scheme
 from compress.schema import Frozen
-from compress.stages.linears import Linear, Selection, Target, select
+from compress.stages.linears import Linear, LinearSelection, Target, select
 from compress.stages.stage import Stage, StageContext
 from compress.stages.widths import LEFT, SCALE_BYTES, Budget, Mixture, Width
 
@@ -47,7 +47,7 @@ _ALL_WIDTHS: tuple[Width, ...] = (2, 3, 4, 8, 16)
 _TO_BE_CHOSEN = 0
 
 
-class Part(Frozen):
+class Component(Frozen):
     """A component of the model whose linears are quantized; what else it says stands in place of the stage's own settings."""
 
     component: Target
@@ -57,7 +57,7 @@ class Part(Frozen):
         """Return how the component is held, by the stage's own scheme."""
 
 
-class IntegerPart(Part):
+class IntegerComponent(Component):
     """A component that may be held in other integers than the rest; `activations` round its linears' inputs too."""
 
     bits: Bits | None = None
@@ -70,7 +70,7 @@ class IntegerPart(Part):
         return replace(own, **self.model_dump(exclude={"component"}, exclude_none=True))
 
 
-def distinct(targets: tuple[Target | Part, ...]) -> tuple[Target | Part, ...]:
+def distinct(targets: tuple[Target | Component, ...]) -> tuple[Target | Component, ...]:
     """Return targets as they are.
 
     Raises:
@@ -124,7 +124,7 @@ class Quantizer(Stage):
         decoder = "decoder" in observed or self.kv_cache is not None
         return any(part in ("vision", "projector") for part in observed) or (decoder and bool(family.vision_readers))
 
-    def select(self, checkpoint: Checkpoint, family: Family) -> Selection:
+    def select(self, checkpoint: Checkpoint, family: Family) -> LinearSelection:
         """Return the linears to be quantized."""
         return select(checkpoint, family, tuple(self.parts()), self.ignore)
 
@@ -194,7 +194,7 @@ class IntegerQuantizer(Quantizer):
     symmetric: bool
     budget: Budget | None = None
     widths: Annotated[tuple[Width, ...], Field(min_length=1)] = _ALL_WIDTHS
-    targets: Annotated[tuple[Target | IntegerPart, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
+    targets: Annotated[tuple[Target | IntegerComponent, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
 
     @model_validator(mode="after")
     def _budgeted(self) -> Self:
@@ -285,13 +285,13 @@ def _chosen(scheme: Scheme, width: int) -> Scheme:
     return replace(scheme, bits=width) if scheme.bits == _TO_BE_CHOSEN else scheme
 
 
-def schemes_of(targets: tuple[Target | Part, ...], scheme: Scheme) -> dict[Target, Scheme]:
+def schemes_of(targets: tuple[Target | Component, ...], scheme: Scheme) -> dict[Target, Scheme]:
     """Return each target's scheme: its own by what it says, or the stage's."""
-    return {_component(target): target.scheme(scheme) if isinstance(target, Part) else scheme for target in targets}
+    return {_component(target): target.scheme(scheme) if isinstance(target, Component) else scheme for target in targets}
 
 
-def _component(target: Target | Part) -> Target:
-    return target.component if isinstance(target, Part) else target
+def _component(target: Target | Component) -> Target:
+    return target.component if isinstance(target, Component) else target
 
 
 def _indivisible(linears: list[Linear], group_size: int, selected: tuple[Linear, ...]) -> str:

@@ -19,7 +19,7 @@ from compress.engine.statistics import Moments
 from compress.families import ScalePair
 from compress.numerics.grids import Scheme, grid
 from compress.numerics.rounding import resolve_group_size
-from compress.stages.awq_solver import PIECE, Part, Point, best_point, normalised, parts_of
+from compress.stages.awq_solver import PIECE, GridPoint, RowGroup, best_point, normalised, parts_of
 from compress.stages.block import BlockWeights, Repeats, input_max, input_square, movable, move, repeats_of
 
 _CODES = 127
@@ -67,12 +67,14 @@ def search(
             total += part.share * (_weight_error(weight, given, part) + noise * float(weight.square_().sum()))
         return total
 
-    best = best_point([Point(0.0, duo=True)], lambda point: loss(repeats.spread(_scale(point.exponent, largest, heaviest))), steps)
+    best = best_point(
+        [GridPoint(0.0, duo=True)], lambda point: loss(repeats.spread(_scale(point.exponent, largest, heaviest))), steps
+    )
     scale = _scale(best.exponent, largest, heaviest)
     return scale if loss(repeats.spread(scale)) < loss(torch.ones_like(ranges)) else None
 
 
-def _weight_error(weight: Tensor, squares: Tensor, part: Part) -> float:
+def _weight_error(weight: Tensor, squares: Tensor, part: RowGroup) -> float:
     """Return the expected squared error of the output by rounding a weight, for inputs with the mean squares `squares` [in]."""
     scheme = resolve_group_size(part.scheme, weight.shape[1])
     steps, _ = grid(weight.view(weight.shape[0], -1, scheme.group_size), scheme, part.dtype)

@@ -13,7 +13,7 @@ from torch import Tensor
 from compress.engine.second_moment import HessianRequest
 from compress.engine.statistics import Moments
 from compress.families import ScalePair
-from compress.numerics.gptq import Feedback, Gptq, round_columns
+from compress.numerics.gptq import Feedback, GptqOptions, round_columns
 from compress.numerics.grids import QuantizedWeight, Scheme
 from compress.numerics.rounding import clip, quantize, resolve_group_size
 from compress.stages.awq_solver import fold
@@ -44,7 +44,7 @@ class Method:
     scales: int | None = None
     smoothing: Smoothing | None = None
     clip: int | None = None
-    gptq: Gptq | None = None
+    gptq: GptqOptions | None = None
 
     def hessian_request(self, schemes: Iterable[Scheme]) -> HessianRequest:
         """Return what it reads of the second moments of what linears held by `schemes` are given."""

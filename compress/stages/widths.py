@@ -15,7 +15,7 @@ from pydantic import Field, PositiveInt, ValidationError, model_validator
 
 from compress.errors import CheckpointError
 from compress.layouts import packed_bytes
-from compress.numerics.allocation import BudgetError, Choice, allocate
+from compress.numerics.allocation import BudgetError, WidthOption, allocate
 from compress.numerics.scheme import Scheme
 from compress.schema import Frozen
 from compress.stages.linears import Linear, Target
@@ -170,7 +170,10 @@ class Mixture:
             for name, members in groups.items()
         }
         choices = {
-            name: [Choice(width, sum(self.cost(linear, width) for linear in members), loss) for width, loss in totals[name].items()]
+            name: [
+                WidthOption(width, sum(self.cost(linear, width) for linear in members), loss)
+                for width, loss in totals[name].items()
+            ]
             for name, members in groups.items()
         }
         try:

@@ -14,7 +14,7 @@ import numpy as np
 from compress.families import Family
 from compress.progress import Progress
 from compress.runtimes.runtime import Answer, Passage, Prompt, Session
-from compress.verification.limits import Limits
+from compress.verification.limits import DifferenceLimits
 from compress.verification.results import Agreement, Answers, Shown
 from compress.verification.samples import captions, pictures, questions, without_images
 
@@ -28,7 +28,7 @@ _SCORED: tuple[Shown, ...] = ("right image", "wrong image")
 
 
 @dataclass(frozen=True)
-class Said:
+class AnswerSet:
     """What a model makes of the same questions asked in several ways: its answers, and how likely it finds given ones.
 
     `likelihoods` are mean log-likelihoods per token in nats, not a number where a prompt could not be scored. Of a model that
@@ -39,7 +39,7 @@ class Said:
     likelihoods: dict[Shown, list[float]]
 
 
-def ask(session: Session, family: Family, given: Said | None, progress: Progress) -> Said:
+def ask(session: Session, family: Family, given: AnswerSet | None, progress: Progress) -> AnswerSet:
     """Ask a model every question with its images, with wrong ones, and with none, and score the answers of the first.
 
     What is scored, with each image, are the model's own answers to the right one or, with `given`, those of the model that made it.
@@ -59,7 +59,7 @@ def ask(session: Session, family: Family, given: Said | None, progress: Progress
     scored = (given.answers if given else answers)["right image"]
     for shown in _SCORED:
         likelihoods[shown] = _likelihoods(session, asked[shown], scored, progress)
-    return Said(answers, likelihoods)
+    return AnswerSet(answers, likelihoods)
 
 
 def _likelihoods(session: Session, prompts: Sequence[Prompt], answers: Sequence[Answer], progress: Progress) -> list[float]:
@@ -70,7 +70,7 @@ def _likelihoods(session: Session, prompts: Sequence[Prompt], answers: Sequence[
     ]
 
 
-def _match(session: Session, given: Said | None, progress: Progress) -> Said:
+def _match(session: Session, given: AnswerSet | None, progress: Progress) -> AnswerSet:
     """Return which text is nearest to each picture and how likely it is, and how likely that is for the next picture."""
     shown, texts = pictures(), captions()
     likely = session.classify(shown, [[text] for text in texts], progress)
@@ -82,10 +82,10 @@ def _match(session: Session, given: Said | None, progress: Progress) -> Said:
         "right image": likely[rows, chosen].tolist(),
         "wrong image": likely[rows - len(rows) + 1, chosen].tolist(),
     }
-    return Said({"right image": answers, "wrong image": answers[1:] + answers[:1]}, likelihoods)
+    return AnswerSet({"right image": answers, "wrong image": answers[1:] + answers[:1]}, likelihoods)
 
 
-def judge_answers(theirs: Said, ours: Said, limits: Limits) -> Answers:
+def judge_answers(theirs: AnswerSet, ours: AnswerSet, limits: DifferenceLimits) -> Answers:
     """Compare what an artifact says (`ours`) with what the checkpoint does."""
     agreement = [
         Agreement(shown=shown, prompts=len(answers), same=sum(map(_alike, answers, ours.answers[shown])))
@@ -116,12 +116,12 @@ def _alike(theirs: Answer, ours: Answer) -> bool:
     return ours.fault == theirs.fault and ours.token_ids == theirs.token_ids and ours.text == theirs.text
 
 
-def _moved(said: Said) -> list[float]:
+def _moved(said: AnswerSet) -> list[float]:
     """Return by how much another image changes each prompt's likelihood."""
     right, wrong = said.likelihoods["right image"], said.likelihoods["wrong image"]
     return [abs(one - other) for one, other in zip(right, wrong, strict=True)]
 
 
-def _changed(said: Said) -> int:
+def _changed(said: AnswerSet) -> int:
     pairs = zip(said.answers["right image"], said.answers["wrong image"], strict=True)
     return sum(one.text != other.text for one, other in pairs)

@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.runtimes.onnxruntime_graph import Graph
-from compress.verification.reference import Array, Reference, Towers
+from compress.runtimes.onnxruntime_graph import GraphSession
+from compress.verification.reference import Array, Reference, ReferenceTowers
 
 _PAST = "past_key_values."
 _AT_ONCE = 3
@@ -46,7 +46,7 @@ def largest(compared: Iterator[Compared]) -> tuple[int, float, float, str]:
     return inputs, absolute, relative, told
 
 
-def image_features(graph: Graph, references: Sequence[Reference]) -> Iterator[Compared]:
+def image_features(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
     """Give what a vision encoder makes of each prompt's images, beside what entered the checkpoint's decoder for them."""
     for reference in references:
         if not reference.features:
@@ -63,14 +63,14 @@ def _joined(ours: Array, theirs: Array) -> Array:
     return ours.reshape(theirs.shape) if ours.size == theirs.size and ours.shape[-1] == theirs.shape[-1] else ours
 
 
-def embeddings(graph: Graph, references: Sequence[Reference]) -> Iterator[Compared]:
+def embeddings(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
     """Give the embeddings of each prompt's words, beside the checkpoint's; those of tokens that stand for images are not used."""
     for reference in references:
         found = graph.run({"input_ids": reference.ids[None]})["inputs_embeds"][0]
         yield Compared(reference.shown, found[~reference.seen], reference.embeddings[~reference.seen])
 
 
-def logits(graph: Graph, references: Sequence[Reference], *, decoding: bool = True) -> Iterator[Compared]:
+def logits(graph: GraphSession, references: Sequence[Reference], *, decoding: bool = True) -> Iterator[Compared]:
     """Give a decoder's logits at the end of each prompt and, with `decoding`, at the tokens after it, one by one with its cache.
 
     What enters it is the checkpoint's own. The first three prompts are computed together, the others each on its own.
@@ -86,12 +86,12 @@ def logits(graph: Graph, references: Sequence[Reference], *, decoding: bool = Tr
                 yield Compared(f"{told}, decoding with its cache", ours[middle:], reference.logits[middle:])
 
 
-def prompt_logits(graph: Graph, references: Sequence[Reference]) -> Iterator[Compared]:
+def prompt_logits(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
     """Give a decoder's logits at the end of each prompt; see `logits`."""
     return logits(graph, references, decoding=False)
 
 
-def _decode(graph: Graph, group: Sequence[Reference], *, decoding: bool) -> list[NDArray[np.float32]]:
+def _decode(graph: GraphSession, group: Sequence[Reference], *, decoding: bool) -> list[NDArray[np.float32]]:
     """Return the logits [tokens from `first` on, vocabulary] of each prompt of a batch."""
     lengths = [reference.prompt_length for reference in group]
     cache, crossing = _empty_cache(graph, len(group)), _crossing(graph, group)
@@ -108,7 +108,7 @@ def _decode(graph: Graph, group: Sequence[Reference], *, decoding: bool) -> list
     return [np.concatenate(parts) for parts in rows]
 
 
-def _inputs(graph: Graph, group: Sequence[Reference], spans: Sequence[tuple[int, int]], past: int = 0) -> dict[str, Array]:
+def _inputs(graph: GraphSession, group: Sequence[Reference], spans: Sequence[tuple[int, int]], past: int = 0) -> dict[str, Array]:
     """Return a step's inputs beside its cache: of each row the tokens of its span, padded on the right, after `past` cached ones.
 
     The mask has as many ones as a row has tokens by now; where they stand is not read.
@@ -148,7 +148,7 @@ def _tiles(reference: Reference) -> NDArray[np.int64]:
     return np.zeros((len(reference.ids), 0), np.int64) if mask is None else mask.reshape(len(mask), -1)
 
 
-def _empty_cache(graph: Graph, rows: int) -> dict[str, Array]:
+def _empty_cache(graph: GraphSession, rows: int) -> dict[str, Array]:
     """Return the cache before the first token, of every block that gives back what it has cached."""
     return {
         name: np.zeros((rows, int(declared.shape[1]), 0, int(declared.shape[3])), declared.dtype)
@@ -157,7 +157,7 @@ def _empty_cache(graph: Graph, rows: int) -> dict[str, Array]:
     }
 
 
-def _crossing(graph: Graph, group: Sequence[Reference]) -> dict[str, Array]:
+def _crossing(graph: GraphSession, group: Sequence[Reference]) -> dict[str, Array]:
     """Return the keys and values that cross-attention reads, as the checkpoint has them, rows with fewer images padded."""
     given: dict[str, Array] = {}
     for name, declared in graph.inputs.items():
@@ -172,14 +172,14 @@ def _crossing(graph: Graph, group: Sequence[Reference]) -> dict[str, Array]:
     return given
 
 
-def image_embeds(graph: Graph, towers: Towers) -> Iterator[Compared]:
+def image_embeds(graph: GraphSession, towers: ReferenceTowers) -> Iterator[Compared]:
     """Give what an image encoder makes of each picture, all computed together."""
     found = graph.run({"pixel_values": towers.pixels})["image_embeds"]
     for told, ours, theirs in zip(towers.images, found, towers.image_embeds, strict=True):
         yield Compared(told, ours, theirs)
 
 
-def text_embeds(graph: Graph, towers: Towers) -> Iterator[Compared]:
+def text_embeds(graph: GraphSession, towers: ReferenceTowers) -> Iterator[Compared]:
     """Give what a text encoder makes of each text, all computed together and padded."""
     given: Mapping[str, Any] = {name: value for name, value in towers.texts.items() if name in graph.inputs}
     found = graph.run(given)["text_embeds"]

@@ -67,7 +67,7 @@ AGREEMENT: Mapping[Rounding, float] = {
 
 
 @dataclass(frozen=True)
-class Settings:
+class ExportPrecision:
     """What an artifact leaves open of the checkpoint's numbers, and settles for itself."""
 
     dtype: Literal["float32", "float16"]
@@ -77,7 +77,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Limits:
+class DifferenceLimits:
     """What an artifact's differences may be, by the roundings that reach each part's outputs."""
 
     vision: frozenset[Rounding]
@@ -107,7 +107,7 @@ class Limits:
         return min(AGREEMENT[each] for each in self.roundings)
 
 
-def limits_of(settings: Settings, checkpoint: Checkpoint, family: Family) -> Limits:
+def limits_of(settings: ExportPrecision, checkpoint: Checkpoint, family: Family) -> DifferenceLimits:
     """Return the limits of an artifact that was made of a checkpoint; reads headers only."""
     schemes = quantized_linears(checkpoint)
     seeing = {name for name in schemes if family.inside_vision(family.module_name(name)) or name.endswith(family.vision_readers)}
@@ -122,17 +122,17 @@ def limits_of(settings: Settings, checkpoint: Checkpoint, family: Family) -> Lim
     if settings.head_bits:
         decoder.add("head in 8 bits" if settings.head_bits == 8 else "head in 4 bits")
         decoder.update(_inputs(settings, Scheme(settings.head_bits, -1, symmetric=True)))
-    return Limits(frozenset(vision), frozenset(embeddings), frozenset(decoder))
+    return DifferenceLimits(frozenset(vision), frozenset(embeddings), frozenset(decoder))
 
 
-def _roundings(settings: Settings, schemes: Iterable[Scheme]) -> set[Rounding]:
+def _roundings(settings: ExportPrecision, schemes: Iterable[Scheme]) -> set[Rounding]:
     found: set[Rounding] = {settings.dtype}
     for scheme in schemes:
         found.update(_inputs(settings, scheme))
     return found
 
 
-def _inputs(settings: Settings, scheme: Scheme) -> tuple[Rounding, ...]:
+def _inputs(settings: ExportPrecision, scheme: Scheme) -> tuple[Rounding, ...]:
     """Return how the input of a linear that is held so is rounded, if at all."""
     if scheme.activations is not None:
         return ("inputs to 8 bits",)

@@ -19,7 +19,7 @@ from compress.progress import Progress
 from compress.runtimes.inputs import Encoded, Encoder
 from compress.runtimes.runtime import Passage
 from compress.runtimes.transformers_session import TransformersSession
-from compress.verification.samples import Sample, captions, pictures
+from compress.verification.samples import VerificationPrompt, captions, pictures
 
 _CONTINUATION = "The picture shows a"
 _FURTHER = 3
@@ -55,7 +55,7 @@ class Reference:
 
 
 @dataclass(frozen=True)
-class Towers:
+class ReferenceTowers:
     """What the two towers of a checkpoint that compares images with texts give, before anything is normalised.
 
     `pixels` [images, 3, height, width] and `texts` (token ids and mask of all, padded as the tokenizer does) are what goes in; each
@@ -82,7 +82,7 @@ class _Heard:
 
 
 @torch.inference_mode()
-def references(session: TransformersSession, samples: Sequence[Sample], progress: Progress) -> list[Reference]:
+def references(session: TransformersSession, samples: Sequence[VerificationPrompt], progress: Progress) -> list[Reference]:
     """Return what the checkpoint makes of each sample, in order; those that the model does not take are left out.
 
     Raises:
@@ -215,7 +215,7 @@ def _keeping(heard: _Heard, name: str, form: Callable[[Tensor], Tensor]) -> Call
 
 
 @torch.inference_mode()
-def towers(session: TransformersSession) -> Towers:
+def towers(session: TransformersSession) -> ReferenceTowers:
     """Return what the two towers of a checkpoint give for pictures and texts made here."""
     model, processor = session.model, session.encoder.processor
     shown, said = pictures(), captions()
@@ -226,7 +226,7 @@ def towers(session: TransformersSession) -> Towers:
         ids = torch.tensor([cast("list[int]", processor.tokenizer(text)["input_ids"])])
         rows.append(model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids)).pooler_output[0])
     padded = processor.tokenizer(said, padding=True, return_tensors="np")
-    return Towers(
+    return ReferenceTowers(
         images=[picture.id for picture in shown],
         pixels=_array(pixels),
         image_embeds=_array(model.get_image_features(pixel_values=pixels).pooler_output),

@@ -37,7 +37,7 @@ _SIZES = ((150, 113), (97, 61), (252, 140), (84, 196), (131, 131), (203, 90), (5
 
 
 @dataclass(frozen=True)
-class Sample:
+class VerificationPrompt:
     """A prompt that the parts are compared on; `shown` says in words what it has."""
 
     prompt: Prompt
@@ -66,7 +66,7 @@ def draw(seed: int, width: int, height: int) -> bytes:
     return file.getvalue()
 
 
-def samples(family: Family) -> list[Sample]:
+def samples(family: Family) -> list[VerificationPrompt]:
     """Return prompts without an image, with one of several odd sizes, and with two of different sizes where the family takes two.
 
     The first three have none, one and (where it can be) two images, and different lengths.
@@ -75,11 +75,11 @@ def samples(family: Family) -> list[Sample]:
     return [_sample(place, pictures) for place, pictures in enumerate(shown)]
 
 
-def _sample(place: int, pictures: Sequence[int]) -> Sample:
+def _sample(place: int, pictures: Sequence[int]) -> VerificationPrompt:
     images = tuple(draw(picture, *_SIZES[picture]) for picture in pictures)
     sizes = [f"{width}×{height}" for width, height in (_SIZES[picture] for picture in pictures)]
     told = {0: "a prompt without an image", 1: f"an image of {' '.join(sizes)} pixels"}
-    return Sample(
+    return VerificationPrompt(
         Prompt(f"sample {place}", _QUESTIONS[place], images), told.get(len(sizes), f"images of {' and '.join(sizes)} pixels")
     )
 

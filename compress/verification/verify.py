@@ -11,15 +11,15 @@ from compress.errors import VerificationError
 from compress.export.format import VerifyContext
 from compress.onnx_files import check_files
 from compress.runtimes.activations import activation_quantization_disabled
-from compress.runtimes.onnxruntime_graph import Engine, Graph
+from compress.runtimes.onnxruntime_graph import Engine, GraphSession
 from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.strip_activation_quantization import quantizes_activations
-from compress.runtimes.transformers_session import Settings, TransformersSession, open_session
+from compress.runtimes.transformers_session import TransformersSession, TransformersSettings, open_session
 from compress.verification import graphs
 from compress.verification.answers import ask, judge_answers
 from compress.verification.independent import load_independently
-from compress.verification.limits import Limits
-from compress.verification.reference import Reference, Towers, references, towers
+from compress.verification.limits import DifferenceLimits
+from compress.verification.reference import Reference, ReferenceTowers, references, towers
 from compress.verification.results import Answers, Component, Difference, Verification
 from compress.verification.samples import samples
 
@@ -46,7 +46,7 @@ _REMEDY = (
 )
 
 
-def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits, table: Table | None = None) -> Verification:
+def verify_graphs(context: VerifyContext, runtime: Runtime, limits: DifferenceLimits, table: Table | None = None) -> Verification:
     """Compare every graph of an artifact with the checkpoint, then what it answers in its runtime.
 
     The checkpoint is let go of before the artifact is loaded, and each graph before the next. `table` is for artifacts whose graphs
@@ -57,7 +57,7 @@ def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits, tabl
         CheckpointError: the checkpoint, or a graph, cannot be loaded or run.
     """
     opening = OpenContext(context.source, context.logs, context.progress, context.trust_remote_code, "checkpoint")
-    with open_session(opening, Settings("float32", "cpu", _TOKENS_PER_BATCH), load_independently) as session:
+    with open_session(opening, TransformersSettings("float32", "cpu", _TOKENS_PER_BATCH), load_independently) as session:
         given = _given(session, context, limits)
         said = ask(session, context.family, None, context.progress)
     usual = _TOWERS if context.family.head is None else _GENERATIVE
@@ -73,12 +73,12 @@ def verify_graphs(context: VerifyContext, runtime: Runtime, limits: Limits, tabl
 class _Given:
     """What the checkpoint's parts give: as it says, and with no input rounded."""
 
-    rounded: list[Reference] | Towers
-    exact: list[Reference] | Towers
+    rounded: list[Reference] | ReferenceTowers
+    exact: list[Reference] | ReferenceTowers
 
 
-def _given(session: TransformersSession, context: VerifyContext, limits: Limits) -> _Given:
-    def ask_parts() -> list[Reference] | Towers:
+def _given(session: TransformersSession, context: VerifyContext, limits: DifferenceLimits) -> _Given:
+    def ask_parts() -> list[Reference] | ReferenceTowers:
         if context.family.head is None:
             return towers(session)
         return references(session, samples(context.family), context.progress)
@@ -90,7 +90,7 @@ def _given(session: TransformersSession, context: VerifyContext, limits: Limits)
         return _Given(found, ask_parts())
 
 
-def _components(artifact: Path, given: _Given, limits: Limits, table: Table) -> Iterator[Difference]:
+def _components(artifact: Path, given: _Given, limits: DifferenceLimits, table: Table) -> Iterator[Difference]:
     """Give what each part's difference is, in the order in which parts feed each other, up to the first that is too large.
 
     Where the inputs of matrices are rounded, a graph is first compared without that, on both sides: so the weights themselves are
@@ -101,7 +101,7 @@ def _components(artifact: Path, given: _Given, limits: Limits, table: Table) -> 
         check_files(path)
         ways = (True, False) if quantizes_activations(path) else (False,)
         for exact in ways:
-            graph: Any = Graph(path, _ENGINE, exact=exact)
+            graph: Any = GraphSession(path, _ENGINE, exact=exact)
             compared = exactly(graph, given.exact) if exact else compare(graph, given.rounded)
             inputs, absolute, relative, worst = graphs.largest(compared)
             del graph

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.export.graphs.clip_tower import Rows, clip_blocks, clip_embeddings
+from compress.export.graphs.clip_tower import PooledPositions, clip_blocks, clip_embeddings
 from compress.export.graphs.parts import Parts
 
 _FORMER_END = 2
@@ -22,7 +22,7 @@ def vision_model(parts: Parts) -> None:
     size = int(config.image_size)
     pixels = graph.input("pixel_values", graph.dtype, ["batch_size", int(config.num_channels), size, size])
     value = clip_embeddings(parts, pixels, "vision_model", config, rounded=parts.embedding_bits is not None)
-    first = Rows(lambda found: graph.slice(found, 0, 1, 1))
+    first = PooledPositions(lambda found: graph.slice(found, 0, 1, 1))
     value = clip_blocks(parts, value, "vision_model.encoder.layers", config, range(config.num_hidden_layers), wanted=first)
     _project(parts, value, "vision_model.post_layernorm", config, "visual_projection", "image_embeds")
 
@@ -40,7 +40,9 @@ def text_model(parts: Parts) -> None:
     value = graph.op("Add", parts.embed(ids, "text_model.embeddings.token_embedding"), positions)
     present = graph.op("Unsqueeze", graph.cast(mask, np.bool_), graph.const([1, 2]))  # [batch, 1, 1, length]
     end = _end(parts, ids, int(config.eos_token_id))  # [batch, 1]
-    wanted = Rows(lambda found: graph.op("Unsqueeze", graph.op("GatherND", found, end, batch_dims=1), graph.const([1])), "")
+    wanted = PooledPositions(
+        lambda found: graph.op("Unsqueeze", graph.op("GatherND", found, end, batch_dims=1), graph.const([1])), ""
+    )
     rows = graph.op("Unsqueeze", places, graph.const([1]))
     value = clip_blocks(
         parts,
@@ -49,7 +51,7 @@ def text_model(parts: Parts) -> None:
         config,
         range(config.num_hidden_layers),
         bias=_bias(parts, present, places, rows),
-        wanted=Rows(wanted.pick, _bias(parts, present, places, graph.op("Unsqueeze", end, graph.const([1, 2])))),
+        wanted=PooledPositions(wanted.pick, _bias(parts, present, places, graph.op("Unsqueeze", end, graph.const([1, 2])))),
     )
     _project(parts, value, "text_model.final_layer_norm", config, "text_projection", "text_embeds")
 

@@ -20,7 +20,7 @@ _PER_CHANNEL = Scheme(bits=8, group_size=-1, symmetric=True)
 
 
 @dataclass(frozen=True)
-class Rows:
+class PooledPositions:
     """The places whose results are wanted of the last block: those of others need not be worked out.
 
     `pick` returns them, [batch, wanted, hidden], of a value [batch, length, hidden]; `bias` is added to their attention scores.
@@ -54,7 +54,7 @@ def clip_embeddings(parts: Parts, pixels: str, prefix: str, config: Any, *, roun
 
 
 def clip_blocks(
-    parts: Parts, value: str, prefix: str, config: Any, layers: range, *, bias: str = "", wanted: Rows | None = None
+    parts: Parts, value: str, prefix: str, config: Any, layers: range, *, bias: str = "", wanted: PooledPositions | None = None
 ) -> str:
     """Return what the blocks `layers` of `prefix` (a module list) make of a value [batch, length, hidden].
 
@@ -63,12 +63,16 @@ def clip_blocks(
     for layer in layers:
         with parts.graph.scope(f"layers.{layer}"):
             value = _block(
-                parts, value, f"{prefix}.{layer}", config, Rows(_all, bias) if layer != layers[-1] or wanted is None else wanted
+                parts,
+                value,
+                f"{prefix}.{layer}",
+                config,
+                PooledPositions(_all, bias) if layer != layers[-1] or wanted is None else wanted,
             )
     return value
 
 
-def _block(parts: Parts, value: str, name: str, config: Any, rows: Rows) -> str:
+def _block(parts: Parts, value: str, name: str, config: Any, rows: PooledPositions) -> str:
     """Return what one block makes of the wanted rows: attention and feed-forward, each normed first and added."""
     graph, epsilon, attention = parts.graph, float(config.layer_norm_eps), f"{name}.self_attn"
     normed = parts.layer_norm(value, f"{name}.layer_norm1", epsilon)

@@ -27,7 +27,7 @@ _SIGN = 128
 
 
 @dataclass(frozen=True)
-class Held:
+class QuantizedLinear:
     """A quantized linear: its name on disk and its scheme."""
 
     name: str

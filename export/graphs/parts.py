@@ -15,7 +15,7 @@ from compress.checkpoint import Checkpoint, TensorEntry
 from compress.engine.weights import WeightReader, is_finite, map_tensor
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph, Weight
-from compress.export.graphs.linears import PIECE, Held, LinearWriter
+from compress.export.graphs.linears import PIECE, LinearWriter, QuantizedLinear
 from compress.export.graphs.vocabulary import embed, head, head_name
 from compress.families import Family
 from compress.layouts import PackedLinear, linear_shape, quantized_linears, read_linear, read_packed
@@ -45,7 +45,7 @@ class Source:
     model: Any
     """The model's modules without their weights; buffers that are computed from the config are there."""
     reader: WeightReader
-    held: dict[str, Held]
+    held: dict[str, QuantizedLinear]
     """How each quantized linear is held, by its in-memory name."""
 
     @staticmethod
@@ -57,7 +57,8 @@ class Source:
         """
         schemes = quantized_linears(checkpoint)
         held = {
-            family.module_name(f"{name}.weight").removesuffix(".weight"): Held(name, scheme) for name, scheme in schemes.items()
+            family.module_name(f"{name}.weight").removesuffix(".weight"): QuantizedLinear(name, scheme)
+            for name, scheme in schemes.items()
         }
         model = build_skeleton(checkpoint.folder, torch.float32, torch.device("cpu"), trust_remote_code)
         return Source(checkpoint, family, model, WeightReader(checkpoint, family), held)

@@ -16,10 +16,10 @@ from transformers import AutoModelForImageTextToText
 from compress.artifact import folder_digests
 from compress.calibration import overlap
 from compress.calibration.batches import Batches, load_batches, load_processor
-from compress.calibration.collect import PinnedSet, Selection, collect, read_manifest
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect, read_manifest
 from compress.calibration.overlap import check_overlap
 from compress.calibration.questions import read_questions
-from compress.calibration.sets import Columns, Rows, Text, Vqa
+from compress.calibration.sets import Columns, RowFilter, TextSet, VqaSet
 from compress.calibration.texts import read_documents
 from compress.conversation import messages, open_images, write_prompt
 from compress.errors import CheckpointError, CompressError, DataError
@@ -54,15 +54,15 @@ def write_questions(folder: Path, first: int, last: int, name: str = "questions.
     return path
 
 
-def selection(text: Path | None, questions: Path | None, seed: int = 0, **changes: Any) -> Selection:
+def selection(text: Path | None, questions: Path | None, seed: int = 0, **changes: Any) -> CalibrationSelection:
     sets = list[PinnedSet]()
     if text:
         windows: dict[str, Any] = {"dataset": "text", "source": str(text), "samples": 6, "tokens": 96, **changes}
-        sets.append(PinnedSet(Text(**windows), (text,)))
+        sets.append(PinnedSet(TextSet(**windows), (text,)))
     if questions:
         asked: dict[str, Any] = {"dataset": "vqa", "source": str(questions), "samples": 8, "prompt": "{question} One word."}
-        sets.append(PinnedSet(Vqa(**asked), (questions,)))
-    return Selection(seed, tuple(sets))
+        sets.append(PinnedSet(VqaSet(**asked), (questions,)))
+    return CalibrationSelection(seed, tuple(sets))
 
 
 @pytest.fixture(scope="module")
@@ -206,8 +206,8 @@ def test_questions_of_text_alone_where_they_are_asked_for(model: Path, tmp_path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked: dict[str, Any] = {"dataset": "vqa", "source": str(path), "samples": 6}
     with pytest.raises(DataError, match=r"questions.jsonl:1: has no field 'image'"):
-        collect(Selection(0, (PinnedSet(Vqa(**asked), (path,)),)), model, tmp_path / "refused", Silent())
-    collect(Selection(0, (PinnedSet(Vqa(**asked, text_only=True), (path,)),)), model, tmp_path / "out", Silent())
+        collect(CalibrationSelection(0, (PinnedSet(VqaSet(**asked), (path,)),)), model, tmp_path / "refused", Silent())
+    collect(CalibrationSelection(0, (PinnedSet(VqaSet(**asked, text_only=True), (path,)),)), model, tmp_path / "out", Silent())
     batches = load_batches(tmp_path / "out", model, 2000)
     inputs = [batch.inputs() for batch in batches]
     assert sorted(name for batch in batches for name in batch.ids) == [str(number) for number in range(6)]
@@ -216,7 +216,7 @@ def test_questions_of_text_alone_where_they_are_asked_for(model: Path, tmp_path:
     with torch.no_grad():
         assert all(bool(network(**each).logits.isfinite().all()) for each in inputs)
     with pytest.raises(DataError, match=r"question 0 .* of the evaluation is calibration sample 0 "):
-        check_overlap(tmp_path / "out", read_questions([path], Columns(), {0}, Rows(text_only=True)), [])
+        check_overlap(tmp_path / "out", read_questions([path], Columns(), {0}, RowFilter(text_only=True)), [])
 
 
 @pytest.mark.parametrize(
@@ -466,8 +466,8 @@ def test_a_question_that_the_processor_refuses_is_left_out_by_name(model: Path, 
     source = write_questions(tmp_path, 0, 4)
     (tmp_path / "2-0.png").write_bytes(picture(2, 2000, 9))
     heard = Listening()
-    chosen = Vqa.model_validate({"dataset": "vqa", "source": str(source), "samples": 4})
-    wanted = Selection(0, (PinnedSet(chosen, (source,)),))
+    chosen = VqaSet.model_validate({"dataset": "vqa", "source": str(source), "samples": 4})
+    wanted = CalibrationSelection(0, (PinnedSet(chosen, (source,)),))
     collect(wanted, model, tmp_path / "out", heard)
     (warning,) = heard.warnings
     assert warning.startswith("calibration leaves out a question: questions.jsonl:3: question 2: the model's processor does not")

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from compress.calibration.questions import Question, count_questions, read_questions, source_digest
-from compress.calibration.sets import Columns, Rows, Vqa
+from compress.calibration.sets import Columns, RowFilter, VqaSet
 from compress.calibration.tables import read_lines, read_parquet, read_text
 from compress.calibration.texts import read_documents, read_joined
 from compress.errors import CompressError, DataError
@@ -46,8 +46,8 @@ def row(**changes: Any) -> dict[str, Any]:
     return {"id": "a", "image": "0.png", "question": "What is it?", "answer": "red", **changes}
 
 
-def read(path: Path, rows: Rows | None = None, folder: Path | None = None) -> list[Question]:
-    return list(read_questions([path], Columns(), None, rows or Rows(), folder))
+def read(path: Path, rows: RowFilter | None = None, folder: Path | None = None) -> list[Question]:
+    return list(read_questions([path], Columns(), None, rows or RowFilter(), folder))
 
 
 # a list of rows
@@ -268,9 +268,9 @@ def test_paths_are_looked_for_in_the_recipes_folder_and_beside_the_file(tmp_path
     (coco / "7.png").write_bytes(picture(7))
     assert [each.images for each in read(path, folder=coco)] == [(picture(7),)] * 2
     recipe = {"dataset": "vqa", "source": "data/q.jsonl", "samples": 1, "image_folder": "coco"}
-    assert Vqa.model_validate(recipe, context={"base": tmp_path}).image_folder == str(coco)
+    assert VqaSet.model_validate(recipe, context={"base": tmp_path}).image_folder == str(coco)
     with pytest.raises(ValueError, match="image_folder"):
-        Vqa.model_validate({**recipe, "image_folder": "data/q.jsonl"}, context={"base": tmp_path})
+        VqaSet.model_validate({**recipe, "image_folder": "data/q.jsonl"}, context={"base": tmp_path})
 
 
 def test_an_image_that_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
@@ -395,11 +395,11 @@ def test_rows_of_text_alone_where_they_are_asked_for(tmp_path: Path) -> None:
     path = write(tmp_path, given)
     with pytest.raises(DataError, match=r"q.jsonl:2: has no field 'image'"):
         read(path)
-    assert [len(each.images) for each in read(path, Rows(text_only=True))] == [1, 0, 0]
+    assert [len(each.images) for each in read(path, RowFilter(text_only=True))] == [1, 0, 0]
     spoken = {**LLAVA, "conversations": [{"from": "human", "value": "Two and two?"}], "image": None}
     with pytest.raises(DataError, match=r"q.jsonl:1: has no field 'image', only id, question, answer"):
         read(write(tmp_path, [spoken]))
-    assert read(write(tmp_path, [spoken]), Rows(text_only=True))[0].question == "Two and two?"
+    assert read(write(tmp_path, [spoken]), RowFilter(text_only=True))[0].question == "Two and two?"
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "json", "parquet", "txt"])

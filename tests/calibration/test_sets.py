@@ -5,15 +5,15 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from compress.calibration.collect import PinnedSet, Selection, collect, read_manifest
-from compress.calibration.sets import Wikitext
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect, read_manifest
+from compress.calibration.sets import WikitextSet
 from compress.progress import Silent
 from tests.jobs import sentences
 from tests.tiny import build_qwen2_5_vl
 
 
 def test_wikitext_is_the_published_one_unless_a_source_is_named() -> None:
-    published = Wikitext(dataset="wikitext", samples=1, tokens=8)
+    published = WikitextSet(dataset="wikitext", samples=1, tokens=8)
     assert (published.source, published.subset, published.split) == ("Salesforce/wikitext", "wikitext-2-raw-v1", "train")
 
 
@@ -25,9 +25,9 @@ def test_a_local_copy_of_wikitext_gives_the_same_windows_in_any_form(tmp_path: P
     pq.write_table(cast("Any", pa.table({"text": rows})), tmp_path / "wiki.parquet")
     found: list[list[str]] = []
     for path in (tmp_path / "wiki.raw", tmp_path / "wiki.jsonl", tmp_path / "wiki.parquet"):
-        spec = Wikitext(dataset="wikitext", source=str(path), samples=4, tokens=32)
+        spec = WikitextSet(dataset="wikitext", source=str(path), samples=4, tokens=32)
         out = tmp_path / f"out-{path.suffix}"
-        collect(Selection(0, (PinnedSet(spec, (path,)),)), model, out, Silent())
+        collect(CalibrationSelection(0, (PinnedSet(spec, (path,)),)), model, out, Silent())
         found.append([sample["sha256"] for sample in read_manifest(out)["samples"]])
     assert len(set(found[0])) == 4
     assert found[0] == found[1] == found[2]

@@ -79,7 +79,7 @@ def test_few_channels_and_those_that_blocks_do_not_divide_are_kept_whole() -> No
 
 
 def test_what_a_method_reads_is_what_is_kept() -> None:
-    from compress.numerics.gptq import Gptq
+    from compress.numerics.gptq import GptqOptions
     from compress.numerics.scheme import Scheme
     from compress.stages.solvers import Method
 
@@ -88,4 +88,4 @@ def test_what_a_method_reads_is_what_is_kept() -> None:
     assert Method(scales=20).hessian_request([four]) == HessianRequest(whole=False, sketch=True, block=1)
     assert Method().hessian_request([four]) == HessianRequest(whole=False, sketch=False, block=1)
     assert Method(clip=20).hessian_request([Scheme(4, -1, symmetric=False)]).whole
-    assert Method(gptq=Gptq()).hessian_request([four]).whole
+    assert Method(gptq=GptqOptions()).hessian_request([four]).whole

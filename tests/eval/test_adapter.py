@@ -17,7 +17,7 @@ from pydantic import ValidationError
 
 from compress.errors import MissingError, RecipeError, ServerError, UsageError
 from compress.eval.adapter import Adapter, spelled_out
-from compress.eval.adapter_worker import FAILED, JobError, Journal, canonical, details, item
+from compress.eval.adapter_worker import FAILED, AnswerLog, UnknownNameError, canonical, details, item
 from compress.eval.adapter_worker import Found as HarnessFound
 from compress.eval.results import AdapterItem, ScoreMetrics, read_items
 from compress.eval.task import TaskContext
@@ -127,7 +127,7 @@ def test_an_item_scores_what_the_metric_gives_it(value: object, score: float) ->
 
 
 def test_a_metric_of_all_items_together_is_refused() -> None:
-    with pytest.raises(JobError, match="gives none a score of its own"):
+    with pytest.raises(UnknownNameError, match="gives none a score of its own"):
         row_of({"doc_id": 3, "exact_match": ("said", "meant")})
 
 
@@ -155,16 +155,16 @@ def test_aggregates_come_with_their_errors() -> None:
 
 def test_a_journal_gives_each_answer_once_and_drops_what_was_cut_off(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "journal.jsonl"
-    first = Journal(path)
+    first = AnswerLog(path)
     first.add("a", ["one"])
     first.add("a", ["two"])
     first.file.close()
     path.write_bytes(path.read_bytes() + b'["b", ["thr')
-    again = Journal(path)
+    again = AnswerLog(path)
     assert [again.find("a"), again.find("a"), again.find("a"), again.find("b")] == [["one"], ["two"], None, None]
     again.add("b", ["three"])
     again.file.close()
-    last = Journal(path)
+    last = AnswerLog(path)
     last.file.close()
     assert last.find("b") == ["three"]
 

@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from compress.errors import DataError
-from compress.eval.asked import Part
+from compress.eval.asked import QuestionSet
 from compress.eval.choice import Choice
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import Measured, QuestionItem, ScoreMetrics, read_measured
@@ -62,7 +62,7 @@ class World:
         tokenizer = cast("Any", AutoTokenizer).from_pretrained(self.checkpoint)
         found = list[list[tuple[float, int]]]()
         for question in task.questions((self.folder / "rows.jsonl",)):
-            (prompt,) = task.prompts(Part("one", [question], None, task.scorer([question])))
+            (prompt,) = task.prompts(QuestionSet("one", [question], None, task.scorer([question])))
             ids = [tuple(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
             scores = [session.score([Passage("one", tokens, prompt)], None, None, Silent())[0] for tokens in ids]
             found.append(

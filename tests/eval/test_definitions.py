@@ -9,14 +9,14 @@ import yaml
 from pydantic import ValidationError
 
 from compress.calibration.questions import Question
-from compress.calibration.sets import Vqa as CalibrationVqa
+from compress.calibration.sets import VqaSet as CalibrationVqa
 from compress.errors import DataError, RecipeError
 from compress.eval.asked import Asked
 from compress.eval.caption import Caption
 from compress.eval.choice import Choice
 from compress.eval.definition import find_definition, read_definition, shipped_definitions
 from compress.eval.results import QuestionItem
-from compress.eval.vqa import Vqa
+from compress.eval.vqa import VqaSet
 from tests.tiny import picture
 
 CHOICE: dict[str, Any] = {
@@ -63,7 +63,7 @@ ANSWERS = {
 
 def task_of(name: str, folder: Path, **fields: Any) -> Asked:
     kind = read_definition(find_definition(name, folder)).task
-    row: type[Asked] = {"vqa": Vqa, "choice": Choice, "caption": Caption}[kind]
+    row: type[Asked] = {"vqa": VqaSet, "choice": Choice, "caption": Caption}[kind]
     by = {"by": "generation"} if kind == "choice" else {}
     return row.model_validate({"task": kind, "definition": name, **by, **fields}, context={"base": folder})
 
@@ -162,13 +162,13 @@ def test_a_single_answer_counts_as_that_of_ten_people(tmp_path: Path) -> None:
 def test_questions_of_ones_own_need_nothing_but_their_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path, [row(options=None, answer="three red ones")])
     given = {"task": "vqa", "source": "rows.jsonl"}
-    task = Vqa.model_validate(given, context={"base": tmp_path})
+    task = VqaSet.model_validate(given, context={"base": tmp_path})
     (question,) = task.questions([path])
     assert (task.name, task.scored_by, task.read().max_new_tokens) == ("questions", "exact_match", 16)
     assert task.wording(question) == "Which?\nAnswer the question using a single word or phrase."
     assert [task.scorer([question])(question, said) for said in ("3 red ones", "red")] == [1.0, 0.0]
     own = {"prompt": "In short: {question}", "metric": "anls", "max_new_tokens": 40}
-    changed = Vqa.model_validate({**given, **own}, context={"base": tmp_path})
+    changed = VqaSet.model_validate({**given, **own}, context={"base": tmp_path})
     assert (changed.wording(question), changed.scored_by, changed.binary) == ("In short: Which?", "anls", False)
     assert 0.5 < changed.scorer([question])(question, "three red one") < 1
     assert "at most 40 tokens, prompt 'In short: {question}' (questions, version 1, with the recipe's own" in changed.note()
@@ -187,7 +187,7 @@ def test_questions_of_ones_own_need_nothing_but_their_file(tmp_path: Path) -> No
 def test_what_a_recipe_says_of_its_questions_is_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_rows(tmp_path, [row()])
     with pytest.raises(ValidationError, match=message):
-        Vqa.model_validate({"task": "vqa", "source": "rows.jsonl", **changes}, context={"base": tmp_path})
+        VqaSet.model_validate({"task": "vqa", "source": "rows.jsonl", **changes}, context={"base": tmp_path})
 
 
 def test_rows_that_do_not_count_are_left_out_before_any_are_drawn(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_calibration_set_takes_no_options() -> None:
 
 def test_a_definition_is_for_its_own_kind_of_task(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="the definition mmmu is of a choice; write task: choice"):
-        Vqa.model_validate({"task": "vqa", "definition": "mmmu"})
+        VqaSet.model_validate({"task": "vqa", "definition": "mmmu"})
     with pytest.raises(ValidationError, match="no shipped one is called nothing: ai2d, mmmu"):
         Choice.model_validate({"task": "choice", "definition": "nothing", "by": "generation"}, context={"base": tmp_path})
 

@@ -11,11 +11,11 @@ import pytest
 from compress.eval.latency import LatencyGoal
 from compress.eval.latency_figures import estimates, pool, ratios, summarize
 from compress.eval.latency_results import Percentiles
-from compress.eval.load_generator import Load, Sample
+from compress.eval.load_generator import Load, RequestTiming
 
 
 def _load(ttfts: list[float], gap: float = 0.1, tokens: int = 3, seconds: float = 10.0) -> Load:
-    return Load(tuple(Sample(ttft, (0.0, *(gap,) * (tokens - 1)), tokens) for ttft in ttfts), seconds, "compress")
+    return Load(tuple(RequestTiming(ttft, (0.0, *(gap,) * (tokens - 1)), tokens) for ttft in ttfts), seconds, "compress")
 
 
 def test_figures_are_those_of_the_definitions() -> None:
@@ -41,7 +41,7 @@ def test_goodput_counts_requests_that_keep_every_limit() -> None:
 
 def test_failed_requests_are_counted_and_are_in_no_time() -> None:
     load = _load([1.0, 2.0, 3.0])
-    failed = Sample(0.0, (), 0, "503: busy")
+    failed = RequestTiming(0.0, (), 0, "503: busy")
     result = summarize(replace(load, samples=(*load.samples, failed, failed)), LatencyGoal(ttft_ms=1e6))
     assert (result.requests, result.failed, result.faults) == (5, 2, {"503: busy": 2})
     assert result.ttft == summarize(load, None).ttft
@@ -50,16 +50,16 @@ def test_failed_requests_are_counted_and_are_in_no_time() -> None:
 
 
 def test_load_without_an_answer_has_no_times() -> None:
-    result = summarize(Load((Sample(0.0, (), 0, "x"),), 1.0, "compress"), LatencyGoal(ttft_ms=1))
+    result = summarize(Load((RequestTiming(0.0, (), 0, "x"),), 1.0, "compress"), LatencyGoal(ttft_ms=1))
     assert (result.ttft, result.tpot, result.itl, result.e2el) == (None, None, None, None)
     assert (result.request_rate, result.goodput) == (0.0, 0.0)
-    empty = [Load((Sample(0.0, (), 0, "x"),), 1.0, "compress")] * 2
+    empty = [Load((RequestTiming(0.0, (), 0, "x"),), 1.0, "compress")] * 2
     assert ratios(empty, empty, None, 0.95) == {}
     assert all(estimate.interval is None for estimate in estimates(empty, None, 0.95).values())
 
 
 def test_single_token_has_no_time_per_further_token() -> None:
-    result = summarize(Load((Sample(1.0, (0.0,), 1), Sample(2.0, (), 1)), 4.0, "compress"), LatencyGoal(tpot_ms=1))
+    result = summarize(Load((RequestTiming(1.0, (0.0,), 1), RequestTiming(2.0, (), 1)), 4.0, "compress"), LatencyGoal(tpot_ms=1))
     assert result.tpot is None
     assert result.itl is None
     assert result.within_goal == 1.0
@@ -75,7 +75,7 @@ def _rounds(random: np.random.Generator, scale: float, drift: np.ndarray, noise:
     loads: list[Load] = []
     for shift in drift:
         times = scale * math.exp(shift) * np.exp(random.normal(0, noise, 40))
-        samples = tuple(Sample(float(time) / 2, (0.0, float(time) / 2), 2) for time in times)
+        samples = tuple(RequestTiming(float(time) / 2, (0.0, float(time) / 2), 2) for time in times)
         loads.append(Load(samples, float(times.sum()) / 4, "compress"))
     return loads
 

@@ -11,7 +11,7 @@ from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import WeightReader
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext, Outlook
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.export.vllm_limits import Layout
 from compress.families import family_of
 from compress.files import write_json
@@ -39,7 +39,7 @@ def export(layout: Layout, source: Path, target: Path) -> tuple[Checkpoint, list
     family = family_of(open_checkpoint(source).config)
     progress = Warnings()
     target.mkdir()
-    Vllm(format="vllm", layout=layout).apply(ExportContext(source, target, family, progress))
+    VllmExport(format="vllm", layout=layout).apply(ExportContext(source, target, family, progress))
     return open_checkpoint(target), progress.heard
 
 
@@ -57,7 +57,7 @@ EIGHT_BITS = [
 
 
 def faults(layout: Layout, checkpoint: Checkpoint, schemes: dict[str, Scheme]) -> list[str]:
-    return Vllm(format="vllm", layout=layout).check(Outlook(checkpoint, family_of(checkpoint.config), schemes))
+    return VllmExport(format="vllm", layout=layout).check(Outlook(checkpoint, family_of(checkpoint.config), schemes))
 
 
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])
@@ -126,7 +126,7 @@ def test_compressed_tensors_holds_8_bits_and_mixtures(held: Scheme | None, tmp_p
     for name, weight in exact.items():
         assert torch.equal(unpacked[f"{name}.weight"], weight), name
     outlooks = [Outlook(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, artifact.folder)]
-    chosen = Vllm(format="vllm", layout="compressed-tensors")
+    chosen = VllmExport(format="vllm", layout="compressed-tensors")
     assert [chosen.predict_bytes(outlook) for outlook in outlooks] == [artifact.weight_bytes] * 2
 
 
@@ -176,7 +176,7 @@ def test_shards_are_read_whole_and_the_size_is_predicted(layout: Layout, tmp_pat
         dense(artifact)["model.layers.2.mlp.down_proj.weight"], exact_weights(source, schemes)["model.layers.2.mlp.down_proj"]
     )
     runs = [Outlook(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, tmp_path / "rounded")]
-    chosen = Vllm(format="vllm", layout=layout)
+    chosen = VllmExport(format="vllm", layout=layout)
     assert [chosen.predict_bytes(outlook) for outlook in runs] == [artifact.weight_bytes] * 2
 
 
@@ -284,10 +284,10 @@ def test_scales_of_keys_and_values_need_a_layout_that_has_them(layout: Layout, t
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=2))
     held = {"model.layers.0.mlp.down_proj": scheme(4, 32, symmetric=True)}
     outlook = Outlook(checkpoint, family_of(checkpoint.config), held, kv_cache=True)
-    assert Vllm(format="vllm", layout=layout).check(outlook) == [
+    assert VllmExport(format="vllm", layout=layout).check(outlook) == [
         f"layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or leave kv_cache away"
     ]
-    packed = Vllm(format="vllm", layout="compressed-tensors")
+    packed = VllmExport(format="vllm", layout="compressed-tensors")
     assert packed.check(outlook) == []
     assert packed.predict_bytes(outlook) == packed.predict_bytes(replace(outlook, kv_cache=False)) + 2 * 2 * 4
 
@@ -295,7 +295,7 @@ def test_scales_of_keys_and_values_need_a_layout_that_has_them(layout: Layout, t
 def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1, intermediate=196))
     family = family_of(checkpoint.config)
-    chosen = Vllm(format="vllm", layout="compressed-tensors")
+    chosen = VllmExport(format="vllm", layout="compressed-tensors")
 
     def notes(held: dict[str, Scheme]) -> list[str]:
         return chosen.notes(Outlook(checkpoint, family, held))

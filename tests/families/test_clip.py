@@ -7,8 +7,8 @@ import torch
 from transformers import CLIPModel, CLIPProcessor
 
 from compress.calibration.batches import load_batches
-from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Text, Vqa
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
+from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoint import open_checkpoint, read_config
 from compress.errors import DataError, UsageError
 from compress.pictures import decode_image
@@ -69,12 +69,12 @@ def test_what_it_does_not_do_is_refused(folder: Path, tmp_path: Path) -> None:
         session.classify([Picture("a", picture(1))], [["one"], ["two"]], Silent())
 
 
-def selection(base: Path, tokens: int, prompt: str = "{question}") -> Selection:
+def selection(base: Path, tokens: int, prompt: str = "{question}") -> CalibrationSelection:
     text, questions = base / "text.txt", write_questions(base, "questions.jsonl", range(4))
     text.write_text(sentences(0, 60))
-    windows = Text(dataset="text", source=str(text), samples=3, tokens=tokens)
-    asked = Vqa(dataset="vqa", source=str(questions), samples=4, prompt=prompt)
-    return Selection(0, (PinnedSet(windows, (text,)), PinnedSet(asked, (questions,))))
+    windows = TextSet(dataset="text", source=str(text), samples=3, tokens=tokens)
+    asked = VqaSet(dataset="vqa", source=str(questions), samples=4, prompt=prompt)
+    return CalibrationSelection(0, (PinnedSet(windows, (text,)), PinnedSet(asked, (questions,))))
 
 
 def test_calibration_frames_windows_and_needs_no_chat_template(folder: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.export.format import ExportContext
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.families import FAMILIES, family_at, within
 from compress.layouts import quantized_linears
 from compress.progress import Silent
@@ -83,7 +83,9 @@ def test_from_the_source_to_answers(source: Bench, method: str, tmp_path: Path) 
     compressed = source.apply(tmp_path / "compressed", stage)
     artifact = tmp_path / "artifact"
     artifact.mkdir()
-    Vllm.model_validate({"format": "vllm", "layout": layout}).apply(ExportContext(compressed, artifact, source.family, Silent()))
+    VllmExport.model_validate({"format": "vllm", "layout": layout}).apply(
+        ExportContext(compressed, artifact, source.family, Silent())
+    )
 
     original, exported = source.checkpoint, open_checkpoint(artifact)
     quantized = set(quantized_linears(open_checkpoint(compressed)))

@@ -17,10 +17,10 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from compress.calibration.collect import PinnedSet, Selection, collect
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.overlap import check_overlap
 from compress.calibration.questions import source_digest
-from compress.calibration.sets import Columns, QuestionSource, Rows, Text, Vqa
+from compress.calibration.sets import Columns, QuestionSource, RowFilter, TextSet, VqaSet
 from compress.calibration.texts import read_documents, read_joined
 from compress.errors import CompressError
 from compress.eval.task import draw_questions
@@ -39,16 +39,16 @@ def consume(path: str, kind: str, model: str, target: str) -> int:
     try:
         if "text" in kind:
             source_digest(file)
-            spec = Text(dataset="text", source=path, samples=1, tokens=8)
-            collect(Selection(0, (PinnedSet(spec, (file,)),)), Path(model), Path(target), Silent())
+            spec = TextSet(dataset="text", source=path, samples=1, tokens=8)
+            collect(CalibrationSelection(0, (PinnedSet(spec, (file,)),)), Path(model), Path(target), Silent())
             read_joined(file)
             check_overlap(Path(target), (), read_documents(file))
         else:
             source_digest(file, Columns())
-            asked = Vqa(dataset="vqa", source=path, samples=1, text_only=True)
-            collect(Selection(0, (PinnedSet(asked, (file,)),)), Path(model), Path(target), Silent())
+            asked = VqaSet(dataset="vqa", source=path, samples=1, text_only=True)
+            collect(CalibrationSelection(0, (PinnedSet(asked, (file,)),)), Path(model), Path(target), Silent())
             source = QuestionSource.model_construct(source=path, columns=Columns(options="options"))
-            check_overlap(Path(target), draw_questions([file], source, None, 0, Rows(where={})), ())
+            check_overlap(Path(target), draw_questions([file], source, None, 0, RowFilter(where={})), ())
     except CompressError as error:
         sys.stderr.write(f"error: {error}\n")
         return error.exit_code

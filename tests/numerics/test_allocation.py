@@ -4,27 +4,28 @@ from itertools import product
 import numpy as np
 import pytest
 
-from compress.numerics.allocation import BudgetError, Choice, allocate
+from compress.numerics.allocation import BudgetError, WidthOption, allocate
 
 WIDTHS = (2, 3, 4, 8, 16)
 
 
-def brute_force(groups: Mapping[str, Sequence[Choice]], budget: int) -> float:
+def brute_force(groups: Mapping[str, Sequence[WidthOption]], budget: int) -> float:
     """Return the smallest loss of all combinations that fit."""
     fitting = (combination for combination in product(*groups.values()) if sum(choice.cost for choice in combination) <= budget)
     return min(sum(choice.loss for choice in combination) for combination in fitting)
 
 
-def layers(generator: np.random.Generator, count: int) -> dict[str, list[Choice]]:
+def layers(generator: np.random.Generator, count: int) -> dict[str, list[WidthOption]]:
     """Draw layers as models have them: few shapes, losses over orders of magnitude that fall fourfold or so per bit."""
-    groups: dict[str, list[Choice]] = {}
+    groups: dict[str, list[WidthOption]] = {}
     for number in range(count):
         weights = int(generator.choice([1024, 4096, 11008, 12345]))
         scale = 10 ** generator.uniform(-8, 0)
         losses = scale * 4.0 ** -np.array(WIDTHS) * generator.uniform(0.3, 2, len(WIDTHS))
         losses[-1] = 0
         groups[f"layer {number}"] = [
-            Choice(width, weights * width // 8 + weights // 64, float(loss)) for width, loss in zip(WIDTHS, losses, strict=True)
+            WidthOption(width, weights * width // 8 + weights // 64, float(loss))
+            for width, loss in zip(WIDTHS, losses, strict=True)
         ]
     return groups
 
@@ -58,19 +59,19 @@ def test_a_whole_model_is_solved_and_the_same_each_time() -> None:
 
 
 def test_alike_layers_share_what_there_is() -> None:
-    groups = {name: [Choice(2, 2, 9.0), Choice(4, 4, 1.0), Choice(8, 8, 0.5)] for name in "abc"}
+    groups = {name: [WidthOption(2, 2, 9.0), WidthOption(4, 4, 1.0), WidthOption(8, 8, 0.5)] for name in "abc"}
     found = allocate(groups, 11)
     assert sorted(choice.width for choice in found.values()) == [2, 4, 4]
     assert found == allocate(groups, 11)
 
 
 def test_a_wider_choice_that_brings_nothing_is_not_taken() -> None:
-    groups = {"a": [Choice(2, 2, 0.0), Choice(4, 4, 0.0), Choice(8, 8, 0.1)]}
+    groups = {"a": [WidthOption(2, 2, 0.0), WidthOption(4, 4, 0.0), WidthOption(8, 8, 0.1)]}
     assert allocate(groups, 100)["a"].width == 2
 
 
 def test_a_budget_below_the_smallest_possible_says_so() -> None:
-    groups = {name: [Choice(3, 30, 1.0), Choice(2, 20, 2.0)] for name in "ab"}
+    groups = {name: [WidthOption(3, 30, 1.0), WidthOption(2, 20, 2.0)] for name in "ab"}
     with pytest.raises(BudgetError, match="a budget of 39 is below 40, the smallest possible") as error:
         allocate(groups, 39)
     assert error.value.smallest == 40

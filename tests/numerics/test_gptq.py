@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
-from compress.numerics.gptq import Feedback, Gptq, round_columns
+from compress.numerics.gptq import Feedback, GptqOptions, round_columns
 from compress.numerics.grids import grid
 from compress.numerics.rounding import output_error, quantize
 from compress.numerics.scheme import Scheme
@@ -52,7 +52,7 @@ def test_the_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric:
     weight, gram = problem()
     scheme = Scheme(bits, group_size, symmetric)
     expected = as_in_the_paper(weight, gram, scheme, 0.01, reorder)
-    found = round_columns(weight, Feedback.of(gram.clone(), Gptq(0.01, reorder)), scheme, torch.float32).dequantize()
+    found = round_columns(weight, Feedback.of(gram.clone(), GptqOptions(0.01, reorder)), scheme, torch.float32).dequantize()
     same = ((found - expected).abs() < 1e-5).float().mean()
     assert same > 0.98  # a tie that float32 breaks the other way changes what comes after it in that row
     assert error_of(weight, found, gram) == pytest.approx(error_of(weight, expected, gram), rel=0.02)
@@ -62,13 +62,13 @@ def test_it_loses_far_less_than_the_nearest_codes() -> None:
     weight, gram = problem()
     scheme = Scheme(3, 32, symmetric=True)
     nearest = quantize(weight, scheme, torch.float32).dequantize()
-    found = round_columns(weight, Feedback.of(gram.clone(), Gptq()), scheme, torch.float32).dequantize()
+    found = round_columns(weight, Feedback.of(gram.clone(), GptqOptions()), scheme, torch.float32).dequantize()
     assert error_of(weight, found, gram) < 0.6 * error_of(weight, nearest, gram)
 
 
 def test_scales_are_those_that_are_stored() -> None:
     weight, gram = problem()
-    found = round_columns(weight, Feedback.of(gram, Gptq()), Scheme(4, 32, symmetric=False), torch.bfloat16)
+    found = round_columns(weight, Feedback.of(gram, GptqOptions()), Scheme(4, 32, symmetric=False), torch.bfloat16)
     assert found.scales.dtype == torch.bfloat16
     assert found.codes.dtype == torch.uint8
     assert found.codes.shape == weight.shape
@@ -79,21 +79,21 @@ def test_inputs_that_are_always_zero_leave_the_nearest_code() -> None:
     weight, gram = problem()
     gram[5], gram[:, 5] = 0, 0
     scheme = Scheme(4, 32, symmetric=False)
-    found = round_columns(weight, Feedback.of(gram, Gptq()), scheme, torch.float32)
+    found = round_columns(weight, Feedback.of(gram, GptqOptions()), scheme, torch.float32)
     assert torch.equal(found.codes[:, 5], quantize(weight, scheme, torch.float32).codes[:, 5])
 
 
 def test_a_second_moment_of_nothing_rounds_to_nearest() -> None:
     weight, _ = problem()
     scheme = Scheme(4, 32, symmetric=True)
-    found = round_columns(weight, Feedback.of(torch.zeros(192, 192), Gptq()), scheme, torch.float32)
+    found = round_columns(weight, Feedback.of(torch.zeros(192, 192), GptqOptions()), scheme, torch.float32)
     assert torch.equal(found.codes, quantize(weight, scheme, torch.float32).codes)
 
 
 def test_a_singular_second_moment_is_damped_until_it_can_be_factored() -> None:
     weight, gram = problem(tokens=3)
     scheme = Scheme(4, 32, symmetric=True)
-    found = round_columns(weight, Feedback.of(gram.clone(), Gptq(dampening_frac=1e-9)), scheme, torch.float32)
+    found = round_columns(weight, Feedback.of(gram.clone(), GptqOptions(dampening_frac=1e-9)), scheme, torch.float32)
     assert found.dequantize().isfinite().all()
     nearest = quantize(weight, scheme, torch.float32).dequantize()
     assert error_of(weight, found.dequantize(), gram) < error_of(weight, nearest, gram)
@@ -103,7 +103,7 @@ def test_a_second_moment_that_is_not_finite_is_told() -> None:
     weight, gram = problem()
     gram[3, 3] = float("nan")
     with pytest.raises(CheckpointError, match="second moment of its inputs is not finite; convert the checkpoint to bfloat16"):
-        round_columns(weight, Feedback.of(gram, Gptq()), Scheme(4, 32, symmetric=True), torch.float32)
+        round_columns(weight, Feedback.of(gram, GptqOptions()), Scheme(4, 32, symmetric=True), torch.float32)
 
 
 def test_a_matrix_with_a_negative_direction_is_told() -> None:
@@ -111,4 +111,4 @@ def test_a_matrix_with_a_negative_direction_is_told() -> None:
     gram = torch.eye(192)
     gram[0, 1] = gram[1, 0] = 1e12
     with pytest.raises(CheckpointError, match="cannot be factored"):
-        round_columns(weight, Feedback.of(gram, Gptq()), Scheme(4, 32, symmetric=True), torch.float32)
+        round_columns(weight, Feedback.of(gram, GptqOptions()), Scheme(4, 32, symmetric=True), torch.float32)

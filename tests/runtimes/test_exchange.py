@@ -17,7 +17,7 @@ import pytest
 from compress.errors import MissingError, ServerError
 from compress.progress import Silent
 from compress.runtimes.endpoint import Endpoint, Place
-from compress.runtimes.exchange import Answer, AnswerError, exchange, models_of, open_http
+from compress.runtimes.exchange import AnswerError, Response, exchange, models_of, open_http
 from compress.runtimes.openai_client import Address, Asker, ItemError, Patience, open_client
 from compress.runtimes.runtime import OpenContext
 from compress.runtimes.top_tokens import position_of
@@ -42,7 +42,7 @@ DRIPS: dict[str, tuple[bytes, bytes]] = {
 }
 
 
-def ask(reply: Callable[[Asked], Iterable[bytes]], seconds: float = 60.0) -> Answer:
+def ask(reply: Callable[[Asked], Iterable[bytes]], seconds: float = 60.0) -> Response:
     with raw_server(reply) as server, open_http(server.url, {}, 1, trust_env=False) as client:
         with exchange(client, "GET", "/v1/models", seconds) as answer:
             return answer
@@ -115,10 +115,10 @@ def test_a_head_without_end_is_not_taken() -> None:
 
 
 def test_values_are_counted_before_they_are_made() -> None:
-    answer = Answer(200, httpx.Headers(), b"[" + b"{}," * 4_000_000 + b"0]")
+    answer = Response(200, httpx.Headers(), b"[" + b"{}," * 4_000_000 + b"0]")
     with pytest.raises(AnswerError, match=r"about 8,000,001 values \(limit answer_values = 4,000,000"):
         answer.json()
-    assert Answer(200, httpx.Headers(), b'{"a": [1, 2]}').json() == {"a": [1, 2]}
+    assert Response(200, httpx.Headers(), b'{"a": [1, 2]}').json() == {"a": [1, 2]}
 
 
 def test_no_cookie_is_kept_and_no_redirect_followed() -> None:

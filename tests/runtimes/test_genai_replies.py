@@ -11,30 +11,30 @@ from pathlib import Path
 import pytest
 
 from compress.errors import ServerError
-from compress.runtimes.onnxruntime_genai_session import Request, Worker, read_positions, read_tokens
+from compress.runtimes.onnxruntime_genai_session import GenaiRequest, WorkerProcess, read_positions, read_tokens
 from compress.runtimes.server import run_server
 
 SECONDS = 600
 
 
 @pytest.fixture
-def ends(tmp_path: Path) -> Iterator[tuple[Worker, socket.socket]]:
+def ends(tmp_path: Path) -> Iterator[tuple[WorkerProcess, socket.socket]]:
     command = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
     ours, other = socket.socketpair()
     with ours, other, run_server("the worker", command, os.environ, tmp_path / "log") as server:
-        yield Worker(ours, server, SECONDS), other
+        yield WorkerProcess(ours, server, SECONDS), other
 
 
-def test_lines_are_taken_one_by_one_however_they_come(ends: tuple[Worker, socket.socket]) -> None:
+def test_lines_are_taken_one_by_one_however_they_come(ends: tuple[WorkerProcess, socket.socket]) -> None:
     worker, other = ends
     other.sendall(b'{"tokens": [1]}\n{"tok')
     other.sendall(b'ens": [2]}\n')
-    assert [worker.ask(Request("answer", "x", []))["tokens"] for _ in range(2)] == [[1], [2]]
+    assert [worker.ask(GenaiRequest("answer", "x", []))["tokens"] for _ in range(2)] == [[1], [2]]
     assert other.recv(1 << 16).count(b"\n") == 2
 
 
 @pytest.mark.parametrize("said", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"null"])
-def test_a_reply_that_is_none_is_one_message(ends: tuple[Worker, socket.socket], said: bytes) -> None:
+def test_a_reply_that_is_none_is_one_message(ends: tuple[WorkerProcess, socket.socket], said: bytes) -> None:
     worker, other = ends
     other.sendall(said + b"\n")
     with pytest.raises(
@@ -43,7 +43,7 @@ def test_a_reply_that_is_none_is_one_message(ends: tuple[Worker, socket.socket],
         worker.reply(SECONDS)
 
 
-def test_a_reply_without_end_is_refused(ends: tuple[Worker, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_reply_without_end_is_refused(ends: tuple[WorkerProcess, socket.socket], monkeypatch: pytest.MonkeyPatch) -> None:
     worker, other = ends
     monkeypatch.setenv("COMPRESS_LIMIT_REPLY_BYTES", "1000")
     other.sendall(b" " * 1001)
@@ -51,7 +51,7 @@ def test_a_reply_without_end_is_refused(ends: tuple[Worker, socket.socket], monk
         worker.reply(SECONDS)
 
 
-def test_a_reply_that_has_begun_is_not_waited_for_without_end(ends: tuple[Worker, socket.socket]) -> None:
+def test_a_reply_that_has_begun_is_not_waited_for_without_end(ends: tuple[WorkerProcess, socket.socket]) -> None:
     worker, other = ends
     other.sendall(b" " * 100)
     with pytest.raises(ServerError, match=r"did not answer within 0\.1 seconds"):

@@ -25,7 +25,7 @@ from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes import onnxruntime as row
 from compress.runtimes.onnxruntime import Onnxruntime
-from compress.runtimes.onnxruntime_graph import Engine, Graph
+from compress.runtimes.onnxruntime_graph import Engine, GraphSession
 from compress.runtimes.runtime import (
     UNSCORED,
     Answer,
@@ -351,17 +351,17 @@ def graph_file(path: Path, operator: str, opset: int, domain: str = "", place: s
 
 def test_an_opset_or_operator_that_this_onnx_runtime_lacks_is_told(tmp_path: Path) -> None:
     engine = Engine(("cpu",), 1)
-    assert set(Graph(graph_file(tmp_path / "known.onnx", "Relu", 21), engine).inputs) == {"x"}
+    assert set(GraphSession(graph_file(tmp_path / "known.onnx", "Relu", 21), engine).inputs) == {"x"}
     with pytest.raises(MissingError, match=r"later\.onnx: ONNX Runtime .* it lacks an opset or operator .* install a newer one"):
-        Graph(graph_file(tmp_path / "later.onnx", "Relu", 999), engine)
+        GraphSession(graph_file(tmp_path / "later.onnx", "Relu", 999), engine)
     with pytest.raises(MissingError, match=r"other\.onnx: ONNX Runtime .* it lacks an opset or operator .*Invented"):
-        Graph(graph_file(tmp_path / "other.onnx", "Invented", 21, "com.microsoft"), engine)
+        GraphSession(graph_file(tmp_path / "other.onnx", "Invented", 21, "com.microsoft"), engine)
 
 
 def test_a_graph_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
     for place in ("../w.bin", "/w.bin"):
         with pytest.raises(CheckpointError, match=f"w points to '{place}', outside the graph's folder; do not use this artifact"):
-            Graph(graph_file(tmp_path / "graph.onnx", "Relu", 21, place=place), Engine(("cpu",), 1))
+            GraphSession(graph_file(tmp_path / "graph.onnx", "Relu", 21, place=place), Engine(("cpu",), 1))
 
 
 def test_a_graph_of_another_make_is_refused(artifact: Path, tmp_path: Path) -> None:

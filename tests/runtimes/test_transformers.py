@@ -17,7 +17,7 @@ from compress.checkpoint import open_checkpoint, read_json_object
 from compress.conversation import messages, open_images
 from compress.errors import CheckpointError, StoreError, UsageError
 from compress.export.format import ExportContext
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.families import family_of
 from compress.files import write_json
 from compress.progress import Silent
@@ -198,7 +198,7 @@ def test_the_divergence_is_that_of_the_whole_vocabulary(
     schemes = round_checkpoint(original, tmp_path / "rounded", scheme(4, 64))
     (tmp_path / "artifact").mkdir()
     family = family_of(open_checkpoint(original).config)
-    Vllm(format="vllm", layout=layout).apply(ExportContext(tmp_path / "rounded", tmp_path / "artifact", family, Silent()))
+    VllmExport(format="vllm", layout=layout).apply(ExportContext(tmp_path / "rounded", tmp_path / "artifact", family, Silent()))
     with opened(original) as session:
         score(session, passages, record=tmp_path / "record")
     with opened(tmp_path / "artifact", tokens_per_batch=64) as session:

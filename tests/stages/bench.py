@@ -14,8 +14,8 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 from compress.calibration.batches import load_batches
-from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Text, Vqa
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
+from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import WeightReader
 from compress.families import Family, family_of
@@ -57,10 +57,10 @@ def prepare(base: Path, folder: Path) -> Bench:
         rows.append({"id": str(number), "image": f"images/{number}.png", "question": f"How many? {number}", "answer": "three"})
     (base / "questions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     sets = (
-        PinnedSet(Text(dataset="text", source=str(base / "text.txt"), samples=6, tokens=48), (base / "text.txt",)),
-        PinnedSet(Vqa(dataset="vqa", source=str(base / "questions.jsonl"), samples=4), (base / "questions.jsonl",)),
+        PinnedSet(TextSet(dataset="text", source=str(base / "text.txt"), samples=6, tokens=48), (base / "text.txt",)),
+        PinnedSet(VqaSet(dataset="vqa", source=str(base / "questions.jsonl"), samples=4), (base / "questions.jsonl",)),
     )
-    collect(Selection(0, sets), folder, base / "calibration", Silent())
+    collect(CalibrationSelection(0, sets), folder, base / "calibration", Silent())
     return Bench(folder, base / "calibration")
 
 

@@ -5,12 +5,12 @@ from torch import Tensor
 from compress.engine import second_moment
 from compress.engine.second_moment import HessianRequest
 from compress.families import ScalePair
-from compress.numerics.gptq import Gptq
+from compress.numerics.gptq import GptqOptions
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.rounding import output_error, quantize, rounding_error
 from compress.numerics.scheme import Scheme
 from compress.stages import awq_solver, solvers
-from compress.stages.awq_solver import Point, fold
+from compress.stages.awq_solver import GridPoint, fold
 from compress.stages.block import BlockWeights, divide_linear, divide_norm
 from compress.stages.solvers import Method, solve
 from tests.stages.toy import HEAD_DIM, HEADS, KV_HEADS, NAMES, PAIRS, WIDTH, Block, alike, samples, statistics, with_folded
@@ -118,15 +118,15 @@ def test_a_norm_stored_wider_than_it_runs_is_exact_in_both_types() -> None:
 @pytest.mark.parametrize("duo", [False, True])
 def test_a_dead_channel_leaves_the_others_their_scales(dead: float, duo: bool) -> None:
     magnitude, importance = torch.logspace(-2, 1, 64), torch.linspace(0.2, 0.6, 64)
-    alone = Point(0.75, duo).scale(magnitude, importance)
-    scale = Point(0.75, duo).scale(torch.cat([torch.tensor([dead]), magnitude]), torch.cat([torch.tensor([0.3]), importance]))
+    alone = GridPoint(0.75, duo).scale(magnitude, importance)
+    scale = GridPoint(0.75, duo).scale(torch.cat([torch.tensor([dead]), magnitude]), torch.cat([torch.tensor([0.3]), importance]))
     torch.testing.assert_close(scale[1:] / scale[1], alone / alone[0])
     assert scale.min() > 1e-4
     assert scale.max() < 1e4
 
 
 def test_channels_that_are_all_dead_are_not_scaled() -> None:
-    assert torch.equal(Point(0.5, duo=False).scale(torch.zeros(8), torch.ones(8)), torch.ones(8))
+    assert torch.equal(GridPoint(0.5, duo=False).scale(torch.zeros(8), torch.ones(8)), torch.ones(8))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -213,7 +213,7 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
     assert all(value.isfinite().all() for value in state.changed.values())
 
 
-@pytest.mark.parametrize("method", [Method(clip=8), Method(clip=8, gptq=Gptq())])
+@pytest.mark.parametrize("method", [Method(clip=8), Method(clip=8, gptq=GptqOptions())])
 def test_rows_are_rounded_a_few_at_a_time_as_all_at_once(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     block, given, schemes = Block(), statistics(Block(), samples()), alike(Scheme(3, 8, symmetric=True))
     found: list[dict[str, QuantizedWeight]] = []

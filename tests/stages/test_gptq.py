@@ -7,7 +7,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 
 from compress.checkpoint import open_checkpoint
 from compress.layouts import quantized_linears
-from compress.numerics.gptq import Gptq as Settings
+from compress.numerics.gptq import GptqOptions
 from compress.numerics.scheme import Scheme
 from compress.stages.block import BlockWeights
 from compress.stages.gptq import Gptq
@@ -111,7 +111,7 @@ def test_keys_and_values_are_rounded_as_a_cache_of_8_bit_floats_holds_them(bench
 
 @pytest.mark.parametrize("clip", [None, 10])
 def test_linears_with_one_input_get_the_codes_that_each_would_get_alone(clip: int | None) -> None:
-    block, scheme, method = Block(), alike(Scheme(3, 8, symmetric=False)), Method(clip=clip, gptq=Settings())
+    block, scheme, method = Block(), alike(Scheme(3, 8, symmetric=False)), Method(clip=clip, gptq=GptqOptions())
     apart = statistics(block, samples())
     assert apart["q"] is not apart["v"]
     codes = [

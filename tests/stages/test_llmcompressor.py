@@ -24,7 +24,7 @@ from compress.calibration.batches import load_batches
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError
 from compress.export.format import ExportContext
-from compress.export.vllm import Vllm
+from compress.export.vllm import VllmExport
 from compress.families import FAMILIES, family_of, within
 from compress.layouts import quantized_linears
 from compress.plan import make_plan
@@ -34,7 +34,7 @@ from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers import Transformers
 from compress.stages.llmcompressor import Llmcompressor
 from compress.stages.llmcompressor_defaults import Defaults
-from compress.stages.llmcompressor_worker import JobError, Samples, fill_rotations
+from compress.stages.llmcompressor_worker import Samples, UnknownNameError, fill_rotations
 from compress.stages.stage import StageContext
 from compress.store import Store
 from tests.jobs import Job, content, make_job
@@ -228,14 +228,14 @@ def test_the_library_sees_text_and_images(bench: Bench, four_bit_floats: Path) -
 def test_what_only_vllm_reads_is_passed_on_and_refused_elsewhere(bench: Bench, four_bit_floats: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     context = ExportContext(four_bit_floats, tmp_path / "out", bench.family, Silent())
-    Vllm(format="vllm", layout="compressed-tensors").apply(context)
+    VllmExport(format="vllm", layout="compressed-tensors").apply(context)
     made, given = (open_checkpoint(folder).config for folder in (tmp_path / "out", four_bit_floats))
     names, before = (set(config["quantization_config"].pop("ignore")) for config in (made, given))
     assert made == given
     assert names >= before, before - names
     assert (tmp_path / "out" / "model.safetensors").samefile(four_bit_floats / "model.safetensors")
     with pytest.raises(CheckpointError, match="nvfp4-pack-quantized, which layout awq cannot hold; set layout: compressed-tensors"):
-        Vllm(format="vllm", layout="awq").apply(context)
+        VllmExport(format="vllm", layout="awq").apply(context)
     opening = OpenContext(tmp_path / "out", tmp_path, Silent())
     message = "the format nvfp4-pack-quantized cannot be read here, only by vLLM; evaluate it with runtime: vllm"
     with pytest.raises(CheckpointError, match=message), Transformers(runtime="transformers").open(opening):
@@ -254,9 +254,9 @@ def test_rotated_weights_are_still_the_same_model_with_images_too(bench: Bench, 
 
 
 def test_rotations_that_cannot_be_laid_out_are_refused() -> None:
-    with pytest.raises(JobError, match="this model has other parts; use another modifier, or give transform_config"):
+    with pytest.raises(UnknownNameError, match="this model has other parts; use another modifier, or give transform_config"):
         fill_rotations(SimpleNamespace(rotations=("R1",)), None)
-    with pytest.raises(JobError, match=r"R3, R4 rotate at run time, .*; leave R1 and R2, or give transform_config"):
+    with pytest.raises(UnknownNameError, match=r"R3, R4 rotate at run time, .*; leave R1 and R2, or give transform_config"):
         fill_rotations(SimpleNamespace(rotations=("R1", "R4", "R3")), {})
 
 

@@ -3,8 +3,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.calibration.collect import PinnedSet, Selection, collect
-from compress.calibration.sets import Text
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
+from compress.calibration.sets import TextSet
 from compress.checkpoint import open_checkpoint
 from compress.families.mllama import MLLAMA
 from compress.layouts import quantized_linears, read_linear
@@ -38,8 +38,8 @@ def test_scales_for_keys_and_values_need_samples() -> None:
 
 def test_scales_for_keys_and_values_need_no_images_for_the_tower(bench: Bench, tmp_path: Path) -> None:
     (tmp_path / "text.txt").write_text(TEXT * 8)
-    text = Text(dataset="text", source=str(tmp_path / "text.txt"), samples=2, tokens=32)
-    collect(Selection(0, (PinnedSet(text, (tmp_path / "text.txt",)),)), bench.folder, tmp_path / "calibration", Silent())
+    text = TextSet(dataset="text", source=str(tmp_path / "text.txt"), samples=2, tokens=32)
+    collect(CalibrationSelection(0, (PinnedSet(text, (tmp_path / "text.txt",)),)), bench.folder, tmp_path / "calibration", Silent())
     stage = Rtn(stage="rtn", bits=4, group_size=32, targets=("decoder", "vision"), kv_cache="fp8")
     assert not stage.reads_images(bench.family)
     Bench(bench.folder, tmp_path / "calibration").apply(tmp_path / "out", stage)

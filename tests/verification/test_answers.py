@@ -4,22 +4,22 @@ import pytest
 
 from compress.errors import VerificationError
 from compress.runtimes.runtime import Answer
-from compress.verification.answers import Said, judge_answers
-from compress.verification.limits import Limits, Rounding
+from compress.verification.answers import AnswerSet, judge_answers
+from compress.verification.limits import DifferenceLimits, Rounding
 from compress.verification.results import Answers, Shown
 from compress.verification.verify import check_answers
 
 EXACT: frozenset[Rounding] = frozenset(("float32",))
-LIMITS = Limits(EXACT, EXACT, EXACT)
+LIMITS = DifferenceLimits(EXACT, EXACT, EXACT)
 BLOCKS: frozenset[Rounding] = frozenset(("float32", "inputs in blocks"))
-ROUNDED = Limits(EXACT, EXACT, BLOCKS)
+ROUNDED = DifferenceLimits(EXACT, EXACT, BLOCKS)
 
 
-def said(words: dict[Shown, list[str]], likelihoods: dict[Shown, list[float]]) -> Said:
+def said(words: dict[Shown, list[str]], likelihoods: dict[Shown, list[float]]) -> AnswerSet:
     answers: dict[Shown, list[Answer]] = {}
     for shown, texts in words.items():
         answers[shown] = [Answer(f"{place}", text, (place,)) for place, text in enumerate(texts)]
-    return Said(answers, likelihoods)
+    return AnswerSet(answers, likelihoods)
 
 
 THEIRS = said(
@@ -28,14 +28,14 @@ THEIRS = said(
 )
 
 
-def ours(right: list[float], wrong: list[float], *, last: str = "none") -> Said:
+def ours(right: list[float], wrong: list[float], *, last: str = "none") -> AnswerSet:
     return said(
         {"right image": ["red", "two"], "wrong image": ["blue", "two"], "no image": ["grey", last]},
         {"right image": right, "wrong image": wrong},
     )
 
 
-def judged(found: Said, limits: Limits = LIMITS) -> Answers:
+def judged(found: AnswerSet, limits: DifferenceLimits = LIMITS) -> Answers:
     return judge_answers(THEIRS, found, limits)
 
 
@@ -82,7 +82,7 @@ def test_other_answers_fail_where_nothing_is_rounded() -> None:
 def test_a_prompt_that_the_checkpoint_does_not_take_is_not_held_against_the_artifact() -> None:
     refused = [Answer("0", "", (), fault="takes 900 tokens")]
     unknown = [float("nan")]
-    theirs = Said({"right image": refused, "wrong image": refused}, {"right image": unknown, "wrong image": unknown})
+    theirs = AnswerSet({"right image": refused, "wrong image": refused}, {"right image": unknown, "wrong image": unknown})
     found = judge_answers(theirs, theirs, LIMITS)
     assert found.agreement == ()
     check_answers(Path("onnx"), found)

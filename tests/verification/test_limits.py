@@ -7,7 +7,7 @@ import pytest
 from compress.checkpoint import open_checkpoint
 from compress.families import family_at
 from compress.numerics.scheme import Scheme
-from compress.verification.limits import AGREEMENT, LIKELIHOODS, PARTS, Limits, Settings, limits_of
+from compress.verification.limits import AGREEMENT, LIKELIHOODS, PARTS, DifferenceLimits, ExportPrecision, limits_of
 from tests.quantized import round_checkpoint
 from tests.tiny import build_clip, build_mllama, build_qwen2_5_vl
 
@@ -16,7 +16,7 @@ FOUR = Scheme(4, 32, symmetric=False)
 EIGHT = Scheme(8, -1, symmetric=True, activations="token")
 
 
-def limits(folder: Path, settings: Settings) -> Limits:
+def limits(folder: Path, settings: ExportPrecision) -> DifferenceLimits:
     return limits_of(settings, open_checkpoint(folder), family_at(folder))
 
 
@@ -28,11 +28,11 @@ def test_the_page_has_the_tables() -> None:
 
 def test_the_coarsest_rounding_that_reaches_a_part_decides(tmp_path: Path) -> None:
     plain = build_qwen2_5_vl(tmp_path / "model")
-    found = limits(plain, Settings("float32", accuracy_level=4))
+    found = limits(plain, ExportPrecision("float32", accuracy_level=4))
     assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [1e-4, 1e-4, 1e-4]
     assert found.roundings == ("float32",)
     assert (found.likelihood, found.agreement) == (0.001, 0.95)
-    found = limits(plain, Settings("float16", accuracy_level=0, head_bits=8, embedding_bits=8))
+    found = limits(plain, ExportPrecision("float16", accuracy_level=0, head_bits=8, embedding_bits=8))
     assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.02, 0.02, 0.02]
     assert found.roundings == ("float16", "embeddings in 8 bits", "head in 8 bits")
     assert (found.likelihood, found.agreement) == (0.1, 0.0)
@@ -41,7 +41,7 @@ def test_the_coarsest_rounding_that_reaches_a_part_decides(tmp_path: Path) -> No
 def test_quantized_weights_alone_loosen_nothing_and_rounded_inputs_only_their_part(tmp_path: Path) -> None:
     plain = build_qwen2_5_vl(tmp_path / "model")
     round_checkpoint(plain, tmp_path / "four", FOUR)
-    settings = Settings("float32", accuracy_level=4)
+    settings = ExportPrecision("float32", accuracy_level=4)
     found = limits(tmp_path / "four", settings)
     assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [1e-4, 1e-4, 0.25]
     assert found.of("decoder", exact=True) == 1e-4
@@ -56,12 +56,12 @@ def test_quantized_weights_alone_loosen_nothing_and_rounded_inputs_only_their_pa
 def test_what_reads_images_in_the_decoder_belongs_to_the_vision_encoder(tmp_path: Path) -> None:
     plain = build_mllama(tmp_path / "model")
     round_checkpoint(plain, tmp_path / "four", lambda name: FOUR if "cross_attn.k_proj" in name else None)
-    found = limits(tmp_path / "four", Settings("float32", accuracy_level=4))
+    found = limits(tmp_path / "four", ExportPrecision("float32", accuracy_level=4))
     assert [found.of(part) for part in ("vision encoder", "embeddings", "decoder")] == [0.25, 1e-4, 1e-4]
 
 
 def test_encoders_round_words_and_patches_at_their_beginning(tmp_path: Path) -> None:
-    found = limits(build_clip(tmp_path / "model"), Settings("float32", embedding_bits=8))
+    found = limits(build_clip(tmp_path / "model"), ExportPrecision("float32", embedding_bits=8))
     assert [found.of(part) for part in ("image encoder", "text encoder")] == [0.03, 0.03]
     assert found.roundings == ("float32", "words and patches in 8 bits")
 
