@@ -1,4 +1,4 @@
-"""config.json's `quantization_config` as compressed-tensors writes it, from schemes, and the schemes from it; free of torch.
+"""Schemes to and from the `quantization_config` that compressed-tensors keeps in config.json; free of torch.
 
 Format: https://github.com/vllm-project/compressed-tensors, `compressed_tensors/quantization/quant_args.py`.
 """
@@ -13,22 +13,27 @@ from compress.errors import CheckpointError
 from compress.numerics.scheme import BLOCK, Activations, Scheme
 
 METHOD = "compressed-tensors"
-_PACKED_BITS = 4
 MIXED = "mixed-precision"
+"""The `format` of a checkpoint whose groups have different ones."""
+
 FORMATS = ("pack-quantized", "int-quantized", "float-quantized", MIXED)
+"""The formats that can be read and written; compressed-tensors has more."""
+
+_PACKED_BITS = 4
+"""The width of the products called "4-bit weights"."""
 
 Product = Literal["4-bit weights", "8-bit inputs"]
-"""What a runtime needs a kernel of its own for: inputs times integers of 4 bits, and 8-bit integers times 8-bit integers."""
+"""Matrix products that need a kernel of their own: activations × 4-bit weights, and 8-bit activations × 8-bit weights."""
 
 _STRATEGIES: Mapping[Activations, str] = {"token": "token", "tensor": "tensor", "group": "group"}
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv_cache: bool = False) -> dict[str, Any]:
-    """Return config.json's `quantization_config`: `schemes` by the quantized linears' names, `ignore` the names of all others.
+    """Return the `quantization_config`: `schemes` by the names of the quantized linears, `ignore` the names of all other linears.
 
     With one scheme its group targets every `Linear`; with several, each targets its linears by name. The output head (`lm_head`, or
     a name without a dot) is no `Linear` to vLLM, which knows it by another prefix, so it is always targeted by a pattern.
-    `kv_cache` says that the checkpoint holds scales for keys and values, which are then cached as 8-bit floats.
+    With `kv_cache` the checkpoint has scales of keys and values, which are then cached as 8-bit floats.
     """
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
@@ -49,7 +54,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv
 
 
 def foreign_format(config: Mapping[str, Any]) -> str:
-    """Return the format of a config.json's weights if compressed-tensors has it and only vLLM reads it, else an empty string."""
+    """Return the format of a config.json's weights where compressed-tensors has it and only vLLM reads it, else an empty string."""
     settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
     if settings.get("quant_method") != METHOD:
         return ""
@@ -61,32 +66,32 @@ def foreign_format(config: Mapping[str, Any]) -> str:
 
 
 def products_of(schemes: Iterable[Scheme]) -> frozenset[Product]:
-    """Return which products linears that are held so need."""
-    found: set[Product] = set()
+    """Return the matrix products that linears of these schemes need."""
+    products: set[Product] = set()
     for scheme in schemes:
         if scheme.format == "pack-quantized" and scheme.bits == _PACKED_BITS:
-            found.add("4-bit weights")
+            products.add("4-bit weights")
         if scheme.format == "int-quantized":
-            found.add("8-bit inputs")
-    return frozenset(found)
+            products.add("8-bit inputs")
+    return frozenset(products)
 
 
 def products_in(config: Mapping[str, Any]) -> frozenset[Product]:
-    """Return which products an artifact needs, by its config.json, in any layout; other forms count for nothing."""
+    """Return the matrix products that an artifact of any layout needs, by its config.json; none for other quantization."""
     settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
     if settings.get("quant_method") in ("awq", "gptq"):
         return frozenset({"4-bit weights"}) if settings.get("bits") == _PACKED_BITS else frozenset()
     groups = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
-    found: set[Product] = set()
+    products: set[Product] = set()
     for group in groups.values():
         weights = cast("Mapping[str, Any]", group.get("weights") or {})
         if weights.get("type") != "int":
             continue
         if group.get("input_activations"):
-            found.add("8-bit inputs")
+            products.add("8-bit inputs")
         elif weights.get("num_bits") == _PACKED_BITS:
-            found.add("4-bit weights")
-    return frozenset(found)
+            products.add("4-bit weights")
+    return frozenset(products)
 
 
 def scheme_of(settings: Mapping[str, Any], name: str, where: str) -> Scheme:
@@ -129,9 +134,9 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         dynamic = scheme.activations != "tensor"
         size = BLOCK if scheme.activations == "group" else None
         inputs = _arguments(8, scheme.type, _STRATEGIES[scheme.activations], dynamic, group_size=size)
-    weights = _arguments(scheme.bits, scheme.type, _strategy(scheme), dynamic=False, group_size=_group_size(scheme))
+    weights = _arguments(scheme.bits, scheme.type, scheme.strategy, dynamic=False, group_size=_group_size(scheme))
     weights["symmetric"] = scheme.symmetric
-    weights["block_structure"] = [BLOCK, BLOCK] if scheme.block_rows == BLOCK else None
+    weights["block_structure"] = [BLOCK, BLOCK] if scheme.strategy == "block" else None
     return {
         "format": scheme.format,
         "input_activations": inputs,
@@ -156,16 +161,8 @@ def _arguments(bits: int, kind: str, strategy: str, dynamic: bool, group_size: i
     }
 
 
-def _strategy(scheme: Scheme) -> str:
-    if scheme.block_rows == -1:
-        return "tensor"
-    if scheme.block_rows > 1:
-        return "block"
-    return "channel" if scheme.group_size == -1 else "group"
-
-
 def _group_size(scheme: Scheme) -> int | None:
-    return scheme.group_size if _strategy(scheme) == "group" else None
+    return scheme.group_size if scheme.strategy == "group" else None
 
 
 def _matches(target: str, name: str) -> bool:

@@ -13,7 +13,7 @@ from compress.eval.results import Metrics, ScoreMetrics
 from compress.figures import asked, main_figure, metric_value, milliseconds, share, size
 from compress.report_latency import models_of, shapes_of
 from compress.report_tables import ORIGINAL, originals, several_targets, task_names
-from compress.stages.widths import LEFT, GroupWidth, Widths
+from compress.stages.widths import UNQUANTIZED_WIDTH, GroupWidth, Widths
 
 if TYPE_CHECKING:
     from compress.gate import Check
@@ -181,7 +181,7 @@ def _short(kind: str, kinds: Iterable[str]) -> str:
 def sensitivity_chart(stage: str, widths: Widths) -> Chart | None:
     """Return what each block would lose at the smallest width that was tried, by the kind of layer; None for too few blocks."""
     shown = width_map(widths)
-    tried = {width for group in widths.groups for width in group.losses if width != LEFT}
+    tried = {width for group in widths.groups for width in group.losses if width != UNQUANTIZED_WIDTH}
     if len(shown.blocks) < 2 or not tried:
         return None
     width = min(tried)

@@ -28,7 +28,7 @@ from compress.report_latency import (
     shape_name,
     shapes_of,
 )
-from compress.stages.widths import LEFT, GroupWidth, Widths
+from compress.stages.widths import UNQUANTIZED_WIDTH, GroupWidth, Widths
 from compress.tabular import Column, Table
 from compress.verification.table import answers_table
 from compress.verification.table import components_table as verified_table
@@ -267,7 +267,7 @@ def _widths(stage: str, widths: Widths, report: Report) -> Iterator[Part]:
     )
     drawn = width_map(widths)
     if drawn.rows:
-        caption = f"Bits of each layer, by block ({LEFT}: left as it was)"
+        caption = f"Bits of each layer, by block ({UNQUANTIZED_WIDTH}: left as it was)"
         yield WidthsPart(caption, drawn)
     sensitivity = sensitivity_chart(stage, widths)
     yield from _charts([sensitivity] if sensitivity else [], f"sensitivity-{stage}")

@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compress.engine.host import map_tensors
 from compress.engine.replay import BlockVisit, Call, Positions, Replay, WalkConfig
-from compress.engine.statistics import Moment, Moments
+from compress.engine.statistics import InputStatistics, TokenStatistics
 from compress.engine.weights import unload
 from compress.errors import CheckpointError
 from compress.families import within
@@ -46,28 +46,28 @@ class Sensitivity:
     vision: Tensor | None
     per_token: tuple[float, float]
 
-    def predicted_loss(self, error: Tensor, moments: Moments) -> float:
-        """Return what a rounding error ΔW [out, in] costs, in nats per predicted token; `moments` are of the linear's input."""
+    def predicted_loss(self, error: Tensor, statistics: InputStatistics) -> float:
+        """Return what a rounding error ΔW [out, in] costs, in nats per predicted token; `statistics` are of the linear's input."""
         total = 0.0
-        kinds = zip((self.text, self.vision), (moments.text, moments.vision), self.per_token, strict=True)
+        kinds = zip((self.text, self.vision), (statistics.text, statistics.vision), self.per_token, strict=True)
         for sensitivity, moment, share in kinds:
             if sensitivity is not None and moment is not None:
                 total += share * _loss(error, sensitivity, moment)
         return total / 2
 
 
-def _loss(error: Tensor, sensitivity: Tensor, moment: Moment) -> float:
+def _loss(error: Tensor, sensitivity: Tensor, moment: TokenStatistics) -> float:
     weighted = error * sensitivity.to(error).sqrt().unsqueeze(1)
     return float(moment.second.output_error(weighted) / moment.tokens)
 
 
-def balance(moments: Moments, sensitivities: Iterable[Sensitivity]) -> tuple[float, float]:
+def balance(statistics: InputStatistics, sensitivities: Iterable[Sensitivity]) -> tuple[float, float]:
     """Return how much a text and a vision token of one input count by the output gradients of the linears that read it.
 
     Both are means of g², summed over all channels of all these linears; scaled so that a token counts 1 on average. Where only
     one kind came, or one was not measured, or no gradient came back, every token counts the same.
     """
-    if moments.text is None or moments.vision is None:
+    if statistics.text is None or statistics.vision is None:
         return 1.0, 1.0
     sums = [0.0, 0.0]
     for sensitivity in sensitivities:
@@ -75,7 +75,7 @@ def balance(moments: Moments, sensitivities: Iterable[Sensitivity]) -> tuple[flo
             return 1.0, 1.0
         sums[0] += float(sensitivity.text.sum(dtype=torch.float64))
         sums[1] += float(sensitivity.vision.sum(dtype=torch.float64))
-    counts = (moments.text.tokens, moments.vision.tokens)
+    counts = (statistics.text.tokens, statistics.vision.tokens)
     total = sum(count * value for count, value in zip(counts, sums, strict=True))
     if total == 0:
         return 1.0, 1.0
@@ -83,14 +83,14 @@ def balance(moments: Moments, sensitivities: Iterable[Sensitivity]) -> tuple[flo
     return sums[0] * scale, sums[1] * scale
 
 
-def share(moments: Moments, text: float) -> tuple[float, float]:
+def share(statistics: InputStatistics, text: float) -> tuple[float, float]:
     """Return how much a text and a vision token count so that text's share of the second moment is `text`, between 0 and 1.
 
     A token counts 1 on average. Where only one kind came every token counts the same.
     """
-    if moments.text is None or moments.vision is None:
+    if statistics.text is None or statistics.vision is None:
         return 1.0, 1.0
-    return text * moments.tokens / moments.text.tokens, (1 - text) * moments.tokens / moments.vision.tokens
+    return text * statistics.tokens / statistics.text.tokens, (1 - text) * statistics.tokens / statistics.vision.tokens
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""Second moments and magnitudes of what linears are given, over all calibration tokens, text and vision apart."""
+"""Statistics of linears' input activations over the calibration tokens: Hessians and magnitudes, text and vision apart."""
 
 from __future__ import annotations
 
@@ -12,102 +12,107 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from compress.engine.hessian import FULL_HESSIAN, FullHessian, HessianRequest, in_chunks
 from compress.engine.recorder import ReachedError
 from compress.engine.replay import BlockVisit, Positions
-from compress.engine.second_moment import WHOLE, Gram, HessianRequest, in_chunks
 from compress.errors import CheckpointError
 from compress.numerics.rounding import PANEL
 
 
-class Moment:
-    """Sums over the tokens of one kind: `second`, of xᵀx, `abs_sum` Σ |x| [in] and `abs_max` max |x| [in], all float32."""
+class TokenStatistics:
+    """Statistics over the tokens of one modality: `hessian` Σ xᵀx, `abs_sum` Σ |x| [in], `abs_max` max |x| [in], all float32."""
 
-    def __init__(self, channels: int, device: torch.device, requested: HessianRequest = WHOLE) -> None:
-        self.second = requested.start(channels, device)
+    def __init__(self, channels: int, device: torch.device, requested: HessianRequest = FULL_HESSIAN) -> None:
+        self.hessian = requested.start(channels, device)
         self.abs_sum = torch.zeros(channels, device=device)
         self.abs_max = torch.zeros(channels, device=device)
         self.tokens: float = 0
 
     def add(self, rows: Tensor) -> None:
-        """Count tokens [tokens, in]."""
-        for part in in_chunks(rows):
-            values = part.to(torch.float32)
-            self.second.add(values)
+        """Add tokens [tokens, in]."""
+        for chunk in in_chunks(rows):
+            values = chunk.to(torch.float32)
+            self.hessian.add(values)
             self.abs_sum += _norms(values, 1)
             self.abs_max = torch.maximum(self.abs_max, _norms(values, math.inf))
         self.tokens += rows.shape[0]
 
 
 def _norms(values: Tensor, order: float) -> Tensor:
-    """Return the norm of each column: without a copy of the magnitudes."""
+    """Return the norm of each column, without a copy of the magnitudes."""
     return cast("Tensor", torch.linalg.vector_norm(values, ord=order, dim=0))
 
 
 @dataclass
-class Moments:
-    """What one distinct linear input was over the calibration samples; a kind of token that never came is None.
+class InputStatistics:
+    """Statistics of input activations that one or several linears share, over the calibration samples."""
 
-    `weights` say how much a text and a vision token count in the means. Of what is `disposable` nobody needs the sums any more
-    once `take_hessian` was called. `kept` says what of the second moments there is: the whole ones can be asked for where it does.
-    """
+    text: TokenStatistics | None = None
+    """Those of text tokens; None where there was none."""
 
-    text: Moment | None = None
-    vision: Moment | None = None
+    vision: TokenStatistics | None = None
+    """Those of vision tokens; None where there was none."""
+
     weights: tuple[float, float] = (1.0, 1.0)
+    """How much a text and a vision token count in the means."""
+
     disposable: bool = False
-    requested: HessianRequest = WHOLE
+    """Whether `take_hessian` may overwrite the sums, because nothing needs them afterwards."""
+
+    requested: HessianRequest = FULL_HESSIAN
+    """What is accumulated of the Hessian; `mean_hessian` and `take_hessian` need the full one."""
 
     @property
     def tokens(self) -> float:
-        """How many tokens were counted."""
-        return sum(part.tokens for part, _ in self._parts())
+        """The number of tokens, weighted after `merge`."""
+        return sum(part.tokens for part, _ in self._weighted())
 
     def mean_hessian(self) -> Tensor:
         """Return the weighted mean of xᵀx over all tokens, float32 [in, in]."""
-        (first, weight), *others = self._grams()
+        (first, weight), *others = self._full_hessians()
         lower = first.lower.clone() if weight == 1 else first.lower * weight
         for part, weight in others:
             lower.add_(part.lower, alpha=weight)
         return _mirror(lower).div_(self._weight())
 
     def take_hessian(self) -> Tensor:
-        """Return what `mean_hessian` does, made in place of the sums where they are disposable: a matrix may take gigabytes."""
+        """Return `mean_hessian`, computed in the memory of the sums where they are disposable: a matrix may take gigabytes."""
         if not self.disposable:
             return self.mean_hessian()
-        (first, weight), *others = self._grams()
+        (first, weight), *others = self._full_hessians()
         lower = first.lower.mul_(weight)
         for part, weight in others:
             lower.add_(part.lower, alpha=weight)
-        for part, _ in self._grams():
+        for part, _ in self._full_hessians():
             part.lower = part.lower.new_empty(0, 0)
         return _mirror(lower).div_(self._weight())
 
     def output_error(self, error: Tensor) -> float:
-        """Return the weighted sum over all tokens of the squared error of the output, for an error of the weight [out, in]."""
-        return float(sum(part.second.output_error(error) * weight for part, weight in self._parts()))
+        """Return the squared output error, summed over all tokens with their weights, for a weight error [out, in]."""
+        return float(sum(part.hessian.output_error(error) * weight for part, weight in self._weighted()))
 
     def blocks(self, size: int) -> Tensor:
-        """Return the weighted sums of xᵀx of `size` neighbouring channels at a time, float32 [in / size, size, size]."""
-        (first, weight), *others = self._parts()
-        total = first.second.blocks(size) * weight
+        """Return the weighted sum's blocks of `size` channels along the diagonal, float32 [in / size, size, size]."""
+        (first, weight), *others = self._weighted()
+        total = first.hessian.blocks(size) * weight
         for part, weight in others:
-            total.add_(part.second.blocks(size), alpha=weight)
+            total.add_(part.hessian.blocks(size), alpha=weight)
         return total
 
     def merge(self) -> None:
-        """Keep the weighted sums over both kinds alone, in the memory of one; means stay as they are, the kinds are lost."""
+        """Replace the sums of both modalities by their weighted sum, in the memory of one; the means do not change."""
         if self.text is None or self.vision is None:
             return
-        (first, weight), (second, other) = self._parts()
-        first.second.absorb(second.second, weight, other)
-        first.abs_sum.mul_(weight).add_(second.abs_sum, alpha=other)
+        (first, weight), (second, other_weight) = self._weighted()
+        first.hessian.add_weighted(second.hessian, weight, other_weight)
+        first.abs_sum.mul_(weight).add_(second.abs_sum, alpha=other_weight)
         first.abs_max = torch.maximum(first.abs_max, second.abs_max)
-        first.tokens = first.tokens * weight + second.tokens * other
+        first.tokens = first.tokens * weight + second.tokens * other_weight
         self.vision, self.weights = None, (1.0, 1.0)
 
     def mean_abs(self) -> Tensor:
         """Return the weighted mean of |x| over all tokens, float32 [in]."""
-        (first, weight), *others = self._parts()
+        (first, weight), *others = self._weighted()
         total = first.abs_sum * weight
         for part, weight in others:
             total.add_(part.abs_sum, alpha=weight)
@@ -115,34 +120,34 @@ class Moments:
 
     def mean_square(self) -> Tensor:
         """Return the weighted mean of x² over all tokens, float32 [in]."""
-        (first, weight), *others = self._parts()
-        total = first.second.diagonal() * weight
+        (first, weight), *others = self._weighted()
+        total = first.hessian.diagonal() * weight
         for part, weight in others:
-            total.add_(part.second.diagonal(), alpha=weight)
+            total.add_(part.hessian.diagonal(), alpha=weight)
         return total / self._weight()
 
     def abs_max(self) -> Tensor:
         """Return the largest |x| of any token, float32 [in]."""
-        (first, _), *others = self._parts()
+        (first, _), *others = self._weighted()
         largest = first.abs_max
         for part, _ in others:
             largest = torch.maximum(largest, part.abs_max)
         return largest
 
     def _weight(self) -> float:
-        return sum(part.tokens * weight for part, weight in self._parts())
+        return sum(part.tokens * weight for part, weight in self._weighted())
 
-    def _parts(self) -> list[tuple[Moment, float]]:
-        parts = [(part, weight) for part, weight in zip((self.text, self.vision), self.weights, strict=True) if part is not None]
-        if not parts:
+    def _weighted(self) -> list[tuple[TokenStatistics, float]]:
+        pairs = [(part, weight) for part, weight in zip((self.text, self.vision), self.weights, strict=True) if part is not None]
+        if not pairs:
             raise CheckpointError("no calibration token was counted; every sample is padding only, give others")
-        return parts
+        return pairs
 
-    def _grams(self) -> list[tuple[Gram, float]]:
-        return [(part.second, weight) for part, weight in self._parts() if isinstance(part.second, Gram)]
+    def _full_hessians(self) -> list[tuple[FullHessian, float]]:
+        return [(part.hessian, weight) for part, weight in self._weighted() if isinstance(part.hessian, FullHessian)]
 
     def add(self, inputs: Tensor, positions: Positions | None) -> None:
-        """Count a linear's input [..., in]; without positions every row is a vision token."""
+        """Add a linear's input [..., in]; without positions every row is a vision token."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         if positions is None:
             self.vision = self._added(self.vision, rows)
@@ -150,17 +155,17 @@ class Moments:
         for kind, mask in (("text", positions.text), ("vision", positions.vision)):
             count = int(mask.sum())
             if count:
-                chosen = rows if count == rows.shape[0] else rows[mask.to(rows.device)]
-                setattr(self, kind, self._added(getattr(self, kind), chosen))
+                tokens = rows if count == rows.shape[0] else rows[mask.to(rows.device)]
+                setattr(self, kind, self._added(getattr(self, kind), tokens))
 
-    def _added(self, part: Moment | None, rows: Tensor) -> Moment:
-        moment = part or Moment(rows.shape[-1], rows.device, self.requested)
-        moment.add(rows)
-        return moment
+    def _added(self, part: TokenStatistics | None, rows: Tensor) -> TokenStatistics:
+        sums = part or TokenStatistics(rows.shape[-1], rows.device, self.requested)
+        sums.add(rows)
+        return sums
 
 
 def _mirror(lower: Tensor) -> Tensor:
-    """Make a matrix symmetric by its lower triangle, in place: at a size of 30,000 channels a copy takes 3.6 GB."""
+    """Fill the upper triangle of a symmetric matrix from the lower one, in place: at 30,000 channels a copy takes 3.6 GB."""
     for start in range(0, lower.shape[0], PANEL):
         panel = slice(start, start + PANEL)
         below = slice(start + PANEL, None)
@@ -170,16 +175,20 @@ def _mirror(lower: Tensor) -> Tensor:
 
 
 class Observer:
-    """Watches linears of a module while it runs; those that are given the same tensor share one `Moments`.
+    """Collects input statistics of a module's linears while it runs; linears with the same input tensor share them.
 
-    `vision_readers` are those whose input is the images' states, whatever the tokens of the prompt are. Once every linear has its
-    input, a run is ended by `ReachedError`.
+    `vision_readers` are linears whose input is the image features (cross-attention), whatever the tokens of the prompt are. Once
+    every linear has been called, the forward is ended by `ReachedError`.
     """
 
     def __init__(
-        self, module: nn.Module, linears: Iterable[str], vision_readers: Iterable[str] = (), requested: HessianRequest = WHOLE
+        self,
+        module: nn.Module,
+        linears: Iterable[str],
+        vision_readers: Iterable[str] = (),
+        requested: HessianRequest = FULL_HESSIAN,
     ) -> None:
-        self.moments: dict[str, Moments] = {}
+        self.statistics: dict[str, InputStatistics] = {}
         self.positions: Positions | None = None
         self._vision_readers = frozenset(vision_readers)
         self._requested = requested
@@ -207,16 +216,16 @@ class Observer:
             if name not in self._leader:
                 shared = self._last is not None and self._last[1] is inputs
                 self._leader[name] = self._last[0] if shared and self._last is not None else name
-                self.moments.setdefault(self._leader[name], Moments(requested=self._requested))
-                self.moments[name] = self.moments[self._leader[name]]
+                self.statistics.setdefault(self._leader[name], InputStatistics(requested=self._requested))
+                self.statistics[name] = self.statistics[self._leader[name]]
             leader = self._leader[name]
             if leader == name:
                 self._last = (name, inputs)
-                self.moments[name].add(inputs, self._rows(name, inputs))
+                self.statistics[name].add(inputs, self._rows(name, inputs))
             self._seen.add(name)
             if len(self._seen) == len(self._linears):
                 self._seen.clear()
-                raise ReachedError  # what the module does after its last linear's input is nobody's business
+                raise ReachedError  # the rest of the forward would be wasted work
 
         return count
 
@@ -226,10 +235,10 @@ class Observer:
         return self.positions.of_images(inputs.numel() // inputs.shape[-1])
 
 
-def observe(visit: BlockVisit, linears: Iterable[str], requested: HessianRequest = WHOLE) -> dict[str, Moments]:
-    """Run a visited module over all its calls and return what its linears (names within the module) were given.
+def observe(visit: BlockVisit, linears: Iterable[str], requested: HessianRequest = FULL_HESSIAN) -> dict[str, InputStatistics]:
+    """Run a visited module over all its calls and return its linears' input statistics, by names within the module.
 
-    Linears with the same input share one object. `kept` says what of the second moments is wanted.
+    Linears with the same input share one object. `requested` limits what is accumulated of the Hessians.
 
     Raises:
         CheckpointError: no sample reaches the module, a linear was never called, or its input is not finite.
@@ -244,14 +253,14 @@ def observe(visit: BlockVisit, linears: Iterable[str], requested: HessianRequest
             observer.positions = call.positions
             with suppress(ReachedError):
                 visit.run(call)
-    missing = [name for name in names if name not in observer.moments]
+    missing = [name for name in names if name not in observer.statistics]
     if missing:
         raise CheckpointError(f"{visit.name}.{missing[0]}: its block ran without calling it; leave it out of the stage")
     for name in names:
-        if not bool(observer.moments[name].mean_abs().isfinite().all()):
+        if not bool(observer.statistics[name].mean_abs().isfinite().all()):
             dtype = visit.module.get_parameter(f"{name}.weight").dtype
             raise CheckpointError(
                 f"{visit.name}.{name}: its input overflows in {dtype} for some calibration sample; convert the checkpoint to "
                 "bfloat16, or give other samples"
             )
-    return observer.moments
+    return observer.statistics

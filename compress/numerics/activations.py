@@ -1,8 +1,8 @@
-"""A linear's input rounded to 8 bits and back, as a stage that quantizes lets the running model compute on.
+"""Fake quantization of input activations to 8 bits, applied to the running model while later blocks are calibrated.
 
-A runtime rounds by a scale that brings the largest value to the largest code (127, or 448 for float8 e4m3fn), to the nearest code,
-ties to even. Reading an artifact does the same by code of its own (`compress/runtimes/activations.py`), so that neither is held
-against itself.
+A scale maps the largest magnitude to the largest code (127, or 448 for float8 e4m3fn); rounding is to nearest, ties to even. The
+runtime that evaluates artifacts has an implementation of its own (`compress/runtimes/activations.py`), so that a mistake here
+does not hide itself there.
 """
 
 from __future__ import annotations
@@ -16,29 +16,30 @@ from torch import Tensor
 from compress.numerics.scheme import BLOCK, Scheme
 
 _LARGEST = {"int": 127.0, "float": 448.0}
+"""The code that the largest magnitude is mapped to: the largest of int8, and of float8 e4m3fn."""
 
 
 def fake_quantize_activations(inputs: Tensor, scheme: Scheme, scale: Tensor | None = None) -> Tensor:
-    """Return inputs [..., in] as a runtime that quantizes them by a linear's scheme computes with them, in their own type.
+    """Return activations [..., in], quantized by a linear's scheme and dequantized, in their own type.
 
-    `scale` [1] is that of the whole input where it is fixed (`activations: tensor`).
+    `scale` [1] is the static scale of a scheme with `activations: tensor`.
 
     Raises:
-        ValueError: the scheme's inputs have a fixed scale, and none is given.
+        ValueError: the scheme needs a static scale, and `scale` is None.
     """
-    exact = inputs.float()
+    values = inputs.float()
     if scheme.activations == "tensor":
         if scale is None:
-            raise ValueError("inputs of a fixed scale cannot be rounded without it")
-        return _round(exact, scale.float(), scheme).to(inputs.dtype)
-    width = BLOCK if scheme.activations == "group" else exact.shape[-1]
-    split = cast("Sequence[Tensor]", exact.split(width, dim=-1))
-    parts = [_round(part, _dynamic_scale(part, scheme), scheme) for part in split]
-    return torch.cat(parts, dim=-1).to(inputs.dtype)
+            raise ValueError("activations with a static scale cannot be quantized without it")
+        return _round(values, scale.float(), scheme).to(inputs.dtype)
+    width = BLOCK if scheme.activations == "group" else values.shape[-1]
+    groups = cast("Sequence[Tensor]", values.split(width, dim=-1))
+    rounded = [_round(group, _dynamic_scale(group, scheme), scheme) for group in groups]
+    return torch.cat(rounded, dim=-1).to(inputs.dtype)
 
 
 def _dynamic_scale(values: Tensor, scheme: Scheme) -> Tensor:
-    """Return the scale of each row [..., 1]; 1 where all of it is zero."""
+    """Return the dynamic scale of each row [..., 1]; 1 for a row of zeros."""
     scale = values.abs().max(dim=-1, keepdim=True).values / _LARGEST[scheme.type]
     return scale.masked_fill(scale == 0, 1.0)
 

@@ -1,4 +1,4 @@
-"""Which width each group of layers gets, so that the predicted loss is smallest within a budget: solved exactly; free of torch."""
+"""Bit allocation: the width of each group of layers that minimizes the predicted loss within a budget, exactly; free of torch."""
 
 from __future__ import annotations
 
@@ -10,16 +10,21 @@ from itertools import pairwise
 from typing import Any
 
 _SCALE = 1e6
-"""What the losses are stretched to before they are given to the solver, which stops at differences of 1e-6."""
+"""The largest loss as the solver sees it: HiGHS stops at differences of 1e-6, whatever the unit."""
 
 
 @dataclass(frozen=True)
 class WidthOption:
-    """One width a group of layers could have: what it takes, in bytes or any other whole unit, and the loss it brings."""
+    """One width that a group of layers could have."""
 
     width: int
+    """In bits."""
+
     cost: int
+    """In bytes, or any other whole unit."""
+
     loss: float
+    """The predicted loss of the group at this width."""
 
 
 @dataclass(frozen=True)
@@ -36,42 +41,41 @@ class BudgetError(ValueError):
 def allocate(groups: Mapping[str, Sequence[WidthOption]], budget: int) -> dict[str, WidthOption]:
     """Return each group's choice such that the sum of losses is smallest among all whose costs sum to `budget` at most.
 
-    A multiple-choice knapsack, solved as a mixed-integer linear program (HiGHS by way of `scipy.optimize.milp`). Choices that
-    another of the same group matches in loss at no more cost, or the same at less, are never taken. The same input gives the same
-    result.
+    A multiple-choice knapsack, solved as a mixed-integer linear program (HiGHS through `scipy.optimize.milp`). Dominated options,
+    with another in the group at no more cost and no more loss, are never chosen. Deterministic.
 
     Raises:
         BudgetError: no choice of widths fits.
     """
-    kept = {name: _undominated(choices) for name, choices in groups.items()}
-    smallest = sum(choices[0].cost for choices in kept.values())
+    candidates = {name: _undominated(options) for name, options in groups.items()}
+    smallest = sum(options[0].cost for options in candidates.values())
     if smallest > budget:
         raise BudgetError(smallest, budget)
-    if sum(choices[-1].cost for choices in kept.values()) <= budget:
-        return {name: choices[-1] for name, choices in kept.items()}
-    # what each group takes at least is paid: the program is about what is left, in the largest unit that all share
-    extra = [[choice.cost - choices[0].cost for choice in choices] for choices in kept.values()]
-    unit = reduce(math.gcd, [cost for costs in extra for cost in costs], 0)
-    room = (budget - smallest) // unit
+    if sum(options[-1].cost for options in candidates.values()) <= budget:
+        return {name: options[-1] for name, options in candidates.items()}
+    # costs are counted from each group's cheapest option and in their greatest common divisor: the solver sees small numbers
+    extra_costs = [[option.cost - options[0].cost for option in options] for options in candidates.values()]
+    unit = reduce(math.gcd, [cost for costs in extra_costs for cost in costs], 0)
+    remaining = (budget - smallest) // unit
     picks = _solve(
-        [[cost // unit for cost in costs] for costs in extra],
-        [[choice.loss - choices[-1].loss for choice in choices] for choices in kept.values()],
-        room,
+        [[cost // unit for cost in costs] for costs in extra_costs],
+        [[option.loss - options[-1].loss for option in options] for options in candidates.values()],
+        remaining,
     )
-    return {name: choices[pick] for (name, choices), pick in zip(kept.items(), picks, strict=True)}
+    return {name: options[pick] for (name, options), pick in zip(candidates.items(), picks, strict=True)}
 
 
-def _undominated(choices: Sequence[WidthOption]) -> list[WidthOption]:
-    """Return the choices that are worth their cost, the cheapest first; their losses fall."""
-    kept: list[WidthOption] = []
-    for choice in sorted(choices, key=lambda choice: (choice.cost, choice.loss, choice.width)):
-        if not kept or choice.loss < kept[-1].loss:
-            kept.append(choice)
-    return kept
+def _undominated(options: Sequence[WidthOption]) -> list[WidthOption]:
+    """Return the options on the Pareto front of cost and loss, the cheapest first."""
+    front: list[WidthOption] = []
+    for option in sorted(options, key=lambda option: (option.cost, option.loss, option.width)):
+        if not front or option.loss < front[-1].loss:
+            front.append(option)
+    return front
 
 
-def _solve(costs: list[list[int]], losses: list[list[float]], room: int) -> list[int]:
-    """Return the index picked in each group; the pick's variable is 1, the others of its group 0."""
+def _solve(costs: list[list[int]], losses: list[list[float]], limit: int) -> list[int]:
+    """Return the index picked in each group: one binary variable per option, of which each group has exactly one at 1."""
     import numpy as np
     from scipy import optimize, sparse
 
@@ -88,7 +92,7 @@ def _solve(costs: list[list[int]], losses: list[list[float]], room: int) -> list
         bounds=library.Bounds(0, 1),
         constraints=[
             library.LinearConstraint(one_each, 1, 1),
-            library.LinearConstraint(sparse.csr_array(flat_costs[None, :]), -np.inf, room),
+            library.LinearConstraint(sparse.csr_array(flat_costs[None, :]), -np.inf, limit),
         ],
         options={"mip_rel_gap": 0},
     )
@@ -96,6 +100,6 @@ def _solve(costs: list[list[int]], losses: list[list[float]], room: int) -> list
         raise ArithmeticError(f"the solver gave no widths: {result.message}")
     starts = np.concatenate([[0], np.cumsum(sizes)])
     picks = [int(np.argmax(result.x[start:end])) for start, end in pairwise(starts)]
-    if sum(group[pick] for group, pick in zip(costs, picks, strict=True)) > room:
+    if sum(group[pick] for group, pick in zip(costs, picks, strict=True)) > limit:
         raise ArithmeticError("the solver's widths do not fit the budget; report this as a bug of the solver")
     return picks

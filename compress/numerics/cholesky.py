@@ -1,4 +1,4 @@
-"""Cholesky factorisation and reordering of symmetric matrices in their own memory, which may be gigabytes."""
+"""In-place Cholesky factorization and permutation of symmetric matrices: a Hessian may take gigabytes."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 _BLOCK = 512
+"""Rows and columns that are copied or factored at once; a copy of them is all the memory that is needed beside the matrix."""
 
 
 def permute(matrix: Tensor, order: Tensor) -> None:
-    """Put row and column `order[i]` of a square matrix in place i; of both kinds some at a time, so that copies stay small."""
+    """Permute rows and columns in place: row and column `order[i]` become row and column i."""
     for start in range(0, len(matrix), _BLOCK):
         columns = matrix[:, start : start + _BLOCK]
         columns.copy_(columns[order])
@@ -20,20 +21,20 @@ def permute(matrix: Tensor, order: Tensor) -> None:
         rows.copy_(rows[:, order])
 
 
-def factor(matrix: Tensor, extra: float) -> bool:
-    """Replace a symmetric matrix by the factor L of matrix + extra·I = L·Lᵀ; what lies above its diagonal then has no meaning.
+def factor(matrix: Tensor, damping: float) -> bool:
+    """Replace a symmetric matrix by the factor L of matrix + damping·I = L·Lᵀ; the elements above its diagonal are then undefined.
 
-    Returns whether there is one; where there is none, the matrix is as it was.
+    Returns False, with the matrix unchanged, where it is not positive definite.
     """
     size = len(matrix)
     starts = range(0, size, _BLOCK)
-    squares = [matrix[start : start + _BLOCK, start : start + _BLOCK].clone() for start in starts]
-    matrix.diagonal().add_(extra)
+    diagonal_blocks = [matrix[start : start + _BLOCK, start : start + _BLOCK].clone() for start in starts]
+    matrix.diagonal().add_(damping)
     for start in starts:
         stop = min(start + _BLOCK, size)
         block, info = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(matrix[start:stop, start:stop]))
         if int(info):
-            _restore(matrix, squares)
+            _restore(matrix, diagonal_blocks)
             return False
         matrix[start:stop, start:stop] = block
         below = matrix[stop:, start:stop]
@@ -44,9 +45,9 @@ def factor(matrix: Tensor, extra: float) -> bool:
     return True
 
 
-def _restore(matrix: Tensor, squares: list[Tensor]) -> None:
-    """Make a matrix again what it was, by the blocks on its diagonal and what is above them, which is never written to."""
-    for place, square in enumerate(squares):
-        start, stop = place * _BLOCK, place * _BLOCK + len(square)
-        matrix[start:stop, start:stop] = square
+def _restore(matrix: Tensor, diagonal_blocks: list[Tensor]) -> None:
+    """Restore a matrix from the blocks on its diagonal and the elements above them, which `factor` never writes to."""
+    for index, block in enumerate(diagonal_blocks):
+        start, stop = index * _BLOCK, index * _BLOCK + len(block)
+        matrix[start:stop, start:stop] = block
         matrix[stop:, start:stop] = matrix[start:stop, stop:].t()

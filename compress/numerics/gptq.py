@@ -1,8 +1,8 @@
-"""GPTQ: rounding a matrix column by column, each column's error made good by those still to come (arXiv 2210.17323).
+"""GPTQ: rounding a weight column by column, each column's error compensated in the columns not yet rounded (arXiv 2210.17323).
 
-With H the second moment of the input, the error tr(ΔW H ΔWᵀ) is minimised greedily. Written as in arXiv 2307.13304 (theorem 6),
-which shows that the method needs no inverse: with H = (U + I) D (U + I)ᵀ, U strictly upper triangular, column k is rounded
-from W_k + Σ_{i<k} (W_i - Ŵ_i) U_ik. So one Cholesky factorisation is all that is computed of H.
+With the Hessian H, the mean of xᵀx over the input activations x, the output error tr(ΔW H ΔWᵀ) is minimized greedily. Written as
+in arXiv 2307.13304 (theorem 6), which shows that no inverse is needed: with H = (U + I) D (U + I)ᵀ, U strictly upper triangular,
+column k is rounded from W_k + Σ_{i<k} (W_i - Ŵ_i) U_ik. So one Cholesky factorization of H is enough.
 """
 
 from __future__ import annotations
@@ -18,57 +18,67 @@ from compress.numerics.grids import QuantizedWeight, Scheme, grid
 from compress.numerics.rounding import resolve_group_size
 
 _BLOCK = 64
-_RAISE = 10.0
+"""Columns whose errors are compensated one by one; those of earlier columns are, in one matrix product per block."""
+
+_DAMPING_GROWTH = 10.0
+"""How much more is added to the diagonal of a Hessian that could not be factored."""
+
 _ATTEMPTS = 8
+"""How often: from the default of 0.01 up to 10^5 times the mean diagonal."""
 
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """`dampening_frac` is the share of H's mean diagonal that is added to its diagonal; `reorder` rounds by falling H_jj."""
+    """Settings of GPTQ, as in llm-compressor."""
 
     dampening_frac: float = 0.01
-    reorder: bool = True
+    """The share of the Hessian's mean diagonal that is added to its diagonal."""
+
+    actorder: bool = True
+    """Whether columns are rounded by falling H_jj, those with the largest activations first; their groups stay the same."""
 
 
 @dataclass(frozen=True)
 class Feedback:
-    """U + I of a damped second moment, by the order in which columns are rounded; all that rounding needs to know of the inputs.
-
-    `order` int64 [in]; `factor` float32 [in, in] holds it turned round, the last column first, on and below its diagonal.
-    """
+    """U + I of a damped Hessian, permuted to the order in which columns are rounded."""
 
     order: Tensor
+    """The index of the column that is rounded first, second, …: int64 [in]."""
+
     factor: Tensor
+    """(U + I)ᵀ with rows and columns reversed, the last column first, on and below the diagonal: float32 [in, in]."""
 
     @classmethod
-    def of(cls, gram: Tensor, settings: GptqOptions) -> Feedback:
-        """Factor the second moment `gram` of a linear's input, float32 [in, in], in its own memory, which may be gigabytes.
+    def of(cls, hessian: Tensor, options: GptqOptions) -> Feedback:
+        """Factor a Hessian, float32 [in, in], in its own memory, which may be gigabytes.
 
-        The factorisation runs from the last column to the first: H is turned round and factored.
+        The factorization runs from the last column to the first: the Hessian is reversed and factored.
 
         Raises:
-            CheckpointError: `gram` is not the second moment of finite inputs.
+            CheckpointError: the Hessian is not finite, or cannot be factored at any damping.
         """
-        diagonal = gram.diagonal().clone()
-        level = float(diagonal.mean())
-        if not level < float("inf"):
+        diagonal = hessian.diagonal().clone()
+        mean_diagonal = float(diagonal.mean())
+        if not mean_diagonal < float("inf"):
             raise CheckpointError("the second moment of its inputs is not finite; convert the checkpoint to bfloat16")
-        order = torch.arange(len(gram), device=gram.device)
-        if settings.reorder:
+        order = torch.arange(len(hessian), device=hessian.device)
+        if options.actorder:
             order = diagonal.argsort(descending=True, stable=True)
-        permute(gram, order.flip(0))
-        extra = settings.dampening_frac * (level or 1.0)
+        permute(hessian, order.flip(0))
+        damping = options.dampening_frac * (mean_diagonal or 1.0)
         for _ in range(_ATTEMPTS):
-            if factor(gram, extra):
+            if factor(hessian, damping):
                 break
-            extra *= _RAISE
+            damping *= _DAMPING_GROWTH
         else:
-            raise CheckpointError(f"the second moment of its inputs cannot be factored, not even with {extra:.3g} on its diagonal")
-        gram.div_(gram.diagonal().clone())
-        return cls(order, gram)
+            raise CheckpointError(
+                f"the second moment of its inputs cannot be factored, not even with {damping:.3g} on its diagonal"
+            )
+        hessian.div_(hessian.diagonal().clone())
+        return cls(order, hessian)
 
     def block(self, first: int, last: int, start: int, stop: int) -> Tensor:
-        """Return the rows `first` to `last` of the columns `start` to `stop`; what is below the diagonal must not be read."""
+        """Return rows `first` to `last` of columns `start` to `stop` of U + I; elements below its diagonal are undefined."""
         size = len(self.order)
         return self.factor[size - last : size - first, size - stop : size - start].flip(0, 1)
 
@@ -76,10 +86,10 @@ class Feedback:
 def round_columns(
     weight: Tensor, feedback: Feedback, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0
 ) -> QuantizedWeight:
-    """Round a matrix [out, in], float32, with the feedback of its inputs' second moment.
+    """Round a weight [out, in], float32, with the error feedback of its Hessian.
 
-    Scales are rounded to `dtype` first and belong to the columns' own places whatever order they are rounded in, so the result
-    needs no index of groups. `shrink` makes each group's range smaller by a factor (a number, or one per group).
+    Scales are rounded to `dtype` first. Groups are neighbouring columns whatever the order of rounding (static actorder), so the
+    result needs no `g_idx`. `shrink` multiplies each group's range, by a number or by one per group.
     """
     rows, columns = weight.shape
     scheme = resolve_group_size(scheme, columns)
@@ -88,21 +98,21 @@ def round_columns(
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     group_of = order // scheme.group_size
     errors = torch.empty(columns, rows, device=weight.device)  # transposed, so that a column of the matrix lies in one piece
-    steps, zeros, transposed = scales.to(torch.float32).t().contiguous(), zero_points.t().contiguous(), weight.t()
+    step_sizes, zeros, transposed = scales.to(torch.float32).t().contiguous(), zero_points.t().contiguous(), weight.t()
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
-        exact = transposed[order[start:stop]]
-        wanted = exact.addmm(feedback.block(0, start, start, stop).t(), errors[:start]) if start else exact.clone()
+        original = transposed[order[start:stop]]
+        compensated = original.addmm(feedback.block(0, start, start, stop).t(), errors[:start]) if start else original.clone()
         within = feedback.block(start, stop, start, stop)
-        step, zero = steps[group_of[start:stop]], zeros[group_of[start:stop]]
-        levels = torch.empty_like(exact)
-        parts = (wanted, exact, step, -zero, scheme.levels - 1 - zero, levels, errors[start:stop], within)
-        by_row = enumerate(zip(*map(torch.unbind, parts), strict=True))
-        for row, (want, given, size, lowest, highest, level, error, effect) in by_row:
-            torch.div(want, size, out=level).round_()
+        step, zero = step_sizes[group_of[start:stop]], zeros[group_of[start:stop]]
+        levels = torch.empty_like(original)
+        columns_of_block = (compensated, original, step, -zero, scheme.levels - 1 - zero, levels, errors[start:stop], within)
+        by_column = enumerate(zip(*map(torch.unbind, columns_of_block), strict=True))
+        for index, (target, weights, size, lowest, highest, level, error, effect) in by_column:
+            torch.div(target, size, out=level).round_()
             torch.clamp(level, lowest, highest, out=level)
-            torch.addcmul(given, level, size, value=-1, out=error)
-            wanted[row + 1 :].addr_(effect[row + 1 :], error)
+            torch.addcmul(weights, level, size, value=-1, out=error)
+            compensated[index + 1 :].addr_(effect[index + 1 :], error)
         codes[start:stop] = levels.add_(zero).to(torch.uint8)
-    codes = codes[order.argsort()].t().contiguous()  # putting each block in its place would sort it anew on CUDA
+    codes = codes[order.argsort()].t().contiguous()  # one gather; scattering each block would sort indices on CUDA each time
     return QuantizedWeight(codes, scales, zero_points.to(torch.uint8), scheme)

@@ -1,4 +1,4 @@
-"""Grids for weights: which codes, scales and zero points stand for a matrix."""
+"""Quantized weights: their codes, scales and zero points, and the grids that a weight is rounded to."""
 
 from __future__ import annotations
 
@@ -7,49 +7,54 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.numerics.floats import spread_scales
+from compress.numerics.floats import expand_scales
 from compress.numerics.scheme import Scheme
 
 _CHUNK = 1 << 22
+"""Elements dequantized at once: their float32 copy takes 16 MiB, whatever the matrix's size."""
 
 __all__ = ["QuantizedWeight", "Scheme", "grid"]
 
 
 @dataclass(frozen=True)
 class QuantizedWeight:
-    """A matrix [out, in] as codes, with the scales in the type they are stored in.
-
-    Integers: weight = (code - zero point) · scale, per group along the input; `codes` uint8 [out, in], `scales` [out, in /
-    group_size], `zero_points` uint8 of the same shape. Floats: weight = code · scale; `codes` float8 e4m3fn [out, in], `scales`
-    [scale rows, groups], no zero points. `input_scale`, float32 [1], is that of the linear's input where it is fixed.
-    """
+    """A quantized weight [out, in]: (code - zero point) · scale for integers, code · scale for floats."""
 
     codes: Tensor
+    """uint8, or float8 e4m3fn, [out, in]."""
+
     scales: Tensor
+    """In the type they are stored in: [out, in / group_size] for integers, [scale rows, groups] for floats."""
+
     zero_points: Tensor | None
+    """uint8 [out, in / group_size]; None for floats."""
+
     scheme: Scheme
+    """The scheme; its group size is resolved for integers."""
+
     input_scale: Tensor | None = None
+    """The static scale of the input activations, float32 [1]; None where they are not quantized or their scales are dynamic."""
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return the matrix the codes stand for [out, in], computed in float32 and rounded to `dtype`."""
+        """Return the dequantized weight [out, in], computed in float32 and rounded to `dtype`."""
         rows, columns = self.codes.shape
         if self.zero_points is None:
-            return (self.codes.to(torch.float32) * spread_scales(self.scales, self.scheme, (rows, columns))).to(dtype)
+            return (self.codes.to(torch.float32) * expand_scales(self.scales, self.scheme, (rows, columns))).to(dtype)
         matrix = self.codes.new_empty(rows, columns, dtype=dtype)
         step = max(1, _CHUNK // columns)
         for start in range(0, rows, step):
-            part = slice(start, start + step)
-            groups = self.codes[part].view(-1, columns // self.scheme.group_size, self.scheme.group_size).to(torch.float32)
-            groups.sub_(self.zero_points[part].unsqueeze(-1)).mul_(self.scales[part].unsqueeze(-1).to(torch.float32))
-            matrix[part] = groups.view(-1, columns)
+            chunk = slice(start, start + step)
+            groups = self.codes[chunk].view(-1, columns // self.scheme.group_size, self.scheme.group_size).to(torch.float32)
+            groups.sub_(self.zero_points[chunk].unsqueeze(-1)).mul_(self.scales[chunk].unsqueeze(-1).to(torch.float32))
+            matrix[chunk] = groups.view(-1, columns)
         return matrix
 
 
 def grid(groups: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:
     """Return scales, in `dtype`, and zero points, float32, both [out, groups], for values [out, groups, group_size].
 
-    An asymmetric grid spans from the lowest to the highest value, and always holds zero; a symmetric one reaches half a step
-    past its outermost codes. `shrink` makes the range smaller by a factor. A group of zeros has the scale 1.
+    An asymmetric grid spans from the lowest to the highest value and always includes zero; a symmetric one reaches half a step
+    past its outermost codes. `shrink` multiplies the range, by a number or by one per group. A group of zeros has the scale 1.
     """
     low = groups.amin(dim=-1).clamp_(max=0)
     extent = groups.abs().amax(dim=-1) * 2 if scheme.symmetric else groups.amax(dim=-1).clamp_(min=0) - low

@@ -1,7 +1,7 @@
 """Codes of 1 to 8 bits packed into 32-bit words, and back; nothing here modifies its input.
 
 Two orders are in use: a dense little-endian stream of bits along a row (compressed-tensors' pack-quantized, and GPTQ's with the
-matrix transposed), and AutoAWQ's GEMM order, which holds eight 4-bit columns of the transposed matrix in a word, interleaved.
+matrix transposed), and AutoAWQ's GEMM order, which packs eight 4-bit columns of the transposed matrix into a word, interleaved.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's GEMM layout: nibble i of a word, lowest first, is column 8·word + AWQ_ORDER[i]."""
 
 _CHUNK = 1 << 24
+"""Codes that are packed at once, so that intermediate copies stay small whatever the matrix's size."""
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:
@@ -25,7 +26,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     """
     rows, columns = codes.shape
     padded = pad(codes, (0, -columns % 32)) if columns % 32 else codes
-    words = torch.cat([_pack_bytes(part, bits) for part in _row_chunks(padded)]).view(torch.int32)
+    words = torch.cat([_pack_bytes(chunk, bits) for chunk in _row_chunks(padded)]).view(torch.int32)
     return words.view(rows, -1)[:, : -(-columns * bits // 32)].contiguous()
 
 
@@ -33,7 +34,7 @@ def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
     """Return the uint8 codes [rows, columns] which `pack_words` packed."""
     rows, count = words.shape
     padded = pad(words, (0, -count % bits)) if count % bits else words.contiguous()
-    codes = torch.cat([_unpack_bytes(part, bits) for part in _row_chunks(padded.view(torch.uint8))])
+    codes = torch.cat([_unpack_bytes(chunk, bits) for chunk in _row_chunks(padded.view(torch.uint8))])
     return codes.view(rows, -1)[:, :columns].contiguous()
 
 
@@ -48,9 +49,9 @@ def pack_awq(codes: Tensor) -> Tensor:
 def unpack_awq(words: Tensor) -> Tensor:
     """Return the uint8 codes [out, in] which `pack_awq` packed."""
     columns, count = words.shape
-    places = torch.tensor([AWQ_ORDER.index(column) for column in range(8)], device=words.device)
+    positions = torch.tensor([AWQ_ORDER.index(column) for column in range(8)], device=words.device)
     interleaved = unpack_words(words, bits=4, columns=count * 8).view(columns, count, 8)
-    return interleaved.index_select(2, places).view(columns, count * 8).t().contiguous()
+    return interleaved.index_select(2, positions).view(columns, count * 8).t().contiguous()
 
 
 def pack_gptq(codes: Tensor, bits: int) -> Tensor:
@@ -71,11 +72,11 @@ def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
     """Pack eight codes into `bits` bytes: uint8 [rows, columns], columns a multiple of 8, to uint8 [rows · columns / 8 · bits]."""
     eights = codes.reshape(-1, 8)
     packed = torch.zeros(eights.shape[0], bits, dtype=torch.uint8, device=codes.device)
-    for place in range(8):
-        byte, shift = divmod(place * bits, 8)
-        packed[:, byte] |= eights[:, place] << shift
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
+        packed[:, byte] |= eights[:, index] << shift
         if shift + bits > 8:
-            packed[:, byte + 1] |= eights[:, place] >> (8 - shift)
+            packed[:, byte + 1] |= eights[:, index] >> (8 - shift)
     return packed.view(-1)
 
 
@@ -84,10 +85,10 @@ def _unpack_bytes(packed: Tensor, bits: int) -> Tensor:
     eighths = packed.reshape(-1, bits)
     codes = torch.empty(eighths.shape[0], 8, dtype=torch.uint8, device=packed.device)
     mask = (1 << bits) - 1
-    for place in range(8):
-        byte, shift = divmod(place * bits, 8)
+    for index in range(8):
+        byte, shift = divmod(index * bits, 8)
         code = eighths[:, byte] >> shift
         if shift + bits > 8:
             code = code | (eighths[:, byte + 1] << (8 - shift))
-        codes[:, place] = code & mask
+        codes[:, index] = code & mask
     return codes.view(-1)

@@ -1,4 +1,4 @@
-"""Rounding matrices to grids, and the search for the ranges that lose least on given inputs."""
+"""Rounding to nearest, its error, and the search for each group's clipping range."""
 
 from __future__ import annotations
 
@@ -7,24 +7,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compress.numerics.floats import float_scales, spread_scales, to_float8
+from compress.numerics.floats import expand_scales, float_scales, to_float8
 from compress.numerics.grids import QuantizedWeight, Scheme, grid
 
 PANEL = 256
-"""How many columns of a symmetric matrix are worked on at once; what lies above them is never computed."""
+"""Columns of a symmetric matrix that are computed at once; above the diagonal only their own square block is."""
 
 _CHUNK = 1 << 24
+"""Elements whose clipping range is searched at once: a float32 copy of them takes 64 MiB."""
 
 
 def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> QuantizedWeight:
-    """Round a matrix [out, in] to the nearest codes; scales are rounded to `dtype` first, so that codes fit them as stored.
+    """Round a matrix [out, in] to the nearest codes; scales are rounded to `dtype` first, so that codes fit the stored scales.
 
-    `shrink` makes the range of each part that has a scale smaller by a factor (a number, or one per scale).
+    `shrink` multiplies each range, by a number or by one per scale.
     """
     rows, columns = weight.shape
     if scheme.type == "float":
         scales = float_scales(weight, scheme, dtype, shrink)
-        codes = to_float8(weight.to(torch.float32) / spread_scales(scales, scheme, (rows, columns)))
+        codes = to_float8(weight.to(torch.float32) / expand_scales(scales, scheme, (rows, columns)))
         return QuantizedWeight(codes, scales, None, scheme)
     scheme = resolve_group_size(scheme, columns)
     groups = weight.to(torch.float32).view(rows, -1, scheme.group_size)
@@ -34,7 +35,7 @@ def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor 
 
 
 def resolve_group_size(scheme: Scheme, columns: int) -> Scheme:
-    """Return an integer scheme with its group size written out for a matrix of so many input channels."""
+    """Return an integer scheme with a group size of -1 replaced by the number of input channels."""
     return replace(scheme, group_size=columns) if scheme.group_size == -1 else scheme
 
 
@@ -45,7 +46,7 @@ def round_to(groups: Tensor, scales: Tensor, zero_points: Tensor, scheme: Scheme
 
 
 def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-    """Return rounded minus given, float32 [out, in]."""
+    """Return ΔW = Q(W) - W of rounding to nearest, float32 [out, in]."""
     if scheme.type == "float":
         return quantize(weight, scheme, dtype).dequantize().sub_(weight)
     rows, columns = weight.shape
@@ -56,36 +57,36 @@ def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor
     return codes.sub_(zero_points.unsqueeze(-1)).mul_(scales.to(torch.float32).unsqueeze(-1)).sub_(groups).view(rows, columns)
 
 
-def output_error(error: Tensor, gram: Tensor) -> Tensor:
-    """Return tr(ΔW G ΔWᵀ), the squared error of a linear's output over all tokens, for ΔW [out, in] and a symmetric G [in, in].
+def output_error(error: Tensor, hessian: Tensor) -> Tensor:
+    """Return tr(ΔW H ΔWᵀ), the squared error of a linear's output summed over tokens, for ΔW [out, in] and H = Σ xᵀx [in, in].
 
-    Of G, only the squares of `PANEL` channels along the diagonal and what is below them are read.
+    Of H only the `PANEL`-wide blocks along the diagonal and the elements below them are read.
     """
     total = torch.zeros((), device=error.device)
-    for start in range(0, gram.shape[0], PANEL):
+    for start in range(0, hessian.shape[0], PANEL):
         panel, below = slice(start, start + PANEL), slice(start + PANEL, None)
-        own = error[:, panel]
-        mixed = (error[:, below] @ gram[below, panel]).mul_(2).addmm_(own, gram[panel, panel])
-        total += torch.einsum("oi,oi->", mixed, own)
+        columns = error[:, panel]
+        product = (error[:, below] @ hessian[below, panel]).mul_(2).addmm_(columns, hessian[panel, panel])
+        total += torch.einsum("oi,oi->", product, columns)
     return total
 
 
 def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
-    """Return the squares of `size` rows and columns along the diagonal of a matrix [n, n], [n / size, size, size]."""
+    """Return the blocks of `size` rows and columns along the diagonal of a matrix [n, n]: [n / size, size, size]."""
     count = len(matrix) // size
     return matrix.view(count, size, count, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1).contiguous()
 
 
 def clip(weight: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:
-    """Return the shrink factor of each group's range, [out, in / group_size], that loses least on given inputs.
+    """Return the shrink factor of each group's range, [out, in / group_size], of the least output error.
 
-    Minimises ΔW_g G_gg ΔW_gᵀ for each row and group over `steps` factors from 1 down to above 0.5 (arXiv 2306.00978,
-    section 3.2), with G_gg the second moment of the group's inputs: `blocks` [in / group_size, group_size, group_size].
+    Minimizes ΔW_g H_gg ΔW_gᵀ for each row and group over `steps` factors from 1 down to above 0.5 (arXiv 2306.00978, section 3.2).
+    H_gg are the blocks along the Hessian's diagonal: `blocks` [in / group_size, group_size, group_size].
     """
     columns = weight.shape[1]
     scheme = resolve_group_size(scheme, columns)
-    parts = torch.split(weight.to(torch.float32), max(1, _CHUNK // columns))
-    return torch.cat([_clip_rows(part.reshape(len(part), -1, scheme.group_size), blocks, scheme, dtype, steps) for part in parts])
+    chunks = torch.split(weight.to(torch.float32), max(1, _CHUNK // columns))
+    return torch.cat([_clip_rows(rows.reshape(len(rows), -1, scheme.group_size), blocks, scheme, dtype, steps) for rows in chunks])
 
 
 def _clip_rows(groups: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Activation-aware weight quantization (AWQ, arXiv 2306.00978): integers for weights, floats for activations."""
+"""Activation-aware weight quantization (AWQ, arXiv 2306.00978): integer weights, activations in floating point."""
 
 from __future__ import annotations
 
@@ -13,24 +13,25 @@ if TYPE_CHECKING:
 
 
 class Awq(IntegerQuantizer):
-    """Round weights to integers, with more of the grid for the input channels that matter by their activations.
-
-    `grid` is into how many steps the search of the scales is divided, and that of each group's range where `clip` is on.
-    """
+    """Quantize weights to integers after scaling up the input channels with large activations, whose errors matter most."""
 
     revision: ClassVar[int] = 6
 
     stage: Literal["awq"]
     symmetric: bool = False
-    clip: bool = True
-    grid: PositiveInt = 20
 
-    def observes(self) -> bool:
-        """Return whether it reads statistics of the linears' inputs."""
+    clip: bool = True
+    """Whether each group's clipping range is searched."""
+
+    grid: PositiveInt = 20
+    """Grid steps of the searches of scales and clipping ranges."""
+
+    def uses_statistics(self) -> bool:
+        """Return whether it reads statistics of input activations."""
         return True
 
     def method(self) -> Method:
         """Return how a block is quantized; imports torch."""
         from compress.stages.solvers import Method
 
-        return Method(scales=self.grid, clip=self.grid if self.clip else None)
+        return Method(awq_steps=self.grid, clip=self.grid if self.clip else None)

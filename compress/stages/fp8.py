@@ -24,35 +24,37 @@ _SCHEMES: Mapping[Granularity, Scheme] = {
 
 
 class Fp8Component(Component):
-    """A component with scales of another kind than the rest's."""
+    """A component with a granularity of its own."""
 
     granularity: Granularity
 
-    def scheme(self, own: Scheme) -> Scheme:
-        """Return how the component is held."""
-        del own
+    def scheme(self, default: Scheme) -> Scheme:
+        """Return the component's scheme."""
+        del default
         return _SCHEMES[self.granularity]
 
 
 class Fp8(Quantizer):
-    """Round weights and inputs to 8-bit floats.
-
-    `granularity` channel has a scale for each output channel, and for each token as it comes (no calibration); tensor one for each
-    matrix, and one for all inputs, found in calibration; block one for each 128 × 128 weights, and for 128 channels of a token.
-    """
+    """Quantize weights and activations to 8-bit floats."""
 
     revision: ClassVar[int] = 2
 
     stage: Literal["fp8"]
     granularity: Granularity = "channel"
+    """Which weights and activations share a scale.
+
+    `channel`: an output channel; a token (dynamic, no calibration). `tensor`: a matrix; all tokens (static, from calibration).
+    `block`: 128 × 128 weights; 128 channels of a token (dynamic).
+    """
+
     targets: Annotated[tuple[Target | Fp8Component, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
 
-    def parts(self) -> Mapping[Target, Scheme]:
-        """Return how the linears of each targeted component are held."""
+    def component_schemes(self) -> Mapping[Target, Scheme]:
+        """Return the scheme of each targeted component's linears."""
         return schemes_of(self.targets, _SCHEMES[self.granularity])
 
-    def observes(self) -> bool:
-        """Return whether it reads statistics of the linears' inputs beyond what fixed scales need."""
+    def uses_statistics(self) -> bool:
+        """Return whether it reads statistics of input activations beyond what static scales need."""
         return False
 
     def method(self) -> Method:

@@ -1,4 +1,4 @@
-"""GPTQ (arXiv 2210.17323): integers for weights, each column's error made good by those still to come."""
+"""GPTQ (arXiv 2210.17323): integer weights, each column's rounding error compensated in the columns not yet rounded."""
 
 from __future__ import annotations
 
@@ -13,26 +13,30 @@ if TYPE_CHECKING:
 
 
 class Gptq(IntegerQuantizer):
-    """Round weights column by column, each column's error spread over those still to come.
-
-    `actorder` static rounds the columns with the largest activations first; the groups stay those of the columns' places, so that
-    a runtime needs no index. `scales: awq` first moves AWQ's scales between layers. `dampening_frac` is the share of the Hessian's
-    mean diagonal that is added to its diagonal. `clip` searches each group's range, in `grid` steps, as that of AWQ's scales: it
-    fits the samples closer, and what is unlike them less close.
-    """
+    """Round weights column by column; each column's error is compensated in the columns not yet rounded."""
 
     revision: ClassVar[int] = 3
 
     stage: Literal["gptq"]
     symmetric: bool = True
-    scales: Literal["none", "awq"] = "none"
-    actorder: Literal["static", "none"] = "static"
-    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
-    clip: bool = False
-    grid: PositiveInt = 20
 
-    def observes(self) -> bool:
-        """Return whether it reads statistics of the linears' inputs."""
+    scales: Literal["none", "awq"] = "none"
+    """Whether AWQ's scales are moved between layers before rounding."""
+
+    actorder: Literal["static", "none"] = "static"
+    """`static` rounds columns with the largest activations first; groups stay neighbouring columns, so no `g_idx` is needed."""
+
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """The share of the Hessian's mean diagonal that is added to its diagonal."""
+
+    clip: bool = False
+    """Whether each group's clipping range is searched: a closer fit to the calibration samples, and a worse one to unlike data."""
+
+    grid: PositiveInt = 20
+    """Grid steps of the searches of scales and clipping ranges."""
+
+    def uses_statistics(self) -> bool:
+        """Return whether it reads statistics of input activations."""
         return True
 
     def method(self) -> Method:
@@ -43,5 +47,5 @@ class Gptq(IntegerQuantizer):
         return Method(
             scales=self.grid if self.scales == "awq" else None,
             clip=self.grid if self.clip else None,
-            gptq=GptqOptions(dampening_frac=self.dampening_frac, reorder=self.actorder == "static"),
+            gptq=GptqOptions(dampening_frac=self.dampening_frac, actorder=self.actorder == "static"),
         )

@@ -1,4 +1,4 @@
-"""8-bit integers for weights and activations (W8A8) with SmoothQuant (arXiv 2211.10438), or for weights alone (W8A16)."""
+"""INT8 weights and activations (W8A8) with SmoothQuant (arXiv 2211.10438), or INT8 weights alone (W8A16)."""
 
 from __future__ import annotations
 
@@ -17,47 +17,53 @@ if TYPE_CHECKING:
 
 _SCHEME = Scheme(bits=8, group_size=-1, symmetric=True)
 
-Inputs = Literal["none", "token", "tensor"]
+ActivationStrategy = Literal["none", "token", "tensor"]
+"""Input activations that share a scale: a token (dynamic), or all (static); none where they are not quantized."""
 
 
-def _rounding(activations: Inputs) -> Scheme:
+def _scheme(activations: ActivationStrategy) -> Scheme:
     return replace(_SCHEME, activations=None if activations == "none" else activations)
 
 
 class Int8Component(Component):
-    """A component whose inputs may be rounded in another way than the rest's."""
+    """A component with an activation strategy of its own."""
 
-    activations: Inputs
+    activations: ActivationStrategy
 
-    def scheme(self, own: Scheme) -> Scheme:
-        """Return how the component is held."""
-        del own
-        return _rounding(self.activations)
+    def scheme(self, default: Scheme) -> Scheme:
+        """Return the component's scheme."""
+        del default
+        return _scheme(self.activations)
 
 
 class Int8(Quantizer):
-    """Round weights per output channel, and what comes into them: by a scale per token as it comes, or by one fixed for all.
-
-    `activations` none keeps them as they are (W8A16). `smoothing` moves outliers from the inputs into the weights, with a
-    strength from 0 to 1 or, with auto, one that is searched for each pair of layers. `rounding` is GPTQ's, or to the nearest.
-    """
+    """Quantize weights per output channel, and activations per token (dynamic) or per tensor (static)."""
 
     revision: ClassVar[int] = 3
 
     stage: Literal["int8"]
-    activations: Inputs = "token"
+    activations: ActivationStrategy = "token"
+    """How activations are quantized; none is W8A16."""
+
     smoothing: Literal["auto", "none"] | Annotated[float, Field(ge=0, le=1)] = "auto"
+    """SmoothQuant's migration strength; `auto` searches it for each pair of layers."""
+
     rounding: Literal["gptq", "nearest"] = "gptq"
+
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """The share of the Hessian's mean diagonal that is added to its diagonal."""
+
     grid: PositiveInt = 20
+    """Grid steps of the search of the migration strength."""
+
     targets: Annotated[tuple[Target | Int8Component, ...], Field(min_length=1), AfterValidator(distinct)] = ("decoder",)
 
-    def parts(self) -> Mapping[Target, Scheme]:
-        """Return how the linears of each targeted component are held."""
-        return schemes_of(self.targets, _rounding(self.activations))
+    def component_schemes(self) -> Mapping[Target, Scheme]:
+        """Return the scheme of each targeted component's linears."""
+        return schemes_of(self.targets, _scheme(self.activations))
 
-    def observes(self) -> bool:
-        """Return whether it reads statistics of the linears' inputs."""
+    def uses_statistics(self) -> bool:
+        """Return whether it reads statistics of input activations."""
         return self.rounding == "gptq" or self.smoothing != "none"
 
     def method(self) -> Method:

@@ -1,4 +1,4 @@
-"""Which linears of a checkpoint a stage works on, found by their names on disk; free of torch."""
+"""Selection of the linears that a stage quantizes, by component and name; free of torch."""
 
 from __future__ import annotations
 
@@ -12,73 +12,80 @@ from compress.families import Family, within
 from compress.output_head import head_is_tied
 
 Target = Literal["decoder", "vision", "projector", "lm_head"]
-"""A part of a model whose linears a stage can be told to work on."""
+"""A component of a model whose linears a stage can target."""
 
 
 @dataclass(frozen=True)
 class Linear:
-    """A linear layer: its component, its name in the model and on disk (both without `.weight`), shape [out, in], type on disk."""
+    """A linear layer of a checkpoint, with a weight [rows, columns] = [out, in]."""
 
-    part: Target
+    component: Target
+
     name: str
+    """Its name in the model, without `.weight`."""
+
     disk_name: str
+    """Its name in the checkpoint, without `.weight`."""
+
     rows: int
     columns: int
+
     dtype: str
+    """The type of its weight on disk, as safetensors names it."""
 
 
 @dataclass(frozen=True)
 class LinearSelection:
-    """The linears a stage works on, in the checkpoint's order, and why there are fewer than was asked for."""
+    """The selected linears, in the checkpoint's order, and the faults of the selection's targets and patterns."""
 
     linears: tuple[Linear, ...]
     faults: tuple[str, ...]
 
 
 def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], ignore: Iterable[str]) -> LinearSelection:
-    """Return the linears of the targeted parts without those whose name, in the model or on disk, matches a pattern of `ignore`.
+    """Return the linears of the targeted components whose names, in the model and on disk, match no pattern of `ignore`.
 
     Patterns are shell patterns (`*.down_proj`). A target or pattern that matches nothing is a fault.
     """
     patterns = tuple(ignore)
     faults: list[str] = []
-    found: list[Linear] = []
+    targeted: list[Linear] = []
     for target in targets:
         tied = target == "lm_head" and head_is_tied(checkpoint, family)
-        linears = [linear for linear in _linears(checkpoint, family) if not tied and linear.part == target]
+        linears = [linear for linear in _linears(checkpoint, family) if not tied and linear.component == target]
         if not linears:
             reason = "its output head is the embedding's own matrix" if target == "lm_head" else "it has no such linear layers"
             faults.append(f"targets: {target} matches nothing in {checkpoint.folder}: {reason}; leave it away")
-        found += linears
+        targeted += linears
     faults += [
-        f"ignore: {pattern!r} matches none of the targeted layers, such as {found[0].name}; mend or remove it"
+        f"ignore: {pattern!r} matches none of the targeted layers, such as {targeted[0].name}; mend or remove it"
         for pattern in patterns
-        if found and not any(_matches(linear, pattern) for linear in found)
+        if targeted and not any(_matches(linear, pattern) for linear in targeted)
     ]
-    kept = tuple(linear for linear in found if not any(_matches(linear, pattern) for pattern in patterns))
-    if found and not kept:
+    selected = tuple(linear for linear in targeted if not any(_matches(linear, pattern) for pattern in patterns))
+    if targeted and not selected:
         faults.append("ignore: leaves no layer to work on; remove a pattern")
-    return LinearSelection(kept, tuple(faults))
+    return LinearSelection(selected, tuple(faults))
 
 
 def _linears(checkpoint: Checkpoint, family: Family) -> Iterable[Linear]:
     for disk_name, entry in checkpoint.tensors.items():
         if disk_name.endswith(".weight") and len(entry.shape) == 2:
             name = family.module_name(disk_name).removesuffix(".weight")
-            part = _part_of(name, family)
-            if part is not None:
-                yield Linear(part, name, disk_name.removesuffix(".weight"), entry.shape[0], entry.shape[1], entry.dtype)
+            component = _component_of(name, family)
+            if component is not None:
+                yield Linear(component, name, disk_name.removesuffix(".weight"), entry.shape[0], entry.shape[1], entry.dtype)
 
 
-def _part_of(name: str, family: Family) -> Target | None:
+def _component_of(name: str, family: Family) -> Target | None:
     if name == family.head:
         return "lm_head"
-    parts: tuple[tuple[tuple[str, ...], Target], ...] = (
+    components: tuple[tuple[tuple[str, ...], Target], ...] = (
         ((family.blocks,), "decoder"),
         (family.projector, "projector"),
         (family.vision_blocks, "vision"),
     )
-    return next((part for prefixes, part in parts if any(within(name, prefix) for prefix in prefixes)), None)
+    return next((component for prefixes, component in components if any(within(name, prefix) for prefix in prefixes)), None)
 
 
 def _matches(linear: Linear, pattern: str) -> bool:

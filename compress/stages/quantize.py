@@ -1,4 +1,4 @@
-"""Rounding from checkpoint to checkpoint: walk the blocks, commit each when it is done, then write the whole checkpoint."""
+"""Blockwise quantization of a checkpoint: walk the blocks, commit each one when it is done, then write the checkpoint."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from compress.stages.sensitivity_analysis import SensitivityAnalysis, analyze_se
 from compress.stages.solvers import solve
 from compress.stages.stage import StageContext
 from compress.stages.stage_run import StageRun, read_commit, relative, write_commit
-from compress.stages.widths import LEFT, WIDTHS
+from compress.stages.widths import UNQUANTIZED_WIDTH, WIDTHS
 
 if TYPE_CHECKING:
     from compress.numerics.grids import QuantizedWeight
@@ -49,10 +49,11 @@ if TYPE_CHECKING:
 
 _CACHE_SCALES = (".k_scale", ".v_scale")
 _FLOAT8_MAX = 448.0
+"""The largest float8 e4m3fn number, which the largest key and value are mapped to."""
 
 
 def apply(stage: Quantizer, context: StageContext) -> None:
-    """Do what `Quantizer.apply` says."""
+    """Quantize a checkpoint; see `Quantizer.apply`."""
     checkpoint = open_checkpoint(context.source)
     if stage.calibrated and context.calibration is None:
         raise DataError(f"{stage.stage}: needs calibration samples; add calibration.sets to the recipe")
@@ -61,18 +62,18 @@ def apply(stage: Quantizer, context: StageContext) -> None:
     with telling_where(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
         run = StageRun(stage, context, checkpoint)
         run.commits.mkdir(parents=True, exist_ok=True)
-        work = BlockwiseQuantization(run, analyze_sensitivity(run))
+        quantization = BlockwiseQuantization(run, analyze_sensitivity(run))
         if stage.calibrated:
-            work.walk()
+            quantization.walk()
         else:
-            work.round_each()
-        work.write()
+            quantization.round_each()
+        quantization.write()
         shutil.rmtree(run.commits)
 
 
 @contextmanager
 def returning_memory(device: str) -> Generator[None]:
-    """Give back at the end the device memory that torch would keep, so that another process on it finds it free."""
+    """Release at the end the device memory that torch caches, so that other processes can use it."""
     try:
         yield
     finally:
@@ -83,29 +84,29 @@ def returning_memory(device: str) -> Generator[None]:
 
 @contextmanager
 def deterministic() -> Generator[None]:
-    """Let torch choose algorithms that give the same result each time, where it has them.
+    """Use deterministic algorithms where torch has them.
 
-    New memory is not filled with NaN besides, as torch does then to show who reads it: that takes half as long as the work itself.
+    Torch then also fills new memory with NaN to expose reads of it, which takes half as long as the work itself: switched off.
     """
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    memory = cast("Any", torch.utils).deterministic
-    filled = memory.fill_uninitialized_memory
+    settings = cast("Any", torch.utils).deterministic
+    fill_before = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    memory.fill_uninitialized_memory = False
+    settings.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        memory.fill_uninitialized_memory = filled
+        settings.fill_uninitialized_memory = fill_before
 
 
 @dataclass(frozen=True)
 class BlockwiseQuantization:
-    """One application of the stage. A part of the model that is done is committed as one file, named after the part."""
+    """One run of a quantizer. Each finished block is committed as one file, named after the block."""
 
     run: StageRun
-    found: SensitivityAnalysis
+    analysis: SensitivityAnalysis
 
     @property
     def stage(self) -> Quantizer:
@@ -119,19 +120,19 @@ class BlockwiseQuantization:
 
     @property
     def reader(self) -> WeightReader:
-        """The checkpoint's weights."""
+        """The reader of the checkpoint's weights."""
         return self.run.reader
 
     @cached_property
     def schemes(self) -> Mapping[str, Scheme]:
-        """How each linear that is quantized is held, by its name in the model."""
-        parts = self.stage.parts()
-        widths = self.found.widths.by_layer if self.found.widths else {}
+        """The scheme of each linear that is quantized, by its name in the model."""
+        by_component = self.stage.component_schemes()
+        widths = self.analysis.widths.by_layer if self.analysis.widths else {}
         schemes = {
-            name: replace(parts[linear.part], bits=widths.get(linear.disk_name, parts[linear.part].bits))
+            name: replace(by_component[linear.component], bits=widths.get(linear.disk_name, by_component[linear.component].bits))
             for name, linear in self.run.targeted.items()
         }
-        return {name: scheme for name, scheme in schemes.items() if scheme.bits != LEFT}
+        return {name: scheme for name, scheme in schemes.items() if scheme.bits != UNQUANTIZED_WIDTH}
 
     @cached_property
     def linears(self) -> dict[str, Linear]:
@@ -139,7 +140,7 @@ class BlockwiseQuantization:
         return {name: self.run.targeted[name] for name in self.schemes}
 
     def walk(self) -> None:
-        """Quantize every part that holds a targeted linear, in the order in which the model runs."""
+        """Quantize every block that has targeted linears, in the order in which the model runs."""
         replay = Replay(self.run.walk_config)
         walks = self._walks(replay)
         with self.run.context.progress.task(self.stage.stage, sum(map(len, walks)), "blocks") as advance:
@@ -151,7 +152,7 @@ class BlockwiseQuantization:
                 raise self.run.out_of_memory(replay.at) from error
 
     def round_each(self) -> None:
-        """Round every targeted linear on its own, without samples."""
+        """Quantize every targeted linear on its own, without calibration samples."""
         method = self.stage.method()
         with self.run.context.progress.task(self.stage.stage, len(self.linears), "layers") as advance:
             for name, linear in self.linears.items():
@@ -162,8 +163,8 @@ class BlockwiseQuantization:
                     module.linear = nn.Linear(1, 1, bias=False, device="meta")
                     module.linear.weight = nn.Parameter(weight, requires_grad=False)
                     block = BlockWeights.of(module, ["linear"], self.run.heads)
-                    codes = solve(block, (), {}, {"linear": self.schemes[name]}, method)["linear"]
-                    write_commit(path, pack_linear(linear.disk_name, codes))
+                    quantized = solve(block, (), {}, {"linear": self.schemes[name]}, method)["linear"]
+                    write_commit(path, pack_linear(linear.disk_name, quantized))
                 advance(1)
 
     def _walks(self, replay: Replay) -> list[list[str]]:
@@ -175,47 +176,47 @@ class BlockwiseQuantization:
 
     def _visit(self, visit: BlockVisit) -> None:
         names = [name for name in self.linears if within(name, visit.name)]
-        cached = self.stage.kv_cache is not None and within(visit.name, self.family.blocks)
-        if not names and not cached:
+        has_kv_cache = self.stage.kv_cache is not None and within(visit.name, self.family.blocks)
+        if not names and not has_kv_cache:
             return
         path = self.run.commits / f"{visit.name}.safetensors"
         tensors = read_commit(path)
         if tensors is None:
             tensors = self._solve(visit, names) if names else {}
-            self._adopt(visit, names, tensors)
-            if cached:
+            self._load_quantized(visit, names, tensors)
+            if has_kv_cache:
                 tensors |= self._cache_scales(visit)
             write_commit(path, tensors)
         else:
-            self._adopt(visit, names, tensors)
+            self._load_quantized(visit, names, tensors)
 
     def _solve(self, visit: BlockVisit, names: list[str]) -> dict[str, Tensor]:
-        """Return what is to be stored for a part of the model, by names on disk."""
-        part = self.run.open(visit, names)
-        observed = self.stage.observes() or any(self.schemes[name].activations == "tensor" for name in names)
-        schemes = {local: self.schemes[name] for name, local in part.local.items()}
+        """Return the tensors to store for a block, by names on disk."""
+        context = self.run.open(visit, names)
+        observed = self.stage.uses_statistics() or any(self.schemes[name].activations == "tensor" for name in names)
+        schemes = {local: self.schemes[name] for name, local in context.local.items()}
         method = self.stage.method()
-        moments = observe(part.visit, schemes, method.hessian_request(schemes.values())) if observed else {}
+        statistics = observe(context.visit, schemes, method.hessian_request(schemes.values())) if observed else {}
         set_modality_weights(
-            moments, self.stage.balance, {local: self.found.sensitivities.get(name) for name, local in part.local.items()}
+            statistics, self.stage.balance, {local: self.analysis.sensitivities.get(name) for name, local in context.local.items()}
         )
-        block = part.weights()
-        for given in moments.values():
-            given.merge()
-            given.disposable = True
+        block = context.weights()
+        for inputs in statistics.values():
+            inputs.merge()
+            inputs.disposable = True
         try:
-            codes = solve(block, self._pairs(visit.name), moments, schemes, method)
+            quantized = solve(block, self._scale_pairs(visit.name), statistics, schemes, method)
         except CheckpointError as error:
             raise CheckpointError(f"{visit.name}: {error}") from error
         tensors: dict[str, Tensor] = {}
-        for name, local in part.local.items():
-            tensors |= pack_linear(self.linears[name].disk_name, codes[local])
+        for name, local in context.local.items():
+            tensors |= pack_linear(self.linears[name].disk_name, quantized[local])
         for local, value in block.changed.items():
             tensors[self.reader.disk_names[f"{visit.name}.{local}"]] = value
         return tensors
 
     def _cache_scales(self, visit: BlockVisit) -> dict[str, Tensor]:
-        """Return the scales of a decoder block's keys and values, as the quantized block computes them."""
+        """Return the scales of a decoder block's keys and values, computed by the quantized block."""
         with observing(visit.module) as ranges:
             for call in visit.calls:
                 visit.run(call)
@@ -226,14 +227,14 @@ class BlockwiseQuantization:
         if not ranges:
             raise CheckpointError(f"{visit.name}: what its attention caches cannot be seen; set kv_cache to null")
         tensors: dict[str, Tensor] = {}
-        for name, found in ranges.items():
+        for name, cache_range in ranges.items():
             leaf = next(leaf for leaf, _ in visit.module.get_submodule(name).named_parameters())
             attention = self.reader.disk_names[f"{visit.name}.{name}.{leaf}"].removesuffix(f".{leaf}")
-            tensors |= kv_cache_tensors(attention, found.keys / _FLOAT8_MAX, found.values / _FLOAT8_MAX)
+            tensors |= kv_cache_tensors(attention, cache_range.keys / _FLOAT8_MAX, cache_range.values / _FLOAT8_MAX)
         return tensors
 
-    def _adopt(self, visit: BlockVisit, names: list[str], tensors: Mapping[str, Tensor]) -> None:
-        """Put stored values into the running module, so that what comes after sees them as a runtime will compute them."""
+    def _load_quantized(self, visit: BlockVisit, names: list[str], tensors: Mapping[str, Tensor]) -> None:
+        """Load the stored tensors into the running module, so that later blocks see its outputs as a runtime will compute them."""
         for name in names:
             linear = self.linears[name]
             stored = read_linear(linear.disk_name, self.schemes[name], lambda key: tensors[key])
@@ -241,46 +242,46 @@ class BlockwiseQuantization:
             local = relative(name, visit.name)
             place(visit.module, f"{local}.weight".lstrip("."), weight)
             if stored.scheme.activations is not None:
-                _round_inputs(visit.module.get_submodule(local), stored)
+                _quantize_inputs(visit.module.get_submodule(local), stored)
         quantized = {f"{self.linears[name].disk_name}.weight" for name in names}
         for local in visit.module.state_dict():
             disk_name = self.reader.disk_names[f"{visit.name}.{local}"]
             if disk_name in tensors and disk_name not in quantized:
                 place(visit.module, local, tensors[disk_name].to(visit.device))
 
-    def _pairs(self, unit: str) -> tuple[ScalePair, ...]:
+    def _scale_pairs(self, unit: str) -> tuple[ScalePair, ...]:
         if within(unit, self.family.blocks):
             return self.family.scale_pairs
         return self.family.vision_scale_pairs if any(within(unit, blocks) for blocks in self.family.vision_blocks) else ()
 
     def write(self) -> None:
-        """Write the checkpoint: quantized linears and changed tensors from the commits, all else as it is in the source."""
+        """Write the checkpoint: quantized linears and changed tensors from the commits, all others from the source."""
         self._clear()
-        places = self._committed()
-        changed = {f"{linear.disk_name}.weight": linear.disk_name for linear in self.linears.values()}
-        attentions = {name.rpartition(".")[0] for name in places if name.endswith(_CACHE_SCALES)}
+        committed = self._committed()
+        quantized_weights = {f"{linear.disk_name}.weight": linear.disk_name for linear in self.linears.values()}
+        attentions = {name.rpartition(".")[0] for name in committed if name.endswith(_CACHE_SCALES)}
         target = self.run.context.target
         with (
             ShardWriter(target) as writer,
             self.run.context.progress.task(f"{self.stage.stage}: write", len(self.run.checkpoint.tensors), "tensors") as advance,
         ):
             for name in self.run.checkpoint.tensors:
-                if name in changed:
-                    for stored in [key for key in linear_tensors(changed[name]) if key in places]:
-                        writer.add(stored, map_tensor(places[stored]))
-                elif name in places:
-                    writer.add(name, map_tensor(places[name]))
+                if name in quantized_weights:
+                    for stored in [key for key in linear_tensors(quantized_weights[name]) if key in committed]:
+                        writer.add(stored, map_tensor(committed[stored]))
+                elif name in committed:
+                    writer.add(name, map_tensor(committed[name]))
                 else:
                     writer.add(name, self.reader.disk_tensor(name))
                 advance(1)
             for attention in sorted(attentions):
                 for suffix in _CACHE_SCALES:
-                    writer.add(f"{attention}{suffix}", map_tensor(places[f"{attention}{suffix}"]))
+                    writer.add(f"{attention}{suffix}", map_tensor(committed[f"{attention}{suffix}"]))
         quantized = {linear.disk_name: self.schemes[name] for name, linear in self.linears.items()}
         ignore = unquantized_linears(self.run.checkpoint, self.family, quantized)
         copy_side_files(self.run.context.source, target)
-        if self.found.widths:
-            write_json(target / WIDTHS, self.found.widths.model_dump(mode="json"))
+        if self.analysis.widths:
+            write_json(target / WIDTHS, self.analysis.widths.model_dump(mode="json"))
         write_json(
             target / "config.json",
             {
@@ -290,7 +291,7 @@ class BlockwiseQuantization:
         )
 
     def _clear(self) -> None:
-        """Delete what a write that was killed has left, its temporary files above all."""
+        """Delete the files of a write that was killed, temporary ones included."""
         for path in self.run.context.target.iterdir():
             if path.is_dir() and path != self.run.commits:
                 shutil.rmtree(path)
@@ -305,13 +306,13 @@ class BlockwiseQuantization:
         }
 
 
-def _round_inputs(linear: nn.Module, stored: QuantizedWeight) -> None:
-    """Let a linear of the running model round what it is given, as a runtime will."""
+def _quantize_inputs(linear: nn.Module, stored: QuantizedWeight) -> None:
+    """Make a linear of the running model quantize its input activations, as a runtime will."""
     scheme = stored.scheme
     scale = None if stored.input_scale is None else stored.input_scale.to(cast("Tensor", linear.weight).device)
 
-    def round_given(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    def quantize_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
         return (fake_quantize_activations(args[0], scheme, scale), *args[1:])
 
-    linear.register_forward_pre_hook(round_given)
+    linear.register_forward_pre_hook(quantize_input)

@@ -1,4 +1,4 @@
-"""Rounding to the nearest code: no calibration, the baseline that every other method has to beat."""
+"""Round to nearest: no calibration; the baseline that every other method has to beat."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 
 
 class Rtn(IntegerQuantizer):
-    """Round each weight to the nearest code of its group's whole range."""
+    """Round each weight to the nearest code of its group's full range."""
 
     revision: ClassVar[int] = 1
 
     stage: Literal["rtn"]
     symmetric: bool = False
 
-    def observes(self) -> bool:
-        """Return whether it reads statistics of the linears' inputs."""
+    def uses_statistics(self) -> bool:
+        """Return whether it reads statistics of input activations."""
         return False
 
     def method(self) -> Method:

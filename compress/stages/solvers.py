@@ -1,4 +1,4 @@
-"""From a block's weights and what its linears were given to their codes: how each method moves scales and rounds."""
+"""Quantization of one block: from its weights and the statistics of its input activations to codes, by each method."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compress.engine.second_moment import HessianRequest
-from compress.engine.statistics import Moments
+from compress.engine.hessian import HessianRequest
+from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.gptq import Feedback, GptqOptions, round_columns
 from compress.numerics.grids import QuantizedWeight, Scheme
@@ -19,127 +19,137 @@ from compress.numerics.rounding import clip, quantize, resolve_group_size
 from compress.stages.awq_solver import fold
 from compress.stages.block import BlockWeights, input_blocks, input_max, take_hessian
 from compress.stages.smooth_solver import Smoothing, smooth
-from compress.stages.widths import JOINED
+from compress.stages.widths import FUSED_LINEARS
 
-_SCORES = frozenset({"q_proj", "k_proj", "qkv", "qkv_proj", "query", "key", "query_key_value", "Wqkv", "c_attn", "in_proj"})
-"""Layers whose outputs meet in attention's scores. Their ranges stay whole, as in AWQ's own code: what clipping them loses on
-average is little, but it changes which tokens are seen."""
+_ATTENTION_SCORE_LINEARS = frozenset(
+    {"q_proj", "k_proj", "qkv", "qkv_proj", "query", "key", "query_key_value", "Wqkv", "c_attn", "in_proj"}
+)
+"""Layers whose outputs are multiplied in attention scores. Their ranges are not clipped, as in AWQ's own code: the average error
+of clipping them is small, but it changes which tokens are attended to."""
 
-ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
-"""How many weights are rounded at once; on a GPU every step of a loop over columns costs a launch, so that more rows are better."""
+MAX_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""How many weights are rounded at once; on a GPU each step of GPTQ's loop over columns is a kernel launch: more rows are faster."""
 
-_WIDEST_BLOCK = 1024
-_INPUT_LARGEST = {"int": 127.0, "float": 448.0}
+_MAX_BLOCK = 1024
+"""The largest group whose blocks of the Hessian are accumulated alone; for larger ones the full Hessian is."""
+
+_LARGEST_CODE = {"int": 127.0, "float": 448.0}
+"""The code that the largest activation is mapped to: the largest of int8, and of float8 e4m3fn."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """How a block is quantized.
+    """How a block is quantized: which scales move between its layers, and how weights are rounded."""
 
-    `scales` is into how many steps the search of AWQ's scales is divided, None for no scales; `smoothing` likewise for
-    SmoothQuant's; `clip` is into how many steps the search of each group's range is divided, None for the whole range; `gptq` says
-    how columns make up for each other's errors, None for each weight's nearest code.
-    """
+    awq_steps: int | None = None
+    """Grid steps of the search of AWQ's scales; None for no such scales."""
 
-    scales: int | None = None
     smoothing: Smoothing | None = None
-    clip: int | None = None
+    """SmoothQuant's settings; None for no such scales."""
+
+    clip_steps: int | None = None
+    """Grid steps of the search of each group's clipping range; None for the full range."""
+
     gptq: GptqOptions | None = None
+    """GPTQ's settings; None for rounding to nearest."""
 
     def hessian_request(self, schemes: Iterable[Scheme]) -> HessianRequest:
-        """Return what it reads of the second moments of what linears held by `schemes` are given."""
-        sizes = {scheme.group_size for scheme in schemes if scheme.type == "int"} if self.clip is not None else set[int]()
+        """Return what it reads of the Hessians of linears with these schemes."""
+        sizes = {scheme.group_size for scheme in schemes if scheme.type == "int"} if self.clip_steps is not None else set[int]()
         block = math.lcm(*(size for size in sizes if size > 0))
-        whole = self.gptq is not None or -1 in sizes or block > _WIDEST_BLOCK
-        return HessianRequest(whole=whole, sketch=self.scales is not None, block=1 if whole else block)
+        full = self.gptq is not None or -1 in sizes or block > _MAX_BLOCK
+        return HessianRequest(full=full, sketch=self.awq_steps is not None, block=1 if full else block)
 
 
 def solve(
     block: BlockWeights,
     scale_pairs: Sequence[ScalePair],
-    moments: Mapping[str, Moments],
+    statistics: Mapping[str, InputStatistics],
     schemes: Mapping[str, Scheme],
     method: Method,
 ) -> dict[str, QuantizedWeight]:
-    """Return each linear's codes, their scales in the type its weight is stored in.
+    """Return each linear's quantized weight, with scales in the type that its weight is stored in.
 
-    `block.changed` then holds the norms and biases that go with them. Names are relative to the block. Moments that are
+    `block.changed` then has the norms and biases that go with them. Names are relative to the block. Statistics that are
     `disposable` are used up, and the weights with them.
 
     Raises:
-        CheckpointError: what a linear was given cannot be worked with.
+        CheckpointError: a Hessian is not finite, or cannot be factored.
     """
     for pair in scale_pairs:
-        if method.scales is not None:
-            fold(block, pair, moments, schemes, method.scales)
+        if method.awq_steps is not None:
+            fold(block, pair, statistics, schemes, method.awq_steps)
         if method.smoothing is not None:
-            smooth(block, pair, moments, schemes, method.smoothing)
-    shared, order = _by_input(block, moments), list(block.weights)
-    codes: dict[str, QuantizedWeight] = {}
-    for names in shared:
-        given = moments.get(names[0])
-        codes |= round_linears(block, names, given, schemes, method)
-        if given is not None and given.disposable:
+            smooth(block, pair, statistics, schemes, method.smoothing)
+    groups, order = _group_by_input(block, statistics), list(block.weights)
+    quantized: dict[str, QuantizedWeight] = {}
+    for names in groups:
+        inputs = statistics.get(names[0])
+        quantized |= round_linears(block, names, inputs, schemes, method)
+        if inputs is not None and inputs.disposable:
             for name in names:
                 del block.weights[name]
-    return {name: codes[name] for name in order}
+    return {name: quantized[name] for name in order}
 
 
-def _by_input(block: BlockWeights, moments: Mapping[str, Moments]) -> list[list[str]]:
-    """Return the linears by what they are given: one input, scaled alike; the widest first, so that its sums are gone soon."""
+def _group_by_input(block: BlockWeights, statistics: Mapping[str, InputStatistics]) -> list[list[str]]:
+    """Return the linears grouped by input and input scale; the widest input first, so that its Hessian is freed soon."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name in block.weights:
-        own = moments.get(name, name)
-        groups.setdefault((id(own), id(block.input_scales.get(name))), []).append(name)
-    if len({given for given, _ in groups}) < len(groups):  # of moments that are used twice, none may be used up
-        for given in moments.values():
-            given.disposable = False
+        inputs = statistics.get(name, name)
+        groups.setdefault((id(inputs), id(block.input_scales.get(name))), []).append(name)
+    if len({inputs for inputs, _ in groups}) < len(groups):  # several groups read the same statistics, which must not be used up
+        for shared in statistics.values():
+            shared.disposable = False
     return sorted(groups.values(), key=lambda names: -block.weights[names[0]].shape[1])
 
 
 def round_linears(
-    block: BlockWeights, names: Sequence[str], moments: Moments | None, schemes: Mapping[str, Scheme], method: Method
+    block: BlockWeights, names: Sequence[str], statistics: InputStatistics | None, schemes: Mapping[str, Scheme], method: Method
 ) -> dict[str, QuantizedWeight]:
-    """Return the codes of linears with one input; only a method without statistics can do without `moments`."""
-    fixed = moments is not None and any(schemes[name].activations == "tensor" for name in names)
-    largest = input_max(block, names[0], moments).max() if fixed and moments is not None else None
-    codes: dict[str, QuantizedWeight] = {}
+    """Return the quantized weights of linears that share an input; only a method that reads no statistics takes None for them."""
+    static = statistics is not None and any(schemes[name].activations == "tensor" for name in names)
+    activation_max = input_max(block, names[0], statistics).max() if static and statistics is not None else None
+    quantized: dict[str, QuantizedWeight] = {}
     integers = [name for name in names if schemes[name].type == "int"]
     if integers:
-        steps = _Rows(
-            block, _clips(block, integers, moments, schemes, method), method.clip or 0, _feedback(block, names, moments, method)
+        rounder = _IntegerRounder(
+            block,
+            _group_hessians(block, integers, statistics, schemes, method),
+            method.clip_steps or 0,
+            _feedback(block, names, statistics, method),
         )
-        for together in _alike(block, integers, schemes):
-            codes |= steps.round(together, schemes[together[0]])
-    for together in _held_as_one([name for name in names if name not in codes], schemes):
-        codes |= _floats(block, together, schemes[together[0]])
+        for group in _group_by_scheme(block, integers, schemes):
+            quantized |= rounder.round(group, schemes[group[0]])
+    for group in _group_by_scale([name for name in names if name not in quantized], schemes):
+        quantized |= _round_floats(block, group, schemes[group[0]])
     for name in names:
-        scales = codes[name].scales.to(block.current(f"{name}.weight").dtype)
-        codes[name] = replace(codes[name], scales=scales, input_scale=_input_scale(schemes[name], largest))
-    return codes
+        scales = quantized[name].scales.to(block.current(f"{name}.weight").dtype)
+        quantized[name] = replace(quantized[name], scales=scales, input_scale=_input_scale(schemes[name], activation_max))
+    return quantized
 
 
-def _clips(
-    block: BlockWeights, names: Sequence[str], moments: Moments | None, schemes: Mapping[str, Scheme], method: Method
+def _group_hessians(
+    block: BlockWeights, names: Sequence[str], statistics: InputStatistics | None, schemes: Mapping[str, Scheme], method: Method
 ) -> dict[str, Tensor]:
-    """Return the second moments of each group's inputs for the linears whose ranges are searched."""
-    if moments is None or method.clip is None:
+    """Return the Hessian's blocks along the diagonal, one per group, for the linears whose clipping ranges are searched."""
+    if statistics is None or method.clip_steps is None:
         return {}
     columns = block.weights[names[0]].shape[1]
-    searched = [name for name in names if name.rpartition(".")[2] not in _SCORES]
+    searched = [name for name in names if name.rpartition(".")[2] not in _ATTENTION_SCORE_LINEARS]
     sizes = {resolve_group_size(schemes[name], columns).group_size for name in searched}
-    blocks = {size: input_blocks(block, names[0], moments, size) for size in sizes}
+    blocks = {size: input_blocks(block, names[0], statistics, size) for size in sizes}
     return {name: blocks[resolve_group_size(schemes[name], columns).group_size] for name in searched}
 
 
-def _feedback(block: BlockWeights, names: Sequence[str], moments: Moments | None, method: Method) -> Feedback | None:
-    if moments is None or method.gptq is None:
+def _feedback(block: BlockWeights, names: Sequence[str], statistics: InputStatistics | None, method: Method) -> Feedback | None:
+    if statistics is None or method.gptq is None:
         return None
-    return Feedback.of(take_hessian(block, names[0], moments), method.gptq)
+    return Feedback.of(take_hessian(block, names[0], statistics), method.gptq)
 
 
-def _alike(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
-    """Return linears by how they are held: those held alike can be rounded as one matrix, their columns in fewer, larger steps."""
+def _group_by_scheme(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
+    """Return linears grouped by scheme and type: a group is rounded as one matrix, its columns in fewer, larger steps."""
     groups: dict[tuple[Scheme, torch.dtype], list[str]] = {}
     for name in names:
         groups.setdefault((schemes[name], block.precision(f"{name}.weight")), []).append(name)
@@ -147,109 +157,112 @@ def _alike(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Sche
 
 
 @dataclass(frozen=True)
-class _Rows:
-    """Rounds the rows of integer linears with one input, each row for itself, so many at a time that their copies stay small.
-
-    `clips` holds the second moments of each group's inputs for the linears whose ranges are searched, in `steps` steps.
-    """
+class _IntegerRounder:
+    """Rounds integer linears that share an input. Rows are independent: they are rounded in batches, so that copies stay small."""
 
     block: BlockWeights
-    clips: Mapping[str, Tensor]
-    steps: int
+
+    hessian_blocks: Mapping[str, Tensor]
+    """The Hessian's blocks, one per group, for the linears whose clipping ranges are searched."""
+
+    clip_steps: int
+    """Grid steps of that search."""
+
     feedback: Feedback | None
+    """GPTQ's error feedback; None for rounding to nearest."""
 
     def round(self, names: Sequence[str], scheme: Scheme) -> dict[str, QuantizedWeight]:
-        """Return the codes of linears that are held alike."""
+        """Return the quantized weights of linears with one scheme and type."""
         dtype = self.block.precision(f"{names[0]}.weight")
-        done: dict[str, list[QuantizedWeight]] = {name: [] for name in names}
-        for piece in self._pieces(names):
-            weights = [self.block.weight(name, rows) for name, rows in piece]
+        chunks: dict[str, list[QuantizedWeight]] = {name: [] for name in names}
+        for rows_of_linears in self._batches(names):
+            weights = [self.block.weight(name, rows) for name, rows in rows_of_linears]
             shrink = torch.cat(
-                [self._shrink(name, weight, scheme, dtype) for (name, _), weight in zip(piece, weights, strict=True)]
+                [self._shrink(name, weight, scheme, dtype) for (name, _), weight in zip(rows_of_linears, weights, strict=True)]
             )
-            together = weights[0] if len(weights) == 1 else torch.cat(weights)
+            stacked = weights[0] if len(weights) == 1 else torch.cat(weights)
             counts = [len(weight) for weight in weights]
             del weights
             if self.feedback is None:
-                whole = quantize(together, scheme, dtype, shrink)
+                quantized = quantize(stacked, scheme, dtype, shrink)
             else:
-                whole = round_columns(together, self.feedback, scheme, dtype, shrink)
-            for (name, _), part in zip(piece, _split(whole, counts), strict=True):
-                done[name].append(part)
-        return {name: _joined(parts) for name, parts in done.items()}
+                quantized = round_columns(stacked, self.feedback, scheme, dtype, shrink)
+            for (name, _), chunk in zip(rows_of_linears, _split(quantized, counts), strict=True):
+                chunks[name].append(chunk)
+        return {name: _concatenate(parts) for name, parts in chunks.items()}
 
-    def _pieces(self, names: Sequence[str]) -> Iterator[list[tuple[str, slice]]]:
-        """Yield which rows of which linears are rounded at once."""
+    def _batches(self, names: Sequence[str]) -> Iterator[list[tuple[str, slice]]]:
+        """Yield the rows of linears that are rounded at once."""
         weight = self.block.weights[names[0]]
-        room = limit = max(1, ELEMENTS["cuda" if weight.is_cuda else "cpu"] // weight.shape[1])
-        piece: list[tuple[str, slice]] = []
+        remaining = limit = max(1, MAX_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // weight.shape[1])
+        batch: list[tuple[str, slice]] = []
         for name in names:
             start, rows = 0, len(self.block.weights[name])
             while start < rows:
-                stop = min(rows, start + room)
-                piece.append((name, slice(start, stop)))
-                room -= stop - start
+                stop = min(rows, start + remaining)
+                batch.append((name, slice(start, stop)))
+                remaining -= stop - start
                 start = stop
-                if not room:
-                    yield piece
-                    piece, room = [], limit
-        if piece:
-            yield piece
+                if not remaining:
+                    yield batch
+                    batch, remaining = [], limit
+        if batch:
+            yield batch
 
     def _shrink(self, name: str, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor:
-        if name in self.clips:
-            return clip(weight, self.clips[name], scheme, dtype, self.steps)
+        if name in self.hessian_blocks:
+            return clip(weight, self.hessian_blocks[name], scheme, dtype, self.clip_steps)
         return weight.new_ones(len(weight), scheme.groups(weight.shape[1]))
 
 
-def _split(whole: QuantizedWeight, counts: Sequence[int]) -> Iterator[QuantizedWeight]:
-    assert whole.zero_points is not None
+def _split(quantized: QuantizedWeight, counts: Sequence[int]) -> Iterator[QuantizedWeight]:
+    assert quantized.zero_points is not None
     for codes, scales, zero_points in zip(
-        *(torch.split(part, list(counts)) for part in (whole.codes, whole.scales, whole.zero_points)), strict=True
+        *(torch.split(tensor, list(counts)) for tensor in (quantized.codes, quantized.scales, quantized.zero_points)), strict=True
     ):
-        yield replace(whole, codes=codes, scales=scales, zero_points=zero_points)
+        yield replace(quantized, codes=codes, scales=scales, zero_points=zero_points)
 
 
-def _joined(parts: Sequence[QuantizedWeight]) -> QuantizedWeight:
-    """Return rows that were rounded one after the other as one matrix, in memory of its own."""
+def _concatenate(chunks: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return the rows of several quantized weights as one, in memory of its own."""
     codes, scales, zero_points = (
-        torch.cat(pieces)
-        for pieces in zip(*((part.codes, part.scales, cast("Tensor", part.zero_points)) for part in parts), strict=True)
+        torch.cat(tensors)
+        for tensors in zip(*((chunk.codes, chunk.scales, cast("Tensor", chunk.zero_points)) for chunk in chunks), strict=True)
     )
-    return replace(parts[0], codes=codes, scales=scales, zero_points=zero_points)
+    return replace(chunks[0], codes=codes, scales=scales, zero_points=zero_points)
 
 
-def _held_as_one(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
-    """Return linears by what has one scale: where it is that of a whole matrix, those that a runtime joins have it in common.
+def _group_by_scale(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
+    """Return linears grouped by shared scale: with per-tensor scales, those that a runtime fuses share one.
 
-    It would otherwise give all of them the largest and round them a second time.
+    The runtime would otherwise take the largest of their scales and round the weights a second time.
     """
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in names:
-        parent, _, own = name.rpartition(".")
-        joined = next((parts for parts in JOINED if own in parts), None)
-        alike = joined is not None and schemes[name].block_rows == -1
-        groups.setdefault((parent, *joined) if joined and alike else (name,), []).append(name)
+        parent, _, leaf = name.rpartition(".")
+        fused = next((linears for linears in FUSED_LINEARS if leaf in linears), None)
+        shares_scale = fused is not None and schemes[name].strategy == "tensor"
+        groups.setdefault((parent, *fused) if fused and shares_scale else (name,), []).append(name)
     return groups.values()
 
 
-def _floats(block: BlockWeights, names: Sequence[str], scheme: Scheme) -> dict[str, QuantizedWeight]:
-    """Return the nearest codes of a linear of floats, or of several that have one scale."""
+def _round_floats(block: BlockWeights, names: Sequence[str], scheme: Scheme) -> dict[str, QuantizedWeight]:
+    """Round a linear, or several that share a scale, to the nearest float8 codes."""
     dtype = block.precision(f"{names[0]}.weight")
     if len(names) == 1:
         return {names[0]: quantize(block.weight(names[0]), scheme, dtype)}
-    whole = quantize(torch.cat([block.weight(name) for name in names]), scheme, dtype)
-    pieces = torch.split(whole.codes, [len(block.weights[name]) for name in names])
+    stacked = quantize(torch.cat([block.weight(name) for name in names]), scheme, dtype)
+    codes = torch.split(stacked.codes, [len(block.weights[name]) for name in names])
     return {
-        name: replace(whole, codes=piece.clone(), scales=whole.scales.clone()) for name, piece in zip(names, pieces, strict=True)
+        name: replace(stacked, codes=rows.clone(), scales=stacked.scales.clone()) for name, rows in zip(names, codes, strict=True)
     }
 
 
-def _input_scale(scheme: Scheme, largest: Tensor | None) -> Tensor | None:
-    """Return the fixed scale of a linear's input, float32 [1], by the largest magnitude that any of its elements had."""
+def _input_scale(scheme: Scheme, activation_max: Tensor | None) -> Tensor | None:
+    """Return the static scale of a linear's input activations, float32 [1], from their largest magnitude."""
     if scheme.activations != "tensor":
         return None
-    assert largest is not None
-    scale = largest / _INPUT_LARGEST[scheme.type]
-    usable = scale >= torch.finfo(torch.float32).tiny  # kernels multiply by the inverse, which of less is infinite
+    assert activation_max is not None
+    scale = activation_max / _LARGEST_CODE[scheme.type]
+    usable = scale >= torch.finfo(torch.float32).tiny  # kernels multiply by the inverse, which overflows for subnormals
     return torch.where(usable, scale, 1.0).reshape(1)

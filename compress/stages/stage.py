@@ -1,4 +1,4 @@
-"""What every compression method is: a part of a recipe that turns one checkpoint into another."""
+"""The interface of a compression method: an entry of a recipe's `stages` that turns one checkpoint into another."""
 
 from __future__ import annotations
 
@@ -17,39 +17,41 @@ from compress.schema import Frozen
 
 @dataclass(frozen=True)
 class StageContext:
-    """What a stage is given beside its own fields.
-
-    `source` is the checkpoint it reads, `target` the folder it fills with a whole checkpoint, `calibration` the folder
-    that `compress.calibration.collect` wrote (None where the stage needs none). `target`
-    is empty, or holds what the same stage had finished there when it was killed. `logs` is a folder, made when needed, where
-    a program that the stage starts leaves what it prints.
-    """
+    """The inputs of a stage's run beside its settings."""
 
     source: Path
+    """The checkpoint it reads."""
+
     target: Path
+    """The folder it writes a complete checkpoint to: empty, or with what the same stage had finished before it was killed."""
+
     calibration: Path | None
+    """The folder that `compress.calibration.collect` wrote; None where the stage needs no samples."""
+
     family: Family
     device: str
     seed: int
     progress: Progress
     trust_remote_code: bool = False
+
     logs: Path | None = None
+    """The folder for the output of programs that the stage starts; made when needed."""
 
 
 class Stage(Frozen, ABC):
-    """One compression method with its settings; keeps nothing beyond its fields."""
+    """One compression method with its settings; it has no state beyond its fields."""
 
     stage: Any
-    """The row it stands for in the table of stages."""
+    """Its name in a recipe and in `STAGES`."""
 
     revision: ClassVar[int]
-    """Raised whenever the same settings give another result, so that the store forgets the old one."""
+    """Raised whenever the same settings give another result, so that stored outputs of the old code are not used."""
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers")
     """The distributions whose versions shape the result."""
 
     def versions(self) -> dict[str, str]:
-        """Return the versions, by distribution, that shape the result.
+        """Return the versions of the distributions that shape the result.
 
         Raises:
             MissingError: it runs in an environment of its own, which is not installed.
@@ -63,32 +65,32 @@ class Stage(Frozen, ABC):
 
     @abstractmethod
     def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
-        """Return what stands against running on this checkpoint, one line each with its remedy; reads headers only."""
+        """Return the incompatibilities with this checkpoint, one line each with its remedy; reads headers only."""
 
     def schemes(self, checkpoint: Checkpoint, family: Family) -> dict[str, Scheme] | None:
-        """Return how each linear that it quantizes will be held, by its name on disk; empty for a stage that quantizes none.
+        """Return the scheme of each linear that it quantizes, by name on disk; empty for a stage that quantizes none.
 
-        None where only the run can tell; exports are checked then.
+        None where only the run can tell; see `possible_schemes`.
         """
         del checkpoint, family
         return {}
 
     def reads_images(self, family: Family) -> bool:
-        """Return whether it cannot be done without images among the calibration samples."""
+        """Return whether the calibration samples must contain images."""
         del family
         return False
 
     def possible_schemes(self, checkpoint: Checkpoint, family: Family) -> list[dict[str, Scheme]]:
-        """Return samples of how the linears may be held, such that an export which takes them takes every result of the stage.
+        """Return examples of the schemes of the result: an export that supports all of them supports every result of the stage.
 
-        Empty where nothing can be said before the run.
+        Empty where nothing is known before the run.
         """
-        made = self.schemes(checkpoint, family)
-        return [] if made is None else [made]
+        schemes = self.schemes(checkpoint, family)
+        return [] if schemes is None else [schemes]
 
     @abstractmethod
     def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int | None:
-        """Return the expected size of the weights it writes, in bytes; None where only the run can tell."""
+        """Return the size of the weights it will write, in bytes; None where only the run can tell."""
 
     @abstractmethod
     def apply(self, context: StageContext) -> None:

@@ -1,4 +1,4 @@
-"""Where a stage that rounds linears works: what it reads, where it commits what is done, and a part of the model laid open."""
+"""The run of a stage that quantizes linears: its inputs, its commits of finished blocks, and the context of one block."""
 
 from __future__ import annotations
 
@@ -29,23 +29,28 @@ if TYPE_CHECKING:
     from compress.stages.quantizer import Quantizer
 
 TOKENS_PER_BATCH = 1024
+"""Tokens that go through the model together. More make the walk faster and its activations on the device larger."""
+
 _COMMITS = ".blocks"
 
 
 @dataclass(frozen=True)
 class BlockContext:
-    """A part of the model with its linears to be worked on: `local` are their names in `visit.module` by those in the model.
-
-    `stored` is what the checkpoint holds of the part in another type than the model runs in.
-    """
+    """A visited block (or another part of the model) with its linears to be quantized."""
 
     visit: BlockVisit
+
     local: Mapping[str, str]
+    """The linears' names in `visit.module`, by their names in the model."""
+
     stored: Mapping[str, Tensor]
+    """The block's tensors whose type in the checkpoint differs from the one that the model runs in, by names in `visit.module`."""
+
     heads: int
+    """The number of query heads of the decoder's attention."""
 
     def weights(self) -> BlockWeights:
-        """Take the linears' weights."""
+        """Return the linears' weights, not yet scaled."""
         return BlockWeights.of(self.visit.module, self.local.values(), self.heads, self.stored)
 
 
@@ -59,7 +64,7 @@ class StageRun:
 
     @property
     def commits(self) -> Path:
-        """Where finished parts are kept until the checkpoint is written."""
+        """The folder of finished blocks, until the checkpoint is written."""
         return self.context.target / _COMMITS
 
     @property
@@ -69,12 +74,12 @@ class StageRun:
 
     @cached_property
     def targeted(self) -> dict[str, Linear]:
-        """The linears the stage was told to work on, by their names in the model."""
+        """The linears that the stage targets, by their names in the model."""
         return {linear.name: linear for linear in self.stage.select(self.checkpoint, self.family).linears}
 
     @cached_property
     def reader(self) -> WeightReader:
-        """The checkpoint's weights."""
+        """The reader of the checkpoint's weights."""
         return WeightReader(self.checkpoint, self.family)
 
     @cached_property
@@ -85,7 +90,7 @@ class StageRun:
 
     @property
     def walk_config(self) -> WalkConfig:
-        """What a walk over all calibration samples needs."""
+        """The settings of a walk over all calibration samples."""
         return WalkConfig(
             self.checkpoint,
             self.family,
@@ -97,11 +102,11 @@ class StageRun:
 
     @property
     def heads(self) -> int:
-        """How many heads the decoder's attention has."""
+        """The number of query heads of the decoder's attention."""
         return int(self.checkpoint.text_config["num_attention_heads"])
 
     def open(self, visit: BlockVisit, names: Iterable[str]) -> BlockContext:
-        """Lay open a visited part; one that is a linear itself is put into a module of its own."""
+        """Return the context of a visited block; a visited linear is wrapped into a module, so that it has a name."""
         stored = self._stored(visit)
         local = {name: relative(name, visit.name) for name in names}
         if "" in local.values():
@@ -111,37 +116,37 @@ class StageRun:
         return BlockContext(visit, local, stored, self.heads)
 
     def _stored(self, visit: BlockVisit) -> dict[str, Tensor]:
-        found: dict[str, Tensor] = {}
+        stored: dict[str, Tensor] = {}
         for name, running in visit.module.state_dict().items():
             disk_name = self.reader.disk_names[f"{visit.name}.{name}"]
             if DTYPES[self.checkpoint.tensors[disk_name].dtype] != running.dtype:
-                found[name] = self.reader.disk_tensor(disk_name, visit.device)
-        return found
+                stored[name] = self.reader.disk_tensor(disk_name, visit.device)
+        return stored
 
-    def out_of_memory(self, part: str) -> MissingError:
-        """Return the error to raise when a part of the model does not fit the device."""
+    def out_of_memory(self, name: str) -> MissingError:
+        """Return the error of a part of the model that does not fit the device."""
         device = self.context.device
         cuda = torch.device(device).type == "cuda"
         total = torch.cuda.mem_get_info(device)[1] if cuda else psutil.virtual_memory().total
         return MissingError(
-            f"{self.stage.stage}: {device} has {total / 2**30:.1f} GiB of memory, too little for {part}. End other programs that "
+            f"{self.stage.stage}: {device} has {total / 2**30:.1f} GiB of memory, too little for {name}. End other programs that "
             "use it, use a larger device, or none (CUDA_VISIBLE_DEVICES=); or give calibration.sets fewer tokens per sample and "
             "smaller images"
         )
 
 
 def relative(name: str, prefix: str) -> str:
-    """Return a name within the part of the model called `prefix`; empty for the part itself."""
+    """Return a name relative to the module `prefix`; empty for the module itself."""
     return "" if name == prefix else name.removeprefix(f"{prefix}.")
 
 
 def write_commit(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Keep what is finished."""
+    """Write the tensors of a finished block."""
     write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
 
 
 def read_commit(path: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a finished part, or None where it is not there or damaged."""
+    """Return the tensors of a finished block, or None where the file is missing or damaged."""
     try:
         return {name: map_tensor(entry) for name, entry in read_header(path).items()}
     except CheckpointError:

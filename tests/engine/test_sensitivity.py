@@ -9,7 +9,7 @@ from transformers import AutoModelForImageTextToText
 from compress.checkpoint import open_checkpoint
 from compress.engine.replay import Positions, WalkConfig
 from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
-from compress.engine.statistics import Moment, Moments
+from compress.engine.statistics import InputStatistics, TokenStatistics
 from compress.errors import CheckpointError
 from compress.families import family_of
 from tests.engine.test_replay import Fixed, batches
@@ -101,7 +101,7 @@ def test_the_predicted_loss_is_that_of_the_measured_divergence(tmp_path: Path) -
     found = measure_sensitivity(plan(tmp_path, given), ["lm_head"], seed=0)["lm_head"]
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path, dtype=torch.float32).eval()
     error = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)) * 2e-3
-    moments, divergence, predicted = Moments(), 0.0, 0
+    statistics, divergence, predicted = InputStatistics(), 0.0, 0
     inputs: list[Tensor] = []
 
     def see(module: nn.Module, args: tuple[Tensor]) -> None:
@@ -113,47 +113,47 @@ def test_the_predicted_loss_is_that_of_the_measured_divergence(tmp_path: Path) -
             tokens = batch.inputs()["input_ids"].view(-1)
             text = batch.inputs()["attention_mask"].view(-1).bool() & (tokens != model.config.image_token_id)
             before = model(**batch.inputs(), use_cache=False).logits.view(len(tokens), -1)[text].log_softmax(-1)
-            moments.add(inputs[-1], Positions(text, torch.zeros_like(text)))
+            statistics.add(inputs[-1], Positions(text, torch.zeros_like(text)))
             after = (before + inputs[-1].view(len(tokens), -1)[text] @ error.t()).log_softmax(-1)
             divergence += float((before.exp() * (before - after)).sum())
             predicted += int(text.sum())
-    assert found.predicted_loss(error, moments) == pytest.approx(divergence / predicted, rel=0.15)
+    assert found.predicted_loss(error, statistics) == pytest.approx(divergence / predicted, rel=0.15)
 
 
-def one_kind(rows: Tensor) -> Moment:
-    moment = Moment(rows.shape[1], rows.device)
-    moment.add(rows)
-    return moment
+def one_kind(rows: Tensor) -> TokenStatistics:
+    sums = TokenStatistics(rows.shape[1], rows.device)
+    sums.add(rows)
+    return sums
 
 
 def test_the_predicted_loss_is_its_formula() -> None:
     generator = torch.Generator().manual_seed(0)
     text, vision = torch.randn(20, 6, generator=generator), torch.randn(50, 6, generator=generator)
-    moments = Moments(text=one_kind(text), vision=one_kind(vision))
+    statistics = InputStatistics(text=one_kind(text), vision=one_kind(vision))
     error = torch.randn(4, 6, generator=generator)
     squares = torch.rand(2, 4, generator=generator)
     sensitivity = Sensitivity(squares[0], squares[1], (1.0, 2.5))
     expected = ((text @ error.t()).square().mean(0) * squares[0]).sum() / 2
     expected += 2.5 * ((vision @ error.t()).square().mean(0) * squares[1]).sum() / 2
-    assert sensitivity.predicted_loss(error, moments) == pytest.approx(float(expected), rel=1e-5)
-    assert sensitivity.predicted_loss(2 * error, moments) == pytest.approx(4 * float(expected), rel=1e-5)
-    assert Sensitivity(squares[0], None, (1.0, 0.0)).predicted_loss(error, moments) < float(expected)
+    assert sensitivity.predicted_loss(error, statistics) == pytest.approx(float(expected), rel=1e-5)
+    assert sensitivity.predicted_loss(2 * error, statistics) == pytest.approx(4 * float(expected), rel=1e-5)
+    assert Sensitivity(squares[0], None, (1.0, 0.0)).predicted_loss(error, statistics) < float(expected)
 
 
 def test_weights_of_the_modalities() -> None:
-    moments = Moments(text=one_kind(torch.ones(20, 2)), vision=one_kind(torch.full((60, 2), 2.0)))
-    moments.weights = share(moments, 0.75)
-    torch.testing.assert_close(moments.mean_hessian(), torch.full((2, 2), 0.75 * 1 + 0.25 * 4))
+    statistics = InputStatistics(text=one_kind(torch.ones(20, 2)), vision=one_kind(torch.full((60, 2), 2.0)))
+    statistics.weights = share(statistics, 0.75)
+    torch.testing.assert_close(statistics.mean_hessian(), torch.full((2, 2), 0.75 * 1 + 0.25 * 4))
     sensitivities = [
         Sensitivity(torch.full((3,), 0.5), torch.full((3,), 0.1), (1.0, 3.0)),
         Sensitivity(torch.tensor([1.5]), torch.tensor([0.2]), (1.0, 3.0)),
     ]
-    text, vision = balance(moments, sensitivities)
+    text, vision = balance(statistics, sensitivities)
     assert text / vision == pytest.approx(3.0 / 0.5)
     assert (20 * text + 60 * vision) / 80 == pytest.approx(1)
-    assert balance(moments, []) == (1.0, 1.0)
-    assert balance(moments, [Sensitivity(torch.ones(3), None, (1.0, 0.0))]) == (1.0, 1.0)
-    alone = Moments(text=moments.text)
+    assert balance(statistics, []) == (1.0, 1.0)
+    assert balance(statistics, [Sensitivity(torch.ones(3), None, (1.0, 0.0))]) == (1.0, 1.0)
+    alone = InputStatistics(text=statistics.text)
     assert balance(alone, sensitivities) == share(alone, 0.3) == (1.0, 1.0)
 
 

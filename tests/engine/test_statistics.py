@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForImageTextToText
 
 from compress.engine.replay import Positions, ReachedError
-from compress.engine.statistics import Moments, Observer, observe
+from compress.engine.statistics import InputStatistics, Observer, observe
 from compress.errors import CheckpointError
 from compress.numerics.rounding import PANEL
 from tests.engine.test_replay import batches, open_walk
@@ -21,23 +21,23 @@ def test_sums_equal_brute_force() -> None:
     inputs = [torch.randn(2, 5, 8, generator=generator) for _ in range(3)]
     text = torch.tensor([1, 1, 0, 0, 0, 1, 1, 1, 1, 0], dtype=torch.bool)
     vision = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 0, 0], dtype=torch.bool)
-    moments = Moments()
+    statistics = InputStatistics()
     for part in inputs:
-        moments.add(part, Positions(text, vision))
+        statistics.add(part, Positions(text, vision))
     rows = {
         "text": torch.cat([part.view(10, 8)[text] for part in inputs]),
         "vision": torch.cat([part.view(10, 8)[vision] for part in inputs]),
     }
     for kind, expected in rows.items():
-        moment = getattr(moments, kind)
-        torch.testing.assert_close(Moments(text=moment).mean_hessian() * len(expected), expected.t() @ expected)
-        torch.testing.assert_close(moment.abs_sum, expected.abs().sum(0))
-        assert torch.equal(moment.abs_max, expected.abs().amax(0))
-        assert moment.tokens == len(expected)
+        sums = getattr(statistics, kind)
+        torch.testing.assert_close(InputStatistics(text=sums).mean_hessian() * len(expected), expected.t() @ expected)
+        torch.testing.assert_close(sums.abs_sum, expected.abs().sum(0))
+        assert torch.equal(sums.abs_max, expected.abs().amax(0))
+        assert sums.tokens == len(expected)
     everything = torch.cat(list(rows.values()))
-    torch.testing.assert_close(moments.mean_hessian(), everything.t() @ everything / len(everything))
-    torch.testing.assert_close(moments.mean_abs(), everything.abs().mean(0))
-    torch.testing.assert_close(moments.mean_square(), everything.square().mean(0))
+    torch.testing.assert_close(statistics.mean_hessian(), everything.t() @ everything / len(everything))
+    torch.testing.assert_close(statistics.mean_abs(), everything.abs().mean(0))
+    torch.testing.assert_close(statistics.mean_square(), everything.square().mean(0))
 
 
 class Counting(TorchDispatchMode):
@@ -60,27 +60,27 @@ def test_the_sum_over_both_kinds_of_tokens_takes_the_memory_of_one_matrix() -> N
     width = 2 * PANEL + 7
     rows = torch.randn(20, width, generator=torch.Generator().manual_seed(0))
     text = torch.arange(20) < 12
-    moments = Moments()
-    moments.add(rows, Positions(text, ~text))
+    statistics = InputStatistics()
+    statistics.add(rows, Positions(text, ~text))
     with Counting(width * width) as counting:
-        gram = moments.mean_hessian()
+        hessian = statistics.mean_hessian()
     assert counting.made == 1
-    assert torch.equal(gram, gram.t())
-    torch.testing.assert_close(gram, rows.t() @ rows / len(rows))
+    assert torch.equal(hessian, hessian.t())
+    torch.testing.assert_close(hessian, rows.t() @ rows / len(rows))
 
 
 def test_merged_kinds_have_the_same_means_in_the_memory_of_one() -> None:
     rows = torch.randn(20, 40, generator=torch.Generator().manual_seed(0))
     text = torch.arange(20) < 7
-    moments = Moments(weights=(1.75, 0.5))
-    moments.add(rows, Positions(text, ~text))
-    before = moments.mean_hessian(), moments.mean_abs(), moments.abs_max()
-    moments.merge()
-    assert moments.vision is None
-    for mean, same in zip((moments.mean_hessian(), moments.mean_abs(), moments.abs_max()), before, strict=True):
+    statistics = InputStatistics(weights=(1.75, 0.5))
+    statistics.add(rows, Positions(text, ~text))
+    before = statistics.mean_hessian(), statistics.mean_abs(), statistics.abs_max()
+    statistics.merge()
+    assert statistics.vision is None
+    for mean, same in zip((statistics.mean_hessian(), statistics.mean_abs(), statistics.abs_max()), before, strict=True):
         assert torch.equal(mean, same)
-    moments.merge()
-    assert torch.equal(moments.mean_hessian(), before[0])
+    statistics.merge()
+    assert torch.equal(statistics.mean_hessian(), before[0])
 
 
 def test_linears_with_one_input_share_their_sums() -> None:
@@ -95,11 +95,11 @@ def test_linears_with_one_input_share_their_sums() -> None:
     block = Block()
     with torch.no_grad(), Observer(block, ("q", "k", "o")) as observer, pytest.raises(ReachedError):
         block(torch.ones(3, 4))
-    assert observer.moments["q"] is observer.moments["k"]
-    assert observer.moments["q"] is not observer.moments["o"]
-    assert observer.moments["q"].tokens == 3
+    assert observer.statistics["q"] is observer.statistics["k"]
+    assert observer.statistics["q"] is not observer.statistics["o"]
+    assert observer.statistics["q"].tokens == 3
     block(torch.ones(3, 4))  # nothing watches any more
-    assert observer.moments["q"].tokens == 3
+    assert observer.statistics["q"].tokens == 3
 
 
 def test_a_walked_block_counts_text_and_vision_tokens_and_no_padding(tmp_path: Path) -> None:
@@ -122,29 +122,29 @@ def test_a_walked_block_counts_text_and_vision_tokens_and_no_padding(tmp_path: P
             kept["text"].append(seen[-1][~image & mask])
     assert any((batch.tensors["attention_mask"] == 0).any() for batch in given)
     replay = open_walk(tmp_path, given)
-    moments = next(observe(visit, ["mlp.down_proj"]) for visit in replay.walk(replay.decoder_units()) if visit.name == name)
+    statistics = next(observe(visit, ["mlp.down_proj"]) for visit in replay.walk(replay.decoder_units()) if visit.name == name)
     for kind, parts in kept.items():
         rows = torch.cat(parts)
-        moment = getattr(moments["mlp.down_proj"], kind)
-        assert moment.tokens == len(rows)
-        torch.testing.assert_close(Moments(text=moment).mean_hessian() * len(rows), rows.t() @ rows)
+        sums = getattr(statistics["mlp.down_proj"], kind)
+        assert sums.tokens == len(rows)
+        torch.testing.assert_close(InputStatistics(text=sums).mean_hessian() * len(rows), rows.t() @ rows)
 
 
 def test_in_the_vision_tower_every_row_is_vision(tmp_path: Path) -> None:
     given = batches(build_qwen2_5_vl(tmp_path))
     replay = open_walk(tmp_path, given)
     visit = next(iter(replay.walk(replay.vision_units())))
-    moments = observe(visit, ["attn.qkv"])["attn.qkv"]
-    assert moments.text is None
-    assert moments.tokens == len(given[0].tensors["pixel_values"])
+    statistics = observe(visit, ["attn.qkv"])["attn.qkv"]
+    assert statistics.text is None
+    assert statistics.tokens == len(given[0].tensors["pixel_values"])
 
 
 def test_padding_alone_is_an_error() -> None:
-    moments = Moments()
+    statistics = InputStatistics()
     nothing = torch.zeros(4, dtype=torch.bool)
-    moments.add(torch.ones(1, 4, 2), Positions(nothing, nothing))
+    statistics.add(torch.ones(1, 4, 2), Positions(nothing, nothing))
     with pytest.raises(CheckpointError, match="every sample is padding only"):
-        moments.mean_hessian()
+        statistics.mean_hessian()
 
 
 def test_activations_that_overflow_are_named(tmp_path: Path) -> None:

@@ -135,9 +135,9 @@ def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path:
             if "" in local:  # a part that is a linear itself
                 seen.update(local.values())
                 continue
-            moments = observe(visit, local)
+            statistics = observe(visit, local)
             for relative, name in local.items():
-                found = moments[relative].mean_hessian() * moments[relative].tokens
+                found = statistics[relative].mean_hessian() * statistics[relative].tokens
                 torch.testing.assert_close(found, plain[name], rtol=2e-3, atol=2e-3 * float(plain[name].abs().max()))
                 seen.add(name)
     assert seen == set(names)

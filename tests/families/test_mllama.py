@@ -71,8 +71,8 @@ def test_the_images_states_count_where_a_token_reads_them(folder: Path, mixed: F
 def test_padding_of_tiles_and_patches_does_not_count_in_the_tower(folder: Path, mixed: Fixed) -> None:
     found = visits(folder, [mixed], "vision_units")
     assert [name.rpartition(".")[2] for name in found] == ["0", "1", "0", "1", "multi_modal_projector"]
-    for moments in found.values():
-        assert {name: moment.vision.tokens for name, moment in moments.items()} == dict.fromkeys(moments, 7 * PATCHES)
+    for statistics in found.values():
+        assert {name: sums.vision.tokens for name, sums in statistics.items()} == dict.fromkeys(statistics, 7 * PATCHES)
     (states,) = plain_outputs(folder, [mixed], ["model.vision_model.layernorm_pre"])["model.vision_model.layernorm_pre"][0]
     assert states.shape[-2] == PATCHES < PADDED
 
@@ -80,7 +80,7 @@ def test_padding_of_tiles_and_patches_does_not_count_in_the_tower(folder: Path, 
 def test_a_block_that_some_batches_skip_is_passed_over_for_them(folder: Path, mixed: Fixed, text: Fixed) -> None:
     found = visits(folder, [text, mixed, text], "decoder_units")
     asked, other = (int(batch.inputs()["attention_mask"].sum()) for batch in (mixed, text))
-    tokens = [moments["mlp.down_proj"].tokens for moments in found.values()]
+    tokens = [statistics["mlp.down_proj"].tokens for statistics in found.values()]
     assert tokens == [asked + 2 * other, asked, asked + 2 * other]
 
 

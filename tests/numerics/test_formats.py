@@ -18,7 +18,7 @@ from torch import Tensor
 
 from compress.layouts import pack_linear, quantization_config
 from compress.numerics.activations import fake_quantize_activations
-from compress.numerics.floats import float_scales, spread_scales
+from compress.numerics.floats import expand_scales, float_scales
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_gptq, pack_words, unpack_gptq, unpack_words
 from compress.numerics.rounding import quantize, rounding_error
@@ -82,7 +82,7 @@ def signed(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
 
 def far_from_a_tie(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
     """Return where a value is not so near the middle of two codes that the last bit of a float decides between them."""
-    steps = (weight / spread_scales(quantized.scales, quantized.scheme, (weight.shape[0], weight.shape[1]))).abs()
+    steps = (weight / expand_scales(quantized.scales, quantized.scheme, (weight.shape[0], weight.shape[1]))).abs()
     return (steps - steps.floor() - 0.5).abs() > 1e-3
 
 
@@ -158,7 +158,7 @@ def test_float_scales_bring_the_largest_value_of_each_part_to_the_largest_float(
 def test_floats_are_as_near_as_three_bits_of_mantissa_allow(drawn: Drawn) -> None:
     ours = quantize(drawn.weight, drawn.scheme, torch.bfloat16)
     error = (ours.dequantize() - drawn.weight).abs()
-    steps = spread_scales(ours.scales, ours.scheme, (drawn.weight.shape[0], drawn.weight.shape[1]))
+    steps = expand_scales(ours.scales, ours.scheme, (drawn.weight.shape[0], drawn.weight.shape[1]))
     # Half a unit in the last of four places, or of the subnormal step 2^-9; a scale rounded to bfloat16 may cut the largest short.
     assert (error <= (drawn.weight.abs() / 16).maximum(steps * 2**-10) * 1.01).all()
     assert torch.equal(rounding_error(drawn.weight, drawn.scheme, torch.bfloat16), ours.dequantize() - drawn.weight)
@@ -251,5 +251,5 @@ def test_a_stage_rounds_inputs_as_what_reads_its_artifact_does(values: Tensor, k
 
 
 def test_a_stage_needs_the_scale_that_is_fixed() -> None:
-    with pytest.raises(ValueError, match="inputs of a fixed scale cannot be rounded without it"):
+    with pytest.raises(ValueError, match="activations with a static scale cannot be quantized without it"):
         fake_quantize_activations(torch.ones(2, 2), Scheme(8, -1, symmetric=True, activations="tensor"))

@@ -21,13 +21,13 @@ def problem(rows: int = 24, columns: int = 192, tokens: int = 400) -> tuple[Tens
     return weight, inputs.t() @ inputs / tokens
 
 
-def as_in_the_paper(weight: Tensor, gram: Tensor, scheme: Scheme, dampening_frac: float, reorder: bool) -> Tensor:
+def as_in_the_paper(weight: Tensor, hessian: Tensor, scheme: Scheme, dampening_frac: float, actorder: bool) -> Tensor:
     """Return the rounded matrix: columns in turn, each error divided by the inverse's diagonal and taken from those that follow."""
     rows, columns = weight.shape
     size = columns if scheme.group_size == -1 else scheme.group_size
     scales, zeros = grid(weight.view(rows, -1, size), scheme, torch.float32)
-    order = gram.diagonal().argsort(descending=True, stable=True) if reorder else torch.arange(columns)
-    damped = gram.double() + dampening_frac * gram.diagonal().mean().double() * torch.eye(columns, dtype=torch.float64)
+    order = hessian.diagonal().argsort(descending=True, stable=True) if actorder else torch.arange(columns)
+    damped = hessian.double() + dampening_frac * hessian.diagonal().mean().double() * torch.eye(columns, dtype=torch.float64)
     inverse = cast("Tensor", torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True))
     left = weight.double()[:, order].clone()
     rounded = torch.empty_like(left)
@@ -40,35 +40,35 @@ def as_in_the_paper(weight: Tensor, gram: Tensor, scheme: Scheme, dampening_frac
     return rounded[:, order.argsort()].float()
 
 
-def error_of(weight: Tensor, rounded: Tensor, gram: Tensor) -> float:
-    return float(output_error(rounded - weight, gram))
+def error_of(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
+    return float(output_error(rounded - weight, hessian))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
 @pytest.mark.parametrize(
-    ("group_size", "symmetric", "reorder"), [(32, False, True), (48, True, True), (-1, True, False), (64, False, False)]
+    ("group_size", "symmetric", "actorder"), [(32, False, True), (48, True, True), (-1, True, False), (64, False, False)]
 )
-def test_the_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric: bool, reorder: bool) -> None:
-    weight, gram = problem()
+def test_the_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric: bool, actorder: bool) -> None:
+    weight, hessian = problem()
     scheme = Scheme(bits, group_size, symmetric)
-    expected = as_in_the_paper(weight, gram, scheme, 0.01, reorder)
-    found = round_columns(weight, Feedback.of(gram.clone(), GptqOptions(0.01, reorder)), scheme, torch.float32).dequantize()
+    expected = as_in_the_paper(weight, hessian, scheme, 0.01, actorder)
+    found = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(0.01, actorder)), scheme, torch.float32).dequantize()
     same = ((found - expected).abs() < 1e-5).float().mean()
     assert same > 0.98  # a tie that float32 breaks the other way changes what comes after it in that row
-    assert error_of(weight, found, gram) == pytest.approx(error_of(weight, expected, gram), rel=0.02)
+    assert error_of(weight, found, hessian) == pytest.approx(error_of(weight, expected, hessian), rel=0.02)
 
 
 def test_it_loses_far_less_than_the_nearest_codes() -> None:
-    weight, gram = problem()
+    weight, hessian = problem()
     scheme = Scheme(3, 32, symmetric=True)
     nearest = quantize(weight, scheme, torch.float32).dequantize()
-    found = round_columns(weight, Feedback.of(gram.clone(), GptqOptions()), scheme, torch.float32).dequantize()
-    assert error_of(weight, found, gram) < 0.6 * error_of(weight, nearest, gram)
+    found = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions()), scheme, torch.float32).dequantize()
+    assert error_of(weight, found, hessian) < 0.6 * error_of(weight, nearest, hessian)
 
 
 def test_scales_are_those_that_are_stored() -> None:
-    weight, gram = problem()
-    found = round_columns(weight, Feedback.of(gram, GptqOptions()), Scheme(4, 32, symmetric=False), torch.bfloat16)
+    weight, hessian = problem()
+    found = round_columns(weight, Feedback.of(hessian, GptqOptions()), Scheme(4, 32, symmetric=False), torch.bfloat16)
     assert found.scales.dtype == torch.bfloat16
     assert found.codes.dtype == torch.uint8
     assert found.codes.shape == weight.shape
@@ -76,10 +76,10 @@ def test_scales_are_those_that_are_stored() -> None:
 
 
 def test_inputs_that_are_always_zero_leave_the_nearest_code() -> None:
-    weight, gram = problem()
-    gram[5], gram[:, 5] = 0, 0
+    weight, hessian = problem()
+    hessian[5], hessian[:, 5] = 0, 0
     scheme = Scheme(4, 32, symmetric=False)
-    found = round_columns(weight, Feedback.of(gram, GptqOptions()), scheme, torch.float32)
+    found = round_columns(weight, Feedback.of(hessian, GptqOptions()), scheme, torch.float32)
     assert torch.equal(found.codes[:, 5], quantize(weight, scheme, torch.float32).codes[:, 5])
 
 
@@ -91,24 +91,24 @@ def test_a_second_moment_of_nothing_rounds_to_nearest() -> None:
 
 
 def test_a_singular_second_moment_is_damped_until_it_can_be_factored() -> None:
-    weight, gram = problem(tokens=3)
+    weight, hessian = problem(tokens=3)
     scheme = Scheme(4, 32, symmetric=True)
-    found = round_columns(weight, Feedback.of(gram.clone(), GptqOptions(dampening_frac=1e-9)), scheme, torch.float32)
+    found = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(dampening_frac=1e-9)), scheme, torch.float32)
     assert found.dequantize().isfinite().all()
     nearest = quantize(weight, scheme, torch.float32).dequantize()
-    assert error_of(weight, found.dequantize(), gram) < error_of(weight, nearest, gram)
+    assert error_of(weight, found.dequantize(), hessian) < error_of(weight, nearest, hessian)
 
 
 def test_a_second_moment_that_is_not_finite_is_told() -> None:
-    weight, gram = problem()
-    gram[3, 3] = float("nan")
+    weight, hessian = problem()
+    hessian[3, 3] = float("nan")
     with pytest.raises(CheckpointError, match="second moment of its inputs is not finite; convert the checkpoint to bfloat16"):
-        round_columns(weight, Feedback.of(gram, GptqOptions()), Scheme(4, 32, symmetric=True), torch.float32)
+        round_columns(weight, Feedback.of(hessian, GptqOptions()), Scheme(4, 32, symmetric=True), torch.float32)
 
 
 def test_a_matrix_with_a_negative_direction_is_told() -> None:
     weight, _ = problem()
-    gram = torch.eye(192)
-    gram[0, 1] = gram[1, 0] = 1e12
+    hessian = torch.eye(192)
+    hessian[0, 1] = hessian[1, 0] = 1e12
     with pytest.raises(CheckpointError, match="cannot be factored"):
-        round_columns(weight, Feedback.of(gram, GptqOptions()), Scheme(4, 32, symmetric=True), torch.float32)
+        round_columns(weight, Feedback.of(hessian, GptqOptions()), Scheme(4, 32, symmetric=True), torch.float32)

@@ -11,7 +11,7 @@ def matrix(rows: int = 12, columns: int = 48, seed: int = 0) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)) * 0.1 + 0.02
 
 
-def second_moment(columns: int, seed: int = 1) -> Tensor:
+def random_hessian(columns: int, seed: int = 1) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
     inputs = torch.randn(400, columns, generator=generator) @ torch.randn(columns, columns, generator=generator)
     return inputs.t() @ inputs / 400
@@ -75,15 +75,15 @@ def test_output_error_is_the_squared_error_of_the_output() -> None:
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_clipping_never_loses_more_within_a_group_and_less_somewhere(bits: int) -> None:
-    weight, gram = matrix(), second_moment(48)
+    weight, hessian = matrix(), random_hessian(48)
     scheme = Scheme(bits, 16, symmetric=False)
 
     def losses(shrink: Tensor | float) -> Tensor:
         error = (quantize(weight, scheme, torch.bfloat16, shrink).dequantize() - weight).view(12, 3, 16)
-        blocks = torch.stack([gram[start : start + 16, start : start + 16] for start in (0, 16, 32)])
+        blocks = torch.stack([hessian[start : start + 16, start : start + 16] for start in (0, 16, 32)])
         return torch.einsum("rgi,gij,rgj->rg", error, blocks, error)
 
-    shrink = clip(weight, diagonal_blocks(gram, 16), scheme, torch.bfloat16, steps=20)
+    shrink = clip(weight, diagonal_blocks(hessian, 16), scheme, torch.bfloat16, steps=20)
     assert shrink.shape == (12, 3)
     plain, clipped = losses(1.0), losses(shrink)
     assert (clipped <= plain * 1.0001).all()
@@ -93,8 +93,8 @@ def test_clipping_never_loses_more_within_a_group_and_less_somewhere(bits: int) 
 
 
 def test_clipping_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
-    weight, gram, scheme = matrix(), second_moment(48), Scheme(3, 16, symmetric=True)
-    blocks = diagonal_blocks(gram, 16)
+    weight, hessian, scheme = matrix(), random_hessian(48), Scheme(3, 16, symmetric=True)
+    blocks = diagonal_blocks(hessian, 16)
     whole = clip(weight, blocks, scheme, torch.bfloat16, steps=8)
     monkeypatch.setattr("compress.numerics.rounding._CHUNK", 5 * 48)
     assert torch.equal(clip(weight, blocks, scheme, torch.bfloat16, steps=8), whole)

@@ -62,7 +62,7 @@ def test_predictions_are_closer_to_the_original_than_rounding_to_nearest(tmp_pat
     original = logits(bench.folder, None, given)
     stage = awq(bits=bits)
     ours = kl(original, logits(bench.folder, dense(bench.apply(tmp_path / "awq", stage)), given))
-    round_checkpoint(bench.folder, tmp_path / "nearest", stage.parts()["decoder"])
+    round_checkpoint(bench.folder, tmp_path / "nearest", stage.component_schemes()["decoder"])
     nearest = kl(original, logits(bench.folder, dense(tmp_path / "nearest"), given))
     assert ours < 0.8 * nearest
 
@@ -195,7 +195,7 @@ def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, benc
 
 
 def test_a_quantized_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> None:
-    round_checkpoint(bench.folder, tmp_path / "nearest", awq().parts()["decoder"])
+    round_checkpoint(bench.folder, tmp_path / "nearest", awq().component_schemes()["decoder"])
     checkpoint = open_checkpoint(tmp_path / "nearest")
     (fault,) = awq().check(checkpoint, bench.family)
     assert fault.endswith("its weights are quantized already; start from the model's original")

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.engine import second_moment
-from compress.engine.second_moment import HessianRequest
+from compress.engine.hessian import HessianRequest, HessianSketch
 from compress.families import ScalePair
 from compress.numerics.gptq import GptqOptions
 from compress.numerics.grids import QuantizedWeight
@@ -13,15 +12,15 @@ from compress.stages import awq_solver, solvers
 from compress.stages.awq_solver import GridPoint, fold
 from compress.stages.block import BlockWeights, divide_linear, divide_norm
 from compress.stages.solvers import Method, solve
-from tests.stages.toy import HEAD_DIM, HEADS, KV_HEADS, NAMES, PAIRS, WIDTH, Block, alike, samples, statistics, with_folded
+from tests.stages.toy import HEAD_DIM, HEADS, KV_HEADS, NAMES, PAIRS, WIDTH, Block, alike, observed_inputs, samples, with_folded
 
 
 @pytest.mark.parametrize("pair", PAIRS[1:])
 def test_a_folded_scale_keeps_the_function(pair: ScalePair) -> None:
     block, x = Block(), samples()
-    moments = statistics(block, x)
+    statistics = observed_inputs(block, x)
     state = BlockWeights.of(block, NAMES, HEADS)
-    fold(state, pair, moments, alike(Scheme(3, 8, symmetric=False)), 20)
+    fold(state, pair, statistics, alike(Scheme(3, 8, symmetric=False)), 20)
     (name,) = pair.balance_layers
     scale = state.input_scales[name]
     assert scale.max() / scale.min() > 1.1
@@ -31,9 +30,9 @@ def test_a_folded_scale_keeps_the_function(pair: ScalePair) -> None:
 
 def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
     block, x = Block(), samples()
-    moments = statistics(block, x)
+    statistics = observed_inputs(block, x)
     state = BlockWeights.of(block, NAMES, HEADS)
-    fold(state, PAIRS[0], moments, alike(Scheme(3, 8, symmetric=False)), 20)
+    fold(state, PAIRS[0], statistics, alike(Scheme(3, 8, symmetric=False)), 20)
     folded = with_folded(block, state)
     with torch.no_grad():
         for name in ("q", "v"):
@@ -46,7 +45,7 @@ def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
 def test_grouped_heads_share_their_source_channels_scale() -> None:
     block = Block()
     state = BlockWeights.of(block, NAMES, HEADS)
-    fold(state, PAIRS[1], statistics(block, samples()), alike(Scheme(3, 8, symmetric=False)), 20)
+    fold(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)), 20)
     heads = state.input_scales["o"].view(HEADS, HEAD_DIM)
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[2], heads[3])
@@ -132,16 +131,16 @@ def test_channels_that_are_all_dead_are_not_scaled() -> None:
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
     block, x = Block(torch.bfloat16), samples()
-    block_moments = statistics(block.float(), x)
+    block_statistics = observed_inputs(block.float(), x)
     block.to(torch.bfloat16)
     scheme = Scheme(bits, 8, symmetric=False)
     names = NAMES
     state = BlockWeights.of(block, names, HEADS)
-    codes = solve(state, PAIRS, block_moments, alike(scheme), Method(scales=20, clip=20))
+    codes = solve(state, PAIRS, block_statistics, alike(scheme), Method(awq_steps=20, clip_steps=20))
 
     def loss(name: str, weight: Tensor) -> float:
         original = block.get_parameter(f"{name}.weight").float()
-        return float(output_error(weight - original, block_moments[name].mean_hessian()))
+        return float(output_error(weight - original, block_statistics[name].mean_hessian()))
 
     total, nearest = 0.0, 0.0
     for name in ("q", "o", "down"):
@@ -154,7 +153,7 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
 def test_large_weights_are_searched_by_some_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows stand for all: their shares add up to the linears' rows, and the scale they choose is nearly as good."""
     block, schemes = Block(), alike(Scheme(3, 8, symmetric=False))
-    given = statistics(block, samples())
+    given = observed_inputs(block, samples())
     rows = len(block.q.weight) + len(block.v.weight)
 
     def loss(scale: Tensor) -> float:
@@ -162,13 +161,13 @@ def test_large_weights_are_searched_by_some_of_their_rows(monkeypatch: pytest.Mo
         return sum(map(given["q"].output_error, errors))
 
     losses = [loss(torch.ones(WIDTH))]
-    for fewest, sample in ((awq_solver.FEWEST_ROWS, awq_solver.SAMPLE), (24, 0)):
-        monkeypatch.setattr(awq_solver, "FEWEST_ROWS", fewest)
-        monkeypatch.setattr(awq_solver, "SAMPLE", sample)
+    for fewest, sample in ((awq_solver.MIN_SAMPLE_ROWS, awq_solver.SAMPLE_ELEMENTS), (24, 0)):
+        monkeypatch.setattr(awq_solver, "MIN_SAMPLE_ROWS", fewest)
+        monkeypatch.setattr(awq_solver, "SAMPLE_ELEMENTS", sample)
         state = BlockWeights.of(block, NAMES, HEADS)
-        parts = awq_solver.parts_of(state, PAIRS[0], schemes)
+        parts = awq_solver.sample_rows(state, PAIRS[0], schemes)
         assert sum(len(part.weight) for part in parts) == (rows if sample else 24)
-        assert sum(len(part.weight) * part.share for part in parts) == pytest.approx(rows)
+        assert sum(len(part.weight) * part.sample_weight for part in parts) == pytest.approx(rows)
         fold(state, PAIRS[0], given, schemes, 20)
         losses.append(loss(state.input_scales["q"]))
     unscaled, by_all, by_some = losses
@@ -177,14 +176,14 @@ def test_large_weights_are_searched_by_some_of_their_rows(monkeypatch: pytest.Mo
 
 def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     block, schemes = Block(), alike(Scheme(3, 8, symmetric=False))
-    whole = statistics(block, samples(3000))
-    monkeypatch.setattr(second_moment, "WHOLE_CHANNELS", 0)
-    sketched = statistics(block, samples(3000), HessianRequest(whole=False, block=8))
-    assert isinstance(sketched["q"].text.second, second_moment.Sketch)  # pyright: ignore[reportOptionalMemberAccess]
+    whole = observed_inputs(block, samples(3000))
+    monkeypatch.setattr("compress.engine.hessian.FULL_HESSIAN_CHANNELS", 0)
+    sketched = observed_inputs(block, samples(3000), HessianRequest(full=False, block=8))
+    assert isinstance(sketched["q"].text.hessian, HessianSketch)  # pyright: ignore[reportOptionalMemberAccess]
     errors: list[float] = []
     for given in (whole, sketched):
         state = BlockWeights.of(block, NAMES, HEADS)
-        codes = solve(state, PAIRS, given, schemes, Method(scales=20, clip=20))
+        codes = solve(state, PAIRS, given, schemes, Method(awq_steps=20, clip_steps=20))
         original = block.down.weight
         rounded = codes["down"].dequantize() / state.input_scales["down"]
         source = state.output_scales["up"]
@@ -197,7 +196,7 @@ def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.
 def test_a_pair_with_a_part_left_out_stays_as_it_is(left_out: str) -> None:
     block = Block()
     state = BlockWeights.of(block, [name for name in ("v", "o") if name != left_out], HEADS)
-    fold(state, PAIRS[1], statistics(block, samples()), alike(Scheme(3, 8, symmetric=False)), 20)
+    fold(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)), 20)
     assert state.changed == {}
     assert state.input_scales == {}
 
@@ -208,17 +207,19 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
         block.norm.weight[:4] = 0
         block.norm.bias[:4] = 0
     state = BlockWeights.of(block, NAMES, HEADS)
-    codes = solve(state, PAIRS, statistics(block, x), alike(Scheme(4, 8, symmetric=False)), Method(scales=20, clip=20))
+    codes = solve(
+        state, PAIRS, observed_inputs(block, x), alike(Scheme(4, 8, symmetric=False)), Method(awq_steps=20, clip_steps=20)
+    )
     assert all(code.dequantize().isfinite().all() for code in codes.values())
     assert all(value.isfinite().all() for value in state.changed.values())
 
 
-@pytest.mark.parametrize("method", [Method(clip=8), Method(clip=8, gptq=GptqOptions())])
+@pytest.mark.parametrize("method", [Method(clip_steps=8), Method(clip_steps=8, gptq=GptqOptions())])
 def test_rows_are_rounded_a_few_at_a_time_as_all_at_once(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, given, schemes = Block(), statistics(Block(), samples()), alike(Scheme(3, 8, symmetric=True))
+    block, given, schemes = Block(), observed_inputs(Block(), samples()), alike(Scheme(3, 8, symmetric=True))
     found: list[dict[str, QuantizedWeight]] = []
     for elements in (1 << 20, 5 * WIDTH):  # 5 rows of q, then of q and v together
-        monkeypatch.setitem(solvers.ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(solvers.MAX_ELEMENTS, "cpu", elements)
         found.append(solve(BlockWeights.of(block, NAMES, HEADS), (), given, schemes, method))
     for name, whole in found[0].items():
         part = found[1][name]

@@ -14,7 +14,7 @@ from compress.stages.gptq import Gptq
 from compress.stages.rtn import Rtn
 from compress.stages.solvers import Method, solve
 from tests.stages.bench import Bench, divergence, tensors_of
-from tests.stages.toy import HEADS, Block, alike, samples, statistics
+from tests.stages.toy import HEADS, Block, alike, observed_inputs, samples
 
 
 def gptq(**fields: Any) -> Gptq:
@@ -42,7 +42,7 @@ def test_predictions_are_closer_to_the_original_than_with_nearest_codes(
     bench.apply(tmp_path / "gptq", stage)
     bench.apply(tmp_path / "rtn", rtn(stage))
     schemes = quantized_linears(open_checkpoint(tmp_path / "gptq"))
-    assert set(schemes.values()) == {stage.parts()["decoder"]}
+    assert set(schemes.values()) == {stage.component_schemes()["decoder"]}
     assert divergence(bench, tmp_path / "gptq") < 0.8 * divergence(bench, tmp_path / "rtn")
 
 
@@ -111,8 +111,8 @@ def test_keys_and_values_are_rounded_as_a_cache_of_8_bit_floats_holds_them(bench
 
 @pytest.mark.parametrize("clip", [None, 10])
 def test_linears_with_one_input_get_the_codes_that_each_would_get_alone(clip: int | None) -> None:
-    block, scheme, method = Block(), alike(Scheme(3, 8, symmetric=False)), Method(clip=clip, gptq=GptqOptions())
-    apart = statistics(block, samples())
+    block, scheme, method = Block(), alike(Scheme(3, 8, symmetric=False)), Method(clip_steps=clip, gptq=GptqOptions())
+    apart = observed_inputs(block, samples())
     assert apart["q"] is not apart["v"]
     codes = [
         solve(BlockWeights.of(block, ("q", "v"), HEADS), (), given, scheme, method) for given in (apart, apart | {"v": apart["q"]})

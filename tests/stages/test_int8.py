@@ -12,7 +12,7 @@ from compress.stages.int8 import Int8
 from compress.stages.smooth_solver import Smoothing, smooth
 from compress.stages.solvers import Method, solve
 from tests.stages.bench import Bench, divergence, tensors_of
-from tests.stages.toy import HEADS, NAMES, PAIRS, Block, alike, samples, statistics, with_folded
+from tests.stages.toy import HEADS, NAMES, PAIRS, Block, alike, observed_inputs, samples, with_folded
 
 
 def int8(**fields: Any) -> Int8:
@@ -54,9 +54,9 @@ SCHEME = Scheme(8, -1, symmetric=True, activations="tensor")
 @pytest.mark.parametrize("strength", [None, 0.7])
 def test_smoothing_keeps_the_function(strength: float | None) -> None:
     block, x = Block(), samples()
-    moments, state = statistics(block, x), BlockWeights.of(block, NAMES, HEADS)
+    statistics, state = observed_inputs(block, x), BlockWeights.of(block, NAMES, HEADS)
     for pair in PAIRS[1:]:
-        smooth(state, pair, moments, alike(SCHEME), Smoothing(strength))
+        smooth(state, pair, statistics, alike(SCHEME), Smoothing(strength))
     assert state.input_scales
     with torch.no_grad():
         torch.testing.assert_close(with_folded(block, state)(x), block(x), rtol=1e-5, atol=1e-5)
@@ -65,12 +65,12 @@ def test_smoothing_keeps_the_function(strength: float | None) -> None:
 def test_the_strength_that_is_found_beats_none_and_fixed_ones_on_inputs_with_outliers() -> None:
     block, x = Block(), samples()
     x[:, 3] *= 30
-    moments = statistics(block, x)
+    statistics = observed_inputs(block, x)
 
     def error(strength: float | None, *, moved: bool = True) -> float:
         state = BlockWeights.of(block, NAMES, HEADS)
         if moved:
-            smooth(state, PAIRS[0], moments, alike(SCHEME), Smoothing(strength))
+            smooth(state, PAIRS[0], statistics, alike(SCHEME), Smoothing(strength))
         normed = block.norm(x)
         given = normed / state.input_scales.get("q", torch.ones(1))
         step = given.abs().max() / 127
@@ -91,7 +91,7 @@ def test_inputs_that_are_always_zero_have_a_scale_that_can_be_divided_by() -> No
     with torch.no_grad():
         block.norm.weight.zero_()
         block.norm.bias.zero_()
-    codes = solve(BlockWeights.of(block, ("q",), HEADS), (), statistics(block, samples()), {"q": scheme}, Method())
+    codes = solve(BlockWeights.of(block, ("q",), HEADS), (), observed_inputs(block, samples()), {"q": scheme}, Method())
     assert codes["q"].input_scale == torch.ones(1)
 
 

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from compress.engine.hessian import FULL_HESSIAN, HessianRequest
 from compress.engine.replay import Positions
-from compress.engine.second_moment import WHOLE, HessianRequest
-from compress.engine.statistics import Moments
+from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.scheme import Scheme
 from compress.stages.block import BlockWeights
@@ -53,23 +53,23 @@ def samples(count: int = 200) -> Tensor:
     return torch.randn(count, WIDTH, generator=generator) * torch.logspace(-1, 1, WIDTH)
 
 
-def statistics(block: Block, x: Tensor, kept: HessianRequest = WHOLE) -> dict[str, Moments]:
-    moments: dict[str, Moments] = {}
+def observed_inputs(block: Block, x: Tensor, requested: HessianRequest = FULL_HESSIAN) -> dict[str, InputStatistics]:
+    statistics: dict[str, InputStatistics] = {}
     hooks: list[RemovableHandle] = []
     for name in NAMES:
 
         def count(module: nn.Module, args: tuple[Tensor], name: str = name) -> None:
-            if name not in moments:
+            if name not in statistics:
                 everything = torch.ones(len(args[0]), dtype=torch.bool)
-                moments[name] = Moments(requested=kept)
-                moments[name].add(args[0], Positions(everything, ~everything))
+                statistics[name] = InputStatistics(requested=requested)
+                statistics[name].add(args[0], Positions(everything, ~everything))
 
         hooks.append(block.get_submodule(name).register_forward_pre_hook(count))
     with torch.no_grad():
         block(x)
     for hook in hooks:
         hook.remove()
-    return moments
+    return statistics
 
 
 def with_folded(block: Block, state: BlockWeights) -> Block:

@@ -2,8 +2,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.engine import second_moment
-from compress.engine.second_moment import Gram, HessianRequest, Sketch
+from compress.engine.hessian import FULL_HESSIAN_CHANNELS, SKETCH_ROWS, FullHessian, HessianRequest, HessianSketch
 from compress.numerics.rounding import PANEL, output_error
 
 CPU = torch.device("cpu")
@@ -15,7 +14,7 @@ def tokens(count: int, channels: int) -> Tensor:
     return torch.randn(count, channels, generator=generator) * torch.logspace(-1, 1, channels) + 0.3
 
 
-def counted(request: HessianRequest, rows: Tensor, parts: int = 7) -> Gram | Sketch:
+def counted(request: HessianRequest, rows: Tensor, parts: int = 7) -> FullHessian | HessianSketch:
     sums = request.start(rows.shape[1], CPU)
     for part in torch.split(rows, -(-len(rows) // parts)):
         sums.add(part)
@@ -23,20 +22,20 @@ def counted(request: HessianRequest, rows: Tensor, parts: int = 7) -> Gram | Ske
 
 
 @pytest.mark.parametrize(
-    "request", [HessianRequest(), HessianRequest(whole=False, sketch=False, block=12), HessianRequest(whole=False, sketch=False)]
+    "request", [HessianRequest(), HessianRequest(full=False, sketch=False, block=12), HessianRequest(full=False, sketch=False)]
 )
 def test_the_diagonal_and_the_blocks_along_it_are_exact(request: HessianRequest) -> None:
     rows = tokens(50, 48)
     sums = counted(request, rows)
-    assert isinstance(sums, Gram if request.whole else Sketch)
-    gram = rows.t() @ rows
-    torch.testing.assert_close(sums.diagonal(), gram.diagonal())
-    for size in (size for size in (1, 4, 12) if request.whole or size <= request.block):
+    assert isinstance(sums, FullHessian if request.full else HessianSketch)
+    hessian = rows.t() @ rows
+    torch.testing.assert_close(sums.diagonal(), hessian.diagonal())
+    for size in (size for size in (1, 4, 12) if request.full or size <= request.block):
         blocks = sums.blocks(size)
         assert blocks.shape == (48 // size, size, size)
-        for place, block in enumerate(blocks):
-            own = slice(place * size, (place + 1) * size)
-            torch.testing.assert_close(block, gram[own, own], rtol=1e-5, atol=1e-3)
+        for index, block in enumerate(blocks):
+            channels = slice(index * size, (index + 1) * size)
+            torch.testing.assert_close(block, hessian[channels, channels], rtol=1e-5, atol=1e-3)
 
 
 def test_blocks_that_cross_the_panels_of_a_whole_sum_are_symmetric() -> None:
@@ -46,26 +45,26 @@ def test_blocks_that_cross_the_panels_of_a_whole_sum_are_symmetric() -> None:
 
 
 def test_the_output_error_by_a_sketch_is_near_the_true_one(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(second_moment, "WHOLE_CHANNELS", 0)
+    monkeypatch.setattr("compress.engine.hessian.FULL_HESSIAN_CHANNELS", 0)
     rows = tokens(5000, 64)
     error = torch.randn(16, 64, generator=torch.Generator().manual_seed(1))
     true = float(output_error(error, rows.t() @ rows))
-    sums = counted(HessianRequest(whole=False), rows)
-    assert isinstance(sums, Sketch)
+    sums = counted(HessianRequest(full=False), rows)
+    assert isinstance(sums, HessianSketch)
     assert len(sums.rows) < len(rows)
     assert float(sums.output_error(error)) == pytest.approx(true, rel=0.1)
-    few = counted(HessianRequest(whole=False), rows[: second_moment.SKETCH_ROWS])
-    true = float((rows[: second_moment.SKETCH_ROWS] @ error.t()).square().sum())
+    few = counted(HessianRequest(full=False), rows[:SKETCH_ROWS])
+    true = float((rows[:SKETCH_ROWS] @ error.t()).square().sum())
     assert float(few.output_error(error)) == pytest.approx(true, rel=1e-5)
 
 
-@pytest.mark.parametrize("whole", [True, False])
-def test_the_weighted_sum_of_two_is_that_of_their_tokens(whole: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(second_moment, "WHOLE_CHANNELS", 0)
-    request, first, second = HessianRequest(whole=whole, block=4), tokens(30, 8), tokens(20, 8).flip(0, 1)
+@pytest.mark.parametrize("full", [True, False])
+def test_the_weighted_sum_of_two_is_that_of_their_tokens(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("compress.engine.hessian.FULL_HESSIAN_CHANNELS", 0)
+    request, first, second = HessianRequest(full=full, block=4), tokens(30, 8), tokens(20, 8).flip(0, 1)
     error = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
     sums = counted(request, first)
-    sums.absorb(counted(request, second), 0.5, 3.0)
+    sums.add_weighted(counted(request, second), 0.5, 3.0)
     both = torch.cat([first * 0.5**0.5, second * 3**0.5])
     torch.testing.assert_close(sums.diagonal(), both.square().sum(0))
     torch.testing.assert_close(sums.output_error(error), (both @ error.t()).square().sum())
@@ -73,9 +72,9 @@ def test_the_weighted_sum_of_two_is_that_of_their_tokens(whole: bool, monkeypatc
 
 
 def test_few_channels_and_those_that_blocks_do_not_divide_are_kept_whole() -> None:
-    assert isinstance(HessianRequest(whole=False).start(second_moment.WHOLE_CHANNELS, CPU), Gram)
-    assert isinstance(HessianRequest(whole=False, sketch=False, block=5).start(12, CPU), Gram)
-    assert isinstance(HessianRequest(whole=False).start(second_moment.WHOLE_CHANNELS + 1, CPU), Sketch)
+    assert isinstance(HessianRequest(full=False).start(FULL_HESSIAN_CHANNELS, CPU), FullHessian)
+    assert isinstance(HessianRequest(full=False, sketch=False, block=5).start(12, CPU), FullHessian)
+    assert isinstance(HessianRequest(full=False).start(FULL_HESSIAN_CHANNELS + 1, CPU), HessianSketch)
 
 
 def test_what_a_method_reads_is_what_is_kept() -> None:
@@ -84,8 +83,8 @@ def test_what_a_method_reads_is_what_is_kept() -> None:
     from compress.stages.solvers import Method
 
     four, eight = Scheme(4, 64, symmetric=False), Scheme(8, 96, symmetric=True)
-    assert Method(scales=20, clip=20).hessian_request([four, eight]) == HessianRequest(whole=False, sketch=True, block=192)
-    assert Method(scales=20).hessian_request([four]) == HessianRequest(whole=False, sketch=True, block=1)
-    assert Method().hessian_request([four]) == HessianRequest(whole=False, sketch=False, block=1)
-    assert Method(clip=20).hessian_request([Scheme(4, -1, symmetric=False)]).whole
-    assert Method(gptq=GptqOptions()).hessian_request([four]).whole
+    assert Method(awq_steps=20, clip_steps=20).hessian_request([four, eight]) == HessianRequest(full=False, sketch=True, block=192)
+    assert Method(awq_steps=20).hessian_request([four]) == HessianRequest(full=False, sketch=True, block=1)
+    assert Method().hessian_request([four]) == HessianRequest(full=False, sketch=False, block=1)
+    assert Method(clip_steps=20).hessian_request([Scheme(4, -1, symmetric=False)]).full
+    assert Method(gptq=GptqOptions()).hessian_request([four]).full
