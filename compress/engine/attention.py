@@ -1,4 +1,4 @@
-"""How large the keys and values are that an attention caches: what a runtime needs to keep them in fewer bits."""
+"""Ranges of the keys and values that attentions cache, from which the scales of a quantized KV cache are computed."""
 
 from __future__ import annotations
 
@@ -12,44 +12,44 @@ from torch import Tensor, nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 _NAME = "compress_observed"
+"""The name under which the observing attention is registered in transformers."""
 
 
 @dataclass
 class CacheRange:
-    """The largest magnitudes of an attention's keys (after their rotation) and values over all calls, float32 scalars."""
+    """The largest magnitudes of an attention's keys (after the rotary embedding) and values over all calls, float32 scalars."""
 
     keys: Tensor
     values: Tensor
 
 
 @contextmanager
-def observing(module: nn.Module) -> Generator[dict[str, CacheRange]]:
-    """Note, while the context is open, what the attentions of a module are given, by their names in it.
+def observe_cache_ranges(module: nn.Module) -> Generator[dict[str, CacheRange]]:
+    """Yield the cache ranges of a module's attentions, by their names in it, updated by each forward inside the context.
 
-    It rests on transformers' attention interface, through which every model's attention computes; one that goes around it is not
-    noted.
+    Attentions are observed through transformers' attention interface; one that does not use it is missing.
     """
-    found: dict[str, CacheRange] = {}
-    parts = list(module.modules())
-    names = dict(zip(parts, (name for name, _ in cast("Any", module).named_modules()), strict=True))
-    configs = {id(config): config for part in parts if (config := getattr(part, "config", None)) is not None}
-    before = {key: config._attn_implementation for key, config in configs.items()}
-    inner = cast("Any", ALL_ATTENTION_FUNCTIONS)
+    ranges: dict[str, CacheRange] = {}
+    modules = list(module.modules())
+    names = dict(zip(modules, (name for name, _ in cast("Any", module).named_modules()), strict=True))
+    configs = {id(config): config for submodule in modules if (config := getattr(submodule, "config", None)) is not None}
+    implementations = {key: config._attn_implementation for key, config in configs.items()}
+    registry = cast("Any", ALL_ATTENTION_FUNCTIONS)
 
-    def observed(part: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
-        sizes = [tensor.detach().abs().amax().to(torch.float32) for tensor in (key, value)]
-        known = found.get(names[part])
-        if known is not None:
-            sizes = [torch.maximum(sizes[0], known.keys), torch.maximum(sizes[1], known.values)]
-        found[names[part]] = CacheRange(*sizes)
-        return inner["sdpa"](part, query, key, value, *args, **kwargs)
+    def observed(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        maxima = [tensor.detach().abs().amax().to(torch.float32) for tensor in (key, value)]
+        earlier = ranges.get(names[attention])
+        if earlier is not None:
+            maxima = [torch.maximum(maxima[0], earlier.keys), torch.maximum(maxima[1], earlier.values)]
+        ranges[names[attention]] = CacheRange(*maxima)
+        return registry["sdpa"](attention, query, key, value, *args, **kwargs)
 
-    inner[_NAME] = observed
+    registry[_NAME] = observed
     try:
         for config in configs.values():
             config._attn_implementation = _NAME
-        yield found
+        yield ranges
     finally:
         for key, config in configs.items():
-            config._attn_implementation = before[key]
-        del inner[_NAME]
+            config._attn_implementation = implementations[key]
+        del registry[_NAME]

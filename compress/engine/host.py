@@ -1,4 +1,4 @@
-"""Activations between blocks: kept in host memory up to a limit, past it in scratch files that are mapped to memory."""
+"""Activations between blocks, offloaded to host memory up to a limit and beyond it to memory-mapped scratch files."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from torch import Tensor
 
 from compress.errors import StoreError
 
-_LARGEST_GAP = 2
-"""How many times a tensor's own size its memory may span."""
+_MAX_SPAN = 2
+"""A tensor keeps its strides where they span at most so many times its size; otherwise it is stored contiguously."""
 
 
-class Host:
-    """Holds tensors off the device. A scratch file has no name and goes with its tensor."""
+class HostMemory:
+    """Stores tensors off the device. A scratch file is unlinked at once: it disappears with its tensor."""
 
     def __init__(self, scratch: Path, limit: int) -> None:
         self.scratch = scratch
         self.limit = limit
         self.resident = 0
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Return the tensor on the host, in memory while there is room and in a mapped file otherwise.
+    def offload(self, tensor: Tensor) -> Tensor:
+        """Return a copy of the tensor on the host, in memory up to the limit and in a mapped file beyond it.
 
         Raises:
             StoreError: the scratch folder is full or cannot be written.
@@ -38,15 +38,15 @@ class Host:
         strides, extent = _layout(tensor)
         size = extent * tensor.element_size()
         if size == 0 or self.resident + size <= self.limit:
-            kept = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor.detach())
+            copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor.detach())
             self.resident += size
-            weakref.finalize(kept, self._release, size)
-            return kept
+            weakref.finalize(copy, self._release, size)
+            return copy
         return self._spill(tensor, strides, size)
 
-    def keep_all(self, tree: Any) -> Any:
-        """Return a copy of nested containers with every tensor in them kept."""
-        return map_tensors(tree, self.keep)
+    def offload_all(self, tree: Any) -> Any:
+        """Return a copy of nested containers with every tensor in them offloaded."""
+        return map_tensors(tree, self.offload)
 
     def _release(self, size: int) -> None:
         self.resident -= size
@@ -63,23 +63,24 @@ class Host:
                 f"{self.scratch}: {cause}; {size:,} bytes of activations did not fit in memory nor there. "
                 "Free space, or use fewer calibration samples"
             ) from error
-        kept = torch.frombuffer(view, dtype=tensor.dtype).as_strided(tensor.shape, strides)
-        return kept.copy_(tensor)
+        copy = torch.frombuffer(view, dtype=tensor.dtype).as_strided(tensor.shape, strides)
+        return copy.copy_(tensor)
 
 
 def _layout(tensor: Tensor) -> tuple[tuple[int, ...], int]:
-    """Return the strides to keep a tensor with, and how many elements they span.
+    """Return the strides of a tensor's copy, and how many elements they span.
 
-    They are its own where that costs little: a linear on a slice adds its bias elsewhere than on a copy, and rounds differently.
+    They are the tensor's own where that costs little: a linear adds its bias at another point on a slice than on a contiguous copy,
+    and rounds differently.
     """
     extent = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-    if tensor.numel() <= extent <= _LARGEST_GAP * tensor.numel():
+    if tensor.numel() <= extent <= _MAX_SPAN * tensor.numel():
         return tensor.stride(), extent
     return torch.empty(tensor.shape, device="meta").stride(), tensor.numel()
 
 
 def _reserve(descriptor: int, size: int) -> None:
-    """Claim the file's blocks now: a full disk met while writing to the mapping would kill the process."""
+    """Allocate the file's blocks now: writing to a mapping on a full disk would kill the process (SIGBUS)."""
     if hasattr(os, "posix_fallocate"):
         os.posix_fallocate(descriptor, 0, size)
 

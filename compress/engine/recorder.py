@@ -1,4 +1,4 @@
-"""What takes the place of a model's parts for one forward, and learns how they are called and in which order."""
+"""Stubs that replace modules for one forward and record their calls, the order of the calls, and which outputs are read."""
 
 from __future__ import annotations
 
@@ -11,37 +11,38 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from compress.engine.host import Host, map_tensors
+from compress.engine.host import HostMemory, map_tensors
 
 Forward = Callable[..., Any]
 
 
 class ReachedError(Exception):
-    """Unwinds a forward once what was wanted of it is there."""
+    """Ends a forward once the module of interest is reached."""
 
 
 class _Previous:
-    """Stands in recorded arguments for what the part called before returned."""
+    """Placeholder, in recorded arguments, for the output of the unit called before."""
 
 
 _PREVIOUS = _Previous()
 
 
 class Recorder(TorchDispatchMode):
-    """Takes the place of parts of a model for one forward and records the calls of those that are fed directly.
+    """Replaces units (blocks and other modules) for one forward and records the calls of those that are fed directly.
 
-    `order` has the parts in the order of their calls. Active as a context, it sees every operation, and so which outputs are read
-    elsewhere than in the next part; those that are not are `idle` once the forward has ended.
+    A unit is fed directly where its input is the previous unit's output, and nothing else of it depends on the units. `order` lists
+    the units in the order of their calls. As an active context it sees every operation, and so which outputs are read outside of
+    the next unit; the other units are `idle` once the forward has ended.
     """
 
-    def __init__(self, host: Host) -> None:
+    def __init__(self, host: HostMemory) -> None:
         super().__init__()
         self.calls: dict[str, tuple[Any, Any]] = {}
         self.order: list[str] = []
         self.idle: frozenset[str] = frozenset()
         self._finished = False
         self._host = host
-        self._listening = True
+        self._tracking = True
         self._previous: Tensor | None = None
         self._returned: dict[str, list[ref[Tensor]]] = {}
         self._owners: dict[int, tuple[str, ref[Tensor]]] = {}
@@ -49,15 +50,15 @@ class Recorder(TorchDispatchMode):
         self._seen: dict[int, tuple[Tensor, Tensor]] = {}
 
     def stub(self, name: str, forward: Forward | None = None) -> Forward:
-        """Return what runs in place of the part `name`: zeros of the shape of the hidden states, or what `forward` gives."""
+        """Return a replacement for the forward of unit `name`: zeros like the hidden states, or what `forward` returns."""
 
         def run(*args: Any, **kwargs: Any) -> Any:
-            given = (args, kwargs)
-            map_tensors(given, lambda tensor: None if tensor is self._previous else self._note(tensor))
-            if not self.order or self._direct(given):
-                self.calls[name] = map_tensors(given, self._keep)
+            arguments = (args, kwargs)
+            map_tensors(arguments, lambda tensor: None if tensor is self._previous else self._mark_read(tensor))
+            if not self.order or self._fed_directly(arguments):
+                self.calls[name] = map_tensors(arguments, self._store)
             self.order.append(name)
-            output = self._unheard(forward, given) if forward else _zeros_like(hidden_states(args, kwargs))
+            output = self._run_untracked(forward, arguments) if forward else _zeros_like(hidden_states(args, kwargs))
             returned: list[Tensor] = []
             map_tensors(output, returned.append)
             self._previous = output if isinstance(output, Tensor) else None
@@ -68,54 +69,54 @@ class Recorder(TorchDispatchMode):
         return run
 
     def stop(self, *args: Any, **kwargs: Any) -> NoReturn:
-        """End the forward behind the parts that were called; what is still held by then may be read by what comes after."""
-        map_tensors((args, kwargs), self._note)
+        """End the forward after the units that were called; outputs that are still referenced may be read by later modules."""
+        map_tensors((args, kwargs), self._mark_read)
         self.finish()
         raise ReachedError
 
     def finish(self) -> None:
-        """Say which outputs only the next part has read, once no part is called any more; counts the first time alone."""
+        """Determine which outputs only the next unit has read, after the last unit's call; later calls do nothing."""
         if self._finished:
             return
         self._finished = True
-        held = {name for name, tensors in self._returned.items() if any(tensor() is not None for tensor in tensors)}
-        self.idle = frozenset(self._returned.keys() - self._read - held)
+        referenced = {name for name, tensors in self._returned.items() if any(tensor() is not None for tensor in tensors)}
+        self.idle = frozenset(self._returned.keys() - self._read - referenced)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Let an operation happen, having noted what it reads."""
+        """Run an operation after marking the outputs that it reads."""
         del types
-        if self._listening:
-            map_tensors((args, kwargs), self._note)
+        if self._tracking:
+            map_tensors((args, kwargs), self._mark_read)
         return func(*args, **(kwargs or {}))
 
-    def _unheard(self, forward: Forward, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
-        self._listening = False  # what a part reads, it is given
+    def _run_untracked(self, forward: Forward, arguments: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        self._tracking = False  # a unit reads nothing but its arguments, which were marked
         try:
-            return forward(*given[0], **given[1])
+            return forward(*arguments[0], **arguments[1])
         finally:
-            self._listening = True
+            self._tracking = True
 
-    def _note(self, tensor: Tensor) -> None:
+    def _mark_read(self, tensor: Tensor) -> None:
         name, returned = self._owners.get(id(tensor), ("", None))
         if returned is not None and returned() is tensor:
             self._read.add(name)
 
-    def _direct(self, given: Any) -> bool:
+    def _fed_directly(self, arguments: Any) -> bool:
         tensors: list[Tensor] = []
-        map_tensors(given, tensors.append)
-        fed = any(tensor is self._previous for tensor in tensors)
-        return fed and all(tensor is self._previous or id(tensor) in self._seen for tensor in tensors)
+        map_tensors(arguments, tensors.append)
+        reads_previous = any(tensor is self._previous for tensor in tensors)
+        return reads_previous and all(tensor is self._previous or id(tensor) in self._seen for tensor in tensors)
 
-    def _keep(self, tensor: Tensor) -> Any:
+    def _store(self, tensor: Tensor) -> Any:
         if tensor is self._previous:
             return _PREVIOUS
         if id(tensor) not in self._seen:
-            self._seen[id(tensor)] = (tensor, self._host.keep(tensor))  # holding the tensor keeps its id its own
+            self._seen[id(tensor)] = (tensor, self._host.offload(tensor))  # a reference, so that its id is not reused
         return self._seen[id(tensor)][1]
 
 
 def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
-    """Return the states that a part is given: the argument of that name, or the first tensor there is."""
+    """Return a unit's input hidden states: the argument of that name, or else the first tensor."""
     named = kwargs.get("hidden_states")
     if isinstance(named, Tensor):
         return named
@@ -124,20 +125,20 @@ def hidden_states(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
     return tensors[0]
 
 
-def fill(tree: Any, previous: Any) -> Any:
-    """Put what the part called before returned into recorded arguments."""
+def insert_previous(tree: Any, previous: Any) -> Any:
+    """Return recorded arguments with the previous unit's output in place of its placeholder."""
     if isinstance(tree, _Previous):
         return previous
     if isinstance(tree, dict):
-        return {key: fill(value, previous) for key, value in cast("dict[str, Any]", tree).items()}
+        return {key: insert_previous(value, previous) for key, value in cast("dict[str, Any]", tree).items()}
     if type(tree) is tuple:
-        return tuple(fill(value, previous) for value in cast("tuple[Any, ...]", tree))
+        return tuple(insert_previous(value, previous) for value in cast("tuple[Any, ...]", tree))
     return tree
 
 
 @contextmanager
-def replaced(model: nn.Module, stubs: Mapping[str, Forward]) -> Generator[None]:
-    """Let modules, by name, run something else than their own forward for a while."""
+def replace_forwards(model: nn.Module, stubs: Mapping[str, Forward]) -> Generator[None]:
+    """Replace the forwards of modules, by name, inside the context."""
     modules = {model.get_submodule(name): stub for name, stub in stubs.items()}
     for module, stub in modules.items():
         module.forward = stub

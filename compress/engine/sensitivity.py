@@ -1,14 +1,14 @@
-"""How much a model's predictions depend on each output channel of its linears: one walk forward, then one in reverse.
+"""How much a model's predictions depend on each output channel of its linears: one forward walk, then one in reverse.
 
 With p the model's distribution of the next token and δ a change of a linear's output, the predictions move by
-KL(p ‖ p′) ≈ ½ E[(g·δ)²], g the gradient, at that output, of the loss of labels drawn from p itself (Fisher's information).
-Taken apart by channels and tokens, as if both varied independently of each other and of the inputs, a rounding error ΔW of the
-linear costs ½ Σ_m n_m/n Σ_r s_m[r] ΔW_r (G_m/n_m) ΔW_rᵀ nats per predicted token: m are text and vision tokens, s_m the mean
-of g² over the n_m tokens of a kind, G_m their inputs' second moment, n the predicted tokens. Every text token that is no
-padding counts as predicted; what the model would say after a token that only stands for a part of an image is asked by nobody.
+KL(p ‖ p′) ≈ ½ E[(g·δ)²], g the gradient, at that output, of the loss of labels drawn from p itself (the Fisher information).
+Approximating channels and tokens as independent of each other and of the input activations, a rounding error ΔW of the linear
+costs ½ Σ_m n_m/n Σ_r s_m[r] ΔW_r (H_m/n_m) ΔW_rᵀ nats per predicted token: m are text and vision tokens, s_m the mean of g² over
+the n_m tokens of a modality, H_m their Hessian Σ xᵀx, n the predicted tokens. Every text token that is no padding counts as
+predicted; predictions after an image's placeholder tokens are never used.
 
-Only one block has its weights at a time, in float32 on the way back, so that no gradient is lost to rounding. What the author does
-between blocks is taken to pass gradients on as they are: true of adding (deepstack), and of blocks that a prompt skips.
+Only one block has its weights loaded at a time, in float32 in the reverse walk, so that no gradient is lost to rounding. What the
+author does between blocks is assumed to pass gradients on unchanged: true of additions (deepstack) and of skipped blocks.
 """
 
 from __future__ import annotations
@@ -32,40 +32,42 @@ from compress.families import within
 from compress.output_head import head_is_tied
 
 _HEAD_CHUNK = 1 << 25
+"""Logits that are computed at once: 128 MiB in float32."""
 
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """Mean over the tokens of a kind of the squared gradient of the summed loss at each output channel, float32 [out].
-
-    A kind that never came is None. `per_token` is how many tokens of each kind (text, vision) the linear was given for one
-    predicted token.
-    """
+    """Sensitivity of the predictions to a linear's outputs: the mean squared gradient of the summed loss, by output channel."""
 
     text: Tensor | None
+    """The mean over text tokens, float32 [out]; None where there was none."""
+
     vision: Tensor | None
+    """The mean over vision tokens, float32 [out]; None where there was none."""
+
     per_token: tuple[float, float]
+    """How many text and vision tokens the linear processes per predicted token."""
 
     def predicted_loss(self, error: Tensor, statistics: InputStatistics) -> float:
-        """Return what a rounding error ΔW [out, in] costs, in nats per predicted token; `statistics` are of the linear's input."""
+        """Return the predicted loss of a rounding error ΔW [out, in], in nats per predicted token, from its input statistics."""
         total = 0.0
-        kinds = zip((self.text, self.vision), (statistics.text, statistics.vision), self.per_token, strict=True)
-        for sensitivity, moment, share in kinds:
-            if sensitivity is not None and moment is not None:
-                total += share * _loss(error, sensitivity, moment)
+        modalities = zip((self.text, self.vision), (statistics.text, statistics.vision), self.per_token, strict=True)
+        for sensitivity, inputs, per_token in modalities:
+            if sensitivity is not None and inputs is not None:
+                total += per_token * _loss(error, sensitivity, inputs)
         return total / 2
 
 
-def _loss(error: Tensor, sensitivity: Tensor, moment: TokenStatistics) -> float:
+def _loss(error: Tensor, sensitivity: Tensor, inputs: TokenStatistics) -> float:
     weighted = error * sensitivity.to(error).sqrt().unsqueeze(1)
-    return float(moment.second.output_error(weighted) / moment.tokens)
+    return float(inputs.hessian.output_error(weighted) / inputs.tokens)
 
 
 def balance(statistics: InputStatistics, sensitivities: Iterable[Sensitivity]) -> tuple[float, float]:
-    """Return how much a text and a vision token of one input count by the output gradients of the linears that read it.
+    """Return the weights of a text and a vision token of one input, from the output gradients of the linears that read it.
 
-    Both are means of g², summed over all channels of all these linears; scaled so that a token counts 1 on average. Where only
-    one kind came, or one was not measured, or no gradient came back, every token counts the same.
+    Both are means of g², summed over all channels of these linears, and scaled to a mean weight of 1 per token. All tokens have the
+    weight 1 where there is only one modality, one was not measured, or all gradients are zero.
     """
     if statistics.text is None or statistics.vision is None:
         return 1.0, 1.0
@@ -84,9 +86,9 @@ def balance(statistics: InputStatistics, sensitivities: Iterable[Sensitivity]) -
 
 
 def share(statistics: InputStatistics, text: float) -> tuple[float, float]:
-    """Return how much a text and a vision token count so that text's share of the second moment is `text`, between 0 and 1.
+    """Return the weights of a text and a vision token such that text has the share `text`, from 0 to 1, of the total weight.
 
-    A token counts 1 on average. Where only one kind came every token counts the same.
+    The mean weight is 1 per token. All tokens have the weight 1 where there is only one modality.
     """
     if statistics.text is None or statistics.vision is None:
         return 1.0, 1.0
@@ -95,13 +97,13 @@ def share(statistics: InputStatistics, text: float) -> tuple[float, float]:
 
 @dataclass
 class _Sums:
-    """Sums of squared gradients per output channel, text and vision apart, and over how many tokens."""
+    """Sums of squared gradients per output channel, and counts of tokens, of text and vision."""
 
     squares: list[Tensor | None] = field(default_factory=lambda: [None, None])
     tokens: list[int] = field(default_factory=lambda: [0, 0])
 
     def add(self, gradient: Tensor, positions: Positions | None) -> None:
-        """Count gradients [..., out]; without positions every row is a vision token."""
+        """Add gradients [..., out]; without positions every row is a vision token."""
         rows = gradient.reshape(-1, gradient.shape[-1])
         if positions is None:
             self.add_rows(rows, vision=True)
@@ -110,7 +112,7 @@ class _Sums:
             self.add_rows(rows[positions.vision.to(rows.device)], vision=True)
 
     def add_rows(self, rows: Tensor, *, vision: bool) -> None:
-        """Count gradients [tokens, out] of tokens of one kind."""
+        """Add gradients [tokens, out] of tokens of one modality."""
         if rows.shape[0]:
             squares = rows.square().sum(dim=0).to(torch.float64)
             before = self.squares[vision]
@@ -127,27 +129,29 @@ class _Sums:
 
 
 def measure_sensitivity(
-    plan: WalkConfig, linears: Iterable[str], seed: int, advance: Callable[[int], None] = lambda blocks: None
+    config: WalkConfig, linears: Iterable[str], seed: int, advance: Callable[[int], None] = lambda blocks: None
 ) -> dict[str, Sensitivity]:
     """Return the sensitivity of linears of the decoder or its head, by their names in the model.
 
-    `seed` draws the labels; the same plan and seed give the same result. `advance` is called for each block, twice.
+    `seed` seeds the sampling of labels; the same settings and seed give the same result. `advance` is called twice for each block.
 
     Raises:
         CheckpointError: the family has no output head, weights cannot be used, or a linear is never called.
     """
     names = tuple(linears)
-    if plan.family.head is None:
+    if config.family.head is None:
         raise CheckpointError(
-            f"{plan.checkpoint.folder}: {plan.family.name} has no output head, so nothing tells what its predictions depend on; "
-            "give bits and balance as numbers"
+            f"{config.checkpoint.folder}: {config.family.name} has no output head, so nothing tells what its predictions depend "
+            "on; give bits and balance as numbers"
         )
-    return _Reverse(Replay(plan), plan.family.head, names, torch.Generator(plan.device).manual_seed(seed), advance).measure()
+    return _ReverseWalk(
+        Replay(config), config.family.head, names, torch.Generator(config.device).manual_seed(seed), advance
+    ).measure()
 
 
 @dataclass
-class _Reverse:
-    """One measurement; `gradients` are those at the output of the block the way back has come to, by batch."""
+class _ReverseWalk:
+    """One measurement; `gradients` are those at the output of the current block, by batch."""
 
     replay: Replay
     head: str
@@ -161,7 +165,7 @@ class _Reverse:
 
     @property
     def device(self) -> str:
-        return self.replay.plan.device
+        return self.replay.config.device
 
     def measure(self) -> dict[str, Sensitivity]:
         units = self.replay.decoder_units()
@@ -169,29 +173,29 @@ class _Reverse:
             self.calls[visit.name] = visit.calls
             self.advance(1)
             if visit.name == units[-1]:
-                self._begin(visit)
+                self._start(visit)
                 break
         for name in reversed(units):
-            self._back(name)
+            self._backward(name)
             self.advance(1)
         missing = [name for name in self.linears if name not in self.sums]
         if missing:
             raise CheckpointError(f"{missing[0]}: no calibration sample calls it; leave it out of the stage")
         return {name: self.sums[name].result(self.predicted) for name in self.linears}
 
-    def _begin(self, last: BlockVisit) -> None:
-        """Compute the gradients at the last block's output, with all that is left of the model in float32."""
+    def _start(self, last: BlockVisit) -> None:
+        """Compute the gradients at the last block's output, with the rest of the model in float32."""
         self.replay.model.float()
         weight = self._head_weight()
         for call in last.calls:
             with torch.no_grad():
-                output = last.module(*self._given(call.args), **self._given(call.kwargs))
-            leaf = _hidden((output,), {}).detach().requires_grad_()
-            hidden = self.replay.head_input(call.batch, {last.name: _with(output, leaf)})
+                output = last.module(*self._to_device(call.args), **self._to_device(call.kwargs))
+            leaf = _hidden_states((output,), {}).detach().requires_grad_()
+            hidden = self.replay.head_input(call.batch, {last.name: _replace_hidden_states(output, leaf)})
             positions = cast("Positions", call.positions)
             gradient = self._head_gradient(hidden.detach(), weight, positions)
             hidden.backward(gradient)
-            self.gradients[call.batch] = self.replay.host.keep(cast("Tensor", leaf.grad))
+            self.gradients[call.batch] = self.replay.host.offload(cast("Tensor", leaf.grad))
 
     def _head_weight(self) -> Tensor:
         reader = self.replay.reader
@@ -201,7 +205,7 @@ class _Reverse:
 
     @torch.no_grad()
     def _head_gradient(self, hidden: Tensor, weight: Tensor, positions: Positions) -> Tensor:
-        """Return the gradient, at the head's input [samples, tokens, hidden], of the loss of labels drawn from its predictions."""
+        """Return the gradient, at the head's input [samples, tokens, hidden], of the loss of labels sampled from its output."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         gradient = torch.zeros_like(rows)
         text = positions.text.to(rows.device).nonzero().squeeze(1)
@@ -211,7 +215,7 @@ class _Reverse:
         for chunk in torch.split(text, max(1, _HEAD_CHUNK // weight.shape[0])):
             error = nn.functional.linear(rows[chunk], weight, bias).softmax(dim=-1)
             noise = torch.empty_like(error).exponential_(generator=self.generator)
-            labels = (error / noise).argmax(dim=-1, keepdim=True)  # the first of competing exponential clocks: drawn as error says
+            labels = (error / noise).argmax(dim=-1, keepdim=True)  # a sample of softmax by the Gumbel-max trick, with exponentials
             error.scatter_(1, labels, error.gather(1, labels) - 1)
             if self.head in self.linears:
                 self._sums(self.head).add_rows(error, vision=False)
@@ -219,27 +223,29 @@ class _Reverse:
         self.predicted += len(text)
         return gradient.view(hidden.shape)
 
-    def _back(self, name: str) -> None:
-        """Carry every batch's gradient from a block's output to its input, and count it at the block's linears on the way."""
+    def _backward(self, name: str) -> None:
+        """Propagate every batch's gradient from a block's output to its input, and accumulate it at the block's linears."""
         module = self.replay.model.get_submodule(name)
         self.replay.reader.load(module, name, self.device)
         local = {linear.removeprefix(f"{name}."): linear for linear in self.linears if within(linear, name)}
         for call in self.calls.pop(name):
-            args, kwargs = self._given(call.args), self._given(call.kwargs)
-            given = _hidden(args, kwargs)
-            leaf = given.detach().requires_grad_()
-            with _Watch(module, local, self._counting(call.positions)), self._attention(), torch.enable_grad():
-                output = _hidden((module(*_swapped(args, given, leaf), **_swapped(kwargs, given, leaf)),), {})
+            args, kwargs = self._to_device(call.args), self._to_device(call.kwargs)
+            states = _hidden_states(args, kwargs)
+            leaf = states.detach().requires_grad_()
+            with _OutputGradients(module, local, self._accumulator(call.positions)), self._attention(), torch.enable_grad():
+                output = _hidden_states(
+                    (module(*_replace_tensor(args, states, leaf), **_replace_tensor(kwargs, states, leaf)),), {}
+                )
                 output.backward(self.gradients[call.batch].to(self.device))
-            self.gradients[call.batch] = self.replay.host.keep(cast("Tensor", leaf.grad))
+            self.gradients[call.batch] = self.replay.host.offload(cast("Tensor", leaf.grad))
         unload(module)
 
     def _attention(self) -> AbstractContextManager[object]:
-        """Choose an attention whose gradients are the same each time: CUDA's fused one adds them up in any order."""
+        """Return a context with deterministic attention gradients: CUDA's fused kernels accumulate them in any order."""
         cuda = torch.device(self.device).type == "cuda"
         return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if cuda else nullcontext()
 
-    def _counting(self, positions: Positions | None) -> Callable[[str, str, Tensor], None]:
+    def _accumulator(self, positions: Positions | None) -> Callable[[str, str, Tensor], None]:
         readers = self.replay.family.vision_readers
 
         def count(local: str, linear: str, gradient: Tensor) -> None:
@@ -251,13 +257,13 @@ class _Reverse:
     def _sums(self, linear: str) -> _Sums:
         return self.sums.setdefault(linear, _Sums())
 
-    def _given(self, tree: Any) -> Any:
-        """Bring a recorded call's tensors to the device, floats as float32."""
+    def _to_device(self, tree: Any) -> Any:
+        """Move a recorded call's tensors to the device, floats as float32."""
         return map_tensors(tree, lambda tensor: tensor.to(self.device, torch.float32 if tensor.is_floating_point() else None))
 
 
-class _Watch:
-    """Gives the gradients at the outputs of a module's linears (local name → name in the model) to `count` while it is active."""
+class _OutputGradients:
+    """Passes the gradients at the outputs of a module's linears (local name → name in the model) to `count` while it is active."""
 
     def __init__(self, module: nn.Module, linears: dict[str, str], count: Callable[[str, str, Tensor], None]) -> None:
         self._module = module
@@ -280,14 +286,14 @@ class _Watch:
         def watch(module: nn.Module, args: object, output: Tensor) -> None:
             del module, args
             if not output.requires_grad:
-                output.requires_grad_()  # it reads the images' states alone, which nothing here depends on
+                output.requires_grad_()  # it reads the image features alone, which need no gradient here
             output.register_hook(counted)
 
         return watch
 
 
-def _hidden(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden states among a block's arguments, or in what it returned."""
+def _hidden_states(args: Any, kwargs: dict[str, Any]) -> Tensor:
+    """Return the hidden states among a block's arguments, or in its output."""
     if "hidden_states" in kwargs:
         return kwargs["hidden_states"]
     tensors: list[Tensor] = []
@@ -295,10 +301,10 @@ def _hidden(args: Any, kwargs: dict[str, Any]) -> Tensor:
     return tensors[0]
 
 
-def _swapped(tree: Any, old: Tensor, new: Tensor) -> Any:
+def _replace_tensor(tree: Any, old: Tensor, new: Tensor) -> Any:
     return map_tensors(tree, lambda tensor: new if tensor is old else tensor)
 
 
-def _with(output: Any, leaf: Tensor) -> Any:
-    """Return what a block returned with its hidden states exchanged."""
-    return _swapped(output, _hidden((output,), {}), leaf)
+def _replace_hidden_states(output: Any, leaf: Tensor) -> Any:
+    """Return a block's output with its hidden states replaced."""
+    return _replace_tensor(output, _hidden_states((output,), {}), leaf)

@@ -1,4 +1,4 @@
-"""Weights from a checkpoint to a device and back to disk, one at a time, so that they are never all in memory."""
+"""Reading and writing of a checkpoint's weights tensor by tensor, so that they are never all in memory."""
 
 from __future__ import annotations
 
@@ -20,43 +20,48 @@ from compress.families import Family
 from compress.files import write_json
 
 SHARD_BYTES = 5_000_000_000
-"""The largest file a checkpoint is split into, in bytes."""
+"""The largest shard of a checkpoint, in bytes."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool, "U16": torch.uint16,
     "U32": torch.uint32, "U64": torch.uint64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-"""Types by the names that safetensors files carry."""
+"""Types by their names in safetensors files."""
 
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _COPY_CHUNK = 1 << 24
+"""Bytes copied at once."""
+
 _CHECK_CHUNK = 1 << 24
-_HEADER_SLACK = 160  # more than a header's entry takes beside the tensor's name
+"""Elements converted to float32 at once."""
+
+_HEADER_SLACK = 160
+"""More bytes than a header's entry takes beside the tensor's name."""
 
 
 class WeightReader:
-    """Gives a checkpoint's tensors by the names of the model's modules, each mapped from its file and checked to be finite."""
+    """Reads a checkpoint's tensors by their names in the model, each mapped from its file and checked to be finite."""
 
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         self.checkpoint = checkpoint
         self.disk_names = {family.module_name(name): name for name in checkpoint.tensors}
 
     def tensor(self, name: str, device: str = "cpu") -> Tensor:
-        """Return the tensor that the model calls `name`.
+        """Return the tensor with the name `name` in the model.
 
         Raises:
-            CheckpointError: there is none, or it holds NaN or infinite values.
+            CheckpointError: it is missing, or has NaN or infinite values.
         """
         if name not in self.disk_names:
             raise CheckpointError(f"{self.checkpoint.folder}: holds no tensor for the model's {name}; fetch the checkpoint again")
         return self.disk_tensor(self.disk_names[name], device)
 
     def disk_tensor(self, name: str, device: str = "cpu") -> Tensor:
-        """Return the tensor that the checkpoint calls `name`; on the CPU it stays a view of the file and must not be written to.
+        """Return the tensor with the name `name` on disk; on the CPU it is a view of the file and must not be modified.
 
         Raises:
-            CheckpointError: it holds NaN or infinite values.
+            CheckpointError: it has NaN or infinite values.
         """
         entry = self.checkpoint.tensors[name]
         tensor = map_tensor(entry).to(device)
@@ -65,16 +70,16 @@ class WeightReader:
         return tensor
 
     def load(self, module: nn.Module, prefix: str, device: str = "cpu") -> None:
-        """Give every parameter and kept buffer of the module called `prefix` its value from the checkpoint, in the module's type.
+        """Load every parameter and persistent buffer of the module `prefix` from the checkpoint, in the module's type.
 
         Raises:
             CheckpointError: a tensor is missing, has another shape than the module, or is not finite in its own or that type.
         """
         for name in module.state_dict():
-            self.put(module, name, f"{prefix}.{name}", device)
+            self.load_tensor(module, name, f"{prefix}.{name}", device)
 
-    def put(self, module: nn.Module, name: str, full: str, device: str = "cpu") -> None:
-        """Give one parameter or buffer of a module the value that the model calls `full`; raises as `load` does."""
+    def load_tensor(self, module: nn.Module, name: str, full: str, device: str = "cpu") -> None:
+        """Load one parameter or buffer of a module from the tensor with the name `full` in the model; raises as `load` does."""
         owner, _, leaf = name.rpartition(".")
         current = cast("Tensor", getattr(module.get_submodule(owner), leaf))
         value = self.tensor(full, device)
@@ -88,11 +93,11 @@ class WeightReader:
                 f"{self.checkpoint.folder}: {full} is {value.dtype} and overflows in {current.dtype}, the model's type; "
                 "convert the whole checkpoint to bfloat16 or float32"
             )
-        place(module, name, value)
+        set_tensor(module, name, value)
 
 
-def place(module: nn.Module, name: str, value: Tensor) -> None:
-    """Put `value`, in the type that is there, in place of the parameter or buffer `name` (dotted) of a module."""
+def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace the parameter or buffer `name` (dotted) of a module by `value`, in the type of the old one."""
     owner_name, _, leaf = name.rpartition(".")
     owner = module.get_submodule(owner_name)
     value = value.to(cast("Tensor", getattr(owner, leaf)).dtype)
@@ -103,13 +108,13 @@ def place(module: nn.Module, name: str, value: Tensor) -> None:
 
 
 def unload(module: nn.Module) -> None:
-    """Take the memory of a module's parameters and kept buffers away again; shapes and types stay."""
+    """Move a module's parameters and persistent buffers to the meta device: their memory is freed, shapes and types stay."""
     for name, current in list(module.state_dict(keep_vars=True).items()):
-        place(module, name, torch.empty_like(current, device="meta"))
+        set_tensor(module, name, torch.empty_like(current, device="meta"))
 
 
 def map_tensor(entry: TensorEntry) -> Tensor:
-    """Return a tensor on disk as a private mapping of just its bytes; the mapping ends with the tensor."""
+    """Return a tensor on disk as a private mapping of its bytes, which lives as long as the tensor."""
     dtype = DTYPES[entry.dtype]
     if entry.bytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
@@ -126,7 +131,7 @@ def map_tensor(entry: TensorEntry) -> Tensor:
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Return whether a tensor holds neither NaN nor infinite values."""
+    """Return whether a tensor has neither NaN nor infinite values."""
     if not tensor.is_floating_point():
         return True
     flat = tensor.reshape(-1)
@@ -134,24 +139,31 @@ def is_finite(tensor: Tensor) -> bool:
         flat.sum(dtype=torch.float32).isfinite()
     ):  # NaN and infinity both survive a sum, in one pass without a copy
         return True
-    return all(bool(part.float().isfinite().all()) for part in torch.split(flat, _CHECK_CHUNK))
+    return all(bool(chunk.float().isfinite().all()) for chunk in torch.split(flat, _CHECK_CHUNK))
 
 
 @dataclass
 class _Shard:
-    """A shard being written: its data in the order of arrival, each tensor's place in it, and the header's expected length."""
+    """A shard that is being written."""
 
     data: Path
-    places: dict[str, tuple[Tensor, int, int]] = field(default_factory=lambda: dict[str, tuple[Tensor, int, int]]())
+    """The temporary file of its data, in the order of arrival."""
+
+    entries: dict[str, tuple[Tensor, int, int]] = field(default_factory=lambda: dict[str, tuple[Tensor, int, int]]())
+    """Each tensor's type and shape (a meta tensor), and its first and last byte, exclusive, in `data`."""
+
     bytes: int = 0
+    """The length of `data`."""
+
     header: int = 0
+    """The largest length that the header can have."""
 
 
 class ShardWriter:
-    """Writes tensors, as they come, into a checkpoint's safetensors files; nothing is held back in memory.
+    """Writes tensors, in the order they are added, into a checkpoint's safetensors files, without buffering them in memory.
 
-    A shard's data goes to a temporary file; when all is there, header and data are put together, the widest types first (so
-    that every tensor is aligned), then by name. Use as a context manager: the files appear when it ends without an error.
+    A shard's data goes to a temporary file. At the end header and data are assembled, the widest types first (so that every tensor
+    is aligned), then by name. Use as a context manager: the files appear when it ends without an error.
     """
 
     def __init__(self, folder: Path, limit: int = SHARD_BYTES) -> None:
@@ -178,13 +190,13 @@ class ShardWriter:
         Raises:
             StoreError: the disk is full, or the name was added before.
         """
-        if any(name in shard.places for shard in self._shards):
+        if any(name in shard.entries for shard in self._shards):
             raise StoreError(f"{self.folder}: {name} is written twice; remove one of the two from the checkpoint")
         value = tensor.detach().contiguous()
         size = value.numel() * value.element_size()
         header = len(json.dumps(name)) + _HEADER_SLACK
         shard = self._shards[-1] if self._shards else None
-        if shard is None or (shard.places and shard.bytes + size + shard.header + header > self.limit):
+        if shard is None or (shard.entries and shard.bytes + size + shard.header + header > self.limit):
             shard = self._open()
         try:
             assert self._file is not None
@@ -192,7 +204,7 @@ class ShardWriter:
                 self._file.write(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise self._full(error, size) from error
-        shard.places[name] = (torch.empty_like(value, device="meta"), shard.bytes, shard.bytes + size)
+        shard.entries[name] = (torch.empty_like(value, device="meta"), shard.bytes, shard.bytes + size)
         shard.bytes += size
         shard.header += header
 
@@ -225,7 +237,7 @@ class ShardWriter:
             except OSError as error:
                 raise self._full(error, shard.bytes) from error
             shard.data.unlink()
-            weight_map |= dict.fromkeys(shard.places, name)
+            weight_map |= dict.fromkeys(shard.entries, name)
         if count > 1:
             total = sum(shard.bytes for shard in self._shards)
             index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
@@ -243,7 +255,7 @@ class ShardWriter:
 
 
 def _assemble(shard: _Shard, path: Path) -> None:
-    order = sorted(shard.places.items(), key=lambda item: (-item[1][0].element_size(), item[0]))
+    order = sorted(shard.entries.items(), key=lambda item: (-item[1][0].element_size(), item[0]))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, (tensor, start, end) in order:
@@ -270,7 +282,7 @@ def _assemble(shard: _Shard, path: Path) -> None:
 
 
 def _runs(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Join ranges that follow each other."""
+    """Merge adjacent ranges."""
     runs: list[tuple[int, int]] = []
     for start, end in ranges:
         if runs and runs[-1][1] == start:
@@ -281,7 +293,7 @@ def _runs(ranges: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
 
 
 def _copy_range(source: IO[bytes], target: IO[bytes], start: int, end: int) -> None:
-    """Copy bytes start to end to the target's end, inside the kernel where it can."""
+    """Append bytes start to end of the source to the target, inside the kernel where possible."""
     in_kernel = hasattr(os, "copy_file_range")
     while start < end:
         size = min(_COPY_CHUNK, end - start)
@@ -295,17 +307,17 @@ def _copy_range(source: IO[bytes], target: IO[bytes], start: int, end: int) -> N
             in_kernel = done > 0
         if not done:
             source.seek(start)
-            part = source.read(size)
-            target.write(part)
+            data = source.read(size)
+            target.write(data)
             target.flush()
-            done = len(part)
+            done = len(data)
             if not done:
                 raise OSError(errno.EIO, "the temporary file is shorter than what was written to it")
         start += done
 
 
 def sync_folder(folder: Path) -> None:
-    """Bring a folder's list of files to the disk."""
+    """Sync a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from compress.artifact import copy_side_files
 from compress.checkpoint import TensorEntry, open_checkpoint, read_header
-from compress.engine.attention import observing
+from compress.engine.attention import observe_cache_ranges
 from compress.engine.replay import BlockVisit, Replay
 from compress.engine.statistics import observe
-from compress.engine.weights import ShardWriter, WeightReader, map_tensor, place
+from compress.engine.weights import ShardWriter, WeightReader, map_tensor, set_tensor
 from compress.errors import CheckpointError, DataError
 from compress.families import Family, ScalePair, within
 from compress.files import telling_where, write_json
@@ -149,7 +149,7 @@ class BlockwiseQuantization:
                     self._visit(visit)
                     advance(1)
             except torch.OutOfMemoryError as error:
-                raise self.run.out_of_memory(replay.at) from error
+                raise self.run.out_of_memory(replay.current) from error
 
     def round_each(self) -> None:
         """Quantize every targeted linear on its own, without calibration samples."""
@@ -217,7 +217,7 @@ class BlockwiseQuantization:
 
     def _cache_scales(self, visit: BlockVisit) -> dict[str, Tensor]:
         """Return the scales of a decoder block's keys and values, computed by the quantized block."""
-        with observing(visit.module) as ranges:
+        with observe_cache_ranges(visit.module) as ranges:
             for call in visit.calls:
                 visit.run(call)
         if not visit.calls:
@@ -240,14 +240,14 @@ class BlockwiseQuantization:
             stored = read_linear(linear.disk_name, self.schemes[name], lambda key: tensors[key])
             weight = stored.dequantize(stored.scales.dtype).to(visit.device)
             local = relative(name, visit.name)
-            place(visit.module, f"{local}.weight".lstrip("."), weight)
+            set_tensor(visit.module, f"{local}.weight".lstrip("."), weight)
             if stored.scheme.activations is not None:
                 _quantize_inputs(visit.module.get_submodule(local), stored)
         quantized = {f"{self.linears[name].disk_name}.weight" for name in names}
         for local in visit.module.state_dict():
             disk_name = self.reader.disk_names[f"{visit.name}.{local}"]
             if disk_name in tensors and disk_name not in quantized:
-                place(visit.module, local, tensors[disk_name].to(visit.device))
+                set_tensor(visit.module, local, tensors[disk_name].to(visit.device))
 
     def _scale_pairs(self, unit: str) -> tuple[ScalePair, ...]:
         if within(unit, self.family.blocks):

@@ -193,7 +193,7 @@ class IntegerQuantizer(Quantizer):
     """A method that quantizes weights to integers, and activations only where a target says so."""
 
     bits: Literal[2, 3, 4, 8, "auto"]
-    """The width; `auto` chooses one of `widths` for each layer of the decoder (and head): the least predicted loss within `budget`."""
+    """The width; `auto` chooses one of `widths` per layer of the decoder (and head): the least predicted loss within `budget`."""
 
     group_size: GroupSize
 

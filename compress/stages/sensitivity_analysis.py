@@ -162,7 +162,7 @@ class BitAllocation:
                             write_json(self._path(visit.name), by_unit[visit.name])
                         advance(1)
                 except torch.OutOfMemoryError as error:
-                    raise self.run.out_of_memory(replay.at) from error
+                    raise self.run.out_of_memory(replay.current) from error
         for unit_losses in by_unit.values():
             losses |= unit_losses or {}
         return self.mixed_precision.choose(losses)

@@ -7,25 +7,25 @@ import torch
 from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from compress.engine.host import Host, map_tensors
+from compress.engine.host import HostMemory, map_tensors
 from compress.errors import StoreError
 
 
 def test_tensors_past_the_limit_go_to_scratch_files(tmp_path: Path) -> None:
-    host = Host(tmp_path, limit=100)
-    first, second, third = (host.keep(torch.full((16,), float(number))) for number in range(3))
+    host = HostMemory(tmp_path, limit=100)
+    first, second, third = (host.offload(torch.full((16,), float(number))) for number in range(3))
     assert host.resident == 64
     assert [tensor.tolist() for tensor in (first, second, third)] == [[float(number)] * 16 for number in range(3)]
     assert list(tmp_path.iterdir()) == []  # scratch files have no name
     del first
     assert host.resident == 0
-    assert host.keep(torch.ones(20)).sum() == 20
+    assert host.offload(torch.ones(20)).sum() == 20
 
 
 def test_what_is_kept_does_not_follow_its_source(tmp_path: Path) -> None:
     source = torch.zeros(4)
     for limit in (1000, 0):
-        kept = Host(tmp_path, limit).keep(source)
+        kept = HostMemory(tmp_path, limit).offload(source)
         source += 1
         assert not torch.equal(kept, source)
 
@@ -33,16 +33,16 @@ def test_what_is_kept_does_not_follow_its_source(tmp_path: Path) -> None:
 def test_a_slice_is_kept_as_one(tmp_path: Path) -> None:
     whole = torch.arange(60.0).view(2, 6, 5)
     for limit in (1000, 0):
-        host = Host(tmp_path, limit)
+        host = HostMemory(tmp_path, limit)
         for kept, strides in ((whole[:, 1:], (30, 5, 1)), (whole.transpose(0, 1), (5, 30, 1)), (whole[:, :1], (5, 5, 1))):
-            assert torch.equal(host.keep(kept), kept)
-            assert host.keep(kept).stride() == strides
-        assert host.keep(whole[0, 0].expand(3, 5)).stride() == (5, 1)
+            assert torch.equal(host.offload(kept), kept)
+            assert host.offload(kept).stride() == strides
+        assert host.offload(whole[0, 0].expand(3, 5)).stride() == (5, 1)
 
 
 def test_a_scratch_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match=r"gone: cannot be written .*; 16 bytes of activations"):
-        Host(tmp_path / "gone", limit=0).keep(torch.zeros(4))
+        HostMemory(tmp_path / "gone", limit=0).offload(torch.zeros(4))
 
 
 def test_every_container_is_mapped() -> None:
