@@ -33,10 +33,10 @@ def run(
     from rich.console import Console
 
     from compress.display import Display
-    from compress.runner import Places, run_recipe
+    from compress.runner import RunFolders, run_recipe
 
-    places = Places(runs=Path(runs), store=None if store is None else Path(store))
-    return run_recipe(Path(recipe), dict(set or {}), places, Display(Console(stderr=True)), fresh=fresh, force=force)
+    folders = RunFolders(runs=Path(runs), store=None if store is None else Path(store))
+    return run_recipe(Path(recipe), dict(set or {}), folders, Display(Console(stderr=True)), fresh=fresh, force=force)
 
 
 def evaluate(
@@ -59,8 +59,8 @@ def evaluate(
     from rich.console import Console
 
     from compress.display import Display
-    from compress.runner import Places, run_evaluation
+    from compress.runner import RunFolders, run_evaluation
 
-    places = Places(runs=Path(runs), store=None if store is None else Path(store))
+    folders = RunFolders(runs=Path(runs), store=None if store is None else Path(store))
     models = (str(against), [Path(artifact) for artifact in artifacts])
-    return run_evaluation(Path(by), dict(set or {}), models, places, Display(Console(stderr=True)), fresh=fresh)
+    return run_evaluation(Path(by), dict(set or {}), models, folders, Display(Console(stderr=True)), fresh=fresh)

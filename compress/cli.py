@@ -106,10 +106,10 @@ def _settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def _run(options: argparse.Namespace) -> int:
-    from compress.runner import Places, run_recipe
+    from compress.runner import RunFolders, run_recipe
     from compress.summary import show
 
-    places = Places(runs=options.runs, store=options.store)
+    places = RunFolders(runs=options.runs, store=options.store)
     report = run_recipe(options.recipe, _settings(options), places, _progress(), fresh=options.fresh, force=options.force)
     if options.json:
         print(report.to_json())
@@ -118,10 +118,10 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _eval(options: argparse.Namespace) -> int:
-    from compress.runner import Places, run_evaluation
+    from compress.runner import RunFolders, run_evaluation
     from compress.summary import show
 
-    places = Places(runs=options.runs, store=options.store)
+    places = RunFolders(runs=options.runs, store=options.store)
     models = (options.against, options.artifacts)
     report = run_evaluation(options.by, _settings(options), models, places, _progress(), fresh=options.fresh)
     if options.json:

@@ -1,12 +1,12 @@
-"""How a quantized linear lies on disk in a checkpoint between stages: compressed-tensors.
+"""The storage of quantized linears in a checkpoint between stages: compressed-tensors.
 
 Format: https://github.com/vllm-project/compressed-tensors. By the scheme, a linear `name` becomes
 - pack-quantized: `name.weight_packed` (int32, codes packed along the input), `name.weight_scale` [out, groups], `name.weight_shape`
   (int64) and, where its grid is asymmetric, `name.weight_zero_point` (int32, packed along the output);
 - int-quantized: `name.weight` (int8 [out, in]) and `name.weight_scale` [out, 1];
 - float-quantized: `name.weight` (float8 e4m3fn [out, in]) and `name.weight_scale`: [out, 1], [1], or one per block;
-the last two with `name.input_scale` [1] where the scale of the linear's input is fixed. Names are those on disk, without
-`.weight`. Nothing here imports torch before tensors are given.
+the last two with `name.input_scale` [1] where input activations have a static scale. Names are those on disk, without `.weight`.
+Torch is only imported by the functions that take or return tensors.
 """
 
 from __future__ import annotations
@@ -46,16 +46,23 @@ __all__ = [
 
 _PACKED, _SCALE, _SHAPE, _ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 _WEIGHT, _INPUT_SCALE = "weight", "input_scale"
-_PARTS = (_PACKED, _SCALE, _SHAPE, _ZERO_POINT, _WEIGHT, _INPUT_SCALE)
+_SUFFIXES = (_PACKED, _SCALE, _SHAPE, _ZERO_POINT, _WEIGHT, _INPUT_SCALE)
 _SHAPE_BYTES = 16
+"""Two int64."""
+
 _MATRIX = 2
 _INPUT_SCALE_BYTES = 4
+"""A float32."""
+
 _CODE_TYPES = ("I8", "F8_E4M3")
+"""The types of unpacked codes, as safetensors names them."""
+
 _SIGN = 128
+"""The zero point of 8-bit codes: code ^ 128 converts between uint8 and int8."""
 
 
 def packed_bytes(shape: tuple[int, int], scheme: Scheme, scale_bytes: int = 2) -> int:
-    """Return the bytes a linear [out, in] takes on disk, all of its tensors together; `scale_bytes` per scale."""
+    """Return the size on disk of a linear [out, in], all of its tensors together, with `scale_bytes` per scale."""
     rows, columns = shape
     scales = scheme.scale_rows(rows) * scheme.groups(columns) * scale_bytes
     if scheme.format != "pack-quantized":
@@ -65,7 +72,7 @@ def packed_bytes(shape: tuple[int, int], scheme: Scheme, scale_bytes: int = 2) -
 
 
 def pack_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the tensors that stand for the linear `name` on disk."""
+    """Return the tensors on disk of the linear `name`."""
     import torch
 
     from compress.numerics.packing import pack_words
@@ -83,7 +90,7 @@ def pack_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     codes = weight.codes.contiguous()
     tensors = {
         f"{name}.{_WEIGHT}": codes if scheme.type == "float" else (codes ^ _SIGN).view(torch.int8),
-        f"{name}.{_SCALE}": scales.view(1) if scheme.block_rows == -1 else scales,
+        f"{name}.{_SCALE}": scales.view(1) if scheme.strategy == "tensor" else scales,
     }
     if weight.input_scale is not None:
         tensors[f"{name}.{_INPUT_SCALE}"] = weight.input_scale.to(torch.float32).view(1)
@@ -92,20 +99,23 @@ def pack_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A matrix [rows, columns] of integers whose codes are as they lie on disk: int32 `words` [rows, words].
-
-    `scales` and uint8 `zero_points` are [rows, groups].
-    """
+    """A quantized weight [rows, columns] of integers whose codes are still packed."""
 
     rows: int
     columns: int
+
     words: Tensor
+    """int32 [rows, words]."""
+
     scales: Tensor
+    """[rows, groups]."""
+
     zero_points: Tensor
+    """uint8 [rows, groups]."""
 
 
 def read_packed(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> PackedLinear:
-    """Return a linear that is pack-quantized, its codes still packed; `read` gives a tensor by its name on disk.
+    """Return a pack-quantized linear without unpacking its codes; `read` returns a tensor by its name on disk.
 
     Raises:
         CheckpointError: the tensors do not fit each other or the scheme.
@@ -130,7 +140,7 @@ def read_packed(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> Pac
 
 
 def read_linear(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> QuantizedWeight:
-    """Return the codes, scales and zero points of the linear `name`; `read` gives a tensor by its name on disk.
+    """Return the quantized weight of the linear `name`; `read` returns a tensor by its name on disk.
 
     Raises:
         CheckpointError: the tensors do not fit each other or the scheme.
@@ -140,10 +150,10 @@ def read_linear(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> Qua
 
     if scheme.format != "pack-quantized":
         return _read_unpacked(name, scheme, read)
-    found = read_packed(name, scheme, read)
-    own = replace(scheme, group_size=found.columns // found.scales.shape[1])
-    codes = unpack_words(found.words, scheme.bits, found.columns)
-    return QuantizedWeight(codes, found.scales, found.zero_points, own)
+    packed = read_packed(name, scheme, read)
+    resolved = replace(scheme, group_size=packed.columns // packed.scales.shape[1])
+    codes = unpack_words(packed.words, scheme.bits, packed.columns)
+    return QuantizedWeight(codes, packed.scales, packed.zero_points, resolved)
 
 
 def _read_unpacked(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> QuantizedWeight:
@@ -166,30 +176,30 @@ def _read_unpacked(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> 
     if scheme.type == "float":
         return QuantizedWeight(codes, scales, None, scheme, input_scale)
     zero_points = torch.full_like(scales, _SIGN, dtype=torch.uint8)
-    own = replace(scheme, group_size=columns // expected[1])
-    return QuantizedWeight(codes.view(torch.uint8) ^ _SIGN, scales, zero_points, own, input_scale)
+    resolved = replace(scheme, group_size=columns // expected[1])
+    return QuantizedWeight(codes.view(torch.uint8) ^ _SIGN, scales, zero_points, resolved, input_scale)
 
 
 def linear_tensors(name: str) -> tuple[str, ...]:
-    """Return the names of the tensors that may stand for the quantized linear `name`."""
-    return tuple(f"{name}.{suffix}" for suffix in _PARTS)
+    """Return the names of all tensors that a quantized linear `name` can have on disk."""
+    return tuple(f"{name}.{suffix}" for suffix in _SUFFIXES)
 
 
 def kv_cache_tensors(attention: str, key_scale: Tensor, value_scale: Tensor) -> dict[str, Tensor]:
-    """Return the tensors that hold the scales of the keys and values which the module `attention` (its name on disk) caches."""
+    """Return the tensors on disk of the scales of cached keys and values of the module `attention` (its name on disk)."""
     import torch
 
     scales = {"k_scale": key_scale, "v_scale": value_scale}
-    return {f"{attention}.{part}": scale.to(torch.float32).view(1) for part, scale in scales.items()}
+    return {f"{attention}.{suffix}": scale.to(torch.float32).view(1) for suffix, scale in scales.items()}
 
 
 def has_kv_scales(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint holds scales of keys and values."""
+    """Return whether a checkpoint has scales of cached keys and values."""
     return any(name.endswith((".k_scale", ".v_scale")) for name in checkpoint.tensors)
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:
-    """Return whether a config.json says that weights are quantized."""
+    """Return whether a config.json describes quantized weights."""
     return bool(config.get("quantization_config"))
 
 
@@ -197,7 +207,7 @@ def quantized_linears(checkpoint: Checkpoint) -> dict[str, Scheme]:
     """Return the scheme of every quantized linear of a checkpoint, by its name on disk; empty where nothing is quantized.
 
     Raises:
-        CheckpointError: it is quantized in another way than this package writes.
+        CheckpointError: it is quantized in a format that this package does not read.
     """
     config = checkpoint.config.get("quantization_config")
     if not config:
@@ -213,13 +223,13 @@ def quantized_linears(checkpoint: Checkpoint) -> dict[str, Scheme]:
 
 
 def quantized_names(checkpoint: Checkpoint) -> list[str]:
-    """Return the names on disk of the linears whose weights are codes of compressed-tensors, in whatever format of it."""
+    """Return the names on disk of the linears whose weights are quantized in any format of compressed-tensors."""
     names: list[str] = []
     for name, entry in checkpoint.tensors.items():
-        owner, _, part = name.rpartition(".")
-        codes = part == _WEIGHT and entry.dtype in _CODE_TYPES and f"{owner}.{_SCALE}" in checkpoint.tensors
-        if part == _PACKED or codes:
-            names.append(owner)
+        linear, _, suffix = name.rpartition(".")
+        unpacked = suffix == _WEIGHT and entry.dtype in _CODE_TYPES and f"{linear}.{_SCALE}" in checkpoint.tensors
+        if suffix == _PACKED or unpacked:
+            names.append(linear)
     return names
 
 
@@ -227,10 +237,10 @@ def linear_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     """Return [out, in] of a linear by its name on disk, quantized or not; read without torch.
 
     Raises:
-        CheckpointError: it is no matrix, or the tensor that gives its shape is missing.
+        CheckpointError: it is no matrix, or the tensor with its shape is missing.
     """
-    if (whole := checkpoint.tensors.get(f"{name}.{_WEIGHT}")) and len(whole.shape) == _MATRIX:
-        rows, columns = whole.shape
+    if (weight := checkpoint.tensors.get(f"{name}.{_WEIGHT}")) and len(weight.shape) == _MATRIX:
+        rows, columns = weight.shape
         return rows, columns
     entry = checkpoint.tensors.get(f"{name}.{_SHAPE}")
     if entry is None or entry.bytes != _SHAPE_BYTES:
@@ -242,16 +252,16 @@ def linear_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
 
 
 def unquantized_linears(checkpoint: Checkpoint, family: Family, quantized: Iterable[str]) -> list[str]:
-    """Return the names on disk of the linears that stay as they are: all matrices but the embeddings, and a head that is tied."""
-    taken = set(quantized)
+    """Return the names on disk of the linears that are not quantized: matrices except the embeddings, and a tied head."""
+    quantized_set = set(quantized)
     names = [
         name.removesuffix(".weight")
         for name, entry in checkpoint.tensors.items()
         if name.endswith(".weight") and len(entry.shape) == 2 and family.module_name(name) != f"{family.embeddings}.weight"
     ]
-    if family.head is not None and family.head not in {family.module_name(name) for name in [*names, *taken]}:
+    if family.head is not None and family.head not in {family.module_name(name) for name in [*names, *quantized_set]}:
         names.append(family.head)
-    return sorted(name for name in names if name not in taken)
+    return sorted(name for name in names if name not in quantized_set)
 
 
 def _words(codes: int, bits: int) -> int:

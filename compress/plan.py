@@ -1,4 +1,4 @@
-"""The plan: what a run of a recipe would do, step by step, each with the key its output is stored under; made without torch."""
+"""The plan of a run: its steps, each with the key of its output in the store, predicted sizes and notes; made without torch."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ from compress.hub import ModelPin, open_pinned, resolve_model, weights_notes
 from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.output_head import check_head, head_notes
-from compress.places import check_places
 from compress.plan_data import count_items
 from compress.plan_notes import export_notes, kernels, outlook_notes, power, size_notes, tokenizer_notes, unmeasured
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
+from compress.publish_folders import check_publish_folders
 from compress.quantization_config import Product, foreign_format, products_in, products_of
 from compress.recipe import Recipe, read_evaluation, read_recipe
 from compress.runtimes import RUNTIMES
@@ -41,57 +41,71 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Plan:
-    """A recipe with everything it reads pinned, its steps in the order they run, and what one should know of what it makes.
-
-    `source_notes` are those of `notes` that are about the original as it is. `power` says what the tasks' items can show, and which
-    are not measured. `given` are artifacts that are there already, by their names; where there are any, the recipe makes none.
-    `items` is how many items each task asks whose data could be read, `gate_notes` which limits of the gate cannot be kept,
-    `warnings` what is wrong with artifacts that are given, `unfit` why this machine cannot measure what is to be measured.
-    """
+    """A recipe with its inputs pinned, its steps in the order they run, and notes on the expected results."""
 
     recipe: Recipe
     model: ModelPin
     source_digest: str
     family: Family
     device: str
+
     sets: tuple[DataPin, ...]
+    """The data of the calibration sets."""
+
     tasks: tuple[DataPin | None, ...]
+    """The data of the tasks; None for tasks without."""
+
     steps: tuple[Step, ...]
     notes: tuple[str, ...] = ()
+
     source_notes: tuple[str, ...] = ()
-    given: Mapping[str, Path] = field(default_factory=lambda: dict[str, Path]())
+    """Those of `notes` that concern the original model."""
+
+    existing: Mapping[str, Path] = field(default_factory=lambda: dict[str, Path]())
+    """Existing artifacts to measure, by name; empty where the recipe makes them."""
+
     power: tuple[str, ...] = ()
+    """The statistical power of the tasks, and tasks that are not measured."""
+
     items: Mapping[str, int] = field(default_factory=lambda: dict[str, int]())
+    """The number of items of each task whose data could be read."""
+
     gate_notes: tuple[str, ...] = ()
+    """Limits of the gate that cannot be met."""
+
     warnings: tuple[str, ...] = ()
+    """Warnings about existing artifacts and the recipe's keys."""
+
     unfit: tuple[str, ...] = ()
+    """Reasons why this machine cannot run the measurements."""
 
     @property
     def artifacts(self) -> list[str]:
-        """The names of what is measured beside the original: what is exported, or was given."""
-        return list(self.given) or [export.artifact for export in self.recipe.export]
+        """The names of the artifacts that are measured: exports, or existing ones."""
+        return list(self.existing) or [export.artifact for export in self.recipe.export]
 
-    def artifacts_at(self, place: int) -> list[str]:
-        """Return the names of what is measured at one of the recipe's places: what its runtime runs."""
-        measured = [step.artifact for step in self.steps if step.kind == "measure" and step.place == place]
+    def artifacts_at(self, target_index: int) -> list[str]:
+        """Return the names of the artifacts that are measured on a target: those that its runtime runs."""
+        measured = [step.artifact for step in self.steps if step.kind == "measure" and step.target_index == target_index]
         return [name for name in measured if name != ORIGINAL]
 
-    def measured(self, place: int, artifact: str) -> Step:
-        """Return the step that measures an artifact, or the original, at one of the recipe's places."""
-        return next(step for step in self.steps if step.kind == "measure" and (step.place, step.artifact) == (place, artifact))
+    def measured(self, target_index: int, artifact: str) -> Step:
+        """Return the step that measures an artifact, or the original, on a target."""
+        steps = (step for step in self.steps if step.kind == "measure")
+        return next(step for step in steps if (step.target_index, step.artifact) == (target_index, artifact))
 
     def sources_of(self, step: Step) -> list[Step]:
-        """Return the steps whose outputs a stage or an export is computed from; none of the original as it was published."""
+        """Return the steps whose outputs a stage or an export reads; none where it reads the published model."""
         stages = [other for other in self.steps if other.kind == "stage"]
-        before = stages[: step.position if step.kind == "stage" else len(stages)][-1:]
-        before = before or [other for other in self.steps if other.kind == "convert"]
+        sources = stages[: step.position if step.kind == "stage" else len(stages)][-1:]
+        sources = sources or [other for other in self.steps if other.kind == "convert"]
         if step.kind == "stage" and self.recipe.stages[step.position].calibrated:
-            before += [other for other in self.steps if other.kind == "calibration"]
-        return before
+            sources += [other for other in self.steps if other.kind == "calibration"]
+        return sources
 
     @property
     def digests(self) -> dict[str, str]:
-        """The digests of the original and of each task with its data: figures of equal ones can be compared between runs."""
+        """The digests of the original and of each task with its data; results with equal digests are comparable between runs."""
         tasks = {
             task.name: digest_of(task.settings(), None if pin is None else pin.digest)
             for task, pin in zip(self.recipe.eval.tasks, self.tasks, strict=True)
@@ -104,12 +118,12 @@ class Plan:
         return {step.name: step for step in self.steps}
 
     def summary(self, store: Store) -> dict[str, Any]:
-        """Return the plan as `plan.json` holds it."""
+        """Return the content of `plan.json`."""
         steps = [
             {
                 "step": step.name,
                 "key": step.key,
-                "cached": bool(store.find(step.key, _unheard)),
+                "cached": bool(store.find(step.key, _ignore_warning)),
                 "expected_bytes": step.expected_bytes,
             }
             for step in self.steps
@@ -128,51 +142,51 @@ class Plan:
         }
 
 
-def _unheard(message: str) -> None:
-    """Take a warning that belongs to a run, not to a plan."""
+def _ignore_warning(message: str) -> None:
+    """Discard a warning of the store: the run repeats it."""
     del message
 
 
 def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
-    """Read a recipe, pin what it reads, and check its stages and exports against the model's own shapes.
+    """Read a recipe, pin its inputs, and check its stages and exports against the model's shapes.
 
     Raises:
-        RecipeError: the recipe is at fault, or asks for what this model cannot hold; every fault at once.
+        RecipeError: the recipe is at fault, or does not fit the model; every fault at once.
         CheckpointError, DataError, MissingError: the model or data cannot be read.
-        StoreError: the place to publish to cannot be written, or holds something else.
+        StoreError: the folder to publish to cannot be written, or has other files.
     """
     plan = _plan(*read_recipe(path, settings), store, {})
     if plan.recipe.publish:
-        check_places(Path(plan.recipe.publish.to), plan.recipe.name, plan.artifacts, store.fingerprint)
+        check_publish_folders(Path(plan.recipe.publish.to), plan.recipe.name, plan.artifacts, store.fingerprint)
     return plan
 
 
 def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, artifacts: Sequence[Path], original: str) -> Plan:
-    """Plan to measure and judge artifacts that are there against an original, by the tasks and the gate of a recipe.
+    """Plan the evaluation of existing artifacts against an original, by the tasks and the gate of a recipe.
 
     Raises:
-        RecipeError: the recipe is at fault, or asks for what this model cannot do; every fault at once.
+        RecipeError: the recipe is at fault, or does not fit the model; every fault at once.
         CheckpointError, DataError, MissingError: a model or data cannot be read.
         UsageError: two artifacts have one name.
     """
-    given: dict[str, Path] = {}
+    existing: dict[str, Path] = {}
     for folder in (artifact.expanduser().resolve() for artifact in artifacts):
-        if folder.name in (*given, ORIGINAL):
+        if folder.name in (*existing, ORIGINAL):
             raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
         if artifact_format(folder) == "vllm":
             check_words(open_checkpoint(folder))
-        given[folder.name] = folder
-    recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in given.items()})
-    plan = _plan(recipe, document, store, given)
+        existing[folder.name] = folder
+    recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in existing.items()})
+    plan = _plan(recipe, document, store, existing)
     _check_graphs(plan)
     return replace(
-        plan, warnings=(*plan.warnings, *(line for folder in given.values() for line in warnings_of(folder, plan.family)))
+        plan, warnings=(*plan.warnings, *(line for folder in existing.values() for line in warnings_of(folder, plan.family)))
     )
 
 
 def _check_graphs(plan: Plan) -> None:
-    """Check the files of artifacts that are graphs before anything is measured, where there is what reads them."""
-    graphs = [folder for folder in plan.given.values() if artifact_format(folder) != "vllm"]
+    """Check the files of existing ONNX artifacts before anything is measured, where the `onnx` package is installed."""
+    graphs = [folder for folder in plan.existing.values() if artifact_format(folder) != "vllm"]
     if not graphs or find_spec("onnx") is None:
         return
     from compress.onnx_files import check_artifact
@@ -181,7 +195,7 @@ def _check_graphs(plan: Plan) -> None:
         check_artifact(folder, plan.family)
 
 
-def _plan(recipe: Recipe, document: RecipeDocument, store: Store, given: Mapping[str, Path]) -> Plan:
+def _plan(recipe: Recipe, document: RecipeDocument, store: Store, existing: Mapping[str, Path]) -> Plan:
     source = recipe.model
     pin = resolve_model(source.source, source.hub, source.revision)
     checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle, trust_remote_code=source.trust_remote_code)
@@ -194,10 +208,10 @@ def _plan(recipe: Recipe, document: RecipeDocument, store: Store, given: Mapping
     if faults := [*_task_faults(recipe, document, family), *_length_faults(recipe, document, pin.config)]:
         raise RecipeError(faults)
     sizes = _check(recipe, document, checkpoint, family) if checkpoint else Sizes({}, {})
-    planner = Planner(recipe, pin, store, sizes, given)
+    planner = Planner(recipe, pin, store, sizes, existing)
     items = count_items(recipe.eval.tasks, planner.tasks)
     steps = planner.steps()
-    unfit, kernel_notes = kernels(recipe, _products(recipe, sizes, given))
+    unfit, kernel_notes = kernels(recipe, _products(recipe, sizes, existing))
     return Plan(
         recipe=recipe,
         model=pin,
@@ -209,7 +223,7 @@ def _plan(recipe: Recipe, document: RecipeDocument, store: Store, given: Mapping
         steps=steps,
         notes=(*document.notes, *source_notes, *sizes.notes, *kernel_notes),
         source_notes=source_notes,
-        given=given,
+        existing=existing,
         power=(*power(recipe, items), *unmeasured(recipe)),
         items=items,
         gate_notes=sizes.gate_notes,
@@ -218,33 +232,35 @@ def _plan(recipe: Recipe, document: RecipeDocument, store: Store, given: Mapping
     )
 
 
-def _products(recipe: Recipe, sizes: Sizes, given: Mapping[str, Path]) -> dict[str, frozenset[Product]]:
-    """Return what each artifact needs kernels for in vLLM; graphs bring operators of their own."""
-    if given:
-        return {name: products_in(read_config(folder)) for name, folder in given.items() if artifact_format(folder) == "vllm"}
+def _products(recipe: Recipe, sizes: Sizes, existing: Mapping[str, Path]) -> dict[str, frozenset[Product]]:
+    """Return the matrix products that each artifact needs vLLM's kernels for; ONNX graphs have operators of their own."""
+    if existing:
+        return {name: products_in(read_config(folder)) for name, folder in existing.items() if artifact_format(folder) == "vllm"}
     return {export.artifact: sizes.products for export in recipe.export if export.format == "vllm"}
 
 
 def _check(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, family: Family) -> Sizes:
-    """Ask every stage and export whether it can be done, and how large its result will be."""
+    """Check every stage and export against the checkpoint, and predict the sizes of their results."""
     faults: list[str] = []
     stages: dict[int, int] = {}
     schemes: dict[str, Scheme] | None = {}
     possible: list[dict[str, Scheme]] = [{}]
     for position, stage in enumerate(recipe.stages):
-        found = stage.check(checkpoint, family)
-        if stage.reads_images(family) and not _shows_images(recipe):
-            found.append(
+        stage_faults = stage.check(checkpoint, family)
+        if stage.reads_images(family) and not _calibrates_with_images(recipe):
+            stage_faults.append(
                 f"{stage.stage} observes layers of {family.name} that only images reach, and calibration.sets has none; add a set "
                 "of questions about images (dataset: vqa)"
             )
         if any(possible):
-            found = [f"the stage before it quantizes already, and {stage.stage} needs weights that are not; remove one of the two"]
-        faults += _placed(document, ("stages", position), found)
-        if not found:
-            size, made = stage.predict_bytes(checkpoint, family), stage.schemes(checkpoint, family)
+            stage_faults = [
+                f"the stage before it quantizes already, and {stage.stage} needs weights that are not; remove one of the two"
+            ]
+        faults += _located(document, ("stages", position), stage_faults)
+        if not stage_faults:
+            size, stage_schemes = stage.predict_bytes(checkpoint, family), stage.schemes(checkpoint, family)
             stages |= {} if size is None else {position: size}
-            schemes = _joined(schemes, made)
+            schemes = _schemes_after(schemes, stage_schemes)
             possible = stage.possible_schemes(checkpoint, family) if schemes is None else [schemes]
     if faults:
         raise RecipeError(faults)
@@ -252,8 +268,8 @@ def _check(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, fam
     outlooks = [Outlook(checkpoint, family, each, kv_cache) for each in possible]
     exports: dict[int, int] = {}
     for position, export in enumerate(recipe.export):
-        found = list(dict.fromkeys(fault for outlook in outlooks for fault in export.check(outlook)))
-        faults += _placed(document, ("export", position), found)
+        export_faults = list(dict.fromkeys(fault for outlook in outlooks for fault in export.check(outlook)))
+        faults += _located(document, ("export", position), export_faults)
         if not faults and schemes is not None:
             exports[position] = export.predict_bytes(outlooks[0])
     if faults:
@@ -263,26 +279,26 @@ def _check(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, fam
     return Sizes(stages, exports, notes, size_notes(recipe, checkpoint, exports), products)
 
 
-def _shows_images(recipe: Recipe) -> bool:
+def _calibrates_with_images(recipe: Recipe) -> bool:
     return recipe.calibration is None or any(isinstance(data, QuestionSource) for data in recipe.calibration.sets)
 
 
 def _task_faults(recipe: Recipe, document: RecipeDocument, family: Family) -> list[str]:
-    """Return which tasks, and what else is measured, ask what the model does not do, or the runtime does not offer of it."""
-    writes = family.head is not None
+    """Return the faults of tasks and latency that the model or a runtime does not support."""
+    generates = family.head is not None
     faults: list[str] = []
-    if recipe.eval.latency is not None and not writes:
+    if recipe.eval.latency is not None and not generates:
         where = document.whereabouts(("eval", "latency"))
         faults.append(
             f"{where}: eval.latency: is measured of answers, and {family.name} compares images with texts and writes none; leave "
             "it out"
         )
     for position, task in enumerate(recipe.eval.tasks):
-        place = ("eval", "tasks", position)
-        where = f"{document.whereabouts(place)}: {dotted(place)}"
-        if writes != (task.needs != "comparison"):
-            does, instead = ("writes text", "vqa or perplexity") if writes else ("compares images with texts", "zero-shot")
-            faults.append(f"{where}: {family.name} {does}, which {task.task} does not measure; use {instead}")
+        key = ("eval", "tasks", position)
+        where = f"{document.whereabouts(key)}: {dotted(key)}"
+        if generates != (task.needs != "comparison"):
+            does, alternative = ("writes text", "vqa or perplexity") if generates else ("compares images with texts", "zero-shot")
+            faults.append(f"{where}: {family.name} {does}, which {task.task} does not measure; use {alternative}")
             continue
         for target in recipe.eval.places:
             runtime = target.runtime
@@ -298,30 +314,30 @@ def _task_faults(recipe: Recipe, document: RecipeDocument, family: Family) -> li
 
 
 def _length_faults(recipe: Recipe, document: RecipeDocument, config: Mapping[str, Any]) -> list[str]:
-    """Return which runtimes cannot take as many tokens as the recipe says, or as its tasks' windows have."""
+    """Return the faults of runtimes whose context is shorter than the recipe's settings or its tasks' windows."""
     windows = (getattr(task, "window", None) for task in recipe.eval.tasks)
     longest = max((window for window in windows if isinstance(window, int)), default=0)
     faults: list[str] = []
     for position, target in enumerate(recipe.eval.places):
-        place = ("eval", "runtime") if recipe.eval.targets is None else ("eval", "targets", position)
-        where = f"{document.whereabouts(place)}: {dotted(place)}"
+        key = ("eval", "runtime") if recipe.eval.targets is None else ("eval", "targets", position)
+        where = f"{document.whereabouts(key)}: {dotted(key)}"
         faults += [f"{where}: {fault}" for fault in target.runtime.length_faults(config, longest)]
     return faults
 
 
-def _remedy(recipe: Recipe, does: Callable[[type[Runtime]], bool]) -> str:
-    """Return which runtimes do what is asked and run what is exported."""
-    known = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
-    found = [name for name in sorted(known, reverse=True) if does(known[name])]
+def _remedy(recipe: Recipe, supports: Callable[[type[Runtime]], bool]) -> str:
+    """Return the sentence that names the runtimes which support a need and run the exported formats."""
+    runtimes = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
+    supporting = [name for name in sorted(runtimes, reverse=True) if supports(runtimes[name])]
     formats = sorted({export.format for export in recipe.export})
-    run = [name for name in found if not formats or any(name in export.runtimes for export in recipe.export)]
-    if run:
-        return f"set eval.runtime to {' or '.join(run)}"
-    return f"what does ({', '.join(found)}) runs no {' or '.join(formats)}; use another format, or leave the task out"
+    usable = [name for name in supporting if not formats or any(name in export.runtimes for export in recipe.export)]
+    if usable:
+        return f"set eval.runtime to {' or '.join(usable)}"
+    return f"what does ({', '.join(supporting)}) runs no {' or '.join(formats)}; use another format, or leave the task out"
 
 
 def notes_of(plan: Plan, folder: Path) -> tuple[str, ...]:
-    """Return what one should know of the exports of the checkpoint that the last stage wrote to `folder`."""
+    """Return the notes on the exports of the checkpoint that the last stage wrote to `folder`."""
     checkpoint = open_checkpoint(folder)
     if foreign_format(checkpoint.config):
         return plan.notes
@@ -329,23 +345,23 @@ def notes_of(plan: Plan, folder: Path) -> tuple[str, ...]:
     return export_notes(plan.recipe, outlook)
 
 
-def _joined(before: dict[str, Scheme] | None, made: dict[str, Scheme] | None) -> dict[str, Scheme] | None:
-    """Return how the linears are held after a stage; None where only the run can tell.
+def _schemes_after(before: dict[str, Scheme] | None, added: dict[str, Scheme] | None) -> dict[str, Scheme] | None:
+    """Return the schemes of the linears after a stage; None where only the run can tell.
 
-    A stage that quantizes needs weights that are not, so that what it makes is known whatever ran before.
+    A stage quantizes unquantized weights only, so that its schemes are known whatever ran before.
     """
-    if made is None or (before is None and not made):
+    if added is None or (before is None and not added):
         return None
-    return {**(before or {}), **made}
+    return {**(before or {}), **added}
 
 
-def _placed(document: RecipeDocument, place: tuple[str | int, ...], faults: list[str]) -> list[str]:
-    where = f"{document.whereabouts(place)}: {place[0]}.{place[1]}"
+def _located(document: RecipeDocument, key: tuple[str | int, ...], faults: list[str]) -> list[str]:
+    where = f"{document.whereabouts(key)}: {key[0]}.{key[1]}"
     return [f"{where}: {fault}" for fault in faults]
 
 
 def show(plan: Plan, store: Store, console: Console) -> None:
-    """Print the plan: what each step would do, and what is there already."""
+    """Print the plan: its steps, which of their outputs are cached, warnings and notes."""
     from compress.figures import size
 
     summary = plan.summary(store)

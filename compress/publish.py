@@ -12,8 +12,8 @@ from compress.artifact import RECORD, ArtifactFormat, artifact_format, folder_di
 from compress.checkpoint import read_json_object
 from compress.errors import StoreError
 from compress.files import write_text
-from compress.places import place_of, replacing
 from compress.progress import Progress
+from compress.publish_folders import publish_folder, replace_folder
 from compress.report import Published, Report, Row, checks_of, fidelity_table, table
 from compress.schema import is_local
 from compress.tabular import markdown
@@ -25,18 +25,18 @@ _LICENCE = ("license", "license_name", "license_link")
 
 
 def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: Progress) -> tuple[Published, ...]:
-    """Copy each artifact to `to/<recipe>/<artifact>` with its card and record; what stood there before is replaced whole.
+    """Copy each artifact to `to/<recipe>/<artifact>` with its card and record; an artifact published there before is replaced.
 
     Raises:
-        StoreError: the place cannot be written, or holds something that was not published by this program.
+        StoreError: the folder cannot be written, or has something that was not published by this program.
     """
     published: list[Published] = []
     with progress.task("publishing", total=len(artifacts), unit="artifacts") as advance:
         for name, folder in artifacts.items():
-            place = place_of(to, report.name, name)
-            with replacing(place) as copy:
+            target = publish_folder(to, report.name, name)
+            with replace_folder(target) as copy:
                 _fill(copy, folder, name, report)
-            published.append(Published(artifact=name, path=str(place), forced=report.gate.verdict != "pass"))
+            published.append(Published(artifact=name, path=str(target), forced=report.gate.verdict != "pass"))
             advance(1)
     return tuple(published)
 
@@ -45,35 +45,38 @@ def _fill(copy: Path, folder: Path, name: str, report: Report) -> None:
     """Copy an artifact, and write its card and record."""
     shutil.copytree(folder, copy, dirs_exist_ok=True)
     record = read_json_object(copy / RECORD)
-    _check_whole(copy, record, folder)
+    _check_unchanged(copy, record, folder)
     write_text(copy / _CARD, card(report, name))
     record |= {"recipe": report.recipe, "gate": report.gate.model_dump(mode="json"), "hardware": report.hardware}
     write_record(copy, {**record, "git_commit": source_commit()})
 
 
-def _check_whole(copy: Path, record: Mapping[str, Any], folder: Path) -> None:
-    found = folder_digests(copy)
-    del found[RECORD]
-    if found != record["files"]:
+def _check_unchanged(copy: Path, record: Mapping[str, Any], folder: Path) -> None:
+    digests = folder_digests(copy)
+    del digests[RECORD]
+    if digests != record["files"]:
         raise StoreError(f"{folder}: is not what was measured any more; run `compress store verify`, then this command again")
 
 
 @dataclass(frozen=True)
-class _Use:
-    """What the card of an artifact says of running it, and the name of the library that does."""
+class _Usage:
+    """The usage section of an artifact's model card."""
 
     library: str
-    how: str
+    """The hub's `library_name`."""
+
+    instructions: str
+    """Markdown."""
 
 
-_USES: Mapping[ArtifactFormat, _Use] = {
-    "vllm": _Use("vllm", "```\nvllm serve FOLDER\n```"),
-    "onnx": _Use(
+_USAGE: Mapping[ArtifactFormat, _Usage] = {
+    "vllm": _Usage("vllm", "```\nvllm serve FOLDER\n```"),
+    "onnx": _Usage(
         "onnxruntime",
         "Each `.onnx` file is a graph for ONNX Runtime; the `.onnx_data` files beside it are its weights: keep them together. "
         "Inputs and outputs are named in the graphs; tokenizer and processor in this folder prepare prompts and images for them.",
     ),
-    "onnx-genai": _Use(
+    "onnx-genai": _Usage(
         "onnxruntime-genai",
         '```python\nimport onnxruntime_genai\n\nmodel = onnxruntime_genai.Model("FOLDER")\n```',
     ),
@@ -81,49 +84,51 @@ _USES: Mapping[ArtifactFormat, _Use] = {
 
 
 def _compares(report: Report) -> bool:
-    """Return whether the model compares images with texts and writes none."""
+    """Return whether the model compares images with texts and generates none."""
     return all(task["task"] in ("zero-shot", "retrieval") for task in report.recipe["eval"]["tasks"])
 
 
 def _terms(report: Report, folder: Path) -> str:
-    """Return what the card says of the terms of use: the original's licence by its name, and the files that hold them."""
+    """Return the card's sentences on the terms of use: the original's licence, and the files with its terms."""
     named = report.source.get("license_name") or report.source.get("license")
     files = sorted(path.name for path in folder.glob("*") if path.is_file() and is_terms(path.name))
-    words = f"Its licence is the original's: {named}" if named else "Its licence is the original's, whose card names none"
-    return f"{words}. Its terms of use are in {', '.join(f'[{name}]({name})' for name in files)}." if files else f"{words}."
+    sentence = f"Its licence is the original's: {named}" if named else "Its licence is the original's, whose card names none"
+    return f"{sentence}. Its terms of use are in {', '.join(f'[{name}]({name})' for name in files)}." if files else f"{sentence}."
 
 
 def _loaded(rows: Sequence[Row], name: str) -> str:
-    """Return what the card says an artifact was loaded with: what measured it, and nothing that was not run."""
-    found = dict.fromkeys(row.loaded_with for row in rows if row.artifact == name and row.loaded_with)
-    if not found:
+    """Return the card's list of the programs that loaded the artifact in the evaluation."""
+    loaded_with = dict.fromkeys(row.loaded_with for row in rows if row.artifact == name and row.loaded_with)
+    if not loaded_with:
         return ""
-    lines = "\n".join(f"- {words}" for words in found)
+    lines = "\n".join(f"- {program}" for program in loaded_with)
     return f"\nTo be measured it was loaded with:\n\n{lines}\n\nThe evaluation tried no other program and no other version.\n"
 
 
 def card(report: Report, name: str) -> str:
-    """Return the model card of one artifact: what it is, the table, the verdict, how to run it, where it comes from."""
+    """Return the model card of one artifact, in Markdown: results, verdict, usage and provenance."""
     rows = tuple(row for row in report.rows if row.artifact in ("original", name))
     source = str(report.source["source"])
-    known = Path(source).name if is_local(source) else source
+    source_name = Path(source).name if is_local(source) else source
     forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
     base = [] if is_local(source) else [f"base_model: {source}"]
-    use = _USES[artifact_format(Path(rows[-1].path))]
+    usage = _USAGE[artifact_format(Path(rows[-1].path))]
     kind = "zero-shot-image-classification" if _compares(report) else "image-text-to-text"
     licence = [f"{key}: {report.source[key]}" for key in _LICENCE if key in report.source]
-    front = "\n".join(["---", *licence, *base, f"library_name: {use.library}", f"pipeline_tag: {kind}", "tags: [compress]", "---"])
+    front = "\n".join(
+        ["---", *licence, *base, f"library_name: {usage.library}", f"pipeline_tag: {kind}", "tags: [compress]", "---"]
+    )
     steps = " → ".join(str(stage["stage"]) for stage in report.recipe["stages"])
     notes = "\n\n".join(f"{key}: {text}" for key, text in report.notes.items())
-    own = {name: found} if (found := report.verifications.get(name)) else {}
-    compared = (components_table(own), answers_table(own))
-    verified = "\n".join(f"\n{each.caption}:\n\n{markdown(each)}\n" for each in compared if each.rows)
-    provenance = "\n".join(f"- {key}: {known if key == 'source' else value}" for key, value in report.source.items())
+    verifications = {name: result} if (result := report.verifications.get(name)) else {}
+    tables = (components_table(verifications), answers_table(verifications))
+    verified = "\n".join(f"\n{each.caption}:\n\n{markdown(each)}\n" for each in tables if each.rows)
+    provenance = "\n".join(f"- {key}: {source_name if key == 'source' else value}" for key, value in report.source.items())
     return f"""{front}
 
 # {report.name}: {name}
 
-{known}, compressed ({steps}). {_terms(report, Path(rows[-1].path))}
+{source_name}, compressed ({steps}). {_terms(report, Path(rows[-1].path))}
 {forced}
 ## Measured on this artifact and on the original, same prompts, same runtime: {rows[0].runtime}
 
@@ -139,7 +144,7 @@ def card(report: Report, name: str) -> str:
 
 ## Use
 
-{use.how}
+{usage.instructions}
 {_loaded(rows, name)}
 ## Provenance
 

@@ -1,4 +1,4 @@
-"""Running a recipe: each step from the store or made anew, then the gate, the report, and publishing."""
+"""A run of a recipe: its steps, cached or computed, then the gate, the report, and publishing."""
 
 from __future__ import annotations
 
@@ -40,89 +40,92 @@ from compress.verification.results import read_verification
 
 
 @dataclass(frozen=True)
-class Places:
-    """Where a run keeps its folder, and its store (None: the user's cache)."""
+class RunFolders:
+    """The folders that a run writes to."""
 
     runs: Path
+    """The parent of the run's folder."""
+
     store: Path | None
+    """The store; None: in the user's cache."""
 
 
 def run_recipe(
-    recipe: Path, settings: Mapping[str, Any], places: Places, watcher: Watcher, *, fresh: bool = False, force: bool = False
+    recipe: Path, settings: Mapping[str, Any], folders: RunFolders, watcher: Watcher, *, fresh: bool = False, force: bool = False
 ) -> Report:
-    """Run a recipe to its report; a step whose output is stored is not made again, unless `fresh`.
+    """Run a recipe and return its report; stored outputs of steps are reused, unless `fresh`.
 
     `force` publishes even if the gate does not pass.
 
     Raises:
         CompressError: the recipe, a file, the model or the machine is at fault; the store and earlier runs stay as they were.
     """
-    store = _store(places)
+    store = _store(folders)
     plan = make_plan(recipe, settings, store)
-    return _execute(plan, store, _Command(recipe, settings, places, watcher, fresh=fresh, force=force))
+    return _execute(plan, store, _Command(recipe, settings, folders, watcher, fresh=fresh, force=force))
 
 
 def run_evaluation(
     recipe: Path,
     settings: Mapping[str, Any],
     models: tuple[str, Sequence[Path]],
-    places: Places,
+    folders: RunFolders,
     watcher: Watcher,
     *,
     fresh: bool = False,
 ) -> Report:
-    """Measure artifacts that are there against an original, and judge them by a recipe's tasks and gate; nothing is published.
+    """Evaluate existing artifacts against an original by a recipe's tasks and gate; nothing is published.
 
     `models` are the original, as a folder or a hub id, and the artifacts' folders.
 
     Raises:
         CompressError: the recipe, a file, a model or the machine is at fault; the store and earlier runs stay as they were.
     """
-    store = _store(places)
+    store = _store(folders)
     plan = plan_evaluation(recipe, settings, store, original=models[0], artifacts=models[1])
-    return _execute(plan, store, _Command(recipe, settings, places, watcher, fresh=fresh, force=False))
+    return _execute(plan, store, _Command(recipe, settings, folders, watcher, fresh=fresh, force=False))
 
 
 @dataclass(frozen=True)
 class _Command:
-    """What a run was asked for."""
+    """The arguments of a run."""
 
     recipe: Path
     settings: Mapping[str, Any]
-    places: Places
+    folders: RunFolders
     watcher: Watcher
     fresh: bool
     force: bool
 
 
-def _store(places: Places) -> Store:
+def _store(folders: RunFolders) -> Store:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS once, when it is first used
-    return Store(places.store or default_store())
+    return Store(folders.store or default_store())
 
 
 def _execute(plan: Plan, store: Store, command: _Command) -> Report:
     if plan.unfit:
         raise MissingError("\n".join(plan.unfit))
-    folder = _make_folder(command.places.runs, plan.recipe.name)
+    folder = _make_folder(command.folders.runs, plan.recipe.name)
     events = EventLog(folder / "events.jsonl", command.watcher)
     events.write("started", recipe=str(command.recipe), settings=dict(command.settings))
     with telling_where(folder):
         write_json(folder / "plan.json", redact_value(plan.summary(store)))
-    with _noting_a_stop(events), store.using(step.key for step in plan.steps):
+    with _record_stop(events), store.using(step.key for step in plan.steps):
         report = _Run(plan, store, folder, events, fresh=command.fresh).report(force=command.force)
     events.write("finished", verdict=report.gate.verdict)
     return report
 
 
 @contextmanager
-def _noting_a_stop(events: EventLog) -> Generator[None]:
-    done = False
+def _record_stop(events: EventLog) -> Generator[None]:
+    finished = False
     try:
         yield
-        done = True
+        finished = True
     finally:
-        if not done:
-            with suppress(StoreError):  # what stopped the run matters more than that it could not be noted
+        if not finished:
+            with suppress(StoreError):  # the error that stopped the run must not be replaced by one of its log
                 events.write("stopped", error=repr(sys.exception()))
 
 
@@ -139,7 +142,7 @@ _READERS: Mapping[Kind, Callable[[Path], object]] = {
     "latency": read_latency,
     "verify": read_verification,
 }
-"""What reads the outputs that a verdict is made of: a cached one is read whole, for every byte of it counts."""
+"""Readers of the outputs that a verdict depends on: cached ones are verified byte by byte."""
 
 
 class _Run:
@@ -155,7 +158,7 @@ class _Run:
         self.entries: dict[str, Entry] = {}
 
     def report(self, *, force: bool) -> Report:
-        """Make every step, judge, publish, and write the report."""
+        """Execute every step, judge, publish, and write the report."""
         if self.plan.family.derived:
             self.events.warn(self.plan.family.derived)
         for note in self.plan.gate_notes:
@@ -165,15 +168,15 @@ class _Run:
         executor = StepExecutor(self.plan, self.folder, self.events, self.entries)
         for position, step in enumerate(self.plan.steps, 1):
             self.events.step_started(step.name, position, len(self.plan.steps))
-            self._make(step, executor)
+            self._run_step(step, executor)
         report = self._judge(executor)
         gallery = self._gallery(executor)
         self._write(report, gallery)
         recipe = self.plan.recipe
         if recipe.publish and (report.gate.verdict == "pass" or force):
             artifacts = {name: self.entries[f"export {name}"].folder for name in self.plan.artifacts}
-            done = publish(report, artifacts, Path(recipe.publish.to), self.events)
-            report = report.model_copy(update={"published": done})
+            published = publish(report, artifacts, Path(recipe.publish.to), self.events)
+            report = report.model_copy(update={"published": published})
             self._write(report, gallery)
         return report
 
@@ -183,18 +186,18 @@ class _Run:
             write_text(self.folder / "report.md", render(report))
             write_text(self.folder / "report.html", render_html(report, gallery))
 
-    def _make(self, step: Step, executor: StepExecutor) -> None:
-        began = time.perf_counter()
+    def _run_step(self, step: Step, executor: StepExecutor) -> None:
+        started = time.perf_counter()
         entry = None if self.fresh else self._find(step)
         meter = Meter()
         if entry is None:
             self._check_sources(step, executor)
-            entry, meter = self._make_anew(step, executor.maker(step))
+            entry, meter = self._compute(step, executor.maker(step))
         cached = meter.seconds == 0
         for warning in entry.warnings if cached else ():
             self.events.warn(warning)
         self.entries[step.name] = entry
-        seconds = time.perf_counter() - began
+        seconds = time.perf_counter() - started
         self.timings.append(
             Timing(
                 step=step.name,
@@ -207,7 +210,7 @@ class _Run:
         self.events.step_finished(step.name, seconds, cached=cached)
 
     def _find(self, step: Step) -> Entry | None:
-        """Return a step's entry; one that is damaged, or holds something else than such a step writes, is a miss."""
+        """Return a step's store entry; None where it is missing, damaged, or not readable as such a step's output."""
         read = _READERS.get(step.kind)
         entry = self.store.find(step.key, self.events.warn, thorough=read is not None)
         if entry is None or read is None:
@@ -221,23 +224,23 @@ class _Run:
         return entry
 
     def _check_sources(self, step: Step, executor: StepExecutor) -> None:
-        """Read whole what a stage or an export is about to be made of, and make anew what is not what was written.
+        """Verify the inputs of a stage or an export byte by byte, and recompute damaged ones.
 
-        Time of change and size of a file stay as they were where a disk loses bits.
+        The usual check of modification times and sizes does not notice bits that a disk has lost.
         """
         for source in self.plan.sources_of(step) if step.kind in ("stage", "export") else ():
             if self.store.find(source.key, self.events.warn, thorough=True) is None:
                 self._check_sources(source, executor)
-                self.entries[source.name], _ = self._make_anew(source, executor.maker(source))
+                self.entries[source.name], _ = self._compute(source, executor.maker(source))
 
-    def _make_anew(self, step: Step, make: Callable[[Path], None]) -> tuple[Entry, Meter]:
-        before = self.store.find(step.key, _unheard)
+    def _compute(self, step: Step, make: Callable[[Path], None]) -> tuple[Entry, Meter]:
+        before = self.store.find(step.key, _ignore_warning)
         with self.store.lock(step.key, lambda: self.events.say(f"{step.name}: another run is making this; waiting for it")):
-            entry = self.store.find(step.key, _unheard)
-            made_meanwhile = entry is not None and (before is None or entry.made != before.made)
-            if entry is not None and (not self.fresh or made_meanwhile):
+            entry = self.store.find(step.key, _ignore_warning)
+            computed_meanwhile = entry is not None and (before is None or entry.made != before.made)
+            if entry is not None and (not self.fresh or computed_meanwhile):
                 return entry, Meter()
-            resume = step.kind in ("stage", "measure") and not self.fresh  # they commit what they finish, piece by piece
+            resume = step.kind in ("stage", "measure") and not self.fresh  # these commit finished blocks and answers
             warnings: list[str] = []
             origin = Origin(self.plan.recipe.model.source, self.plan.recipe.name)
             writing = self.store.write(step.key, step.name, origin, resume=resume, warnings=warnings)
@@ -255,14 +258,16 @@ class _Run:
         rows: list[Row] = []
         verdicts: list[Verdict] = []
         latencies: dict[str, Latency] = {}
-        for place, target in enumerate(recipe.eval.places):
-            measured = self._measured(place)
-            found = self._latency(place)
-            latencies |= {} if found is None else {target.name: found}
-            own = self._rows(measured, executor, target)
-            subjects = [Subject(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, found) for row in own]
+        for index, target in enumerate(recipe.eval.places):
+            measured = self._measured(index)
+            latency = self._latency(index)
+            latencies |= {} if latency is None else {target.name: latency}
+            target_rows = self._rows(measured, executor, target)
+            subjects = [
+                Subject(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, latency) for row in target_rows
+            ]
             verdicts.append(judge(recipe.gate, subjects[0], subjects[1:], target.name))
-            rows += own
+            rows += target_rows
         stages = [step.name for step in self.plan.steps if step.kind == "stage"]
         serving = notes_of(self.plan, self.entries[stages[-1]].folder) if stages else ()
         runtimes = [target.runtime for target in recipe.eval.places]
@@ -296,13 +301,13 @@ class _Run:
             },
         )
 
-    def _measured(self, place: int) -> dict[str, Measured]:
-        """Return what was measured at one of the recipe's places, by artifact, the original first."""
-        steps = {name: self.plan.measured(place, name) for name in (ORIGINAL, *self.plan.artifacts_at(place))}
+    def _measured(self, target_index: int) -> dict[str, Measured]:
+        """Return the measurements on a target, by artifact, the original first."""
+        steps = {name: self.plan.measured(target_index, name) for name in (ORIGINAL, *self.plan.artifacts_at(target_index))}
         return {name: read_measured(self.entries[step.name].folder) for name, step in steps.items()}
 
     def _gallery(self, executor: StepExecutor) -> Gallery:
-        """Return the items that flipped, at the first of the recipe's places."""
+        """Return the items whose answers flipped, on the recipe's first target."""
         measured = self._measured(0)
         original = measured.pop(ORIGINAL)
         flips = [
@@ -312,37 +317,37 @@ class _Run:
         ]
         return make_gallery(flips)
 
-    def _latency(self, place: int) -> Latency | None:
-        step = next((step for step in self.plan.steps if step.kind == "latency" and step.place == place), None)
+    def _latency(self, target_index: int) -> Latency | None:
+        step = next((step for step in self.plan.steps if step.kind == "latency" and step.target_index == target_index), None)
         return None if step is None else read_latency(self.entries[step.name].folder)
 
     def _widths(self) -> dict[str, Widths]:
         """Return the widths that stages chose, by the stage's name."""
-        found = {step.name: read_widths(self.entries[step.name].folder) for step in self.plan.steps if step.kind == "stage"}
-        return {name: widths for name, widths in found.items() if widths is not None}
+        by_stage = {step.name: read_widths(self.entries[step.name].folder) for step in self.plan.steps if step.kind == "stage"}
+        return {name: widths for name, widths in by_stage.items() if widths is not None}
 
     def _rows(self, measured: Mapping[str, Measured], executor: StepExecutor, target: Target) -> list[Row]:
         original = executor.original()
         checkpoint = open_checkpoint(original)
         weights = sum(_elements(entry.shape) for entry in checkpoint.tensors.values())
-        whole = checkpoint_bytes(original)
+        original_bytes = checkpoint_bytes(original)
         rows: list[Row] = []
-        for name, found in measured.items():
+        for name, measurement in measured.items():
             path = executor.artifact(name)
-            compared = {task: row.fidelity for task, row in found.tasks.items() if row.fidelity}
-            noise = {task: row.noise for task, row in found.tasks.items() if row.noise}
+            fidelity = {task: row.fidelity for task, row in measurement.tasks.items() if row.fidelity}
+            noise = {task: row.noise for task, row in measurement.tasks.items() if row.noise}
             rows.append(
                 Row(
                     artifact=name,
                     runtime=target.runtime.runtime,
                     path=str(path),
                     bytes=checkpoint_bytes(path),
-                    size_ratio=checkpoint_bytes(path) / whole,
+                    size_ratio=checkpoint_bytes(path) / original_bytes,
                     bits_per_weight=8 * weight_bytes(path) / weights,
-                    metrics={task: row.metrics for task, row in found.tasks.items()},
-                    fidelity=compared or None,
+                    metrics={task: row.metrics for task, row in measurement.tasks.items()},
+                    fidelity=fidelity or None,
                     target=target.name,
-                    grounding=found.grounding,
+                    grounding=measurement.grounding,
                     noise=noise or None,
                     loaded_with=redact_value(target.runtime.loaded_with(name)),
                 )
@@ -350,8 +355,8 @@ class _Run:
         return rows
 
 
-def _unheard(message: str) -> None:
-    """Take a warning that was given before."""
+def _ignore_warning(message: str) -> None:
+    """Discard a warning that was already reported."""
     del message
 
 

@@ -1,4 +1,4 @@
-"""What each step of a plan does to make its output."""
+"""Execution of the steps of a plan."""
 
 from __future__ import annotations
 
@@ -26,19 +26,25 @@ from compress.stages.stage import StageContext
 from compress.store_entries import Entry
 
 Make = Callable[[Path], None]
+"""Fills the output folder of a step."""
 
 
 @dataclass(frozen=True)
 class StepExecutor:
-    """Makes the outputs of a plan's steps; `entries` holds those of the steps before, by name, and grows as the run goes on."""
+    """Computes the outputs of a plan's steps."""
 
     plan: Plan
+
     folder: Path
+    """The run's folder."""
+
     progress: Progress
+
     entries: Mapping[str, Entry]
+    """The store entries of finished steps, by step name; the run adds to them."""
 
     def maker(self, step: Step) -> Make:
-        """Return what fills a step's output folder."""
+        """Return the function that computes a step's output."""
         makers: Mapping[str, Callable[[Step, Path], None]] = {
             "convert": self._convert,
             "calibration": self._collect,
@@ -53,7 +59,7 @@ class StepExecutor:
 
     @cached_property
     def fetched(self) -> Path:
-        """The model's folder as its source gives it, fetched from a hub where it is not on this machine yet."""
+        """The model's folder in its published format, fetched from a hub where it is not cached."""
         model = self.plan.recipe.model
         return fetch_model(
             self.plan.model, self.progress, allow_pickle=model.allow_pickle, trust_remote_code=model.trust_remote_code
@@ -65,12 +71,12 @@ class StepExecutor:
         return converted or self.fetched
 
     def versions(self, exports: Sequence[Export]) -> dict[str, str]:
-        """Return the versions of this package, and of what shaped the weights and these artifacts, in whatever environment."""
+        """Return the versions of this package and of the libraries that shaped the weights and exports, in any environment."""
         import importlib.metadata
 
-        parts = (*self.plan.recipe.stages, *exports)
-        own = {name: version for part in parts for name, version in part.versions().items()}
-        return {"vlm-compress": importlib.metadata.version("vlm-compress"), **dict(sorted(own.items()))}
+        entries = (*self.plan.recipe.stages, *exports)
+        libraries = {name: version for entry in entries for name, version in entry.versions().items()}
+        return {"vlm-compress": importlib.metadata.version("vlm-compress"), **dict(sorted(libraries.items()))}
 
     def _convert(self, step: Step, target: Path) -> None:
         del step
@@ -145,7 +151,7 @@ class StepExecutor:
         write_verification(target, export.verify(context))
 
     def _record(self, step: Step) -> dict[str, Any]:
-        """Return what an artifact says of its making: where it comes from, and every setting that shaped it."""
+        """Return an artifact's record: its source, and every setting that shaped it."""
         plan, recipe = self.plan, self.plan.recipe
         record: dict[str, Any] = {
             "artifact": recipe.export[step.position].artifact,
@@ -171,11 +177,11 @@ class StepExecutor:
         """Return the folder of an exported artifact, or of the original."""
         if name == ORIGINAL:
             return self.original()
-        return self.plan.given[name] if name in self.plan.given else self.entries[f"export {name}"].folder
+        return self.plan.existing[name] if name in self.plan.existing else self.entries[f"export {name}"].folder
 
     def _measure(self, step: Step, target: Path) -> None:
         recipe, name = self.plan.recipe, step.artifact
-        place = recipe.eval.places[step.place]
+        measured_on = recipe.eval.places[step.target_index]
         logs = self._logs(step)
         is_original = name == ORIGINAL
         context = MeasureContext(
@@ -184,13 +190,13 @@ class StepExecutor:
                 task.name: self.files(pin) for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True) if pin is not None
             },
             target=target,
-            against=None if is_original else self.entries[self.plan.measured(step.place, ORIGINAL).name].folder,
+            against=None if is_original else self.entries[self.plan.measured(step.target_index, ORIGINAL).name].folder,
             progress=self.progress,
             logs=logs,
-            stopping=recipe.gate.stopping(place.name, recipe.judged_tasks),
-            noise=recipe.eval.noise if is_original and place.runtime.asks_server else 0,
+            stopping=recipe.gate.stopping(measured_on.name, recipe.judged_tasks),
+            noise=recipe.eval.noise if is_original and measured_on.runtime.asks_server else 0,
             grounding=recipe.eval.grounding,
-            grounding_confidence=recipe.gate.grounding_confidence(place.name),
+            grounding_confidence=recipe.gate.grounding_confidence(measured_on.name),
         )
         opening = OpenContext(
             artifact=self.artifact(name),
@@ -199,7 +205,7 @@ class StepExecutor:
             trust_remote_code=recipe.model.trust_remote_code,
             name=name,
         )
-        with place.runtime.open(opening) as session:
+        with measured_on.runtime.open(opening) as session:
             measure(session, recipe.eval.tasks, context)
 
     def _latency(self, step: Step, target: Path) -> None:
@@ -209,8 +215,8 @@ class StepExecutor:
         recipe = self.plan.recipe
         assert recipe.eval.latency is not None
         context = LatencyContext(self._logs(step), self.progress, recipe.model.trust_remote_code)
-        artifacts = {name: self.artifact(name) for name in self.plan.artifacts_at(step.place)}
-        runtime = recipe.eval.places[step.place].runtime
+        artifacts = {name: self.artifact(name) for name in self.plan.artifacts_at(step.target_index)}
+        runtime = recipe.eval.places[step.target_index].runtime
         write_latency(target, measure_latency(runtime, self.original(), artifacts, recipe.eval.latency, context))
 
     def _logs(self, step: Step) -> Path:
@@ -219,7 +225,7 @@ class StepExecutor:
         return logs
 
     def files(self, pin: DataPin, enough: Enough | None = None) -> tuple[Path, ...]:
-        """Return the local files of a set or task, fetched where they are not here yet."""
+        """Return the local files of a set or task, fetched from a hub where they are not cached."""
         if pin.path is not None:
             return (pin.path,)
         assert pin.remote is not None

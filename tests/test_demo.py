@@ -11,7 +11,7 @@ from compress.eval.vqa import Vqa as VqaTask
 from compress.progress import Silent
 from compress.recipe import read_recipe
 from compress.report import Report
-from compress.runner import Places
+from compress.runner import RunFolders
 from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Prompt
 from compress.runtimes.vllm import Vllm
@@ -26,14 +26,14 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def places(tmp_path_factory: pytest.TempPathFactory) -> Places:
+def folders(tmp_path_factory: pytest.TempPathFactory) -> RunFolders:
     folder = tmp_path_factory.mktemp("demo")
-    return Places(runs=folder / "runs", store=folder / "store")
+    return RunFolders(runs=folder / "runs", store=folder / "store")
 
 
 @pytest.fixture(scope="module")
-def report(places: Places) -> Report:
-    return compress.run(RECIPE, set={"publish.to": str(places.runs / "published")}, runs=places.runs, store=places.store)
+def report(folders: RunFolders) -> Report:
+    return compress.run(RECIPE, set={"publish.to": str(folders.runs / "published")}, runs=folders.runs, store=folders.store)
 
 
 def test_the_model_is_small_and_right(report: Report) -> None:
@@ -52,15 +52,15 @@ def test_the_gate_passes_and_both_layouts_are_published(report: Report) -> None:
         assert 0 < row.fidelity["text"].kl_mean < 0.05
 
 
-def test_no_more_is_asked_once_it_is_settled(report: Report, places: Places) -> None:
+def test_no_more_is_asked_once_it_is_settled(report: Report, folders: RunFolders) -> None:
     settings = {
         "gate.accuracy": {"min_recovery": 0.9, "confidence": 0.95, "sequential": 4},
         "eval.tasks": [{"task": "vqa", "definition": "scenes", "source": str(MODEL.parent / "test.parquet"), "samples": 400}],
         "gate.perplexity": None,
         "export": [{"format": "vllm", "layout": "awq"}],
-        "publish.to": str(places.runs / "settled"),
+        "publish.to": str(folders.runs / "settled"),
     }
-    settled = compress.run(RECIPE, set=settings, runs=places.runs, store=places.store)
+    settled = compress.run(RECIPE, set=settings, runs=folders.runs, store=folders.store)
     assert settled.gate.verdict == "pass"
     (check,) = (check for check in settled.gate.checks if check.check == "accuracy.min_recovery")
     assert "settled after part 2 of 4" in check.reason
@@ -73,7 +73,7 @@ def test_no_more_is_asked_once_it_is_settled(report: Report, places: Places) -> 
 
 @pytest.mark.parametrize("layout", ["awq", "compressed-tensors"])
 def test_vllm_answers_as_the_in_process_runtime_does(
-    report: Report, places: Places, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
+    report: Report, folders: RunFolders, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # as users start it: a worker in a process of its own
     install("vllm", Silent())
@@ -82,8 +82,8 @@ def test_vllm_answers_as_the_in_process_runtime_does(
     questions = task.questions([Path(task.data.source)])
     prompts = [Prompt(question.id, task.read().ask(question.question), question.images) for question in questions]
     row = next(row for row in report.rows if row.artifact == f"vllm-{layout}")
-    assert places.store is not None
-    kept = [entry.folder for entry in Store(places.store).entries() if entry.step == f"measure vllm-{layout}"]
+    assert folders.store is not None
+    kept = [entry.folder for entry in Store(folders.store).entries() if entry.step == f"measure vllm-{layout}"]
     asked = [read_measured(folder).questions("scenes") for folder in kept]
     here = {item.id: item.said for item in max(asked, key=len)}
     runtime = Vllm(runtime="vllm", dtype="float16", max_model_len=512, kv_cache_gib=1, kernels=KERNELS)
@@ -94,7 +94,7 @@ def test_vllm_answers_as_the_in_process_runtime_does(
 
 
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])
-def test_another_checkpoint_goes_through_the_same_recipe(places: Places, tmp_path: Path, build: Callable[..., Path]) -> None:
+def test_another_checkpoint_goes_through_the_same_recipe(folders: RunFolders, tmp_path: Path, build: Callable[..., Path]) -> None:
     """Tied embeddings and other shapes; its random weights answer nothing, so the gate is left with size and perplexity."""
     build(tmp_path / "model", hidden=256, intermediate=704, heads=8, kv_heads=2, tied=True)
     settings = {
@@ -105,6 +105,6 @@ def test_another_checkpoint_goes_through_the_same_recipe(places: Places, tmp_pat
         "gate": {"size": {"max_ratio": 0.8}, "perplexity": {"max_ratio": 1.2, "confidence": 0.95}},
         "publish.to": str(tmp_path / "published"),
     }
-    report = compress.run(RECIPE, set=settings, runs=places.runs, store=places.store)
+    report = compress.run(RECIPE, set=settings, runs=folders.runs, store=folders.store)
     assert report.gate.verdict == "pass"
     assert len(report.published) == 2

@@ -37,7 +37,7 @@ def truncate(path: Path) -> None:
 def test_a_damaged_artifact_is_refused_in_the_plan(job: Job, name: str, harm: Callable[[Path], None], told: str) -> None:
     artifact = job.folder / "artifact"
     store, original = Store(job.store), str(job.folder / "model")
-    assert plan_evaluation(job.recipe, SETTINGS, store, artifacts=[artifact], original=original).given == {"artifact": artifact}
+    assert plan_evaluation(job.recipe, SETTINGS, store, artifacts=[artifact], original=original).existing == {"artifact": artifact}
     harm(artifact / name)
     with pytest.raises(CheckpointError, match=rf"^{artifact}/{told}"):
         plan_evaluation(job.recipe, SETTINGS, store, artifacts=[artifact], original=original)

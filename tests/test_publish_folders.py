@@ -10,12 +10,12 @@ import pytest
 
 from compress.artifact import write_record
 from compress.errors import StoreError
-from compress.places import check_places, place_of, published_files, replacing
+from compress.publish_folders import check_publish_folders, publish_folder, published_files, replace_folder
 
 
 def put(place: Path, text: str = "first") -> None:
     """Publish a small artifact."""
-    with replacing(place) as folder:
+    with replace_folder(place) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "weights").write_text(text, encoding="utf-8")
         (folder / "README.md").write_text("card", encoding="utf-8")
@@ -32,7 +32,7 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def test_what_was_published_is_replaced_whole(tmp_path: Path) -> None:
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     put(place)
     first = tree(place)
     put(place, "second")
@@ -91,22 +91,22 @@ def remove_the_record(place: Path) -> None:
     ids=lambda change: change.__name__,
 )
 def test_what_was_not_published_is_never_removed(tmp_path: Path, change: Callable[[Path], None]) -> None:
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     put(place)
     change(place)
     before = tree(tmp_path)
     with pytest.raises(StoreError, match=r"artifact.*move it away, or name another publish.to"):
-        check_places(tmp_path, "recipe", ["artifact"])
+        check_publish_folders(tmp_path, "recipe", ["artifact"])
     with pytest.raises(StoreError, match=r"artifact.*move it away, or name another publish.to"):
         put(place, "second")
     assert tree(tmp_path) == before
 
 
 def test_what_comes_while_an_artifact_is_copied_is_not_removed(tmp_path: Path) -> None:
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     put(place)
     before = tree(place)
-    with pytest.raises(StoreError, match=r"notes.txt: was not published"), replacing(place) as folder:
+    with pytest.raises(StoreError, match=r"notes.txt: was not published"), replace_folder(place) as folder:
         (folder / "weights").write_text("second", encoding="utf-8")
         add_a_file(place)
     assert tree(place) == before | {"sub/notes.txt": "mine"}
@@ -115,7 +115,7 @@ def test_what_comes_while_an_artifact_is_copied_is_not_removed(tmp_path: Path) -
 def test_a_record_that_names_files_elsewhere_removes_none_of_them(tmp_path: Path) -> None:
     mine = tmp_path / "mine.txt"
     mine.write_text("mine", encoding="utf-8")
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     place.mkdir(parents=True)
     (place / "compress.json").write_text(json.dumps({"files": {"../../mine.txt": "0" * 64, str(mine): "0" * 64}}), encoding="utf-8")
     put(place)
@@ -124,15 +124,15 @@ def test_a_record_that_names_files_elsewhere_removes_none_of_them(tmp_path: Path
 
 
 def test_an_empty_folder_may_be_published_to(tmp_path: Path) -> None:
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     place.mkdir(parents=True)
-    check_places(tmp_path, "recipe", ["artifact"])
+    check_publish_folders(tmp_path, "recipe", ["artifact"])
     put(place)
     assert (place / "README.md").exists()
 
 
 def test_folders_with_names_as_temporary_ones_had_are_left_alone(tmp_path: Path) -> None:
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     for name in (".artifact.new", ".artifact.old", ".publishing-mine"):
         (place.parent / name).mkdir(parents=True)
         (place.parent / name / "mine.txt").write_text("mine", encoding="utf-8")
@@ -148,22 +148,22 @@ def test_a_symlinked_place_is_replaced_where_it_leads(tmp_path: Path) -> None:
     put(real)
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "artifact").symlink_to(real)
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     assert place == real
     put(place, "second")
     assert (tmp_path / "recipe" / "artifact").readlink() == real
     assert (tmp_path / "recipe" / "artifact" / "sub" / "weights").read_text(encoding="utf-8") == "second"
     (tmp_path / "recipe" / "other").symlink_to("artifact")
     with pytest.raises(StoreError, match="both artifact and other would be published there"):
-        check_places(tmp_path, "recipe", ["artifact", "other"])
+        check_publish_folders(tmp_path, "recipe", ["artifact", "other"])
     (tmp_path / "recipe" / "round").symlink_to("round")
     with pytest.raises(StoreError, match="round in a circle"):
-        check_places(tmp_path, "recipe", ["round"])
+        check_publish_folders(tmp_path, "recipe", ["round"])
 
 
 @pytest.mark.parametrize("moment", ["marked", "copied", "moved away", "in place"])
 def test_what_a_killed_call_left_is_cleared_and_what_it_had_moved_away_goes_back(tmp_path: Path, moment: str) -> None:
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     put(place)
     work = place.with_name(".publishing-" + "0" * 32)
     work.mkdir()
@@ -183,10 +183,10 @@ def test_what_a_killed_call_left_is_cleared_and_what_it_had_moved_away_goes_back
 
 
 def test_a_copy_that_fails_leaves_what_was_published(tmp_path: Path) -> None:
-    place = place_of(tmp_path, "recipe", "artifact")
+    place = publish_folder(tmp_path, "recipe", "artifact")
     put(place)
     before = tree(place)
-    with pytest.raises(ValueError, match="broke"), replacing(place) as folder:
+    with pytest.raises(ValueError, match="broke"), replace_folder(place) as folder:
         (folder / "half").write_text("x", encoding="utf-8")
         raise ValueError("broke")
     assert tree(place) == before
