@@ -1,4 +1,4 @@
-"""A checkpoint's folder read without torch: its config, and every tensor's name, type, shape and place, checked."""
+"""Reading of a checkpoint's config and tensor table (names, types, shapes, offsets), checked; without torch."""
 
 from __future__ import annotations
 
@@ -25,11 +25,15 @@ _DTYPE_BITS = {
     "I8": 8, "U8": 8, "BOOL": 8, "F8_E4M3": 8, "F8_E5M2": 8,
 }  # fmt: skip
 ADAPTER = "adapter_config.json"
-"""What PEFT writes beside an adapter's weights."""
+"""The config that PEFT writes beside an adapter's weights."""
+
 _DEPTH = re.compile(r"^(?!max_)(.*_)?(layers?|depth|blocks)$")
-_FEW = 64
-"""As deep as a model may be said to be whatever its tensors: small ones are published with settings that nothing in them uses."""
-_MOST_DIMENSIONS = 8
+"""Config keys that give a number of blocks."""
+
+_MIN_DEPTH_LIMIT = 64
+"""A depth up to this is allowed whatever the number of tensors: small models are published with settings that they do not use."""
+
+_MAX_DIMENSIONS = 8
 _OFFSETS = 2
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
@@ -37,7 +41,7 @@ _MERGE = (
     "merge it and take the folder that this writes: "
     "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(…), the base's tokenizer and processor beside it"
 )
-_ADAPTED = (".lora_A.", ".lora_B.", ".base_layer.", ".lora_magnitude_vector.", ".modules_to_save.")
+_ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".base_layer.", ".lora_magnitude_vector.", ".modules_to_save.")
 _RENAME = "save the model inside it, or take the prefix away from every name"
 _WRAPPERS = {
     "base_model.model.": ("PEFT", "save what merge_and_unload() returns, or take the prefix away from every name"),
@@ -48,14 +52,21 @@ _WRAPPERS = {
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """One tensor on disk: `dtype` as safetensors names it, `start` and `end` its bytes in `file`."""
+    """One tensor on disk."""
 
     name: str
+
     dtype: str
+    """Its type, as safetensors names it."""
+
     shape: tuple[int, ...]
     file: Path
+
     start: int
+    """Its first byte in `file`."""
+
     end: int
+    """Its last byte in `file`, exclusive."""
 
     @property
     def bytes(self) -> int:
@@ -64,21 +75,22 @@ class TensorEntry:
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """The number of its elements."""
         return math.prod(self.shape)
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A folder in Hugging Face layout whose safetensors headers were read and found whole.
-
-    `read_part` reads a file's bytes from a first up to a last one, exclusive, where the files are yet to be fetched.
-    """
+    """A folder in Hugging Face layout whose config and safetensors headers were read and checked."""
 
     folder: Path
     config: Mapping[str, Any]
+
     tensors: Mapping[str, TensorEntry]
-    read_part: Callable[[str, int, int], bytes] | None = None
+    """By name on disk."""
+
+    read_range: Callable[[str, int, int], bytes] | None = None
+    """Reads a file's bytes from a first to a last one, exclusive, from the hub; None where the files are local."""
 
     @cached_property
     def weight_bytes(self) -> int:
@@ -87,18 +99,18 @@ class Checkpoint:
 
     @property
     def weight_files(self) -> list[Path]:
-        """The files that hold its weights: those with tensors, and the index that tells which has which."""
+        """The files of its weights: shards, and the index where there are several."""
         files = sorted({entry.file for entry in self.tensors.values()})
         return files if [file.name for file in files] == [SINGLE] else [*files, self.folder / INDEX]
 
     @cached_property
     def text_config(self) -> Mapping[str, Any]:
-        """The decoder's part of the config, with what is usual where it says nothing; older files keep it at the top."""
+        """The decoder's section of the config with the architecture's defaults; older files have it at the top level."""
         return text_config(self.config)
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the decoder's part of a config.json, with what is usual for the architecture where it says nothing."""
+    """Return the decoder's section of a config.json with the architecture's defaults."""
     return {**text_defaults(config), **cast("Mapping[str, Any]", config.get("text_config") or config)}
 
 
@@ -106,7 +118,7 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     """Read a checkpoint's config and tensor table.
 
     Raises:
-        CheckpointError: no checkpoint, a pickle one, or one with a missing, truncated or inconsistent file.
+        CheckpointError: no checkpoint, a pickle checkpoint, or one with a missing, truncated or inconsistent file.
     """
     config = read_config(folder)
     if (folder / SINGLE).is_file():  # transformers, too, reads it before it looks for an index
@@ -125,10 +137,10 @@ def open_checkpoint(folder: Path) -> Checkpoint:
 
 
 def checked(checkpoint: Checkpoint) -> Checkpoint:
-    """Return a checkpoint whose config and tensors were read, after checking what only both together tell.
+    """Return a checkpoint after checking its config against its tensors.
 
     Raises:
-        CheckpointError: the model is said to be deeper than its tensors, or a pattern in the config takes too long.
+        CheckpointError: the config has more blocks than there are tensors, or a pattern in it takes too long.
     """
     _check_depth(checkpoint)
     try_patterns(patterns_in(checkpoint.config), checkpoint.tensors, f"{checkpoint.folder}/config.json")
@@ -136,43 +148,45 @@ def checked(checkpoint: Checkpoint) -> Checkpoint:
 
 
 def _check_depth(checkpoint: Checkpoint) -> None:
-    """Check that no part of a model is said to be deeper, and no list in its config longer, than it has tensors.
+    """Check that no number of blocks, and no list in the config, exceeds the number of tensors.
 
-    What builds the model would make so many blocks before a tensor is missed.
+    Building the model would otherwise create that many blocks before the first missing tensor is noticed.
 
     Raises:
-        CheckpointError: config.json says so.
+        CheckpointError: one does.
     """
-    most = max(len(checkpoint.tensors), _FEW)
-    parts: list[tuple[str, object]] = [(name, value) for name, value in checkpoint.config.items() if name != "quantization_config"]
-    while parts:
-        name, value = parts.pop()
+    limit = max(len(checkpoint.tensors), _MIN_DEPTH_LIMIT)
+    settings: list[tuple[str, object]] = [
+        (name, value) for name, value in checkpoint.config.items() if name != "quantization_config"
+    ]
+    while settings:
+        name, value = settings.pop()
         extent = len(cast("list[object]", value)) if isinstance(value, list) else value
-        if isinstance(extent, int) and extent > most and (isinstance(value, list) or _DEPTH.search(name)):
+        if isinstance(extent, int) and extent > limit and (isinstance(value, list) or _DEPTH.search(name)):
             raise CheckpointError(
                 f"{checkpoint.folder}/config.json: {printable(name)} is {'a list of ' if isinstance(value, list) else ''}"
                 f"{extent:,}, and the checkpoint has {len(checkpoint.tensors):,} tensors; fetch both again"
             )
         if isinstance(value, dict):
-            parts += cast("dict[str, object]", value).items()
+            settings += cast("dict[str, object]", value).items()
 
 
 def check_names(where: str, tensors: Collection[str]) -> None:
-    """Check that tensors have the names of a model, not those that a wrapper of it has left.
+    """Check that tensors have a model's names, without the prefixes of a wrapper or a PEFT adapter.
 
     Raises:
-        CheckpointError: they have not.
+        CheckpointError: they have such names.
     """
-    left = next((name for name in tensors if any(part in name for part in _ADAPTED)), None)
-    if left is not None:
-        raise CheckpointError(f"{where}: holds {left}, a part of a PEFT adapter that is not merged; {_MERGE}")
-    for prefix, (owner, remedy) in _WRAPPERS.items():
+    unmerged = next((name for name in tensors if any(mark in name for mark in _ADAPTER_MARKS)), None)
+    if unmerged is not None:
+        raise CheckpointError(f"{where}: holds {unmerged}, a part of a PEFT adapter that is not merged; {_MERGE}")
+    for prefix, (wrapper, remedy) in _WRAPPERS.items():
         if tensors and all(name.startswith(prefix) for name in tensors):
-            raise CheckpointError(f"{where}: all names of its tensors begin with {prefix!r}, as {owner} leaves them; {remedy}")
+            raise CheckpointError(f"{where}: all names of its tensors begin with {prefix!r}, as {wrapper} leaves them; {remedy}")
 
 
-def adapter_words(base: str) -> str:
-    """Return what a message says of a folder or repository that holds an adapter alone; `base` is the model it belongs to."""
+def adapter_message(base: str) -> str:
+    """Return the message for a folder or repository with only an adapter; `base` is the model that it belongs to."""
     return f"holds a PEFT adapter and no model; it belongs to {base}: {_MERGE}"
 
 
@@ -183,15 +197,15 @@ def read_config(folder: Path) -> dict[str, Any]:
         CheckpointError: it is missing or no JSON object.
     """
     try:
-        there = folder.is_dir()
-    except (OSError, ValueError):  # a name too long, or one that holds NUL
-        there = False
-    if not there:
+        exists = folder.is_dir()
+    except (OSError, ValueError):  # a name that is too long, or contains NUL
+        exists = False
+    if not exists:
         raise CheckpointError(f"{printable(str(folder))}: no such folder")
     check_folder(folder)
     if not (folder / "config.json").exists() and (folder / ADAPTER).is_file():
         base = read_json_object(folder / ADAPTER).get("base_model_name_or_path") or "a model that it does not name"
-        raise CheckpointError(f"{folder}: {adapter_words(printable(str(base)))}")
+        raise CheckpointError(f"{folder}: {adapter_message(printable(str(base)))}")
     path = folder / "config.json"
     config = read_json_object(path)
     check_config(config, str(path))
@@ -202,7 +216,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
     """Return the object in a JSON file of a checkpoint's folder.
 
     Raises:
-        CheckpointError: it is missing, unreadable or something else than an object, or lies elsewhere.
+        CheckpointError: it is missing, unreadable, no object, or outside of the folder.
     """
     try:
         return read_object(path, root=path.parent)
@@ -211,7 +225,7 @@ def read_json_object(path: Path) -> dict[str, Any]:
 
 
 def read_index(index: Path) -> dict[str, str]:
-    """Return which shard holds each tensor, from a checkpoint's index file.
+    """Return each tensor's shard, from a checkpoint's index file.
 
     Raises:
         CheckpointError: it cannot be read, or names a file outside the checkpoint's folder.
@@ -219,22 +233,22 @@ def read_index(index: Path) -> dict[str, str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: has no weight_map; fetch the file again")
-    owners = cast("dict[str, object]", weight_map)
-    for name, shard in owners.items():
+    shards = cast("dict[str, object]", weight_map)
+    for name, shard in shards.items():
         if not isinstance(shard, str) or Path(shard).name != shard or not shard:
             raise CheckpointError(
                 f"{index}: {printable(name)} points to {shard!r}, outside the checkpoint's folder; do not use this checkpoint"
             )
-    return cast("dict[str, str]", owners)
+    return cast("dict[str, str]", shards)
 
 
 def _read_sharded(folder: Path) -> dict[str, TensorEntry]:
     index = folder / INDEX
     headers: dict[str, dict[str, TensorEntry]] = {}
     tensors: dict[str, TensorEntry] = {}
-    owners = read_index(index)
-    check_count(len(owners), index)
-    for name, shard in owners.items():
+    shards = read_index(index)
+    check_count(len(shards), index)
+    for name, shard in shards.items():
         if shard not in headers:
             headers[shard] = read_header(folder / shard)
         if name not in headers[shard]:
@@ -269,7 +283,7 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
 
 
 def parse_header(path: Path, start: bytes, size: int) -> dict[str, TensorEntry]:
-    """Return the tensor table of a safetensors file of `size` bytes from its first bytes, which hold the whole header.
+    """Return the tensor table of a safetensors file of `size` bytes from its first bytes, which include the whole header.
 
     Format: https://huggingface.co/docs/safetensors (an 8-byte little-endian length, a JSON header, the data).
 
@@ -287,22 +301,24 @@ def parse_header(path: Path, start: bytes, size: int) -> dict[str, TensorEntry]:
     rows = cast("dict[str, object]", header)
     check_count(len(rows), path)
     entries = {name: _entry(path, name, row, 8 + length, size) for name, row in rows.items() if name != "__metadata__"}
-    due = 8 + length
+    expected_start = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
-        if entry.start != due:
-            found = "overlaps another tensor" if entry.start < due else "leaves a gap before it"
-            raise CheckpointError(f"{path}: {entry.name} {found} (byte {entry.start}, not {due}); fetch the file again")
-        due = entry.end
-    if due != size:
-        raise CheckpointError(f"{path}: its tensors end at byte {due}, the file at {size}; fetch the file again")
+        if entry.start != expected_start:
+            problem = "overlaps another tensor" if entry.start < expected_start else "leaves a gap before it"
+            raise CheckpointError(
+                f"{path}: {entry.name} {problem} (byte {entry.start}, not {expected_start}); fetch the file again"
+            )
+        expected_start = entry.end
+    if expected_start != size:
+        raise CheckpointError(f"{path}: its tensors end at byte {expected_start}, the file at {size}; fetch the file again")
     return entries
 
 
 def check_count(tensors: int, path: Path) -> None:
-    """Check how many tensors a file names.
+    """Check the number of tensors that a file names.
 
     Raises:
-        CheckpointError: more than the limit.
+        CheckpointError: it exceeds the limit.
     """
     if tensors > limits().tensors:
         raise CheckpointError(f"{path}: names {tensors:,} tensors ({limits().set_by('tensors')})")
@@ -310,27 +326,27 @@ def check_count(tensors: int, path: Path) -> None:
 
 def _entry(path: Path, name: str, row: object, start: int, size: int) -> TensorEntry:
     fields = cast("dict[str, object]", row) if isinstance(row, dict) else {}
-    dtype, shape, place = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
-    if not (isinstance(dtype, str) and dtype in _DTYPE_BITS) or shape is None or place is None or len(place) != _OFFSETS:
+    dtype, shape, offsets = fields.get("dtype"), _counts(fields.get("shape")), _counts(fields.get("data_offsets"))
+    if not (isinstance(dtype, str) and dtype in _DTYPE_BITS) or shape is None or offsets is None or len(offsets) != _OFFSETS:
         problem = "type, shape or place" if fields else "value"
         raise CheckpointError(
             f"{path}: the header's entry for {printable(name)} is malformed (its {problem}); fetch the file again"
         )
-    first, last = place
+    first, last = offsets
     expected = math.prod(shape) * _DTYPE_BITS[dtype] // 8
     if last - first != expected:
-        what = f"{printable(name)} has {last - first} bytes, its shape {shape} needs {expected}"
-        raise CheckpointError(f"{path}: {what}; fetch the file again")
+        problem = f"{printable(name)} has {last - first} bytes, its shape {shape} needs {expected}"
+        raise CheckpointError(f"{path}: {problem}; fetch the file again")
     if start + last > size:
-        what = f"{printable(name)} ends at byte {start + last}, the file at {size}"
-        raise CheckpointError(f"{path}: truncated: {what}; fetch it again")
+        problem = f"{printable(name)} ends at byte {start + last}, the file at {size}"
+        raise CheckpointError(f"{path}: truncated: {problem}; fetch it again")
     return TensorEntry(name=name, dtype=dtype, shape=shape, file=path, start=start + first, end=start + last)
 
 
 def _counts(value: object) -> tuple[int, ...] | None:
-    """Return a list of a few whole numbers from 0 on; None where it is something else."""
+    """Return a short list of non-negative integers as a tuple; None for any other value."""
     items = cast("list[object]", value) if isinstance(value, list) else None
-    if items is None or len(items) > _MOST_DIMENSIONS or not {type(item) for item in items} <= {int}:
+    if items is None or len(items) > _MAX_DIMENSIONS or not {type(item) for item in items} <= {int}:
         return None
     counts = tuple(cast("list[int]", items))
     return counts if min(counts, default=0) >= 0 else None

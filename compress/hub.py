@@ -15,7 +15,7 @@ from compress.checkpoint import (
     SINGLE,
     Checkpoint,
     TensorEntry,
-    adapter_words,
+    adapter_message,
     check_names,
     checked,
     open_checkpoint,
@@ -158,7 +158,7 @@ def resolve_model(source: str, hub: Literal["huggingface", "modelscope"], revisi
         return ModelPin(source=source, hub="folder")
     listed = huggingface.list_files("model", source, revision) if hub == "huggingface" else modelscope.list_files(source, revision)
     if _CONFIG not in listed.by_name and ADAPTER in listed.by_name:
-        raise CheckpointError(f"{source}: {adapter_words('the model that its ' + ADAPTER + ' names')}")
+        raise CheckpointError(f"{source}: {adapter_message('the model that its ' + ADAPTER + ' names')}")
     if _CONFIG not in listed.by_name:
         raise CheckpointError(f"{source}: holds no {_CONFIG} at revision {revision}; is this a model's repository?")
     return ModelPin(source=source, hub=hub, repository=listed)
@@ -230,8 +230,8 @@ def open_pinned(pin: ModelPin, *, allow_pickle: bool = False, trust_remote_code:
                 )
             tensors[name] = headers[shard][name]
     check_names(pin.source, tensors)
-    read_part = lru_cache(maxsize=256)(partial(_read_part, pin))
-    return checked(Checkpoint(folder=folder, config=pin.config, tensors=tensors, read_part=read_part))
+    read_range = lru_cache(maxsize=256)(partial(_read_range, pin))
+    return checked(Checkpoint(folder=folder, config=pin.config, tensors=tensors, read_range=read_range))
 
 
 def weights_notes(pin: ModelPin) -> list[str]:
@@ -257,16 +257,16 @@ def weights_notes(pin: ModelPin) -> list[str]:
 def _remote_header(pin: ModelPin, folder: Path, name: str) -> dict[str, TensorEntry]:
     """Read one safetensors file's tensor table from its first bytes."""
     size = cast("Repository", pin.repository).by_name[name].size
-    start = _read_part(pin, name, 0, min(_FIRST_READ, size))
+    start = _read_range(pin, name, 0, min(_FIRST_READ, size))
     length = 8 + int.from_bytes(start[:8], "little")
     if len(start) < length <= min(size, limits().json_bytes):
-        start += _read_part(pin, name, len(start), length)
+        start += _read_range(pin, name, len(start), length)
     return parse_header(folder / name, start, size)
 
 
-def _read_part(pin: ModelPin, name: str, start: int, end: int) -> bytes:
+def _read_range(pin: ModelPin, name: str, start: int, end: int) -> bytes:
     """Return the bytes of a file from `start` up to `end`."""
-    read = huggingface.read_part if pin.hub == "huggingface" else modelscope.read_part
+    read = huggingface.read_range if pin.hub == "huggingface" else modelscope.read_range
     return read(cast("Repository", pin.repository), name, start, end)
 
 

@@ -129,7 +129,7 @@ def misnamed(settings: Mapping[str, Any], family: Family, quantized: Iterable[st
     return sorted(found)
 
 
-def misnaming(where: str, found: Sequence[str], family: Family) -> str:
+def misnaming_message(where: str, found: Sequence[str], family: Family) -> str:
     """Return what a file's linears `found` by `misnamed` mean for who loads it, and what to do."""
     others = f" and {len(found) - 1} more" if len(found) > 1 else ""
     return (

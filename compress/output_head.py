@@ -129,7 +129,7 @@ def _has_other(checkpoint: Checkpoint, family: Family) -> bool:
 def _equal(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry) -> bool:
     if one.shape != other.shape:
         return False
-    if checkpoint.read_part is not None and not (one.file.is_file() and other.file.is_file()):
+    if checkpoint.read_range is not None and not (one.file.is_file() and other.file.is_file()):
         return _equal_samples(checkpoint, one, other)
     return _equal_files(one, other, _state(one), _state(other))
 
@@ -171,9 +171,9 @@ def _spans(count: int) -> Iterator[tuple[int, int]]:
 
 
 def _sample(checkpoint: Checkpoint, entry: TensorEntry, start: int, end: int) -> NDArray[Any]:
-    assert checkpoint.read_part is not None
+    assert checkpoint.read_range is not None
     width = entry.bytes // entry.elements
-    data = checkpoint.read_part(entry.file.name, entry.start + start * width, entry.start + end * width)
+    data = checkpoint.read_range(entry.file.name, entry.start + start * width, entry.start + end * width)
     if len(data) != (end - start) * width:
         raise CheckpointError(
             f"{entry.file.name}: the hub gave {len(data)} of {(end - start) * width} bytes of {entry.name}; try again"

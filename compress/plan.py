@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from compress.artifact import artifact_format
+from compress.awq_gptq_config import check_packed_config
 from compress.calibration.sets import QuestionSource
 from compress.checkpoint import Checkpoint, open_checkpoint, read_config
 from compress.document import RecipeDocument, dotted
@@ -33,7 +34,6 @@ from compress.store import Store
 from compress.tabular import Column, Table
 from compress.terminal import print_table
 from compress.tokens_check import check_tokens
-from compress.word_layouts import check_words
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -174,7 +174,7 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
         if folder.name in (*existing, ORIGINAL):
             raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
         if artifact_format(folder) == "vllm":
-            check_words(open_checkpoint(folder))
+            check_packed_config(open_checkpoint(folder))
         existing[folder.name] = folder
     recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in existing.items()})
     plan = _plan(recipe, document, store, existing)

@@ -32,14 +32,14 @@ from compress.errors import MissingError, StoreError
 from compress.files import telling_where, write_json
 from compress.store_entries import (
     ENTRY,
-    NOBODY,
     STARTED,
+    UNKNOWN_ORIGIN,
     Entry,
     Origin,
     StoreItem,
     damage_of,
     files_of,
-    held_of,
+    item_of,
     read_entry,
     record_of,
     unfinished_at,
@@ -122,7 +122,7 @@ class Store:
 
     @contextmanager
     def write(
-        self, key: str, step: str, origin: Origin = NOBODY, *, resume: bool = False, warnings: Sequence[str] = ()
+        self, key: str, step: str, origin: Origin = UNKNOWN_ORIGIN, *, resume: bool = False, warnings: Sequence[str] = ()
     ) -> Generator[Path]:
         """Give a folder to fill; when the block ends well it becomes the key's entry.
 
@@ -173,7 +173,7 @@ class Store:
     def held(self) -> list[StoreItem]:
         """Return everything that takes room: outputs, what interrupted steps keep, unreadable entries; the one used last first."""
         entries = {path: read_entry(path) for path in _folders(self._entries)}
-        found = [held_of(entry) if entry else unreadable_at(path) for path, entry in entries.items()]
+        found = [item_of(entry) if entry else unreadable_at(path) for path, entry in entries.items()]
         found += [unfinished_at(path) for path in _folders(self._aside)]
         return sorted(found, key=lambda held: held.used, reverse=True)
 

@@ -41,7 +41,7 @@ class Origin:
     recipe: str = ""
 
 
-NOBODY = Origin()
+UNKNOWN_ORIGIN = Origin()
 """The origin of what does not say."""
 
 
@@ -59,7 +59,7 @@ class Entry:
     warnings: tuple[str, ...]
     made: float
     used: float
-    origin: Origin = NOBODY
+    origin: Origin = UNKNOWN_ORIGIN
 
     @property
     def bytes(self) -> int:
@@ -171,14 +171,14 @@ def damage_of(entry: Entry, *, thorough: bool) -> str | None:
     return f"{entry.folder / unknown[0]} is no part of it" if unknown else None
 
 
-def held_of(entry: Entry) -> StoreItem:
+def item_of(entry: Entry) -> StoreItem:
     """Return what a finished output takes."""
     return StoreItem(entry.key, "output", entry.step, entry.origin, entry.folder, entry.bytes, entry.used)
 
 
 def unreadable_at(folder: Path) -> StoreItem:
     """Return what an entry without a readable record takes."""
-    return StoreItem(folder.name, "unreadable", "", NOBODY, folder, _size(folder), _used(folder))
+    return StoreItem(folder.name, "unreadable", "", UNKNOWN_ORIGIN, folder, _size(folder), _used(folder))
 
 
 def unfinished_at(folder: Path) -> StoreItem:

@@ -20,7 +20,7 @@ from compress.layouts import (
     quantized_names,
     unquantized_linears,
 )
-from compress.module_names import misnamed, misnaming
+from compress.module_names import misnamed, misnaming_message
 from compress.numerics.scheme import Scheme
 from compress.quantization_config import METHOD, foreign_format
 
@@ -65,7 +65,7 @@ class VllmExport(Export):
         if settings.get("quant_method") != METHOD or not quantized:
             return []
         found = misnamed(settings, family, quantized, unquantized_linears(checkpoint, family, quantized))
-        return [misnaming(f"{folder}/config.json", found, family)] if found else []
+        return [misnaming_message(f"{folder}/config.json", found, family)] if found else []
 
     def predict_bytes(self, outlook: Outlook) -> int:
         """Return the exact size of the tensors it writes."""

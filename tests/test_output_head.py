@@ -121,11 +121,11 @@ def on_a_hub(checkpoint: Checkpoint) -> Checkpoint:
     """Give the bytes of a checkpoint's files only in parts, as a hub does."""
     folder = checkpoint.folder
 
-    def read_part(name: str, start: int, end: int) -> bytes:
+    def read_range(name: str, start: int, end: int) -> bytes:
         return (folder / name).read_bytes()[start:end]
 
     away = {name: replace(entry, file=Path("/on-the-hub") / entry.file.name) for name, entry in checkpoint.tensors.items()}
-    return replace(checkpoint, tensors=away, read_part=read_part)
+    return replace(checkpoint, tensors=away, read_range=read_range)
 
 
 def test_a_contradiction_is_told_and_what_is_written_contradicts_nothing(tmp_path: Path) -> None:

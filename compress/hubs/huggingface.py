@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 from compress.errors import MissingError, UsageError
 from compress.files import telling_where, write_text
-from compress.hubs.repository import RemoteFile, Report, Repository, part_deadline, take_part
+from compress.hubs.repository import RemoteFile, Report, Repository, range_deadline, take_range
 from compress.limits import limits
 from compress.untrusted import reason
 
@@ -100,7 +100,7 @@ def _download(repository: Repository, file: RemoteFile, report: Report) -> bool:
     return False
 
 
-def read_part(repository: Repository, name: str, start: int, end: int) -> bytes:
+def read_range(repository: Repository, name: str, start: int, end: int) -> bytes:
     """Return the bytes of a file from `start` up to `end`, fewer where the file ends before.
 
     Raises:
@@ -115,14 +115,14 @@ def read_part(repository: Repository, name: str, start: int, end: int) -> bytes:
             return file.read(end - start)
     url = hf_hub_url(repository.source, name, revision=repository.commit, endpoint=HfApi().endpoint)
     headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-    deadline = part_deadline()
+    deadline = range_deadline()
     with (
         telling(repository.kind, repository.source, repository.revision),
         utils.get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=limits().hub_seconds) as response,
     ):
         utils.hf_raise_for_status(response)
         skipped = start if response.status_code == 200 else 0  # a server that knows no ranges sends the file from its start
-        return take_part(repository.source, response.iter_raw(), skipped, end - start, deadline)
+        return take_range(repository.source, response.iter_raw(), skipped, end - start, deadline)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from compress.errors import MissingError
-from compress.hubs.repository import RemoteFile, Report, Repository, content_digest, part_deadline, take_part
+from compress.hubs.repository import RemoteFile, Report, Repository, content_digest, range_deadline, take_range
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi, ProgressCallback
@@ -62,7 +62,7 @@ def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -
     return folder
 
 
-def read_part(repository: Repository, name: str, start: int, end: int) -> bytes:
+def read_range(repository: Repository, name: str, start: int, end: int) -> bytes:
     """Return the bytes of a file from `start` up to `end`, fewer where the file ends before.
 
     Raises:
@@ -71,11 +71,11 @@ def read_part(repository: Repository, name: str, start: int, end: int) -> bytes:
     with telling(repository.source, repository.revision):
         client = _api(repository.source).legacy
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
-        deadline = part_deadline()
+        deadline = range_deadline()
         with client.download_stream(repository.source, "model", name, repository.revision, headers) as response:
             skipped = start if response.status_code == 200 else 0  # a server that knows no ranges sends the file from its start
             arriving = iter(lambda: response.raw.read1(1 << 16), b"")  # as it comes: others wait until a portion is full
-            return take_part(repository.source, arriving, skipped, end - start, deadline)
+            return take_range(repository.source, arriving, skipped, end - start, deadline)
 
 
 @contextmanager

@@ -71,12 +71,12 @@ def content_digest(contents: dict[str, str]) -> str:
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
-def part_deadline() -> float:
+def range_deadline() -> float:
     """Return until when, by `time.monotonic`, a part of a file that is asked for now must have come."""
     return time.monotonic() + limits().hub_seconds
 
 
-def take_part(source: str, arriving: Iterable[bytes], skipped: int, count: int, deadline: float) -> bytes:
+def take_range(source: str, arriving: Iterable[bytes], skipped: int, count: int, deadline: float) -> bytes:
     """Return `count` bytes of an answer after the first `skipped`, fewer where it ends before; holds no more than these.
 
     Raises:

@@ -20,10 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from compress.awq_gptq_config import AWQ, GPTQ, check_packed_config
 from compress.checkpoint import Checkpoint, TensorEntry
 from compress.errors import CheckpointError
 from compress.untrusted import foreign as refused
-from compress.word_layouts import AWQ, GPTQ, check_words
 
 Read = Callable[[str], Tensor]
 _COMPRESSED_TENSORS = "compressed-tensors"
@@ -60,7 +60,7 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
             f"{checkpoint.folder}/config.json: the format {foreign} cannot be read here, only by vLLM; "
             "evaluate it with runtime: vllm"
         )
-    check_words(checkpoint)
+    check_packed_config(checkpoint)
     with open_tensors(checkpoint, device) as read:
         for entry in sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.start)):
             owner, _, kind = entry.name.rpartition(".")

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
+from compress.awq_gptq_config import check_packed_config
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
@@ -18,7 +19,6 @@ from compress.export.vllm_limits import Layout
 from compress.families import family_of
 from compress.progress import Silent
 from compress.runtimes.unpack import dense_tensors
-from compress.word_layouts import check_words
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl
 
@@ -73,14 +73,14 @@ def test_what_does_not_fit_is_refused_by_the_config_alone(artifact: Path, key: s
     with pytest.raises(
         CheckpointError, match=rf"changed/config\.json: quantization_config: .*{key if key != 'group_size' else ''}"
     ):
-        check_words(open_checkpoint(folder))
+        check_packed_config(open_checkpoint(folder))
     with pytest.raises(CheckpointError, match=r"config\.json: quantization_config: "):
         read(folder)
 
 
 @pytest.mark.parametrize("artifact", ["awq", "gptq"], indirect=True)
 def test_a_sound_artifact_is_read_and_an_order_of_its_own_is_not(artifact: Path, tmp_path: Path) -> None:
-    check_words(open_checkpoint(artifact))
+    check_packed_config(open_checkpoint(artifact))
     before = read(artifact)
     folder = changed(artifact, tmp_path / "changed")
     tensors = load_file(folder / "model.safetensors")
