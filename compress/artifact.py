@@ -1,4 +1,4 @@
-"""What a checkpoint's folder holds beside its weights, and the record of where an artifact came from."""
+"""Files of a checkpoint beside its weights, the formats of artifacts, and an artifact's record (`compress.json`)."""
 
 from __future__ import annotations
 
@@ -27,25 +27,27 @@ _SIDE_NAMES = frozenset({
     "tokenizer_file.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
 })  # fmt: skip
 _SIDE_SUFFIXES = (".jinja", ".model", ".tiktoken")
-"""What slow tokenizers read has no one name: tokenizer.model, spiece.model, sentencepiece.bpe.model, qwen.tiktoken, …"""
+"""Files of slow tokenizers have many names: tokenizer.model, spiece.model, sentencepiece.bpe.model, qwen.tiktoken, …"""
+
 _TERMS = re.compile(
     r"(?i)^((third[-_]party[-_])?(licen[cs]e|notice|copying|copyright|(acceptable_)?use_policy|terms)s?)([-_. ].*)?$"
 )
 _TEMPLATES = "additional_chat_templates"
 
 RECORD = "compress.json"
+"""The record of an artifact: its provenance, and the digest of every file."""
 
 ArtifactFormat = Literal["onnx", "onnx-genai", "vllm"]
-"""What an artifact's folder is by its files: graphs of ours, a folder of onnxruntime-genai's, or a checkpoint."""
+"""The format of an artifact's folder: ONNX graphs, a folder of onnxruntime-genai, or a checkpoint."""
 
 _GENAI = "genai_config.json"
 _GENAI_IMAGES = "vision_processor.json"
 
 
 def is_side_file(name: str) -> bool:
-    """Return whether a file, by its path in a model's folder, says how text and images enter it, or on what terms it may be used.
+    """Return whether a file, by its path in a model's folder, belongs to the tokenizer, processor, chat template or terms of use.
 
-    An artifact carries such files as they are in the source.
+    Such files are copied unchanged into artifacts.
     """
     path = PurePosixPath(name)
     if path.parent.name == _TEMPLATES:
@@ -54,24 +56,24 @@ def is_side_file(name: str) -> bool:
 
 
 def is_terms(name: str) -> bool:
-    """Return whether a file, by its name, is a licence, a notice, or a policy of use."""
+    """Return whether a file, by its name, is a licence, a notice, or a use policy."""
     return _TERMS.match(name) is not None and not name.endswith((".py", ".safetensors"))
 
 
 def side_files(folder: Path) -> list[str]:
-    """Return the paths, in a model's folder, of the files beside its weights and config that belong to it, its code included."""
-    found = [path for path in (*folder.glob("*"), *folder.glob(f"{_TEMPLATES}/*")) if path.is_file()]
-    names = [path.relative_to(folder).as_posix() for path in found]
+    """Return the paths, relative to a model's folder, of its files beside weights and config, its code included."""
+    files = [path for path in (*folder.glob("*"), *folder.glob(f"{_TEMPLATES}/*")) if path.is_file()]
+    names = [path.relative_to(folder).as_posix() for path in files]
     return sorted([*(name for name in names if is_side_file(name)), *code_files(folder)])
 
 
 def copy_side_files(source: Path, target: Path) -> None:
     """Copy tokenizer, processor, chat templates, generation config, terms of use and the model's own code byte for byte.
 
-    Settings of the tokenizer that would cut prompts are left out.
+    Settings of the tokenizer that would truncate prompts are removed.
 
     Raises:
-        CheckpointError: one of them leads out of the source's folder.
+        CheckpointError: a link leads out of the source's folder.
     """
     check_folder(source)
     for name in side_files(source):
@@ -81,10 +83,10 @@ def copy_side_files(source: Path, target: Path) -> None:
 
 
 def check_side_files(folder: Path) -> None:
-    """Check that the files which transformers reads of a folder lie in it, and that those of JSON can be read.
+    """Check the files of a folder that transformers reads: they are inside the folder, and JSON files are valid.
 
     Raises:
-        CheckpointError: a link leads out, a file is none that its reader could bear, or the processor's is to be read elsewhere.
+        CheckpointError: a link leads out, a file is invalid or too large, or the processor refers to another repository.
     """
     check_folder(folder)
     for path in (folder / name for name in ("config.json", *side_files(folder))):
@@ -103,7 +105,7 @@ def check_side_files(folder: Path) -> None:
 
 @lru_cache(maxsize=64)
 def _check_json(path: Path, size: int, changed: int) -> None:
-    """Check a file once for each of its states; those of tokenizers are large."""
+    """Check a file, cached for its state: tokenizers' files are large."""
     del size, changed
     read_json_object(path)
 
@@ -121,34 +123,34 @@ def folder_digests(folder: Path) -> dict[str, str]:
 
 
 def artifact_format(folder: Path) -> ArtifactFormat:
-    """Return what an artifact's folder is, by its files."""
+    """Return the format of an artifact's folder, by its files."""
     if (folder / _GENAI).is_file():
         return "onnx-genai"
     return "onnx" if any(folder.glob("*.onnx")) else "vllm"
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """Return the files that hold an artifact's weights: safetensors and their index, or graphs and their external data."""
+    """Return the files of an artifact's weights: safetensors and their index, or graphs and their external data."""
     if artifact_format(folder) == "vllm":
         return sorted(open_checkpoint(folder).weight_files)
     return sorted([*folder.glob("*.onnx"), *folder.glob("*.onnx_data"), *folder.glob("*.onnx.data")])
 
 
 def weight_bytes(folder: Path) -> int:
-    """Return the size of an artifact's weights: of all tensors of a checkpoint, or of graphs with their external data."""
+    """Return the size of an artifact's weights, in bytes: all tensors of a checkpoint, or graphs with their external data."""
     if artifact_format(folder) == "vllm":
         return open_checkpoint(folder).weight_bytes
     return sum(path.stat().st_size for path in weight_files(folder))
 
 
 def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the files that make up an artifact: config, weights, and how text and images enter the model."""
+    """Return the files of an artifact: config, weights, and the files of tokenizer and processor."""
     named = [folder / name for name in ("config.json", _GENAI, _GENAI_IMAGES) if (folder / name).is_file()]
     return sorted([*named, *weight_files(folder), *(folder / name for name in side_files(folder))])
 
 
 def checkpoint_bytes(folder: Path) -> int:
-    """Return an artifact's size on disk, whatever else lies in its folder."""
+    """Return the size of an artifact's files, in bytes; other files in its folder do not count."""
     return sum(path.stat().st_size for path in checkpoint_files(folder))
 
 
@@ -159,10 +161,10 @@ def write_record(folder: Path, record: Mapping[str, object]) -> None:
 
 
 def source_commit() -> str | None:
-    """Return the git commit of this package's own source, None where it was installed without one."""
+    """Return the git commit of this package's source; None where it is not installed from a git checkout."""
     package = Path(__file__).resolve().parent
     if not (package.parent / ".git").exists():
         return None
     command = ["git", "-C", str(package), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False)
-    return found.stdout.strip() or None
+    completed = subprocess.run(command, capture_output=True, text=True, check=False)
+    return completed.stdout.strip() or None

@@ -1,4 +1,4 @@
-"""Where models and datasets come from: a folder, the Hugging Face hub or ModelScope, each pinned to one state; imports no torch."""
+"""Sources of models and datasets: a folder, the Hugging Face hub or ModelScope, each pinned to one state; without torch."""
 
 from __future__ import annotations
 
@@ -47,9 +47,10 @@ __all__ = [
 
 _CONFIG = "config.json"
 _FIRST_READ = 1 << 16
+"""Bytes that are read of a remote safetensors file at first; most headers fit, others need a second request."""
 
 Fingerprint = Callable[[Path], str]
-"""Returns a file's SHA-256; may remember it."""
+"""Returns a file's SHA-256, possibly from a cache."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ class ModelPin:
 
     @property
     def pickled(self) -> bool:
-        """Whether its weights are only there as a pickle."""
+        """Whether it has pickled weights only."""
         names = self.names
         return not names & {SINGLE, INDEX} and bool(names & {PICKLE, PICKLE_INDEX})
 
     @cached_property
     def names(self) -> frozenset[str]:
-        """The paths of its files, relative to its root."""
+        """The paths of its files, relative to its folder or repository."""
         if self.repository is not None:
             return frozenset(self.repository.by_name)
         folder = Path(self.source)
@@ -76,19 +77,19 @@ class ModelPin:
 
     @cached_property
     def config(self) -> Mapping[str, Any]:
-        """The content of its config.json, fetched where it is on a hub.
+        """The content of its config.json, fetched from a hub where needed.
 
         Raises:
-            CheckpointError: there is none, or it cannot be read.
+            CheckpointError: it is missing, or cannot be read.
         """
         return read_config(fetch_metadata(self))
 
     @cached_property
     def weights(self) -> tuple[str, ...]:
-        """The names of the files that hold its weights, in order.
+        """The names of its weight files, in order.
 
         Raises:
-            CheckpointError: there are none, or an index names a file that is not there.
+            CheckpointError: there are none, or an index names a missing file.
         """
         if SINGLE in self.names:
             return (SINGLE,)
@@ -106,26 +107,26 @@ class ModelPin:
         return shards
 
     def digest(self, fingerprint: Fingerprint) -> str:
-        """Return one SHA-256 over everything of it that shapes a result: weights, config, tokenizer, processor, code."""
+        """Return one SHA-256 over everything that shapes a result: weights, config, tokenizer, processor, code."""
         index = {INDEX, PICKLE_INDEX} if len(self.weights) > 1 else set[str]()
-        beside = sorted(name for name in self.names if _is_side(name) or name.endswith(".py") or name in index)
-        return self._digest([*beside, *self.weights], fingerprint)
+        others = sorted(name for name in self.names if _is_side(name) or name.endswith(".py") or name in index)
+        return self._digest([*others, *self.weights], fingerprint)
 
     def side_digest(self, fingerprint: Fingerprint) -> str:
-        """Return one SHA-256 over the files that say how text and images enter it."""
+        """Return one SHA-256 over config, tokenizer, processor, chat template and terms of use."""
         return self._digest(sorted(name for name in self.names if _is_side(name)), fingerprint)
 
     def describe(self) -> dict[str, str]:
-        """Return what a report says of where it came from."""
+        """Return the model's provenance, as in a report."""
         if self.repository is None:
             return {"source": self.source, **self.licence}
         kind = "commit" if self.hub == "huggingface" else "files"
-        where = {"source": self.source, "hub": self.hub, "revision": self.repository.revision, kind: self.repository.commit}
-        return {**where, **self.licence}
+        provenance = {"source": self.source, "hub": self.hub, "revision": self.repository.revision, kind: self.repository.commit}
+        return {**provenance, **self.licence}
 
     @cached_property
     def licence(self) -> Mapping[str, str]:
-        """What its model card says of its licence: `license`, and `license_name` and `license_link` of one that is no usual one.
+        """Its licence by its model card: `license`, and `license_name` and `license_link` of an uncommon one.
 
         Raises:
             CheckpointError: the card leads out of the model's folder, or is too large.
@@ -136,7 +137,7 @@ class ModelPin:
             return read_licence(Path(self.source))
         try:
             return read_licence(_fetch(self, [self.repository.by_name[CARD]], lambda count: None))
-        except (MissingError, StoreError):  # a cache that cannot be written holds all but the card: no reason to stop
+        except (MissingError, StoreError):  # a read-only cache without the card is no reason to stop
             return {}
 
     def _digest(self, names: Sequence[str], fingerprint: Fingerprint) -> str:
@@ -147,36 +148,38 @@ class ModelPin:
 
 
 def resolve_model(source: str, hub: Literal["huggingface", "modelscope"], revision: str) -> ModelPin:
-    """Pin a model without fetching its weights; a path is a folder whatever `hub` says.
+    """Pin a model without fetching its weights; a local path is a folder, whatever `hub` is.
 
     Raises:
-        CheckpointError: the folder is no checkpoint's.
+        CheckpointError: the folder or repository is no checkpoint.
         MissingError: the hub has no such model or revision, wants a token, or cannot be reached.
     """
     if is_local(source):
         read_config(Path(source))
         return ModelPin(source=source, hub="folder")
-    listed = huggingface.list_files("model", source, revision) if hub == "huggingface" else modelscope.list_files(source, revision)
-    if _CONFIG not in listed.by_name and ADAPTER in listed.by_name:
+    repository = (
+        huggingface.list_files("model", source, revision) if hub == "huggingface" else modelscope.list_files(source, revision)
+    )
+    if _CONFIG not in repository.by_name and ADAPTER in repository.by_name:
         raise CheckpointError(f"{source}: {adapter_message('the model that its ' + ADAPTER + ' names')}")
-    if _CONFIG not in listed.by_name:
+    if _CONFIG not in repository.by_name:
         raise CheckpointError(f"{source}: holds no {_CONFIG} at revision {revision}; is this a model's repository?")
-    return ModelPin(source=source, hub=hub, repository=listed)
+    return ModelPin(source=source, hub=hub, repository=repository)
 
 
 def fetch_metadata(pin: ModelPin, *, trust_remote_code: bool = False) -> Path:
-    """Fetch a model's small files (config, tokenizer, processor, index; its code where trusted); return the folder they are in.
+    """Fetch a model's small files (config, tokenizer, processor, index; its code where trusted) and return their folder.
 
     Raises:
         MissingError: they cannot be fetched.
     """
     if pin.repository is None:
         return Path(pin.source)
-    return _fetch(pin, _small(pin.repository, trust_remote_code), lambda count: None)
+    return _fetch(pin, _small_files(pin.repository, trust_remote_code), lambda count: None)
 
 
-def _small(repository: Repository, trust_remote_code: bool) -> list[RemoteFile]:
-    """Return what is fetched beside the weights."""
+def _small_files(repository: Repository, trust_remote_code: bool) -> list[RemoteFile]:
+    """Return the files that are fetched beside the weights."""
     return [
         file
         for file in repository.files
@@ -185,28 +188,28 @@ def _small(repository: Repository, trust_remote_code: bool) -> list[RemoteFile]:
 
 
 def fetch_model(pin: ModelPin, progress: Progress, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Path:
-    """Fetch what a model needs to be loaded and nothing else; return its folder.
+    """Fetch the files that loading a model needs, and return its folder.
 
-    Python files come only with `trust_remote_code`, pickled weights only with `allow_pickle`.
+    Python files are fetched only with `trust_remote_code`, pickled weights only with `allow_pickle`.
 
     Raises:
-        CheckpointError: only pickled weights are there and they are not allowed, or a file is missing in the repository.
+        CheckpointError: it has only pickled weights and they are not allowed, or a file is missing in the repository.
         MissingError: a file cannot be fetched.
     """
     _refuse_pickle(pin, allow_pickle)
     if pin.repository is None:
         return Path(pin.source)
     fetch_metadata(pin)
-    listed = [pin.repository.by_name[name] for name in pin.weights]
-    small = _small(pin.repository, trust_remote_code)
-    with progress.task(f"fetch {pin.source}", sum(file.size for file in (*small, *listed)), "B") as advance:
-        return _fetch(pin, [*small, *listed], advance)
+    weights = [pin.repository.by_name[name] for name in pin.weights]
+    small = _small_files(pin.repository, trust_remote_code)
+    with progress.task(f"fetch {pin.source}", sum(file.size for file in (*small, *weights)), "B") as advance:
+        return _fetch(pin, [*small, *weights], advance)
 
 
 def open_pinned(pin: ModelPin, *, allow_pickle: bool = False, trust_remote_code: bool = False) -> Checkpoint | None:
-    """Return a model's config and tensor table, read from the headers alone; None where its weights are a pickle that is allowed.
+    """Return a model's config and tensor table, read from the headers alone; None where its weights are an allowed pickle.
 
-    The tensors' files are where `fetch_model` will put them.
+    The tensors' files have the paths that `fetch_model` will fetch them to.
 
     Raises:
         CheckpointError: the weights are a pickle and not allowed, or a header is damaged.
@@ -235,18 +238,18 @@ def open_pinned(pin: ModelPin, *, allow_pickle: bool = False, trust_remote_code:
 
 
 def weights_notes(pin: ModelPin) -> list[str]:
-    """Return which of several weights are taken where a model has a single file and an index of others beside it."""
+    """Return notes on a model that has both a single weight file and an index of shards."""
     if not {SINGLE, INDEX} <= pin.names:
         return []
     shards = set(read_index(fetch_metadata(pin) / INDEX).values()) - {SINGLE}
-    gone = sorted(shards - pin.names)
+    missing = sorted(shards - pin.names)
     if not shards:
         return []
     others = f"{len(shards)} shards ({INDEX})"
-    if gone:
+    if missing:
         return [
-            f"the weights are {SINGLE}, as transformers reads them; {INDEX} beside it is stale: {gone[0]} is not there. vLLM goes "
-            "by the index: remove it"
+            f"the weights are {SINGLE}, as transformers reads them; {INDEX} beside it is stale: {missing[0]} is not there. vLLM "
+            "goes by the index: remove it"
         ]
     return [
         f"there are weights twice: {SINGLE}, and {others}. {SINGLE} is taken, as by transformers; vLLM goes by the index and takes "
@@ -284,5 +287,5 @@ def _refuse_pickle(pin: ModelPin, allow_pickle: bool) -> None:
 
 
 def _is_side(name: str) -> bool:
-    """Return whether a file belongs to config, tokenizer, processor or chat template, or tells the terms of use."""
+    """Return whether a file is config, tokenizer, processor, chat template or terms of use."""
     return name == _CONFIG or is_side_file(name)

@@ -1,4 +1,4 @@
-"""Whether a model's output head is its embedding matrix: read from config and tensors as transformers 5 does, without torch."""
+"""Tied embeddings: whether the output head is the embedding matrix, decided as transformers 5 does; without torch."""
 
 from __future__ import annotations
 
@@ -16,19 +16,23 @@ from compress.families import Family
 _KEY = "tie_word_embeddings"
 _CHUNK = 1 << 24
 """Bytes of a matrix that are compared at once."""
-_SAMPLES, _SAMPLE = 8, 1 << 16
-"""How many places of a matrix on a hub are compared before it is fetched, and how many bytes at each."""
+
+_SAMPLES = 8
+"""How many ranges of a matrix on a hub are compared before it is fetched."""
+
+_SAMPLE = 1 << 16
+"""Bytes of each."""
 
 _FLOATS: Mapping[str, str] = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2"}
 """numpy's types of the floats on disk; it has no bfloat16, which is the upper half of a float32."""
 
 
 def head_is_tied(checkpoint: Checkpoint, family: Family) -> bool:
-    """Return whether the output head is the embedding matrix.
+    """Return whether the output head is tied to the embedding matrix.
 
-    It is where the config says so, unless the checkpoint holds a head of its own with other values, as PEFT leaves it after
-    merging: transformers 5 (`PreTrainedModel.tie_weights`) and vLLM take what is on disk then. Before the weights of a model
-    on a hub are fetched, a few places of the two are compared.
+    It is where the config says so, unless the checkpoint has a separate head with other values, as after merging a PEFT adapter:
+    transformers 5 (`PreTrainedModel.tie_weights`) and vLLM then use the head on disk. Before the weights of a model on a hub are
+    fetched, samples of the two matrices are compared.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -37,21 +41,21 @@ def head_is_tied(checkpoint: Checkpoint, family: Family) -> bool:
         return False
     head, embeddings = _matrix(checkpoint, family, family.head), _matrix(checkpoint, family, family.embeddings)
     if head is None:
-        return not _has_other(checkpoint, family)
+        return not _has_quantized_head(checkpoint, family)
     return embeddings is None or _equal(checkpoint, head, embeddings)
 
 
 def check_head(checkpoint: Checkpoint, family: Family) -> None:
-    """Check that the head and the embeddings are there.
+    """Check that the checkpoint has the head and the embeddings.
 
     Raises:
-        CheckpointError: one of them is in no file; transformers would make it up, or take the other one for it.
+        CheckpointError: one of them is missing; transformers would initialize it at random, or use the other one.
     """
     if family.head is None:
         return
     where, tied = f"{checkpoint.folder}", family.says_tied(checkpoint.config)
     head, embeddings = _matrix(checkpoint, family, family.head), _matrix(checkpoint, family, family.embeddings)
-    if head is None and not tied and not _has_other(checkpoint, family):
+    if head is None and not tied and not _has_quantized_head(checkpoint, family):
         raise CheckpointError(
             f"{where}: holds no output head ({family.head}.weight), and config.json does not say that it is the embeddings; fetch "
             f"the checkpoint again, or set {_key(family)}: true in config.json if it is"
@@ -62,28 +66,28 @@ def check_head(checkpoint: Checkpoint, family: Family) -> None:
 
 
 def head_notes(checkpoint: Checkpoint, family: Family) -> list[str]:
-    """Return where config.json contradicts itself or the weights on whether the head is the embeddings, and what is taken."""
+    """Return notes where config.json contradicts itself or the weights on tied embeddings, with the choice that is made."""
     if family.head is None:
         return []
-    says, tied, stated = family.says_tied(checkpoint.config), head_is_tied(checkpoint, family), _stated(checkpoint.config)
-    taken = "the embeddings are" if tied else "the head on disk is"
+    config_tied, tied, stated = family.says_tied(checkpoint.config), head_is_tied(checkpoint, family), _stated(checkpoint.config)
+    used = "the embeddings are" if tied else "the head on disk is"
     written = f"artifacts say {_KEY}: {str(tied).lower()} in every place"
-    if says and not tied:
+    if config_tied and not tied:
         return [
             f"config.json says that the output head is the embeddings ({_KEY}), and the weights hold a head with other values, as "
-            f"after merging a PEFT adapter: {taken} used, as transformers 5 and vLLM do, and {written}. Older programs use the "
+            f"after merging a PEFT adapter: {used} used, as transformers 5 and vLLM do, and {written}. Older programs use the "
             f"embeddings: set {_KEY}: false in the original's config.json"
         ]
     if len(set(stated.values())) > 1:
-        said = " and ".join(f"{place}: {str(value).lower()}" for place, value in stated.items())
-        return [f"config.json says {said}; transformers 5 goes by {_key(family)}: {taken} used, and {written}"]
+        statements = " and ".join(f"{key}: {str(value).lower()}" for key, value in stated.items())
+        return [f"config.json says {statements}; transformers 5 goes by {_key(family)}: {used} used, and {written}"]
     return []
 
 
 def settled_config(config: Mapping[str, Any], family: Family, tied: bool) -> dict[str, Any]:
-    """Return a config that says in every place whether the head is the embeddings, so that all who read it read the same.
+    """Return a config that states in every section whether the embeddings are tied, so that all programs agree.
 
-    One that says nothing else anywhere stays as it is.
+    A config without contradictions does not change.
     """
     settled = dict(config)
     if family.head is None or (tied == family.says_tied(config) and set(_stated(config).values()) <= {tied}):
@@ -95,7 +99,7 @@ def settled_config(config: Mapping[str, Any], family: Family, tied: bool) -> dic
 
 
 def written_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
-    """Return the config for what is made of a checkpoint: settled by what its own weights are."""
+    """Return the config for results of a checkpoint, settled by its weights."""
     return settled_config(checkpoint.config, family, head_is_tied(checkpoint, family))
 
 
@@ -104,26 +108,26 @@ def _key(family: Family) -> str:
 
 
 def _stated(config: Mapping[str, Any]) -> dict[str, bool]:
-    """Return what a config says of the head, by the place in it."""
+    """Return a config's statements on tied embeddings, by key."""
     text = config.get("text_config")
-    places: list[tuple[str, Mapping[str, Any]]] = [(_KEY, config)]
+    sections: list[tuple[str, Mapping[str, Any]]] = [(_KEY, config)]
     if isinstance(text, Mapping):
-        places.append((f"text_config.{_KEY}", cast("Mapping[str, Any]", text)))
-    return {name: bool(part[_KEY]) for name, part in places if part.get(_KEY) is not None}
+        sections.append((f"text_config.{_KEY}", cast("Mapping[str, Any]", text)))
+    return {name: bool(section[_KEY]) for name, section in sections if section.get(_KEY) is not None}
 
 
 def _matrix(checkpoint: Checkpoint, family: Family, module: str | None) -> TensorEntry | None:
-    """Return where a module's weight lies, None where it is not there or is quantized."""
+    """Return the table entry of a module's weight; None where it is missing or quantized."""
     for name, entry in checkpoint.tensors.items():
         if entry.dtype in _FLOATS and family.module_name(name) == f"{module}.weight":
             return entry
     return None
 
 
-def _has_other(checkpoint: Checkpoint, family: Family) -> bool:
-    """Return whether the head is held in another way than as a matrix: quantized."""
-    parts = (family.module_name(name) for name in checkpoint.tensors)
-    return any(part.startswith(f"{family.head}.") and not part.endswith(".bias") for part in parts)
+def _has_quantized_head(checkpoint: Checkpoint, family: Family) -> bool:
+    """Return whether the checkpoint has tensors of the head other than a plain matrix."""
+    names = (family.module_name(name) for name in checkpoint.tensors)
+    return any(name.startswith(f"{family.head}.") and not name.endswith(".bias") for name in names)
 
 
 def _equal(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry) -> bool:
@@ -135,14 +139,14 @@ def _equal(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry) -> bool
 
 
 def _state(entry: TensorEntry) -> tuple[int, int, int]:
-    """Return what is another once a file was written again."""
-    found = entry.file.stat()
-    return found.st_ino, found.st_mtime_ns, found.st_size
+    """Return a file's identity, which changes when it is written again."""
+    status = entry.file.stat()
+    return status.st_ino, status.st_mtime_ns, status.st_size
 
 
 @lru_cache(maxsize=64)
 def _equal_files(one: TensorEntry, other: TensorEntry, *states: tuple[int, int, int]) -> bool:
-    """Compare two matrices, gigabytes where they are equal: once for each state of their files."""
+    """Compare two matrices, which may be gigabytes; cached for the state of their files."""
     del states
     count = one.elements
     step = _CHUNK // 8
@@ -163,10 +167,10 @@ def _equal_samples(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry)
 
 
 def _spans(count: int) -> Iterator[tuple[int, int]]:
-    """Give the first and the last element, exclusive, of the places that are compared: even steps from the first to the last."""
+    """Yield the first and last element, exclusive, of the ranges that are compared, evenly spaced over the matrix."""
     size = min(count, _SAMPLE // 8)
-    for place in range(_SAMPLES):
-        start = (count - size) * place // (_SAMPLES - 1)
+    for index in range(_SAMPLES):
+        start = (count - size) * index // (_SAMPLES - 1)
         yield start, start + size
 
 
@@ -182,7 +186,7 @@ def _sample(checkpoint: Checkpoint, entry: TensorEntry, start: int, end: int) ->
 
 
 def _values(entry: TensorEntry, data: bytes) -> NDArray[Any]:
-    found = np.frombuffer(data, _FLOATS[entry.dtype])
+    values = np.frombuffer(data, _FLOATS[entry.dtype])
     if entry.dtype != "BF16":
-        return found
-    return (found.astype(np.uint32) << 16).view(np.float32)
+        return values
+    return (values.astype(np.uint32) << 16).view(np.float32)

@@ -1,15 +1,14 @@
 """The content-addressed cache of step outputs, shared by all runs and safe against crashes and each other.
 
 store/
-  entries/<key>/entry.json     what the step was, every file's size and SHA-256, the model and recipe it was first made for
-  entries/<key>/data/          what it wrote
-  aside/<key>/                 an output that is being written, or what an interrupted step keeps of it; renamed to entries/<key>
-                               when whole
-  aside/<key>.<random>/        an entry that was replaced or pruned, on its way out
-  locks/<key>.lock             held by the process that writes the entry
-  active/<random>.json         the keys a living run depends on, beside a lock that the run holds
-  active.lock                  held while such a mark is made or swept
-  fingerprints.json            digests of files outside the store, by path, size and time of change
+  entries/<key>/entry.json     the step, the size and SHA-256 of every file, the model and recipe it was first computed for
+  entries/<key>/data/          the step's output
+  aside/<key>/                 an unfinished output, of a running or interrupted step; renamed to entries/<key> when complete
+  aside/<key>.<random>/        a replaced or pruned entry that is being deleted
+  locks/<key>.lock             locked by the process that writes the entry
+  active/<random>.json         the keys that a running run depends on, beside a lock of the run
+  active.lock                  locked while such marks are written or removed
+  fingerprints.json            digests of files outside the store, by path, size and modification time
 """
 
 from __future__ import annotations
@@ -48,7 +47,10 @@ from compress.store_entries import (
 from compress.untrusted import read_json, read_object
 
 _DAMAGED = "damaged.json"
-_WORTH_REMEMBERING = 1_000_000
+"""The record of a damaged entry, renamed from `entry.json`."""
+
+_MIN_CACHED_BYTES = 1_000_000
+"""Digests of smaller files are not cached."""
 
 
 def default_store() -> Path:
@@ -60,7 +62,7 @@ def default_store() -> Path:
 
 
 class Store:
-    """The cache at one folder, which is made when first needed."""
+    """The cache in one folder, which is created when first needed."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder.expanduser().absolute()
@@ -70,19 +72,19 @@ class Store:
         self._active = self.folder / "active"
 
     def prepare(self) -> None:
-        """Make the store's folders.
+        """Create the store's folders.
 
         Raises:
-            StoreError: they cannot be made.
+            StoreError: they cannot be created.
         """
         with telling_where(self.folder, making=True):
             for folder in (self._entries, self._aside, self._locks, self._active):
                 folder.mkdir(parents=True, exist_ok=True)
 
     def find(self, key: str, warn: Callable[[str], None], *, thorough: bool = False) -> Entry | None:
-        """Return a key's entry if it is there and whole; a damaged one is a miss, with a warning.
+        """Return a key's entry, None where it is missing or (with a warning) damaged.
 
-        Files of unchanged size and time are trusted, unless it is to be `thorough`: then every file is read.
+        Files with unchanged size and modification time are trusted, unless `thorough`: then every file is read.
         """
         entry = read_entry(self._entries / key)
         if entry is None:
@@ -93,19 +95,19 @@ class Store:
             self.distrust(key)
             warn(f"{entry.step}: {damage}; the step is made again")
             return None
-        with contextlib.suppress(OSError):  # a store that can only be read still serves
+        with contextlib.suppress(OSError):  # a read-only store can be used
             os.utime(entry.folder.parent / ENTRY)
         return entry
 
     def distrust(self, key: str) -> None:
-        """Mark an entry as damaged, so that it is a miss from now on."""
+        """Mark an entry as damaged, so that `find` no longer returns it."""
         record = self._entries / key / ENTRY
-        with contextlib.suppress(OSError):  # gone meanwhile, or the store can only be read: then nothing is made either
+        with contextlib.suppress(OSError):  # removed meanwhile, or a read-only store
             record.rename(record.with_name(_DAMAGED))
 
     @contextmanager
     def lock(self, key: str, wait: Callable[[], None]) -> Generator[None]:
-        """Hold the right to write a key's entry; `wait` is called once if another process has it."""
+        """Hold the lock of a key's entry for writing; `wait` is called once if another process holds it."""
         self.prepare()
         lock = FileLock(self._locks / f"{key}.lock")
         try:
@@ -114,8 +116,8 @@ class Store:
             wait()
             lock.acquire()
         try:
-            for left in self._aside.glob(f"{key}.*"):  # by a process that was killed: the lock is ours
-                shutil.rmtree(left, ignore_errors=True)
+            for leftover in self._aside.glob(f"{key}.*"):  # of a killed process, as this one holds the lock
+                shutil.rmtree(leftover, ignore_errors=True)
             yield
         finally:
             lock.release()
@@ -124,18 +126,18 @@ class Store:
     def write(
         self, key: str, step: str, origin: Origin = UNKNOWN_ORIGIN, *, resume: bool = False, warnings: Sequence[str] = ()
     ) -> Generator[Path]:
-        """Give a folder to fill; when the block ends well it becomes the key's entry.
+        """Yield a folder to fill; when the block ends without an error it becomes the key's entry.
 
-        The caller holds the key's lock. With `resume` the folder holds what a process that was killed or interrupted had
-        written of the same step, or one that found the disk full or a device too small; otherwise it is empty. A step that fails
-        for any other reason leaves nothing. `warnings` is read when the block ends.
+        The caller holds the key's lock. With `resume` the folder has the unfinished output of the same step where that was killed
+        or interrupted, or found the disk full or the device too small; otherwise it is empty. A step that fails for any other
+        reason leaves nothing. `warnings` is read when the block ends.
 
         Raises:
             StoreError: the disk is full or cannot be written.
         """
         aside = self._aside / key
         data = aside / "data"
-        kept = False
+        keep = False
         try:
             with telling_where(self.folder):
                 if not resume:
@@ -143,45 +145,45 @@ class Store:
                 data.mkdir(parents=True, exist_ok=True)
                 write_json(aside / STARTED, {"step": step, **asdict(origin)})
                 yield data
-                made = time.time()
-                entry = Entry(key, step, data, files_of(data), tuple(warnings), made, made, origin)
+                now = time.time()
+                entry = Entry(key, step, data, files_of(data), tuple(warnings), now, now, origin)
                 write_json(aside / ENTRY, record_of(entry))
                 (aside / STARTED).unlink()
-                self._put(aside, key)
+                self._publish(aside, key)
         except (KeyboardInterrupt, StoreError, MissingError):
-            kept = resume
+            keep = resume
             raise
         finally:
-            if not kept:
+            if not keep:
                 shutil.rmtree(aside, ignore_errors=True)
 
-    def _put(self, aside: Path, key: str) -> None:
-        place = self._entries / key
-        if place.exists():
+    def _publish(self, aside: Path, key: str) -> None:
+        folder = self._entries / key
+        if folder.exists():
             old = self._aside / f"{key}.{secrets.token_hex(4)}"
-            place.replace(old)
-            aside.replace(place)
+            folder.replace(old)
+            aside.replace(folder)
             shutil.rmtree(old, ignore_errors=True)
         else:
-            aside.replace(place)
+            aside.replace(folder)
 
     def entries(self) -> list[Entry]:
-        """Return all readable entries, the one used last first."""
-        found = [read_entry(path) for path in _folders(self._entries)]
-        return sorted((entry for entry in found if entry), key=lambda entry: entry.used, reverse=True)
+        """Return all readable entries, the most recently used first."""
+        entries = [read_entry(path) for path in _folders(self._entries)]
+        return sorted((entry for entry in entries if entry), key=lambda entry: entry.used, reverse=True)
 
-    def held(self) -> list[StoreItem]:
-        """Return everything that takes room: outputs, what interrupted steps keep, unreadable entries; the one used last first."""
+    def items(self) -> list[StoreItem]:
+        """Return all outputs, unfinished outputs and unreadable entries, the most recently used first."""
         entries = {path: read_entry(path) for path in _folders(self._entries)}
-        found = [item_of(entry) if entry else unreadable_at(path) for path, entry in entries.items()]
-        found += [unfinished_at(path) for path in _folders(self._aside)]
-        return sorted(found, key=lambda held: held.used, reverse=True)
+        items = [item_of(entry) if entry else unreadable_at(path) for path, entry in entries.items()]
+        items += [unfinished_at(path) for path in _folders(self._aside)]
+        return sorted(items, key=lambda item: item.used, reverse=True)
 
     def verify(self) -> dict[str, str]:
-        """Read every file of every entry again; return what is wrong, by key.
+        """Read every file of every entry and return the faults, by key.
 
-        A damaged entry is marked, so that the next run makes it again. One that cannot be read, which another version may have
-        written, is only told of.
+        A damaged entry is marked, so that the next run computes it again. An unreadable one, which another version may have
+        written, is only reported.
         """
         faults: dict[str, str] = {}
         for path in _folders(self._entries):
@@ -195,7 +197,7 @@ class Store:
 
     @contextmanager
     def using(self, keys: Iterable[str]) -> Generator[None]:
-        """Keep `prune` from removing these keys while the block runs; marks that killed runs left are swept.
+        """Protect these keys from `prune` while the block runs; marks of killed runs are removed.
 
         Raises:
             StoreError: the store cannot be written.
@@ -215,86 +217,85 @@ class Store:
             mark.with_suffix(".lock").unlink(missing_ok=True)
 
     def prune(self, *, unused_for: float, keep_bytes: int | None, dry: bool = False) -> list[StoreItem]:
-        """Remove what was not used for `unused_for` seconds (0: everything), then the longest unused until `keep_bytes` are left.
+        """Remove items unused for `unused_for` seconds (0: all), then the least recently used until `keep_bytes` are left.
 
-        What a living run depends on stays, and so does what is being written. With `dry` nothing is removed. Returns what was, or
-        would be.
+        Items that a running run depends on or is writing stay. With `dry` nothing is removed. Returns the removed items.
 
         Raises:
-            StoreError: something cannot be removed, or a living run's mark cannot be read.
+            StoreError: an item cannot be removed, or the mark of a running run cannot be read.
         """
         self.prepare()
         with telling_where(self.folder), self._marks_locked():
-            kept = self._sweep_marks()
+            protected = self._sweep_marks()
         removed: list[StoreItem] = []
-        found = self.held()
-        total = sum(held.bytes for held in found)
-        for held in reversed(found):
-            stale = unused_for <= 0 or time.time() - held.used >= unused_for
+        items = self.items()
+        total = sum(item.bytes for item in items)
+        for item in reversed(items):
+            stale = unused_for <= 0 or time.time() - item.used >= unused_for
             surplus = keep_bytes is not None and total > keep_bytes
-            leaving = held.kind == "unfinished" and "." in held.key
-            if (leaving or (held.key not in kept and (stale or surplus))) and self._remove(held, dry=dry):
-                total -= held.bytes
-                removed.append(held)
+            being_deleted = item.kind == "unfinished" and "." in item.key
+            if (being_deleted or (item.key not in protected and (stale or surplus))) and self._remove(item, dry=dry):
+                total -= item.bytes
+                removed.append(item)
         return removed
 
-    def _remove(self, held: StoreItem, *, dry: bool) -> bool:
-        """Remove something, unless it is being written just now; return whether it was, or with `dry` would be."""
-        place = (self._aside if held.kind == "unfinished" else self._entries) / held.key
-        key = held.key.partition(".")[0]
+    def _remove(self, item: StoreItem, *, dry: bool) -> bool:
+        """Remove an item unless it is being written; return whether it was, or with `dry` would be, removed."""
+        folder = (self._aside if item.kind == "unfinished" else self._entries) / item.key
+        key = item.key.partition(".")[0]
         try:
             with FileLock(self._locks / f"{key}.lock", timeout=0), telling_where(self.folder):
                 if not dry:
-                    gone = self._aside / f"{key}.{secrets.token_hex(4)}"
-                    place.replace(gone)
-                    shutil.rmtree(gone)
+                    old = self._aside / f"{key}.{secrets.token_hex(4)}"
+                    folder.replace(old)
+                    shutil.rmtree(old)
         except (Timeout, FileNotFoundError):  # or another process removed it meanwhile
             return False
         return True
 
     @contextmanager
     def _marks_locked(self) -> Generator[None]:
-        """Hold the right to make and sweep marks, so that one that is being made is not taken for a dead run's."""
+        """Hold the lock of all marks, so that one that is being written is not mistaken for a killed run's."""
         with FileLock(self.folder / "active.lock"):
             yield
 
     def _sweep_marks(self) -> set[str]:
-        """Remove the marks of dead runs; return the keys that living ones depend on.
+        """Remove the marks of killed runs; return the keys that running ones depend on.
 
         Raises:
-            StoreError: a living run's mark cannot be read.
+            StoreError: the mark of a running run cannot be read.
         """
         keys: set[str] = set()
         for mark in {path.with_suffix(".json") for path in self._active.glob("[!.]*")}:
             try:
-                with FileLock(mark.with_suffix(".lock"), timeout=0):  # nobody holds it: the run is dead
+                with FileLock(mark.with_suffix(".lock"), timeout=0):  # not locked: the run was killed
                     mark.unlink(missing_ok=True)
                     mark.with_suffix(".lock").unlink(missing_ok=True)
             except Timeout:
                 with contextlib.suppress(FileNotFoundError):  # the run ended just now
                     keys |= _keys_of(mark)
-        for unwritten in self._active.glob(".*"):  # by runs that were killed: no mark is being made now
+        for unwritten in self._active.glob(".*"):  # of killed runs, as no mark is being written now
             unwritten.unlink(missing_ok=True)
         return keys
 
     def fingerprint(self, path: Path) -> str:
-        """Return the SHA-256 of a file outside the store; a large one is read again only when its size or time of change differs.
+        """Return the SHA-256 of a file outside the store, cached for large files by size and modification time.
 
         Raises:
             StoreError: the file cannot be read.
         """
         with telling_where(path):
             status = path.stat()
-            if status.st_size < _WORTH_REMEMBERING:
+            if status.st_size < _MIN_CACHED_BYTES:
                 return file_digest(path)
-            mark = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
+            state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             row = self._fingerprints().get(str(path))
-            if isinstance(row, list) and row[:-1] == mark and isinstance(row[-1], str):
+            if isinstance(row, list) and row[:-1] == state and isinstance(row[-1], str):
                 return row[-1]
             digest = file_digest(path)
-        with contextlib.suppress(OSError):  # only saves time
+        with contextlib.suppress(OSError):  # the cache only saves time
             self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "fingerprints.json", {**self._fingerprints(), str(path): [*mark, digest]})
+            write_json(self.folder / "fingerprints.json", {**self._fingerprints(), str(path): [*state, digest]})
         return digest
 
     def _fingerprints(self) -> dict[str, object]:

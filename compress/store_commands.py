@@ -1,4 +1,4 @@
-"""What `compress store` does with the cache."""
+"""The actions of `compress store`: list, verify and prune the cache."""
 
 from __future__ import annotations
 
@@ -21,52 +21,55 @@ _DAY = 86_400.0
 _STATES = {"output": "", "unfinished": "unfinished", "unreadable": "unreadable"}
 
 Outcome = tuple[object, int]
-"""What an action gives as JSON, and the exit code."""
+"""An action's JSON output, and its exit code."""
 
 
 def _open(options: argparse.Namespace) -> Store:
     return Store(options.store or default_store())
 
 
-def _rows(found: list[StoreItem]) -> list[dict[str, object]]:
+def _rows(items: list[StoreItem]) -> list[dict[str, object]]:
     return [
         {
-            "key": held.key,
-            "step": held.step,
-            "model": held.origin.model,
-            "recipe": held.origin.recipe,
-            "bytes": held.bytes,
-            "kind": held.kind,
-            "path": str(held.folder),
+            "key": item.key,
+            "step": item.step,
+            "model": item.origin.model,
+            "recipe": item.origin.recipe,
+            "bytes": item.bytes,
+            "kind": item.kind,
+            "path": str(item.folder),
         }
-        for held in found
+        for item in items
     ]
 
 
-def _count(found: list[StoreItem]) -> str:
-    """Return how many entries there are and how much room they take, what interrupted steps keep apart."""
-    entries, rest = [held for held in found if held.kind != "unfinished"], [held for held in found if held.kind == "unfinished"]
-    told = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size(sum(held.bytes for held in entries))}"
-    return f"{told}; of unfinished steps {len(rest)}, {size(sum(held.bytes for held in rest))}" if rest else told
+def _count(items: list[StoreItem]) -> str:
+    """Return a summary of the number and size of entries, and of unfinished outputs."""
+    entries = [item for item in items if item.kind != "unfinished"]
+    unfinished = [item for item in items if item.kind == "unfinished"]
+    summary = f"{len(entries)} {'entry' if len(entries) == 1 else 'entries'}, {size(sum(item.bytes for item in entries))}"
+    if not unfinished:
+        return summary
+    return f"{summary}; of unfinished steps {len(unfinished)}, {size(sum(item.bytes for item in unfinished))}"
 
 
-def _named(model: str) -> str:
+def _display_name(model: str) -> str:
     return Path(model).name if is_local(model) else model
 
 
 def _list(options: argparse.Namespace, console: Console) -> Outcome:
     store = _open(options)
-    found = store.held()
+    items = store.items()
     table = Table("key", "step", "model", "recipe", "size", "last used", "", box=None, pad_edge=False)
-    for held in found:
-        days = (time.time() - held.used) / _DAY
+    for item in items:
+        days = (time.time() - item.used) / _DAY
         used = "today" if days < 1 else f"{days:.0f} days ago"
-        named = (printable(text) for text in (held.step, _named(held.origin.model), held.origin.recipe))
-        table.add_row(held.key[:12], *named, size(held.bytes), used, _STATES[held.kind])
-    console.print(f"{store.folder}: {_count(found)}", highlight=False)
-    if found:
+        names = (printable(text) for text in (item.step, _display_name(item.origin.model), item.origin.recipe))
+        table.add_row(item.key[:12], *names, size(item.bytes), used, _STATES[item.kind])
+    console.print(f"{store.folder}: {_count(items)}", highlight=False)
+    if items:
         console.print(table)
-    return _rows(found), 0
+    return _rows(items), 0
 
 
 def _verify(options: argparse.Namespace, console: Console) -> Outcome:
@@ -83,10 +86,10 @@ def _prune(options: argparse.Namespace, console: Console) -> Outcome:
     removed = _open(options).prune(unused_for=options.unused_for * _DAY, keep_bytes=keep, dry=options.dry_run)
     console.print(f"{'would remove' if options.dry_run else 'removed'} {_count(removed)}", highlight=False)
     if options.dry_run:
-        for held in removed:
-            console.print(f"{held.key[:12]}  {printable(held.step)}, {size(held.bytes)}", highlight=False, markup=False)
+        for item in removed:
+            console.print(f"{item.key[:12]}  {printable(item.step)}, {size(item.bytes)}", highlight=False, markup=False)
     return _rows(removed), 0
 
 
 ACTIONS: Mapping[str, Callable[[argparse.Namespace, Console], Outcome]] = {"list": _list, "verify": _verify, "prune": _prune}
-"""The actions of `compress store` by name; each shows people what it did."""
+"""The actions of `compress store` by name; each prints its result for people."""

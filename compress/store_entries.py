@@ -1,4 +1,4 @@
-"""What the store holds: finished outputs with every file's size and digest, read without trust, and what of others is left."""
+"""The items of the store: finished outputs with the size and digest of every file, unfinished ones, and unreadable entries."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from compress.untrusted import read_object
 
 ENTRY = "entry.json"
 STARTED = "started.json"
-"""What stands beside an output that is being written, until it is whole: of which step it is."""
+"""The record of an unfinished output, which names its step."""
 
 Kind = Literal["output", "unfinished", "unreadable"]
 
 
 @dataclass(frozen=True)
 class StoredFile:
-    """One file of an entry; `changed` is its modification time in nanoseconds when the entry was made."""
+    """One file of an entry; `changed` is its modification time in nanoseconds when the entry was written."""
 
     size: Annotated[int, Field(ge=0)]
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -35,30 +35,38 @@ class StoredFile:
 
 @dataclass(frozen=True)
 class Origin:
-    """The model and the recipe that an output was first made for; others that need the same find it too."""
+    """The model and recipe that an output was first computed for; other recipes may share it."""
 
     model: str = ""
     recipe: str = ""
 
 
 UNKNOWN_ORIGIN = Origin()
-"""The origin of what does not say."""
+"""The origin of outputs whose record does not name it."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """A step's finished output: its files lie in `folder`; `made` and `used` are seconds since the epoch.
-
-    `warnings` are what making it had to say, to be said again when it is found.
-    """
+    """A step's finished output."""
 
     key: str
     step: str
+
     folder: Path
+    """The folder of its files."""
+
     files: Mapping[str, StoredFile]
+    """By path relative to `folder`."""
+
     warnings: tuple[str, ...]
+    """Warnings of the step, repeated by every run that uses the output."""
+
     made: float
+    """When it was written, in seconds since the epoch."""
+
     used: float
+    """When it was last used, in seconds since the epoch."""
+
     origin: Origin = UNKNOWN_ORIGIN
 
     @property
@@ -69,13 +77,13 @@ class Entry:
 
 @dataclass(frozen=True)
 class StoreItem:
-    """Something that takes room in the store.
-
-    `kind` says what it is: a finished output; what an interrupted step keeps, to go on from; or an entry without a readable record.
-    """
+    """An item of the store and its size on disk."""
 
     key: str
+
     kind: Kind
+    """A finished output, the unfinished output of a running or interrupted step, or an entry without a readable record."""
+
     step: str
     origin: Origin
     folder: Path
@@ -83,8 +91,8 @@ class StoreItem:
     used: float
 
 
-def _within(name: str) -> str:
-    """Check that a file's name leads nowhere else than below its entry's folder."""
+def _check_relative(name: str) -> str:
+    """Check that a file's path stays inside its entry's folder."""
     path = PurePosixPath(name)
     if not path.parts or path.is_absolute() or ".." in path.parts:
         raise ValueError(f"{name!r} is no file of an entry")
@@ -92,7 +100,7 @@ def _within(name: str) -> str:
 
 
 class UnfinishedEntry(Frozen):
-    """The content of `started.json`: what is being written beside it."""
+    """The content of `started.json`."""
 
     step: str
     model: str = ""
@@ -100,19 +108,19 @@ class UnfinishedEntry(Frozen):
 
 
 class _EntryRecord(Frozen):
-    """The content of `entry.json`; entries of before models and recipes were noted hold none."""
+    """The content of `entry.json`; old entries have no model and recipe."""
 
     key: str
     step: str
     made: float
     warnings: tuple[str, ...]
-    files: Annotated[Mapping[Annotated[str, AfterValidator(_within)], StoredFile], Field(min_length=1)]
+    files: Annotated[Mapping[Annotated[str, AfterValidator(_check_relative)], StoredFile], Field(min_length=1)]
     model: str = ""
     recipe: str = ""
 
 
 def record_of(entry: Entry) -> dict[str, object]:
-    """Return what `entry.json` holds of an entry."""
+    """Return the content of an entry's `entry.json`."""
     return {
         "key": entry.key,
         "step": entry.step,
@@ -124,7 +132,7 @@ def record_of(entry: Entry) -> dict[str, object]:
 
 
 def read_entry(folder: Path) -> Entry | None:
-    """Return the entry that lies in a folder under its key; None where its record is missing, damaged, or not of this package."""
+    """Return the entry in a folder; None where its record is missing, damaged, not of this package, or of another key."""
     path = folder / ENTRY
     try:
         record = _EntryRecord.model_validate(read_object(path, StoreError))
@@ -138,13 +146,13 @@ def read_entry(folder: Path) -> Entry | None:
 
 
 def files_of(data: Path) -> dict[str, StoredFile]:
-    """Bring every file below a folder to the disk, and return its size, digest and time."""
+    """Sync every file below a folder to the disk, and return its size, digest and modification time."""
     return {name: _synced(data / name) for name in sorted(_names(data))}
 
 
 def _synced(path: Path) -> StoredFile:
     with path.open("rb") as file:
-        os.fsync(file.fileno())  # the entry must not outlive its data when the power fails
+        os.fsync(file.fileno())  # after a power failure no entry may exist without its data
     status = path.stat()
     return StoredFile(size=status.st_size, sha256=file_digest(path), changed=status.st_mtime_ns)
 
@@ -154,7 +162,7 @@ def _names(data: Path) -> set[str]:
 
 
 def damage_of(entry: Entry, *, thorough: bool) -> str | None:
-    """Return what is wrong with an entry's files; without `thorough`, a file of unchanged size and time is trusted."""
+    """Return the first fault of an entry's files; without `thorough`, files with unchanged size and time are trusted."""
     for name, stored in entry.files.items():
         path = entry.folder / name
         try:
@@ -167,25 +175,25 @@ def damage_of(entry: Entry, *, thorough: bool) -> str | None:
             return f"{path} is missing"
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
-    unknown = sorted(_names(entry.folder) - set(entry.files))
-    return f"{entry.folder / unknown[0]} is no part of it" if unknown else None
+    unexpected = sorted(_names(entry.folder) - set(entry.files))
+    return f"{entry.folder / unexpected[0]} is no part of it" if unexpected else None
 
 
 def item_of(entry: Entry) -> StoreItem:
-    """Return what a finished output takes."""
+    """Return the item of a finished output."""
     return StoreItem(entry.key, "output", entry.step, entry.origin, entry.folder, entry.bytes, entry.used)
 
 
 def unreadable_at(folder: Path) -> StoreItem:
-    """Return what an entry without a readable record takes."""
+    """Return the item of an entry without a readable record."""
     return StoreItem(folder.name, "unreadable", "", UNKNOWN_ORIGIN, folder, _size(folder), _used(folder))
 
 
 def unfinished_at(folder: Path) -> StoreItem:
-    """Return what the step whose output is being written to a folder, or was when it was interrupted, keeps there."""
+    """Return the item of an unfinished output."""
     try:
         started = UnfinishedEntry.model_validate(read_object(folder / STARTED, StoreError))
-    except (OSError, StoreError, ValidationError):  # it was killed before it could say; its size counts all the same
+    except (OSError, StoreError, ValidationError):  # killed before the record was written
         started = UnfinishedEntry(step="")
     origin = Origin(started.model, started.recipe)
     return StoreItem(folder.name, "unfinished", started.step, origin, folder, _size(folder), _used(folder))
@@ -200,7 +208,7 @@ def _used(folder: Path) -> float:
 
 
 def _statuses(folder: Path) -> Iterator[os.stat_result]:
-    """Yield what the system says of a folder and all below it, but for what goes meanwhile: another process may be writing."""
+    """Yield the status of a folder and everything in it, except what another process removes meanwhile."""
     for path in (folder, *folder.rglob("*")):
         with suppress(FileNotFoundError):
             yield path.lstat()

@@ -189,32 +189,32 @@ def test_prune_of_what_is_unused_for_no_time_takes_all(tmp_path: Path) -> None:
     os.utime(tmp_path / "entries" / "unreadable", (1e11, 1e11))
     interrupt(store, "half")
     would = store.prune(unused_for=0, keep_bytes=None, dry=True)
-    assert {held.key for held in would} == {"ahead", "unreadable", "half"}
-    assert {held.key for held in store.held()} == {"ahead", "unreadable", "half"}
-    assert {held.key for held in store.prune(unused_for=0, keep_bytes=None)} == {"ahead", "unreadable", "half"}
-    assert store.held() == []
+    assert {item.key for item in would} == {"ahead", "unreadable", "half"}
+    assert {item.key for item in store.items()} == {"ahead", "unreadable", "half"}
+    assert {item.key for item in store.prune(unused_for=0, keep_bytes=None)} == {"ahead", "unreadable", "half"}
+    assert store.items() == []
     assert [*(tmp_path / "entries").iterdir(), *(tmp_path / "aside").iterdir()] == []
 
 
 def test_what_an_interrupted_step_keeps_is_counted_and_kept_as_long_as_outputs(tmp_path: Path) -> None:
     store = Store(tmp_path)
     interrupt(store, "half")
-    (held,) = store.held()
-    assert (held.kind, held.step, held.origin, held.key) == ("unfinished", "a step", Origin("org/model", "the recipe"), "half")
-    assert held.bytes >= len("done")
+    (item,) = store.items()
+    assert (item.kind, item.step, item.origin, item.key) == ("unfinished", "a step", Origin("org/model", "the recipe"), "half")
+    assert item.bytes >= len("done")
     assert store.prune(unused_for=3600, keep_bytes=None) == []
     assert (tmp_path / "aside" / "half" / "data" / "block-0").exists()
     with store.lock("half", nothing):
         assert store.prune(unused_for=0, keep_bytes=None) == []
-    assert store.prune(unused_for=0, keep_bytes=None) == [held]
+    assert store.prune(unused_for=0, keep_bytes=None) == [item]
 
 
 def test_an_entry_says_for_which_model_and_recipe_it_was_made(tmp_path: Path) -> None:
     store = Store(tmp_path)
     with store.lock("k", nothing), store.write("k", "a step", Origin("org/model", "the recipe")) as folder:
         (folder / "file").write_text("x", encoding="utf-8")
-    (held,) = store.held()
-    assert (held.kind, held.origin) == ("output", Origin("org/model", "the recipe"))
+    (item,) = store.items()
+    assert (item.kind, item.origin) == ("output", Origin("org/model", "the recipe"))
     assert sorted(path.name for path in (tmp_path / "entries" / "k").iterdir()) == ["data", "entry.json"]
 
 
@@ -245,7 +245,7 @@ def test_a_record_written_by_hand_is_a_miss_with_a_warning(tmp_path: Path, chang
     assert store.find("k", warnings.append) is None
     assert len(warnings) == 1
     assert "no readable entry.json; the step is made again" in warnings[0]
-    assert [held.kind for held in store.held()] == ["unreadable"]
+    assert [item.kind for item in store.items()] == ["unreadable"]
 
 
 def test_a_file_that_was_put_into_an_entry_is_damage(tmp_path: Path) -> None:

@@ -1,1 +1,1 @@
-"""The hubs that models and datasets come from: each lists, fetches and reads parts of a repository's files."""
+"""Hubs of models and datasets: each lists, fetches and reads ranges of a repository's files."""

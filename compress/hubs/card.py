@@ -1,4 +1,4 @@
-"""What a model's card says of its licence."""
+"""The licence in a model's card."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from compress.untrusted import read_bytes
 
 CARD = "README.md"
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*$", re.DOTALL | re.MULTILINE)
-_LINE = re.compile(r"(?m)^(license|license_name|license_link):[ \t]*(['\"]?)([^\n'\"#]{1,300}?)\2[ \t]*$")
+_LICENCE_LINE = re.compile(r"(?m)^(license|license_name|license_link):[ \t]*(['\"]?)([^\n'\"#]{1,300}?)\2[ \t]*$")
 _NAME = re.compile(r"\w[\w .+-]*")
 _LINK = re.compile(r"https://[\w./%~+#?=&:-]+|[\w.-]+")
 
 
 def read_licence(folder: Path) -> Mapping[str, str]:
-    """Return `license`, `license_name` and `license_link` of the card in a model's folder, those that are there.
+    """Return `license`, `license_name` and `license_link` of the card in a model's folder, as far as present.
 
-    They stand in the card's front matter (https://huggingface.co/docs/hub/model-cards), one to a line; what is no plain name or
-    link is left out.
+    They are lines of the card's front matter (https://huggingface.co/docs/hub/model-cards); values that are no plain name or link
+    are ignored.
 
     Raises:
         CheckpointError: the card leads out of the folder, or is too large.
     """
     text = read_bytes(folder / CARD, limits().json_bytes, root=folder).decode("utf-8", "replace").replace("\r\n", "\n")
     front = _FRONT.search(text.removeprefix("\ufeff"))
-    found = {key: value.strip() for key, _, value in _LINE.findall(front.group(1))} if front else {}
-    return {key: value for key, value in found.items() if (_LINK if key == "license_link" else _NAME).fullmatch(value)}
+    values = {key: value.strip() for key, _, value in _LICENCE_LINE.findall(front.group(1))} if front else {}
+    return {key: value for key, value in values.items() if (_LINK if key == "license_link" else _NAME).fullmatch(value)}

@@ -1,4 +1,4 @@
-"""Datasets of the Hugging Face hub: which files are a split's, and fetching no more of them than are needed."""
+"""Datasets of the Hugging Face hub: the files of a split, fetched only as far as needed."""
 
 from __future__ import annotations
 
@@ -19,11 +19,13 @@ from compress.untrusted import read_bytes
 from compress.untrusted_yaml import YamlError, parse_yaml
 
 READABLE = (".parquet", ".jsonl", ".json", ".txt")
+"""The formats of data files that can be read."""
+
 CONVERTED = "refs/convert/parquet"
-"""The hub's own branch with every dataset as parquet, made from `main`."""
+"""The branch in which the hub converts every dataset's `main` to parquet."""
 
 Enough = Callable[[Sequence[Path]], bool]
-"""Says whether the files fetched so far hold as much as is needed."""
+"""Returns whether the files fetched so far have enough samples."""
 
 
 @dataclass(frozen=True)
@@ -42,36 +44,36 @@ class DatasetPin:
 
     @property
     def label(self) -> str:
-        """How samples' origins name it: the dataset and its commit."""
+        """The dataset and its commit, as in samples' origins."""
         return f"{self.repository.source}@{self.repository.commit[:12]}"
 
 
 def resolve_dataset(source: str, subset: str | None, split: str, revision: str) -> DatasetPin:
-    """Find the files of a split: as the dataset's card lists them, else by the usual names, else in the hub's parquet branch.
+    """Find the files of a split: by the dataset's card, else by the usual file names, else in the hub's parquet branch.
 
     Raises:
-        MissingError: the hub has no such dataset, subset or split (names what there is), wants a token, or cannot be reached.
+        MissingError: the hub has no such dataset, subset or split (the message lists them), wants a token, or cannot be reached.
     """
     repository = huggingface.list_files("dataset", source, revision)
     configs = _card_configs(repository)
-    found = _by_card(repository, configs, subset, split) or _by_name(repository, subset, split)
-    if not found and revision == "main" and _has_converted(configs, subset):
+    files = _by_card(repository, configs, subset, split) or _by_name(repository, subset, split)
+    if not files and revision == "main" and _has_converted(configs, subset):
         converted = _converted(source)
-        found = _by_name(converted, subset, split) if converted else []
-        repository = converted if converted and found else repository
-    if not found:
-        wanted = f"split {split!r} of subset {subset!r}" if subset else f"split {split!r}"
+        files = _by_name(converted, subset, split) if converted else []
+        repository = converted if converted and files else repository
+    if not files:
+        requested = f"split {split!r} of subset {subset!r}" if subset else f"split {split!r}"
         raise MissingError(
-            f"{source}: has no parquet or JSONL files for {wanted} at revision {revision}; "
-            f"there are: {_what_there_is(repository, configs)}"
+            f"{source}: has no parquet or JSONL files for {requested} at revision {revision}; "
+            f"there are: {_available(repository, configs)}"
         )
-    return DatasetPin(repository=repository, subset=subset, split=split, files=tuple(sorted(found, key=lambda file: file.name)))
+    return DatasetPin(repository=repository, subset=subset, split=split, files=tuple(sorted(files, key=lambda file: file.name)))
 
 
 def fetch_dataset_files(pin: DatasetPin, enough: Enough | int | None, progress: Progress) -> list[Path]:
-    """Fetch the split's files in order until they hold enough; return where they are.
+    """Fetch the split's files in order until they have enough samples, and return their paths.
 
-    `enough` is a number of rows, or says of the files so far whether they do (`compress.calibration.enough`); None takes all.
+    `enough` is a number of rows, or a function of the files so far (`compress.calibration.enough`); None fetches all.
 
     Raises:
         MissingError: a file cannot be fetched.
@@ -89,14 +91,14 @@ def fetch_dataset_files(pin: DatasetPin, enough: Enough | int | None, progress: 
 
 
 def cached_files(pin: DatasetPin) -> list[Path] | None:
-    """Return where the split's files are, where the cache has all of them; fetches nothing."""
+    """Return the paths of the split's files, None where the cache does not have all of them; fetches nothing."""
     paths = [huggingface.cached(pin.repository, file) for file in pin.files]
-    found = [path for path in paths if path is not None]
-    return found if len(found) == len(paths) else None
+    cached_paths = [path for path in paths if path is not None]
+    return cached_paths if len(cached_paths) == len(paths) else None
 
 
 def _card_configs(repository: Repository) -> list[dict[str, Any]]:
-    """Return the `configs` of a dataset card's YAML header, none where it has no readable one."""
+    """Return the `configs` of a dataset card's YAML header; empty where it has none, or is unreadable."""
     card = repository.by_name.get("README.md")
     if card is None:
         return []
@@ -131,7 +133,7 @@ def _choose_config(configs: list[dict[str, Any]], subset: str | None) -> dict[st
 
 
 def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """Yield the split and pattern of each of a card's data files, in the forms a card may write them."""
+    """Yield the split and file pattern of each of a config's `data_files`, in any of their forms."""
     data_files: object = config["data_files"]
     folder = str(config.get("data_dir") or "").strip("/")
     entries = cast("list[object]", data_files if isinstance(data_files, list) else [data_files])
@@ -156,14 +158,14 @@ def _by_name(repository: Repository, subset: str | None, split: str) -> list[Rem
         start = re.escape(f"{folder}/") if folder else ""
         for suffix in ("parquet", "jsonl"):
             name = re.compile(rf"{start}{re.escape(split)}([-_.][^/]*)?(/[^/]+)?\.{suffix}")
-            found = [file for file in repository.files if name.fullmatch(file.name)]
-            if found:
-                return found
+            files = [file for file in repository.files if name.fullmatch(file.name)]
+            if files:
+                return files
     return []
 
 
 def _has_converted(configs: list[dict[str, Any]], subset: str | None) -> bool:
-    """Return whether the hub's parquet branch may hold what is asked for: not where the card lists other subsets only."""
+    """Return whether the hub's parquet branch may have the subset: not where the card lists other subsets only."""
     return not configs or _choose_config(configs, subset) is not None
 
 
@@ -174,9 +176,9 @@ def _converted(source: str) -> Repository | None:
         return None
 
 
-def _what_there_is(repository: Repository, configs: list[dict[str, Any]]) -> str:
+def _available(repository: Repository, configs: list[dict[str, Any]]) -> str:
     if configs:
         splits = {str(config.get("config_name", "default")): sorted({name for name, _ in _patterns(config)}) for config in configs}
-        return "; ".join(f"subset {name} with {', '.join(found)}" for name, found in splits.items())
+        return "; ".join(f"subset {name} with {', '.join(names)}" for name, names in splits.items())
     names = [file.name for file in repository.files if not file.name.startswith(".")]
     return ", ".join(names[:20]) + (f" and {len(names) - 20} more files" if len(names) > 20 else "") or "no files at all"

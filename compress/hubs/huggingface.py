@@ -1,4 +1,4 @@
-"""The Hugging Face hub through huggingface_hub: HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE and HF_HOME mean what they mean there."""
+"""The Hugging Face hub through huggingface_hub, with its environment variables (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, HF_HOME)."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ Kind = Literal["model", "dataset"]
 
 
 def list_files(kind: Kind, source: str, revision: str) -> Repository:
-    """Pin a repository: ask for the commit that `revision` is now and its files, without fetching any.
+    """Pin a repository: request the commit of `revision` and the list of its files, without fetching any.
 
-    Where the hub is not reached, the state that the cache holds of that revision is taken.
+    Where the hub cannot be reached, the cached state of that revision is used.
 
     Raises:
         MissingError: there is no such repository or revision, it is gated, or neither hub nor cache has it.
@@ -31,12 +31,12 @@ def list_files(kind: Kind, source: str, revision: str) -> Repository:
     from huggingface_hub import HfApi
     from huggingface_hub.errors import OfflineModeIsEnabled
 
-    with telling(kind, source, revision):
+    with translated_errors(kind, source, revision):
         try:
             api = HfApi()
-            ask = api.model_info if kind == "model" else api.dataset_info
-            with _readable(source):
-                info = ask(source, revision=revision, files_metadata=True, timeout=limits().hub_seconds)
+            request_info = api.model_info if kind == "model" else api.dataset_info
+            with _valid_response(source):
+                info = request_info(source, revision=revision, files_metadata=True, timeout=limits().hub_seconds)
         except (httpx.TransportError, OfflineModeIsEnabled):
             cached = _cached(kind, source, revision)
             if cached is None:
@@ -52,14 +52,14 @@ def list_files(kind: Kind, source: str, revision: str) -> Repository:
         )
         for entry in info.siblings or ()
     )
-    _remember(kind, source, revision, info.sha)
+    _cache_commit(kind, source, revision, info.sha)
     return Repository(kind=kind, source=source, revision=revision, commit=info.sha, files=files)
 
 
 def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -> Path:
-    """Bring files of a pinned repository into huggingface_hub's cache; return the folder of that commit in it.
+    """Fetch files of a pinned repository into huggingface_hub's cache, and return the folder of that commit.
 
-    A large file that had to be fetched is checked against the hub's SHA-256.
+    Fetched files are checked against the hub's SHA-256, where it lists one.
 
     Raises:
         MissingError: a file cannot be fetched, or arrived damaged twice.
@@ -67,7 +67,7 @@ def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -
     """
     from huggingface_hub import constants
 
-    with telling(repository.kind, repository.source, repository.revision), telling_where(Path(constants.HF_HUB_CACHE)):
+    with translated_errors(repository.kind, repository.source, repository.revision), telling_where(Path(constants.HF_HUB_CACHE)):
         for file in files:
             if cached(repository, file) is not None:
                 report(file.size)
@@ -77,15 +77,15 @@ def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -
 
 
 def cached(repository: Repository, file: RemoteFile) -> Path | None:
-    """Return where the cache has a file of a pinned repository; None where it has not."""
+    """Return the path of a pinned repository's file in the cache; None where it is not cached."""
     from huggingface_hub import try_to_load_from_cache
 
-    known = try_to_load_from_cache(repository.source, file.name, revision=repository.commit, repo_type=repository.kind)
-    return Path(known) if isinstance(known, str) else None
+    path = try_to_load_from_cache(repository.source, file.name, revision=repository.commit, repo_type=repository.kind)
+    return Path(path) if isinstance(path, str) else None
 
 
 def _download(repository: Repository, file: RemoteFile, report: Report) -> bool:
-    """Fetch a file; return whether it is the one the hub lists, removed where it is not."""
+    """Fetch a file; return whether its size and SHA-256 are those that the hub lists, and remove it where they are not."""
     from huggingface_hub import HfApi
 
     path = Path(
@@ -93,7 +93,7 @@ def _download(repository: Repository, file: RemoteFile, report: Report) -> bool:
             repository.source, file.name, repo_type=repository.kind, revision=repository.commit, tqdm_class=_bar(report)
         )
     )
-    if _whole(path, file):
+    if _is_intact(path, file):
         return True
     path.resolve().unlink()
     path.unlink(missing_ok=True)
@@ -117,17 +117,17 @@ def read_range(repository: Repository, name: str, start: int, end: int) -> bytes
     headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     deadline = range_deadline()
     with (
-        telling(repository.kind, repository.source, repository.revision),
+        translated_errors(repository.kind, repository.source, repository.revision),
         utils.get_session().stream("GET", url, headers=headers, follow_redirects=True, timeout=limits().hub_seconds) as response,
     ):
         utils.hf_raise_for_status(response)
-        skipped = start if response.status_code == 200 else 0  # a server that knows no ranges sends the file from its start
+        skipped = start if response.status_code == 200 else 0  # a server without support of ranges sends the whole file
         return take_range(repository.source, response.iter_raw(), skipped, end - start, deadline)
 
 
 @contextmanager
-def telling(kind: Kind, source: str, revision: str) -> Generator[None]:
-    """Turn the hub client's errors into ones that say what to do."""
+def translated_errors(kind: Kind, source: str, revision: str) -> Generator[None]:
+    """Translate the hub client's errors into errors with a remedy."""
     import httpx
     from huggingface_hub import HfApi, errors
 
@@ -163,8 +163,8 @@ def telling(kind: Kind, source: str, revision: str) -> Generator[None]:
 
 
 @contextmanager
-def _readable(source: str) -> Generator[None]:
-    """Tell of what the client raises where a hub's JSON is not as it should be; its own errors are those of `telling`."""
+def _valid_response(source: str) -> Generator[None]:
+    """Translate what the client raises on a malformed response; its own errors are handled by `translated_errors`."""
     try:
         yield
     except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, json.JSONDecodeError) as error:
@@ -181,7 +181,7 @@ def _bar(report: Report) -> Any:
     from tqdm import tqdm
 
     class Bar(tqdm):  # pyright: ignore[reportMissingTypeArgument] - the class itself takes none
-        """Passes on what the client counts, and shows nothing itself."""
+        """Reports the client's progress, and displays nothing."""
 
         def __init__(self, *args: Any, **kwargs: Any) -> None:
             kwargs.pop("name", None)
@@ -193,12 +193,12 @@ def _bar(report: Report) -> Any:
             return None
 
         def update_transfer(self, n: float | None = 1) -> None:
-            """Drop the count of bytes on the wire: `update` counts those of the file."""
+            """Ignore the count of transferred bytes: `update` counts those of the file."""
 
     return Bar
 
 
-def _whole(path: Path, file: RemoteFile) -> bool:
+def _is_intact(path: Path, file: RemoteFile) -> bool:
     if path.stat().st_size != file.size:
         return False
     if file.sha256 is None:
@@ -217,10 +217,10 @@ def _snapshot(repository: Repository) -> Path:
     return _storage(repository.kind, repository.source) / "snapshots" / repository.commit
 
 
-def _remember(kind: Kind, source: str, revision: str, commit: str) -> None:
-    """Note in the cache which commit a revision is, as the client does when it is asked by revision.
+def _cache_commit(kind: Kind, source: str, revision: str, commit: str) -> None:
+    """Write the commit of a revision to the cache, as the client does for requests by revision.
 
-    A cache that can only be read serves all the same: what is missing in it is told of when it is to be fetched.
+    A read-only cache is left alone: missing files raise an error when they are fetched.
     """
     path = _storage(kind, source) / "refs" / revision
     if revision == commit or _commit_of(path) == commit:
@@ -231,7 +231,7 @@ def _remember(kind: Kind, source: str, revision: str, commit: str) -> None:
 
 
 def _commit_of(reference: Path) -> str | None:
-    """Return the commit that a file of the cache's `refs` names; None where there is no such file."""
+    """Return the commit in a file of the cache's `refs`; None where it does not exist."""
     try:
         return reference.read_text(encoding="utf-8").strip()
     except (OSError, UnicodeDecodeError):
@@ -239,7 +239,7 @@ def _commit_of(reference: Path) -> str | None:
 
 
 def _cached(kind: Kind, source: str, revision: str) -> Repository | None:
-    """Return what the cache holds of a revision: its files may be fewer than the hub's."""
+    """Return the cached state of a revision, which may have fewer files than the hub's; None where nothing is cached."""
     storage = _storage(kind, source)
     commit = _commit_of(storage / "refs" / revision) or revision
     folder = storage / "snapshots" / commit
@@ -253,11 +253,11 @@ def _cached(kind: Kind, source: str, revision: str) -> Repository | None:
 
 
 def _content(path: Path) -> str:
-    """Return a cached file's content digest: blobs are named by it, in SHA-256 or git's SHA-1."""
+    """Return a cached file's digest; blobs are named by their SHA-256 or git's SHA-1."""
     name = path.resolve().name
     if len(name) == 64:
         return f"sha256:{name}"
     if len(name) == 40:
         return f"git:{name}"
-    with path.open("rb") as file:  # copied, where the file system has no links
+    with path.open("rb") as file:  # a copy, where the file system has no links
         return f"sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"

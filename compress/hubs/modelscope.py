@@ -1,4 +1,4 @@
-"""ModelScope through its own client: MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN and MODELSCOPE_CACHE mean what they mean there."""
+"""ModelScope through its client, with its environment variables (MODELSCOPE_ENDPOINT, MODELSCOPE_API_TOKEN, MODELSCOPE_CACHE)."""
 
 from __future__ import annotations
 
@@ -15,39 +15,38 @@ if TYPE_CHECKING:
 
 
 def list_files(source: str, revision: str) -> Repository:
-    """Pin a model repository: ask for the files of a branch or tag, without fetching any.
+    """Pin a model repository: request the list of files of a branch or tag, without fetching any.
 
-    ModelScope does not name the commit that a branch is at; the pin is a digest over its files' SHA-256, and what is fetched
-    later must still have these.
+    ModelScope does not return a branch's commit; the pin is a digest over its files' SHA-256, which files fetched later must match.
 
     Raises:
         MissingError: the client is not installed, there is no such repository or revision, or the hub cannot be reached.
     """
-    with telling(source, revision):
+    with translated_errors(source, revision):
         entries = _api(source).list_repo_files(source, "model", revision=revision)
     files = tuple(
         RemoteFile(name=entry.path, size=entry.size, content=f"sha256:{entry.sha256}") for entry in entries if not entry.is_dir
     )
-    nameless = [file.name for file in files if file.sha256 in {None, "", "None"}]
-    if nameless:
+    without_digest = [file.name for file in files if file.sha256 in {None, "", "None"}]
+    if without_digest:
         raise MissingError(
-            f"{source}: the hub gives no SHA-256 of {nameless[0]}, so it cannot be pinned; use a local copy as source"
+            f"{source}: the hub gives no SHA-256 of {without_digest[0]}, so it cannot be pinned; use a local copy as source"
         )
     commit = content_digest({file.name: file.content for file in files})
     return Repository(kind="model", source=source, revision=revision, commit=commit, files=files)
 
 
 def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -> Path:
-    """Bring files of a pinned repository into the client's cache, each checked against its SHA-256; return their folder.
+    """Fetch files of a pinned repository into the client's cache, each checked against its SHA-256, and return their folder.
 
     Raises:
         MissingError: a file cannot be fetched, or is not the one that was pinned.
     """
     folder = Path()
-    with telling(repository.source, repository.revision):
+    with translated_errors(repository.source, repository.revision):
         downloader = _api(repository.source).downloader
         for file in files:
-            bar, told = _bar(report)
+            bar, reported = _bar(report)
             path = downloader.download_file(
                 repository.source,
                 "model",
@@ -57,7 +56,7 @@ def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -
                 file_size=file.size,
                 progress_callbacks=[bar],
             )
-            report(max(0, file.size - sum(told)))
+            report(max(0, file.size - sum(reported)))
             folder = path.parents[len(PurePosixPath(file.name).parts) - 1]
     return folder
 
@@ -68,19 +67,19 @@ def read_range(repository: Repository, name: str, start: int, end: int) -> bytes
     Raises:
         MissingError: they cannot be fetched.
     """
-    with telling(repository.source, repository.revision):
+    with translated_errors(repository.source, repository.revision):
         client = _api(repository.source).legacy
         headers = {"Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
         deadline = range_deadline()
         with client.download_stream(repository.source, "model", name, repository.revision, headers) as response:
-            skipped = start if response.status_code == 200 else 0  # a server that knows no ranges sends the file from its start
-            arriving = iter(lambda: response.raw.read1(1 << 16), b"")  # as it comes: others wait until a portion is full
-            return take_range(repository.source, arriving, skipped, end - start, deadline)
+            skipped = start if response.status_code == 200 else 0  # a server without support of ranges sends the whole file
+            chunks = iter(lambda: response.raw.read1(1 << 16), b"")  # read1 returns what has arrived; read waits for a full buffer
+            return take_range(repository.source, chunks, skipped, end - start, deadline)
 
 
 @contextmanager
-def telling(source: str, revision: str) -> Generator[None]:
-    """Turn the client's errors into ones that say what to do."""
+def translated_errors(source: str, revision: str) -> Generator[None]:
+    """Translate the client's errors into errors with a remedy."""
     try:
         import requests
         from modelscope_hub import errors
@@ -119,13 +118,13 @@ def _api(source: str) -> HubApi:
 def _bar(report: Report) -> tuple[type[ProgressCallback], list[int]]:
     from modelscope_hub import ProgressCallback
 
-    told = list[int]()
+    reported = list[int]()
 
     class Bar(ProgressCallback):
-        """Passes on what the client counts."""
+        """Reports the client's progress."""
 
         def update(self, size: int) -> None:
-            told.append(size)
+            reported.append(size)
             report(size)
 
-    return Bar, told
+    return Bar, reported

@@ -1,4 +1,4 @@
-"""Pickled weights turned to safetensors, for recipes that allow them; nothing in them is run."""
+"""Conversion of pickled weights to safetensors, for recipes that allow them, without executing code in them."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ PICKLE_INDEX = "pytorch_model.bin.index.json"
 def convert_pickle(folder: Path, target: Path) -> None:
     """Write the pickled checkpoint in `folder` to `target` as safetensors, shard by shard, with config, tokenizer and processor.
 
-    Only tensors are read (torch's `weights_only`). Tensors that share memory are written each on its own, but for an output head
-    that the config ties to the embedding, which is left out as is usual.
+    Only tensors are read (torch's `weights_only`). Tensors that share memory are written separately, except an output head that the
+    config ties to the embeddings, which is omitted.
 
     Raises:
-        CheckpointError: a shard is missing, damaged, or holds something else than tensors.
+        CheckpointError: a shard is missing, damaged, or has other objects than tensors.
         StoreError: `target` cannot be written.
     """
     config = read_config(folder)
     sharded = (folder / PICKLE_INDEX).is_file()
     shards = sorted(set(read_index(folder / PICKLE_INDEX).values())) if sharded else [PICKLE]
-    owners, total = dict[str, str](), 0
+    weight_map, total = dict[str, str](), 0
     with telling_where(target):
         target.mkdir(parents=True, exist_ok=True)
         copy_side_files(folder, target)
@@ -45,10 +45,10 @@ def convert_pickle(folder: Path, target: Path) -> None:
             tensors = _unshare(_load(folder / shard), tied=says_tied(config))
             name = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else SINGLE
             _save(tensors, target / name)
-            owners |= dict.fromkeys(tensors, name)
+            weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())
         if len(shards) > 1:
-            write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": owners})
+            write_json(target / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
 
 
 def _load(path: Path) -> dict[str, Tensor]:
@@ -71,22 +71,22 @@ def _load(path: Path) -> dict[str, Tensor]:
 
 
 def _unshare(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
-    owned: dict[str, Tensor] = {}
+    separate: dict[str, Tensor] = {}
     storages = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
     for name, tensor in tensors.items():
         shared = storages.count(tensor.untyped_storage().data_ptr()) > 1
         if shared and tied and name.endswith("lm_head.weight"):
             continue
-        owned[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
-    return owned
+        separate[name] = tensor.clone().contiguous() if shared else tensor.contiguous()
+    return separate
 
 
 def _save(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors import torch as safetensors_torch
 
-    aside = path.with_name(f".{path.name}.part")
+    temporary = path.with_name(f".{path.name}.part")
     try:
-        safetensors_torch.save_file(dict(tensors), aside, metadata={"format": "pt"})
-        aside.replace(path)
+        safetensors_torch.save_file(dict(tensors), temporary, metadata={"format": "pt"})
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)

@@ -16,27 +16,29 @@ from compress.limits import limits
 from compress.untrusted import printable
 
 Report = Callable[[int], None]
-"""Is told how many more bytes have arrived."""
+"""A progress callback: takes the number of bytes received since the last call."""
 
 
 @dataclass(frozen=True)
 class RemoteFile:
-    """A file as the hub lists it; `content` is its `sha256:…`, or `git:…` where the hub only gives git's name of it."""
+    """A file as the hub lists it."""
 
     name: str
     size: int
+
     content: str
+    """Its digest: `sha256:…`, or `git:…` (the blob's id) where the hub lists no SHA-256."""
 
     @property
     def sha256(self) -> str | None:
-        """The SHA-256 of its content, where the hub tells it."""
+        """The SHA-256 of its content, where the hub lists it."""
         kind, _, digest = self.content.partition(":")
         return digest if kind == "sha256" else None
 
 
 @dataclass(frozen=True)
 class Repository:
-    """A model or dataset repository: `revision` is what was asked for, `commit` what that was when it was asked.
+    """A model or dataset repository at one commit.
 
     Raises:
         MissingError: a file has no name or size, or its name, or the commit's, would lead out of the folder that it is fetched to.
@@ -44,14 +46,19 @@ class Repository:
 
     kind: Literal["model", "dataset"]
     source: str
+
     revision: str
+    """The requested branch, tag or commit."""
+
     commit: str
+    """The commit that it resolved to."""
+
     files: tuple[RemoteFile, ...]
 
     def __post_init__(self) -> None:
         for file in self.files:
-            told = cast("tuple[object, object]", (file.name, file.size))  # which a hub's client passes on as they came
-            if not (isinstance(told[0], str) and isinstance(told[1], int) and told[1] >= 0):
+            name, size = cast("tuple[object, object]", (file.name, file.size))  # the hub's JSON, which its client does not check
+            if not (isinstance(name, str) and isinstance(size, int) and size >= 0):
                 raise MissingError(f"{self.source}: the hub lists a file without name or size; use another source")
         for name in (self.commit, *(file.name for file in self.files)):
             path = PurePosixPath(name)
@@ -67,30 +74,30 @@ class Repository:
 
 
 def content_digest(contents: dict[str, str]) -> str:
-    """Return one SHA-256 for some files, from a digest of each by its name."""
+    """Return one SHA-256 over files, from each one's digest by name."""
     return hashlib.sha256(json.dumps(contents, sort_keys=True).encode()).hexdigest()
 
 
 def range_deadline() -> float:
-    """Return until when, by `time.monotonic`, a part of a file that is asked for now must have come."""
+    """Return the deadline, by `time.monotonic`, of a range request that starts now."""
     return time.monotonic() + limits().hub_seconds
 
 
-def take_range(source: str, arriving: Iterable[bytes], skipped: int, count: int, deadline: float) -> bytes:
-    """Return `count` bytes of an answer after the first `skipped`, fewer where it ends before; holds no more than these.
+def take_range(source: str, chunks: Iterable[bytes], skipped: int, count: int, deadline: float) -> bytes:
+    """Return `count` bytes of a response after the first `skipped`, fewer where it ends before, without buffering more.
 
     Raises:
-        MissingError: they have not come in time.
+        MissingError: they did not arrive before the deadline.
     """
-    held = bytearray()
-    for portion in arriving:
-        held += portion[skipped : skipped + count - len(held)]
-        skipped = max(0, skipped - len(portion))
-        if len(held) == count:
+    data = bytearray()
+    for chunk in chunks:
+        data += chunk[skipped : skipped + count - len(data)]
+        skipped = max(0, skipped - len(chunk))
+        if len(data) == count:
             break
         if time.monotonic() > deadline:
             raise MissingError(
                 f"{source}: a part of a file has not come in time ({limits().set_by('hub_seconds')}); check the network, "
                 "or fetch the model first"
             )
-    return bytes(held)
+    return bytes(data)
