@@ -1,4 +1,4 @@
-"""What is known of each model architecture, as data: one frozen record per file."""
+"""Model architectures as data: one frozen record per file."""
 
 from compress.families.family import Family, ScalePair, family_at, family_of, says_tied, text_defaults, within
 

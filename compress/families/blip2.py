@@ -1,4 +1,4 @@
-"""BLIP-2 (arXiv 2301.12597) with OPT as its decoder: a Q-Former turns an image into a few states that stand before the prompt."""
+"""BLIP-2 (arXiv 2301.12597) with OPT as its decoder: a Q-Former turns an image into a few embeddings before the prompt."""
 
 from compress.families.family import Family, ScalePair
 
@@ -22,7 +22,7 @@ _CHAT_TEMPLATE = """\
 {{- after -}}
 {%- endfor -%}
 """
-"""The prompt of the published examples; the processor puts the image's tokens before all of it, and answers end with a line."""
+"""The prompt of the published examples; the processor puts the image's tokens before it, and an answer ends with its line."""
 
 BLIP2 = Family(
     name="blip-2",

@@ -1,4 +1,4 @@
-"""A family record for an architecture that has none, found by looking at the model: its modules, and what feeds what."""
+"""Derivation of a family record for an architecture without one, from the model's modules and the data flow between them."""
 
 from __future__ import annotations
 
@@ -15,18 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoint import Checkpoint
-from compress.engine.recorder import Forward, replaced
+from compress.engine.recorder import Forward, replace_forwards
 from compress.errors import CheckpointError
-from compress.families.dataflow import Flow, divides
+from compress.families.dataflow import DataFlow, divides
 from compress.families.family import Family, ScalePair, within
 from compress.skeleton import build_skeleton
 from compress.untrusted import foreign
 
 _IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
-_NEEDED = ("num_attention_heads", "num_hidden_layers")
+_REQUIRED_KEYS = ("num_attention_heads", "num_hidden_layers")
 _TOKENS = 8
-_MOST_PACKED = 32
-"""How many weights a number on disk holds at most."""
+"""The length of the text that the decoder is run on."""
+
+_MAX_PACKED = 32
+"""The most weights that one number on disk can pack."""
+
 _NOR = "Nor can a family be derived from the model"
 _REMEDY = (
     "A record names the decoder's blocks, embeddings and head, the vision tower, its blocks and projector, and the norms and "
@@ -36,13 +39,13 @@ _MATRIX = 2
 
 
 def derive_family(checkpoint: Checkpoint, misfit: str, trust_remote_code: bool = False) -> Family:
-    """Return a record for a checkpoint that fits none, for the reason `misfit`; what was derived stands in its `derived`.
+    """Return a derived record for a checkpoint that fits none for the reason `misfit`; its `derived` describes it.
 
-    The decoder is run on a few tokens without its weights, every tensor followed. Its blocks have to consist of norms, linear
-    layers that run once each, and what has no weights; scales move only where the tensors show that it changes nothing.
+    The decoder is run on a few tokens without its weights, and every tensor is followed. Its blocks must consist of norms, linear
+    layers that run once each, and modules without weights; scales move only where the data flow shows that the output is unchanged.
 
     Raises:
-        CheckpointError: transformers does not know the architecture, or it is built otherwise.
+        CheckpointError: transformers does not know the architecture, or it has another structure.
     """
     shapes = tuple((name, entry.shape) for name, entry in checkpoint.tensors.items())
     return _derive(checkpoint.folder, json.dumps(checkpoint.config, sort_keys=True), shapes, misfit, trust_remote_code)
@@ -61,7 +64,7 @@ def _derive(
 
 @dataclass(frozen=True)
 class _Inspection:
-    """The search for a model's parts; the model is without memory."""
+    """The search for a model's components; the model is on the meta device."""
 
     model: Any
     misfit: str
@@ -69,13 +72,13 @@ class _Inspection:
     shapes: Mapping[str, tuple[int, ...]]
 
     def family(self) -> Family:
-        """Return what was found.
+        """Return the derived record.
 
         Raises:
-            CheckpointError: the model is built otherwise.
+            CheckpointError: the model has another structure.
         """
         self._check_widths()
-        with self._telling("it is built otherwise than models that are known"):
+        with self._refusing("it is built otherwise than models that are known"):
             return self._family()
 
     def _family(self) -> Family:
@@ -89,16 +92,16 @@ class _Inspection:
         flow, called = self._run(names)
         blocks = self._blocks(called)
         scale_pairs = self._pairs(flow, blocks)
-        vision = self._apart(called, names[id(head)])
+        vision = self._unused_by_text(called, names[id(head)])
         towers = tuple(self._towers(vision))
-        projector = tuple(part for part in vision if not any(within(tower, part) for tower in towers))
+        projector = tuple(module for module in vision if not any(within(tower, module) for tower in towers))
         text = cast("Mapping[str, Any]", self.config.get("text_config") or self.config)
-        if unsaid := [key for key in _NEEDED if text.get(key) is None]:
-            self._refuse(f"config.json leaves {unsaid[0]} of its text's part to transformers; write it there")
+        if missing := [key for key in _REQUIRED_KEYS if text.get(key) is None]:
+            self._refuse(f"config.json leaves {missing[0]} of its text's part to transformers; write it there")
         keys = tuple(key for key in _IMAGE_TOKENS if self.config.get(key) is not None)
         if vision and not keys:
             self._refuse(f"config.json has none of {', '.join(_IMAGE_TOKENS)}, so its images' tokens are not known")
-        found = Family(
+        family = Family(
             name=str(self.config["model_type"]),
             model_type=str(self.config["model_type"]),
             architecture=str((self.config.get("architectures") or [type(self.model).__name__])[0]),
@@ -116,24 +119,24 @@ class _Inspection:
             tied_default=f"{names[id(head)]}.weight" in (getattr(self.model, "all_tied_weights_keys", None) or {}),
             derived="",
         )
-        return _described(found)
+        return _with_description(family)
 
     def _refuse(self, reason: str) -> NoReturn:
         raise CheckpointError(f"{self.misfit}. {_NOR}: {reason}. {_REMEDY}")
 
-    def _telling(self, reason: str) -> AbstractContextManager[None]:
-        """Let whatever the model's own code raises be a refusal for that reason."""
+    def _refusing(self, reason: str) -> AbstractContextManager[None]:
+        """Translate any error of the model's own code into a refusal with that reason."""
         return foreign(f"{self.misfit}. {_NOR}: {reason}", remedy=_REMEDY)
 
     def _check_widths(self) -> None:
-        """Check that the model's layers are about as wide as the tensors on disk, before numbers of that width are made."""
+        """Check that the model's layers are about as wide as the tensors on disk, before tensors of that width are allocated."""
         widest = max((max(parameter.shape, default=0) for parameter in self.model.parameters()), default=0)
-        there = max((max(shape, default=0) for shape in self.shapes.values()), default=0)
-        if widest > _MOST_PACKED * there:
-            self._refuse(f"config.json makes layers {widest:,} wide, and the widest tensor has {there:,}")
+        widest_on_disk = max((max(shape, default=0) for shape in self.shapes.values()), default=0)
+        if widest > _MAX_PACKED * widest_on_disk:
+            self._refuse(f"config.json makes layers {widest:,} wide, and the widest tensor has {widest_on_disk:,}")
 
-    def _run(self, names: Mapping[int, str]) -> tuple[Flow, set[str]]:
-        """Run the decoder on text, and return what happened and which modules took part."""
+    def _run(self, names: Mapping[int, str]) -> tuple[DataFlow, set[str]]:
+        """Run the decoder on text; return the data flow, and the names of the modules that were called."""
         decoder = self.model.get_decoder()
         if id(decoder) not in names:
             self._refuse("its decoder cannot be found")
@@ -141,7 +144,7 @@ class _Inspection:
             if parameter.dim() > _MATRIX:
                 self._refuse(f"{name} is a stack of matrices, as of experts, and no linear layer")
         leaves = {name: module for name, module in _modules(self.model) if not list(module.children())}
-        weighty = {name: module for name, module in leaves.items() if list(module.parameters())}
+        with_weights = {name: module for name, module in leaves.items() if list(module.parameters())}
         called: set[str] = set()
 
         def note(module: nn.Module, args: object) -> None:
@@ -150,8 +153,8 @@ class _Inspection:
         hooks = [module.register_forward_pre_hook(note) for module in self.model.modules()]
         tokens = torch.arange(_TOKENS).unsqueeze(0)
         try:
-            failing = self._telling("its decoder does not run on text alone")
-            with failing, torch.no_grad(), _without_weights(decoder), Flow(weighty) as flow:
+            failing = self._refusing("its decoder does not run on text alone")
+            with failing, torch.no_grad(), _without_weights(decoder), DataFlow(with_weights) as flow:
                 decoder(input_ids=tokens, use_cache=False)
         finally:
             for hook in hooks:
@@ -159,70 +162,74 @@ class _Inspection:
         return flow, called
 
     def _blocks(self, called: set[str]) -> str:
-        """Return the name of the list of blocks that the decoder ran through."""
+        """Return the name of the list of blocks that the decoder runs through."""
         lists = [name for name, module in _modules(self.model) if isinstance(module, nn.ModuleList)]
-        blocks = {name: [f"{name}.{place}" for place, _ in self.model.get_submodule(name).named_children()] for name in lists}
-        run = [name for name, parts in blocks.items() if called.intersection(parts)]
-        outer = [name for name in run if not any(name != other and within(name, other) for other in run)]
+        blocks = {name: [f"{name}.{index}" for index, _ in self.model.get_submodule(name).named_children()] for name in lists}
+        used = [name for name, children in blocks.items() if called.intersection(children)]
+        outer = [name for name in used if not any(name != other and within(name, other) for other in used)]
         if len(outer) != 1:
             self._refuse(f"its decoder runs through {len(outer)} lists of blocks for a text, where one is expected")
         if idle := [name for name in blocks[outer[0]] if name not in called]:
             self._refuse(f"{idle[0]} has no part in a text")
         return outer[0]
 
-    def _pairs(self, flow: Flow, blocks: str) -> tuple[ScalePair, ...]:
-        """Return the pairs that hold in every block that has their modules."""
-        found: dict[str, list[ScalePair]] = {}
-        for place, block in self.model.get_submodule(blocks).named_children():
-            name = f"{blocks}.{place}"
+    def _pairs(self, flow: DataFlow, blocks: str) -> tuple[ScalePair, ...]:
+        """Return the scale pairs that are valid in every block that has their modules."""
+        by_block: dict[str, list[ScalePair]] = {}
+        for index, block in self.model.get_submodule(blocks).named_children():
+            name = f"{blocks}.{index}"
             self._check_block(flow, name, block)
-            found[name] = list(self._block_pairs(flow, name, block))
-        every = dict.fromkeys(pair for scale_pairs in found.values() for pair in scale_pairs)
-        return tuple(pair for pair in every if all(pair in pairs or not self._has(name, pair) for name, pairs in found.items()))
+            by_block[name] = list(self._block_pairs(flow, name, block))
+        candidates = dict.fromkeys(pair for scale_pairs in by_block.values() for pair in scale_pairs)
+        return tuple(
+            pair for pair in candidates if all(pair in pairs or not self._has(name, pair) for name, pairs in by_block.items())
+        )
 
     def _has(self, block: str, pair: ScalePair) -> bool:
         modules = dict(self.model.get_submodule(block).named_modules())
         return all(name in modules for name in (pair.smooth_layer, *pair.balance_layers))
 
-    def _check_block(self, flow: Flow, name: str, block: nn.Module) -> None:
-        linears = [part for part, module in _modules(block) if isinstance(module, nn.Linear)]
-        for part, parameter in block.named_parameters():
-            if parameter.dim() > 1 and part.rpartition(".")[0] not in linears:
-                self._refuse(f"{name}.{part} is a weight of more than one dimension that belongs to no linear layer")
-        for part in linears:
-            calls = len(flow.called[f"{name}.{part}"].inputs) if f"{name}.{part}" in flow.called else 0
+    def _check_block(self, flow: DataFlow, name: str, block: nn.Module) -> None:
+        linears = [local for local, module in _modules(block) if isinstance(module, nn.Linear)]
+        for local, parameter in block.named_parameters():
+            if parameter.dim() > 1 and local.rpartition(".")[0] not in linears:
+                self._refuse(f"{name}.{local} is a weight of more than one dimension that belongs to no linear layer")
+        for local in linears:
+            calls = len(flow.called[f"{name}.{local}"].inputs) if f"{name}.{local}" in flow.called else 0
             if calls != 1:
-                self._refuse(f"{name}.{part} runs {calls} times for a text, not once")
-        norms = [part for part, module in _modules(block) if not isinstance(module, nn.Linear) and f"{name}.{part}" in flow.called]
-        if not any(flow.fed(output) for part in norms for output in flow.called[f"{name}.{part}"].outputs):
+                self._refuse(f"{name}.{local} runs {calls} times for a text, not once")
+        norms = [
+            local for local, module in _modules(block) if not isinstance(module, nn.Linear) and f"{name}.{local}" in flow.called
+        ]
+        if not any(flow.fed(output) for local in norms for output in flow.called[f"{name}.{local}"].outputs):
             self._refuse(f"no norm of {name} feeds linear layers")
 
-    def _block_pairs(self, flow: Flow, name: str, block: nn.Module) -> Iterable[ScalePair]:
-        """Return the pairs of one block, in the order in which their sources run."""
-        modules = {f"{name}.{part}": (part, module) for part, module in _modules(block)}
+    def _block_pairs(self, flow: DataFlow, name: str, block: nn.Module) -> Iterable[ScalePair]:
+        """Return the scale pairs of one block, in the order in which their smooth layers run."""
+        modules = {f"{name}.{local}": (local, module) for local, module in _modules(block)}
         for full, called in flow.called.items():
             if full not in modules or len(called.outputs) != 1:
                 continue
-            (part, module), output = modules[full], called.outputs[0]
+            (local, module), output = modules[full], called.outputs[0]
             if not isinstance(module, nn.Linear):
                 fed = self._linears(flow.fed(output), name)
                 if fed and divides(module):
-                    yield ScalePair(part, fed)
+                    yield ScalePair(local, fed)
                 continue
             product = flow.multiplied(output)
             fed = self._linears(flow.fed(product), name) if product is not None else ()
             if fed:
-                yield ScalePair(part, fed)
+                yield ScalePair(local, fed)
             elif (values := self._attended(flow, name, output)) is not None:
-                yield ScalePair(part, values[:1], grouped=values[1:] == ("grouped",))
+                yield ScalePair(local, values[:1], grouped=values[1:] == ("grouped",))
 
     def _linears(self, names: Sequence[str], block: str) -> tuple[str, ...]:
         """Return the names within the block; empty where one is no linear layer of it."""
         inside = all(within(name, block) and isinstance(self.model.get_submodule(name), nn.Linear) for name in names)
         return tuple(name.removeprefix(f"{block}.") for name in names) if inside else ()
 
-    def _attended(self, flow: Flow, block: str, values: Tensor) -> tuple[str, ...] | None:
-        """Return the linear that attention's values reach, and "grouped" where it reads each of them more than once."""
+    def _attended(self, flow: DataFlow, block: str, values: Tensor) -> tuple[str, ...] | None:
+        """Return the linear that attention's values reach, and "grouped" where it reads each of them more than once (GQA)."""
         reached = flow.through_attention(values)
         linear = self._linears((reached[0],), block) if reached else ()
         if reached is None or not linear:
@@ -234,45 +241,47 @@ class _Inspection:
         size = len(channels) // heads if heads else 0
         if not size or width % size or heads % (width // size):
             return None
-        spread = torch.arange(width, dtype=channels.dtype).view(width // size, 1, size)
-        expected = spread.expand(width // size, heads * size // width, size).reshape(-1)
+        by_head = torch.arange(width, dtype=channels.dtype).view(width // size, 1, size)
+        expected = by_head.expand(width // size, heads * size // width, size).reshape(-1)
         return (*linear, "grouped") if torch.equal(channels, expected) else None
 
     def _heads(self) -> int:
         return int(getattr(self.model.config.get_text_config(), "num_attention_heads", 0))
 
-    def _apart(self, called: set[str], head: str) -> tuple[str, ...]:
-        """Return the outermost modules with weights that no text goes through, other than the head."""
+    def _unused_by_text(self, called: set[str], head: str) -> tuple[str, ...]:
+        """Return the outermost modules with weights that text does not pass through, other than the head."""
         used = {".".join(name.split(".")[:count]) for name in {*called, head} for count in range(name.count(".") + 2)}
-        found: list[str] = []
+        unused: list[str] = []
         for name, module in _modules(self.model):
-            if name not in used and list(module.parameters()) and not any(within(name, part) for part in (*found, head)):
-                found.append(name)
-        return tuple(found)
+            if name not in used and list(module.parameters()) and not any(within(name, other) for other in (*unused, head)):
+                unused.append(name)
+        return tuple(unused)
 
     def _towers(self, vision: Sequence[str]) -> Iterable[str]:
-        """Return, for each module that sees images and has lists of like modules, the longest, of these the largest."""
-        for part in vision:
-            inside = [(f"{part}.{name}", module) for name, module in _modules(self.model.get_submodule(part))]
+        """Return each vision module's list of blocks: of its lists with modules of one class the longest, of these the largest."""
+        for tower in vision:
+            inside = [(f"{tower}.{name}", module) for name, module in _modules(self.model.get_submodule(tower))]
             lists = [(name, module) for name, module in inside if isinstance(module, nn.ModuleList)]
-            alike = [(len(module), _size(module), name) for name, module in lists if len({type(block) for block in module}) == 1]
-            if alike:
-                yield max(alike)[2]
+            candidates = [
+                (len(module), _size(module), name) for name, module in lists if len({type(block) for block in module}) == 1
+            ]
+            if candidates:
+                yield max(candidates)[2]
 
     def _renames(self) -> tuple[tuple[str, str], ...]:
-        """Return how names on disk become module names, and check that each has its own place."""
-        places: dict[tuple[str, tuple[int, ...]], list[str]] = {}
+        """Return the renames from names on disk to module names, and check that they are unique."""
+        unmatched: dict[tuple[str, tuple[int, ...]], list[str]] = {}
         for name, tensor in self.model.state_dict().items():
-            places.setdefault((name.rpartition(".")[2], tuple(tensor.shape)), []).append(name)
+            unmatched.setdefault((name.rpartition(".")[2], tuple(tensor.shape)), []).append(name)
         rules: dict[str, str] = {}
         matches: dict[str, str] = {}
         for name, shape in self.shapes.items():
-            free = places.get((name.rpartition(".")[2], shape), [])  # there is none for a part of a packed weight
-            target = max(free, key=partial(_likeness, name), default="")
+            free = unmatched.get((name.rpartition(".")[2], shape), [])  # empty for a tensor of a packed weight
+            target = max(free, key=partial(_similarity, name), default="")
             if target:
                 free.remove(target)
                 matches[name] = target
-                disk, module = _differing(name, target)
+                disk, module = _differing_prefixes(name, target)
                 rules[disk] = module
         ordered = sorted(rules.items(), key=lambda rule: -len(rule[0]))
         renames = tuple((rf"^{re.escape(disk)}(?=\.|$)", module) for disk, module in ordered if disk != module)
@@ -288,7 +297,7 @@ class _Inspection:
 
 @contextmanager
 def _without_weights(decoder: nn.Module) -> Generator[None]:
-    """Let linear layers and embeddings give random numbers of the right shape; what else has weights gets one number everywhere."""
+    """Make linear layers and embeddings return random values of the right shape; all other weights become one."""
     generator = torch.Generator().manual_seed(0)
     stubs: dict[str, Forward] = {}
     for name, module in _modules(decoder):
@@ -297,15 +306,15 @@ def _without_weights(decoder: nn.Module) -> Generator[None]:
         elif isinstance(module, nn.Embedding) and type(module).forward is nn.Embedding.forward:
             stubs[name] = partial(_random, generator, module.embedding_dim, 0)
         else:
-            for part, parameter in list(module.named_parameters(recurse=False)):
-                module.register_parameter(part, nn.Parameter(torch.ones(()).expand(parameter.shape), requires_grad=False))
-    with replaced(decoder, stubs):
+            for leaf, parameter in list(module.named_parameters(recurse=False)):
+                module.register_parameter(leaf, nn.Parameter(torch.ones(()).expand(parameter.shape), requires_grad=False))
+    with replace_forwards(decoder, stubs):
         yield
 
 
-def _random(generator: torch.Generator, width: int, replaced: int, given: Tensor) -> Tensor:
-    """Return random numbers of the shape given, its last `replaced` dimensions left away, and `width` channels."""
-    return torch.rand((*given.shape[: given.dim() - replaced], width), generator=generator)
+def _random(generator: torch.Generator, width: int, dropped: int, inputs: Tensor) -> Tensor:
+    """Return random values in the inputs' shape without its last `dropped` dimensions, with `width` channels."""
+    return torch.rand((*inputs.shape[: inputs.dim() - dropped], width), generator=generator)
 
 
 def _size(module: nn.Module) -> int:
@@ -313,35 +322,35 @@ def _size(module: nn.Module) -> int:
 
 
 def _modules(module: nn.Module) -> list[tuple[str, nn.Module]]:
-    """Return all modules within a module, by their names in it."""
-    found = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
-    return [(name, part) for name, part in found if name]
+    """Return the descendants of a module with their names in it."""
+    modules = cast("Iterable[tuple[str, nn.Module]]", module.named_modules())
+    return [(name, submodule) for name, submodule in modules if name]
 
 
-def _likeness(name: str, key: str) -> tuple[int, int, int]:
-    """Return how alike two names are: how much of their ends they share, how many words, how little their lengths differ."""
-    ours, theirs = name.split("."), key.split(".")
-    return _shared_end(ours, theirs), len(set(ours) & set(theirs)), -abs(len(ours) - len(theirs))
+def _similarity(name: str, key: str) -> tuple[int, int, int]:
+    """Return how similar two names are: common words at their ends, common words, and the difference of their lengths."""
+    first, second = name.split("."), key.split(".")
+    return _common_suffix(first, second), len(set(first) & set(second)), -abs(len(first) - len(second))
 
 
-def _shared_end(ours: Sequence[str], theirs: Sequence[str]) -> int:
+def _common_suffix(first: Sequence[str], second: Sequence[str]) -> int:
     count = 0
-    for one, other in zip(reversed(ours), reversed(theirs), strict=False):
+    for one, other in zip(reversed(first), reversed(second), strict=False):
         if one != other:
             break
         count += 1
     return count
 
 
-def _differing(name: str, key: str) -> tuple[str, str]:
-    """Return the beginnings of two names up to the first word, counted from where they differ, that both have."""
-    ours, theirs = name.split("."), key.split(".")
-    shared = max(_shared_end(ours, theirs) - 1, 0)
-    return ".".join(ours[: len(ours) - shared]), ".".join(theirs[: len(theirs) - shared])
+def _differing_prefixes(name: str, key: str) -> tuple[str, str]:
+    """Return the prefixes of two names up to and including the first word of their common suffix."""
+    first, second = name.split("."), key.split(".")
+    shared = max(_common_suffix(first, second) - 1, 0)
+    return ".".join(first[: len(first) - shared]), ".".join(second[: len(second) - shared])
 
 
-def _described(family: Family) -> Family:
-    """Return the family with a text of what was derived."""
+def _with_description(family: Family) -> Family:
+    """Return the family with a description of what was derived."""
     scale_pairs = "; ".join(f"{pair.smooth_layer} → {', '.join(pair.balance_layers)}" for pair in family.scale_pairs) or "none"
     text = (
         f"{family.model_type}: no family record fits, and one was derived from the model: decoder blocks {family.blocks}, "

@@ -1,4 +1,4 @@
-"""InternVL3 (arXiv 2504.10479) in transformers' own form, from the repositories that end in `-hf`."""
+"""InternVL3 (arXiv 2504.10479) in transformers' format, from the repositories whose names end in `-hf`."""
 
 from dataclasses import replace
 

@@ -1,4 +1,4 @@
-"""LLaVA 1.5 (arXiv 2310.03744): CLIP's vision tower, a two-layer projector, a decoder of Llama's make."""
+"""LLaVA 1.5 (arXiv 2310.03744): CLIP's vision tower, a two-layer projector, a Llama-like decoder."""
 
 from compress.families.family import Family, ScalePair
 from compress.families.qwen2_vl import DECODER_PAIRS
@@ -9,7 +9,7 @@ RENAMES = (
     (r"^language_model\.model\.", "model.language_model."),
     (r"^language_model\.lm_head\.", "lm_head."),
 )
-"""Published checkpoints keep the names of before transformers 4.52, the tower's those of before 5."""
+"""Published checkpoints have the names of transformers before 4.52, the tower those of before 5."""
 
 LLAVA = Family(
     name="llava",

@@ -1,4 +1,4 @@
-"""Llama 3.2 Vision (arXiv 2407.21783, section 7): blocks of cross-attention in a Llama decoder read the images' states."""
+"""Llama 3.2 Vision (arXiv 2407.21783, section 7): blocks of cross-attention in a Llama decoder read the image features."""
 
 from compress.families.family import Family, ScalePair
 
@@ -33,6 +33,6 @@ MLLAMA = Family(
     ),
     vision_readers=("cross_attn.k_proj", "cross_attn.v_proj"),
     image_mask="cross_attention_mask",
-    tied_by=(),  # transformers 5 does not tie it whatever the config says
+    tied_by=(),  # transformers 5 never ties it, whatever the config says
     served_until="0.10.2",
 )

@@ -6,7 +6,7 @@ RENAMES = (
     (r"^visual\.", "model.visual."),
     (r"^model\.(?=embed_tokens\.|layers\.|norm\.)", "model.language_model."),
 )
-"""Published checkpoints keep the names of before transformers 4.52; newer ones carry the module names themselves."""
+"""Published checkpoints have the names of transformers before 4.52; newer ones the module names."""
 
 DECODER_PAIRS = (
     ScalePair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),

@@ -1,4 +1,4 @@
-"""Qwen3-VL (arXiv 2511.21631): features from within the vision tower are added between the decoder's first blocks."""
+"""Qwen3-VL (arXiv 2511.21631): features of inner blocks of the vision tower are added between the decoder's first blocks."""
 
 from dataclasses import replace
 

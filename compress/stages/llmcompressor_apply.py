@@ -1,4 +1,4 @@
-"""llm-compressor from checkpoint to checkpoint: hand it the samples, run it in its environment, take in what it wrote."""
+"""llm-compressor on a checkpoint: write its samples, run it in its environment, and convert its output."""
 
 from __future__ import annotations
 
@@ -42,16 +42,18 @@ _WORK = ".llmcompressor"
 _LOG = "llmcompressor.log"
 _SCALE = "weight_scale"
 _INTERVAL = 0.2
+"""Seconds between two reads of its log."""
+
 _BLOCK = re.compile(rb"\((\d+)/(\d+)\): (Calibrating|Propagating)")
-_SETTINGS = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-_SHOWN_LINES = 12
-_SHOWN_CHARACTERS = 1200
-_DROPPED = ("VIRTUAL_ENV", "LLM_COMPRESSOR_LOG_FILE")
+_VARIABLES = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+_MESSAGE_LINES = 12
+_MESSAGE_CHARACTERS = 1200
+_UNSET_VARIABLES = ("VIRTUAL_ENV", "LLM_COMPRESSOR_LOG_FILE")
 
 
 @dataclass(frozen=True)
 class LlmCompressorJob:
-    """What the worker is told; the last three are for modifiers that take such arguments and are given none (`Defaults`)."""
+    """The worker's job file; the last three are the defaults of modifiers' arguments (`Defaults`)."""
 
     model: str
     architecture: str
@@ -69,26 +71,26 @@ class LlmCompressorJob:
 
 
 def apply(stage: Llmcompressor, context: StageContext) -> None:
-    """Do what `Llmcompressor.apply` says."""
+    """Apply a stage; see `Llmcompressor.apply`."""
     checkpoint = open_checkpoint(context.source)
     if context.calibration is None:
         raise DataError("llmcompressor: needs calibration samples; add calibration.sets to the recipe")
     if faults := stage.check(checkpoint, context.family):
         raise CheckpointError("\n".join(faults))
     with telling_where(context.target):
-        for path in context.target.iterdir():  # a call that was killed begins anew: the library commits nothing
+        for path in context.target.iterdir():  # a killed call restarts: the library commits nothing
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         work = context.target / _WORK
         samples = work / "samples"
         samples.mkdir(parents=True)
         write_samples(context.calibration, context, samples)
         _run(stage, context, checkpoint, work)
-        _Intake(checkpoint, open_checkpoint(work / "output"), context.family).write(context)
+        _OutputConversion(checkpoint, open_checkpoint(work / "output"), context.family).write(context)
         shutil.rmtree(work)
 
 
 def write_samples(calibration: Path, context: StageContext, folder: Path) -> None:
-    """Write each sample's inputs as a file of its own: alone it needs no padding, which the library would count as tokens."""
+    """Write each sample's inputs to a file of its own, without padding, which the library would count as tokens."""
     batches: Sequence[Batch] = load_batches(calibration, context.source, 1, context.trust_remote_code)
     if context.family.vision_readers:
         batches = _with_images(batches, context.progress)
@@ -100,27 +102,27 @@ def write_samples(calibration: Path, context: StageContext, folder: Path) -> Non
 
 
 def _with_images(batches: Sequence[Batch], progress: Progress) -> Sequence[Batch]:
-    """Leave out samples without images: the library runs all blocks on all samples, also those that are left out for text alone.
+    """Return the samples with images: the library runs all blocks on all samples, cross-attention without images included.
 
     Raises:
         DataError: no sample has an image.
     """
-    kept = [batch for batch in batches if not isinstance(batch, WindowBatch)]
-    if not kept:
+    with_images = [batch for batch in batches if not isinstance(batch, WindowBatch)]
+    if not with_images:
         raise DataError("llmcompressor: this model has blocks that read images, and no calibration sample has one; add a vqa set")
-    if len(kept) < len(batches):
+    if len(with_images) < len(batches):
         progress.warn(
-            f"llmcompressor: {len(batches) - len(kept)} calibration samples of text alone were left out: this model has blocks "
-            "that read images, and the library cannot leave these out"
+            f"llmcompressor: {len(batches) - len(with_images)} calibration samples of text alone were left out: this model has "
+            "blocks that read images, and the library cannot leave these out"
         )
-    return kept
+    return with_images
 
 
 def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, work: Path) -> None:
-    """Run the worker to its end.
+    """Run the worker.
 
     Raises:
-        RecipeError, CheckpointError, MissingError, ServerError: as `Llmcompressor.apply` says.
+        RecipeError, CheckpointError, MissingError, ServerError: as `Llmcompressor.apply`.
     """
     defaults = Defaults(checkpoint, context.family)
     job = LlmCompressorJob(
@@ -150,91 +152,91 @@ def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, wo
     ]  # isolated: stages/ must not be importable
     with run_server(ENVIRONMENT, command, _variables(context.device), log) as server:
         _follow(server, context.progress)
-        _check(Path(job.outcome), server, context.device)
+        _check_outcome(Path(job.outcome), server, context.device)
 
 
 def _variables(device: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in _DROPPED}
-    return kept | _SETTINGS | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+    inherited = {name: value for name, value in os.environ.items() if name not in _UNSET_VARIABLES}
+    return inherited | _VARIABLES | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
 
 
 def _follow(server: Server, progress: Progress) -> None:
-    """Tell how far the library is, by its log, until it ends; each pass over the model counts its parts anew."""
-    place, done, total = server.start, 0, 0
+    """Report the library's progress from its log until it ends; each pass over the model restarts the count of blocks."""
+    offset, done, total = server.start, 0, 0
     with ExitStack() as passes, server.log.open("rb") as log:
         advance = passes.enter_context(progress.task("llmcompressor: load", 1, "models"))
         while True:
             ended = server.process.poll() is not None
-            log.seek(place)
+            log.seek(offset)
             new = log.read()
-            place += len(new)
-            for found in _BLOCK.finditer(new):
-                at = int(found.group(1))
-                if (at < done and found.group(3) == b"Calibrating") or not total:
+            offset += len(new)
+            for match in _BLOCK.finditer(new):
+                current = int(match.group(1))
+                if (current < done and match.group(3) == b"Calibrating") or not total:
                     advance(0 if total else 1)
                     passes.close()
-                    done, total = 0, int(found.group(2))
+                    done, total = 0, int(match.group(2))
                     advance = passes.enter_context(progress.task("llmcompressor: calibrate", total, "parts"))
-                if at > done:
-                    advance(at - done)
-                    done = at
+                if current > done:
+                    advance(current - done)
+                    done = current
             if ended:
                 return
             time.sleep(_INTERVAL)
 
 
-def _check(outcome: Path, server: Server, device: str) -> None:
-    """Raise what the worker said, or its log where it could not say anything any more."""
+def _check_outcome(outcome: Path, server: Server, device: str) -> None:
+    """Raise the worker's error, or one with the end of its log where it was killed."""
     if not outcome.is_file():
         raise ServerError(
             f"llmcompressor was ended before it was done; the machine may have run out of memory{server.last_words()}"
         )
-    told = cast("dict[str, str]", json.loads(outcome.read_text(encoding="utf-8")))
-    if not told:
+    result = cast("dict[str, str]", json.loads(outcome.read_text(encoding="utf-8")))
+    if not result:
         return
-    message = _shortened(told["message"])
-    if told["failed"] == "arguments":
+    message = _shortened(result["message"])
+    if result["failed"] == "arguments":
         raise RecipeError([f"stages: llmcompressor: {message}"])
-    if told["failed"] == "memory":
+    if result["failed"] == "memory":
         raise MissingError(
             f"llmcompressor: {device} has too little memory ({message}). End other programs that use it, use a larger device, or "
             f"give calibration.sets fewer tokens per sample and smaller images. Its log is {server.log}"
         )
     remedy = "Change the modifiers' arguments, or leave out with `ignore` what it cannot work on."
-    if told["failed"] == "TraceError":
+    if result["failed"] == "TraceError":
         remedy = "It cannot go through this model block by block; set pipeline: basic."
-    raise CheckpointError(f"llmcompressor failed with {told['failed']}: {message}\n{remedy} Its whole log is {server.log}")
+    raise CheckpointError(f"llmcompressor failed with {result['failed']}: {message}\n{remedy} Its whole log is {server.log}")
 
 
 def _shortened(message: str) -> str:
-    """Return the first lines of an error: some of the library's hold the whole config or every layer's name."""
+    """Return the first lines of an error: some of the library's contain the whole config or every layer's name."""
     lines = message.splitlines() or [message]
-    shown = "\n".join(lines[:_SHOWN_LINES])[:_SHOWN_CHARACTERS]
-    return shown if len(shown) == len(message) else f"{shown} …"
+    shortened = "\n".join(lines[:_MESSAGE_LINES])[:_MESSAGE_CHARACTERS]
+    return shortened if len(shortened) == len(message) else f"{shortened} …"
 
 
 @dataclass(frozen=True)
-class _Intake:
-    """What the library wrote, given the source's names again; what it did not change keeps the source's very bytes."""
+class _OutputConversion:
+    """Conversion of the library's output to the source's names; unchanged tensors keep the source's bytes."""
 
     source: Checkpoint
     written: Checkpoint
     family: Family
 
     @cached_property
-    def owners(self) -> dict[str, str]:
-        """The names on disk of the source's modules, those without weights of their own too, by their names in memory."""
-        found: dict[str, str] = {}
+    def disk_modules(self) -> dict[str, str]:
+        """The names on disk of the source's modules, including those without weights, by their names in transformers."""
+        disk_names: dict[str, str] = {}
         for name in self.source.tensors:
             module, disk = self.family.module_name(name), name
             while module.rpartition(".")[2] == disk.rpartition(".")[2] and "." in module and "." in disk:
                 module, disk = module.rpartition(".")[0], disk.rpartition(".")[0]
-                found[module] = disk
-        return found
+                disk_names[module] = disk
+        return disk_names
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The names that the written tensors get, by those they have."""
+        """The tensors' names on disk, by their names in the library's output."""
         return {name: self._disk_name(name) for name in self.written.tensors}
 
     @cached_property
@@ -244,27 +246,27 @@ class _Intake:
 
     def _disk_name(self, name: str) -> str:
         module, _, leaf = self.family.module_name(name).rpartition(".")
-        owner = self.owners.get(module, name.rpartition(".")[0])
-        return f"{owner}.{leaf}" if owner else leaf
+        disk_module = self.disk_modules.get(module, name.rpartition(".")[0])
+        return f"{disk_module}.{leaf}" if disk_module else leaf
 
     def _disk_module(self, name: str) -> str:
-        """Return a linear's name on disk, by what the library calls it; a class's name stays."""
-        return self.owners.get(self.family.module_name(f"{name}.weight").removesuffix(".weight"), name)
+        """Return a linear's name on disk by its name in the library; the name of a class does not change."""
+        return self.disk_modules.get(self.family.module_name(f"{name}.weight").removesuffix(".weight"), name)
 
     def write(self, context: StageContext) -> None:
         """Write the checkpoint.
 
         Raises:
-            CheckpointError: nothing is different from the source.
+            CheckpointError: no tensor differs from the source.
         """
         changed = 0
         with (
             ShardWriter(context.target) as writer,
             context.progress.task("llmcompressor: write", len(self.names), "tensors") as advance,
         ):
-            for name, tensor, same in self._tensors():
+            for name, tensor, unchanged in self._tensors():
                 writer.add(name, tensor)
-                changed += not same
+                changed += not unchanged
                 advance(1)
         if not changed:
             raise CheckpointError(
@@ -275,19 +277,19 @@ class _Intake:
         write_json(context.target / "config.json", self._config())
 
     def _tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
-        for old, entry in self.written.tensors.items():
-            name = self.names[old]
+        for written_name, entry in self.written.tensors.items():
+            name = self.names[written_name]
             tensor = map_tensor(entry)
-            before = self.source.tensors.get(name)
-            if before is not None and before.shape == entry.shape and name.rpartition(".")[0] not in self.quantized:
-                original = map_tensor(before)
+            source = self.source.tensors.get(name)
+            if source is not None and source.shape == entry.shape and name.rpartition(".")[0] not in self.quantized:
+                original = map_tensor(source)
                 if torch.equal(original.to(DTYPES[entry.dtype]), tensor):
                     yield name, original, True
                     continue
             yield name, tensor, False
 
     def _config(self) -> dict[str, Any]:
-        """Return the source's config with what the library says of quantization, and whether the head is still the embedding's."""
+        """Return the source's config with the library's `quantization_config`, and whether the head is still tied."""
         config = settled_config(self.source.config, self.family, head_is_tied(self.written, self.family))
         settings = cast("Mapping[str, Any]", self.written.config.get("quantization_config") or {})
         if self.quantized or _is_online(settings):
@@ -295,30 +297,30 @@ class _Intake:
         return config
 
     def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Return `quantization_config` by the source's names, patterns written out, with all linears that are left in `ignore`."""
-        left = unquantized_linears(self.source, self.family, self.quantized)
-        named = {self._disk_module(name) for name in cast("list[str]", settings.get("ignore") or [])}
-        given = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
-        groups = {name: {**group, "targets": self._targets(group["targets"])} for name, group in given.items()}
-        ignore = sorted({*left, *named} - set(self.quantized))
+        """Return `quantization_config` with the source's names, patterns expanded, and all unquantized linears in `ignore`."""
+        unquantized = unquantized_linears(self.source, self.family, self.quantized)
+        ignored = {self._disk_module(name) for name in cast("list[str]", settings.get("ignore") or [])}
+        config_groups = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
+        groups = {name: {**group, "targets": self._targets(group["targets"])} for name, group in config_groups.items()}
+        ignore = sorted({*unquantized, *ignored} - set(self.quantized))
         transforms = {} if _is_online(settings) else {"transform_config": cast("dict[str, Any]", {})}
         return {**settings, "config_groups": groups, "ignore": ignore, **transforms}
 
     def _targets(self, targets: list[str]) -> list[str]:
-        found: list[str] = []
+        names: list[str] = []
         for target in targets:
             if not target.startswith("re:"):
-                found.append(self._disk_module(target))
+                names.append(self._disk_module(target))
                 continue
             pattern = re.compile(target.removeprefix("re:"))
             modules = {name: self.family.module_name(f"{name}.weight").removesuffix(".weight") for name in self.quantized}
-            found += [name for name, module in modules.items() if pattern.match(module)]
-        return list(dict.fromkeys(found))
+            names += [name for name, module in modules.items() if pattern.match(module)]
+        return list(dict.fromkeys(names))
 
 
 def _is_online(settings: Mapping[str, Any]) -> bool:
-    """Return whether a runtime has to rotate something; what is in the weights already is none of its business."""
+    """Return whether a runtime has to apply transforms; those already applied to the weights do not count."""
     transforms = cast("Mapping[str, Any]", settings.get("transform_config") or {})
     schemes = cast("Mapping[str, Mapping[str, Any]]", transforms.get("config_groups") or {})
-    places = [str(entry["location"]) for scheme in schemes.values() for entry in cast("list[dict[str, Any]]", scheme["apply"])]
-    return any(not place.startswith("weight_") for place in places)
+    locations = [str(entry["location"]) for scheme in schemes.values() for entry in cast("list[dict[str, Any]]", scheme["apply"])]
+    return any(not location.startswith("weight_") for location in locations)

@@ -1,7 +1,7 @@
 """Runs llm-compressor's modifiers on a model: a script for its own environment, `llmcompressor_worker.py JOB`.
 
-JOB is a JSON file that `llmcompressor_apply` wrote (`Job` there); what came of it goes to the file `outcome` that it names.
-Nothing of this package is imported: what is here runs beside other versions of torch and transformers than this package's.
+JOB is a JSON file written by `llmcompressor_apply` (`LlmCompressorJob`); the result goes to the file `outcome` that it names.
+The script imports nothing of this package, as it runs with other versions of torch and transformers.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ _BASE = "Modifier"
 
 
 class UnknownNameError(Exception):
-    """A job that asks for what the library does not have."""
+    """A modifier or argument that the library does not have."""
 
 
 class Samples:
-    """The samples' files, read when asked for.
+    """The samples' files, read when needed.
 
-    Block by block the library takes the first sample's inputs for those that every sample has, and leaves out what the model does
-    with any other. So those with images come first, and with `alike` the others are given theirs as None.
+    Block by block the library assumes that every sample has the first one's inputs, and omits what the model does with others. So
+    samples with images come first, and with `same_inputs` the others get the missing inputs as None.
     """
 
-    def __init__(self, folder: Path, *, alike: bool) -> None:
+    def __init__(self, folder: Path, *, same_inputs: bool) -> None:
         files = sorted(folder.glob("*.safetensors"))
         inputs = [set(_load(file)) for file in files]
-        self.common = sorted(set[str]().union(*inputs)) if alike else []
+        self.common = sorted(set[str]().union(*inputs)) if same_inputs else []
         self.files = [file for _, file in sorted(zip(inputs, files, strict=True), key=lambda row: (-len(row[0]), row[1]))]
 
     def __len__(self) -> int:
@@ -51,9 +51,9 @@ def main(job: dict[str, Any]) -> None:
     modifiers = make_modifiers(job)
     transformers.set_seed(job["seed"])
     model = load_model(job)
-    samples = Samples(Path(job["samples"]), alike=job["pipeline"] != "basic")
+    samples = Samples(Path(job["samples"]), same_inputs=job["pipeline"] != "basic")
     loader: Any = torch.utils.data.DataLoader(cast("Any", samples), batch_size=1, collate_fn=_first, shuffle=False)
-    make_pinning_harmless()
+    disable_pinned_memory()
     import_module("llmcompressor").oneshot(
         model=model,
         recipe=modifiers,
@@ -67,22 +67,22 @@ def main(job: dict[str, Any]) -> None:
 
 
 def make_modifiers(job: dict[str, Any]) -> list[Any]:
-    """Return the modifiers that a job names, with what it gives for arguments that are left out.
+    """Return a job's modifiers, with its defaults for omitted arguments.
 
     Raises:
-        JobError: there is no such modifier, or it does not take such arguments.
+        UnknownNameError: there is no such modifier, or it does not take such arguments.
     """
-    known = import_module(_MODIFIERS).ModifierFactory.load_from_package(_MODIFIERS)
-    known.pop(_BASE, None)
-    return [_make_modifier(known, name, arguments, job) for name, arguments in job["modifiers"]]
+    classes = import_module(_MODIFIERS).ModifierFactory.load_from_package(_MODIFIERS)
+    classes.pop(_BASE, None)
+    return [_make_modifier(classes, name, arguments, job) for name, arguments in job["modifiers"]]
 
 
-def _make_modifier(known: dict[str, Any], name: str, arguments: dict[str, Any], job: dict[str, Any]) -> Any:
-    if name not in known:
-        near = difflib.get_close_matches(name, known, n=1)
+def _make_modifier(classes: dict[str, Any], name: str, arguments: dict[str, Any], job: dict[str, Any]) -> Any:
+    if name not in classes:
+        near = difflib.get_close_matches(name, classes, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
-        raise UnknownNameError(f"llm-compressor has no modifier {name!r}; it has {', '.join(sorted(known))}{hint}")
-    kind = known[name]
+        raise UnknownNameError(f"llm-compressor has no modifier {name!r}; it has {', '.join(sorted(classes))}{hint}")
+    kind = classes[name]
     arguments = dict(arguments)
     if "ignore" in kind.model_fields:
         arguments.setdefault("ignore", job["ignore"])
@@ -95,20 +95,20 @@ def _make_modifier(known: dict[str, Any], name: str, arguments: dict[str, Any], 
             fill_rotations(modifier, job["rotation"])
         return modifier
     except (ValueError, TypeError, NotImplementedError) as error:
-        taken = sorted(set(kind.model_fields) - {"index", "group", "start", "end", "update"})
-        taken = [field for field in taken if not field.endswith("_")]
-        raise UnknownNameError(f"{name}: {_said(error)}; the arguments it takes: {', '.join(taken)}") from error
+        accepted = sorted(set(kind.model_fields) - {"index", "group", "start", "end", "update"})
+        accepted = [field for field in accepted if not field.endswith("_")]
+        raise UnknownNameError(f"{name}: {_error_message(error)}; the arguments it takes: {', '.join(accepted)}") from error
 
 
-def fill_rotations(modifier: Any, given: dict[str, Any] | None) -> None:
-    """Lay out SpinQuant's rotations, which the library would do from the names that text models have.
+def fill_rotations(modifier: Any, rotation: dict[str, Any] | None) -> None:
+    """Set SpinQuant's mappings and transforms, which the library would derive from the module names of text models.
 
-    Its embeddings are not centred: no RMSNorm lets that pass unseen.
+    The embeddings are not centered: unlike a LayerNorm, an RMSNorm does not cancel that.
 
     Raises:
-        JobError: the model cannot be rotated, or not in its weights alone.
+        UnknownNameError: the model cannot be rotated, or not in its weights alone.
     """
-    if given is None:
+    if rotation is None:
         raise UnknownNameError(
             "SpinQuantModifier: it rotates what enters a decoder of q/k/v/o and gate/up/down projections behind RMSNorms, and this "
             "model has other parts; use another modifier, or give transform_config, mappings and norm_mappings"
@@ -119,16 +119,16 @@ def fill_rotations(modifier: Any, given: dict[str, Any] | None) -> None:
             "give transform_config, mappings and norm_mappings"
         )
     package = import_module("llmcompressor.modifiers.transform.spinquant.base")
-    modifier.mappings = package.SpinQuantMapping(**given["mappings"])
-    modifier.norm_mappings = [package.NormMapping(**entry) for entry in given["norm_mappings"]]
-    sized = {"R2": (given["head_dim"],)}
-    schemes = {name: getattr(modifier, f"_create_{name.lower()}_scheme")(*sized.get(name, ())) for name in modifier.rotations}
+    modifier.mappings = package.SpinQuantMapping(**rotation["mappings"])
+    modifier.norm_mappings = [package.NormMapping(**entry) for entry in rotation["norm_mappings"]]
+    sizes = {"R2": (rotation["head_dim"],)}
+    schemes = {name: getattr(modifier, f"_create_{name.lower()}_scheme")(*sizes.get(name, ())) for name in modifier.rotations}
     modifier.transform_config = package.TransformConfig(config_groups=schemes)
     modifier.mappings.embedding = "re:(?!)"
 
 
-def _said(error: Exception) -> str:
-    """Return an error's message; of pydantic's, each argument's own."""
+def _error_message(error: Exception) -> str:
+    """Return an error's message; for pydantic's, one per argument."""
     details: Any = getattr(error, "errors", None)
     if details is None:
         return str(error)
@@ -136,7 +136,7 @@ def _said(error: Exception) -> str:
 
 
 def load_model(job: dict[str, Any]) -> Any:
-    """Return the model in the type it is stored in, on the CPU: the library brings each block to the device."""
+    """Return the model in its stored type, on the CPU: the library moves each block to the device."""
     remote = job["trust_remote_code"]
     kind: Any = getattr(transformers, job["architecture"], None)
     if kind is None or remote:
@@ -145,12 +145,12 @@ def load_model(job: dict[str, Any]) -> Any:
 
 
 def block_classes(model: Any, blocks: str) -> list[str]:
-    """Return the classes of the decoder's blocks: the library would take the vision tower's for such parts too."""
+    """Return the classes of the decoder's blocks: the library would also choose the vision tower's."""
     return sorted({type(block).__name__ for block in model.get_submodule(blocks)})
 
 
-def make_pinning_harmless() -> None:
-    """Keep the library's cache from asking for pinned memory where there is no driver to give it."""
+def disable_pinned_memory() -> None:
+    """Keep the library's cache from allocating pinned memory where there is no CUDA driver."""
     if not torch.cuda.is_available():
         cache = import_module("llmcompressor.pipelines.cache").IntermediatesCache
         cache.pin_memory = lambda self, batch_index, input_names=None: None  # pyright: ignore
@@ -164,14 +164,14 @@ def _first(rows: list[Any]) -> Any:
     return rows[0]
 
 
-def leave_word(outcome: Path) -> None:
-    """See to it that an error that ends this process is left in `outcome` as well as in the log."""
+def record_errors(outcome: Path) -> None:
+    """Write an error that ends this process to `outcome`, as well as to the log."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
         failed = "arguments"
         if not isinstance(error, UnknownNameError):
-            while error.__cause__ is not None:  # the library puts whole programs around what went wrong in them
+            while error.__cause__ is not None:  # the library wraps errors, with the whole traced program in the message
                 error = error.__cause__
             failed = "memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
         _write(outcome, {"failed": failed, "message": str(error)})
@@ -180,15 +180,15 @@ def leave_word(outcome: Path) -> None:
 
 
 def _write(path: Path, outcome: dict[str, str]) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(json.dumps(outcome), encoding="utf-8")
-    aside.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(json.dumps(outcome), encoding="utf-8")
+    temporary.replace(path)
 
 
 def run(path: Path) -> None:
-    """Run the job of a file, and leave word of what came of it."""
+    """Run the job in a file, and write its outcome."""
     job = json.loads(path.read_text(encoding="utf-8"))
-    leave_word(Path(job["outcome"]))
+    record_errors(Path(job["outcome"]))
     main(job)
     _write(Path(job["outcome"]), {})
 

@@ -324,10 +324,10 @@ def test_samples_with_images_come_first_and_others_are_given_none(tmp_path: Path
     text, image = {"input_ids": torch.ones(1, 3)}, {"input_ids": torch.zeros(1, 2), "pixel_values": torch.ones(4, 5)}
     for number, inputs in enumerate((text, image, text)):
         save_file(inputs, tmp_path / f"{number:06}.safetensors")
-    samples = Samples(tmp_path, alike=True)
+    samples = Samples(tmp_path, same_inputs=True)
     first, second, _ = (samples[number] for number in range(len(samples)))
     assert first["pixel_values"] is not None
     assert torch.equal(cast("Tensor", first["input_ids"]), image["input_ids"])
     assert second["pixel_values"] is None
     assert torch.equal(cast("Tensor", second["input_ids"]), text["input_ids"])
-    assert Samples(tmp_path, alike=False)[1].keys() == text.keys()
+    assert Samples(tmp_path, same_inputs=False)[1].keys() == text.keys()
