@@ -1,8 +1,8 @@
-"""Where samples come from, and how they are pinned and mixed."""
+"""Calibration samples: their sources, selection and pinning."""
 
 SETS = {
     "wikitext": "compress.calibration.sets:WikitextSet",
     "text": "compress.calibration.sets:TextSet",
     "vqa": "compress.calibration.sets:VqaSet",
 }
-"""The calibration sets a recipe can name: dataset → the class whose fields are its keys."""
+"""The kinds of calibration sets: the recipe's `dataset` → the class whose fields are its keys."""

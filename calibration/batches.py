@@ -1,4 +1,4 @@
-"""A calibration folder's samples as batches of the model's own inputs; imports torch."""
+"""Batches of model inputs from the samples of a calibration folder; imports torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from compress.runtimes.runtime import Prompt
 
 
 class Batch(Protocol):
-    """Some samples whose inputs are made when they are asked for."""
+    """Samples whose inputs are computed when needed."""
 
     @property
     def ids(self) -> tuple[str, ...]:
@@ -35,49 +35,56 @@ class Batch(Protocol):
         ...
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Return what the model's forward takes, on the CPU; padding stands at the right and has attention_mask 0."""
+        """Return the arguments of the model's forward, on the CPU; padding is at the right and has attention_mask 0."""
         ...
 
 
 @dataclass(frozen=True)
 class WindowBatch:
-    """Windows of text of one length; `typed` where the model also takes each token's modality.
-
-    `frame` are the tokens that stand before and after every text where the model always has some there (CLIP).
-    """
+    """Windows of text of one length."""
 
     ids: tuple[str, ...]
+
     token_ids: NDArray[np.int32]
-    typed: bool
-    frame: tuple[int, int] | None = None
+    """[rows, tokens]."""
+
+    token_types: bool
+    """Whether the model takes `mm_token_type_ids`, the modality of each token."""
+
+    special_tokens: tuple[int, int] | None = None
+    """The tokens at the start and end of every text, for models that require them (CLIP)."""
 
     @property
     def tokens(self) -> int:
         """The number of positions."""
-        return int(self.token_ids.size) + 2 * len(self.token_ids) * (self.frame is not None)
+        return int(self.token_ids.size) + 2 * len(self.token_ids) * (self.special_tokens is not None)
 
     def inputs(self) -> dict[str, torch.Tensor]:
         """Return token ids and masks, int64 of rows × tokens."""
         token_ids = torch.from_numpy(self.token_ids.astype(np.int64))
-        if self.frame is not None:
-            first, last = (torch.full_like(token_ids[:, :1], token) for token in self.frame)
+        if self.special_tokens is not None:
+            first, last = (torch.full_like(token_ids[:, :1], token) for token in self.special_tokens)
             token_ids = torch.cat([first, token_ids, last], dim=1)
         inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
-        return inputs | ({"mm_token_type_ids": torch.zeros_like(token_ids)} if self.typed else {})
+        return inputs | ({"mm_token_type_ids": torch.zeros_like(token_ids)} if self.token_types else {})
 
 
 @dataclass(frozen=True)
 class Exchange:
-    """A question as the model is asked it, its answer if there is one, and how many tokens both take."""
+    """A question and its answer."""
 
     prompt: Prompt
+
     answer: str | None
+    """None for a question without an answer."""
+
     length: int = 0
+    """The number of tokens of both."""
 
 
 @dataclass(frozen=True)
 class QuestionBatch:
-    """Questions of like length; their images are decoded and processed when the inputs are asked for."""
+    """Questions of similar length; their images are decoded and processed when the inputs are needed."""
 
     exchanges: tuple[Exchange, ...]
     processor: Any = field(repr=False)
@@ -93,7 +100,7 @@ class QuestionBatch:
         return len(self.exchanges) * max(exchange.length for exchange in self.exchanges)
 
     def inputs(self) -> dict[str, torch.Tensor]:
-        """Return what the checkpoint's own processor makes of the conversations and images."""
+        """Return the outputs of the checkpoint's processor for the conversations and images."""
         return process(self.processor, self.exchanges)
 
 
@@ -141,10 +148,10 @@ def load_batches(folder: Path, model: Path, tokens_per_batch: int, trust_remote_
 
 
 def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
-    """Load a checkpoint's processor, set to pad at the right; it is for use in memory only.
+    """Load a checkpoint's processor and set it to pad at the right; it must not be saved.
 
     Raises:
-        CheckpointError: it cannot be loaded, or has no image processor or no chat template that works.
+        CheckpointError: it cannot be loaded, or has no image processor or no chat template.
     """
     processor = load_any_processor(model, trust_remote_code)
     if not hasattr(processor, "image_processor"):
@@ -159,11 +166,11 @@ def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
 
 
 def process(processor: Any, exchanges: Sequence[Exchange]) -> dict[str, torch.Tensor]:
-    """Return the model's inputs for some conversations, padded at the right to the longest.
+    """Return the model's inputs for conversations, padded at the right to the longest.
 
     Raises:
         DataError: an image cannot be decoded.
-        RefusedError: the processor does not take one.
+        RefusedError: the processor refuses a conversation.
     """
     images = [open_images(exchange.prompt) for exchange in exchanges]
     encoded = run_processor(
@@ -173,7 +180,7 @@ def process(processor: Any, exchanges: Sequence[Exchange]) -> dict[str, torch.Te
         images=images if any(images) else None,
         padding=True,
         truncation=False,
-        add_special_tokens=processor.chat_template is None,  # a chat template has written them
+        add_special_tokens=processor.chat_template is None,  # a chat template adds them itself
         return_tensors="pt",
     )
     return {str(name): value for name, value in encoded.items() if isinstance(value, torch.Tensor)}
@@ -182,21 +189,21 @@ def process(processor: Any, exchanges: Sequence[Exchange]) -> dict[str, torch.Te
 def _window_batches(folder: Path, processor: Any, tokens_per_batch: int, family: Family) -> Iterator[WindowBatch]:
     if not (folder / WINDOWS).is_file():
         return
-    typed = "mm_token_type_ids" in processor.model_input_names
+    token_types = "mm_token_type_ids" in processor.model_input_names
     tokenizer = processor.tokenizer
-    frame = None if family.head is not None else (int(tokenizer.bos_token_id), int(tokenizer.eos_token_id))
+    special_tokens = None if family.head is not None else (int(tokenizer.bos_token_id), int(tokenizer.eos_token_id))
     for name, windows in sorted(tensors.load_file(folder / WINDOWS).items()):
         rows = max(1, tokens_per_batch // windows.shape[1])
         for start in range(0, len(windows), rows):
-            part = windows[start : start + rows]
-            yield WindowBatch(tuple(f"{name}:{start + row}" for row in range(len(part))), part, typed, frame)
+            chunk = windows[start : start + rows]
+            yield WindowBatch(tuple(f"{name}:{start + row}" for row in range(len(chunk))), chunk, token_types, special_tokens)
 
 
 def _checked_exchanges(folder: Path, processor: Any, family: Family, longest: int | None) -> list[Exchange]:
     exchanges: list[Exchange] = []
     for exchange in _read_exchanges(folder):
         check_image_count(family, replace(exchange.prompt, id=f"calibration question {exchange.prompt.id}"))
-        exchanges.append(_measured(exchange, processor))
+        exchanges.append(_with_length(exchange, processor))
         length = exchanges[-1].length
         if longest is not None and length > longest:
             raise DataError(
@@ -208,7 +215,7 @@ def _checked_exchanges(folder: Path, processor: Any, family: Family, longest: in
 
 def _question_batches(exchanges: Iterable[Exchange], processor: Any, tokens_per_batch: int) -> Iterator[QuestionBatch]:
     batch = list[Exchange]()
-    # processors differ in what they make of a row without images among rows with some, so these have batches of their own
+    # processors differ in how they pad a row without images among rows with some, so these have separate batches
     for exchange in sorted(exchanges, key=lambda exchange: (bool(exchange.prompt.images), exchange.length)):
         mixed = bool(batch) and bool(batch[0].prompt.images) != bool(exchange.prompt.images)
         if batch and (mixed or (len(batch) + 1) * exchange.length > tokens_per_batch):
@@ -238,5 +245,5 @@ def _read_exchanges(folder: Path) -> list[Exchange]:
         raise DataError(f"{path}: cannot be read ({error}); run again with --fresh to collect the samples anew") from error
 
 
-def _measured(exchange: Exchange, processor: Any) -> Exchange:
+def _with_length(exchange: Exchange, processor: Any) -> Exchange:
     return replace(exchange, length=int(process(processor, [exchange])["attention_mask"].sum()))

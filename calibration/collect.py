@@ -1,4 +1,4 @@
-"""Calibration samples drawn from their sources and written to one folder, with a manifest that pins each by its content."""
+"""Selection of calibration samples from their sources into one folder, with a manifest that pins each by its content."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import numpy as tensors
 
-from compress.calibration.identity import WordHashes, looks_of, shingles, words_of
+from compress.calibration.identity import WordHashes, fingerprint_of, shingles, words_of
 from compress.calibration.questions import Question, count_questions, read_questions
 from compress.calibration.sets import TextSet, VqaSet, WikitextSet
 from compress.calibration.texts import read_documents
-from compress.calibration.windows import Encode, Wanted, Window, choose, pack_windows
+from compress.calibration.windows import Encode, Window, WindowRequest, draw_indices, pack_windows
 from compress.checkpoint import read_config, text_config
 from compress.conversation import RefusedError, check_reserved, load_tokenizer
 from compress.errors import DataError
@@ -38,16 +38,18 @@ IMAGES = "images"
 
 @dataclass(frozen=True)
 class PinnedSet:
-    """A recipe's calibration set with its files on this machine; `label` says which hub dataset they are, empty for local ones."""
+    """A recipe's calibration set with its local files."""
 
     spec: TextSet | WikitextSet | VqaSet
     files: tuple[Path, ...]
+
     label: str = ""
+    """The hub dataset of the files; empty for local ones."""
 
 
 @dataclass(frozen=True)
 class CalibrationSelection:
-    """All calibration sets of a recipe and the seed their samples are drawn with."""
+    """All calibration sets of a recipe, and the seed of the random selection."""
 
     seed: int
     sets: tuple[PinnedSet, ...]
@@ -56,15 +58,15 @@ class CalibrationSelection:
 def collect(
     selection: CalibrationSelection, model: Path, target: Path, progress: Progress, trust_remote_code: bool = False
 ) -> None:
-    """Draw the samples with the tokenizer of the checkpoint at `model` and write them below `target`.
+    """Select the samples with the tokenizer of the checkpoint at `model` and write them to `target`.
 
-    `manifest.json` has an entry per sample (kind, id, origin, SHA-256 of its content, and what the overlap check compares) and
-    a digest of them all; `windows.safetensors` the token ids of each text set; `shingles.safetensors` a hash of each 13 words in a
-    row of their text, with the place of its sample; `questions.jsonl` and `images/` the questions. Those that the model's processor
-    does not take are left out, and who watches is told which.
+    `manifest.json` has an entry per sample (kind, id, origin, SHA-256 of its content, and the data of the overlap check) and a
+    digest of them all; `windows.safetensors` the token ids of each text set; `shingles.safetensors` the hashes of all 13-word
+    shingles of their text, with the index of a sample; `questions.jsonl` and `images/` the questions. Questions that the model's
+    processor refuses are omitted, with a warning.
 
     Raises:
-        DataError: a source cannot be used or gives fewer samples than asked for, or a sample does not fit the model.
+        DataError: a source cannot be used or has too few samples, or a sample does not fit the model.
         CheckpointError: the checkpoint's tokenizer cannot be loaded.
     """
     target.mkdir(parents=True, exist_ok=True)
@@ -72,37 +74,37 @@ def collect(
     longest = _longest_window(model, trust_remote_code)
     samples, windows, rows = list[dict[str, Any]](), dict[str, NDArray[np.int32]](), list[dict[str, Any]]()
     texts = dict[int, str]()
-    for place, pinned in enumerate(selection.sets):
-        seed, name = f"{selection.seed}:{place}", f"calibration.sets.{place}"
+    for index, pinned in enumerate(selection.sets):
+        seed, name = f"{selection.seed}:{index}", f"calibration.sets.{index}"
         if isinstance(pinned.spec, VqaSet):
             check = _question_check(model, set(tokenizer.all_special_tokens), trust_remote_code)
             for row, sample in _take_questions(pinned, _draw_questions(pinned, seed, name, progress), target, check, progress):
-                rows.append({"set": place, **row})
-                samples.append({"set": place, **sample})
+                rows.append({"set": index, **row})
+                samples.append({"set": index, **sample})
             continue
         if longest is not None and pinned.spec.tokens > longest:
             raise DataError(
                 f"{name}: windows of {pinned.spec.tokens} tokens, and the model takes {longest}; lower {name}.tokens in the recipe"
             )
-        wanted = Wanted(samples=pinned.spec.samples, tokens=pinned.spec.tokens, seed=seed, name=name)
-        drawn = _draw_windows(pinned, wanted, encoder(tokenizer), progress)
+        request = WindowRequest(samples=pinned.spec.samples, tokens=pinned.spec.tokens, seed=seed, name=name)
+        drawn = _draw_windows(pinned, request, encoder(tokenizer), progress)
         windows[name] = np.stack([window.token_ids for window in drawn])
         texts |= {len(samples) + number: window.text for number, window in enumerate(drawn)}
-        samples += [{"set": place, **_window_entry(pinned, name, *numbered)} for numbered in enumerate(drawn)]
+        samples += [{"set": index, **_window_entry(pinned, name, *numbered)} for numbered in enumerate(drawn)]
     if windows:
         tensors.save_file(windows, target / WINDOWS)
         tensors.save_file(_shingles_of(texts), target / SHINGLES)
     if rows:
         write_text(target / QUESTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-    total = hashlib.sha256("\n".join([str(selection.seed), *(sample["sha256"] for sample in samples)]).encode()).hexdigest()
-    write_json(target / MANIFEST, {"schema": 2, "seed": selection.seed, "digest": total, "samples": samples})
+    digest = hashlib.sha256("\n".join([str(selection.seed), *(sample["sha256"] for sample in samples)]).encode()).hexdigest()
+    write_json(target / MANIFEST, {"schema": 2, "seed": selection.seed, "digest": digest, "samples": samples})
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:
     """Return the manifest of a calibration folder.
 
     Raises:
-        DataError: the folder holds none, or one that cannot be read.
+        DataError: it is missing or cannot be read.
     """
     try:
         return cast("dict[str, Any]", json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
@@ -113,26 +115,26 @@ def read_manifest(folder: Path) -> dict[str, Any]:
 
 
 def longest_input(model: Path) -> int | None:
-    """Return how many tokens the checkpoint's config says its decoder takes, None where it does not say."""
+    """Return the context length of the checkpoint's decoder by its config; None where it gives none."""
     config = read_config(model)
     length: object = text_config(config).get("max_position_embeddings", config.get("max_position_embeddings"))
     return length if isinstance(length, int) else None
 
 
 def _longest_window(model: Path, trust_remote_code: bool) -> int | None:
-    """Return how many tokens of text the model takes at once; where it writes none, it has every text between two of its own."""
+    """Return the longest window of text for a model; one that generates nothing adds two special tokens to every text."""
     longest, family = longest_input(model), family_at(model, trust_remote_code)
     return longest - 2 if longest is not None and family.head is None else longest
 
 
 def encoder(tokenizer: Any) -> Encode:
-    """Return what turns texts into token ids, special tokens neither added nor recognised."""
+    """Return a function that tokenizes texts without adding or recognizing special tokens."""
 
     def encode(texts: Sequence[str]) -> list[list[int]]:
         encoded = tokenizer(
             list(texts),
             add_special_tokens=False,
-            split_special_tokens=True,  # what reads like an image token in a text is text
+            split_special_tokens=True,  # an image token's spelling in a text is plain text
             truncation=False,
             return_attention_mask=False,
             verbose=False,
@@ -142,11 +144,11 @@ def encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def _draw_windows(pinned: PinnedSet, wanted: Wanted, encode: Encode, progress: Progress) -> list[Window]:
+def _draw_windows(pinned: PinnedSet, request: WindowRequest, encode: Encode, progress: Progress) -> list[Window]:
     spec = cast("TextSet | WikitextSet", pinned.spec)
     documents = chain.from_iterable(read_documents(path, spec.column) for path in pinned.files)
-    with progress.task(f"{wanted.name}: pack text", wanted.samples, "windows") as advance:
-        windows = pack_windows(documents, encode, wanted)
+    with progress.task(f"{request.name}: pack text", request.samples, "windows") as advance:
+        windows = pack_windows(documents, encode, request)
         advance(len(windows))
     return windows
 
@@ -161,12 +163,12 @@ def _window_entry(pinned: PinnedSet, name: str, number: int, window: Window) -> 
 
 
 def _shingles_of(texts: Mapping[int, str]) -> dict[str, NDArray[Any]]:
-    """Return the hashes of all runs of words of the samples' texts, sorted, each once, and the place of a sample that has it."""
+    """Return the distinct shingle hashes of the samples' texts, sorted, each with the index of a sample that contains it."""
     hashes = WordHashes()
-    found = {place: shingles(hashes.of(words_of(text))) for place, text in texts.items()}
-    owners = np.concatenate([np.full(len(own), place, dtype=np.int64) for place, own in found.items()])
-    every, first = np.unique(np.concatenate(list(found.values())), return_index=True)
-    return {"hashes": every, "samples": owners[first]}
+    by_sample = {index: shingles(hashes.of(words_of(text))) for index, text in texts.items()}
+    owners = np.concatenate([np.full(len(values), index, dtype=np.int64) for index, values in by_sample.items()])
+    distinct, first = np.unique(np.concatenate(list(by_sample.values())), return_index=True)
+    return {"hashes": distinct, "samples": owners[first]}
 
 
 def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress) -> list[Question]:
@@ -180,7 +182,7 @@ def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress)
         )
     drawn = list[Question]()
     with progress.task(f"{name}: read questions", spec.samples, "questions") as advance:
-        chosen = frozenset(choose(total, spec.samples, seed))
+        chosen = frozenset(draw_indices(total, spec.samples, seed))
         for question in read_questions(pinned.files, spec.columns, chosen, spec.rows, folder):
             drawn.append(question)
             advance(1)
@@ -188,11 +190,11 @@ def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress)
 
 
 QuestionCheck = Callable[[Prompt, str | None, str], None]
-"""Checks a question with its answer, None where it has none, and where it is from; raises where the model cannot be shown it."""
+"""Checks a question, its answer (or None) and its origin; raises where the model cannot process it."""
 
 
 def _question_check(model: Path, reserved: set[str], trust_remote_code: bool) -> QuestionCheck:
-    """Return what checks that questions hold no special token and that the processor of the checkpoint at `model` takes them."""
+    """Return a check that questions have no special tokens and that the checkpoint's processor accepts them."""
     from compress.calibration.batches import Exchange, load_processor, process
 
     processor = load_processor(model, trust_remote_code)
@@ -207,21 +209,21 @@ def _question_check(model: Path, reserved: set[str], trust_remote_code: bool) ->
 def _take_questions(
     pinned: PinnedSet, questions: Sequence[Question], target: Path, check: QuestionCheck, progress: Progress
 ) -> list[tuple[dict[str, Any], dict[str, Any]]]:
-    """Write questions, those left out which the model's processor does not take; return for each what `_write_question` does.
+    """Write the questions that the model's processor accepts; return the results of `_write_question`.
 
     Raises:
-        DataError: it takes none, or a question cannot be used otherwise.
+        DataError: it accepts none, or a question cannot be used for another reason.
     """
-    taken, refused = list[tuple[dict[str, Any], dict[str, Any]]](), list[str]()
+    accepted, refused = list[tuple[dict[str, Any], dict[str, Any]]](), list[str]()
     for question in questions:
         try:
-            taken.append(_write_question(pinned, question, target, check))
+            accepted.append(_write_question(pinned, question, target, check))
         except RefusedError as error:
             refused.append(str(error))
             progress.warn(f"calibration leaves out a question: {error}")
-    if not taken:
+    if not accepted:
         raise DataError(f"calibration: none of {len(refused):,} questions can be shown to the model; the first: {refused[0]}")
-    return taken
+    return accepted
 
 
 def _write_question(
@@ -230,12 +232,12 @@ def _write_question(
     """Write a question's images; return its row in `questions.jsonl` and its entry in the manifest.
 
     Raises:
-        DataError: it cannot be used, for the images or as `check` says.
+        DataError: an image cannot be decoded, or `check` fails.
     """
     prompt = cast("VqaSet", pinned.spec).prompt.replace("{question}", question.question)
     answer = Counter(question.answers).most_common(1)[0][0] if question.answers else None
     origin = _origin(pinned, question.origin)
-    looks = [looks_of(image, origin) for image in question.images]  # decodes all of each, too
+    fingerprints = [fingerprint_of(image, origin) for image in question.images]  # decodes each image completely
     check(Prompt(question.id, prompt, question.images), answer, origin)
     images = [_write_image(image, digest, target) for image, digest in zip(question.images, question.image_digests, strict=True)]
     content = json.dumps([prompt, answer, *question.image_digests], ensure_ascii=False)
@@ -247,18 +249,18 @@ def _write_question(
         "sha256": hashlib.sha256(content.encode()).hexdigest(),
         "words": " ".join(words_of(question.question)),
         "images": list(question.image_digests),
-        "looks": [{"pixels": each.pixels, "hash": each.hashed.tobytes().hex()} for each in looks],
+        "looks": [{"pixels": image.pixels, "hash": image.hashed.tobytes().hex()} for image in fingerprints],
     }
     return row, sample
 
 
 def _write_image(data: bytes, digest: str, target: Path) -> str:
-    """Write an image, which has been decoded, under its digest; return its path below `target`."""
+    """Write an image, which has been decoded, under its digest; return its path relative to `target`."""
     path = target / IMAGES / f"{digest}.{media_type(data).rpartition('/')[2]}"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)
     return f"{IMAGES}/{path.name}"
 
 
-def _origin(pinned: PinnedSet, place: str) -> str:
-    return f"{pinned.label}/{place}" if pinned.label else place
+def _origin(pinned: PinnedSet, row: str) -> str:
+    return f"{pinned.label}/{row}" if pinned.label else row

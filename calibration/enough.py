@@ -1,4 +1,4 @@
-"""How much of a dataset a set of samples needs, so that no more of it is fetched."""
+"""Tests whether fetched files suffice for a calibration set, so that no more of a dataset is fetched."""
 
 from __future__ import annotations
 
@@ -11,32 +11,32 @@ from compress.calibration.tables import parquet_bytes, parquet_rows
 from compress.calibration.windows import REACH
 
 _BYTES_PER_TOKEN = 8
-"""More than any tokenizer in use takes of running text on average, so that a text is not cut short."""
+"""More bytes of running text than a token of any common tokenizer has on average, so that enough text is fetched."""
 
 
 def enough_rows(rows: int | None) -> Callable[[Sequence[Path]], bool]:
-    """Return whether files hold at least so many rows; never, where all are wanted."""
+    """Return a test whether files have at least so many rows; False for None, which needs all files."""
 
-    def held(paths: Sequence[Path]) -> bool:
-        return rows is not None and sum(_rows(path) for path in paths) >= rows
+    def are_enough(paths: Sequence[Path]) -> bool:
+        return rows is not None and sum(_row_count(path) for path in paths) >= rows
 
-    return held
+    return are_enough
 
 
 def enough_for(spec: TextSet | WikitextSet | VqaSet) -> Callable[[Sequence[Path]], bool]:
-    """Return whether files hold as much as a calibration set is drawn from."""
+    """Return a test whether files have as much data as a calibration set is drawn from."""
     if isinstance(spec, VqaSet):
         return enough_rows(spec.samples)
-    wanted = spec.samples * spec.tokens * REACH * _BYTES_PER_TOKEN
+    required = spec.samples * spec.tokens * REACH * _BYTES_PER_TOKEN
 
-    def held(paths: Sequence[Path]) -> bool:
+    def are_enough(paths: Sequence[Path]) -> bool:
         sizes = (parquet_bytes(path, spec.column) if path.suffix == ".parquet" else path.stat().st_size for path in paths)
-        return sum(sizes) >= wanted
+        return sum(sizes) >= required
 
-    return held
+    return are_enough
 
 
-def _rows(path: Path) -> int:
+def _row_count(path: Path) -> int:
     if path.suffix == ".parquet":
         return parquet_rows(path)
     return len(read_json_rows(path))

@@ -1,4 +1,4 @@
-"""What makes two questions, images or texts the same to the check that calibration does not leak into the evaluation."""
+"""Comparison of questions, images and texts for the check that calibration data does not leak into the evaluation."""
 
 from __future__ import annotations
 
@@ -14,106 +14,112 @@ from PIL import Image
 from compress.pictures import decode_image
 
 SHINGLE = 13
-"""How many words in a row are compared: GPT-3's authors looked for as many (arXiv 2005.14165, appendix C)."""
+"""Words of a shingle, as in GPT-3's overlap analysis (arXiv 2005.14165, appendix C)."""
 
 _APOSTROPHES = frozenset("'’ʼ`´")
-"""What stands within a word and is often left out; other punctuation divides words."""
+"""Characters within words that are often omitted; other punctuation separates words."""
 
-_UNSEEN = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
-"""What nobody sees and Unicode does not count among the format characters: fillers, joiners, variation selectors."""
+_INVISIBLE = frozenset("\u034f\u115f\u1160\u17b4\u17b5\u3164\uffa0") | {chr(code) for code in range(0xFE00, 0xFE10)}
+"""Invisible characters outside of Unicode's format category: fillers, joiners, variation selectors."""
 
-_HASHED, _KEPT = 32, 8
-"""pHash: sides in pixels of what is transformed, and how many frequencies of each direction are kept."""
+_PHASH_SIZE = 32
+"""pHash: side of the scaled image, in pixels."""
 
-_NEAR_BITS, _NEAR_COLOUR = 10, 20
-"""How far apart two images may be that look the same: bits of 64, and the most of any of 64 fields in any colour, of 255.
+_PHASH_FREQUENCIES = 8
+"""pHash: the number of low frequencies in each direction."""
+
+_MAX_BITS, _MAX_COLOUR = 10, 20
+"""Largest differences of similar images: bits of the 64 of pHash, and the colour of any of 8 × 8 fields in any channel, of 255.
 
 Copies of the demo's 112-pixel scenes as JPEG, of quality 50 or larger or smaller by half, are at most 17 apart; the nearest scenes
 that differ are 29 apart, though their luminance may be the same bit by bit.
 """
 
 _FACTOR = np.uint64(0x9E3779B97F4A7C15)
-"""An odd number with irregular bits, by whose powers the words of a shingle are added up."""
+"""The base of the polynomial hash of a shingle: odd, with irregular bits (2^64 divided by the golden ratio)."""
 
 
 @dataclass(frozen=True)
-class Looks:
-    """What an image shows: `pixels`, the SHA-256 of its size and decoded pixels; `hashed`, 64 bits of pHash and 8 × 8 colours."""
+class ImageFingerprint:
+    """The exact and perceptual hashes of a decoded image."""
 
     pixels: str
+    """The SHA-256 of its size and pixels."""
+
     hashed: NDArray[np.uint8]
+    """64 bits of pHash, then 8 × 8 mean colours."""
 
 
-class _Letters(dict[int, str]):
-    """What each character stands for where words are compared; worked out when it is first met."""
+class _NormalizedCharacters(dict[int, str]):
+    """A translation table that removes invisible characters and turns separators into spaces, filled on demand."""
 
     def __missing__(self, code: int) -> str:
-        letter = chr(code)
-        category = unicodedata.category(letter)
-        if category == "Cf" or letter in _APOSTROPHES or letter in _UNSEEN:
+        character = chr(code)
+        category = unicodedata.category(character)
+        if category == "Cf" or character in _APOSTROPHES or character in _INVISIBLE:
             self[code] = ""
         else:
-            self[code] = " " if category[0] in "PZC" else letter
+            self[code] = " " if category[0] in "PZC" else character
         return self[code]
 
 
-_LETTERS = _Letters()
+_CHARACTERS = _NormalizedCharacters()
 
 
 def words_of(text: str) -> list[str]:
-    """Return a text's words: compatible characters made one (NFKC), without case, punctuation and what is not seen."""
-    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_LETTERS).split()
+    """Return a text's normalized words: NFKC, case-folded, without punctuation and invisible characters."""
+    return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_CHARACTERS).split()
 
 
-def looks_of(image: bytes, name: str) -> Looks:
-    """Return what an encoded image shows, as a model is shown it.
+def fingerprint_of(image: bytes, name: str) -> ImageFingerprint:
+    """Return the fingerprint of an encoded image.
 
     Raises:
-        DataError: it cannot be decoded; `name` says which it is.
+        DataError: it cannot be decoded; `name` identifies it in the message.
     """
-    picture = decode_image(image, name)
-    pixels = hashlib.sha256(f"{picture.width}x{picture.height}:".encode() + picture.tobytes())
-    return Looks(pixels.hexdigest(), np.concatenate([_phash(picture), _colours(picture)]))
+    decoded = decode_image(image, name)
+    pixels = hashlib.sha256(f"{decoded.width}x{decoded.height}:".encode() + decoded.tobytes())
+    return ImageFingerprint(pixels.hexdigest(), np.concatenate([_phash(decoded), _colours(decoded)]))
 
 
-def alike(one: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.bool_]:
-    """Return which of the `others` [images, bytes] look like the one."""
-    bits = np.unpackbits(one[:8] ^ others[:, :8], axis=1).sum(axis=1)
-    colours = np.abs(one[8:].astype(np.int16) - others[:, 8:]).max(axis=1)
-    return (bits <= _NEAR_BITS) & (colours <= _NEAR_COLOUR)
+def are_similar(image: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Return which of the hashes `others` [images, bytes] are of images similar to `image`, by its hash [bytes]."""
+    bits = np.unpackbits(image[:8] ^ others[:, :8], axis=1).sum(axis=1)
+    colours = np.abs(image[8:].astype(np.int16) - others[:, 8:]).max(axis=1)
+    return (bits <= _MAX_BITS) & (colours <= _MAX_COLOUR)
 
 
-def _phash(picture: Image.Image) -> NDArray[np.uint8]:
+def _phash(image: Image.Image) -> NDArray[np.uint8]:
     """Return which of the lowest frequencies of an image's luminance are above their median (pHash, hackerfactor.com 2011)."""
-    small = np.asarray(picture.convert("L").resize((_HASHED, _HASHED), Image.Resampling.LANCZOS), dtype=np.float64)
-    places, frequencies = np.arange(_HASHED), np.arange(_KEPT)[:, None]
-    cosines = np.cos(np.pi * (2 * places + 1) * frequencies / (2 * _HASHED))
-    spectrum = (cosines @ small @ cosines.T).ravel().round(6)  # so that the last bits of a product do not decide
+    small = np.asarray(image.convert("L").resize((_PHASH_SIZE, _PHASH_SIZE), Image.Resampling.LANCZOS), dtype=np.float64)
+    positions, frequencies = np.arange(_PHASH_SIZE), np.arange(_PHASH_FREQUENCIES)[:, None]
+    cosines = np.cos(np.pi * (2 * positions + 1) * frequencies / (2 * _PHASH_SIZE))
+    spectrum = (cosines @ small @ cosines.T).ravel().round(6)  # so that rounding errors of the products do not decide
     return np.packbits(spectrum > np.median(spectrum[1:]))
 
 
-def _colours(picture: Image.Image) -> NDArray[np.uint8]:
-    return np.asarray(picture.resize((8, 8), Image.Resampling.BOX), dtype=np.uint8).ravel()
+def _colours(image: Image.Image) -> NDArray[np.uint8]:
+    return np.asarray(image.resize((8, 8), Image.Resampling.BOX), dtype=np.uint8).ravel()
 
 
 class WordHashes:
-    """Gives each word 64 bits, and works them out once."""
+    """Maps words to 64-bit hashes, cached by word."""
 
     def __init__(self) -> None:
-        self._known = dict[str, int]()
+        self._hashes = dict[str, int]()
 
     def of(self, words: Sequence[str]) -> NDArray[np.uint64]:
-        """Return each word's bits."""
+        """Return each word's hash."""
         for word in words:
-            if word not in self._known:
-                self._known[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
-        return np.fromiter((self._known[word] for word in words), np.uint64, len(words))
+            if word not in self._hashes:
+                self._hashes[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
+        return np.fromiter((self._hashes[word] for word in words), np.uint64, len(words))
 
 
 def shingles(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """Return the hash of each `SHINGLE` words in a row, by the first of them; none where there are fewer."""
+    """Return the hash of each run of `SHINGLE` consecutive words, by its first word; empty for shorter texts."""
     count = max(0, len(words) - SHINGLE + 1)
-    found = np.zeros(count, dtype=np.uint64)
-    for place in range(SHINGLE):
-        found = found * _FACTOR + words[place : place + count]
-    return found
+    hashes = np.zeros(count, dtype=np.uint64)
+    for offset in range(SHINGLE):
+        hashes = hashes * _FACTOR + words[offset : offset + count]
+    return hashes

@@ -1,4 +1,4 @@
-"""Rows of a JSONL file, or of a JSON file that holds one list of them: read from the disk once, and parsed row by row."""
+"""Rows of a JSONL file, or of a JSON file with one list: read from the disk once, and parsed row by row."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ SUFFIXES = frozenset({".jsonl", ".json"})
 
 _OPEN = ord("{")
 
-_MARK = b"\xef\xbb\xbf"
-"""A byte order mark, with which some editors begin a file."""
+_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+"""Written by some editors at the start of a file."""
 
 _STRING = rb'"[^"\\]*+(?:\\.?[^"\\]*+)*+"?'
 _TOKEN = re.compile(rb"\{[^{}\[\]\"]*+(?:" + _STRING + rb"[^{}\[\]\"]*+)*+\}|" + _STRING + rb"|[\[\]{},]", re.DOTALL)
-"""An object without lists and objects in it, a string, which may be cut off at the end, or what divides values.
+"""An object without nested lists and objects, a string (possibly truncated by the end of the file), or a delimiter.
 
-Possessive, so that no text is gone over more than twice.
+Possessive, so that matching takes linear time.
 """
 
 _REMEDIES = ("correct or remove the line", "write one list of all rows, or one object {…} a line")
-"""What to do where a row of a JSONL file, and of a JSON file, cannot be read."""
+"""The remedies for unreadable rows of a JSONL file, and of a JSON file."""
 
 _Spans = tuple["array[int]", "array[int]", "array[int]"]
-"""The number, the first byte and the end of each row."""
+"""The number, first byte and end of each row."""
 
 
 class JsonRows:
-    """The rows of one file, each an object with its number: its line in a JSONL file, its place from 1 on in a list."""
+    """The rows of one file with their numbers from 1 on: the line in a JSONL file, the index in a list."""
 
     def __init__(self, path: Path, content: bytes) -> None:
         self._path = path
@@ -63,20 +63,20 @@ class JsonRows:
         return len(self._spans[0])
 
     def read(self, chosen: Container[int] | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-        """Yield the rows with their numbers; with `chosen`, only those whose numbers it holds.
+        """Yield the rows with their numbers; with `chosen`, only those with these numbers.
 
         Raises:
-            DataError: a row is no JSON object or exceeds a limit; names it.
+            DataError: a row is no JSON object or exceeds a limit; the message names it.
         """
         for number, first, end in zip(*self._spans, strict=True):
             if chosen is None or number in chosen:
                 yield number, self._row(number, self._content[first:end])
 
     def _row(self, number: int, text: bytes) -> dict[str, Any]:
-        where, most = f"{self._path}:{number}", limits()
-        if len(text) > most.line_bytes:
-            raise DataError(f"{printable(where)}: has {len(text):,} bytes ({most.set_by('line_bytes')}); remove it")
-        if text.count(b",") + text.count(b"[") + text.count(b"{") > most.row_values:
+        where, limit = f"{self._path}:{number}", limits()
+        if len(text) > limit.line_bytes:
+            raise DataError(f"{printable(where)}: has {len(text):,} bytes ({limit.set_by('line_bytes')}); remove it")
+        if text.count(b",") + text.count(b"[") + text.count(b"{") > limit.row_values:
             self._refuse_values(number)
         value: object = parse_json(text, where, DataError, _REMEDIES[self._path.suffix == ".json"])
         if not isinstance(value, dict):
@@ -85,7 +85,7 @@ class JsonRows:
 
     @cached_property
     def _spans(self) -> _Spans:
-        start = len(_MARK) if self._content.startswith(_MARK) else 0
+        start = len(_BYTE_ORDER_MARK) if self._content.startswith(_BYTE_ORDER_MARK) else 0
         listed = re.compile(rb"\s*+\[").match(self._content, start)
         return self._entries(listed.end()) if listed else self._lines(start)
 
@@ -102,24 +102,24 @@ class JsonRows:
         return spans
 
     def _entries(self, start: int) -> _Spans:
-        """Return where the entries of the list lie, whose first byte is `start`."""
-        spans, depth, most = _no_spans(), 1, limits()
+        """Return the spans of the entries of the list that begins at byte `start`."""
+        spans, depth, limit = _no_spans(), 1, limits()
         tokens = 0
         for token in _TOKEN.finditer(self._content, start):
-            mark = self._content[token.start()]
+            delimiter = self._content[token.start()]
             tokens += 1
-            if mark == _OPEN and token.end() - token.start() > 1:
+            if delimiter == _OPEN and token.end() - token.start() > 1:
                 continue
-            if tokens > most.row_values * 2:  # each value has at most two: a bracket and a comma, or a name and a string
+            if tokens > limit.row_values * 2:  # a value has at most two tokens: a bracket and a comma, or a name and a string
                 self._refuse_values(len(spans[0]) + 1)
-            depth += (mark in b"[{") - (mark in b"]}")
-            if depth and not (depth == 1 and mark in b","):
+            depth += (delimiter in b"[{") - (delimiter in b"]}")
+            if depth and not (depth == 1 and delimiter in b","):
                 continue
-            if len(spans[0]) == most.rows:
+            if len(spans[0]) == limit.rows:
                 self._refuse_number("entries")
             entry = self._content[start : token.start()].lstrip()
             if depth or len(spans[0]) or entry:
-                if not entry.startswith(b"{"):  # told at once, as a list of millions of numbers would take long to divide
+                if not entry.startswith(b"{"):  # refused at once: splitting a list of millions of numbers would take long
                     self._refuse_kind(len(spans[0]) + 1)
                 _add(spans, len(spans[0]) + 1, start, token.start())
             start, tokens = token.end(), 0
@@ -142,42 +142,42 @@ class JsonRows:
         where = printable(f"{self._path}:{number}")
         raise DataError(f"{where}: holds too many values ({limits().set_by('row_values')}); remove it")
 
-    def _refuse_number(self, what: str) -> NoReturn:
-        most = limits()
+    def _refuse_number(self, unit: str) -> NoReturn:
+        limit = limits()
         raise DataError(
-            f"{printable(str(self._path))}: has more than {most.rows:,} {what} ({most.set_by('rows')}); name a part of it"
+            f"{printable(str(self._path))}: has more than {limit.rows:,} {unit} ({limit.set_by('rows')}); name a part of it"
         )
 
 
 def read_json_rows(path: Path) -> JsonRows:
-    """Return a file's rows, read once as long as it does not change: every step of a run asks for them.
+    """Return a file's rows, cached while the file does not change, because every step of a run reads them.
 
-    What is kept is at most as much as one file may have (`rows_file_bytes`).
+    The cache has at most the size limit of one file (`rows_file_bytes`).
 
     Raises:
         DataError: the file is missing, no regular file, too large or unreadable.
     """
     check_file(path)
-    most = limits().rows_file_bytes
+    limit = limits().rows_file_bytes
     try:
         state = path.stat()
         key = (str(path.absolute()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-        if key in _KEPT:
-            _KEPT.move_to_end(key)
-            return _KEPT[key]
-        while _KEPT and sum(rows.size for rows in _KEPT.values()) + state.st_size > most:
-            _KEPT.popitem(last=False)
-        rows = JsonRows(path, read_bytes(path, most, DataError, name="rows_file_bytes"))
+        if key in _CACHE:
+            _CACHE.move_to_end(key)
+            return _CACHE[key]
+        while _CACHE and sum(rows.size for rows in _CACHE.values()) + state.st_size > limit:
+            _CACHE.popitem(last=False)
+        rows = JsonRows(path, read_bytes(path, limit, DataError, name="rows_file_bytes"))
     except (OSError, ValueError) as error:
         raise DataError(
             f"{printable(str(path))}: cannot be read ({printable(str(error))}); check the path in the recipe"
         ) from error
-    _KEPT[key] = rows
+    _CACHE[key] = rows
     return rows
 
 
-_KEPT: OrderedDict[tuple[str, int, int, int, int, int], JsonRows] = OrderedDict()
-"""The files read last, by where they lie and when they changed."""
+_CACHE: OrderedDict[tuple[str, int, int, int, int, int], JsonRows] = OrderedDict()
+"""The most recently read files, by path and state."""
 
 
 def _no_spans() -> _Spans:

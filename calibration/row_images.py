@@ -1,4 +1,4 @@
-"""Images of a question's row: encoded bytes, a data URI or bare base64, or a path that stays below a folder."""
+"""Images of a question: encoded bytes, a data URI or bare base64, or a path inside an allowed folder."""
 
 from __future__ import annotations
 
@@ -17,36 +17,39 @@ from compress.pictures import check_image
 from compress.untrusted import inside, printable, read_bytes
 
 _BASE64 = re.compile(r"[A-Za-z0-9+/\s]{40,}+=*+\s*+")
-"""Letters of base64, more than a path is likely to have; possessive, so that no text is gone over twice."""
+"""Base64 of a length that is unlikely for a path; possessive, so that matching takes linear time."""
 
-_BEGINS = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*|....ftyp", re.DOTALL)
-"""How images of the formats that are decoded begin: it tells bare base64 from a path, which may begin with a slash as JPEGs do."""
+_SIGNATURES = re.compile(rb"\x89PNG|\xff\xd8\xff|GIF8|RIFF....WEBP|BM|II\*\0|MM\0\*|....ftyp", re.DOTALL)
+"""The first bytes of supported image formats: they tell bare base64 from a path (a JPEG in base64 begins with a slash)."""
 
-_SHOWN = 80
-"""How many characters of a path or address a message shows."""
+_MAX_NAME = 80
+"""Characters of a path or address in a message."""
 
 
 @dataclass(frozen=True)
-class ImagePlaces:
-    """Where paths may lead: below the folder that the recipe names, or else below the file's own; nowhere without either."""
+class ImageFolders:
+    """The folders that paths of images may point into."""
 
     beside: Path | None
-    folder: Path | None = None
+    """The question file's own folder; None for formats that must contain their images."""
 
-    def find(self, text: str, name: str) -> Path:
-        """Return the file that a path names: relative to the recipe's folder, or to the file's where there is none such.
+    folder: Path | None = None
+    """The recipe's `image_folder`, instead of the file's own."""
+
+    def resolve(self, text: str, name: str) -> Path:
+        """Return the file of a path, relative to the recipe's folder, or to the question file's if it does not exist there.
 
         Raises:
-            DataError: there is no such file, or it leads out of the folder; says which key of the recipe allows it.
+            DataError: there is no such file, or it is outside of the folder; the message names the recipe's key that allows it.
         """
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
             raise DataError(f"{name}: is an address, and nothing is fetched from there; store the image, and write its path")
         if self.beside is None:
             raise DataError(f"{name}: holds no image's bytes; store the image in the file, or use JSONL with paths")
         allowed = self.folder or self.beside
-        tried = [base / text for base in dict.fromkeys((allowed, self.beside))]
+        candidates = [base / text for base in dict.fromkeys((allowed, self.beside))]
         try:
-            path = next((path for path in tried if path.exists()), tried[0])
+            path = next((path for path in candidates if path.exists()), candidates[0])
             real = inside(allowed, path, DataError)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is no path"
@@ -62,14 +65,14 @@ class ImagePlaces:
         return real
 
 
-def read_images(found: Sequence[object], places: ImagePlaces, place: str) -> tuple[bytes, ...]:
-    """Return the encoded images of a row's values; a value that holds nothing is passed over.
+def read_images(values: Sequence[object], folders: ImageFolders, where: str) -> tuple[bytes, ...]:
+    """Return the encoded images of a row's values; empty values are skipped.
 
     Raises:
-        DataError: one cannot be found or read, is none, or exceeds a limit; names it.
+        DataError: an image is missing, unreadable, invalid, or exceeds a limit; the message names it.
     """
     images = list[bytes]()
-    for value in found:
+    for value in values:
         if isinstance(value, str) and not value.strip():
             continue
         if isinstance(value, dict):
@@ -78,11 +81,11 @@ def read_images(found: Sequence[object], places: ImagePlaces, place: str) -> tup
             if value is None:
                 continue
         if len(images) == limits().question_images:
-            raise DataError(f"{place}: has more than {len(images)} images ({limits().set_by('question_images')}); remove the row")
-        name = image_name(value, len(images), place)
+            raise DataError(f"{where}: has more than {len(images)} images ({limits().set_by('question_images')}); remove the row")
+        name = image_name(value, len(images), where)
         data = _encoded(value, name)
         if data is None and isinstance(value, str):
-            data = read_bytes(places.find(value, name), limits().image_bytes, DataError, name="image_bytes")
+            data = read_bytes(folders.resolve(value, name), limits().image_bytes, DataError, name="image_bytes")
         if data is None:
             raise DataError(f"{name}: holds no image's bytes; store the image in the file, or use JSONL with paths")
         check_image(data, name)
@@ -90,22 +93,22 @@ def read_images(found: Sequence[object], places: ImagePlaces, place: str) -> tup
     return tuple(images)
 
 
-def image_name(value: object, number: int, place: str) -> str:
-    """Return how messages name an image: by its path where it has one, else by its number within the row."""
+def image_name(value: object, number: int, where: str) -> str:
+    """Return an image's name in messages: its path, or else its number within the row."""
     if not isinstance(value, str) or is_encoded(value):
-        return f"{place}: image {number}"
-    return f"{place}: image {printable(value if len(value) <= _SHOWN else f'{value[:_SHOWN]}…')}"
+        return f"{where}: image {number}"
+    return f"{where}: image {printable(value if len(value) <= _MAX_NAME else f'{value[:_MAX_NAME]}…')}"
 
 
 def is_encoded(text: str) -> bool:
-    """Return whether a text is an image itself, not a path to one."""
+    """Return whether a text is an encoded image, not a path."""
     if text[:5].lower() == "data:":
         return True
-    return _BASE64.fullmatch(text) is not None and _BEGINS.match(base64.b64decode("".join(text[:40].split())[:16])) is not None
+    return _BASE64.fullmatch(text) is not None and _SIGNATURES.match(base64.b64decode("".join(text[:40].split())[:16])) is not None
 
 
 def _encoded(value: object, name: str) -> bytes | None:
-    """Return the bytes that a value is or writes out, None where it is neither bytes nor such a text."""
+    """Return a value's encoded image; None where it is neither bytes nor an encoded text."""
     if isinstance(value, bytes):
         _check_size(len(value), name)
         return value

@@ -1,4 +1,4 @@
-"""The calibration sets of a recipe, as data: their fields are the recipe's keys."""
+"""Calibration sets of a recipe: their fields are the recipe's keys."""
 
 from __future__ import annotations
 
@@ -11,61 +11,69 @@ from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, Valida
 from compress.schema import Frozen, Source, resolve_source
 
 Names = str | Annotated[tuple[str, ...], Field(min_length=1)]
-"""A field, or several that together hold one thing."""
+"""A field, or several that are read together."""
 
 
 class Columns(Frozen):
-    """The names of a question file's fields, where they are not the usual ones; `question` is None where images have none.
-
-    `image`, `answer` and `options` (of a multiple choice) may be several fields, of which any may be empty; `id` may be
-    several that only together tell rows apart. `category` is what a row counts under in figures of its own.
-    """
+    """The names of a question file's fields; `image`, `answer` and `options` may be several, of which any may be empty."""
 
     id: Names = "id"
-    image: Names = "image"
-    question: str | None = "question"
-    answer: Names = "answer"
-    options: Names | None = None
-    category: str | None = None
+    """One field, or several that are unique together."""
 
-    def named(self, what: Literal["id", "image", "question", "answer", "options", "category"]) -> tuple[str, ...]:
-        """Return the fields that hold something, none where nothing does."""
-        names = cast("str | tuple[str, ...] | None", getattr(self, what))
+    image: Names = "image"
+
+    question: str | None = "question"
+    """None for images without questions."""
+
+    answer: Names = "answer"
+
+    options: Names | None = None
+    """The options of a multiple choice."""
+
+    category: str | None = None
+    """The category for separate scores."""
+
+    def named(self, field: Literal["id", "image", "question", "answer", "options", "category"]) -> tuple[str, ...]:
+        """Return a field's names in the file; empty where it has none."""
+        names = cast("str | tuple[str, ...] | None", getattr(self, field))
         return () if names is None else (names,) if isinstance(names, str) else names
 
 
-def _spelled(value: Any) -> Any:
+def _as_texts(value: Any) -> Any:
     values = list(cast("list[object]", value)) if isinstance(value, list | tuple) else [value]
     return [str(entry) if isinstance(entry, int | float) and not isinstance(entry, bool) else entry for entry in values]
 
 
-Values = Annotated[tuple[str, ...], BeforeValidator(_spelled), Field(min_length=1)]
-"""What a field may hold: one value or several."""
+Values = Annotated[tuple[str, ...], BeforeValidator(_as_texts), Field(min_length=1)]
+"""Allowed values of a field, one or several."""
 
 
 class RowFilter(Frozen):
-    """Which rows of a question file count: `where` fields hold one of their values; with `text_only`, those with no image too."""
+    """The selection of a question file's rows."""
 
     where: Mapping[str, Values] = Field(default_factory=lambda: dict[str, tuple[str, ...]]())
+    """Allowed values, by field."""
+
     text_only: bool = False
+    """Whether rows without an image are included."""
 
 
 def _resolve_folder(value: str, info: ValidationInfo) -> str:
-    found = Path(resolve_source(value, info)).resolve() if value.strip() else Path()
-    if not value.strip() or not found.is_dir():
+    folder = Path(resolve_source(value, info)).resolve() if value.strip() else Path()
+    if not value.strip() or not folder.is_dir():
         raise ValueError(f"no folder at {value}; name one that holds the images")
-    return str(found)
+    return str(folder)
 
 
 ImageFolder = Annotated[str, AfterValidator(_resolve_folder)]
-"""A folder, relative to the recipe, below which the images lie that a question file names by their paths.
+"""The folder of the images that a question file names by path, relative to the recipe.
 
-Without it they must lie below the file's own folder: a file of a stranger's must not name what else is on this machine.
+Without it images must be inside the question file's own folder: an untrusted file must not read other files of this machine.
 """
 
 
 class TextSource(Frozen):
-    """Where running text comes from: a local text, parquet or JSONL file, or a hub dataset."""
+    """The source of running text: a local text, parquet or JSONL file, or a hub dataset."""
 
     source: Source
     subset: str | None = None
@@ -75,7 +83,7 @@ class TextSource(Frozen):
 
 
 class QuestionSource(Frozen):
-    """Where questions about images come from: a local JSONL, JSON or parquet file, or a hub dataset."""
+    """The source of questions about images: a local JSONL, JSON or parquet file, or a hub dataset."""
 
     source: Source
     subset: str | None = None
@@ -94,7 +102,7 @@ class QuestionSource(Frozen):
 
 
 class TextSet(TextSource):
-    """Running text, packed to windows of exactly `tokens` tokens."""
+    """Running text, packed into windows of exactly `tokens` tokens."""
 
     dataset: Literal["text"]
     samples: PositiveInt
@@ -102,7 +110,7 @@ class TextSet(TextSource):
 
 
 class WikitextSet(TextSource):
-    """Wikitext as published on the hub, or any local copy of it, packed to windows of exactly `tokens` tokens."""
+    """Wikitext from the hub, or a local copy, packed into windows of exactly `tokens` tokens."""
 
     dataset: Literal["wikitext"]
     source: Source = "Salesforce/wikitext"
@@ -112,9 +120,9 @@ class WikitextSet(TextSource):
 
 
 class VqaSet(QuestionSource):
-    """Images with a question and its answer, through the model's own chat template and processor.
+    """Images with a question and its answer, formatted by the model's chat template and processor.
 
-    With `text_only`, rows without an image are questions of text alone.
+    With `text_only`, rows without an image are included.
     """
 
     dataset: Literal["vqa"]
@@ -124,5 +132,5 @@ class VqaSet(QuestionSource):
 
     @property
     def rows(self) -> RowFilter:
-        """Which rows count."""
+        """The selection of rows."""
         return RowFilter(text_only=self.text_only)

@@ -1,4 +1,4 @@
-"""Running text as calibration and perplexity read it: documents of a text, parquet or JSONL file, each with its origin."""
+"""Running text for calibration and perplexity: documents of a text, parquet or JSONL file, each with its origin."""
 
 from __future__ import annotations
 
@@ -14,11 +14,10 @@ from compress.errors import DataError
 from compress.limits import limits
 
 SEPARATOR = "\n\n"
-"""What stands between two documents where they are joined."""
-
+"""The separator of joined documents."""
 
 _PIECE = 100_000
-"""The most characters that are tokenized as one: of a text in a single line only the beginning may be needed."""
+"""The most characters that are tokenized at once: only the beginning of a text in a single line may be needed."""
 
 _LINE = re.compile(r"[^\n]*\n+")
 _PARTS = re.compile(rf"(?s:.{{1,{_PIECE}}}(?=\s|\Z)|.{{1,{_PIECE}}})")
@@ -26,20 +25,21 @@ _PARTS = re.compile(rf"(?s:.{{1,{_PIECE}}}(?=\s|\Z)|.{{1,{_PIECE}}})")
 
 @dataclass(frozen=True)
 class Document:
-    """A piece of text without blank edges; `origin` is its file and the line or row where it starts, counted from 1."""
+    """A text without leading and trailing white space."""
 
     text: str
+
     origin: str
+    """Its file, and the line or row where it starts, counted from 1."""
 
 
 def read_documents(path: Path, column: str = "text") -> Iterator[Document]:
-    """Yield a file's documents in its order, empty ones left out.
+    """Yield a file's documents in order, without empty ones.
 
-    A document is a row of a parquet file, a row's `column` of a JSONL file or JSON list, or in any other file a block of text
-    between blank lines.
+    A document is a row's `column` in a parquet or JSON file, or in any other file a block of text between blank lines.
 
     Raises:
-        DataError: the file is missing, unreadable or malformed (with the line), or has no such column (names those it has).
+        DataError: the file is missing, unreadable, malformed, or has no such column; the message names the line or the columns.
     """
     if path.suffix == ".parquet":
         rows = ((number, text) for number, (text,) in read_parquet(path, [column]))
@@ -55,12 +55,12 @@ def read_documents(path: Path, column: str = "text") -> Iterator[Document]:
 
 
 def read_joined(path: Path, column: str = "text") -> str:
-    """Return the whole text as wikitext-2 perplexity is usually measured on it.
+    """Return the complete text, as perplexity on wikitext-2 is usually measured.
 
-    Rows of a parquet or JSONL file, empty ones too, are joined by a blank line; any other file's content stands as it is.
+    Rows of a parquet or JSONL file, including empty ones, are joined by `SEPARATOR`; any other file is returned unchanged.
 
     Raises:
-        DataError: as `read_documents` does.
+        DataError: as `read_documents`.
     """
     if path.suffix == ".parquet":
         size = parquet_bytes(path, column)
@@ -74,34 +74,34 @@ def read_joined(path: Path, column: str = "text") -> str:
 
 @dataclass(frozen=True)
 class Piece:
-    """A line of a document with the line ends after it, or a part of a line that is very long."""
+    """A line of a document with the line ends after it, or a part of a very long line."""
 
     text: str
     origin: str
 
 
 def pieces(document: Document) -> Iterator[Piece]:
-    """Cut a document to its lines; put together they are its text and `SEPARATOR`.
+    """Split a document into lines; joined they are its text and `SEPARATOR`.
 
-    A line longer than `_PIECE` characters is cut before white space, where tokenizers cut too.
+    A line longer than `_PIECE` characters is split before white space, where tokenizers split as well.
     """
-    for line in (found.group() for found in _LINE.finditer(document.text + SEPARATOR)):
+    for line in (match.group() for match in _LINE.finditer(document.text + SEPARATOR)):
         for part in [line] if len(line) <= _PIECE else _PARTS.findall(line):
             yield Piece(text=part, origin=document.origin)
 
 
-def _text_field(row: dict[str, Any], column: str, place: str) -> str:
+def _text_field(row: dict[str, Any], column: str, where: str) -> str:
     """Return a JSONL row's text.
 
     Raises:
-        DataError: the row has no such field, or it holds something else than text; names the place and the fields there are.
+        DataError: the row has no such field, or it is no text; the message names the row and its fields.
     """
     if column not in row:
-        raise DataError(f"{place}: has no field {column!r}, only {names(row)}; name the right one as column in the recipe")
+        raise DataError(f"{where}: has no field {column!r}, only {names(row)}; name the right one as column in the recipe")
     value: object = row[column]
     if not isinstance(value, str):
         raise DataError(
-            f"{place}: field {column!r} is no text but {type(value).__name__}; name the right one as column in the recipe"
+            f"{where}: field {column!r} is no text but {type(value).__name__}; name the right one as column in the recipe"
         )
     return value
 

@@ -1,4 +1,4 @@
-"""Running text packed to windows of exactly so many tokens."""
+"""Running text packed into windows of a fixed number of tokens."""
 
 from __future__ import annotations
 
@@ -14,69 +14,82 @@ from compress.calibration.texts import Document, Piece, pieces
 from compress.errors import DataError
 
 REACH = 16
-"""The text is read until it fills this many times the windows asked for, and these are drawn from."""
+"""Windows are drawn from a text of this many times the requested number of tokens; more text is not read."""
 
 _GROUP_PIECES, _GROUP_CHARACTERS = 1024, 500_000
-"""After how many pieces, and characters, a group is tokenized. Pieces of up to 100,000 characters make it one second at most."""
+"""The pieces, and characters, that are tokenized at once: one second at most, with pieces of up to 100,000 characters."""
 
 Encode = Callable[[Sequence[str]], Sequence[Sequence[int]]]
-"""Turns texts to token ids, without special tokens."""
+"""Tokenizes texts, without special tokens."""
 
 
 @dataclass(frozen=True)
 class Window:
-    """Consecutive tokens of the joined text; `text` are all lines of which a part is in it, from origin `first` to `last`."""
+    """Consecutive tokens of the joined text."""
 
     token_ids: NDArray[np.int32]
+
     text: str
+    """All lines that are at least partly in the window."""
+
     first: str
+    """The origin of the first of them."""
+
     last: str
+    """The origin of the last of them."""
 
 
 @dataclass(frozen=True)
-class Wanted:
-    """How many windows, of how many tokens, drawn with which seed, for which set (named in messages)."""
+class WindowRequest:
+    """A request for windows of text."""
 
     samples: int
+    """The number of windows."""
+
     tokens: int
+    """The tokens of a window."""
+
     seed: str
+
     name: str
+    """The calibration set's name in messages."""
 
 
-def choose(total: int, samples: int, seed: str) -> list[int]:
-    """Return `samples` of the numbers from 0 to `total` − 1, in order; the same for the same seed on every machine."""
-    ranked = sorted(range(total), key=lambda place: hashlib.sha256(f"{seed}:{place}".encode()).digest())
+def draw_indices(total: int, samples: int, seed: str) -> list[int]:
+    """Return `samples` distinct indices below `total`, sorted; the same for the same seed on every machine."""
+    ranked = sorted(range(total), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
     return sorted(ranked[:samples])
 
 
-def pack_windows(documents: Iterable[Document], encode: Encode, wanted: Wanted) -> list[Window]:
+def pack_windows(documents: Iterable[Document], encode: Encode, request: WindowRequest) -> list[Window]:
     """Draw windows from the documents' text.
 
-    The text is tokenized line by line in the order it was published, cut to spans of exactly `tokens` tokens that do not overlap,
-    and `samples` of these are drawn. Contiguous spans keep the context a model meets in use; wikitext's rows are single lines, and
-    documents put together in a drawn order would be lines torn out of theirs.
+    The text is tokenized line by line in its published order and split into non-overlapping windows of exactly `tokens` tokens, of
+    which `samples` are drawn. Contiguous windows keep the context that a model sees in use; wikitext's rows are single lines, and
+    shuffling them would tear lines out of their context.
 
     Raises:
-        DataError: the text is too short; says how many windows it gives.
+        DataError: the text is too short; the message gives the number of windows.
     """
-    most = wanted.samples * wanted.tokens * REACH
-    parts, ids, total = list[Piece](), list[NDArray[np.int32]](), 0
+    limit = request.samples * request.tokens * REACH
+    lines, ids, total = list[Piece](), list[NDArray[np.int32]](), 0
     for piece, encoded in _encode_all(documents, encode):
-        parts.append(piece)
+        lines.append(piece)
         ids.append(encoded)
         total += len(encoded)
-        if total >= most:
+        if total >= limit:
             break
-    windows = min(total, most) // wanted.tokens
-    if windows < wanted.samples:
+    windows = min(total, limit) // request.tokens
+    if windows < request.samples:
         raise DataError(
-            f"{wanted.name}: the text gives {windows} windows of {wanted.tokens} tokens, {wanted.samples} are asked for; "
+            f"{request.name}: the text gives {windows} windows of {request.tokens} tokens, {request.samples} are asked for; "
             "name a longer text, or ask for fewer samples or tokens"
         )
     stream = np.concatenate(ids)
-    ends = np.cumsum([len(part) for part in ids])
+    ends = np.cumsum([len(tokens) for tokens in ids])
     return [
-        _cut(stream, parts, ends, place * wanted.tokens, wanted.tokens) for place in choose(windows, wanted.samples, wanted.seed)
+        _window(stream, lines, ends, index * request.tokens, request.tokens)
+        for index in draw_indices(windows, request.samples, request.seed)
     ]
 
 
@@ -86,9 +99,9 @@ def _encode_all(documents: Iterable[Document], encode: Encode) -> Iterator[tuple
             yield piece, np.asarray(encoded, dtype=np.int32)
 
 
-def _cut(stream: NDArray[np.int32], parts: list[Piece], ends: NDArray[np.int64], start: int, tokens: int) -> Window:
+def _window(stream: NDArray[np.int32], lines: list[Piece], ends: NDArray[np.int64], start: int, tokens: int) -> Window:
     first, last = np.searchsorted(ends, [start, start + tokens - 1], side="right")
-    inside = parts[int(first) : int(last) + 1]
+    inside = lines[int(first) : int(last) + 1]
     return Window(
         token_ids=stream[start : start + tokens],
         text="".join(piece.text for piece in inside),
@@ -98,7 +111,7 @@ def _cut(stream: NDArray[np.int32], parts: list[Piece], ends: NDArray[np.int64],
 
 
 def _grouped(items: Iterable[Piece]) -> Iterator[list[Piece]]:
-    """Yield some pieces at once: tokenizers are faster so, and little is tokenized that is not needed."""
+    """Yield groups of pieces: tokenizers are faster on groups, and little unneeded text is tokenized."""
     group, characters = list[Piece](), 0
     for item in items:
         group.append(item)

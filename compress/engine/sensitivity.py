@@ -205,7 +205,7 @@ class _ReverseWalk:
 
     @torch.no_grad()
     def _head_gradient(self, hidden: Tensor, weight: Tensor, positions: Positions) -> Tensor:
-        """Return the gradient, at the head's input [samples, tokens, hidden], of the loss of labels sampled from its output."""
+        """Return the gradient, at the head's input [samples, tokens, hidden], of the loss of labels sampled from its logits."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         gradient = torch.zeros_like(rows)
         text = positions.text.to(rows.device).nonzero().squeeze(1)

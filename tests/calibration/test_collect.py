@@ -427,7 +427,7 @@ def test_runs_of_thirteen_words_count_and_shorter_ones_do_not(of_prose: Path, tm
 
 
 def test_a_leak_is_found_wherever_it_stands_in_a_long_text(of_prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(overlap, "_WORDS_AT_ONCE", 40)
+    monkeypatch.setattr(overlap, "_CHUNK_WORDS", 40)
     others = [" ".join(f"other{number}x{place}" for place in range(25)) for number in range(6)]
     for place in range(len(others) + 1):
         (tmp_path / "test.txt").write_text("\n\n".join([*others[:place], PLAIN, *others[place:]]))

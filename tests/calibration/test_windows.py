@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from compress.calibration.texts import Document, pieces
-from compress.calibration.windows import REACH, Wanted, choose, pack_windows
+from compress.calibration.windows import REACH, WindowRequest, draw_indices, pack_windows
 from compress.errors import DataError
 
 LONG = [Document(f"{number:04d} " * 20, f"a:{number}") for number in range(400)]
@@ -17,8 +17,8 @@ def encode(texts: Sequence[str]) -> list[list[int]]:
     return [list(text.encode()) for text in texts]
 
 
-def wanted(samples: int = 4, tokens: int = 64, seed: str = "0") -> Wanted:
-    return Wanted(samples=samples, tokens=tokens, seed=seed, name="calibration.sets.0")
+def wanted(samples: int = 4, tokens: int = 64, seed: str = "0") -> WindowRequest:
+    return WindowRequest(samples=samples, tokens=tokens, seed=seed, name="calibration.sets.0")
 
 
 def test_windows_are_exact_spans_of_the_joined_text() -> None:
@@ -69,9 +69,9 @@ def test_short_text(documents: list[Document]) -> None:
 
 
 def test_choose_is_fixed_for_all_time() -> None:
-    assert choose(20, 5, "0:0") == [4, 7, 10, 11, 12]
-    assert choose(20, 20, "0:0") == list(range(20))
-    assert len({tuple(choose(20, 5, f"{seed}:0")) for seed in range(20)}) > 15
-    counts = np.bincount([place for seed in range(2000) for place in choose(10, 3, str(seed))], minlength=10)
+    assert draw_indices(20, 5, "0:0") == [4, 7, 10, 11, 12]
+    assert draw_indices(20, 20, "0:0") == list(range(20))
+    assert len({tuple(draw_indices(20, 5, f"{seed}:0")) for seed in range(20)}) > 15
+    counts = np.bincount([place for seed in range(2000) for place in draw_indices(10, 3, str(seed))], minlength=10)
     assert counts.min() > 500
     assert counts.max() < 700
