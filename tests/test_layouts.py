@@ -66,8 +66,8 @@ def test_compressed_tensors_reads_the_same_matrix(held: Scheme) -> None:
     weight = quantize(random_weight(64, 96), held, torch.float32)
     tensors = {name.removeprefix("proj."): tensor for name, tensor in pack_linear("proj", weight).items()}
     config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
-    theirs = PackedQuantizationCompressor.decompress(tensors, config.config_groups["group_0"])
-    assert torch.equal(theirs["weight"], weight.dequantize())
+    reference = PackedQuantizationCompressor.decompress(tensors, config.config_groups["group_0"])
+    assert torch.equal(reference["weight"], weight.dequantize())
 
 
 def with_input_scale(weight: QuantizedWeight) -> QuantizedWeight:
@@ -97,8 +97,8 @@ def test_compressed_tensors_reads_the_same_matrix_of_8_bits(held: Scheme, shape:
     weight = with_input_scale(quantize(random_weight(*shape), held, torch.float32))
     tensors = {name.removeprefix("proj."): tensor for name, tensor in pack_linear("proj", weight).items()}
     config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
-    theirs = IntQuantizationCompressor if held.type == "int" else FloatQuantizationCompressor
-    assert torch.equal(theirs.decompress(tensors, config.config_groups["group_0"])["weight"], weight.dequantize())
+    reference = IntQuantizationCompressor if held.type == "int" else FloatQuantizationCompressor
+    assert torch.equal(reference.decompress(tensors, config.config_groups["group_0"])["weight"], weight.dequantize())
 
 
 @pytest.mark.parametrize(
@@ -107,25 +107,29 @@ def test_compressed_tensors_reads_the_same_matrix_of_8_bits(held: Scheme, shape:
 )
 def test_groups_say_what_the_librarys_own_schemes_say(preset: str, held: Scheme) -> None:
     config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
-    ours: Any = config.config_groups["group_0"]
-    theirs: Any = preset_name_to_scheme(preset, ["Linear"])
+    actual: Any = config.config_groups["group_0"]
+    reference: Any = preset_name_to_scheme(preset, ["Linear"])
     settings = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic"}
-    assert ours.weights.model_dump(include=settings) == theirs.weights.model_dump(include=settings)
-    assert (ours.input_activations is None) == (theirs.input_activations is None)
-    if ours.input_activations is not None:
-        assert ours.input_activations.model_dump(include=settings) == theirs.input_activations.model_dump(include=settings)
+    assert actual.weights.model_dump(include=settings) == reference.weights.model_dump(include=settings)
+    assert (actual.input_activations is None) == (reference.input_activations is None)
+    if actual.input_activations is not None:
+        assert actual.input_activations.model_dump(include=settings) == reference.input_activations.model_dump(include=settings)
 
 
 def test_a_config_of_several_formats_says_so() -> None:
     held = {"a.up": scheme(4), "v.up": W8A8, "v.down": FP8_BLOCK, "lm_head": FP8_STATIC}
     content = quantization_config(held, ignore=["v.proj"], kv_cache=True)
-    theirs: Any = QuantizationConfig.model_validate(content)
-    assert theirs.format == "mixed-precision"
-    assert [group.format for group in theirs.config_groups.values()] == [
+    reference: Any = QuantizationConfig.model_validate(content)
+    assert reference.format == "mixed-precision"
+    assert [group.format for group in reference.config_groups.values()] == [
         "pack-quantized", "int-quantized", "float-quantized", "float-quantized",
     ]  # fmt: skip
-    assert (theirs.kv_cache_scheme.num_bits, theirs.kv_cache_scheme.type, theirs.kv_cache_scheme.strategy) == (8, "float", "tensor")
-    assert not theirs.kv_cache_scheme.dynamic
+    assert (reference.kv_cache_scheme.num_bits, reference.kv_cache_scheme.type, reference.kv_cache_scheme.strategy) == (
+        8,
+        "float",
+        "tensor",
+    )
+    assert not reference.kv_cache_scheme.dynamic
     assert quantization_config(held, ignore=[])["kv_cache_scheme"] is None
 
 
@@ -146,13 +150,13 @@ def test_predicted_bytes_are_exact(held: Scheme, shape: tuple[int, int]) -> None
 
 def test_the_config_is_one_that_compressed_tensors_accepts() -> None:
     content = quantization_config({"layers.0.q_proj": scheme(4, 64)}, ignore=["lm_head", "visual.merger.mlp.0"])
-    theirs: Any = QuantizationConfig.model_validate(content)
-    assert theirs.format == "pack-quantized"
-    assert theirs.quantization_status == QuantizationStatus.COMPRESSED
-    assert theirs.ignore == ["lm_head", "visual.merger.mlp.0"]
-    weights = theirs.config_groups["group_0"].weights
+    reference: Any = QuantizationConfig.model_validate(content)
+    assert reference.format == "pack-quantized"
+    assert reference.quantization_status == QuantizationStatus.COMPRESSED
+    assert reference.ignore == ["lm_head", "visual.merger.mlp.0"]
+    weights = reference.config_groups["group_0"].weights
     assert (weights.num_bits, weights.group_size, weights.symmetric, weights.strategy) == (4, 64, False, "group")
-    assert theirs.config_groups["group_0"].targets == ["Linear"]
+    assert reference.config_groups["group_0"].targets == ["Linear"]
 
 
 def test_several_schemes_target_their_linears_by_name() -> None:
@@ -230,8 +234,8 @@ def test_tensors_that_do_not_fit_the_scheme_are_refused() -> None:
 
 def test_the_plans_part_needs_no_torch() -> None:
     code = "import sys, compress.layouts, compress.export.vllm, compress.runtimes.transformers; print('torch' in sys.modules)"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
-    assert found.stdout.strip() == "False"
+    completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
+    assert completed.stdout.strip() == "False"
 
 
 def test_bits_per_weight_follow_from_the_sizes() -> None:

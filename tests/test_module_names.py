@@ -96,13 +96,13 @@ def alike(family: str) -> str:
 
 def library_group(settings: dict[str, Any], name: str) -> str | None:
     """Return the group that compressed-tensors itself puts a linear of this name in, None for none."""
-    theirs: Any = QuantizationConfig.model_validate(settings)
+    reference: Any = QuantizationConfig.model_validate(settings)
     linear = nn.Linear(1, 1, device="meta")
-    if match_targets(name, linear, theirs.ignore):
+    if match_targets(name, linear, reference.ignore):
         return None
-    owners = {target: key for key, group in reversed(theirs.config_groups.items()) for target in group.targets}
-    found = match_targets(name, linear, list(owners))
-    return owners[found[0]] if found else None
+    owners = {target: key for key, group in reversed(reference.config_groups.items()) for target in group.targets}
+    actual = match_targets(name, linear, list(owners))
+    return owners[actual[0]] if actual else None
 
 
 @pytest.mark.parametrize("vision", [nothing, some_of_the_tower], ids=["one scheme", "several"])
@@ -139,12 +139,12 @@ def test_layers_that_vllm_joins_are_found_by_their_new_name_too(family: str, tmp
 def test_joined_layers_are_named_only_where_all_their_parts_are_alike(tmp_path: Path) -> None:
     build_qwen2_5_vl(tmp_path / "source")
     family = family_of(open_checkpoint(tmp_path / "source").config)
-    names = [f"model.layers.{block}.self_attn.{part}_proj" for block in (0, 1) for part in "qkv"]
+    names = [f"model.layers.{block}.self_attn.{leaf}_proj" for block in (0, 1) for leaf in "qkv"]
     settings = quantization_config(dict.fromkeys(names[1:], scheme()) | {"lm_head": EIGHT}, ignore=names[:1])
-    found = portable_config(settings, family, names)
+    actual = portable_config(settings, family, names)
     joined = [f"language_model.model.layers.{block}.self_attn.qkv_proj" for block in (0, 1)]
-    assert [group_of(found, name) for name in joined] == [None, "group_0"]
-    assert group_of(found, "language_model.lm_head") == "group_1"
+    assert [group_of(actual, name) for name in joined] == [None, "group_0"]
+    assert group_of(actual, "language_model.lm_head") == "group_1"
 
 
 def test_a_name_on_disk_alone_is_found_to_mislead_transformers(tmp_path: Path) -> None:
@@ -156,8 +156,8 @@ def test_a_name_on_disk_alone_is_found_to_mislead_transformers(tmp_path: Path) -
     plain = unquantized_linears(checkpoint, family, schemes)
     settings = checkpoint.config["quantization_config"]
     assert misnamed(settings, family, schemes, plain) == [name for name in plain if name.startswith("visual.")]
-    several = quantization_config({name: EIGHT if "mlp" in name else scheme() for name in schemes}, plain)
-    assert misnamed(several, family, schemes, plain) == sorted(schemes)
+    mixed = quantization_config({name: EIGHT if "mlp" in name else scheme() for name in schemes}, plain)
+    assert misnamed(mixed, family, schemes, plain) == sorted(schemes)
     assert group_of(settings, "model.visual.blocks.0.attn.qkv") == "group_0"
     mended = portable_config(settings, family, [*schemes, *plain])
     assert misnamed(mended, family, schemes, plain) == []

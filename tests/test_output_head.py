@@ -35,10 +35,10 @@ SAID = (None, False, True)
 def say(folder: Path, top: bool | None, text: bool | None) -> None:
     """Write what config.json says of the head, at its top and of its text."""
     config = json.loads((folder / "config.json").read_text())
-    for part, value in ((config, top), (config["text_config"], text)):
-        part.pop(KEY, None)
+    for section, value in ((config, top), (config["text_config"], text)):
+        section.pop(KEY, None)
         if value is not None:
-            part[KEY] = value
+            section[KEY] = value
     (folder / "config.json").write_text(json.dumps(config))
 
 
@@ -93,10 +93,10 @@ def test_config_and_tensors_together_are_read_as_transformers_reads_them(name: s
                 check_head(checkpoint, family)
             continue
         check_head(checkpoint, family)
-        theirs: Any = load_plain(folder, "float32")
-        ours: Any = load_model(folder, torch.float32, torch.device("cpu"), Silent())
-        assert head_is_tied(checkpoint, family) == tied_in(theirs, family) == tied_in(ours, family), (top, text, kind)
-        assert torch.equal(ours.get_submodule(family.head).weight, theirs.get_submodule(family.head).weight), (top, text, kind)
+        reference: Any = load_plain(folder, "float32")
+        loaded: Any = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+        assert head_is_tied(checkpoint, family) == tied_in(reference, family) == tied_in(loaded, family), (top, text, kind)
+        assert torch.equal(loaded.get_submodule(family.head).weight, reference.get_submodule(family.head).weight), (top, text, kind)
 
 
 @pytest.mark.parametrize("remote", [False, True])

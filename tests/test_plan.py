@@ -38,13 +38,13 @@ def plan_with(job: Job, **settings: object) -> tuple[Plan, str]:
 
 
 def test_what_needs_a_gpu_is_said_once_in_the_plan(job: Job) -> None:
-    plan, shown = plan_with(job)
+    plan, output = plan_with(job)
     assert plan.notes == ()
-    assert "note:" not in shown
-    plan, shown = plan_with(job, **{"stages.0.bits": 3})
+    assert "note:" not in output
+    plan, output = plan_with(job, **{"stages.0.bits": 3})
     (note,) = plan.notes
     assert note.endswith("(and 6 more): vLLM's build for CPUs runs weights of 4 bits, not 3: this artifact needs a GPU")
-    assert shown.count(f"note: {note}") == 1
+    assert output.count(f"note: {note}") == 1
 
 
 def test_what_depends_on_the_widths_a_run_chooses_is_said_so(job: Job) -> None:
@@ -63,13 +63,13 @@ def test_what_depends_on_the_widths_a_run_chooses_is_said_so(job: Job) -> None:
 
 
 def test_the_last_vllm_that_serves_a_model_is_said_in_the_plan(job: Job, tmp_path: Path) -> None:
-    plan, shown = plan_with(job, **{"model.source": str(build_mllama(tmp_path / "model"))})
+    plan, output = plan_with(job, **{"model.source": str(build_mllama(tmp_path / "model"))})
     (note,) = plan.notes
     assert note.startswith(
         "vLLM served MllamaForConditionalGeneration up to version 0.10.2 and no later one does: serve it with that"
     )
     assert note.endswith("evaluate it with runtime: transformers")
-    assert f"note: {note}" in shown
+    assert f"note: {note}" in output
 
 
 def test_scales_of_keys_and_values_are_refused_where_the_layout_has_no_place(job: Job) -> None:
@@ -93,10 +93,10 @@ def test_calibration_without_images_where_they_are_needed_is_refused_in_the_plan
 
 
 def test_a_place_that_is_taken_is_known_before_anything_is_made(job: Job, tmp_path: Path) -> None:
-    place = tmp_path / "tiny" / "vllm-compressed-tensors"
-    place.mkdir(parents=True)
+    target = tmp_path / "tiny" / "vllm-compressed-tensors"
+    target.mkdir(parents=True)
     plan_with(job, **{"publish.to": str(tmp_path)})
-    (place / "mine.txt").write_text("keep", encoding="utf-8")
+    (target / "mine.txt").write_text("keep", encoding="utf-8")
     with pytest.raises(StoreError, match=r"vllm-compressed-tensors: holds something else than a published artifact; move it away"):
         plan_with(job, **{"publish.to": str(tmp_path)})
     with pytest.raises(StoreError, match="holds something else"):
@@ -119,11 +119,11 @@ def questions(job: Job, name: str, count: int, **change: object) -> str:
 def test_the_items_of_the_power_figures_are_those_there_are(job: Job) -> None:
     gate = {"gate.accuracy": {"min_recovery": 0.97, "confidence": 0.95}}
     task = {"task": "vqa", "definition": "scenes", "source": questions(job, "eight.jsonl", 8)}
-    plan, shown = plan_with(job, **gate, **{"eval.tasks.0": {**task, "samples": 5000}})
+    plan, output = plan_with(job, **gate, **{"eval.tasks.0": {**task, "samples": 5000}})
     assert plan.items == {"scenes": 8}
-    (told,) = plan.power
-    assert told.startswith("scenes: 8 items (5,000 are asked for, and its data hold no more) resolve nothing")
-    assert f"note: {told}" in " ".join(shown.split())
+    (note,) = plan.power
+    assert note.startswith("scenes: 8 items (5,000 are asked for, and its data hold no more) resolve nothing")
+    assert f"note: {note}" in " ".join(output.split())
     plan, _ = plan_with(job, **gate, **{"eval.tasks.0": {**task, "samples": 3}})
     assert plan.items == {"scenes": 3}
     assert plan.power[0].startswith("scenes: 3 items resolve nothing")
@@ -167,10 +167,10 @@ def test_a_text_that_cannot_be_read_is_told_in_the_plan(job: Job) -> None:
     ],
 )
 def test_a_limit_on_size_that_cannot_be_kept_is_told(job: Job, limit: dict[str, float], said: str) -> None:
-    plan, shown = plan_with(job, **{"gate.size": limit})
+    plan, output = plan_with(job, **{"gate.size": limit})
     (note,) = plan.gate_notes
     assert re.search(rf"^the gate cannot pass: vllm-compressed-tensors {said}; ", note)
-    assert f"warning: {note}" in shown
+    assert f"warning: {note}" in output
     assert plan.summary(Store(job.store))["gate"] == [note]
     assert plan_with(job)[0].gate_notes == ()
 

@@ -13,13 +13,13 @@ from compress.errors import StoreError
 from compress.publish_folders import check_publish_folders, publish_folder, published_files, replace_folder
 
 
-def put(place: Path, text: str = "first") -> None:
+def put(target: Path, text: str = "first") -> None:
     """Publish a small artifact."""
-    with replace_folder(place) as folder:
+    with replace_folder(target) as folder:
         (folder / "sub").mkdir()
         (folder / "sub" / "weights").write_text(text, encoding="utf-8")
         (folder / "README.md").write_text("card", encoding="utf-8")
-        write_record(folder, {"artifact": place.name})
+        write_record(folder, {"artifact": target.name})
 
 
 def tree(folder: Path) -> dict[str, str]:
@@ -32,48 +32,51 @@ def tree(folder: Path) -> dict[str, str]:
 
 
 def test_what_was_published_is_replaced_whole(tmp_path: Path) -> None:
-    place = publish_folder(tmp_path, "recipe", "artifact")
-    put(place)
-    first = tree(place)
-    put(place, "second")
-    assert tree(place) == first | {"sub/weights": "second", "compress.json": (place / "compress.json").read_text(encoding="utf-8")}
-    assert sorted(path.name for path in place.parent.iterdir()) == [".publishing.lock", "artifact"]
-    (place / "README.md").unlink()
-    put(place, "third")
-    assert (place / "README.md").exists()
+    target = publish_folder(tmp_path, "recipe", "artifact")
+    put(target)
+    first = tree(target)
+    put(target, "second")
+    assert tree(target) == first | {
+        "sub/weights": "second",
+        "compress.json": (target / "compress.json").read_text(encoding="utf-8"),
+    }
+    assert sorted(path.name for path in target.parent.iterdir()) == [".publishing.lock", "artifact"]
+    (target / "README.md").unlink()
+    put(target, "third")
+    assert (target / "README.md").exists()
 
 
-def add_a_file(place: Path) -> None:
-    (place / "sub" / "notes.txt").write_text("mine", encoding="utf-8")
+def add_a_file(target: Path) -> None:
+    (target / "sub" / "notes.txt").write_text("mine", encoding="utf-8")
 
 
-def add_an_empty_folder(place: Path) -> None:
-    (place / "mine").mkdir()
+def add_an_empty_folder(target: Path) -> None:
+    (target / "mine").mkdir()
 
 
-def add_a_link(place: Path) -> None:
-    (place / "mine").symlink_to("README.md")
+def add_a_link(target: Path) -> None:
+    (target / "mine").symlink_to("README.md")
 
 
-def replace_a_file_by_a_link(place: Path) -> None:
-    (place / "README.md").rename(place.parent / "card")
-    (place / "README.md").symlink_to(place.parent / "card")
+def replace_a_file_by_a_link(target: Path) -> None:
+    (target / "README.md").rename(target.parent / "card")
+    (target / "README.md").symlink_to(target.parent / "card")
 
 
-def edit_the_card(place: Path) -> None:
-    (place / "README.md").write_text("my own words", encoding="utf-8")
+def edit_the_card(target: Path) -> None:
+    (target / "README.md").write_text("my own words", encoding="utf-8")
 
 
-def empty_the_record(place: Path) -> None:
-    (place / "compress.json").write_text("{}", encoding="utf-8")
+def empty_the_record(target: Path) -> None:
+    (target / "compress.json").write_text("{}", encoding="utf-8")
 
 
-def damage_the_record(place: Path) -> None:
-    (place / "compress.json").write_text('{"files": ', encoding="utf-8")
+def damage_the_record(target: Path) -> None:
+    (target / "compress.json").write_text('{"files": ', encoding="utf-8")
 
 
-def remove_the_record(place: Path) -> None:
-    (place / "compress.json").unlink()
+def remove_the_record(target: Path) -> None:
+    (target / "compress.json").unlink()
 
 
 @pytest.mark.parametrize(
@@ -91,56 +94,58 @@ def remove_the_record(place: Path) -> None:
     ids=lambda change: change.__name__,
 )
 def test_what_was_not_published_is_never_removed(tmp_path: Path, change: Callable[[Path], None]) -> None:
-    place = publish_folder(tmp_path, "recipe", "artifact")
-    put(place)
-    change(place)
+    target = publish_folder(tmp_path, "recipe", "artifact")
+    put(target)
+    change(target)
     before = tree(tmp_path)
     with pytest.raises(StoreError, match=r"artifact.*move it away, or name another publish.to"):
         check_publish_folders(tmp_path, "recipe", ["artifact"])
     with pytest.raises(StoreError, match=r"artifact.*move it away, or name another publish.to"):
-        put(place, "second")
+        put(target, "second")
     assert tree(tmp_path) == before
 
 
 def test_what_comes_while_an_artifact_is_copied_is_not_removed(tmp_path: Path) -> None:
-    place = publish_folder(tmp_path, "recipe", "artifact")
-    put(place)
-    before = tree(place)
-    with pytest.raises(StoreError, match=r"notes.txt: was not published"), replace_folder(place) as folder:
+    target = publish_folder(tmp_path, "recipe", "artifact")
+    put(target)
+    before = tree(target)
+    with pytest.raises(StoreError, match=r"notes.txt: was not published"), replace_folder(target) as folder:
         (folder / "weights").write_text("second", encoding="utf-8")
-        add_a_file(place)
-    assert tree(place) == before | {"sub/notes.txt": "mine"}
+        add_a_file(target)
+    assert tree(target) == before | {"sub/notes.txt": "mine"}
 
 
 def test_a_record_that_names_files_elsewhere_removes_none_of_them(tmp_path: Path) -> None:
-    mine = tmp_path / "mine.txt"
-    mine.write_text("mine", encoding="utf-8")
-    place = publish_folder(tmp_path, "recipe", "artifact")
-    place.mkdir(parents=True)
-    (place / "compress.json").write_text(json.dumps({"files": {"../../mine.txt": "0" * 64, str(mine): "0" * 64}}), encoding="utf-8")
-    put(place)
-    assert mine.read_text(encoding="utf-8") == "mine"
-    assert (place / "sub" / "weights").exists()
+    own_file = tmp_path / "mine.txt"
+    own_file.write_text("mine", encoding="utf-8")
+    target = publish_folder(tmp_path, "recipe", "artifact")
+    target.mkdir(parents=True)
+    (target / "compress.json").write_text(
+        json.dumps({"files": {"../../mine.txt": "0" * 64, str(own_file): "0" * 64}}), encoding="utf-8"
+    )
+    put(target)
+    assert own_file.read_text(encoding="utf-8") == "mine"
+    assert (target / "sub" / "weights").exists()
 
 
 def test_an_empty_folder_may_be_published_to(tmp_path: Path) -> None:
-    place = publish_folder(tmp_path, "recipe", "artifact")
-    place.mkdir(parents=True)
+    target = publish_folder(tmp_path, "recipe", "artifact")
+    target.mkdir(parents=True)
     check_publish_folders(tmp_path, "recipe", ["artifact"])
-    put(place)
-    assert (place / "README.md").exists()
+    put(target)
+    assert (target / "README.md").exists()
 
 
 def test_folders_with_names_as_temporary_ones_had_are_left_alone(tmp_path: Path) -> None:
-    place = publish_folder(tmp_path, "recipe", "artifact")
+    target = publish_folder(tmp_path, "recipe", "artifact")
     for name in (".artifact.new", ".artifact.old", ".publishing-mine"):
-        (place.parent / name).mkdir(parents=True)
-        (place.parent / name / "mine.txt").write_text("mine", encoding="utf-8")
-    (place.parent / ".publishing-mine" / "place.json").write_text('{"place": "artifact", "work": "other"}', encoding="utf-8")
-    put(place)
-    put(place, "second")
+        (target.parent / name).mkdir(parents=True)
+        (target.parent / name / "mine.txt").write_text("mine", encoding="utf-8")
+    (target.parent / ".publishing-mine" / "place.json").write_text('{"place": "artifact", "work": "other"}', encoding="utf-8")
+    put(target)
+    put(target, "second")
     for name in (".artifact.new", ".artifact.old", ".publishing-mine"):
-        assert (place.parent / name / "mine.txt").read_text(encoding="utf-8") == "mine"
+        assert (target.parent / name / "mine.txt").read_text(encoding="utf-8") == "mine"
 
 
 def test_a_symlinked_place_is_replaced_where_it_leads(tmp_path: Path) -> None:
@@ -148,9 +153,9 @@ def test_a_symlinked_place_is_replaced_where_it_leads(tmp_path: Path) -> None:
     put(real)
     (tmp_path / "recipe").mkdir()
     (tmp_path / "recipe" / "artifact").symlink_to(real)
-    place = publish_folder(tmp_path, "recipe", "artifact")
-    assert place == real
-    put(place, "second")
+    target = publish_folder(tmp_path, "recipe", "artifact")
+    assert target == real
+    put(target, "second")
     assert (tmp_path / "recipe" / "artifact").readlink() == real
     assert (tmp_path / "recipe" / "artifact" / "sub" / "weights").read_text(encoding="utf-8") == "second"
     (tmp_path / "recipe" / "other").symlink_to("artifact")
@@ -163,31 +168,31 @@ def test_a_symlinked_place_is_replaced_where_it_leads(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("moment", ["marked", "copied", "moved away", "in place"])
 def test_what_a_killed_call_left_is_cleared_and_what_it_had_moved_away_goes_back(tmp_path: Path, moment: str) -> None:
-    place = publish_folder(tmp_path, "recipe", "artifact")
-    put(place)
-    work = place.with_name(".publishing-" + "0" * 32)
+    target = publish_folder(tmp_path, "recipe", "artifact")
+    put(target)
+    work = target.with_name(".publishing-" + "0" * 32)
     work.mkdir()
     (work / "place.json").write_text(json.dumps({"place": "artifact", "work": work.name}), encoding="utf-8")
     if moment != "marked":
         (work / "new").mkdir()
         (work / "new" / "weights").write_text("half", encoding="utf-8")
     if moment in ("moved away", "in place"):
-        place.rename(work / "old")
+        target.rename(work / "old")
     if moment == "in place":
         put(tmp_path / "other" / "artifact", "second")
-        (tmp_path / "other" / "artifact").rename(place)
-    put(place.with_name("another"))
-    assert sorted(path.name for path in place.parent.iterdir()) == [".publishing.lock", "another", "artifact"]
-    assert (place / "sub" / "weights").read_text(encoding="utf-8") == ("second" if moment == "in place" else "first")
-    assert published_files(place)
+        (tmp_path / "other" / "artifact").rename(target)
+    put(target.with_name("another"))
+    assert sorted(path.name for path in target.parent.iterdir()) == [".publishing.lock", "another", "artifact"]
+    assert (target / "sub" / "weights").read_text(encoding="utf-8") == ("second" if moment == "in place" else "first")
+    assert published_files(target)
 
 
 def test_a_copy_that_fails_leaves_what_was_published(tmp_path: Path) -> None:
-    place = publish_folder(tmp_path, "recipe", "artifact")
-    put(place)
-    before = tree(place)
-    with pytest.raises(ValueError, match="broke"), replace_folder(place) as folder:
+    target = publish_folder(tmp_path, "recipe", "artifact")
+    put(target)
+    before = tree(target)
+    with pytest.raises(ValueError, match="broke"), replace_folder(target) as folder:
         (folder / "half").write_text("x", encoding="utf-8")
         raise ValueError("broke")
-    assert tree(place) == before
-    assert sorted(path.name for path in place.parent.iterdir()) == [".publishing.lock", "artifact"]
+    assert tree(target) == before
+    assert sorted(path.name for path in target.parent.iterdir()) == [".publishing.lock", "artifact"]

@@ -65,14 +65,14 @@ class InputStatistics:
     @property
     def tokens(self) -> float:
         """The number of tokens, weighted after `merge`."""
-        return sum(part.tokens for part, _ in self._weighted())
+        return sum(sums.tokens for sums, _ in self._weighted())
 
     def mean_hessian(self) -> Tensor:
         """Return the weighted mean of xᵀx over all tokens, float32 [in, in]."""
         (first, weight), *others = self._full_hessians()
         lower = first.lower.clone() if weight == 1 else first.lower * weight
-        for part, weight in others:
-            lower.add_(part.lower, alpha=weight)
+        for sums, weight in others:
+            lower.add_(sums.lower, alpha=weight)
         return _mirror(lower).div_(self._weight())
 
     def take_hessian(self) -> Tensor:
@@ -81,22 +81,22 @@ class InputStatistics:
             return self.mean_hessian()
         (first, weight), *others = self._full_hessians()
         lower = first.lower.mul_(weight)
-        for part, weight in others:
-            lower.add_(part.lower, alpha=weight)
-        for part, _ in self._full_hessians():
-            part.lower = part.lower.new_empty(0, 0)
+        for sums, weight in others:
+            lower.add_(sums.lower, alpha=weight)
+        for sums, _ in self._full_hessians():
+            sums.lower = sums.lower.new_empty(0, 0)
         return _mirror(lower).div_(self._weight())
 
     def output_error(self, error: Tensor) -> float:
         """Return the squared output error, summed over all tokens with their weights, for a weight error [out, in]."""
-        return float(sum(part.hessian.output_error(error) * weight for part, weight in self._weighted()))
+        return float(sum(sums.hessian.output_error(error) * weight for sums, weight in self._weighted()))
 
     def blocks(self, size: int) -> Tensor:
         """Return the weighted sum's blocks of `size` channels along the diagonal, float32 [in / size, size, size]."""
         (first, weight), *others = self._weighted()
         total = first.hessian.blocks(size) * weight
-        for part, weight in others:
-            total.add_(part.hessian.blocks(size), alpha=weight)
+        for sums, weight in others:
+            total.add_(sums.hessian.blocks(size), alpha=weight)
         return total
 
     def merge(self) -> None:
@@ -114,37 +114,37 @@ class InputStatistics:
         """Return the weighted mean of |x| over all tokens, float32 [in]."""
         (first, weight), *others = self._weighted()
         total = first.abs_sum * weight
-        for part, weight in others:
-            total.add_(part.abs_sum, alpha=weight)
+        for sums, weight in others:
+            total.add_(sums.abs_sum, alpha=weight)
         return total / self._weight()
 
     def mean_square(self) -> Tensor:
         """Return the weighted mean of x² over all tokens, float32 [in]."""
         (first, weight), *others = self._weighted()
         total = first.hessian.diagonal() * weight
-        for part, weight in others:
-            total.add_(part.hessian.diagonal(), alpha=weight)
+        for sums, weight in others:
+            total.add_(sums.hessian.diagonal(), alpha=weight)
         return total / self._weight()
 
     def abs_max(self) -> Tensor:
         """Return the largest |x| of any token, float32 [in]."""
         (first, _), *others = self._weighted()
         largest = first.abs_max
-        for part, _ in others:
-            largest = torch.maximum(largest, part.abs_max)
+        for sums, _ in others:
+            largest = torch.maximum(largest, sums.abs_max)
         return largest
 
     def _weight(self) -> float:
-        return sum(part.tokens * weight for part, weight in self._weighted())
+        return sum(sums.tokens * weight for sums, weight in self._weighted())
 
     def _weighted(self) -> list[tuple[TokenStatistics, float]]:
-        pairs = [(part, weight) for part, weight in zip((self.text, self.vision), self.weights, strict=True) if part is not None]
+        pairs = [(sums, weight) for sums, weight in zip((self.text, self.vision), self.weights, strict=True) if sums is not None]
         if not pairs:
             raise CheckpointError("no calibration token was counted; every sample is padding only, give others")
         return pairs
 
     def _full_hessians(self) -> list[tuple[FullHessian, float]]:
-        return [(part.hessian, weight) for part, weight in self._weighted() if isinstance(part.hessian, FullHessian)]
+        return [(sums.hessian, weight) for sums, weight in self._weighted() if isinstance(sums.hessian, FullHessian)]
 
     def add(self, inputs: Tensor, positions: Positions | None) -> None:
         """Add a linear's input [..., in]; without positions every row is a vision token."""
@@ -158,8 +158,8 @@ class InputStatistics:
                 tokens = rows if count == rows.shape[0] else rows[mask.to(rows.device)]
                 setattr(self, kind, self._added(getattr(self, kind), tokens))
 
-    def _added(self, part: TokenStatistics | None, rows: Tensor) -> TokenStatistics:
-        sums = part or TokenStatistics(rows.shape[-1], rows.device, self.requested)
+    def _added(self, current: TokenStatistics | None, rows: Tensor) -> TokenStatistics:
+        sums = current or TokenStatistics(rows.shape[-1], rows.device, self.requested)
         sums.add(rows)
         return sums
 

@@ -246,6 +246,6 @@ def _families() -> Iterator[Family]:
 def _value(config: Mapping[str, Any], key: str) -> object:
     """Return the value at a dotted key; None where it is missing."""
     value: object = config
-    for part in key.split("."):
-        value = cast("Mapping[str, object]", value).get(part) if isinstance(value, Mapping) else None
+    for name in key.split("."):
+        value = cast("Mapping[str, object]", value).get(name) if isinstance(value, Mapping) else None
     return value

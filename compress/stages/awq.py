@@ -34,4 +34,4 @@ class Awq(IntegerQuantizer):
         """Return how a block is quantized; imports torch."""
         from compress.stages.solvers import Method
 
-        return Method(awq_steps=self.grid, clip=self.grid if self.clip else None)
+        return Method(awq_steps=self.grid, clip_steps=self.grid if self.clip else None)

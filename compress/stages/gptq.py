@@ -45,7 +45,7 @@ class Gptq(IntegerQuantizer):
         from compress.stages.solvers import Method
 
         return Method(
-            scales=self.grid if self.scales == "awq" else None,
-            clip=self.grid if self.clip else None,
+            awq_steps=self.grid if self.scales == "awq" else None,
+            clip_steps=self.grid if self.clip else None,
             gptq=GptqOptions(dampening_frac=self.dampening_frac, actorder=self.actorder == "static"),
         )

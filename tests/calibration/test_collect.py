@@ -44,9 +44,9 @@ def write_text(folder: Path, first: int, last: int, name: str = "text.txt") -> P
 def write_questions(folder: Path, first: int, last: int, name: str = "questions.jsonl", **changes: Any) -> Path:
     rows = list[dict[str, Any]]()
     for number in range(first, last):
-        images = [f"{number}-{place}.png" for place in range(1 + number % 2)]
-        for place, image in enumerate(images):
-            (folder / image).write_bytes(picture(1000 * place + number, 112 + 28 * (number % 3), 112))
+        images = [f"{number}-{index}.png" for index in range(1 + number % 2)]
+        for index, image in enumerate(images):
+            (folder / image).write_bytes(picture(1000 * index + number, 112 + 28 * (number % 3), 112))
         question = "What is it, " + "really " * (number % 5) + f"in scene {number}?"
         rows.append({"id": number, "image": images, "question": question, "answer": ["red", "blue", "blue"], **changes})
     path = folder / name
@@ -85,8 +85,8 @@ def test_manifest_pins_every_sample(collected: Path) -> None:
     for row, sample in zip(rows, samples[6:], strict=True):
         assert row["prompt"].endswith("? One word.")
         assert row["answer"] == "blue"
-        held = [hashlib.sha256((collected / image).read_bytes()).hexdigest() for image in row["images"]]
-        assert held == sample["images"]
+        written = [hashlib.sha256((collected / image).read_bytes()).hexdigest() for image in row["images"]]
+        assert written == sample["images"]
         picture = [hashlib.sha256(decoded(collected / image)).hexdigest() for image in row["images"]]
         assert picture == [look["pixels"] for look in sample["looks"]]
     assert samples[0]["origin"].startswith("text.txt:")
@@ -100,11 +100,11 @@ def decoded(path: Path) -> bytes:
 
 def test_collecting_again_gives_the_same_bytes(model: Path, tmp_path: Path) -> None:
     text, questions = write_text(tmp_path, 0, 200), write_questions(tmp_path, 0, 12)
-    found = list[dict[str, str]]()
+    actual = list[dict[str, str]]()
     for number, seed in enumerate((0, 0, 1)):
         collect(selection(text, questions, seed), model, tmp_path / f"out{number}", Silent())
-        found.append(folder_digests(tmp_path / f"out{number}"))
-    assert found[0] == found[1]
+        actual.append(folder_digests(tmp_path / f"out{number}"))
+    assert actual[0] == actual[1]
     assert read_manifest(tmp_path / "out2")["digest"] != read_manifest(tmp_path / "out0")["digest"]
 
 
@@ -245,8 +245,8 @@ def test_questions_that_do_not_fit(model: Path, tmp_path: Path) -> None:
 
 def test_a_truncated_image_is_found_while_collecting(model: Path, tmp_path: Path) -> None:
     path = write_questions(tmp_path, 0, 8)
-    whole = (tmp_path / "3-0.png").read_bytes()
-    (tmp_path / "3-0.png").write_bytes(whole[: len(whole) // 2])
+    full = (tmp_path / "3-0.png").read_bytes()
+    (tmp_path / "3-0.png").write_bytes(full[: len(full) // 2])
     with pytest.raises(DataError, match=r"questions.jsonl:4.*cannot be read as an image"):
         collect(selection(None, path), model, tmp_path / "out", Silent())
 
@@ -283,7 +283,7 @@ def test_damaged_folders(model: Path, collected: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("several", [False, True])
 def test_a_chat_template_in_the_tokenizers_settings_alone_counts(several: bool, model: Path, tmp_path: Path) -> None:
-    prompt, kept = Prompt("one", "What is it?", (picture(0),)), load_processor(model)
+    prompt, processor = Prompt("one", "What is it?", (picture(0),)), load_processor(model)
     moved = shutil.copytree(model, tmp_path / "moved")
     template = (moved / "chat_template.jinja").read_text(encoding="utf-8")
     (moved / "chat_template.jinja").unlink()
@@ -291,7 +291,7 @@ def test_a_chat_template_in_the_tokenizers_settings_alone_counts(several: bool, 
     named = [{"name": "tool_use", "template": "{{ tools }}"}, {"name": "default", "template": template}]
     settings["chat_template"] = named if several else template
     (moved / "tokenizer_config.json").write_text(json.dumps(settings), encoding="utf-8")
-    assert write_prompt(load_processor(moved), prompt, "red") == write_prompt(kept, prompt, "red")
+    assert write_prompt(load_processor(moved), prompt, "red") == write_prompt(processor, prompt, "red")
 
 
 def test_no_overlap(collected: Path, tmp_path: Path) -> None:
@@ -331,11 +331,11 @@ def test_an_image_in_both_with_another_question_warns(collected: Path, tmp_path:
     assert warning.startswith(f"an image of question {row['id']} (questions.jsonl:1) of the evaluation is also calibration sample")
 
 
-def encoded_again(path: Path, **how: Any) -> None:
+def encoded_again(path: Path, **options: Any) -> None:
     """Write an image's pixels in another encoding to its place."""
     image, buffer = Image.open(path).convert("RGB"), io.BytesIO()
-    size = how.pop("size", image.size)
-    image.resize(size, Image.Resampling.LANCZOS).save(buffer, **how)
+    size = options.pop("size", image.size)
+    image.resize(size, Image.Resampling.LANCZOS).save(buffer, **options)
     path.write_bytes(buffer.getvalue())
 
 
@@ -360,8 +360,8 @@ def test_a_question_in_both_is_found_in_other_letters_and_with_its_images_in_ano
 
 
 def test_an_image_that_looks_like_one_in_both_warns(collected: Path, tmp_path: Path) -> None:
-    held = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
-    number = int(held["id"])
+    written = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
+    number = int(written["id"])
     path = write_questions(tmp_path, number, number + 1)
     for image in json.loads(path.read_text())["image"]:
         encoded_again(tmp_path / image, format="JPEG", quality=80, size=(90, 90))
@@ -371,8 +371,8 @@ def test_an_image_that_looks_like_one_in_both_warns(collected: Path, tmp_path: P
 
 
 def test_options_do_not_hide_a_question(collected: Path, tmp_path: Path) -> None:
-    held = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
-    path = write_questions(tmp_path, int(held["id"]), int(held["id"]) + 1, options=["red", "blue"])
+    written = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
+    path = write_questions(tmp_path, int(written["id"]), int(written["id"]) + 1, options=["red", "blue"])
     with pytest.raises(DataError, match="of the evaluation is calibration sample"):
         check_overlap(collected, read_questions([path], Columns(options="options")), [])
 
@@ -414,7 +414,7 @@ def test_a_paragraph_in_both_stops(of_prose: Path, tmp_path: Path, text: str) ->
 def with_changes(every: int) -> str:
     """The prose with a word put in after each so many, such that no longer run of words stands in both."""
     words = PLAIN.replace(" ,", "").replace(" .", "").split()
-    runs = [words[place : place + every] for place in range(0, len(words), every)]
+    runs = [words[index : index + every] for index in range(0, len(words), every)]
     return " ".join(word for number, run in enumerate(runs) for word in (*run, f"new{number}"))
 
 
@@ -428,17 +428,17 @@ def test_runs_of_thirteen_words_count_and_shorter_ones_do_not(of_prose: Path, tm
 
 def test_a_leak_is_found_wherever_it_stands_in_a_long_text(of_prose: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(overlap, "_CHUNK_WORDS", 40)
-    others = [" ".join(f"other{number}x{place}" for place in range(25)) for number in range(6)]
-    for place in range(len(others) + 1):
-        (tmp_path / "test.txt").write_text("\n\n".join([*others[:place], PLAIN, *others[place:]]))
+    others = [" ".join(f"other{number}x{index}" for index in range(25)) for number in range(6)]
+    for index in range(len(others) + 1):
+        (tmp_path / "test.txt").write_text("\n\n".join([*others[:index], PLAIN, *others[index:]]))
         with pytest.raises(DataError, match="a paragraph of the evaluation's text"):
             check_overlap(of_prose, [], read_documents(tmp_path / "test.txt"))
 
 
 def test_a_quotation_is_no_leak(of_prose: Path, tmp_path: Path) -> None:
     quoted = " ".join(PLAIN.split()[:16])
-    own = "They say that in this country nobody has ever written more than a line without adding another one to it"
-    (tmp_path / "test.txt").write_text(f"{own} : {quoted} , {own} .\n")
+    sentence = "They say that in this country nobody has ever written more than a line without adding another one to it"
+    (tmp_path / "test.txt").write_text(f"{sentence} : {quoted} , {sentence} .\n")
     assert check_overlap(of_prose, [], read_documents(tmp_path / "test.txt")) == []
 
 
@@ -467,8 +467,8 @@ def test_a_question_that_the_processor_refuses_is_left_out_by_name(model: Path, 
     (tmp_path / "2-0.png").write_bytes(picture(2, 2000, 9))
     heard = Listening()
     chosen = VqaSet.model_validate({"dataset": "vqa", "source": str(source), "samples": 4})
-    wanted = CalibrationSelection(0, (PinnedSet(chosen, (source,)),))
-    collect(wanted, model, tmp_path / "out", heard)
+    selection = CalibrationSelection(0, (PinnedSet(chosen, (source,)),))
+    collect(selection, model, tmp_path / "out", heard)
     (warning,) = heard.warnings
     assert warning.startswith("calibration leaves out a question: questions.jsonl:3: question 2: the model's processor does not")
     assert "aspect ratio" in warning
@@ -478,4 +478,4 @@ def test_a_question_that_the_processor_refuses_is_left_out_by_name(model: Path, 
     for number in (0, 1, 3):
         (tmp_path / f"{number}-0.png").write_bytes(picture(number, 2000, 9))
     with pytest.raises(DataError, match=r"calibration: none of 4 questions can be shown to the model; the first: questions"):
-        collect(wanted, model, tmp_path / "none", Silent())
+        collect(selection, model, tmp_path / "none", Silent())

@@ -76,10 +76,10 @@ def test_chosen_questions_over_several_files(tmp_path: Path) -> None:
         {"image": [[{"bytes": picture(0)}, {"bytes": picture(1)}]] * 2, "question": ["d?", "e?"], "answer": ["4", "5"]},
         "r.parquet",
     )
-    found = list(read_questions([one, two], Columns(), {1, 2, 4}))
-    assert [question.question for question in found] == ["b?", "c?", "e?"]
-    assert [question.id for question in found] == ["0:2", "0:3", "1:2"]
-    assert len(found[2].images) == 2
+    actual = list(read_questions([one, two], Columns(), {1, 2, 4}))
+    assert [question.question for question in actual] == ["b?", "c?", "e?"]
+    assert [question.id for question in actual] == ["0:2", "0:3", "1:2"]
+    assert len(actual[2].images) == 2
 
 
 def test_images_of_questions_not_chosen_are_not_read(tmp_path: Path) -> None:

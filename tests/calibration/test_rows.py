@@ -58,11 +58,11 @@ def test_a_list_of_questions_is_read_as_its_lines_are(tmp_path: Path, name: str)
     rows = [row(), row(id="b", image=["0.png", "1.png"], question='A "quoted\\" [one], {two}?'), row(id="c", answer=["x", "y"])]
     lines = read(write(tmp_path, rows, "lines.jsonl"))
     path = write(tmp_path, rows, name, listed=True)
-    found = read(path)
-    assert [(each.images, each.question, each.answers) for each in found] == [
+    actual = read(path)
+    assert [(each.images, each.question, each.answers) for each in actual] == [
         (each.images, each.question, each.answers) for each in lines
     ]
-    assert [each.origin for each in found] == [f"{name}:{number}" for number in (1, 2, 3)]
+    assert [each.origin for each in actual] == [f"{name}:{number}" for number in (1, 2, 3)]
     assert count_questions([path], Columns()) == 3
     before = source_digest(path, Columns())
     (tmp_path / "1.png").write_bytes(picture(7))
@@ -132,25 +132,25 @@ def test_conversations_as_llava_and_swift_write_them(tmp_path: Path) -> None:
     assert (question.id, *said(question)) == ("000000033471", "What are the colors of the bus?", ("White and red.",), 1)
     two = {**SWIFT, "messages": [{"role": "user", "content": "<image> <image> What?"}]}
     parts = [{"type": "image", "image": "2.png"}, {"type": "text", "text": "Which?"}]
-    own = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "Red"}]}]}
+    single = {"messages": [{"role": "user", "content": parts}, {"role": "assistant", "content": [{"type": "text", "text": "Red"}]}]}
     address = {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text_of(PNG)}"}}
     sent = {"messages": [{"role": "user", "content": ["Tell: ", address]}]}
     unmarked = {"messages": [{"role": "user", "content": "How many?"}], "images": ["0.png", "1.png"]}
-    found = read(write(tmp_path, [SWIFT, two, own, sent, unmarked]))
-    assert [said(question) for question in found] == [
+    actual = read(write(tmp_path, [SWIFT, two, single, sent, unmarked]))
+    assert [said(question) for question in actual] == [
         ("<image 1>What differs from <image 2>?", ("The colour.",), 2),
         ("What?", (), 2),
         ("Which?", ("Red",), 1),
         ("Tell:", (), 1),
         ("How many?", (), 2),
     ]
-    assert found[0].images == (picture(0), picture(1))
-    assert found[2].images == (picture(2),)
+    assert actual[0].images == (picture(0), picture(1))
+    assert actual[2].images == (picture(2),)
 
 
 def test_a_question_has_the_images_of_its_own_marks(tmp_path: Path) -> None:
     turns = ["<image>First?", "A", "<image><image>Second?", "B"]
-    messages = [{"role": ("user", "assistant")[place % 2], "content": text} for place, text in enumerate(turns)]
+    messages = [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(turns)]
     (question,) = read(write(tmp_path, [{"messages": messages, "images": ["1.png", "0.png", "2.png"]}]))
     assert (question.question, question.images) == ("First?", (picture(1),))
 
@@ -160,9 +160,9 @@ def test_conversations_in_parquet(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]
     path = tmp_path / "q.parquet"
     pq.write_table(cast("Any", pa).table({"conversations": [turns] * 2, "image": images}), path)
-    found = list(read_questions([path], Columns(answer="answers")))
-    assert [said(question) for question in found] == [("What is it?", ("A bus.",), 1)] * 2
-    assert [question.images[0] for question in found] == [picture(0), picture(1)]
+    actual = list(read_questions([path], Columns(answer="answers")))
+    assert [said(question) for question in actual] == [("What is it?", ("A bus.",), 1)] * 2
+    assert [question.images[0] for question in actual] == [picture(0), picture(1)]
     messages = [[{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A bus."}]]
     pq.write_table(cast("Any", pa).table({"messages": messages, "images": [[images[1]]]}), path)
     (question,) = read(path)
@@ -232,10 +232,10 @@ def test_base64_that_begins_like_a_path_is_no_path(tmp_path: Path) -> None:
 )
 def test_faults_of_images_are_one_short_line(tmp_path: Path, image: Any, message: str) -> None:
     path = write(tmp_path, [row(image=image)])
-    with pytest.raises(DataError, match=message) as found:
+    with pytest.raises(DataError, match=message) as actual:
         read(path)
-    assert len(str(found.value)) < 700
-    assert len(str(found.value).splitlines()) == 1
+    assert len(str(actual.value)) < 700
+    assert len(str(actual.value).splitlines()) == 1
 
 
 def test_images_stay_below_their_files_folder(tmp_path: Path) -> None:
@@ -379,20 +379,20 @@ def test_a_value_repeated_in_a_parquet_file_is_not_held_for_every_row(tmp_path: 
     path = tmp_path / "text.parquet"
     pq.write_table(cast("Any", pa).table({"text": ["x" * 20_000_000] * 40}), path)
     assert path.stat().st_size < 2_000_000
-    before, most = allocated(), 0
+    before, peak = allocated(), 0
     for number, _ in read_parquet(path, ["text"]):
-        most = max(most, allocated() - before)
+        peak = max(peak, allocated() - before)
         if number == 20:
             break
-    assert most < 300_000_000
+    assert peak < 300_000_000
 
 
 # text alone
 
 
 def test_rows_of_text_alone_where_they_are_asked_for(tmp_path: Path) -> None:
-    given = [row(), {"id": "b", "question": "Two and two?", "answer": "four"}, row(id="c", image=[])]
-    path = write(tmp_path, given)
+    rows = [row(), {"id": "b", "question": "Two and two?", "answer": "four"}, row(id="c", image=[])]
+    path = write(tmp_path, rows)
     with pytest.raises(DataError, match=r"q.jsonl:2: has no field 'image'"):
         read(path)
     assert [len(each.images) for each in read(path, RowFilter(text_only=True))] == [1, 0, 0]

@@ -23,11 +23,11 @@ def test_a_local_copy_of_wikitext_gives_the_same_windows_in_any_form(tmp_path: P
     (tmp_path / "wiki.raw").write_text("\n\n".join(rows), encoding="utf-8")
     (tmp_path / "wiki.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in rows), encoding="utf-8")
     pq.write_table(cast("Any", pa.table({"text": rows})), tmp_path / "wiki.parquet")
-    found: list[list[str]] = []
+    actual: list[list[str]] = []
     for path in (tmp_path / "wiki.raw", tmp_path / "wiki.jsonl", tmp_path / "wiki.parquet"):
         spec = WikitextSet(dataset="wikitext", source=str(path), samples=4, tokens=32)
         out = tmp_path / f"out-{path.suffix}"
         collect(CalibrationSelection(0, (PinnedSet(spec, (path,)),)), model, out, Silent())
-        found.append([sample["sha256"] for sample in read_manifest(out)["samples"]])
-    assert len(set(found[0])) == 4
-    assert found[0] == found[1] == found[2]
+        actual.append([sample["sha256"] for sample in read_manifest(out)["samples"]])
+    assert len(set(actual[0])) == 4
+    assert actual[0] == actual[1] == actual[2]

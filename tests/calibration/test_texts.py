@@ -46,19 +46,19 @@ def test_rows_of_a_table(tmp_path: Path, kind: str) -> None:
 
 def test_pieces_put_together_are_the_document() -> None:
     document = Document("one\ntwo\n\n three", "a:1")
-    found = list(pieces(document))
-    assert "".join(piece.text for piece in found) == document.text + "\n\n"
-    assert {piece.origin for piece in found} == {"a:1"}
+    actual = list(pieces(document))
+    assert "".join(piece.text for piece in actual) == document.text + "\n\n"
+    assert {piece.origin for piece in actual} == {"a:1"}
 
 
 def test_a_very_long_line_is_cut_before_white_space() -> None:
     for text in ("word " * 50_000 + "end", "x" * 250_000, f"{'x' * 99_999} {'y' * 100_000}"):
-        found = [piece.text for piece in pieces(Document(text, "a:1"))]
-        assert "".join(found) == f"{text}\n\n"
-        assert 2 < len(found) < 5
-        assert all(len(part) <= 100_000 for part in found)
+        actual = [piece.text for piece in pieces(Document(text, "a:1"))]
+        assert "".join(actual) == f"{text}\n\n"
+        assert 2 < len(actual) < 5
+        assert all(len(part) <= 100_000 for part in actual)
         if " word" in text:
-            assert all(part.startswith(" word") for part in found[1:])
+            assert all(part.startswith(" word") for part in actual[1:])
 
 
 @pytest.mark.parametrize(

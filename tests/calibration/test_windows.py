@@ -34,11 +34,11 @@ def test_windows_are_exact_spans_of_the_joined_text() -> None:
 def test_a_window_knows_the_lines_in_it() -> None:
     documents = [Document(f"{number}{'x' * 99}", f"a:{number}") for number in range(40)]
     text = "".join(blocks(documents))
-    ends = [sum(map(len, blocks(documents[: place + 1]))) for place in range(40)]
+    ends = [sum(map(len, blocks(documents[: index + 1]))) for index in range(40)]
     for window in pack_windows(documents, encode, wanted(samples=3, tokens=150)):
         start = text.index(bytes(window.token_ids.tolist()).decode())
-        inside = [place for place in range(40) if ends[place] > start and (ends[place - 1] if place else 0) < start + 150]
-        assert window.text == "".join(blocks([documents[place] for place in inside]))
+        inside = [index for index in range(40) if ends[index] > start and (ends[index - 1] if index else 0) < start + 150]
+        assert window.text == "".join(blocks([documents[index] for index in inside]))
         assert (window.first, window.last) == (f"a:{inside[0]}", f"a:{inside[-1]}")
 
 
@@ -72,6 +72,6 @@ def test_choose_is_fixed_for_all_time() -> None:
     assert draw_indices(20, 5, "0:0") == [4, 7, 10, 11, 12]
     assert draw_indices(20, 20, "0:0") == list(range(20))
     assert len({tuple(draw_indices(20, 5, f"{seed}:0")) for seed in range(20)}) > 15
-    counts = np.bincount([place for seed in range(2000) for place in draw_indices(10, 3, str(seed))], minlength=10)
+    counts = np.bincount([index for seed in range(2000) for index in draw_indices(10, 3, str(seed))], minlength=10)
     assert counts.min() > 500
     assert counts.max() < 700

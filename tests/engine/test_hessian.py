@@ -14,10 +14,10 @@ def tokens(count: int, channels: int) -> Tensor:
     return torch.randn(count, channels, generator=generator) * torch.logspace(-1, 1, channels) + 0.3
 
 
-def counted(request: HessianRequest, rows: Tensor, parts: int = 7) -> FullHessian | HessianSketch:
+def counted(request: HessianRequest, rows: Tensor, chunks: int = 7) -> FullHessian | HessianSketch:
     sums = request.start(rows.shape[1], CPU)
-    for part in torch.split(rows, -(-len(rows) // parts)):
-        sums.add(part)
+    for chunk in torch.split(rows, -(-len(rows) // chunks)):
+        sums.add(chunk)
     return sums
 
 

@@ -25,19 +25,19 @@ def test_tensors_past_the_limit_go_to_scratch_files(tmp_path: Path) -> None:
 def test_what_is_kept_does_not_follow_its_source(tmp_path: Path) -> None:
     source = torch.zeros(4)
     for limit in (1000, 0):
-        kept = HostMemory(tmp_path, limit).offload(source)
+        copy = HostMemory(tmp_path, limit).offload(source)
         source += 1
-        assert not torch.equal(kept, source)
+        assert not torch.equal(copy, source)
 
 
 def test_a_slice_is_kept_as_one(tmp_path: Path) -> None:
-    whole = torch.arange(60.0).view(2, 6, 5)
+    tensor = torch.arange(60.0).view(2, 6, 5)
     for limit in (1000, 0):
         host = HostMemory(tmp_path, limit)
-        for kept, strides in ((whole[:, 1:], (30, 5, 1)), (whole.transpose(0, 1), (5, 30, 1)), (whole[:, :1], (5, 5, 1))):
-            assert torch.equal(host.offload(kept), kept)
-            assert host.offload(kept).stride() == strides
-        assert host.offload(whole[0, 0].expand(3, 5)).stride() == (5, 1)
+        for copy, strides in ((tensor[:, 1:], (30, 5, 1)), (tensor.transpose(0, 1), (5, 30, 1)), (tensor[:, :1], (5, 5, 1))):
+            assert torch.equal(host.offload(copy), copy)
+            assert host.offload(copy).stride() == strides
+        assert host.offload(tensor[0, 0].expand(3, 5)).stride() == (5, 1)
 
 
 def test_a_scratch_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:

@@ -80,7 +80,7 @@ def qwen3_vl_batches() -> list[Fixed]:
 
 
 def plain_outputs(
-    folder: Path, given: list[Fixed], names: list[str], change: Callable[[Any], None] | None = None
+    folder: Path, calibration: list[Fixed], names: list[str], change: Callable[[Any], None] | None = None
 ) -> dict[str, list[Tensor]]:
     """Return what parts of the model, perhaps changed, return in plain forwards, by transformers alone."""
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(folder, dtype="auto").eval()
@@ -97,14 +97,14 @@ def plain_outputs(
     for name in names:
         model.get_submodule(name).register_forward_hook(keep(name))
     with torch.no_grad():
-        for batch in given:
+        for batch in calibration:
             model(**batch.inputs(), use_cache=False)
     return outputs
 
 
-def open_walk(folder: Path, given: list[Fixed], family: Family | None = None, host_bytes: int = 1 << 30) -> Replay:
+def open_walk(folder: Path, calibration: list[Fixed], family: Family | None = None, host_bytes: int = 1 << 30) -> Replay:
     checkpoint = open_checkpoint(folder)
-    return Replay(WalkConfig(checkpoint, family or family_of(checkpoint.config), given, "cpu", folder, host_bytes))
+    return Replay(WalkConfig(checkpoint, family or family_of(checkpoint.config), calibration, "cpu", folder, host_bytes))
 
 
 def assert_walk_equals(replay: Replay, units: list[str], expected: dict[str, list[Tensor]]) -> list[str]:
@@ -113,40 +113,42 @@ def assert_walk_equals(replay: Replay, units: list[str], expected: dict[str, lis
         visited.append(visit.name)
         outputs = [visit.run(call) for call in visit.calls]
         assert len(outputs) == len(expected[visit.name])
-        assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected[visit.name], strict=True)), visit.name
+        assert all(torch.equal(actual, reference) for actual, reference in zip(outputs, expected[visit.name], strict=True)), (
+            visit.name
+        )
     return visited
 
 
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])
 def test_every_block_returns_what_it_does_in_a_plain_forward(tmp_path: Path, build: Callable[[Path], Path]) -> None:
-    given = batches(build(tmp_path))
-    replay = open_walk(tmp_path, given)
+    calibration = batches(build(tmp_path))
+    replay = open_walk(tmp_path, calibration)
     units = [*replay.decoder_units(), "lm_head"]
     assert len(units) == 4
-    assert assert_walk_equals(replay, units, plain_outputs(tmp_path, given, units)) == units
+    assert assert_walk_equals(replay, units, plain_outputs(tmp_path, calibration, units)) == units
 
 
 def test_the_vision_tower_is_walked_before_the_decoder(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path, vision_blocks=4))
-    replay = open_walk(tmp_path, given)
-    expected = plain_outputs(tmp_path, given, [*replay.vision_units(), *replay.decoder_units()])
+    calibration = batches(build_qwen2_5_vl(tmp_path, vision_blocks=4))
+    replay = open_walk(tmp_path, calibration)
+    expected = plain_outputs(tmp_path, calibration, [*replay.vision_units(), *replay.decoder_units()])
     assert_walk_equals(replay, replay.vision_units(), expected)
     assert_walk_equals(replay, replay.decoder_units(), expected)
 
 
 def test_what_is_added_between_blocks_is_replayed(tmp_path: Path) -> None:
     family = build_qwen3_vl(tmp_path)
-    given = qwen3_vl_batches()
-    replay = open_walk(tmp_path, given, family)
+    calibration = qwen3_vl_batches()
+    replay = open_walk(tmp_path, calibration, family)
     units = replay.decoder_units()
-    assert_walk_equals(replay, units, plain_outputs(tmp_path, given, units))
+    assert_walk_equals(replay, units, plain_outputs(tmp_path, calibration, units))
 
 
 def test_activations_that_spill_are_the_same(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path))
-    replay = open_walk(tmp_path, given, host_bytes=0)
+    calibration = batches(build_qwen2_5_vl(tmp_path))
+    replay = open_walk(tmp_path, calibration, host_bytes=0)
     units = replay.decoder_units()
-    assert_walk_equals(replay, units, plain_outputs(tmp_path, given, units))
+    assert_walk_equals(replay, units, plain_outputs(tmp_path, calibration, units))
     assert replay.host.resident == 0
 
 
@@ -158,21 +160,23 @@ def forwards(replay: Replay, units: list[str]) -> list[int]:
 
 
 def test_blocks_fed_by_the_one_before_need_no_further_forward(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path))
-    replay = open_walk(tmp_path, given)
+    calibration = batches(build_qwen2_5_vl(tmp_path))
+    replay = open_walk(tmp_path, calibration)
     assert forwards(replay, replay.decoder_units()) == [2, 2, 2]
 
 
 def test_outputs_are_let_go_once_the_next_part_has_them(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path, layers=6, vision_blocks=6))
-    replay = open_walk(tmp_path, given)
-    expected = plain_outputs(tmp_path, given, [*replay.vision_units(), *replay.decoder_units(), "lm_head"])
+    calibration = batches(build_qwen2_5_vl(tmp_path, layers=6, vision_blocks=6))
+    replay = open_walk(tmp_path, calibration)
+    expected = plain_outputs(tmp_path, calibration, [*replay.vision_units(), *replay.decoder_units(), "lm_head"])
     for units in (replay.vision_units(), [*replay.decoder_units(), "lm_head"]):
         resident: list[int] = []
         for visit in replay.walk(units):
             resident.append(replay.host.resident)
             outputs = [visit.run(call) for call in visit.calls]
-            assert all(torch.equal(ours, theirs) for ours, theirs in zip(outputs, expected[visit.name], strict=True)), visit.name
+            assert all(torch.equal(actual, reference) for actual, reference in zip(outputs, expected[visit.name], strict=True)), (
+                visit.name
+            )
         assert len(resident) == 7
         assert max(resident[2:-1]) <= resident[1]
         assert resident[-1] <= resident[1] + sum(output.nbytes for output in expected[units[-2]])
@@ -180,9 +184,9 @@ def test_outputs_are_let_go_once_the_next_part_has_them(tmp_path: Path) -> None:
 
 def test_outputs_that_are_read_by_others_than_the_next_block_are_kept(tmp_path: Path) -> None:
     family = build_qwen3_vl(tmp_path)
-    given = qwen3_vl_batches()
-    replay = open_walk(tmp_path, given, family)
-    expected = plain_outputs(tmp_path, given, [*replay.vision_units(), *replay.decoder_units(), "lm_head"])
+    calibration = qwen3_vl_batches()
+    replay = open_walk(tmp_path, calibration, family)
+    expected = plain_outputs(tmp_path, calibration, [*replay.vision_units(), *replay.decoder_units(), "lm_head"])
     assert_walk_equals(replay, replay.vision_units(), expected)
     assert_walk_equals(replay, [*replay.decoder_units(), "lm_head"], expected)
 
@@ -193,29 +197,29 @@ def add_first_output(model: Any) -> None:
     forward = tower.forward
 
     def run(*args: Any, **kwargs: Any) -> Any:
-        held: list[Tensor] = []
+        references: list[Tensor] = []
 
-        def hold(module: nn.Module, given: object, output: Tensor) -> None:
-            held.append(output)
+        def hold(module: nn.Module, args: object, output: Tensor) -> None:
+            references.append(output)
 
         hook = tower.blocks[0].register_forward_hook(hold)
         try:
             result = forward(*args, **kwargs)
         finally:
             hook.remove()
-        result.pooler_output = result.pooler_output + held[0].mean()
+        result.pooler_output = result.pooler_output + references[0].mean()
         return result
 
     tower.forward = run
 
 
 def test_outputs_that_are_held_to_the_end_are_kept(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path, vision_blocks=4))
-    replay = open_walk(tmp_path, given)
+    calibration = batches(build_qwen2_5_vl(tmp_path, vision_blocks=4))
+    replay = open_walk(tmp_path, calibration)
     add_first_output(replay.model)
     units = replay.vision_units()
     assert [visit.name for visit in replay.walk(units)] == units
-    expected = plain_outputs(tmp_path, given, replay.decoder_units(), add_first_output)
+    expected = plain_outputs(tmp_path, calibration, replay.decoder_units(), add_first_output)
     assert_walk_equals(replay, replay.decoder_units(), expected)
 
 
@@ -226,8 +230,8 @@ def test_only_what_needs_it_is_replayed(tmp_path: Path) -> None:
 
 
 def test_later_blocks_see_what_was_changed_in_earlier_ones(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path))
-    replay = open_walk(tmp_path, given)
+    calibration = batches(build_qwen2_5_vl(tmp_path))
+    replay = open_walk(tmp_path, calibration)
     units = replay.decoder_units()
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path, dtype="auto").eval()
     model.get_submodule(units[0]).mlp.down_proj.weight.data *= 0.5
@@ -238,7 +242,7 @@ def test_later_blocks_see_what_was_changed_in_earlier_ones(tmp_path: Path) -> No
 
     model.get_submodule(units[-1]).register_forward_hook(keep)
     with torch.no_grad():
-        for batch in given:
+        for batch in calibration:
             model(**batch.inputs(), use_cache=False)
     for visit in replay.walk(units):
         if visit.name == units[0]:
@@ -262,8 +266,8 @@ def test_only_one_block_has_weights_at_a_time(tmp_path: Path) -> None:
 
 
 def test_an_image_tower_that_no_sample_reaches_is_an_error(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path))[1:]
-    replay = open_walk(tmp_path, given)
+    calibration = batches(build_qwen2_5_vl(tmp_path))[1:]
+    replay = open_walk(tmp_path, calibration)
     visit = next(iter(replay.walk(replay.vision_units())))
     with pytest.raises(CheckpointError, match=r"visual.blocks.0: no calibration sample reaches it; add samples that do, images"):
         observe(visit, ["attn.qkv"])

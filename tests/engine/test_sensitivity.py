@@ -19,9 +19,9 @@ KINDS = ("self_attn.q_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_pro
 BLOCKS = "model.language_model.layers"
 
 
-def plan(folder: Path, given: list[Fixed]) -> WalkConfig:
+def plan(folder: Path, calibration: list[Fixed]) -> WalkConfig:
     checkpoint = open_checkpoint(folder)
-    return WalkConfig(checkpoint, family_of(checkpoint.config), given, "cpu", folder)
+    return WalkConfig(checkpoint, family_of(checkpoint.config), calibration, "cpu", folder)
 
 
 def keeping(outputs: dict[str, Tensor], name: str) -> Any:
@@ -32,12 +32,12 @@ def keeping(outputs: dict[str, Tensor], name: str) -> Any:
     return hook
 
 
-def by_autograd(folder: Path, given: list[Fixed], linears: list[str], seed: int) -> dict[str, dict[str, Tensor]]:
+def by_autograd(folder: Path, calibration: list[Fixed], linears: list[str], seed: int) -> dict[str, dict[str, Tensor]]:
     """Return the mean squares by plain autograd through the whole model, by transformers alone, on the same drawn labels."""
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
-    found: dict[str, dict[str, list[Tensor]]] = {name: {"text": [], "vision": []} for name in linears}
-    for batch in given:
+    gradients: dict[str, dict[str, list[Tensor]]] = {name: {"text": [], "vision": []} for name in linears}
+    for batch in calibration:
         inputs = batch.inputs()
         tokens = inputs["input_ids"].reshape(-1)
         image = tokens == model.config.image_token_id
@@ -53,39 +53,39 @@ def by_autograd(folder: Path, given: list[Fixed], linears: list[str], seed: int)
             handle.remove()
         for name, output in outputs.items():
             rows = cast("Tensor", output.grad).view(len(tokens), -1)
-            found[name]["text"].append(rows[valid & ~image])
-            found[name]["vision"].append(rows[valid & image])
+            gradients[name]["text"].append(rows[valid & ~image])
+            gradients[name]["vision"].append(rows[valid & image])
     return {
         name: {kind: torch.cat(rows).square().mean(0) for kind, rows in kinds.items() if sum(map(len, rows))}
-        for name, kinds in found.items()
+        for name, kinds in gradients.items()
     }
 
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_the_walk_in_reverse_equals_autograd_through_the_whole_model(tmp_path: Path, tied: bool) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32, tied=tied))
+    calibration = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32, tied=tied))
     linears = [f"{BLOCKS}.{block}.{kind}" for block in range(3) for kind in KINDS] + ["lm_head"]
-    expected = by_autograd(tmp_path, given, linears, seed=3)
-    found = measure_sensitivity(plan(tmp_path, given), linears, seed=3)
-    assert list(found) == linears
+    expected = by_autograd(tmp_path, calibration, linears, seed=3)
+    measured = measure_sensitivity(plan(tmp_path, calibration), linears, seed=3)
+    assert list(measured) == linears
     for name, kinds in expected.items():
-        torch.testing.assert_close(found[name].text, kinds["text"], rtol=1e-3, atol=1e-9)
+        torch.testing.assert_close(measured[name].text, kinds["text"], rtol=1e-3, atol=1e-9)
         if name == "lm_head":
-            assert found[name].vision is None
+            assert measured[name].vision is None
         else:
-            torch.testing.assert_close(found[name].vision, kinds["vision"], rtol=1e-3, atol=1e-9)
+            torch.testing.assert_close(measured[name].vision, kinds["vision"], rtol=1e-3, atol=1e-9)
 
 
 def test_a_model_in_bfloat16_is_near_and_the_same_each_time(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path))
+    calibration = batches(build_qwen2_5_vl(tmp_path))
     linears = [f"{BLOCKS}.{block}.mlp.up_proj" for block in range(3)]
-    expected = by_autograd(tmp_path, given, linears, seed=0)
+    expected = by_autograd(tmp_path, calibration, linears, seed=0)
     steps: list[int] = []
-    found = measure_sensitivity(plan(tmp_path, given), linears, 0, steps.append)
-    again = measure_sensitivity(plan(tmp_path, given), linears, 0)
+    measured = measure_sensitivity(plan(tmp_path, calibration), linears, 0, steps.append)
+    again = measure_sensitivity(plan(tmp_path, calibration), linears, 0)
     assert sum(steps) == 6
     for name in linears:
-        text, vision = cast("Tensor", found[name].text), cast("Tensor", found[name].vision)
+        text, vision = cast("Tensor", measured[name].text), cast("Tensor", measured[name].vision)
         assert torch.equal(text, cast("Tensor", again[name].text))
         assert torch.equal(vision, cast("Tensor", again[name].vision))
         assert float(text.sum() / expected[name]["text"].sum()) == pytest.approx(1, rel=0.2)
@@ -97,8 +97,8 @@ def test_a_model_in_bfloat16_is_near_and_the_same_each_time(tmp_path: Path) -> N
 
 def test_the_predicted_loss_is_that_of_the_measured_divergence(tmp_path: Path) -> None:
     """A change of the output head moves the predictions by what Fisher's information says."""
-    given = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32))
-    found = measure_sensitivity(plan(tmp_path, given), ["lm_head"], seed=0)["lm_head"]
+    calibration = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32))
+    measured = measure_sensitivity(plan(tmp_path, calibration), ["lm_head"], seed=0)["lm_head"]
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path, dtype=torch.float32).eval()
     error = torch.randn(model.lm_head.weight.shape, generator=torch.Generator().manual_seed(0)) * 2e-3
     statistics, divergence, predicted = InputStatistics(), 0.0, 0
@@ -109,7 +109,7 @@ def test_the_predicted_loss_is_that_of_the_measured_divergence(tmp_path: Path) -
 
     model.lm_head.register_forward_pre_hook(see)
     with torch.no_grad():
-        for batch in given:
+        for batch in calibration:
             tokens = batch.inputs()["input_ids"].view(-1)
             text = batch.inputs()["attention_mask"].view(-1).bool() & (tokens != model.config.image_token_id)
             before = model(**batch.inputs(), use_cache=False).logits.view(len(tokens), -1)[text].log_softmax(-1)
@@ -117,7 +117,7 @@ def test_the_predicted_loss_is_that_of_the_measured_divergence(tmp_path: Path) -
             after = (before + inputs[-1].view(len(tokens), -1)[text] @ error.t()).log_softmax(-1)
             divergence += float((before.exp() * (before - after)).sum())
             predicted += int(text.sum())
-    assert found.predicted_loss(error, statistics) == pytest.approx(divergence / predicted, rel=0.15)
+    assert measured.predicted_loss(error, statistics) == pytest.approx(divergence / predicted, rel=0.15)
 
 
 def one_kind(rows: Tensor) -> TokenStatistics:
@@ -158,6 +158,6 @@ def test_weights_of_the_modalities() -> None:
 
 
 def test_a_layer_that_is_never_called_is_named(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path))
+    calibration = batches(build_qwen2_5_vl(tmp_path))
     with pytest.raises(CheckpointError, match=f"{BLOCKS}.9.mlp.up_proj: no calibration sample calls it"):
-        measure_sensitivity(plan(tmp_path, given), [f"{BLOCKS}.9.mlp.up_proj"], 0)
+        measure_sensitivity(plan(tmp_path, calibration), [f"{BLOCKS}.9.mlp.up_proj"], 0)

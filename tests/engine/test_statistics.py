@@ -22,11 +22,11 @@ def test_sums_equal_brute_force() -> None:
     text = torch.tensor([1, 1, 0, 0, 0, 1, 1, 1, 1, 0], dtype=torch.bool)
     vision = torch.tensor([0, 0, 1, 1, 0, 0, 0, 0, 0, 0], dtype=torch.bool)
     statistics = InputStatistics()
-    for part in inputs:
-        statistics.add(part, Positions(text, vision))
+    for chunk in inputs:
+        statistics.add(chunk, Positions(text, vision))
     rows = {
-        "text": torch.cat([part.view(10, 8)[text] for part in inputs]),
-        "vision": torch.cat([part.view(10, 8)[vision] for part in inputs]),
+        "text": torch.cat([chunk.view(10, 8)[text] for chunk in inputs]),
+        "vision": torch.cat([chunk.view(10, 8)[vision] for chunk in inputs]),
     }
     for kind, expected in rows.items():
         sums = getattr(statistics, kind)
@@ -50,9 +50,9 @@ class Counting(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        given = {part.untyped_storage().data_ptr() for part in args if isinstance(part, Tensor)}
+        input_storages = {chunk.untyped_storage().data_ptr() for chunk in args if isinstance(chunk, Tensor)}
         if isinstance(result, Tensor) and result.numel() >= self.elements:
-            self.made += result.untyped_storage().data_ptr() not in given
+            self.made += result.untyped_storage().data_ptr() not in input_storages
         return result
 
 
@@ -103,7 +103,7 @@ def test_linears_with_one_input_share_their_sums() -> None:
 
 
 def test_a_walked_block_counts_text_and_vision_tokens_and_no_padding(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32))
+    calibration = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32))
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path).eval()
     name = "model.language_model.layers.1"
     seen: list[Tensor] = []
@@ -112,31 +112,31 @@ def test_a_walked_block_counts_text_and_vision_tokens_and_no_padding(tmp_path: P
         seen.append(args[0])
 
     model.get_submodule(f"{name}.mlp.down_proj").register_forward_pre_hook(see)
-    kept: dict[str, list[Tensor]] = {"text": [], "vision": []}
+    expected_inputs: dict[str, list[Tensor]] = {"text": [], "vision": []}
     with torch.no_grad():
-        for batch in given:
+        for batch in calibration:
             model(**batch.inputs(), use_cache=False)
             tokens, mask = batch.tensors["input_ids"], batch.tensors["attention_mask"].bool()
             image = tokens == model.config.image_token_id
-            kept["vision"].append(seen[-1][image & mask])
-            kept["text"].append(seen[-1][~image & mask])
-    assert any((batch.tensors["attention_mask"] == 0).any() for batch in given)
-    replay = open_walk(tmp_path, given)
+            expected_inputs["vision"].append(seen[-1][image & mask])
+            expected_inputs["text"].append(seen[-1][~image & mask])
+    assert any((batch.tensors["attention_mask"] == 0).any() for batch in calibration)
+    replay = open_walk(tmp_path, calibration)
     statistics = next(observe(visit, ["mlp.down_proj"]) for visit in replay.walk(replay.decoder_units()) if visit.name == name)
-    for kind, parts in kept.items():
-        rows = torch.cat(parts)
+    for kind, chunks in expected_inputs.items():
+        rows = torch.cat(chunks)
         sums = getattr(statistics["mlp.down_proj"], kind)
         assert sums.tokens == len(rows)
         torch.testing.assert_close(InputStatistics(text=sums).mean_hessian() * len(rows), rows.t() @ rows)
 
 
 def test_in_the_vision_tower_every_row_is_vision(tmp_path: Path) -> None:
-    given = batches(build_qwen2_5_vl(tmp_path))
-    replay = open_walk(tmp_path, given)
+    calibration = batches(build_qwen2_5_vl(tmp_path))
+    replay = open_walk(tmp_path, calibration)
     visit = next(iter(replay.walk(replay.vision_units())))
     statistics = observe(visit, ["attn.qkv"])["attn.qkv"]
     assert statistics.text is None
-    assert statistics.tokens == len(given[0].tensors["pixel_values"])
+    assert statistics.tokens == len(calibration[0].tensors["pixel_values"])
 
 
 def test_padding_alone_is_an_error() -> None:

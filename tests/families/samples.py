@@ -63,9 +63,9 @@ def written(processor: Any, family: Family, question: str, images: int) -> str:
 def encode(folder: Path, questions: Sequence[str], pictures: Sequence[Sequence[bytes]]) -> Fixed:
     """Return questions, each about its own pictures, as one padded batch."""
     family, processor = family_at(folder), load_processor(folder)
-    texts = [written(processor, family, text, len(shown)) for text, shown in zip(questions, pictures, strict=True)]
-    nested = [[decode_image(data, "picture") for data in shown] for shown in pictures]
-    flat = [image for shown in nested for image in shown]
+    texts = [written(processor, family, text, len(of_prompt)) for text, output in zip(questions, pictures, strict=True)]
+    nested = [[decode_image(data, "picture") for data in of_prompt] for output in pictures]
+    flat = [image for of_prompt in nested for image in output]
     images = nested if family.name in NESTED else flat
     return Fixed(dict(processor(text=texts, images=images if flat else None, padding=True, return_tensors="pt")))
 
@@ -84,12 +84,12 @@ def batches(folder: Path) -> list[Fixed]:
 
 
 def tensors_of(output: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    map_tensors(output, found.append)
-    return found
+    actual: list[Tensor] = []
+    map_tensors(output, actual.append)
+    return actual
 
 
-def plain_outputs(folder: Path, given: Sequence[Fixed], names: Sequence[str]) -> dict[str, list[list[Tensor]]]:
+def plain_outputs(folder: Path, calibration: Sequence[Fixed], names: Sequence[str]) -> dict[str, list[list[Tensor]]]:
     """Return what parts of the model return at each of their calls in plain forwards, by transformers alone."""
     family, model = family_at(folder), load_plain(folder)
     outputs: dict[str, list[list[Tensor]]] = {name: [] for name in names}
@@ -103,7 +103,7 @@ def plain_outputs(folder: Path, given: Sequence[Fixed], names: Sequence[str]) ->
     for name in names:
         model.get_submodule(name).register_forward_hook(keep(name))
     with torch.no_grad():
-        for batch in given:
+        for batch in calibration:
             inputs = batch.inputs()
             model.get_submodule(family.entry(inputs))(**inputs, use_cache=False)
     return outputs

@@ -52,9 +52,9 @@ def plain_answer(folder: Path, family: Family, prompt: Prompt) -> tuple[tuple[in
     for module in model.modules():
         if getattr(module, "generation_config", None) is not None:
             module.generation_config = GenerationConfig()
-    found = model.get_submodule(family.entry(inputs)).generate(**inputs, generation_config=settings)
-    tokens = found.sequences[0, inputs["input_ids"].shape[1] :].tolist()
-    return tuple(tokens), torch.cat(found.logits)
+    generated = model.get_submodule(family.entry(inputs)).generate(**inputs, generation_config=settings)
+    tokens = generated.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    return tuple(tokens), torch.cat(generated.logits)
 
 
 @pytest.mark.parametrize("name", WRITING)
@@ -72,6 +72,6 @@ def test_answers_and_their_likelihoods_are_those_of_transformers(name: str, tmp_
             tokens, logits = plain_answer(tmp_path, family, prompt)
             assert answer.token_ids == tokens[: len(answer.token_ids)]
             assert len(answer.token_ids) >= 2
-            said = torch.tensor(answer.token_ids).unsqueeze(1)
-            expected = -logits[: len(said)].log_softmax(dim=1).gather(1, said).squeeze(1)
+            token_ids = torch.tensor(answer.token_ids).unsqueeze(1)
+            expected = -logits[: len(token_ids)].log_softmax(dim=1).gather(1, token_ids).squeeze(1)
             torch.testing.assert_close(torch.from_numpy(score.negative_log_likelihood).float(), expected, rtol=1e-3, atol=1e-3)

@@ -113,13 +113,13 @@ def test_another_decoder_is_refused(change: dict[str, Any], message: str) -> Non
 
 def test_the_parts_that_stay_in_float32_do_so_in_the_walk(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_blip2(tmp_path, dtype=torch.float16))
-    given = batches(tmp_path)[1:2]
-    replay = Replay(WalkConfig(checkpoint, family_of(checkpoint.config), given, "cpu", tmp_path, 1 << 30))
-    expected = plain_outputs(tmp_path, given, ["qformer", "language_projection"])
+    calibration = batches(tmp_path)[1:2]
+    replay = Replay(WalkConfig(checkpoint, family_of(checkpoint.config), calibration, "cpu", tmp_path, 1 << 30))
+    expected = plain_outputs(tmp_path, calibration, ["qformer", "language_projection"])
     for visit in replay.walk(replay.vision_units()):
         if visit.name in expected:
             dtype = torch.float32 if visit.name == "qformer" else torch.float16
             assert {parameter.dtype for parameter in visit.module.parameters()} == {dtype}
-            found = [tensors_of(visit.run(call)) for call in visit.calls]
-            assert len(found) == 1
-            assert all(torch.equal(one, other) for one, other in zip(found[0], expected[visit.name][0], strict=True))
+            actual = [tensors_of(visit.run(call)) for call in visit.calls]
+            assert len(actual) == 1
+            assert all(torch.equal(one, other) for one, other in zip(actual[0], expected[visit.name][0], strict=True))

@@ -34,21 +34,21 @@ def test_likelihoods_are_those_of_transformers(folder: Path) -> None:
     assert "text_model.embeddings.position_ids" in open_checkpoint(folder).tensors
     pictures = [Picture(str(seed), picture(seed, 60 + seed, 80)) for seed in range(35)]
     with open_in_process(folder) as session:
-        found = session.classify(pictures, [[text] for text in CLASSES], Silent())
+        actual = session.classify(pictures, [[text] for text in CLASSES], Silent())
     model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
     processor: Any = CLIPProcessor.from_pretrained(folder)
-    images = [decode_image(given.image, given.id) for given in pictures]
+    images = [decode_image(sample.image, sample.id) for sample in pictures]
     with torch.no_grad():
         expected = model(**processor(text=list(CLASSES), images=images, padding=True, return_tensors="pt")).logits_per_image
-    np.testing.assert_allclose(found, expected.double().log_softmax(dim=1).numpy(), atol=1e-4)
+    np.testing.assert_allclose(actual, expected.double().log_softmax(dim=1).numpy(), atol=1e-4)
 
 
 def test_a_class_of_several_texts_stands_at_their_mean(folder: Path) -> None:
-    given = [Picture("a", picture(1))]
+    samples = [Picture("a", picture(1))]
     with open_in_process(folder) as session:
-        double = session.classify(given, [[CLASSES[0]] * 2, [CLASSES[1]]], Silent())
-        single = session.classify(given, [[CLASSES[0]], [CLASSES[1]]], Silent())
-        mean = session.classify(given, [CLASSES[::2], CLASSES[1:2]], Silent())
+        double = session.classify(samples, [[CLASSES[0]] * 2, [CLASSES[1]]], Silent())
+        single = session.classify(samples, [[CLASSES[0]], [CLASSES[1]]], Silent())
+        mean = session.classify(samples, [CLASSES[::2], CLASSES[1:2]], Silent())
     np.testing.assert_allclose(double, single, atol=1e-6)
     assert not np.allclose(mean, single)
 
@@ -89,8 +89,8 @@ def test_calibration_frames_windows_and_needs_no_chat_template(folder: Path, tmp
     inputs = pairs.inputs()
     assert inputs.keys() == {"input_ids", "attention_mask", "pixel_values"}
     processor: Any = CLIPProcessor.from_pretrained(folder)
-    said = processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
-    assert sorted(said)[0] == "what is in picture 0 ? red"
+    texts = processor.tokenizer.batch_decode(inputs["input_ids"], skip_special_tokens=True)
+    assert sorted(texts)[0] == "what is in picture 0 ? red"
 
 
 def test_text_beyond_the_context_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -45,16 +45,16 @@ def derived(folder: Path) -> Family:
 @pytest.mark.parametrize("name", LLAMA_LIKE)
 def test_what_is_derived_is_what_the_record_says(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(BUILDERS[name](tmp_path, vision_blocks=3))
-    found, record = derived(tmp_path), family_of(checkpoint.config)
-    assert found.scale_pairs == record.scale_pairs
-    assert (found.blocks, found.embeddings, found.head) == (record.blocks, record.embeddings, record.head)
-    assert (found.vision, found.vision_blocks) == (record.vision, record.vision_blocks)
-    assert found.placeholders(checkpoint.config) == record.placeholders(checkpoint.config)
-    assert [found.module_name(part) for part in checkpoint.tensors] == [record.module_name(part) for part in checkpoint.tensors]
+    actual, record = derived(tmp_path), family_of(checkpoint.config)
+    assert actual.scale_pairs == record.scale_pairs
+    assert (actual.blocks, actual.embeddings, actual.head) == (record.blocks, record.embeddings, record.head)
+    assert (actual.vision, actual.vision_blocks) == (record.vision, record.vision_blocks)
+    assert actual.placeholders(checkpoint.config) == record.placeholders(checkpoint.config)
+    assert [actual.module_name(part) for part in checkpoint.tensors] == [record.module_name(part) for part in checkpoint.tensors]
 
 
 @pytest.mark.parametrize(
-    ("text", "pairs"),
+    ("text", "scale_pairs"),
     [
         (
             PHI3,
@@ -80,7 +80,7 @@ def test_an_unknown_decoder_is_walked_loaded_and_selected(tmp_path: Path) -> Non
     assert_loaded_alike(tmp_path)
     family = family_at(tmp_path)
     parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
-    intended = {f"model.language_model.layers.{block}.{part}" for block in range(3) for part in parts}
+    intended = {f"model.language_model.layers.{block}.{name}" for block in range(3) for name in parts}
     assert {linear.name for linear in select(checkpoint, family, ("decoder",), ()).linears} == intended
     projector = {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
     assert {linear.name for linear in select(checkpoint, family, ("projector",), ()).linears} == projector
@@ -88,16 +88,16 @@ def test_an_unknown_decoder_is_walked_loaded_and_selected(tmp_path: Path) -> Non
 
 def test_what_was_derived_is_said(tmp_path: Path) -> None:
     build_llava(tmp_path, text=PHI3)
-    said = family_at(tmp_path).derived
-    assert said.startswith(
+    message = family_at(tmp_path).derived
+    assert message.startswith(
         "llava: no family record fits, and one was derived from the model: decoder blocks model.language_model.layers"
     )
-    for part in (
+    for name in (
         "head lm_head",
         "vision model.vision_tower, model.multi_modal_projector, its blocks model.vision_tower.encoder.layers",
         "input_layernorm → self_attn.qkv_proj; post_attention_layernorm → mlp.gate_up_proj, and not within the vision tower",
     ):
-        assert part in said
+        assert name in message
     assert family_at(build_qwen2_5_vl(tmp_path / "known")).derived == ""
 
 
@@ -107,10 +107,10 @@ def test_an_unknown_decoder_goes_the_whole_way_with_a_warning(tmp_path: Path) ->
     build_llava(job.folder / "model", text=PHI3)
     export = [{"format": "vllm", "layout": "compressed-tensors"}]
     job.recipe.write_text(yaml.safe_dump(content(job) | {"export": export}), encoding="utf-8")
-    shown = StringIO()
+    output = StringIO()
     store = Store(job.store)
-    show(make_plan(job.recipe, {}, store), store, Console(file=shown, width=1000))
-    assert "warning: llava: no family record fits, and one was derived from the model" in shown.getvalue()
+    show(make_plan(job.recipe, {}, store), store, Console(file=output, width=1000))
+    assert "warning: llava: no family record fits, and one was derived from the model" in output.getvalue()
     report = compress.run(job.recipe, **job.places())
     assert report.rows[1].size_ratio < 0.9
     assert sum(warning.startswith("llava: no family record fits") for warning in report.warnings) == 1
@@ -120,9 +120,9 @@ def test_a_quantized_checkpoint_is_of_the_family_of_its_source(tmp_path: Path) -
     build_llava(tmp_path / "source", text=GEMMA)
     source = family_at(tmp_path / "source")
     round_checkpoint(tmp_path / "source", tmp_path / "rounded", scheme(4, 32))
-    rounded, found = open_checkpoint(tmp_path / "rounded"), family_at(tmp_path / "rounded")
-    assert (found.scale_pairs, found.vision, found.blocks) == (source.scale_pairs, source.vision, source.blocks)
-    assert [found.module_name(name) for name in rounded.tensors] == [source.module_name(name) for name in rounded.tensors]
+    rounded, actual = open_checkpoint(tmp_path / "rounded"), family_at(tmp_path / "rounded")
+    assert (actual.scale_pairs, actual.vision, actual.blocks) == (source.scale_pairs, source.vision, source.blocks)
+    assert [actual.module_name(name) for name in rounded.tensors] == [source.module_name(name) for name in rounded.tensors]
 
 
 def test_experts_are_refused(tmp_path: Path) -> None:

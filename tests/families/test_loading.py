@@ -14,15 +14,15 @@ from tests.tiny import BUILDERS
 def assert_loaded_alike(folder: Path) -> None:
     """Compare all that a model returns with what it returns as transformers loads it."""
     family = family_at(folder)
-    ours = load_model(folder, torch.float32, torch.device("cpu"), Silent())
-    theirs = load_plain(folder, "float32")
+    loaded = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    reference = load_plain(folder, "float32")
     for batch in batches(folder):
         inputs = batch.inputs()
         with torch.no_grad():
-            entries = [model.get_submodule(family.entry(inputs)) for model in (ours, theirs)]
-            found, expected = (tensors_of(entry(**inputs, use_cache=False)) for entry in entries)
-        assert len(found) == len(expected) > 0
-        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+            entries = [model.get_submodule(family.entry(inputs)) for model in (loaded, reference)]
+            actual, expected = (tensors_of(entry(**inputs, use_cache=False)) for entry in entries)
+        assert len(actual) == len(expected) > 0
+        assert all(torch.equal(one, other) for one, other in zip(actual, expected, strict=True))
 
 
 @pytest.mark.parametrize("name", BUILDERS)
@@ -37,6 +37,6 @@ def test_every_tensor_on_disk_has_a_place_in_the_model(name: str, tmp_path: Path
     model = load_plain(tmp_path)
     needed = {part: tuple(tensor.shape) for part, tensor in model.named_parameters()}  # a head that is tied is left out
     computed = {part: tuple(tensor.shape) for part, tensor in model.named_buffers()}  # some of which older files hold too
-    found = {family.module_name(part): entry.shape for part, entry in checkpoint.tensors.items()}
-    assert len(found) == len(checkpoint.tensors)
-    assert needed.items() <= found.items() <= (needed | computed).items()
+    actual = {family.module_name(part): entry.shape for part, entry in checkpoint.tensors.items()}
+    assert len(actual) == len(checkpoint.tensors)
+    assert needed.items() <= actual.items() <= (needed | computed).items()

@@ -51,11 +51,11 @@ def outputs(folder: Path) -> Tensor:
     for batch in batches(folder)[:2]:
         inputs = batch.inputs()
         with torch.no_grad():
-            found = model.get_submodule(family.entry(inputs))(**inputs)
+            output = model.get_submodule(family.entry(inputs))(**inputs)
         if family.head is None:
-            rows.append(found.pooler_output if "pooler_output" in found else found.text_embeds)
+            rows.append(output.pooler_output if "pooler_output" in output else output.text_embeds)
         else:
-            rows.append(found.logits[inputs["attention_mask"].bool()])
+            rows.append(output.logits[inputs["attention_mask"].bool()])
     return torch.cat([row.double().flatten() for row in rows])
 
 
@@ -100,14 +100,14 @@ def test_from_the_source_to_answers(source: Bench, method: str, tmp_path: Path) 
     assert outside
     assert all(torch.equal(after[name], before[name]) for name in outside)
 
-    expected, found = outputs(source.folder), outputs(artifact)
-    lost = float((found - expected).square().mean() / expected.square().mean())
+    expected, actual = outputs(source.folder), outputs(artifact)
+    lost = float((actual - expected).square().mean() / expected.square().mean())
     assert 0 < lost < (0.05 if method == "int8" else 0.35)  # random weights amplify what rounding changes; noise would be at 2
     assert answers(artifact) == answers(compressed)
 
 
 def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path: Path) -> None:
-    given = batches(source.folder)[1:3]
+    calibration = batches(source.folder)[1:3]
     family, checkpoint = source.family, source.checkpoint
     linears = select(checkpoint, family, ("decoder", "vision", "projector"), ()).linears
     padded = family.name == "mllama"  # whose tower fills tiles up, with rows that do not count
@@ -125,9 +125,9 @@ def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path:
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(counting(name))
     with torch.no_grad():
-        for batch in given:
+        for batch in calibration:
             model(**batch.inputs())
-    replay = Replay(WalkConfig(checkpoint, family, given, "cpu", tmp_path))
+    replay = Replay(WalkConfig(checkpoint, family, calibration, "cpu", tmp_path))
     seen = set[str]()
     for units in (replay.vision_units(), replay.decoder_units()):
         for visit in replay.walk(units):
@@ -137,7 +137,7 @@ def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path:
                 continue
             statistics = observe(visit, local)
             for relative, name in local.items():
-                found = statistics[relative].mean_hessian() * statistics[relative].tokens
-                torch.testing.assert_close(found, plain[name], rtol=2e-3, atol=2e-3 * float(plain[name].abs().max()))
+                actual = statistics[relative].mean_hessian() * statistics[relative].tokens
+                torch.testing.assert_close(actual, plain[name], rtol=2e-3, atol=2e-3 * float(plain[name].abs().max()))
                 seen.add(name)
     assert seen == set(names)

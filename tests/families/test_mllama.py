@@ -33,10 +33,10 @@ def text(folder: Path) -> Fixed:
     return encode(folder, [LONG, SHORT], [[], []])
 
 
-def visits(folder: Path, given: list[Fixed], units: str) -> dict[str, Any]:
+def visits(folder: Path, calibration: list[Fixed], units: str) -> dict[str, Any]:
     """Return what `observe` finds of all linears of each part, or the error it raises."""
     checkpoint = open_checkpoint(folder)
-    replay = Replay(WalkConfig(checkpoint, family_of(checkpoint.config), given, "cpu", folder, 1 << 30))
+    replay = Replay(WalkConfig(checkpoint, family_of(checkpoint.config), calibration, "cpu", folder, 1 << 30))
     return {visit.name: seen(visit) for visit in replay.walk(getattr(replay, units)())}
 
 
@@ -54,41 +54,41 @@ def test_the_images_states_count_where_a_token_reads_them(folder: Path, mixed: F
     tiles = [1, 2, 4]
     inputs = mixed.inputs()
     assert list(inputs["pixel_values"].shape[:3]) == [2, 2, 4]  # the first sample's second image, and nine tiles, are padding
-    found = visits(folder, [mixed], "decoder_units")["model.language_model.layers.1"]
-    assert found["cross_attn.k_proj"] is found["cross_attn.v_proj"]
-    assert found["cross_attn.k_proj"].text is None
-    assert found["cross_attn.k_proj"].vision.tokens == sum(tiles) * PATCHES
+    visited = visits(folder, [mixed], "decoder_units")["model.language_model.layers.1"]
+    assert visited["cross_attn.k_proj"] is visited["cross_attn.v_proj"]
+    assert visited["cross_attn.k_proj"].text is None
+    assert visited["cross_attn.k_proj"].vision.tokens == sum(tiles) * PATCHES
     read = inputs["cross_attention_mask"].bool().any(dim=1).flatten()
     assert int(read.sum()) == sum(tiles)
     (states,) = plain_outputs(folder, [mixed], ["model.multi_modal_projector"])["model.multi_modal_projector"][0]
     rows = states.reshape(len(read), PATCHES, -1)[read].flatten(0, 1).float()
-    torch.testing.assert_close(found["cross_attn.k_proj"].mean_hessian() * len(rows), rows.t() @ rows)
+    torch.testing.assert_close(visited["cross_attn.k_proj"].mean_hessian() * len(rows), rows.t() @ rows)
     asked = int(inputs["attention_mask"].sum())
     for name in ("cross_attn.q_proj", "cross_attn.o_proj", "mlp.down_proj"):
-        assert (found[name].text.tokens, found[name].vision) == (asked, None)
+        assert (visited[name].text.tokens, visited[name].vision) == (asked, None)
 
 
 def test_padding_of_tiles_and_patches_does_not_count_in_the_tower(folder: Path, mixed: Fixed) -> None:
-    found = visits(folder, [mixed], "vision_units")
-    assert [name.rpartition(".")[2] for name in found] == ["0", "1", "0", "1", "multi_modal_projector"]
-    for statistics in found.values():
+    visited = visits(folder, [mixed], "vision_units")
+    assert [name.rpartition(".")[2] for name in visited] == ["0", "1", "0", "1", "multi_modal_projector"]
+    for statistics in visited.values():
         assert {name: sums.vision.tokens for name, sums in statistics.items()} == dict.fromkeys(statistics, 7 * PATCHES)
     (states,) = plain_outputs(folder, [mixed], ["model.vision_model.layernorm_pre"])["model.vision_model.layernorm_pre"][0]
     assert states.shape[-2] == PATCHES < PADDED
 
 
 def test_a_block_that_some_batches_skip_is_passed_over_for_them(folder: Path, mixed: Fixed, text: Fixed) -> None:
-    found = visits(folder, [text, mixed, text], "decoder_units")
+    visited = visits(folder, [text, mixed, text], "decoder_units")
     asked, other = (int(batch.inputs()["attention_mask"].sum()) for batch in (mixed, text))
-    tokens = [statistics["mlp.down_proj"].tokens for statistics in found.values()]
+    tokens = [statistics["mlp.down_proj"].tokens for statistics in visited.values()]
     assert tokens == [asked + 2 * other, asked, asked + 2 * other]
 
 
 def test_a_block_that_no_sample_reaches_is_an_error(folder: Path, text: Fixed) -> None:
-    found = visits(folder, [text], "decoder_units")
-    assert found["model.language_model.layers.1"] == (
+    visited = visits(folder, [text], "decoder_units")
+    assert visited["model.language_model.layers.1"] == (
         "model.language_model.layers.1: no calibration sample reaches it; add samples that do, images with questions for what "
         "reads images"
     )
-    assert not isinstance(found["model.language_model.layers.2"], str)
+    assert not isinstance(visited["model.language_model.layers.2"], str)
     assert all(isinstance(error, str) for error in visits(folder, [text], "vision_units").values())

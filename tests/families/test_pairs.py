@@ -60,14 +60,14 @@ def assert_pairs_hold(folder: Path) -> set[ScalePair]:
                 block = BlockWeights.of(visit.module, linears, heads)
                 if not movable(block, pair):
                     continue
-                old = {part: tensor.clone() for part, tensor in visit.module.state_dict().items()}
+                old = {name: tensor.clone() for name, tensor in visit.module.state_dict().items()}
                 scaled(block, pair, generator)
-                put(visit.module, [*block.changed.items(), *((f"{part}.weight", block.weight(part)) for part in block.weights)])
+                put(visit.module, [*block.changed.items(), *((f"{name}.weight", block.weight(name)) for name in block.weights)])
                 assert not torch.equal(
                     visit.module.get_parameter(f"{pair.balance_layers[0]}.weight"), old[f"{pair.balance_layers[0]}.weight"]
                 )
-                for found, expected in zip(outputs(visit), before, strict=True):
-                    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
+                for actual, expected in zip(outputs(visit), before, strict=True):
+                    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
                 put(visit.module, old.items())
                 moved.add(pair)
     return moved

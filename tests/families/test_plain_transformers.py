@@ -53,12 +53,12 @@ def test_what_transformers_makes_of_an_artifact(source: Path, case: str, tmp_pat
     artifact = make_artifact(source, tmp_path, CASES[case])
     family = family_at(artifact)
     settings: dict[str, Any] = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family.name in UNPACKED else {}
-    plain, ours = load_plain(artifact, **settings), load_model(artifact, torch.float32, torch.device("cpu"), Silent())
-    text, shown = (batch.inputs() for batch in batches(artifact)[:2])
+    plain, loaded = load_plain(artifact, **settings), load_model(artifact, torch.float32, torch.device("cpu"), Silent())
+    text, with_image = (batch.inputs() for batch in batches(artifact)[:2])
     limit = TOKEN_STEPS if case.endswith("W8A8") else TOKENS_APART if (family.name, case) == ("blip-2", "FP8") else EXACT
     if family.head is not None:  # as one asks it: weights are unpacked by the first forward of the whole model
-        assert torch.equal(said(plain, shown), said(ours, shown)) or limit > EXACT
-    differences = [apart(plain, ours, inputs, family.entry(inputs)) for inputs in (shown, text)]
+        assert torch.equal(said(plain, with_image), said(loaded, with_image)) or limit > EXACT
+    differences = [apart(plain, loaded, inputs, family.entry(inputs)) for inputs in (with_image, text)]
     assert max(differences) < limit < NOISE, differences
 
 
@@ -68,17 +68,17 @@ def said(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     return model.generate(**inputs, generation_config=settings)
 
 
-def apart(plain: Any, ours: Any, inputs: dict[str, Tensor], entry: str) -> float:
+def apart(plain: Any, loaded: Any, inputs: dict[str, Tensor], entry: str) -> float:
     """Return how far the outputs of two models are apart, relative to their size."""
-    rows = [outputs(model.get_submodule(entry), inputs) for model in (plain, ours)]
+    rows = [outputs(model.get_submodule(entry), inputs) for model in (plain, loaded)]
     return float((rows[0] - rows[1]).square().mean().sqrt() / rows[1].square().mean().sqrt())
 
 
-def outputs(part: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
+def outputs(entry: Callable[..., Any], inputs: dict[str, Tensor]) -> Tensor:
     with torch.no_grad():
-        found = part(**inputs)
-    if "logits" in found:
-        return found.logits[inputs["attention_mask"].bool()].double()
-    if "image_embeds" in found:
-        return torch.cat([found.image_embeds, found.text_embeds]).double()
-    return found.pooler_output.double()
+        output = entry(**inputs)
+    if "logits" in output:
+        return output.logits[inputs["attention_mask"].bool()].double()
+    if "image_embeds" in output:
+        return torch.cat([output.image_embeds, output.text_embeds]).double()
+    return output.pooler_output.double()

@@ -77,8 +77,8 @@ def test_each_component_has_exactly_its_own_linears(name: str, tmp_path: Path) -
 def test_every_linear_belongs_to_one_component(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(BUILDERS[name](tmp_path))
     family = family_of(checkpoint.config)
-    found = [select(checkpoint, family, (target,), ()).linears for target in TARGETS]
-    names = [linear.name for linears in found for linear in linears]
+    actual = [select(checkpoint, family, (target,), ()).linears for target in TARGETS]
+    names = [linear.name for linears in actual for linear in linears]
     linears = [part for part, module in load_plain(tmp_path).named_modules() if isinstance(module, nn.Linear)]
     if head_is_tied(checkpoint, family):
         linears.remove(str(family.head))

@@ -27,7 +27,7 @@ def keeping(outputs: dict[str, Tensor], name: str) -> Callable[..., None]:
 
 
 def by_autograd(
-    folder: Path, family: Family, given: Sequence[Fixed], linears: Sequence[str]
+    folder: Path, family: Family, calibration: Sequence[Fixed], linears: Sequence[str]
 ) -> tuple[dict[str, list[Tensor]], int]:
     """Return each linear's sums of squared gradients at text and at image rows, by plain autograd, and the predicted tokens."""
     model, generator = load_plain(folder, "float32"), torch.Generator().manual_seed(0)
@@ -39,7 +39,7 @@ def by_autograd(
     sums = {name: [torch.zeros(()), torch.zeros(())] for name in linears}
     predicted = 0
     images = () if family.vision_readers else family.placeholders(open_checkpoint(folder).config)
-    for batch in given:
+    for batch in calibration:
         inputs = batch.inputs()
         valid = inputs["attention_mask"].bool()
         vision = torch.isin(inputs["input_ids"], torch.tensor(images, dtype=torch.int64))
@@ -61,14 +61,14 @@ def by_autograd(
 
 @pytest.mark.parametrize("name", [name for name in BUILDERS if name != "clip"])
 def test_every_linear_of_the_decoder_is_as_sensitive_as_autograd_says(name: str, tmp_path: Path) -> None:
-    given = batches(BUILDERS[name](tmp_path, dtype=torch.float32))
+    calibration = batches(BUILDERS[name](tmp_path, dtype=torch.float32))
     checkpoint, family = open_checkpoint(tmp_path), family_at(tmp_path)
     linears = [linear.name for linear in select(checkpoint, family, ("decoder",), ()).linears]
-    expected, predicted = by_autograd(tmp_path, family, given, linears)
-    found = measure_sensitivity(WalkConfig(checkpoint, family, given, "cpu", tmp_path), linears, seed=0)
+    expected, predicted = by_autograd(tmp_path, family, calibration, linears)
+    actual = measure_sensitivity(WalkConfig(checkpoint, family, calibration, "cpu", tmp_path), linears, seed=0)
     largest = max(float(part.max()) for parts in expected.values() for part in parts) / predicted
     for linear, (text, vision) in expected.items():
-        measured = found[linear]
+        measured = actual[linear]
         for values, share, total in zip((measured.text, measured.vision), measured.per_token, (text, vision), strict=True):
             mean = torch.zeros(()) if values is None else values * share
             torch.testing.assert_close(mean, total / predicted if values is not None else mean, rtol=1e-3, atol=largest * 1e-7)
@@ -76,7 +76,7 @@ def test_every_linear_of_the_decoder_is_as_sensitive_as_autograd_says(name: str,
 
 
 def test_a_model_without_an_output_head_says_so(tmp_path: Path) -> None:
-    given: list[Any] = batches(build_clip(tmp_path))
-    plan = WalkConfig(open_checkpoint(tmp_path), family_at(tmp_path), given, "cpu", tmp_path)
+    calibration: list[Any] = batches(build_clip(tmp_path))
+    plan = WalkConfig(open_checkpoint(tmp_path), family_at(tmp_path), calibration, "cpu", tmp_path)
     with pytest.raises(CheckpointError, match="clip has no output head, so nothing tells what its predictions depend on"):
         measure_sensitivity(plan, [], 0)

@@ -18,19 +18,19 @@ def assert_walk_equals(replay: Replay, units: list[str], expected: dict[str, lis
         visited.append(visit.name)
         outputs = [tensors_of(visit.run(call)) for call in visit.calls]
         assert len(outputs) == len(expected[visit.name]) > 0, visit.name
-        for ours, theirs in zip(outputs, expected[visit.name], strict=True):
-            assert all(torch.equal(one, other) for one, other in zip(ours, theirs, strict=True)), visit.name
+        for actual, reference in zip(outputs, expected[visit.name], strict=True):
+            assert all(torch.equal(one, other) for one, other in zip(actual, reference, strict=True)), visit.name
     return visited
 
 
 def assert_every_part_equals(folder: Path) -> None:
     """Walk the vision tower, then the decoder, and compare all that their parts return with a plain forward's."""
-    given, checkpoint, family = batches(folder), open_checkpoint(folder), family_at(folder)
-    replay = Replay(WalkConfig(checkpoint, family, given, "cpu", folder, 1 << 30))
+    calibration, checkpoint, family = batches(folder), open_checkpoint(folder), family_at(folder)
+    replay = Replay(WalkConfig(checkpoint, family, calibration, "cpu", folder, 1 << 30))
     decoder = [*replay.decoder_units(), *([family.head] if family.head and not head_is_tied(checkpoint, family) else [])]
     vision = replay.vision_units()
     assert len(vision) > 2
-    expected = plain_outputs(folder, given, [*vision, *decoder])
+    expected = plain_outputs(folder, calibration, [*vision, *decoder])
     assert sorted(assert_walk_equals(replay, vision, expected)) == sorted(vision)
     assert assert_walk_equals(replay, decoder, expected) == decoder
 
@@ -45,7 +45,7 @@ def test_every_part_returns_what_it_does_in_a_plain_forward(name: str, blocks: i
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_the_decoder_is_walked_without_the_vision_tower(name: str, tmp_path: Path) -> None:
-    given = batches(BUILDERS[name](tmp_path))
-    replay = Replay(WalkConfig(open_checkpoint(tmp_path), family_at(tmp_path), given, "cpu", tmp_path, 1 << 30))
+    calibration = batches(BUILDERS[name](tmp_path))
+    replay = Replay(WalkConfig(open_checkpoint(tmp_path), family_at(tmp_path), calibration, "cpu", tmp_path, 1 << 30))
     units = replay.decoder_units()
-    assert assert_walk_equals(replay, units, plain_outputs(tmp_path, given, units)) == units
+    assert assert_walk_equals(replay, units, plain_outputs(tmp_path, calibration, units)) == units

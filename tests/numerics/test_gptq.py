@@ -52,51 +52,51 @@ def test_the_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric:
     weight, hessian = problem()
     scheme = Scheme(bits, group_size, symmetric)
     expected = as_in_the_paper(weight, hessian, scheme, 0.01, actorder)
-    found = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(0.01, actorder)), scheme, torch.float32).dequantize()
-    same = ((found - expected).abs() < 1e-5).float().mean()
+    actual = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(0.01, actorder)), scheme, torch.float32).dequantize()
+    same = ((actual - expected).abs() < 1e-5).float().mean()
     assert same > 0.98  # a tie that float32 breaks the other way changes what comes after it in that row
-    assert error_of(weight, found, hessian) == pytest.approx(error_of(weight, expected, hessian), rel=0.02)
+    assert error_of(weight, actual, hessian) == pytest.approx(error_of(weight, expected, hessian), rel=0.02)
 
 
 def test_it_loses_far_less_than_the_nearest_codes() -> None:
     weight, hessian = problem()
     scheme = Scheme(3, 32, symmetric=True)
     nearest = quantize(weight, scheme, torch.float32).dequantize()
-    found = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions()), scheme, torch.float32).dequantize()
-    assert error_of(weight, found, hessian) < 0.6 * error_of(weight, nearest, hessian)
+    actual = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions()), scheme, torch.float32).dequantize()
+    assert error_of(weight, actual, hessian) < 0.6 * error_of(weight, nearest, hessian)
 
 
 def test_scales_are_those_that_are_stored() -> None:
     weight, hessian = problem()
-    found = round_columns(weight, Feedback.of(hessian, GptqOptions()), Scheme(4, 32, symmetric=False), torch.bfloat16)
-    assert found.scales.dtype == torch.bfloat16
-    assert found.codes.dtype == torch.uint8
-    assert found.codes.shape == weight.shape
-    assert found.scheme.group_size == 32
+    actual = round_columns(weight, Feedback.of(hessian, GptqOptions()), Scheme(4, 32, symmetric=False), torch.bfloat16)
+    assert actual.scales.dtype == torch.bfloat16
+    assert actual.codes.dtype == torch.uint8
+    assert actual.codes.shape == weight.shape
+    assert actual.scheme.group_size == 32
 
 
 def test_inputs_that_are_always_zero_leave_the_nearest_code() -> None:
     weight, hessian = problem()
     hessian[5], hessian[:, 5] = 0, 0
     scheme = Scheme(4, 32, symmetric=False)
-    found = round_columns(weight, Feedback.of(hessian, GptqOptions()), scheme, torch.float32)
-    assert torch.equal(found.codes[:, 5], quantize(weight, scheme, torch.float32).codes[:, 5])
+    actual = round_columns(weight, Feedback.of(hessian, GptqOptions()), scheme, torch.float32)
+    assert torch.equal(actual.codes[:, 5], quantize(weight, scheme, torch.float32).codes[:, 5])
 
 
 def test_a_second_moment_of_nothing_rounds_to_nearest() -> None:
     weight, _ = problem()
     scheme = Scheme(4, 32, symmetric=True)
-    found = round_columns(weight, Feedback.of(torch.zeros(192, 192), GptqOptions()), scheme, torch.float32)
-    assert torch.equal(found.codes, quantize(weight, scheme, torch.float32).codes)
+    actual = round_columns(weight, Feedback.of(torch.zeros(192, 192), GptqOptions()), scheme, torch.float32)
+    assert torch.equal(actual.codes, quantize(weight, scheme, torch.float32).codes)
 
 
 def test_a_singular_second_moment_is_damped_until_it_can_be_factored() -> None:
     weight, hessian = problem(tokens=3)
     scheme = Scheme(4, 32, symmetric=True)
-    found = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(dampening_frac=1e-9)), scheme, torch.float32)
-    assert found.dequantize().isfinite().all()
+    actual = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(dampening_frac=1e-9)), scheme, torch.float32)
+    assert actual.dequantize().isfinite().all()
     nearest = quantize(weight, scheme, torch.float32).dequantize()
-    assert error_of(weight, found.dequantize(), hessian) < error_of(weight, nearest, hessian)
+    assert error_of(weight, actual.dequantize(), hessian) < error_of(weight, nearest, hessian)
 
 
 def test_a_second_moment_that_is_not_finite_is_told() -> None:

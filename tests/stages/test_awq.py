@@ -46,8 +46,8 @@ def test_every_width_and_group_that_divides(bench: Bench, tmp_path: Path, bits: 
 
 
 def kl(original: Tensor, other: Tensor) -> float:
-    expected, given = original.log_softmax(-1), other.log_softmax(-1)
-    return float((expected.exp() * (expected - given)).sum(-1).mean())
+    expected, actual = original.log_softmax(-1), other.log_softmax(-1)
+    return float((expected.exp() * (expected - actual)).sum(-1).mean())
 
 
 @pytest.mark.parametrize("bits", [3, 4])
@@ -58,12 +58,12 @@ def test_predictions_are_closer_to_the_original_than_rounding_to_nearest(tmp_pat
         if "layernorm" in name:
             tensor[::32] *= 12  # a few channels stand out, as in trained models
     save_file(tensors, bench.folder / "model.safetensors", metadata={"format": "pt"})
-    given: list[Any] = list(batches(bench.folder))
-    original = logits(bench.folder, None, given)
+    calibration: list[Any] = list(batches(bench.folder))
+    original = logits(bench.folder, None, calibration)
     stage = awq(bits=bits)
-    ours = kl(original, logits(bench.folder, dense(bench.apply(tmp_path / "awq", stage)), given))
+    ours = kl(original, logits(bench.folder, dense(bench.apply(tmp_path / "awq", stage)), calibration))
     round_checkpoint(bench.folder, tmp_path / "nearest", stage.component_schemes()["decoder"])
-    nearest = kl(original, logits(bench.folder, dense(tmp_path / "nearest"), given))
+    nearest = kl(original, logits(bench.folder, dense(tmp_path / "nearest"), calibration))
     assert ours < 0.8 * nearest
 
 
@@ -96,17 +96,17 @@ def test_every_part_can_be_targeted(bench: Bench, tmp_path: Path) -> None:
         "model.language_model.layers.0.mlp.up_proj",
     ):
         assert expected in names
-    given: list[Any] = list(batches(bench.folder))
-    assert kl(logits(bench.folder, None, given), logits(bench.folder, dense(out), given)) < 0.01
+    calibration: list[Any] = list(batches(bench.folder))
+    assert kl(logits(bench.folder, None, calibration), logits(bench.folder, dense(out), calibration)) < 0.01
 
 
 def test_the_second_family(tmp_path: Path) -> None:
     bench = prepare(tmp_path, build_qwen2_vl(tmp_path / "model", tied=True, hidden=64, intermediate=96, heads=4, kv_heads=1))
     out = bench.apply(tmp_path / "out", awq(group_size=32, grid=4, targets=("decoder", "vision")))
-    given: list[Any] = list(batches(bench.folder))
+    calibration: list[Any] = list(batches(bench.folder))
     original, result = dense(bench.folder), dense(out)
     head = {"lm_head.weight": original["model.language_model.embed_tokens.weight"]}
-    assert kl(logits(bench.folder, {**original, **head}, given), logits(bench.folder, {**result, **head}, given)) < 0.1
+    assert kl(logits(bench.folder, {**original, **head}, calibration), logits(bench.folder, {**result, **head}, calibration)) < 0.1
 
 
 def test_two_runs_write_the_same_bytes(bench: Bench, tmp_path: Path) -> None:
@@ -135,7 +135,7 @@ class Dying(Silent):
 
 
 def test_a_killed_run_goes_on_at_its_block_and_ends_the_same(bench: Bench, tmp_path: Path) -> None:
-    whole, target = bench.apply(tmp_path / "whole", awq(grid=4)), tmp_path / "killed"
+    full, target = bench.apply(tmp_path / "whole", awq(grid=4)), tmp_path / "killed"
     target.mkdir()
     with pytest.raises(KilledError):
         awq(grid=4).apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, Dying()))
@@ -155,8 +155,8 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_the_same(bench: Bench, tmp_p
 
     awq(grid=4).apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, Stamping()))
     assert set(stamps) == {before}
-    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in whole.iterdir())
-    assert (target / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    assert sorted(path.name for path in target.iterdir()) == sorted(path.name for path in full.iterdir())
+    assert (target / "model.safetensors").read_bytes() == (full / "model.safetensors").read_bytes()
 
 
 def test_a_group_that_does_not_divide_names_the_layer_and_what_would(bench: Bench) -> None:
@@ -182,15 +182,15 @@ def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, benc
     assert fault.startswith("ignore: '*.fc9' matches none of the targeted layers, such as model.language_model.layers.0.")
     assert awq(ignore=("*",)).check(bench.checkpoint, bench.family) == ["ignore: leaves no layer to work on; remove a pattern"]
     tied = open_checkpoint(build_qwen2_5_vl(tmp_path, tied=True))
-    held = load_file(tmp_path / "model.safetensors")
-    held["lm_head.weight"] = held["model.embed_tokens.weight"].clone()
-    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for checkpoint in (tied, open_checkpoint(tmp_path)):  # the second holds a copy of the embeddings beside them
         (fault,) = awq(targets=("decoder", "lm_head")).check(checkpoint, bench.family)
         assert "lm_head matches nothing" in fault
         assert "its output head is the embedding's own matrix; leave it away" in fault
-    held["lm_head.weight"] += 1  # as PEFT leaves it
-    save_file(held, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    tensors["lm_head.weight"] += 1  # as PEFT leaves it
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert awq(targets=("decoder", "lm_head")).check(open_checkpoint(tmp_path), bench.family) == []
 
 
@@ -214,11 +214,11 @@ def test_a_weight_that_is_not_finite_is_named(tmp_path: Path, place: str) -> Non
     assert not list((tmp_path / "out").glob("*.safetensors"))
 
 
-@pytest.mark.parametrize("parts", [("norm",), ("norm", "v_proj", "mlp.down_proj", "lm_head")])
-def test_a_checkpoint_of_several_types_keeps_them(tmp_path: Path, parts: tuple[str, ...]) -> None:
+@pytest.mark.parametrize("names", [("norm",), ("norm", "v_proj", "mlp.down_proj", "lm_head")])
+def test_a_checkpoint_of_several_types_keeps_them(tmp_path: Path, names: tuple[str, ...]) -> None:
     bench = prepare(tmp_path, build_qwen2_5_vl(tmp_path / "model"))
     before = tensors_of(bench.folder)
-    before = {name: value.float() * 1.001 if any(part in name for part in parts) else value for name, value in before.items()}
+    before = {name: value.float() * 1.001 if any(part in name for part in names) else value for name, value in before.items()}
     save_file(before, bench.folder / "model.safetensors", metadata={"format": "pt"})
     stage = awq(bits=8, group_size=16, grid=4, targets=("decoder", "vision", "lm_head"))
     out = bench.apply(tmp_path / "out", stage)
@@ -230,8 +230,8 @@ def test_a_checkpoint_of_several_types_keeps_them(tmp_path: Path, parts: tuple[s
     for name in quantized_linears(open_checkpoint(out)):
         assert after[f"{name}.weight_scale"].dtype == before[f"{name}.weight"].dtype
     assert open_checkpoint(out).weight_bytes == stage.predict_bytes(bench.checkpoint, bench.family)
-    given: list[Any] = list(batches(bench.folder))
-    assert kl(logits(bench.folder, None, given), logits(bench.folder, dense(out), given)) < 0.01
+    calibration: list[Any] = list(batches(bench.folder))
+    assert kl(logits(bench.folder, None, calibration), logits(bench.folder, dense(out), calibration)) < 0.01
 
 
 class OutOfMemory(Silent):
@@ -247,11 +247,11 @@ class OutOfMemory(Silent):
 
 def test_a_device_that_is_full_is_named_with_the_part_and_what_helps(bench: Bench, tmp_path: Path) -> None:
     context = StageContext(bench.folder, tmp_path, bench.calibration, bench.family, "cpu", 0, OutOfMemory())
-    said = (
+    message = (
         r"awq: cpu has \d+\.\d GiB of memory, too little for model\.language_model\.layers\.0\. .*"
         r"use a larger device, or none \(CUDA_VISIBLE_DEVICES=\); or give calibration\.sets fewer tokens per sample"
     )
-    with pytest.raises(MissingError, match=said):
+    with pytest.raises(MissingError, match=message):
         awq(grid=1).apply(context)
 
 

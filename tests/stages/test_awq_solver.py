@@ -153,22 +153,22 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
 def test_large_weights_are_searched_by_some_of_their_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows stand for all: their shares add up to the linears' rows, and the scale they choose is nearly as good."""
     block, schemes = Block(), alike(Scheme(3, 8, symmetric=False))
-    given = observed_inputs(block, samples())
+    inputs = observed_inputs(block, samples())
     rows = len(block.q.weight) + len(block.v.weight)
 
     def loss(scale: Tensor) -> float:
         errors = (rounding_error(layer.weight * scale, schemes["q"], torch.float32) / scale for layer in (block.q, block.v))
-        return sum(map(given["q"].output_error, errors))
+        return sum(map(inputs["q"].output_error, errors))
 
     losses = [loss(torch.ones(WIDTH))]
     for fewest, sample in ((awq_solver.MIN_SAMPLE_ROWS, awq_solver.SAMPLE_ELEMENTS), (24, 0)):
         monkeypatch.setattr(awq_solver, "MIN_SAMPLE_ROWS", fewest)
         monkeypatch.setattr(awq_solver, "SAMPLE_ELEMENTS", sample)
         state = BlockWeights.of(block, NAMES, HEADS)
-        parts = awq_solver.sample_rows(state, PAIRS[0], schemes)
-        assert sum(len(part.weight) for part in parts) == (rows if sample else 24)
-        assert sum(len(part.weight) * part.sample_weight for part in parts) == pytest.approx(rows)
-        fold(state, PAIRS[0], given, schemes, 20)
+        row_groups = awq_solver.sample_rows(state, PAIRS[0], schemes)
+        assert sum(len(group.weight) for group in row_groups) == (rows if sample else 24)
+        assert sum(len(group.weight) * group.sample_weight for group in row_groups) == pytest.approx(rows)
+        fold(state, PAIRS[0], inputs, schemes, 20)
         losses.append(loss(state.input_scales["q"]))
     unscaled, by_all, by_some = losses
     assert by_all <= by_some <= 1.2 * by_all < unscaled
@@ -176,19 +176,19 @@ def test_large_weights_are_searched_by_some_of_their_rows(monkeypatch: pytest.Mo
 
 def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.MonkeyPatch) -> None:
     block, schemes = Block(), alike(Scheme(3, 8, symmetric=False))
-    whole = observed_inputs(block, samples(3000))
+    full = observed_inputs(block, samples(3000))
     monkeypatch.setattr("compress.engine.hessian.FULL_HESSIAN_CHANNELS", 0)
     sketched = observed_inputs(block, samples(3000), HessianRequest(full=False, block=8))
     assert isinstance(sketched["q"].text.hessian, HessianSketch)  # pyright: ignore[reportOptionalMemberAccess]
     errors: list[float] = []
-    for given in (whole, sketched):
+    for inputs in (full, sketched):
         state = BlockWeights.of(block, NAMES, HEADS)
-        codes = solve(state, PAIRS, given, schemes, Method(awq_steps=20, clip_steps=20))
+        codes = solve(state, PAIRS, inputs, schemes, Method(awq_steps=20, clip_steps=20))
         original = block.down.weight
         rounded = codes["down"].dequantize() / state.input_scales["down"]
         source = state.output_scales["up"]
         assert torch.equal(source, state.input_scales["down"])
-        errors.append(whole["down"].output_error(rounded - original))
+        errors.append(full["down"].output_error(rounded - original))
     assert errors[1] <= 1.1 * errors[0]
 
 
@@ -216,14 +216,14 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 
 @pytest.mark.parametrize("method", [Method(clip_steps=8), Method(clip_steps=8, gptq=GptqOptions())])
 def test_rows_are_rounded_a_few_at_a_time_as_all_at_once(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
-    block, given, schemes = Block(), observed_inputs(Block(), samples()), alike(Scheme(3, 8, symmetric=True))
-    found: list[dict[str, QuantizedWeight]] = []
+    block, inputs, schemes = Block(), observed_inputs(Block(), samples()), alike(Scheme(3, 8, symmetric=True))
+    actual: list[dict[str, QuantizedWeight]] = []
     for elements in (1 << 20, 5 * WIDTH):  # 5 rows of q, then of q and v together
         monkeypatch.setitem(solvers.MAX_ELEMENTS, "cpu", elements)
-        found.append(solve(BlockWeights.of(block, NAMES, HEADS), (), given, schemes, method))
-    for name, whole in found[0].items():
-        part = found[1][name]
-        assert torch.equal(part.codes, whole.codes)
-        assert torch.equal(part.scales, whole.scales)
-        assert part.zero_points is not None
-        assert torch.equal(part.zero_points, whole.zero_points if whole.zero_points is not None else part.codes)
+        actual.append(solve(BlockWeights.of(block, NAMES, HEADS), (), inputs, schemes, method))
+    for name, full in actual[0].items():
+        batched = actual[1][name]
+        assert torch.equal(batched.codes, full.codes)
+        assert torch.equal(batched.scales, full.scales)
+        assert batched.zero_points is not None
+        assert torch.equal(batched.zero_points, full.zero_points if full.zero_points is not None else batched.codes)

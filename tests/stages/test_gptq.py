@@ -73,9 +73,9 @@ def test_what_is_not_targeted_stays_bit_for_bit(bench: Bench, tmp_path: Path) ->
     bench.apply(tmp_path / "out", gptq())
     before, after = tensors_of(bench.folder), tensors_of(tmp_path / "out")
     quantized = quantized_linears(open_checkpoint(tmp_path / "out"))
-    kept = [name for name in before if name.removesuffix(".weight") not in quantized]
-    assert any(name.startswith("visual.") for name in kept)
-    assert all(torch.equal(after[name], before[name]) for name in kept)
+    unchanged = [name for name in before if name.removesuffix(".weight") not in quantized]
+    assert any(name.startswith("visual.") for name in unchanged)
+    assert all(torch.equal(after[name], before[name]) for name in unchanged)
 
 
 def test_a_component_named_twice_is_refused() -> None:
@@ -115,10 +115,11 @@ def test_linears_with_one_input_get_the_codes_that_each_would_get_alone(clip: in
     apart = observed_inputs(block, samples())
     assert apart["q"] is not apart["v"]
     codes = [
-        solve(BlockWeights.of(block, ("q", "v"), HEADS), (), given, scheme, method) for given in (apart, apart | {"v": apart["q"]})
+        solve(BlockWeights.of(block, ("q", "v"), HEADS), (), inputs, scheme, method)
+        for inputs in (apart, apart | {"v": apart["q"]})
     ]
     for name in ("q", "v"):
-        alone, together = (found[name] for found in codes)
+        alone, together = (actual[name] for actual in codes)
         assert torch.equal(alone.codes, together.codes)
         assert torch.equal(alone.scales, together.scales)
         assert alone.zero_points is not None

@@ -72,18 +72,18 @@ def test_the_strength_that_is_found_beats_none_and_fixed_ones_on_inputs_with_out
         if moved:
             smooth(state, PAIRS[0], statistics, alike(SCHEME), Smoothing(strength))
         normed = block.norm(x)
-        given = normed / state.input_scales.get("q", torch.ones(1))
-        step = given.abs().max() / 127
+        inputs = normed / state.input_scales.get("q", torch.ones(1))
+        step = inputs.abs().max() / 127
         weight = state.weight("q")
         scale = weight.abs().amax(dim=1, keepdim=True) / 127.5
         with torch.no_grad():
             exact = normed @ block.q.weight.t()
-            rounded = (given / step).round() * step @ ((weight / scale).round() * scale).t()
+            rounded = (inputs / step).round() * step @ ((weight / scale).round() * scale).t()
         return float((rounded - exact).square().mean())
 
-    found = error(None)
-    assert found < 0.9 * error(None, moved=False)
-    assert found < 1.1 * min(error(strength) for strength in (0.25, 0.5, 0.75))
+    searched = error(None)
+    assert searched < 0.9 * error(None, moved=False)
+    assert searched < 1.1 * min(error(strength) for strength in (0.25, 0.5, 0.75))
 
 
 def test_inputs_that_are_always_zero_have_a_scale_that_can_be_divided_by() -> None:

@@ -169,8 +169,8 @@ def test_a_whole_recipe(finished: tuple[Job, Report]) -> None:
     linears += ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")
     assert set(schemes) == {f"model.layers.{block}.{linear}" for block in range(3) for linear in linears}
     assert {(scheme.bits, scheme.group_size, scheme.symmetric) for scheme in schemes.values()} == {(4, 32, True)}
-    parts = {f"{name}.weight_{part}" for name in schemes for part in ("packed", "scale", "shape")}
-    assert set(artifact.tensors) == set(source.tensors) - {f"{name}.weight" for name in schemes} | parts
+    packed = {f"{name}.weight_{part}" for name in schemes for part in ("packed", "scale", "shape")}
+    assert set(artifact.tensors) == set(source.tensors) - {f"{name}.weight" for name in schemes} | packed
 
 
 def test_what_is_not_quantized_stays_as_it_was(finished: tuple[Job, Report]) -> None:
@@ -205,8 +205,8 @@ def largest_input(folder: Path, calibration: Path, module: str, *, images: bool)
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(folder, dtype="auto").eval()
     seen: list[Tensor] = []
 
-    def look(_: torch.nn.Module, given: tuple[Tensor, ...]) -> None:
-        seen.append(given[0].abs().max())
+    def look(_: torch.nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        seen.append(inputs[0].abs().max())
 
     model.get_submodule(module).register_forward_pre_hook(look)
     with torch.no_grad():
@@ -229,9 +229,9 @@ def test_what_only_vllm_reads_is_passed_on_and_refused_elsewhere(bench: Bench, f
     (tmp_path / "out").mkdir()
     context = ExportContext(four_bit_floats, tmp_path / "out", bench.family, Silent())
     VllmExport(format="vllm", layout="compressed-tensors").apply(context)
-    made, given = (open_checkpoint(folder).config for folder in (tmp_path / "out", four_bit_floats))
-    names, before = (set(config["quantization_config"].pop("ignore")) for config in (made, given))
-    assert made == given
+    actual, original = (open_checkpoint(folder).config for folder in (tmp_path / "out", four_bit_floats))
+    names, before = (set(config["quantization_config"].pop("ignore")) for config in (actual, original))
+    assert actual == original
     assert names >= before, before - names
     assert (tmp_path / "out" / "model.safetensors").samefile(four_bit_floats / "model.safetensors")
     with pytest.raises(CheckpointError, match="nvfp4-pack-quantized, which layout awq cannot hold; set layout: compressed-tensors"):
@@ -248,8 +248,8 @@ def test_rotated_weights_are_still_the_same_model_with_images_too(bench: Bench, 
     before, after = dense(bench.folder), dense(out)
     changed = [name for name in before if not torch.equal(before[name], after[name])]
     assert {"model.language_model.embed_tokens.weight", "model.visual.merger.mlp.2.bias"} <= set(changed)
-    given: list[Any] = list(load_batches(bench.calibration, bench.folder, 1))
-    original, rotated = (logits(bench.folder, values, given).log_softmax(-1) for values in (before, after))
+    calibration: list[Any] = list(load_batches(bench.calibration, bench.folder, 1))
+    original, rotated = (logits(bench.folder, values, calibration).log_softmax(-1) for values in (before, after))
     assert float((original.exp() * (original - rotated)).sum(-1).max()) < 0.005
 
 
@@ -301,17 +301,17 @@ def test_what_is_filled_in_is_within_the_decoder(name: str, tmp_path: Path) -> N
     left = [module for module in modules if any(matches(pattern, module) for pattern in defaults.ignore)]
     assert left
     assert all(module == family.head or not within(module, family.blocks) for module in left)
-    given = defaults.mappings
-    assert given["SmoothQuantModifier"]
-    for mapping in given["AWQModifier"]:
+    mappings = defaults.mappings
+    assert mappings["SmoothQuantModifier"]
+    for mapping in mappings["AWQModifier"]:
         sources = [module for module in modules if matches(mapping["smooth_layer"], module)]
         assert sources
         assert all(module.startswith(f"{family.blocks}.") for module in sources)
         for linear in mapping["balance_layers"]:
             assert len([module for module in modules if matches(linear, module)]) == len(sources)
     assert (defaults.rotation is None) == (name in ("llava-next", "mllama", "blip-2", "clip"))
-    for linears, source in given["SmoothQuantModifier"]:
-        assert {"smooth_layer": source, "balance_layers": linears} in given["AWQModifier"]
+    for linears, source in mappings["SmoothQuantModifier"]:
+        assert {"smooth_layer": source, "balance_layers": linears} in mappings["AWQModifier"]
         assert "norm" in source
 
 

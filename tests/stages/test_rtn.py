@@ -26,9 +26,9 @@ def test_each_weight_has_its_nearest_code_and_no_sample_is_read(bench: Bench, tm
     for name, scheme in schemes.items():
         weight = before[f"{name}.weight"]
         expected = quantize(weight, scheme, weight.dtype)
-        found = read_linear(name, scheme, after.__getitem__)
-        assert torch.equal(found.codes, expected.codes)
-        assert torch.equal(found.scales, expected.scales)
+        actual = read_linear(name, scheme, after.__getitem__)
+        assert torch.equal(actual.codes, expected.codes)
+        assert torch.equal(actual.scales, expected.scales)
     assert stage.predict_bytes(bench.checkpoint, bench.family) == open_checkpoint(tmp_path).weight_bytes
 
 

@@ -46,9 +46,9 @@ def auto(name: str = "awq", budget: float = 4.5, **fields: Any) -> IntegerQuanti
 
 
 def widths_of(folder: Path) -> Widths:
-    found = read_widths(folder)
-    assert found is not None
-    return found
+    actual = read_widths(folder)
+    assert actual is not None
+    return actual
 
 
 @pytest.mark.parametrize("name", list(STAGES))
@@ -57,30 +57,30 @@ def test_widths_keep_the_budget_and_what_is_written_has_them(bench: Bench, tmp_p
     assert stage.check(bench.checkpoint, bench.family) == []
     assert stage.schemes(bench.checkpoint, bench.family) is None
     written = open_checkpoint(bench.apply(tmp_path / "out", stage))
-    found = widths_of(tmp_path / "out")
-    held = {layer: scheme.bits for layer, scheme in quantized_linears(written).items()}
-    assert held == {layer: width for layer, width in found.by_layer.items() if width < 16}
-    assert len(found.by_layer) == 3 * 7 + 1
-    assert len(found.groups) == 3 * 4 + 1
-    assert len({group.width for group in found.groups}) > 1
-    weights = {layer: linear_shape(bench.checkpoint, layer) for layer in found.by_layer}
+    actual = widths_of(tmp_path / "out")
+    widths = {layer: scheme.bits for layer, scheme in quantized_linears(written).items()}
+    assert widths == {layer: width for layer, width in actual.by_layer.items() if width < 16}
+    assert len(actual.by_layer) == 3 * 7 + 1
+    assert len(actual.groups) == 3 * 4 + 1
+    assert len({group.width for group in actual.groups}) > 1
+    weights = {layer: linear_shape(bench.checkpoint, layer) for layer in actual.by_layer}
     taken = sum(
         entry.bytes for tensor, entry in written.tensors.items() if tensor.rpartition(".")[0] in weights and "bias" not in tensor
     )
-    assert taken == sum(group.bytes for group in found.groups)
-    assert taken * 8 / sum(rows * columns for rows, columns in weights.values()) == pytest.approx(found.bits_per_weight)
-    assert 4.2 < found.bits_per_weight <= 4.5
+    assert taken == sum(group.bytes for group in actual.groups)
+    assert taken * 8 / sum(rows * columns for rows, columns in weights.values()) == pytest.approx(actual.bits_per_weight)
+    assert 4.2 < actual.bits_per_weight <= 4.5
     assert written.weight_bytes <= stage.predict_bytes(bench.checkpoint, bench.family)
     assert not (tmp_path / "out" / ".blocks").exists()
 
 
 def test_the_predicted_loss_is_below_that_of_one_width_for_all(bench: Bench, tmp_path: Path) -> None:
     uniform = 4 + (16 + 4) / 32 + 8 * 16 / (128 * 64)  # codes, scales, zero points, and what is written of shapes
-    found = widths_of(bench.apply(tmp_path / "out", auto(budget=uniform)))
-    assert found.predicted_loss == pytest.approx(sum(group.predicted_loss for group in found.groups))
-    assert all(group.predicted_loss == group.losses[group.width] for group in found.groups)
-    assert found.predicted_loss < 0.9 * sum(group.losses[4] for group in found.groups)
-    for group in found.groups:
+    actual = widths_of(bench.apply(tmp_path / "out", auto(budget=uniform)))
+    assert actual.predicted_loss == pytest.approx(sum(group.predicted_loss for group in actual.groups))
+    assert all(group.predicted_loss == group.losses[group.width] for group in actual.groups)
+    assert actual.predicted_loss < 0.9 * sum(group.losses[4] for group in actual.groups)
+    for group in actual.groups:
         assert group.losses[2] > group.losses[3] > group.losses[4] > group.losses[8] > group.losses[16] == 0
 
 
@@ -88,11 +88,11 @@ def test_layers_that_a_runtime_joins_have_one_width_and_others_are_fixed(bench: 
     targets = ("decoder", {"component": "vision", "bits": 8, "group_size": 16})
     stage = auto(budget=3.6, targets=targets, ignore=("*.layers.0.*",), widths=(3, 4))
     out = bench.apply(tmp_path / "out", stage)
-    found = widths_of(out)
-    joined = {layer.rpartition(".")[2]: group for group in found.groups for layer in group.layers if ".layers.1." in layer}
+    actual = widths_of(out)
+    joined = {layer.rpartition(".")[2]: group for group in actual.groups for layer in group.layers if ".layers.1." in layer}
     assert joined["q_proj"] is joined["k_proj"] is joined["v_proj"]
     assert joined["gate_proj"] is joined["up_proj"]
-    assert set(found.by_layer.values()) <= {3, 4}
+    assert set(actual.by_layer.values()) <= {3, 4}
     schemes = quantized_linears(open_checkpoint(out))
     assert {scheme.bits for layer, scheme in schemes.items() if "visual" in layer} == {8}
     assert not any(".layers.0." in layer for layer in schemes)
@@ -139,7 +139,7 @@ class Watching(Silent):
 
 def test_a_killed_run_does_not_measure_again_and_ends_the_same(bench: Bench, tmp_path: Path) -> None:
     stage, target = auto(balance="auto"), tmp_path / "killed"
-    whole = bench.apply(tmp_path / "whole", stage)
+    full = bench.apply(tmp_path / "whole", stage)
     target.mkdir()
     work = ["awq: sensitivity", "awq: widths", "awq", "awq: write"]
     kills = [(work[0], 4, work[:1]), (work[1], 2, work[:2]), (work[2], 2, work[1:3]), (work[3], 5, work[2:])]
@@ -152,11 +152,11 @@ def test_a_killed_run_does_not_measure_again_and_ends_the_same(bench: Bench, tmp
     stage.apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, last))
     assert last.begun == work[2:]
     for name in ("model.safetensors", "config.json", WIDTHS):
-        assert (target / name).read_bytes() == (whole / name).read_bytes()
+        assert (target / name).read_bytes() == (full / name).read_bytes()
 
 
 def test_sensitivities_are_measured_on_samples_of_each_kind() -> None:
-    windows = [WindowBatch((str(number),), np.zeros((2, 50), dtype=np.int32), typed=False) for number in range(20)]
+    windows = [WindowBatch((str(number),), np.zeros((2, 50), dtype=np.int32), token_types=False) for number in range(20)]
     questions = [QuestionBatch((Exchange(Prompt("q", "What?", ()), None, 100),), None)]
     assert subsample([*windows, *questions], 10_000) == [*windows, *questions]
     taken = subsample([*windows, *questions], 400)
@@ -170,12 +170,12 @@ def test_other_families(tmp_path: Path, build: Builder) -> None:
     stage = auto("gptq", budget=5, balance="auto", group_size=16)
     assert stage.check(bench.checkpoint, bench.family) == []
     out = bench.apply(tmp_path / "out", stage)
-    found = widths_of(out)
-    assert found.by_layer.keys() == {linear.disk_name for linear in stage.select(bench.checkpoint, bench.family).linears}
-    assert found.bits_per_weight <= 5
-    held = {layer: scheme.bits for layer, scheme in quantized_linears(open_checkpoint(out)).items()}
-    assert held == {layer: width for layer, width in found.by_layer.items() if width < 16}
-    joined = [group.layers for group in found.groups if len(group.layers) == 3]
+    actual = widths_of(out)
+    assert actual.by_layer.keys() == {linear.disk_name for linear in stage.select(bench.checkpoint, bench.family).linears}
+    assert actual.bits_per_weight <= 5
+    widths = {layer: scheme.bits for layer, scheme in quantized_linears(open_checkpoint(out)).items()}
+    assert widths == {layer: width for layer, width in actual.by_layer.items() if width < 16}
+    joined = [group.layers for group in actual.groups if len(group.layers) == 3]
     assert all([layer.rpartition(".")[2] for layer in layers] == ["q_proj", "k_proj", "v_proj"] for layers in joined)
     assert len(joined) == int(bench.checkpoint.text_config["num_hidden_layers"])
 
