@@ -63,9 +63,9 @@ def written(processor: Any, family: Family, question: str, images: int) -> str:
 def encode(folder: Path, questions: Sequence[str], pictures: Sequence[Sequence[bytes]]) -> Fixed:
     """Return questions, each about its own pictures, as one padded batch."""
     family, processor = family_at(folder), load_processor(folder)
-    texts = [written(processor, family, text, len(of_prompt)) for text, output in zip(questions, pictures, strict=True)]
-    nested = [[decode_image(data, "picture") for data in of_prompt] for output in pictures]
-    flat = [image for of_prompt in nested for image in output]
+    texts = [written(processor, family, text, len(of_prompt)) for text, of_prompt in zip(questions, pictures, strict=True)]
+    nested = [[decode_image(data, "picture") for data in of_prompt] for of_prompt in pictures]
+    flat = [image for of_prompt in nested for image in of_prompt]
     images = nested if family.name in NESTED else flat
     return Fixed(dict(processor(text=texts, images=images if flat else None, padding=True, return_tensors="pt")))
 
