@@ -34,6 +34,7 @@ QUESTIONS = "questions.jsonl"
 WINDOWS = "windows.safetensors"
 SHINGLES = "shingles.safetensors"
 IMAGES = "images"
+"""The files of a calibration folder; `collect` describes them."""
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,8 @@ _SIDE_NAMES = frozenset({
     "processor_config.json", "special_tokens_map.json", "tekken.json", "tokenizer.json", "tokenizer_config.json",
     "tokenizer_file.json", "video_preprocessor_config.json", "vocab.json", "vocab.txt",
 })  # fmt: skip
+"""Files of tokenizer, processor and generation config with fixed names."""
+
 _SIDE_SUFFIXES = (".jinja", ".model", ".tiktoken")
 """Files of slow tokenizers have many names: tokenizer.model, spiece.model, sentencepiece.bpe.model, qwen.tiktoken, …"""
 
@@ -42,6 +44,7 @@ ArtifactFormat = Literal["onnx", "onnx-genai", "vllm"]
 
 _GENAI = "genai_config.json"
 _GENAI_IMAGES = "vision_processor.json"
+"""The files of onnxruntime-genai: the model's config, and the steps of its image processor."""
 
 
 def is_side_file(name: str) -> bool:

@@ -34,7 +34,10 @@ _MIN_DEPTH_LIMIT = 64
 """A depth up to this is allowed whatever the number of tensors: small models are published with settings that they do not use."""
 
 _MAX_DIMENSIONS = 8
+"""The most dimensions of a shape that is accepted."""
+
 _OFFSETS = 2
+
 _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json")
 
 _MERGE = (
@@ -42,12 +45,15 @@ _MERGE = (
     "PeftModel.from_pretrained(base, adapter).merge_and_unload().save_pretrained(…), the base's tokenizer and processor beside it"
 )
 _ADAPTER_MARKS = (".lora_A.", ".lora_B.", ".base_layer.", ".lora_magnitude_vector.", ".modules_to_save.")
+"""Parts of tensor names that PEFT adds; they remain where an adapter was not merged."""
+
 _RENAME = "save the model inside it, or take the prefix away from every name"
 _WRAPPERS = {
     "base_model.model.": ("PEFT", "save what merge_and_unload() returns, or take the prefix away from every name"),
     "_orig_mod.": ("torch.compile", _RENAME),
     "module.": ("DataParallel", _RENAME),
 }
+"""Name prefixes of wrappers that were saved with the model: prefix → the wrapper and the remedy."""
 
 
 @dataclass(frozen=True)

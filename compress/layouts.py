@@ -47,6 +47,8 @@ __all__ = [
 _PACKED, _SCALE, _SHAPE, _ZERO_POINT = "weight_packed", "weight_scale", "weight_shape", "weight_zero_point"
 _WEIGHT, _INPUT_SCALE = "weight", "input_scale"
 _SUFFIXES = (_PACKED, _SCALE, _SHAPE, _ZERO_POINT, _WEIGHT, _INPUT_SCALE)
+"""The names of a quantized linear's tensors, as in compressed-tensors."""
+
 _SHAPE_BYTES = 16
 """Two int64."""
 

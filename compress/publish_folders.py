@@ -28,6 +28,7 @@ from compress.untrusted import printable, read_object
 _LOCK = ".publishing.lock"
 _WORK = ".publishing-"
 _MARK = "place.json"
+"""The files of a publication in progress; the names stay, so that leftovers of older versions are recognized."""
 _REMEDY = "move it away, or name another publish.to"
 
 

@@ -10,9 +10,11 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Literal, cast
 
 from compress.errors import CheckpointError
-from compress.numerics.scheme import BLOCK, Activations, Scheme
+from compress.numerics.scheme import BLOCK, Scheme
 
 METHOD = "compressed-tensors"
+"""The `quant_method` of compressed-tensors."""
+
 MIXED = "mixed-precision"
 """The `format` of a checkpoint whose groups have different ones."""
 
@@ -24,8 +26,6 @@ _PACKED_BITS = 4
 
 Product = Literal["4-bit weights", "8-bit inputs"]
 """Matrix products that need a kernel of their own: activations × 4-bit weights, and 8-bit activations × 8-bit weights."""
-
-_STRATEGIES: Mapping[Activations, str] = {"token": "token", "tensor": "tensor", "group": "group"}
 
 
 def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv_cache: bool = False) -> dict[str, Any]:
@@ -133,7 +133,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
     if scheme.activations is not None:
         dynamic = scheme.activations != "tensor"
         size = BLOCK if scheme.activations == "group" else None
-        inputs = _arguments(8, scheme.type, _STRATEGIES[scheme.activations], dynamic, group_size=size)
+        inputs = _arguments(8, scheme.type, scheme.activations, dynamic, group_size=size)
     weights = _arguments(scheme.bits, scheme.type, scheme.strategy, dynamic=False, group_size=_group_size(scheme))
     weights["symmetric"] = scheme.symmetric
     weights["block_structure"] = [BLOCK, BLOCK] if scheme.strategy == "block" else None

@@ -76,11 +76,11 @@ def sharded(folder: Path) -> dict[str, bytes]:
     files = files_of(folder)
     tensors = safetensors_torch.load_file(folder / "model.safetensors")
     names = sorted(tensors)
-    parts = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
+    shards = {"model-00001-of-00002.safetensors": names[:20], "model-00002-of-00002.safetensors": names[20:]}
     del files["model.safetensors"]
-    for shard, held in parts.items():
-        files[shard] = safetensors_torch.save({name: tensors[name] for name in held})
-    weight_map = {name: shard for shard, held in parts.items() for name in held}
+    for shard, tensor_names in shards.items():
+        files[shard] = safetensors_torch.save({name: tensors[name] for name in tensor_names})
+    weight_map = {name: shard for shard, tensor_names in shards.items() for name in tensor_names}
     files["model.safetensors.index.json"] = json.dumps({"weight_map": weight_map}).encode()
     return files
 

@@ -48,11 +48,11 @@ def random_weight(rows: int, columns: int) -> Tensor:
     return torch.randn(rows, columns, generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
 
 
-@pytest.mark.parametrize("held", SCHEMES)
-def test_a_linear_reads_back_as_it_was_packed(held: Scheme) -> None:
-    weight = quantize(random_weight(24, 96), held, torch.bfloat16)
+@pytest.mark.parametrize("quantization", SCHEMES)
+def test_a_linear_reads_back_as_it_was_packed(quantization: Scheme) -> None:
+    weight = quantize(random_weight(24, 96), quantization, torch.bfloat16)
     tensors = pack_linear("decoder.proj", weight)
-    back = read_linear("decoder.proj", held, tensors.__getitem__)
+    back = read_linear("decoder.proj", quantization, tensors.__getitem__)
     assert torch.equal(back.codes, weight.codes)
     assert torch.equal(back.scales, weight.scales)
     assert back.zero_points is not None
@@ -61,11 +61,11 @@ def test_a_linear_reads_back_as_it_was_packed(held: Scheme) -> None:
     assert torch.equal(back.dequantize(), weight.dequantize())
 
 
-@pytest.mark.parametrize("held", SCHEMES)
-def test_compressed_tensors_reads_the_same_matrix(held: Scheme) -> None:
-    weight = quantize(random_weight(64, 96), held, torch.float32)
+@pytest.mark.parametrize("quantization", SCHEMES)
+def test_compressed_tensors_reads_the_same_matrix(quantization: Scheme) -> None:
+    weight = quantize(random_weight(64, 96), quantization, torch.float32)
     tensors = {name.removeprefix("proj."): tensor for name, tensor in pack_linear("proj", weight).items()}
-    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
+    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": quantization}, ignore=[]))
     reference = PackedQuantizationCompressor.decompress(tensors, config.config_groups["group_0"])
     assert torch.equal(reference["weight"], weight.dequantize())
 
@@ -76,14 +76,14 @@ def with_input_scale(weight: QuantizedWeight) -> QuantizedWeight:
     return replace(weight, input_scale=torch.tensor([0.0625])) if fixed else weight
 
 
-@pytest.mark.parametrize("held", UNPACKED)
+@pytest.mark.parametrize("quantization", UNPACKED)
 @pytest.mark.parametrize("shape", [(24, 96), (5, 32), (130, 300), (256, 128)])
-def test_a_linear_of_8_bits_reads_back_as_it_was_laid_out(held: Scheme, shape: tuple[int, int]) -> None:
-    weight = with_input_scale(quantize(random_weight(*shape), held, torch.bfloat16))
+def test_a_linear_of_8_bits_reads_back_as_it_was_laid_out(quantization: Scheme, shape: tuple[int, int]) -> None:
+    weight = with_input_scale(quantize(random_weight(*shape), quantization, torch.bfloat16))
     tensors = pack_linear("decoder.proj", weight)
-    assert tensors["decoder.proj.weight"].dtype == (torch.int8 if held.type == "int" else torch.float8_e4m3fn)
+    assert tensors["decoder.proj.weight"].dtype == (torch.int8 if quantization.type == "int" else torch.float8_e4m3fn)
     assert "decoder.proj.weight_shape" not in tensors
-    back = read_linear("decoder.proj", held, tensors.__getitem__)
+    back = read_linear("decoder.proj", quantization, tensors.__getitem__)
     assert back.scheme == weight.scheme
     assert torch.equal(back.codes.view(torch.uint8), weight.codes.view(torch.uint8))
     assert torch.equal(back.dequantize(), weight.dequantize())
@@ -91,22 +91,22 @@ def test_a_linear_of_8_bits_reads_back_as_it_was_laid_out(held: Scheme, shape: t
     assert back.input_scale is None or float(back.input_scale) == 0.0625
 
 
-@pytest.mark.parametrize("held", UNPACKED)
+@pytest.mark.parametrize("quantization", UNPACKED)
 @pytest.mark.parametrize("shape", [(24, 96), (256, 384)])
-def test_compressed_tensors_reads_the_same_matrix_of_8_bits(held: Scheme, shape: tuple[int, int]) -> None:
-    weight = with_input_scale(quantize(random_weight(*shape), held, torch.float32))
+def test_compressed_tensors_reads_the_same_matrix_of_8_bits(quantization: Scheme, shape: tuple[int, int]) -> None:
+    weight = with_input_scale(quantize(random_weight(*shape), quantization, torch.float32))
     tensors = {name.removeprefix("proj."): tensor for name, tensor in pack_linear("proj", weight).items()}
-    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
-    reference = IntQuantizationCompressor if held.type == "int" else FloatQuantizationCompressor
+    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": quantization}, ignore=[]))
+    reference = IntQuantizationCompressor if quantization.type == "int" else FloatQuantizationCompressor
     assert torch.equal(reference.decompress(tensors, config.config_groups["group_0"])["weight"], weight.dequantize())
 
 
 @pytest.mark.parametrize(
-    ("preset", "held"),
+    ("preset", "quantization"),
     [("W8A8", W8A8), ("FP8_DYNAMIC", FP8_DYNAMIC), ("FP8", FP8_STATIC), ("FP8_BLOCK", FP8_BLOCK), ("W4A16", scheme(4, 128, True))],
 )
-def test_groups_say_what_the_librarys_own_schemes_say(preset: str, held: Scheme) -> None:
-    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": held}, ignore=[]))
+def test_groups_say_what_the_librarys_own_schemes_say(preset: str, quantization: Scheme) -> None:
+    config: Any = QuantizationConfig.model_validate(quantization_config({"a.proj": quantization}, ignore=[]))
     actual: Any = config.config_groups["group_0"]
     reference: Any = preset_name_to_scheme(preset, ["Linear"])
     settings = {"num_bits", "type", "symmetric", "strategy", "group_size", "block_structure", "dynamic"}
@@ -117,8 +117,8 @@ def test_groups_say_what_the_librarys_own_schemes_say(preset: str, held: Scheme)
 
 
 def test_a_config_of_several_formats_says_so() -> None:
-    held = {"a.up": scheme(4), "v.up": W8A8, "v.down": FP8_BLOCK, "lm_head": FP8_STATIC}
-    content = quantization_config(held, ignore=["v.proj"], kv_cache=True)
+    quantization = {"a.up": scheme(4), "v.up": W8A8, "v.down": FP8_BLOCK, "lm_head": FP8_STATIC}
+    content = quantization_config(quantization, ignore=["v.proj"], kv_cache=True)
     reference: Any = QuantizationConfig.model_validate(content)
     assert reference.format == "mixed-precision"
     assert [group.format for group in reference.config_groups.values()] == [
@@ -130,7 +130,7 @@ def test_a_config_of_several_formats_says_so() -> None:
         "tensor",
     )
     assert not reference.kv_cache_scheme.dynamic
-    assert quantization_config(held, ignore=[])["kv_cache_scheme"] is None
+    assert quantization_config(quantization, ignore=[])["kv_cache_scheme"] is None
 
 
 def test_scales_of_keys_and_values_are_named_after_the_attention() -> None:
@@ -141,11 +141,11 @@ def test_scales_of_keys_and_values_are_named_after_the_attention() -> None:
     }
 
 
-@pytest.mark.parametrize("held", [*SCHEMES, *UNPACKED])
+@pytest.mark.parametrize("quantization", [*SCHEMES, *UNPACKED])
 @pytest.mark.parametrize("shape", [(24, 96), (5, 32), (64, 160)])
-def test_predicted_bytes_are_exact(held: Scheme, shape: tuple[int, int]) -> None:
-    tensors = pack_linear("proj", with_input_scale(quantize(random_weight(*shape), held, torch.bfloat16)))
-    assert packed_bytes(shape, held) == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+def test_predicted_bytes_are_exact(quantization: Scheme, shape: tuple[int, int]) -> None:
+    tensors = pack_linear("proj", with_input_scale(quantize(random_weight(*shape), quantization, torch.bfloat16)))
+    assert packed_bytes(shape, quantization) == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def test_the_config_is_one_that_compressed_tensors_accepts() -> None:
@@ -160,8 +160,8 @@ def test_the_config_is_one_that_compressed_tensors_accepts() -> None:
 
 
 def test_several_schemes_target_their_linears_by_name() -> None:
-    held = {"a.up": scheme(4), "a.down": scheme(8), "b.up": scheme(4), "lm_head": scheme(8)}
-    groups = quantization_config(held, ignore=[])["config_groups"]
+    quantization = {"a.up": scheme(4), "a.down": scheme(8), "b.up": scheme(4), "lm_head": scheme(8)}
+    groups = quantization_config(quantization, ignore=[])["config_groups"]
     assert [group["targets"] for group in groups.values()] == [["a.up", "b.up"], ["a.down", r"re:(.*\.)?lm_head$"]]
 
 

@@ -137,8 +137,8 @@ def test_a_model_that_moved_is_known_by_its_content(finished: tuple[Job, Report]
     copy = tmp_path / "elsewhere"
     subprocess.run(["cp", "-r", str(job.folder / "model"), str(copy)], check=True)
     report = compress.run(job.recipe, set={"model.source": str(copy)}, **job.places())
-    made = [timing.step for timing in report.timings if not timing.cached]
-    assert made == ["export vllm-awq", "measure vllm-awq", "export vllm-compressed-tensors", "measure vllm-compressed-tensors"]
+    executed = [timing.step for timing in report.timings if not timing.cached]
+    assert executed == ["export vllm-awq", "measure vllm-awq", "export vllm-compressed-tensors", "measure vllm-compressed-tensors"]
 
 
 def test_a_gate_that_fails_publishes_nothing_unless_forced(finished: tuple[Job, Report], tmp_path: Path) -> None:

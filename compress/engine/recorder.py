@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from compress.engine.host import HostMemory, map_tensors
 
 Forward = Callable[..., Any]
+"""A module's forward, or a replacement of it."""
 
 
 class ReachedError(Exception):

@@ -15,6 +15,8 @@ from torch.utils.hooks import RemovableHandle
 from compress.engine.host import map_tensors
 
 _RESHAPED = {"view", "_unsafe_view", "reshape"}
+"""Operations that change a tensor's shape and keep the order of its elements."""
+
 _SAME_CHANNELS = {"transpose", "permute", "t", "expand", "clone", "unsqueeze", "squeeze", "alias", "detach"}
 """Operations that move a tensor's elements without changing them."""
 

@@ -22,8 +22,12 @@ from compress.families.family import Family, ScalePair, within
 from compress.skeleton import build_skeleton
 from compress.untrusted import foreign
 
-_IMAGE_TOKENS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+_IMAGE_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
+"""Keys of config.json with the ids of placeholder tokens."""
+
 _REQUIRED_KEYS = ("num_attention_heads", "num_hidden_layers")
+"""Keys of the text section that stages read, and that have no defaults without a record."""
+
 _TOKENS = 8
 """The length of the text that the decoder is run on."""
 
@@ -36,6 +40,7 @@ _REMEDY = (
     "linears between which scales can move: docs/adding-a-family.md says how to write one"
 )
 _MATRIX = 2
+"""The dimensions of a linear's weight; more are a stack, as of experts."""
 
 
 def derive_family(checkpoint: Checkpoint, misfit: str, trust_remote_code: bool = False) -> Family:
@@ -98,9 +103,9 @@ class _Inspection:
         text = cast("Mapping[str, Any]", self.config.get("text_config") or self.config)
         if missing := [key for key in _REQUIRED_KEYS if text.get(key) is None]:
             self._refuse(f"config.json leaves {missing[0]} of its text's part to transformers; write it there")
-        keys = tuple(key for key in _IMAGE_TOKENS if self.config.get(key) is not None)
+        keys = tuple(key for key in _IMAGE_TOKEN_KEYS if self.config.get(key) is not None)
         if vision and not keys:
-            self._refuse(f"config.json has none of {', '.join(_IMAGE_TOKENS)}, so its images' tokens are not known")
+            self._refuse(f"config.json has none of {', '.join(_IMAGE_TOKEN_KEYS)}, so its images' tokens are not known")
         family = Family(
             name=str(self.config["model_type"]),
             model_type=str(self.config["model_type"]),

@@ -39,15 +39,23 @@ if TYPE_CHECKING:
 
 _WORKER = Path(__file__).with_name("llmcompressor_worker.py")
 _WORK = ".llmcompressor"
+"""The folder of samples, job and output in the target folder; removed at the end."""
+
 _LOG = "llmcompressor.log"
 _SCALE = "weight_scale"
 _INTERVAL = 0.2
 """Seconds between two reads of its log."""
 
 _BLOCK = re.compile(rb"\((\d+)/(\d+)\): (Calibrating|Propagating)")
+"""The library's progress bar: the current block, the number of blocks, and the phase."""
+
 _VARIABLES = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Environment variables of the worker: it must not download anything."""
+
 _MESSAGE_LINES = 12
 _MESSAGE_CHARACTERS = 1200
+"""How much of the library's error a message repeats; the log has all of it."""
+
 _UNSET_VARIABLES = ("VIRTUAL_ENV", "LLM_COMPRESSOR_LOG_FILE")
 
 

@@ -32,6 +32,7 @@ TOKENS_PER_BATCH = 1024
 """Tokens that go through the model together. More make the walk faster and its activations on the device larger."""
 
 _COMMITS = ".blocks"
+"""The folder of committed blocks in the target folder."""
 
 
 @dataclass(frozen=True)

@@ -34,8 +34,8 @@ def outputs(visit: BlockVisit) -> list[Tensor]:
 
 def linears_of(module: nn.Module) -> list[str]:
     names: list[str] = []
-    for name, part in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
-        if name and isinstance(part, nn.Linear):
+    for name, submodule in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
+        if name and isinstance(submodule, nn.Linear):
             names.append(name)
     return names
 

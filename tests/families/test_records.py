@@ -19,7 +19,7 @@ def test_a_published_config_has_a_record_and_a_builder(source: str) -> None:
 @pytest.mark.parametrize("source", published())
 def test_what_a_published_config_leaves_out_is_known(source: str) -> None:
     folder = published()[source].config_file.parent
-    said = text_config(read_config(folder))
-    whole = cast("Any", AutoConfig).from_pretrained(folder, local_files_only=True).get_text_config()
+    actual = text_config(read_config(folder))
+    reference = cast("Any", AutoConfig).from_pretrained(folder, local_files_only=True).get_text_config()
     for key in ("num_attention_heads", "num_hidden_layers"):
-        assert said[key] == getattr(whole, key)
+        assert actual[key] == getattr(reference, key)

@@ -79,7 +79,7 @@ def test_every_linear_belongs_to_one_component(name: str, tmp_path: Path) -> Non
     family = family_of(checkpoint.config)
     actual = [select(checkpoint, family, (target,), ()).linears for target in TARGETS]
     names = [linear.name for linears in actual for linear in linears]
-    linears = [part for part, module in load_plain(tmp_path).named_modules() if isinstance(module, nn.Linear)]
+    linears = [linear_name for linear_name, module in load_plain(tmp_path).named_modules() if isinstance(module, nn.Linear)]
     if head_is_tied(checkpoint, family):
         linears.remove(str(family.head))
     assert sorted(names) == sorted(linears)

@@ -34,35 +34,35 @@ def layers(generator: np.random.Generator, count: int) -> dict[str, list[WidthOp
 def test_the_loss_is_the_smallest_that_fits(seed: int) -> None:
     generator = np.random.default_rng(seed)
     groups = layers(generator, int(generator.integers(1, 6)))
-    costs = [sum(choices[place].cost for choices in groups.values()) for place in (0, -1)]
-    for part in (0, *generator.uniform(0, 1, 3), 1, 2):
-        budget = int(costs[0] + part * (costs[1] - costs[0]))
-        found = allocate(groups, budget)
-        assert list(found) == list(groups)
-        assert all(choice in groups[name] for name, choice in found.items())
-        assert sum(choice.cost for choice in found.values()) <= budget
-        assert sum(choice.loss for choice in found.values()) == pytest.approx(brute_force(groups, budget), rel=1e-9)
+    costs = [sum(choices[index].cost for choices in groups.values()) for index in (0, -1)]
+    for share in (0, *generator.uniform(0, 1, 3), 1, 2):
+        budget = int(costs[0] + share * (costs[1] - costs[0]))
+        chosen = allocate(groups, budget)
+        assert list(chosen) == list(groups)
+        assert all(choice in groups[name] for name, choice in chosen.items())
+        assert sum(choice.cost for choice in chosen.values()) <= budget
+        assert sum(choice.loss for choice in chosen.values()) == pytest.approx(brute_force(groups, budget), rel=1e-9)
 
 
 def test_a_whole_model_is_solved_and_the_same_each_time() -> None:
     groups = layers(np.random.default_rng(0), 300)
     budget = sum(choices[2].cost for choices in groups.values())
-    found = allocate(groups, budget)
+    chosen = allocate(groups, budget)
     uniform = sum(choices[2].loss for choices in groups.values())
-    assert sum(choice.cost for choice in found.values()) <= budget
-    assert sum(choice.loss for choice in found.values()) < uniform / 2
-    assert allocate(groups, budget) == found
-    for name, choice in found.items():  # no single layer could be given more
+    assert sum(choice.cost for choice in chosen.values()) <= budget
+    assert sum(choice.loss for choice in chosen.values()) < uniform / 2
+    assert allocate(groups, budget) == chosen
+    for name, choice in chosen.items():  # no single layer could be given more
         dearer = [other for other in groups[name] if other.loss < choice.loss]
-        left = budget - sum(other.cost for other in found.values())
+        left = budget - sum(other.cost for other in chosen.values())
         assert all(other.cost - choice.cost > left for other in dearer)
 
 
 def test_alike_layers_share_what_there_is() -> None:
     groups = {name: [WidthOption(2, 2, 9.0), WidthOption(4, 4, 1.0), WidthOption(8, 8, 0.5)] for name in "abc"}
-    found = allocate(groups, 11)
-    assert sorted(choice.width for choice in found.values()) == [2, 4, 4]
-    assert found == allocate(groups, 11)
+    chosen = allocate(groups, 11)
+    assert sorted(choice.width for choice in chosen.values()) == [2, 4, 4]
+    assert chosen == allocate(groups, 11)
 
 
 def test_a_wider_choice_that_brings_nothing_is_not_taken() -> None:

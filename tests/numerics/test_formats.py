@@ -54,10 +54,10 @@ def draw_matrix(rows: int, columns: int, seed: int, spread: float) -> Tensor:
 def integers(draw: st.DrawFn, bits: st.SearchStrategy[int] = BITS, symmetric: bool | None = None) -> Drawn:
     """Draw a matrix of any shape with a group size that divides it, or one scale per row."""
     groups, size, rows = draw(st.integers(1, 6)), draw(st.integers(1, 70)), draw(st.integers(1, 70))
-    whole = draw(st.booleans())
+    integral = draw(st.booleans())
     balanced = draw(st.booleans()) if symmetric is None else symmetric
     weight = draw_matrix(rows, groups * size, draw(SEEDS), draw(SPREADS))
-    return Drawn(weight, Scheme(draw(bits), -1 if whole else size, balanced))
+    return Drawn(weight, Scheme(draw(bits), -1 if integral else size, balanced))
 
 
 @st.composite
@@ -89,51 +89,53 @@ def far_from_a_tie(weight: Tensor, quantized: QuantizedWeight) -> Tensor:
 @repeatable
 @given(integers())
 def test_scales_and_zero_points_are_those_of_compressed_tensors(drawn: Drawn) -> None:
-    ours = quantize(drawn.weight, drawn.scheme, torch.float32)
-    groups = drawn.weight.view(drawn.weight.shape[0], -1, ours.scheme.group_size)
+    actual = quantize(drawn.weight, drawn.scheme, torch.float32)
+    groups = drawn.weight.view(drawn.weight.shape[0], -1, actual.scheme.group_size)
     scales, zero_points = calculate_qparams(groups.amin(-1), groups.amax(-1), group_of(drawn.scheme).weights)
-    torch.testing.assert_close(ours.scales, scales, rtol=1e-6, atol=0)
+    torch.testing.assert_close(actual.scales, scales, rtol=1e-6, atol=0)
     if not drawn.scheme.symmetric:
-        assert int((signed(ours)[1] - zero_points.to(torch.int16)).abs().max()) <= 1
+        assert int((signed(actual)[1] - zero_points.to(torch.int16)).abs().max()) <= 1
     else:
-        assert not signed(ours)[1].any()
+        assert not signed(actual)[1].any()
 
 
 @repeatable
 @given(integers())
 def test_the_library_packs_the_same_words(drawn: Drawn) -> None:
-    ours = quantize(drawn.weight, drawn.scheme, torch.float32)
-    codes, zero_points = signed(ours)
+    actual = quantize(drawn.weight, drawn.scheme, torch.float32)
+    codes, zero_points = signed(actual)
     # What it is to round lies in the middle of our codes, so that both must choose the same.
-    middles = ours.dequantize()
-    given = {"weight": middles, "weight_scale": ours.scales, "weight_zero_point": zero_points.to(torch.int8)}
-    theirs = PackedQuantizationCompressor.compress(given, group_of(drawn.scheme))
-    packed = {name.removeprefix("proj."): tensor for name, tensor in pack_linear("proj", ours).items()}
-    assert torch.equal(packed["weight_packed"], theirs["weight_packed"])
-    assert torch.equal(packed["weight_shape"], theirs["weight_shape"])
+    middles = actual.dequantize()
+    tensors = {"weight": middles, "weight_scale": actual.scales, "weight_zero_point": zero_points.to(torch.int8)}
+    reference = PackedQuantizationCompressor.compress(tensors, group_of(drawn.scheme))
+    packed = {name.removeprefix("proj."): tensor for name, tensor in pack_linear("proj", actual).items()}
+    assert torch.equal(packed["weight_packed"], reference["weight_packed"])
+    assert torch.equal(packed["weight_shape"], reference["weight_shape"])
     if not drawn.scheme.symmetric:
-        assert torch.equal(packed["weight_zero_point"], theirs["weight_zero_point"])
+        assert torch.equal(packed["weight_zero_point"], reference["weight_zero_point"])
     rows, columns = codes.shape
-    assert torch.equal(unpack_words(packed["weight_packed"], drawn.scheme.bits, columns).view(rows, columns), ours.codes)
+    assert torch.equal(unpack_words(packed["weight_packed"], drawn.scheme.bits, columns).view(rows, columns), actual.codes)
 
 
 @repeatable
 @given(integers(bits=st.just(8), symmetric=True))
 def test_the_library_rounds_to_the_same_8_bit_integers(drawn: Drawn) -> None:
-    held = replace(drawn.scheme, group_size=-1, activations="token")
-    ours = quantize(drawn.weight, held, torch.float32)
-    theirs = IntQuantizationCompressor.compress({"weight": drawn.weight, "weight_scale": ours.scales}, group_of(held))
-    clear = far_from_a_tie(drawn.weight, ours)
-    assert torch.equal(pack_linear("proj", ours)["proj.weight"][clear], theirs["weight"][clear])
+    scheme = replace(drawn.scheme, group_size=-1, activations="token")
+    actual = quantize(drawn.weight, scheme, torch.float32)
+    reference = IntQuantizationCompressor.compress({"weight": drawn.weight, "weight_scale": actual.scales}, group_of(scheme))
+    clear = far_from_a_tie(drawn.weight, actual)
+    assert torch.equal(pack_linear("proj", actual)["proj.weight"][clear], reference["weight"][clear])
 
 
 @repeatable
 @given(floats())
 def test_the_library_rounds_to_the_same_8_bit_floats(drawn: Drawn) -> None:
-    ours = quantize(drawn.weight, drawn.scheme, torch.float32)
-    theirs = FloatQuantizationCompressor.compress({"weight": drawn.weight, "weight_scale": ours.scales}, group_of(drawn.scheme))
-    assert ours.codes.dtype == torch.float8_e4m3fn
-    assert torch.equal(ours.codes.view(torch.uint8), theirs["weight"].contiguous().view(torch.uint8))
+    actual = quantize(drawn.weight, drawn.scheme, torch.float32)
+    reference = FloatQuantizationCompressor.compress(
+        {"weight": drawn.weight, "weight_scale": actual.scales}, group_of(drawn.scheme)
+    )
+    assert actual.codes.dtype == torch.float8_e4m3fn
+    assert torch.equal(actual.codes.view(torch.uint8), reference["weight"].contiguous().view(torch.uint8))
 
 
 @repeatable
@@ -149,19 +151,19 @@ def test_float_scales_bring_the_largest_value_of_each_part_to_the_largest_float(
         for column in range(0, columns, width):
             assert codes[row : row + height, column : column + width].abs().max() == 448
     if drawn.scheme.block_rows == 1:
-        theirs, _ = calculate_qparams(drawn.weight.amin(1, True), drawn.weight.amax(1, True), group_of(drawn.scheme).weights)
-        assert torch.equal(scales, theirs)
+        reference, _ = calculate_qparams(drawn.weight.amin(1, True), drawn.weight.amax(1, True), group_of(drawn.scheme).weights)
+        assert torch.equal(scales, reference)
 
 
 @repeatable
 @given(floats())
 def test_floats_are_as_near_as_three_bits_of_mantissa_allow(drawn: Drawn) -> None:
-    ours = quantize(drawn.weight, drawn.scheme, torch.bfloat16)
-    error = (ours.dequantize() - drawn.weight).abs()
-    steps = expand_scales(ours.scales, ours.scheme, (drawn.weight.shape[0], drawn.weight.shape[1]))
+    actual = quantize(drawn.weight, drawn.scheme, torch.bfloat16)
+    error = (actual.dequantize() - drawn.weight).abs()
+    steps = expand_scales(actual.scales, actual.scheme, (drawn.weight.shape[0], drawn.weight.shape[1]))
     # Half a unit in the last of four places, or of the subnormal step 2^-9; a scale rounded to bfloat16 may cut the largest short.
     assert (error <= (drawn.weight.abs() / 16).maximum(steps * 2**-10) * 1.01).all()
-    assert torch.equal(rounding_error(drawn.weight, drawn.scheme, torch.bfloat16), ours.dequantize() - drawn.weight)
+    assert torch.equal(rounding_error(drawn.weight, drawn.scheme, torch.bfloat16), actual.dequantize() - drawn.weight)
 
 
 def test_zeros_and_values_beyond_the_range_are_held() -> None:
@@ -183,9 +185,9 @@ def test_gptq_words_are_those_of_compressed_tensors_transposed(bits: int, words:
     assert torch.equal(packed, pack_words(codes, bits).t())
     assert torch.equal(unpack_gptq(packed, bits), codes)
     per_word = 32 // bits
-    for place in range(per_word):  # field i of word r, lowest first, is input channel r · (fields per word) + i
-        fields = (packed >> (bits * place)) & ((1 << bits) - 1)
-        assert torch.equal(fields, codes[:, place::per_word].t().to(torch.int32))
+    for index in range(per_word):  # field i of word r, lowest first, is input channel r · (fields per word) + i
+        fields = (packed >> (bits * index)) & ((1 << bits) - 1)
+        assert torch.equal(fields, codes[:, index::per_word].t().to(torch.int32))
 
 
 @st.composite
@@ -200,11 +202,11 @@ def inputs(draw: st.DrawFn, columns: st.SearchStrategy[int]) -> Tensor:
 @repeatable
 @given(inputs(st.integers(1, 3).map(lambda groups: 128 * groups)), st.sampled_from(["token", "group"]))
 def test_inputs_round_to_floats_as_the_library_rounds_them(values: Tensor, kind: Activations) -> None:
-    held = next(scheme for scheme in FLOATS if scheme.activations == kind)
-    arguments = group_of(held).input_activations
+    quantization = next(scheme for scheme in FLOATS if scheme.activations == kind)
+    arguments = group_of(quantization).input_activations
     scales, zero_points = compute_dynamic_scales_and_zp(values, arguments, torch.nn.Module())
-    theirs = fake_quantize(values, scales, zero_points, arguments)
-    torch.testing.assert_close(reader.fake_quantize_activations(values, kind, "float", 8, None), theirs, rtol=1e-6, atol=0)
+    reference = fake_quantize(values, scales, zero_points, arguments)
+    torch.testing.assert_close(reader.fake_quantize_activations(values, kind, "float", 8, None), reference, rtol=1e-6, atol=0)
 
 
 @repeatable
@@ -212,8 +214,8 @@ def test_inputs_round_to_floats_as_the_library_rounds_them(values: Tensor, kind:
 def test_inputs_round_by_a_fixed_scale_as_the_library_rounds_them(values: Tensor, kind: Any) -> None:
     arguments = group_of(Scheme(8, -1, True, kind, -1 if kind == "float" else 1, "tensor")).input_activations
     scale = torch.tensor([0.02])
-    theirs = fake_quantize(values, scale, torch.zeros(1), arguments)
-    assert torch.equal(reader.fake_quantize_activations(values, "tensor", kind, 8, scale), theirs)
+    reference = fake_quantize(values, scale, torch.zeros(1), arguments)
+    assert torch.equal(reader.fake_quantize_activations(values, "tensor", kind, 8, scale), reference)
 
 
 @repeatable
@@ -234,8 +236,8 @@ def test_tokens_round_to_integers_with_127_for_the_largest(values: Tensor) -> No
 def test_a_last_group_may_be_narrower_than_128_channels(values: Tensor) -> None:
     rounded = reader.fake_quantize_activations(values, "group", "float", 8, None)
     starts = range(0, values.shape[-1], 128)
-    parts = [reader.fake_quantize_activations(values[..., start : start + 128], "token", "float", 8, None) for start in starts]
-    assert torch.equal(rounded, torch.cat(parts, dim=-1))
+    chunks = [reader.fake_quantize_activations(values[..., start : start + 128], "token", "float", 8, None) for start in starts]
+    assert torch.equal(rounded, torch.cat(chunks, dim=-1))
 
 
 @repeatable
@@ -245,9 +247,9 @@ def test_a_stage_rounds_inputs_as_what_reads_its_artifact_does(values: Tensor, k
     scheme = Scheme(8, 128 if kind == "group" else -1, True, sort, 128 if kind == "group" else 1, kind)
     scale = torch.tensor([0.02]) if kind == "tensor" else None
     for given_values in (values, values.bfloat16()):
-        ours = fake_quantize_activations(given_values, scheme, scale)
-        assert torch.equal(ours, reader.fake_quantize_activations(given_values, kind, sort, 8, scale))
-        assert ours.dtype == given_values.dtype
+        actual = fake_quantize_activations(given_values, scheme, scale)
+        assert torch.equal(actual, reader.fake_quantize_activations(given_values, kind, sort, 8, scale))
+        assert actual.dtype == given_values.dtype
 
 
 def test_a_stage_needs_the_scale_that_is_fixed() -> None:

@@ -31,12 +31,12 @@ def as_in_the_paper(weight: Tensor, hessian: Tensor, scheme: Scheme, dampening_f
     inverse = cast("Tensor", torch.linalg.cholesky(torch.linalg.inv(damped[order][:, order]), upper=True))
     left = weight.double()[:, order].clone()
     rounded = torch.empty_like(left)
-    for place, column in enumerate(cast("list[int]", order.tolist())):
+    for index, column in enumerate(cast("list[int]", order.tolist())):
         scale, zero = scales[:, column // size].double(), zeros[:, column // size].double()
-        code = (left[:, place] / scale).round().add(zero).clamp(0, scheme.levels - 1)
-        rounded[:, place] = (code - zero) * scale
-        error = (left[:, place] - rounded[:, place]) / inverse[place, place]
-        left[:, place:] -= torch.outer(error, inverse[place, place:])
+        code = (left[:, index] / scale).round().add(zero).clamp(0, scheme.levels - 1)
+        rounded[:, index] = (code - zero) * scale
+        error = (left[:, index] - rounded[:, index]) / inverse[index, index]
+        left[:, index:] -= torch.outer(error, inverse[index, index:])
     return rounded[:, order.argsort()].float()
 
 

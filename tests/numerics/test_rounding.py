@@ -95,6 +95,6 @@ def test_clipping_never_loses_more_within_a_group_and_less_somewhere(bits: int) 
 def test_clipping_in_parts_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     weight, hessian, scheme = matrix(), random_hessian(48), Scheme(3, 16, symmetric=True)
     blocks = diagonal_blocks(hessian, 16)
-    whole = clip(weight, blocks, scheme, torch.bfloat16, steps=8)
+    at_once = clip(weight, blocks, scheme, torch.bfloat16, steps=8)
     monkeypatch.setattr("compress.numerics.rounding._CHUNK", 5 * 48)
-    assert torch.equal(clip(weight, blocks, scheme, torch.bfloat16, steps=8), whole)
+    assert torch.equal(clip(weight, blocks, scheme, torch.bfloat16, steps=8), at_once)

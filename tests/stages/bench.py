@@ -84,22 +84,22 @@ def dense(folder: Path) -> dict[str, Tensor]:
     return values
 
 
-def logits(source: Path, values: Mapping[str, Tensor] | None, given: list[Any]) -> Tensor:
+def logits(source: Path, values: Mapping[str, Tensor] | None, calibration: list[Any]) -> Tensor:
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(source, dtype=torch.float32).eval()
     if values is not None:
         model.load_state_dict({name: value.float() for name, value in values.items()})
     with torch.no_grad():
-        return torch.cat([model(**batch.inputs(), use_cache=False).logits.flatten(0, 1) for batch in given])
+        return torch.cat([model(**batch.inputs(), use_cache=False).logits.flatten(0, 1) for batch in calibration])
 
 
 def divergence(bench: Bench, folder: Path) -> float:
     """Return the mean KL(original ‖ artifact) per token in nats on the calibration samples, by the in-process runtime."""
-    given = [batch.inputs() for batch in load_batches(bench.calibration, bench.folder, 64)]
+    calibration = [batch.inputs() for batch in load_batches(bench.calibration, bench.folder, 64)]
 
     def predictions(source: Path) -> Tensor:
         model = load_model(source, torch.float32, torch.device("cpu"), Silent())
         with torch.no_grad():
-            rows = [model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()] for inputs in given]
+            rows = [model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()] for inputs in calibration]
         return torch.cat(rows).double().log_softmax(-1)
 
     original, artifact = predictions(bench.folder), predictions(folder)

@@ -61,10 +61,10 @@ def test_predictions_are_closer_to_the_original_than_rounding_to_nearest(tmp_pat
     calibration: list[Any] = list(batches(bench.folder))
     original = logits(bench.folder, None, calibration)
     stage = awq(bits=bits)
-    ours = kl(original, logits(bench.folder, dense(bench.apply(tmp_path / "awq", stage)), calibration))
+    awq_divergence = kl(original, logits(bench.folder, dense(bench.apply(tmp_path / "awq", stage)), calibration))
     round_checkpoint(bench.folder, tmp_path / "nearest", stage.component_schemes()["decoder"])
     nearest = kl(original, logits(bench.folder, dense(tmp_path / "nearest"), calibration))
-    assert ours < 0.8 * nearest
+    assert awq_divergence < 0.8 * nearest
 
 
 def test_what_is_not_targeted_is_bit_identical(bench: Bench, tmp_path: Path) -> None:
