@@ -136,7 +136,7 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
         inputs = _arguments(8, scheme.type, scheme.activations, dynamic, group_size=size)
     weights = _arguments(scheme.bits, scheme.type, scheme.strategy, dynamic=False, group_size=_group_size(scheme))
     weights["symmetric"] = scheme.symmetric
-    weights["block_structure"] = [BLOCK, BLOCK] if scheme.strategy == "block" else None
+    weights["block_structure"] = [BLOCK, BLOCK] if scheme.block_rows == BLOCK else None
     return {
         "format": scheme.format,
         "input_activations": inputs,
