@@ -121,7 +121,7 @@ def _run(command: Sequence[str], context: ExportContext, work: Path) -> None:
 
 def _failure(context: ExportContext, server: Server) -> CompressError:
     """Return what tells that the builder ended before it was done."""
-    said = server.last_words()
+    said = server.exit_reason()
     if _FULL in said:
         return StoreError(f"{context.target}: the disk is full; free space, and run again.\n{said}")
     if _KILLED in said:

@@ -16,7 +16,7 @@ from compress.errors import DataError
 from compress.pictures import decode_image
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoder
-from compress.runtimes.runtime import Embeddings, Faults, Picture
+from compress.runtimes.runtime import Embeddings, Faults, ImageInput
 
 _AT_ONCE = 32
 
@@ -53,7 +53,7 @@ class Embedder:
     encoder: Encoder
 
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
         """Return log-probabilities [pictures, classes]: the softmax of the scaled cosines with each class's mean direction."""
         with progress.task("embed texts", len(classes), "classes") as advance:
@@ -65,7 +65,7 @@ class Embedder:
         return torch.cat(rows).numpy()
 
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
         """Return the directions of all images and texts, and what their cosines are scaled by."""
         found: list[Tensor] = []
@@ -78,7 +78,7 @@ class Embedder:
         images = torch.cat([images.cpu() for images in self._batches(pictures, written.shape[1], progress, faults)])
         return Embeddings(images=images.numpy(), texts=written.numpy(), scale=self.towers.scale)
 
-    def _batches(self, pictures: Sequence[Picture], width: int, progress: Progress, faults: Faults | None) -> Generator[Tensor]:
+    def _batches(self, pictures: Sequence[ImageInput], width: int, progress: Progress, faults: Faults | None) -> Generator[Tensor]:
         """Give the directions [images, width] of a few images at a time; see `Session.classify` for those that cannot be shown."""
         with progress.task("embed images", len(pictures), "images") as advance:
             for first in range(0, len(pictures), _AT_ONCE):
@@ -103,7 +103,7 @@ class Embedder:
                 raise DataError(f"the text {text!r} takes {length} tokens, and the model takes {longest}; shorten it")
         return _unit(self.towers.texts(encoded["input_ids"], encoded["attention_mask"]).to(torch.float32))
 
-    def _images(self, pictures: Sequence[Picture], width: int, faults: Faults | None) -> Tensor:
+    def _images(self, pictures: Sequence[ImageInput], width: int, faults: Faults | None) -> Tensor:
         shown: dict[int, Tensor] = {}
         for place, picture in enumerate(pictures):
             try:

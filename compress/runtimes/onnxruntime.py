@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from compress.errors import MissingError
-from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Ability, OpenContext, Prompt, Runtime, Served, Session
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Ability, OpenContext, Prompt, RunningServer, Runtime, Session
 
 if TYPE_CHECKING:
     from compress.eval.latency import LoadPoint
@@ -78,7 +78,7 @@ class Onnxruntime(Runtime):
 
         return open_session(context, self._engine_settings())
 
-    def serve(self, context: OpenContext) -> AbstractContextManager[Served]:
+    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
         """Start a server for the artifact; a checkpoint without graphs is exported first. Its log is `onnxruntime.log`.
 
         Raises:

@@ -33,9 +33,9 @@ from compress.runtimes.runtime import (
     Answer,
     Embeddings,
     Faults,
+    ImageInput,
     OpenContext,
     Passage,
-    Picture,
     Prompt,
     Score,
     scored_tokens,
@@ -233,12 +233,12 @@ class WorkerProcess:
     def _late(self, seconds: float) -> ServerError:
         return ServerError(
             f"onnxruntime-genai did not answer within {seconds:g} seconds; raise request_seconds, or use a smaller model"
-            f"{self._server.last_words()}"
+            f"{self._server.exit_reason()}"
         )
 
     def _ended(self) -> ServerError:
         self._server.process.wait()
-        return ServerError(f"onnxruntime-genai ended; the machine may have run out of memory{self._server.last_words()}")
+        return ServerError(f"onnxruntime-genai ended; the machine may have run out of memory{self._server.exit_reason()}")
 
 
 def unreadable(error: Exception) -> ServerError:
@@ -356,7 +356,7 @@ class OnnxruntimeGenaiSession:
         return [found.get(place) for place in places]
 
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
         """Refuse to tell which of some texts an image shows.
 
@@ -367,7 +367,7 @@ class OnnxruntimeGenaiSession:
         raise UsageError("task zero-shot: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
 
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
         """Refuse to say where images and texts lie.
 

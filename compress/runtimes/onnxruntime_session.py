@@ -33,9 +33,9 @@ from compress.runtimes.runtime import (
     Answer,
     Embeddings,
     Faults,
+    ImageInput,
     OpenContext,
     Passage,
-    Picture,
     Prompt,
     Score,
     scored_tokens,
@@ -285,7 +285,7 @@ class OnnxruntimeSession:
         return [found.get(place) for place in range(len(places))]
 
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
         """Return how likely the model finds each class for each picture; see `Session.classify`.
 
@@ -296,7 +296,7 @@ class OnnxruntimeSession:
         return self._embedder().classify(pictures, classes, progress, faults)
 
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
         """Return where the model puts each picture and each text; see `Session.embed`.
 

@@ -18,7 +18,7 @@ from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_graph import choose_engine
 from compress.runtimes.onnxruntime_server import KEY, ServerJob
 from compress.runtimes.onnxruntime_session import OnnxruntimeSettings, graphs_of
-from compress.runtimes.runtime import OpenContext, Served
+from compress.runtimes.runtime import OpenContext, RunningServer
 from compress.runtimes.server import Server, await_service, choose_port, run_server
 from compress.runtimes.vllm_start import plain_environment
 
@@ -29,7 +29,7 @@ _OWN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
 
 
 @contextmanager
-def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings) -> Generator[Served]:
+def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings) -> Generator[RunningServer]:
     """Start a server for an artifact, or what a checkpoint is exported to, and wait until it serves.
 
     Raises:
@@ -60,7 +60,7 @@ def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSetti
 @contextmanager
 def _run(
     runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings, graphs: Path
-) -> Generator[tuple[Server, Served]]:
+) -> Generator[tuple[Server, RunningServer]]:
     port = choose_port(runtime.port, _NAME)
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
@@ -69,4 +69,4 @@ def _run(
     command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]
     variables = plain_environment() | {name: os.environ[name] for name in _OWN if name in os.environ} | {KEY: key}
     with run_server(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:
-        yield server, Served(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.words)
+        yield server, RunningServer(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.read_log)

@@ -29,9 +29,9 @@ from compress.runtimes.runtime import (
     Answer,
     Embeddings,
     Faults,
+    ImageInput,
     OpenContext,
     Passage,
-    Picture,
     Prompt,
     Score,
     scored_tokens,
@@ -204,7 +204,7 @@ class TransformersSession:
 
     @torch.inference_mode()
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
         """Return how likely the model finds each class for each picture; see `Session.classify`.
 
@@ -216,7 +216,7 @@ class TransformersSession:
 
     @torch.inference_mode()
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
         """Return where the model puts each picture and each text; see `Session.embed`.
 

@@ -187,7 +187,7 @@ def _check(outcome: Path, server: Server, device: str) -> None:
     """Raise what the worker said, or its log where it could not say anything any more."""
     if not outcome.is_file():
         raise ServerError(
-            f"llmcompressor was ended before it was done; the machine may have run out of memory{server.last_words()}"
+            f"llmcompressor was ended before it was done; the machine may have run out of memory{server.exit_reason()}"
         )
     told = cast("dict[str, str]", json.loads(outcome.read_text(encoding="utf-8")))
     if not told:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from compress.families import Family
-from compress.runtimes.runtime import Picture, Prompt
+from compress.runtimes.runtime import ImageInput, Prompt
 
 _COLOURS = {
     "red": (214, 39, 40),
@@ -100,10 +100,10 @@ def without_images(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [Prompt(prompt.id, prompt.text) for prompt in prompts]
 
 
-def pictures() -> list[Picture]:
+def pictures() -> list[ImageInput]:
     """Return pictures of odd sizes."""
     return [
-        Picture(f"an image of {width}×{height} pixels", draw(200 + place, width, height))
+        ImageInput(f"an image of {width}×{height} pixels", draw(200 + place, width, height))
         for place, (width, height) in enumerate(_SIZES)
     ]
 

@@ -17,7 +17,7 @@ from compress.eval import journal
 from compress.eval.journal import Journal, answer_all, forget, score_all
 from compress.progress import Progress, Silent
 from compress.runtimes.endpoint import Endpoint, Place
-from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, OpenContext, Passage, Picture, Prompt, Score, Session
+from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, ImageInput, OpenContext, Passage, Prompt, Score, Session
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.transformers_session import TransformersSession
 from tests.chaos_server import MODEL, Manners, Refusal, StandIn, answer_to, digest_of, stand_in
@@ -84,12 +84,12 @@ class Counting:
         return found[::-1] if self.mixing else found
 
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
         return self.session.classify(pictures, classes, progress, faults)
 
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, pictures: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
         return self.session.embed(pictures, texts, progress, faults)
 

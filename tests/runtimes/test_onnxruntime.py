@@ -29,14 +29,14 @@ from compress.runtimes.onnxruntime_graph import Engine, GraphSession
 from compress.runtimes.runtime import (
     UNSCORED,
     Answer,
+    FullVocabularySession,
+    ImageInput,
     OpenContext,
     Passage,
-    Picture,
     Prompt,
     Runtime,
     Score,
     Session,
-    WholeVocabulary,
 )
 from compress.runtimes.transformers import Transformers
 from tests.quantized import round_checkpoint
@@ -277,7 +277,7 @@ def test_more_images_than_the_model_takes_are_a_fault(tmp_path: Path) -> None:
 
 def test_pictures_and_texts_are_compared_as_transformers_does(tmp_path: Path) -> None:
     folder = build_clip(tmp_path / "model")
-    pictures = [Picture(str(place), picture(place, 40 + 20 * place, 60)) for place in range(5)]
+    pictures = [ImageInput(str(place), picture(place, 40 + 20 * place, 60)) for place in range(5)]
     classes = [["a red circle", "a picture of something red"], ["a blue square"], ["nothing"]]
     found: list[tuple[Any, Any]] = []
     for runtime in (in_process(), in_onnxruntime()):
@@ -424,10 +424,10 @@ def test_whole_distributions_are_those_that_transformers_compares(
     with opened(other, in_process()) as inside:
         exact = inside.score(passages, None, tmp_path / "exact", SILENT)
     places = [(place, token) for place, score in enumerate(exact) for token in range(len(score.negative_log_likelihood))][::3]
-    assert isinstance(session, WholeVocabulary)
+    assert isinstance(session, FullVocabularySession)
     before = session.distributions(passages, places, SILENT)
     with opened(other, in_onnxruntime()) as artifact:
-        assert isinstance(artifact, WholeVocabulary)
+        assert isinstance(artifact, FullVocabularySession)
         after = artifact.distributions(passages, places, SILENT)
     for (place, token), old, new in zip(places, before, after, strict=True):
         kl = exact[place].kl

@@ -25,7 +25,7 @@ from compress.plan import make_plan
 from compress.progress import Silent
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_server import RequestError, Wording, read_request
-from compress.runtimes.runtime import OpenContext, Prompt, Served
+from compress.runtimes.runtime import OpenContext, Prompt, RunningServer
 from compress.store import Store
 from tests.tiny import build_clip, picture
 
@@ -55,7 +55,7 @@ def session(artifact: Path) -> Generator[Any]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningServer]:
     """The original, which is exported for it; nothing of it is left when the context ends."""
     logs = tmp_path_factory.mktemp("logs")
     with in_onnxruntime().serve(OpenContext(DEMO, logs, SILENT)) as served:
@@ -68,20 +68,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[Served]:
 
 
 @pytest.fixture
-def client(served: Served) -> Generator[httpx.Client]:
+def client(served: RunningServer) -> Generator[httpx.Client]:
     headers = {"Authorization": f"Bearer {served.key}"}
     with httpx.Client(base_url=served.url, headers=headers, trust_env=False, timeout=600) as client:
         yield client
 
 
-def processes_of(served: Served) -> list[psutil.Process]:
+def processes_of(served: RunningServer) -> list[psutil.Process]:
     leading = psutil.Process(served.process)
     found = [leading, *leading.children(recursive=True)]
     assert len(found) == 2
     return found
 
 
-def body(served: Served, prompt: Prompt, **options: Any) -> dict[str, Any]:
+def body(served: RunningServer, prompt: Prompt, **options: Any) -> dict[str, Any]:
     urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in prompt.images]
     content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": prompt.text}]
     return {"model": served.model, "messages": [{"role": "user", "content": content}], "temperature": 0, **options}
@@ -93,7 +93,7 @@ def events(text: str) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
-def test_load_is_put_on_it(served: Served) -> None:
+def test_load_is_put_on_it(served: RunningServer) -> None:
     """Every request has as many tokens as asked, each an event of its own."""
     requests = make_requests(DEMO, POINT, 7, 0)
     assert warm_up(served, requests, 60) == DIALECTS[0]
@@ -101,7 +101,7 @@ def test_load_is_put_on_it(served: Served) -> None:
     assert [(sample.fault, sample.tokens, len(sample.between_tokens)) for sample in load.samples] == [(None, 6, 5)] * 7
 
 
-def test_it_says_what_the_session_says(served: Served, client: httpx.Client, session: Any) -> None:
+def test_it_says_what_the_session_says(served: RunningServer, client: httpx.Client, session: Any) -> None:
     """Whole and streamed, with an image, with another one and without; the token that ends an answer is counted, and not said."""
     prompts = [Prompt("one", QUESTION, (picture(0),)), Prompt("other", QUESTION, (picture(4, 56, 84),)), Prompt("none", QUESTION)]
     for prompt, expected in zip(prompts, session.answer(prompts, 6, SILENT), strict=True):
@@ -118,7 +118,7 @@ def test_it_says_what_the_session_says(served: Served, client: httpx.Client, ses
         assert (last["choices"], last["usage"]) == ([], answer["usage"])
 
 
-def test_requests_that_it_does_not_answer(served: Served, client: httpx.Client) -> None:
+def test_requests_that_it_does_not_answer(served: RunningServer, client: httpx.Client) -> None:
     assert httpx.get(f"{served.url}/health", trust_env=False).status_code == 200
     denied = httpx.post(f"{served.url}/v1/chat/completions", json={}, headers={"Authorization": "Bearer no"}, trust_env=False)
     assert (denied.status_code, denied.json()["error"]["code"]) == (401, 401)
@@ -222,7 +222,7 @@ def test_a_model_that_writes_nothing_has_no_latency(tmp_path: Path) -> None:
         pass
 
 
-def test_a_server_that_is_killed_is_told(served: Served, tmp_path: Path) -> None:
+def test_a_server_that_is_killed_is_told(served: RunningServer, tmp_path: Path) -> None:
     """The last test that asks it."""
     settings = LatencySettings(concurrency=(1,), requests=2, warmup=1)
     with watching(served.process, served.said()) as watch:

@@ -23,7 +23,7 @@ from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Scor
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_server import stop_tokens
-from compress.runtimes.vllm_session import Tokens, VllmSession
+from compress.runtimes.vllm_session import SpecialTokens, VllmSession
 from tests.raw_server import absent_server
 from tests.tiny import build_qwen2_5_vl, picture
 
@@ -130,7 +130,7 @@ def test_answers_are_as_long_as_allowed(session: VllmSession) -> None:
 def test_answer_ends_before_its_stop_token(session: VllmSession, model: Path, runtime: Vllm) -> None:
     whole = session.answer(PROMPTS[:1], 8, SILENT)[0].token_ids
     assert stop_tokens(model) == (594, 595)
-    stopping = VllmSession(session.endpoint, runtime, Tokens((whole[3],)))
+    stopping = VllmSession(session.endpoint, runtime, SpecialTokens((whole[3],)))
     assert stopping.answer(PROMPTS[:1], 8, SILENT)[0].token_ids == whole[: whole.index(whole[3])]
 
 
@@ -138,7 +138,7 @@ def test_answer_ends_before_its_stop_token(session: VllmSession, model: Path, ru
 def test_answer_holds_no_placeholder(session: VllmSession, runtime: Vllm) -> None:
     """Taking what the model says first for an image's token, it must say something else; the other answers stay."""
     before = session.answer(PROMPTS, 2, SILENT)
-    without = VllmSession(session.endpoint, runtime, Tokens((594, 595), (before[0].token_ids[0],)))
+    without = VllmSession(session.endpoint, runtime, SpecialTokens((594, 595), (before[0].token_ids[0],)))
     for old, new in zip(before, without.answer(PROMPTS, 2, SILENT), strict=True):
         assert before[0].token_ids[0] not in new.token_ids
         assert (old == new) == (before[0].token_ids[0] not in old.token_ids)
@@ -200,11 +200,11 @@ def test_whole_distributions_are_those_that_transformers_compares(
     with inside.open(OpenContext(changed, tmp_path, SILENT)) as artifact:
         exact = artifact.score(PASSAGES, None, tmp_path / "exact", SILENT)
     few = runtime.model_copy(update={"top_logprobs": 20})
-    before = VllmSession(session.endpoint, few, Tokens(()))
+    before = VllmSession(session.endpoint, few, SpecialTokens(()))
     before.score(PASSAGES, tmp_path / "record", None, SILENT)
     places = [(0, token) for token in range(0, 99, 9)] + [(1, 0), (1, 4), (3, 1)]
     old = before.distributions(PASSAGES, places, SILENT)
-    after = VllmSession(other.endpoint, few, Tokens(()))
+    after = VllmSession(other.endpoint, few, SpecialTokens(()))
     lower = after.score(PASSAGES, None, tmp_path / "record", SILENT)
     new = after.distributions(PASSAGES, places, SILENT)
     assert all(score.at_least for score in lower if len(score.negative_log_likelihood))
