@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.checkpoint import open_checkpoint, read_json_object
-from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
+from compress.export.format import ExportContext, ExportSpec, VerifiedExport, VerifyContext
 from compress.export.onnx_cost import cost_notes
 from compress.export.onnx_export import OnnxExport
 from compress.export.onnx_limits import expected_bytes, faults
@@ -28,17 +28,17 @@ class Onnx(OnnxExport, VerifiedExport):
 
     format: Literal["onnx"]
 
-    def check(self, outlook: Outlook) -> list[str]:
+    def check(self, spec: ExportSpec) -> list[str]:
         """Return the architecture, linears or settings that no graph here can hold."""
-        return faults(self, outlook)
+        return faults(self, spec)
 
-    def notes(self, outlook: Outlook) -> list[str]:
+    def notes(self, spec: ExportSpec) -> list[str]:
         """Return what the parts that no stage quantized cost, and how to have them smaller."""
-        return cost_notes(self, outlook)
+        return cost_notes(self, spec)
 
-    def predict_bytes(self, outlook: Outlook) -> int:
+    def predict_bytes(self, spec: ExportSpec) -> int:
         """Return the size of the weights it writes."""
-        return expected_bytes(self, outlook)
+        return expected_bytes(self, spec)
 
     def apply(self, context: ExportContext) -> None:
         """Write the artifact.

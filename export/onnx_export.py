@@ -7,7 +7,7 @@ from typing import Literal
 
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError
-from compress.export.format import Export, ExportContext, Outlook
+from compress.export.format import Export, ExportContext, ExportSpec
 from compress.layouts import has_kv_scales, quantized_linears
 from compress.quantization_config import foreign_format
 
@@ -51,7 +51,7 @@ class OnnxExport(Export, ABC):
         checkpoint = open_checkpoint(context.source)
         if foreign := foreign_format(checkpoint.config):
             raise CheckpointError(f"{context.source}: its weights are {foreign}, which no graph here can hold; use format: vllm")
-        outlook = Outlook(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
-        if found := self.check(outlook):
+        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+        if found := self.check(spec):
             raise CheckpointError("\n".join(found))
         return checkpoint

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
+from compress.export.format import ExportContext, ExportSpec, VerifiedExport, VerifyContext
 from compress.export.onnx_cost import cost_notes
 from compress.export.onnx_export import OnnxExport
 from compress.export.onnx_genai_limits import faults, notes
@@ -35,17 +35,17 @@ class OnnxGenai(OnnxExport, VerifiedExport):
         """What in an artifact's name tells settings apart; empty for the plain ones."""
         return f"{'-own' if self.decoder == 'own' else ''}{super().marks}"
 
-    def check(self, outlook: Outlook) -> list[str]:
+    def check(self, spec: ExportSpec) -> list[str]:
         """Return the architecture, linears or settings that onnxruntime-genai, or its builder, cannot hold."""
-        return faults(self, outlook)
+        return faults(self, spec)
 
-    def notes(self, outlook: Outlook) -> list[str]:
+    def notes(self, spec: ExportSpec) -> list[str]:
         """Return in what the runtime reads prompts otherwise than the checkpoint's own processor, and what floats cost."""
-        return [*notes(), *cost_notes(self, outlook)]
+        return [*notes(), *cost_notes(self, spec)]
 
-    def predict_bytes(self, outlook: Outlook) -> int:
+    def predict_bytes(self, spec: ExportSpec) -> int:
         """Return the size of the weights it writes."""
-        return expected_bytes(self, outlook, built=self.decoder == "builder")
+        return expected_bytes(self, spec, built=self.decoder == "builder")
 
     def apply(self, context: ExportContext) -> None:
         """Write the artifact.

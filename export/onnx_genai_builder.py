@@ -16,7 +16,7 @@ from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from compress.artifact import copy_side_files
 from compress.errors import CheckpointError, CompressError, ServerError, StoreError
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.export.onnx_genai_config import DECODER_OF_BUILDER
 from compress.export.onnx_genai_limits import decoder_schemes, layout_of
 from compress.export.vllm_writer import Reader, layout_config, write_tensors
@@ -38,7 +38,7 @@ _EMBEDDINGS = "inputs_embeds"
 _FULL, _KILLED = "No space left on device", "(SIGKILL)"
 
 
-def build_decoder(export: OnnxGenai, context: ExportContext, outlook: Outlook, work: Path, levels: int) -> None:
+def build_decoder(export: OnnxGenai, context: ExportContext, spec: ExportSpec, work: Path, levels: int) -> None:
     """Write the builder's decoder to the target; `work` is an empty folder for what lies between.
 
     `levels` is how many of the first blocks take features from within the vision tower, which the builder leaves out.
@@ -48,15 +48,15 @@ def build_decoder(export: OnnxGenai, context: ExportContext, outlook: Outlook, w
         MissingError: its environment is not installed.
     """
     python = require(_ENVIRONMENT).python
-    schemes = decoder_schemes(outlook)
+    schemes = decoder_schemes(spec)
     source = context.source.absolute()
     if schemes:
         source = (work / "quantized").absolute()
         source.mkdir()
-        lay_out(context, Outlook(outlook.checkpoint, context.family, schemes), source)
+        lay_out(context, ExportSpec(spec.checkpoint, context.family, schemes), source)
     built = (work / "built").absolute()
     command = [str(python), "-I", "-u", "-m", _MODULE, "-i", str(source), "-o", str(built), "-c", str((work / "cache").absolute())]
-    _run([*command, *arguments(export, outlook)], context, work)
+    _run([*command, *arguments(export, spec)], context, work)
     path = built / DECODER_OF_BUILDER
     model = onnx.load_model(str(path), load_external_data=False)
     fix_cache(model, json.loads((built / "genai_config.json").read_text(encoding="utf-8"))["model"]["decoder"]["head_size"])
@@ -67,9 +67,9 @@ def build_decoder(export: OnnxGenai, context: ExportContext, outlook: Outlook, w
         found.replace(context.target / found.name)
 
 
-def arguments(export: OnnxGenai, outlook: Outlook) -> list[str]:
+def arguments(export: OnnxGenai, spec: ExportSpec) -> list[str]:
     """Return what the builder is told of precision: what the checkpoint leaves as it is, stays so, the output head by choice."""
-    schemes = decoder_schemes(outlook)
+    schemes = decoder_schemes(spec)
     bits = next(iter(schemes.values())).bits if schemes else None
     precision = f"int{bits}" if bits else {"float32": "fp32", "float16": "fp16"}[export.dtype]
     options = ["exclude_embeds=true", f"accuracy_level={export.accuracy_level}", "shared_embeddings=false"]
@@ -81,21 +81,19 @@ def arguments(export: OnnxGenai, outlook: Outlook) -> list[str]:
     return ["-p", precision, "-e", provider, "--extra_options", *options]
 
 
-def lay_out(context: ExportContext, outlook: Outlook, target: Path) -> None:
+def lay_out(context: ExportContext, spec: ExportSpec, target: Path) -> None:
     """Write what the builder reads of a quantized checkpoint, its decoder, as AWQ or GPTQ lay it out, from the same integers.
 
     Raises:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
-    family, checkpoint = context.family, outlook.checkpoint
-    layout = layout_of(next(iter(outlook.schemes.values())))
+    family, checkpoint = context.family, spec.checkpoint
+    layout = layout_of(next(iter(spec.schemes.values())))
     names = [name for name in sorted(checkpoint.tensors) if not family.inside_vision(family.module_name(name))]
     reader = Reader(layout, f"{_ENVIRONMENT}'s builder reads", "decoder: own", "export: lay out for the builder")
-    write_tensors(replace(context, target=target), outlook, reader, names)
-    write_json(
-        target / "config.json", {**written_config(checkpoint, family), "quantization_config": layout_config(outlook, layout)}
-    )
+    write_tensors(replace(context, target=target), spec, reader, names)
+    write_json(target / "config.json", {**written_config(checkpoint, family), "quantization_config": layout_config(spec, layout)})
     copy_side_files(context.source, target)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from compress.export.format import Outlook
+from compress.export.format import ExportSpec
 from compress.export.onnx_limits import faults as graph_faults
 from compress.layouts import linear_shape, unquantized_linears
 from compress.numerics.scheme import Scheme
@@ -40,36 +40,36 @@ def layout_of(scheme: Scheme) -> Literal["awq", "gptq"]:
     return "awq" if scheme.bits == _AWQ_BITS else "gptq"
 
 
-def faults(export: OnnxGenai, outlook: Outlook) -> list[str]:
+def faults(export: OnnxGenai, spec: ExportSpec) -> list[str]:
     """Return why onnxruntime-genai, or its builder, cannot hold a checkpoint, one line each with its remedy."""
-    family = outlook.family
+    family = spec.family
     if family.name not in KINDS:
         return [
             f"onnxruntime-genai 0.18 runs {', '.join(KINDS)} with images, and {family.architecture} is none of them: it has no "
             "model type that takes such prompts and images; use format: onnx"
         ]
-    found = graph_faults(export, outlook)
+    found = graph_faults(export, spec)
     if export.decoder == "own":
         return found
     if not KINDS[family.name].built:
         found.append(f"onnxruntime-genai's model builder does not know {family.architecture}; {_OWN}")
-    return [*found, *_builder_faults(outlook)]
+    return [*found, *_builder_faults(spec)]
 
 
-def _builder_faults(outlook: Outlook) -> list[str]:
+def _builder_faults(spec: ExportSpec) -> list[str]:
     """Return what of the decoder's linears the builder does not read."""
-    family = outlook.family
-    decoder = decoder_schemes(outlook)
+    family = spec.family
+    decoder = decoder_schemes(spec)
     if not decoder:
         return []
-    found = [f"{name}: {reason}; {_OWN}" for name, scheme in decoder.items() if (reason := _reason(outlook, name, scheme))][:1]
+    found = [f"{name}: {reason}; {_OWN}" for name, scheme in decoder.items() if (reason := _reason(spec, name, scheme))][:1]
     if len(set(decoder.values())) > 1:
         found.append(
             f"onnxruntime-genai's builder reads one scheme for all linears of the decoder; use the same for all, or {_OWN}"
         )
     left = [
         name
-        for name in unquantized_linears(outlook.checkpoint, family, outlook.schemes)
+        for name in unquantized_linears(spec.checkpoint, family, spec.schemes)
         if not family.inside_vision(family.module_name(name)) and family.module_name(name) != family.head
     ]
     if left:
@@ -77,29 +77,29 @@ def _builder_faults(outlook: Outlook) -> list[str]:
             f"{left[0]}{f' and {len(left) - 1} others' if len(left) > 1 else ''}: not quantized, and onnxruntime-genai's builder "
             f"takes either all linears of the decoder's blocks quantized or none; {_OWN}"
         )
-    if family.head in {family.module_name(name) for name in outlook.schemes}:
+    if family.head in {family.module_name(name) for name in spec.schemes}:
         found.append(f"onnxruntime-genai's builder is not given a quantized output head; {_OWN}")
     return found
 
 
-def _reason(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+def _reason(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     if scheme.activations is not None:
         return "onnxruntime-genai's builder reads no linears whose inputs are rounded to 8 bits"
     if layout_of(scheme) == "gptq" and not scheme.symmetric:
         return "onnxruntime-genai's builder reads 8 bits as GPTQ lays them out, symmetric, and this grid is asymmetric"
-    group = linear_shape(outlook.checkpoint, name)[1] if scheme.group_size == -1 else scheme.group_size
+    group = linear_shape(spec.checkpoint, name)[1] if scheme.group_size == -1 else scheme.group_size
     if group not in _BUILDER_BLOCKS:
         sizes = ", ".join(map(str, _BUILDER_BLOCKS))
         return f"onnxruntime-genai's builder makes each group one block of MatMulNBits, which has {sizes} channels, not {group}"
     return None
 
 
-def decoder_schemes(outlook: Outlook) -> dict[str, Scheme]:
+def decoder_schemes(spec: ExportSpec) -> dict[str, Scheme]:
     """Return how the linears of the decoder's blocks are held, by their names on disk."""
-    family = outlook.family
+    family = spec.family
     return {
         name: scheme
-        for name, scheme in outlook.schemes.items()
+        for name, scheme in spec.schemes.items()
         if not family.inside_vision(family.module_name(name)) and family.module_name(name) != family.head
     }
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from compress.artifact import copy_side_files
 from compress.checkpoint import Checkpoint
 from compress.conversation import load_processor
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.export.graphs import GRAPHS
 from compress.export.graphs.graph import Stored
 from compress.export.graphs.parts import Parts, Source
@@ -57,12 +57,12 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
             parts.graph.save(context.target, stored)
             advance(1)
     if export.decoder == "builder":
-        outlook = Outlook(checkpoint, context.family, quantized_linears(checkpoint))
+        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint))
         work = context.target / _WORK
         with telling_where(context.target):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
-            build_decoder(export, context, outlook, work, levels)
+            build_decoder(export, context, spec, work, levels)
             shutil.rmtree(work)
     decoder = DECODER_OF_BUILDER if export.decoder == "builder" else f"{DECODER}.onnx"
     processor = load_processor(context.source).image_processor

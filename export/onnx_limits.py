@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
-from compress.export.format import Outlook
+from compress.export.format import ExportSpec
 from compress.export.graphs import GRAPHS
 from compress.layouts import linear_shape, linear_tensors
 from compress.numerics.scheme import Scheme
@@ -41,26 +41,26 @@ def block_size(group_size: int) -> int:
     return block if block >= SMALLEST_BLOCK else 0
 
 
-def faults(settings: OnnxExport, outlook: Outlook) -> list[str]:
+def faults(settings: OnnxExport, spec: ExportSpec) -> list[str]:
     """Return why no ONNX graph here can hold a checkpoint, one line each with its remedy."""
-    family = outlook.family
+    family = spec.family
     if family.derived or family.name not in GRAPHS:
         return [
             f"there are ONNX graphs for {', '.join(GRAPHS)}, and {family.architecture} is none of them; use format: vllm, or add "
             "its graphs to compress.export.graphs"
         ]
-    found = _schemes(outlook) + _positions(outlook) + _ends(settings, outlook)
-    if outlook.kv_cache:
+    found = _schemes(spec) + _positions(spec) + _ends(settings, spec)
+    if spec.kv_cache:
         found.append("ONNX graphs have no place for the scales of keys and values; leave kv_cache away")
     return found
 
 
-def _schemes(outlook: Outlook) -> list[str]:
+def _schemes(spec: ExportSpec) -> list[str]:
     """Return which linears are held in a way that no operator reads, one line for all of one reason."""
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
-    for name, scheme in outlook.schemes.items():
-        if reason := _reason(scheme, linear_shape(outlook.checkpoint, name)[1]):
+    for name, scheme in spec.schemes.items():
+        if reason := _reason(scheme, linear_shape(spec.checkpoint, name)[1]):
             reasons[reason] += 1
             first.setdefault(reason, name)
     return [
@@ -81,8 +81,8 @@ def _reason(scheme: Scheme, columns: int) -> str | None:
     return None
 
 
-def _positions(outlook: Outlook) -> list[str]:
-    text = outlook.checkpoint.text_config
+def _positions(spec: ExportSpec) -> list[str]:
+    text = spec.checkpoint.text_config
     rotation = cast("Mapping[str, Any]", text.get("rope_parameters") or text.get("rope_scaling") or {})
     kind = str(rotation.get("rope_type") or rotation.get("type") or "default")
     if kind in (*ROTATIONS, "mrope"):
@@ -90,49 +90,49 @@ def _positions(outlook: Outlook) -> list[str]:
     return [f"positions of rope_type {kind!r} are not in the graphs, which know {', '.join(ROTATIONS)}; use format: vllm"]
 
 
-def _ends(settings: OnnxExport, outlook: Outlook) -> list[str]:
+def _ends(settings: OnnxExport, spec: ExportSpec) -> list[str]:
     """Return what stands against rounding the output head or the embeddings."""
-    family, found = outlook.family, list[str]()
-    held = {family.module_name(f"{name}.weight").removesuffix(".weight") for name in outlook.schemes}
+    family, found = spec.family, list[str]()
+    held = {family.module_name(f"{name}.weight").removesuffix(".weight") for name in spec.schemes}
     if settings.head_bits and family.head is None:
         found.append(f"{family.name} has no output head; leave head_bits away")
     if settings.head_bits and family.head in held:
         found.append("a stage quantizes the output head already; leave head_bits away")
-    width = _width(outlook)
+    width = _width(spec)
     if width % SMALLEST_BLOCK and (settings.head_bits or settings.embedding_bits):
         found.append(f"rows of {width} numbers are not made of blocks of {SMALLEST_BLOCK}; leave head_bits and embedding_bits away")
     return found
 
 
-def _width(outlook: Outlook) -> int:
-    name = next(name for name in outlook.checkpoint.tensors if _is(outlook, name, outlook.family.embeddings))
-    return outlook.checkpoint.tensors[name].shape[1]
+def _width(spec: ExportSpec) -> int:
+    name = next(name for name in spec.checkpoint.tensors if _is(spec, name, spec.family.embeddings))
+    return spec.checkpoint.tensors[name].shape[1]
 
 
-def _is(outlook: Outlook, name: str, module: str | None) -> bool:
-    return module is not None and outlook.family.module_name(name) == f"{module}.weight"
+def _is(spec: ExportSpec, name: str, module: str | None) -> bool:
+    return module is not None and spec.family.module_name(name) == f"{module}.weight"
 
 
-def expected_bytes(settings: OnnxExport, outlook: Outlook, *, built: bool = False) -> int:
+def expected_bytes(settings: OnnxExport, spec: ExportSpec, *, built: bool = False) -> int:
     """Return the size of the weights that an export writes, in bytes.
 
     `built` says that the decoder is that of onnxruntime-genai's builder, which stores a head that is the embeddings once more, and
     the cosines and sines of every position.
     """
-    checkpoint, number = outlook.checkpoint, FLOAT_BYTES[settings.dtype]
+    checkpoint, number = spec.checkpoint, FLOAT_BYTES[settings.dtype]
     total, taken = 0, set[str]()
-    for name, scheme in outlook.schemes.items():
+    for name, scheme in spec.schemes.items():
         total += linear_bytes(linear_shape(checkpoint, name), scheme, number)
         taken.update((*linear_tensors(name), f"{name}.weight"))
     total += _rotation_bytes(checkpoint.text_config, number) if built else 0
-    ends = _end_widths(settings, outlook, apart=built)
+    ends = _end_widths(settings, spec, apart=built)
     for name, entry in checkpoint.tensors.items():
         if name in taken:
             continue
-        if settings.embedding_bits and outlook.family.head is None and _is(outlook, name, _PATCHES):
+        if settings.embedding_bits and spec.family.head is None and _is(spec, name, _PATCHES):
             total += math.prod(entry.shape) + entry.shape[0] * number
             continue
-        widths = next((widths for module, widths in ends if _is(outlook, name, module)), [None])
+        widths = next((widths for module, widths in ends if _is(spec, name, module)), [None])
         total += sum(_held_bytes(entry.shape, width, number) for width in widths)
     return total
 
@@ -143,11 +143,11 @@ def _rotation_bytes(text: Mapping[str, Any], number: int) -> int:
     return int(text.get("max_position_embeddings") or 0) * int(width) * number
 
 
-def _end_widths(settings: OnnxExport, outlook: Outlook, apart: bool) -> list[tuple[str | None, list[int | None]]]:
+def _end_widths(settings: OnnxExport, spec: ExportSpec, apart: bool) -> list[tuple[str | None, list[int | None]]]:
     """Return in how many bits each matrix of embeddings or head is held, once for each time that it is stored."""
-    family = outlook.family
+    family = spec.family
     words, head = settings.embedding_bits, settings.head_bits
-    if family.head is None or not head_is_tied(outlook.checkpoint, family):
+    if family.head is None or not head_is_tied(spec.checkpoint, family):
         return [(family.embeddings, [words]), (family.head, [head])]
     both: list[int | None] = [words] if words == head and not apart else [words, head]
     return [(family.embeddings, both), (family.head, [])]

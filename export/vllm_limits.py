@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from compress.export.format import Outlook
+from compress.export.format import ExportSpec
 from compress.families import within
 from compress.layouts import linear_shape
 from compress.module_names import FUSED
@@ -25,48 +25,48 @@ _CPU_BITS = 4
 _CPU_TILE = 32
 _OTHERWISE = "set layout: compressed-tensors"
 
-Reason = Callable[[Outlook, str, Scheme], str | None]
+Reason = Callable[[ExportSpec, str, Scheme], str | None]
 """Says why a linear cannot be held, and what to do; None where it can."""
 
 
-def faults(layout: Layout, outlook: Outlook) -> list[str]:
+def faults(layout: Layout, spec: ExportSpec) -> list[str]:
     """Return why vLLM, or the layout, cannot hold a checkpoint, one line each with its remedy."""
-    found = _fused_faults(outlook) + _collect(outlook, _stays_plain)
+    found = _fused_faults(spec) + _collect(spec, _stays_plain)
     if layout == "compressed-tensors":
-        return found + _collect(outlook, _zero_points_fill_words, _inputs_go_with_8_bits, _blocks_fit_joined)
-    if not outlook.schemes:
+        return found + _collect(spec, _zero_points_fill_words, _inputs_go_with_8_bits, _blocks_fit_joined)
+    if not spec.schemes:
         return [f"layout {layout} holds quantized weights, and no stage quantizes any; add a stage such as {layout}, or "
                 f"{_OTHERWISE}"]  # fmt: skip
-    if outlook.kv_cache:
+    if spec.kv_cache:
         found.append(f"layout {layout} has no place for the scales of keys and values; {_OTHERWISE}, or leave kv_cache away")
     only_weights = _only_integer_weights(layout)
     if layout == "awq":
-        return found + _collect(outlook, only_weights, _awq_bits, _one_group_size(outlook, layout), _awq_rows)
+        return found + _collect(spec, only_weights, _awq_bits, _one_group_size(spec, layout), _awq_rows)
     return found + _collect(
-        outlook, only_weights, _gptq_bits, _gptq_groups, _one_width(outlook), _one_group_size(outlook, layout), _gptq_words
+        spec, only_weights, _gptq_bits, _gptq_groups, _one_width(spec), _one_group_size(spec, layout), _gptq_words
     )
 
 
-def notes(outlook: Outlook) -> list[str]:
+def notes(spec: ExportSpec) -> list[str]:
     """Return what one should know before serving the checkpoint, one line each: which vLLM still has it, what a CPU cannot run."""
     lines: list[str] = []
-    if outlook.family.served_until:
+    if spec.family.served_until:
         lines.append(
-            f"vLLM served {outlook.family.architecture} up to version {outlook.family.served_until} and no later one does: "
+            f"vLLM served {spec.family.architecture} up to version {spec.family.served_until} and no later one does: "
             f"serve it with that version, or evaluate it with runtime: transformers"
         )
-    return lines + _collect(outlook, _needs_a_gpu) + _collect(outlook, _rounded_again)
+    return lines + _collect(spec, _needs_a_gpu) + _collect(spec, _rounded_again)
 
 
-def _stays_plain(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+def _stays_plain(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     del scheme
-    module = outlook.family.module_name(f"{name}.weight")
-    plain = next((part for part in outlook.family.served_plain if within(module, part)), None)
+    module = spec.family.module_name(f"{name}.weight")
+    plain = next((part for part in spec.family.served_plain if within(module, part)), None)
     return f"vLLM computes {plain} of this architecture with plain weights alone; leave it out" if plain else None
 
 
-def _rounded_again(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-    del outlook
+def _rounded_again(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    del spec
     if scheme.block_rows != -1 or not any(name.rpartition(".")[2] in parts for parts in FUSED.values()):
         return None
     return (
@@ -75,11 +75,11 @@ def _rounded_again(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _collect(outlook: Outlook, *reasons: Reason) -> list[str]:
+def _collect(spec: ExportSpec, *reasons: Reason) -> list[str]:
     """Return one line per reason, which names the first linear it holds for and counts the others; each linear is in one line."""
     found: dict[str, list[str]] = {}
-    for name, scheme in outlook.schemes.items():
-        reason = next((text for reason in reasons if (text := reason(outlook, name, scheme))), None)
+    for name, scheme in spec.schemes.items():
+        reason = next((text for reason in reasons if (text := reason(spec, name, scheme))), None)
         if reason:
             found.setdefault(reason, []).append(name)
     return _lines(found)
@@ -89,14 +89,14 @@ def _lines(found: dict[str, list[str]]) -> list[str]:
     return [f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {reason}" for reason, names in found.items()]
 
 
-def _fused_faults(outlook: Outlook) -> list[str]:
+def _fused_faults(spec: ExportSpec) -> list[str]:
     found: dict[str, list[str]] = {}
-    for name in outlook.schemes:
+    for name in spec.schemes:
         parent, _, own = name.rpartition(".")
         for parts in (parts for parts in FUSED.values() if own in parts):
             siblings = [f"{parent}.{part}" for part in parts]
-            whole = all(sibling in outlook.schemes or f"{sibling}.weight" in outlook.checkpoint.tensors for sibling in siblings)
-            if whole and len({outlook.schemes.get(sibling) for sibling in siblings}) > 1:
+            whole = all(sibling in spec.schemes or f"{sibling}.weight" in spec.checkpoint.tensors for sibling in siblings)
+            if whole and len({spec.schemes.get(sibling) for sibling in siblings}) > 1:
                 reason = (
                     f"vLLM joins {', '.join(parts)} into one layer, and they are not all quantized alike; "
                     "give them the same bits, group_size and symmetric, or leave all of them out"
@@ -107,8 +107,8 @@ def _fused_faults(outlook: Outlook) -> list[str]:
     return _lines(found)
 
 
-def _zero_points_fill_words(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-    rows, _ = linear_shape(outlook.checkpoint, name)
+def _zero_points_fill_words(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    rows, _ = linear_shape(spec.checkpoint, name)
     if scheme.symmetric or rows * scheme.bits % 32 == 0:
         return None
     return (
@@ -117,8 +117,8 @@ def _zero_points_fill_words(outlook: Outlook, name: str, scheme: Scheme) -> str 
     )
 
 
-def _inputs_go_with_8_bits(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-    del outlook, name
+def _inputs_go_with_8_bits(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    del spec, name
     if scheme.type == "float" or scheme.activations is None:
         return None
     if scheme.bits == 8 and scheme.symmetric and scheme.group_size == -1:
@@ -129,12 +129,12 @@ def _inputs_go_with_8_bits(outlook: Outlook, name: str, scheme: Scheme) -> str |
     )
 
 
-def _blocks_fit_joined(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+def _blocks_fit_joined(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     """Blocks of 128 rows must not reach from one of the linears that vLLM joins into the next."""
     if scheme.block_rows != BLOCK:
         return None
     own = name.rpartition(".")[2]
-    rows = linear_shape(outlook.checkpoint, name)[0] // _JOINED.get(own, 1)
+    rows = linear_shape(spec.checkpoint, name)[0] // _JOINED.get(own, 1)
     inner = own in _JOINED or any(own in parts[:-1] for parts in FUSED.values())
     if not inner or rows % BLOCK == 0:
         return None
@@ -145,8 +145,8 @@ def _blocks_fit_joined(outlook: Outlook, name: str, scheme: Scheme) -> str | Non
 
 
 def _only_integer_weights(layout: Layout) -> Reason:
-    def reason(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-        del outlook, name
+    def reason(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+        del spec, name
         if scheme.type == "int" and scheme.activations is None:
             return None
         held = "8-bit floats" if scheme.type == "float" else "rounded activations"
@@ -155,19 +155,19 @@ def _only_integer_weights(layout: Layout) -> Reason:
     return reason
 
 
-def _awq_bits(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-    del outlook, name
+def _awq_bits(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    del spec, name
     return None if scheme.bits == _AWQ_BITS else f"layout awq holds 4 bits, not {scheme.bits}; {_OTHERWISE}"
 
 
-def _awq_rows(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+def _awq_rows(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     del scheme
-    rows, _ = linear_shape(outlook.checkpoint, name)
+    rows, _ = linear_shape(spec.checkpoint, name)
     return f"layout awq holds outputs by eights, not {rows}; {_OTHERWISE}, or leave the layer out" if rows % _AWQ_COLUMNS else None
 
 
-def _gptq_bits(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-    del outlook, name
+def _gptq_bits(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    del spec, name
     if scheme.bits not in _GPTQ_BITS:
         return f"layout gptq holds 4 or 8 bits, not {scheme.bits}; {_OTHERWISE}"
     return (
@@ -175,8 +175,8 @@ def _gptq_bits(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _gptq_groups(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-    del outlook, name
+def _gptq_groups(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    del spec, name
     if scheme.group_size in _GPTQ_GROUPS:
         return None
     return (
@@ -184,8 +184,8 @@ def _gptq_groups(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _gptq_words(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-    rows, columns = linear_shape(outlook.checkpoint, name)
+def _gptq_words(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    rows, columns = linear_shape(spec.checkpoint, name)
     if rows * scheme.bits % 32 == 0 and columns * scheme.bits % 32 == 0:
         return None
     return (
@@ -194,11 +194,11 @@ def _gptq_words(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _one_width(outlook: Outlook) -> Reason:
-    usual = Counter(scheme.bits for scheme in outlook.schemes.values()).most_common(1)[0][0]
+def _one_width(spec: ExportSpec) -> Reason:
+    usual = Counter(scheme.bits for scheme in spec.schemes.values()).most_common(1)[0][0]
 
-    def reason(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-        del outlook, name
+    def reason(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+        del spec, name
         return (
             None if scheme.bits == usual else f"layout gptq holds one width, {usual} here, and not {scheme.bits} too; {_OTHERWISE}"
         )
@@ -206,11 +206,11 @@ def _one_width(outlook: Outlook) -> Reason:
     return reason
 
 
-def _one_group_size(outlook: Outlook, layout: Layout) -> Reason:
-    usual = Counter(scheme.group_size for scheme in outlook.schemes.values()).most_common(1)[0][0]
+def _one_group_size(spec: ExportSpec, layout: Layout) -> Reason:
+    usual = Counter(scheme.group_size for scheme in spec.schemes.values()).most_common(1)[0][0]
 
-    def reason(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
-        del outlook, name
+    def reason(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+        del spec, name
         if scheme.group_size == usual:
             return None
         return f"layout {layout} holds one group size, {usual} here, and not {scheme.group_size} as well; {_OTHERWISE}"
@@ -218,7 +218,7 @@ def _one_group_size(outlook: Outlook, layout: Layout) -> Reason:
     return reason
 
 
-def _needs_a_gpu(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
+def _needs_a_gpu(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     if scheme.type == "float" and (scheme.activations == "tensor" or scheme.block_rows == BLOCK):
         held = "blocks" if scheme.block_rows == BLOCK else "fixed scales of inputs"
         return f"vLLM's build for CPUs runs 8-bit floats without {held}, or on processors with AMX: this artifact needs a GPU"
@@ -226,7 +226,7 @@ def _needs_a_gpu(outlook: Outlook, name: str, scheme: Scheme) -> str | None:
         return None
     if scheme.bits != _CPU_BITS:
         return f"vLLM's build for CPUs runs weights of 4 bits, not {scheme.bits}: this artifact needs a GPU"
-    rows, columns = linear_shape(outlook.checkpoint, name)
+    rows, columns = linear_shape(spec.checkpoint, name)
     if rows % _CPU_TILE or columns % _CPU_TILE:
         return (
             f"vLLM's build for CPUs runs sides that are multiples of {_CPU_TILE}, not {rows} × {columns}: this artifact needs a GPU"

@@ -16,7 +16,7 @@ from compress.artifact import copy_side_files
 from compress.checkpoint import Checkpoint
 from compress.engine.weights import ShardWriter, WeightReader
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.files import telling_where, write_json
 from compress.layouts import linear_tensors, read_linear, unquantized_linears
 from compress.module_names import all_names, portable_config
@@ -52,49 +52,49 @@ class Rounding:
     largest: float = 0.0
 
 
-def gptq_config(outlook: Outlook) -> dict[str, Any]:
+def gptq_config(spec: ExportSpec) -> dict[str, Any]:
     """Return config.json's `quantization_config` for GPTQ's layout: zero points less one (its first version), no reordering.
 
     The quantized linears are named, so that vLLM leaves all others alone.
     """
-    scheme = next(iter(outlook.schemes.values()))
+    scheme = next(iter(spec.schemes.values()))
     return {
         "bits": scheme.bits,
         "checkpoint_format": "gptq",
         "desc_act": False,
         "group_size": scheme.group_size,
-        "lm_head": _quantizes_head(outlook),
-        "modules_in_block_to_quantize": all_names(outlook.family, sorted(outlook.schemes)),
+        "lm_head": _quantizes_head(spec),
+        "modules_in_block_to_quantize": all_names(spec.family, sorted(spec.schemes)),
         "quant_method": "gptq",
         "sym": True,
     }
 
 
-def awq_config(outlook: Outlook) -> dict[str, Any]:
+def awq_config(spec: ExportSpec) -> dict[str, Any]:
     """Return config.json's `quantization_config` for AutoAWQ's GEMM layout."""
-    scheme = next(iter(outlook.schemes.values()))
-    family = outlook.family
+    scheme = next(iter(spec.schemes.values()))
+    family = spec.family
     return {
         "bits": scheme.bits,
         "group_size": scheme.group_size,
-        "lm_head": _quantizes_head(outlook),
-        "modules_to_not_convert": all_names(family, unquantized_linears(outlook.checkpoint, family, outlook.schemes)),
+        "lm_head": _quantizes_head(spec),
+        "modules_to_not_convert": all_names(family, unquantized_linears(spec.checkpoint, family, spec.schemes)),
         "quant_method": "awq",
         "version": "gemm",
         "zero_point": True,
     }
 
 
-def _quantizes_head(outlook: Outlook) -> bool:
-    return outlook.family.head in {outlook.family.module_name(name) for name in outlook.schemes}
+def _quantizes_head(spec: ExportSpec) -> bool:
+    return spec.family.head in {spec.family.module_name(name) for name in spec.schemes}
 
 
-def layout_config(outlook: Outlook, layout: Layout) -> dict[str, Any]:
+def layout_config(spec: ExportSpec, layout: Layout) -> dict[str, Any]:
     """Return config.json's `quantization_config` for a layout."""
-    return awq_config(outlook) if layout == "awq" else gptq_config(outlook)
+    return awq_config(spec) if layout == "awq" else gptq_config(spec)
 
 
-def write_laid_out(context: ExportContext, outlook: Outlook, layout: Layout) -> None:
+def write_laid_out(context: ExportContext, spec: ExportSpec, layout: Layout) -> None:
     """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, from the same integers.
 
     Raises:
@@ -102,21 +102,19 @@ def write_laid_out(context: ExportContext, outlook: Outlook, layout: Layout) -> 
         StoreError: the target cannot be written.
     """
     reader = Reader(layout, f"layout {layout} stores", "layout: compressed-tensors")
-    write_tensors(context, outlook, reader, sorted(outlook.checkpoint.tensors))
-    _write_rest(
-        context, {**written_config(outlook.checkpoint, context.family), "quantization_config": layout_config(outlook, layout)}
-    )
+    write_tensors(context, spec, reader, sorted(spec.checkpoint.tensors))
+    _write_rest(context, {**written_config(spec.checkpoint, context.family), "quantization_config": layout_config(spec, layout)})
 
 
-def write_tensors(context: ExportContext, outlook: Outlook, reader: Reader, names: Sequence[str]) -> None:
+def write_tensors(context: ExportContext, spec: ExportSpec, reader: Reader, names: Sequence[str]) -> None:
     """Write the checkpoint's tensors `names`, the quantized linears laid out; warns where scales lose by it.
 
     Raises:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
-    weights = WeightReader(outlook.checkpoint, context.family)
-    owners = {part: name for name in outlook.schemes for part in linear_tensors(name)}
+    weights = WeightReader(spec.checkpoint, context.family)
+    owners = {part: name for name in spec.schemes for part in linear_tensors(name)}
     rounding = Rounding([])
     lay_out = awq_linear if reader.layout == "awq" else gptq_linear
     with ShardWriter(context.target) as writer, context.progress.task(reader.task, len(names), "tensors") as advance:
@@ -125,7 +123,7 @@ def write_tensors(context: ExportContext, outlook: Outlook, reader: Reader, name
             if owner is None:
                 writer.add(name, weights.disk_tensor(name))
             elif name == f"{owner}.weight_packed":
-                weight = read_linear(owner, outlook.schemes[owner], weights.disk_tensor)
+                weight = read_linear(owner, spec.schemes[owner], weights.disk_tensor)
                 scales = float16_scales(owner, weight, reader, rounding)
                 for part, tensor in {**lay_out(owner, weight), f"{owner}.scales": scales}.items():
                     writer.add(part, tensor)

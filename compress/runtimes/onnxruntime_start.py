@@ -1,4 +1,4 @@
-"""Starting the server of an ONNX artifact on loopback, in this Python."""
+"""Start the server of an ONNX artifact on loopback, with this Python."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from compress.runtimes.vllm_start import plain_environment
 
 _NAME = "ONNX Runtime"
 _MODULE = "compress.runtimes.onnxruntime_server"
-_OWN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
-"""What leads a Python to its packages: the server is started by this one."""
+_PYTHON_VARIABLES = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
+"""Variables that this Python finds its packages by: the server needs them too."""
 
 
 @contextmanager
 def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings) -> Generator[RunningServer]:
-    """Start a server for an artifact, or what a checkpoint is exported to, and wait until it serves.
+    """Start a server for an artifact, or for the graphs that a checkpoint is exported to, and wait until it answers.
 
     Raises:
-        UsageError: the model writes no text.
+        UsageError: the model generates no text.
         CheckpointError: a checkpoint cannot be exported.
-        MissingError: a provider is not there.
-        StoreError: there is no room for the exported checkpoint.
-        ServerError: the server did not come up.
+        MissingError: a provider is not available.
+        StoreError: the disk is too full for the exported checkpoint.
+        ServerError: the server did not start.
     """
     family = family_at(context.artifact, context.trust_remote_code)
     if family.head is None:
@@ -67,6 +67,6 @@ def _run(
     artifact = str(context.artifact.absolute())
     job = ServerJob(artifact, str(graphs.absolute()), model, port, asdict(settings), context.trust_remote_code)
     command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]
-    variables = plain_environment() | {name: os.environ[name] for name in _OWN if name in os.environ} | {KEY: key}
+    variables = plain_environment() | {name: os.environ[name] for name in _PYTHON_VARIABLES if name in os.environ} | {KEY: key}
     with run_server(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:
         yield server, RunningServer(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.read_log)

@@ -348,9 +348,11 @@ class Runtime(Frozen, ABC):
             CheckpointError: the artifact cannot be read.
             DataError: the model takes no such prompt.
         """
-        from compress.runtimes.components import Timed, measure_components
+        from compress.runtimes.components import ComponentTiming, measure_components
 
-        return measure_components(Timed(context.artifact, point, prompt, repeats, context.trust_remote_code), context.progress)
+        return measure_components(
+            ComponentTiming(context.artifact, point, prompt, repeats, context.trust_remote_code), context.progress
+        )
 
 
 @dataclass(frozen=True)

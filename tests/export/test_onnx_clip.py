@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.checkpoint import open_checkpoint
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.export.onnx import Onnx
 from compress.families import family_of
 from compress.numerics.rounding import quantize
@@ -180,8 +180,8 @@ def written(target: Path) -> int:
 def test_the_expected_size_is_what_is_written(settings: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     target = export(folder, tmp_path / "onnx", **settings)
     checkpoint = open_checkpoint(folder)
-    outlook = Outlook(checkpoint, family_of(checkpoint.config), {})
-    assert onnx_export(settings).predict_bytes(outlook) == pytest.approx(written(target), rel=0.001)
+    spec = ExportSpec(checkpoint, family_of(checkpoint.config), {})
+    assert onnx_export(settings).predict_bytes(spec) == pytest.approx(written(target), rel=0.001)
 
 
 def test_half_precision_is_near(folder: Path, tmp_path: Path) -> None:

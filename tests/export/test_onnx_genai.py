@@ -16,7 +16,7 @@ from compress.artifact import side_files
 from compress.checkpoint import open_checkpoint, read_json_object
 from compress.errors import CheckpointError, MissingError, ServerError, StoreError, VerificationError
 from compress.export import FORMATS
-from compress.export.format import ExportContext, Outlook, VerifyContext
+from compress.export.format import ExportContext, ExportSpec, VerifyContext
 from compress.export.onnx_genai import OnnxGenai
 from compress.export.onnx_genai_builder import lay_out
 from compress.families import family_at, family_of
@@ -67,7 +67,7 @@ def faults(source: Path, held: Scheme | Callable[[str], Scheme | None] | None, f
         round_checkpoint(source, folder / "rounded", held)
         source = folder / "rounded"
     checkpoint = open_checkpoint(source)
-    return onnx_genai(**settings).check(Outlook(checkpoint, family_of(checkpoint.config), quantized_linears(checkpoint)))
+    return onnx_genai(**settings).check(ExportSpec(checkpoint, family_of(checkpoint.config), quantized_linears(checkpoint)))
 
 
 def ran(path: Path, **given: NDArray[Any]) -> NDArray[Any]:
@@ -197,7 +197,7 @@ def test_the_builder_takes_the_stages_own_integers(tmp_path: Path) -> None:
 def test_the_size_is_known_before_with_a_head_that_is_the_embeddings(decoder: str, tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source", layers=1, tied=True, dtype=torch.float32)
     artifact = exported(source, tmp_path / "artifact", decoder=decoder)
-    expected = onnx_genai(decoder=decoder).predict_bytes(Outlook(open_checkpoint(source), family_at(source), {}))
+    expected = onnx_genai(decoder=decoder).predict_bytes(ExportSpec(open_checkpoint(source), family_at(source), {}))
     stored = sum(path.stat().st_size for path in (*artifact.glob("*.onnx_data"), *artifact.glob("*.onnx.data")))
     assert expected <= stored < expected + 100_000  # the matrix once more has 311,296 bytes, the tables of positions 262,144
 
@@ -209,7 +209,7 @@ def test_scales_that_are_no_float16_numbers_are_told(tmp_path: Path) -> None:
     family = family_of(checkpoint.config)
     (tmp_path / "laid").mkdir()
     context = ExportContext(tmp_path / "rounded", tmp_path / "target", family, heard)
-    lay_out(context, Outlook(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
+    lay_out(context, ExportSpec(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
     found = open_checkpoint(tmp_path / "laid")
     assert len(heard.heard) == 1
     assert heard.heard[0].startswith("onnxruntime-genai's builder reads scales as float16: those of 7 linears (model.layers.0.")
@@ -300,6 +300,6 @@ def test_a_processor_that_it_has_no_operation_for_is_told(tmp_path: Path) -> Non
 
 def test_the_size_is_predicted(demo: Path) -> None:
     checkpoint = open_checkpoint(DEMO)
-    found = onnx_genai().predict_bytes(Outlook(checkpoint, family_of(checkpoint.config), {}))
+    found = onnx_genai().predict_bytes(ExportSpec(checkpoint, family_of(checkpoint.config), {}))
     written = sum(path.stat().st_size for path in demo.iterdir() if "data" in path.suffix)
     assert abs(written - found) < 0.05 * written

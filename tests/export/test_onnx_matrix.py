@@ -9,7 +9,7 @@ import pytest
 
 from compress.artifact import artifact_format, weight_bytes
 from compress.checkpoint import open_checkpoint
-from compress.export.format import ExportContext, Outlook, VerifyContext
+from compress.export.format import ExportContext, ExportSpec, VerifyContext
 from compress.export.onnx import Onnx
 from compress.families import FAMILIES, family_at
 from compress.layouts import quantized_linears
@@ -88,6 +88,6 @@ def check_files(made: Made) -> None:
     assert len(set(contents.values())) == len(contents)
     stored = sum(path.stat().st_size for path in made.artifact.glob("*.onnx_data"))
     checkpoint = open_checkpoint(made.checkpoint)
-    expected = made.export.predict_bytes(Outlook(checkpoint, family_at(made.checkpoint), quantized_linears(checkpoint)))
+    expected = made.export.predict_bytes(ExportSpec(checkpoint, family_at(made.checkpoint), quantized_linears(checkpoint)))
     assert 0.94 * expected <= stored <= expected + 4096 * len(contents) + 64_000  # LLaVA leaves its tower's last block unused
     assert stored <= weight_bytes(made.artifact)

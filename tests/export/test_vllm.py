@@ -10,7 +10,7 @@ from compress.artifact import side_files
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import WeightReader
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.export.vllm import VllmExport
 from compress.export.vllm_limits import Layout
 from compress.families import family_of
@@ -57,7 +57,7 @@ EIGHT_BITS = [
 
 
 def faults(layout: Layout, checkpoint: Checkpoint, schemes: dict[str, Scheme]) -> list[str]:
-    return VllmExport(format="vllm", layout=layout).check(Outlook(checkpoint, family_of(checkpoint.config), schemes))
+    return VllmExport(format="vllm", layout=layout).check(ExportSpec(checkpoint, family_of(checkpoint.config), schemes))
 
 
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])
@@ -125,9 +125,9 @@ def test_compressed_tensors_holds_8_bits_and_mixtures(held: Scheme | None, tmp_p
     assert unpacked.keys() == open_checkpoint(source).tensors.keys()
     for name, weight in exact.items():
         assert torch.equal(unpacked[f"{name}.weight"], weight), name
-    outlooks = [Outlook(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, artifact.folder)]
+    specs = [ExportSpec(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, artifact.folder)]
     chosen = VllmExport(format="vllm", layout="compressed-tensors")
-    assert [chosen.predict_bytes(outlook) for outlook in outlooks] == [artifact.weight_bytes] * 2
+    assert [chosen.predict_bytes(spec) for spec in specs] == [artifact.weight_bytes] * 2
 
 
 @pytest.mark.parametrize("held", [scheme(2, 16), scheme(3, 32), scheme(3, -1, symmetric=True), scheme(8, 64)])
@@ -175,9 +175,9 @@ def test_shards_are_read_whole_and_the_size_is_predicted(layout: Layout, tmp_pat
     assert torch.equal(
         dense(artifact)["model.layers.2.mlp.down_proj.weight"], exact_weights(source, schemes)["model.layers.2.mlp.down_proj"]
     )
-    runs = [Outlook(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, tmp_path / "rounded")]
+    runs = [ExportSpec(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, tmp_path / "rounded")]
     chosen = VllmExport(format="vllm", layout=layout)
-    assert [chosen.predict_bytes(outlook) for outlook in runs] == [artifact.weight_bytes] * 2
+    assert [chosen.predict_bytes(spec) for spec in runs] == [artifact.weight_bytes] * 2
 
 
 def test_the_same_checkpoint_gives_the_same_files(tmp_path: Path) -> None:
@@ -283,13 +283,13 @@ def test_what_vllm_cannot_compute_is_refused_with_the_remedy(tmp_path: Path) -> 
 def test_scales_of_keys_and_values_need_a_layout_that_has_them(layout: Layout, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=2))
     held = {"model.layers.0.mlp.down_proj": scheme(4, 32, symmetric=True)}
-    outlook = Outlook(checkpoint, family_of(checkpoint.config), held, kv_cache=True)
-    assert VllmExport(format="vllm", layout=layout).check(outlook) == [
+    spec = ExportSpec(checkpoint, family_of(checkpoint.config), held, kv_cache=True)
+    assert VllmExport(format="vllm", layout=layout).check(spec) == [
         f"layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or leave kv_cache away"
     ]
     packed = VllmExport(format="vllm", layout="compressed-tensors")
-    assert packed.check(outlook) == []
-    assert packed.predict_bytes(outlook) == packed.predict_bytes(replace(outlook, kv_cache=False)) + 2 * 2 * 4
+    assert packed.check(spec) == []
+    assert packed.predict_bytes(spec) == packed.predict_bytes(replace(spec, kv_cache=False)) + 2 * 2 * 4
 
 
 def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: 
     chosen = VllmExport(format="vllm", layout="compressed-tensors")
 
     def notes(held: dict[str, Scheme]) -> list[str]:
-        return chosen.notes(Outlook(checkpoint, family, held))
+        return chosen.notes(ExportSpec(checkpoint, family, held))
 
     queries, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     assert notes({queries: scheme(4, 32), down: EIGHT_BITS[0]}) == []
@@ -312,7 +312,7 @@ def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: 
     assert "runs 8-bit floats without fixed scales of inputs" in fixed
     assert again.startswith(f"{queries}: vLLM joins it with others, gives them the largest of their scales and rounds them again")
     assert len(notes({down: EIGHT_BITS[3]})) == 1
-    (note,) = chosen.notes(Outlook(checkpoint, replace(family, served_until="0.10.2"), {}))
+    (note,) = chosen.notes(ExportSpec(checkpoint, replace(family, served_until="0.10.2"), {}))
     assert note.startswith(
         "vLLM served Qwen2_5_VLForConditionalGeneration up to version 0.10.2 and no later one does: serve it with"
     )

@@ -24,7 +24,7 @@ from compress.families import family_at
 from compress.plan import make_plan
 from compress.progress import Silent
 from compress.runtimes.onnxruntime import Onnxruntime
-from compress.runtimes.onnxruntime_server import RequestError, Wording, read_request
+from compress.runtimes.onnxruntime_server import Detokenizer, RequestError, read_request
 from compress.runtimes.runtime import OpenContext, Prompt, RunningServer
 from compress.store import Store
 from tests.tiny import build_clip, picture
@@ -152,9 +152,9 @@ def test_pieces_add_up_to_the_answer(session: Any) -> None:
     """Whatever the tokens: also where a character lies in several of them, or ends in none."""
     found: list[str] = []
     for first in range(0, 250, 25):
-        wording = Wording(session)
-        pieces = [wording.piece(token) for token in range(first, first + 25)]
-        assert "".join([*pieces, wording.rest()]) == wording.whole()
+        detokenizer = Detokenizer(session)
+        pieces = [detokenizer.add(token) for token in range(first, first + 25)]
+        assert "".join([*pieces, detokenizer.flush()]) == detokenizer.text()
         found += [piece for piece in pieces if piece]
     assert len(found) > 50
 

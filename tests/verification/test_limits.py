@@ -7,7 +7,7 @@ import pytest
 from compress.checkpoint import open_checkpoint
 from compress.families import family_at
 from compress.numerics.scheme import Scheme
-from compress.verification.limits import AGREEMENT, LIKELIHOODS, PARTS, DifferenceLimits, ExportPrecision, limits_of
+from compress.verification.limits import AGREEMENT, COMPONENTS, LIKELIHOODS, DifferenceLimits, ExportPrecision, limits_of
 from tests.quantized import round_checkpoint
 from tests.tiny import build_clip, build_mllama, build_qwen2_5_vl
 
@@ -23,7 +23,7 @@ def limits(folder: Path, settings: ExportPrecision) -> DifferenceLimits:
 def test_the_page_has_the_tables() -> None:
     rows = re.findall(r"^\| ([a-z0-9 ]+) \| ([0-9.]+) \| ([0-9.]+) \| ([0-9.]+) \|", PAGE, re.MULTILINE)
     told = {name: tuple(map(float, values)) for name, *values in rows}
-    assert told == {name: (PARTS[name], LIKELIHOODS[name], AGREEMENT[name]) for name in PARTS}
+    assert told == {name: (COMPONENTS[name], LIKELIHOODS[name], AGREEMENT[name]) for name in COMPONENTS}
 
 
 def test_the_coarsest_rounding_that_reaches_a_part_decides(tmp_path: Path) -> None:
@@ -68,4 +68,4 @@ def test_encoders_round_words_and_patches_at_their_beginning(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("table", [LIKELIHOODS, AGREEMENT])
 def test_every_rounding_has_its_limits(table: dict[str, float]) -> None:
-    assert list(table) == list(PARTS)
+    assert list(table) == list(COMPONENTS)
