@@ -1,4 +1,4 @@
-"""Writing a folder that onnxruntime-genai runs."""
+"""Write a folder for onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ _WORK = ".onnxruntime-genai"
 
 
 def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoint) -> None:
-    """Do what `OnnxGenai.apply` says, of a checkpoint that was found to fit."""
+    """Write the artifact of a supported checkpoint; see `OnnxGenai.apply`."""
     source = Source.of(checkpoint, context.family)
     config = source.model.config
     levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
@@ -66,9 +66,9 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
             shutil.rmtree(work)
     decoder = DECODER_OF_BUILDER if export.decoder == "builder" else f"{DECODER}.onnx"
     processor = load_processor(context.source).image_processor
-    plain = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
+    dense_config = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
     with telling_where(context.target):
-        write_json(context.target / "config.json", plain)
+        write_json(context.target / "config.json", dense_config)
         copy_side_files(context.source, context.target)
         write_json(context.target / PROCESSOR, processor_config(processor, context.source))
         write_json(context.target / "genai_config.json", genai_config(export, context, config, decoder, (1 + levels) * hidden))

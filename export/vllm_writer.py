@@ -1,4 +1,4 @@
-"""Writing a checkpoint's tensors the way vLLM's kernels read them."""
+"""Write a checkpoint's tensors in the layouts that vLLM's kernels read."""
 
 from __future__ import annotations
 
@@ -27,35 +27,39 @@ from compress.output_head import written_config
 _FLOAT16_MAX = 65504.0
 
 Layout = Literal["awq", "gptq"]
-"""How integers that share a scale lie for a kernel: AutoAWQ's order, or GPTQ's."""
+"""The packing of quantized integers: AutoAWQ's or GPTQ's."""
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What linears are laid out for, and in which layout.
-
-    `takes` says in messages what takes scales and how ("layout awq stores"), `instead` which setting keeps them as they are;
-    `task` is what the progress calls the work.
-    """
+class LayoutTarget:
+    """A layout and who reads it, for messages."""
 
     layout: Layout
-    takes: str
-    instead: str
+    target: str
+    """What stores scales as float16: subject and verb, such as "layout awq stores"."""
+
+    alternative: str
+    """The setting that keeps scales exact."""
+
     task: str = "export"
+    """The name of the progress bar."""
 
 
 @dataclass
-class Rounding:
-    """What storing scales as float16 changed: in which linears, and by how much of a scale at most."""
+class ScaleError:
+    """The error of storing scales as float16."""
 
     linears: list[str]
+    """The linears with a scale that changed."""
+
     largest: float = 0.0
+    """The largest relative error of a scale."""
 
 
 def gptq_config(spec: ExportSpec) -> dict[str, Any]:
-    """Return config.json's `quantization_config` for GPTQ's layout: zero points less one (its first version), no reordering.
+    """Return config.json's `quantization_config` for GPTQ's layout: zero points minus one (its first version), no `desc_act`.
 
-    The quantized linears are named, so that vLLM leaves all others alone.
+    The quantized linears are listed, so that vLLM loads all others as dense.
     """
     scheme = next(iter(spec.schemes.values()))
     return {
@@ -95,54 +99,54 @@ def layout_config(spec: ExportSpec, layout: Layout) -> dict[str, Any]:
 
 
 def write_laid_out(context: ExportContext, spec: ExportSpec, layout: Layout) -> None:
-    """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, from the same integers.
+    """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, with the same integers.
 
     Raises:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
-    reader = Reader(layout, f"layout {layout} stores", "layout: compressed-tensors")
-    write_tensors(context, spec, reader, sorted(spec.checkpoint.tensors))
+    target = LayoutTarget(layout, f"layout {layout} stores", "layout: compressed-tensors")
+    write_tensors(context, spec, target, sorted(spec.checkpoint.tensors))
     _write_rest(context, {**written_config(spec.checkpoint, context.family), "quantization_config": layout_config(spec, layout)})
 
 
-def write_tensors(context: ExportContext, spec: ExportSpec, reader: Reader, names: Sequence[str]) -> None:
-    """Write the checkpoint's tensors `names`, the quantized linears laid out; warns where scales lose by it.
+def write_tensors(context: ExportContext, spec: ExportSpec, target: LayoutTarget, names: Sequence[str]) -> None:
+    """Write the checkpoint's tensors `names`, quantized linears in the target's layout; warns if float16 changes scales.
 
     Raises:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
     weights = WeightReader(spec.checkpoint, context.family)
-    owners = {part: name for name in spec.schemes for part in linear_tensors(name)}
-    rounding = Rounding([])
-    lay_out = awq_linear if reader.layout == "awq" else gptq_linear
-    with ShardWriter(context.target) as writer, context.progress.task(reader.task, len(names), "tensors") as advance:
+    owners = {tensor: name for name in spec.schemes for tensor in linear_tensors(name)}
+    scale_error = ScaleError([])
+    pack = awq_linear if target.layout == "awq" else gptq_linear
+    with ShardWriter(context.target) as writer, context.progress.task(target.task, len(names), "tensors") as advance:
         for name in names:
             owner = owners.get(name)
             if owner is None:
                 writer.add(name, weights.disk_tensor(name))
             elif name == f"{owner}.weight_packed":
                 weight = read_linear(owner, spec.schemes[owner], weights.disk_tensor)
-                scales = float16_scales(owner, weight, reader, rounding)
-                for part, tensor in {**lay_out(owner, weight), f"{owner}.scales": scales}.items():
-                    writer.add(part, tensor)
+                scales = float16_scales(owner, weight, target, scale_error)
+                for key, tensor in {**pack(owner, weight), f"{owner}.scales": scales}.items():
+                    writer.add(key, tensor)
             advance(1)
-    if rounding.linears:
+    if scale_error.linears:
         context.progress.warn(
-            f"{reader.takes} scales as float16: those of {len(rounding.linears)} linears ({rounding.linears[0]} first) are no "
-            f"float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; {reader.instead} keeps them"
+            f"{target.reader} scales as float16: those of {len(scale_error.linears)} linears ({scale_error.linears[0]} first) are "
+            f"no float16 numbers and were rounded, by {scale_error.largest:.2g} of a scale at most; {target.alternative} keeps them"
         )
 
 
 def awq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the codes and zero points of one linear for AutoAWQ's GEMM kernel."""
+    """Return a linear's codes and zero points in AutoAWQ's GEMM layout."""
     assert weight.zero_points is not None, "only integers are laid out this way"
     return {f"{name}.qweight": pack_awq(weight.codes), f"{name}.qzeros": pack_awq(weight.zero_points)}
 
 
 def gptq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the codes, zero points and groups of one linear in GPTQ's layout: input channel i is in group i // group_size."""
+    """Return a linear's codes, zero points and group indices in GPTQ's layout: input i is in group i // group_size."""
     assert weight.zero_points is not None, "only integers are laid out this way"
     bits, columns = weight.scheme.bits, weight.codes.shape[1]
     return {
@@ -152,8 +156,8 @@ def gptq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def float16_scales(name: str, weight: QuantizedWeight, reader: Reader, rounding: Rounding) -> Tensor:
-    """Return the scales of one linear, float16 [groups, out]; what they lose by that is noted in `rounding`.
+def float16_scales(name: str, weight: QuantizedWeight, target: LayoutTarget, scale_error: ScaleError) -> Tensor:
+    """Return a linear's scales as float16 [groups, out]; their error is added to `scale_error`.
 
     Raises:
         CheckpointError: a scale is too large for float16.
@@ -161,22 +165,24 @@ def float16_scales(name: str, weight: QuantizedWeight, reader: Reader, rounding:
     exact = weight.scales.to(torch.float32)
     if bool((exact.abs() > _FLOAT16_MAX).any()):
         raise CheckpointError(
-            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and {reader.takes} them as float16, which ends at "
-            f"{_FLOAT16_MAX:.0f}; set {reader.instead}"
+            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and {target.reader} them as float16, which ends at "
+            f"{_FLOAT16_MAX:.0f}; set {target.alternative}"
         )
     scales = exact.to(torch.float16)
-    change = (scales.to(torch.float32) - exact).abs()
-    if bool(change.any()):
-        rounding.linears.append(name)
-        rounding.largest = max(rounding.largest, float((change / exact.abs().clamp_min(torch.finfo(torch.float32).tiny)).max()))
+    error = (scales.to(torch.float32) - exact).abs()
+    if bool(error.any()):
+        scale_error.linears.append(name)
+        scale_error.largest = max(
+            scale_error.largest, float((error / exact.abs().clamp_min(torch.finfo(torch.float32).tiny)).max())
+        )
     return scales.t().contiguous()
 
 
 def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[str]) -> None:
-    """Give the target the source's own weight files, as links where the disk allows it, and its config and side files.
+    """Hard-link the source's weight files into the target, or copy them, and write its config and side files.
 
     Raises:
-        CheckpointError: config.json leaves a linear that is not quantized to vLLM as if it were.
+        CheckpointError: config.json does not list a dense linear under `ignore`, so that vLLM would load it as quantized.
         StoreError: the target cannot be written.
     """
     config = written_config(checkpoint, context.family)
@@ -200,7 +206,7 @@ def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[st
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
-    except OSError:  # another disk, or one that has no links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
 
 

@@ -144,11 +144,11 @@ def _export(context: OpenContext, target: Path) -> Path:
     """
     from compress.export.format import ExportContext
     from compress.export.onnx_genai import OnnxGenai
-    from compress.export.onnx_genai_limits import KINDS
+    from compress.export.onnx_genai_limits import MODEL_TYPES
 
     checkpoint = open_checkpoint(context.artifact)
     family = family_of(checkpoint.config, str(context.artifact), checkpoint, context.trust_remote_code)
-    built = family.name in KINDS and KINDS[family.name].built
+    built = family.name in MODEL_TYPES and MODEL_TYPES[family.name].built
     target.mkdir()
     with telling_where(target):
         export = OnnxGenai(format="onnx-genai", decoder="builder" if built else "own")

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
 from compress.export.graphs.parts import Parts, Rotation
-from compress.export.onnx_limits import ROTATIONS
+from compress.export.onnx_limits import ROPE_TYPES
 
 
 @dataclass(frozen=True)
@@ -95,10 +95,10 @@ def rotate(parts: Parts, text: Any, shape: Shape) -> Rotation:
     graph, rotary = parts.graph, parts.module(f"{parts.source.family.blocks.rpartition('.')[0]}.rotary_emb")
     parameters = cast("dict[str, Any]", text.rope_parameters or {})
     kind = str(parameters.get("rope_type", "default"))
-    if kind not in ROTATIONS:
+    if kind not in ROPE_TYPES:
         raise CheckpointError(
             f"{parts.source.checkpoint.folder}/config.json: rope_type {kind!r} is not in the graphs, which know "
-            f"{', '.join(ROTATIONS)}; use format: vllm"
+            f"{', '.join(ROPE_TYPES)}; use format: vllm"
         )
     streams = _streams(rotary)
     extents: list[int | str] = ["batch_size", "sequence_length"]

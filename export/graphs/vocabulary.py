@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from compress.export.graphs.graph import Weight
 from compress.export.graphs.linears import PIECE
-from compress.export.onnx_limits import ROUNDED_BLOCK, block_size
+from compress.export.onnx_limits import EXPORT_GROUP_SIZE, block_size
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_words
 from compress.numerics.rounding import quantize
@@ -90,7 +90,7 @@ def head(parts: Parts, value: str) -> str:
 
 def _rounded(parts: Parts, name: str, bits: int) -> Rounded:
     rows, columns = parts.shape(f"{name}.weight")
-    return Rounded(name, bits, min(ROUNDED_BLOCK, block_size(columns)), rows, columns)
+    return Rounded(name, bits, min(EXPORT_GROUP_SIZE, block_size(columns)), rows, columns)
 
 
 def _codes(parts: Parts, rounded: Rounded, shape: tuple[int, ...]) -> str:

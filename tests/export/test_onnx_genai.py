@@ -18,7 +18,7 @@ from compress.errors import CheckpointError, MissingError, ServerError, StoreErr
 from compress.export import FORMATS
 from compress.export.format import ExportContext, ExportSpec, VerifyContext
 from compress.export.onnx_genai import OnnxGenai
-from compress.export.onnx_genai_builder import lay_out
+from compress.export.onnx_genai_builder import write_builder_input
 from compress.families import family_at, family_of
 from compress.files import write_json
 from compress.layouts import quantized_linears
@@ -209,7 +209,7 @@ def test_scales_that_are_no_float16_numbers_are_told(tmp_path: Path) -> None:
     family = family_of(checkpoint.config)
     (tmp_path / "laid").mkdir()
     context = ExportContext(tmp_path / "rounded", tmp_path / "target", family, heard)
-    lay_out(context, ExportSpec(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
+    write_builder_input(context, ExportSpec(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
     found = open_checkpoint(tmp_path / "laid")
     assert len(heard.heard) == 1
     assert heard.heard[0].startswith("onnxruntime-genai's builder reads scales as float16: those of 7 linears (model.layers.0.")
