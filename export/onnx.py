@@ -45,7 +45,7 @@ class Onnx(OnnxExport, VerifiedExport):
             StoreError: the folder cannot be written.
         """
         from compress.artifact import copy_side_files
-        from compress.export.graphs.parts import Source
+        from compress.export.graphs.layer_builder import Source
         from compress.export.graphs.write import Precision, write_graphs
         from compress.output_head import written_config
 

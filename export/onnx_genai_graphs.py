@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import DTypeLike
 
 from compress.export.graphs.graph import Graph, Shape
-from compress.export.graphs.parts import Parts
+from compress.export.graphs.layer_builder import LayerBuilder
 
 
 @dataclass
@@ -82,18 +82,18 @@ class GenaiGraph(Graph):
         return self.op("Gather", padded, rows, axis=0)
 
 
-def embedding(image_token: int) -> Callable[[Parts], None]:
+def embedding(image_token: int) -> Callable[[LayerBuilder], None]:
     """Return the emitter of the embeddings: `input_ids` [batch, sequence] and `image_features` to `inputs_embeds`.
 
     Image tokens get the rows of the features in order; text tokens their embedding, with zeros in the DeepStack columns.
     """
 
-    def emit(parts: Parts) -> None:
-        graph = parts.graph
+    def emit(builder: LayerBuilder) -> None:
+        graph = builder.graph
         assert isinstance(graph, GenaiGraph), "only a GenaiGraph has the width"
         ids = graph.input("input_ids", np.int64, ["batch_size", "sequence_length"])
         features = graph.input("image_features", graph.dtype, ["image_tokens", graph.width])
-        embeds = parts.embed(ids, parts.source.family.embeddings)
+        embeds = builder.embed(ids, builder.source.family.embeddings)
         if graph.levels:
             embeds = graph.op("Pad", embeds, graph.const([0, 0, 0, 0, 0, graph.width - graph.hidden]))
         image_indices = graph.transpose(graph.op("NonZero", graph.op("Equal", ids, graph.const(image_token))), [1, 0])

@@ -12,7 +12,7 @@ from compress.conversation import load_processor
 from compress.export.format import ExportContext, ExportSpec
 from compress.export.graphs import GRAPHS
 from compress.export.graphs.graph import Stored
-from compress.export.graphs.parts import Parts, Source
+from compress.export.graphs.layer_builder import LayerBuilder, Source
 from compress.export.graphs.write import emitter
 from compress.export.onnx_genai_builder import build_decoder
 from compress.export.onnx_genai_config import (
@@ -42,7 +42,7 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
     levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
     hidden = int(config.get_text_config().hidden_size)
     rows = GRAPHS[context.family.name]
-    emitters: dict[str, Callable[[Parts], None]] = {
+    emitters: dict[str, Callable[[LayerBuilder], None]] = {
         VISION: emitter(rows[VISION]),
         EMBEDDING: embedding(int(config.image_token_id)),
     }
@@ -52,9 +52,9 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
     with context.progress.task("export", len(emitters), "graphs") as advance:
         for name, emit in emitters.items():
             graph = GenaiGraph(name, export.dtype, levels=levels, hidden=hidden)
-            parts = Parts(graph, source, export.accuracy_level, export.head_bits, export.embedding_bits)
-            emit(parts)
-            parts.graph.save(context.target, stored)
+            builder = LayerBuilder(graph, source, export.accuracy_level, export.head_bits, export.embedding_bits)
+            emit(builder)
+            builder.graph.save(context.target, stored)
             advance(1)
     if export.decoder == "builder":
         spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint))

@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.export.graphs.graph import Weight
-from compress.export.graphs.parts import Parts
+from compress.export.graphs.layer_builder import LayerBuilder
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
 
@@ -30,40 +30,47 @@ class PooledPositions:
     bias: str = ""
 
 
-def clip_embeddings(parts: Parts, pixels: str, prefix: str, config: Any, *, rounded: bool = False) -> str:
+def clip_embeddings(builder: LayerBuilder, pixels: str, prefix: str, config: Any, *, rounded: bool = False) -> str:
     """Return the patches of images [n, 3, height, width] with their positions, [n, places, hidden], normed where the model does.
 
     `prefix` is the tower's module. A class token, where the model has one, stands first. `rounded` keeps the matrix that the
     patches are multiplied with in 8-bit integers, with a scale per channel.
     """
-    graph, name = parts.graph, f"{prefix}.embeddings"
+    graph, name = builder.graph, f"{prefix}.embeddings"
     weight = f"{name}.patch_embedding.weight"
-    kernel = _rounded(parts, weight) if rounded else parts.tensor(weight)
-    biases = [parts.tensor(f"{name}.patch_embedding.bias")] if parts.has(f"{name}.patch_embedding.bias") else []
+    kernel = _rounded(builder, weight) if rounded else builder.tensor(weight)
+    biases = [builder.tensor(f"{name}.patch_embedding.bias")] if builder.has(f"{name}.patch_embedding.bias") else []
     side = int(config.patch_size)
     grid = graph.op("Conv", pixels, kernel, *biases, kernel_shape=[side, side], strides=[side, side])
     value = graph.transpose(graph.reshape(grid, [0, int(config.hidden_size), -1]), [0, 2, 1])
-    if parts.has(f"{name}.class_embedding"):
-        token = parts.tensor(f"{name}.class_embedding", lambda found: found.view(1, 1, -1), "_row")
+    if builder.has(f"{name}.class_embedding"):
+        token = builder.tensor(f"{name}.class_embedding", lambda found: found.view(1, 1, -1), "_row")
         extents = graph.op("Concat", graph.extent(pixels, 0), graph.const([1, 1]), axis=0)
         value = graph.op("Concat", graph.op("Expand", token, extents), value, axis=1)
-    value = graph.op("Add", value, parts.tensor(f"{name}.position_embedding.weight"))
-    if parts.has(f"{prefix}.pre_layrnorm.weight"):
-        value = parts.layer_norm(value, f"{prefix}.pre_layrnorm", float(config.layer_norm_eps))
+    value = graph.op("Add", value, builder.tensor(f"{name}.position_embedding.weight"))
+    if builder.has(f"{prefix}.pre_layrnorm.weight"):
+        value = builder.layer_norm(value, f"{prefix}.pre_layrnorm", float(config.layer_norm_eps))
     return value
 
 
 def clip_blocks(
-    parts: Parts, value: str, prefix: str, config: Any, layers: range, *, bias: str = "", wanted: PooledPositions | None = None
+    builder: LayerBuilder,
+    value: str,
+    prefix: str,
+    config: Any,
+    layers: range,
+    *,
+    bias: str = "",
+    wanted: PooledPositions | None = None,
 ) -> str:
     """Return what the blocks `layers` of `prefix` (a module list) make of a value [batch, length, hidden].
 
     `bias` [batch or 1, 1, length, length] is added to the attention scores. With `wanted` the last block gives those places alone.
     """
     for layer in layers:
-        with parts.graph.scope(f"layers.{layer}"):
+        with builder.graph.scope(f"layers.{layer}"):
             value = _block(
-                parts,
+                builder,
                 value,
                 f"{prefix}.{layer}",
                 config,
@@ -72,38 +79,38 @@ def clip_blocks(
     return value
 
 
-def _block(parts: Parts, value: str, name: str, config: Any, rows: PooledPositions) -> str:
+def _block(builder: LayerBuilder, value: str, name: str, config: Any, rows: PooledPositions) -> str:
     """Return what one block makes of the wanted rows: attention and feed-forward, each normed first and added."""
-    graph, epsilon, attention = parts.graph, float(config.layer_norm_eps), f"{name}.self_attn"
-    normed = parts.layer_norm(value, f"{name}.layer_norm1", epsilon)
+    graph, epsilon, attention = builder.graph, float(config.layer_norm_eps), f"{name}.self_attn"
+    normed = builder.layer_norm(value, f"{name}.layer_norm1", epsilon)
     if rows.pick is _all:
-        query, key, states = parts.linears(normed, [f"{attention}.{part}_proj" for part in "qkv"])
+        query, key, states = builder.linears(normed, [f"{attention}.{part}_proj" for part in "qkv"])
     else:
-        query = parts.linear(rows.pick(normed), f"{attention}.q_proj")
-        key, states = parts.linears(normed, [f"{attention}.k_proj", f"{attention}.v_proj"])
-    mixed = parts.attention(query, key, states, int(config.num_attention_heads), rows.bias)
-    value = graph.op("Add", rows.pick(value), parts.linear(mixed, f"{attention}.out_proj"))
-    normed = parts.layer_norm(value, f"{name}.layer_norm2", epsilon)
-    grown = parts.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act))
-    return graph.op("Add", value, parts.linear(grown, f"{name}.mlp.fc2"))
+        query = builder.linear(rows.pick(normed), f"{attention}.q_proj")
+        key, states = builder.linears(normed, [f"{attention}.k_proj", f"{attention}.v_proj"])
+    mixed = builder.attention(query, key, states, int(config.num_attention_heads), rows.bias)
+    value = graph.op("Add", rows.pick(value), builder.linear(mixed, f"{attention}.out_proj"))
+    normed = builder.layer_norm(value, f"{name}.layer_norm2", epsilon)
+    grown = builder.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act))
+    return graph.op("Add", value, builder.linear(grown, f"{name}.mlp.fc2"))
 
 
 def _all(value: str) -> str:
     return value
 
 
-def _rounded(parts: Parts, name: str) -> str:
+def _rounded(builder: LayerBuilder, name: str) -> str:
     """Return a convolution's kernel [out, …], whose codes and scale per channel are what is stored."""
-    graph, shape = parts.graph, parts.shape(name)
+    graph, shape = builder.graph, builder.shape(name)
 
     def matrix() -> Any:
-        return quantize(parts.source.reader.tensor(name).float().flatten(1), _PER_CHANNEL, torch.float32)
+        return quantize(builder.source.reader.tensor(name).float().flatten(1), _PER_CHANNEL, torch.float32)
 
     def codes() -> Iterable[NDArray[Any]]:
         yield (matrix().codes ^ _SIGN).view(torch.int8).numpy()
 
     def scales() -> Iterable[NDArray[Any]]:
-        yield parts.floats(name, matrix().scales)
+        yield builder.floats(name, matrix().scales)
 
     held = graph.weight(f"{name}.codes8", Weight(f"{name}.codes8", np.dtype(np.int8), shape, codes))
     steps = graph.weight(

@@ -5,101 +5,101 @@ from __future__ import annotations
 from typing import Any
 
 from compress.errors import CheckpointError
-from compress.export.graphs.parts import Parts
+from compress.export.graphs.layer_builder import LayerBuilder
 
 _TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 _QUERY_EPSILON, _PROJECTOR_EPSILON = 1e-6, 1e-5
 """What transformers fixes: the epsilon of the norms of queries and keys, and of the projector's."""
 
 
-def vision_encoder(parts: Parts) -> None:
+def vision_encoder(builder: LayerBuilder) -> None:
     """Emit the tower and projector: `pixel_values` [tiles, 3, height, width] to `image_features` [tiles, tokens, hidden].
 
     Raises:
         CheckpointError: the config names a layer that the tower lacks, or its patches cannot be shuffled.
     """
-    graph, config = parts.graph, parts.source.config
+    graph, config = builder.graph, builder.source.config
     tower = config.vision_config
     height, width = (int(extent) for extent in tower.image_size)
     pixels = graph.input("pixel_values", graph.dtype, ["num_tiles", int(tower.num_channels), height, width])
     with graph.scope("vision"):
-        value = _tower(parts, pixels)
+        value = _tower(builder, pixels)
     with graph.scope("projector"):
-        value = _shuffled(parts, value)
-        value = parts.layer_norm(value, f"{_PROJECTOR}.layer_norm", _PROJECTOR_EPSILON)
-        value = parts.linear(value, f"{_PROJECTOR}.linear_1", str(config.projector_hidden_act))
-        value = parts.linear(value, f"{_PROJECTOR}.linear_2")
-    tokens = _grid(parts) ** 2 // _factor(config) ** 2
+        value = _shuffled(builder, value)
+        value = builder.layer_norm(value, f"{_PROJECTOR}.layer_norm", _PROJECTOR_EPSILON)
+        value = builder.linear(value, f"{_PROJECTOR}.linear_1", str(config.projector_hidden_act))
+        value = builder.linear(value, f"{_PROJECTOR}.linear_2")
+    tokens = _grid(builder) ** 2 // _factor(config) ** 2
     graph.output("image_features", value, graph.dtype, ["num_tiles", tokens, int(config.get_text_config().hidden_size)])
 
 
-def _tower(parts: Parts, pixels: str) -> str:
+def _tower(builder: LayerBuilder, pixels: str) -> str:
     """Return the features of tiles that the config wants, [tiles, places, hidden]; the class token's first where it is kept."""
-    config, tower = parts.source.config, parts.source.config.vision_config
+    config, tower = builder.source.config, builder.source.config.vision_config
     count, said = int(tower.num_hidden_layers), config.vision_feature_layer
     if not isinstance(said, int) or not -count - 1 <= said <= count:
         raise CheckpointError(
-            f"{parts.source.checkpoint.folder}/config.json: vision_feature_layer is {said}, of a tower of {count} blocks; "
+            f"{builder.source.checkpoint.folder}/config.json: vision_feature_layer is {said}, of a tower of {count} blocks; "
             "fetch the checkpoint again"
         )
-    value = _embeddings(parts, pixels)
+    value = _embeddings(builder, pixels)
     for layer in range(said % (count + 1)):
-        with parts.graph.scope(f"layers.{layer}"):
-            value = _block(parts, value, f"{_TOWER}.encoder.layer.{layer}")
-    if said == -1 and parts.has(f"{_TOWER}.layernorm.weight"):
-        value = parts.layer_norm(value, f"{_TOWER}.layernorm", float(tower.layer_norm_eps))
+        with builder.graph.scope(f"layers.{layer}"):
+            value = _block(builder, value, f"{_TOWER}.encoder.layer.{layer}")
+    if said == -1 and builder.has(f"{_TOWER}.layernorm.weight"):
+        value = builder.layer_norm(value, f"{_TOWER}.layernorm", float(tower.layer_norm_eps))
     return value
 
 
-def _embeddings(parts: Parts, pixels: str) -> str:
+def _embeddings(builder: LayerBuilder, pixels: str) -> str:
     """Return a class token and the patches of tiles, with their positions."""
-    graph, tower = parts.graph, parts.source.config.vision_config
+    graph, tower = builder.graph, builder.source.config.vision_config
     name, side = f"{_TOWER}.embeddings", [int(extent) for extent in tower.patch_size]
-    kernel, bias = (parts.tensor(f"{name}.patch_embeddings.projection.{part}") for part in ("weight", "bias"))
+    kernel, bias = (builder.tensor(f"{name}.patch_embeddings.projection.{part}") for part in ("weight", "bias"))
     grid = graph.op("Conv", pixels, kernel, bias, kernel_shape=side, strides=side)
     value = graph.transpose(graph.reshape(grid, [0, int(tower.hidden_size), -1]), [0, 2, 1])
     extents = graph.op("Concat", graph.extent(pixels, 0), graph.const([1, 1]), axis=0)
-    token = graph.op("Expand", parts.tensor(f"{name}.cls_token"), extents)
+    token = graph.op("Expand", builder.tensor(f"{name}.cls_token"), extents)
     value = graph.op("Concat", token, value, axis=1)
-    if parts.has(f"{name}.position_embeddings"):
-        value = graph.op("Add", value, parts.tensor(f"{name}.position_embeddings"))
+    if builder.has(f"{name}.position_embeddings"):
+        value = graph.op("Add", value, builder.tensor(f"{name}.position_embeddings"))
     return value
 
 
-def _block(parts: Parts, value: str, name: str) -> str:
+def _block(builder: LayerBuilder, value: str, name: str) -> str:
     """Return what one block makes: attention and feed-forward, each normed first, scaled per channel and added."""
-    graph, tower = parts.graph, parts.source.config.vision_config
+    graph, tower = builder.graph, builder.source.config.vision_config
     attention = f"{name}.attention"
-    normed = _norm(parts, value, f"{name}.layernorm_before")
-    query, key, states = parts.linears(normed, [f"{attention}.{part}_proj" for part in "qkv"])
-    if parts.has(f"{attention}.q_norm.weight"):
-        query = parts.rms_norm(query, f"{attention}.q_norm", _QUERY_EPSILON)
-        key = parts.rms_norm(key, f"{attention}.k_norm", _QUERY_EPSILON)
-    mixed = parts.attention(query, key, states, int(tower.num_attention_heads))
-    mixed = parts.linear(mixed, f"{attention}.projection_layer")
-    value = graph.op("Add", value, graph.op("Mul", mixed, parts.tensor(f"{name}.lambda_1")))
-    normed = _norm(parts, value, f"{name}.layernorm_after")
-    grown = parts.linear(parts.linear(normed, f"{name}.mlp.fc1", str(tower.hidden_act)), f"{name}.mlp.fc2")
-    return graph.op("Add", value, graph.op("Mul", grown, parts.tensor(f"{name}.lambda_2")))
+    normed = _norm(builder, value, f"{name}.layernorm_before")
+    query, key, states = builder.linears(normed, [f"{attention}.{part}_proj" for part in "qkv"])
+    if builder.has(f"{attention}.q_norm.weight"):
+        query = builder.rms_norm(query, f"{attention}.q_norm", _QUERY_EPSILON)
+        key = builder.rms_norm(key, f"{attention}.k_norm", _QUERY_EPSILON)
+    mixed = builder.attention(query, key, states, int(tower.num_attention_heads))
+    mixed = builder.linear(mixed, f"{attention}.projection_layer")
+    value = graph.op("Add", value, graph.op("Mul", mixed, builder.tensor(f"{name}.lambda_1")))
+    normed = _norm(builder, value, f"{name}.layernorm_after")
+    grown = builder.linear(builder.linear(normed, f"{name}.mlp.fc1", str(tower.hidden_act)), f"{name}.mlp.fc2")
+    return graph.op("Add", value, graph.op("Mul", grown, builder.tensor(f"{name}.lambda_2")))
 
 
-def _norm(parts: Parts, value: str, name: str) -> str:
-    tower = parts.source.config.vision_config
-    norm = parts.rms_norm if tower.norm_type == "rms_norm" else parts.layer_norm
+def _norm(builder: LayerBuilder, value: str, name: str) -> str:
+    tower = builder.source.config.vision_config
+    norm = builder.rms_norm if tower.norm_type == "rms_norm" else builder.layer_norm
     return norm(value, name, float(tower.layer_norm_eps))
 
 
-def _shuffled(parts: Parts, value: str) -> str:
+def _shuffled(builder: LayerBuilder, value: str) -> str:
     """Return features [tiles, places, hidden] with those of each square of patches made one, [tiles, squares, factor² · hidden].
 
     Raises:
         CheckpointError: the patches do not make such squares.
     """
-    graph, config = parts.graph, parts.source.config
-    grid, factor, hidden = _grid(parts), _factor(config), int(config.vision_config.hidden_size)
+    graph, config = builder.graph, builder.source.config
+    grid, factor, hidden = _grid(builder), _factor(config), int(config.vision_config.hidden_size)
     if config.vision_feature_select_strategy != "default" or grid % factor:
         raise CheckpointError(
-            f"{parts.source.checkpoint.folder}/config.json: vision_feature_select_strategy "
+            f"{builder.source.checkpoint.folder}/config.json: vision_feature_select_strategy "
             f"{config.vision_feature_select_strategy!r} and downsample_ratio {config.downsample_ratio} leave no whole squares of a "
             f"tile of {grid} by {grid} patches"
         )
@@ -108,9 +108,9 @@ def _shuffled(parts: Parts, value: str) -> str:
     return graph.reshape(graph.transpose(squares, [0, 1, 3, 2, 4, 5]), [0, -1, factor * factor * hidden])
 
 
-def _grid(parts: Parts) -> int:
+def _grid(builder: LayerBuilder) -> int:
     """Return how many patches a tile has along each side; transformers, too, takes it for a square."""
-    tower = parts.source.config.vision_config
+    tower = builder.source.config.vision_config
     return int(tower.image_size[0]) // int(tower.patch_size[0])
 
 

@@ -13,8 +13,8 @@ import numpy as np
 
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
+from compress.export.graphs.layer_builder import LayerBuilder
 from compress.export.graphs.llava import hidden_size, tile_features, tile_tokens
-from compress.export.graphs.parts import Parts
 
 _NEWLINE = "model.image_newline"
 
@@ -52,7 +52,7 @@ class Layout:
     width: str
 
 
-def vision_encoder(parts: Parts) -> None:
+def vision_encoder(builder: LayerBuilder) -> None:
     """Emit the tower, the projector and the packing of tiles.
 
     `pixel_values` [images, tiles, 3, height, width], of each image first the whole and then its tiles, row by row, the rest
@@ -62,14 +62,14 @@ def vision_encoder(parts: Parts) -> None:
     Raises:
         CheckpointError: the tower gives other than one token per patch.
     """
-    graph, config = parts.graph, parts.source.config
+    graph, config = builder.graph, builder.source.config
     channels, side = int(config.vision_config.num_channels), int(config.vision_config.image_size)
     pixels = graph.input("pixel_values", graph.dtype, ["num_images", "num_tiles", channels, side, side])
     sizes = graph.input("image_sizes", np.int64, ["num_images", 2])
     grid = side // int(config.vision_config.patch_size)
-    if (tokens := tile_tokens(parts)) != grid**2:
+    if (tokens := tile_tokens(builder)) != grid**2:
         raise CheckpointError(
-            f"{parts.source.checkpoint.folder}/config.json: vision_feature_select_strategy "
+            f"{builder.source.checkpoint.folder}/config.json: vision_feature_select_strategy "
             f"{config.vision_feature_select_strategy!r} leaves {tokens} tokens of the {grid**2} patches of a tile, which cannot be "
             "put together again"
         )
@@ -80,9 +80,9 @@ def vision_encoder(parts: Parts) -> None:
         flat = graph.op("Add", graph.op("Mul", owners.image, graph.extent(pixels, 1)), owners.place)
         tiles = graph.op("Gather", graph.reshape(pixels, [-1, channels, side, side]), flat, axis=0)
     width = hidden_size(config)
-    features = graph.reshape(tile_features(parts, tiles), [-1, width])
+    features = graph.reshape(tile_features(builder, tiles), [-1, width])
     with graph.scope("packed"):
-        newline = parts.tensor(_NEWLINE, lambda found: found.view(1, -1), "_row")
+        newline = builder.tensor(_NEWLINE, lambda found: found.view(1, -1), "_row")
         rows = graph.op("Concat", features, newline, axis=0)
         packed = graph.op("Gather", rows, token_places(graph, layout, grid), axis=0)
     graph.output("image_features", packed, graph.dtype, ["num_tokens", width])

@@ -10,9 +10,17 @@ from typing import Any
 
 import numpy as np
 
-from compress.export.graphs.decoder import Shape, feed_forward, head_norm, logits, rotate, row_extents, self_attention
+from compress.export.graphs.decoder import (
+    DecoderSize,
+    feed_forward,
+    head_norm,
+    logits,
+    rotary_tables,
+    self_attention,
+    sequence_lengths,
+)
 from compress.export.graphs.graph import Graph
-from compress.export.graphs.parts import Parts
+from compress.export.graphs.layer_builder import LayerBuilder
 
 _TOWER, _PROJECTOR = "model.vision_model", "model.multi_modal_projector"
 _MULTIPLE = 8
@@ -43,70 +51,70 @@ class Images:
     tokens: str
 
 
-def vision_encoder(parts: Parts) -> None:
+def vision_encoder(builder: LayerBuilder) -> None:
     """Emit the tower and what each cross-attention block makes of it.
 
     `pixel_values` [batch, images, tiles, channels, height, width], `aspect_ratio_ids` [batch, images] and `aspect_ratio_mask`
     [batch, images, tiles] become `past_key_values.{block}.key` and `.value` [batch, key heads, images · tiles · places, width].
     """
-    graph, config = parts.graph, parts.source.config
+    graph, config = builder.graph, builder.source.config
     vision, text = config.vision_config, config.get_text_config()
     tiles, size = int(vision.max_num_tiles), int(vision.image_size)
-    shape = Shape.of(text)
+    size = DecoderSize.of(text)
     pixels = graph.input("pixel_values", graph.dtype, ["batch_size", "images", tiles, int(vision.num_channels), size, size])
     ratios = graph.input("aspect_ratio_ids", np.int64, ["batch_size", "images"])
     mask = graph.input("aspect_ratio_mask", np.int64, ["batch_size", "images", tiles])
-    features = _tower(parts, pixels, graph.reshape(ratios, [-1]), graph.reshape(mask, [-1, tiles]))
-    states = parts.linear(features, _PROJECTOR)  # [batch · images, tiles · places, hidden]
-    rows = graph.op("Concat", graph.extent(pixels, 0), graph.const([-1, shape.hidden]), axis=0)
+    features = _tower(builder, pixels, graph.reshape(ratios, [-1]), graph.reshape(mask, [-1, tiles]))
+    states = builder.linear(features, _PROJECTOR)  # [batch · images, tiles · places, hidden]
+    rows = graph.op("Concat", graph.extent(pixels, 0), graph.const([-1, size.hidden]), axis=0)
     states = graph.op("Reshape", states, rows)
     for layer in text.cross_attention_layers:
         with graph.scope(f"layers.{layer}"):
-            _keys_and_values(parts, states, int(layer), shape)
+            _keys_and_values(builder, states, int(layer), size)
 
 
-def _keys_and_values(parts: Parts, states: str, layer: int, shape: Shape) -> None:
+def _keys_and_values(builder: LayerBuilder, states: str, layer: int, size: DecoderSize) -> None:
     """Give out what a cross-attention block reads of the images' states [batch, places, hidden]."""
-    graph, name = parts.graph, f"{parts.source.family.blocks}.{layer}.cross_attn"
-    epsilon = float(parts.source.config.get_text_config().rms_norm_eps)
-    key, value = parts.linears(states, [f"{name}.k_proj", f"{name}.v_proj"])
-    split = [graph.reshape(each, [0, 0, shape.kv_heads, shape.width]) for each in (key, value)]
-    split[0] = parts.rms_norm(split[0], f"{name}.k_norm", epsilon)
+    graph, name = builder.graph, f"{builder.source.family.blocks}.{layer}.cross_attn"
+    epsilon = float(builder.source.config.get_text_config().rms_norm_eps)
+    key, value = builder.linears(states, [f"{name}.k_proj", f"{name}.v_proj"])
+    split = [graph.reshape(each, [0, 0, size.kv_heads, size.width]) for each in (key, value)]
+    split[0] = builder.rms_norm(split[0], f"{name}.k_norm", epsilon)
     for part, each in zip(("key", "value"), split, strict=True):
-        extent = _cache_extent(shape)
+        extent = _cache_extent(size)
         graph.output(f"past_key_values.{layer}.{part}", graph.transpose(each, [0, 2, 1, 3]), graph.dtype, extent)
 
 
-def _cache_extent(shape: Shape) -> list[int | str]:
-    return ["batch_size", shape.kv_heads, "image_states", shape.width]
+def _cache_extent(size: DecoderSize) -> list[int | str]:
+    return ["batch_size", size.kv_heads, "image_states", size.width]
 
 
-def _tower(parts: Parts, pixels: str, ratios: str, mask: str) -> str:
+def _tower(builder: LayerBuilder, pixels: str, ratios: str, mask: str) -> str:
     """Return the last and the inner states of the tower side by side, [images, tiles · places, features].
 
     `pixels` [batch, images, tiles, channels, height, width]; `ratios` [all images]; `mask` [all images, tiles].
     """
-    graph, config = parts.graph, parts.source.config.vision_config
+    graph, config = builder.graph, builder.source.config.vision_config
     width, tiles = int(config.hidden_size), int(config.max_num_tiles)
     places = (int(config.image_size) // int(config.patch_size)) ** 2 + 1
     padding = -places % _MULTIPLE
     padded = [-1, tiles, places + padding, width]
-    value = parts.layer_norm(_patches(parts, pixels, ratios, config), f"{_TOWER}.layernorm_pre", _TOWER_EPSILON)
+    value = builder.layer_norm(_patches(builder, pixels, ratios, config), f"{_TOWER}.layernorm_pre", _TOWER_EPSILON)
     value = graph.op("Pad", value, graph.const([0, 0, 0, 0, 0, 0, padding, 0]), graph.const(0.0))
     value = graph.reshape(value, [-1, tiles * (places + padding), width])
-    marks = _marks(parts, mask, places, padding)
+    marks = _marks(builder, mask, places, padding)
 
     inner: list[str] = []
     for layer in range(int(config.num_hidden_layers)):
         with graph.scope(f"layers.{layer}"):
-            value = _block(parts, value, f"{_TOWER}.transformer.layers.{layer}", marks, config)
+            value = _block(builder, value, f"{_TOWER}.transformer.layers.{layer}", marks, config)
         inner.append(value)
-    value = parts.layer_norm(value, f"{_TOWER}.layernorm_post", _TOWER_EPSILON)
-    value = _tile_positions(parts, graph.reshape(value, padded), "post_tile_positional_embedding", ratios, config)
+    value = builder.layer_norm(value, f"{_TOWER}.layernorm_post", _TOWER_EPSILON)
+    value = _tile_positions(builder, graph.reshape(value, padded), "post_tile_positional_embedding", ratios, config)
     value = graph.reshape(value, [-1, tiles * (places + padding), width])
     for layer in range(int(config.num_global_layers)):
         with graph.scope(f"global_layers.{layer}"):
-            value = _block(parts, value, f"{_TOWER}.global_transformer.layers.{layer}", marks, config, gated=True)
+            value = _block(builder, value, f"{_TOWER}.global_transformer.layers.{layer}", marks, config, gated=True)
 
     chosen = [graph.reshape(inner[int(index)], [*padded, 1]) for index in config.intermediate_layers_indices]
     mixed = graph.reshape(graph.op("Concat", *chosen, axis=-1), [*padded[:3], width * len(chosen)])
@@ -114,44 +122,44 @@ def _tower(parts: Parts, pixels: str, ratios: str, mask: str) -> str:
     return graph.reshape(features, [-1, tiles * places, width * (1 + len(chosen))])
 
 
-def _patches(parts: Parts, pixels: str, ratios: str, config: Any) -> str:
+def _patches(builder: LayerBuilder, pixels: str, ratios: str, config: Any) -> str:
     """Return each tile's class token and patches with their positions, [images, tiles, places, hidden]."""
-    graph, width, tiles = parts.graph, int(config.hidden_size), int(config.max_num_tiles)
+    graph, width, tiles = builder.graph, int(config.hidden_size), int(config.max_num_tiles)
     side, size = int(config.patch_size), int(config.image_size)
     places = (size // side) ** 2
     flat = graph.reshape(pixels, [-1, int(config.num_channels), size, size])
-    kernel = parts.tensor(f"{_TOWER}.patch_embedding.weight")
+    kernel = builder.tensor(f"{_TOWER}.patch_embedding.weight")
     grid = graph.op("Conv", flat, kernel, kernel_shape=[side, side], strides=[side, side])
     value = graph.transpose(graph.reshape(grid, [-1, tiles, width, places]), [0, 1, 3, 2])
-    value = _tile_positions(parts, value, "pre_tile_positional_embedding", ratios, config)
-    token = parts.tensor(f"{_TOWER}.class_embedding", lambda found: found.view(1, 1, 1, -1), "_row")
+    value = _tile_positions(builder, value, "pre_tile_positional_embedding", ratios, config)
+    token = builder.tensor(f"{_TOWER}.class_embedding", lambda found: found.view(1, 1, 1, -1), "_row")
     first = graph.op("Expand", token, graph.op("Concat", graph.extent(ratios, 0), graph.const([tiles, 1, 1]), axis=0))
     value = graph.op("Concat", first, value, axis=2)
 
     name = f"{_TOWER}.gated_positional_embedding"
-    gate = graph.op("Tanh", parts.tensor(f"{name}.gate"))
-    alike = graph.op("Mul", parts.tensor(f"{name}.embedding"), graph.op("Sub", graph.const(1.0), gate))
-    found = graph.op("Gather", parts.tensor(f"{name}.tile_embedding.weight"), ratios, axis=0)
+    gate = graph.op("Tanh", builder.tensor(f"{name}.gate"))
+    alike = graph.op("Mul", builder.tensor(f"{name}.embedding"), graph.op("Sub", graph.const(1.0), gate))
+    found = graph.op("Gather", builder.tensor(f"{name}.tile_embedding.weight"), ratios, axis=0)
     own = graph.op("Mul", graph.reshape(found, [-1, tiles, places + 1, width]), gate)
     return graph.op("Add", graph.op("Add", value, alike), own)
 
 
-def _tile_positions(parts: Parts, value: str, name: str, ratios: str, config: Any) -> str:
+def _tile_positions(builder: LayerBuilder, value: str, name: str, ratios: str, config: Any) -> str:
     """Return a value [images, tiles, places, hidden] with what tells the tiles of an image apart."""
-    graph = parts.graph
-    table = parts.tensor(f"{_TOWER}.{name}.embedding.weight")
-    shape = [-1, int(config.max_num_tiles), 1, int(config.hidden_size)]
-    found = graph.reshape(graph.op("Gather", table, ratios, axis=0), shape)
-    return graph.op("Add", value, graph.op("Mul", found, graph.op("Tanh", parts.tensor(f"{_TOWER}.{name}.gate"))))
+    graph = builder.graph
+    table = builder.tensor(f"{_TOWER}.{name}.embedding.weight")
+    size = [-1, int(config.max_num_tiles), 1, int(config.hidden_size)]
+    found = graph.reshape(graph.op("Gather", table, ratios, axis=0), size)
+    return graph.op("Add", value, graph.op("Mul", found, graph.op("Tanh", builder.tensor(f"{_TOWER}.{name}.gate"))))
 
 
-def _marks(parts: Parts, mask: str, places: int, padding: int) -> Marks:
+def _marks(builder: LayerBuilder, mask: str, places: int, padding: int) -> Marks:
     """Return what is put beside queries, keys and values of every place of images, so that padding is not seen from padding.
 
     That alone is hidden, as in training. A large negative product does it without a bias, which would be as large as the scores,
     and need them all in memory at once.
     """
-    graph, heads = parts.graph, int(parts.source.config.vision_config.attention_heads)
+    graph, heads = builder.graph, int(builder.source.config.vision_config.attention_heads)
     real = np.concatenate([np.ones(places), np.zeros(padding)])
     seen = graph.op("And", graph.cast(graph.op("Unsqueeze", mask, graph.const([-1])), np.bool_), graph.const(real, np.bool_))
     empty = graph.reshape(graph.cast(graph.op("Not", seen), graph.dtype), [0, -1, 1, 1])
@@ -165,35 +173,35 @@ def _bias(graph: Graph, hidden: str) -> str:
     return graph.op("Where", hidden, graph.const(float(np.finfo(graph.dtype).min)), graph.const(0.0))
 
 
-def _block(parts: Parts, value: str, name: str, marks: Marks, config: Any, *, gated: bool = False) -> str:
+def _block(builder: LayerBuilder, value: str, name: str, marks: Marks, config: Any, *, gated: bool = False) -> str:
     """Return what a block of the tower makes of a value [images, all places, hidden]."""
-    graph, epsilon = parts.graph, float(config.norm_eps)
-    normed = parts.layer_norm(value, f"{name}.input_layernorm", epsilon)
-    mixed = _tower_attention(parts, normed, f"{name}.self_attn", marks, int(config.attention_heads))
-    value = graph.op("Add", value, _gate(parts, mixed, f"{name}.gate_attn") if gated else mixed)
-    normed = parts.layer_norm(value, f"{name}.post_attention_layernorm", epsilon)
-    grown = parts.linear(parts.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act)), f"{name}.mlp.fc2")
-    return graph.op("Add", value, _gate(parts, grown, f"{name}.gate_ffn") if gated else grown)
+    graph, epsilon = builder.graph, float(config.norm_eps)
+    normed = builder.layer_norm(value, f"{name}.input_layernorm", epsilon)
+    mixed = _tower_attention(builder, normed, f"{name}.self_attn", marks, int(config.attention_heads))
+    value = graph.op("Add", value, _gate(builder, mixed, f"{name}.gate_attn") if gated else mixed)
+    normed = builder.layer_norm(value, f"{name}.post_attention_layernorm", epsilon)
+    grown = builder.linear(builder.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act)), f"{name}.mlp.fc2")
+    return graph.op("Add", value, _gate(builder, grown, f"{name}.gate_ffn") if gated else grown)
 
 
-def _tower_attention(parts: Parts, value: str, name: str, marks: Marks, heads: int) -> str:
+def _tower_attention(builder: LayerBuilder, value: str, name: str, marks: Marks, heads: int) -> str:
     """Return attention `name` of a value [images, all places, hidden] over itself."""
-    graph, width = parts.graph, int(parts.source.config.vision_config.hidden_size) // heads
-    found = parts.linears(value, [f"{name}.{part}_proj" for part in "qkv"])
+    graph, width = builder.graph, int(builder.source.config.vision_config.hidden_size) // heads
+    found = builder.linears(value, [f"{name}.{part}_proj" for part in "qkv"])
     query, key, states = (
         graph.reshape(graph.op("Concat", graph.reshape(each, [0, 0, heads, width]), mark, axis=-1), [0, 0, -1])
         for each, mark in zip(found, (marks.query, marks.key, marks.value), strict=True)
     )
-    mixed = parts.attention(query, key, states, heads, scale=width**-0.5)
+    mixed = builder.attention(query, key, states, heads, scale=width**-0.5)
     mixed = graph.slice(graph.reshape(mixed, [0, 0, heads, width + _MULTIPLE]), 0, width, 3)
-    return parts.linear(graph.reshape(mixed, [0, 0, heads * width]), f"{name}.o_proj")
+    return builder.linear(graph.reshape(mixed, [0, 0, heads * width]), f"{name}.o_proj")
 
 
-def _gate(parts: Parts, value: str, name: str) -> str:
-    return parts.graph.op("Mul", value, parts.graph.op("Tanh", parts.tensor(name)))
+def _gate(builder: LayerBuilder, value: str, name: str) -> str:
+    return builder.graph.op("Mul", value, builder.graph.op("Tanh", builder.tensor(name)))
 
 
-def decoder(parts: Parts) -> None:
+def decoder(builder: LayerBuilder) -> None:
     """Emit the decoder, with its cache: see `docs/formats/onnx.md` for inputs and outputs.
 
     A row of `cross_attention_mask` [batch, sequence, images · tiles] without a one is a prompt without images: no block of
@@ -203,37 +211,37 @@ def decoder(parts: Parts) -> None:
     Raises:
         CheckpointError: its positions are rotated in a way that depends on the length.
     """
-    graph, text = parts.graph, parts.source.config.get_text_config()
-    shape, epsilon = Shape.of(text), float(text.rms_norm_eps)
+    graph, text = builder.graph, builder.source.config.get_text_config()
+    size, epsilon = DecoderSize.of(text), float(text.rms_norm_eps)
     crossed = frozenset(int(layer) for layer in text.cross_attention_layers)
-    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", shape.hidden])
-    extents = row_extents(graph)
-    rotation = rotate(parts, text, shape)
+    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", size.hidden])
+    lengths = sequence_lengths(graph)
+    tables = rotary_tables(builder, text)
     mask = graph.input("cross_attention_mask", np.int64, ["batch_size", "sequence_length", "image_tiles"])
     images: Images | None = None
-    blocks = parts.source.family.blocks
+    blocks = builder.source.family.blocks
     with graph.scope("layers.0"):
-        normed = parts.rms_norm(hidden, f"{blocks}.0.input_layernorm", epsilon)
-    for layer in range(shape.layers):
+        normed = builder.rms_norm(hidden, f"{blocks}.0.input_layernorm", epsilon)
+    for layer in range(size.layers):
         block = f"{blocks}.{layer}"
-        following = f"{blocks}.{layer + 1}.input_layernorm" if layer + 1 < shape.layers else f"{blocks.rpartition('.')[0]}.norm"
+        following = f"{blocks}.{layer + 1}.input_layernorm" if layer + 1 < size.layers else f"{blocks.rpartition('.')[0]}.norm"
         with graph.scope(f"layers.{layer}"):
             if layer in crossed:
                 past = [
-                    graph.input(f"past_key_values.{layer}.{part}", graph.dtype, _cache_extent(shape)) for part in ("key", "value")
+                    graph.input(f"past_key_values.{layer}.{part}", graph.dtype, _cache_extent(size)) for part in ("key", "value")
                 ]
-                tiles = int(parts.source.config.vision_config.max_num_tiles)
-                images = images or _images(graph, mask, past[0], shape.heads // shape.kv_heads, tiles)
-                mixed = _cross_attention(parts, normed, f"{block}.cross_attn", past, shape, images)
-                mixed = _gate(parts, graph.op("Mul", mixed, images.rows), f"{block}.cross_attn_attn_gate")
+                tiles = int(builder.source.config.vision_config.max_num_tiles)
+                images = images or _images(graph, mask, past[0], size.heads // size.kv_heads, tiles)
+                mixed = _cross_attention(builder, normed, f"{block}.cross_attn", past, size, images)
+                mixed = _gate(builder, graph.op("Mul", mixed, images.rows), f"{block}.cross_attn_attn_gate")
             else:
-                mixed = self_attention(parts, normed, f"{block}.self_attn", layer, shape, rotation, extents)
-            normed, hidden = parts.add_rms_norm(hidden, mixed, f"{block}.post_attention_layernorm", epsilon, shape.hidden)
-            grown = feed_forward(parts, normed, f"{block}.mlp", str(text.hidden_act))
+                mixed = self_attention(builder, normed, f"{block}.self_attn", layer, size, tables, lengths)
+            normed, hidden = builder.add_rms_norm(hidden, mixed, f"{block}.post_attention_layernorm", epsilon, size.hidden)
+            grown = feed_forward(builder, normed, f"{block}.mlp", str(text.hidden_act))
             if layer in crossed and images is not None:
-                grown = _gate(parts, graph.op("Mul", grown, images.tokens), f"{block}.cross_attn_mlp_gate")
-            normed, hidden = parts.add_rms_norm(hidden, grown, following, epsilon, shape.hidden)
-    logits(parts, normed)
+                grown = _gate(builder, graph.op("Mul", grown, images.tokens), f"{block}.cross_attn_mlp_gate")
+            normed, hidden = builder.add_rms_norm(hidden, grown, following, epsilon, size.hidden)
+    logits(builder, normed)
 
 
 def _images(graph: Graph, mask: str, keys: str, group: int, tiles: int) -> Images:
@@ -255,16 +263,16 @@ def _images(graph: Graph, mask: str, keys: str, group: int, tiles: int) -> Image
     return Images(bias, graph.cast(rows, graph.dtype), graph.cast(tokens, graph.dtype))
 
 
-def _cross_attention(parts: Parts, value: str, name: str, past: list[str], shape: Shape, images: Images) -> str:
+def _cross_attention(builder: LayerBuilder, value: str, name: str, past: list[str], size: DecoderSize, images: Images) -> str:
     """Return attention `name` of a value [batch, sequence, hidden] over the images' keys and values.
 
     The queries that share a head of these stand in a row, as if they were so many more tokens: no key is copied.
     """
-    graph, group = parts.graph, shape.heads // shape.kv_heads
-    epsilon = float(parts.source.config.get_text_config().rms_norm_eps)
-    query = head_norm(parts, parts.linear(value, f"{name}.q_proj"), f"{name}.q_norm", epsilon, shape.width)
-    query = graph.transpose(graph.reshape(query, [0, 0, shape.kv_heads, group, shape.width]), [0, 1, 3, 2, 4])
-    query = graph.reshape(query, [0, -1, shape.kv_heads * shape.width])
-    mixed = parts.attention(query, past[0], past[1], shape.kv_heads, images.bias)
-    mixed = graph.transpose(graph.reshape(mixed, [0, -1, group, shape.kv_heads, shape.width]), [0, 1, 3, 2, 4])
-    return parts.linear(graph.reshape(mixed, [0, 0, shape.heads * shape.width]), f"{name}.o_proj")
+    graph, group = builder.graph, size.heads // size.kv_heads
+    epsilon = float(builder.source.config.get_text_config().rms_norm_eps)
+    query = head_norm(builder, builder.linear(value, f"{name}.q_proj"), f"{name}.q_norm", epsilon, size.width)
+    query = graph.transpose(graph.reshape(query, [0, 0, size.kv_heads, group, size.width]), [0, 1, 3, 2, 4])
+    query = graph.reshape(query, [0, -1, size.kv_heads * size.width])
+    mixed = builder.attention(query, past[0], past[1], size.kv_heads, images.bias)
+    mixed = graph.transpose(graph.reshape(mixed, [0, -1, group, size.kv_heads, size.width]), [0, 1, 3, 2, 4])
+    return builder.linear(graph.reshape(mixed, [0, 0, size.heads * size.width]), f"{name}.o_proj")

@@ -13,7 +13,7 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from compress.checkpoint import open_checkpoint
-from compress.export.graphs.parts import Source
+from compress.export.graphs.layer_builder import Source
 from compress.export.graphs.write import Precision, write_graphs
 from compress.families import family_at
 from compress.progress import Silent

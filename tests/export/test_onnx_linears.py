@@ -18,7 +18,7 @@ from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext, ExportSpec
 from compress.export.graphs.graph import Float, Graph
-from compress.export.graphs.parts import Parts, Source
+from compress.export.graphs.layer_builder import LayerBuilder, Source
 from compress.export.graphs.write import Precision
 from compress.export.onnx import Onnx
 from compress.families import family_at
@@ -38,7 +38,7 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def linear(folder: Path, target: Path, dtype: Float = "float32") -> Path:
     """Write a graph that multiplies a `value` by a checkpoint's linear."""
-    parts = Parts(Graph("linear", dtype), Source.of(open_checkpoint(folder), family_at(folder)), accuracy_level=0)
+    parts = LayerBuilder(Graph("linear", dtype), Source.of(open_checkpoint(folder), family_at(folder)), accuracy_level=0)
     graph = parts.graph
     rows, columns = parts.quantized_shape(LINEAR)
     found = parts.linear(graph.input("value", graph.dtype, ["tokens", columns]), LINEAR)
