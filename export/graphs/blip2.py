@@ -1,4 +1,4 @@
-"""BLIP-2's way from an image to the decoder (arXiv 2301.12597) as a graph: a ViT, the Q-Former, a projection."""
+"""BLIP-2's vision encoder (arXiv 2301.12597) as a graph: a ViT, the Q-Former, a projection."""
 
 from __future__ import annotations
 
@@ -25,59 +25,59 @@ def vision_encoder(builder: LayerBuilder) -> None:
 
 
 def _patches(builder: LayerBuilder, pixels: str, config: Any) -> str:
-    """Return the class token and the patches of images with their positions, [images, places, hidden]."""
+    """Return the embeddings of the class token and the patches, with positions, [images, tokens, hidden]."""
     graph, name = builder.graph, f"{_TOWER}.embeddings"
-    kernel, bias = (builder.tensor(f"{name}.patch_embedding.{part}") for part in ("weight", "bias"))
+    kernel, bias = (builder.tensor(f"{name}.patch_embedding.{leaf}") for leaf in ("weight", "bias"))
     side = int(config.patch_size)
     grid = graph.op("Conv", pixels, kernel, bias, kernel_shape=[side, side], strides=[side, side])
     patches = graph.transpose(graph.reshape(grid, [0, int(config.hidden_size), -1]), [0, 2, 1])
-    first = _for_each(builder, builder.tensor(f"{name}.class_embedding"), pixels)
+    first = _per_image(builder, builder.tensor(f"{name}.class_embedding"), pixels)
     return graph.op("Add", graph.op("Concat", first, patches, axis=1), builder.tensor(f"{name}.position_embedding"))
 
 
-def _for_each(builder: LayerBuilder, value: str, images: str) -> str:
-    """Return a value [1, length, hidden] once for every image."""
+def _per_image(builder: LayerBuilder, value: str, images: str) -> str:
+    """Return a value [1, length, hidden] repeated for every image."""
     graph = builder.graph
     return graph.op("Expand", value, graph.op("Concat", graph.extent(images, 0), graph.const([1, 1]), axis=0))
 
 
 def _tower_block(builder: LayerBuilder, value: str, name: str, config: Any) -> str:
-    """Return what a block of the ViT makes of a value, its queries, keys and values from one linear."""
+    """Return a pre-norm block of the ViT, with a fused QKV linear."""
     graph, epsilon, width = builder.graph, float(config.layer_norm_eps), int(config.hidden_size)
-    mixed = builder.linear(builder.layer_norm(value, f"{name}.layer_norm1", epsilon), f"{name}.self_attn.qkv")
-    query, key, states = graph.split(mixed, [width] * 3)
-    seen = builder.attention(query, key, states, int(config.num_attention_heads))
-    value = graph.op("Add", builder.linear(seen, f"{name}.self_attn.projection"), value)
+    qkv = builder.linear(builder.layer_norm(value, f"{name}.layer_norm1", epsilon), f"{name}.self_attn.qkv")
+    query, key, states = graph.split(qkv, [width] * 3)
+    attended = builder.attention(query, key, states, int(config.num_attention_heads))
+    value = graph.op("Add", builder.linear(attended, f"{name}.self_attn.projection"), value)
     normed = builder.layer_norm(value, f"{name}.layer_norm2", epsilon)
-    grown = builder.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act))
-    return graph.op("Add", builder.linear(grown, f"{name}.mlp.fc2"), value)
+    hidden = builder.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act))
+    return graph.op("Add", builder.linear(hidden, f"{name}.mlp.fc2"), value)
 
 
 def _query_states(builder: LayerBuilder, states: str, config: Any) -> str:
-    """Return what the query tokens read from each image's states, [images, query tokens, hidden]."""
+    """Return the Q-Former's output for each image's states, [images, query tokens, hidden]."""
     graph = builder.graph
     queries = builder.layer_norm(builder.tensor("query_tokens"), f"{_QFORMER}.layernorm", float(config.layer_norm_eps))
-    value = _for_each(builder, queries, states)
+    value = _per_image(builder, queries, states)
     for layer in range(int(config.num_hidden_layers)):
         name = f"{_QFORMER}.encoder.layer.{layer}"
         with graph.scope(f"qformer.{layer}"):
             value = _attention(builder, value, value, f"{name}.attention", config)
             if layer % int(config.cross_attention_frequency) == 0:
                 value = _attention(builder, value, states, f"{name}.crossattention", config)
-            grown = builder.linear(value, f"{name}.intermediate_query.dense", str(config.hidden_act))
-            value = _output(builder, grown, value, f"{name}.output_query", config)
+            hidden = builder.linear(value, f"{name}.intermediate_query.dense", str(config.hidden_act))
+            value = _output(builder, hidden, value, f"{name}.output_query", config)
     return value
 
 
-def _attention(builder: LayerBuilder, value: str, seen: str, name: str, config: Any) -> str:
-    """Return attention of a value over what it sees, itself or an image's states; added, then normed."""
-    names = [f"{name}.attention.{part}" for part in ("query", "key", "value")]
-    if seen == value:
-        query, key, found = builder.linears(value, names)
+def _attention(builder: LayerBuilder, value: str, context: str, name: str, config: Any) -> str:
+    """Return post-norm attention of a value over `context`: itself, or an image's states."""
+    names = [f"{name}.attention.{kind}" for kind in ("query", "key", "value")]
+    if context == value:
+        query, key, content = builder.linears(value, names)
     else:
-        query, (key, found) = builder.linear(value, names[0]), builder.linears(seen, names[1:])
-    mixed = builder.attention(query, key, found, int(config.num_attention_heads))
-    return _output(builder, mixed, value, f"{name}.output", config)
+        query, (key, content) = builder.linear(value, names[0]), builder.linears(context, names[1:])
+    attended = builder.attention(query, key, content, int(config.num_attention_heads))
+    return _output(builder, attended, value, f"{name}.output", config)
 
 
 def _output(builder: LayerBuilder, value: str, residual: str, name: str, config: Any) -> str:

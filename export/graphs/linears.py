@@ -207,9 +207,9 @@ def _concatenated_transposes(matrices: Sequence[Tensor], dtype: torch.dtype) -> 
     """Yield the transposes of matrices [out, in], concatenated to [in, sum of out], some rows at a time."""
     transposed = [matrix.t().contiguous() for matrix in matrices]
     width = sum(matrix.shape[1] for matrix in transposed)
-    scale = max(1, CHUNK // width)
-    for first in range(0, len(transposed[0]), scale):
-        rows = [matrix[first : first + scale] for matrix in transposed]
+    step = max(1, CHUNK // width)
+    for first in range(0, len(transposed[0]), step):
+        rows = [matrix[first : first + step] for matrix in transposed]
         chunk = torch.empty(len(rows[0]), width, dtype=dtype)
         for target, columns in zip(torch.split(chunk, [block.shape[1] for block in rows], dim=1), rows, strict=True):
             target.copy_(columns)

@@ -1,4 +1,4 @@
-"""OPT's decoder (arXiv 2205.01068) as a graph: LayerNorm before each part, learned positions, a ReLU between two linears."""
+"""OPT's decoder (arXiv 2205.01068) as a graph: pre-LayerNorm blocks, learned positions, a feed-forward with ReLU."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from compress.export.graphs.decoder import DecoderSize, logits, self_attention, 
 from compress.export.graphs.layer_builder import LayerBuilder
 
 _FIRST_POSITION = 2
-"""The row of the position embeddings that belongs to a text's first token."""
+"""The row of the position embeddings for a text's first token."""
 
 _EPSILON = 1e-5
 
 
 def decoder(builder: LayerBuilder) -> None:
-    """Emit the decoder, with its cache: see `docs/formats/onnx.md` for inputs and outputs."""
+    """Emit the decoder with its KV cache: see `docs/formats/onnx.md` for inputs and outputs."""
     graph, text, family = builder.graph, builder.source.config.get_text_config(), builder.source.family
     size, owner = DecoderSize.of(text), family.blocks.rpartition(".")[0]
     width = builder.shape(f"{family.embeddings}.weight")[1]
     value = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", width])
-    places = graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
+    positions = graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
     lengths = sequence_lengths(graph)
     if builder.has_linear(f"{owner}.project_in"):
         value = builder.linear(value, f"{owner}.project_in")
     table = builder.tensor(f"{owner}.embed_positions.weight", lambda rows: rows[_FIRST_POSITION:], "_of_texts")
-    value = graph.op("Add", value, graph.op("Gather", table, places, axis=0))
+    value = graph.op("Add", value, graph.op("Gather", table, positions, axis=0))
     for layer in range(size.layers):
         block = f"{family.blocks}.{layer}"
         with graph.scope(f"layers.{layer}"):
             normed = builder.layer_norm(value, f"{block}.self_attn_layer_norm", _EPSILON)
-            mixed = self_attention(builder, normed, f"{block}.self_attn", layer, size, None, lengths)
-            value = graph.op("Add", value, mixed)
+            attended = self_attention(builder, normed, f"{block}.self_attn", layer, size, None, lengths)
+            value = graph.op("Add", value, attended)
             normed = builder.layer_norm(value, f"{block}.final_layer_norm", _EPSILON)
-            grown = builder.linear(normed, f"{block}.fc1", str(text.activation_function))
-            value = graph.op("Add", value, builder.linear(grown, f"{block}.fc2"))
+            hidden = builder.linear(normed, f"{block}.fc1", str(text.activation_function))
+            value = graph.op("Add", value, builder.linear(hidden, f"{block}.fc2"))
     if builder.has(f"{owner}.final_layer_norm.weight"):
         value = builder.layer_norm(value, f"{owner}.final_layer_norm", _EPSILON)
     if builder.has_linear(f"{owner}.project_out"):
