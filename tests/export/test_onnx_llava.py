@@ -16,7 +16,7 @@ from transformers.models.llava_next import modeling_llava_next
 
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
-from compress.export.graphs.llava_next import image_layout, token_places
+from compress.export.graphs.llava_next import image_layout, token_rows
 from tests.export.onnx_graphs import written
 from tests.export.onnx_seeing import MARKS, PROMPTS, Seeing, difference, rebuilt, seeing
 from tests.tiny import BUILDERS
@@ -42,7 +42,7 @@ def test_tiles_are_packed_as_by_transformers(
     graph = Graph("packing")
     layout = image_layout(graph, graph.input("image_sizes", np.int64, ["images", 2]), config, grid)
     graph.output("tiles", layout.tiles, np.int64, ["images"])
-    graph.output("places", token_places(graph, layout, grid), np.int64, ["tokens"])
+    graph.output("places", token_rows(graph, layout, grid), np.int64, ["tokens"])
     session: Any = onnxruntime.InferenceSession(str(graph.save(tmp_path, {})))
     for _ in range(60):
         sizes = _sizes(generator, resolutions)

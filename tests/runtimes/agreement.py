@@ -17,7 +17,7 @@ import numpy as np
 
 from compress.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport as Export
+from compress.export.vllm import VllmExport
 from compress.export.vllm_limits import Layout
 from compress.families import family_of, within
 from compress.numerics.scheme import Scheme
@@ -25,7 +25,7 @@ from compress.progress import Silent
 from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
 from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm import VNNI_FEATURES, WNA16_FEATURES, VllmExport, lacks
+from compress.runtimes.vllm import VNNI_FEATURES, WNA16_FEATURES, Vllm, lacks
 from tests.quantized import round_checkpoint
 from tests.tiny import picture
 
@@ -84,18 +84,18 @@ def make_artifact(source: Path, folder: Path, case: Case) -> Path:
 
     round_checkpoint(source, folder / "rounded", case.held, vision=vision)
     (folder / "artifact").mkdir()
-    export = Export(format="vllm", layout=case.layout)
+    export = VllmExport(format="vllm", layout=case.layout)
     export.apply(ExportContext(folder / "rounded", folder / "artifact", family, SILENT))
     return folder / "artifact"
 
 
-def serving(case: Case) -> VllmExport:
+def serving(case: Case) -> Vllm:
     """Return the runtime that serves a case, installed where it is not."""
     install("vllm", SILENT)
-    return VllmExport(runtime="vllm", dtype=case.dtype, kv_cache_gib=1, max_model_len=512, top_logprobs=128, kernels=KERNELS)
+    return Vllm(runtime="vllm", dtype=case.dtype, kv_cache_gib=1, max_model_len=512, top_logprobs=128, kernels=KERNELS)
 
 
-def compare(artifact: Path, runtime: VllmExport, logs: Path, prompts: Sequence[Prompt] = PROMPTS) -> Agreement:
+def compare(artifact: Path, runtime: Vllm, logs: Path, prompts: Sequence[Prompt] = PROMPTS) -> Agreement:
     """Serve an artifact and have both runtimes answer, and score the in-process answers."""
     with Transformers(runtime="transformers", dtype="float32", device="cpu").open(OpenContext(artifact, logs, SILENT)) as inside:
         expected = inside.answer(prompts, TOKENS, SILENT)

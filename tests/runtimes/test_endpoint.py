@@ -14,7 +14,7 @@ from compress.errors import MissingError, RecipeError, ServerError, UsageError
 from compress.eval.results import ScoreMetrics
 from compress.plan import make_plan
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint, Place
+from compress.runtimes.endpoint import Endpoint, EndpointModel
 from compress.runtimes.runtime import OpenContext, Prompt, Reorderable
 from compress.runtimes.vllm_session import alternative_concurrency
 from compress.store import Store
@@ -190,7 +190,7 @@ def test_a_fault_repeats_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_only_its_own_server_shapes_an_artifacts_figures() -> None:
     one = endpoint("http://a:1", key_variable="ONE")
-    other = one.model_copy(update={"artifacts": {"awq": Place(url="http://b:1/v1", model="m")}, "key_variable": "TWO"})
+    other = one.model_copy(update={"artifacts": {"awq": EndpointModel(url="http://b:1/v1", model="m")}, "key_variable": "TWO"})
     assert one.settings("original") == other.settings("original")
     assert one.settings("awq") != other.settings("awq")
     assert one.settings("awq")["url"] == "http://a:1"

@@ -16,7 +16,7 @@ import pytest
 
 from compress.errors import MissingError, ServerError
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint, Place
+from compress.runtimes.endpoint import Endpoint, EndpointModel
 from compress.runtimes.exchange import AnswerError, Response, exchange, models_of, open_http
 from compress.runtimes.openai_client import Address, ItemError, RetryingClient, RetryPolicy, open_client
 from compress.runtimes.runtime import OpenContext
@@ -204,7 +204,7 @@ def test_whatever_stands_for_the_models_is_one_clear_error(name: str, content: b
         if name == "vllm":
             runtime: Any = Vllm(runtime="vllm", url=server.url)
         else:
-            runtime = Endpoint(runtime="endpoint", original=Place(url=server.url, model="m"), artifacts={})
+            runtime = Endpoint(runtime="endpoint", original=EndpointModel(url=server.url, model="m"), artifacts={})
         with pytest.raises(ServerError) as caught, runtime.open(OpenContext(Path("recipes/demo/model"), tmp_path, Silent())):
             pass
         assert str(caught.value).startswith(server.url)

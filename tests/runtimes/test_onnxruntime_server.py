@@ -225,7 +225,7 @@ def test_a_model_that_writes_nothing_has_no_latency(tmp_path: Path) -> None:
 def test_a_server_that_is_killed_is_told(served: RunningServer, tmp_path: Path) -> None:
     """The last test that asks it."""
     settings = LatencySettings(concurrency=(1,), requests=2, warmup=1)
-    with watching(served.process, served.said()) as watch:
+    with watching(served.process, served.read_log()) as watch:
         loading = Loading(served, OpenContext(DEMO, tmp_path, SILENT), settings, None, 60, watch)
         load, used = loading.put(POINT.at(1), "round 0")
         assert (load.client, [sample.fault for sample in load.samples]) == ("compress", [None, None])
@@ -236,4 +236,4 @@ def test_a_server_that_is_killed_is_told(served: RunningServer, tmp_path: Path) 
             os.sched_yield()
         with pytest.raises(ServerError, match=r"its server ended under load[\s\S]*signal 9 \(SIGKILL\)") as raised:
             loading.put(POINT.at(1), "round 1")
-    assert served.key is not None and served.key not in f"{raised.value}{served.said()}{served}"
+    assert served.key is not None and served.key not in f"{raised.value}{served.read_log()}{served}"
