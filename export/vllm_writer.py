@@ -35,7 +35,7 @@ class LayoutTarget:
     """A layout and who reads it, for messages."""
 
     layout: Layout
-    target: str
+    reader: str
     """What stores scales as float16: subject and verb, such as "layout awq stores"."""
 
     alternative: str

@@ -100,25 +100,28 @@ def compare(artifact: Path, runtime: Vllm, logs: Path, prompts: Sequence[Prompt]
     with Transformers(runtime="transformers", dtype="float32", device="cpu").open(OpenContext(artifact, logs, SILENT)) as inside:
         expected = inside.answer(prompts, TOKENS, SILENT)
         passages = [Passage(prompt.id, answer.token_ids, prompt) for prompt, answer in zip(prompts, expected, strict=True)]
-        known = inside.score(passages, None, None, SILENT)
+        expected_scores = inside.score(passages, None, None, SILENT)
         with runtime.open(OpenContext(artifact, logs, SILENT)) as served:
-            found = served.answer(prompts, TOKENS, SILENT)
+            answers = served.answer(prompts, TOKENS, SILENT)
             scores = served.score(passages, None, None, SILENT)
         gaps = [
-            np.abs(ours.negative_log_likelihood - theirs.negative_log_likelihood)
-            for ours, theirs in zip(known, scores, strict=True)
+            np.abs(reference.negative_log_likelihood - actual.negative_log_likelihood)
+            for reference, actual in zip(expected_scores, scores, strict=True)
         ]
         same, clear = 0, list[str]()
-        for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
-            pairs = list(zip(ours.token_ids, theirs.token_ids, strict=False))
-            first = next((place for place, (left, right) in enumerate(pairs) if left != right), None)
+        for prompt, reference, actual in zip(prompts, expected, answers, strict=True):
+            pairs = list(zip(reference.token_ids, actual.token_ids, strict=False))
+            first = next((index for index, (left, right) in enumerate(pairs) if left != right), None)
             same += len(pairs) if first is None else first
-            if first is not None and _margin(inside, prompt, ours.token_ids[: first + 1], theirs.token_ids[: first + 1]) > CLEAR:
+            if (
+                first is not None
+                and _margin(inside, prompt, reference.token_ids[: first + 1], actual.token_ids[: first + 1]) > CLEAR
+            ):
                 clear.append(prompt.id)
     return Agreement(same, sum(len(answer.token_ids) for answer in expected), tuple(clear), float(np.concatenate(gaps).max()))
 
 
-def _margin(session: Session, prompt: Prompt, ours: tuple[int, ...], theirs: tuple[int, ...]) -> float:
+def _margin(session: Session, prompt: Prompt, reference: tuple[int, ...], actual: tuple[int, ...]) -> float:
     """Return by how many nats the in-process model prefers the end of its own answer over that of the other."""
-    scores = session.score([Passage("ours", ours, prompt), Passage("theirs", theirs, prompt)], None, None, SILENT)
+    scores = session.score([Passage("reference", reference, prompt), Passage("actual", actual, prompt)], None, None, SILENT)
     return float(scores[1].negative_log_likelihood[-1] - scores[0].negative_log_likelihood[-1])

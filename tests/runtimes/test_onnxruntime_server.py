@@ -76,9 +76,9 @@ def client(served: RunningServer) -> Generator[httpx.Client]:
 
 def processes_of(served: RunningServer) -> list[psutil.Process]:
     leading = psutil.Process(served.process)
-    found = [leading, *leading.children(recursive=True)]
-    assert len(found) == 2
-    return found
+    processes = [leading, *leading.children(recursive=True)]
+    assert len(processes) == 2
+    return processes
 
 
 def body(served: RunningServer, prompt: Prompt, **options: Any) -> dict[str, Any]:
@@ -110,11 +110,11 @@ def test_it_says_what_the_session_says(served: RunningServer, client: httpx.Clie
         assert (choice["message"]["content"], choice["finish_reason"]) == (expected.text, "stop")
         assert answer["usage"]["completion_tokens"] == len(expected.token_ids) + 1
         asked = body(served, prompt, max_completion_tokens=6, stream=True, stream_options={"include_usage": True})
-        *told, last = events(client.post("/v1/chat/completions", json=asked).text)
-        deltas = [event["choices"][0]["delta"] for event in told]
+        *chunks, last = events(client.post("/v1/chat/completions", json=asked).text)
+        deltas = [event["choices"][0]["delta"] for event in chunks]
         assert deltas[0]["role"] == "assistant"
         assert "".join(delta["content"] for delta in deltas) == expected.text
-        assert [event["choices"][0]["finish_reason"] for event in told] == [None] * len(expected.token_ids) + ["stop"]
+        assert [event["choices"][0]["finish_reason"] for event in chunks] == [None] * len(expected.token_ids) + ["stop"]
         assert (last["choices"], last["usage"]) == ([], answer["usage"])
 
 
@@ -125,9 +125,9 @@ def test_requests_that_it_does_not_answer(served: RunningServer, client: httpx.C
     assert client.get("/v1/nothing").status_code == 404
     assert client.post("/v1/completions", json={}).status_code == 404
     assert "the body is no JSON" in client.post("/v1/chat/completions", content=b"{").json()["error"]["message"]
-    for image, told in ((b"no image", "cannot be read as an image"), (picture(0)[:99], "cannot be read as an image")):
+    for image, message in ((b"no image", "cannot be read as an image"), (picture(0)[:99], "cannot be read as an image")):
         refused = client.post("/v1/chat/completions", json=body(served, Prompt("", QUESTION, (image,)), stream=True))
-        assert (refused.status_code, told in refused.json()["error"]["message"]) == (400, True)
+        assert (refused.status_code, message in refused.json()["error"]["message"]) == (400, True)
     longer = client.post("/v1/chat/completions", json=body(served, Prompt("", QUESTION), max_tokens=4000))
     assert (longer.status_code, "the model takes 2048" in longer.text) == (400, True)
     assert client.post("/v1/chat/completions", json=body(served, Prompt("", QUESTION), max_tokens=1)).is_success
@@ -150,13 +150,13 @@ def test_tokens_come_one_by_one(session: Any) -> None:
 
 def test_pieces_add_up_to_the_answer(session: Any) -> None:
     """Whatever the tokens: also where a character lies in several of them, or ends in none."""
-    found: list[str] = []
+    nonempty: list[str] = []
     for first in range(0, 250, 25):
         detokenizer = Detokenizer(session)
         pieces = [detokenizer.add(token) for token in range(first, first + 25)]
         assert "".join([*pieces, detokenizer.flush()]) == detokenizer.text()
-        found += [piece for piece in pieces if piece]
-    assert len(found) > 50
+        nonempty += [piece for piece in pieces if piece]
+    assert len(nonempty) > 50
 
 
 @pytest.mark.parametrize(

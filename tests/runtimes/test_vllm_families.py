@@ -45,9 +45,9 @@ FOUR_BITS = {
 def test_vllm_answers_as_the_in_process_runtime(family: str, width: str, tmp_path: Path) -> None:
     case = FOUR_BITS[family] if width == "4 bits" else W8A8
     artifact = make_artifact(BUILDERS[family](tmp_path / "source"), tmp_path, case)
-    found = compare(artifact, serving(case), tmp_path / "logs")
-    assert found.clear == (), found
-    assert found.same >= found.compared * 2 // 3, found
+    agreement = compare(artifact, serving(case), tmp_path / "logs")
+    assert agreement.clear == (), agreement
+    assert agreement.same >= agreement.compared * 2 // 3, agreement
 
 
 @pytest.mark.slow

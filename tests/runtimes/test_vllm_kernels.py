@@ -43,10 +43,10 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_processor_of_this_machine_is_told_with_what_it_can_do() -> None:
-    told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    assert hardware.processor() in told
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert hardware.processor() in cpuinfo
     for feature in hardware.processor_features():
-        assert f" {feature} " in told.replace("\n", " ")
+        assert f" {feature} " in cpuinfo.replace("\n", " ")
 
 
 @pytest.mark.slow
@@ -92,7 +92,7 @@ def test_a_run_that_cannot_be_measured_here_is_refused_before_its_first_step(pro
 
 
 @pytest.mark.parametrize(
-    ("layout", "held", "needs"),
+    ("layout", "quantized", "needs"),
     [
         ("awq", scheme(4, 32), FOUR),
         ("gptq", scheme(4, 32, symmetric=True), FOUR),
@@ -105,13 +105,15 @@ def test_a_run_that_cannot_be_measured_here_is_refused_before_its_first_step(pro
     ],
 )
 @pytest.mark.slow
-def test_an_artifact_needs_what_its_scheme_needs(layout: Layout, held: Scheme, needs: frozenset[Product], tmp_path: Path) -> None:
+def test_an_artifact_needs_what_its_scheme_needs(
+    layout: Layout, quantized: Scheme, needs: frozenset[Product], tmp_path: Path
+) -> None:
     source, rounded, artifact = build_qwen2_5_vl(tmp_path / "source"), tmp_path / "rounded", tmp_path / "artifact"
-    round_checkpoint(source, rounded, held)
+    round_checkpoint(source, rounded, quantized)
     artifact.mkdir()
     family = family_of(json.loads((source / "config.json").read_text(encoding="utf-8")))
     VllmExport(format="vllm", layout=layout).apply(ExportContext(rounded, artifact, family, SILENT))
-    assert products_of([held]) == products_in(read_config(artifact)) == needs
+    assert products_of([quantized]) == products_in(read_config(artifact)) == needs
 
 
 @pytest.mark.slow
