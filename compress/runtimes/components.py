@@ -80,7 +80,7 @@ def measure_components(timed: ComponentTiming, progress: Progress) -> ComponentT
         dtype=str(dtype).removeprefix("torch."),
         point=timed.point,
         sequence_tokens=int(inputs["input_ids"].shape[1]),
-        components=tuple(component_of(part, [row[part] for row in repeats]) for part in order if repeats and part in repeats[0]),
+        components=tuple(component_of(name, [row[name] for row in repeats]) for name in order if repeats and name in repeats[0]),
     )
 
 
@@ -136,7 +136,7 @@ def _hooked(model: Any, family: Family, clock: _Clock) -> Generator[None]:
         if name not in projectors:
             handles += clock.hook(module, "vision")
     for name, module in projectors.items():
-        inside = any(name.startswith(f"{part}.") for part in family.vision if part not in family.projector)
+        inside = any(name.startswith(f"{tower}.") for tower in family.vision if tower not in family.projector)
         handles += clock.hook(module, "projector in vision" if inside else "projector")
     try:
         yield

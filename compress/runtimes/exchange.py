@@ -163,11 +163,11 @@ def open_http(url: str, headers: dict[str, str], connections: int, *, trust_env:
 
 def _proxy(url: str) -> httpx.Proxy | None:
     """Return the environment's proxy for a URL."""
-    parts = httpx.URL(url)
-    if urllib.request.proxy_bypass(parts.host):
+    parsed = httpx.URL(url)
+    if urllib.request.proxy_bypass(parsed.host):
         return None
     proxies = urllib.request.getproxies()
-    address = proxies.get(parts.scheme) or proxies.get("all")
+    address = proxies.get(parsed.scheme) or proxies.get("all")
     return None if not address else httpx.Proxy(address if "://" in address else f"http://{address}")
 
 

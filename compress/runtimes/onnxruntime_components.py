@@ -48,8 +48,8 @@ def measure_components(
                     rows.append(row)
                     advance(1)
         graph = preparer.graphs.decoder
-        parts = ("vision", "prefill", "decode") if "vision" in rows[0] else ("prefill", "decode")
-        components: list[Component] = [component_of(part, [row[part] for row in rows]) for part in parts]
+        names = ("vision", "prefill", "decode") if "vision" in rows[0] else ("prefill", "decode")
+        components: list[Component] = [component_of(name, [row[name] for row in rows]) for name in names]
         return ComponentTable(
             runtime="onnxruntime",
             device=graph.device,

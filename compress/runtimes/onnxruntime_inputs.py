@@ -228,7 +228,7 @@ def _groups(batch: Sequence[Encoded]) -> Generator[list[Encoded]]:
     yield group
 
 
-def _concatenated(name: str, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts, axis=1 if name == DEEPSTACK else 0)
+def _concatenated(name: str, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays, axis=1 if name == DEEPSTACK else 0)

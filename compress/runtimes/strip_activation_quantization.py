@@ -51,7 +51,7 @@ def _without_quantization(node: NodeProto, quantized: dict[str, str], graph: Gra
     if node.op_type != "MatMulInteger":
         raise ValueError(f"{node.name}: {node.op_type} of rounded inputs is not known here")
     kind = next(_cast_to(other) for other in graph.node if other.op_type == "Cast" and other.input[0] == node.output[0])
-    codes, zero, centred = (f"{node.name}:{part}" for part in ("codes", "zero", "centred"))
+    codes, zero, centred = (f"{node.name}:{suffix}" for suffix in ("codes", "zero", "centred"))
     return [
         helper.make_node("Cast", [node.input[1]], [codes], name=codes, to=kind),
         helper.make_node("Cast", [node.input[3]], [zero], name=zero, to=kind),

@@ -84,7 +84,7 @@ def _block(builder: LayerBuilder, value: str, name: str, config: Any, positions:
     graph, epsilon, attention = builder.graph, float(config.layer_norm_eps), f"{name}.self_attn"
     normed = builder.layer_norm(value, f"{name}.layer_norm1", epsilon)
     if positions.select is _all:
-        query, key, states = builder.linears(normed, [f"{attention}.{part}_proj" for part in "qkv"])
+        query, key, states = builder.linears(normed, [f"{attention}.{kind}_proj" for kind in "qkv"])
     else:
         query = builder.linear(positions.select(normed), f"{attention}.q_proj")
         key, states = builder.linears(normed, [f"{attention}.k_proj", f"{attention}.v_proj"])

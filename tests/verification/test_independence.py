@@ -118,7 +118,7 @@ def test_inputs_that_the_reader_alone_rounds_otherwise(rounded: Path, tmp_path: 
 
 
 def test_inputs_that_the_graphs_alone_round_otherwise(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_LARGEST", 3.0)
+    monkeypatch.setattr(linears, "_MAX_CODE", 3.0)
     export = export_onnx(rounded, tmp_path / "onnx")
     with pytest.raises(VerificationError, match=r"the decoder differs from the checkpoint's.*as it runs"):
         verify(export, tmp_path / "onnx", rounded)
