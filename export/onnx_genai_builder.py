@@ -32,6 +32,8 @@ _ENVIRONMENT = "onnxruntime-genai"
 _MODULE = "onnxruntime_genai.models.builder"
 _HEAD = "/lm_head/MatMul"
 _POLL_SECONDS = 0.2
+"""Seconds between two checks whether the builder has exited."""
+
 _DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
 _BUILDER_VARIABLES = {
     "HF_HUB_OFFLINE": "1",

@@ -34,6 +34,8 @@ MODEL_TYPES: Mapping[str, ModelType] = {
 """The supported families. Qwen2-VL has Qwen2.5-VL's prompts, patches and positions, and so its type."""
 
 _BUILDER_BLOCKS = (16, 32, 64, 128, 256)
+"""The block sizes of MatMulNBits: the builder makes each group one block."""
+
 _AWQ_BITS = 4
 _USE_OWN_DECODER = "set decoder: own"
 

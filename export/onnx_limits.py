@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from compress.export.onnx_export import OnnxExport
 
 MAX_BLOCK, MIN_BLOCK = 256, 16
+"""The largest and the smallest block size of MatMulNBits."""
+
 EXPORT_GROUP_SIZE = 32
 """The group size of an output head or embeddings that the export itself quantizes."""
 
@@ -25,6 +27,8 @@ ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 """The RoPE types that the decoder graphs support; the frequencies of `dynamic` change with the length."""
 
 _WIDTHS = (4, 8)
+"""The bits of MatMulNBits."""
+
 _PATCHES = "vision_model.embeddings.patch_embedding"
 """CLIP's patch embedding, which `embedding_bits` quantizes too."""
 

@@ -25,6 +25,8 @@ from compress.numerics.scheme import Scheme
 from compress.quantization_config import METHOD, foreign_format
 
 _SCALE_BYTES = {"F32": 4, "F64": 4}
+"""Bytes of a scale by the safetensors dtype of the weights; 2 for all others."""
+
 _INDEX_BYTES = 4
 """Bytes of an int32 entry of GPTQ's `g_idx`."""
 

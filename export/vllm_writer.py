@@ -25,6 +25,7 @@ from compress.numerics.packing import pack_awq, pack_gptq, pack_words
 from compress.output_head import written_config
 
 _FLOAT16_MAX = 65504.0
+"""The largest float16."""
 
 Layout = Literal["awq", "gptq"]
 """The packing of quantized integers: AutoAWQ's or GPTQ's."""

@@ -25,6 +25,8 @@ _GROUP = 128
 """Channels per scale of `strategy: group`."""
 
 _FLOAT8_MAX = 448.0
+"""The largest float8 e4m3fn."""
+
 _ENABLED: ContextVar[bool] = ContextVar("rounding", default=True)
 
 

@@ -19,6 +19,7 @@ from compress.runtimes.inputs import Encoder
 from compress.runtimes.runtime import Embeddings, Faults, ImageInput
 
 _BATCH_SIZE = 32
+"""Images, or texts, in one forward pass: bounds memory, not the results."""
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,8 @@ _VOCABULARY_CHUNK = 1 << 14
 """Rows of the head that are converted to float32 at once."""
 
 _SCHEMA = 2
+"""The version of the record's format: records of another one are refused."""
+
 _HEAD = "head.safetensors"
 
 

@@ -22,6 +22,8 @@ from pathlib import Path
 from typing import Any
 
 _POLL_SECONDS = 0.2
+"""How long the exit of the server may go unnoticed."""
+
 _CHUNK_BYTES = 1 << 16
 """Bytes of one read; also the length from which on an unfinished line is written."""
 

@@ -51,6 +51,8 @@ if TYPE_CHECKING:
 
 _WORKER = Path(__file__).with_name("onnxruntime_genai_worker.py")
 _CHUNK_BYTES = 1 << 20
+"""Bytes of one read from the worker's socket."""
+
 _LOG = "onnxruntime-genai.log"
 _DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
 _WORKER_VARIABLES = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}

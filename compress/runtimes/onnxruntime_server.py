@@ -34,6 +34,8 @@ _DEFAULT_MAX_TOKENS = 256
 """The length limit of an answer where the request has none."""
 
 _MAX_BODY_BYTES = 1 << 30
+"""The largest accepted request body: images are in it, in base64."""
+
 _DATA_URL = "data:"
 _REPLACEMENT = "\ufffd"
 """The tokenizer's output for an incomplete UTF-8 character."""

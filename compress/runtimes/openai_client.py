@@ -23,6 +23,8 @@ from compress.runtimes.exchange import AnswerError, Response, exchange, open_htt
 from compress.untrusted import printable
 
 _PROBE_SECONDS = 10
+"""The timeout of a probe whether the server is back: it is asked for a list of models, which needs no computation."""
+
 _POLL_SECONDS = 0.25
 """Seconds between two probes of a server that is away."""
 
@@ -36,6 +38,8 @@ _MAX_OUTAGES = 3
 """During how many outages one item may be retried: an item that crashes the server each time must fail."""
 
 _MESSAGE_CHARACTERS = 300
+"""Characters of a server's text in a fault or an error message."""
+
 _ERROR_BODY_CHARACTERS = 65_536
 """Characters of an error response that are parsed."""
 

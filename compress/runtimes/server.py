@@ -28,6 +28,8 @@ _GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL."""
 
 _POLL_SECONDS = 0.25
+"""Seconds between two health checks of a server that is loading."""
+
 _REQUEST_SECONDS = 10
 """The timeout of a health check, and of the list of models: a server that is loading may accept a connection and not answer."""
 

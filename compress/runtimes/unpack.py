@@ -28,6 +28,8 @@ from compress.word_layouts import AWQ, GPTQ, check_words
 Read = Callable[[str], Tensor]
 _COMPRESSED_TENSORS = "compressed-tensors"
 _COLUMNS_OF_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
+"""AutoAWQ's interleaving: the column, among eight, of each nibble of a word."""
+
 _AUXILIARY_TENSORS = (
     "weight_scale",
     "weight_shape",

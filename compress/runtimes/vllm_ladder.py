@@ -12,9 +12,17 @@ from compress.schema import Frozen
 Rung = Literal["memory share", "context", "sequences"]
 
 _SHARE_FACTOR = 0.8
+"""Each step takes a fifth less of the GPU's memory: 0.85, 0.68, 0.54."""
+
 _MIN_SHARE = 0.5
+"""Below this share of the GPU, the next rung is tried."""
+
 _MIN_CONTEXT = 1024
+"""The shortest context that is tried, in tokens."""
+
 _SEQUENCES = (64, 16, 4)
+"""The steps of `--max-num-seqs`."""
+
 _DEFAULT_SEQUENCES = 256
 """vLLM's own default of `--max-num-seqs`."""
 

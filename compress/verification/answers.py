@@ -23,12 +23,13 @@ NEW_TOKENS = 16
 """The length limit of an answer, in tokens."""
 
 _MIN_IMAGE_EFFECT = 1e-3
-"""From how many nats on the checkpoint's likelihood counts as changed by the image."""
+"""From how many nats per token on the image changes the likelihood of an answer; see docs/verification.md."""
 
 _UNGROUNDED_SHARE = 0.1
 """An artifact is not grounded in a prompt's image if its change is at most this share of the checkpoint's."""
 
 _WRONG_IMAGE_SEED = 300
+"""The seed of the wrong images; those of the right ones are 100 to 107, of CLIP's 200 to 207."""
 _SCORED: tuple[Shown, ...] = ("right image", "wrong image")
 
 

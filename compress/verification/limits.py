@@ -39,7 +39,11 @@ COMPONENTS: Mapping[Rounding, float] = {
     "head in 8 bits": 0.02,
     "head in 4 bits": 0.25,
 }
-"""The largest difference of a component's outputs per rounding, relative to the checkpoint's largest magnitude."""
+"""The largest difference of a component's outputs per rounding, relative to the checkpoint's largest magnitude.
+
+These limits and those below lie above the worst values measured, which docs/verification.md lists. Another limit is another
+`verification_revision`.
+"""
 
 LIKELIHOODS: Mapping[Rounding, float] = {
     "float32": 0.001,

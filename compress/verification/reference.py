@@ -25,6 +25,8 @@ _CONTINUATION = "The picture shows a"
 """The text whose first tokens follow every prompt, so that decoding with a KV cache is compared too."""
 
 _CONTINUATION_TOKENS = 3
+"""Decode steps that are compared per prompt."""
+
 _LOGIT_POSITIONS = 8
 """At how many of a prompt's last positions logits are compared."""
 

@@ -24,6 +24,8 @@ from compress.verification.results import Answers, Component, Difference, Verifi
 from compress.verification.samples import samples
 
 _TOKENS_PER_BATCH = 2048
+"""Tokens in a batch of the checkpoint's answers: bounds memory, not the results."""
+
 _ENGINE = Engine(("cpu",))
 
 Compare = Callable[..., Iterator[graphs.Compared]]

@@ -16,6 +16,8 @@ from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
 
 _SIGN_BIT = 128
+"""Flipped to turn unsigned codes with zero point 128 into int8."""
+
 _PER_CHANNEL = Scheme(bits=8, group_size=-1, symmetric=True)
 
 

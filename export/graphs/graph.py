@@ -25,6 +25,8 @@ OPSET = 23
 """The opset of the standard operators; 23 is the first with RMSNormalization."""
 
 IR_VERSION = 10
+"""The version of the ONNX file format."""
+
 MICROSOFT = "com.microsoft"
 
 _MICROSOFT_OPERATORS = frozenset(

@@ -23,6 +23,8 @@ CHUNK = 1 << 22
 """Elements of a weight that are converted and written at once."""
 
 _MAX_CODE = 127.0
+"""The code of a token's largest magnitude."""
+
 _ZERO_POINT = 128
 """The zero point of unsigned codes."""
 

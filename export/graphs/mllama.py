@@ -28,6 +28,8 @@ _MULTIPLE = 8
 channels per head, as fused kernels need head sizes of such multiples."""
 
 _TOWER_EPSILON = 1e-5
+"""The epsilon of the norms: torch's default for LayerNorm, which the model's code leaves."""
+
 _MARK = 64.0
 """The mark of a padding token; its square, scaled, exceeds any attention score, and is within float16."""
 

@@ -11,6 +11,7 @@ _FIRST_POSITION = 2
 """The row of the position embeddings for a text's first token."""
 
 _EPSILON = 1e-5
+"""The epsilon of the norms: torch's default for LayerNorm, which the model's code leaves."""
 
 
 def decoder(builder: LayerBuilder) -> None:

@@ -35,7 +35,7 @@ class Groups:
     def of(
         graph: Graph, position: tuple[str, str], extents: tuple[str, str], shape: tuple[str, str | int], codes: str = ""
     ) -> Groups:
-        """Return the groups for each patch's row and slot in it (`position`); `extents` are the numbers of rows and slots, [1] each."""
+        """Return the groups for each patch's row and slot (`position`); `extents` are the numbers of rows and slots, [1] each."""
         row, slot = position
         slots = graph.op("Add", graph.op("Mul", row, extents[1]), slot)
         empty = graph.op("Expand", graph.const([-1]), graph.op("Mul", *extents))

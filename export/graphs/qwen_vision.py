@@ -15,6 +15,8 @@ from compress.export.graphs.layer_builder import LayerBuilder, RotaryTables
 from compress.export.graphs.patch_grid import CODES, Groups, PatchGrid
 
 _EPSILON = 1e-6
+"""The epsilon of the norms: a constant in transformers' code."""
+
 _MASKED = -15000.0
 """The score of a masked pair: low enough to vanish in softmax, and within float16."""
 

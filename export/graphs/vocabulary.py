@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from compress.export.graphs.layer_builder import LayerBuilder
 
 _ZERO_POINT = 128
+"""The zero point of unsigned 8-bit codes."""
 
 
 @dataclass(frozen=True)
