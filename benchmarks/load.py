@@ -37,7 +37,7 @@ from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
 from compress.runtimes.environment import require
-from compress.runtimes.runtime import OpenContext, Served
+from compress.runtimes.runtime import OpenContext, RunningServer
 from compress.runtimes.vllm import Vllm
 
 FIGURES: dict[str, Callable[[LoadResult], float]] = {
@@ -82,7 +82,7 @@ def main() -> None:
         write_json(arguments.output, result)
 
 
-def _alternate(served: Served, bench: Bench, point: LoadPoint, arguments: argparse.Namespace) -> dict[str, Any]:
+def _alternate(served: RunningServer, bench: Bench, point: LoadPoint, arguments: argparse.Namespace) -> dict[str, Any]:
     warm_up(served, make_requests(bench.artifact, point, 8, 1), 600.0)
 
     def own(seed: int) -> Load:
@@ -118,7 +118,7 @@ def _overhead(own: list[float], theirs: list[float]) -> dict[str, Any]:
 
 
 @contextmanager
-def _paced(first_ms: float, token_ms: float) -> Generator[Served]:
+def _paced(first_ms: float, token_ms: float) -> Generator[RunningServer]:
     """Serve answers whose tokens come by the clock, from a thread of its own."""
     ready, loop = threading.Event(), asyncio.new_event_loop()
     port: list[int] = []
@@ -135,7 +135,7 @@ def _paced(first_ms: float, token_ms: float) -> Generator[Served]:
     thread.start()
     ready.wait()
     try:
-        yield Served(f"http://127.0.0.1:{port[0]}", "paced", None, 0)
+        yield RunningServer(f"http://127.0.0.1:{port[0]}", "paced", None, 0)
     finally:
         loop.call_soon_threadsafe(stopping.set)
         thread.join()

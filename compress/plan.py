@@ -15,7 +15,7 @@ from compress.calibration.sets import QuestionSource
 from compress.checkpoint import Checkpoint, open_checkpoint, read_config
 from compress.document import RecipeDocument, dotted
 from compress.errors import RecipeError, UsageError
-from compress.export.format import Outlook, runtimes_of, warnings_of
+from compress.export.format import ExportSpec, runtimes_of, warnings_of
 from compress.families import Family, family_of
 from compress.hub import ModelPin, open_pinned, resolve_model, weights_notes
 from compress.layouts import has_kv_scales, quantized_linears
@@ -265,7 +265,7 @@ def _check(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, fam
     if faults:
         raise RecipeError(faults)
     kv_cache = any(getattr(stage, "kv_cache", None) for stage in recipe.stages)
-    outlooks = [Outlook(checkpoint, family, each, kv_cache) for each in possible]
+    outlooks = [ExportSpec(checkpoint, family, each, kv_cache) for each in possible]
     exports: dict[int, int] = {}
     for position, export in enumerate(recipe.export):
         export_faults = list(dict.fromkeys(fault for outlook in outlooks for fault in export.check(outlook)))
@@ -274,7 +274,7 @@ def _check(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, fam
             exports[position] = export.predict_bytes(outlooks[0])
     if faults:
         raise RecipeError(faults)
-    notes = outlook_notes(recipe, outlooks or [Outlook(checkpoint, family, {})])
+    notes = outlook_notes(recipe, outlooks or [ExportSpec(checkpoint, family, {})])
     products = products_of(scheme for outlook in outlooks for scheme in outlook.schemes.values())
     return Sizes(stages, exports, notes, size_notes(recipe, checkpoint, exports), products)
 
@@ -341,7 +341,7 @@ def notes_of(plan: Plan, folder: Path) -> tuple[str, ...]:
     checkpoint = open_checkpoint(folder)
     if foreign_format(checkpoint.config):
         return plan.notes
-    outlook = Outlook(checkpoint, plan.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+    outlook = ExportSpec(checkpoint, plan.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
     return export_notes(plan.recipe, outlook)
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from compress.artifact import side_files
 from compress.checkpoint import Checkpoint
-from compress.export.format import Outlook
+from compress.export.format import ExportSpec
 from compress.figures import counted
 from compress.gate import SizeLimit
 from compress.plan_data import asked_at_most
@@ -20,14 +20,14 @@ _LISTED = 300
 """What a tensor takes in a header and an index, in bytes, at most; of a hub's files only the tensors' own bytes are known here."""
 
 
-def outlook_notes(recipe: Recipe, outlooks: list[Outlook]) -> tuple[str, ...]:
+def outlook_notes(recipe: Recipe, outlooks: list[ExportSpec]) -> tuple[str, ...]:
     """Return what one should know of whatever comes out, and what only where the run chooses to hold linears so."""
     noted = [export_notes(recipe, outlook) for outlook in outlooks]
     every = dict.fromkeys(note for notes in noted for note in notes)
     return tuple(note if all(note in notes for notes in noted) else f"where the stage chooses so: {note}" for note in every)
 
 
-def export_notes(recipe: Recipe, outlook: Outlook) -> tuple[str, ...]:
+def export_notes(recipe: Recipe, outlook: ExportSpec) -> tuple[str, ...]:
     """Return what one should know of the exports of one checkpoint."""
     return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
 

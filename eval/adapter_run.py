@@ -24,7 +24,7 @@ from compress.progress import Progress
 from compress.redaction import redact_value
 from compress.runtimes.environment import require
 from compress.runtimes.exchange import AnswerError, exchange, models_of
-from compress.runtimes.openai_client import shown
+from compress.runtimes.openai_client import excerpt
 from compress.runtimes.server import Server, run_server
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def _items(path: Path, name: str) -> list[AdapterItem]:
     try:
         return [AdapterItem.model_validate(redact_value(json.loads(line))) for line in lines if line]
     except (ValueError, RecursionError) as error:
-        words = shown(f"{type(error).__name__}: {error}")
+        words = excerpt(f"{type(error).__name__}: {error}")
         raise ServerError(f"{name}: wrote down an item that cannot be read ({words}); install its environment anew") from error
 
 
@@ -187,7 +187,7 @@ def _outcome(task: Adapter, job: HarnessJob, server: Server) -> dict[str, Any]:
     where = f"task {task.name}: {server.name}"
     path = Path(job.outcome)
     if not path.is_file():
-        raise ServerError(f"{where} was ended before it was done; the machine may have run out of memory{server.last_words()}")
+        raise ServerError(f"{where} was ended before it was done; the machine may have run out of memory{server.exit_reason()}")
     told = cast("dict[str, Any]", redact_value(json.loads(path.read_text(encoding="utf-8"))))
     if "failed" not in told:
         return told

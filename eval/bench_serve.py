@@ -16,8 +16,8 @@ from compress.eval.latency import LoadPoint
 from compress.eval.load_generator import Load, RequestTiming
 from compress.files import telling_where, write_text
 from compress.redaction import redact
-from compress.runtimes.last_words import describe_end
-from compress.runtimes.runtime import Environment, Served
+from compress.runtimes.exit_reason import describe_exit
+from compress.runtimes.runtime import Environment, RunningServer
 from compress.runtimes.vllm_start import plain_environment
 from compress.untrusted import printable
 
@@ -36,7 +36,7 @@ class Bench:
     trust_remote_code: bool = False
 
 
-def bench_serve(bench: Bench, served: Served, point: LoadPoint, requests: int, seed: int) -> Load:
+def bench_serve(bench: Bench, served: RunningServer, point: LoadPoint, requests: int, seed: int) -> Load:
     """Put load on a server with vLLM's client: random text and images, answers of a fixed length, one result per request.
 
     The server's key is in the client's environment alone. Its own warm-up is left out: that asks the first request again and again,
@@ -58,7 +58,7 @@ def bench_serve(bench: Bench, served: Served, point: LoadPoint, requests: int, s
     return load
 
 
-def _run(bench: Bench, served: Served, command: list[str], rounds: float) -> None:
+def _run(bench: Bench, served: RunningServer, command: list[str], rounds: float) -> None:
     """Run the client to its end.
 
     Raises:
@@ -84,7 +84,7 @@ def _run(bench: Bench, served: Served, command: list[str], rounds: float) -> Non
         ) from error
     if run.returncode != 0:
         raise ServerError(
-            f"{served.url}: vllm bench serve ended with exit code {run.returncode}{describe_end(run.stdout + run.stderr, None)}"
+            f"{served.url}: vllm bench serve ended with exit code {run.returncode}{describe_exit(run.stdout + run.stderr, None)}"
         )
 
 
@@ -111,7 +111,7 @@ def _sample(ttft: float, gaps: list[float], tokens: int, fault: str) -> RequestT
     return RequestTiming(float(ttft), tuple(float(gap) for gap in gaps), int(tokens))
 
 
-def _command(bench: Bench, served: Served, point: LoadPoint, requests: int, seed: int) -> list[str]:
+def _command(bench: Bench, served: RunningServer, point: LoadPoint, requests: int, seed: int) -> list[str]:
     command = [str(bench.environment.python), "-m", "vllm.entrypoints.cli.main", "bench", "serve", "--backend", "openai-chat"]
     command += ["--base-url", served.url, "--endpoint", "/v1/chat/completions"]
     command += ["--model", served.model, "--served-model-name", served.model, "--tokenizer", str(bench.artifact)]

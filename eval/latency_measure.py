@@ -19,7 +19,7 @@ from compress.progress import Progress
 from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_ladder import LadderStep, carried
+from compress.runtimes.vllm_ladder import LadderStep, settings_after
 
 
 @dataclass(frozen=True)
@@ -144,11 +144,11 @@ class _Measuring:
     def _serving(self, model: _Model) -> Generator[Loading]:
         """Bring up a model's server; what it lowered to come up holds for every server after it."""
         context, steps = self._context, list[LadderStep]()
-        with loading(self._runtime, replace(self._opening(model), lowered=steps.append), self._settings) as server:
+        with loading(self._runtime, replace(self._opening(model), on_ladder_step=steps.append), self._settings) as server:
             if steps:
                 self._steps += steps
                 if isinstance(self._runtime, Vllm):
-                    self._runtime = self._runtime.model_copy(update=carried(self._runtime.model_dump(), steps))
+                    self._runtime = self._runtime.model_copy(update=settings_after(self._runtime.model_dump(), steps))
                 if any(other.loads or other.best for other in self._models):
                     context.progress.warn("the models measured so far are measured anew, with as little memory as this one has")
                     raise _LoweredError

@@ -23,7 +23,7 @@ from compress.eval.http_stream import Connection, Most, StreamError
 from compress.eval.latency import LoadPoint
 from compress.limits import limits
 from compress.redaction import redact
-from compress.runtimes.runtime import Prompt, Served
+from compress.runtimes.runtime import Prompt, RunningServer
 from compress.untrusted import printable
 
 _PATH = "/v1/chat/completions"
@@ -133,7 +133,7 @@ def make_requests(artifact: Path, point: LoadPoint, count: int, seed: int) -> Re
     return Requests(point, tuple(messages))
 
 
-def put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float, tokens: int) -> Load:
+def put_load(served: RunningServer, bodies: Sequence[bytes], concurrency: int, request_seconds: float, tokens: int) -> Load:
     """Send all requests, so many at a time, each for so many tokens, and read every answer's stream to its end.
 
     A request that fails is a sample with its fault. Nothing of an answer is looked into before the last one has ended, so that
@@ -142,7 +142,7 @@ def put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_
     return asyncio.run(_put_load(served, bodies, concurrency, request_seconds, Most.of(tokens)))
 
 
-def warm_up(served: Served, requests: Requests, request_seconds: float) -> Dialect:
+def warm_up(served: RunningServer, requests: Requests, request_seconds: float) -> Dialect:
     """Send requests that do not count; return the dialect in which the server answers.
 
     Raises:
@@ -170,7 +170,7 @@ def _remedy(fault: str) -> str:
     return "see that it serves, then measure again"
 
 
-async def _put_load(served: Served, bodies: Sequence[bytes], concurrency: int, request_seconds: float, most: Most) -> Load:
+async def _put_load(served: RunningServer, bodies: Sequence[bytes], concurrency: int, request_seconds: float, most: Most) -> Load:
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {served.key}"} if served.key else {}
     found: list[Stream | str] = [""] * len(bodies)

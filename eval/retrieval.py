@@ -31,7 +31,7 @@ from compress.eval.task import (
     warn_of_few,
 )
 from compress.files import write_bytes
-from compress.runtimes.runtime import Ability, Embeddings, Faults, Picture, Score, unscored
+from compress.runtimes.runtime import Ability, Embeddings, Faults, ImageInput, Score, unscored
 from compress.schema import Source
 
 if TYPE_CHECKING:
@@ -141,7 +141,7 @@ class Retrieval(Task):
         pool = self.pool(context.files)
         warn_of_few(context, self.name, self.samples, len(pool.questions), "images")
         original = None if context.against is None else _original_items(self.name, pool.questions, context.against)
-        pictures = [Picture(question.id, question.images[0]) for question in pool.questions]
+        pictures = [ImageInput(question.id, question.images[0]) for question in pool.questions]
         faults: Faults = {}
         found = context.session.embed(pictures, pool.texts, context.progress, faults)
         known = np.delete(found.images, list(faults), axis=0)

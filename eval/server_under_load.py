@@ -15,8 +15,8 @@ from compress.eval.latency_results import Telemetry
 from compress.eval.load_generator import DIALECTS, Load, make_requests, put_load, warm_up
 from compress.eval.telemetry import Watch, watching
 from compress.runtimes.environment import find
-from compress.runtimes.last_words import describe_end
-from compress.runtimes.runtime import OpenContext, Runtime, Served
+from compress.runtimes.exit_reason import describe_exit
+from compress.runtimes.runtime import OpenContext, RunningServer, Runtime
 
 _REQUEST_SECONDS = 600.0
 
@@ -25,7 +25,7 @@ _REQUEST_SECONDS = 600.0
 class Loading:
     """A server, what it serves, and how load is put on it: by `bench` where that is there and the server takes what it sends."""
 
-    served: Served
+    served: RunningServer
     context: OpenContext
     settings: LatencySettings
     bench: Bench | None
@@ -60,7 +60,7 @@ class Loading:
         if self.served.process is not None and _has_ended(self.served.process):
             raise ServerError(
                 f"{self.context.artifact}: its server ended under load ({point.label}); put less on it, or give it less memory"
-                f"{describe_end(self.served.said(), None)}"
+                f"{describe_exit(self.served.read_log(), None)}"
             )
 
 
@@ -85,5 +85,5 @@ def loading(runtime: Runtime, context: OpenContext, settings: LatencySettings) -
     bench = None
     if environment is not None:
         bench = Bench(environment, context.artifact, context.logs, seconds, context.trust_remote_code)
-    with runtime.serve(context) as served, watching(served.process, served.said()) as watch:
+    with runtime.serve(context) as served, watching(served.process, served.read_log()) as watch:
         yield Loading(served, context, settings, bench, seconds, watch)

@@ -21,7 +21,7 @@ from compress.eval.results import Fidelity, ScoredItem, TaskMeasurement, Unit, a
 from compress.eval.statistics import mean_interval
 from compress.eval.whole import summarise
 from compress.progress import Progress
-from compress.runtimes.runtime import Ability, AskedOtherwise, Passage, Score, Session, unscored
+from compress.runtimes.runtime import Ability, Passage, Reorderable, Score, Session, unscored
 from compress.schema import Frozen
 
 if TYPE_CHECKING:
@@ -174,7 +174,7 @@ def score_again(context: TaskContext, name: str, passages: Sequence[Passage]) ->
 
 def asked_otherwise(session: Session) -> Session:
     """Return what asks the same model in another order and in other batches; the session itself where nothing depends on these."""
-    return session.otherwise() if isinstance(session, AskedOtherwise) else session
+    return session.reordered() if isinstance(session, Reorderable) else session
 
 
 def draw_questions(

@@ -28,7 +28,7 @@ from compress.errors import DataError
 from compress.eval.results import WholeKl
 from compress.eval.statistics import clustered_mean, student_quantile
 from compress.files import telling_where, write_bytes, write_text
-from compress.runtimes.runtime import Passage, Score, WholeVocabulary, passages_digest
+from compress.runtimes.runtime import FullVocabularySession, Passage, Score, passages_digest
 
 if TYPE_CHECKING:
     from compress.eval.task import TaskContext
@@ -60,7 +60,7 @@ def compare_whole(
         DataError: the original was recorded on other passages.
     """
     session = context.session
-    if not isinstance(session, WholeVocabulary) or not session.whole_tokens:
+    if not isinstance(session, FullVocabularySession) or not session.whole_tokens:
         return list(scores)
     digest = passages_digest(passages)
     record = _RecordedDistributions((context.against or context.target) / "record" / f"{name}@whole")

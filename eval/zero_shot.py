@@ -18,7 +18,7 @@ from compress.eval.journal import tell_of_faults
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
 from compress.eval.task import Task, TaskContext, cluster_of, count, draw_questions, fidelity_of, flips, total, warn_of_few
 from compress.files import write_bytes
-from compress.runtimes.runtime import Ability, Faults, Picture, Score, unscored
+from compress.runtimes.runtime import Ability, Faults, ImageInput, Score, unscored
 from compress.schema import Source
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ class ZeroShot(Task):
         images = self.images(context.files)
         warn_of_few(context, self.name, self.samples, len(images), "images")
         original = None if context.against is None else _original_items(self.name, images, context.against)
-        pictures = [Picture(question.id, question.images[0]) for question, _ in images]
+        pictures = [ImageInput(question.id, question.images[0]) for question, _ in images]
         faults: Faults = {}
         found = context.session.classify(pictures, [self.texts(name) for name in self.classes], context.progress, faults)
         if found.shape != (len(images), len(self.classes)) or not np.isfinite(np.delete(found, list(faults), axis=0)).all():

@@ -1,4 +1,4 @@
-"""Turning a compressed checkpoint into what a runtime loads."""
+"""Export a compressed checkpoint to a runtime's format."""
 
 FORMATS = {
     "onnx": "compress.export.onnx:Onnx",

@@ -1,4 +1,4 @@
-"""What every export is: a part of a recipe that turns the last checkpoint into what a runtime loads."""
+"""The interface of every export: an entry of a recipe that turns the last checkpoint into a runtime's format."""
 
 from __future__ import annotations
 
@@ -22,38 +22,45 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Outlook:
-    """What is to be exported, known from headers alone: before any stage ran, or of the checkpoint that the last one wrote.
-
-    `schemes` says how each quantized linear of `checkpoint` is held, or will be, by its name on disk; `kv_cache` whether there are
-    scales to keep keys and values in 8 bits.
-    """
+class ExportSpec:
+    """What is to be exported, from headers alone: the planned result of the stages, or the checkpoint that the last one wrote."""
 
     checkpoint: Checkpoint
     family: Family
     schemes: Mapping[str, Scheme]
+    """The quantization scheme of each quantized linear, present or planned, by its name on disk."""
+
     kv_cache: bool = False
+    """Whether there are scales for an 8-bit KV cache."""
 
 
 @dataclass(frozen=True)
 class ExportContext:
-    """What an export is given beside its own fields: the checkpoint at `source` and the empty folder `target` to fill."""
+    """The inputs of an export beside its own fields."""
 
     source: Path
+    """The checkpoint's folder."""
+
     target: Path
+    """The empty folder to write the artifact to."""
+
     family: Family
     progress: Progress
 
 
 @dataclass(frozen=True)
 class VerifyContext:
-    """What a verification is given: the `artifact`, the checkpoint at `source` that it was made of, and where logs belong."""
+    """The inputs of a verification."""
 
     artifact: Path
     source: Path
+    """The checkpoint that the artifact was exported from."""
+
     family: Family
     progress: Progress
     logs: Path
+    """The folder for a runtime's logs."""
+
     trust_remote_code: bool = False
 
 
@@ -61,88 +68,88 @@ class Export(Frozen, ABC):
     """One format with its settings; the fields are the recipe's keys."""
 
     format: Any
-    """The row it stands for in the table of formats."""
+    """The format's name: its key in the table `FORMATS`."""
 
     revision: ClassVar[int]
-    """Raised whenever the same settings write something else, so that the store forgets the old artifact."""
+    """Raised whenever the same settings write something else, so that stored artifacts are not reused."""
 
     libraries: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
-    """The distributions in this environment whose versions shape the result."""
+    """The distributions in this environment whose versions affect the result."""
 
     runtimes: ClassVar[frozenset[str]]
-    """The rows of the table of runtimes that run what it writes."""
+    """The names of the runtimes that can run the artifact."""
 
     def versions(self) -> dict[str, str]:
-        """Return the versions, by distribution, that shape the result; imports nothing heavy.
+        """Return the versions, by distribution, that affect the result; imports nothing heavy.
 
         Raises:
-            MissingError: something that makes it lives in an environment of its own, which is not installed.
+            MissingError: the export needs an environment of its own that is not installed.
         """
         return {name: importlib.metadata.version(name) for name in self.libraries}
 
     @property
     @abstractmethod
     def artifact(self) -> str:
-        """What reports and folders call what it writes; unique among a recipe's exports."""
+        """The artifact's name in reports and folders; unique among a recipe's exports."""
 
     @abstractmethod
-    def check(self, outlook: Outlook) -> list[str]:
-        """Return what stands against this export, one line each with its remedy; reads headers only."""
+    def check(self, spec: ExportSpec) -> list[str]:
+        """Return why this export is not possible, one line each with its remedy; empty where it is. Reads headers only."""
 
-    def notes(self, outlook: Outlook) -> list[str]:
-        """Return what one should know before using the artifact, one line each; reads headers only."""
-        del outlook
+    def notes(self, spec: ExportSpec) -> list[str]:
+        """Return caveats for users of the artifact, one line each; reads headers only."""
+        del spec
         return []
 
     @classmethod
     def warnings(cls, folder: Path, family: Family) -> list[str]:
-        """Return what is wrong with an artifact that was written before, one line each with its remedy; reads headers only."""
+        """Return known problems of an existing artifact, one line each with its remedy; reads headers only."""
         del cls, folder, family
         return []
 
     @abstractmethod
-    def predict_bytes(self, outlook: Outlook) -> int:
-        """Return the expected size of the weights it writes, in bytes."""
+    def predict_bytes(self, spec: ExportSpec) -> int:
+        """Return the expected size of the artifact's weights, in bytes."""
 
     @abstractmethod
     def apply(self, context: ExportContext) -> None:
-        """Write the artifact of the checkpoint at `context.source` to `context.target`.
+        """Export the checkpoint at `context.source` to `context.target`.
 
         Raises:
-            CheckpointError: the checkpoint cannot be held by this format.
+            CheckpointError: this format does not support the checkpoint.
         """
 
 
 class VerifiedExport(Export, ABC):
-    """A format whose artifacts are compared, once written, with the checkpoint they came from, in a step of its own."""
+    """A format whose artifacts are verified against their checkpoint, in a step of its own."""
 
     verification_revision: ClassVar[int] = 2
-    """Raised whenever the same artifact is compared in another way, or by other limits."""
+    """Raised whenever the same artifact is compared differently, or with other limits."""
 
     @abstractmethod
     def verification_versions(self) -> dict[str, str]:
-        """Return the versions, by distribution, that shape what a verification finds; imports nothing heavy.
+        """Return the versions, by distribution, that affect the verification's result; imports nothing heavy.
 
         Raises:
-            MissingError: the runtime that it is done with is not installed.
+            MissingError: the runtime that it needs is not installed.
         """
 
     @abstractmethod
     def verify(self, context: VerifyContext) -> Verification:
-        """Return how far the artifact's parts and answers are from those of the checkpoint it came from.
+        """Compare the artifact's components and answers with its checkpoint's.
 
         Raises:
-            VerificationError: further than the limits allow; names the first part that differs.
+            VerificationError: a difference exceeds its limit; names the first such component.
         """
 
 
 def runtimes_of(folder: Path) -> frozenset[str]:
-    """Return the rows of the table of runtimes that run the artifact in a folder, by its files."""
+    """Return the names of the runtimes that can run the artifact in a folder."""
     return _export_of(folder).runtimes
 
 
 def warnings_of(folder: Path, family: Family) -> list[str]:
-    """Return what is wrong with the artifact in a folder, which its format knows; one line each."""
+    """Return known problems of the artifact in a folder, one line each with its remedy."""
     return _export_of(folder).warnings(folder, family)
 
 

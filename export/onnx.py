@@ -1,4 +1,4 @@
-"""Artifacts that ONNX Runtime runs: a graph per component, its weights beside it, images included."""
+"""The ONNX export: a graph per component with external data, for ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.checkpoint import open_checkpoint, read_json_object
-from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
+from compress.export.format import ExportContext, ExportSpec, VerifiedExport, VerifyContext
 from compress.export.onnx_cost import cost_notes
 from compress.export.onnx_export import OnnxExport
 from compress.export.onnx_limits import expected_bytes, faults
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 
 
 class Onnx(OnnxExport, VerifiedExport):
-    """ONNX graphs with external data; what is quantized has the very integers and scales that the stages chose.
-
-    The settings are those of `OnnxExport`.
-    """
+    """ONNX graphs with external data, with the integers and scales that the stages chose: nothing is rounded again."""
 
     revision: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx")
@@ -28,31 +25,31 @@ class Onnx(OnnxExport, VerifiedExport):
 
     format: Literal["onnx"]
 
-    def check(self, outlook: Outlook) -> list[str]:
-        """Return the architecture, linears or settings that no graph here can hold."""
-        return faults(self, outlook)
+    def check(self, spec: ExportSpec) -> list[str]:
+        """Return the architecture, linears or settings that are not supported."""
+        return faults(self, spec)
 
-    def notes(self, outlook: Outlook) -> list[str]:
-        """Return what the parts that no stage quantized cost, and how to have them smaller."""
-        return cost_notes(self, outlook)
+    def notes(self, spec: ExportSpec) -> list[str]:
+        """Return the size of the components that no stage quantized, and the settings that shrink them."""
+        return cost_notes(self, spec)
 
-    def predict_bytes(self, outlook: Outlook) -> int:
+    def predict_bytes(self, spec: ExportSpec) -> int:
         """Return the size of the weights it writes."""
-        return expected_bytes(self, outlook)
+        return expected_bytes(self, spec)
 
     def apply(self, context: ExportContext) -> None:
         """Write the artifact.
 
         Raises:
-            CheckpointError: the checkpoint holds something that no graph here can.
+            CheckpointError: the checkpoint is not supported.
             StoreError: the folder cannot be written.
         """
         from compress.artifact import copy_side_files
-        from compress.export.graphs.parts import Source
+        from compress.export.graphs.layer_builder import Source
         from compress.export.graphs.write import Precision, write_graphs
         from compress.output_head import written_config
 
-        checkpoint = self.checked(context)
+        checkpoint = self.open_supported(context)
         precision = Precision(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
         write_graphs(Source.of(checkpoint, context.family), precision, context.target, context.progress)
         config = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
@@ -62,7 +59,7 @@ class Onnx(OnnxExport, VerifiedExport):
             _write_image_processor(context.target)
 
     def verification_versions(self) -> dict[str, str]:
-        """Return the versions of ONNX Runtime, and of what prepares text and images for it.
+        """Return the versions of ONNX Runtime, and of the libraries that prepare its inputs.
 
         Raises:
             MissingError: it is not installed.
@@ -72,10 +69,10 @@ class Onnx(OnnxExport, VerifiedExport):
         return Onnxruntime(runtime="onnxruntime").versions()
 
     def verify(self, context: VerifyContext) -> Verification:
-        """Compare every graph with the checkpoint's own part, and what ONNX Runtime answers, on the CPU.
+        """Compare every graph with the checkpoint's component, and ONNX Runtime's answers with the checkpoint's, on the CPU.
 
         Raises:
-            VerificationError: they differ by more than the limits of what was rounded.
+            VerificationError: a difference exceeds its limit.
             CheckpointError: a graph, or the checkpoint, cannot be loaded.
         """
         from compress.runtimes.onnxruntime import Onnxruntime
@@ -88,10 +85,10 @@ class Onnx(OnnxExport, VerifiedExport):
 
 
 def _write_image_processor(folder: Path) -> None:
-    """Give the image processor a file of its own where it has none: what runs graphs elsewhere looks for it there."""
-    whole, own = folder / "processor_config.json", folder / "preprocessor_config.json"
-    if own.exists() or not whole.is_file():
+    """Write `preprocessor_config.json` from `processor_config.json` if it is missing: other ONNX runtimes read the former."""
+    source, target = folder / "processor_config.json", folder / "preprocessor_config.json"
+    if target.exists() or not source.is_file():
         return
-    settings = read_json_object(whole)
-    if images := settings.get("image_processor"):
-        write_json(own, {**images, "processor_class": settings.get("processor_class")})
+    settings = read_json_object(source)
+    if image_processor := settings.get("image_processor"):
+        write_json(target, {**image_processor, "processor_class": settings.get("processor_class")})

@@ -1,10 +1,10 @@
-"""What the parts of an ONNX artifact cost that no stage quantized, and which settings make them smaller; from headers alone."""
+"""The size of an ONNX artifact's unquantized components, and the settings that shrink them; from headers alone."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.export.format import Outlook
+from compress.export.format import ExportSpec
 from compress.export.onnx_limits import FLOAT_BYTES, block_size, linear_bytes
 from compress.families import within
 from compress.figures import size
@@ -14,52 +14,52 @@ from compress.numerics.scheme import Scheme
 if TYPE_CHECKING:
     from compress.export.onnx_export import OnnxExport
 
-_WORTH = 0.05
-"""The share of an artifact that a setting has to save to be named: less is not worth a choice."""
+_MIN_SAVING = 0.05
+"""The share of the artifact's size from which on a saving is mentioned."""
 
 
-def cost_notes(settings: OnnxExport, outlook: Outlook) -> list[str]:
-    """Return how large the artifact is beside the original, and what each setting that is left at its default would save."""
-    if not outlook.schemes:
+def cost_notes(settings: OnnxExport, spec: ExportSpec) -> list[str]:
+    """Return the artifact's size relative to the original, and what each setting at its default would save."""
+    if not spec.schemes:
         return []
-    total = settings.predict_bytes(outlook)
-    head = "output head and embeddings" if outlook.family.head is not None else "embeddings"
-    keys = "head_bits: 8, embedding_bits: 8" if outlook.family.head is not None else "embedding_bits: 8"
-    saved = (
-        (_ends_saving(settings, outlook, total), f"{head} in 8 bits ({keys})"),
+    total = settings.predict_bytes(spec)
+    head = "output head and embeddings" if spec.family.head is not None else "embeddings"
+    keys = "head_bits: 8, embedding_bits: 8" if spec.family.head is not None else "embedding_bits: 8"
+    savings = (
+        (_embeddings_and_head_saving(settings, spec, total), f"{head} in 8 bits ({keys})"),
         (
-            _vision_saving(settings, outlook),
+            _vision_saving(settings, spec),
             "the vision tower in 8 bits (targets: [decoder, {component: vision, bits: 8, group_size: -1}] on the stage)",
         ),
-        (total - settings.model_copy(update={"dtype": "float16"}).predict_bytes(outlook), "dtype: float16 alone"),
+        (total - settings.model_copy(update={"dtype": "float16"}).predict_bytes(spec), "dtype: float16 alone"),
     )
-    worth = [f"{words} saves {size(count)}" for count, words in saved if count > _WORTH * total]
-    if not worth:
+    notes = [f"{setting} saves {size(count)}" for count, setting in savings if count > _MIN_SAVING * total]
+    if not notes:
         return []
-    planned = not is_quantized(outlook.checkpoint.config)  # once stages ran, the checkpoint is no longer the original
-    times = f", {total / outlook.checkpoint.weight_bytes:.2f} times the original's" if planned else ""
+    planned = not is_quantized(spec.checkpoint.config)  # once stages ran, the checkpoint is no longer the original
+    times = f", {total / spec.checkpoint.weight_bytes:.2f} times the original's" if planned else ""
     return [
         f"{settings.artifact}: about {size(total)} of weights{times}: what no stage quantizes is in {settings.dtype}; "
-        f"{', '.join(worth)}"
+        f"{', '.join(notes)}"
     ]
 
 
-def _ends_saving(settings: OnnxExport, outlook: Outlook, total: int) -> int:
-    """Return how many bytes 8-bit ends save where they are floats."""
-    quantized = outlook.family.head in {outlook.family.module_name(f"{name}.weight")[: -len(".weight")] for name in outlook.schemes}
-    head = settings.head_bits or (None if outlook.family.head is None or quantized else 8)
+def _embeddings_and_head_saving(settings: OnnxExport, spec: ExportSpec, total: int) -> int:
+    """Return the bytes saved by 8-bit embeddings and output head where they are floats."""
+    quantized = spec.family.head in {spec.family.module_name(f"{name}.weight")[: -len(".weight")] for name in spec.schemes}
+    head = settings.head_bits or (None if spec.family.head is None or quantized else 8)
     smaller = settings.model_copy(update={"head_bits": head, "embedding_bits": 8})
-    return 0 if smaller.check(outlook) else total - smaller.predict_bytes(outlook)
+    return 0 if smaller.check(spec) else total - smaller.predict_bytes(spec)
 
 
-def _vision_saving(settings: OnnxExport, outlook: Outlook) -> int:
-    """Return how many bytes an 8-bit vision tower saves where it is in floats."""
-    number, saved = FLOAT_BYTES[settings.dtype], 0
-    for name, entry in outlook.checkpoint.tensors.items():
-        owner, _, kind = name.rpartition(".")
-        module = outlook.family.module_name(name)
-        inside = any(within(module, part) for part in outlook.family.vision_blocks)
-        if inside and kind == "weight" and len(entry.shape) == 2 and owner not in outlook.schemes and block_size(entry.shape[1]):
+def _vision_saving(settings: OnnxExport, spec: ExportSpec) -> int:
+    """Return the bytes saved by an 8-bit vision tower where it is in floats."""
+    float_bytes, saved = FLOAT_BYTES[settings.dtype], 0
+    for name, entry in spec.checkpoint.tensors.items():
+        owner, _, suffix = name.rpartition(".")
+        module = spec.family.module_name(name)
+        inside = any(within(module, block) for block in spec.family.vision_blocks)
+        if inside and suffix == "weight" and len(entry.shape) == 2 and owner not in spec.schemes and block_size(entry.shape[1]):
             rows, columns = entry.shape
-            saved += rows * columns * number - linear_bytes((rows, columns), Scheme(8, -1, symmetric=True), number)
+            saved += rows * columns * float_bytes - linear_bytes((rows, columns), Scheme(8, -1, symmetric=True), float_bytes)
     return saved

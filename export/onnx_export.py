@@ -1,4 +1,4 @@
-"""What the exports to ONNX share: how the graphs compute, and in how many bits they hold what no stage quantized."""
+"""The settings that all ONNX exports share."""
 
 from __future__ import annotations
 
@@ -7,51 +7,56 @@ from typing import Literal
 
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError
-from compress.export.format import Export, ExportContext, Outlook
+from compress.export.format import Export, ExportContext, ExportSpec
 from compress.layouts import has_kv_scales, quantized_linears
 from compress.quantization_config import foreign_format
 
 
 class OnnxExport(Export, ABC):
-    """An export whose graphs this package emits.
+    """An export with graphs emitted by this package.
 
-    `dtype` is what the graphs compute in. Weights of 4 or 8 bits become MatMulNBits, which `accuracy_level` 4 lets round its input
-    to 8 bits in blocks (0: not at all); weights and activations of 8 bits become integer products with a scale per token, or
-    Q/DQ with a fixed scale, as the stage chose. `head_bits` and `embedding_bits` round the output head and the embeddings to
-    nearest in blocks of 32, where no stage did; embeddings and a head that are one are stored once.
+    Linears with 4- or 8-bit weights become MatMulNBits. W8A8 becomes MatMulInteger with a scale per token, or Q/DQ with a static
+    scale, as the stage chose.
     """
 
     dtype: Literal["float32", "float16"] = "float32"
+    """The type that the graphs compute in."""
+
     accuracy_level: Literal[0, 4] = 4
+    """MatMulNBits' attribute: 4 lets it quantize its input to 8 bits in blocks, 0 does not."""
+
     head_bits: Literal[4, 8] | None = None
+    """Rounds the output head to nearest in blocks of 32, unless a stage quantized it."""
+
     embedding_bits: Literal[8] | None = None
+    """Rounds the embeddings to nearest in blocks of 32. Tied embeddings and head are stored once if their bits are equal."""
 
     @property
     def artifact(self) -> str:
-        """What reports and folders call it: the format, and what differs from the plain one."""
-        return f"{self.format}{self.marks}"
+        """The artifact's name: the format and a suffix per setting that is not the default."""
+        return f"{self.format}{self.suffix}"
 
     @property
-    def marks(self) -> str:
-        """What in an artifact's name tells settings apart; empty for the plain ones."""
-        marks = [
+    def suffix(self) -> str:
+        """The suffixes of the artifact's name; empty for the default settings."""
+        suffixes = [
             "-float16" if self.dtype == "float16" else "",
             "-exact" if self.accuracy_level == 0 else "",
             f"-head{self.head_bits}" if self.head_bits else "",
             f"-embeddings{self.embedding_bits}" if self.embedding_bits else "",
         ]
-        return "".join(marks)
+        return "".join(suffixes)
 
-    def checked(self, context: ExportContext) -> Checkpoint:
-        """Return the checkpoint that is to be exported.
+    def open_supported(self, context: ExportContext) -> Checkpoint:
+        """Open the checkpoint and check that it is supported.
 
         Raises:
-            CheckpointError: it holds something that no graph here can.
+            CheckpointError: it is not.
         """
         checkpoint = open_checkpoint(context.source)
         if foreign := foreign_format(checkpoint.config):
             raise CheckpointError(f"{context.source}: its weights are {foreign}, which no graph here can hold; use format: vllm")
-        outlook = Outlook(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
-        if found := self.check(outlook):
-            raise CheckpointError("\n".join(found))
+        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+        if problems := self.check(spec):
+            raise CheckpointError("\n".join(problems))
         return checkpoint

@@ -1,10 +1,10 @@
-"""Artifacts that onnxruntime-genai runs, images included: a decoder by that project's own builder, our graphs beside it."""
+"""The onnxruntime-genai export: a decoder by that library's model builder or by this package, with this package's other graphs."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compress.export.format import ExportContext, Outlook, VerifiedExport, VerifyContext
+from compress.export.format import ExportContext, ExportSpec, VerifiedExport, VerifyContext
 from compress.export.onnx_cost import cost_notes
 from compress.export.onnx_export import OnnxExport
 from compress.export.onnx_genai_limits import faults, notes
@@ -17,10 +17,7 @@ if TYPE_CHECKING:
 class OnnxGenai(OnnxExport, VerifiedExport):
     """A folder for onnxruntime-genai: `genai_config.json`, its image processor's config, and a graph per component.
 
-    `decoder: builder` takes the graph that onnxruntime-genai's own model builder makes, in its own environment; `own` the one of
-    `format: onnx`, which needs no such environment and holds more (Qwen2-VL, 8-bit activations, groups of any size). Vision and
-    embeddings are this package's either way. Linears of 4 or 8 bits have the very integers that the stages chose; for the builder
-    they are laid out as AWQ's or GPTQ's, which store scales as float16. The other settings are those of `OnnxExport`.
+    Linears of 4 or 8 bits have the integers that the stages chose. Vision encoder and embeddings are always this package's graphs.
     """
 
     revision: ClassVar[int] = 1
@@ -29,38 +26,40 @@ class OnnxGenai(OnnxExport, VerifiedExport):
 
     format: Literal["onnx-genai"]
     decoder: Literal["builder", "own"] = "builder"
+    """`builder`: the graph of onnxruntime-genai's model builder, from its own environment; it reads AWQ's or GPTQ's layout, which
+    stores scales as float16. `own`: the graph of `format: onnx`, for Qwen2-VL, 8-bit activations and other group sizes too."""
 
     @property
-    def marks(self) -> str:
-        """What in an artifact's name tells settings apart; empty for the plain ones."""
-        return f"{'-own' if self.decoder == 'own' else ''}{super().marks}"
+    def suffix(self) -> str:
+        """The suffixes of the artifact's name; empty for the default settings."""
+        return f"{'-own' if self.decoder == 'own' else ''}{super().suffix}"
 
-    def check(self, outlook: Outlook) -> list[str]:
-        """Return the architecture, linears or settings that onnxruntime-genai, or its builder, cannot hold."""
-        return faults(self, outlook)
+    def check(self, spec: ExportSpec) -> list[str]:
+        """Return the architecture, linears or settings that onnxruntime-genai, or its builder, does not support."""
+        return faults(self, spec)
 
-    def notes(self, outlook: Outlook) -> list[str]:
-        """Return in what the runtime reads prompts otherwise than the checkpoint's own processor, and what floats cost."""
-        return [*notes(), *cost_notes(self, outlook)]
+    def notes(self, spec: ExportSpec) -> list[str]:
+        """Return the differences in prompt processing from the checkpoint's processor, and the size of unquantized components."""
+        return [*notes(), *cost_notes(self, spec)]
 
-    def predict_bytes(self, outlook: Outlook) -> int:
+    def predict_bytes(self, spec: ExportSpec) -> int:
         """Return the size of the weights it writes."""
-        return expected_bytes(self, outlook, built=self.decoder == "builder")
+        return expected_bytes(self, spec, built=self.decoder == "builder")
 
     def apply(self, context: ExportContext) -> None:
         """Write the artifact.
 
         Raises:
-            CheckpointError: the checkpoint holds something that cannot be held so, or the builder failed.
+            CheckpointError: the checkpoint is not supported, or the builder failed.
             MissingError: the builder's environment is not installed.
             StoreError: the folder cannot be written.
         """
         from compress.export.onnx_genai_write import write_folder
 
-        write_folder(self, context, self.checked(context))
+        write_folder(self, context, self.open_supported(context))
 
     def versions(self) -> dict[str, str]:
-        """Return what makes the graphs here, and with `decoder: builder` the environment whose builder makes the decoder.
+        """Return the versions that emit the graphs and, with `decoder: builder`, those of the builder's environment.
 
         Raises:
             MissingError: that environment is not installed.
@@ -69,11 +68,11 @@ class OnnxGenai(OnnxExport, VerifiedExport):
 
         if self.decoder == "own":
             return super().versions()
-        built = OnnxruntimeGenai(runtime="onnxruntime-genai").versions()
-        return super().versions() | {f"{ENVIRONMENT}/{name}": version for name, version in built.items()}
+        builder = OnnxruntimeGenai(runtime="onnxruntime-genai").versions()
+        return super().versions() | {f"{ENVIRONMENT}/{name}": version for name, version in builder.items()}
 
     def verification_versions(self) -> dict[str, str]:
-        """Return the versions in onnxruntime-genai's environment, and of what computes the checkpoint and the graphs here.
+        """Return the versions in onnxruntime-genai's environment, and of ONNX Runtime and the checkpoint's libraries here.
 
         Raises:
             MissingError: one of the two runtimes is not installed.
@@ -81,15 +80,15 @@ class OnnxGenai(OnnxExport, VerifiedExport):
         from compress.runtimes.onnxruntime import Onnxruntime
         from compress.runtimes.onnxruntime_genai import ENVIRONMENT, OnnxruntimeGenai
 
-        own = OnnxruntimeGenai(runtime="onnxruntime-genai").versions()
-        here = Onnxruntime(runtime="onnxruntime").versions()
-        return here | {f"{ENVIRONMENT}/{name}": version for name, version in own.items()}
+        genai = OnnxruntimeGenai(runtime="onnxruntime-genai").versions()
+        onnxruntime = Onnxruntime(runtime="onnxruntime").versions()
+        return onnxruntime | {f"{ENVIRONMENT}/{name}": version for name, version in genai.items()}
 
     def verify(self, context: VerifyContext) -> Verification:
-        """Compare every graph with the checkpoint's own part, and what onnxruntime-genai answers, on the CPU.
+        """Compare every graph with the checkpoint's component, and onnxruntime-genai's answers with the checkpoint's, on the CPU.
 
         Raises:
-            VerificationError: they differ by more than the limits of what was rounded.
+            VerificationError: a difference exceeds its limit.
             CheckpointError: a graph, or the checkpoint, cannot be loaded.
             MissingError: onnxruntime-genai is not installed.
         """

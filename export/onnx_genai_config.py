@@ -1,4 +1,4 @@
-"""What onnxruntime-genai reads beside the graphs: `genai_config.json`, and how images become patches.
+"""The configuration files of an onnxruntime-genai folder: `genai_config.json` and the image processor's operations.
 
 Formats: https://onnxruntime.ai/docs/genai/reference/config.html, and the image operations of
 https://github.com/microsoft/onnxruntime-extensions.
@@ -12,58 +12,58 @@ from typing import TYPE_CHECKING, Any, cast
 from compress.checkpoint import read_json_object
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
-from compress.export.onnx_genai_limits import KINDS
+from compress.export.onnx_genai_limits import MODEL_TYPES
 
 if TYPE_CHECKING:
     from compress.export.onnx_genai import OnnxGenai
 
 VISION, EMBEDDING, DECODER = "vision_encoder", "embeddings", "decoder_model_merged"
-"""The graphs' names; those of vision and decoder are as in the table of graphs."""
+"""The graphs' names; those of vision and decoder are keys of `GRAPHS`."""
 
 DECODER_OF_BUILDER = "model.onnx"
 PROCESSOR = "vision_processor.json"
 
 _INTERPOLATIONS = {0: "NEAREST", 1: "LANCZOS", 2: "LINEAR", 3: "CUBIC"}
-"""The names of Pillow's filters that onnxruntime-extensions has, by their numbers."""
+"""onnxruntime-extensions' names of Pillow's resampling filters, by number."""
 
-_SEARCH = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
-"""What generation_config.json may say of decoding, and what holds where it does not."""
+_SEARCH_DEFAULTS = {"do_sample": False, "temperature": 1.0, "top_k": 50, "top_p": 1.0, "repetition_penalty": 1.0}
+"""The search options that are taken from generation_config.json, with their defaults."""
 
 
 def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder: str, width: int) -> dict[str, Any]:
     """Return `genai_config.json` for a checkpoint whose config (transformers' object) is `config`.
 
-    `decoder` is the decoder's file, `width` that of the embeddings that travel between the graphs.
+    `decoder` is the decoder's file name, `width` that of the embeddings between the graphs, DeepStack columns included.
 
     Raises:
-        CheckpointError: nothing says which token ends an answer.
+        CheckpointError: no config names an end-of-sequence token.
     """
     text, vision = config.get_text_config(), config.vision_config
     path = context.source / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
 
     def token(name: str) -> Any:
-        places = (generation.get(name), getattr(text, name, None), getattr(config, name, None))
-        return next((place for place in places if place is not None), None)
+        candidates = (generation.get(name), getattr(text, name, None), getattr(config, name, None))
+        return next((candidate for candidate in candidates if candidate is not None), None)
 
-    end = token("eos_token_id")
-    if end is None:
+    eos = token("eos_token_id")
+    if eos is None:
         raise CheckpointError(
             f"{context.source}: no eos_token_id says which token ends an answer; add it to generation_config.json"
         )
-    first_end = cast("list[int]", end)[0] if isinstance(end, list) else int(end)
+    first_eos = cast("list[int]", eos)[0] if isinstance(eos, list) else int(eos)
     pad = token("pad_token_id")
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
         "provider_options": [{"cuda": {}}] if export.dtype == "float16" else [],
-        "session.x64quantprecision": "1",  # older CPUs add products of 8 bits in 16, which overflows
+        "session.x64quantprecision": "1",  # on CPUs without VNNI, int8 products would saturate in 16 bits
     }
     heads = int(text.num_attention_heads)
     model: dict[str, Any] = {
-        "type": KINDS[context.family.name].type,
+        "type": MODEL_TYPES[context.family.name].type,
         "bos_token_id": token("bos_token_id"),
-        "eos_token_id": end,
-        "pad_token_id": first_end if pad is None else int(pad),
+        "eos_token_id": eos,
+        "pad_token_id": first_eos if pad is None else int(pad),
         "image_token_id": int(config.image_token_id),
         "video_token_id": int(config.video_token_id),
         "vision_start_token_id": int(config.vision_start_token_id),
@@ -89,8 +89,8 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
             "inputs": {"input_ids": "input_ids", "image_features": "image_features"},
             "outputs": {"inputs_embeds": "inputs_embeds"},
         },
-        # The grids' name is left out: all images are one run then, whatever their sizes, and nothing depends on how a version's
-        # loop over images, which it enters otherwise, finds each one's patches among those that fill up.
+        # Without the name of the grids input all images are one run, whatever their sizes. With it, onnxruntime-genai loops over
+        # images, and versions differ in how they find an image's patches among the padding.
         "vision": {
             "filename": f"{VISION}.onnx",
             "config_filename": PROCESSOR,
@@ -100,7 +100,7 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
             "outputs": {"image_features": "image_features"},
         },
     }
-    search = {name: generation.get(name, usual) for name, usual in _SEARCH.items()}
+    search = {name: generation.get(name, default) for name, default in _SEARCH_DEFAULTS.items()}
     lengths = {"max_length": int(text.max_position_embeddings), "past_present_share_buffer": True}
     if model["bos_token_id"] is None:
         del model["bos_token_id"]
@@ -108,18 +108,18 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
 
 
 def processor_config(processor: Any, source: Path) -> dict[str, Any]:
-    """Return the operations by which onnxruntime-extensions makes patches of images as a checkpoint's `processor` does.
+    """Return onnxruntime-extensions' image operations that are equivalent to a checkpoint's `processor`.
 
     Raises:
-        CheckpointError: the processor does something that it has no operation for.
+        CheckpointError: the processor does something for which there is no operation.
     """
-    where = f"{source}/preprocessor_config.json"
-    left_out = [name for name in ("do_resize", "do_rescale", "do_normalize") if not getattr(processor, name, True)]
-    if left_out:
-        raise CheckpointError(f"{where}: {left_out[0]} is false, and onnxruntime-genai always does it; use format: onnx")
+    path = f"{source}/preprocessor_config.json"
+    disabled = [name for name in ("do_resize", "do_rescale", "do_normalize") if not getattr(processor, name, True)]
+    if disabled:
+        raise CheckpointError(f"{path}: {disabled[0]} is false, and onnxruntime-genai always does it; use format: onnx")
     resample = int(processor.resample)
     if resample not in _INTERPOLATIONS:
-        raise CheckpointError(f"{where}: resample {resample} has no like in onnxruntime-extensions; use format: onnx")
+        raise CheckpointError(f"{path}: resample {resample} has no like in onnxruntime-extensions; use format: onnx")
     size = cast("dict[str, int]", dict(processor.size))
     grid = {"patch_size": int(processor.patch_size), "merge_size": int(processor.merge_size)}
     operations: list[tuple[str, dict[str, Any]]] = [

@@ -1,4 +1,4 @@
-"""The graphs of a folder of onnxruntime-genai's beside the checkpoint they came from, fed as that runtime feeds them."""
+"""Verify the graphs of an onnxruntime-genai folder against the checkpoint, with that library's inputs."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from compress.verification.verify import Table, verify_graphs
 if TYPE_CHECKING:
     from compress.export.onnx_genai import OnnxGenai
 
-_EMBEDS, _DEEP = "inputs_embeds", "deepstack_embeds"
+_EMBEDS, _DEEPSTACK = "inputs_embeds", "deepstack_embeds"
 
 
 def verify_folder(export: OnnxGenai, context: VerifyContext) -> Verification:
-    """Do what `OnnxGenai.verify` says."""
+    """Verify an artifact; see `OnnxGenai.verify`."""
     settings = ExportPrecision(export.dtype, export.accuracy_level, export.head_bits, export.embedding_bits)
     limits = limits_of(settings, open_checkpoint(context.source), context.family)
     decoder = DECODER_OF_BUILDER.removesuffix(".onnx") if export.decoder == "builder" else DECODER
@@ -40,69 +40,71 @@ def verify_folder(export: OnnxGenai, context: VerifyContext) -> Verification:
 
 
 def image_features(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
-    """Give what the vision graph makes of each prompt's images, each filled up to the longest, beside the checkpoint's."""
+    """Yield the vision encoder's outputs for each prompt's images, padded to the longest."""
     for reference in references:
         if reference.features:
-            given = {"pixel_values": _filled(reference), "image_grid_thw": reference.images["image_grid_thw"]}
-            yield Compared(reference.shown, graph.run(given)["image_features"], _wide(reference))
+            inputs = {"pixel_values": _padded(reference), "image_grid_thw": reference.images["image_grid_thw"]}
+            yield Compared(reference.description, graph.run(inputs)["image_features"], _wide(reference))
 
 
 def embeddings(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
-    """Give what the embeddings make of each prompt's words and the checkpoint's features of its images."""
+    """Yield the merged embeddings of each prompt's tokens and the checkpoint's image features."""
     width = int(graph.inputs["image_features"].shape[1])
     for reference in references:
         features = _wide(reference) if reference.features else np.zeros((0, width), np.float32)
-        theirs = np.zeros((len(reference.ids), width), np.float32)
-        theirs[:, : reference.embeddings.shape[1]] = reference.embeddings
-        theirs[reference.seen] = features
-        found = graph.run({"input_ids": reference.ids[None], "image_features": features})[_EMBEDS][0]
-        yield Compared(reference.shown, found, theirs)
+        expected = np.zeros((len(reference.ids), width), np.float32)
+        expected[:, : reference.embeddings.shape[1]] = reference.embeddings
+        expected[reference.image_mask] = features
+        actual = graph.run({"input_ids": reference.ids[None], "image_features": features})[_EMBEDS][0]
+        yield Compared(reference.description, actual, expected)
 
 
 def decoder_logits(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
-    """Give the decoder's logits of each prompt, and of the tokens after it; see `compress.verification.graphs.logits`."""
-    return logits(_apart(graph, references), references)
+    """Yield the decoder's logits of each prompt and its continuation; see `compress.verification.graphs.logits`."""
+    return logits(_separate_inputs(graph, references), references)
 
 
 def decoder_prompt_logits(graph: GraphSession, references: Sequence[Reference]) -> Iterator[Compared]:
-    """Give the decoder's logits of each prompt."""
-    return prompt_logits(_apart(graph, references), references)
+    """Yield the decoder's logits of each prompt."""
+    return prompt_logits(_separate_inputs(graph, references), references)
 
 
 def _wide(reference: Reference) -> NDArray[np.float32]:
-    """Return the checkpoint's features of a prompt's images [tokens, width], those from within the tower as further columns."""
-    own = reference.features["image_features"].reshape(-1, reference.entering.shape[1])
-    deep = reference.features.get("deepstack_features")
-    return own if deep is None else np.concatenate([own, deep.transpose(1, 0, 2).reshape(len(own), -1)], axis=1)
+    """Return the checkpoint's image features [tokens, width], with DeepStack features as further columns."""
+    features = reference.features["image_features"].reshape(-1, reference.decoder_inputs.shape[1])
+    deepstack = reference.features.get("deepstack_features")
+    if deepstack is None:
+        return features
+    return np.concatenate([features, deepstack.transpose(1, 0, 2).reshape(len(features), -1)], axis=1)
 
 
-def _filled(reference: Reference) -> NDArray[np.float32]:
-    """Return a prompt's patches as onnxruntime-genai's image processor gives them."""
+def _padded(reference: Reference) -> NDArray[np.float32]:
+    """Return a prompt's patches as onnxruntime-genai's image processor does: each image padded to the longest."""
     patches = reference.images["pixel_values"]
     counts = reference.images["image_grid_thw"].prod(axis=1)
-    filled = np.full((len(counts), int(counts.max()), patches.shape[1]), np.nan, np.float32)
-    for image, part in enumerate(np.split(patches, np.cumsum(counts)[:-1])):
-        filled[image, : len(part)] = part
-    return filled.reshape(-1, patches.shape[1])
+    padded = np.full((len(counts), int(counts.max()), patches.shape[1]), np.nan, np.float32)
+    for index, image in enumerate(np.split(patches, np.cumsum(counts)[:-1])):
+        padded[index, : len(image)] = image
+    return padded.reshape(-1, patches.shape[1])
 
 
-class _Apart:
-    """A decoder whose embeddings carry features from within the vision tower, seen as one that takes them apart from each other."""
+class _SeparateInputs:
+    """Presents a decoder whose embeddings have DeepStack columns as one with a separate input for them."""
 
     def __init__(self, graph: GraphSession, levels: int) -> None:
         declared = graph.inputs[_EMBEDS]
         self._graph = graph
-        self.inputs = {**graph.inputs, _DEEP: replace(declared, shape=(levels, *declared.shape))}
+        self.inputs = {**graph.inputs, _DEEPSTACK: replace(declared, shape=(levels, *declared.shape))}
         self.outputs = graph.outputs
 
-    def run(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def run(self, feeds: Mapping[str, Any]) -> dict[str, Any]:
         """Compute the outputs from embeddings [batch, sequence, hidden] and features [levels, batch, sequence, hidden]."""
-        deep: NDArray[Any] = given[_DEEP]
-        parts: list[NDArray[Any]] = [given[_EMBEDS], *deep]
-        kept = {name: value for name, value in given.items() if name != _DEEP}
-        return self._graph.run({**kept, _EMBEDS: np.concatenate(parts, axis=-1)})
+        deepstack: NDArray[Any] = feeds[_DEEPSTACK]
+        columns: list[NDArray[Any]] = [feeds[_EMBEDS], *deepstack]
+        others = {name: value for name, value in feeds.items() if name != _DEEPSTACK}
+        return self._graph.run({**others, _EMBEDS: np.concatenate(columns, axis=-1)})
 
 
-def _apart(graph: GraphSession, references: Sequence[Reference]) -> Any:
-    levels = int(graph.inputs[_EMBEDS].shape[-1]) // references[0].entering.shape[1] - 1
-    return _Apart(graph, levels) if levels else graph
+def _separate_inputs(graph: GraphSession, references: Sequence[Reference]) -> Any:
+    levels = int(graph.inputs[_EMBEDS].shape[-1]) // references[0].decoder_inputs.shape[1] - 1
+    return _SeparateInputs(graph, levels) if levels else graph

@@ -1,4 +1,4 @@
-"""Writing a folder that onnxruntime-genai runs."""
+"""Write a folder for onnxruntime-genai."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 from compress.artifact import copy_side_files
 from compress.checkpoint import Checkpoint
 from compress.conversation import load_processor
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.export.graphs import GRAPHS
 from compress.export.graphs.graph import Stored
-from compress.export.graphs.parts import Parts, Source
+from compress.export.graphs.layer_builder import LayerBuilder, Source
 from compress.export.graphs.write import emitter
 from compress.export.onnx_genai_builder import build_decoder
 from compress.export.onnx_genai_config import (
@@ -36,13 +36,13 @@ _WORK = ".onnxruntime-genai"
 
 
 def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoint) -> None:
-    """Do what `OnnxGenai.apply` says, of a checkpoint that was found to fit."""
+    """Write the artifact of a supported checkpoint; see `OnnxGenai.apply`."""
     source = Source.of(checkpoint, context.family)
     config = source.model.config
     levels = len(getattr(config.vision_config, "deepstack_visual_indexes", None) or ())
     hidden = int(config.get_text_config().hidden_size)
     rows = GRAPHS[context.family.name]
-    emitters: dict[str, Callable[[Parts], None]] = {
+    emitters: dict[str, Callable[[LayerBuilder], None]] = {
         VISION: emitter(rows[VISION]),
         EMBEDDING: embedding(int(config.image_token_id)),
     }
@@ -52,23 +52,23 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
     with context.progress.task("export", len(emitters), "graphs") as advance:
         for name, emit in emitters.items():
             graph = GenaiGraph(name, export.dtype, levels=levels, hidden=hidden)
-            parts = Parts(graph, source, export.accuracy_level, export.head_bits, export.embedding_bits)
-            emit(parts)
-            parts.graph.save(context.target, stored)
+            builder = LayerBuilder(graph, source, export.accuracy_level, export.head_bits, export.embedding_bits)
+            emit(builder)
+            builder.graph.save(context.target, stored)
             advance(1)
     if export.decoder == "builder":
-        outlook = Outlook(checkpoint, context.family, quantized_linears(checkpoint))
+        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint))
         work = context.target / _WORK
         with telling_where(context.target):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
-            build_decoder(export, context, outlook, work, levels)
+            build_decoder(export, context, spec, work, levels)
             shutil.rmtree(work)
     decoder = DECODER_OF_BUILDER if export.decoder == "builder" else f"{DECODER}.onnx"
     processor = load_processor(context.source).image_processor
-    plain = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
+    dense_config = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
     with telling_where(context.target):
-        write_json(context.target / "config.json", plain)
+        write_json(context.target / "config.json", dense_config)
         copy_side_files(context.source, context.target)
         write_json(context.target / PROCESSOR, processor_config(processor, context.source))
         write_json(context.target / "genai_config.json", genai_config(export, context, config, decoder, (1 + levels) * hidden))

@@ -1,4 +1,4 @@
-"""Artifacts that vLLM loads: a checkpoint's folder whose quantized linears are laid out as its kernels expect."""
+"""The vLLM export: a checkpoint folder with quantized linears in a layout that vLLM's kernels read."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, ClassVar, Literal, cast
 
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import CheckpointError
-from compress.export.format import Export, ExportContext, Outlook
+from compress.export.format import Export, ExportContext, ExportSpec
 from compress.export.vllm_limits import Layout, faults, notes
 from compress.families import Family
 from compress.layouts import (
@@ -25,16 +25,21 @@ from compress.numerics.scheme import Scheme
 from compress.quantization_config import METHOD, foreign_format
 
 _SCALE_BYTES = {"F32": 4, "F64": 4}
+"""Bytes of a scale by the safetensors dtype of the weights; 2 for all others."""
+
 _INDEX_BYTES = 4
+"""Bytes of an int32 entry of GPTQ's `g_idx`."""
+
 _KV_BYTES = 8
+"""Bytes of a layer's `k_scale` and `v_scale`, float32 each."""
 
 
 class VllmExport(Export):
-    """The checkpoint for `vllm serve`, from the very integers and scales that the stages chose.
+    """A checkpoint for `vllm serve`, with the integers and scales that the stages chose: nothing is rounded again.
 
-    `awq` is AutoAWQ's GEMM layout: 4 bits, one group size, read by many runtimes. `gptq` is GPTQ's: 4 or 8 bits, symmetric, one
-    group size. `compressed-tensors` holds any width, 8-bit floats, rounded activations, scales of keys and values, and several
-    schemes at once; a checkpoint that is not quantized at all fits it too.
+    Layout `awq` is AutoAWQ's GEMM: 4 bits, one group size, read by many runtimes. `gptq` is GPTQ's: 4 or 8 bits, symmetric, one
+    group size. `compressed-tensors` supports all widths, FP8, quantized activations, KV cache scales, several schemes at once, and
+    checkpoints that are not quantized.
     """
 
     revision: ClassVar[int] = 3
@@ -45,37 +50,37 @@ class VllmExport(Export):
 
     @property
     def artifact(self) -> str:
-        """What reports and folders call it: the format and the layout."""
+        """The artifact's name: format and layout."""
         return f"{self.format}-{self.layout}"
 
-    def check(self, outlook: Outlook) -> list[str]:
-        """Return the linears that vLLM, or the layout, cannot hold."""
-        return faults(self.layout, outlook)
+    def check(self, spec: ExportSpec) -> list[str]:
+        """Return the linears that vLLM, or the layout, does not support."""
+        return faults(self.layout, spec)
 
-    def notes(self, outlook: Outlook) -> list[str]:
-        """Return which vLLM still serves the model, where that is not every one, and what needs a GPU."""
-        return notes(outlook)
+    def notes(self, spec: ExportSpec) -> list[str]:
+        """Return which vLLM versions serve the model, if not all, and what needs a GPU."""
+        return notes(spec)
 
     @classmethod
     def warnings(cls, folder: Path, family: Family) -> list[str]:
-        """Return which linears transformers takes for something else than they are, where it has other names for them."""
+        """Return the linears whose quantization transformers gets wrong, as its module names differ from those in config.json."""
         checkpoint = open_checkpoint(folder)
         settings = cast("Mapping[str, Any]", checkpoint.config.get("quantization_config") or {})
         quantized = quantized_names(checkpoint)
         if settings.get("quant_method") != METHOD or not quantized:
             return []
-        found = misnamed(settings, family, quantized, unquantized_linears(checkpoint, family, quantized))
-        return [misnaming_message(f"{folder}/config.json", found, family)] if found else []
+        linears = misnamed(settings, family, quantized, unquantized_linears(checkpoint, family, quantized))
+        return [misnaming_message(f"{folder}/config.json", linears, family)] if linears else []
 
-    def predict_bytes(self, outlook: Outlook) -> int:
+    def predict_bytes(self, spec: ExportSpec) -> int:
         """Return the exact size of the tensors it writes."""
-        checkpoint, total = outlook.checkpoint, 0
+        checkpoint, total = spec.checkpoint, 0
         replaced: set[str] = set()
-        for name, scheme in outlook.schemes.items():
+        for name, scheme in spec.schemes.items():
             shape = linear_shape(checkpoint, name)
             total += self._linear_bytes(shape, scheme, _scale_bytes(checkpoint, name))
             replaced.update((*linear_tensors(name), f"{name}.weight"))
-        if outlook.kv_cache and not has_kv_scales(checkpoint):
+        if spec.kv_cache and not has_kv_scales(checkpoint):
             total += _KV_BYTES * int(checkpoint.text_config["num_hidden_layers"])
         return total + sum(entry.bytes for name, entry in checkpoint.tensors.items() if name not in replaced)
 
@@ -83,8 +88,8 @@ class VllmExport(Export):
         if self.layout == "compressed-tensors":
             return packed_bytes(shape, scheme, scale_bytes)
         rows, columns = shape
-        grids = rows * scheme.groups(columns)
-        return (columns * rows + grids) * scheme.bits // 8 + grids * 2 + (_INDEX_BYTES * columns if self.layout == "gptq" else 0)
+        groups = rows * scheme.groups(columns)
+        return (columns * rows + groups) * scheme.bits // 8 + groups * 2 + (_INDEX_BYTES * columns if self.layout == "gptq" else 0)
 
     def apply(self, context: ExportContext) -> None:
         """Write the artifact.
@@ -96,18 +101,18 @@ class VllmExport(Export):
 
         checkpoint = open_checkpoint(context.source)
         if foreign := foreign_format(checkpoint.config):
-            self._pass_on(context, checkpoint, foreign)
+            self._link_foreign(context, checkpoint, foreign)
             return
-        outlook = Outlook(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
-        if found := self.check(outlook):
-            raise CheckpointError("\n".join(found))
+        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+        if problems := self.check(spec):
+            raise CheckpointError("\n".join(problems))
         if self.layout == "compressed-tensors":
-            link_packed(context, checkpoint, unquantized_linears(checkpoint, context.family, outlook.schemes))
+            link_packed(context, checkpoint, unquantized_linears(checkpoint, context.family, spec.schemes))
         else:
-            write_laid_out(context, outlook, self.layout)
+            write_laid_out(context, spec, self.layout)
 
-    def _pass_on(self, context: ExportContext, checkpoint: Checkpoint, foreign: str) -> None:
-        """Give on a checkpoint in a format that vLLM reads and nothing here, as it is."""
+    def _link_foreign(self, context: ExportContext, checkpoint: Checkpoint, foreign: str) -> None:
+        """Link a checkpoint in a format that vLLM reads and this package does not, unchanged."""
         from compress.export.vllm_writer import link_packed
 
         if self.layout != "compressed-tensors":
@@ -119,6 +124,6 @@ class VllmExport(Export):
 
 
 def _scale_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Return the size of a scale: that of the weights while these are dense, and later its own."""
+    """Return the bytes of a scale: its own dtype's or, before the stages ran, that of the dense weights."""
     entry = checkpoint.tensors.get(f"{name}.weight_scale") or checkpoint.tensors[f"{name}.weight"]
     return _SCALE_BYTES.get(entry.dtype, 2)

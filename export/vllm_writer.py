@@ -1,4 +1,4 @@
-"""Writing a checkpoint's tensors the way vLLM's kernels read them."""
+"""Write a checkpoint's tensors in the layouts that vLLM's kernels read."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from compress.artifact import copy_side_files
 from compress.checkpoint import Checkpoint
 from compress.engine.weights import ShardWriter, WeightReader
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.files import telling_where, write_json
 from compress.layouts import linear_tensors, read_linear, unquantized_linears
 from compress.module_names import all_names, portable_config
@@ -25,126 +25,129 @@ from compress.numerics.packing import pack_awq, pack_gptq, pack_words
 from compress.output_head import written_config
 
 _FLOAT16_MAX = 65504.0
+"""The largest float16."""
 
 Layout = Literal["awq", "gptq"]
-"""How integers that share a scale lie for a kernel: AutoAWQ's order, or GPTQ's."""
+"""The packing of quantized integers: AutoAWQ's or GPTQ's."""
 
 
 @dataclass(frozen=True)
-class Reader:
-    """What linears are laid out for, and in which layout.
-
-    `takes` says in messages what takes scales and how ("layout awq stores"), `instead` which setting keeps them as they are;
-    `task` is what the progress calls the work.
-    """
+class LayoutTarget:
+    """A layout and who reads it, for messages."""
 
     layout: Layout
-    takes: str
-    instead: str
+    reader: str
+    """What stores scales as float16: subject and verb, such as "layout awq stores"."""
+
+    alternative: str
+    """The setting that keeps scales exact."""
+
     task: str = "export"
+    """The name of the progress bar."""
 
 
 @dataclass
-class Rounding:
-    """What storing scales as float16 changed: in which linears, and by how much of a scale at most."""
+class ScaleError:
+    """The error of storing scales as float16."""
 
     linears: list[str]
+    """The linears with a scale that changed."""
+
     largest: float = 0.0
+    """The largest relative error of a scale."""
 
 
-def gptq_config(outlook: Outlook) -> dict[str, Any]:
-    """Return config.json's `quantization_config` for GPTQ's layout: zero points less one (its first version), no reordering.
+def gptq_config(spec: ExportSpec) -> dict[str, Any]:
+    """Return config.json's `quantization_config` for GPTQ's layout: zero points minus one (its first version), no `desc_act`.
 
-    The quantized linears are named, so that vLLM leaves all others alone.
+    The quantized linears are listed, so that vLLM loads all others as dense.
     """
-    scheme = next(iter(outlook.schemes.values()))
+    scheme = next(iter(spec.schemes.values()))
     return {
         "bits": scheme.bits,
         "checkpoint_format": "gptq",
         "desc_act": False,
         "group_size": scheme.group_size,
-        "lm_head": _quantizes_head(outlook),
-        "modules_in_block_to_quantize": all_names(outlook.family, sorted(outlook.schemes)),
+        "lm_head": _quantizes_head(spec),
+        "modules_in_block_to_quantize": all_names(spec.family, sorted(spec.schemes)),
         "quant_method": "gptq",
         "sym": True,
     }
 
 
-def awq_config(outlook: Outlook) -> dict[str, Any]:
+def awq_config(spec: ExportSpec) -> dict[str, Any]:
     """Return config.json's `quantization_config` for AutoAWQ's GEMM layout."""
-    scheme = next(iter(outlook.schemes.values()))
-    family = outlook.family
+    scheme = next(iter(spec.schemes.values()))
+    family = spec.family
     return {
         "bits": scheme.bits,
         "group_size": scheme.group_size,
-        "lm_head": _quantizes_head(outlook),
-        "modules_to_not_convert": all_names(family, unquantized_linears(outlook.checkpoint, family, outlook.schemes)),
+        "lm_head": _quantizes_head(spec),
+        "modules_to_not_convert": all_names(family, unquantized_linears(spec.checkpoint, family, spec.schemes)),
         "quant_method": "awq",
         "version": "gemm",
         "zero_point": True,
     }
 
 
-def _quantizes_head(outlook: Outlook) -> bool:
-    return outlook.family.head in {outlook.family.module_name(name) for name in outlook.schemes}
+def _quantizes_head(spec: ExportSpec) -> bool:
+    return spec.family.head in {spec.family.module_name(name) for name in spec.schemes}
 
 
-def layout_config(outlook: Outlook, layout: Layout) -> dict[str, Any]:
+def layout_config(spec: ExportSpec, layout: Layout) -> dict[str, Any]:
     """Return config.json's `quantization_config` for a layout."""
-    return awq_config(outlook) if layout == "awq" else gptq_config(outlook)
+    return awq_config(spec) if layout == "awq" else gptq_config(spec)
 
 
-def write_laid_out(context: ExportContext, outlook: Outlook, layout: Layout) -> None:
-    """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, from the same integers.
-
-    Raises:
-        CheckpointError: a scale is too large for float16.
-        StoreError: the target cannot be written.
-    """
-    reader = Reader(layout, f"layout {layout} stores", "layout: compressed-tensors")
-    write_tensors(context, outlook, reader, sorted(outlook.checkpoint.tensors))
-    _write_rest(
-        context, {**written_config(outlook.checkpoint, context.family), "quantization_config": layout_config(outlook, layout)}
-    )
-
-
-def write_tensors(context: ExportContext, outlook: Outlook, reader: Reader, names: Sequence[str]) -> None:
-    """Write the checkpoint's tensors `names`, the quantized linears laid out; warns where scales lose by it.
+def write_laid_out(context: ExportContext, spec: ExportSpec, layout: Layout) -> None:
+    """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, with the same integers.
 
     Raises:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
-    weights = WeightReader(outlook.checkpoint, context.family)
-    owners = {part: name for name in outlook.schemes for part in linear_tensors(name)}
-    rounding = Rounding([])
-    lay_out = awq_linear if reader.layout == "awq" else gptq_linear
-    with ShardWriter(context.target) as writer, context.progress.task(reader.task, len(names), "tensors") as advance:
+    target = LayoutTarget(layout, f"layout {layout} stores", "layout: compressed-tensors")
+    write_tensors(context, spec, target, sorted(spec.checkpoint.tensors))
+    _write_rest(context, {**written_config(spec.checkpoint, context.family), "quantization_config": layout_config(spec, layout)})
+
+
+def write_tensors(context: ExportContext, spec: ExportSpec, target: LayoutTarget, names: Sequence[str]) -> None:
+    """Write the checkpoint's tensors `names`, quantized linears in the target's layout; warns if float16 changes scales.
+
+    Raises:
+        CheckpointError: a scale is too large for float16.
+        StoreError: the target cannot be written.
+    """
+    weights = WeightReader(spec.checkpoint, context.family)
+    owners = {tensor: name for name in spec.schemes for tensor in linear_tensors(name)}
+    scale_error = ScaleError([])
+    pack = awq_linear if target.layout == "awq" else gptq_linear
+    with ShardWriter(context.target) as writer, context.progress.task(target.task, len(names), "tensors") as advance:
         for name in names:
             owner = owners.get(name)
             if owner is None:
                 writer.add(name, weights.disk_tensor(name))
             elif name == f"{owner}.weight_packed":
-                weight = read_linear(owner, outlook.schemes[owner], weights.disk_tensor)
-                scales = float16_scales(owner, weight, reader, rounding)
-                for part, tensor in {**lay_out(owner, weight), f"{owner}.scales": scales}.items():
-                    writer.add(part, tensor)
+                weight = read_linear(owner, spec.schemes[owner], weights.disk_tensor)
+                scales = float16_scales(owner, weight, target, scale_error)
+                for key, tensor in {**pack(owner, weight), f"{owner}.scales": scales}.items():
+                    writer.add(key, tensor)
             advance(1)
-    if rounding.linears:
+    if scale_error.linears:
         context.progress.warn(
-            f"{reader.takes} scales as float16: those of {len(rounding.linears)} linears ({rounding.linears[0]} first) are no "
-            f"float16 numbers and were rounded, by {rounding.largest:.2g} of a scale at most; {reader.instead} keeps them"
+            f"{target.reader} scales as float16: those of {len(scale_error.linears)} linears ({scale_error.linears[0]} first) are "
+            f"no float16 numbers and were rounded, by {scale_error.largest:.2g} of a scale at most; {target.alternative} keeps them"
         )
 
 
 def awq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the codes and zero points of one linear for AutoAWQ's GEMM kernel."""
+    """Return a linear's codes and zero points in AutoAWQ's GEMM layout."""
     assert weight.zero_points is not None, "only integers are laid out this way"
     return {f"{name}.qweight": pack_awq(weight.codes), f"{name}.qzeros": pack_awq(weight.zero_points)}
 
 
 def gptq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
-    """Return the codes, zero points and groups of one linear in GPTQ's layout: input channel i is in group i // group_size."""
+    """Return a linear's codes, zero points and group indices in GPTQ's layout: input i is in group i // group_size."""
     assert weight.zero_points is not None, "only integers are laid out this way"
     bits, columns = weight.scheme.bits, weight.codes.shape[1]
     return {
@@ -154,8 +157,8 @@ def gptq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     }
 
 
-def float16_scales(name: str, weight: QuantizedWeight, reader: Reader, rounding: Rounding) -> Tensor:
-    """Return the scales of one linear, float16 [groups, out]; what they lose by that is noted in `rounding`.
+def float16_scales(name: str, weight: QuantizedWeight, target: LayoutTarget, scale_error: ScaleError) -> Tensor:
+    """Return a linear's scales as float16 [groups, out]; their error is added to `scale_error`.
 
     Raises:
         CheckpointError: a scale is too large for float16.
@@ -163,22 +166,24 @@ def float16_scales(name: str, weight: QuantizedWeight, reader: Reader, rounding:
     exact = weight.scales.to(torch.float32)
     if bool((exact.abs() > _FLOAT16_MAX).any()):
         raise CheckpointError(
-            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and {reader.takes} them as float16, which ends at "
-            f"{_FLOAT16_MAX:.0f}; set {reader.instead}"
+            f"{name}: has scales up to {float(exact.abs().max()):.4g}, and {target.reader} them as float16, which ends at "
+            f"{_FLOAT16_MAX:.0f}; set {target.alternative}"
         )
     scales = exact.to(torch.float16)
-    change = (scales.to(torch.float32) - exact).abs()
-    if bool(change.any()):
-        rounding.linears.append(name)
-        rounding.largest = max(rounding.largest, float((change / exact.abs().clamp_min(torch.finfo(torch.float32).tiny)).max()))
+    error = (scales.to(torch.float32) - exact).abs()
+    if bool(error.any()):
+        scale_error.linears.append(name)
+        scale_error.largest = max(
+            scale_error.largest, float((error / exact.abs().clamp_min(torch.finfo(torch.float32).tiny)).max())
+        )
     return scales.t().contiguous()
 
 
 def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[str]) -> None:
-    """Give the target the source's own weight files, as links where the disk allows it, and its config and side files.
+    """Hard-link the source's weight files into the target, or copy them, and write its config and side files.
 
     Raises:
-        CheckpointError: config.json leaves a linear that is not quantized to vLLM as if it were.
+        CheckpointError: config.json does not list a dense linear under `ignore`, so that vLLM would load it as quantized.
         StoreError: the target cannot be written.
     """
     config = written_config(checkpoint, context.family)
@@ -202,7 +207,7 @@ def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[st
 def _link(source: Path, target: Path) -> None:
     try:
         os.link(source.resolve(), target)
-    except OSError:  # another disk, or one that has no links
+    except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)
 
 

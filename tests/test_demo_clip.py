@@ -21,7 +21,7 @@ from compress.progress import Silent
 from compress.recipe import read_recipe
 from compress.report import Report
 from compress.runtimes.onnxruntime import Onnxruntime
-from compress.runtimes.runtime import OpenContext, Picture, Runtime
+from compress.runtimes.runtime import ImageInput, OpenContext, Runtime
 from compress.runtimes.transformers import Transformers
 from tests.quantized import round_checkpoint
 
@@ -63,7 +63,7 @@ def test_two_encoders_in_integers_find_the_same_and_are_published(report: Report
 def classify(runtime: Runtime, artifact: Path, logs: Path) -> NDArray[np.float64]:
     task: Any = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, ZeroShot)
-    pictures = [Picture(question.id, question.images[0]) for question, _ in task.images([Path(task.data.source)])]
+    pictures = [ImageInput(question.id, question.images[0]) for question, _ in task.images([Path(task.data.source)])]
     with runtime.open(OpenContext(artifact, logs, Silent())) as session:
         return session.classify(pictures, [task.texts(name) for name in task.classes], Silent())
 

@@ -19,7 +19,7 @@ from compress.export.onnx import Onnx
 from compress.families import family_at
 from compress.progress import Silent
 from compress.runtimes.onnxruntime import Onnxruntime
-from compress.runtimes.runtime import OpenContext, Picture, Prompt, Session
+from compress.runtimes.runtime import ImageInput, OpenContext, Prompt, Session
 from tests.tiny import BUILDERS, picture
 
 PARQUET: Any = parquet
@@ -88,7 +88,7 @@ def test_the_script_for_clip_ranks_texts_as_the_runtime_does(tmp_path: Path, say
     shown, texts = tmp_path / "picture.png", ["a red circle", "a picture", "two blue squares on a table"]
     shown.write_bytes(picture(1, 140, 84))
     with opened(artifact, tmp_path / "logs") as session:
-        known = session.classify([Picture("one", shown.read_bytes())], [[text] for text in texts], SILENT)[0]
+        known = session.classify([ImageInput("one", shown.read_bytes())], [[text] for text in texts], SILENT)[0]
     lines = [line.split(" ", 1) for line in say("clip.py", str(artifact), str(shown), *texts).splitlines()]
     assert [text for _, text in lines] == texts
     np.testing.assert_allclose([float(share) for share, _ in lines], np.exp(known), atol=1e-4)

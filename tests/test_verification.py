@@ -12,7 +12,7 @@ from compress.cli import main
 from compress.errors import RecipeError, StoreError, VerificationError
 from compress.export.format import ExportContext
 from compress.export.graphs import GRAPHS
-from compress.export.graphs.parts import Parts
+from compress.export.graphs.layer_builder import LayerBuilder
 from compress.export.graphs.qwen_vision import vision_encoder
 from compress.export.onnx import Onnx
 from compress.families import family_at
@@ -32,7 +32,7 @@ SETTINGS = {
 }
 
 
-def ungrounded(parts: Parts) -> None:
+def ungrounded(parts: LayerBuilder) -> None:
     """Emit a vision encoder whose output is all zeros: what an exporter might do wrong, and no file check can see."""
     vision_encoder(parts)
     nodes = parts.graph.nodes

@@ -1,8 +1,7 @@
-"""Rounded activations in process: linears whose inputs a runtime rounds to 8 bits get them rounded the same way here.
+"""Fake quantization of input activations: linears whose inputs a runtime quantizes get them rounded the same way here.
 
-As vLLM's kernels do it: a scale brings the largest value to the largest code (127, or 448 for float8 e4m3fn), codes are rounded to
-the nearest, ties to even, and what lies beyond the range becomes its end. Products and sums are then those of the model's type,
-where a kernel for integers sums exactly.
+As in vLLM's kernels, the scale maps the largest magnitude to the largest code (127, or 448 for float8 e4m3fn), codes are rounded to
+nearest even and clamped. Products and sums are then computed in the model's dtype, where an integer kernel accumulates exactly.
 """
 
 from __future__ import annotations
@@ -23,8 +22,12 @@ from compress.runtimes.unpack import open_tensors, settings_of
 from compress.untrusted import foreign
 
 _GROUP = 128
+"""Channels per scale of `strategy: group`."""
+
 _FLOAT8_MAX = 448.0
-_ROUNDING: ContextVar[bool] = ContextVar("rounding", default=True)
+"""The largest float8 e4m3fn."""
+
+_ENABLED: ContextVar[bool] = ContextVar("rounding", default=True)
 
 
 def fake_quantize_activations(
@@ -34,48 +37,48 @@ def fake_quantize_activations(
     bits: int,
     scale: Tensor | None,
 ) -> Tensor:
-    """Return inputs [..., in] as they are after rounding to codes and back, in their own type.
+    """Return activations [..., in] quantized and dequantized, in their own dtype.
 
-    `kind` says what has a scale of its own: each `token`, each `group` of 128 channels of a token, or the whole `tensor`, which
-    then has the given `scale` [1]. Floats are always 8 bits (e4m3fn), integers `bits`.
+    `kind` is the strategy: a scale per `token`, per `group` of 128 channels of a token, or the static `scale` [1] of the `tensor`.
+    Floats are 8 bits (e4m3fn), integers `bits`.
     """
     values = inputs.to(torch.float32)
-    largest = _FLOAT8_MAX if type == "float" else 2.0 ** (bits - 1) - 1
+    max_code = _FLOAT8_MAX if type == "float" else 2.0 ** (bits - 1) - 1
     columns = values.shape[-1]
     if kind == "group":
         values = pad(values, (0, -columns % _GROUP)).view(*values.shape[:-1], -1, _GROUP)
     if kind == "tensor":
         if scale is None:
             raise ValueError("a fixed scale is needed to round a whole tensor")
-        steps = scale.to(values)
+        scales = scale.to(values)
     else:
-        steps = values.abs().amax(dim=-1, keepdim=True) / largest
-        steps = torch.where(steps == 0, torch.ones_like(steps), steps)
-    codes = values / steps
+        scales = values.abs().amax(dim=-1, keepdim=True) / max_code
+        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
+    codes = values / scales
     if type == "float":
-        codes = codes.clamp(-largest, largest).to(torch.float8_e4m3fn).to(torch.float32)
+        codes = codes.clamp(-max_code, max_code).to(torch.float8_e4m3fn).to(torch.float32)
     else:
-        codes = codes.round().clamp(-largest - 1, largest)
-    rounded = codes * steps
+        codes = codes.round().clamp(-max_code - 1, max_code)
+    dequantized = codes * scales
     if kind == "group":
-        rounded = rounded.flatten(-2)[..., :columns]
-    return rounded.to(inputs.dtype)
+        dequantized = dequantized.flatten(-2)[..., :columns]
+    return dequantized.to(inputs.dtype)
 
 
 @contextmanager
 def activation_quantization_disabled() -> Generator[None]:
-    """Have no linear round its input while the block runs: what the weights alone make of it is left."""
-    token = _ROUNDING.set(False)
+    """Disable fake quantization while the context lasts, to compare the weights alone."""
+    token = _ENABLED.set(False)
     try:
         yield
     finally:
-        _ROUNDING.reset(token)
+        _ENABLED.reset(token)
 
 
-def round_inputs(checkpoint: Checkpoint, family: Family, modules: Mapping[str, nn.Module], device: torch.device) -> int:
-    """Have every linear round its input which an artifact's config.json gives `input_activations`; return how many they are.
+def fake_quantize_inputs(checkpoint: Checkpoint, family: Family, modules: Mapping[str, nn.Module], device: torch.device) -> int:
+    """Fake-quantize the input of every linear with `input_activations` in the artifact's config.json; return their number.
 
-    `modules` are a model's by their names in memory.
+    `modules` are the model's, by their in-memory names.
     """
     quantization: Mapping[str, Any] = checkpoint.config.get("quantization_config") or {}
     if not any(group.get("input_activations") for group in quantization.get("config_groups", {}).values()):
@@ -84,25 +87,27 @@ def round_inputs(checkpoint: Checkpoint, family: Family, modules: Mapping[str, n
     where = f"{checkpoint.folder}/config.json: its input_activations cannot be used"
     with foreign(where, remedy="export the artifact again"), open_tensors(checkpoint, device) as read:
         for name in checkpoint.tensors:
-            owner, _, part = name.rpartition(".")
-            settings = settings_of(quantization, owner)["input_activations"] if part == "weight_scale" else None
+            owner, _, suffix = name.rpartition(".")
+            settings = settings_of(quantization, owner)["input_activations"] if suffix == "weight_scale" else None
             if not settings:
                 continue
             scale = None if settings["dynamic"] else read(f"{owner}.input_scale").to(torch.float32)
             modules[family.module_name(f"{owner}.weight").removesuffix(".weight")].register_forward_pre_hook(
-                _rounder(settings, scale)
+                _fake_quantize_hook(settings, scale)
             )
             count += 1
     return count
 
 
-def _rounder(settings: Mapping[str, Any], scale: Tensor | None) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
-    kind, sort, bits = settings["strategy"], settings["type"], int(settings["num_bits"])
+def _fake_quantize_hook(
+    settings: Mapping[str, Any], scale: Tensor | None
+) -> Callable[[nn.Module, tuple[Tensor, ...]], tuple[Tensor, ...]]:
+    kind, type_, bits = settings["strategy"], settings["type"], int(settings["num_bits"])
 
     def hook(module: nn.Module, arguments: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
-        if not _ROUNDING.get():
+        if not _ENABLED.get():
             return arguments
-        return (fake_quantize_activations(arguments[0], kind, sort, bits, scale), *arguments[1:])
+        return (fake_quantize_activations(arguments[0], kind, type_, bits, scale), *arguments[1:])
 
     return hook

@@ -1,4 +1,4 @@
-"""How long each part of a model takes, in this process: the vision tower, what leads from it to the decoder, prefill and decode."""
+"""Latency of each component of a model in this process: vision tower, projector, prefill and decode."""
 
 from __future__ import annotations
 
@@ -25,33 +25,35 @@ from compress.runtimes.inputs import Encoder
 from compress.runtimes.runtime import Prompt
 from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
 
-Part = Literal["vision", "projector", "prefill", "decode"]
+ComponentName = Literal["vision", "projector", "prefill", "decode"]
 
 DECODED = 8
-"""How many tokens are decoded in each repeat: their mean time is the repeat's."""
+"""Decode steps per repeat; the repeat's decode time is their mean."""
 
 
 @dataclass(frozen=True)
-class Timed:
-    """What is timed: the artifact, one prompt like those of the point, and how often."""
+class ComponentTiming:
+    """One measurement of an artifact's components."""
 
     artifact: Path
     point: LoadPoint
+    """The load point whose prompts `prompt` is one of."""
+
     prompt: Prompt
     repeats: int
     trust_remote_code: bool = False
     device: str = "auto"
 
 
-def measure_components(timed: Timed, progress: Progress) -> ComponentTable:
-    """Return the time of each part that the artifact has, after one run that does not count.
+def measure_components(timed: ComponentTiming, progress: Progress) -> ComponentTable:
+    """Return the time of each component, after one warm-up run.
 
-    A part that the family's record does not name, or that the prompt does not reach, is left out: the vision tower without an
-    image, prefill and decode of a model that writes no text.
+    Components that the family's record does not name, or that the prompt does not run, are left out: the vision tower without an
+    image, prefill and decode of a model that generates no text.
 
     Raises:
         CheckpointError: the artifact cannot be read.
-        DataError: the model takes no such prompt.
+        DataError: the model cannot take the prompt.
     """
     device = choose_device(timed.device)
     dtype = choose_dtype("auto", timed.artifact, device)
@@ -59,45 +61,48 @@ def measure_components(timed: Timed, progress: Progress) -> ComponentTable:
     processor = load_processor(timed.artifact, timed.trust_remote_code)
     model = load_model(timed.artifact, dtype, device, progress, timed.trust_remote_code)
     neutral = GenerationConfig(do_sample=False, max_new_tokens=DECODED + 1, min_new_tokens=DECODED + 1, pad_token_id=0)
-    for module in model.modules():  # models ship sampling and penalties, which generate would take from here
+    for module in model.modules():  # models ship sampling and penalties, to which `generate` falls back
         if getattr(module, "generation_config", None) is not None:
             module.generation_config = neutral
-    repeats: list[dict[Part, float]] = []
+    repeats: list[dict[ComponentName, float]] = []
     with torch.inference_mode(), progress.task("time components", timed.repeats, "repeats") as advance:
         inputs = _inputs(timed, family, processor, device)
-        for number in range(timed.repeats + 1):
+        for repeat in range(timed.repeats + 1):
             clock = _Clock(device)
             with _hooked(model, family, clock):
                 _run(model, family, inputs, neutral)
-            if number:
-                repeats.append(clock.parts())
+            if repeat:
+                repeats.append(clock.milliseconds())
                 advance(1)
-    order: Sequence[Part] = ("vision", "projector", "prefill", "decode")
+    order: Sequence[ComponentName] = ("vision", "projector", "prefill", "decode")
     return ComponentTable(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         point=timed.point,
         sequence_tokens=int(inputs["input_ids"].shape[1]),
-        components=tuple(component_of(part, [row[part] for row in repeats]) for part in order if repeats and part in repeats[0]),
+        components=tuple(component_of(name, [row[name] for row in repeats]) for name in order if repeats and name in repeats[0]),
     )
 
 
 @dataclass
 class _Clock:
-    """Seconds spent in each kind of module; what is under way on the device has ended at each look."""
+    """Seconds spent in each kind of module; the device is synchronized at each reading."""
 
     device: torch.device
     spent: dict[str, float] = field(default_factory=lambda: {"vision": 0.0, "projector": 0.0, "projector in vision": 0.0})
     entered: float | None = None
+    """When the decoder was entered."""
+
     steps: list[float] = field(default_factory=lambda: list[float]())
+    """Seconds of each forward pass of the decoder, the prefill first."""
 
     def now(self) -> float:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
-    def around(self, module: nn.Module, kind: str) -> list[Any]:
-        """Have a module's calls timed; what is given back ends that."""
+    def hook(self, module: nn.Module, kind: str) -> list[Any]:
+        """Time a module's calls; return the handles that remove the hooks."""
         began: list[float] = []
 
         def before(module: nn.Module, args: Any) -> None:
@@ -110,29 +115,29 @@ class _Clock:
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
 
-    def parts(self) -> dict[Part, float]:
-        """Return milliseconds: the tower without the projector that lies in it, and the steps of the decoder."""
-        found: dict[Part, float] = {
+    def milliseconds(self) -> dict[ComponentName, float]:
+        """Return the time per component in milliseconds, the vision tower without a projector inside it."""
+        seconds: dict[ComponentName, float] = {
             "vision": self.spent["vision"] - self.spent["projector in vision"],
             "projector": self.spent["projector"] + self.spent["projector in vision"],
             "prefill": self.steps[0] if self.steps else 0.0,
             "decode": statistics.fmean(self.steps[1:]) if len(self.steps) > 1 else 0.0,
         }
-        return {part: 1000 * seconds for part, seconds in found.items() if seconds > 0}
+        return {component: 1000 * value for component, value in seconds.items() if value > 0}
 
 
 @contextmanager
 def _hooked(model: Any, family: Family, clock: _Clock) -> Generator[None]:
-    """Time the family's modules while the context lasts; the decoder's from its first block to the output head."""
+    """Time the family's modules while the context lasts; the decoder from its first block to the output head."""
     modules: dict[str, nn.Module] = dict(model.named_modules())
     handles = _decoder_hooks(modules, family, clock)
     projectors = _called(modules, family.projector)
     for name, module in _called(modules, family.vision).items():
         if name not in projectors:
-            handles += clock.around(module, "vision")
+            handles += clock.hook(module, "vision")
     for name, module in projectors.items():
-        inside = any(name.startswith(f"{part}.") for part in family.vision if part not in family.projector)
-        handles += clock.around(module, "projector in vision" if inside else "projector")
+        inside = any(name.startswith(f"{tower}.") for tower in family.vision if tower not in family.projector)
+        handles += clock.hook(module, "projector in vision" if inside else "projector")
     try:
         yield
     finally:
@@ -141,15 +146,15 @@ def _hooked(model: Any, family: Family, clock: _Clock) -> Generator[None]:
 
 
 def _called(modules: dict[str, nn.Module], names: Sequence[str]) -> dict[str, nn.Module]:
-    """Return the modules of these names that the model has; of a list its members, as a list is never called itself."""
-    found: dict[str, nn.Module] = {}
+    """Return the model's modules of these names; for a `ModuleList` its members, as a list has no forward."""
+    called: dict[str, nn.Module] = {}
     for name in names:
         module = modules.get(name)
         if isinstance(module, nn.ModuleList):
-            found |= {f"{name}.{place}": child for place, child in enumerate(module)}
+            called |= {f"{name}.{index}": child for index, child in enumerate(module)}
         elif module is not None:
-            found[name] = module
-    return found
+            called[name] = module
+    return called
 
 
 def _decoder_hooks(modules: dict[str, nn.Module], family: Family, clock: _Clock) -> list[Any]:
@@ -169,8 +174,8 @@ def _decoder_hooks(modules: dict[str, nn.Module], family: Family, clock: _Clock)
     return [first.register_forward_pre_hook(enter), head.register_forward_hook(leave)]
 
 
-def _inputs(timed: Timed, family: Family, processor: Any, device: torch.device) -> dict[str, Any]:
-    if family.head is None:  # it compares images with texts, and has no way to be asked
+def _inputs(timed: ComponentTiming, family: Family, processor: Any, device: torch.device) -> dict[str, Any]:
+    if family.head is None:  # CLIP has no chat template
         images = open_images(timed.prompt) or None
         values = run_processor(
             processor, timed.prompt.id, text=[timed.prompt.text], images=images, truncation=True, return_tensors="pt"
@@ -193,7 +198,7 @@ def _run(model: Any, family: Family, inputs: dict[str, Any], settings: Generatio
         entry.generate(**inputs, generation_config=settings)
 
 
-def component_of(part: Part, milliseconds: Sequence[float]) -> Component:
-    """Return a part's time from that of each repeat."""
+def component_of(name: ComponentName, milliseconds: Sequence[float]) -> Component:
+    """Return a component's row from its time in each repeat."""
     median = statistics.median(milliseconds)
-    return Component(component=part, median_ms=median, least_ms=min(milliseconds), repeats=len(milliseconds))
+    return Component(component=name, median_ms=median, least_ms=min(milliseconds), repeats=len(milliseconds))

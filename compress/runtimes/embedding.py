@@ -1,4 +1,4 @@
-"""Which of some texts an image shows, by a model that puts both into one space (CLIP, arXiv 2103.00020, section 3.1)."""
+"""Zero-shot classification and embeddings by a model with an image and a text tower (CLIP, arXiv 2103.00020, section 3.1)."""
 
 from __future__ import annotations
 
@@ -16,21 +16,24 @@ from compress.errors import DataError
 from compress.pictures import decode_image
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoder
-from compress.runtimes.runtime import Embeddings, Faults, Picture
+from compress.runtimes.runtime import Embeddings, Faults, ImageInput
 
-_AT_ONCE = 32
+_BATCH_SIZE = 32
+"""Images, or texts, in one forward pass: bounds memory, not the results."""
 
 
 @dataclass(frozen=True)
 class Towers:
-    """A loaded model's two towers: `texts` of tokens and their mask [texts, tokens], `images` of pixels [images, 3, height, width].
-
-    Both give rows of one width; how alike two are is `scale` times their cosine.
-    """
+    """A loaded model's two towers, whose outputs have the same width."""
 
     texts: Callable[[Tensor, Tensor], Tensor]
+    """Token ids and attention mask, each [texts, tokens] → [texts, width]."""
+
     images: Callable[[Tensor], Tensor]
+    """Pixels [images, 3, height, width] → [images, width]."""
+
     scale: float
+    """The logit scale: an image-text logit is `scale` times their cosine similarity."""
 
 
 def towers_of(model: Any, device: torch.device) -> Towers:
@@ -47,81 +50,81 @@ def towers_of(model: Any, device: torch.device) -> Towers:
 
 @dataclass(frozen=True)
 class Embedder:
-    """A loaded model with two towers, and what prepares its inputs."""
+    """Embeds images and texts with a model's two towers and its processor."""
 
     towers: Towers
     encoder: Encoder
 
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
-        """Return log-probabilities [pictures, classes]: the softmax of the scaled cosines with each class's mean direction."""
+        """Return log-probabilities [images, classes]: the softmax of the scaled cosines with each class's mean embedding."""
         with progress.task("embed texts", len(classes), "classes") as advance:
-            directions = torch.stack([self._direction(texts, advance) for texts in classes])
+            prototypes = torch.stack([self._class_embedding(texts, advance) for texts in classes])
         rows = [
-            (self.towers.scale * images @ directions.t()).to(torch.float64).log_softmax(dim=1).cpu()
-            for images in self._batches(pictures, directions.shape[1], progress, faults)
+            (self.towers.scale * batch @ prototypes.t()).to(torch.float64).log_softmax(dim=1).cpu()
+            for batch in self._batches(images, prototypes.shape[1], progress, faults)
         ]
         return torch.cat(rows).numpy()
 
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
-        """Return the directions of all images and texts, and what their cosines are scaled by."""
-        found: list[Tensor] = []
+        """Return the embeddings of all images and texts."""
+        batches: list[Tensor] = []
         with progress.task("embed texts", len(texts), "texts") as advance:
-            for first in range(0, len(texts), _AT_ONCE):
-                batch = texts[first : first + _AT_ONCE]
-                found.append(self._texts(batch).cpu())
+            for first in range(0, len(texts), _BATCH_SIZE):
+                batch = texts[first : first + _BATCH_SIZE]
+                batches.append(self._texts(batch).cpu())
                 advance(len(batch))
-        written = torch.cat(found)
-        images = torch.cat([images.cpu() for images in self._batches(pictures, written.shape[1], progress, faults)])
-        return Embeddings(images=images.numpy(), texts=written.numpy(), scale=self.towers.scale)
+        text_embeds = torch.cat(batches)
+        image_embeds = torch.cat([batch.cpu() for batch in self._batches(images, text_embeds.shape[1], progress, faults)])
+        return Embeddings(images=image_embeds.numpy(), texts=text_embeds.numpy(), scale=self.towers.scale)
 
-    def _batches(self, pictures: Sequence[Picture], width: int, progress: Progress, faults: Faults | None) -> Generator[Tensor]:
-        """Give the directions [images, width] of a few images at a time; see `Session.classify` for those that cannot be shown."""
-        with progress.task("embed images", len(pictures), "images") as advance:
-            for first in range(0, len(pictures), _AT_ONCE):
-                batch = pictures[first : first + _AT_ONCE]
-                own: Faults | None = None if faults is None else {}
-                yield self._images(batch, width, own)
-                if faults is not None and own:
-                    faults |= {first + place: words for place, words in own.items()}
+    def _batches(self, images: Sequence[ImageInput], width: int, progress: Progress, faults: Faults | None) -> Generator[Tensor]:
+        """Yield embeddings [images, width] batch by batch; see `Session.classify` for images that cannot be decoded."""
+        with progress.task("embed images", len(images), "images") as advance:
+            for first in range(0, len(images), _BATCH_SIZE):
+                batch = images[first : first + _BATCH_SIZE]
+                batch_faults: Faults | None = None if faults is None else {}
+                yield self._images(batch, width, batch_faults)
+                if faults is not None and batch_faults:
+                    faults |= {first + index: fault for index, fault in batch_faults.items()}
                 advance(len(batch))
 
-    def _direction(self, texts: Sequence[str], advance: Any) -> Tensor:
-        """Return the direction of the mean of a class's texts, each of length one before."""
-        parts = [self._texts(texts[first : first + _AT_ONCE]) for first in range(0, len(texts), _AT_ONCE)]
+    def _class_embedding(self, texts: Sequence[str], advance: Any) -> Tensor:
+        """Return the normalised mean of the normalised embeddings of a class's texts."""
+        batches = [self._texts(texts[first : first + _BATCH_SIZE]) for first in range(0, len(texts), _BATCH_SIZE)]
         advance(1)
-        return _unit(torch.cat(parts).mean(dim=0))
+        return _normalised(torch.cat(batches).mean(dim=0))
 
     def _texts(self, texts: Sequence[str]) -> Tensor:
         encoded = self.encoder.processor.tokenizer(list(texts), padding=True, truncation=False, return_tensors="pt")
         for text, mask in zip(texts, encoded["attention_mask"], strict=True):
-            length, longest = int(mask.sum()), self.encoder.longest
-            if longest is not None and length > longest:
-                raise DataError(f"the text {text!r} takes {length} tokens, and the model takes {longest}; shorten it")
-        return _unit(self.towers.texts(encoded["input_ids"], encoded["attention_mask"]).to(torch.float32))
+            length, limit = int(mask.sum()), self.encoder.max_length
+            if limit is not None and length > limit:
+                raise DataError(f"the text {text!r} takes {length} tokens, and the model takes {limit}; shorten it")
+        return _normalised(self.towers.texts(encoded["input_ids"], encoded["attention_mask"]).to(torch.float32))
 
-    def _images(self, pictures: Sequence[Picture], width: int, faults: Faults | None) -> Tensor:
-        shown: dict[int, Tensor] = {}
-        for place, picture in enumerate(pictures):
+    def _images(self, images: Sequence[ImageInput], width: int, faults: Faults | None) -> Tensor:
+        pixels: dict[int, Tensor] = {}
+        for index, item in enumerate(images):
             try:
-                image = decode_image(picture.image, picture.id)
-                prepared = run_processor(self.encoder.processor.image_processor, picture.id, images=[image], return_tensors="pt")
+                image = decode_image(item.image, item.id)
+                prepared = run_processor(self.encoder.processor.image_processor, item.id, images=[image], return_tensors="pt")
             except DataError as error:
                 if faults is None:
                     raise
-                faults[place] = str(error)
+                faults[index] = str(error)
             else:
-                shown[place] = prepared["pixel_values"]
-        found = torch.full((len(pictures), width), torch.nan)
-        if shown:
-            directions = _unit(self.towers.images(torch.cat(list(shown.values()))).to(torch.float32))
-            found = found.to(directions.device)
-            found[list(shown)] = directions
-        return found
+                pixels[index] = prepared["pixel_values"]
+        rows = torch.full((len(images), width), torch.nan)
+        if pixels:
+            embeds = _normalised(self.towers.images(torch.cat(list(pixels.values()))).to(torch.float32))
+            rows = rows.to(embeds.device)
+            rows[list(pixels)] = embeds
+        return rows
 
 
-def _unit(vectors: Tensor) -> Tensor:
+def _normalised(vectors: Tensor) -> Tensor:
     return torch.nn.functional.normalize(vectors, dim=-1)

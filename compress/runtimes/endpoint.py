@@ -11,35 +11,36 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from compress.errors import UsageError
-from compress.runtimes.runtime import WHOLE_TOKENS, Ability, OpenContext, Runtime, Served, Session
+from compress.runtimes.runtime import WHOLE_TOKENS, Ability, OpenContext, RunningServer, Runtime, Session
 from compress.runtimes.vllm import Vllm
 from compress.schema import Frozen
 
 ORIGINAL = "original"
 
 
-class Place(Frozen):
-    """Where one model is served, and under which name; a key does not belong into the URL."""
+class EndpointModel(Frozen):
+    """One served model."""
 
     url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$")]
+    """The server's base URL, with or without `/v1`. No user info or query: a key must not be in a recipe."""
+
     model: Annotated[str, Field(min_length=1)]
+    """The name under which the server lists the model."""
 
 
 @dataclass(frozen=True)
-class Told:
-    """What a server says of itself: its version, and whether it gives the log-probabilities of tokens that it is given."""
+class ServerCapabilities:
+    """A server's version and what its API supports."""
 
     version: str
     scores: bool
+    """Whether it returns log-probabilities of prompt tokens."""
 
 
 class Endpoint(Runtime):
-    """Greedy answers of servers that run already, by the OpenAI API; where they are vLLM with its token endpoints, scores too.
+    """Greedy answers from servers that are already running, by the OpenAI API; from vLLM with its token endpoints, scores too.
 
-    `original` and `artifacts`, by the names of the recipe's exports, say where each is served: what is deployed there is measured,
-    whatever the run has made here. The key is in the environment variable `key_variable`. `images: false` is for a server that
-    takes text alone: questions about images are not asked there. A request may take `request_seconds`; a server that does not
-    answer at all is waited for `startup_seconds`. `top_logprobs` and `whole_tokens` are as in `vllm`.
+    What is deployed there is measured, whatever the run has exported here.
     """
 
     revision: ClassVar[int] = 2
@@ -49,15 +50,30 @@ class Endpoint(Runtime):
     asks_server: ClassVar[bool] = True
 
     runtime: Literal["endpoint"]
-    original: Place
-    artifacts: Mapping[str, Place]
+    original: EndpointModel
+    artifacts: Mapping[str, EndpointModel]
+    """The served artifacts, by the names of the recipe's exports."""
+
     key_variable: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]*$")] | None = None
+    """The environment variable that holds the API key."""
+
     images: bool = True
+    """False for a server that takes text alone: prompts with images are not sent to it."""
+
     concurrency: PositiveInt = 8
+    """How many requests are in flight at once."""
+
     request_seconds: PositiveInt = 120
+    """The timeout of one request."""
+
     startup_seconds: PositiveInt = 300
+    """How long an unreachable server is waited for."""
+
     top_logprobs: PositiveInt = 20
+    """As in `vllm`."""
+
     whole_tokens: NonNegativeInt = WHOLE_TOKENS
+    """As in `vllm`."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Endpoint:
@@ -66,62 +82,62 @@ class Endpoint(Runtime):
         return self
 
     @property
-    def places(self) -> dict[str, Place]:
-        """Where the original and each artifact is served, by name."""
+    def models(self) -> dict[str, EndpointModel]:
+        """The served original and artifacts, by name."""
         return {ORIGINAL: self.original, **self.artifacts}
 
-    def place(self, name: str) -> Place:
-        """Return where the original or an artifact is served.
+    def served_model(self, name: str) -> EndpointModel:
+        """Return the served original or artifact of this name.
 
         Raises:
-            UsageError: nothing is said of it.
+            UsageError: the recipe names no server for it.
         """
-        if name not in self.places:
-            raise UsageError(self._unknown(name))
-        return self.places[name]
+        if name not in self.models:
+            raise UsageError(self._no_server(name))
+        return self.models[name]
 
     def settings(self, name: str | None = None) -> dict[str, Any]:
-        """Return the fields that shape what is measured; with `name`, only that artifact's server."""
+        """Return the fields that affect what is measured; with `name`, only that artifact's server."""
         fields = super().settings()
         if name is None:
             return fields
-        kept = {key: value for key, value in fields.items() if key not in ("original", "artifacts")}
-        return kept | self.place(name).model_dump()
+        shared = {key: value for key, value in fields.items() if key not in ("original", "artifacts")}
+        return shared | self.served_model(name).model_dump()
 
     def faults(self, artifacts: Sequence[str]) -> list[str]:
-        """Return which of a recipe's artifacts have no server, and which servers are of none of them."""
-        lacking = [self._unknown(name) for name in artifacts if name not in self.artifacts]
-        superfluous = [
+        """Return the recipe's artifacts without a server, and the servers without an artifact, one line each."""
+        without_server = [self._no_server(name) for name in artifacts if name not in self.artifacts]
+        without_artifact = [
             f"artifacts.{name}: the recipe exports no artifact of that name, only {', '.join(artifacts)}; correct the name"
             for name in self.artifacts
             if name not in artifacts
         ]
-        return lacking + superfluous
+        return without_server + without_artifact
 
     def missing(self) -> dict[Ability, str]:
-        """Return what these servers do not offer, and why; asks them.
+        """Return the abilities that these servers lack, each with the reason; queries them.
 
         Raises:
             MissingError: a key is not there, or a server does not answer.
         """
-        found: dict[Ability, str] = {}
+        reasons: dict[Ability, str] = {}
         if not self.images:
-            found["text"] = "images is false"
-        mute = [f"{self.places[name].url} ({name})" for name, told in self.told.items() if not told.scores]
-        if mute:
-            found["scores"] = f"{', '.join(mute)} gives no log-probabilities of given tokens"
-        return found
+            reasons["text"] = "images is false"
+        servers = [f"{self.models[name].url} ({name})" for name, server in self.capabilities.items() if not server.scores]
+        if servers:
+            reasons["scores"] = f"{', '.join(servers)} gives no log-probabilities of given tokens"
+        return reasons
 
     def versions(self) -> dict[str, str]:
-        """Return what each server says that it is.
+        """Return each server's reported version, by the artifact's name.
 
         Raises:
             MissingError: a key is not there, or a server does not answer.
         """
-        return {name: f"{told.version}{', with scores' if told.scores else ''}" for name, told in self.told.items()}
+        return {name: f"{server.version}{', with scores' if server.scores else ''}" for name, server in self.capabilities.items()}
 
     def loaded_with(self, name: str) -> str:
-        """Return what the artifact's server says that it is, in words for its model card.
+        """Return the artifact's server and its version, as text for the model card.
 
         Raises:
             MissingError: a key is not there, or a server does not answer.
@@ -129,14 +145,14 @@ class Endpoint(Runtime):
         return f"{self.runtime} ({self.versions()[name]})"
 
     @cached_property
-    def told(self) -> dict[str, Told]:
-        """What each server says of itself, by the artifact's name; it is asked once."""
-        from compress.runtimes.endpoint_session import ask_about
+    def capabilities(self) -> dict[str, ServerCapabilities]:
+        """Each server's capabilities, by the artifact's name; queried once."""
+        from compress.runtimes.endpoint_session import query_capabilities
 
-        return {name: ask_about(self, name) for name in self.places}
+        return {name: query_capabilities(self, name) for name in self.models}
 
     def open(self, context: OpenContext) -> AbstractContextManager[Session]:
-        """Reach the server of the original or the artifact that the context names.
+        """Connect to the server of the original or the artifact that the context names.
 
         Raises:
             UsageError: no server is named for it.
@@ -147,11 +163,11 @@ class Endpoint(Runtime):
 
         return open_session(self, context)
 
-    def serve(self, context: OpenContext) -> AbstractContextManager[Served]:
-        """Reach the server of the original or the artifact that the context names, for others to put load on; raises as `open`."""
+    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
+        """Connect to the server of the original or the artifact, for a load generator to measure; raises as `open`."""
         from compress.runtimes.endpoint_session import serve
 
         return serve(self, context)
 
-    def _unknown(self, name: str) -> str:
+    def _no_server(self, name: str) -> str:
         return f"no server is named for {name}; add {name}: {{url: …, model: …}} to the artifacts of runtime: endpoint"

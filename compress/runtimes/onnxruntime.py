@@ -1,4 +1,4 @@
-"""The onnxruntime runtime: ONNX Runtime in this process, on an artifact of format onnx."""
+"""The onnxruntime runtime: ONNX Runtime in this process, for artifacts of format onnx."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from compress.errors import MissingError
-from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Ability, OpenContext, Prompt, Runtime, Served, Session
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Ability, OpenContext, Prompt, RunningServer, Runtime, Session
 
 if TYPE_CHECKING:
     from compress.eval.latency import LoadPoint
@@ -17,24 +17,17 @@ if TYPE_CHECKING:
     from compress.runtimes.onnxruntime_session import OnnxruntimeSettings
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
-"""What computes: ONNX Runtime's execution providers, by the names that recipes give them."""
+"""ONNX Runtime's execution providers, by their names in recipes."""
 
 _DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
-_BESIDE = ("onnx", "torch", "transformers", "tokenizers", "torchvision", "pillow")
+_INPUT_LIBRARIES = ("onnx", "torch", "transformers", "tokenizers", "torchvision", "pillow")
 
 
 class Onnxruntime(Runtime):
     """Greedy answers, scores and embeddings by ONNX Runtime.
 
-    The original is exported first, to a folder that is removed once it is loaded, in the type `dtype` (auto: float32 on a CPU,
-    float16 elsewhere), so that both are measured in one runtime. `providers` compute in that order of preference, each what the
-    ones before it cannot; auto is CUDA where it can be used, and else the CPU. `threads` is for a CPU; left out, all its cores.
-    `tokens_per_batch` bounds what is computed at once, the answers still to come included; a single prompt may be longer.
-    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart, `whole_tokens` at how many
-    tokens of a task it is over the whole vocabulary too.
-
-    Latency is measured of a server of its own on loopback, at `port` or a free one, which makes one answer after the other: what
-    is asked meanwhile waits. It may take `startup_seconds` to load, and one request `request_seconds`.
+    The original is exported first, to a temporary folder, so that both are measured in one runtime. Latency is measured with a
+    server on loopback that answers one request at a time; others wait.
     """
 
     revision: ClassVar[int] = 2
@@ -49,22 +42,36 @@ class Onnxruntime(Runtime):
 
     runtime: Literal["onnxruntime"]
     providers: Literal["auto"] | Annotated[tuple[Provider, ...], Field(min_length=1)] = "auto"
+    """Execution providers in order of preference; auto is CUDA where it is available, else the CPU."""
+
     threads: PositiveInt | None = None
+    """CPU threads; by default one per core."""
+
     dtype: Literal["auto", "float32", "float16"] = "auto"
+    """The type that the original is exported in; auto is float32 on a CPU, float16 elsewhere."""
+
     tokens_per_batch: PositiveInt = 4096
+    """The most tokens in a batch, prompts and answers together; a single prompt may be longer."""
+
     top_logprobs: PositiveInt = 20
+    """How many of the original's top tokens KL is taken over; all others are merged into one bucket."""
+
     whole_tokens: NonNegativeInt = WHOLE_TOKENS
+    """At how many of a task's tokens KL is over the full vocabulary too."""
+
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """The server's port; by default a free one."""
+
     startup_seconds: PositiveInt = 600
     request_seconds: PositiveInt = 600
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of ONNX Runtime, and of what prepares text and images for it.
+        """Return the versions of ONNX Runtime, and of the libraries that prepare its inputs.
 
         Raises:
             MissingError: ONNX Runtime, or onnx, is not installed.
         """
-        return {**_installed(), **{name: _version(name) for name in _BESIDE}}
+        return {**_onnxruntime_version(), **{name: _version(name) for name in _INPUT_LIBRARIES}}
 
     def open(self, context: OpenContext) -> AbstractContextManager[Session]:
         """Load the artifact into this process; a checkpoint without graphs is exported first.
@@ -78,14 +85,14 @@ class Onnxruntime(Runtime):
 
         return open_session(context, self._engine_settings())
 
-    def serve(self, context: OpenContext) -> AbstractContextManager[Served]:
+    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
         """Start a server for the artifact; a checkpoint without graphs is exported first. Its log is `onnxruntime.log`.
 
         Raises:
-            UsageError: the model writes no text.
+            UsageError: the model generates no text.
             CheckpointError: it cannot be exported.
             MissingError: ONNX Runtime is not installed, or lacks a provider.
-            ServerError: the server did not come up.
+            ServerError: the server did not start.
         """
         self.versions()
         from compress.runtimes.onnxruntime_start import serve
@@ -96,9 +103,9 @@ class Onnxruntime(Runtime):
         """Return how long each graph takes in this process.
 
         Raises:
-            UsageError: the model writes no text.
-            CheckpointError: it cannot be read, or not exported.
-            DataError: the model takes no such prompt.
+            UsageError: the model generates no text.
+            CheckpointError: it cannot be read or exported.
+            DataError: the model cannot take the prompt.
         """
         from compress.runtimes.onnxruntime_components import measure_components
 
@@ -111,8 +118,8 @@ class Onnxruntime(Runtime):
         return OnnxruntimeSettings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs, self.whole_tokens)
 
 
-def _installed() -> dict[str, str]:
-    """Return the version of ONNX Runtime under the name of the distribution that it came with."""
+def _onnxruntime_version() -> dict[str, str]:
+    """Return the version of ONNX Runtime, by the name of its installed distribution."""
     for name in _DISTRIBUTIONS:
         try:
             return {name: version(name)}

@@ -1,4 +1,4 @@
-"""How long each part of an ONNX artifact takes in this process: the vision encoder's graph, prefill and decode."""
+"""Latency of each component of an ONNX artifact in this process: the vision encoder's graph, prefill and decode."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress.eval.latency import LoadPoint
 from compress.eval.latency_results import Component, ComponentTable
 from compress.runtimes.components import DECODED, component_of
 from compress.runtimes.inputs import Encoded
-from compress.runtimes.onnxruntime_decoder import Decoding
+from compress.runtimes.onnxruntime_decoder import BatchDecoder
 from compress.runtimes.onnxruntime_inputs import Preparer
 from compress.runtimes.onnxruntime_session import OnnxruntimeSettings, open_session
 from compress.runtimes.runtime import OpenContext, Prompt
@@ -25,14 +25,14 @@ Result = TypeVar("Result")
 def measure_components(
     context: OpenContext, settings: OnnxruntimeSettings, point: LoadPoint, prompt: Prompt, repeats: int
 ) -> ComponentTable:
-    """Return the time of each part, after one run that does not count; a prompt without an image does not reach the vision encoder.
+    """Return the time of each component, after one warm-up run; a prompt without an image has no vision encoder row.
 
-    The projector lies in the vision encoder's graph, and a token's embedding is looked up in its step of decoding.
+    The projector is in the vision encoder's graph; a decode step includes the lookup of the token's embedding.
 
     Raises:
-        UsageError: the model writes no text.
-        CheckpointError: the artifact cannot be read, or not exported.
-        DataError: the model takes no such prompt.
+        UsageError: the model generates no text.
+        CheckpointError: the artifact cannot be read or exported.
+        DataError: the model cannot take the prompt.
     """
     with open_session(context, settings) as session:
         preparer, faults = session.preparer(), dict[int, str]()
@@ -42,14 +42,14 @@ def measure_components(
         (batch,) = batches
         rows: list[dict[str, float]] = []
         with context.progress.task("time components", repeats, "repeats") as advance:
-            for number in range(repeats + 1):
+            for repeat in range(repeats + 1):
                 row = _times(preparer, batch)
-                if number:
+                if repeat:
                     rows.append(row)
                     advance(1)
         graph = preparer.graphs.decoder
-        parts = ("vision", "prefill", "decode") if "vision" in rows[0] else ("prefill", "decode")
-        components: list[Component] = [component_of(part, [row[part] for row in rows]) for part in parts]
+        names = ("vision", "prefill", "decode") if "vision" in rows[0] else ("prefill", "decode")
+        components: list[Component] = [component_of(name, [row[name] for row in rows]) for name in names]
         return ComponentTable(
             runtime="onnxruntime",
             device=graph.device,
@@ -61,22 +61,22 @@ def measure_components(
 
 
 def _times(preparer: Preparer, batch: Sequence[Encoded]) -> dict[str, float]:
-    """Return the milliseconds of each part in one run."""
-    found: dict[str, float] = {}
+    """Return the milliseconds of each component in one run."""
+    milliseconds: dict[str, float] = {}
     features, seconds = _timed(lambda: preparer.features(batch))
     if features:
-        found["vision"] = 1000 * seconds
+        milliseconds["vision"] = 1000 * seconds
     prepared = preparer.prepare(batch, features)
-    decoding = Decoding(preparer.graphs, prepared, prepared.longest + DECODED)
-    logits, seconds = _timed(decoding.begin)
-    found["prefill"] = 1000 * seconds
-    going, steps = np.ones(1, dtype=np.bool_), list[float]()
+    decoder = BatchDecoder(preparer.graphs, prepared, prepared.padded_length + DECODED)
+    logits, seconds = _timed(decoder.begin)
+    milliseconds["prefill"] = 1000 * seconds
+    active, steps = np.ones(1, dtype=np.bool_), list[float]()
     for _ in range(DECODED):
         tokens = logits.argmax(axis=1)
-        logits, seconds = _timed(lambda tokens=tokens: decoding.step(tokens, going))
+        logits, seconds = _timed(lambda tokens=tokens: decoder.step(tokens, active))
         steps.append(seconds)
-    found["decode"] = 1000 * statistics.fmean(steps)
-    return found
+    milliseconds["decode"] = 1000 * statistics.fmean(steps)
+    return milliseconds
 
 
 def _timed(call: Callable[[], Result]) -> tuple[Result, float]:

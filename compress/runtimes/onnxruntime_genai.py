@@ -1,4 +1,4 @@
-"""The onnxruntime-genai runtime: that project's own generation loop, image processor and tokenizer, on a folder made for it."""
+"""The onnxruntime-genai runtime: that library's own generation loop, image processor and tokenizer."""
 
 from __future__ import annotations
 
@@ -11,19 +11,17 @@ from compress.runtimes.environment import require
 from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, OpenContext, Runtime, Session
 
 ENVIRONMENT = "onnxruntime-genai"
-"""What its environment is installed as."""
+"""The name of its environment."""
 
 CONFIG = "genai_config.json"
-"""The file by which onnxruntime-genai knows a folder as its own."""
+"""The file that every onnxruntime-genai model folder has."""
 
 
 class OnnxruntimeGenai(Runtime):
-    """Greedy answers and scores by onnxruntime-genai, on the CPU, one prompt after the other.
+    """Greedy answers and scores by onnxruntime-genai, on the CPU, one prompt at a time.
 
-    It runs in an environment and a process of its own. The original is exported first, in float32, to a folder that is removed
-    afterwards, so that both are measured in one runtime. Loading may take `startup_seconds`, one prompt `request_seconds`.
-    `top_logprobs` is over how many of the original's likeliest tokens a comparison is taken apart, `whole_tokens` at how many
-    tokens of a task it is over the whole vocabulary too.
+    It runs in its own environment and process. The original is exported first, in float32, to a temporary folder, so that both are
+    measured in one runtime.
     """
 
     revision: ClassVar[int] = 2
@@ -36,9 +34,16 @@ class OnnxruntimeGenai(Runtime):
 
     runtime: Literal["onnxruntime-genai"]
     top_logprobs: PositiveInt = 20
+    """How many of the original's top tokens KL is taken over; all others are merged into one bucket."""
+
     whole_tokens: NonNegativeInt = WHOLE_TOKENS
+    """At how many of a task's tokens KL is over the full vocabulary too."""
+
     startup_seconds: PositiveInt = 600
+    """The timeout for loading."""
+
     request_seconds: PositiveInt = 600
+    """The timeout for one prompt."""
 
     def versions(self) -> dict[str, str]:
         """Return the versions in onnxruntime-genai's environment.
@@ -52,9 +57,9 @@ class OnnxruntimeGenai(Runtime):
         """Load the artifact in a process of its own, which is ended with the context; its log is `onnxruntime-genai.log`.
 
         Raises:
-            CheckpointError: it is no folder that onnxruntime-genai loads, or a checkpoint that cannot be exported to one.
+            CheckpointError: onnxruntime-genai cannot load the folder, or a checkpoint cannot be exported for it.
             MissingError: onnxruntime-genai is not installed here.
-            ServerError: the process died while it was loading.
+            ServerError: the process exited while it was loading.
         """
         from compress.runtimes.onnxruntime_genai_session import open_session
 

@@ -1,4 +1,4 @@
-"""What the graphs of a model that writes text are given: embedded prompts with the images' features in their places."""
+"""Prepares a generative model's decoder inputs: token embeddings with image features in place of image tokens."""
 
 from __future__ import annotations
 
@@ -19,22 +19,25 @@ from compress.skeleton import build_skeleton
 
 VISION, EMBED, DECODER = "vision_encoder.onnx", "embed_tokens.onnx", "decoder_model_merged.onnx"
 PAST, PRESENT = "past_key_values.", "present."
-FEATURES, LEVELS = "image_features", "deepstack_features"
-LEVELS_IN, SEEN = "deepstack_embeds", "cross_attention_mask"
+FEATURES, DEEPSTACK = "image_features", "deepstack_features"
+DEEPSTACK_INPUT, CROSS_MASK = "deepstack_embeds", "cross_attention_mask"
 
 _PIXELS = "pixel_values"
-_PATCHES = 2
-"""How many axes pixels have that are patches of all images in one sequence."""
-_PATCHES_AT_ONCE = 256
+_PATCH_DIMS = 2
+"""Dimensions of pixels that are the patches of all images in one sequence: [patches, pixels]."""
+
+_MAX_PATCHES = 256
+"""Patches in one run of the vision encoder; see `_groups`."""
+
 _CPU = torch.device("cpu")
 
 Rope = Callable[[Mapping[str, Tensor]], tuple[Tensor, Tensor]]
-"""Gives positions [3, samples, tokens] of a batch, and by how much those of its answers differ from their places [samples]."""
+"""Returns a batch's M-RoPE positions [3, samples, tokens], and the offsets of its answers' positions [samples]."""
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """The three graphs of a model that writes text."""
+    """The three graphs of a generative model."""
 
     vision: GraphSession
     embed: GraphSession
@@ -45,42 +48,49 @@ class Graphs:
         """Load an artifact's graphs.
 
         Raises:
-            CheckpointError: one is missing, damaged, or of another make.
-            MissingError: this ONNX Runtime lacks what one needs.
+            CheckpointError: one is missing, damaged, or has other inputs or outputs.
+            MissingError: this ONNX Runtime lacks an opset, an operator or a provider.
         """
         graphs = Graphs(*(GraphSession(folder / name, engine) for name in (VISION, EMBED, DECODER)))
-        graphs.embed.expect({"input_ids"}, {"inputs_embeds"})
-        graphs.decoder.expect({"inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep"}, {"logits"})
+        graphs.embed.check_signature({"input_ids"}, {"inputs_embeds"})
+        graphs.decoder.check_signature({"inputs_embeds", "attention_mask", "position_ids", "num_logits_to_keep"}, {"logits"})
         return graphs
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A batch as the decoder reads it, padded on the right.
-
-    `embeds` [samples, tokens, hidden]; `positions` [samples, tokens], or three of them; `offsets` [samples] are what positions in
-    an answer are more than places. `seen` says which of the images' states each token reads [samples, tokens, states] and
-    `states` are these, by the decoder's inputs; `levels` [levels, samples, tokens, hidden] is what is added between blocks. Each
-    is None, or empty, where the decoder has no such input.
-    """
+    """A batch's decoder inputs, padded on the right."""
 
     lengths: NDArray[np.int64]
+    """Tokens per sample [samples]."""
+
     embeds: NDArray[Any]
+    """[samples, tokens, hidden]"""
+
     positions: NDArray[np.int64]
+    """[samples, tokens], or [3, samples, tokens] for M-RoPE."""
+
     offsets: NDArray[np.int64]
+    """What is added to a new token's index to give its position [samples]; not 0 for M-RoPE with images."""
+
     states: dict[str, NDArray[Any]]
-    seen: NDArray[np.int64] | None = None
-    levels: NDArray[Any] | None = None
+    """Keys and values for cross-attention, by input name; empty where the decoder has none."""
+
+    cross_mask: NDArray[np.int64] | None = None
+    """Which image states each token attends to [samples, tokens, states]; None without cross-attention."""
+
+    deepstack: NDArray[Any] | None = None
+    """Image features that are added between blocks [levels, samples, tokens, hidden]; None where the decoder takes none."""
 
     @property
-    def longest(self) -> int:
-        """How many tokens the longest sample has."""
+    def padded_length(self) -> int:
+        """The number of tokens of the longest sample."""
         return self.embeds.shape[1]
 
 
 @dataclass(frozen=True)
 class Preparer:
-    """Makes of encoded samples what the decoder reads."""
+    """Prepares decoder inputs from encoded samples."""
 
     graphs: Graphs
     encoder: Encoder
@@ -88,20 +98,20 @@ class Preparer:
     rope: Rope | None
 
     def prepare(self, batch: Sequence[Encoded], features: Mapping[str, NDArray[Any]] | None = None) -> Prepared:
-        """Return a batch as the decoder reads it; `features`, of its images, are made where they are not given.
+        """Return a batch's decoder inputs; its images' `features` are computed unless given.
 
         Raises:
-            CheckpointError: the graphs do not fit each other, or the processor.
+            CheckpointError: the graphs do not match each other, or the processor.
         """
         inputs = self.encoder.collate(batch, "right", _CPU)
         ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
         features = self.features(batch) if features is None else features
-        found = features.get(FEATURES)
-        places = np.zeros_like(ids, dtype=np.bool_) if found is None else np.isin(ids, self.placeholders) & (mask > 0)
-        known = np.where(places, self.encoder.pad_id, ids)  # the embeddings may have no row for an image's token
-        embeds: NDArray[Any] = self.graphs.embed.run({"input_ids": known})["inputs_embeds"]
-        if found is not None:
-            self._fill(embeds, places, found)
+        image_features = features.get(FEATURES)
+        image_mask = np.zeros_like(ids, dtype=np.bool_) if image_features is None else np.isin(ids, self.placeholders) & (mask > 0)
+        text_ids = np.where(image_mask, self.encoder.pad_id, ids)  # the embedding matrix may have no row for an image token
+        embeds: NDArray[Any] = self.graphs.embed.run({"input_ids": text_ids})["inputs_embeds"]
+        if image_features is not None:
+            self._insert(embeds, image_mask, image_features)
         positions, offsets = self._positions(inputs)
         return Prepared(
             lengths=mask.sum(axis=1, dtype=np.int64),
@@ -109,80 +119,81 @@ class Preparer:
             positions=positions,
             offsets=offsets,
             states=self._states(features, len(batch)),
-            seen=self._seen(inputs),
-            levels=self._levels(embeds, places, features.get(LEVELS)),
+            cross_mask=self._cross_mask(inputs),
+            deepstack=self._deepstack(embeds, image_mask, features.get(DEEPSTACK)),
         )
 
     def features(self, batch: Sequence[Encoded]) -> dict[str, NDArray[Any]]:
-        """Return what the vision graph makes of a batch's images, in their order; empty where there are none."""
+        """Return the vision encoder's outputs for a batch's images, in order; empty without images."""
         if _PIXELS not in batch[0].extras:
             return {}
-        parts: list[dict[str, NDArray[Any]]] = []
+        outputs: list[dict[str, NDArray[Any]]] = []
         for group in _groups(batch):
             extras = {key: torch.cat([sample.extras[key] for sample in group]) for key in group[0].extras}
-            if lacking := self.graphs.vision.inputs.keys() - extras.keys():
+            if missing := self.graphs.vision.inputs.keys() - extras.keys():
                 raise CheckpointError(
-                    f"{self.graphs.vision.path}: wants {', '.join(sorted(lacking))}, which the processor does not give"
+                    f"{self.graphs.vision.path}: wants {', '.join(sorted(missing))}, which the processor does not give"
                 )
-            parts.append(self.graphs.vision.run({name: extras[name].numpy() for name in self.graphs.vision.inputs}))
-        return {name: _joined(name, [part[name] for part in parts]) for name in parts[0]}
+            outputs.append(self.graphs.vision.run({name: extras[name].numpy() for name in self.graphs.vision.inputs}))
+        return {name: _concatenated(name, [output[name] for output in outputs]) for name in outputs[0]}
 
-    def _fill(self, embeds: NDArray[Any], places: NDArray[np.bool_], features: NDArray[Any]) -> None:
+    def _insert(self, embeds: NDArray[Any], image_mask: NDArray[np.bool_], features: NDArray[Any]) -> None:
+        """Replace the embeddings of image tokens with image features."""
         flat = features.reshape(-1, embeds.shape[2])
-        if len(flat) != places.sum():
+        if len(flat) != image_mask.sum():
             raise CheckpointError(
-                f"{self.graphs.vision.path}: gives {len(flat)} features for {places.sum()} image tokens; its processor does not "
-                "fit: export it again"
+                f"{self.graphs.vision.path}: gives {len(flat)} features for {image_mask.sum()} image tokens; its processor does "
+                "not fit: export it again"
             )
-        embeds[places] = flat
+        embeds[image_mask] = flat
 
     def _positions(self, inputs: Mapping[str, Tensor]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         samples, tokens = inputs["input_ids"].shape
-        plain = np.broadcast_to(np.arange(tokens, dtype=np.int64), (samples, tokens))
-        none = np.zeros(samples, dtype=np.int64)
+        indices = np.broadcast_to(np.arange(tokens, dtype=np.int64), (samples, tokens))
+        no_offsets = np.zeros(samples, dtype=np.int64)
         if self.rope is None:
-            return plain, none
+            return indices, no_offsets
         if _PIXELS not in inputs:
-            return np.broadcast_to(plain, (3, samples, tokens)), none
+            return np.broadcast_to(indices, (3, samples, tokens)), no_offsets
         positions, offsets = self.rope(inputs)
         return positions.numpy(), offsets.reshape(samples).to(torch.int64).numpy()
 
     def _states(self, features: Mapping[str, NDArray[Any]], samples: int) -> dict[str, NDArray[Any]]:
-        """Return what cross-attention reads: of a prompt without images, one state that no token sees."""
+        """Return cross-attention's keys and values; without images, one state that no token attends to."""
         decoder = self.graphs.decoder
-        kept = {name.replace(PRESENT, PAST, 1) for name in decoder.outputs if name.startswith(PRESENT)}
-        names = [name for name in decoder.inputs if name.startswith(PAST) and name not in kept]
+        cached = {name.replace(PRESENT, PAST, 1) for name in decoder.outputs if name.startswith(PRESENT)}
+        names = [name for name in decoder.inputs if name.startswith(PAST) and name not in cached]
         if features:
             return {name: features[name] for name in names}
-        found: dict[str, NDArray[Any]] = {}
+        empty: dict[str, NDArray[Any]] = {}
         for name in names:
             _, heads, _, width = decoder.inputs[name].shape
-            found[name] = np.zeros((samples, int(heads), 1, int(width)), decoder.inputs[name].dtype)
-        return found
+            empty[name] = np.zeros((samples, int(heads), 1, int(width)), decoder.inputs[name].dtype)
+        return empty
 
-    def _seen(self, inputs: Mapping[str, Tensor]) -> NDArray[np.int64] | None:
-        if SEEN not in self.graphs.decoder.inputs:
+    def _cross_mask(self, inputs: Mapping[str, Tensor]) -> NDArray[np.int64] | None:
+        if CROSS_MASK not in self.graphs.decoder.inputs:
             return None
         samples, tokens = inputs["input_ids"].shape
-        if SEEN not in inputs:
+        if CROSS_MASK not in inputs:
             return np.zeros((samples, tokens, 1), dtype=np.int64)
-        return inputs[SEEN].reshape(samples, tokens, -1).to(torch.int64).numpy()
+        return inputs[CROSS_MASK].reshape(samples, tokens, -1).to(torch.int64).numpy()
 
-    def _levels(self, embeds: NDArray[Any], places: NDArray[np.bool_], features: NDArray[Any] | None) -> NDArray[Any] | None:
-        if LEVELS_IN not in self.graphs.decoder.inputs:
+    def _deepstack(self, embeds: NDArray[Any], image_mask: NDArray[np.bool_], features: NDArray[Any] | None) -> NDArray[Any] | None:
+        if DEEPSTACK_INPUT not in self.graphs.decoder.inputs:
             return None
-        declared = self.graphs.decoder.inputs[LEVELS_IN]
+        declared = self.graphs.decoder.inputs[DEEPSTACK_INPUT]
         levels = np.zeros((int(declared.shape[0]), *embeds.shape), declared.dtype)
         if features is not None:
-            levels[:, places] = features
+            levels[:, image_mask] = features
         return levels
 
 
 def find_rope(folder: Path, decoder: GraphSession, trust_remote_code: bool) -> Rope | None:
-    """Return what gives a model's positions in three streams, by the model's own code, None where it has one stream.
+    """Return the function for a model's M-RoPE positions, from the model's own code; None where positions are one axis.
 
     Raises:
-        CheckpointError: config.json describes another model than the graph is of.
+        CheckpointError: config.json describes another model than the graph.
     """
     if len(decoder.inputs["position_ids"].shape) == 2:
         return None
@@ -199,17 +210,17 @@ def find_rope(folder: Path, decoder: GraphSession, trust_remote_code: bool) -> R
 
 
 def _groups(batch: Sequence[Encoded]) -> Generator[list[Encoded]]:
-    """Give the samples whose images are computed together.
+    """Yield the samples whose images are encoded in one run.
 
-    Where patches of all images are one sequence, attention is computed between all of them, though no image attends to another:
-    a few at a time take less.
+    Where the patches of all images are one sequence, the graph computes attention between all of them and masks it between images:
+    its cost is quadratic, so that runs with few images are cheaper.
     """
     group: list[Encoded] = []
     patches = 0
     for sample in batch:
         pixels = sample.extras[_PIXELS]
-        more = len(pixels) if pixels.dim() == _PATCHES else 0
-        if group and patches + more > _PATCHES_AT_ONCE:
+        more = len(pixels) if pixels.dim() == _PATCH_DIMS else 0
+        if group and patches + more > _MAX_PATCHES:
             yield group
             group, patches = [], 0
         group.append(sample)
@@ -217,7 +228,7 @@ def _groups(batch: Sequence[Encoded]) -> Generator[list[Encoded]]:
     yield group
 
 
-def _joined(name: str, parts: Sequence[NDArray[Any]]) -> NDArray[Any]:
-    if len(parts) == 1:
-        return parts[0]
-    return np.concatenate(parts, axis=1 if name == LEVELS else 0)
+def _concatenated(name: str, arrays: Sequence[NDArray[Any]]) -> NDArray[Any]:
+    if len(arrays) == 1:
+        return arrays[0]
+    return np.concatenate(arrays, axis=1 if name == DEEPSTACK else 0)

@@ -1,7 +1,7 @@
-"""An ONNX artifact behind an OpenAI-compatible API on loopback: a module that is run, with the JSON of a `Job` as its argument.
+"""An OpenAI-compatible server for an ONNX artifact on loopback: run as a module, with the JSON of a `ServerJob` as its argument.
 
-It offers what load is put on by: `/health`, `/v1/models` and `/v1/chat/completions`, streamed token by token or whole. Answers are
-greedy, and made one after the other: a request waits until those before it have ended.
+It has the paths that the load generator needs: `/health`, `/v1/models` and `/v1/chat/completions`, streamed or not. Answers are
+greedy, and generated one at a time: a request waits for those before it.
 """
 
 from __future__ import annotations
@@ -24,34 +24,45 @@ from typing import Any, ClassVar, cast
 from compress.errors import CompressError, DataError
 from compress.progress import Silent
 from compress.runtimes.onnxruntime_graph import choose_engine
-from compress.runtimes.onnxruntime_session import OnnxruntimeSession, OnnxruntimeSettings, Streamed, load
+from compress.runtimes.onnxruntime_session import OnnxruntimeSession, OnnxruntimeSettings, StreamedAnswer, load_session
 from compress.runtimes.runtime import OpenContext, Prompt
 
 KEY = "COMPRESS_SERVER_KEY"
-"""The environment variable that holds the key which requests are to name."""
+"""The environment variable that holds the server's API key."""
 
-_LONGEST_ANSWER = 256
-"""How many tokens an answer has at most where a request does not say."""
-_LARGEST_BODY = 1 << 30
+_DEFAULT_MAX_TOKENS = 256
+"""The length limit of an answer where the request has none."""
+
+_MAX_BODY_BYTES = 1 << 30
+"""The largest accepted request body: images are in it, in base64."""
+
 _DATA_URL = "data:"
-_HALF = "\ufffd"
-"""What stands for a character of which only some bytes are there yet."""
+_REPLACEMENT = "\ufffd"
+"""The tokenizer's output for an incomplete UTF-8 character."""
 
 
 @dataclass(frozen=True)
 class ServerJob:
-    """What is served: the artifact, the folder of its graphs, the name it goes by, and where."""
+    """The server's configuration."""
 
     artifact: str
+    """The artifact's folder."""
+
     graphs: str
+    """The folder of its graphs: for a checkpoint, the one it was exported to."""
+
     model: str
+    """The served model's name."""
+
     port: int
     settings: dict[str, Any]
+    """The fields of `OnnxruntimeSettings`."""
+
     trust_remote_code: bool
 
 
 class RequestError(Exception):
-    """A request that is not answered: the HTTP status, and why."""
+    """A refused request: the HTTP status and the message."""
 
     def __init__(self, status: int, message: str) -> None:
         self.status = status
@@ -60,38 +71,39 @@ class RequestError(Exception):
 
 @dataclass(frozen=True)
 class ServerRequest:
-    """What is asked: a prompt, how many tokens the answer has at most, and how it is sent."""
+    """A parsed request for a chat completion."""
 
     prompt: Prompt
     max_new_tokens: int
     ignore_eos: bool
     stream: bool
     usage: bool
+    """Whether a stream ends with a chunk on token usage."""
 
 
 def read_request(body: object, model: str) -> ServerRequest:
-    """Read the body of a request for a chat completion: one turn of the user's, of text and images as data URLs.
+    """Parse the body of a chat completion request: one user turn with text and images as data URLs.
 
     Raises:
-        RequestError: it is none, names another model, or asks for what is not offered.
+        RequestError: it is malformed, names another model, or has an unsupported option.
     """
     if not isinstance(body, dict):
         raise RequestError(400, "the body is no JSON object")
-    given = cast("dict[str, Any]", body)
-    if given.get("model", model) != model:
-        raise RequestError(404, f"the model {given['model']!r} is not served here, only {model}")
-    for key, plain in {"temperature": 0, "n": 1, "logprobs": False, "tools": None}.items():
-        if given.get(key) not in (plain, None):
-            raise RequestError(400, f"{key}: {given[key]!r} is not offered: answers are greedy, one each; leave it out")
-    most = given.get("max_completion_tokens") or given.get("max_tokens") or _LONGEST_ANSWER
-    if not isinstance(most, int) or isinstance(most, bool) or most < 1:
-        raise RequestError(400, f"max_tokens: {most!r} is no number of tokens")
-    options = given.get("stream_options")
+    fields = cast("dict[str, Any]", body)
+    if fields.get("model", model) != model:
+        raise RequestError(404, f"the model {fields['model']!r} is not served here, only {model}")
+    for key, supported in {"temperature": 0, "n": 1, "logprobs": False, "tools": None}.items():
+        if fields.get(key) not in (supported, None):
+            raise RequestError(400, f"{key}: {fields[key]!r} is not offered: answers are greedy, one each; leave it out")
+    max_tokens = fields.get("max_completion_tokens") or fields.get("max_tokens") or _DEFAULT_MAX_TOKENS
+    if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
+        raise RequestError(400, f"max_tokens: {max_tokens!r} is no number of tokens")
+    options = fields.get("stream_options")
     return ServerRequest(
-        prompt=_prompt(given.get("messages")),
-        max_new_tokens=most,
-        ignore_eos=bool(given.get("ignore_eos")),
-        stream=bool(given.get("stream")),
+        prompt=_prompt(fields.get("messages")),
+        max_new_tokens=max_tokens,
+        ignore_eos=bool(fields.get("ignore_eos")),
+        stream=bool(fields.get("stream")),
         usage=isinstance(options, dict) and bool(cast("dict[str, Any]", options).get("include_usage")),
     )
 
@@ -122,57 +134,64 @@ def _image(url: str) -> bytes:
         raise RequestError(400, f"image_url: no base64 ({error})") from error
 
 
-class Wording:
-    """Makes text of an answer's tokens as they come; `pieces` of it, one after the other, are the answer."""
+class Detokenizer:
+    """Incremental detokenization: the returned pieces, concatenated, are the answer's text."""
 
     def __init__(self, session: OnnxruntimeSession) -> None:
         self._session = session
         self.tokens: list[int] = []
-        self._said = ""
-        self._start = self._read = 0
+        self._emitted = ""
+        self._start = self._end = 0
 
-    def piece(self, token: int) -> str:
-        """Take a token and return what it adds; nothing where it ends amid a character.
+    def add(self, token: int) -> str:
+        """Append a token and return the text it completes; empty where it ends in the middle of a character.
 
-        A token's text can depend on the one before it, such as a space: both are decoded, and the former's text is taken off.
+        A token's text can depend on the previous one, such as its leading space: both are decoded, and the first's text is removed.
         """
         self.tokens.append(token)
-        before = self._session.words(self.tokens[self._start : self._read])
-        words = self._session.words(self.tokens[self._start :])
-        if words.endswith(_HALF) or len(words) <= len(before):
+        prefix = self._session.decode(self.tokens[self._start : self._end])
+        text = self._session.decode(self.tokens[self._start :])
+        if text.endswith(_REPLACEMENT) or len(text) <= len(prefix):
             return ""
-        self._start, self._read = self._read, len(self.tokens)
-        self._said += words[len(before) :]
-        return words[len(before) :]
+        self._start, self._end = self._end, len(self.tokens)
+        self._emitted += text[len(prefix) :]
+        return text[len(prefix) :]
 
-    def rest(self) -> str:
-        """Return what is left at the answer's end."""
-        return self.whole().removeprefix(self._said)
+    def flush(self) -> str:
+        """Return the text that has not been returned yet."""
+        return self.text().removeprefix(self._emitted)
 
-    def whole(self) -> str:
-        """Return all that was said."""
-        return self._session.words(self.tokens)
+    def text(self) -> str:
+        """Return the whole text."""
+        return self._session.decode(self.tokens)
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A loaded artifact, its name, the key that requests are to name, and what lets one answer at a time be made."""
+class ServedArtifact:
+    """A loaded artifact and how it is served."""
 
     session: OnnxruntimeSession
     artifact: str
+    """The artifact's folder."""
+
     model: str
+    """The served model's name."""
+
     key: str
-    turn: threading.Lock
+    """The API key."""
+
+    lock: threading.Lock
+    """Held while an answer is generated: one at a time."""
 
 
 class ArtifactServer(ThreadingHTTPServer):
-    """A thread for each connection, which all ask one artifact."""
+    """An HTTP server with a thread per connection, for one artifact."""
 
     daemon_threads = True
     request_queue_size = 1024
 
-    def __init__(self, loaded: Loaded, port: int) -> None:
-        self.loaded = loaded
+    def __init__(self, served: ServedArtifact, port: int) -> None:
+        self.served = served
         super().__init__(("127.0.0.1", port), Handler)
 
 
@@ -180,12 +199,12 @@ class Handler(BaseHTTPRequestHandler):
     """Answers the requests of one connection."""
 
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # a token is sent when it is made
+    disable_nagle_algorithm = True  # a token is sent as soon as it is generated
     timeout: ClassVar[float | None] = 300.0
 
     @property
-    def _loaded(self) -> Loaded:
-        return cast("ArtifactServer", self.server).loaded
+    def _served(self) -> ServedArtifact:
+        return cast("ArtifactServer", self.server).served
 
     def do_GET(self) -> None:
         """Answer `/health`, which needs no key, and `/v1/models`."""
@@ -199,9 +218,9 @@ class Handler(BaseHTTPRequestHandler):
         except RequestError as error:
             self._refuse(error)
             return
-        loaded = self._loaded
-        row = {"id": loaded.model, "object": "model", "owned_by": "compress", "root": loaded.artifact}
-        self._send_json(200, {"object": "list", "data": [row | {"max_model_len": loaded.session.longest}]})
+        served = self._served
+        row = {"id": served.model, "object": "model", "owned_by": "compress", "root": served.artifact}
+        self._send_json(200, {"object": "list", "data": [row | {"max_model_len": served.session.max_length}]})
 
     def do_POST(self) -> None:
         """Answer `/v1/chat/completions`."""
@@ -210,23 +229,23 @@ class Handler(BaseHTTPRequestHandler):
             body = self._body()
             if self.path != "/v1/chat/completions":
                 raise RequestError(404, f"{self.path}: nothing is served there")
-            request = read_request(body, self._loaded.model)
-            with self._loaded.turn:
+            request = read_request(body, self._served.model)
+            with self._served.lock:
                 self._answer(request)
         except RequestError as error:
             self._refuse(error)
-        except (ConnectionError, TimeoutError):  # who asked has gone
+        except (ConnectionError, TimeoutError):  # the client has disconnected
             self.close_connection = True
 
     def _check_key(self) -> None:
-        given = self.headers.get("Authorization", "").removeprefix("Bearer ")
-        if not hmac.compare_digest(given.encode(), self._loaded.key.encode()):
+        key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        if not hmac.compare_digest(key.encode(), self._served.key.encode()):
             self.close_connection = True
             raise RequestError(401, "the key is not the one that this server was started with")
 
     def _body(self) -> object:
         length = self.headers.get("Content-Length", "")
-        if not length.isdigit() or int(length) > _LARGEST_BODY:
+        if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
             self.close_connection = True
             raise RequestError(413 if length.isdigit() else 411, f"a body of {length or 'unknown'} bytes is not read")
         try:
@@ -235,9 +254,9 @@ class Handler(BaseHTTPRequestHandler):
             raise RequestError(400, f"the body is no JSON ({error})") from error
 
     def _answer(self, request: ServerRequest) -> None:
-        """Make an answer and send it: what is at fault with the prompt is known before anything is sent."""
+        """Generate an answer and send it; faults of the prompt are known before anything is sent."""
         try:
-            streamed = self._loaded.session.stream(request.prompt, request.max_new_tokens, ignore_eos=request.ignore_eos)
+            streamed = self._served.session.stream(request.prompt, request.max_new_tokens, ignore_eos=request.ignore_eos)
             if request.stream:
                 self._send_stream(request, streamed)
             else:
@@ -245,38 +264,38 @@ class Handler(BaseHTTPRequestHandler):
         except DataError as error:
             raise RequestError(400, str(error)) from error
 
-    def _send_whole(self, streamed: Streamed) -> None:
-        wording, finish, made = Wording(self._loaded.session), "length", 0
+    def _send_whole(self, streamed: StreamedAnswer) -> None:
+        detokenizer, finish, count = Detokenizer(self._served.session), "length", 0
         try:
             for token, ended in streamed.tokens:
-                made, finish = made + 1, ended or finish
+                count, finish = count + 1, ended or finish
                 if ended != "stop":
-                    wording.tokens.append(token)
+                    detokenizer.tokens.append(token)
         except CompressError as error:
             raise RequestError(500, str(error)) from error
-        message = {"role": "assistant", "content": wording.whole()}
+        message = {"role": "assistant", "content": detokenizer.text()}
         choice = {"index": 0, "message": message, "logprobs": None, "finish_reason": finish}
-        self._send_json(200, self._head("chat.completion") | {"choices": [choice], "usage": _usage(streamed.prompt_tokens, made)})
+        self._send_json(200, self._head("chat.completion") | {"choices": [choice], "usage": _usage(streamed.prompt_tokens, count)})
 
-    def _send_stream(self, request: ServerRequest, streamed: Streamed) -> None:
-        """Send an event for each token as it is made; the first says who speaks, the last why it is the last."""
-        head, wording, made = self._head("chat.completion.chunk"), Wording(self._loaded.session), 0
+    def _send_stream(self, request: ServerRequest, streamed: StreamedAnswer) -> None:
+        """Send an event per token as it is generated; the first has the role, the last the finish reason."""
+        head, detokenizer, count = self._head("chat.completion.chunk"), Detokenizer(self._served.session), 0
         try:
             for token, finish in streamed.tokens:
-                made += 1
-                piece = "" if finish == "stop" else wording.piece(token)
-                delta = {"content": piece + wording.rest() if finish else piece}
-                if made == 1:
+                count += 1
+                text = "" if finish == "stop" else detokenizer.add(token)
+                delta = {"content": text + detokenizer.flush() if finish else text}
+                if count == 1:
                     self._begin_stream()
                     delta |= {"role": "assistant"}
                 self._event(head | {"choices": [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish}]})
         except CompressError as error:
-            if not made:
+            if not count:
                 raise RequestError(500, str(error)) from error
             self._event({"error": _fault(500, str(error))})
         else:
             if request.usage:
-                self._event(head | {"choices": [], "usage": _usage(streamed.prompt_tokens, made)})
+                self._event(head | {"choices": [], "usage": _usage(streamed.prompt_tokens, count)})
             self._event("[DONE]")
         finally:
             streamed.tokens.close()
@@ -295,7 +314,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def _head(self, kind: str) -> dict[str, Any]:
         name = f"chatcmpl-{secrets.token_hex(12)}"
-        return {"id": name, "object": kind, "created": int(time.time()), "model": self._loaded.model}
+        return {"id": name, "object": kind, "created": int(time.time()), "model": self._served.model}
 
     def _refuse(self, error: RequestError) -> None:
         self._send_json(error.status, {"error": _fault(error.status, str(error))})
@@ -313,8 +332,8 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(body)
 
 
-def _usage(prompt: int, made: int) -> dict[str, int]:
-    return {"prompt_tokens": prompt, "completion_tokens": made, "total_tokens": prompt + made}
+def _usage(prompt: int, completion: int) -> dict[str, int]:
+    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
 def _fault(status: int, message: str) -> dict[str, Any]:
@@ -322,7 +341,7 @@ def _fault(status: int, message: str) -> dict[str, Any]:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Load what the job names and serve it until the process is ended; the port is listened to once it is loaded.
+    """Load the job's artifact and serve it until the process is ended; the port is opened once it is loaded.
 
     Raises:
         CompressError: it cannot be loaded.
@@ -332,8 +351,8 @@ def main(arguments: Sequence[str]) -> None:
     settings = OnnxruntimeSettings(**job.settings)
     engine = choose_engine(settings.providers, settings.threads)
     graphs, artifact = Path(job.graphs), Path(job.artifact)
-    session = load(graphs, OpenContext(artifact, graphs, Silent(), job.trust_remote_code, job.model), settings, engine)
-    with ArtifactServer(Loaded(session, job.artifact, job.model, key, threading.Lock()), job.port) as server:
+    session = load_session(graphs, OpenContext(artifact, graphs, Silent(), job.trust_remote_code, job.model), settings, engine)
+    with ArtifactServer(ServedArtifact(session, job.artifact, job.model, key, threading.Lock()), job.port) as server:
         server.serve_forever()
 
 

@@ -1,4 +1,4 @@
-"""An ONNX artifact that answers, scores, or compares images with texts, in ONNX Runtime."""
+"""Sessions with an ONNX artifact in ONNX Runtime: answers and scores, or image and text embeddings."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from compress.errors import CheckpointError, DataError, StoreError
 from compress.families import family_at
 from compress.progress import Progress
 from compress.runtimes.embedding import Embedder, Towers
-from compress.runtimes.inputs import Encoded, Encoder, check_compares, check_writes, stops_and_pad
+from compress.runtimes.inputs import Encoded, Encoder, check_contrastive, check_generative, stops_and_pad
 from compress.runtimes.onnxruntime import Provider
-from compress.runtimes.onnxruntime_decoder import Decoding
+from compress.runtimes.onnxruntime_decoder import BatchDecoder
 from compress.runtimes.onnxruntime_graph import Engine, GraphSession, choose_engine
 from compress.runtimes.onnxruntime_inputs import PAST, Graphs, Preparer, find_rope
 from compress.runtimes.runtime import (
@@ -33,9 +33,9 @@ from compress.runtimes.runtime import (
     Answer,
     Embeddings,
     Faults,
+    ImageInput,
     OpenContext,
     Passage,
-    Picture,
     Prompt,
     Score,
     scored_tokens,
@@ -46,16 +46,20 @@ from compress.skeleton import load_config
 
 _IMAGES, _TEXTS = "vision_model.onnx", "text_model.onnx"
 _SCALE = "logit_scale"
-_LOGITS_AT_ONCE = 2**27
-"""How many of them, in float32, are held at once where a batch is scored."""
-_ROWS_AT_ONCE = 64
+_MAX_LOGITS = 2**27
+"""Logits of a scored batch in memory at once: 512 MiB in float32."""
+
+_SOFTMAX_ROWS = 64
+"""Rows of logits that are converted to float64 at once."""
 
 
 @dataclass(frozen=True)
 class OnnxruntimeSettings:
-    """A runtime's fields, as the recipe gives them; `providers` None where they are chosen by what is here."""
+    """The fields of `runtime: onnxruntime`."""
 
     providers: tuple[Provider, ...] | None
+    """None for auto."""
+
     threads: int | None
     dtype: str
     tokens_per_batch: int
@@ -63,44 +67,48 @@ class OnnxruntimeSettings:
     whole_tokens: int
 
 
-class Spoken(NamedTuple):
-    """A token as it is made, and why it is the last: it ends the answer and is none of its words, or there is room for no more."""
+class GeneratedToken(NamedTuple):
+    """One token of a streamed answer."""
 
     token: int
     finish: Literal["stop", "length"] | None
+    """Why it is the last: an end-of-sequence token, which is no part of the answer, or the length limit."""
 
 
 @dataclass(frozen=True)
-class Streamed:
-    """An answer that is being made: how many tokens its prompt has, and its own, each as soon as it is known."""
+class StreamedAnswer:
+    """An answer that is being generated."""
 
     prompt_tokens: int
-    tokens: Generator[Spoken]
+    """The number of tokens in the prompt."""
+
+    tokens: Generator[GeneratedToken]
+    """Yields each token as soon as it is generated."""
 
 
 @contextmanager
 def open_session(context: OpenContext, settings: OnnxruntimeSettings) -> Generator[OnnxruntimeSession]:
-    """Load an artifact, or what a checkpoint is exported to; its memory is free again when the context ends.
+    """Load an artifact, or the graphs that a checkpoint is exported to; the memory is freed when the context ends.
 
     Raises:
         CheckpointError: it cannot be read or exported.
-        MissingError: a provider, an opset or an operator is not there.
-        StoreError: there is no room for the exported checkpoint.
+        MissingError: a provider, an opset or an operator is not available.
+        StoreError: the disk is too full for the exported checkpoint.
     """
     engine = choose_engine(settings.providers, settings.threads)
     with graphs_of(context, settings, engine) as folder:
-        session = load(folder, context, settings, engine)
+        session = load_session(folder, context, settings, engine)
     with closing(session):
         yield session
 
 
 @contextmanager
 def graphs_of(context: OpenContext, settings: OnnxruntimeSettings, engine: Engine) -> Generator[Path]:
-    """Give the folder to load graphs from: the artifact or, of a checkpoint that has none, one that is there only so long.
+    """Yield the folder of an artifact's graphs; a checkpoint is exported to a folder that is removed when the context ends.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported.
-        StoreError: there is no room for what it is exported to.
+        StoreError: the disk is too full for the export.
     """
     if artifact_format(context.artifact) == "onnx":
         yield context.artifact
@@ -111,7 +119,7 @@ def graphs_of(context: OpenContext, settings: OnnxruntimeSettings, engine: Engin
     auto = "float32" if engine.device == "cpu" else "float16"
     export = Onnx.model_validate({"format": "onnx", "dtype": auto if settings.dtype == "auto" else settings.dtype})
     folder = context.logs / f"{context.name}.onnx-export"
-    shutil.rmtree(folder, ignore_errors=True)  # what a killed run has left
+    shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     try:
         folder.mkdir(parents=True)
         export.apply(
@@ -124,8 +132,8 @@ def graphs_of(context: OpenContext, settings: OnnxruntimeSettings, engine: Engin
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load(folder: Path, context: OpenContext, settings: OnnxruntimeSettings, engine: Engine) -> OnnxruntimeSession:
-    """Load an artifact, its graphs from the folder that `graphs_of` gives; raises as `open_session` does."""
+def load_session(folder: Path, context: OpenContext, settings: OnnxruntimeSettings, engine: Engine) -> OnnxruntimeSession:
+    """Load an artifact with its graphs from the folder of `graphs_of`; raises as `open_session`."""
     artifact, trusted = context.artifact, context.trust_remote_code
     family = family_at(artifact, trusted)
     processor = load_processor(artifact, trusted)
@@ -146,7 +154,7 @@ def load(folder: Path, context: OpenContext, settings: OnnxruntimeSettings, engi
 
 
 class OnnxruntimeSession:
-    """An artifact whose graphs are loaded in this process: those of a model that writes, or the two towers of one that compares."""
+    """An artifact whose graphs are loaded in this process: a generative model's three, or CLIP's two towers."""
 
     block: int | None = 64
 
@@ -159,24 +167,24 @@ class OnnxruntimeSession:
 
     @property
     def offers(self) -> frozenset[Ability]:
-        """What the model does; see `Session.offers`."""
+        """The model's abilities; see `Session.offers`."""
         return frozenset({"comparison"} if self._encoder.family.head is None else {"text", "scores"})
 
     def close(self) -> None:
-        """Let go of the graphs."""
+        """Free the graphs."""
         self._model = None
         gc.collect()
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
         """Answer each prompt by greedy decoding; the model's sampling settings and penalties are left out. See `Session.answer`.
 
-        Tokens that stand for images and videos are never said: no model could read such an answer back. A prompt that is longer
-        than the model takes, has more images, or one that cannot be decoded, gives an answer with its fault.
+        Placeholder tokens of images and videos are suppressed: an answer that has one could not be scored. A prompt that exceeds
+        the model's context length or image count, or has an image that cannot be decoded, gives an answer with its fault.
 
         Raises:
-            UsageError: the model writes no text.
+            UsageError: the model generates no text.
             CheckpointError: the graphs cannot be run.
             MissingError: there is too little memory.
         """
@@ -184,27 +192,27 @@ class OnnxruntimeSession:
         answers: dict[int, Answer] = {}
         faults: dict[int, str] = {}
 
-        def tell(place: int, answer: Answer) -> None:
-            answers[place] = answer
-            if each is not None:
-                each(answer)
+        def add(index: int, answer: Answer) -> None:
+            answers[index] = answer
+            if on_answer is not None:
+                on_answer(answer)
 
         with progress.task("answer", len(prompts), "prompts") as advance:
             for batch in self._encoder.prompts(prompts, max_new_tokens, faults):
-                for sample, ids in zip(batch, self._continue(preparer, batch, max_new_tokens), strict=True):
-                    tell(sample.place, Answer(id=prompts[sample.place].id, text=self.words(ids), token_ids=tuple(ids)))
+                for sample, ids in zip(batch, self._generate(preparer, batch, max_new_tokens), strict=True):
+                    add(sample.index, Answer(id=prompts[sample.index].id, text=self.decode(ids), token_ids=tuple(ids)))
                 advance(len(batch))
-            for place, words in faults.items():
-                tell(place, Answer(id=prompts[place].id, text="", token_ids=(), fault=words))
+            for index, fault in faults.items():
+                add(index, Answer(id=prompts[index].id, text="", token_ids=(), fault=fault))
             advance(len(faults))
-        return [answers[place] for place in range(len(prompts))]
+        return [answers[index] for index in range(len(prompts))]
 
-    def stream(self, prompt: Prompt, max_new_tokens: int, *, ignore_eos: bool = False) -> Streamed:
-        """Answer one prompt as `answer` does, token by token; with `ignore_eos`, no token ends it.
+    def stream(self, prompt: Prompt, max_new_tokens: int, *, ignore_eos: bool = False) -> StreamedAnswer:
+        """Answer one prompt as `answer` does, token by token; with `ignore_eos`, end-of-sequence tokens do not end it.
 
         Raises:
-            UsageError: the model writes no text.
-            DataError: the prompt is longer than the model takes, has more images, or one that cannot be decoded.
+            UsageError: the model generates no text.
+            DataError: the prompt exceeds the context length or image count, or has an image that cannot be decoded.
             CheckpointError: the graphs cannot be run.
             MissingError: there is too little memory.
         """
@@ -214,157 +222,157 @@ class OnnxruntimeSession:
             raise DataError(faults[0])
         (batch,) = batches
 
-        def spoken() -> Generator[Spoken]:
+        def generate() -> Generator[GeneratedToken]:
             steps = self._steps(preparer, batch, max_new_tokens, () if ignore_eos else self._stops)
-            for count, (tokens, going) in enumerate(steps, 1):
-                yield Spoken(int(tokens[0]), "stop" if not going[0] else "length" if count == max_new_tokens else None)
+            for count, (tokens, active) in enumerate(steps, 1):
+                yield GeneratedToken(int(tokens[0]), "stop" if not active[0] else "length" if count == max_new_tokens else None)
 
-        return Streamed(batch[0].length, spoken())
+        return StreamedAnswer(batch[0].length, generate())
 
-    def words(self, token_ids: Sequence[int]) -> str:
+    def decode(self, token_ids: Sequence[int]) -> str:
         """Return the text of an answer's tokens."""
         return str(self._encoder.processor.tokenizer.decode(token_ids, skip_special_tokens=True))
 
     @property
-    def longest(self) -> int | None:
-        """How many tokens the model takes, None where its config does not say."""
-        return self._encoder.longest
+    def max_length(self) -> int | None:
+        """The model's context length in tokens, None where its config has none."""
+        return self._encoder.max_length
 
-    def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
-        """Score the passages; see `Session.score`. One that is longer than the model takes gives a score with its fault.
+    def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
+        """Score the passages; see `Session.score`. One that exceeds the model's context length gives a score with its fault.
 
         Raises:
-            UsageError: `against` was recorded on other passages, by another runtime, or with another `top_logprobs`; or the model
-                writes no text.
+            UsageError: `reference` was recorded on other passages, by another runtime, or with another `top_logprobs`; or the model
+                generates no text.
             CheckpointError: the graphs cannot be run.
             MissingError: there is too little memory.
             StoreError: the record cannot be written.
         """
         preparer = self.preparer()
-        original = TopRecord(against, passages, self._top) if against is not None else None
+        original = TopRecord(reference, passages, self._top) if reference is not None else None
         recorded: dict[int, list[Position]] = {}
         scores = [score_of(passage.id, [], None if original is None else []) for passage in passages]
         faults: dict[int, str] = {}
-        encoder = self._for_scores(preparer)
+        encoder = self._scoring_encoder(preparer)
         with progress.task("score", sum(len(scored_tokens(passage)) for passage in passages), "tokens") as advance:
             for batch in encoder.passages(passages, faults):
-                for place, logits in _scored_logits(preparer, batch, passages):
-                    known = original.of(place) if original is not None else None
-                    positions = self._positions(scored_tokens(passages[place]), logits, known)
-                    scores[place] = score_of(passages[place].id, positions, known)
+                for index, logits in _scored_logits(preparer, batch, passages):
+                    original_positions = original.of(index) if original is not None else None
+                    positions = self._positions(scored_tokens(passages[index]), logits, original_positions)
+                    scores[index] = score_of(passages[index].id, positions, original_positions)
                     if record is not None:
-                        recorded[place] = positions
+                        recorded[index] = positions
                     advance(len(positions))
         if record is not None:
-            write_record(record, passages, [recorded.get(place, []) for place in range(len(passages))], self._top)
-        for place, words in faults.items():
-            scores[place] = unscored(passages[place].id, words, compared=original is not None)
+            write_record(record, passages, [recorded.get(index, []) for index in range(len(passages))], self._top)
+        for index, fault in faults.items():
+            scores[index] = unscored(passages[index].id, fault, compared=original is not None)
         return scores
 
     def distributions(
-        self, passages: Sequence[Passage], places: Sequence[tuple[int, int]], progress: Progress
+        self, passages: Sequence[Passage], positions: Sequence[tuple[int, int]], progress: Progress
     ) -> list[NDArray[np.float32] | None]:
-        """Return how each place is predicted over the whole vocabulary; see `WholeVocabulary`.
+        """Return the distribution over the full vocabulary at each position; see `FullVocabularySession`.
 
         Raises:
-            UsageError: the model writes no text.
+            UsageError: the model generates no text.
             CheckpointError: the graphs cannot be run.
             MissingError: there is too little memory.
         """
         preparer = self.preparer()
-        chosen = list(dict.fromkeys(passage for passage, _ in places))
-        own = [passages[place] for place in chosen]
-        found: dict[int, NDArray[np.float32]] = {}
-        with progress.task("whole vocabulary", len(places), "tokens") as advance:
-            for batch in self._for_scores(preparer).passages(own, {}):
-                for place, logits in _scored_logits(preparer, batch, own):
-                    wanted = [(at, token) for at, (passage, token) in enumerate(places) if passage == chosen[place]]
-                    rows = torch.from_numpy(logits[[token for _, token in wanted]]).to(torch.float64).log_softmax(dim=1)
-                    found |= {at: row.to(torch.float32).numpy() for (at, _), row in zip(wanted, rows, strict=True)}
-                    advance(len(wanted))
-        return [found.get(place) for place in range(len(places))]
+        indices = list(dict.fromkeys(passage for passage, _ in positions))
+        subset = [passages[index] for index in indices]
+        distributions: dict[int, NDArray[np.float32]] = {}
+        with progress.task("whole vocabulary", len(positions), "tokens") as advance:
+            for batch in self._scoring_encoder(preparer).passages(subset, {}):
+                for index, logits in _scored_logits(preparer, batch, subset):
+                    requested = [(at, token) for at, (passage, token) in enumerate(positions) if passage == indices[index]]
+                    rows = torch.from_numpy(logits[[token for _, token in requested]]).to(torch.float64).log_softmax(dim=1)
+                    distributions |= {at: row.to(torch.float32).numpy() for (at, _), row in zip(requested, rows, strict=True)}
+                    advance(len(requested))
+        return [distributions.get(at) for at in range(len(positions))]
 
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
-        """Return how likely the model finds each class for each picture; see `Session.classify`.
+        """Return the zero-shot log-probabilities [images, classes]; see `Session.classify`.
 
         Raises:
             UsageError: the model compares no images with texts.
-            DataError: a text is longer than the model takes, or an image cannot be decoded.
+            DataError: a text exceeds the model's context length, or an image cannot be decoded.
         """
-        return self._embedder().classify(pictures, classes, progress, faults)
+        return self._embedder().classify(images, classes, progress, faults)
 
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
-        """Return where the model puts each picture and each text; see `Session.embed`.
+        """Return the embeddings of images and texts; see `Session.embed`.
 
         Raises:
             UsageError: the model compares no images with texts.
-            DataError: a text is longer than the model takes, or an image cannot be decoded.
+            DataError: a text exceeds the model's context length, or an image cannot be decoded.
         """
-        return self._embedder().embed(pictures, texts, progress, faults)
+        return self._embedder().embed(images, texts, progress, faults)
 
     def preparer(self) -> Preparer:
-        """Return what makes of encoded samples what the graphs read.
+        """Return the preparer of the graphs' inputs.
 
         Raises:
-            UsageError: the model writes no text.
+            UsageError: the model generates no text.
         """
-        check_writes(self._encoder.family)
+        check_generative(self._encoder.family)
         return cast("Preparer", self._model)
 
-    def _for_scores(self, preparer: Preparer) -> Encoder:
-        """Return what makes batches of passages small enough for the logits of all their tokens."""
+    def _scoring_encoder(self, preparer: Preparer) -> Encoder:
+        """Return an encoder whose batches are small enough for the logits of all their tokens."""
         vocabulary = int(preparer.graphs.decoder.outputs["logits"].shape[2])
-        return replace(self._encoder, tokens_per_batch=min(self._encoder.tokens_per_batch, _LOGITS_AT_ONCE // vocabulary))
+        return replace(self._encoder, tokens_per_batch=min(self._encoder.tokens_per_batch, _MAX_LOGITS // vocabulary))
 
     def _embedder(self) -> Embedder:
-        check_compares(self._encoder.family)
+        check_contrastive(self._encoder.family)
         return Embedder(cast("Towers", self._model), self._encoder)
 
-    def _continue(self, preparer: Preparer, batch: Sequence[Encoded], most: int) -> list[list[int]]:
-        """Return the likeliest continuation of each prompt: at most so many tokens, without the one that ends it."""
-        said: list[list[int]] = [[] for _ in batch]
-        for tokens, going in self._steps(preparer, batch, most, self._stops):
-            for row in np.flatnonzero(going):
-                said[row].append(int(tokens[row]))
-        return said
+    def _generate(self, preparer: Preparer, batch: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
+        """Return the greedy continuation of each prompt, without its end-of-sequence token."""
+        continuations: list[list[int]] = [[] for _ in batch]
+        for tokens, active in self._steps(preparer, batch, max_new_tokens, self._stops):
+            for row in np.flatnonzero(active):
+                continuations[row].append(int(tokens[row]))
+        return continuations
 
     def _steps(
-        self, preparer: Preparer, batch: Sequence[Encoded], most: int, stops: Sequence[int]
+        self, preparer: Preparer, batch: Sequence[Encoded], max_new_tokens: int, stops: Sequence[int]
     ) -> Generator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
-        """Give, step by step, the likeliest token of each prompt's continuation, and which rows it does not end [samples]."""
+        """Yield per step the greedy token of each row [samples], and which rows are still active [samples]."""
         prepared = preparer.prepare(batch)
-        decoding = Decoding(preparer.graphs, prepared, prepared.longest + most)
-        logits = decoding.begin()
-        never = [token for token in preparer.placeholders if token < logits.shape[1]]
-        going = np.ones(len(batch), dtype=np.bool_)
-        for count in range(1, most + 1):
-            logits[:, never] = -np.inf
+        decoder = BatchDecoder(preparer.graphs, prepared, prepared.padded_length + max_new_tokens)
+        logits = decoder.begin()
+        suppressed = [token for token in preparer.placeholders if token < logits.shape[1]]
+        active = np.ones(len(batch), dtype=np.bool_)
+        for count in range(1, max_new_tokens + 1):
+            logits[:, suppressed] = -np.inf
             tokens = logits.argmax(axis=1)
-            going = going & ~np.isin(tokens, stops)
-            yield tokens, going
-            if count == most or not going.any():
+            active = active & ~np.isin(tokens, stops)
+            yield tokens, active
+            if count == max_new_tokens or not active.any():
                 break
-            logits = decoding.step(tokens, going)
+            logits = decoder.step(tokens, active)
 
-    def _positions(self, tokens: Sequence[int], logits: NDArray[np.float32], known: Sequence[Position] | None) -> list[Position]:
-        """Return how tokens were predicted from logits [tokens, vocabulary], at those known of the original too."""
-        found: list[Position] = []
-        for first in range(0, len(tokens), _ROWS_AT_ONCE):
-            exact = torch.from_numpy(logits[first : first + _ROWS_AT_ONCE]).to(torch.float64)
-            logs = exact.log_softmax(dim=1).to(torch.float32)
+    def _positions(self, tokens: Sequence[int], logits: NDArray[np.float32], original: Sequence[Position] | None) -> list[Position]:
+        """Return the predictions of tokens from logits [tokens, vocabulary]: the top tokens, and the original's top tokens."""
+        positions: list[Position] = []
+        for first in range(0, len(tokens), _SOFTMAX_ROWS):
+            rows = torch.from_numpy(logits[first : first + _SOFTMAX_ROWS]).to(torch.float64)
+            logs = rows.log_softmax(dim=1).to(torch.float32)
             best = logs.topk(min(self._top, logs.shape[1]), dim=1)
             for row, (ids, values) in enumerate(zip(_rows(best.indices), _rows(best.values), strict=True)):
                 top = dict(zip(map(int, ids), values, strict=True))
-                for token, _ in known[first + row].top if known else ():
+                for token, _ in original[first + row].top if original else ():
                     if token < logs.shape[1]:
                         top.setdefault(token, float(logs[row, token]))
                 token = tokens[first + row]
-                found.append(Position(token, float(logs[row, token]), tuple(top.items())))
-        return found
+                positions.append(Position(token, float(logs[row, token]), tuple(top.items())))
+        return positions
 
 
 def _rows(values: Tensor) -> list[list[float]]:
@@ -374,27 +382,27 @@ def _rows(values: Tensor) -> list[list[float]]:
 def _scored_logits(
     preparer: Preparer, batch: Sequence[Encoded], passages: Sequence[Passage]
 ) -> Generator[tuple[int, NDArray[np.float32]]]:
-    """Give, by the passages' places, the logits [tokens, vocabulary] that their scored tokens are predicted by."""
+    """Yield, by the passages' indices, the logits [tokens, vocabulary] that predict their scored tokens."""
     prepared = preparer.prepare(batch)
-    counts = [len(scored_tokens(passages[sample.place])) for sample in batch]
+    counts = [len(scored_tokens(passages[sample.index])) for sample in batch]
     firsts = [sample.length - 1 - count for sample, count in zip(batch, counts, strict=True)]
-    before = min(firsts)
-    logits = Decoding(preparer.graphs, prepared, prepared.longest).prefill(prepared.longest - before)
+    start = min(firsts)
+    logits = BatchDecoder(preparer.graphs, prepared, prepared.padded_length).prefill(prepared.padded_length - start)
     for row, (sample, first, count) in enumerate(zip(batch, firsts, counts, strict=True)):
-        yield sample.place, logits[row, first - before : first - before + count]
+        yield sample.index, logits[row, first - start : first - start + count]
 
 
 def _towers(folder: Path, engine: Engine) -> Towers:
-    """Load the two encoders of a model that compares images with texts.
+    """Load the two encoders of CLIP.
 
     Raises:
-        CheckpointError: one is missing or damaged, or says nothing of what the cosines are scaled by.
-        MissingError: this ONNX Runtime lacks what one needs.
+        CheckpointError: one is missing or damaged, or neither has the logit scale in its metadata.
+        MissingError: this ONNX Runtime lacks an opset, an operator or a provider.
     """
     images, texts = GraphSession(folder / _IMAGES, engine), GraphSession(folder / _TEXTS, engine)
-    images.expect({"pixel_values"}, {"image_embeds"})
-    texts.expect({"input_ids", "attention_mask"}, {"text_embeds"})
-    scale = images.notes.get(_SCALE) or texts.notes.get(_SCALE)
+    images.check_signature({"pixel_values"}, {"image_embeds"})
+    texts.check_signature({"input_ids", "attention_mask"}, {"text_embeds"})
+    scale = images.metadata.get(_SCALE) or texts.metadata.get(_SCALE)
     if scale is None:
         raise CheckpointError(f"{images.path}: does not say what cosines are scaled by (metadata {_SCALE}); export it again")
 

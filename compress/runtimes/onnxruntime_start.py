@@ -1,4 +1,4 @@
-"""Starting the server of an ONNX artifact on loopback, in this Python."""
+"""Start the server of an ONNX artifact on loopback, with this Python."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from compress.runtimes.onnxruntime import Onnxruntime
 from compress.runtimes.onnxruntime_graph import choose_engine
 from compress.runtimes.onnxruntime_server import KEY, ServerJob
 from compress.runtimes.onnxruntime_session import OnnxruntimeSettings, graphs_of
-from compress.runtimes.runtime import OpenContext, Served
+from compress.runtimes.runtime import OpenContext, RunningServer
 from compress.runtimes.server import Server, await_service, choose_port, run_server
 from compress.runtimes.vllm_start import plain_environment
 
 _NAME = "ONNX Runtime"
 _MODULE = "compress.runtimes.onnxruntime_server"
-_OWN = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
-"""What leads a Python to its packages: the server is started by this one."""
+_PYTHON_VARIABLES = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
+"""Variables that this Python finds its packages by: the server needs them too."""
 
 
 @contextmanager
-def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings) -> Generator[Served]:
-    """Start a server for an artifact, or what a checkpoint is exported to, and wait until it serves.
+def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings) -> Generator[RunningServer]:
+    """Start a server for an artifact, or for the graphs that a checkpoint is exported to, and wait until it answers.
 
     Raises:
-        UsageError: the model writes no text.
+        UsageError: the model generates no text.
         CheckpointError: a checkpoint cannot be exported.
-        MissingError: a provider is not there.
-        StoreError: there is no room for the exported checkpoint.
-        ServerError: the server did not come up.
+        MissingError: a provider is not available.
+        StoreError: the disk is too full for the exported checkpoint.
+        ServerError: the server did not start.
     """
     family = family_at(context.artifact, context.trust_remote_code)
     if family.head is None:
@@ -60,13 +60,13 @@ def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSetti
 @contextmanager
 def _run(
     runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings, graphs: Path
-) -> Generator[tuple[Server, Served]]:
+) -> Generator[tuple[Server, RunningServer]]:
     port = choose_port(runtime.port, _NAME)
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
     artifact = str(context.artifact.absolute())
     job = ServerJob(artifact, str(graphs.absolute()), model, port, asdict(settings), context.trust_remote_code)
     command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]
-    variables = plain_environment() | {name: os.environ[name] for name in _OWN if name in os.environ} | {KEY: key}
+    variables = plain_environment() | {name: os.environ[name] for name in _PYTHON_VARIABLES if name in os.environ} | {KEY: key}
     with run_server(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:
-        yield server, Served(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.words)
+        yield server, RunningServer(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.read_log)

@@ -1,4 +1,4 @@
-"""Asking a server many things at once, so that one that fails now and then, is slow, or starts again costs no item."""
+"""Concurrent requests to a server, with retries: a server that fails now and then, is slow, or restarts costs no item."""
 
 from __future__ import annotations
 
@@ -23,25 +23,41 @@ from compress.runtimes.exchange import AnswerError, Response, exchange, open_htt
 from compress.untrusted import printable
 
 _PROBE_SECONDS = 10
-_INTERVAL = 0.25
-"""Seconds between two looks whether a server is back."""
-_LONGEST_PAUSE = 30.0
-_TIMEOUTS = 2
-"""How often one item may be waited for in vain: a third time would take as long again."""
-_OUTAGES = 3
-"""How many outages one item may fall into: a question that brings the server down each time must end."""
-_WORDS = 300
-_LONGEST_REFUSAL = 65_536
-_LEAST_IN_A_ROW = 16
+"""The timeout of a probe whether the server is back: it is asked for a list of models, which needs no computation."""
+
+_POLL_SECONDS = 0.25
+"""Seconds between two probes of a server that is away."""
+
+_MAX_PAUSE = 30.0
+"""Seconds at which the doubling pause between attempts ends."""
+
+_MAX_TIMEOUTS = 2
+"""How many requests of one item may time out: each costs `request_seconds`."""
+
+_MAX_OUTAGES = 3
+"""During how many outages one item may be retried: an item that crashes the server each time must fail."""
+
+_MESSAGE_CHARACTERS = 300
+"""Characters of a server's text in a fault or an error message."""
+
+_ERROR_BODY_CHARACTERS = 65_536
+"""Characters of an error response that are parsed."""
+
+_MIN_CONSECUTIVE_FAILURES = 16
+"""From how many failed items in a row on the server is at fault, at low concurrency."""
+
 _DENIED = {401, 403}
-_ELSEWHERE = {301, 302, 303, 307, 308}
-_AGAIN = {408, 409, 425}
+_REDIRECTS = {301, 302, 303, 307, 308}
+_RETRIED = {408, 409, 425}
+"""Client errors that may pass: request timeout, conflict, too early."""
+
 _BUSY = 429
-_NOT_OFFERED = 501
+_NOT_IMPLEMENTED = 501
 _UNREADABLE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
-"""What reading an answer that is not as it should be raises."""
+"""What parsing a malformed response raises."""
+
 _AWAY = {502, 503, 504}
-"""What a proxy answers where the server behind it does not."""
+"""Statuses of a proxy whose server does not answer."""
 
 _SECONDS = re.compile(r"[0-9]{1,9}(?:\.[0-9]*)?")
 
@@ -52,30 +68,34 @@ RESUMES = "run the same command again: what has been answered is kept"
 
 
 class ItemError(Exception):
-    """One item could not be had, though the server still serves; its words are short and hold no key."""
+    """One item failed though the server still answers; the message is short and holds no key."""
 
 
 @dataclass(frozen=True)
-class Patience:
-    """How long, in seconds, and how often a server is asked before an item, or the whole server, is given up.
-
-    A request may take `request_seconds`; an item that fails is asked for `attempts` times, after pauses that begin with `pause` and
-    double; a server that does not answer at all is waited for `away_seconds`.
-    """
+class RetryPolicy:
+    """When an item, or the server, is given up."""
 
     request_seconds: float
+    """The timeout of one request."""
+
     away_seconds: float
+    """How long a server that does not answer at all is waited for."""
+
     attempts: int = 5
+    """How often an item is requested before it fails."""
+
     pause: float = 0.5
+    """Seconds before the second attempt; doubled with each further one."""
 
 
 @dataclass(frozen=True)
 class Address:
-    """Where a server is asked; `key_variable` is the environment variable its key is from, `key` the key, kept out of all words."""
+    """A server's URL and API key; the key is not in the `repr`."""
 
     url: str
     key: str | None = None
     key_variable: str | None = None
+    """The environment variable that the key comes from."""
 
     def __repr__(self) -> str:
         return f"Address({self.url})"
@@ -83,7 +103,7 @@ class Address:
 
 @dataclass(frozen=True)
 class _Failure:
-    words: str
+    message: str
     timed_out: bool = False
     away: bool = False
     busy: bool = False
@@ -91,10 +111,10 @@ class _Failure:
 
 
 def open_client(address: Address, connections: int, *, trust_env: bool = True) -> httpx.Client:
-    """Return a client for a server; without `trust_env` no proxy of the environment stands between."""
+    """Return a client for a server; without `trust_env` the environment's proxies are not used."""
     headers = {"Authorization": f"Bearer {address.key}"} if address.key else {}
     url = address.url.rstrip("/").removesuffix("/v1")
-    return open_http(url, headers, connections + 1, trust_env=trust_env)  # one more to look after it
+    return open_http(url, headers, connections + 1, trust_env=trust_env)  # one more for the probe
 
 
 def read_key(variable: str | None, url: str) -> str | None:
@@ -112,288 +132,285 @@ def read_key(variable: str | None, url: str) -> str | None:
     return key
 
 
-class Asker:
-    """Asks one server, from several threads at once; see `Patience`.
+class RetryingClient:
+    """A client for one server that retries, used from several threads at once; see `RetryPolicy`.
 
-    `check` raises ServerError where the process that serves is known to have ended.
+    `check` raises ServerError if the server's process is known to have exited.
     """
 
-    def __init__(self, client: httpx.Client, address: Address, patience: Patience, check: Callable[[], None]) -> None:
+    def __init__(self, client: httpx.Client, address: Address, policy: RetryPolicy, check: Callable[[], None]) -> None:
         self.client = client
         self._address = address
-        self._patience = patience
+        self._policy = policy
         self._check = check
-        self._ending = threading.Event()
-        self._looking = threading.Lock()
-        self._chance: Final = random.Random(0)  # noqa: S311 - no secret
-        self._answered = time.monotonic()
-        """When the server last answered as it should."""
-        self._back = float("-inf")
+        self._closing = threading.Event()
+        self._probing = threading.Lock()
+        self._jitter: Final = random.Random(0)  # noqa: S311 - no secret
+        self._last_success = time.monotonic()
+        self._outage_end = float("-inf")
         """When the last outage ended."""
-        self._open_again = 0.0
-        """Until when the server asked not to be asked."""
+        self._paused_until = 0.0
+        """Until when the server asked for no requests (Retry-After)."""
         self._lost: str | None = None
+        """The message of the error that ended the session for every thread."""
 
     def close(self) -> None:
-        """Make what still waits for an answer give up."""
-        self._ending.set()
+        """Abort the requests that are waiting for an answer."""
+        self._closing.set()
 
-    def post(self, path: str, body: object, read: Callable[[Any], Result]) -> Result:
-        """Ask until there is an answer that `read` can use: it raises KeyError, IndexError, TypeError or ValueError otherwise.
+    def post(self, path: str, body: object, parse: Callable[[Any], Result]) -> Result:
+        """Send a request; retry until `parse` accepts the response: on KeyError, IndexError, TypeError or ValueError it has not.
 
         Raises:
-            ItemError: the server refused the item, or failed again and again.
-            ServerError: the server ended, does not answer any more, or refuses the key.
+            ItemError: the server refuses the item, or every attempt failed.
+            ServerError: the server exited, has stopped answering, or refuses the key.
         """
         content = json.dumps(body).encode()
         failed = timeouts = outages = 0
         while True:
-            self._hold()
+            self._wait_for_pause()
             began = time.monotonic()
-            outcome = self._once(path, content, read)
+            outcome = self._send(path, content, parse)
             if not isinstance(outcome, _Failure):
-                self._answered = time.monotonic()
+                self._last_success = time.monotonic()
                 return outcome
-            if self._ending.is_set():
+            if self._closing.is_set():
                 raise ServerError(f"{self._address.url}: was not asked to the end; {RESUMES}")
             if outcome.busy:
-                self._wait_as_told(outcome, failed)
+                self._pause_all(outcome, failed)
                 continue
-            if outcome.away and self._was_away(began) and outages < _OUTAGES:
+            if outcome.away and self._was_away(began) and outages < _MAX_OUTAGES:
                 outages += 1
                 continue
             failed += 1
             timeouts += outcome.timed_out
-            if failed >= self._patience.attempts or timeouts >= _TIMEOUTS:
-                raise ItemError(outcome.words)
-            self._ending.wait(self._told(outcome, failed))
+            if failed >= self._policy.attempts or timeouts >= _MAX_TIMEOUTS:
+                raise ItemError(outcome.message)
+            self._closing.wait(self._next_pause(outcome, failed))
 
     def each(
         self,
         items: Sequence[Item],
         call: Callable[[Item], Result],
-        failed: Callable[[Item, str], Result],
+        on_failure: Callable[[Item, str], Result],
         concurrency: int,
-        told: Callable[[Item, Result], None],
+        on_result: Callable[[Item, Result], None],
     ) -> list[Result]:
-        """Call for each item, `concurrency` at once, and return the results in the items' order; `told` hears of each as it comes.
+        """Call `call` for each item in `concurrency` threads; return the results in the items' order.
 
-        What `call` raises as ItemError becomes the result that `failed` makes of it.
+        `on_result` is called with each result as it arrives. An ItemError becomes what `on_failure` returns for its message.
 
         Raises:
-            ServerError: the server is lost, or items fail one after the other, so that something else than an item is at fault.
+            ServerError: the server is lost, or so many items in a row fail that the items are not at fault.
         """
         results: dict[int, Result] = {}
-        bound = max(_LEAST_IN_A_ROW, 2 * concurrency)
-        in_a_row = 0
-        outcomes = _Crew(items, call, min(concurrency, len(items)))
+        limit = max(_MIN_CONSECUTIVE_FAILURES, 2 * concurrency)
+        consecutive = 0
+        workers = _Workers(items, call, min(concurrency, len(items)))
         try:
             for _ in items:
-                place, outcome = outcomes.next()
+                index, outcome = workers.next()
                 if isinstance(outcome, ItemError):
-                    in_a_row += 1
-                    result = failed(items[place], str(outcome))
-                    if in_a_row >= bound:
+                    consecutive += 1
+                    result = on_failure(items[index], str(outcome))
+                    if consecutive >= limit:
                         raise ServerError(
-                            f"{self._address.url}: {in_a_row} items failed one after the other (the last: {outcome}); look into "
+                            f"{self._address.url}: {consecutive} items failed one after the other (the last: {outcome}); look into "
                             f"the server's log, and {RESUMES}"
                         ) from outcome
                 else:
-                    in_a_row = 0
+                    consecutive = 0
                     result = outcome
-                results[place] = result
-                told(items[place], result)
+                results[index] = result
+                on_result(items[index], result)
         finally:
-            outcomes.stop()
-        return [results[place] for place in range(len(items))]
+            workers.stop()
+        return [results[index] for index in range(len(items))]
 
-    def _once(self, path: str, content: bytes, read: Callable[[Any], Result]) -> Result | _Failure:
+    def _send(self, path: str, content: bytes, parse: Callable[[Any], Result]) -> Result | _Failure:
         try:
-            with exchange(self.client, "POST", path, self._patience.request_seconds, content) as answer:
-                if not httpx.codes.is_success(answer.status):
-                    return self._refused(answer)
+            with exchange(self.client, "POST", path, self._policy.request_seconds, content) as response:
+                if not httpx.codes.is_success(response.status):
+                    return self._refused(response)
                 try:
-                    return read(answer.json())
+                    return parse(response.json())
                 except _UNREADABLE as error:
-                    return _Failure(shown(f"its answer cannot be read ({type(error).__name__}: {error})"))
+                    return _Failure(excerpt(f"its answer cannot be read ({type(error).__name__}: {error})"))
         except AnswerError as error:
-            raise ItemError(shown(str(error))) from error
+            raise ItemError(excerpt(str(error))) from error
         except httpx.TimeoutException as error:
             connecting = isinstance(error, httpx.ConnectTimeout)
-            return _Failure(
-                f"no answer within {self._patience.request_seconds:g} seconds", timed_out=not connecting, away=connecting
-            )
+            return _Failure(f"no answer within {self._policy.request_seconds:g} seconds", timed_out=not connecting, away=connecting)
         except httpx.HTTPError as error:
-            return _Failure(shown(f"{type(error).__name__}: {error}"), away=True)
+            return _Failure(excerpt(f"{type(error).__name__}: {error}"), away=True)
         except RuntimeError as error:  # the client was closed meanwhile
-            return _Failure(shown(str(error)))
+            return _Failure(excerpt(str(error)))
 
-    def _refused(self, answer: Response) -> _Failure:
-        """Return what a status other than success means for the item.
+    def _refused(self, response: Response) -> _Failure:
+        """Return the failure that a status other than success means for the item.
 
         Raises:
-            ItemError: the server will not answer this item, however often it is asked.
-            ServerError: it wants a key, or another one; or it lacks what it is asked for.
+            ItemError: the server refuses this item for good.
+            ServerError: it demands a key, or another one; or it lacks the API.
         """
-        status = answer.status
-        words = shown(f"{status}: {refusal_of(answer)}")
+        status = response.status
+        message = excerpt(f"{status}: {error_message(response)}")
         if status in _DENIED:
-            raise ServerError(denied(self._address, words))
-        if "scale-out" in words.lower():
-            raise ServerError(f"{self._address.url}: {words}; start the server with --enable-scale-out")
-        if (status < 500 and status != _BUSY and status not in _AGAIN) or status == _NOT_OFFERED:
-            raise ItemError(words)
-        return _Failure(words, away=status in _AWAY, busy=status == _BUSY, pause=_retry_after(answer.headers))
+            raise ServerError(denied_message(self._address, message))
+        if "scale-out" in message.lower():
+            raise ServerError(f"{self._address.url}: {message}; start the server with --enable-scale-out")
+        if (status < 500 and status != _BUSY and status not in _RETRIED) or status == _NOT_IMPLEMENTED:
+            raise ItemError(message)
+        return _Failure(message, away=status in _AWAY, busy=status == _BUSY, pause=_retry_after(response.headers))
 
-    def _wait_as_told(self, outcome: _Failure, failed: int) -> None:
-        """Keep every thread from asking for a while; being asked to wait is no failure of an item.
+    def _pause_all(self, outcome: _Failure, failed: int) -> None:
+        """Pause the requests of all threads, as the server is busy; this does not count as an attempt.
 
         Raises:
-            ServerError: the server has answered nothing else for too long.
+            ServerError: the server has been busy for too long.
         """
-        if time.monotonic() - self._answered > self._patience.away_seconds:
+        if time.monotonic() - self._last_success > self._policy.away_seconds:
             raise ServerError(
-                f"{self._address.url}: has asked to wait for more than {self._patience.away_seconds:g} seconds ({outcome.words}); "
-                f"lower concurrency, and {RESUMES}"
+                f"{self._address.url}: has asked to wait for more than {self._policy.away_seconds:g} seconds "
+                f"({outcome.message}); lower concurrency, and {RESUMES}"
             )
-        self._open_again = max(self._open_again, time.monotonic() + self._told(outcome, failed + 1))
+        self._paused_until = max(self._paused_until, time.monotonic() + self._next_pause(outcome, failed + 1))
 
-    def _hold(self) -> None:
-        if (left := self._open_again - time.monotonic()) > 0:
-            self._ending.wait(left)
+    def _wait_for_pause(self) -> None:
+        if (seconds := self._paused_until - time.monotonic()) > 0:
+            self._closing.wait(seconds)
 
     def _was_away(self, began: float) -> bool:
-        """Wait until the server answers again; return whether it had been away since `began`.
+        """Wait until the server answers again; return whether there was an outage since `began`.
 
         Raises:
-            ServerError: its process ended, or it does not come back.
+            ServerError: its process exited, or it does not come back.
         """
-        with self._looking:
+        with self._probing:
             if self._lost is not None:
                 raise ServerError(self._lost)
-            if self._answered > began:
-                return self._back > began
-            deadline = time.monotonic() + self._patience.away_seconds
+            if self._last_success > began:
+                return self._outage_end > began
+            deadline = time.monotonic() + self._policy.away_seconds
             away = False
-            while not self._is_there():
+            while not self._answers():
                 away = True
-                if time.monotonic() > deadline or self._ending.wait(_INTERVAL):
+                if time.monotonic() > deadline or self._closing.wait(_POLL_SECONDS):
                     self._lost = (
-                        f"{self._address.url}: nothing has answered for {self._patience.away_seconds:g} seconds; start the server "
+                        f"{self._address.url}: nothing has answered for {self._policy.away_seconds:g} seconds; start the server "
                         f"again, and {RESUMES}"
                     )
                     raise ServerError(self._lost)
-            self._answered = time.monotonic()
+            self._last_success = time.monotonic()
             if away:
-                self._back = self._answered
+                self._outage_end = self._last_success
             return away
 
-    def _is_there(self) -> bool:
+    def _answers(self) -> bool:
         try:
             self._check()
         except ServerError as error:
             self._lost = f"{error}\nTo go on, {RESUMES}."
             raise ServerError(self._lost) from error
         try:
-            with exchange(self.client, "GET", "/v1/models", _PROBE_SECONDS) as answer:
-                return answer.status < 500
+            with exchange(self.client, "GET", "/v1/models", _PROBE_SECONDS) as response:
+                return response.status < 500
         except (httpx.HTTPError, AnswerError, RuntimeError):
             return False
 
-    def _told(self, outcome: _Failure, failed: int) -> float:
-        """Return how long to wait: as the server says, within reason, or longer with each failure."""
-        return self._pause(failed) if outcome.pause is None else min(outcome.pause, self._patience.away_seconds)
+    def _next_pause(self, outcome: _Failure, failed: int) -> float:
+        """Return the seconds before the next attempt: the server's Retry-After, within limits, or a pause that doubles."""
+        return self._pause(failed) if outcome.pause is None else min(outcome.pause, self._policy.away_seconds)
 
     def _pause(self, failed: int) -> float:
-        longest = min(self._patience.pause * 2 ** (failed - 1), _LONGEST_PAUSE)
-        with self._looking:
-            return longest * self._chance.uniform(0.5, 1.0)
+        longest = min(self._policy.pause * 2 ** (failed - 1), _MAX_PAUSE)
+        with self._probing:
+            return longest * self._jitter.uniform(0.5, 1.0)
 
 
-class _Crew(Generic[Item]):
-    """Threads that call for one item after the other; they end with the process, whatever they wait for."""
+class _Workers(Generic[Item]):
+    """Daemon threads that take items from one queue: they end with the process even in the middle of a request."""
 
     def __init__(self, items: Sequence[Item], call: Callable[[Item], Any], count: int) -> None:
-        self._work: Iterator[tuple[int, Item]] = iter(enumerate(items))
+        self._items: Iterator[tuple[int, Item]] = iter(enumerate(items))
         self._call = call
-        self._taking = threading.Lock()
+        self._lock = threading.Lock()
         self._stopped = False
         self._outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         for _ in range(count):
-            threading.Thread(target=self._labour, daemon=True).start()
+            threading.Thread(target=self._run, daemon=True).start()
 
     def next(self) -> tuple[int, Any]:
-        """Return the place and the outcome, a result or an ItemError, of an item that is done.
+        """Return the index and the outcome, a result or an ItemError, of the next finished item.
 
         Raises:
-            Exception: what else a call raised.
+            Exception: any other error of a call.
         """
-        place, outcome = self._outcomes.get()
+        index, outcome = self._outcomes.get()
         if isinstance(outcome, BaseException) and not isinstance(outcome, ItemError):
             raise outcome
-        return place, outcome
+        return index, outcome
 
     def stop(self) -> None:
-        """Begin no further item."""
+        """Start no further item."""
         self._stopped = True
 
-    def _labour(self) -> None:
+    def _run(self) -> None:
         finished = False
         try:
-            while (given := self._take()) is not None:
-                place, item = given
+            while (entry := self._take()) is not None:
+                index, item = entry
                 try:
                     outcome = self._call(item)
                 except (ItemError, ServerError) as error:
                     outcome = error
-                self._outcomes.put((place, outcome))
+                self._outcomes.put((index, outcome))
             finished = True
         finally:
             if not finished:
                 self._outcomes.put((-1, sys.exception()))
 
     def _take(self) -> tuple[int, Item] | None:
-        with self._taking:
-            return None if self._stopped else next(self._work, None)
+        with self._lock:
+            return None if self._stopped else next(self._items, None)
 
 
-def shown(words: str, most: int = _WORDS) -> str:
-    """Return words of a server's, or about it, on one line, cut, and without secrets, which some servers repeat."""
-    flat = printable(" ".join(redact(words).split()))
-    return flat if len(flat) <= most else flat[: most - 1] + "…"
+def excerpt(text: str, limit: int = _MESSAGE_CHARACTERS) -> str:
+    """Return text from a server on one line, cut to `limit` characters, and redacted: some servers repeat keys."""
+    line = printable(" ".join(redact(text).split()))
+    return line if len(line) <= limit else line[: limit - 1] + "…"
 
 
-def denied(address: Address, words: str) -> str:
-    """Return what to say where a server wants a key, or another one."""
+def denied_message(address: Address, reason: str) -> str:
+    """Return the error message for a server that demands a key, or another one."""
     if address.key_variable is None:
         remedy = "it needs a key: put it into an environment variable, and name that as key_variable"
     else:
         remedy = f"it refuses the key in the environment variable {address.key_variable}; correct it"
-    return f"{address.url}: {words}; {remedy}"
+    return f"{address.url}: {reason}; {remedy}"
 
 
-def refusal_of(answer: Response) -> str:
-    """Return the server's own words on a failure, or where it sends who asks."""
-    if answer.status in _ELSEWHERE:
-        return (
-            f"it sends to {answer.headers.get('Location', 'another address')}, which is not followed; name the server that answers"
-        )
-    text = answer.text[:_LONGEST_REFUSAL]
+def error_message(response: Response) -> str:
+    """Return the error message of a response (OpenAI's `error.message`, else its text), or the target of a redirect."""
+    if response.status in _REDIRECTS:
+        location = response.headers.get("Location", "another address")
+        return f"it sends to {location}, which is not followed; name the server that answers"
+    text = response.text[:_ERROR_BODY_CHARACTERS]
     try:
         content: Any = json.loads(text)
         error: Any = cast("dict[str, Any]", content).get("error", content) if isinstance(content, dict) else content
-        told = cast("dict[str, Any]", error).get("message", error) if isinstance(error, dict) else error
-        return told if isinstance(told, str) else json.dumps(told)
+        message = cast("dict[str, Any]", error).get("message", error) if isinstance(error, dict) else error
+        return message if isinstance(message, str) else json.dumps(message)
     except (ValueError, RecursionError):
         return text
 
 
 def _retry_after(headers: httpx.Headers) -> float | None:
-    """Return how many seconds a server asks to wait: a number, or until a date (RFC 9110, section 10.2.3)."""
-    told = headers.get("Retry-After", "").strip()
-    if _SECONDS.fullmatch(told):
-        return float(told)
+    """Return a Retry-After header in seconds: it is a number, or a date (RFC 9110, section 10.2.3)."""
+    value = headers.get("Retry-After", "").strip()
+    if _SECONDS.fullmatch(value):
+        return float(value)
     try:
-        return max(0.0, email.utils.parsedate_to_datetime(told).timestamp() - time.time())
+        return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     except (TypeError, ValueError, OverflowError):
         return None

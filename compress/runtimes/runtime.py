@@ -1,4 +1,4 @@
-"""What every runtime offers the evaluation: an artifact is opened, asked questions, and scored on given tokens."""
+"""The interface between evaluation and runtimes: open an artifact, generate answers, score tokens, embed images and texts."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from compress.eval.latency_results import ComponentTable
 
 Ability = Literal["text", "scores", "comparison"]
-"""What is offered of a model: it answers in text, it tells how likely given tokens are, or it compares images with texts."""
+"""What a session can do: generate text, give the log-probabilities of given tokens, or compare images with texts (CLIP)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Prompt:
 
 
 @dataclass(frozen=True)
-class Picture:
+class ImageInput:
     """One encoded image (PNG, JPEG, …)."""
 
     id: str
@@ -47,246 +47,266 @@ class Picture:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to one prompt, greedily decoded, without special tokens.
-
-    `token_ids` is empty where a server does not tell them. `fault` says, in a few words, why there is no answer; the text and the
-    tokens are empty then.
-    """
+    """A model's greedily decoded answer to one prompt, without special tokens."""
 
     id: str
     text: str
     token_ids: tuple[int, ...]
+    """The answer's tokens; empty where the server does not return them."""
+
     fault: str | None = None
+    """Why there is no answer, in a few words; text and tokens are empty then."""
 
 
 @dataclass(frozen=True)
 class Passage:
-    """Tokens to be scored: after `prompt` (asked through the chat template) or, where there is none, from their own start."""
+    """A token sequence to be scored: the continuation of a prompt, or a text on its own."""
 
     id: str
     token_ids: tuple[int, ...]
     prompt: Prompt | None = None
+    """The prompt, rendered by the chat template, that the tokens continue; None where the text stands alone."""
 
 
 @dataclass(frozen=True)
 class Score:
-    """How a model, and how alike to the original, a passage's tokens were predicted.
+    """Log-likelihoods of a passage's tokens and, where a reference was given, their divergence from the original model.
 
-    Each array has one float per scored token: all of the passage's after a prompt, all but the first without one.
-    `negative_log_likelihood` in nats; `kl` is KL(original ‖ this model) in nats and `same_top` whether both put the same token
-    first, both None where nothing was compared. `fault` says, in a few words, why there is no score; the arrays are empty then.
+    Each array has one entry per scored token: all of the passage's after a prompt, all but the first without one.
     """
 
     id: str
     negative_log_likelihood: NDArray[np.float64]
+    """In nats."""
+
     kl: NDArray[np.float64] | None = None
+    """KL(original ‖ this model) in nats; None where there was no reference."""
+
     same_top: NDArray[np.bool_] | None = None
+    """Whether both models rank the same token first; None where there was no reference."""
+
     fault: str | None = None
+    """Why there is no score, in a few words; the arrays are empty then."""
+
     at_least: bool = False
-    """Whether `kl` is over some of the vocabulary's tokens and the rest as one, which bounds the whole vocabulary's from below."""
+    """Whether `kl` is a lower bound: taken over the top tokens, with all other tokens merged into one bucket."""
 
     whole: NDArray[np.float64] | None = None
-    """KL over the whole vocabulary, nan at the tokens that were not drawn for it; None where none was."""
+    """KL over the full vocabulary in nats, NaN at tokens outside the random sample; None where no token was sampled."""
 
     weight: float = 1.0
-    """For how many tokens each one that was drawn stands."""
+    """How many scored tokens each sampled token represents."""
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """Images and texts in one space: directions of length one, float32 of [images, width] and [texts, width].
-
-    How alike an image and a text are is `scale` times their cosine.
-    """
+    """Embeddings of images and texts in one space, L2-normalised."""
 
     images: NDArray[np.float32]
+    """[images, embedding dimension]"""
+
     texts: NDArray[np.float32]
+    """[texts, embedding dimension]"""
+
     scale: float
+    """The model's logit scale: an image-text logit is `scale` times their cosine similarity."""
 
 
 Faults = dict[int, str]
-"""Why items could not be shown to a model, by their places among those that were given."""
+"""Why inputs could not be given to a model, by their index in the input sequence."""
 
 
 class Session(Protocol):
-    """An artifact that is loaded and answers."""
+    """A loaded artifact."""
 
     @property
     def offers(self) -> frozenset[Ability]:
-        """What can be asked of this very artifact here."""
+        """The abilities of this artifact in this runtime."""
         ...
 
     @property
     def block(self) -> int | None:
-        """How many prompts are computed together, so that only the same ones asked together give the same answers to the bit.
+        """How many prompts share batches: answers are bit-identical only when the same prompts are asked together.
 
-        None where each is asked on its own.
+        None where each prompt is a request of its own.
         """
         ...
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
-        """Answer each prompt by greedy decoding, in the order given; `each` is told of every answer as it comes.
+        """Return the greedily decoded answer to each prompt, in order; `on_answer` is called with every answer as it arrives.
 
         A prompt that cannot be answered gives an answer with its fault.
 
         Raises:
-            ServerError: the runtime as a whole does not answer any more.
+            ServerError: the runtime has stopped answering altogether.
         """
         ...
 
-    def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
-        """Score the passages, in the order given; one that cannot be scored, or compared, gives a score with its fault.
+    def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
+        """Score the passages, in order; one that cannot be scored, or compared, gives a score with its fault.
 
-        With `record`, what a later comparison needs is written to that new folder; with `against`, such a folder of the
-        original's, each token's prediction is compared with the original's. The same passages in the same order must be given.
+        With `record`, the predictions that a later comparison needs are written to that new folder. With `reference`, the folder
+        that the original recorded for the same passages in the same order, each token's prediction is compared with the original's.
 
         Raises:
-            ServerError: the runtime as a whole does not answer any more.
+            ServerError: the runtime has stopped answering altogether.
         """
         ...
 
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
-        """Return log-probabilities [pictures, classes] of a model that compares images with texts; a class has one or more.
+        """Return zero-shot log-probabilities [images, classes]; each class is a list of one or more texts.
 
-        A picture that cannot be shown has NaN in its row, and why is put into `faults` under its place.
+        An image that cannot be decoded has NaN in its row, and its fault is put into `faults` under its index.
 
         Raises:
-            DataError: there is such a picture, and no `faults`.
+            DataError: an image cannot be decoded, and `faults` is None.
         """
         ...
 
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
-        """Return where a model that compares images with texts puts each; see `classify` for pictures that cannot be shown."""
+        """Return the embeddings of images and texts; see `classify` for images that cannot be decoded."""
         ...
 
 
 @runtime_checkable
-class WholeVocabulary(Protocol):
-    """A session whose `score` compares a few tokens of the vocabulary, and which tells all of them where it is asked to."""
+class FullVocabularySession(Protocol):
+    """A session whose `score` compares top tokens only, and which can also give distributions over the full vocabulary."""
 
     @property
     def whole_tokens(self) -> int:
-        """At how many of a task's tokens it is to be asked."""
+        """How many of a task's scored tokens are compared over the full vocabulary."""
         ...
 
     def distributions(
-        self, passages: Sequence[Passage], places: Sequence[tuple[int, int]], progress: Progress
+        self, passages: Sequence[Passage], positions: Sequence[tuple[int, int]], progress: Progress
     ) -> list[NDArray[np.float32] | None]:
-        """Return the log-probabilities [vocabulary], in nats, of the predictions at each place: (passage, its scored token).
+        """Return the log-probabilities [vocabulary], in nats, at each position: (passage index, index of its scored token).
 
-        None stands where it cannot be told, everywhere where the runtime refuses to, of which who watches is warned.
+        An entry is None where the request failed; all are None, with a warning, where the runtime refuses full distributions.
 
         Raises:
-            ServerError: the runtime as a whole does not answer any more.
+            ServerError: the runtime has stopped answering altogether.
         """
         ...
 
 
 @runtime_checkable
-class AskedOtherwise(Protocol):
-    """A session of a server, whose numbers depend on what it computes together."""
+class Reorderable(Protocol):
+    """A session of a server that batches requests: its numbers depend on which requests are computed together."""
 
-    def otherwise(self) -> Session:
-        """Return the same model, asked in another order and in other batches; ended with this session."""
+    def reordered(self) -> Session:
+        """Return a session of the same model that sends requests in another order and other batches; closed with this one."""
         ...
 
 
 @dataclass(frozen=True)
 class OpenContext:
-    """What a runtime is given to open an artifact: its folder, where logs belong, who watches, and what the recipe calls it."""
+    """What a runtime needs to open an artifact."""
 
     artifact: Path
+    """The artifact's folder."""
+
     logs: Path
+    """The folder for server logs."""
+
     progress: Progress
     trust_remote_code: bool = False
     name: str = "original"
-    lowered: Callable[[LadderStep], None] = ignore_step
-    """Told of everything that was lowered because a server ran out of memory while it loaded."""
+    """The artifact's name in the recipe."""
+
+    on_ladder_step: Callable[[LadderStep], None] = ignore_step
+    """Called with each setting that is lowered because a server ran out of memory while loading."""
 
 
 @dataclass(frozen=True)
-class Served:
-    """A server that answers at `url` (without `/v1`) for a model of that name.
-
-    `key` is what it asks for, `process` the id of the one that leads it where it runs here; `said` gives what it has logged.
-    """
+class RunningServer:
+    """A running OpenAI-compatible server and the model it serves."""
 
     url: str
+    """The base URL, without `/v1`."""
+
     model: str
+    """The served model's name."""
+
     key: str | None = field(default=None, repr=False)
+    """The API key."""
+
     process: int | None = None
-    said: Callable[[], str] = str
+    """The id of the process that leads the server's process group, where it runs on this machine."""
+
+    read_log: Callable[[], str] = str
+    """Returns what the server has logged so far."""
 
 
 class Runtime(Frozen, ABC):
     """One engine with its settings; the fields are the recipe's keys."""
 
     runtime: Any
-    """The row it stands for in the table of runtimes."""
+    """The runtime's name: its key in the table `RUNTIMES`."""
 
     revision: ClassVar[int]
     """Raised whenever the same settings measure something else."""
 
     kl_definition: ClassVar[str]
-    """What this runtime's per-token KL is, for the report: over the whole vocabulary, or the top tokens and the rest."""
+    """What this runtime's per-token KL is, for the report: over the full vocabulary, or over the top tokens and one bucket."""
 
     incidental: ClassVar[frozenset[str]] = frozenset()
-    """The fields that shape how it is run, but nothing of what is measured."""
+    """The fields that do not affect the measured accuracy, such as timeouts and ports; they are left out of the step's key."""
 
     pace: ClassVar[frozenset[str]] = frozenset()
-    """Those of the incidental fields that shape how fast it is."""
+    """The incidental fields that affect speed; they are in the key of a latency measurement."""
 
     serves: ClassVar[bool] = False
-    """Whether it has a server of a model that load can be put on."""
+    """Whether it has a server that a load generator can measure."""
 
     asks_server: ClassVar[bool] = False
-    """Whether its sessions ask a server, which others can ask too, and which may answer otherwise when it is asked again."""
+    """Whether its sessions are clients of a server that batches requests, so that repeated requests may be answered differently."""
 
     offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores"})
-    """What can be asked of the models that it runs; of a single one a session may offer less."""
+    """The abilities that the runtime has for some model; a session may have fewer."""
 
     def settings(self, name: str | None = None) -> dict[str, Any]:
-        """Return the fields that shape what is measured, as plain JSON values; with `name`, those that concern that artifact."""
+        """Return the fields that affect what is measured, as JSON values; with `name`, those that concern that artifact."""
         del name
         return self.model_dump(mode="json", exclude=set(self.incidental))
 
     def loaded_with(self, name: str) -> str:
-        """Return what loads the artifact `name` to measure it, with versions, in words for its model card; may ask a server.
+        """Return the engine and versions that load the artifact `name`, as text for its model card; may query a server.
 
         Raises:
-            MissingError: it is not here, or a server does not answer.
+            MissingError: the runtime is not installed, or a server does not answer.
         """
         del name
-        return f"{self.runtime} ({', '.join(f'{part} {version}' for part, version in self.versions().items())})"
+        return f"{self.runtime} ({', '.join(f'{library} {version}' for library, version in self.versions().items())})"
 
     def faults(self, artifacts: Sequence[str]) -> list[str]:
-        """Return why it cannot measure a recipe's artifacts of these names, one line each; empty where it can."""
+        """Return why it cannot measure artifacts of these names, one line each; empty where it can."""
         del artifacts
         return []
 
     def length_faults(self, config: Mapping[str, Any], longest: int) -> list[str]:
-        """Return why it cannot take a model of this config, or passages of up to `longest` tokens; empty where it can."""
+        """Return why it cannot serve a model of this config, or passages of up to `longest` tokens; empty where it can."""
         del config, longest
         return []
 
     def kernel_faults(self, products: Collection[Product]) -> list[str]:
-        """Return why it cannot compute such products on this machine, one line each; empty where it can."""
+        """Return why this machine has no kernel for such matrix products, one line each; empty where it has."""
         del products
         return []
 
     def kernel_notes(self, products: Collection[Product]) -> list[str]:
-        """Return what one should know of how it computes such products on this machine."""
+        """Return caveats about how this machine computes such matrix products, one line each."""
         del products
         return []
 
     def missing(self) -> dict[Ability, str]:
-        """Return what of what it offers cannot be asked for here, and why; may ask a server.
+        """Return the abilities in `offers` that are not available here, each with the reason; may query a server.
 
         Raises:
             MissingError: a server does not answer.
@@ -295,7 +315,7 @@ class Runtime(Frozen, ABC):
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
-        """Return the versions, by distribution, that shape what is measured; imports nothing heavy.
+        """Return the versions, by distribution, that affect what is measured; imports nothing heavy.
 
         Raises:
             MissingError: the runtime is not installed here.
@@ -303,14 +323,14 @@ class Runtime(Frozen, ABC):
 
     @abstractmethod
     def open(self, context: OpenContext) -> AbstractContextManager[Session]:
-        """Load the artifact; it is released when the context ends, in every case.
+        """Load the artifact; it is always released when the context ends.
 
         Raises:
             MissingError: the runtime is not installed, or its server died while loading.
         """
 
-    def serve(self, context: OpenContext) -> AbstractContextManager[Served]:
-        """Bring up a server for the artifact alone, for others to put load on; it is ended when the context is left.
+    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
+        """Start a server for the artifact, for a load generator to measure; it is ended when the context ends.
 
         Raises:
             UsageError: this runtime has no server.
@@ -322,15 +342,17 @@ class Runtime(Frozen, ABC):
         )
 
     def time_components(self, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
-        """Return how long each part of the model takes in this process: by transformers, with dense weights.
+        """Return how long each component of the model takes in this process: by transformers, with dense weights.
 
         Raises:
             CheckpointError: the artifact cannot be read.
             DataError: the model takes no such prompt.
         """
-        from compress.runtimes.components import Timed, measure_components
+        from compress.runtimes.components import ComponentTiming, measure_components
 
-        return measure_components(Timed(context.artifact, point, prompt, repeats, context.trust_remote_code), context.progress)
+        return measure_components(
+            ComponentTiming(context.artifact, point, prompt, repeats, context.trust_remote_code), context.progress
+        )
 
 
 @dataclass(frozen=True)
@@ -343,7 +365,7 @@ class Environment:
 
 
 def passages_digest(passages: Sequence[Passage]) -> str:
-    """Return a SHA-256 over the passages' tokens and prompts, in their order."""
+    """Return a SHA-256 over the passages' tokens and prompts, in order."""
     digest = hashlib.sha256()
     for passage in passages:
         digest.update(json.dumps([passage.id, passage.token_ids, passage.prompt and passage.prompt.text]).encode())
@@ -353,24 +375,25 @@ def passages_digest(passages: Sequence[Passage]) -> str:
 
 
 def scored_tokens(passage: Passage) -> tuple[int, ...]:
-    """Return the tokens of a passage that are predicted: all after a prompt, all but the first without one."""
+    """Return the tokens of a passage that are scored: all after a prompt, all but the first without one."""
     return passage.token_ids if passage.prompt is not None else passage.token_ids[1:]
 
 
 WHOLE_TOKENS = 320
-"""How many tokens of a task are drawn to be compared over the whole vocabulary: from 299 on, the largest of them bounds the 99th
-percentile of all with 95 % confidence (0.99 ** 299 < 0.05)."""
+"""How many of a task's scored tokens are sampled to be compared over the full vocabulary, one request each. From 299 on, the
+largest KL of the sample bounds the 99th percentile of all tokens with 95 % confidence (0.99 ** 299 < 0.05)."""
 
 LOWER_BOUND = (
-    "Merging tokens only lowers KL: such a figure is a lower bound, told as `at least`. At tokens drawn by lot (320 of each task "
-    "unless whole_tokens says otherwise) it is taken over the whole vocabulary too, where the runtime gives that"
+    "Merging tokens only lowers KL: such a figure is a lower bound, reported as `at least`. At tokens drawn at random (320 of each "
+    "task unless whole_tokens says otherwise) it is taken over the full vocabulary too, where the runtime gives that"
 )
-"""What reports say of a KL over the likeliest tokens alone."""
+"""The report's text on KL over the top tokens alone."""
 
 UNSCORED = "the original could not be scored here, so that there is nothing to compare with"
+"""The fault of a passage for which the original recorded no predictions."""
 
 
 def unscored(name: str, fault: str | None, *, compared: bool) -> Score:
-    """Return the score of the passage `name`, of which no token was scored: because of a fault, or because it has none."""
-    nothing, none = np.empty(0, dtype=np.float64), np.empty(0, dtype=np.bool_)
-    return Score(name, nothing, nothing if compared else None, none if compared else None, fault)
+    """Return a score with empty arrays for the passage `name`: because of a fault, or because it has no token to score."""
+    no_floats, no_bools = np.empty(0, dtype=np.float64), np.empty(0, dtype=np.bool_)
+    return Score(name, no_floats, no_floats if compared else None, no_bools if compared else None, fault)

@@ -1,4 +1,4 @@
-"""Graphs with the same weights and none of the rounding of what comes into matrices, to compare the weights themselves."""
+"""Strip the activation quantization from ONNX graphs and keep the quantized weights, to compare the weights alone."""
 
 from __future__ import annotations
 
@@ -9,47 +9,49 @@ from onnx import GraphProto, NodeProto, helper
 
 
 def quantizes_activations(path: Path) -> bool:
-    """Return whether a graph rounds, or lets its runtime round, what comes into any of its matrices to 8 bits."""
+    """Return whether a graph quantizes the input of any matrix product to 8 bits, itself or by an `accuracy_level`."""
     graph = onnx.load(path, load_external_data=False).graph
-    return bool(_levels(graph)) or any(node.op_type == "QuantizeLinear" for node in graph.node)
+    return bool(_accuracy_levels(graph)) or any(node.op_type == "QuantizeLinear" for node in graph.node)
 
 
 def strip_activation_quantization(path: Path) -> bytes:
-    """Return a graph, its data left where it is, whose matrices take their inputs as they are.
+    """Return a graph, serialized, without activation quantization; its external data stay where they are.
 
-    Matrices in blocks get the accuracy level at which nothing is rounded. A product of integers becomes one of the numbers that
-    would have been rounded and the same codes; what would be rounded and turned back at once is passed on.
+    `MatMulNBits` gets accuracy level 0. `MatMulInteger` becomes a `MatMul` of the unquantized input and the same weight codes; a
+    `QuantizeLinear` followed by `DequantizeLinear` becomes an `Identity`.
     """
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
-    for level in _levels(graph):
+    for level in _accuracy_levels(graph):
         level.i = 0
-    rounded = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
-    if rounded:
-        nodes = [new for node in graph.node if node.op_type != "QuantizeLinear" for new in _exact(node, rounded, graph)]
+    quantized = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
+    if quantized:
+        nodes = [
+            new for node in graph.node if node.op_type != "QuantizeLinear" for new in _without_quantization(node, quantized, graph)
+        ]
         del graph.node[:]
         graph.node.extend(nodes)
-        del graph.value_info[:]  # what is integers there is none any more
+        del graph.value_info[:]  # it declares integer types that are gone
     return model.SerializeToString()
 
 
-def _levels(graph: GraphProto) -> list[onnx.AttributeProto]:
-    """Return the accuracy levels of matrices in blocks that are not 0."""
+def _accuracy_levels(graph: GraphProto) -> list[onnx.AttributeProto]:
+    """Return the nonzero accuracy levels of `MatMulNBits` nodes."""
     nodes = (node for node in graph.node if node.op_type == "MatMulNBits")
     return [attribute for node in nodes for attribute in node.attribute if attribute.name == "accuracy_level" and attribute.i]
 
 
-def _exact(node: NodeProto, rounded: dict[str, str], graph: GraphProto) -> list[NodeProto]:
-    """Return what computes the same as a node does, on the numbers before they were rounded."""
-    if not node.input or node.input[0] not in rounded:
+def _without_quantization(node: NodeProto, quantized: dict[str, str], graph: GraphProto) -> list[NodeProto]:
+    """Return the nodes that replace a node, with the input before its quantization."""
+    if not node.input or node.input[0] not in quantized:
         return [node]
-    value = rounded[node.input[0]]
+    value = quantized[node.input[0]]
     if node.op_type == "DequantizeLinear":
         return [helper.make_node("Identity", [value], list(node.output), name=node.name)]
     if node.op_type != "MatMulInteger":
         raise ValueError(f"{node.name}: {node.op_type} of rounded inputs is not known here")
     kind = next(_cast_to(other) for other in graph.node if other.op_type == "Cast" and other.input[0] == node.output[0])
-    codes, zero, centred = (f"{node.name}:{part}" for part in ("codes", "zero", "centred"))
+    codes, zero, centred = (f"{node.name}:{suffix}" for suffix in ("codes", "zero", "centred"))
     return [
         helper.make_node("Cast", [node.input[1]], [codes], name=codes, to=kind),
         helper.make_node("Cast", [node.input[3]], [zero], name=zero, to=kind),

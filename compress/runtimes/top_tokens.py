@@ -1,4 +1,4 @@
-"""Comparison of two models' predictions from the likeliest tokens of each, where a runtime does not give the whole vocabulary."""
+"""KL divergence from the top tokens of two models, for runtimes that do not return distributions over the full vocabulary."""
 
 from __future__ import annotations
 
@@ -18,28 +18,36 @@ from compress.errors import ServerError, StoreError, UsageError
 from compress.runtimes.runtime import UNSCORED, Passage, Score, passages_digest, unscored
 
 _SCHEMA = "top-tokens-1"
-_TOKENS = 1 << 31
-_LARGEST = 1e-3
-"""What rounding may put a log-probability above 0."""
-_FLOOR = 1e-6
-"""What float32 log-probabilities leave uncertain of a probability that remains."""
+_TOKEN_LIMIT = 1 << 31
+"""The bound on token ids: records store them as 32-bit integers."""
+
+_MAX_LOG_PROBABILITY = 1e-3
+"""How far above 0 rounding may put a log-probability."""
+
+_MIN_REST = 1e-6
+"""The floor of the probability of all other tokens: below it, 1 minus a sum of float32 probabilities is rounding error."""
 
 
 @dataclass(frozen=True)
 class Position:
-    """How one token was predicted: its log-probability, and the likeliest tokens, best first, with theirs, all in nats."""
+    """The prediction at one position of a sequence."""
 
     token: int
+    """The token that is there."""
+
     log_probability: float
+    """Of that token, in nats."""
+
     top: tuple[tuple[int, float], ...]
+    """The top tokens and their log-probabilities, best first."""
 
 
 def position_of(name: str, token: int, row: Mapping[str, Mapping[str, Any]] | None, top: int) -> Position:
-    """Read one position's answer: the `top` likeliest tokens by id and, where it is none of them, the token that stands there.
+    """Parse one row of vLLM's `prompt_logprobs`: by id, the `top` tokens and, where it is none of them, the actual token.
 
     Raises:
-        ServerError: the position holds another token than the one that was asked for; `name` says in which item.
-        ValueError: it holds more tokens than asked for, or what is no log-probability.
+        ServerError: the row lacks the actual token; `name` is the item's in the message.
+        ValueError: it has more tokens than requested, or an invalid log-probability.
     """
     if row is None or str(token) not in row:
         raise ServerError(
@@ -47,20 +55,22 @@ def position_of(name: str, token: int, row: Mapping[str, Mapping[str, Any]] | No
         )
     if len(row) > top + 1:
         raise ValueError(f"{len(row):,} tokens at a position where {top} were asked for")
-    found = {int(key): float(value["logprob"]) for key, value in row.items()}
-    if not all(0 <= number < _TOKENS and -math.inf < value <= _LARGEST for number, value in found.items()):
+    log_probabilities = {int(key): float(value["logprob"]) for key, value in row.items()}
+    if not all(
+        0 <= token_id < _TOKEN_LIMIT and -math.inf < value <= _MAX_LOG_PROBABILITY for token_id, value in log_probabilities.items()
+    ):
         raise ValueError("a position holds what is no token, or no log-probability")
-    likeliest = dict(found)
-    if len(likeliest) > top:
-        del likeliest[token]
-    ordered = sorted(likeliest.items(), key=lambda pair: (-pair[1], pair[0]))
-    return Position(token=token, log_probability=found[token], top=tuple(ordered))
+    top_tokens = dict(log_probabilities)
+    if len(top_tokens) > top:
+        del top_tokens[token]
+    ordered = sorted(top_tokens.items(), key=lambda pair: (-pair[1], pair[0]))
+    return Position(token=token, log_probability=log_probabilities[token], top=tuple(ordered))
 
 
 def score_of(name: str, positions: Sequence[Position] | str, original: Sequence[Position] | None) -> Score:
-    """Return a passage's score, compared with the original's predictions at the same positions where they are given.
+    """Return a passage's score, with KL where the original's predictions at the same positions are given.
 
-    In the place of its positions stands why there are none where it could not be scored.
+    `positions` is the fault's text where the passage could not be scored.
     """
     fault = positions if isinstance(positions, str) else None
     if fault is None and original is not None and len(original) != len(positions):
@@ -71,60 +81,60 @@ def score_of(name: str, positions: Sequence[Position] | str, original: Sequence[
     if original is None:
         return Score(id=name, negative_log_likelihood=likelihood)
     pairs = list(zip(original, positions, strict=True))
-    kl = np.array([divergence(before, after) for before, after in pairs], dtype=np.float64)
-    same_top = np.array([before.top[0][0] == after.top[0][0] for before, after in pairs], dtype=np.bool_)
+    kl = np.array([divergence(p, q) for p, q in pairs], dtype=np.float64)
+    same_top = np.array([p.top[0][0] == q.top[0][0] for p, q in pairs], dtype=np.bool_)
     return Score(id=name, negative_log_likelihood=likelihood, kl=kl, same_top=same_top, at_least=True)
 
 
 def divergence(original: Position, other: Position) -> float:
-    """Return KL(original ‖ other) in nats over the tokens that are known of both, and one bucket for all others.
+    """Return KL(original ‖ other) in nats over the tokens that both positions list, and one bucket for all others.
 
-    Known are the likeliest tokens of each and the one that stands there. Merging the others only lowers KL.
+    Each position lists its top tokens and the actual one. Merging the others only lowers KL: the result is a lower bound.
     """
-    before = dict(original.top) | {original.token: original.log_probability}
-    after = dict(other.top) | {other.token: other.log_probability}
-    both = sorted(before.keys() & after.keys())
-    total = sum(math.exp(before[token]) * (before[token] - after[token]) for token in both)
-    rest_before = max(1.0 - math.fsum(math.exp(before[token]) for token in both), _FLOOR)
-    rest_after = max(1.0 - math.fsum(math.exp(after[token]) for token in both), _FLOOR)
-    return max(total + rest_before * math.log(rest_before / rest_after), 0.0)
+    p = dict(original.top) | {original.token: original.log_probability}
+    q = dict(other.top) | {other.token: other.log_probability}
+    shared = sorted(p.keys() & q.keys())
+    total = sum(math.exp(p[token]) * (p[token] - q[token]) for token in shared)
+    p_rest = max(1.0 - math.fsum(math.exp(p[token]) for token in shared), _MIN_REST)
+    q_rest = max(1.0 - math.fsum(math.exp(q[token]) for token in shared), _MIN_REST)
+    return max(total + p_rest * math.log(p_rest / q_rest), 0.0)
 
 
 def write_record(folder: Path, passages: Sequence[Passage], positions: Sequence[Sequence[Position]], top: int) -> None:
-    """Write a new folder with what a later comparison needs; it appears under its name when it is complete.
+    """Write the predictions to a new folder for a later comparison; it appears under its name when it is complete.
 
     Raises:
         StoreError: the disk is full, the folder cannot be written, or is there already.
     """
-    aside = folder.with_name(f".{folder.name}.partial")
-    flat = [position for row in positions for position in row]
+    partial = folder.with_name(f".{folder.name}.partial")
+    flat = [position for passage_positions in positions for position in passage_positions]
     width = max((len(position.top) for position in flat), default=0)
     ids = np.full((len(flat), width), -1, dtype=np.int32)
     logs = np.full((len(flat), width), -np.inf, dtype=np.float32)
-    for place, position in enumerate(flat):
-        ids[place, : len(position.top)] = [token for token, _ in position.top]
-        logs[place, : len(position.top)] = [value for _, value in position.top]
+    for row, position in enumerate(flat):
+        ids[row, : len(position.top)] = [token for token, _ in position.top]
+        logs[row, : len(position.top)] = [value for _, value in position.top]
     content = {"schema": _SCHEMA, "passages": passages_digest(passages), "top": top}
     try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir(parents=True)
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
         np.savez(
-            aside / "positions.npz",
+            partial / "positions.npz",
             counts=np.array([len(row) for row in positions], dtype=np.int64),
             tokens=np.array([position.token for position in flat], dtype=np.int32),
             log_probabilities=np.array([position.log_probability for position in flat], dtype=np.float32),
             top_ids=ids,
             top_log_probabilities=logs,
         )
-        (aside / "record.json").write_text(json.dumps(content), encoding="utf-8")
-        aside.rename(folder)
+        (partial / "record.json").write_text(json.dumps(content), encoding="utf-8")
+        partial.rename(folder)
     except OSError as error:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise StoreError(f"{folder}: cannot be written ({error}); free space or remove the old record") from error
 
 
 class TopRecord:
-    """A record of the original's predictions, read back."""
+    """A record of the original's predictions, opened for comparison."""
 
     def __init__(self, folder: Path, passages: Sequence[Passage], top: int) -> None:
         content = read_json_object(folder / "record.json")
@@ -141,10 +151,10 @@ class TopRecord:
             self._top_logs: NDArray[np.float32] = arrays["top_log_probabilities"]
             self._ends: NDArray[np.int64] = np.cumsum(arrays["counts"])
 
-    def of(self, place: int) -> list[Position]:
-        """Return the positions of the passage at this place."""
-        first = int(self._ends[place - 1]) if place else 0
-        return [self._position(row) for row in range(first, int(self._ends[place]))]
+    def of(self, index: int) -> list[Position]:
+        """Return the positions of the passage of this index."""
+        first = int(self._ends[index - 1]) if index else 0
+        return [self._position(row) for row in range(first, int(self._ends[index]))]
 
     def _position(self, row: int) -> Position:
         pairs = zip(self._top_ids[row].tolist(), self._top_logs[row].tolist(), strict=True)
@@ -152,9 +162,11 @@ class TopRecord:
         return Position(token=int(self._tokens[row]), log_probability=float(self._logs[row]), top=top)
 
 
-def scores_of(passages: Sequence[Passage], found: Sequence[Sequence[Position] | str], original: TopRecord | None) -> list[Score]:
-    """Return the scores of all passages, in their order, compared with the original's record where there is one."""
+def scores_of(
+    passages: Sequence[Passage], predictions: Sequence[Sequence[Position] | str], original: TopRecord | None
+) -> list[Score]:
+    """Return the scores of all passages, in order, with KL where there is a record of the original."""
     return [
-        score_of(passage.id, row, None if original is None else original.of(place))
-        for place, (passage, row) in enumerate(zip(passages, found, strict=True))
+        score_of(passage.id, positions, None if original is None else original.of(index))
+        for index, (passage, positions) in enumerate(zip(passages, predictions, strict=True))
     ]

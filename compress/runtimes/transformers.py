@@ -1,4 +1,4 @@
-"""The in-process runtime: transformers, on any checkpoint and any artifact of ours, unpacked to dense weights."""
+"""The in-process runtime: transformers, with every checkpoint and artifact dequantized to dense weights."""
 
 from __future__ import annotations
 
@@ -12,11 +12,7 @@ from compress.runtimes.runtime import Ability, OpenContext, Runtime, Session
 
 
 class Transformers(Runtime):
-    """Greedy answers and exact scores by the model's own code.
-
-    `dtype` auto is float32 on a CPU and the checkpoint's own type on CUDA. `tokens_per_batch` bounds what is computed at once, the
-    answers still to come included; a single prompt may be longer.
-    """
+    """Greedy answers and exact scores by the model's own code."""
 
     revision: ClassVar[int] = 2
     offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores", "comparison"})
@@ -24,24 +20,27 @@ class Transformers(Runtime):
 
     runtime: Literal["transformers"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """The type to compute in; auto is float32 on a CPU, the checkpoint's own type on CUDA."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     tokens_per_batch: PositiveInt = 4096
+    """The most tokens in a batch, prompts and answers together; a single prompt may be longer."""
 
     def versions(self) -> dict[str, str]:
-        """Return the versions of the model code, of what it computes with, and of what prepares text and images for it."""
+        """Return the versions of the model code, torch, and the libraries that prepare its inputs."""
         return {name: version(name) for name in ("torch", "transformers", "tokenizers", "torchvision", "pillow")}
 
     def loaded_with(self, name: str) -> str:
-        """Return what loads an artifact, in words for its model card."""
-        own = "in process, from weights that compress itself unpacked: nothing of `from_pretrained` was tried"
-        return f"{super().loaded_with(name)}, {own}"
+        """Return how an artifact is loaded, as text for its model card."""
+        note = "in process, from weights that compress itself unpacked: nothing of `from_pretrained` was tried"
+        return f"{super().loaded_with(name)}, {note}"
 
     def open(self, context: OpenContext) -> AbstractContextManager[Session]:
         """Load the artifact into this process.
 
         Raises:
-            CheckpointError: it is no artifact that can be read here.
-            MissingError: `device: cuda` where there is no such device.
+            CheckpointError: it cannot be read.
+            MissingError: `device: cuda` without a CUDA device.
         """
         from compress.runtimes.transformers_session import TransformersSettings, open_session
 

@@ -1,4 +1,4 @@
-"""Loading an artifact into a dense transformers model, one tensor after the other."""
+"""Load an artifact into a dense transformers model, tensor by tensor."""
 
 from __future__ import annotations
 
@@ -15,40 +15,40 @@ from compress.errors import CheckpointError, MissingError
 from compress.families import Family, family_of
 from compress.output_head import head_is_tied
 from compress.progress import Progress
-from compress.runtimes.activations import round_inputs
-from compress.runtimes.kv_cache import SCALES, round_cache
+from compress.runtimes.activations import fake_quantize_inputs
+from compress.runtimes.kv_cache import SCALES, fake_quantize_cache
 from compress.runtimes.unpack import dense_count, dense_tensors
 from compress.skeleton import build_skeleton
 
 
-def choose_device(wanted: str) -> torch.device:
-    """Return the device a recipe's `auto`, `cpu` or `cuda` stands for here.
+def choose_device(setting: str) -> torch.device:
+    """Return the device for a recipe's `auto`, `cpu` or `cuda` on this machine.
 
     Raises:
         MissingError: `cuda` without a usable CUDA device.
     """
-    if wanted == "cuda" and not torch.cuda.is_available():
+    if setting == "cuda" and not torch.cuda.is_available():
         raise MissingError("device: cuda, and torch finds no CUDA device here; set device: auto, or run where there is one")
-    return torch.device("cuda" if wanted != "cpu" and torch.cuda.is_available() else "cpu")
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def choose_dtype(wanted: str, artifact: Path, device: torch.device) -> torch.dtype:
+def choose_dtype(setting: str, artifact: Path, device: torch.device) -> torch.dtype:
     """Return the type to compute in; `auto` is float32 on a CPU, elsewhere the type named in the artifact's config.json."""
-    if wanted == "auto" and device.type != "cpu":
+    if setting == "auto" and device.type != "cpu":
         checkpoint = open_checkpoint(artifact)
         sources = (checkpoint.config, checkpoint.text_config)
-        named = [source.get(key) for source in sources for key in ("dtype", "torch_dtype")]
-        wanted = next((str(name) for name in named if name), "bfloat16")
-    return cast("torch.dtype", getattr(torch, "float32" if wanted == "auto" else wanted))
+        dtypes = [source.get(key) for source in sources for key in ("dtype", "torch_dtype")]
+        setting = next((str(name) for name in dtypes if name), "bfloat16")
+    return cast("torch.dtype", getattr(torch, "float32" if setting == "auto" else setting))
 
 
 def load_model(
     artifact: Path, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
 ) -> Any:
-    """Return the artifact as a dense transformers model in evaluation mode; inputs that a runtime rounds are rounded in it too.
+    """Return the artifact as a dense transformers model in evaluation mode, with activations fake-quantized as a runtime does.
 
     Raises:
-        CheckpointError: a weight is missing, superfluous, or of another shape than the model's.
+        CheckpointError: a weight is missing, unexpected, or has another shape than the model's.
     """
     checkpoint = open_checkpoint(artifact)
     family = family_of(checkpoint.config, str(artifact), checkpoint, trust_remote_code)
@@ -59,8 +59,8 @@ def load_model(
             path, _, leaf = family.module_name(name).rpartition(".")
             if path not in modules:
                 raise CheckpointError(f"{artifact}: holds {name}, which this model does not have; fetch or export it again")
-            computed = modules[path]._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
-            if leaf not in computed:  # old files hold the numbers of the positions too
+            derived = modules[path]._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+            if leaf not in derived:  # old checkpoints have `position_ids` buffers too
                 _assign(artifact, name, modules[path], leaf, tensor)
             advance(1)
     if head_is_tied(checkpoint, family):
@@ -68,20 +68,20 @@ def load_model(
     for name, parameter in cast("nn.Module", model).named_parameters():
         if parameter.is_meta:
             raise CheckpointError(f"{artifact}: holds no weight for {name}; fetch or export it again")
-    round_as_served(checkpoint, family, cast("nn.Module", model), device)
+    fake_quantize_as_served(checkpoint, family, cast("nn.Module", model), device)
     return model
 
 
-def round_as_served(checkpoint: Checkpoint, family: Family, model: nn.Module, device: torch.device) -> None:
-    """Have a dense model of an artifact round inputs, keys and values where a runtime that serves the artifact does."""
+def fake_quantize_as_served(checkpoint: Checkpoint, family: Family, model: nn.Module, device: torch.device) -> None:
+    """Fake-quantize a dense model's input activations, keys and values wherever a serving runtime quantizes them."""
     modules = dict(cast("Iterable[tuple[str, nn.Module]]", model.named_modules()))
-    round_inputs(checkpoint, family, modules, device)
-    cached = [name for name in checkpoint.tensors if name.endswith(SCALES)]
-    round_cache(modules, {_module_name(name, family): map_tensor(checkpoint.tensors[name]).to(device) for name in cached})
+    fake_quantize_inputs(checkpoint, family, modules, device)
+    scales = [name for name in checkpoint.tensors if name.endswith(SCALES)]
+    fake_quantize_cache(modules, {_module_name(name, family): map_tensor(checkpoint.tensors[name]).to(device) for name in scales})
 
 
 def _module_name(scale: str, family: Family) -> str:
-    """Return the in-memory name of a scale for keys or values, by that of a tensor that its attention has."""
+    """Return the in-memory name of a scale of keys or values, derived from that of its attention's `k_proj`."""
     attention, _, leaf = scale.rpartition(".")
     return f"{family.module_name(f'{attention}.k_proj.weight').removesuffix('.k_proj.weight')}.{leaf}"
 
@@ -89,8 +89,10 @@ def _module_name(scale: str, family: Family) -> str:
 def _assign(artifact: Path, name: str, module: nn.Module, leaf: str, tensor: Tensor) -> None:
     current = getattr(module, leaf, None)
     if not isinstance(current, Tensor) or current.shape != tensor.shape:
-        has = "no such weight" if not isinstance(current, Tensor) else f"{tuple(current.shape)} there"
-        raise CheckpointError(f"{artifact}: {name} has the shape {tuple(tensor.shape)}, the model {has}; config.json does not fit")
+        expected = "no such weight" if not isinstance(current, Tensor) else f"{tuple(current.shape)} there"
+        raise CheckpointError(
+            f"{artifact}: {name} has the shape {tuple(tensor.shape)}, the model {expected}; config.json does not fit"
+        )
     if isinstance(current, nn.Parameter):
         setattr(module, leaf, nn.Parameter(tensor.to(current.dtype), requires_grad=False))
     else:

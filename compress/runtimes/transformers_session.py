@@ -1,4 +1,4 @@
-"""A model in this process that answers and scores, or, where it writes no text, tells which of some texts an image shows."""
+"""Sessions with a transformers model in this process: answers and scores, or image and text embeddings."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from compress.engine.recorder import ReachedError
 from compress.families import Family, family_at
 from compress.progress import Progress
 from compress.runtimes.embedding import Embedder, towers_of
-from compress.runtimes.fidelity import Head, Heads, Predictions, Record, RecordWriter, predict
-from compress.runtimes.inputs import Encoded, Encoder, check_compares, check_writes, stops_and_pad
+from compress.runtimes.fidelity import Head, HeadCache, Predictions, Record, RecordWriter, predict
+from compress.runtimes.inputs import Encoded, Encoder, check_contrastive, check_generative, stops_and_pad
 from compress.runtimes.runtime import (
     UNSCORED,
     Ability,
     Answer,
     Embeddings,
     Faults,
+    ImageInput,
     OpenContext,
     Passage,
-    Picture,
     Prompt,
     Score,
     scored_tokens,
@@ -40,13 +40,13 @@ from compress.runtimes.runtime import (
 from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
 from compress.untrusted import foreign
 
-Load = Callable[[Path, torch.dtype, torch.device, Progress, bool], Any]
-"""Returns a folder's model, dense, computed in a type on a device; the last argument is `trust_remote_code`."""
+ModelLoader = Callable[[Path, torch.dtype, torch.device, Progress, bool], Any]
+"""Loads a dense model: (folder, dtype, device, progress, trust_remote_code) → model."""
 
 
 @dataclass(frozen=True)
 class TransformersSettings:
-    """A runtime's fields, as the recipe gives them."""
+    """The fields of `runtime: transformers`."""
 
     dtype: str
     device: str
@@ -54,8 +54,10 @@ class TransformersSettings:
 
 
 @contextmanager
-def open_session(context: OpenContext, settings: TransformersSettings, load: Load = load_model) -> Generator[TransformersSession]:
-    """Load an artifact, with `load`; its memory is free again when the context ends.
+def open_session(
+    context: OpenContext, settings: TransformersSettings, loader: ModelLoader = load_model
+) -> Generator[TransformersSession]:
+    """Load an artifact with `loader`; its memory is freed when the context ends.
 
     Raises:
         CheckpointError: it cannot be read.
@@ -64,7 +66,7 @@ def open_session(context: OpenContext, settings: TransformersSettings, load: Loa
     device = choose_device(settings.device)
     dtype = choose_dtype(settings.dtype, context.artifact, device)
     processor = load_processor(context.artifact, context.trust_remote_code)
-    model = load(context.artifact, dtype, device, context.progress, context.trust_remote_code)
+    model = loader(context.artifact, dtype, device, context.progress, context.trust_remote_code)
     stops, pad_id = stops_and_pad(context.artifact, processor, model.config.get_text_config())
     family = family_at(context.artifact, context.trust_remote_code)
     encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(context.artifact))
@@ -79,7 +81,7 @@ def open_session(context: OpenContext, settings: TransformersSettings, load: Loa
 
 
 class TransformersSession:
-    """An artifact that is loaded in this process."""
+    """An artifact loaded in this process."""
 
     block: int | None = 64
 
@@ -89,9 +91,9 @@ class TransformersSession:
         self._device = device
         self._stops = stops
         self._family: Family = encoder.family
-        self._heads = Heads()
+        self._heads = HeadCache()
         self._placeholders = self._family.placeholders(model.config.to_dict())
-        # What generate takes from here, though it is given its own settings, must be neutral: models ship sampling and penalties.
+        # `generate` falls back to the model's own config for unset values: made neutral, as models ship sampling and penalties.
         neutral = GenerationConfig(eos_token_id=list(stops), pad_token_id=encoder.pad_id)
         for module in model.modules():
             if getattr(module, "generation_config", None) is not None:
@@ -99,47 +101,47 @@ class TransformersSession:
 
     @property
     def offers(self) -> frozenset[Ability]:
-        """What the model does; see `Session.offers`."""
+        """The model's abilities; see `Session.offers`."""
         return frozenset({"comparison"} if self._family.head is None else {"text", "scores"})
 
     @property
     def model(self) -> Any:
-        """The model, as transformers has it."""
+        """The transformers model."""
         return self._model
 
     @property
     def encoder(self) -> Encoder:
-        """What turns prompts into its inputs."""
+        """Turns prompts into the model's inputs."""
         return self._encoder
 
     def try_out(self) -> None:
-        """Run the model on two tokens of text, if it writes any: a config may describe one that cannot run."""
+        """Run a generative model on two text tokens: a config may describe a model that cannot run."""
         if self._family.head is not None:
             ids = torch.zeros(1, 2, dtype=torch.long, device=self._device)
             with torch.no_grad():
                 self._head_input({"input_ids": ids, "attention_mask": torch.ones_like(ids)})
 
     def close(self) -> None:
-        """Let go of the model."""
+        """Free the model."""
         self._model = None
-        self._heads = Heads()
+        self._heads = HeadCache()
         gc.collect()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     @torch.inference_mode()
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
         """Answer each prompt by greedy decoding; the model's sampling settings and penalties are left out. See `Session.answer`.
 
-        Tokens that stand for images and videos are never said: no model could read such an answer back. A prompt that is longer
-        than the model takes, has more images, or one that cannot be decoded, gives an answer with its fault.
+        Placeholder tokens of images and videos are suppressed: an answer that has one could not be scored. A prompt that exceeds
+        the model's context length or image count, or has an image that cannot be decoded, gives an answer with its fault.
 
         Raises:
-            UsageError: the model writes no text.
+            UsageError: the model generates no text.
         """
-        check_writes(self._family)
+        check_generative(self._family)
         greedy = GenerationConfig(
             do_sample=False,
             max_new_tokens=max_new_tokens,
@@ -155,29 +157,30 @@ class TransformersSession:
                 sequences = self._entry(inputs).generate(**inputs, generation_config=greedy)
                 new = cast("list[list[int]]", sequences[:, inputs["input_ids"].shape[1] :].tolist())
                 for sample, ids in zip(batch, new, strict=True):
-                    answers[sample.place] = self._finish(prompts[sample.place], ids)
-                    if each is not None:
-                        each(answers[sample.place])
+                    answers[sample.index] = self._decode(prompts[sample.index], ids)
+                    if on_answer is not None:
+                        on_answer(answers[sample.index])
                 advance(len(batch))
-            for place, words in faults.items():
-                answers[place] = Answer(id=prompts[place].id, text="", token_ids=(), fault=words)
-                if each is not None:
-                    each(answers[place])
+            for index, fault in faults.items():
+                answers[index] = Answer(id=prompts[index].id, text="", token_ids=(), fault=fault)
+                if on_answer is not None:
+                    on_answer(answers[index])
             advance(len(faults))
-        return [answers[place] for place in range(len(prompts))]
+        return [answers[index] for index in range(len(prompts))]
 
     @torch.inference_mode()
-    def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
-        """Score the passages; see `Session.score`. One that is longer than the model takes gives a score with its fault.
+    def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
+        """Score the passages; see `Session.score`. One that exceeds the model's context length gives a score with its fault.
 
         Raises:
-            UsageError: `against` was recorded on other passages, or by a model of another vocabulary; or the model writes no text.
+            UsageError: `reference` was recorded on other passages, or by a model of another vocabulary; or the model generates no
+                text.
             StoreError: the record cannot be written.
         """
-        check_writes(self._family)
+        check_generative(self._family)
         output = self._model.get_output_embeddings()
         head = Head(output.weight, getattr(output, "bias", None))
-        original = Record(against, passages, self._device, self._heads) if against is not None else None
+        original = Record(reference, passages, self._device, self._heads) if reference is not None else None
         recorder = RecordWriter(record, passages, head, self._heads) if record is not None else None
         compared = original is not None
         scores = [unscored(passage.id, None, compared=compared) for passage in passages]
@@ -188,58 +191,58 @@ class TransformersSession:
                     hidden = self._hidden(batch, passages)
                     if recorder is not None:
                         recorder.add(hidden)
-                    kept = {place: states for place, states in hidden.items() if original is None or original.holds(place)}
-                    faults |= dict.fromkeys(hidden.keys() - kept.keys(), UNSCORED)
-                    for place, score in self._scores(kept, passages, head, original):
-                        scores[place] = score
+                    comparable = {index: states for index, states in hidden.items() if original is None or index in original}
+                    faults |= dict.fromkeys(hidden.keys() - comparable.keys(), UNSCORED)
+                    for index, score in self._scores(comparable, passages, head, original):
+                        scores[index] = score
                     advance(sum(len(states) for states in hidden.values()))
             if recorder is not None:
                 recorder.finish()
         finally:
             if recorder is not None:
                 recorder.discard()
-        for place, words in faults.items():
-            scores[place] = unscored(passages[place].id, words, compared=compared)
+        for index, fault in faults.items():
+            scores[index] = unscored(passages[index].id, fault, compared=compared)
         return scores
 
     @torch.inference_mode()
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
-        """Return how likely the model finds each class for each picture; see `Session.classify`.
+        """Return the zero-shot log-probabilities [images, classes]; see `Session.classify`.
 
         Raises:
             UsageError: the model compares no images with texts.
-            DataError: a text is longer than the model takes, or an image cannot be decoded.
+            DataError: a text exceeds the model's context length, or an image cannot be decoded.
         """
-        return self._embedder().classify(pictures, classes, progress, faults)
+        return self._embedder().classify(images, classes, progress, faults)
 
     @torch.inference_mode()
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
-        """Return where the model puts each picture and each text; see `Session.embed`.
+        """Return the embeddings of images and texts; see `Session.embed`.
 
         Raises:
             UsageError: the model compares no images with texts.
             DataError: a text is longer than the model takes, or an image cannot be decoded.
         """
-        return self._embedder().embed(pictures, texts, progress, faults)
+        return self._embedder().embed(images, texts, progress, faults)
 
     def _embedder(self) -> Embedder:
-        check_compares(self._family)
+        check_contrastive(self._family)
         return Embedder(towers_of(self._model, self._device), self._encoder)
 
     def _entry(self, inputs: Mapping[str, Tensor]) -> Any:
         return self._model.get_submodule(self._family.entry(inputs))
 
     def _head_input(self, inputs: Mapping[str, Tensor]) -> Tensor:
-        """Return what a forward gives the output head [samples, tokens, hidden], which is not computed."""
-        found: list[Tensor] = []
+        """Return the output head's input [samples, tokens, hidden] of a forward pass, which is stopped there."""
+        captured: list[Tensor] = []
 
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module
-            found.append(args[0])
+            captured.append(args[0])
             raise ReachedError
 
         handle = self._model.get_output_embeddings().register_forward_pre_hook(stop)
@@ -248,45 +251,45 @@ class TransformersSession:
                 self._entry(inputs)(**inputs, use_cache=False)
         finally:
             handle.remove()
-        return found[0]
+        return captured[0]
 
     def _hidden(self, batch: Sequence[Encoded], passages: Sequence[Passage]) -> dict[int, Tensor]:
-        """Return, by the passages' places, the hidden states that their scored tokens are predicted from."""
+        """Return, by the passages' indices, the hidden states that predict their scored tokens."""
         inputs = self._encoder.collate(batch, "right", self._device)
         states = self._head_input(inputs)
         rows: dict[int, Tensor] = {}
         for row, sample in enumerate(batch):
             last = sample.length - 1
-            rows[sample.place] = states[row, last - len(scored_tokens(passages[sample.place])) : last]
+            rows[sample.index] = states[row, last - len(scored_tokens(passages[sample.index])) : last]
         return rows
 
     def _scores(
         self, hidden: dict[int, Tensor], passages: Sequence[Passage], head: Head, original: Record | None
     ) -> Generator[tuple[int, Score]]:
-        """Give the scores of the passages at these places, from the hidden states that their tokens are predicted from."""
+        """Yield the scores of passages by index, from the hidden states that predict their tokens."""
         if not hidden:
             return
-        tokens = [token for place in hidden for token in scored_tokens(passages[place])]
+        tokens = [token for index in hidden for token in scored_tokens(passages[index])]
         reference = None
         if original is not None:
-            reference = (torch.cat([original.hidden(place) for place in hidden]), original.head)
+            reference = (torch.cat([original.hidden(index) for index in hidden]), original.head)
         states = torch.cat(list(hidden.values()))
-        found = predict(states, head, torch.tensor(tokens, device=self._device), reference)
+        predictions = predict(states, head, torch.tensor(tokens, device=self._device), reference)
         first = 0
-        for place, states in hidden.items():
-            part = slice(first, first := first + len(states))
-            yield place, _score(passages[place], found, part)
+        for index, states in hidden.items():
+            span = slice(first, first := first + len(states))
+            yield index, _score(passages[index], predictions, span)
 
-    def _finish(self, prompt: Prompt, ids: list[int]) -> Answer:
-        end = next((place for place, token in enumerate(ids) if token in self._stops), len(ids))
+    def _decode(self, prompt: Prompt, ids: list[int]) -> Answer:
+        end = next((index for index, token in enumerate(ids) if token in self._stops), len(ids))
         text = self._encoder.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return Answer(id=prompt.id, text=text, token_ids=tuple(ids[:end]))
 
 
-def _score(passage: Passage, predictions: Predictions, part: slice) -> Score:
+def _score(passage: Passage, predictions: Predictions, span: slice) -> Score:
     return Score(
         id=passage.id,
-        negative_log_likelihood=predictions.negative_log_likelihood[part],
-        kl=None if predictions.kl is None else predictions.kl[part],
-        same_top=None if predictions.same_top is None else predictions.same_top[part],
+        negative_log_likelihood=predictions.negative_log_likelihood[span],
+        kl=None if predictions.kl is None else predictions.kl[span],
+        same_top=None if predictions.same_top is None else predictions.same_top[span],
     )

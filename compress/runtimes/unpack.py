@@ -1,10 +1,10 @@
-"""Reading any artifact of ours back to dense weights, written from the formats' descriptions alone.
+"""Dequantize any exported artifact to dense weights, written from the formats' specifications alone.
 
-Nothing is shared with the code that packs, so that a mistake there cannot cancel out here. What is read: plain tensors; AutoAWQ's
+No code is shared with the packing side, so that a mistake there cannot cancel out here. The formats: dense tensors; AutoAWQ's
 GEMM layout (`qweight`, `qzeros`, `scales`; https://github.com/casper-hansen/AutoAWQ); GPTQ's of the first version (the same names;
 https://github.com/AutoGPTQ/AutoGPTQ); compressed-tensors' pack-quantized (`weight_packed`, `weight_scale`, `weight_shape`,
 `weight_zero_point`), int- and float-quantized (`weight`, `weight_scale`; https://github.com/vllm-project/compressed-tensors), and
-these three mixed. Scales of activations, keys and values are no weights and are passed over.
+these three mixed. Scales of activations, keys and values are skipped.
 """
 
 from __future__ import annotations
@@ -28,26 +28,39 @@ from compress.untrusted import foreign as refused
 Read = Callable[[str], Tensor]
 _COMPRESSED_TENSORS = "compressed-tensors"
 _COLUMNS_OF_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
-_PARTS = ("weight_scale", "weight_shape", "weight_zero_point", "input_scale", "k_scale", "v_scale", "qzeros", "scales", "g_idx")
-_CODES = ("I8", "F8_E4M3")
-_FORMATS = ("dense", "pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
+"""AutoAWQ's interleaving: the column, among eight, of each nibble of a word."""
+
+_AUXILIARY_TENSORS = (
+    "weight_scale",
+    "weight_shape",
+    "weight_zero_point",
+    "input_scale",
+    "k_scale",
+    "v_scale",
+    "qzeros",
+    "scales",
+    "g_idx",
+)
+_CODE_DTYPES = ("I8", "F8_E4M3")
+_SUPPORTED_FORMATS = ("dense", "pack-quantized", "int-quantized", "float-quantized", "mixed-precision")
 _CHUNK = 1 << 22
+"""Weights that are unpacked at once: 16 MiB of float32 codes."""
 
 
 def dense_count(checkpoint: Checkpoint) -> int:
-    """Return how many weights `dense_tensors` gives: scales and the like belong to the weights beside them."""
+    """Return how many weights `dense_tensors` yields: scales, zero points and the like are no weights of their own."""
     quantized = bool(checkpoint.config.get("quantization_config"))
-    return sum(not (quantized and name.rpartition(".")[2] in _PARTS) for name in checkpoint.tensors)
+    return sum(not (quantized and name.rpartition(".")[2] in _AUXILIARY_TENSORS) for name in checkpoint.tensors)
 
 
 def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device) -> Generator[tuple[str, Tensor]]:
-    """Give every weight of an artifact by its name on disk, dense, in the order of the files; one is in memory at a time.
+    """Yield every weight of an artifact, dense, by its name on disk, in file order; one is in memory at a time.
 
-    A quantized matrix [out, in] is (code - zero point) · scale, computed in float32 and then rounded once to `dtype`; a float has
-    no zero point.
+    A quantized matrix [out, in] is (code - zero point) · scale, computed in float32 and rounded once to `dtype`; floats have no
+    zero point.
 
     Raises:
-        CheckpointError: it is quantized in a way that none of our exports writes.
+        CheckpointError: it is in a format that no export writes.
     """
     quantization = cast("Mapping[str, Any]", checkpoint.config.get("quantization_config") or {})
     method = quantization.get("quant_method", "")
@@ -55,51 +68,51 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
         raise CheckpointError(
             f"{checkpoint.folder}/config.json: quant_method {method!r} cannot be read here; evaluate it with runtime: vllm"
         )
-    if foreign := _foreign_format(quantization):
+    if unsupported := _unsupported_format(quantization):
         raise CheckpointError(
-            f"{checkpoint.folder}/config.json: the format {foreign} cannot be read here, only by vLLM; "
+            f"{checkpoint.folder}/config.json: the format {unsupported} cannot be read here, only by vLLM; "
             "evaluate it with runtime: vllm"
         )
     check_packed_config(checkpoint)
     with open_tensors(checkpoint, device) as read:
         for entry in sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.start)):
-            owner, _, kind = entry.name.rpartition(".")
-            if method and kind in _PARTS:
+            owner, _, suffix = entry.name.rpartition(".")
+            if method and suffix in _AUXILIARY_TENSORS:
                 continue
             with refused(f"{entry.file}: {entry.name} cannot be read as config.json says", remedy="export the artifact again"):
                 weight = _dense(entry, quantization, checkpoint.tensors, read)
             yield entry.name if weight is None else f"{owner}.weight", (read(entry.name) if weight is None else weight).to(dtype)
 
 
-def _dense(entry: TensorEntry, quantization: Mapping[str, Any], held: Container[str], read: Read) -> Tensor | None:
-    """Return a quantized matrix, of which the tensor holds the codes; None for a tensor that is dense already.
+def _dense(entry: TensorEntry, quantization: Mapping[str, Any], names: Container[str], read: Read) -> Tensor | None:
+    """Return the dense matrix of a tensor of codes; None for a tensor that is dense already.
 
-    `held` are the names of all tensors.
+    `names` are those of all tensors.
     """
-    owner, _, kind = entry.name.rpartition(".")
-    if kind == "weight_packed":
+    owner, _, suffix = entry.name.rpartition(".")
+    if suffix == "weight_packed":
         return _unpack_compressed(owner, settings_of(quantization, owner)["weights"], read)
-    if kind == "weight" and entry.dtype in _CODES:
-        return _spread_codes(owner, settings_of(quantization, owner)["weights"], read)
-    if kind != "qweight":
+    if suffix == "weight" and entry.dtype in _CODE_DTYPES:
+        return _dequantize_unpacked(owner, settings_of(quantization, owner)["weights"], read)
+    if suffix != "qweight":
         return None
-    if f"{owner}.g_idx" in held:
-        _check_order(owner, read)
+    if f"{owner}.g_idx" in names:
+        _check_group_order(owner, read)
     return _unpack_gptq(owner, quantization, read) if quantization.get("quant_method") == GPTQ else _unpack_awq(owner, read)
 
 
-def _foreign_format(quantization: Mapping[str, Any]) -> str:
-    """Return the format of compressed-tensors' that is none of those read here, empty where all are."""
+def _unsupported_format(quantization: Mapping[str, Any]) -> str:
+    """Return a compressed-tensors format that is not supported here; empty where all are."""
     if quantization.get("transform_config"):
         return "with rotations at run time"
     groups = cast("Iterable[Mapping[str, Any]]", quantization.get("config_groups", {}).values())
     formats = [quantization.get("format"), *(group.get("format") for group in groups)]
-    return next((str(name) for name in formats if name and name not in _FORMATS), "")
+    return next((str(name) for name in formats if name and name not in _SUPPORTED_FORMATS), "")
 
 
 @contextmanager
 def open_tensors(checkpoint: Checkpoint, device: torch.device) -> Generator[Read]:
-    """Open every file of a checkpoint, memory-mapped; what is given reads a tensor by its name."""
+    """Open every file of a checkpoint, memory-mapped, and yield a function that reads a tensor by its name."""
     opening: Any = safe_open
     with ExitStack() as stack:
         files: dict[Path, Any] = {}
@@ -110,7 +123,7 @@ def open_tensors(checkpoint: Checkpoint, device: torch.device) -> Generator[Read
 
 
 def settings_of(quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]:
-    """Return the group of compressed-tensors' `config_groups` that the linear `name` (on disk) belongs to: its settings.
+    """Return the settings of the linear `name` (on disk): its group in compressed-tensors' `config_groups`.
 
     Raises:
         CheckpointError: no group targets it.
@@ -124,7 +137,7 @@ def settings_of(quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]
 
 
 def _unpack_compressed(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
-    """Codes lie in a row's stream of bits, lowest first; zero points likewise, but along the outputs. Both are unsigned."""
+    """pack-quantized: a row's codes are one bit stream, lowest bits first; zero points are packed along the outputs. Unsigned."""
     bits = int(settings["num_bits"])
     rows, columns = cast("list[int]", read(f"{name}.weight_shape").tolist())
     scales = read(f"{name}.weight_scale").to(torch.float32)
@@ -140,17 +153,17 @@ def _unpack_compressed(name: str, settings: Mapping[str, Any], read: Read) -> Te
     dense = torch.empty(rows, columns, device=scales.device)
     step = max(1, _CHUNK // columns)
     for first in range(0, rows, step):
-        part = slice(first, first + step)
-        codes = _bit_fields(packed[part], bits, columns)
+        chunk = slice(first, first + step)
+        codes = _bit_fields(packed[chunk], bits, columns)
         grouped = codes.reshape(codes.shape[0], scales.shape[1], -1)
-        dense[part] = ((grouped - zero_points[part].unsqueeze(2)) * scales[part].unsqueeze(2)).flatten(1)
+        dense[chunk] = ((grouped - zero_points[chunk].unsqueeze(2)) * scales[chunk].unsqueeze(2)).flatten(1)
     return dense
 
 
 def _bit_fields(words: Tensor, bits: int, count: int) -> Tensor:
     """Return the first `count` unsigned fields of `bits` bits in each row of int32 words, float32 [rows, count].
 
-    Fields begin at a word's border again every lcm(bits, 32) bits; all at one place between two such borders are read together.
+    Fields are aligned to words again every lcm(bits, 32) bits; the fields at the same offset in each such period are read together.
     """
     fields, period = 32 // gcd(bits, 32), bits // gcd(bits, 32)
     spans = -(-count // fields)
@@ -166,8 +179,8 @@ def _bit_fields(words: Tensor, bits: int, count: int) -> Tensor:
     return values.flatten(1)[:, :count]
 
 
-def _spread_codes(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
-    """Codes lie as they are, signed integers or 8-bit floats; a scale belongs to a row, to the whole matrix, or to a block."""
+def _dequantize_unpacked(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
+    """int- or float-quantized: unpacked int8 or float8 codes, with a scale per row, matrix or block."""
     codes, scales = read(f"{name}.weight"), read(f"{name}.weight_scale").to(torch.float32)
     if not settings.get("block_structure"):
         return codes.to(torch.float32) * scales.view(-1, 1)
@@ -179,8 +192,8 @@ def _spread_codes(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
     return dense
 
 
-def _check_order(name: str, read: Read) -> None:
-    """See that each of GPTQ's groups is of inputs side by side: `g_idx` says otherwise where they were sorted (`desc_act`)."""
+def _check_group_order(name: str, read: Read) -> None:
+    """Check that GPTQ's groups are consecutive inputs: with `desc_act`, `g_idx` maps them in another order."""
     order, groups = read(f"{name}.g_idx"), read(f"{name}.scales").shape[0]
     if order.tolist() != (torch.arange(len(order)) // max(1, len(order) // groups)).tolist():
         raise CheckpointError(
@@ -190,28 +203,28 @@ def _check_order(name: str, read: Read) -> None:
 
 
 def _unpack_gptq(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
-    """Words of codes run along the inputs, those of zero points along the outputs, lowest first; zero points lie there less one."""
+    """GPTQ: codes are packed along the inputs, zero points (stored minus one) along the outputs, lowest bits first."""
     bits = int(settings["bits"])
     packed, zeros, scales = read(f"{name}.qweight"), read(f"{name}.qzeros"), read(f"{name}.scales").to(torch.float32)
     columns, rows = packed.shape[0] * 32 // bits, packed.shape[1]
     group = columns // scales.shape[0]
-    shifts = ((_bit_fields(zeros, bits, rows) + 1) % 2**bits).t()
+    zero_points = ((_bit_fields(zeros, bits, rows) + 1) % 2**bits).t()
     dense = torch.empty(rows, columns, device=scales.device)
-    for place in range(32 // bits):
-        codes = ((packed >> (bits * place)) & (2**bits - 1)).to(torch.float32)
-        groups = torch.arange(place, columns, 32 // bits, device=scales.device) // group
-        dense[:, place :: 32 // bits] = (codes.t() - shifts[:, groups]) * scales.t()[:, groups]
+    for offset in range(32 // bits):
+        codes = ((packed >> (bits * offset)) & (2**bits - 1)).to(torch.float32)
+        groups = torch.arange(offset, columns, 32 // bits, device=scales.device) // group
+        dense[:, offset :: 32 // bits] = (codes.t() - zero_points[:, groups]) * scales.t()[:, groups]
     return dense
 
 
 def _unpack_awq(name: str, read: Read) -> Tensor:
-    """Words run along the outputs: nibble i of word c holds output 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]; matrices are [in, out]."""
+    """AWQ: packed along the outputs: nibble i of word c is output 8c + (0, 2, 4, 6, 1, 3, 5, 7)[i]; matrices are [in, out]."""
     packed, zeros, scales = read(f"{name}.qweight"), read(f"{name}.qzeros"), read(f"{name}.scales").to(torch.float32)
     columns, words = packed.shape
     group = columns // scales.shape[0]
     dense = torch.empty(words * 8, columns, device=scales.device)
     for nibble, column in enumerate(_COLUMNS_OF_NIBBLES):
         codes = ((packed >> (4 * nibble)) & 15).to(torch.float32)
-        shifts = ((zeros >> (4 * nibble)) & 15).to(torch.float32).repeat_interleave(group, 0)
-        dense[column::8] = ((codes - shifts) * scales[:, column::8].repeat_interleave(group, 0)).t()
+        zero_points = ((zeros >> (4 * nibble)) & 15).to(torch.float32).repeat_interleave(group, 0)
+        dense[column::8] = ((codes - zero_points) * scales[:, column::8].repeat_interleave(group, 0)).t()
     return dense

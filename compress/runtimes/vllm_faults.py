@@ -1,4 +1,4 @@
-"""Which setting of a recipe, or which part of an artifact, is at fault where vLLM refuses to serve it; its own words decide."""
+"""Maps the error in a vLLM server's log to the recipe setting, or the artifact, that caused it, with a remedy."""
 
 from __future__ import annotations
 
@@ -6,18 +6,22 @@ import re
 from dataclasses import dataclass
 
 from compress.errors import CheckpointError, CompressError, MissingError, RecipeError
-from compress.runtimes.last_words import reason_of, shorten
+from compress.runtimes.exit_reason import reason_of, shorten
 
 _RUNTIME = "runtime vllm"
 
 
 @dataclass(frozen=True)
 class _Sign:
-    """Words of vLLM's, the part that is at fault, what to do, and the error to raise. `{n}` is what the n-th group found."""
+    """One of vLLM's error messages and how to report it."""
 
-    words: re.Pattern[str]
-    part: str
+    pattern: re.Pattern[str]
+    setting: str
+    """The runtime's field at fault; empty where the artifact is."""
+
     remedy: str
+    """What to do; `{n}` is the pattern's n-th group."""
+
     error: type[CompressError] = RecipeError
 
 
@@ -79,26 +83,27 @@ _SIGNS = (
         CheckpointError,
     ),
 )
-_SETTINGS = re.compile(r"ValidationError: \d+ validation errors? for \w+(?:Config|Args)\b")
+_INVALID_SETTINGS = re.compile(r"ValidationError: \d+ validation errors? for \w+(?:Config|Args)\b")
+"""pydantic's error on a configuration class of vLLM: some setting is invalid, whichever it is."""
 
 
-def fault_of(name: str, words: str, log: str) -> CompressError | None:
+def fault_of(name: str, log: str, path: str) -> CompressError | None:
     """Return the error to raise where a server's log shows that the recipe or the artifact is at fault; None where it does not.
 
-    `name` says in the message which server it was.
+    `name` is the server's name in the message, `path` that of its log.
     """
-    reason = reason_of(words)
+    reason = reason_of(log)
     if reason is None:
         return None
     for sign in _SIGNS:
-        if (found := sign.words.search(reason)) is not None:
-            part = f"{sign.part} of {_RUNTIME}: " if sign.part else ""
-            error, remedy = sign.error, sign.remedy.format(found.group(0), *found.groups())
+        if (match := sign.pattern.search(reason)) is not None:
+            setting = f"{sign.setting} of {_RUNTIME}: " if sign.setting else ""
+            error, remedy = sign.error, sign.remedy.format(match.group(0), *match.groups())
             break
     else:
-        if not _SETTINGS.search(words):
+        if not _INVALID_SETTINGS.search(log):
             return None
-        part, error = f"{_RUNTIME}: ", RecipeError
+        setting, error = f"{_RUNTIME}: ", RecipeError
         remedy = "correct the setting that it names, in the runtime's fields or arguments"
-    message = f"{part}{name} ended while it was loading: {shorten(reason)}; {remedy} (its log: {log})"
+    message = f"{setting}{name} ended while it was loading: {shorten(reason)}; {remedy} (its log: {path})"
     return RecipeError([message]) if error is RecipeError else error(message)

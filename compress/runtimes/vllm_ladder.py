@@ -1,4 +1,4 @@
-"""What is tried when a vLLM server runs out of memory while it loads: a lower share, a shorter context, fewer sequences."""
+"""The fallback ladder for a vLLM server that runs out of memory while loading: less memory, a shorter context, fewer sequences."""
 
 from __future__ import annotations
 
@@ -12,18 +12,29 @@ from compress.schema import Frozen
 Rung = Literal["memory share", "context", "sequences"]
 
 _SHARE_FACTOR = 0.8
-_LEAST_SHARE = 0.5
-_LEAST_CONTEXT = 1024
-_SEQUENCES = (64, 16, 4)
-_DEFAULT_SEQUENCES = 256
-_MAX_SEQUENCES = "--max-num-seqs"
-_CAUSE_LENGTH = 500
+"""Each step takes a fifth less of the GPU's memory: 0.85, 0.68, 0.54."""
 
-_TOO_SHORT = re.compile(r"KV cache is needed, which is larger than the available KV cache memory")
-_ESTIMATED = re.compile(r"estimated maximum model length is (\d+)")
-_NOTHING_LEFT = re.compile(r"No available memory for the cache blocks")
-_SEQUENCES_SIGN = re.compile(r"out of memory occurred when warming up sampler")
-_SIGNS = (
+_MIN_SHARE = 0.5
+"""Below this share of the GPU, the next rung is tried."""
+
+_MIN_CONTEXT = 1024
+"""The shortest context that is tried, in tokens."""
+
+_SEQUENCES = (64, 16, 4)
+"""The steps of `--max-num-seqs`."""
+
+_DEFAULT_SEQUENCES = 256
+"""vLLM's own default of `--max-num-seqs`."""
+
+_MAX_NUM_SEQS = "--max-num-seqs"
+_CAUSE_LENGTH = 500
+"""Characters of the log line that a report shows as the cause."""
+
+_CACHE_TOO_SMALL = re.compile(r"KV cache is needed, which is larger than the available KV cache memory")
+_ESTIMATED_CONTEXT = re.compile(r"estimated maximum model length is (\d+)")
+_NO_CACHE = re.compile(r"No available memory for the cache blocks")
+_SAMPLER_OUT_OF_MEMORY = re.compile(r"out of memory occurred when warming up sampler")
+_OUT_OF_MEMORY = (
     re.compile(r"is less than desired (?:GPU|CPU) memory utilization"),
     re.compile(r"allocation is less than requested memory for kv"),
     re.compile(r"less than (?:the )?requested memory", re.IGNORECASE),
@@ -36,43 +47,53 @@ _SIGNS = (
 
 
 class LadderStep(Frozen):
-    """One thing that was lowered because a server ran out of memory while it loaded, and what the server had said.
-
-    `setting` is what `value` was set to in its place: a field of the runtime, or an argument of `vllm serve`.
-    """
+    """One setting that was lowered because a server ran out of memory while loading."""
 
     rung: Rung
     setting: Literal["gpu_memory_utilization", "kv_cache_gib", "max_model_len", "--max-num-seqs"]
+    """The lowered field of the runtime, or argument of `vllm serve`."""
+
     value: float
+    """The setting's new value."""
+
     before: str
+    """The old value as text, with its unit."""
+
     after: str
+    """The new value as text, with its unit."""
+
     cause: str = ""
+    """The line of the server's log that reports the lack of memory."""
 
 
 def ignore_step(step: LadderStep) -> None:
-    """Drop what was told."""
+    """Do nothing: the default callback."""
     del step
 
 
 @dataclass(frozen=True)
 class Memory:
-    """What a server is started with that its memory depends on.
-
-    `share` is of a GPU's memory, `cache_gib` what the cache takes on a CPU, `context` in tokens; `sequences` are how many requests
-    are computed at once, None for vLLM's own choice. `on_gpu` tells which of the first two counts.
-    """
+    """The settings that a server's memory use depends on."""
 
     share: float
+    """`gpu_memory_utilization`; used on a GPU."""
+
     cache_gib: int
+    """The KV cache's size; used on a CPU."""
+
     context: int
+    """`max_model_len` in tokens."""
+
     sequences: int | None = None
+    """`--max-num-seqs`: how many requests are batched; None for vLLM's default."""
+
     on_gpu: bool = False
 
 
 def memory_fault(log: str) -> str | None:
     """Return the line of a server's log that says it ran out of memory; None where none does."""
-    found = [sign.search(log) for sign in (_TOO_SHORT, _NOTHING_LEFT, _SEQUENCES_SIGN, *_SIGNS)]
-    first = next((match for match in found if match), None)
+    matches = (pattern.search(log) for pattern in (_CACHE_TOO_SMALL, _NO_CACHE, _SAMPLER_OUT_OF_MEMORY, *_OUT_OF_MEMORY))
+    first = next((match for match in matches if match), None)
     if first is None:
         return None
     start = log.rfind("\n", 0, first.start()) + 1
@@ -81,52 +102,52 @@ def memory_fault(log: str) -> str | None:
 
 
 def step_down(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
-    """Return what to try next after a server ended with such a log; None where memory was not the cause or nothing is left.
+    """Return the next settings to try after a server exited with this log; None if memory was not the cause or no rung is left.
 
-    The rungs are taken in the order share, context, sequences; a rung that cannot help with what the log says is left out: a
-    lower share leaves still less for a cache that was too small.
+    The rungs are taken in the order share, context, sequences, without those that cannot help: a lower share leaves even less for
+    a KV cache that was too small.
     """
     cause = memory_fault(log)
     if cause is None:
         return None
-    rungs = [_context, _sequences]
-    if not (_TOO_SHORT.search(log) or _NOTHING_LEFT.search(log)):
-        rungs = [_sequences, _share, _context] if _SEQUENCES_SIGN.search(log) else [_share, *rungs]
+    rungs = [_shorten_context, _lower_sequences]
+    if not (_CACHE_TOO_SMALL.search(log) or _NO_CACHE.search(log)):
+        rungs = [_lower_sequences, _lower_share, _shorten_context] if _SAMPLER_OUT_OF_MEMORY.search(log) else [_lower_share, *rungs]
     for rung in rungs:
-        found = rung(memory, log)
-        if found is not None:
-            lowered, step = found
+        result = rung(memory, log)
+        if result is not None:
+            lowered, step = result
             return lowered, step.model_copy(update={"cause": cause[:_CAUSE_LENGTH]})
     return None
 
 
 def sequences_of(arguments: tuple[str, ...]) -> int | None:
-    """Return the `--max-num-seqs` among a server's arguments, of several the last, which counts; None where there is none."""
-    found: int | None = None
-    for place, argument in enumerate(arguments):
+    """Return the `--max-num-seqs` among a server's arguments, the last of several; None where there is none."""
+    sequences: int | None = None
+    for index, argument in enumerate(arguments):
         name, _, value = argument.partition("=")
-        if name == _MAX_SEQUENCES:
-            text = value or next(iter(arguments[place + 1 : place + 2]), "")
-            found = int(text) if text.isdigit() else found
-    return found
+        if name == _MAX_NUM_SEQS:
+            text = value or next(iter(arguments[index + 1 : index + 2]), "")
+            sequences = int(text) if text.isdigit() else sequences
+    return sequences
 
 
-def carried(settings: Mapping[str, Any], steps: Sequence[LadderStep]) -> dict[str, Any]:
-    """Return what a runtime's fields become when it begins where the ladder ended."""
+def settings_after(settings: Mapping[str, Any], steps: Sequence[LadderStep]) -> dict[str, Any]:
+    """Return the runtime's fields that differ from `settings` after these steps, to start the next server with."""
     changed: dict[str, Any] = {}
     for step in steps:
-        if step.setting == _MAX_SEQUENCES:
-            changed["arguments"] = (*settings["arguments"], _MAX_SEQUENCES, str(int(step.value)))
+        if step.setting == _MAX_NUM_SEQS:
+            changed["arguments"] = (*settings["arguments"], _MAX_NUM_SEQS, str(int(step.value)))
         else:
             changed[step.setting] = step.value if step.setting == "gpu_memory_utilization" else int(step.value)
     return changed
 
 
-def _share(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
+def _lower_share(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
     del log
     if memory.on_gpu:
         lower = round(memory.share * _SHARE_FACTOR, 2)
-        if lower < _LEAST_SHARE:
+        if lower < _MIN_SHARE:
             return None
         before, after = f"{memory.share:g} of the GPU", f"{lower:g} of the GPU"
         step = LadderStep(rung="memory share", setting="gpu_memory_utilization", value=lower, before=before, after=after)
@@ -139,24 +160,24 @@ def _share(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
     return replace(memory, cache_gib=cache), step
 
 
-def _context(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
-    told = _ESTIMATED.search(log)
+def _shorten_context(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
+    estimate = _ESTIMATED_CONTEXT.search(log)
     shorter = memory.context // 2
-    if told and _LEAST_CONTEXT <= int(told[1]) < memory.context:
-        shorter = int(told[1])
-    if shorter < _LEAST_CONTEXT:
+    if estimate and _MIN_CONTEXT <= int(estimate[1]) < memory.context:
+        shorter = int(estimate[1])
+    if shorter < _MIN_CONTEXT:
         return None
     before, after = f"{memory.context:,} tokens", f"{shorter:,} tokens"
     step = LadderStep(rung="context", setting="max_model_len", value=shorter, before=before, after=after)
     return replace(memory, context=shorter), step
 
 
-def _sequences(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
+def _lower_sequences(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
     del log
     current = memory.sequences or _DEFAULT_SEQUENCES
     fewer = next((number for number in _SEQUENCES if number < current), None)
     if fewer is None:
         return None
     before = f"{memory.sequences} at once" if memory.sequences else "vLLM's own choice"
-    step = LadderStep(rung="sequences", setting=_MAX_SEQUENCES, value=fewer, before=before, after=f"{fewer} at once")
+    step = LadderStep(rung="sequences", setting=_MAX_NUM_SEQS, value=fewer, before=before, after=f"{fewer} at once")
     return replace(memory, sequences=fewer), step

@@ -197,7 +197,7 @@ def _check_outcome(outcome: Path, server: Server, device: str) -> None:
     """Raise the worker's error, or one with the end of its log where it was killed."""
     if not outcome.is_file():
         raise ServerError(
-            f"llmcompressor was ended before it was done; the machine may have run out of memory{server.last_words()}"
+            f"llmcompressor was ended before it was done; the machine may have run out of memory{server.exit_reason()}"
         )
     result = cast("dict[str, str]", json.loads(outcome.read_text(encoding="utf-8")))
     if not result:

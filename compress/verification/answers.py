@@ -1,6 +1,7 @@
-"""Whole answers of an artifact in its runtime beside the checkpoint's: with the right image, with a wrong one, with none.
+"""Compare an artifact's answers in its runtime with the checkpoint's: with the right image, a wrong one, and none.
 
-How likely a model finds given words shows whether it looks at the image even where its greedy answer is the same for every image.
+The log-likelihood of a given answer shows whether a model is grounded in the image even where its greedy answer is the same for
+every image.
 """
 
 from __future__ import annotations
@@ -16,53 +17,56 @@ from compress.progress import Progress
 from compress.runtimes.runtime import Answer, Passage, Prompt, Session
 from compress.verification.limits import DifferenceLimits
 from compress.verification.results import Agreement, Answers, Shown
-from compress.verification.samples import captions, pictures, questions, without_images
+from compress.verification.samples import captions, questions, sample_images, without_images
 
 NEW_TOKENS = 16
-"""How many tokens an answer has at most."""
+"""The length limit of an answer, in tokens."""
 
-_SEEING = 1e-3
-_BLIND = 0.1
-_OTHERS = 300
+_MIN_IMAGE_EFFECT = 1e-3
+"""From how many nats per token on the image changes the likelihood of an answer; see docs/verification.md."""
+
+_UNGROUNDED_SHARE = 0.1
+"""An artifact is not grounded in a prompt's image if its change is at most this share of the checkpoint's."""
+
+_WRONG_IMAGE_SEED = 300
+"""The seed of the wrong images; those of the right ones are 100 to 107, of CLIP's 200 to 207."""
 _SCORED: tuple[Shown, ...] = ("right image", "wrong image")
 
 
 @dataclass(frozen=True)
 class AnswerSet:
-    """What a model makes of the same questions asked in several ways: its answers, and how likely it finds given ones.
-
-    `likelihoods` are mean log-likelihoods per token in nats, not a number where a prompt could not be scored. Of a model that
-    compares images with texts, answers are the nearest texts, and likelihoods theirs.
-    """
+    """A model's answers to the same questions with several images. For CLIP, answers are the nearest captions."""
 
     answers: dict[Shown, list[Answer]]
     likelihoods: dict[Shown, list[float]]
+    """Mean log-likelihoods per token of the scored answers, in nats; NaN where a prompt could not be scored."""
 
 
-def ask(session: Session, family: Family, given: AnswerSet | None, progress: Progress) -> AnswerSet:
-    """Ask a model every question with its images, with wrong ones, and with none, and score the answers of the first.
+def ask(session: Session, family: Family, reference: AnswerSet | None, progress: Progress) -> AnswerSet:
+    """Ask every question with its image, with a wrong one and with none, and score the answers to the first under both images.
 
-    What is scored, with each image, are the model's own answers to the right one or, with `given`, those of the model that made it.
+    The scored answers are the model's own or, with `reference`, those of the reference model.
     """
     if "text" not in session.offers:
-        return _match(session, given, progress)
-    own = questions(family)
-    asked: dict[Shown, list[Prompt]] = {
-        "right image": own,
-        "wrong image": questions(family, seed=_OTHERS),
-        "no image": without_images(own),
+        return _match(session, reference, progress)
+    prompts = questions(family)
+    variants: dict[Shown, list[Prompt]] = {
+        "right image": prompts,
+        "wrong image": questions(family, seed=_WRONG_IMAGE_SEED),
+        "no image": without_images(prompts),
     }
     answers: dict[Shown, list[Answer]] = {}
     likelihoods: dict[Shown, list[float]] = {}
-    for shown, prompts in asked.items():
-        answers[shown] = session.answer(prompts, NEW_TOKENS, progress)
-    scored = (given.answers if given else answers)["right image"]
+    for shown, variant in variants.items():
+        answers[shown] = session.answer(variant, NEW_TOKENS, progress)
+    scored = (reference.answers if reference else answers)["right image"]
     for shown in _SCORED:
-        likelihoods[shown] = _likelihoods(session, asked[shown], scored, progress)
+        likelihoods[shown] = _likelihoods(session, variants[shown], scored, progress)
     return AnswerSet(answers, likelihoods)
 
 
 def _likelihoods(session: Session, prompts: Sequence[Prompt], answers: Sequence[Answer], progress: Progress) -> list[float]:
+    """Return the mean log-likelihood per token of each answer to its prompt, in nats; NaN where it could not be scored."""
     passages = [Passage(prompt.id, answer.token_ids, prompt) for prompt, answer in zip(prompts, answers, strict=True)]
     scores = session.score(passages, None, None, progress)
     return [
@@ -70,58 +74,59 @@ def _likelihoods(session: Session, prompts: Sequence[Prompt], answers: Sequence[
     ]
 
 
-def _match(session: Session, given: AnswerSet | None, progress: Progress) -> AnswerSet:
-    """Return which text is nearest to each picture and how likely it is, and how likely that is for the next picture."""
-    shown, texts = pictures(), captions()
-    likely = session.classify(shown, [[text] for text in texts], progress)
-    nearest = cast("list[int]", likely.argmax(axis=1).tolist())
-    answers = [Answer(picture.id, texts[place], (place,)) for picture, place in zip(shown, nearest, strict=True)]
-    chosen = [answer.token_ids[0] for answer in (given.answers["right image"] if given else answers)]
-    rows = np.arange(len(shown))
+def _match(session: Session, reference: AnswerSet | None, progress: Progress) -> AnswerSet:
+    """Return the nearest caption of each image, and its log-probability for that image and, as the wrong one, for the next."""
+    images, texts = sample_images(), captions()
+    log_probabilities = session.classify(images, [[text] for text in texts], progress)
+    nearest = cast("list[int]", log_probabilities.argmax(axis=1).tolist())
+    answers = [Answer(image.id, texts[index], (index,)) for image, index in zip(images, nearest, strict=True)]
+    scored = [answer.token_ids[0] for answer in (reference.answers["right image"] if reference else answers)]
+    rows = np.arange(len(images))
     likelihoods: dict[Shown, list[float]] = {
-        "right image": likely[rows, chosen].tolist(),
-        "wrong image": likely[rows - len(rows) + 1, chosen].tolist(),
+        "right image": log_probabilities[rows, scored].tolist(),
+        "wrong image": log_probabilities[rows - len(rows) + 1, scored].tolist(),
     }
     return AnswerSet({"right image": answers, "wrong image": answers[1:] + answers[:1]}, likelihoods)
 
 
-def judge_answers(theirs: AnswerSet, ours: AnswerSet, limits: DifferenceLimits) -> Answers:
-    """Compare what an artifact says (`ours`) with what the checkpoint does."""
+def judge_answers(reference: AnswerSet, artifact: AnswerSet, limits: DifferenceLimits) -> Answers:
+    """Compare an artifact's answers with the checkpoint's (`reference`)."""
     agreement = [
-        Agreement(shown=shown, prompts=len(answers), same=sum(map(_alike, answers, ours.answers[shown])))
-        for shown, answers in theirs.answers.items()
+        Agreement(shown=shown, prompts=len(answers), same=sum(map(_is_same, answers, artifact.answers[shown])))
+        for shown, answers in reference.answers.items()
         if any(answer.fault is None for answer in answers)
     ]
-    apart = [
-        abs(mine - other) if shown == "right image" or not np.isfinite(mine) else 0.0  # what is unlikely varies more
-        for shown, likelihoods in theirs.likelihoods.items()
-        for other, mine in zip(likelihoods, ours.likelihoods[shown], strict=True)
-        if not np.isnan(other)
+    # With the wrong image the answer is unlikely, and its likelihood varies more: there only a missing number counts.
+    differences = [
+        abs(actual - expected) if shown == "right image" or not np.isfinite(actual) else 0.0
+        for shown, likelihoods in reference.likelihoods.items()
+        for expected, actual in zip(likelihoods, artifact.likelihoods[shown], strict=True)
+        if not np.isnan(expected)
     ]
-    moved, moves = _moved(theirs), _moved(ours)
-    seeing = [place for place, change in enumerate(moved) if change > _SEEING]
+    reference_changes, artifact_changes = _image_effects(reference), _image_effects(artifact)
+    grounded = [index for index, change in enumerate(reference_changes) if change > _MIN_IMAGE_EFFECT]
     return Answers(
         agreement=tuple(agreement),
-        likelihood=max((each if np.isfinite(each) else float("inf") for each in apart), default=0.0),
+        likelihood=max((value if np.isfinite(value) else float("inf") for value in differences), default=0.0),
         likelihood_limit=limits.likelihood,
         least_agreement=limits.agreement,
-        seeing=len(seeing),
-        ungrounded=sum(moves[place] <= _BLIND * moved[place] for place in seeing),
-        changed_checkpoint=_changed(theirs),
-        changed_artifact=_changed(ours),
+        seeing=len(grounded),
+        ungrounded=sum(artifact_changes[index] <= _UNGROUNDED_SHARE * reference_changes[index] for index in grounded),
+        changed_checkpoint=_changed_answers(reference),
+        changed_artifact=_changed_answers(artifact),
     )
 
 
-def _alike(theirs: Answer, ours: Answer) -> bool:
-    return ours.fault == theirs.fault and ours.token_ids == theirs.token_ids and ours.text == theirs.text
+def _is_same(expected: Answer, actual: Answer) -> bool:
+    return actual.fault == expected.fault and actual.token_ids == expected.token_ids and actual.text == expected.text
 
 
-def _moved(said: AnswerSet) -> list[float]:
-    """Return by how much another image changes each prompt's likelihood."""
-    right, wrong = said.likelihoods["right image"], said.likelihoods["wrong image"]
-    return [abs(one - other) for one, other in zip(right, wrong, strict=True)]
+def _image_effects(answers: AnswerSet) -> list[float]:
+    """Return by how much the wrong image changes the likelihood of each prompt's answer, in nats."""
+    right, wrong = answers.likelihoods["right image"], answers.likelihoods["wrong image"]
+    return [abs(with_right - with_wrong) for with_right, with_wrong in zip(right, wrong, strict=True)]
 
 
-def _changed(said: AnswerSet) -> int:
-    pairs = zip(said.answers["right image"], said.answers["wrong image"], strict=True)
-    return sum(one.text != other.text for one, other in pairs)
+def _changed_answers(answers: AnswerSet) -> int:
+    pairs = zip(answers.answers["right image"], answers.answers["wrong image"], strict=True)
+    return sum(right.text != wrong.text for right, wrong in pairs)

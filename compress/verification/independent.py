@@ -1,7 +1,7 @@
-"""The checkpoint as transformers itself loads it: the second opinion that an export is held against.
+"""Load a checkpoint by transformers' own `from_pretrained`: an independent reference for exports.
 
-What an export writes and what the in-process runtime reads are made by one program, which may err twice in the same way: in which
-parameter a tensor is, or in whether the output head is the embeddings. Here transformers decides both.
+The exports and the in-process runtime share this package's mapping of tensors to parameters and of tied heads, so that an error
+there would be in both. Here transformers decides both.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
 from compress.families import family_of
 from compress.progress import Progress
-from compress.runtimes.transformers_model import round_as_served
+from compress.runtimes.transformers_model import fake_quantize_as_served
 from compress.runtimes.unpack import dense_tensors
 from compress.skeleton import build_skeleton, load_config
 from compress.untrusted import foreign
@@ -28,41 +28,41 @@ from compress.untrusted import foreign
 def load_independently(
     folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
 ) -> Any:
-    """Return a checkpoint as `from_pretrained` loads it, in evaluation mode; inputs that a runtime rounds are rounded in it too.
+    """Return a checkpoint as `from_pretrained` loads it, in evaluation mode, with activations fake-quantized as a runtime does.
 
-    Of a quantized one transformers is given the weights that its codes stand for, unpacked from the formats' descriptions alone.
+    A quantized checkpoint is dequantized first, by `unpack`, which follows the formats' specifications alone.
 
     Raises:
-        CheckpointError: it cannot be read, or transformers finds no weight for a part of the model.
+        CheckpointError: it cannot be read, or transformers finds no weight for a parameter.
     """
     checkpoint = open_checkpoint(folder)
     architecture: Any = type(build_skeleton(folder, dtype, device, trust_remote_code))
     config = load_config(folder, trust_remote_code)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True, "local_files_only": True}
-    place: Path | None = folder
+    source: Path | None = folder
     with (
         progress.task("load weights into transformers", 1, "model") as advance,
         foreign(f"{folder}: transformers cannot load it"),
-        _without_bars(),
+        _without_progress_bars(),
     ):
         if checkpoint.config.get("quantization_config"):
-            place, settings["state_dict"] = None, dict(dense_tensors(checkpoint, dtype, device))
-        model, found = architecture.from_pretrained(place, **settings)
+            source, settings["state_dict"] = None, dict(dense_tensors(checkpoint, dtype, device))
+        model, loading_info = architecture.from_pretrained(source, **settings)
         advance(1)
-    if missing := sorted(cast("set[str]", found["missing_keys"])):
+    if missing := sorted(cast("set[str]", loading_info["missing_keys"])):
         raise CheckpointError(f"{folder}: transformers finds no weight for {missing[0]}; fetch the checkpoint again")
     family = family_of(checkpoint.config, str(folder), checkpoint, trust_remote_code)
-    round_as_served(checkpoint, family, cast("nn.Module", model), device)
+    fake_quantize_as_served(checkpoint, family, cast("nn.Module", model), device)
     return model.to(device).eval()
 
 
 @contextmanager
-def _without_bars() -> Generator[None]:
-    """Keep transformers' own progress bars from the terminal while the block runs; ours tells of the same."""
-    shown = logging.is_progress_bar_enabled()
+def _without_progress_bars() -> Generator[None]:
+    """Disable transformers' progress bars while the context lasts: the progress is reported here."""
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
         yield
     finally:
-        if shown:
+        if enabled:
             logging.enable_progress_bar()

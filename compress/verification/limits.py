@@ -1,4 +1,4 @@
-"""How far an artifact may be from the checkpoint it came from, by what its format rounds; the tables of docs/verification.md."""
+"""How much an artifact may differ from its checkpoint, by what its format rounds: the tables of docs/verification.md."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ Rounding = Literal[
     "head in 8 bits",
     "head in 4 bits",
 ]
-"""What makes an artifact's numbers others than the checkpoint's, which is computed in float32 with the same integers.
+"""A source of differences between an artifact and its checkpoint, which is computed in float32 with the same integer weights.
 
-`inputs in blocks` are those of matrices that compute with 8-bit inputs though the checkpoint does not (`accuracy_level: 4`),
-`inputs to 8 bits` those that the checkpoint rounds too, where the last digit decides to which side;
-`words and patches in 8 bits` the first matrices of two encoders, whose outputs are compared at the far end.
+`inputs in blocks`: MatMulNBits quantizes activations to 8 bits in blocks (`accuracy_level: 4`), the checkpoint does not.
+`inputs to 8 bits`: both quantize activations, and float error decides ties differently.
+`words and patches in 8 bits`: the first matrices of CLIP's encoders, whose outputs are compared after all blocks.
 """
 
-PARTS: Mapping[Rounding, float] = {
+COMPONENTS: Mapping[Rounding, float] = {
     "float32": 1e-4,
     "float16": 0.02,
     "inputs in blocks": 0.25,
@@ -39,7 +39,11 @@ PARTS: Mapping[Rounding, float] = {
     "head in 8 bits": 0.02,
     "head in 4 bits": 0.25,
 }
-"""What each rounding may change of a part's outputs, over the checkpoint's largest magnitude."""
+"""The largest difference of a component's outputs per rounding, relative to the checkpoint's largest magnitude.
+
+These limits and those below lie above the worst values measured, which docs/verification.md lists. Another limit is another
+`verification_revision`.
+"""
 
 LIKELIHOODS: Mapping[Rounding, float] = {
     "float32": 0.001,
@@ -51,7 +55,7 @@ LIKELIHOODS: Mapping[Rounding, float] = {
     "head in 8 bits": 0.1,
     "head in 4 bits": 0.5,
 }
-"""By how many nats each rounding may change the mean log-likelihood per token of an answer."""
+"""The largest change per rounding of an answer's mean log-likelihood per token, in nats."""
 
 AGREEMENT: Mapping[Rounding, float] = {
     "float32": 0.95,
@@ -63,12 +67,12 @@ AGREEMENT: Mapping[Rounding, float] = {
     "head in 8 bits": 0.0,
     "head in 4 bits": 0.0,
 }
-"""Which share of the answers has to be the very same; 0 where a near tie can go either way at every token."""
+"""The smallest share of identical answers per rounding; 0 where near ties can go either way at every token."""
 
 
 @dataclass(frozen=True)
 class ExportPrecision:
-    """What an artifact leaves open of the checkpoint's numbers, and settles for itself."""
+    """The precision settings of an ONNX export."""
 
     dtype: Literal["float32", "float16"]
     accuracy_level: int = 0
@@ -78,7 +82,7 @@ class ExportPrecision:
 
 @dataclass(frozen=True)
 class DifferenceLimits:
-    """What an artifact's differences may be, by the roundings that reach each part's outputs."""
+    """An artifact's limits: the roundings that affect each component's outputs."""
 
     vision: frozenset[Rounding]
     embeddings: frozenset[Rounding]
@@ -87,53 +91,55 @@ class DifferenceLimits:
     @property
     def roundings(self) -> tuple[Rounding, ...]:
         """All of them, in the order of the tables."""
-        every = self.vision | self.embeddings | self.decoder
-        return tuple(each for each in PARTS if each in every)
+        roundings = self.vision | self.embeddings | self.decoder
+        return tuple(rounding for rounding in COMPONENTS if rounding in roundings)
 
     def of(self, component: Component, *, exact: bool = False) -> float:
-        """Return what a part's largest difference may be; `exact` where no inputs are rounded, in the checkpoint neither."""
+        """Return the limit of a component's relative difference; `exact` for comparisons without activation quantization."""
         vision = component in ("vision encoder", "image encoder")
-        found = self.embeddings if component == "embeddings" else self.vision if vision else self.decoder
-        return max(PARTS[each] for each in found if not (exact and each.startswith("inputs")))
+        roundings = self.embeddings if component == "embeddings" else self.vision if vision else self.decoder
+        return max(COMPONENTS[rounding] for rounding in roundings if not (exact and rounding.startswith("inputs")))
 
     @property
     def likelihood(self) -> float:
-        """By how many nats per token an answer may be more or less likely."""
-        return max(LIKELIHOODS[each] for each in self.roundings)
+        """The limit of an answer's change of mean log-likelihood per token, in nats."""
+        return max(LIKELIHOODS[rounding] for rounding in self.roundings)
 
     @property
     def agreement(self) -> float:
-        """The least share of answers that have to be the same."""
-        return min(AGREEMENT[each] for each in self.roundings)
+        """The smallest share of identical answers that passes."""
+        return min(AGREEMENT[rounding] for rounding in self.roundings)
 
 
 def limits_of(settings: ExportPrecision, checkpoint: Checkpoint, family: Family) -> DifferenceLimits:
-    """Return the limits of an artifact that was made of a checkpoint; reads headers only."""
+    """Return the limits of an artifact that was exported from a checkpoint; reads headers only."""
     schemes = quantized_linears(checkpoint)
-    seeing = {name for name in schemes if family.inside_vision(family.module_name(name)) or name.endswith(family.vision_readers)}
+    vision_linears = {
+        name for name in schemes if family.inside_vision(family.module_name(name)) or name.endswith(family.vision_readers)
+    }
     embeddings: set[Rounding] = {settings.dtype}
-    decoder = _roundings(settings, (scheme for name, scheme in schemes.items() if name not in seeing))
-    vision = _roundings(settings, (schemes[name] for name in seeing))
+    decoder = _roundings(settings, (scheme for name, scheme in schemes.items() if name not in vision_linears))
+    vision = _roundings(settings, (schemes[name] for name in vision_linears))
     if settings.embedding_bits and family.head is None:
-        for part in (vision, decoder):
-            part.add("words and patches in 8 bits")
+        for roundings in (vision, decoder):
+            roundings.add("words and patches in 8 bits")
     elif settings.embedding_bits:
         embeddings.add("embeddings in 8 bits")
     if settings.head_bits:
         decoder.add("head in 8 bits" if settings.head_bits == 8 else "head in 4 bits")
-        decoder.update(_inputs(settings, Scheme(settings.head_bits, -1, symmetric=True)))
+        decoder.update(_input_roundings(settings, Scheme(settings.head_bits, -1, symmetric=True)))
     return DifferenceLimits(frozenset(vision), frozenset(embeddings), frozenset(decoder))
 
 
 def _roundings(settings: ExportPrecision, schemes: Iterable[Scheme]) -> set[Rounding]:
-    found: set[Rounding] = {settings.dtype}
+    roundings: set[Rounding] = {settings.dtype}
     for scheme in schemes:
-        found.update(_inputs(settings, scheme))
-    return found
+        roundings.update(_input_roundings(settings, scheme))
+    return roundings
 
 
-def _inputs(settings: ExportPrecision, scheme: Scheme) -> tuple[Rounding, ...]:
-    """Return how the input of a linear that is held so is rounded, if at all."""
+def _input_roundings(settings: ExportPrecision, scheme: Scheme) -> tuple[Rounding, ...]:
+    """Return the rounding of a linear's input by its scheme, if any."""
     if scheme.activations is not None:
         return ("inputs to 8 bits",)
     return ("inputs in blocks",) if settings.accuracy_level == 4 else ()

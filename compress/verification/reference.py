@@ -1,4 +1,4 @@
-"""What the checkpoint's own parts give: what enters its decoder, and what leaves it, in float32."""
+"""The checkpoint's reference values in float32: the inputs of its decoder, its logits, and its image features."""
 
 from __future__ import annotations
 
@@ -19,125 +19,150 @@ from compress.progress import Progress
 from compress.runtimes.inputs import Encoded, Encoder
 from compress.runtimes.runtime import Passage
 from compress.runtimes.transformers_session import TransformersSession
-from compress.verification.samples import VerificationPrompt, captions, pictures
+from compress.verification.samples import VerificationPrompt, captions, sample_images
 
 _CONTINUATION = "The picture shows a"
-_FURTHER = 3
-_LAST = 8
+"""The text whose first tokens follow every prompt, so that decoding with a KV cache is compared too."""
+
+_CONTINUATION_TOKENS = 3
+"""Decode steps that are compared per prompt."""
+
+_LOGIT_POSITIONS = 8
+"""At how many of a prompt's last positions logits are compared."""
 
 Array = NDArray[Any]
 
 
 @dataclass(frozen=True)
 class Reference:
-    """One prompt with tokens that follow it, as the checkpoint computes it; the first `prompt_length` are the prompt's own.
+    """The checkpoint's values for one prompt and a few tokens that continue it."""
 
-    `images` are the processor's tensors of its images, by name. `embeddings` [tokens, hidden] come from the embedding matrix,
-    `entering` [tokens, hidden] is what the decoder reads, `seen` [tokens] says which of that are images' features. `positions` are
-    [tokens], or [axes, tokens]. `features` are what comes of the images, by the names of the vision encoder's outputs:
-    `image_features` [image tokens, hidden], `deepstack_features` [levels, image tokens, hidden], or keys and values [kv heads,
-    states, head dimension] of cross-attention blocks, which `cross_mask` [tokens, images, tiles] lets tokens see. `logits` are
-    those of the tokens from `first` on.
-    """
+    description: str
+    """The prompt's images, for messages."""
 
-    shown: str
     ids: NDArray[np.int64]
+    """[tokens]"""
+
     prompt_length: int
+    """How many of the tokens are the prompt's."""
+
     images: dict[str, Array]
+    """The processor's tensors for its images, by name."""
+
     embeddings: NDArray[np.float32]
-    entering: NDArray[np.float32]
-    seen: NDArray[np.bool_]
+    """The output of the embedding matrix [tokens, hidden]."""
+
+    decoder_inputs: NDArray[np.float32]
+    """The embeddings with image features inserted [tokens, hidden]."""
+
+    image_mask: NDArray[np.bool_]
+    """Which of the tokens are image tokens [tokens]."""
+
     positions: NDArray[np.int64]
+    """[tokens], or [axes, tokens] for M-RoPE."""
+
     features: dict[str, NDArray[np.float32]]
+    """The vision encoder's outputs by name: `image_features` [image tokens, hidden] and `deepstack_features` [levels, image tokens,
+    hidden], or keys and values [kv heads, states, head dimension] of cross-attention blocks."""
+
     cross_mask: NDArray[np.int64] | None
+    """The image tiles that each token attends to [tokens, images, tiles]; None without cross-attention."""
+
     first: int
+    """The index of the first token with logits."""
+
     logits: NDArray[np.float32]
+    """[tokens from `first` on, vocabulary]"""
 
 
 @dataclass(frozen=True)
 class ReferenceTowers:
-    """What the two towers of a checkpoint that compares images with texts give, before anything is normalised.
-
-    `pixels` [images, 3, height, width] and `texts` (token ids and mask of all, padded as the tokenizer does) are what goes in; each
-    text was computed on its own here.
-    """
+    """Inputs and unnormalised outputs of the two towers of a CLIP checkpoint."""
 
     images: list[str]
+    """Descriptions of the images."""
+
     pixels: NDArray[np.float32]
+    """[images, 3, height, width]"""
+
     image_embeds: NDArray[np.float32]
+    """[images, width]"""
+
     captions: list[str]
     texts: dict[str, NDArray[np.int64]]
+    """Token ids and mask [texts, tokens] of all captions, padded by the tokenizer."""
+
     text_embeds: NDArray[np.float32]
+    """[texts, width], each computed on its own, without padding."""
 
 
 @dataclass
-class _Heard:
-    """What passed through the model in one forward."""
+class _Captured:
+    """Activations captured by hooks during one forward pass."""
 
     embeddings: Tensor | None = None
-    entering: Tensor | None = None
+    decoder_inputs: Tensor | None = None
     positions: Tensor | None = None
-    levels: Sequence[Tensor] = ()
+    deepstack: Sequence[Tensor] = ()
     cross: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
 
 
 @torch.inference_mode()
 def references(session: TransformersSession, samples: Sequence[VerificationPrompt], progress: Progress) -> list[Reference]:
-    """Return what the checkpoint makes of each sample, in order; those that the model does not take are left out.
+    """Return the checkpoint's values for each sample, in order; samples that the model cannot take are left out.
 
     Raises:
-        DataError: it takes none.
+        DataError: it can take none.
     """
     encoder = replace(session.encoder, tokens_per_batch=1)
-    follow = _continuation(encoder)
-    passages = [Passage(sample.prompt.id, follow, sample.prompt) for sample in samples]
+    continuation = _continuation(encoder)
+    passages = [Passage(sample.prompt.id, continuation, sample.prompt) for sample in samples]
     faults: dict[int, str] = {}
-    found: dict[int, Reference] = {}
+    by_index: dict[int, Reference] = {}
     with progress.task("ask the checkpoint", len(samples), "prompts") as advance:
         for (encoded,) in encoder.passages(passages, faults):
-            shown = samples[encoded.place].shown
-            found[encoded.place] = _reference(session.model, encoder, encoded, (shown, encoded.length - len(follow)))
+            sample, prompt_length = samples[encoded.index], encoded.length - len(continuation)
+            by_index[encoded.index] = _reference(session.model, encoder, encoded, sample.description, prompt_length)
             advance(1)
-    if not found:
+    if not by_index:
         raise DataError(f"the artifact cannot be verified: the model takes none of the prompts it is tried on ({faults[0]})")
-    for place, words in faults.items():
-        progress.warn(f"verification: {samples[place].shown} left out: {words}")
-    return [found[place] for place in sorted(found)]
+    for index, fault in faults.items():
+        progress.warn(f"verification: {samples[index].description} left out: {fault}")
+    return [by_index[index] for index in sorted(by_index)]
 
 
 def _continuation(encoder: Encoder) -> tuple[int, ...]:
-    """Return a few tokens that follow every prompt, so that decoding with a cache is compared too."""
+    """Return the tokens that continue every prompt."""
     ids = cast("list[int]", encoder.processor.tokenizer(_CONTINUATION, add_special_tokens=False)["input_ids"])
-    return tuple(ids[:_FURTHER])
+    return tuple(ids[:_CONTINUATION_TOKENS])
 
 
-def _reference(model: Any, encoder: Encoder, encoded: Encoded, told: tuple[str, int]) -> Reference:
-    shown, prompt_length = told
+def _reference(model: Any, encoder: Encoder, encoded: Encoded, description: str, prompt_length: int) -> Reference:
     family = encoder.family
     inputs = encoder.collate([encoded], "right", torch.device("cpu"))
-    with _listening(model, family) as heard:
+    with _capturing(model, family) as captured:
         logits = model.get_submodule(family.entry(inputs))(**inputs, use_cache=False).logits[0]
-    assert heard.embeddings is not None
-    entering = heard.embeddings if heard.entering is None else heard.entering
+    assert captured.embeddings is not None
+    decoder_inputs = captured.embeddings if captured.decoder_inputs is None else captured.decoder_inputs
     ids = inputs["input_ids"][0]
-    standing = () if family.vision_readers else family.placeholders(model.config.to_dict())
-    seen = torch.isin(ids, torch.tensor(standing, dtype=ids.dtype))
+    placeholders = () if family.vision_readers else family.placeholders(model.config.to_dict())
+    image_mask = torch.isin(ids, torch.tensor(placeholders, dtype=ids.dtype))
     mask = inputs.get(family.image_mask) if family.image_mask else None
-    features = {name: _array(value[0]) for name, value in heard.cross.items()}
-    if bool(seen.any()):
-        features = {"image_features": _array(entering[0][seen])}
-        if heard.levels:
-            features["deepstack_features"] = _array(torch.stack(list(heard.levels)))
-    first = max(prompt_length - _LAST, 0)
+    features = {name: _array(value[0]) for name, value in captured.cross.items()}
+    if bool(image_mask.any()):
+        features = {"image_features": _array(decoder_inputs[0][image_mask])}
+        if captured.deepstack:
+            features["deepstack_features"] = _array(torch.stack(list(captured.deepstack)))
+    first = max(prompt_length - _LOGIT_POSITIONS, 0)
     return Reference(
-        shown=shown,
+        description=description,
         ids=ids.numpy(),
         prompt_length=prompt_length,
         images={name: value.numpy() for name, value in encoded.extras.items()},
-        embeddings=_array(heard.embeddings[0]),
-        entering=_array(entering[0]),
-        seen=seen.numpy(),
-        positions=_positions(heard.positions, len(ids)),
+        embeddings=_array(captured.embeddings[0]),
+        decoder_inputs=_array(decoder_inputs[0]),
+        image_mask=image_mask.numpy(),
+        positions=_positions(captured.positions, len(ids)),
         features=features,
         cross_mask=None if mask is None else mask[0].numpy(),
         first=first,
@@ -145,16 +170,16 @@ def _reference(model: Any, encoder: Encoder, encoded: Encoded, told: tuple[str, 
     )
 
 
-def _positions(given: Tensor | None, length: int) -> NDArray[np.int64]:
-    """Return a prompt's positions: those given to the decoder [axes, 1, tokens] or [1, tokens], or its tokens' numbers.
+def _positions(position_ids: Tensor | None, length: int) -> NDArray[np.int64]:
+    """Return a prompt's positions: the decoder's [axes, 1, tokens] or [1, tokens], or the tokens' indices for None.
 
-    Of four axes the first is the text's own, which attention masks are made from, and not a rotation.
+    The first of four axes is the text position, from which transformers builds attention masks; RoPE takes the other three.
     """
-    if given is None:
+    if position_ids is None:
         return np.arange(length, dtype=np.int64)
-    if given.dim() == 2:
-        return given[0].numpy()
-    return given[-3:, 0].numpy()
+    if position_ids.dim() == 2:
+        return position_ids[0].numpy()
+    return position_ids[-3:, 0].numpy()
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
@@ -162,33 +187,33 @@ def _array(tensor: Tensor) -> NDArray[np.float32]:
 
 
 @contextmanager
-def _listening(model: Any, family: Family) -> Generator[_Heard]:
-    """Note what enters the decoder while the block runs."""
-    heard = _Heard()
+def _capturing(model: Any, family: Family) -> Generator[_Captured]:
+    """Capture the decoder's inputs while the context lasts."""
+    captured = _Captured()
 
-    def embedded(module: nn.Module, args: object, output: Tensor) -> None:
-        heard.embeddings = output
+    def on_embeddings(module: nn.Module, args: object, output: Tensor) -> None:
+        captured.embeddings = output
 
-    def entered(module: nn.Module, args: object, given: dict[str, Any]) -> None:
-        heard.entering = given.get("inputs_embeds")
-        heard.positions = given.get("position_ids")
-        heard.levels = given.get("deepstack_visual_embeds") or ()
+    def on_decoder(module: nn.Module, args: object, kwargs: dict[str, Any]) -> None:
+        captured.decoder_inputs = kwargs.get("inputs_embeds")
+        captured.positions = kwargs.get("position_ids")
+        captured.deepstack = kwargs.get("deepstack_visual_embeds") or ()
 
     decoder: nn.Module = model.get_submodule(family.blocks.rpartition(".")[0])
     handles = [
-        model.get_submodule(family.embeddings).register_forward_hook(embedded),
-        decoder.register_forward_pre_hook(entered, with_kwargs=True),
-        *_cross_hooks(model, family, heard),
+        model.get_submodule(family.embeddings).register_forward_hook(on_embeddings),
+        decoder.register_forward_pre_hook(on_decoder, with_kwargs=True),
+        *_cross_hooks(model, family, captured),
     ]
     try:
-        yield heard
+        yield captured
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _cross_hooks(model: Any, family: Family, heard: _Heard) -> list[Any]:
-    """Note the keys and values of blocks that read images' states, [samples, kv heads, states, head dimension]."""
+def _cross_hooks(model: Any, family: Family, captured: _Captured) -> list[Any]:
+    """Capture the keys and values of cross-attention blocks [samples, kv heads, states, head dimension]."""
     handles: list[Any] = []
     blocks: list[nn.Module] = list(model.get_submodule(family.blocks)) if family.vision_readers else []
     for number, block in enumerate(blocks):
@@ -198,39 +223,39 @@ def _cross_hooks(model: Any, family: Family, heard: _Heard) -> list[Any]:
 
         key, value = f"past_key_values.{number}.key", f"past_key_values.{number}.value"
         split = (1, -1, attention.num_key_value_heads, attention.head_dim)
-        handles.append(attention.k_norm.register_forward_hook(_keeping(heard, key, lambda output: output)))
+        handles.append(attention.k_norm.register_forward_hook(_capture(captured, key, lambda output: output)))
         handles.append(
             attention.v_proj.register_forward_hook(
-                _keeping(heard, value, lambda output, split=split: output.reshape(split).transpose(1, 2))
+                _capture(captured, value, lambda output, split=split: output.reshape(split).transpose(1, 2))
             )
         )
     return handles
 
 
-def _keeping(heard: _Heard, name: str, form: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
+def _capture(captured: _Captured, name: str, transform: Callable[[Tensor], Tensor]) -> Callable[[nn.Module, object, Tensor], None]:
     def hook(module: nn.Module, args: object, output: Tensor) -> None:
-        heard.cross[name] = form(output)
+        captured.cross[name] = transform(output)
 
     return hook
 
 
 @torch.inference_mode()
 def towers(session: TransformersSession) -> ReferenceTowers:
-    """Return what the two towers of a checkpoint give for pictures and texts made here."""
+    """Return the outputs of a CLIP checkpoint's two towers for generated images and captions."""
     model, processor = session.model, session.encoder.processor
-    shown, said = pictures(), captions()
-    images = [decode_image(picture.image, picture.id) for picture in shown]
+    image_inputs, texts = sample_images(), captions()
+    images = [decode_image(item.image, item.id) for item in image_inputs]
     pixels: Tensor = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     rows: list[Tensor] = []
-    for text in said:
+    for text in texts:
         ids = torch.tensor([cast("list[int]", processor.tokenizer(text)["input_ids"])])
         rows.append(model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids)).pooler_output[0])
-    padded = processor.tokenizer(said, padding=True, return_tensors="np")
+    padded = processor.tokenizer(texts, padding=True, return_tensors="np")
     return ReferenceTowers(
-        images=[picture.id for picture in shown],
+        images=[item.id for item in image_inputs],
         pixels=_array(pixels),
         image_embeds=_array(model.get_image_features(pixel_values=pixels).pooler_output),
-        captions=said,
+        captions=texts,
         texts={name: np.asarray(padded[name], np.int64) for name in ("input_ids", "attention_mask")},
         text_embeds=_array(torch.stack(rows)),
     )

@@ -1,4 +1,4 @@
-"""What a verification holds: how far each part is from the checkpoint's, and how many answers agree."""
+"""The record of a verification: each component's difference from the checkpoint, and the agreement of answers."""
 
 from __future__ import annotations
 
@@ -15,38 +15,43 @@ from compress.schema import Frozen
 VERIFICATION = "verification.json"
 
 Component = Literal["vision encoder", "embeddings", "decoder", "image encoder", "text encoder"]
-"""A part of an artifact that is a graph of its own; of a model that compares images with texts, the last two."""
+"""A component with a graph of its own; CLIP has the last two."""
 
 Shown = Literal["right image", "wrong image", "no image"]
-"""What a question is asked with."""
+"""The image that a question is asked with."""
 
 Computed = Literal["as it runs", "inputs not rounded"]
-"""How a graph was computed: as its runtime does, or with the same weights and without the inputs that only the runtime rounds."""
+"""How a graph was computed: as in its runtime, or with the same weights and without activation quantization."""
 
 
 class Difference(Frozen):
-    """How far a part's outputs are from the checkpoint's, over all inputs that were tried.
-
-    `absolute` is the largest difference of any number, `relative` the same over the largest magnitude of that output in the
-    checkpoint, each that of the worst input, which `worst` describes. `limit` is what `relative` may be.
-    """
+    """The largest difference of a component's outputs from the checkpoint's, over all inputs."""
 
     component: Component
     computed: Computed = "as it runs"
     inputs: int
+    """The number of outputs that were compared."""
+
     absolute: float
+    """The largest absolute difference, for the worst input."""
+
     relative: float
+    """The same over the largest magnitude of that output in the checkpoint."""
+
     limit: float
+    """The limit of `relative`."""
+
     worst: str
+    """The input with the largest relative difference."""
 
     @property
     def passed(self) -> bool:
-        """Whether it is within its limit; what is not a number never is."""
+        """Whether it is finite and within its limit."""
         return math.isfinite(self.relative) and self.relative <= self.limit
 
 
 class Agreement(Frozen):
-    """How many prompts, asked with `shown`, the artifact answers with the very words of the checkpoint."""
+    """How many prompts, asked with the image of `shown`, the artifact answers exactly as the checkpoint."""
 
     shown: Shown
     prompts: int
@@ -54,46 +59,51 @@ class Agreement(Frozen):
 
 
 class Answers(Frozen):
-    """What whole answers say, greedily decoded.
-
-    `likelihood` is the largest difference of the mean log-likelihood per token, in nats, of what the checkpoint answers to the
-    right image, and `likelihood_limit` what it may be. Of the prompts whose likelihood another image changes in the checkpoint
-    (`seeing`), `ungrounded` are those where it does not in the artifact. `changed_checkpoint` and `changed_artifact` count the
-    answers that are others with the wrong image. For a model that compares images with texts a prompt is a picture, and its
-    answer the nearest text.
-    """
+    """The comparison of greedy answers. For CLIP a prompt is an image, and its answer the nearest text."""
 
     agreement: tuple[Agreement, ...]
     likelihood: float
+    """The largest difference, in nats, of the mean log-likelihood per token of the checkpoint's answers to the right image."""
+
     likelihood_limit: float
+    """The limit of `likelihood`."""
+
     least_agreement: float
+    """The smallest share of identical answers that passes."""
+
     seeing: int
-    ungrounded: int = Field(validation_alias=AliasChoices("ungrounded", "blind"))  # as reports before called it
+    """The number of prompts whose likelihood in the checkpoint changes with the image."""
+
+    ungrounded: int = Field(validation_alias=AliasChoices("ungrounded", "blind"))  # "blind" in older reports
+    """How many of these do not change in the artifact."""
+
     changed_checkpoint: int
+    """How many of the checkpoint's answers differ with the wrong image."""
+
     changed_artifact: int
+    """How many of the artifact's answers differ with the wrong image."""
 
 
 class Verification(Frozen):
-    """What one verification found; it is written only where everything is within its limits.
-
-    `roundings` are the rows of the table of limits by which it was judged.
-    """
+    """The result of a verification; only one within all limits is written."""
 
     roundings: tuple[str, ...]
+    """The rows of the tables of limits that applied."""
+
     components: tuple[Difference, ...]
     answers: Answers | None = None
 
 
 def write_verification(folder: Path, verification: Verification) -> None:
-    """Write what was found to a step's folder."""
+    """Write a verification to its step's folder."""
     write_text(folder / VERIFICATION, verification.model_dump_json(indent=2) + "\n")
 
 
 def read_verification(folder: Path) -> Verification:
-    """Read what a verification found.
+    """Read a verification from its step's folder.
 
     Raises:
-        DataError: the file is no such record.
+        DataError: the file is missing or invalid.
     """
     path = folder / VERIFICATION
     try:

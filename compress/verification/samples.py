@@ -1,4 +1,4 @@
-"""What an artifact is tried on: pictures drawn here, of odd sizes, and questions about them; the same every time."""
+"""Inputs for verification: generated images of odd sizes and questions about them, the same every time."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from compress.families import Family
-from compress.runtimes.runtime import Picture, Prompt
+from compress.runtimes.runtime import ImageInput, Prompt
 
 _COLOURS = {
     "red": (214, 39, 40),
@@ -33,28 +33,29 @@ _QUESTIONS = (
     "What colour is the background?",
 )
 _SIZES = ((150, 113), (97, 61), (252, 140), (84, 196), (131, 131), (203, 90), (59, 118), (177, 164))
-"""Widths and heights: none a multiple of a window of 112 pixels, and hardly one of a patch."""
+"""Widths and heights: none a multiple of a 112-pixel window, hardly one of a patch, so that padding and resizing are exercised."""
 
 
 @dataclass(frozen=True)
 class VerificationPrompt:
-    """A prompt that the parts are compared on; `shown` says in words what it has."""
+    """A prompt on which components are compared."""
 
     prompt: Prompt
-    shown: str
+    description: str
+    """Its images, for messages and reports."""
 
 
 def draw(seed: int, width: int, height: int) -> bytes:
-    """Return a PNG of a few coloured shapes on a ground of another colour; the same for the same arguments."""
-    chance = random.Random(seed)  # noqa: S311 - no secret
-    ground, *colours = chance.sample(sorted(_COLOURS), 5)
-    image = Image.new("RGB", (width, height), _COLOURS[ground])
+    """Return a PNG of a few coloured shapes on a background of another colour; deterministic in its arguments."""
+    generator = random.Random(seed)  # noqa: S311 - no secret
+    background, *colours = generator.sample(sorted(_COLOURS), 5)
+    image = Image.new("RGB", (width, height), _COLOURS[background])
     canvas = ImageDraw.Draw(image)
     for colour in colours:
-        side = chance.randint(min(width, height) // 4, min(width, height) // 2)
-        left, top = chance.randint(0, width - side), chance.randint(0, height - side)
+        side = generator.randint(min(width, height) // 4, min(width, height) // 2)
+        left, top = generator.randint(0, width - side), generator.randint(0, height - side)
         box = (left, top, left + side, top + side)
-        shape = chance.choice(("circle", "square", "triangle"))
+        shape = generator.choice(("circle", "square", "triangle"))
         if shape == "circle":
             canvas.ellipse(box, fill=_COLOURS[colour])
         elif shape == "square":
@@ -67,32 +68,34 @@ def draw(seed: int, width: int, height: int) -> bytes:
 
 
 def samples(family: Family) -> list[VerificationPrompt]:
-    """Return prompts without an image, with one of several odd sizes, and with two of different sizes where the family takes two.
+    """Return prompts with no image, one image, and two images of different sizes where the family takes two.
 
-    The first three have none, one and (where it can be) two images, and different lengths.
+    The first three, which are compared as one batch, have none, one and (where possible) two images, and different lengths.
     """
-    shown = [(), (0,), (1,) if family.single_image else (1, 2), (3,), (2,)]
-    return [_sample(place, pictures) for place, pictures in enumerate(shown)]
+    sizes = [(), (0,), (1,) if family.single_image else (1, 2), (3,), (2,)]
+    return [_sample(index, indices) for index, indices in enumerate(sizes)]
 
 
-def _sample(place: int, pictures: Sequence[int]) -> VerificationPrompt:
-    images = tuple(draw(picture, *_SIZES[picture]) for picture in pictures)
-    sizes = [f"{width}×{height}" for width, height in (_SIZES[picture] for picture in pictures)]
-    told = {0: "a prompt without an image", 1: f"an image of {' '.join(sizes)} pixels"}
+def _sample(index: int, images: Sequence[int]) -> VerificationPrompt:
+    """Return the prompt with the question of this index, about images of these indices in `_SIZES`."""
+    encoded = tuple(draw(image, *_SIZES[image]) for image in images)
+    sizes = [f"{width}×{height}" for width, height in (_SIZES[image] for image in images)]
+    descriptions = {0: "a prompt without an image", 1: f"an image of {' '.join(sizes)} pixels"}
     return VerificationPrompt(
-        Prompt(f"sample {place}", _QUESTIONS[place], images), told.get(len(sizes), f"images of {' and '.join(sizes)} pixels")
+        Prompt(f"sample {index}", _QUESTIONS[index], encoded),
+        descriptions.get(len(sizes), f"images of {' and '.join(sizes)} pixels"),
     )
 
 
 def questions(family: Family, seed: int = 100) -> list[Prompt]:
-    """Return questions, each about a picture of its own; the last two about two of different sizes where the family takes two.
+    """Return questions, each about an image of its own; the last two about two images where the family takes two.
 
-    Another `seed` gives the same questions about other pictures of the same sizes: what changes then is what is in them alone.
+    Another `seed` gives the same questions about images of the same sizes with other content.
     """
-    drawn = [draw(seed + place, *size) for place, size in enumerate(_SIZES)]
-    double = 0 if family.single_image else 2
-    shown = [(drawn[place], *([drawn[0]] if place >= len(drawn) - double else [])) for place in range(len(drawn))]
-    return [Prompt(f"question {place}", text, shown[place]) for place, text in enumerate(_QUESTIONS)]
+    images = [draw(seed + index, *size) for index, size in enumerate(_SIZES)]
+    pairs = 0 if family.single_image else 2
+    attached = [(images[index], *([images[0]] if index >= len(images) - pairs else [])) for index in range(len(images))]
+    return [Prompt(f"question {index}", text, attached[index]) for index, text in enumerate(_QUESTIONS)]
 
 
 def without_images(prompts: Sequence[Prompt]) -> list[Prompt]:
@@ -100,14 +103,14 @@ def without_images(prompts: Sequence[Prompt]) -> list[Prompt]:
     return [Prompt(prompt.id, prompt.text) for prompt in prompts]
 
 
-def pictures() -> list[Picture]:
-    """Return pictures of odd sizes."""
+def sample_images() -> list[ImageInput]:
+    """Return images of odd sizes; their ids are descriptions."""
     return [
-        Picture(f"an image of {width}×{height} pixels", draw(200 + place, width, height))
-        for place, (width, height) in enumerate(_SIZES)
+        ImageInput(f"an image of {width}×{height} pixels", draw(200 + index, width, height))
+        for index, (width, height) in enumerate(_SIZES)
     ]
 
 
 def captions() -> list[str]:
-    """Return texts of different lengths that a picture may show."""
+    """Return captions of different lengths."""
     return [*(f"a {colour} shape" for colour in _COLOURS), "a picture", "a drawing of several shapes of many colours and sizes"]

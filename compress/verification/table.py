@@ -1,4 +1,4 @@
-"""The report's part on verification: how far an artifact's parts and answers are from those of the checkpoint it came from."""
+"""The report's tables on verification: differences between an artifact's components and answers and the checkpoint's."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from compress.verification.results import Verification
 
 
 def components_table(verifications: Mapping[str, Verification]) -> Table:
-    """Return, for each part of each artifact, the largest difference, its limit and the verdict."""
+    """Return the largest difference of each artifact's components, with its limit and verdict."""
     columns = (
         Column("artifact"), Column("part"), Column("computed"), Column("outputs", "number"), Column("largest difference", "number"),
         Column("relative", "number"), Column("limit", "number"), Column("verdict", "verdict"), Column("at", "prose"),
@@ -17,17 +17,17 @@ def components_table(verifications: Mapping[str, Verification]) -> Table:
     rows = tuple(
         (
             name,
-            found.component,
-            found.computed,
-            f"{found.inputs}",
-            f"{found.absolute:.2g}",
-            f"{found.relative:.2g}",
-            f"{found.limit:g}",
-            "pass" if found.passed else "fail",
-            found.worst,
+            difference.component,
+            difference.computed,
+            f"{difference.inputs}",
+            f"{difference.absolute:.2g}",
+            f"{difference.relative:.2g}",
+            f"{difference.limit:g}",
+            "pass" if difference.passed else "fail",
+            difference.worst,
         )
         for name, verification in verifications.items()
-        for found in verification.components
+        for difference in verification.components
     )
     note = (
         "Each part was given what the checkpoint's own was, in float32. Relative: to the checkpoint's largest value. The limit "
@@ -37,26 +37,27 @@ def components_table(verifications: Mapping[str, Verification]) -> Table:
 
 
 def answers_table(verifications: Mapping[str, Verification]) -> Table:
-    """Return how many answers agree with the checkpoint's, and how many depend on the image in both."""
-    shown = list(dict.fromkeys(row.shown for found in verifications.values() if found.answers for row in found.answers.agreement))
+    """Return the number of answers that agree with the checkpoint's, and that depend on the image in both."""
+    compared = [verification.answers for verification in verifications.values() if verification.answers]
+    images = list(dict.fromkeys(row.shown for answers in compared for row in answers.agreement))
     columns = (
-        Column("artifact"), *(Column(f"same with {each}", "number") for each in shown),
+        Column("artifact"), *(Column(f"same with {image}", "number") for image in images),
         Column("changed by a wrong image", "number"), Column("in the checkpoint", "number"), Column("not grounded", "number"),
         Column("nats per token", "number"), Column("limit", "number"),
     )  # fmt: skip
     rows: list[tuple[str, ...]] = []
     for name, verification in verifications.items():
-        if (found := verification.answers) is not None:
-            same = {row.shown: f"{row.same} of {row.prompts}" for row in found.agreement}
+        if (answers := verification.answers) is not None:
+            same = {row.shown: f"{row.same} of {row.prompts}" for row in answers.agreement}
             rows.append(
                 (
                     name,
-                    *(same.get(each, "") for each in shown),
-                    f"{found.changed_artifact}",
-                    f"{found.changed_checkpoint}",
-                    f"{found.ungrounded} of {found.seeing}",
-                    f"{found.likelihood:.2g}",
-                    f"{found.likelihood_limit:g}",
+                    *(same.get(image, "") for image in images),
+                    f"{answers.changed_artifact}",
+                    f"{answers.changed_checkpoint}",
+                    f"{answers.ungrounded} of {answers.seeing}",
+                    f"{answers.likelihood:.2g}",
+                    f"{answers.likelihood_limit:g}",
                 )
             )
     note = (

@@ -1,4 +1,4 @@
-"""The step that compares an ONNX artifact with the checkpoint it came from, part by part and then in whole answers."""
+"""Verify an ONNX artifact against its checkpoint: first each component's outputs, then generated answers."""
 
 from __future__ import annotations
 
@@ -24,11 +24,13 @@ from compress.verification.results import Answers, Component, Difference, Verifi
 from compress.verification.samples import samples
 
 _TOKENS_PER_BATCH = 2048
+"""Tokens in a batch of the checkpoint's answers: bounds memory, not the results."""
+
 _ENGINE = Engine(("cpu",))
 
 Compare = Callable[..., Iterator[graphs.Compared]]
 Table = Mapping[Component, tuple[str, Compare, Compare]]
-"""The graph of each part, and what compares it: where no inputs are rounded, and as it runs."""
+"""Per component: its graph, and the comparisons without activation quantization and as it runs."""
 
 _GENERATIVE: Table = {
     "vision encoder": ("vision_encoder", graphs.image_features, graphs.image_features),
@@ -47,109 +49,110 @@ _REMEDY = (
 
 
 def verify_graphs(context: VerifyContext, runtime: Runtime, limits: DifferenceLimits, table: Table | None = None) -> Verification:
-    """Compare every graph of an artifact with the checkpoint, then what it answers in its runtime.
+    """Compare every graph of an artifact with the checkpoint, then its answers in its runtime.
 
-    The checkpoint is let go of before the artifact is loaded, and each graph before the next. `table` is for artifacts whose graphs
+    The checkpoint is freed before the artifact is loaded, and each graph before the next. `table` is for artifacts whose graphs
     are not those of `format: onnx`.
 
     Raises:
-        VerificationError: something is beyond its limit; the first part is named.
+        VerificationError: a difference exceeds its limit; the first component is named.
         CheckpointError: the checkpoint, or a graph, cannot be loaded or run.
     """
     opening = OpenContext(context.source, context.logs, context.progress, context.trust_remote_code, "checkpoint")
     with open_session(opening, TransformersSettings("float32", "cpu", _TOKENS_PER_BATCH), load_independently) as session:
-        given = _given(session, context, limits)
-        said = ask(session, context.family, None, context.progress)
-    usual = _TOWERS if context.family.head is None else _GENERATIVE
-    found = list(_components(context.artifact, given, limits, table or usual))
+        expected = _reference_values(session, context, limits)
+        reference_answers = ask(session, context.family, None, context.progress)
+    default = _TOWERS if context.family.head is None else _GENERATIVE
+    differences = list(_differences(context.artifact, expected, limits, table or default))
     opening = replace(opening, artifact=context.artifact, name=context.artifact.name)
     with runtime.open(opening) as session:
-        answers = judge_answers(said, ask(session, context.family, said, context.progress), limits)
+        artifact_answers = ask(session, context.family, reference_answers, context.progress)
+        answers = judge_answers(reference_answers, artifact_answers, limits)
     check_answers(context.artifact, answers)
-    return Verification(roundings=limits.roundings, components=tuple(found), answers=answers)
+    return Verification(roundings=limits.roundings, components=tuple(differences), answers=answers)
 
 
 @dataclass(frozen=True)
-class _Given:
-    """What the checkpoint's parts give: as it says, and with no input rounded."""
+class _ReferenceValues:
+    """The checkpoint's values, with and without activation quantization; the same where it has none."""
 
-    rounded: list[Reference] | ReferenceTowers
+    quantized: list[Reference] | ReferenceTowers
     exact: list[Reference] | ReferenceTowers
 
 
-def _given(session: TransformersSession, context: VerifyContext, limits: DifferenceLimits) -> _Given:
-    def ask_parts() -> list[Reference] | ReferenceTowers:
+def _reference_values(session: TransformersSession, context: VerifyContext, limits: DifferenceLimits) -> _ReferenceValues:
+    def compute() -> list[Reference] | ReferenceTowers:
         if context.family.head is None:
             return towers(session)
         return references(session, samples(context.family), context.progress)
 
-    found = ask_parts()
+    values = compute()
     if "inputs to 8 bits" not in limits.roundings:
-        return _Given(found, found)
+        return _ReferenceValues(values, values)
     with activation_quantization_disabled():
-        return _Given(found, ask_parts())
+        return _ReferenceValues(values, compute())
 
 
-def _components(artifact: Path, given: _Given, limits: DifferenceLimits, table: Table) -> Iterator[Difference]:
-    """Give what each part's difference is, in the order in which parts feed each other, up to the first that is too large.
+def _differences(artifact: Path, expected: _ReferenceValues, limits: DifferenceLimits, table: Table) -> Iterator[Difference]:
+    """Yield each component's difference, in the order of the data flow, up to the first that exceeds its limit.
 
-    Where the inputs of matrices are rounded, a graph is first compared without that, on both sides: so the weights themselves are
-    held to a limit that no rounding hides behind.
+    A graph with activation quantization is first compared without it on both sides: that holds its weights to the tight limit of
+    the format, which the rounding of activations would hide.
     """
-    for component, (name, exactly, compare) in table.items():
+    for component, (name, compare_exact, compare) in table.items():
         path = artifact / f"{name}.onnx"
         check_files(path)
-        ways = (True, False) if quantizes_activations(path) else (False,)
-        for exact in ways:
+        for exact in (True, False) if quantizes_activations(path) else (False,):
             graph: Any = GraphSession(path, _ENGINE, exact=exact)
-            compared = exactly(graph, given.exact) if exact else compare(graph, given.rounded)
-            inputs, absolute, relative, worst = graphs.largest(compared)
+            compared = compare_exact(graph, expected.exact) if exact else compare(graph, expected.quantized)
+            outputs, absolute, relative, worst = graphs.largest_difference(compared)
             del graph
-            found = Difference(
+            difference = Difference(
                 component=component,
                 computed="inputs not rounded" if exact else "as it runs",
-                inputs=inputs,
+                inputs=outputs,
                 absolute=absolute,
                 relative=relative,
                 limit=limits.of(component, exact=exact),
                 worst=worst,
             )
-            check_component(path, found)
-            yield found
+            check_component(path, difference)
+            yield difference
 
 
-def check_component(path: Path, found: Difference) -> None:
-    """Check a part's difference.
+def check_component(path: Path, difference: Difference) -> None:
+    """Check a component's difference.
 
     Raises:
-        VerificationError: it is too large.
+        VerificationError: it exceeds its limit.
     """
-    if not found.passed:
+    if not difference.passed:
         raise VerificationError(
-            f"{path}: the {found.component} differs from the checkpoint's: by {found.absolute:.3g}, {found.relative:.3g} of its "
-            f"largest value (limit {found.limit:g}; {found.computed}), for {found.worst}; {_REMEDY}"
+            f"{path}: the {difference.component} differs from the checkpoint's: by {difference.absolute:.3g}, "
+            f"{difference.relative:.3g} of its largest value (limit {difference.limit:g}; {difference.computed}), for "
+            f"{difference.worst}; {_REMEDY}"
         )
 
 
-def check_answers(artifact: Path, found: Answers) -> None:
-    """Check what whole answers say.
+def check_answers(artifact: Path, answers: Answers) -> None:
+    """Check the comparison of answers.
 
     Raises:
-        VerificationError: the artifact does not look at its images, or answers otherwise than the checkpoint.
+        VerificationError: the artifact is not grounded in its images, or its answers differ from the checkpoint's.
     """
-    if found.seeing and 2 * found.ungrounded >= found.seeing:
+    if answers.seeing and 2 * answers.ungrounded >= answers.seeing:
         raise VerificationError(
-            f"{artifact}: not grounded in its images: for {found.ungrounded} of {found.seeing} prompts another image changes "
+            f"{artifact}: not grounded in its images: for {answers.ungrounded} of {answers.seeing} prompts another image changes "
             f"what the checkpoint finds likely, and not what the artifact does, though each part alone agrees; {_REMEDY}"
         )
-    if not found.likelihood <= found.likelihood_limit:
+    if not answers.likelihood <= answers.likelihood_limit:
         raise VerificationError(
-            f"{artifact}: finds an answer of the checkpoint more or less likely by {found.likelihood:.3g} nats per token "
-            f"(limit {found.likelihood_limit:g}), though each part alone agrees; {_REMEDY}"
+            f"{artifact}: finds an answer of the checkpoint more or less likely by {answers.likelihood:.3g} nats per token "
+            f"(limit {answers.likelihood_limit:g}), though each part alone agrees; {_REMEDY}"
         )
-    same, asked = sum(row.same for row in found.agreement), sum(row.prompts for row in found.agreement)
-    if same < found.least_agreement * asked:
+    same, prompts = sum(row.same for row in answers.agreement), sum(row.prompts for row in answers.agreement)
+    if same < answers.least_agreement * prompts:
         raise VerificationError(
-            f"{artifact}: gives {same} of {asked} answers as the checkpoint does (limit {found.least_agreement:.0%}), though each "
-            f"part alone agrees; {_REMEDY}"
+            f"{artifact}: gives {same} of {prompts} answers as the checkpoint does (limit {answers.least_agreement:.0%}), though "
+            f"each part alone agrees; {_REMEDY}"
         )

@@ -20,4 +20,4 @@ GRAPHS: Mapping[str, Mapping[str, str]] = {
     "blip-2": _generative("compress.export.graphs.blip2:vision_encoder", "compress.export.graphs.opt:decoder"),
     "clip": {"vision_model": "compress.export.graphs.clip:vision_model", "text_model": "compress.export.graphs.clip:text_model"},
 }
-"""The graphs of each family, by the names of their files: what emits them, given `Parts`."""
+"""The graphs of each family, by the names of their files: the function that emits each, given a `LayerBuilder`."""

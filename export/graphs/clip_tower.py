@@ -11,102 +11,111 @@ import torch
 from numpy.typing import NDArray
 
 from compress.export.graphs.graph import Weight
-from compress.export.graphs.parts import Parts
+from compress.export.graphs.layer_builder import LayerBuilder
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
 
-_SIGN = 128
+_SIGN_BIT = 128
+"""Flipped to turn unsigned codes with zero point 128 into int8."""
+
 _PER_CHANNEL = Scheme(bits=8, group_size=-1, symmetric=True)
 
 
 @dataclass(frozen=True)
 class PooledPositions:
-    """The places whose results are wanted of the last block: those of others need not be worked out.
+    """The positions that the pooled output needs: the last block is computed for these alone."""
 
-    `pick` returns them, [batch, wanted, hidden], of a value [batch, length, hidden]; `bias` is added to their attention scores.
-    """
+    select: Callable[[str], str]
+    """Selects them [batch, positions, hidden] from a value [batch, length, hidden]."""
 
-    pick: Callable[[str], str]
     bias: str = ""
+    """Added to their attention scores."""
 
 
-def clip_embeddings(parts: Parts, pixels: str, prefix: str, config: Any, *, rounded: bool = False) -> str:
-    """Return the patches of images [n, 3, height, width] with their positions, [n, places, hidden], normed where the model does.
+def clip_embeddings(builder: LayerBuilder, pixels: str, prefix: str, config: Any, *, quantized: bool = False) -> str:
+    """Return the embeddings of images [n, 3, height, width] with positions, [n, tokens, hidden], after the pre-norm if any.
 
-    `prefix` is the tower's module. A class token, where the model has one, stands first. `rounded` keeps the matrix that the
-    patches are multiplied with in 8-bit integers, with a scale per channel.
+    `prefix` is the tower's module. A class token, where the model has one, is first. `quantized` stores the patch embedding in
+    8-bit integers with a scale per channel.
     """
-    graph, name = parts.graph, f"{prefix}.embeddings"
+    graph, name = builder.graph, f"{prefix}.embeddings"
     weight = f"{name}.patch_embedding.weight"
-    kernel = _rounded(parts, weight) if rounded else parts.tensor(weight)
-    biases = [parts.tensor(f"{name}.patch_embedding.bias")] if parts.has(f"{name}.patch_embedding.bias") else []
+    kernel = _quantized_kernel(builder, weight) if quantized else builder.tensor(weight)
+    biases = [builder.tensor(f"{name}.patch_embedding.bias")] if builder.has(f"{name}.patch_embedding.bias") else []
     side = int(config.patch_size)
     grid = graph.op("Conv", pixels, kernel, *biases, kernel_shape=[side, side], strides=[side, side])
     value = graph.transpose(graph.reshape(grid, [0, int(config.hidden_size), -1]), [0, 2, 1])
-    if parts.has(f"{name}.class_embedding"):
-        token = parts.tensor(f"{name}.class_embedding", lambda found: found.view(1, 1, -1), "_row")
+    if builder.has(f"{name}.class_embedding"):
+        token = builder.tensor(f"{name}.class_embedding", lambda token: token.view(1, 1, -1), "_row")
         extents = graph.op("Concat", graph.extent(pixels, 0), graph.const([1, 1]), axis=0)
         value = graph.op("Concat", graph.op("Expand", token, extents), value, axis=1)
-    value = graph.op("Add", value, parts.tensor(f"{name}.position_embedding.weight"))
-    if parts.has(f"{prefix}.pre_layrnorm.weight"):
-        value = parts.layer_norm(value, f"{prefix}.pre_layrnorm", float(config.layer_norm_eps))
+    value = graph.op("Add", value, builder.tensor(f"{name}.position_embedding.weight"))
+    if builder.has(f"{prefix}.pre_layrnorm.weight"):
+        value = builder.layer_norm(value, f"{prefix}.pre_layrnorm", float(config.layer_norm_eps))
     return value
 
 
 def clip_blocks(
-    parts: Parts, value: str, prefix: str, config: Any, layers: range, *, bias: str = "", wanted: PooledPositions | None = None
+    builder: LayerBuilder,
+    value: str,
+    prefix: str,
+    config: Any,
+    layers: range,
+    *,
+    bias: str = "",
+    pooled: PooledPositions | None = None,
 ) -> str:
-    """Return what the blocks `layers` of `prefix` (a module list) make of a value [batch, length, hidden].
+    """Return the blocks `layers` of `prefix` (a module list) of a value [batch, length, hidden].
 
-    `bias` [batch or 1, 1, length, length] is added to the attention scores. With `wanted` the last block gives those places alone.
+    `bias` [batch or 1, 1, length, length] is added to the attention scores. With `pooled` the last block returns those positions.
     """
     for layer in layers:
-        with parts.graph.scope(f"layers.{layer}"):
+        with builder.graph.scope(f"layers.{layer}"):
             value = _block(
-                parts,
+                builder,
                 value,
                 f"{prefix}.{layer}",
                 config,
-                PooledPositions(_all, bias) if layer != layers[-1] or wanted is None else wanted,
+                PooledPositions(_all, bias) if layer != layers[-1] or pooled is None else pooled,
             )
     return value
 
 
-def _block(parts: Parts, value: str, name: str, config: Any, rows: PooledPositions) -> str:
-    """Return what one block makes of the wanted rows: attention and feed-forward, each normed first and added."""
-    graph, epsilon, attention = parts.graph, float(config.layer_norm_eps), f"{name}.self_attn"
-    normed = parts.layer_norm(value, f"{name}.layer_norm1", epsilon)
-    if rows.pick is _all:
-        query, key, states = parts.linears(normed, [f"{attention}.{part}_proj" for part in "qkv"])
+def _block(builder: LayerBuilder, value: str, name: str, config: Any, positions: PooledPositions) -> str:
+    """Return a pre-norm block at the selected positions."""
+    graph, epsilon, attention = builder.graph, float(config.layer_norm_eps), f"{name}.self_attn"
+    normed = builder.layer_norm(value, f"{name}.layer_norm1", epsilon)
+    if positions.select is _all:
+        query, key, states = builder.linears(normed, [f"{attention}.{kind}_proj" for kind in "qkv"])
     else:
-        query = parts.linear(rows.pick(normed), f"{attention}.q_proj")
-        key, states = parts.linears(normed, [f"{attention}.k_proj", f"{attention}.v_proj"])
-    mixed = parts.attention(query, key, states, int(config.num_attention_heads), rows.bias)
-    value = graph.op("Add", rows.pick(value), parts.linear(mixed, f"{attention}.out_proj"))
-    normed = parts.layer_norm(value, f"{name}.layer_norm2", epsilon)
-    grown = parts.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act))
-    return graph.op("Add", value, parts.linear(grown, f"{name}.mlp.fc2"))
+        query = builder.linear(positions.select(normed), f"{attention}.q_proj")
+        key, states = builder.linears(normed, [f"{attention}.k_proj", f"{attention}.v_proj"])
+    attended = builder.attention(query, key, states, int(config.num_attention_heads), positions.bias)
+    value = graph.op("Add", positions.select(value), builder.linear(attended, f"{attention}.out_proj"))
+    normed = builder.layer_norm(value, f"{name}.layer_norm2", epsilon)
+    hidden = builder.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act))
+    return graph.op("Add", value, builder.linear(hidden, f"{name}.mlp.fc2"))
 
 
 def _all(value: str) -> str:
     return value
 
 
-def _rounded(parts: Parts, name: str) -> str:
-    """Return a convolution's kernel [out, …], whose codes and scale per channel are what is stored."""
-    graph, shape = parts.graph, parts.shape(name)
+def _quantized_kernel(builder: LayerBuilder, name: str) -> str:
+    """Return a convolution's kernel [out, …], stored as int8 codes with a scale per channel."""
+    graph, shape = builder.graph, builder.shape(name)
 
-    def matrix() -> Any:
-        return quantize(parts.source.reader.tensor(name).float().flatten(1), _PER_CHANNEL, torch.float32)
+    def quantized() -> Any:
+        return quantize(builder.source.reader.tensor(name).float().flatten(1), _PER_CHANNEL, torch.float32)
 
     def codes() -> Iterable[NDArray[Any]]:
-        yield (matrix().codes ^ _SIGN).view(torch.int8).numpy()
+        yield (quantized().codes ^ _SIGN_BIT).view(torch.int8).numpy()
 
     def scales() -> Iterable[NDArray[Any]]:
-        yield parts.floats(name, matrix().scales)
+        yield builder.floats(name, quantized().scales)
 
-    held = graph.weight(f"{name}.codes8", Weight(f"{name}.codes8", np.dtype(np.int8), shape, codes))
-    steps = graph.weight(
+    stored_codes = graph.weight(f"{name}.codes8", Weight(f"{name}.codes8", np.dtype(np.int8), shape, codes))
+    stored_scales = graph.weight(
         f"{name}.scales8", Weight(f"{name}.scales8:{graph.dtype.name}", graph.dtype, (shape[0], *([1] * (len(shape) - 1))), scales)
     )
-    return graph.op("Mul", graph.cast(held, graph.dtype), steps)
+    return graph.op("Mul", graph.cast(stored_codes, graph.dtype), stored_scales)

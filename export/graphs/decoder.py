@@ -1,7 +1,7 @@
-"""Decoders of Llama's make as a graph: RMSNorm, grouped-query attention with rotated positions, a gated feed-forward.
+"""Llama-style decoders as a graph: RMSNorm, grouped-query attention with RoPE, a gated feed-forward.
 
-It covers Llama, Mistral, Qwen2 and Qwen3, and Qwen-VL's positions in three streams (arXiv 2409.12191, 2511.21631).
-Batches are padded on the right: grouped-query attention reads how many tokens a row has from the sum of its mask.
+Covers Llama, Mistral, Qwen2 and Qwen3, and Qwen-VL's M-RoPE (arXiv 2409.12191, 2511.21631).
+Batches are padded on the right: GroupQueryAttention takes each row's number of tokens, the sum of its mask.
 """
 
 from __future__ import annotations
@@ -14,33 +14,37 @@ from numpy.typing import NDArray
 
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
-from compress.export.graphs.parts import Parts, Rotation
-from compress.export.onnx_limits import ROTATIONS
+from compress.export.graphs.layer_builder import LayerBuilder, RotaryTables
+from compress.export.onnx_limits import ROPE_TYPES
 
 
 @dataclass(frozen=True)
-class Extents:
-    """What grouped-query attention is told: each row's tokens less one, int32 [batch], and the longest row, int32."""
+class SequenceLengths:
+    """The length inputs of GroupQueryAttention."""
 
     last: str
+    """Each row's number of tokens minus one, int32 [batch]."""
+
     total: str
+    """The length of the longest row, int32."""
 
 
 @dataclass(frozen=True)
-class Shape:
-    """A decoder's sizes."""
+class DecoderSize:
+    """A decoder's dimensions."""
 
     layers: int
     hidden: int
     heads: int
     kv_heads: int
     width: int
+    """The head size."""
 
     @staticmethod
-    def of(text: Any) -> Shape:
-        """Return the sizes that a text config says."""
+    def of(text: Any) -> DecoderSize:
+        """Return the dimensions in a text config."""
         heads = int(text.num_attention_heads)
-        return Shape(
+        return DecoderSize(
             layers=int(text.num_hidden_layers),
             hidden=int(text.hidden_size),
             heads=heads,
@@ -49,196 +53,202 @@ class Shape:
         )
 
 
-def decoder(parts: Parts) -> None:
-    """Emit the decoder, with its cache: see `docs/formats/onnx.md` for inputs and outputs.
+def decoder(builder: LayerBuilder) -> None:
+    """Emit the decoder with its KV cache: see `docs/formats/onnx.md` for inputs and outputs.
 
     Raises:
-        CheckpointError: its positions are rotated in a way that is not known here.
+        CheckpointError: its RoPE type is not supported.
     """
-    graph, text = parts.graph, parts.source.config.get_text_config()
-    shape, epsilon = Shape.of(text), float(text.rms_norm_eps)
-    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", shape.hidden])
-    extents = row_extents(graph)
-    rotation = rotate(parts, text, shape)
-    added = deepstack(parts, shape)
-    blocks = parts.source.family.blocks
+    graph, text = builder.graph, builder.source.config.get_text_config()
+    size, epsilon = DecoderSize.of(text), float(text.rms_norm_eps)
+    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", size.hidden])
+    lengths = sequence_lengths(graph)
+    tables = rotary_tables(builder, text)
+    levels = deepstack(builder, size)
+    blocks = builder.source.family.blocks
     with graph.scope("layers.0"):
-        normed = parts.rms_norm(hidden, f"{blocks}.0.input_layernorm", epsilon)
-    for layer in range(shape.layers):
+        normed = builder.rms_norm(hidden, f"{blocks}.0.input_layernorm", epsilon)
+    for layer in range(size.layers):
         block = f"{blocks}.{layer}"
         with graph.scope(f"layers.{layer}"):
-            mixed = self_attention(parts, normed, f"{block}.self_attn", layer, shape, rotation, extents)
-            normed, hidden = parts.add_rms_norm(hidden, mixed, f"{block}.post_attention_layernorm", epsilon, shape.hidden)
-            grown = feed_forward(parts, normed, f"{block}.mlp", str(text.hidden_act))
-            if layer < len(added):
-                grown = graph.op("Add", grown, added[layer])
-            last = layer + 1 == shape.layers
-            following = f"{blocks.rpartition('.')[0]}.norm" if last else f"{blocks}.{layer + 1}.input_layernorm"
-            normed, hidden = parts.add_rms_norm(hidden, grown, following, epsilon, shape.hidden)
-    logits(parts, normed)
+            attended = self_attention(builder, normed, f"{block}.self_attn", layer, size, tables, lengths)
+            normed, hidden = builder.add_rms_norm(hidden, attended, f"{block}.post_attention_layernorm", epsilon, size.hidden)
+            output = feed_forward(builder, normed, f"{block}.mlp", str(text.hidden_act))
+            if layer < len(levels):
+                output = graph.op("Add", output, levels[layer])
+            is_last = layer + 1 == size.layers
+            next_norm = f"{blocks.rpartition('.')[0]}.norm" if is_last else f"{blocks}.{layer + 1}.input_layernorm"
+            normed, hidden = builder.add_rms_norm(hidden, output, next_norm, epsilon, size.hidden)
+    logits(builder, normed)
 
 
-def row_extents(graph: Graph) -> Extents:
-    """Declare `attention_mask` and return what it says of each row."""
+def sequence_lengths(graph: Graph) -> SequenceLengths:
+    """Declare `attention_mask` and return the rows' lengths."""
     mask = graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
     count = graph.op("ReduceSum", mask, graph.const([-1]), keepdims=0)
     last = graph.cast(graph.op("Sub", count, graph.const(1)), np.int32)
-    return Extents(last, graph.cast(graph.op("Squeeze", graph.extent(mask, 1)), np.int32))
+    return SequenceLengths(last, graph.cast(graph.op("Squeeze", graph.extent(mask, 1)), np.int32))
 
 
-def rotate(parts: Parts, text: Any, shape: Shape) -> Rotation:
-    """Declare `position_ids`, in one stream or Qwen-VL's three (time, height, width), and return the tables they make.
+def rotary_tables(builder: LayerBuilder, text: Any) -> RotaryTables:
+    """Declare `position_ids`, of one axis or M-RoPE's three (time, height, width), and return their RoPE tables.
 
     Raises:
-        CheckpointError: they are rotated in a way that is not known here.
+        CheckpointError: the RoPE type is not supported.
     """
-    graph, rotary = parts.graph, parts.module(f"{parts.source.family.blocks.rpartition('.')[0]}.rotary_emb")
+    graph, rotary = builder.graph, builder.module(f"{builder.source.family.blocks.rpartition('.')[0]}.rotary_emb")
     parameters = cast("dict[str, Any]", text.rope_parameters or {})
-    kind = str(parameters.get("rope_type", "default"))
-    if kind not in ROTATIONS:
+    rope_type = str(parameters.get("rope_type", "default"))
+    if rope_type not in ROPE_TYPES:
         raise CheckpointError(
-            f"{parts.source.checkpoint.folder}/config.json: rope_type {kind!r} is not in the graphs, which know "
-            f"{', '.join(ROTATIONS)}; use format: vllm"
+            f"{builder.source.checkpoint.folder}/config.json: rope_type {rope_type!r} is not in the graphs, which know "
+            f"{', '.join(ROPE_TYPES)}; use format: vllm"
         )
-    streams = _streams(rotary)
+    axes = _frequency_axes(rotary)
     extents: list[int | str] = ["batch_size", "sequence_length"]
-    places = graph.input("position_ids", np.int64, extents if streams is None else [3, *extents])
-    angles = _angles(parts, places, rotary, text)
+    positions = graph.input("position_ids", np.int64, extents if axes is None else [3, *extents])
+    angles = _angles(builder, positions, rotary, text)
     tables: list[str] = []
     for function in ("Cos", "Sin"):
         table = graph.op(function, angles)
         if rotary.attention_scaling != 1.0:
             table = graph.op("Mul", table, graph.const(float(rotary.attention_scaling), np.float32))
         tables.append(table if graph.dtype == np.float32 else graph.cast(table, graph.dtype))
-    given = graph.op("Shape", places, start=0 if streams is None else 1)
-    every = graph.op("Range", graph.const(0), graph.op("ReduceProd", given, keepdims=0), graph.const(1))
-    rows = graph.op("Reshape", every, given)
-    return Rotation(tables[0], tables[1], rows)
+    batch = graph.op("Shape", positions, start=0 if axes is None else 1)
+    indices = graph.op("Range", graph.const(0), graph.op("ReduceProd", batch, keepdims=0), graph.const(1))
+    rows = graph.op("Reshape", indices, batch)
+    return RotaryTables(tables[0], tables[1], rows)
 
 
-def _angles(parts: Parts, places: str, rotary: Any, text: Any) -> str:
-    """Return by which angles positions turn each pair of channels, float32 [batch · sequence, pairs]."""
-    graph, streams, pairs = parts.graph, _streams(rotary), len(rotary.inv_freq)
-    dynamic = _frequencies(parts, places, rotary, text)
+def _angles(builder: LayerBuilder, positions: str, rotary: Any, text: Any) -> str:
+    """Return the RoPE angles of each pair of channels, float32 [batch · sequence, pairs]."""
+    graph, axes, pairs = builder.graph, _frequency_axes(rotary), len(rotary.inv_freq)
+    dynamic = _frequencies(builder, positions, rotary, text)
     if dynamic:
-        angles = graph.op("Mul", graph.op("Unsqueeze", graph.cast(places, np.float32), graph.const([-1])), dynamic)
+        angles = graph.op("Mul", graph.op("Unsqueeze", graph.cast(positions, np.float32), graph.const([-1])), dynamic)
         return graph.reshape(angles, [-1, pairs])
-    mixed = np.zeros((1 if streams is None else 3, pairs), np.float32)
-    mixed[0 if streams is None else streams, np.arange(pairs)] = rotary.inv_freq.numpy()
-    flat = graph.cast(graph.reshape(places, [len(mixed), -1]), np.float32)
-    return graph.op("Gemm", flat, graph.const(mixed, np.float32), transA=1)  # each sum has one term that is not zero
+    frequencies = np.zeros((1 if axes is None else 3, pairs), np.float32)
+    frequencies[0 if axes is None else axes, np.arange(pairs)] = rotary.inv_freq.numpy()
+    flat = graph.cast(graph.reshape(positions, [len(frequencies), -1]), np.float32)
+    return graph.op("Gemm", flat, graph.const(frequencies, np.float32), transA=1)  # exact: each sum has one nonzero term
 
 
-def _frequencies(parts: Parts, places: str, rotary: Any, text: Any) -> str:
-    """Return the angle by which each pair of channels turns per position where that is dynamic, float32 [batch, 1, pairs].
+def _frequencies(builder: LayerBuilder, positions: str, rotary: Any, text: Any) -> str:
+    """Return the frequencies of dynamic RoPE, float32 [batch, 1, pairs]; empty for other types.
 
-    Those of rows longer than the model was trained for shrink, the slow ones the most, with the row's last position; transformers
-    takes the last of the whole batch. Empty where all are fixed.
+    In rows longer than the trained context, frequencies shrink with the row's last position, low ones the most; transformers takes
+    the batch's last position.
     """
-    graph, parameters = parts.graph, cast("dict[str, Any]", text.rope_parameters or {})
+    graph, parameters = builder.graph, cast("dict[str, Any]", text.rope_parameters or {})
     if parameters.get("rope_type") != "dynamic":
         return ""
-    fixed = graph.const(rotary.inv_freq.numpy(), np.float32)
+    frequencies = graph.const(rotary.inv_freq.numpy(), np.float32)
     factor, pairs = float(parameters["factor"]), len(rotary.inv_freq)
-    last = graph.cast(graph.op("ReduceMax", places, graph.const([-1]), keepdims=1), np.float32)
+    last = graph.cast(graph.op("ReduceMax", positions, graph.const([-1]), keepdims=1), np.float32)
     trained = graph.const(float(text.max_position_embeddings), np.float32)
     length = graph.op("Max", graph.op("Add", last, graph.const(1.0, np.float32)), trained)
     excess = graph.op(
         "Mul", graph.op("Sub", graph.op("Div", length, trained), graph.const(1.0, np.float32)), graph.const(factor, np.float32)
     )
-    grown = graph.op("Unsqueeze", graph.op("Add", excess, graph.const(1.0, np.float32)), graph.const([-1]))
+    base = graph.op("Unsqueeze", graph.op("Add", excess, graph.const(1.0, np.float32)), graph.const([-1]))
     powers = -np.arange(pairs) / (pairs - 1)
-    return graph.op("Mul", fixed, graph.op("Pow", grown, graph.const(powers, np.float32)))
+    return graph.op("Mul", frequencies, graph.op("Pow", base, graph.const(powers, np.float32)))
 
 
-def _streams(rotary: Any) -> NDArray[np.int64] | None:
-    """Return which of the three streams of positions each frequency follows, as the model's own code mixes them."""
+def _frequency_axes(rotary: Any) -> NDArray[np.int64] | None:
+    """Return the position axis of each frequency in M-RoPE, by the model's own code; None for one axis."""
     if not hasattr(rotary, "recomposition_frequencies"):
         return None
     import torch
 
     half = len(rotary.inv_freq)
-    marks = torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 1, half)
-    return rotary.recomposition_frequencies(marks).flatten()[:half].to(torch.int64).numpy()
+    axes = torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 1, half)
+    return rotary.recomposition_frequencies(axes).flatten()[:half].to(torch.int64).numpy()
 
 
-def deepstack(parts: Parts, shape: Shape) -> list[str]:
-    """Declare `deepstack_embeds` where the vision tower's inner features are added after the first blocks (arXiv 2511.21631)."""
-    indexes = getattr(getattr(parts.source.config, "vision_config", None), "deepstack_visual_indexes", None)
+def deepstack(builder: LayerBuilder, size: DecoderSize) -> list[str]:
+    """Declare `deepstack_embeds`, which are added after the first blocks (arXiv 2511.21631); return one value per block."""
+    indexes = getattr(getattr(builder.source.config, "vision_config", None), "deepstack_visual_indexes", None)
     if not indexes:
         return []
-    graph = parts.graph
-    found = graph.input("deepstack_embeds", graph.dtype, [len(indexes), "batch_size", "sequence_length", shape.hidden])
-    return [graph.op("Gather", found, graph.const(level), axis=0) for level in range(len(indexes))]
+    graph = builder.graph
+    embeds = graph.input("deepstack_embeds", graph.dtype, [len(indexes), "batch_size", "sequence_length", size.hidden])
+    return [graph.op("Gather", embeds, graph.const(level), axis=0) for level in range(len(indexes))]
 
 
 def self_attention(
-    parts: Parts, value: str, name: str, layer: int, shape: Shape, rotation: Rotation | None, extents: Extents
+    builder: LayerBuilder,
+    value: str,
+    name: str,
+    layer: int,
+    size: DecoderSize,
+    tables: RotaryTables | None,
+    lengths: SequenceLengths,
 ) -> str:
-    """Return causal attention `name` of a value [batch, sequence, hidden], its keys and values kept in the cache of `layer`."""
-    graph = parts.graph
-    query, key, states = parts.linears(value, [f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"])
-    if parts.has(f"{name}.q_norm.weight"):
-        epsilon = float(parts.source.config.get_text_config().rms_norm_eps)
-        query = head_norm(parts, query, f"{name}.q_norm", epsilon, shape.width)
-        key = head_norm(parts, key, f"{name}.k_norm", epsilon, shape.width)
-    if rotation is not None:
+    """Return causal attention `name` of a value [batch, sequence, hidden], with the KV cache of `layer`."""
+    graph = builder.graph
+    query, key, content = builder.linears(value, [f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"])
+    if builder.has(f"{name}.q_norm.weight"):
+        epsilon = float(builder.source.config.get_text_config().rms_norm_eps)
+        query = head_norm(builder, query, f"{name}.q_norm", epsilon, size.width)
+        key = head_norm(builder, key, f"{name}.k_norm", epsilon, size.width)
+    if tables is not None:
         query, key = (
             graph.typed(
-                parts.rotated(each, rotation),
+                builder.rotated(states, tables),
                 graph.dtype,
-                ("batch_size", "sequence_length", heads * shape.width),
+                ("batch_size", "sequence_length", heads * size.width),
             )
-            for each, heads in ((query, shape.heads), (key, shape.kv_heads))
+            for states, heads in ((query, size.heads), (key, size.kv_heads))
         )
     past = [
         graph.input(
-            f"past_key_values.{layer}.{part}", graph.dtype, ["batch_size", shape.kv_heads, "past_sequence_length", shape.width]
+            f"past_key_values.{layer}.{kind}", graph.dtype, ["batch_size", size.kv_heads, "past_sequence_length", size.width]
         )
-        for part in ("key", "value")
+        for kind in ("key", "value")
     ]
-    mixed, *present = graph.ops(
+    attended, *present = graph.ops(
         "GroupQueryAttention",
-        *(query, key, states, *past, extents.last, extents.total),
+        *(query, key, content, *past, lengths.last, lengths.total),
         outputs=3,
-        num_heads=shape.heads,
-        kv_num_heads=shape.kv_heads,
-        local_window_size=window(parts.source.config.get_text_config(), layer),
+        num_heads=size.heads,
+        kv_num_heads=size.kv_heads,
+        local_window_size=window(builder.source.config.get_text_config(), layer),
     )
-    graph.typed(mixed, graph.dtype, ("batch_size", "sequence_length", shape.heads * shape.width))
-    for part, each in zip(("key", "value"), present, strict=True):
-        extent = ("batch_size", shape.kv_heads, "total_sequence_length", shape.width)
-        graph.output(f"present.{layer}.{part}", graph.typed(each, graph.dtype, extent), graph.dtype, extent)
-    out = f"{name}.o_proj" if parts.has_linear(f"{name}.o_proj") else f"{name}.out_proj"
-    return parts.linear(mixed, out)
+    graph.typed(attended, graph.dtype, ("batch_size", "sequence_length", size.heads * size.width))
+    for kind, states in zip(("key", "value"), present, strict=True):
+        extent = ("batch_size", size.kv_heads, "total_sequence_length", size.width)
+        graph.output(f"present.{layer}.{kind}", graph.typed(states, graph.dtype, extent), graph.dtype, extent)
+    out = f"{name}.o_proj" if builder.has_linear(f"{name}.o_proj") else f"{name}.out_proj"
+    return builder.linear(attended, out)
 
 
-def head_norm(parts: Parts, value: str, name: str, epsilon: float, width: int) -> str:
+def head_norm(builder: LayerBuilder, value: str, name: str, epsilon: float, width: int) -> str:
     """Return RMSNorm `name` of each head of a value [batch, sequence, heads · width]."""
-    graph = parts.graph
-    return graph.reshape(parts.rms_norm(graph.reshape(value, [0, 0, -1, width]), name, epsilon), [0, 0, -1])
+    graph = builder.graph
+    return graph.reshape(builder.rms_norm(graph.reshape(value, [0, 0, -1, width]), name, epsilon), [0, 0, -1])
 
 
 def window(text: Any, layer: int) -> int | None:
-    """Return how many tokens, itself among them, a token of this layer sees (arXiv 2310.06825); None: all before it."""
+    """Return a layer's sliding window in tokens, the current one included (arXiv 2310.06825); None for full attention."""
     kinds = getattr(text, "layer_types", None)
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
     return getattr(text, "sliding_window", None)
 
 
-def feed_forward(parts: Parts, value: str, name: str, activation: str) -> str:
+def feed_forward(builder: LayerBuilder, value: str, name: str, activation: str) -> str:
     """Return the gated feed-forward `name` (arXiv 2002.05202) of a value."""
-    gate, up = parts.linears(value, [f"{name}.gate_proj", f"{name}.up_proj"])
-    return parts.linear(parts.graph.op("Mul", parts.activation(gate, activation), up), f"{name}.down_proj")
+    gate, up = builder.linears(value, [f"{name}.gate_proj", f"{name}.up_proj"])
+    return builder.linear(builder.graph.op("Mul", builder.activation(gate, activation), up), f"{name}.down_proj")
 
 
-def logits(parts: Parts, value: str) -> None:
-    """Declare `num_logits_to_keep` (0 for all) and give out the logits, float32, of a value's last positions."""
-    graph = parts.graph
-    kept = graph.input("num_logits_to_keep", np.int64, [])
-    first = graph.op("Neg", graph.reshape(kept, [1]))
+def logits(builder: LayerBuilder, value: str) -> None:
+    """Declare `num_logits_to_keep` (0 for all) and the output `logits`, float32, of a value's last positions."""
+    graph = builder.graph
+    count = graph.input("num_logits_to_keep", np.int64, [])
+    first = graph.op("Neg", graph.reshape(count, [1]))
     last = graph.op("Slice", value, first, graph.const([np.iinfo(np.int64).max]), graph.const([1]))
-    found = parts.head(last)
-    wide = found if graph.dtype == np.float32 else graph.cast(found, np.float32)
-    graph.output("logits", wide, np.float32, ["batch_size", "kept_length", parts.vocabulary], first=True)
+    scores = builder.head(last)
+    exact = scores if graph.dtype == np.float32 else graph.cast(scores, np.float32)
+    graph.output("logits", exact, np.float32, ["batch_size", "kept_length", builder.vocabulary], first=True)

@@ -1,4 +1,4 @@
-"""A small builder of ONNX graphs: operators are added one by one, and large weights go to external data as a stream.
+"""A small ONNX graph writer: operators are added one by one, and large weights are streamed to external data.
 
 Specification: https://onnx.ai/onnx/intro (operators of opset 23) and, for the domain com.microsoft,
 https://github.com/microsoft/onnxruntime/blob/main/docs/ContribOperators.md.
@@ -22,9 +22,11 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from compress.files import telling_where
 
 OPSET = 23
-"""The version of the standard operators that graphs are written in; the first that normalises by the root mean square."""
+"""The opset of the standard operators; 23 is the first with RMSNormalization."""
 
 IR_VERSION = 10
+"""The version of the ONNX file format."""
+
 MICROSOFT = "com.microsoft"
 
 _MICROSOFT_OPERATORS = frozenset(
@@ -37,7 +39,11 @@ _MICROSOFT_OPERATORS = frozenset(
     }
 )
 _PAGE = 4096
-_LINE = 64
+"""The alignment of tensors of at least a page: they can be memory-mapped."""
+
+_CACHE_LINE = 64
+"""The alignment of smaller tensors."""
+
 _END = np.iinfo(np.int64).max
 
 Float = Literal["float32", "float16"]
@@ -46,15 +52,15 @@ Shape = Sequence[int | str]
 
 @dataclass(frozen=True)
 class Weight:
-    """A large tensor that is read when it is written: two of one `key` are the same bytes and are stored once per folder.
-
-    `read` gives it in pieces, one after the other, so that it is never in memory as a whole.
-    """
+    """A large tensor in external data, which is read only while it is written."""
 
     key: str
+    """Tensors of one key have the same bytes and are stored once per folder."""
+
     dtype: np.dtype[Any]
     shape: tuple[int, ...]
     read: Callable[[], Iterable[NDArray[Any]]]
+    """Yields the tensor in chunks, so that it is never in memory as a whole."""
 
     @property
     def bytes(self) -> int:
@@ -64,7 +70,7 @@ class Weight:
 
 @dataclass(frozen=True)
 class Stored:
-    """Where in a folder's external data a tensor lies."""
+    """The location of a tensor in a folder's external data."""
 
     location: str
     offset: int
@@ -73,7 +79,7 @@ class Stored:
 
 @dataclass
 class Graph:
-    """A graph that grows; values are known by their names. `float_type` is what its floating-point numbers are."""
+    """A graph under construction; values are referred to by name."""
 
     name: str
     float_type: Float = "float32"
@@ -81,24 +87,24 @@ class Graph:
     inputs: list[ValueInfoProto] = field(default_factory=lambda: list[ValueInfoProto]())
     outputs: list[ValueInfoProto] = field(default_factory=lambda: list[ValueInfoProto]())
     weights: dict[str, Weight] = field(default_factory=lambda: dict[str, Weight]())
-    notes: dict[str, str] = field(default_factory=lambda: dict[str, str]())
-    """What is said of the graph in its file's metadata."""
+    metadata: dict[str, str] = field(default_factory=lambda: dict[str, str]())
+    """The metadata of the graph's file."""
 
     _constants: dict[tuple[str, tuple[int, ...], bytes], TensorProto] = field(default_factory=lambda: {}, repr=False)
-    _known: list[ValueInfoProto] = field(default_factory=lambda: list[ValueInfoProto](), repr=False)
+    _value_info: list[ValueInfoProto] = field(default_factory=lambda: list[ValueInfoProto](), repr=False)
     _scopes: list[str] = field(default_factory=lambda: list[str](), repr=False)
     _counts: dict[str, int] = field(default_factory=lambda: dict[str, int](), repr=False)
     _aliases: dict[str, str] = field(default_factory=lambda: dict[str, str](), repr=False)
-    """What values are called that are given out."""
+    """The output names of values that were renamed."""
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """The type of its floating-point numbers."""
+        """The graph's float type."""
         return np.dtype(self.float_type)
 
     @contextmanager
     def scope(self, name: str) -> Generator[None]:
-        """Put `name` before the names of all that is added inside."""
+        """Prefix the names of all nodes that are added in the context."""
         self._scopes.append(name)
         try:
             yield
@@ -106,31 +112,31 @@ class Graph:
             self._scopes.pop()
 
     def input(self, name: str, dtype: DTypeLike, shape: Shape) -> str:
-        """Declare an input and return its name; an extent that is a word is free, and the same for all of that word."""
+        """Declare an input and return its name; a string in `shape` is a dynamic dimension."""
         self.inputs.append(helper.make_tensor_value_info(name, _onnx_type(dtype), list(shape)))
         return name
 
     def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape, *, first: bool = False) -> None:
-        """Give a value out under `name`, after the outputs that are there or before them."""
+        """Declare a value as the output `name`, after the present outputs or, with `first`, before them."""
         value = self._aliases.get(value, value)
         if not self._rename(value, name):
             self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/{name}"))
         self.outputs.insert(0 if first else len(self.outputs), helper.make_tensor_value_info(name, _onnx_type(dtype), list(shape)))
 
     def op(self, kind: str, *inputs: str, **attributes: Any) -> str:
-        """Add an operator with one output and return that; an input that is left out is an empty name."""
+        """Add an operator with one output and return that; an omitted optional input is an empty name."""
         return self.ops(kind, *inputs, outputs=1, **attributes)[0]
 
     def ops(self, kind: str, *inputs: str, outputs: int, unused: Collection[int] = (), **attributes: Any) -> tuple[str, ...]:
-        """Add an operator and return its outputs; those at the places `unused` are not made, and empty."""
-        name = self._named(kind)
-        named = (name,) if outputs == 1 else tuple(f"{name}:{place}" for place in range(outputs))
-        results = tuple("" if place in unused else each for place, each in enumerate(named))
+        """Add an operator and return its outputs; those at the indices `unused` are omitted, and empty."""
+        name = self._node_name(kind)
+        names = (name,) if outputs == 1 else tuple(f"{name}:{index}" for index in range(outputs))
+        results = tuple("" if index in unused else output for index, output in enumerate(names))
         self._add(kind, name, inputs, results, attributes)
         return results
 
     def const(self, value: Any, dtype: DTypeLike | None = None) -> str:
-        """Return a small constant: fractions are of the graph's type, whole numbers int64, unless told; equal ones are one."""
+        """Return a small constant, shared by value: by default floats are of the graph's type, integers int64."""
         array = np.asarray(value)
         if dtype is None and array.dtype.kind in "fiu":
             dtype = self.dtype if array.dtype.kind == "f" else np.int64
@@ -141,28 +147,28 @@ class Graph:
         return self._constants[key].name
 
     def weight(self, name: str, weight: Weight) -> str:
-        """Add a large tensor, kept in external data, and return its name; a second time the same name is the same tensor."""
+        """Add a tensor in external data and return its name; a name that exists must have the same key."""
         if self.weights.setdefault(name, weight).key != weight.key:
             raise ValueError(f"{self.name}: two weights are called {name}")
         return name
 
     def typed(self, value: str, dtype: DTypeLike, shape: Shape) -> str:
-        """Tell shape inference what a value is that an operator of another domain gives; returns the value."""
-        if value not in self._aliases:  # what is given out is declared already
-            self._known.append(helper.make_tensor_value_info(value, _onnx_type(dtype), list(shape)))
+        """Declare a value's type for shape inference, which does not know com.microsoft; return the value."""
+        if value not in self._aliases:  # outputs are declared already
+            self._value_info.append(helper.make_tensor_value_info(value, _onnx_type(dtype), list(shape)))
         return value
 
     def reshape(self, value: str, shape: Sequence[int]) -> str:
-        """Return the value in another shape; 0 keeps an extent, -1 takes what is left."""
+        """Return the value in another shape; 0 keeps an extent, -1 is inferred."""
         return self.op("Reshape", value, self.const(list(shape)))
 
     def slice(self, value: str, first: int, last: int | None, axis: int) -> str:
-        """Return what lies in first:last along an axis; negative places count from the end, as None does for `last`."""
+        """Return first:last along an axis; negative indices count from the end, None is the end."""
         end = _END if last is None else last
         return self.op("Slice", value, self.const([first]), self.const([end]), self.const([axis]))
 
     def split(self, value: str, sizes: Sequence[int], axis: int = -1) -> tuple[str, ...]:
-        """Return the value's parts of these sizes along an axis."""
+        """Return the value split into these sizes along an axis."""
         return self.ops("Split", value, self.const(list(sizes)), outputs=len(sizes), axis=axis)
 
     def transpose(self, value: str, order: Sequence[int]) -> str:
@@ -174,7 +180,7 @@ class Graph:
         return self.op("Cast", value, to=_onnx_type(dtype))
 
     def extent(self, value: str, axis: int) -> str:
-        """Return how long a value is along an axis, int64 [1]."""
+        """Return the size of an axis, int64 [1]."""
         return self.op("Shape", value, start=axis, **({} if axis == -1 else {"end": axis + 1}))
 
     def arange(self, count: str) -> str:
@@ -182,101 +188,101 @@ class Graph:
         return self.op("Range", self.const(0), self.op("Squeeze", count), self.const(1))
 
     def save(self, folder: Path, stored: dict[str, Stored]) -> Path:
-        """Write `name`.onnx and, unless every weight lies in `folder` already, `name`.onnx_data; returns the former.
+        """Write `name`.onnx and, unless every weight is in `folder` already, `name`.onnx_data; return the former.
 
-        `stored` says where the weights of the folder's other graphs lie, by their keys, and learns of this one's.
+        `stored` has the locations of the other graphs' weights, by key; this graph's are added.
 
         Raises:
             StoreError: the folder cannot be written.
         """
         path, data = folder / f"{self.name}.onnx", f"{self.name}.onnx_data"
-        places: dict[str, Stored] = {}
+        locations: dict[str, Stored] = {}
         offset = 0
         new: list[tuple[Stored, Weight]] = []
         for name, weight in self.weights.items():
             if weight.key not in stored:
-                offset += -offset % (_PAGE if weight.bytes >= _PAGE else _LINE)
+                offset += -offset % (_PAGE if weight.bytes >= _PAGE else _CACHE_LINE)
                 stored[weight.key] = Stored(data, offset, weight.bytes)
                 offset += weight.bytes
                 new.append((stored[weight.key], weight))
-            places[name] = stored[weight.key]
+            locations[name] = stored[weight.key]
         with telling_where(folder):
             if new:
                 _write_data(folder / data, new)
-            onnx.save_model(self._model(places), str(path))
+            onnx.save_model(self._model(locations), str(path))
         return path
 
-    def _model(self, places: Mapping[str, Stored]) -> onnx.ModelProto:
-        large = [_external(name, self.weights[name], place) for name, place in places.items()]
+    def _model(self, locations: Mapping[str, Stored]) -> onnx.ModelProto:
+        external = [_external(name, self.weights[name], location) for name, location in locations.items()]
         graph = helper.make_graph(
-            self.nodes, self.name, self.inputs, self.outputs, [*self._constants.values(), *large], value_info=self._known
+            self.nodes, self.name, self.inputs, self.outputs, [*self._constants.values(), *external], value_info=self._value_info
         )
         domains = [helper.make_opsetid("", OPSET)]
         if any(node.domain == MICROSOFT for node in self.nodes):
             domains.append(helper.make_opsetid(MICROSOFT, 1))
         model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="vlm-compress")
-        helper.set_model_props(model, self.notes)
+        helper.set_model_props(model, self.metadata)
         return model
 
     def _rename(self, value: str, name: str) -> bool:
-        """Let what makes a value, and all that takes it, call it `name`; False where it is an input or given out already."""
-        if value in {each.name for each in (*self.inputs, *self.outputs)} or value in self.weights:
+        """Rename a value in all nodes; return False, and do nothing, if it is an input or an output."""
+        if value in {declared.name for declared in (*self.inputs, *self.outputs)} or value in self.weights:
             return False
         for node in self.nodes:
             for names in (node.input, node.output):
-                for place, known in enumerate(names):
-                    if known == value:
-                        names[place] = name
-        self._known = [each for each in self._known if each.name != value]
+                for index, current in enumerate(names):
+                    if current == value:
+                        names[index] = name
+        self._value_info = [info for info in self._value_info if info.name != value]
         self._aliases[value] = name
         return True
 
-    def _named(self, kind: str) -> str:
+    def _node_name(self, kind: str) -> str:
         base = "/".join(("", *self._scopes, kind))
         count = self._counts[base] = self._counts.get(base, -1) + 1
         return f"{base}_{count}" if count else base
 
     def _add(self, kind: str, name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, Any]) -> None:
         domain = MICROSOFT if kind in _MICROSOFT_OPERATORS else None
-        given = {key: value for key, value in attributes.items() if value is not None}
-        taken = [self._aliases.get(value, value) for value in inputs]
-        self.nodes.append(helper.make_node(kind, taken, list(outputs), name=name, domain=domain, **given))
+        present = {key: value for key, value in attributes.items() if value is not None}
+        current = [self._aliases.get(value, value) for value in inputs]
+        self.nodes.append(helper.make_node(kind, current, list(outputs), name=name, domain=domain, **present))
 
 
 def _onnx_type(dtype: DTypeLike) -> int:
     return helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
 
 
-def _external(name: str, weight: Weight, place: Stored) -> TensorProto:
+def _external(name: str, weight: Weight, location: Stored) -> TensorProto:
     tensor = TensorProto(name=name, data_type=_onnx_type(weight.dtype), dims=weight.shape)
     tensor.data_location = TensorProto.EXTERNAL
-    for key, value in (("location", place.location), ("offset", place.offset), ("length", place.length)):
+    for key, value in (("location", location.location), ("offset", location.offset), ("length", location.length)):
         tensor.external_data.add(key=key, value=str(value))
     return tensor
 
 
 def _write_data(path: Path, weights: Sequence[tuple[Stored, Weight]]) -> None:
-    """Write weights to where they belong, piece by piece: while one is on its way to the disk, the next is made."""
-    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as writing:
-        written: Future[int] | None = None
-        for place, weight in weights:
-            end = place.offset
-            for piece in weight.read():
-                if piece.dtype != weight.dtype:
-                    raise ValueError(f"{weight.key}: read {piece.dtype}, said {weight.dtype}")
-                if written is not None:
-                    written.result()
-                written = writing.submit(_write_at, file, end, np.ascontiguousarray(piece))
-                end += piece.nbytes
-            if end != place.offset + place.length:
-                raise ValueError(f"{weight.key}: read {end - place.offset} bytes, said {place.length}")
-        if written is not None:
-            written.result()
+    """Write weights to their offsets, chunk by chunk: one is written while the next is computed."""
+    with path.open("wb") as file, ThreadPoolExecutor(max_workers=1) as executor:
+        pending: Future[int] | None = None
+        for location, weight in weights:
+            end = location.offset
+            for chunk in weight.read():
+                if chunk.dtype != weight.dtype:
+                    raise ValueError(f"{weight.key}: read {chunk.dtype}, said {weight.dtype}")
+                if pending is not None:
+                    pending.result()
+                pending = executor.submit(_write_at, file, end, np.ascontiguousarray(chunk))
+                end += chunk.nbytes
+            if end != location.offset + location.length:
+                raise ValueError(f"{weight.key}: read {end - location.offset} bytes, said {location.length}")
+        if pending is not None:
+            pending.result()
 
 
-def _write_at(file: BufferedWriter, offset: int, piece: NDArray[Any]) -> int:
+def _write_at(file: BufferedWriter, offset: int, chunk: NDArray[Any]) -> int:
     file.seek(offset)
-    return file.write(piece.data)
+    return file.write(chunk.data)
 
 
 __all__ = ["MICROSOFT", "OPSET", "Float", "Graph", "Shape", "Stored", "Weight"]

@@ -1,4 +1,4 @@
-"""Linears in a graph, by how the checkpoint holds them: as they are, in codes of few bits, or with rounded inputs too."""
+"""Emit linears by their scheme: dense, MatMulNBits for quantized weights, integer products for W8A8."""
 
 from __future__ import annotations
 
@@ -17,13 +17,16 @@ from compress.numerics.packing import pack_words
 from compress.numerics.scheme import Scheme
 
 if TYPE_CHECKING:
-    from compress.export.graphs.parts import Parts
+    from compress.export.graphs.layer_builder import LayerBuilder
 
-PIECE = 1 << 22
-"""How many numbers are made and written at once."""
+CHUNK = 1 << 22
+"""Elements of a weight that are converted and written at once."""
 
-_LARGEST = 127.0
-_SIGN = 128
+_MAX_CODE = 127.0
+"""The code of a token's largest magnitude."""
+
+_ZERO_POINT = 128
+"""The zero point of unsigned codes."""
 
 
 @dataclass(frozen=True)
@@ -36,179 +39,183 @@ class QuantizedLinear:
 
 @dataclass(frozen=True)
 class LinearWriter:
-    """Adds linears to the graph of `parts`."""
+    """Adds linears to a builder's graph."""
 
-    parts: Parts
+    builder: LayerBuilder
 
     def linears(self, value: str, names: Sequence[str]) -> list[str]:
-        """Return what each linear makes of a value; as one matrix where all are held alike and that saves work on it."""
-        several = len(names) > 1 and len({self._kind(name) for name in names}) == 1
-        # Of plain products without a bias each is one operator, and taking one result apart costs as much as the others.
-        if several and (names[0] in self.parts.source.held or self.parts.has(f"{names[0]}.bias")):
+        """Return each linear of a value; fused into one matrix where all have one scheme and fusing saves operators."""
+        fusible = len(names) > 1 and len({self._kind(name) for name in names}) == 1
+        # Dense linears without a bias are one operator each, and splitting a fused result costs as much as it saves.
+        if fusible and (names[0] in self.builder.source.quantized or self.builder.has(f"{names[0]}.bias")):
             sizes = [self._rows(name) for name in names]
-            return list(self.parts.graph.split(self._one(value, tuple(names)), sizes))
-        return [self._one(value, (name,)) for name in names]
+            return list(self.builder.graph.split(self._fused(value, tuple(names)), sizes))
+        return [self._fused(value, (name,)) for name in names]
 
     def _kind(self, name: str) -> tuple[Any, ...]:
-        held = self.parts.source.held.get(name)
-        if held is None:
-            return ("plain", self.parts.shape(f"{name}.weight")[1])
-        columns = self.parts.quantized_shape(name)[1]
-        fixed = float(self.parts.input_scale(name)) if held.scheme.activations == "tensor" else None
-        return (held.scheme, columns, fixed)
+        """Return a key that is equal for linears that can be fused."""
+        linear = self.builder.source.quantized.get(name)
+        if linear is None:
+            return ("dense", self.builder.shape(f"{name}.weight")[1])
+        columns = self.builder.quantized_shape(name)[1]
+        static_scale = float(self.builder.input_scale(name)) if linear.scheme.activations == "tensor" else None
+        return (linear.scheme, columns, static_scale)
 
     def _rows(self, name: str) -> int:
-        if name in self.parts.source.held:
-            return self.parts.quantized_shape(name)[0]
-        return self.parts.shape(f"{name}.weight")[0]
+        if name in self.builder.source.quantized:
+            return self.builder.quantized_shape(name)[0]
+        return self.builder.shape(f"{name}.weight")[0]
 
-    def _one(self, value: str, names: tuple[str, ...]) -> str:
-        held = self.parts.source.held.get(names[0])
-        if held is None:
-            found = self._plain(value, names)
-        elif held.scheme.activations is None:
-            found = self._blocks(value, names)
+    def _fused(self, value: str, names: tuple[str, ...]) -> str:
+        """Return linears of one scheme as one, their outputs side by side, with their biases."""
+        linear = self.builder.source.quantized.get(names[0])
+        if linear is None:
+            product = self._dense(value, names)
+        elif linear.scheme.activations is None:
+            product = self._matmul_nbits(value, names)
         else:
-            found = self._integers(value, names, held.scheme.activations)
-        return self._biased(found, names)
+            product = self._w8a8(value, names, linear.scheme.activations)
+        return self._with_bias(product, names)
 
-    def _biased(self, value: str, names: tuple[str, ...]) -> str:
-        parts = self.parts
-        biased = [f"{name}.bias" for name in names if parts.has(f"{name}.bias")]
+    def _with_bias(self, value: str, names: tuple[str, ...]) -> str:
+        builder = self.builder
+        biased = [f"{name}.bias" for name in names if builder.has(f"{name}.bias")]
         if not biased:
             return value
 
         def read() -> Iterable[NDArray[Any]]:
             for name in names:
-                whole = parts.mapped(f"{name}.bias") if f"{name}.bias" in biased else torch.zeros(self._rows(name))
-                yield parts.floats(f"{name}.bias", whole)
+                bias = builder.mapped(f"{name}.bias") if f"{name}.bias" in biased else torch.zeros(self._rows(name))
+                yield builder.floats(f"{name}.bias", bias)
 
-        return parts.graph.op("Add", value, self._weight(names, "bias", parts.graph.dtype, (sum(map(self._rows, names)),), read))
+        return builder.graph.op(
+            "Add", value, self._weight(names, "bias", builder.graph.dtype, (sum(map(self._rows, names)),), read)
+        )
 
-    def _plain(self, value: str, names: tuple[str, ...]) -> str:
-        """Return a product with matrices as they are, stored [in, out]."""
-        parts = self.parts
-        rows, columns = sum(map(self._rows, names)), parts.shape(f"{names[0]}.weight")[1]
+    def _dense(self, value: str, names: tuple[str, ...]) -> str:
+        """Return a product with dense matrices, stored [in, out]."""
+        builder = self.builder
+        rows, columns = sum(map(self._rows, names)), builder.shape(f"{names[0]}.weight")[1]
 
         def read() -> Iterable[NDArray[Any]]:
-            matrices = [parts.mapped(f"{name}.weight") for name in names]
-            for piece in _side_by_side(matrices, torch.float32):
-                yield parts.floats(names[0], piece)
+            matrices = [builder.mapped(f"{name}.weight") for name in names]
+            for chunk in _concatenated_transposes(matrices, torch.float32):
+                yield builder.floats(names[0], chunk)
 
-        return parts.graph.op("MatMul", value, self._weight(names, "weight", parts.graph.dtype, (columns, rows), read))
+        return builder.graph.op("MatMul", value, self._weight(names, "weight", builder.graph.dtype, (columns, rows), read))
 
-    def _blocks(self, value: str, names: tuple[str, ...]) -> str:
+    def _matmul_nbits(self, value: str, names: tuple[str, ...]) -> str:
         """Return a product with matrices of 4 or 8 bits, from the checkpoint's own codes and scales.
 
-        MatMulNBits holds codes as bytes [out, blocks, block · bits / 8], lowest bits first, which is how they lie in the checkpoint
-        too; scales [out · blocks], zero points packed along the blocks.
+        MatMulNBits takes codes as bytes [out, blocks, block · bits / 8], lowest bits first, as in the checkpoint; scales [out ·
+        blocks]; and zero points packed along the blocks.
         """
-        parts, graph = self.parts, self.parts.graph
-        scheme = parts.source.held[names[0]].scheme
-        rows, columns = sum(map(self._rows, names)), parts.quantized_shape(names[0])[1]
+        builder, graph = self.builder, self.builder.graph
+        scheme = builder.source.quantized[names[0]].scheme
+        rows, columns = sum(map(self._rows, names)), builder.quantized_shape(names[0])[1]
         block = block_size(columns if scheme.group_size == -1 else scheme.group_size)
         blocks, byte = columns // block, np.dtype(np.uint8)
 
         def codes() -> Iterable[NDArray[Any]]:
             for name in names:
-                yield _bytes(parts.packed(name).words)
+                yield _bytes(builder.packed(name).words)
 
         def scales() -> Iterable[NDArray[Any]]:
             for name in names:
-                found = parts.packed(name).scales
-                yield parts.floats(name, found.repeat_interleave(blocks // found.shape[1], dim=1))
+                group_scales = builder.packed(name).scales
+                yield builder.floats(name, group_scales.repeat_interleave(blocks // group_scales.shape[1], dim=1))
 
         def zero_points() -> Iterable[NDArray[Any]]:
             for name in names:
-                found = parts.packed(name).zero_points
-                spread = found.repeat_interleave(blocks // found.shape[1], dim=1)
-                yield _bytes(pack_words(spread, scheme.bits))[:, :packed]
+                group_points = builder.packed(name).zero_points
+                block_points = group_points.repeat_interleave(blocks // group_points.shape[1], dim=1)
+                yield _bytes(pack_words(block_points, scheme.bits))[:, :point_bytes]
 
-        packed = -(-blocks * scheme.bits // 8)
+        point_bytes = -(-blocks * scheme.bits // 8)
         inputs = [
             value,
             self._weight(names, "codes", byte, (rows, blocks, block * scheme.bits // 8), codes),
             self._weight(names, "scales", graph.dtype, (rows * blocks,), scales),
         ]
         if not scheme.symmetric:
-            inputs.append(self._weight(names, "zero_points", byte, (rows * packed,), zero_points))
-        level = parts.accuracy_level
+            inputs.append(self._weight(names, "zero_points", byte, (rows * point_bytes,), zero_points))
+        level = builder.accuracy_level
         return graph.op("MatMulNBits", *inputs, K=columns, N=rows, bits=scheme.bits, block_size=block, accuracy_level=level)
 
-    def _integers(self, value: str, names: tuple[str, ...], activations: str) -> str:
-        """Return a product of 8-bit integers: the input is rounded by a scale per token as it comes, or by one fixed scale.
+    def _w8a8(self, value: str, names: tuple[str, ...], activations: str) -> str:
+        """Return a product of 8-bit integers: the input has a dynamic scale per token, or a static scale.
 
-        Both sides are bytes without a sign, zero at 128: with signed weights ONNX Runtime's sums of two products are cut off at 16
-        bits on processors without VNNI ("Quantize ONNX models", on data types).
+        Both sides are uint8 with zero point 128: with signed weights ONNX Runtime's sums of two products saturate at 16 bits on
+        processors without VNNI ("Quantize ONNX models", on data types).
         """
-        parts, graph = self.parts, self.parts.graph
-        rows, columns = sum(map(self._rows, names)), parts.quantized_shape(names[0])[1]
+        builder, graph = self.builder, self.builder.graph
+        rows, columns = sum(map(self._rows, names)), builder.quantized_shape(names[0])[1]
 
         def read_codes() -> Iterable[NDArray[Any]]:
-            for piece in _side_by_side([parts.quantized(name).codes for name in names], torch.uint8):
-                yield piece.numpy()
+            for chunk in _concatenated_transposes([builder.quantized(name).codes for name in names], torch.uint8):
+                yield chunk.numpy()
 
         def read_scales() -> Iterable[NDArray[Any]]:
             for name in names:
-                yield parts.floats(name, parts.quantized(name).scales.view(-1))
+                yield builder.floats(name, builder.quantized(name).scales.view(-1))
 
         codes = self._weight(names, "codes", np.dtype(np.uint8), (columns, rows), read_codes)
         scales = self._weight(names, "scales", graph.dtype, (rows,), read_scales)
         if activations == "tensor":
-            scale = graph.const(parts.input_scale(names[0]), graph.dtype)
-            zero = graph.const(_SIGN, np.uint8)
-            rounded = parts.once(value, f"fixed {scale}", lambda: graph.op("QuantizeLinear", value, scale, zero))
-            dense = parts.once(rounded, "back", lambda: graph.op("DequantizeLinear", rounded, scale, zero))
-            zeros = self._weight(names, "zero_points", np.dtype(np.uint8), (rows,), lambda: [np.full(rows, _SIGN, np.uint8)])
+            scale = graph.const(builder.input_scale(names[0]), graph.dtype)
+            zero = graph.const(_ZERO_POINT, np.uint8)
+            quantized = builder.shared(value, f"fixed {scale}", lambda: graph.op("QuantizeLinear", value, scale, zero))
+            dense = builder.shared(quantized, "back", lambda: graph.op("DequantizeLinear", quantized, scale, zero))
+            zeros = self._weight(names, "zero_points", np.dtype(np.uint8), (rows,), lambda: [np.full(rows, _ZERO_POINT, np.uint8)])
             return graph.op("MatMul", dense, graph.op("DequantizeLinear", codes, scales, zeros, axis=1))
         return self._per_token(value, codes, scales)
 
     def _per_token(self, value: str, codes: str, scales: str) -> str:
-        """Return a product with 8-bit codes, the input rounded by a scale per token; in float32, as its sums are beyond float16."""
-        parts, graph = self.parts, self.parts.graph
-        zero = graph.const(_SIGN, np.uint8)
-        wide = parts.once(value, "wide", lambda: self._as(value, np.float32))
-        step = parts.once(wide, "step", lambda: self._step(wide))
+        """Return a product with 8-bit codes and a dynamic scale per token; in float32, as the sums overflow float16."""
+        builder, graph = self.builder, self.builder.graph
+        zero = graph.const(_ZERO_POINT, np.uint8)
+        wide = builder.shared(value, "wide", lambda: self._as(value, np.float32))
+        scale = builder.shared(wide, "step", lambda: self._token_scales(wide))
         one = graph.const(1.0, np.float32)
-        rounded = parts.once(wide, "codes", lambda: graph.op("QuantizeLinear", graph.op("Div", wide, step), one, zero))
-        product = graph.cast(graph.op("MatMulInteger", rounded, codes, zero, zero), np.float32)
-        return self._as(graph.op("Mul", graph.op("Mul", product, step), self._as(scales, np.float32)), graph.dtype)
+        quantized = builder.shared(wide, "codes", lambda: graph.op("QuantizeLinear", graph.op("Div", wide, scale), one, zero))
+        product = graph.cast(graph.op("MatMulInteger", quantized, codes, zero, zero), np.float32)
+        return self._as(graph.op("Mul", graph.op("Mul", product, scale), self._as(scales, np.float32)), graph.dtype)
 
     def _as(self, value: str, dtype: DTypeLike) -> str:
-        """Return a value of the graph's own type, or of float32, in another; itself where the graph knows but one."""
-        return value if self.parts.graph.dtype == np.float32 else self.parts.graph.cast(value, dtype)
+        """Return a value cast between float32 and the graph's type; itself where the two are the same."""
+        return value if self.builder.graph.dtype == np.float32 else self.builder.graph.cast(value, dtype)
 
-    def _step(self, value: str) -> str:
-        """Return the scale of each token [..., 1], float32: its largest value becomes 127."""
-        graph = self.parts.graph
-        largest = graph.op("ReduceMax", graph.op("Abs", value), graph.const([-1]), keepdims=1)
-        steps = graph.op("Div", largest, graph.const(_LARGEST, np.float32))
-        none = graph.op("Equal", steps, graph.const(0.0, np.float32))
-        return graph.op("Where", none, graph.const(1.0, np.float32), steps)
+    def _token_scales(self, value: str) -> str:
+        """Return the scale of each token, float32 [..., 1]: the largest magnitude becomes 127."""
+        graph = self.builder.graph
+        maximum = graph.op("ReduceMax", graph.op("Abs", value), graph.const([-1]), keepdims=1)
+        scales = graph.op("Div", maximum, graph.const(_MAX_CODE, np.float32))
+        is_zero = graph.op("Equal", scales, graph.const(0.0, np.float32))
+        return graph.op("Where", is_zero, graph.const(1.0, np.float32), scales)
 
     def _weight(
         self,
         names: tuple[str, ...],
-        part: str,
+        tensor: str,
         dtype: np.dtype[Any],
         shape: tuple[int, ...],
         read: Callable[[], Iterable[NDArray[Any]]],
     ) -> str:
-        name = f"{'+'.join((names[0], *(other.rpartition('.')[2] for other in names[1:])))}.{part}"
-        return self.parts.graph.weight(name, Weight(f"{'+'.join(names)}.{part}:{dtype.name}", dtype, shape, read))
+        name = f"{'+'.join((names[0], *(other.rpartition('.')[2] for other in names[1:])))}.{tensor}"
+        return self.builder.graph.weight(name, Weight(f"{'+'.join(names)}.{tensor}:{dtype.name}", dtype, shape, read))
 
 
-def _side_by_side(matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
-    """Give the transposes of matrices of as many columns, put side by side, in a type, some rows at a time."""
-    turned = [matrix.t().contiguous() for matrix in matrices]
-    width = sum(matrix.shape[1] for matrix in turned)
-    step = max(1, PIECE // width)
-    for first in range(0, len(turned[0]), step):
-        rows = [matrix[first : first + step] for matrix in turned]
-        piece = torch.empty(len(rows[0]), width, dtype=dtype)
-        for place, part in zip(torch.split(piece, [each.shape[1] for each in rows], dim=1), rows, strict=True):
-            place.copy_(part)
-        yield piece
+def _concatenated_transposes(matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
+    """Yield the transposes of matrices [out, in], concatenated to [in, sum of out], some rows at a time."""
+    transposed = [matrix.t().contiguous() for matrix in matrices]
+    width = sum(matrix.shape[1] for matrix in transposed)
+    step = max(1, CHUNK // width)
+    for first in range(0, len(transposed[0]), step):
+        rows = [matrix[first : first + step] for matrix in transposed]
+        chunk = torch.empty(len(rows[0]), width, dtype=dtype)
+        for target, columns in zip(torch.split(chunk, [block.shape[1] for block in rows], dim=1), rows, strict=True):
+            target.copy_(columns)
+        yield chunk
 
 
 def _bytes(words: Tensor) -> NDArray[np.uint8]:

@@ -16,8 +16,8 @@ from compress.errors import CheckpointError, ServerError
 from compress.eval import journal
 from compress.eval.journal import Journal, answer_all, forget, score_all
 from compress.progress import Progress, Silent
-from compress.runtimes.endpoint import Endpoint, Place
-from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, OpenContext, Passage, Picture, Prompt, Score, Session
+from compress.runtimes.endpoint import Endpoint, EndpointModel
+from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, ImageInput, OpenContext, Passage, Prompt, Score, Session
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.transformers_session import TransformersSession
 from tests.chaos_server import MODEL, Manners, Refusal, StandIn, answer_to, digest_of, stand_in
@@ -70,28 +70,28 @@ class Counting:
         return self.session.block
 
     def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, each: Callable[[Answer], None] | None = None
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
         self.answered += [prompt.id for prompt in prompts]
-        found = self.session.answer(prompts, max_new_tokens, progress, each)
+        found = self.session.answer(prompts, max_new_tokens, progress, on_answer)
         return found[::-1] if self.mixing else found
 
-    def score(self, passages: Sequence[Passage], record: Path | None, against: Path | None, progress: Progress) -> list[Score]:
+    def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
         if self.cut_after is not None and len(self.scored) >= self.cut_after:
             raise KeyboardInterrupt
         self.scored += [passage.id for passage in passages]
-        found = self.session.score(passages, record, against, progress)
+        found = self.session.score(passages, record, reference, progress)
         return found[::-1] if self.mixing else found
 
     def classify(
-        self, pictures: Sequence[Picture], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
-        return self.session.classify(pictures, classes, progress, faults)
+        return self.session.classify(images, classes, progress, faults)
 
     def embed(
-        self, pictures: Sequence[Picture], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
-        return self.session.embed(pictures, texts, progress, faults)
+        return self.session.embed(images, texts, progress, faults)
 
 
 @pytest.fixture(autouse=True)
@@ -107,7 +107,7 @@ def inside(tmp_path_factory: pytest.TempPathFactory) -> Generator[Session]:
 
 
 def served(server: StandIn, folder: Path) -> Any:
-    runtime = Endpoint(runtime="endpoint", original=Place(url=server.url, model=MODEL), artifacts={})
+    runtime = Endpoint(runtime="endpoint", original=EndpointModel(url=server.url, model=MODEL), artifacts={})
     return runtime.open(OpenContext(folder, folder, Silent()))
 
 

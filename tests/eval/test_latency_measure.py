@@ -17,7 +17,7 @@ from compress.eval.latency import LatencySettings
 from compress.eval.latency_measure import LatencyContext, measure_latency
 from compress.eval.latency_results import Latency
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Runtime, Served, Session
+from compress.runtimes.runtime import OpenContext, RunningServer, Runtime, Session
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.vllm_ladder import LadderStep
 from tests.eval.stream_server import Body, Reply, StreamServer, stream_server, whole_answer
@@ -46,7 +46,7 @@ class Streaming(Runtime):
         raise NotImplementedError
 
     @contextmanager
-    def serve(self, context: OpenContext) -> Generator[Served]:
+    def serve(self, context: OpenContext) -> Generator[RunningServer]:
         with stream_server(type(self).reply) as server:
             self.started.append(context.name)
             self.servers.append(server)
@@ -54,8 +54,8 @@ class Streaming(Runtime):
                 step = LadderStep(
                     rung="context", setting="max_model_len", value=1024, before="2,048", after="1,024", cause="no memory"
                 )
-                context.lowered(step)
-            yield Served(server.url, "the-model", None, self.process, lambda: "INFO serving\nCUDA out of memory")
+                context.on_ladder_step(step)
+            yield RunningServer(server.url, "the-model", None, self.process, lambda: "INFO serving\nCUDA out of memory")
 
 
 def _runtime(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, **shape: Any) -> Streaming:

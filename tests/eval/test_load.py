@@ -15,7 +15,7 @@ from PIL import Image
 from compress.errors import MissingError, ServerError
 from compress.eval.latency import LoadPoint
 from compress.eval.load_generator import DIALECTS, Stream, make_prompts, make_requests, put_load, read_stream, warm_up
-from compress.runtimes.runtime import Served
+from compress.runtimes.runtime import RunningServer
 from tests.eval.stream_server import Body, chunk, event, stream_server, whole_answer
 from tests.raw_server import absent_server
 
@@ -23,8 +23,8 @@ DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
 POINT = LoadPoint(concurrency=3, images=2, width=48, height=32, prompt_tokens=12, output_tokens=5)
 
 
-def _served(url: str, key: str | None = None) -> Served:
-    return Served(url, "the-model", key, process=0)
+def _served(url: str, key: str | None = None) -> RunningServer:
+    return RunningServer(url, "the-model", key, process=0)
 
 
 def test_requests_are_of_the_asked_size_and_the_same_for_the_same_seed() -> None:

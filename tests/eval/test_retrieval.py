@@ -15,7 +15,7 @@ from compress.eval.results import ImageItem, Measured, ScoreMetrics, read_measur
 from compress.eval.retrieval import Pool, Retrieval, image_scores, ranks, recalls
 from compress.pictures import decode_image
 from compress.progress import Silent
-from compress.runtimes.runtime import Embeddings, OpenContext, Picture
+from compress.runtimes.runtime import Embeddings, ImageInput, OpenContext
 from compress.runtimes.transformers import Transformers
 from tests.pictures import encoded
 from tests.quantized import round_checkpoint, scheme
@@ -69,7 +69,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
 def cosines(checkpoint: Path) -> tuple[NDArray[np.float64], float, list[str]]:
     """Return the cosines of all images and captions, computed one image and one caption at a time, and the scale."""
     texts = list(dict.fromkeys(text for captions in CAPTIONS for text in captions))
-    pictures = [Picture(str(number), picture(number, 56, 56)) for number in range(len(CAPTIONS))]
+    pictures = [ImageInput(str(number), picture(number, 56, 56)) for number in range(len(CAPTIONS))]
     with Transformers(runtime="transformers").open(OpenContext(checkpoint, checkpoint, Silent())) as session:
         images = [session.embed([image], ["x"], Silent()) for image in pictures]
         words = [session.embed(pictures[:1], [text], Silent()).texts[0] for text in texts]
@@ -192,7 +192,7 @@ def test_a_model_that_writes_is_refused(tmp_path: Path) -> None:
         Transformers(runtime="transformers").open(OpenContext(model, tmp_path, Silent())) as session,
         pytest.raises(UsageError, match="measure it with task: vqa instead of zero-shot or retrieval"),
     ):
-        session.embed([Picture("a", picture(0, 56, 56))], ["a dog"], Silent())
+        session.embed([ImageInput("a", picture(0, 56, 56))], ["a dog"], Silent())
 
 
 def test_settings_and_note_say_what_is_searched(world: World) -> None:

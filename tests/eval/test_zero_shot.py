@@ -16,7 +16,7 @@ from compress.gate import Gate, Subject, judge
 from compress.pictures import decode_image
 from compress.plan import make_plan
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Picture
+from compress.runtimes.runtime import ImageInput, OpenContext
 from compress.runtimes.transformers import Transformers
 from compress.store import Store
 from tests.jobs import content, make_job
@@ -80,7 +80,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> None:
     before, after = (read_measured(folder) for folder in (measured.original, measured.artifact))
-    pictures = [Picture(str(number), picture(number, 56, 56)) for number in range(IMAGES)]
+    pictures = [ImageInput(str(number), picture(number, 56, 56)) for number in range(IMAGES)]
     texts = [[template.replace("{class}", name) for template in TEMPLATES] for name in CLASSES]
     found = list[Any]()
     for checkpoint in ("model", "rounded"):

@@ -50,24 +50,24 @@ class Seeing:
         return np.float16 if self.graphs.sessions["vision_encoder"].get_inputs()[0].type == "tensor(float16)" else np.float32
 
     def features(self, pixels: Mapping[str, Any]) -> Array:
-        """Return what the graphs see, [tokens, hidden]."""
-        names = [given.name for given in self.graphs.sessions["vision_encoder"].get_inputs()]
-        given = {name: pixels[name].numpy() for name in names}
-        given["pixel_values"] = given["pixel_values"].astype(self.dtype)
-        found = self.graphs.run("vision_encoder", **given)["image_features"]
-        return found.reshape(-1, found.shape[-1])
+        """Return the graphs' image features [tokens, hidden]."""
+        names = [value.name for value in self.graphs.sessions["vision_encoder"].get_inputs()]
+        feeds = {name: pixels[name].numpy() for name in names}
+        feeds["pixel_values"] = feeds["pixel_values"].astype(self.dtype)
+        features = self.graphs.run("vision_encoder", **feeds)["image_features"]
+        return features.reshape(-1, features.shape[-1])
 
     @torch.no_grad()
     def expected_features(self, pixels: Mapping[str, Any]) -> Array:
-        """Return what transformers sees, [tokens, hidden]."""
-        found = self.model.get_image_features(**pixels).pooler_output
-        return torch.cat([each.reshape(-1, each.shape[-1]) for each in found]).numpy()
+        """Return transformers' image features [tokens, hidden]."""
+        images = self.model.get_image_features(**pixels).pooler_output
+        return torch.cat([image.reshape(-1, image.shape[-1]) for image in images]).numpy()
 
     def pixels(self, sizes: Sizes) -> dict[str, Any]:
         """Return what the processor makes of pictures."""
         names = ("pixel_values", "image_sizes")
-        found = self.processor.image_processor(_pictures(sizes), return_tensors="pt")
-        return {name: found[name] for name in names if name in found}
+        outputs = self.processor.image_processor(_pictures(sizes), return_tensors="pt")
+        return {name: outputs[name] for name in names if name in outputs}
 
     def inputs(self, question: str, sizes: Sizes) -> dict[str, Any]:
         """Return what the processor makes of a prompt with pictures before the question."""
@@ -75,15 +75,15 @@ class Seeing:
         return dict(self.processor(text=text, images=_pictures(sizes) or None, return_tensors="pt"))
 
     def row(self, question: str, sizes: Sizes) -> Row:
-        """Return the embeddings of a prompt, those of images in their places."""
-        given = self.inputs(question, sizes)
-        ids = given["input_ids"][0].numpy()
+        """Return the embeddings of a prompt, with image features in place of image tokens."""
+        inputs = self.inputs(question, sizes)
+        ids = inputs["input_ids"][0].numpy()
         embeds = self.graphs.embed(ids.tolist())
         if sizes:
-            places = ids == self.model.config.image_token_id
-            found = self.features(given)
-            assert places.sum() == len(found)
-            embeds[places] = found
+            image_mask = ids == self.model.config.image_token_id
+            features = self.features(inputs)
+            assert image_mask.sum() == len(features)
+            embeds[image_mask] = features
         return Row(embeds)
 
     @torch.no_grad()
@@ -101,19 +101,19 @@ def seeing(folder: Path, target: Path, mark: str, precision: Precision | None = 
 @torch.no_grad()
 def rebuilt(source: Path, target: Path, config: Any) -> Path:
     """Write the model that a changed `config` describes, its weights drawn anew, with the processor of `source`."""
-    made: Any = cast("Any", AutoModelForImageTextToText).from_config(config)
-    fill(made, Weights())
-    made.save_pretrained(target)
+    model: Any = cast("Any", AutoModelForImageTextToText).from_config(config)
+    fill(model, Weights())
+    model.save_pretrained(target)
     for file in source.glob("*"):
         if not (target / file.name).exists():
             file.rename(target / file.name)
     return target
 
 
-def difference(ours: Array, theirs: Array) -> float:
+def difference(actual: Array, expected: Array) -> float:
     """Return by how much two arrays of one shape differ at most."""
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max())
+    assert actual.shape == expected.shape
+    return float(np.abs(actual - expected).max())
 
 
 def _pictures(sizes: Sizes) -> list[Image.Image]:

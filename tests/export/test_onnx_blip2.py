@@ -57,26 +57,26 @@ def expected(folder: Path) -> tuple[Array, list[Array]]:
     model = loaded(folder)
     states = model.get_image_features(pixels()).pooler_output
     standing = [model.config.image_token_index] * model.config.num_query_tokens
-    found = [
+    logits = [
         model(pixel_values=pixels()[image : image + 1], input_ids=torch.tensor([[*standing, *text]])).logits[0]
         for image, text in ((0, TEXTS[0]), (1, TEXTS[2]))
     ]
-    found.insert(1, model.language_model(input_ids=torch.tensor([TEXTS[1]])).logits[0])
-    return states.numpy(), [each.numpy() for each in found]
+    logits.insert(1, model.language_model(input_ids=torch.tensor([TEXTS[1]])).logits[0])
+    return states.numpy(), [text.numpy() for text in logits]
 
 
-def assert_close(ours: Array, theirs: Array, tolerance: float) -> None:
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() < tolerance
+def assert_close(actual: Array, expected: Array, tolerance: float) -> None:
+    assert actual.shape == expected.shape
+    assert np.abs(actual - expected).max() < tolerance
 
 
 def test_features_and_logits_are_those_of_transformers(folder: Path, graphs: Graphs) -> None:
     states, logits = expected(folder)
     assert np.abs(states[0] - states[1]).max() > 0.1
     assert_close(features(graphs), states, 1e-5)
-    for ours, theirs in zip(graphs.logits(rows(graphs, features(graphs)), STEPS), logits, strict=True):
-        assert ours.dtype == np.float32
-        assert_close(ours, theirs, 2e-5)
+    for actual, reference in zip(graphs.logits(rows(graphs, features(graphs)), STEPS), logits, strict=True):
+        assert actual.dtype == np.float32
+        assert_close(actual, reference, 2e-5)
 
 
 def test_a_row_of_a_batch_is_what_it_is_alone(graphs: Graphs) -> None:
@@ -103,22 +103,22 @@ def _decoder_bytes() -> int:
 def test_half_precision_is_near(folder: Path, tmp_path: Path) -> None:
     graphs = written(folder, tmp_path / "onnx", Precision("float16"))
     states, logits = expected(folder)
-    found = features(graphs, np.float16)
-    assert found.dtype == np.float16
-    assert_close(found, states, 0.01 * float(np.abs(states).max()))
-    for ours, theirs in zip(graphs.logits(rows(graphs, found), STEPS), logits, strict=True):
-        assert_close(ours, theirs, 0.02 * float(np.abs(theirs).max()))
+    image_features = features(graphs, np.float16)
+    assert image_features.dtype == np.float16
+    assert_close(image_features, states, 0.01 * float(np.abs(states).max()))
+    for actual, reference in zip(graphs.logits(rows(graphs, image_features), STEPS), logits, strict=True):
+        assert_close(actual, reference, 0.02 * float(np.abs(reference).max()))
 
 
 def test_weights_of_four_bits_are_the_checkpoint_s_own(folder: Path, tmp_path: Path) -> None:
     quantized = tmp_path / "int4"
-    held = round_checkpoint(folder, quantized, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True))
-    assert any(name.endswith("self_attn.qkv") for name in held)
+    schemes = round_checkpoint(folder, quantized, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True))
+    assert any(name.endswith("self_attn.qkv") for name in schemes)
     graphs = written(quantized, tmp_path / "onnx", Precision("float32", accuracy_level=0))
     states, logits = expected(quantized)
     assert_close(features(graphs), states, 2e-5)
-    for ours, theirs in zip(graphs.logits(rows(graphs, features(graphs)), STEPS), logits, strict=True):
-        assert_close(ours, theirs, 5e-5)
+    for actual, reference in zip(graphs.logits(rows(graphs, features(graphs)), STEPS), logits, strict=True):
+        assert_close(actual, reference, 5e-5)
     assert "MatMul" not in graphs.operators("vision_encoder") + graphs.operators("decoder_model_merged")
 
 
@@ -130,6 +130,6 @@ def test_embeddings_may_be_narrower_than_the_decoder(folder: Path, tmp_path: Pat
     fill(model, Sizes())
     model.save_pretrained(tmp_path / "narrow")
     graphs = written(tmp_path / "narrow", tmp_path / "onnx")
-    theirs = loaded(tmp_path / "narrow").language_model(input_ids=torch.tensor([TEXTS[0]])).logits[0]
+    reference = loaded(tmp_path / "narrow").language_model(input_ids=torch.tensor([TEXTS[0]])).logits[0]
     assert graphs.embed(TEXTS[0]).shape == (len(TEXTS[0]), 64)
-    assert_close(graphs.logits([Row(graphs.embed(TEXTS[0]))], STEPS)[0], theirs.numpy(), 2e-5)
+    assert_close(graphs.logits([Row(graphs.embed(TEXTS[0]))], STEPS)[0], reference.numpy(), 2e-5)

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.checkpoint import open_checkpoint
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.export.onnx import Onnx
 from compress.families import family_of
 from compress.numerics.rounding import quantize
@@ -55,8 +55,8 @@ def inputs(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 def expected(folder: Path) -> Embeddings:
     model: Any = load_model(folder, torch.float32, torch.device("cpu"), Silent())
     pixels, texts = inputs(folder)
-    found = model.get_image_features(pixel_values=pixels), model.get_text_features(**texts)
-    return found[0].pooler_output.numpy(), found[1].pooler_output.numpy()
+    towers = model.get_image_features(pixel_values=pixels), model.get_text_features(**texts)
+    return towers[0].pooler_output.numpy(), towers[1].pooler_output.numpy()
 
 
 def onnx_export(settings: dict[str, Any]) -> Onnx:
@@ -65,18 +65,18 @@ def onnx_export(settings: dict[str, Any]) -> Onnx:
 
 def export(folder: Path, target: Path, **settings: Any) -> Path:
     target.mkdir()
-    given = onnx_export(settings)
-    given.apply(ExportContext(folder, target, family_of(open_checkpoint(folder).config), Silent()))
+    exporter = onnx_export(settings)
+    exporter.apply(ExportContext(folder, target, family_of(open_checkpoint(folder).config), Silent()))
     return target
 
 
-def run(target: Path, name: str, **given: Any) -> NDArray[Any]:
+def run(target: Path, name: str, **feeds: Any) -> NDArray[Any]:
     path = str(target / f"{name}.onnx")
     onnx.checker.check_model(path, full_check=True)
     options = _ORT.SessionOptions()
     options.intra_op_num_threads = 1
     session = _ORT.InferenceSession(path, options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, given)[0])
+    return np.asarray(session.run(None, feeds)[0])
 
 
 def embeddings(folder: Path, target: Path) -> Embeddings:
@@ -85,11 +85,11 @@ def embeddings(folder: Path, target: Path) -> Embeddings:
     return run(target, "vision_model", pixel_values=pixels.numpy()), run(target, "text_model", **words)
 
 
-def assert_same(found: Embeddings, wanted: Embeddings, tolerance: float) -> None:
-    for ours, theirs in zip(found, wanted, strict=True):
-        assert ours.shape == theirs.shape
-        assert ours.dtype == np.float32
-        assert np.abs(ours - theirs).max() < tolerance * np.abs(theirs).max()
+def assert_same(actual: Embeddings, reference: Embeddings, tolerance: float) -> None:
+    for one, other in zip(actual, reference, strict=True):
+        assert one.shape == other.shape
+        assert one.dtype == np.float32
+        assert np.abs(one - other).max() < tolerance * np.abs(other).max()
 
 
 def change_config(folder: Path, key: str, **values: Any) -> None:
@@ -122,10 +122,10 @@ def test_a_text_ends_where_the_config_says(tmp_path: Path) -> None:
     folder = build_clip(tmp_path / "clip")
     former = expected(folder)
     change_config(folder, "text_config", eos_token_id=int(inputs(folder)[1]["input_ids"][0, 1]))
-    texts, wanted = inputs(folder)[1], expected(folder)
+    texts, reference = inputs(folder)[1], expected(folder)
     assert (texts["input_ids"] == texts["input_ids"][0, 1]).any(dim=1).tolist() == [True, False, False, False]
-    assert not np.allclose(wanted[1][0], former[1][0])
-    assert_same(embeddings(folder, export(folder, tmp_path / "onnx")), wanted, 1e-5)
+    assert not np.allclose(reference[1][0], former[1][0])
+    assert_same(embeddings(folder, export(folder, tmp_path / "onnx")), reference, 1e-5)
 
 
 def test_weights_of_four_bits_are_the_checkpoint_s_own(folder: Path, tmp_path: Path) -> None:
@@ -142,8 +142,8 @@ def test_weights_of_four_bits_are_the_checkpoint_s_own(folder: Path, tmp_path: P
 def test_integers_of_eight_bits_give_what_the_checkpoint_gives(
     activations: Any, operator: str, folder: Path, tmp_path: Path
 ) -> None:
-    quantized, held = tmp_path / "int8", Scheme(bits=8, group_size=-1, symmetric=True, activations=activations)
-    round_checkpoint(folder, quantized, held, vision=lambda _: held)
+    quantized, w8a8 = tmp_path / "int8", Scheme(bits=8, group_size=-1, symmetric=True, activations=activations)
+    round_checkpoint(folder, quantized, w8a8, vision=lambda _: w8a8)
     target = export(quantized, tmp_path / "onnx")
     # a value between two codes may fall to either side, as sums are not made in the same order
     assert_same(embeddings(quantized, target), expected(quantized), 1e-2)
@@ -157,14 +157,14 @@ def test_embeddings_and_patches_may_be_rounded_too(tmp_path: Path) -> None:
     tensors = safetensors.torch.load_file(folder / "model.safetensors")
     for name, group in ((IMAGE, -1), (TOKENS, 32)):
         matrix = tensors[name].float()
-        held = quantize(matrix.flatten(1), Scheme(8, group, symmetric=True), torch.float32)
-        tensors[name] = held.dequantize().view(matrix.shape)
+        rounded = quantize(matrix.flatten(1), Scheme(8, group, symmetric=True), torch.float32)
+        tensors[name] = rounded.dequantize().view(matrix.shape)
     former = expected(folder)
     safetensors.torch.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
-    wanted = expected(folder)
-    assert not np.allclose(former[0], wanted[0], atol=1e-5)
-    assert not np.allclose(former[1], wanted[1], atol=1e-5)
-    assert_same(embeddings(folder, target), wanted, 1e-4)
+    reference = expected(folder)
+    assert not np.allclose(former[0], reference[0], atol=1e-5)
+    assert not np.allclose(former[1], reference[1], atol=1e-5)
+    assert_same(embeddings(folder, target), reference, 1e-4)
 
 
 def written(target: Path) -> int:
@@ -180,17 +180,17 @@ def written(target: Path) -> int:
 def test_the_expected_size_is_what_is_written(settings: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     target = export(folder, tmp_path / "onnx", **settings)
     checkpoint = open_checkpoint(folder)
-    outlook = Outlook(checkpoint, family_of(checkpoint.config), {})
-    assert onnx_export(settings).predict_bytes(outlook) == pytest.approx(written(target), rel=0.001)
+    spec = ExportSpec(checkpoint, family_of(checkpoint.config), {})
+    assert onnx_export(settings).predict_bytes(spec) == pytest.approx(written(target), rel=0.001)
 
 
 def test_half_precision_is_near(folder: Path, tmp_path: Path) -> None:
     target = export(folder, tmp_path / "onnx", dtype="float16")
     pixels, texts = inputs(folder)
-    found: Callable[..., NDArray[Any]] = run
+    run_graph: Callable[..., NDArray[Any]] = run
     words = {name: values.numpy() for name, values in texts.items()}
-    images = found(target, "vision_model", pixel_values=pixels.numpy().astype(np.float16))
+    images = run_graph(target, "vision_model", pixel_values=pixels.numpy().astype(np.float16))
     assert images.dtype == np.float16
-    wanted = expected(folder)
-    assert np.abs(images - wanted[0]).max() < 0.01 * np.abs(wanted[0]).max()
-    assert np.abs(found(target, "text_model", **words) - wanted[1]).max() < 0.01 * np.abs(wanted[1]).max()
+    reference = expected(folder)
+    assert np.abs(images - reference[0]).max() < 0.01 * np.abs(reference[0]).max()
+    assert np.abs(run_graph(target, "text_model", **words) - reference[1]).max() < 0.01 * np.abs(reference[1]).max()

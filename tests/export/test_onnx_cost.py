@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compress.checkpoint import open_checkpoint
-from compress.export.format import Outlook
+from compress.export.format import ExportSpec
 from compress.export.onnx import Onnx
 from compress.families import family_at
 from compress.figures import size
@@ -19,9 +19,9 @@ from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_clip, build_qwen2_5_vl
 
 
-def outlook(folder: Path) -> Outlook:
+def spec(folder: Path) -> ExportSpec:
     checkpoint = open_checkpoint(folder)
-    return Outlook(checkpoint, family_at(folder), quantized_linears(checkpoint))
+    return ExportSpec(checkpoint, family_at(folder), quantized_linears(checkpoint))
 
 
 def onnx(**settings: object) -> Onnx:
@@ -43,7 +43,7 @@ def test_the_plan_says_what_floats_cost_and_what_each_setting_saves(tied: bool, 
     decoder = round_checkpoint(source, tmp_path / "decoder", scheme(4, 32))
     everything = round_checkpoint(source, tmp_path / "both", scheme(4, 32), vision=tower)
     checkpoint, family, ends = open_checkpoint(source), family_at(source), {"head_bits": 8, "embedding_bits": 8}
-    plain, both = Outlook(checkpoint, family, decoder), Outlook(checkpoint, family, everything)
+    plain, both = ExportSpec(checkpoint, family, decoder), ExportSpec(checkpoint, family, everything)
     total = onnx().predict_bytes(plain)
     others = (onnx(**ends).predict_bytes(plain), onnx().predict_bytes(both), onnx(dtype="float16").predict_bytes(plain))
     (note,) = onnx().notes(plain)
@@ -51,7 +51,7 @@ def test_the_plan_says_what_floats_cost_and_what_each_setting_saves(tied: bool, 
     assert note.startswith(
         f"onnx: about {size(total)} of weights, {total / checkpoint.weight_bytes:.2f} times the original's: what"
     )
-    (written,) = onnx().notes(outlook(tmp_path / "decoder"))
+    (written,) = onnx().notes(spec(tmp_path / "decoder"))
     assert saved(written) == saved(note)
     assert "the original's" not in written
     (note,) = onnx(**ends).notes(plain)
@@ -62,11 +62,11 @@ def test_the_plan_says_what_floats_cost_and_what_each_setting_saves(tied: bool, 
 
 
 def test_what_is_not_quantized_at_all_has_no_note(tmp_path: Path) -> None:
-    assert onnx().notes(outlook(build_qwen2_5_vl(tmp_path, layers=1))) == []
+    assert onnx().notes(spec(build_qwen2_5_vl(tmp_path, layers=1))) == []
 
 
 def test_a_model_without_a_head_is_told_of_its_embeddings(tmp_path: Path) -> None:
     round_checkpoint(build_clip(tmp_path / "source"), tmp_path / "rounded", scheme(4, 32))
-    (note,) = onnx().notes(outlook(tmp_path / "rounded"))
+    (note,) = onnx().notes(spec(tmp_path / "rounded"))
     assert "embeddings in 8 bits (embedding_bits: 8) saves" in note
     assert "head_bits" not in note

@@ -16,9 +16,9 @@ from compress.artifact import side_files
 from compress.checkpoint import open_checkpoint, read_json_object
 from compress.errors import CheckpointError, MissingError, ServerError, StoreError, VerificationError
 from compress.export import FORMATS
-from compress.export.format import ExportContext, Outlook, VerifyContext
+from compress.export.format import ExportContext, ExportSpec, VerifyContext
 from compress.export.onnx_genai import OnnxGenai
-from compress.export.onnx_genai_builder import lay_out
+from compress.export.onnx_genai_builder import write_builder_input
 from compress.families import family_at, family_of
 from compress.files import write_json
 from compress.layouts import quantized_linears
@@ -59,23 +59,23 @@ def verified(source: Path, artifact: Path, **settings: Any) -> dict[str, float]:
     """Verify an artifact and return by which share of its largest value each part differs."""
     family = family_of(open_checkpoint(source).config)
     context = VerifyContext(artifact, source, family, Silent(), artifact.parent / "logs")
-    return {each.component: each.relative for each in onnx_genai(**settings).verify(context).components}
+    return {difference.component: difference.relative for difference in onnx_genai(**settings).verify(context).components}
 
 
-def faults(source: Path, held: Scheme | Callable[[str], Scheme | None] | None, folder: Path, **settings: Any) -> list[str]:
-    if held is not None:
-        round_checkpoint(source, folder / "rounded", held)
+def faults(source: Path, quantized: Scheme | Callable[[str], Scheme | None] | None, folder: Path, **settings: Any) -> list[str]:
+    if quantized is not None:
+        round_checkpoint(source, folder / "rounded", quantized)
         source = folder / "rounded"
     checkpoint = open_checkpoint(source)
-    return onnx_genai(**settings).check(Outlook(checkpoint, family_of(checkpoint.config), quantized_linears(checkpoint)))
+    return onnx_genai(**settings).check(ExportSpec(checkpoint, family_of(checkpoint.config), quantized_linears(checkpoint)))
 
 
-def ran(path: Path, **given: NDArray[Any]) -> NDArray[Any]:
-    return ORT.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, given)[0]
+def ran(path: Path, **feeds: NDArray[Any]) -> NDArray[Any]:
+    return ORT.InferenceSession(str(path), providers=["CPUExecutionProvider"]).run(None, feeds)[0]
 
 
 def tensors(path: Path) -> dict[str, NDArray[Any]]:
-    return {each.name: NUMPY.to_array(each) for each in onnx.load(path).graph.initializer}
+    return {tensor.name: NUMPY.to_array(tensor) for tensor in onnx.load(path).graph.initializer}
 
 
 @pytest.fixture(scope="module")
@@ -93,10 +93,10 @@ def test_the_table_of_formats_has_it() -> None:
 
 @pytest.mark.parametrize("family", sorted(BUILDERS.keys() - {"qwen2-vl", "qwen2.5-vl", "qwen3-vl"}))
 def test_a_family_without_images_there_is_refused(family: str, tmp_path: Path) -> None:
-    found = faults(BUILDERS[family](tmp_path / "source"), None, tmp_path)
-    assert len(found) == 1
-    assert found[0].startswith("onnxruntime-genai 0.18 runs qwen2-vl, qwen2.5-vl, qwen3-vl with images, and ")
-    assert found[0].endswith("use format: onnx")
+    messages = faults(BUILDERS[family](tmp_path / "source"), None, tmp_path)
+    assert len(messages) == 1
+    assert messages[0].startswith("onnxruntime-genai 0.18 runs qwen2-vl, qwen2.5-vl, qwen3-vl with images, and ")
+    assert messages[0].endswith("use format: onnx")
 
 
 def test_what_the_builder_does_not_read_is_refused_and_the_own_decoder_holds_it(tmp_path: Path) -> None:
@@ -109,12 +109,12 @@ def test_what_the_builder_does_not_read_is_refused_and_the_own_decoder_holds_it(
         "several": (lambda name: scheme(4, 32 if "mlp" in name else 64), r"reads one scheme for all linears of the decoder"),
         "some": (lambda name: scheme() if "mlp" in name else None, r"q_proj and \d+ others|k_proj and \d+ others"),
     }  # fmt: skip
-    for number, (held, words) in enumerate(cases.values()):
+    for number, (quantized, pattern) in enumerate(cases.values()):
         (tmp_path / str(number)).mkdir()
-        found = faults(source, held, tmp_path / str(number))
-        assert len(found) == 1
-        assert found[0].endswith("set decoder: own")
-        assert re.search(words, found[0])
+        messages = faults(source, quantized, tmp_path / str(number))
+        assert len(messages) == 1
+        assert messages[0].endswith("set decoder: own")
+        assert re.search(pattern, messages[0])
         rounded = tmp_path / str(number) / "rounded"
         assert faults(rounded, None, tmp_path, decoder="own") == []
     (tmp_path / "three").mkdir()
@@ -125,9 +125,9 @@ def test_what_the_builder_does_not_read_is_refused_and_the_own_decoder_holds_it(
 
 
 def test_the_folder_holds_what_the_runtime_reads(demo: Path) -> None:
-    found = {path.name for path in demo.iterdir()}
+    files = {path.name for path in demo.iterdir()}
     sides = set(side_files(DEMO))
-    assert found == sides | {
+    assert files == sides | {
         "config.json", "genai_config.json", "vision_processor.json", "model.onnx", "model.onnx.data",
         "vision_encoder.onnx", "vision_encoder.onnx_data", "embeddings.onnx", "embeddings.onnx_data",
     }  # fmt: skip
@@ -156,38 +156,40 @@ def test_images_that_were_filled_up_give_what_each_gives_alone(demo: Path) -> No
     patches = [random.standard_normal((int(grid.prod()), 1176)).astype(np.float32) for grid in grids]
     longest = max(map(len, patches))
     filled = np.full((3, longest, 1176), np.nan, np.float32)
-    for image, own in enumerate(patches):
-        filled[image, : len(own)] = own
+    for image, image_patches in enumerate(patches):
+        filled[image, : len(image_patches)] = image_patches
     path = demo / "vision_encoder.onnx"
     together = ran(path, pixel_values=filled.reshape(-1, 1176), image_grid_thw=grids)
-    alone = [ran(path, pixel_values=own, image_grid_thw=grid[None]) for own, grid in zip(patches, grids, strict=True)]
+    alone = [
+        ran(path, pixel_values=image_patches, image_grid_thw=grid[None]) for image_patches, grid in zip(patches, grids, strict=True)
+    ]
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
 
 
 def test_features_take_the_places_of_image_tokens(demo: Path) -> None:
     ids = np.array([[5, 1022, 1022, 7], [1022, 8, 9, 10]])
     features = np.arange(3 * 192, dtype=np.float32).reshape(3, 192)
-    found = ran(demo / "embeddings.onnx", input_ids=ids, image_features=features)
-    np.testing.assert_array_equal(found[ids == 1022], features)
+    embeds = ran(demo / "embeddings.onnx", input_ids=ids, image_features=features)
+    np.testing.assert_array_equal(embeds[ids == 1022], features)
     words = ran(demo / "embeddings.onnx", input_ids=np.array([[5, 7, 8, 9, 10]]), image_features=features[:0])
-    np.testing.assert_array_equal(found[ids != 1022], words[0])
+    np.testing.assert_array_equal(embeds[ids != 1022], words[0])
 
 
 def test_the_builder_takes_the_stages_own_integers(tmp_path: Path) -> None:
     source, heard = DEMO, Warnings()
     schemes = round_checkpoint(source, tmp_path / "rounded", scheme(4, 32))
     artifact = exported(tmp_path / "rounded", tmp_path / "artifact", heard, accuracy_level=0)
-    held, exact = tensors(artifact / "model.onnx"), exact_weights(source, schemes)
+    stored, exact = tensors(artifact / "model.onnx"), exact_weights(source, schemes)
     for name, row in (("q_proj", "model.layers.1.self_attn.q_proj"), ("down_proj", "model.layers.2.mlp.down_proj")):
-        part = f"model.layers.{row.split('.')[2]}.{'attn' if 'attn' in row else 'mlp'}.{name}.MatMulNBits"
-        codes, scales, points = (held[f"{part}.{each}"] for each in ("qweight", "scales", "qzeros"))
+        prefix = f"model.layers.{row.split('.')[2]}.{'attn' if 'attn' in row else 'mlp'}.{name}.MatMulNBits"
+        codes, scales, points = (stored[f"{prefix}.{suffix}"] for suffix in ("qweight", "scales", "qzeros"))
         nibbles = np.stack([codes & 15, codes >> 4], axis=-1).reshape(*codes.shape[:2], 32).astype(np.float32)
         flat = points.reshape(len(codes), -1)
         zeros = np.stack([flat & 15, flat >> 4], axis=-1).reshape(len(codes), -1)[:, : codes.shape[1]]
         steps = scales.reshape(len(codes), codes.shape[1], 1)
-        found = ((nibbles - zeros[..., None]) * steps).reshape(len(codes), -1)
-        np.testing.assert_array_equal(found, exact[row].numpy())
-    assert held["lm_head.MatMul.weight"].dtype == np.float32
+        dequantized = ((nibbles - zeros[..., None]) * steps).reshape(len(codes), -1)
+        np.testing.assert_array_equal(dequantized, exact[row].numpy())
+    assert stored["lm_head.MatMul.weight"].dtype == np.float32
     assert not list(artifact.glob(".*"))
     assert max(verified(tmp_path / "rounded", artifact, accuracy_level=0).values()) < 1e-4
     assert heard.heard == []
@@ -197,7 +199,7 @@ def test_the_builder_takes_the_stages_own_integers(tmp_path: Path) -> None:
 def test_the_size_is_known_before_with_a_head_that_is_the_embeddings(decoder: str, tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source", layers=1, tied=True, dtype=torch.float32)
     artifact = exported(source, tmp_path / "artifact", decoder=decoder)
-    expected = onnx_genai(decoder=decoder).predict_bytes(Outlook(open_checkpoint(source), family_at(source), {}))
+    expected = onnx_genai(decoder=decoder).predict_bytes(ExportSpec(open_checkpoint(source), family_at(source), {}))
     stored = sum(path.stat().st_size for path in (*artifact.glob("*.onnx_data"), *artifact.glob("*.onnx.data")))
     assert expected <= stored < expected + 100_000  # the matrix once more has 311,296 bytes, the tables of positions 262,144
 
@@ -209,21 +211,21 @@ def test_scales_that_are_no_float16_numbers_are_told(tmp_path: Path) -> None:
     family = family_of(checkpoint.config)
     (tmp_path / "laid").mkdir()
     context = ExportContext(tmp_path / "rounded", tmp_path / "target", family, heard)
-    lay_out(context, Outlook(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
-    found = open_checkpoint(tmp_path / "laid")
+    write_builder_input(context, ExportSpec(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
+    laid_out = open_checkpoint(tmp_path / "laid")
     assert len(heard.heard) == 1
     assert heard.heard[0].startswith("onnxruntime-genai's builder reads scales as float16: those of 7 linears (model.layers.0.")
     assert heard.heard[0].endswith("decoder: own keeps them")
-    assert not [name for name in found.tensors if name.startswith("visual.")]
-    assert found.tensors["model.layers.0.self_attn.q_proj.qweight"].dtype == "I32"
+    assert not [name for name in laid_out.tensors if name.startswith("visual.")]
+    assert laid_out.tensors["model.layers.0.self_attn.q_proj.qweight"].dtype == "I32"
 
 
 @pytest.mark.parametrize(("build", "decoder"), [(build_qwen3_vl, "builder"), (build_qwen3_vl, "own"), (build_qwen2_vl, "own")])
 def test_every_part_is_the_checkpoints(build: Any, decoder: str, tmp_path: Path) -> None:
     source: Path = build(tmp_path / "source")
-    found = verified(source, exported(source, tmp_path / "artifact", decoder=decoder), decoder=decoder)
-    assert found.keys() == {"vision encoder", "embeddings", "decoder"}
-    assert max(found.values()) < 1e-4
+    differences = verified(source, exported(source, tmp_path / "artifact", decoder=decoder), decoder=decoder)
+    assert differences.keys() == {"vision encoder", "embeddings", "decoder"}
+    assert max(differences.values()) < 1e-4
 
 
 def test_float16_is_for_gpus_and_is_verified_without_one(tmp_path: Path) -> None:
@@ -292,14 +294,16 @@ def test_a_missing_environment_is_told(tmp_path: Path, monkeypatch: pytest.Monke
 
 def test_a_processor_that_it_has_no_operation_for_is_told(tmp_path: Path) -> None:
     source = build_qwen2_vl(tmp_path / "source", layers=1)
-    whole = read_json_object(source / "processor_config.json")
-    write_json(source / "processor_config.json", whole | {"image_processor": whole["image_processor"] | {"do_normalize": False}})
+    processor = read_json_object(source / "processor_config.json")
+    write_json(
+        source / "processor_config.json", processor | {"image_processor": processor["image_processor"] | {"do_normalize": False}}
+    )
     with pytest.raises(CheckpointError, match="do_normalize is false, and onnxruntime-genai always does it; use format: onnx"):
         exported(source, tmp_path / "artifact", decoder="own")
 
 
 def test_the_size_is_predicted(demo: Path) -> None:
     checkpoint = open_checkpoint(DEMO)
-    found = onnx_genai().predict_bytes(Outlook(checkpoint, family_of(checkpoint.config), {}))
+    predicted = onnx_genai().predict_bytes(ExportSpec(checkpoint, family_of(checkpoint.config), {}))
     written = sum(path.stat().st_size for path in demo.iterdir() if "data" in path.suffix)
-    assert abs(written - found) < 0.05 * written
+    assert abs(written - predicted) < 0.05 * written

@@ -49,18 +49,18 @@ def test_positions_of_long_rows_are_those_of_transformers(tmp_path: Path) -> Non
     prompts = [PROMPTS[1], PROMPTS[2], PROMPTS[0]]  # transformers stays with the longest row that it has seen
     rows = [model.row(*prompt) for prompt in prompts]
     assert [len(row.embeds) > 16 for row in rows] == [False, True, True]
-    found = model.graphs.logits(rows, steps=0)
-    for prompt, ours in zip(prompts, found, strict=True):
-        assert difference(ours, model.expected_logits(*prompt)) < 5e-5
+    batched = model.graphs.logits(rows, steps=0)
+    for prompt, actual in zip(prompts, batched, strict=True):
+        assert difference(actual, model.expected_logits(*prompt)) < 5e-5
     model.expected_logits(*prompts[0])  # a short row makes it forget
     inputs = model.inputs(*prompts[-1])
     ids = inputs.pop("input_ids")
     start = model.model(**{**inputs, "attention_mask": inputs["attention_mask"][:, :-2]}, input_ids=ids[:, :-2], use_cache=True)
-    ours = model.graphs.logits([rows[-1]], steps=2)[0]
-    for place in (-2, -1):
-        step = model.model(input_ids=ids[:, [place]], past_key_values=start.past_key_values)
-        assert difference(ours[place], step.logits[0, 0].numpy()) < 5e-5
-    assert difference(ours[-1], found[-1][-1]) > 1e-3  # the cache keeps keys as they were rotated
+    actual = model.graphs.logits([rows[-1]], steps=2)[0]
+    for position in (-2, -1):
+        step = model.model(input_ids=ids[:, [position]], past_key_values=start.past_key_values)
+        assert difference(actual[position], step.logits[0, 0].numpy()) < 5e-5
+    assert difference(actual[-1], batched[-1][-1]) > 1e-3  # the cache keeps keys as they were rotated
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.export.graphs.graph import Float, Graph
-from compress.export.graphs.parts import Parts, Source
+from compress.export.graphs.layer_builder import LayerBuilder, Source
 from compress.export.graphs.write import Precision
 from compress.export.onnx import Onnx
 from compress.families import family_at
@@ -38,7 +38,7 @@ EMBEDDINGS, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 def linear(folder: Path, target: Path, dtype: Float = "float32") -> Path:
     """Write a graph that multiplies a `value` by a checkpoint's linear."""
-    parts = Parts(Graph("linear", dtype), Source.of(open_checkpoint(folder), family_at(folder)), accuracy_level=0)
+    parts = LayerBuilder(Graph("linear", dtype), Source.of(open_checkpoint(folder), family_at(folder)), accuracy_level=0)
     graph = parts.graph
     rows, columns = parts.quantized_shape(LINEAR)
     found = parts.linear(graph.input("value", graph.dtype, ["tokens", columns]), LINEAR)
@@ -134,7 +134,7 @@ def test_both_ends_are_rounded_by_choice_and_stored_once_where_they_are_one(
     one = tied and head_bits == embedding_bits
     assert ("embed_tokens.onnx_data" in files(graphs.folder / "decoder_model_merged.onnx")) == one
     export = Onnx.model_validate({"format": "onnx", "head_bits": head_bits, "embedding_bits": embedding_bits})
-    expected = export.predict_bytes(Outlook(open_checkpoint(folder), family_at(folder), {}))
+    expected = export.predict_bytes(ExportSpec(open_checkpoint(folder), family_at(folder), {}))
     stored = sum(path.stat().st_size for path in graphs.folder.glob("*.onnx_data"))
     assert expected <= stored < expected + 100_000
 

@@ -16,7 +16,7 @@ from transformers.models.llava_next import modeling_llava_next
 
 from compress.errors import CheckpointError
 from compress.export.graphs.graph import Graph
-from compress.export.graphs.llava_next import image_layout, token_places
+from compress.export.graphs.llava_next import image_layout, token_rows
 from tests.export.onnx_graphs import written
 from tests.export.onnx_seeing import MARKS, PROMPTS, Seeing, difference, rebuilt, seeing
 from tests.tiny import BUILDERS
@@ -42,7 +42,7 @@ def test_tiles_are_packed_as_by_transformers(
     graph = Graph("packing")
     layout = image_layout(graph, graph.input("image_sizes", np.int64, ["images", 2]), config, grid)
     graph.output("tiles", layout.tiles, np.int64, ["images"])
-    graph.output("places", token_places(graph, layout, grid), np.int64, ["tokens"])
+    graph.output("places", token_rows(graph, layout, grid), np.int64, ["tokens"])
     session: Any = onnxruntime.InferenceSession(str(graph.save(tmp_path, {})))
     for _ in range(60):
         sizes = _sizes(generator, resolutions)
@@ -63,16 +63,16 @@ def _packed(config: Any, features: list[torch.Tensor], sizes: list[list[int]]) -
 
 def _sizes(generator: np.random.Generator, resolutions: list[list[int]]) -> list[list[int]]:
     """Return heights and widths of up to three images: of any shape, or with the very sides of a resolution."""
-    found: list[list[int]] = []
+    sizes: list[list[int]] = []
     for _ in range(generator.integers(1, 4)):
         if generator.random() < 0.4:
             height, width = resolutions[generator.integers(len(resolutions))]
             up, down = generator.integers(1, 8), generator.integers(1, 6)
-            found.append([int(max(1, extent * up // down)) for extent in (height, width)])
+            sizes.append([int(max(1, extent * up // down)) for extent in (height, width)])
         else:
             height = int(generator.integers(1, (60, 700, 5000)[generator.integers(3)]))
-            found.append([height, int(generator.integers(max(1, height // 30), height * 30))])
-    return found
+            sizes.append([height, int(generator.integers(max(1, height // 30), height * 30))])
+    return sizes
 
 
 @pytest.mark.parametrize(
@@ -109,8 +109,8 @@ def test_a_sliding_window_is_transformers_own(window: int, tmp_path: Path) -> No
     assert difference(model.expected_logits(*PROMPTS[0])[:window], _unlimited(folder, model)[:window]) < 3e-5
     assert difference(model.expected_logits(*PROMPTS[0]), _unlimited(folder, model)) > 0.1
     rows = [model.row(*prompt) for prompt in PROMPTS]
-    for prompt, ours in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
-        assert difference(ours, model.expected_logits(*prompt)) < 3e-5
+    for prompt, actual in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
+        assert difference(actual, model.expected_logits(*prompt)) < 3e-5
 
 
 def _unlimited(folder: Path, model: Seeing) -> Any:

@@ -9,7 +9,7 @@ import pytest
 
 from compress.artifact import artifact_format, weight_bytes
 from compress.checkpoint import open_checkpoint
-from compress.export.format import ExportContext, Outlook, VerifyContext
+from compress.export.format import ExportContext, ExportSpec, VerifyContext
 from compress.export.onnx import Onnx
 from compress.families import FAMILIES, family_at
 from compress.layouts import quantized_linears
@@ -57,37 +57,37 @@ def make(source: Path, folder: Path, precision: str) -> Made:
 
 @pytest.mark.parametrize("precision", SCHEMES)
 def test_an_artifact_is_well_formed_and_does_what_its_checkpoint_does(source: Path, precision: str, tmp_path: Path) -> None:
-    made = make(source, tmp_path, precision)
-    check_files(made)
-    found = made.export.verify(VerifyContext(made.artifact, made.checkpoint, family_at(source), SILENT, tmp_path / "logs"))
-    assert found.answers is not None
-    assert found.answers.ungrounded == 0
+    case = make(source, tmp_path, precision)
+    check_files(case)
+    verification = case.export.verify(VerifyContext(case.artifact, case.checkpoint, family_at(source), SILENT, tmp_path / "logs"))
+    assert verification.answers is not None
+    assert verification.answers.ungrounded == 0
     if precision != "int8":  # there the last digit of an input decides to which code it is rounded
-        assert all(part.relative < 1e-4 for part in found.components)
-        assert all(agreed.same >= 0.99 * agreed.prompts for agreed in found.answers.agreement)
+        assert all(difference.relative < 1e-4 for difference in verification.components)
+        assert all(agreed.same >= 0.99 * agreed.prompts for agreed in verification.answers.agreement)
     if precision == "fp32":
-        assert all(part.absolute < 1e-4 for part in found.components)
+        assert all(difference.absolute < 1e-4 for difference in verification.components)
 
 
-def check_files(made: Made) -> None:
+def check_files(case: Made) -> None:
     """Check the graphs by onnx's own rules, and that every weight is there once and no other."""
-    assert artifact_format(made.artifact) == "onnx"
+    assert artifact_format(case.artifact) == "onnx"
     contents: dict[tuple[str, int], str] = {}
-    for path in sorted(made.artifact.glob("*.onnx")):
+    for path in sorted(case.artifact.glob("*.onnx")):
         onnx.checker.check_model(str(path), full_check=True)
         graph = onnx.load(path, load_external_data=False).graph
         read = {name for node in graph.node for name in node.input}
         assert {tensor.name for tensor in graph.initializer} <= read
         assert {value.name for value in graph.input} <= read
         for tensor in graph.initializer:
-            place = {entry.key: entry.value for entry in tensor.external_data}
-            if place and int(place["length"]) >= LARGE:
-                first, length = int(place["offset"]), int(place["length"])
-                data = (made.artifact / place["location"]).read_bytes()[first : first + length]
-                contents[place["location"], first] = hashlib.sha256(data).hexdigest()
+            location = {entry.key: entry.value for entry in tensor.external_data}
+            if location and int(location["length"]) >= LARGE:
+                first, length = int(location["offset"]), int(location["length"])
+                data = (case.artifact / location["location"]).read_bytes()[first : first + length]
+                contents[location["location"], first] = hashlib.sha256(data).hexdigest()
     assert len(set(contents.values())) == len(contents)
-    stored = sum(path.stat().st_size for path in made.artifact.glob("*.onnx_data"))
-    checkpoint = open_checkpoint(made.checkpoint)
-    expected = made.export.predict_bytes(Outlook(checkpoint, family_at(made.checkpoint), quantized_linears(checkpoint)))
+    stored = sum(path.stat().st_size for path in case.artifact.glob("*.onnx_data"))
+    checkpoint = open_checkpoint(case.checkpoint)
+    expected = case.export.predict_bytes(ExportSpec(checkpoint, family_at(case.checkpoint), quantized_linears(checkpoint)))
     assert 0.94 * expected <= stored <= expected + 4096 * len(contents) + 64_000  # LLaVA leaves its tower's last block unused
-    assert stored <= weight_bytes(made.artifact)
+    assert stored <= weight_bytes(case.artifact)

@@ -40,17 +40,17 @@ class Asked:
         random = torch.Generator().manual_seed(sum(self.ids))
         pixels = torch.zeros(1, count, TILES, 3, 28, 28)
         mask = torch.zeros(1, count, TILES, dtype=torch.int64)
-        seen = torch.zeros(1, len(self.ids), count, TILES, dtype=torch.int64)
+        cross_mask = torch.zeros(1, len(self.ids), count, TILES, dtype=torch.int64)
         for image, (tiles, first) in enumerate(zip(self.tiles, self.at, strict=True)):
             pixels[0, image, :tiles] = torch.randn(tiles, 3, 28, 28, generator=random)
             mask[0, image, :tiles] = 1
-            seen[0, first : self.at[image + 1] if image + 1 < count else None, image, :tiles] = 1
+            cross_mask[0, first : self.at[image + 1] if image + 1 < count else None, image, :tiles] = 1
         return {
             "input_ids": ids,
             "pixel_values": pixels,
             "aspect_ratio_ids": torch.tensor([[1 + 2 * tiles % 8 for tiles in self.tiles]]),
             "aspect_ratio_mask": mask,
-            "cross_attention_mask": seen,
+            "cross_attention_mask": cross_mask,
         }
 
 
@@ -81,64 +81,64 @@ def loaded(folder: Path) -> Any:
 @torch.no_grad()
 def expected(model: Any, asked: Asked) -> tuple[dict[str, Array], Array]:
     """Return the keys and values of the blocks of cross-attention, and the logits of a prompt by itself."""
-    found = model(**asked.inputs(), use_cache=True)
-    layers = found.past_key_values.layers
-    kept = [each for layer in CROSSED for each in (layers[layer].keys, layers[layer].values)] if asked.tiles else []
-    return {name: each.numpy() for name, each in zip(NAMES, kept, strict=False)}, found.logits[0].numpy()
+    outputs = model(**asked.inputs(), use_cache=True)
+    layers = outputs.past_key_values.layers
+    cached = [each for layer in CROSSED for each in (layers[layer].keys, layers[layer].values)] if asked.tiles else []
+    return {name: each.numpy() for name, each in zip(NAMES, cached, strict=False)}, outputs.logits[0].numpy()
 
 
 def states(graphs: Graphs, asked: Asked, dtype: Any = np.float32) -> dict[str, Array]:
-    given = {name: value.numpy() for name, value in asked.inputs().items()}
+    inputs = {name: value.numpy() for name, value in asked.inputs().items()}
     return graphs.run(
         "vision_encoder",
-        pixel_values=given["pixel_values"].astype(dtype),
-        aspect_ratio_ids=given["aspect_ratio_ids"],
-        aspect_ratio_mask=given["aspect_ratio_mask"],
+        pixel_values=inputs["pixel_values"].astype(dtype),
+        aspect_ratio_ids=inputs["aspect_ratio_ids"],
+        aspect_ratio_mask=inputs["aspect_ratio_mask"],
     )
 
 
 def row(graphs: Graphs, asked: Asked) -> Row:
-    seen = asked.inputs().get("cross_attention_mask", torch.zeros(1, len(asked.ids), 0, 0, dtype=torch.int64))
-    return Row(graphs.embed(asked.ids), seen[0].flatten(1).numpy())
+    cross_mask = asked.inputs().get("cross_attention_mask", torch.zeros(1, len(asked.ids), 0, 0, dtype=torch.int64))
+    return Row(graphs.embed(asked.ids), cross_mask[0].flatten(1).numpy())
 
 
 def logits(graphs: Graphs, asked: list[Asked], steps: int = STEPS, dtype: Any = np.float32) -> list[Array]:
     """Return the logits of prompts in one batch, the fewer images of a prompt padded."""
     longest = max(len(each.tiles) for each in asked)
     crossed = {name: np.zeros((len(asked), 2, longest * TILES * PLACES, 32), dtype) for name in NAMES}
-    for place, each in enumerate(asked):
+    for index, each in enumerate(asked):
         if each.tiles:
             for name, value in states(graphs, each, dtype).items():
-                crossed[name][place, :, : value.shape[2]] = value[0]
+                crossed[name][index, :, : value.shape[2]] = value[0]
     return graphs.logits([row(graphs, each) for each in asked], steps, crossed)
 
 
-def assert_close(ours: Array, theirs: Array, tolerance: float) -> None:
-    assert ours.shape == theirs.shape
-    assert np.abs(ours - theirs).max() < tolerance
+def assert_close(actual: Array, reference: Array, tolerance: float) -> None:
+    assert actual.shape == reference.shape
+    assert np.abs(actual - reference).max() < tolerance
 
 
 @pytest.mark.parametrize("asked", [ONE, TWO], ids=["one image", "two images"])
 def test_blocks_read_of_images_what_they_read_in_transformers(asked: Asked, graphs: Graphs, model: Any) -> None:
-    wanted, _ = expected(model, asked)
-    found = states(graphs, asked)
-    assert found.keys() == wanted.keys() == set(NAMES)
-    for name, theirs in wanted.items():
-        assert theirs.shape == (1, 2, len(asked.tiles) * TILES * PLACES, 32)
-        assert_close(found[name], theirs, 5e-5)
+    references, _ = expected(model, asked)
+    actual = states(graphs, asked)
+    assert actual.keys() == references.keys() == set(NAMES)
+    for name, reference in references.items():
+        assert reference.shape == (1, 2, len(asked.tiles) * TILES * PLACES, 32)
+        assert_close(actual[name], reference, 5e-5)
 
 
 @pytest.mark.parametrize("asked", [ONE, TWO, NONE], ids=["one image", "two images", "no image"])
 def test_logits_are_those_of_transformers(asked: Asked, graphs: Graphs, model: Any) -> None:
-    (found,) = logits(graphs, [asked])
-    assert found.dtype == np.float32
-    assert_close(found, expected(model, asked)[1], 5e-5)
+    (actual,) = logits(graphs, [asked])
+    assert actual.dtype == np.float32
+    assert_close(actual, expected(model, asked)[1], 5e-5)
 
 
 def test_a_row_of_a_batch_is_what_it_is_alone(graphs: Graphs, model: Any) -> None:
     batch = [ONE, NONE, TWO]
-    for asked, found in zip(batch, logits(graphs, batch), strict=True):
-        assert_close(found, expected(model, asked)[1], 5e-5)
+    for asked, actual in zip(batch, logits(graphs, batch), strict=True):
+        assert_close(actual, expected(model, asked)[1], 5e-5)
 
 
 @pytest.mark.parametrize("length", [0, 1, 7])
@@ -146,15 +146,15 @@ def test_a_prompt_without_images_takes_any_keys(length: int, graphs: Graphs, mod
     random = np.random.default_rng(0)
     crossed = {name: random.normal(size=(1, 2, length, 32)) for name in NAMES}
     text = row(graphs, NONE)
-    seen = np.zeros((len(NONE.ids), min(length, 1)), np.int64)
-    assert_close(graphs.logits([Row(text.embeds, seen)], STEPS, crossed)[0], expected(model, NONE)[1], 5e-5)
+    cross_mask = np.zeros((len(NONE.ids), min(length, 1)), np.int64)
+    assert_close(graphs.logits([Row(text.embeds, cross_mask)], STEPS, crossed)[0], expected(model, NONE)[1], 5e-5)
 
 
 def test_images_are_read_and_only_where_the_mask_says(graphs: Graphs) -> None:
-    kept, read = row(graphs, TWO), states(graphs, TWO)
-    (before,) = graphs.logits([kept], STEPS, read)
+    prompt, read = row(graphs, TWO), states(graphs, TWO)
+    (before,) = graphs.logits([prompt], STEPS, read)
     changed = {name: np.concatenate([value[:, :, :-PLACES], value[:, :, -PLACES:] + 1], axis=2) for name, value in read.items()}
-    (after,) = graphs.logits([kept], STEPS, changed)
+    (after,) = graphs.logits([prompt], STEPS, changed)
     moved = np.abs(after - before).max(axis=1)
     assert (moved[TWO.at[1] :] > 1e-3).all()  # they see the last tile of the second image
     assert moved[0] > 1e-3  # stands before any image and reads all
@@ -170,20 +170,20 @@ def test_attention_is_fused(graphs: Graphs) -> None:
 def test_half_precision_is_near(folder: Path, model: Any, tmp_path: Path) -> None:
     graphs = written(folder, tmp_path / "onnx", Precision("float16"))
     batch = [ONE, NONE, TWO]
-    for asked, found in zip(batch, logits(graphs, batch, dtype=np.float16), strict=True):
-        theirs = expected(model, asked)[1]
-        assert np.isfinite(found).all()
-        assert_close(found, theirs, 0.03 * float(np.abs(theirs).max()))
+    for asked, actual in zip(batch, logits(graphs, batch, dtype=np.float16), strict=True):
+        reference = expected(model, asked)[1]
+        assert np.isfinite(actual).all()
+        assert_close(actual, reference, 0.03 * float(np.abs(reference).max()))
 
 
 def test_weights_of_four_bits_are_the_checkpoint_s_own(folder: Path, tmp_path: Path) -> None:
     quantized = tmp_path / "int4"
-    held = round_checkpoint(folder, quantized, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True))
-    assert any(name.endswith("cross_attn.k_proj") for name in held)
+    schemes = round_checkpoint(folder, quantized, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True))
+    assert any(name.endswith("cross_attn.k_proj") for name in schemes)
     graphs, model = written(quantized, tmp_path / "onnx", Precision("float32", accuracy_level=0)), loaded(quantized)
-    for name, theirs in expected(model, TWO)[0].items():
-        assert_close(states(graphs, TWO)[name], theirs, 1e-4)
+    for name, reference in expected(model, TWO)[0].items():
+        assert_close(states(graphs, TWO)[name], reference, 1e-4)
     batch = [ONE, NONE, TWO]
-    for asked, found in zip(batch, logits(graphs, batch), strict=True):
-        assert_close(found, expected(model, asked)[1], 1e-4)
+    for asked, actual in zip(batch, logits(graphs, batch), strict=True):
+        assert_close(actual, expected(model, asked)[1], 1e-4)
     assert "MatMul" not in graphs.operators("vision_encoder")

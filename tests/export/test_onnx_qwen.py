@@ -65,17 +65,17 @@ class Qwen:
         random = torch.randn(count, width, generator=torch.Generator().manual_seed(0))
         return {"pixel_values": random, "image_grid_thw": torch.tensor(grids)}
 
-    def features(self, given: dict[str, Any], dtype: Any = np.float32) -> list[Array]:
+    def features(self, inputs: dict[str, Any], dtype: Any = np.float32) -> list[Array]:
         """Return what the graph sees, [tokens, hidden], then what each level of deepstack does."""
-        pixels, grids = given["pixel_values"].numpy().astype(dtype), given["image_grid_thw"].numpy()
-        found = self.graphs.run("vision_encoder", pixel_values=pixels, image_grid_thw=grids)
-        return [found["image_features"], *found.get("deepstack_features", ())]
+        pixels, grids = inputs["pixel_values"].numpy().astype(dtype), inputs["image_grid_thw"].numpy()
+        outputs = self.graphs.run("vision_encoder", pixel_values=pixels, image_grid_thw=grids)
+        return [outputs["image_features"], *outputs.get("deepstack_features", ())]
 
     @torch.no_grad()
-    def expected_features(self, given: dict[str, Any]) -> list[Array]:
+    def expected_features(self, inputs: dict[str, Any]) -> list[Array]:
         """Return what transformers sees."""
-        found = self.model.model.visual(given["pixel_values"], grid_thw=given["image_grid_thw"])
-        return [each.numpy() for each in (found.pooler_output, *getattr(found, "deepstack_features", ()))]
+        outputs = self.model.model.visual(inputs["pixel_values"], grid_thw=inputs["image_grid_thw"])
+        return [features.numpy() for features in (outputs.pooler_output, *getattr(outputs, "deepstack_features", ()))]
 
     def inputs(self, question: str, sizes: Pictures) -> dict[str, Any]:
         """Return what the processor makes of a prompt with pictures before the question."""
@@ -84,19 +84,19 @@ class Qwen:
 
     def row(self, question: str, sizes: Pictures, dtype: Any = np.float32) -> Row:
         """Return a prompt as the decoder takes it, images in their places."""
-        given = self.inputs(question, sizes)
-        ids = given["input_ids"][0].numpy()
+        inputs = self.inputs(question, sizes)
+        ids = inputs["input_ids"][0].numpy()
         embeds = self.graphs.embed(ids.tolist())
         names = ("input_ids", "mm_token_type_ids", "image_grid_thw")
-        places, _ = self.model.model.get_rope_index(**{name: given.get(name) for name in names})
+        positions, _ = self.model.model.get_rope_index(**{name: inputs.get(name) for name in names})
         levels = len(getattr(self.model.config.vision_config, "deepstack_visual_indexes", ()))
         deepstack = np.zeros((levels, *embeds.shape), embeds.dtype)
         if sizes:
             standing = ids == self.model.config.image_token_id
-            embeds[standing], *inner = self.features(given, dtype)
-            for level, found in enumerate(inner):
-                deepstack[level, standing] = found
-        return Row(embeds, places=places[:, 0].numpy(), deepstack=deepstack)
+            embeds[standing], *inner = self.features(inputs, dtype)
+            for level, features in enumerate(inner):
+                deepstack[level, standing] = features
+        return Row(embeds, positions=positions[:, 0].numpy(), deepstack=deepstack)
 
     @torch.no_grad()
     def expected_logits(self, question: str, sizes: Pictures) -> Array:
@@ -119,17 +119,17 @@ def qwen(built: Path) -> Qwen:
     return opened(built, built.with_name("onnx"))
 
 
-def assert_close(ours: Sequence[Array], theirs: Sequence[Array], tolerance: float) -> None:
+def assert_close(actual: Sequence[Array], expected: Sequence[Array], tolerance: float) -> None:
     """Assert that arrays differ by no more than a share of the largest value."""
-    for one, other in zip(ours, theirs, strict=True):
-        assert one.shape == other.shape
-        assert np.abs(one - other).max() < tolerance * np.abs(other).max()
+    for left, right in zip(actual, expected, strict=True):
+        assert left.shape == right.shape
+        assert np.abs(left - right).max() < tolerance * np.abs(right).max()
 
 
 @pytest.mark.parametrize("grids", GRIDS, ids=lambda grids: f"{len(grids)}x{grids[0]}")
 def test_features_are_those_of_transformers_for_images_of_any_size(qwen: Qwen, grids: Grids) -> None:
-    given = qwen.pixels(grids)
-    assert_close(qwen.features(given), qwen.expected_features(given), 5e-6)
+    inputs = qwen.pixels(grids)
+    assert_close(qwen.features(inputs), qwen.expected_features(inputs), 5e-6)
 
 
 def test_rows_of_a_batch_and_decoded_tokens_have_the_logits_of_transformers(qwen: Qwen) -> None:
@@ -157,33 +157,33 @@ def test_attention_is_fused_and_holds_no_mask_of_all_patches_by_all(qwen: Qwen) 
 def test_the_shape_of_every_value_is_known(qwen: Qwen) -> None:
     for path in qwen.graphs.folder.glob("*.onnx"):
         model = onnx.shape_inference.infer_shapes(onnx.load(str(path), load_external_data=False), strict_mode=True, data_prop=True)
-        known = {value.name for value in model.graph.value_info}
-        given = {value.name for value in (*model.graph.input, *model.graph.initializer)}
-        assert {name for node in model.graph.node for name in node.input if name} <= known | given
+        inferred = {value.name for value in model.graph.value_info}
+        declared = {value.name for value in (*model.graph.input, *model.graph.initializer)}
+        assert {name for node in model.graph.node for name in node.input if name} <= inferred | declared
 
 
 def test_half_precision_is_near(built: Path, tmp_path: Path) -> None:
     qwen = opened(built, tmp_path / "onnx", Precision("float16"))
-    given = qwen.pixels(GRIDS[3])
-    assert_close(qwen.features(given, np.float16), qwen.expected_features(given), 0.005)
+    inputs = qwen.pixels(GRIDS[3])
+    assert_close(qwen.features(inputs, np.float16), qwen.expected_features(inputs), 0.005)
     rows = [qwen.row(*prompt, np.float16) for prompt in PROMPTS]
     assert_close(qwen.graphs.logits(rows, STEPS), [qwen.expected_logits(*prompt) for prompt in PROMPTS], 0.01)
 
 
 def test_weights_of_four_bits_are_the_checkpoint_s_own(built: Path, tmp_path: Path) -> None:
     quantized = tmp_path / "int4"
-    held = round_checkpoint(built, quantized, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True))
-    assert any(name.endswith("attn.qkv") for name in held)
+    schemes = round_checkpoint(built, quantized, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True))
+    assert any(name.endswith("attn.qkv") for name in schemes)
     qwen = opened(quantized, tmp_path / "onnx", Precision("float32", accuracy_level=0))
-    given = qwen.pixels(GRIDS[4])
-    assert_close(qwen.features(given), qwen.expected_features(given), 1e-5)
+    inputs = qwen.pixels(GRIDS[4])
+    assert_close(qwen.features(inputs), qwen.expected_features(inputs), 1e-5)
     rows = [qwen.row(*prompt) for prompt in PROMPTS]
     assert_close(qwen.graphs.logits(rows, STEPS), [qwen.expected_logits(*prompt) for prompt in PROMPTS], 1e-5)
 
 
 def test_the_demo_model_sees_and_writes_as_in_transformers(tmp_path: Path) -> None:
     qwen = opened(DEMO, tmp_path / "onnx")
-    given = qwen.pixels([(1, 18, 22), (1, 10, 6)])
-    assert_close(qwen.features(given), qwen.expected_features(given), 2e-5)
+    inputs = qwen.pixels([(1, 18, 22), (1, 10, 6)])
+    assert_close(qwen.features(inputs), qwen.expected_features(inputs), 2e-5)
     rows = [qwen.row(*prompt) for prompt in PROMPTS]
     assert_close(qwen.graphs.logits(rows, STEPS), [qwen.expected_logits(*prompt) for prompt in PROMPTS], 2e-5)

@@ -39,8 +39,8 @@ def test_features_are_those_of_transformers(model: Seeing, sizes: Sizes) -> None
 
 def test_logits_are_those_of_transformers(model: Seeing) -> None:
     rows = [model.row(*prompt) for prompt in PROMPTS]
-    for prompt, ours in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
-        assert difference(ours, model.expected_logits(*prompt)) < 3e-5
+    for prompt, actual in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
+        assert difference(actual, model.expected_logits(*prompt)) < 3e-5
 
 
 def test_a_picture_changes_the_answer(model: Seeing) -> None:
@@ -60,8 +60,8 @@ def test_half_precision_is_near(family: str, tmp_path: Path) -> None:
     model = seeing(BUILDERS[family](tmp_path / "model"), tmp_path / "onnx", MARKS[family], Precision("float16"))
     for prompt in PROMPTS:
         expected = model.expected_logits(*prompt)
-        [ours] = model.graphs.logits([model.row(*prompt)], steps=1)
-        assert difference(ours, expected) < 0.01 * np.abs(expected).max()
+        [actual] = model.graphs.logits([model.row(*prompt)], steps=1)
+        assert difference(actual, expected) < 0.01 * np.abs(expected).max()
 
 
 def test_weights_of_four_bits_are_the_checkpoint_s_own(family: str, tmp_path: Path) -> None:
@@ -69,6 +69,6 @@ def test_weights_of_four_bits_are_the_checkpoint_s_own(family: str, tmp_path: Pa
     round_checkpoint(source, folder, scheme(4, 32), vision=lambda _: scheme(4, 32, symmetric=True))
     model = seeing(folder, tmp_path / "onnx", MARKS[family], Precision("float32", accuracy_level=0))
     rows = [model.row(*prompt) for prompt in PROMPTS]
-    for prompt, ours in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
-        assert difference(ours, model.expected_logits(*prompt)) < 1e-4
+    for prompt, actual in zip(PROMPTS, model.graphs.logits(rows, steps=2), strict=True):
+        assert difference(actual, model.expected_logits(*prompt)) < 1e-4
     assert "MatMul" not in model.graphs.operators("vision_encoder")

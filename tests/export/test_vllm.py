@@ -10,7 +10,7 @@ from compress.artifact import side_files
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.engine.weights import WeightReader
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, Outlook
+from compress.export.format import ExportContext, ExportSpec
 from compress.export.vllm import VllmExport
 from compress.export.vllm_limits import Layout
 from compress.families import family_of
@@ -57,14 +57,14 @@ EIGHT_BITS = [
 
 
 def faults(layout: Layout, checkpoint: Checkpoint, schemes: dict[str, Scheme]) -> list[str]:
-    return VllmExport(format="vllm", layout=layout).check(Outlook(checkpoint, family_of(checkpoint.config), schemes))
+    return VllmExport(format="vllm", layout=layout).check(ExportSpec(checkpoint, family_of(checkpoint.config), schemes))
 
 
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])
-@pytest.mark.parametrize("held", [scheme(4, 32), scheme(4, -1), scheme(4, 16, symmetric=True)])
-def test_both_layouts_unpack_to_the_same_weights(build: type, held: Scheme, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", [scheme(4, 32), scheme(4, -1), scheme(4, 16, symmetric=True)])
+def test_both_layouts_unpack_to_the_same_weights(build: type, rounding: Scheme, tmp_path: Path) -> None:
     source: Path = build(tmp_path / "source", layers=2)
-    schemes = round_checkpoint(source, tmp_path / "rounded", held)
+    schemes = round_checkpoint(source, tmp_path / "rounded", rounding)
     awq, heard = export("awq", tmp_path / "rounded", tmp_path / "awq")
     packed, _ = export("compressed-tensors", tmp_path / "rounded", tmp_path / "packed")
     of_awq, of_packed, original = dense(awq), dense(packed), dense(open_checkpoint(source))
@@ -77,10 +77,10 @@ def test_both_layouts_unpack_to_the_same_weights(build: type, held: Scheme, tmp_
         assert torch.equal(of_packed[name], expected), name
 
 
-@pytest.mark.parametrize("held", [scheme(4, 32, True), scheme(4, -1, True), scheme(8, 64, True), scheme(8, -1, True)])
-def test_gptq_unpacks_to_the_same_weights(held: Scheme, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", [scheme(4, 32, True), scheme(4, -1, True), scheme(8, 64, True), scheme(8, -1, True)])
+def test_gptq_unpacks_to_the_same_weights(rounding: Scheme, tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source", layers=1)
-    schemes = round_checkpoint(source, tmp_path / "rounded", held)
+    schemes = round_checkpoint(source, tmp_path / "rounded", rounding)
     artifact, heard = export("gptq", tmp_path / "rounded", tmp_path / "gptq")
     unpacked, exact = dense(artifact), exact_weights(source, schemes)
     assert heard == []
@@ -107,33 +107,33 @@ def test_the_gptq_config_names_what_is_quantized(tmp_path: Path) -> None:
     assert torch.equal(reader.disk_tensor(f"{name}.g_idx"), torch.arange(128, dtype=torch.int32) // 64)
 
 
-@pytest.mark.parametrize("held", [*EIGHT_BITS, None])
-def test_compressed_tensors_holds_8_bits_and_mixtures(held: Scheme | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", [*EIGHT_BITS, None])
+def test_compressed_tensors_holds_8_bits_and_mixtures(rounding: Scheme | None, tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source", layers=2, kv_heads=4, vision_hidden=128)
     choices = {"self_attn": EIGHT_BITS[0], "mlp": scheme(3, 64)}
 
     def choose(name: str) -> Scheme | None:
-        return held or choices[name.split(".")[3]]
+        return rounding or choices[name.split(".")[3]]
 
     schemes = round_checkpoint(source, tmp_path / "rounded", choose, vision=lambda name: EIGHT_BITS[2])
     artifact, _ = export("compressed-tensors", tmp_path / "rounded", tmp_path / "artifact")
     assert quantized_linears(artifact) == schemes
     assert artifact.config["quantization_config"]["format"] == (
-        "float-quantized" if held is not None and held.type == "float" else "mixed-precision"
+        "float-quantized" if rounding is not None and rounding.type == "float" else "mixed-precision"
     )
     unpacked, exact = dense(artifact), exact_weights(source, schemes)
     assert unpacked.keys() == open_checkpoint(source).tensors.keys()
     for name, weight in exact.items():
         assert torch.equal(unpacked[f"{name}.weight"], weight), name
-    outlooks = [Outlook(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, artifact.folder)]
+    specs = [ExportSpec(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, artifact.folder)]
     chosen = VllmExport(format="vllm", layout="compressed-tensors")
-    assert [chosen.predict_bytes(outlook) for outlook in outlooks] == [artifact.weight_bytes] * 2
+    assert [chosen.predict_bytes(spec) for spec in specs] == [artifact.weight_bytes] * 2
 
 
-@pytest.mark.parametrize("held", [scheme(2, 16), scheme(3, 32), scheme(3, -1, symmetric=True), scheme(8, 64)])
-def test_compressed_tensors_holds_every_width(held: Scheme, tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounding", [scheme(2, 16), scheme(3, 32), scheme(3, -1, symmetric=True), scheme(8, 64)])
+def test_compressed_tensors_holds_every_width(rounding: Scheme, tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source", layers=1)
-    schemes = round_checkpoint(source, tmp_path / "rounded", held)
+    schemes = round_checkpoint(source, tmp_path / "rounded", rounding)
     unpacked = dense(export("compressed-tensors", tmp_path / "rounded", tmp_path / "packed")[0])
     for name, weight in exact_weights(source, schemes).items():
         assert torch.equal(unpacked[f"{name}.weight"], weight), name
@@ -149,8 +149,8 @@ def test_the_awq_config_has_the_names_that_vllm_expects(tmp_path: Path) -> None:
     assert settings == expected
     assert {"visual.blocks.0.attn.qkv", "visual.merger.mlp.0", "lm_head", "model.layers.0.mlp.down_proj"} <= set(left)
     assert "model.layers.0.mlp.up_proj" not in left
-    kept = {key: value for key, value in awq.config.items() if key != "quantization_config"}
-    assert kept == open_checkpoint(source).config
+    other_keys = {key: value for key, value in awq.config.items() if key != "quantization_config"}
+    assert other_keys == open_checkpoint(source).config
     shapes = {name.rpartition(".")[2]: entry.shape for name, entry in awq.tensors.items() if "k_proj" in name}
     assert shapes == {"qweight": (128, 8), "qzeros": (4, 8), "scales": (4, 64), "bias": (64,)}
 
@@ -175,9 +175,9 @@ def test_shards_are_read_whole_and_the_size_is_predicted(layout: Layout, tmp_pat
     assert torch.equal(
         dense(artifact)["model.layers.2.mlp.down_proj.weight"], exact_weights(source, schemes)["model.layers.2.mlp.down_proj"]
     )
-    runs = [Outlook(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, tmp_path / "rounded")]
+    runs = [ExportSpec(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, tmp_path / "rounded")]
     chosen = VllmExport(format="vllm", layout=layout)
-    assert [chosen.predict_bytes(outlook) for outlook in runs] == [artifact.weight_bytes] * 2
+    assert [chosen.predict_bytes(spec) for spec in runs] == [artifact.weight_bytes] * 2
 
 
 def test_the_same_checkpoint_gives_the_same_files(tmp_path: Path) -> None:
@@ -215,15 +215,15 @@ def test_what_the_awq_layout_cannot_hold_is_refused_with_the_remedy(tmp_path: Pa
 
 def test_outputs_that_do_not_fill_words_are_refused(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1, intermediate=196))
-    held = {f"model.layers.0.mlp.{name}": scheme(4, 32) for name in ("gate_proj", "up_proj")}
-    assert faults("awq", checkpoint, held) == [
+    schemes = {f"model.layers.0.mlp.{name}": scheme(4, 32) for name in ("gate_proj", "up_proj")}
+    assert faults("awq", checkpoint, schemes) == [
         "model.layers.0.mlp.gate_proj (and 1 more): layout awq holds outputs by eights, not 196; set layout: compressed-tensors, "
         "or leave the layer out"
     ]
-    assert faults("compressed-tensors", checkpoint, held)[0].startswith(
+    assert faults("compressed-tensors", checkpoint, schemes)[0].startswith(
         "model.layers.0.mlp.gate_proj (and 1 more): 196 outputs at 4 bits do not fill 32-bit words, and vLLM cannot load"
     )
-    assert faults("compressed-tensors", checkpoint, {name: scheme(4, 32, symmetric=True) for name in held}) == []
+    assert faults("compressed-tensors", checkpoint, {name: scheme(4, 32, symmetric=True) for name in schemes}) == []
 
 
 def test_what_the_gptq_layout_cannot_hold_is_refused_with_the_remedy(tmp_path: Path) -> None:
@@ -266,9 +266,13 @@ def test_what_the_gptq_layout_cannot_hold_is_refused_with_the_remedy(tmp_path: P
 def test_what_vllm_cannot_compute_is_refused_with_the_remedy(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1, vision_hidden=64))
     attention = [f"model.layers.0.self_attn.{name}_proj" for name in ("q", "k", "v", "o")]
-    for held in (replace(EIGHT_BITS[0], bits=4), replace(EIGHT_BITS[0], group_size=32), replace(EIGHT_BITS[1], symmetric=False)):
+    for unsupported in (
+        replace(EIGHT_BITS[0], bits=4),
+        replace(EIGHT_BITS[0], group_size=32),
+        replace(EIGHT_BITS[1], symmetric=False),
+    ):
         assert "vLLM rounds inputs to integers only beside symmetric weights of 8 bits" in str(
-            faults("compressed-tensors", checkpoint, dict.fromkeys(attention, held))
+            faults("compressed-tensors", checkpoint, dict.fromkeys(attention, unsupported))
         )
     blocks = EIGHT_BITS[4]  # k_proj has 64 outputs, and v_proj follows it
     (fault,) = faults("compressed-tensors", checkpoint, dict.fromkeys(attention, blocks))
@@ -282,14 +286,14 @@ def test_what_vllm_cannot_compute_is_refused_with_the_remedy(tmp_path: Path) -> 
 @pytest.mark.parametrize("layout", ["awq", "gptq"])
 def test_scales_of_keys_and_values_need_a_layout_that_has_them(layout: Layout, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=2))
-    held = {"model.layers.0.mlp.down_proj": scheme(4, 32, symmetric=True)}
-    outlook = Outlook(checkpoint, family_of(checkpoint.config), held, kv_cache=True)
-    assert VllmExport(format="vllm", layout=layout).check(outlook) == [
+    schemes = {"model.layers.0.mlp.down_proj": scheme(4, 32, symmetric=True)}
+    spec = ExportSpec(checkpoint, family_of(checkpoint.config), schemes, kv_cache=True)
+    assert VllmExport(format="vllm", layout=layout).check(spec) == [
         f"layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or leave kv_cache away"
     ]
     packed = VllmExport(format="vllm", layout="compressed-tensors")
-    assert packed.check(outlook) == []
-    assert packed.predict_bytes(outlook) == packed.predict_bytes(replace(outlook, kv_cache=False)) + 2 * 2 * 4
+    assert packed.check(spec) == []
+    assert packed.predict_bytes(spec) == packed.predict_bytes(replace(spec, kv_cache=False)) + 2 * 2 * 4
 
 
 def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: Path) -> None:
@@ -298,7 +302,7 @@ def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: 
     chosen = VllmExport(format="vllm", layout="compressed-tensors")
 
     def notes(held: dict[str, Scheme]) -> list[str]:
-        return chosen.notes(Outlook(checkpoint, family, held))
+        return chosen.notes(ExportSpec(checkpoint, family, held))
 
     queries, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     assert notes({queries: scheme(4, 32), down: EIGHT_BITS[0]}) == []
@@ -312,7 +316,7 @@ def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: 
     assert "runs 8-bit floats without fixed scales of inputs" in fixed
     assert again.startswith(f"{queries}: vLLM joins it with others, gives them the largest of their scales and rounds them again")
     assert len(notes({down: EIGHT_BITS[3]})) == 1
-    (note,) = chosen.notes(Outlook(checkpoint, replace(family, served_until="0.10.2"), {}))
+    (note,) = chosen.notes(ExportSpec(checkpoint, replace(family, served_until="0.10.2"), {}))
     assert note.startswith(
         "vLLM served Qwen2_5_VLForConditionalGeneration up to version 0.10.2 and no later one does: serve it with"
     )
@@ -321,10 +325,10 @@ def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: 
 @pytest.mark.parametrize("layout", ["awq", "gptq", "compressed-tensors"])
 def test_layers_that_vllm_joins_must_be_held_alike(layout: Layout, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=1))
-    held = {f"model.layers.0.self_attn.{name}": scheme(symmetric=True) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
-    assert faults(layout, checkpoint, held) == []
-    del held["model.layers.0.self_attn.v_proj"]
-    (fault,) = faults(layout, checkpoint, held)
+    schemes = {f"model.layers.0.self_attn.{name}": scheme(symmetric=True) for name in ("q_proj", "k_proj", "v_proj", "o_proj")}
+    assert faults(layout, checkpoint, schemes) == []
+    del schemes["model.layers.0.self_attn.v_proj"]
+    (fault,) = faults(layout, checkpoint, schemes)
     assert fault.startswith("model.layers.0.self_attn: vLLM joins q_proj, k_proj, v_proj into one layer")
     assert "leave all of them out" in fault
 
@@ -340,9 +344,9 @@ def test_layers_that_vllm_joins_must_be_held_alike(layout: Layout, tmp_path: Pat
 )
 def test_queries_keys_and_values_are_joined_in_every_part(family: str, joined: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(BUILDERS[family](tmp_path / "source"))
-    held = {joined.format(part): scheme(symmetric=True) for part in "qk"}
-    assert all(f"{name}.weight" in checkpoint.tensors for name in held)
-    (fault,) = faults("compressed-tensors", checkpoint, held)
+    schemes = {joined.format(part): scheme(symmetric=True) for part in "qk"}
+    assert all(f"{name}.weight" in checkpoint.tensors for name in schemes)
+    (fault,) = faults("compressed-tensors", checkpoint, schemes)
     assert fault.startswith(f"{joined.rpartition('.')[0]}: vLLM joins q_proj, k_proj, v_proj into one layer")
 
 

@@ -13,7 +13,7 @@ from compress.checkpoint import open_checkpoint, read_config
 from compress.errors import DataError, UsageError
 from compress.pictures import decode_image
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Passage, Picture, Prompt
+from compress.runtimes.runtime import ImageInput, OpenContext, Passage, Prompt
 from compress.runtimes.transformers import Transformers
 from tests.jobs import sentences, write_questions
 from tests.tiny import build_clip, build_qwen2_vl, picture
@@ -32,7 +32,7 @@ def open_in_process(folder: Path) -> Any:
 
 def test_likelihoods_are_those_of_transformers(folder: Path) -> None:
     assert "text_model.embeddings.position_ids" in open_checkpoint(folder).tensors
-    pictures = [Picture(str(seed), picture(seed, 60 + seed, 80)) for seed in range(35)]
+    pictures = [ImageInput(str(seed), picture(seed, 60 + seed, 80)) for seed in range(35)]
     with open_in_process(folder) as session:
         actual = session.classify(pictures, [[text] for text in CLASSES], Silent())
     model: Any = CLIPModel.from_pretrained(folder, dtype=torch.float32)
@@ -44,7 +44,7 @@ def test_likelihoods_are_those_of_transformers(folder: Path) -> None:
 
 
 def test_a_class_of_several_texts_stands_at_their_mean(folder: Path) -> None:
-    samples = [Picture("a", picture(1))]
+    samples = [ImageInput("a", picture(1))]
     with open_in_process(folder) as session:
         double = session.classify(samples, [[CLASSES[0]] * 2, [CLASSES[1]]], Silent())
         single = session.classify(samples, [[CLASSES[0]], [CLASSES[1]]], Silent())
@@ -61,12 +61,12 @@ def test_what_it_does_not_do_is_refused(folder: Path, tmp_path: Path) -> None:
         with pytest.raises(UsageError, match=message):
             session.score([Passage("a", (1, 2))], None, None, Silent())
         with pytest.raises(DataError, match=r"the text 'word word .*' takes \d+ tokens, and the model takes 77; shorten it"):
-            session.classify([Picture("a", picture(1))], [["word " * 90], ["one"]], Silent())
+            session.classify([ImageInput("a", picture(1))], [["word " * 90], ["one"]], Silent())
     with (
         open_in_process(build_qwen2_vl(tmp_path)) as session,
         pytest.raises(UsageError, match="qwen2-vl writes text and compares no images with texts: measure it with task: vqa"),
     ):
-        session.classify([Picture("a", picture(1))], [["one"], ["two"]], Silent())
+        session.classify([ImageInput("a", picture(1))], [["one"], ["two"]], Silent())
 
 
 def selection(base: Path, tokens: int, prompt: str = "{question}") -> CalibrationSelection:

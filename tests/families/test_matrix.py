@@ -16,7 +16,7 @@ from compress.export.vllm import VllmExport
 from compress.families import FAMILIES, family_at, within
 from compress.layouts import quantized_linears
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Picture, Prompt
+from compress.runtimes.runtime import ImageInput, OpenContext, Prompt
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.transformers_model import load_model
 from compress.schema import load_row
@@ -64,7 +64,7 @@ def answers(folder: Path) -> list[Any]:
     family = family_at(folder)
     with Transformers(runtime="transformers").open(OpenContext(folder, folder / "logs", Silent())) as session:
         if family.head is None:
-            pictures = [Picture(str(seed), picture(seed)) for seed in (1, 2)]
+            pictures = [ImageInput(str(seed), picture(seed)) for seed in (1, 2)]
             return session.classify(pictures, [["red"], ["a blue square"]], Silent()).round(3).tolist()
         prompts = [Prompt("image", SHORT, (picture(1),)), Prompt("text", LONG)]
         return [answer.token_ids for answer in session.answer(prompts, 6, Silent())]

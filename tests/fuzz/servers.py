@@ -22,7 +22,7 @@ from compress.eval.load_generator import Requests, put_load, warm_up
 from compress.events import EventLog
 from compress.runtimes.endpoint import Endpoint
 from compress.runtimes.openai_client import read_key
-from compress.runtimes.runtime import OpenContext, Passage, Prompt, Served
+from compress.runtimes.runtime import OpenContext, Passage, Prompt, RunningServer
 from compress.runtimes.server import await_service, run_server
 from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_session import VllmSession
@@ -135,7 +135,7 @@ def _ask(client: str, url: str, folder: Path, place: Path, progress: EventLog) -
     where = {"url": f"{url}/v1", "model": MODEL}
     patience = {"request_seconds": 1, "startup_seconds": 1, "key_variable": KEY_VARIABLE, "top_logprobs": 2, "concurrency": 2}
     endpoint = Endpoint.model_validate({"runtime": "endpoint", "original": where, "artifacts": {"other": where}, **patience})
-    served = Served(url, MODEL, read_key(KEY_VARIABLE, url))
+    served = RunningServer(url, MODEL, read_key(KEY_VARIABLE, url))
     match client:
         case "told":
             return {"versions": endpoint.versions(), "missing": endpoint.missing()}

@@ -17,7 +17,7 @@ import numpy as np
 
 from compress.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport as Export
+from compress.export.vllm import VllmExport
 from compress.export.vllm_limits import Layout
 from compress.families import family_of, within
 from compress.numerics.scheme import Scheme
@@ -25,7 +25,7 @@ from compress.progress import Silent
 from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
 from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm import VNNI_FEATURES, WNA16_FEATURES, VllmExport, lacks
+from compress.runtimes.vllm import VNNI_FEATURES, WNA16_FEATURES, Vllm, lacks
 from tests.quantized import round_checkpoint
 from tests.tiny import picture
 
@@ -84,41 +84,44 @@ def make_artifact(source: Path, folder: Path, case: Case) -> Path:
 
     round_checkpoint(source, folder / "rounded", case.held, vision=vision)
     (folder / "artifact").mkdir()
-    export = Export(format="vllm", layout=case.layout)
+    export = VllmExport(format="vllm", layout=case.layout)
     export.apply(ExportContext(folder / "rounded", folder / "artifact", family, SILENT))
     return folder / "artifact"
 
 
-def serving(case: Case) -> VllmExport:
+def serving(case: Case) -> Vllm:
     """Return the runtime that serves a case, installed where it is not."""
     install("vllm", SILENT)
-    return VllmExport(runtime="vllm", dtype=case.dtype, kv_cache_gib=1, max_model_len=512, top_logprobs=128, kernels=KERNELS)
+    return Vllm(runtime="vllm", dtype=case.dtype, kv_cache_gib=1, max_model_len=512, top_logprobs=128, kernels=KERNELS)
 
 
-def compare(artifact: Path, runtime: VllmExport, logs: Path, prompts: Sequence[Prompt] = PROMPTS) -> Agreement:
+def compare(artifact: Path, runtime: Vllm, logs: Path, prompts: Sequence[Prompt] = PROMPTS) -> Agreement:
     """Serve an artifact and have both runtimes answer, and score the in-process answers."""
     with Transformers(runtime="transformers", dtype="float32", device="cpu").open(OpenContext(artifact, logs, SILENT)) as inside:
         expected = inside.answer(prompts, TOKENS, SILENT)
         passages = [Passage(prompt.id, answer.token_ids, prompt) for prompt, answer in zip(prompts, expected, strict=True)]
-        known = inside.score(passages, None, None, SILENT)
+        expected_scores = inside.score(passages, None, None, SILENT)
         with runtime.open(OpenContext(artifact, logs, SILENT)) as served:
-            found = served.answer(prompts, TOKENS, SILENT)
+            answers = served.answer(prompts, TOKENS, SILENT)
             scores = served.score(passages, None, None, SILENT)
         gaps = [
-            np.abs(ours.negative_log_likelihood - theirs.negative_log_likelihood)
-            for ours, theirs in zip(known, scores, strict=True)
+            np.abs(reference.negative_log_likelihood - actual.negative_log_likelihood)
+            for reference, actual in zip(expected_scores, scores, strict=True)
         ]
         same, clear = 0, list[str]()
-        for prompt, ours, theirs in zip(prompts, expected, found, strict=True):
-            pairs = list(zip(ours.token_ids, theirs.token_ids, strict=False))
-            first = next((place for place, (left, right) in enumerate(pairs) if left != right), None)
+        for prompt, reference, actual in zip(prompts, expected, answers, strict=True):
+            pairs = list(zip(reference.token_ids, actual.token_ids, strict=False))
+            first = next((index for index, (left, right) in enumerate(pairs) if left != right), None)
             same += len(pairs) if first is None else first
-            if first is not None and _margin(inside, prompt, ours.token_ids[: first + 1], theirs.token_ids[: first + 1]) > CLEAR:
+            if (
+                first is not None
+                and _margin(inside, prompt, reference.token_ids[: first + 1], actual.token_ids[: first + 1]) > CLEAR
+            ):
                 clear.append(prompt.id)
     return Agreement(same, sum(len(answer.token_ids) for answer in expected), tuple(clear), float(np.concatenate(gaps).max()))
 
 
-def _margin(session: Session, prompt: Prompt, ours: tuple[int, ...], theirs: tuple[int, ...]) -> float:
+def _margin(session: Session, prompt: Prompt, reference: tuple[int, ...], actual: tuple[int, ...]) -> float:
     """Return by how many nats the in-process model prefers the end of its own answer over that of the other."""
-    scores = session.score([Passage("ours", ours, prompt), Passage("theirs", theirs, prompt)], None, None, SILENT)
+    scores = session.score([Passage("reference", reference, prompt), Passage("actual", actual, prompt)], None, None, SILENT)
     return float(scores[1].negative_log_likelihood[-1] - scores[0].negative_log_likelihood[-1])

@@ -51,18 +51,20 @@ def rounds(module: nn.Linear) -> bool:
     return not torch.equal(module(inputs), linear(inputs, module.weight, module.bias))
 
 
-@pytest.mark.parametrize("held", [TOKEN, TENSOR, FLOAT_TOKEN, FLOAT_TENSOR, FLOAT_BLOCK])
-def test_every_quantized_linear_rounds_its_input_and_no_other(held: Scheme, tmp_path: Path) -> None:
-    linears = load(tmp_path, held)
-    scale = torch.tensor([INPUT_SCALE]) if held.activations == "tensor" else None
+@pytest.mark.parametrize("quantized", [TOKEN, TENSOR, FLOAT_TOKEN, FLOAT_TENSOR, FLOAT_BLOCK])
+def test_every_quantized_linear_rounds_its_input_and_no_other(quantized: Scheme, tmp_path: Path) -> None:
+    linears = load(tmp_path, quantized)
+    scale = torch.tensor([INPUT_SCALE]) if quantized.activations == "tensor" else None
     decoder = {name for name in linears if name.startswith("model.layers.")}
     assert len(decoder) == 2 * 7
     for name, module in linears.items():
         assert rounds(module) == (name in decoder), name
-    assert held.activations is not None
+    assert quantized.activations is not None
     for name in decoder:
         module, inputs = linears[name], some_inputs(linears[name])
-        expected = linear(fake_quantize_activations(inputs, held.activations, held.type, 8, scale), module.weight, module.bias)
+        expected = linear(
+            fake_quantize_activations(inputs, quantized.activations, quantized.type, 8, scale), module.weight, module.bias
+        )
         assert torch.equal(module(inputs), expected), name
 
 
@@ -76,9 +78,9 @@ def test_mixed_schemes_round_where_each_says(tmp_path: Path) -> None:
     assert rounding == attention | {"visual.blocks.0.attn.qkv", "visual.blocks.1.attn.qkv"}
 
 
-@pytest.mark.parametrize("held", [scheme(4, 32), FLOAT_WEIGHTS])
-def test_weights_alone_leave_inputs_as_they_are(held: Scheme, tmp_path: Path) -> None:
-    assert not [name for name, module in load(tmp_path, held).items() if rounds(module)]
+@pytest.mark.parametrize("quantized", [scheme(4, 32), FLOAT_WEIGHTS])
+def test_weights_alone_leave_inputs_as_they_are(quantized: Scheme, tmp_path: Path) -> None:
+    assert not [name for name, module in load(tmp_path, quantized).items() if rounds(module)]
 
 
 def test_a_whole_tensor_needs_its_scale() -> None:

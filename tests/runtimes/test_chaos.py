@@ -18,7 +18,7 @@ from PIL import Image
 from compress.calibration.tables import read_rows
 from compress.eval.journal import answer_all
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint, Place
+from compress.runtimes.endpoint import Endpoint, EndpointModel
 from compress.runtimes.runtime import OpenContext, Prompt
 from tests.chaos_server import MODEL, SECONDS, Manners, Refusal, StandIn, Trouble, answer_to, digest_of, stand_in
 
@@ -41,7 +41,9 @@ def questions(count: int) -> list[Prompt]:
 
 
 def runtime(url: str) -> Endpoint:
-    return Endpoint(runtime="endpoint", original=Place(url=url, model=MODEL), artifacts={}, concurrency=32, request_seconds=12)
+    return Endpoint(
+        runtime="endpoint", original=EndpointModel(url=url, model=MODEL), artifacts={}, concurrency=32, request_seconds=12
+    )
 
 
 @pytest.fixture(autouse=True)

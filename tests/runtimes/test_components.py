@@ -11,7 +11,7 @@ from compress.errors import DataError
 from compress.eval.latency import LoadPoint
 from compress.eval.load_generator import make_prompts
 from compress.progress import Silent
-from compress.runtimes.components import Timed, measure_components
+from compress.runtimes.components import ComponentTiming, measure_components
 from compress.runtimes.runtime import Prompt
 from tests.tiny import (
     build_blip2,
@@ -43,7 +43,7 @@ def _parts(artifact: Path, images: int, text: str | None = None) -> list[str]:
     (prompt,) = make_prompts(artifact, point, 1, 0)
     if text is not None:
         prompt = Prompt(prompt.id, text, prompt.images)
-    table = measure_components(Timed(artifact, point, prompt, repeats=2, device="cpu"), Silent())
+    table = measure_components(ComponentTiming(artifact, point, prompt, repeats=2, device="cpu"), Silent())
     assert (table.device, table.dtype, table.point) == ("cpu", "float32", point)
     assert all(part.repeats == 2 and 0 < part.least_ms <= part.median_ms for part in table.components)
     assert table.sequence_tokens > 0

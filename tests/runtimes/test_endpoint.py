@@ -14,9 +14,9 @@ from compress.errors import MissingError, RecipeError, ServerError, UsageError
 from compress.eval.results import ScoreMetrics
 from compress.plan import make_plan
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint, Place
-from compress.runtimes.runtime import AskedOtherwise, OpenContext, Prompt
-from compress.runtimes.vllm_session import other_concurrency
+from compress.runtimes.endpoint import Endpoint, EndpointModel
+from compress.runtimes.runtime import OpenContext, Prompt, Reorderable
+from compress.runtimes.vllm_session import alternative_concurrency
 from compress.store import Store
 from tests.chaos_server import MODEL, Manners, Refusal, StandIn, Trouble, answer_to, stand_in
 from tests.jobs import Job, content, make_job, write_questions
@@ -190,7 +190,7 @@ def test_a_fault_repeats_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 def test_only_its_own_server_shapes_an_artifacts_figures() -> None:
     one = endpoint("http://a:1", key_variable="ONE")
-    other = one.model_copy(update={"artifacts": {"awq": Place(url="http://b:1/v1", model="m")}, "key_variable": "TWO"})
+    other = one.model_copy(update={"artifacts": {"awq": EndpointModel(url="http://b:1/v1", model="m")}, "key_variable": "TWO"})
     assert one.settings("original") == other.settings("original")
     assert one.settings("awq") != other.settings("awq")
     assert one.settings("awq")["url"] == "http://a:1"
@@ -314,11 +314,11 @@ def test_asked_again_it_is_in_another_order_and_in_other_batches(tmp_path: Path)
     """A server that computes alike whatever it is asked with shows nothing of the noise of its kernels."""
     prompts = [Prompt(f"q{number}", f"What is number {number}?") for number in range(12)]
     with stand_in() as server, endpoint(server.url, concurrency=4).open(context(tmp_path, "awq")) as session:
-        assert isinstance(session, AskedOtherwise)
+        assert isinstance(session, Reorderable)
         before = session.answer(prompts, 12, Silent())
         count = len(server.bodies)
-        assert session.otherwise().answer(prompts, 12, Silent()) == before
+        assert session.reordered().answer(prompts, 12, Silent()) == before
         texts = [body["messages"][0]["content"][-1]["text"] for body in server.bodies[count:]]
     assert sorted(texts) == sorted(prompt.text for prompt in prompts)
     assert texts != [prompt.text for prompt in prompts]  # one at a time, so that they come in the order they were sent
-    assert other_concurrency(4) == 1 and other_concurrency(1) > 1
+    assert alternative_concurrency(4) == 1 and alternative_concurrency(1) > 1

@@ -142,10 +142,10 @@ def test_missing_runtime_says_how_to_install_it(home: Path) -> None:
 def test_module_in_this_interpreter_serves_too(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     del home
     monkeypatch.setitem(LOCKS, "numbers", Lock(module="numpy", cpu="vllm-cpu.txt", cuda="vllm-cuda.txt", distributions=("numpy",)))
-    found = require("numbers")
-    assert list(found.versions) == ["numpy"]
+    environment = require("numbers")
+    assert list(environment.versions) == ["numpy"]
     code = "import numpy; print(numpy.__version__)"
-    assert subprocess.check_output([found.python, "-c", code], text=True).strip() == found.versions["numpy"]
+    assert subprocess.check_output([environment.python, "-c", code], text=True).strip() == environment.versions["numpy"]
 
 
 def test_unknown_runtime_names_the_known() -> None:

@@ -16,9 +16,9 @@ import pytest
 
 from compress.errors import MissingError, ServerError
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint, Place
+from compress.runtimes.endpoint import Endpoint, EndpointModel
 from compress.runtimes.exchange import AnswerError, Response, exchange, models_of, open_http
-from compress.runtimes.openai_client import Address, Asker, ItemError, Patience, open_client
+from compress.runtimes.openai_client import Address, ItemError, RetryingClient, RetryPolicy, open_client
 from compress.runtimes.runtime import OpenContext
 from compress.runtimes.top_tokens import position_of
 from compress.runtimes.vllm import Vllm
@@ -60,7 +60,7 @@ def test_a_trickle_is_an_item_that_failed() -> None:
     with raw_server(lambda asked: drip(asked, *DRIPS["headers"])) as server:
         address = Address(server.url)
         with open_client(address, 1, trust_env=False) as client:
-            asker = Asker(client, address, Patience(SLOW, 10, pause=0.01), lambda: None)
+            asker = RetryingClient(client, address, RetryPolicy(SLOW, 10, pause=0.01), lambda: None)
             with pytest.raises(ItemError, match=f"no answer within {SLOW} seconds"):
                 asker.post("/v1/chat/completions", {}, lambda content: content)
 
@@ -204,7 +204,7 @@ def test_whatever_stands_for_the_models_is_one_clear_error(name: str, content: b
         if name == "vllm":
             runtime: Any = Vllm(runtime="vllm", url=server.url)
         else:
-            runtime = Endpoint(runtime="endpoint", original=Place(url=server.url, model="m"), artifacts={})
+            runtime = Endpoint(runtime="endpoint", original=EndpointModel(url=server.url, model="m"), artifacts={})
         with pytest.raises(ServerError) as caught, runtime.open(OpenContext(Path("recipes/demo/model"), tmp_path, Silent())):
             pass
         assert str(caught.value).startswith(server.url)
@@ -258,7 +258,7 @@ def test_no_time_to_come_back_is_a_fault_of_ours(told: str) -> None:
     with raw_server(reply) as server:
         address = Address(server.url)
         with open_client(address, 1, trust_env=False) as client:
-            asker = Asker(client, address, Patience(60, 0.01, attempts=2, pause=0.001), lambda: None)
+            asker = RetryingClient(client, address, RetryPolicy(60, 0.01, attempts=2, pause=0.001), lambda: None)
             with pytest.raises(ItemError, match="500: busy"):
                 asker.post("/x", {}, json.dumps)
     assert count.acquire(blocking=False)

@@ -20,9 +20,9 @@ SECONDS = 600
 @pytest.fixture
 def ends(tmp_path: Path) -> Iterator[tuple[WorkerProcess, socket.socket]]:
     command = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
-    ours, other = socket.socketpair()
-    with ours, other, run_server("the worker", command, os.environ, tmp_path / "log") as server:
-        yield WorkerProcess(ours, server, SECONDS), other
+    connection, other = socket.socketpair()
+    with connection, other, run_server("the worker", command, os.environ, tmp_path / "log") as server:
+        yield WorkerProcess(connection, server, SECONDS), other
 
 
 def test_lines_are_taken_one_by_one_however_they_come(ends: tuple[WorkerProcess, socket.socket]) -> None:
@@ -33,10 +33,10 @@ def test_lines_are_taken_one_by_one_however_they_come(ends: tuple[WorkerProcess,
     assert other.recv(1 << 16).count(b"\n") == 2
 
 
-@pytest.mark.parametrize("said", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"null"])
-def test_a_reply_that_is_none_is_one_message(ends: tuple[WorkerProcess, socket.socket], said: bytes) -> None:
+@pytest.mark.parametrize("line", [b"", b"[1]", b"{", b"\xff", b"[" * 100_000, b"9" * 5000, b"null"])
+def test_a_reply_that_is_none_is_one_message(ends: tuple[WorkerProcess, socket.socket], line: bytes) -> None:
     worker, other = ends
-    other.sendall(said + b"\n")
+    other.sendall(line + b"\n")
     with pytest.raises(
         ServerError, match=r"^onnxruntime-genai said what cannot be read \([^\n]+\); run compress runtime install onn"
     ):
@@ -58,10 +58,10 @@ def test_a_reply_that_has_begun_is_not_waited_for_without_end(ends: tuple[Worker
         worker.reply(0.1)
 
 
-@pytest.mark.parametrize("told", [{}, {"tokens": None}, {"tokens": [1, "2"]}, {"tokens": [-1]}, {"tokens": [1, 2, 3]}])
-def test_tokens_that_are_none_are_told(told: dict[str, object]) -> None:
+@pytest.mark.parametrize("reply", [{}, {"tokens": None}, {"tokens": [1, "2"]}, {"tokens": [-1]}, {"tokens": [1, 2, 3]}])
+def test_tokens_that_are_none_are_told(reply: dict[str, object]) -> None:
     with pytest.raises(ServerError, match="said what cannot be read"):
-        read_tokens(told, 2)
+        read_tokens(reply, 2)
 
 
 POSITIONS: list[object] = [

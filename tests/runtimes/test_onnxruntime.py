@@ -29,14 +29,14 @@ from compress.runtimes.onnxruntime_graph import Engine, GraphSession
 from compress.runtimes.runtime import (
     UNSCORED,
     Answer,
+    FullVocabularySession,
+    ImageInput,
     OpenContext,
     Passage,
-    Picture,
     Prompt,
     Runtime,
     Score,
     Session,
-    WholeVocabulary,
 )
 from compress.runtimes.transformers import Transformers
 from tests.quantized import round_checkpoint
@@ -87,9 +87,9 @@ def asked(*, single: bool = False) -> list[Prompt]:
     return prompts if single else [*prompts, Prompt("two", "Which?", two), Prompt("swapped", "Which is larger?", two[::-1])]
 
 
-def passages_of(prompts: Sequence[Prompt], said: Sequence[Answer]) -> list[Passage]:
+def passages_of(prompts: Sequence[Prompt], answers: Sequence[Answer]) -> list[Passage]:
     """What was said after each prompt, and tokens that hardly anyone says; and texts of several lengths, down to one token."""
-    forced = [Passage(prompt.id, (*answer.token_ids, 5, 17, 33), prompt) for prompt, answer in zip(prompts, said, strict=True)]
+    forced = [Passage(prompt.id, (*answer.token_ids, 5, 17, 33), prompt) for prompt, answer in zip(prompts, answers, strict=True)]
     return [*forced, Passage("long", tuple(range(3, 30))), Passage("short", (3, 9, 8)), Passage("single", (4,))]
 
 
@@ -122,16 +122,16 @@ def test_answers_and_scores_are_those_of_transformers(name: str, tmp_path: Path)
     with opened(folder, in_process()) as session:
         expected = session.answer(prompts, NEW_TOKENS, SILENT)
         passages = passages_of(prompts, expected)
-        known = session.score(passages, None, None, SILENT)
+        expected_scores = session.score(passages, None, None, SILENT)
     with opened(folder) as session:
-        found = session.answer(prompts, NEW_TOKENS, SILENT)
+        generated = session.answer(prompts, NEW_TOKENS, SILENT)
         likely = session.score(passages, None, None, SILENT)
         assert session.offers == {"text", "scores"}
         assert list((tmp_path / "logs").iterdir()) == []
-    assert found == expected
-    assert len({answer.token_ids for answer in found}) > 2
-    for ours, theirs in zip(likely, known, strict=True):
-        np.testing.assert_allclose(ours.negative_log_likelihood, theirs.negative_log_likelihood, atol=1e-4)
+    assert generated == expected
+    assert len({answer.token_ids for answer in generated}) > 2
+    for actual, reference in zip(likely, expected_scores, strict=True):
+        np.testing.assert_allclose(actual.negative_log_likelihood, reference.negative_log_likelihood, atol=1e-4)
 
 
 @pytest.fixture(scope="module")
@@ -142,12 +142,12 @@ def questions() -> list[Prompt]:
 
 
 def test_the_demo_model_says_the_same_to_a_hundred_questions(questions: list[Prompt], tmp_path: Path) -> None:
-    found: list[list[Answer]] = []
+    by_runtime: list[list[Answer]] = []
     for runtime in (in_process(), in_onnxruntime()):
         with runtime.open(OpenContext(DEMO / "model", tmp_path, SILENT)) as session:
-            found.append(session.answer(questions, 16, SILENT))
-    assert found[0] == found[1]
-    assert len({answer.text for answer in found[0]}) > 5
+            by_runtime.append(session.answer(questions, 16, SILENT))
+    assert by_runtime[0] == by_runtime[1]
+    assert len({answer.text for answer in by_runtime[0]}) > 5
 
 
 def test_in_four_bits_the_demo_model_says_what_its_checkpoint_says(questions: list[Prompt], tmp_path: Path) -> None:
@@ -162,8 +162,8 @@ def test_in_four_bits_the_demo_model_says_what_its_checkpoint_says(questions: li
         settings = Onnx.model_validate({"format": "onnx", "accuracy_level": level})
         settings.apply(ExportContext(quantized, target, family_at(quantized), SILENT))
         with opened(target) as session:
-            said = session.answer(questions, 16, SILENT)
-        assert sum(one.token_ids == other.token_ids for one, other in zip(said, expected, strict=True)) >= 99
+            generated = session.answer(questions, 16, SILENT)
+        assert sum(actual.token_ids == reference.token_ids for actual, reference in zip(generated, expected, strict=True)) >= 99
 
 
 def test_the_batch_does_not_change_answers(artifact: Path, said: list[Answer]) -> None:
@@ -177,9 +177,9 @@ def test_an_answer_ends_before_the_first_stop_token(artifact: Path, said: list[A
     folder = Path(shutil.copytree(artifact, tmp_path / "artifact"))
     config = read_json_object(folder / "generation_config.json")
     write_json(folder / "generation_config.json", {**config, "eos_token_id": [stop]})
-    for ended, whole in zip(answers(folder, asked()), said, strict=True):
-        first = whole.token_ids.index(stop) if stop in whole.token_ids else None
-        assert ended.token_ids == whole.token_ids[:first]
+    for ended, full in zip(answers(folder, asked()), said, strict=True):
+        first = full.token_ids.index(stop) if stop in full.token_ids else None
+        assert ended.token_ids == full.token_ids[:first]
 
 
 def test_an_answer_holds_no_image_token(original: Path, said: list[Answer], tmp_path: Path) -> None:
@@ -199,8 +199,8 @@ def test_half_precision_is_like_the_whole(session: Session, said: list[Answer], 
     passages = passages_of(asked(), said)
     session.score(passages, tmp_path / "record", None, SILENT)
     with opened(original, in_onnxruntime(dtype="float16")) as half:
-        found = half.score(passages, None, tmp_path / "record", SILENT)
-    divergences = np.concatenate([score.kl for score in found if score.kl is not None])
+        scores = half.score(passages, None, tmp_path / "record", SILENT)
+    divergences = np.concatenate([score.kl for score in scores if score.kl is not None])
     assert 0 < divergences.mean() < 1e-3
 
 
@@ -209,26 +209,26 @@ def test_a_model_is_as_unlike_another_as_transformers_says(
 ) -> None:
     """And not unlike itself. With as many top tokens as there are, KL is that over the whole vocabulary."""
     other = build_qwen2_5_vl(tmp_path / "other", seed=7)
-    whole = in_onnxruntime(top_logprobs=int(open_checkpoint(original).text_config["vocab_size"]))
+    full_vocabulary = in_onnxruntime(top_logprobs=int(open_checkpoint(original).text_config["vocab_size"]))
     passages = passages_of(asked(), said)
     session.score(passages, tmp_path / "few", None, SILENT)
     for score in session.score(passages, None, tmp_path / "few", SILENT):
         assert score.kl is not None and score.same_top is not None
         assert (score.kl == 0).all() and score.same_top.all()
-    with opened(original, whole) as complete:
+    with opened(original, full_vocabulary) as complete:
         complete.score(passages, tmp_path / "all", None, SILENT)
     with opened(original, in_process()) as inside:
         inside.score(passages, tmp_path / "exact", None, SILENT)
-    found: dict[str, list[Score]] = {}
-    for name, runtime in (("exact", in_process()), ("few", in_onnxruntime()), ("all", whole)):
+    scores: dict[str, list[Score]] = {}
+    for name, runtime in (("exact", in_process()), ("few", in_onnxruntime()), ("all", full_vocabulary)):
         with opened(other, runtime) as session:
-            found[name] = session.score(passages, None, tmp_path / name, SILENT)
-    exact, few, every = ([score.kl for score in found[name] if score.kl is not None] for name in ("exact", "few", "all"))
+            scores[name] = session.score(passages, None, tmp_path / name, SILENT)
+    exact, few, every = ([score.kl for score in scores[name] if score.kl is not None] for name in ("exact", "few", "all"))
     np.testing.assert_allclose(np.concatenate(every), np.concatenate(exact), atol=1e-3)
     assert (np.concatenate(few) <= np.concatenate(exact) + 1e-3).all()
     assert np.concatenate(few).max() > 0.1
-    for ours, theirs in zip(found["few"], found["exact"], strict=True):
-        np.testing.assert_array_equal(ours.same_top, theirs.same_top)
+    for actual, reference in zip(scores["few"], scores["exact"], strict=True):
+        np.testing.assert_array_equal(actual.same_top, reference.same_top)
 
 
 def test_records_that_do_not_fit_are_refused(session: Session, tmp_path: Path) -> None:
@@ -246,10 +246,10 @@ def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(session: Session, sai
     broken, good, long = Prompt("broken", "What is this?", (b"no image",)), asked()[0], Prompt("long", "word " * 3000)
     passages = [Passage("p", (1, 2), broken), Passage("q", (1, 2), good)]
     heard: list[Answer] = []
-    found = session.answer([broken, good, long], NEW_TOKENS, SILENT, heard.append)
-    assert "broken: image 0: cannot be read as an image" in (found[0].fault or "")
-    assert found[1] == said[0]
-    assert "long: takes" in (found[2].fault or "") and "shorten its text or use smaller images" in (found[2].fault or "")
+    results = session.answer([broken, good, long], NEW_TOKENS, SILENT, heard.append)
+    assert "broken: image 0: cannot be read as an image" in (results[0].fault or "")
+    assert results[1] == said[0]
+    assert "long: takes" in (results[2].fault or "") and "shorten its text or use smaller images" in (results[2].fault or "")
     assert sorted(answer.id for answer in heard) == ["broken", "long", "one"]
     for record, against in ((tmp_path / "record", None), (None, tmp_path / "record")):
         first, second = session.score(passages, record, against, SILENT)
@@ -277,17 +277,17 @@ def test_more_images_than_the_model_takes_are_a_fault(tmp_path: Path) -> None:
 
 def test_pictures_and_texts_are_compared_as_transformers_does(tmp_path: Path) -> None:
     folder = build_clip(tmp_path / "model")
-    pictures = [Picture(str(place), picture(place, 40 + 20 * place, 60)) for place in range(5)]
+    pictures = [ImageInput(str(index), picture(index, 40 + 20 * index, 60)) for index in range(5)]
     classes = [["a red circle", "a picture of something red"], ["a blue square"], ["nothing"]]
-    found: list[tuple[Any, Any]] = []
+    outputs: list[tuple[Any, Any]] = []
     for runtime in (in_process(), in_onnxruntime()):
         with opened(folder, runtime) as session:
             assert session.offers == {"comparison"}
-            found.append((session.classify(pictures, classes, SILENT), session.embed(pictures, ["red", "a blue square"], SILENT)))
+            outputs.append((session.classify(pictures, classes, SILENT), session.embed(pictures, ["red", "a blue square"], SILENT)))
             with pytest.raises(UsageError, match="clip compares images with texts and writes none"):
                 session.answer(asked(), NEW_TOKENS, SILENT)
-    (known, expected), (likely, embedded) = found
-    np.testing.assert_allclose(likely, known, atol=1e-4)
+    (expected_likelihoods, expected), (likely, embedded) = outputs
+    np.testing.assert_allclose(likely, expected_likelihoods, atol=1e-4)
     np.testing.assert_allclose(embedded.images, expected.images, atol=1e-5)
     np.testing.assert_allclose(embedded.texts, expected.texts, atol=1e-5)
     assert embedded.scale == pytest.approx(expected.scale)
@@ -336,13 +336,13 @@ def test_a_folder_that_moved_without_its_data_is_named(artifact: Path, tmp_path:
         pass
 
 
-def graph_file(path: Path, operator: str, opset: int, domain: str = "", place: str | None = None) -> Path:
-    """Write a graph of one operator, with a weight outside it if there is a `place` for it."""
+def graph_file(path: Path, operator: str, opset: int, domain: str = "", location: str | None = None) -> Path:
+    """Write a graph of one operator, with a weight outside it if there is a `location` for it."""
     values = [helper.make_tensor_value_info(name, TensorProto.FLOAT, ["n"]) for name in ("x", "y")]
     graph = helper.make_graph([helper.make_node(operator, ["x"], ["y"], domain=domain)], "graph", values[:1], values[1:])
-    if place is not None:
+    if location is not None:
         weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1], data_location=TensorProto.EXTERNAL)
-        weight.external_data.add(key="location", value=place)
+        weight.external_data.add(key="location", value=location)
         graph.initializer.append(weight)
     opsets = [helper.make_opsetid("", opset), helper.make_opsetid("com.microsoft", 1)]
     onnx.save(helper.make_model(graph, opset_imports=opsets, ir_version=10), path)
@@ -359,9 +359,11 @@ def test_an_opset_or_operator_that_this_onnx_runtime_lacks_is_told(tmp_path: Pat
 
 
 def test_a_graph_that_points_outside_its_folder_is_refused(tmp_path: Path) -> None:
-    for place in ("../w.bin", "/w.bin"):
-        with pytest.raises(CheckpointError, match=f"w points to '{place}', outside the graph's folder; do not use this artifact"):
-            GraphSession(graph_file(tmp_path / "graph.onnx", "Relu", 21, place=place), Engine(("cpu",), 1))
+    for location in ("../w.bin", "/w.bin"):
+        with pytest.raises(
+            CheckpointError, match=f"w points to '{location}', outside the graph's folder; do not use this artifact"
+        ):
+            GraphSession(graph_file(tmp_path / "graph.onnx", "Relu", 21, location=location), Engine(("cpu",), 1))
 
 
 def test_a_graph_of_another_make_is_refused(artifact: Path, tmp_path: Path) -> None:
@@ -387,8 +389,8 @@ def test_a_provider_that_is_not_here_is_told() -> None:
 
 
 def test_a_package_that_is_missing_is_told_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    found = in_onnxruntime().versions()
-    assert {"onnx", "transformers"} <= found.keys() and any(name.startswith("onnxruntime") for name in found)
+    versions = in_onnxruntime().versions()
+    assert {"onnx", "transformers"} <= versions.keys() and any(name.startswith("onnxruntime") for name in versions)
 
     def version(name: str) -> str:
         raise PackageNotFoundError(name)
@@ -423,13 +425,13 @@ def test_whole_distributions_are_those_that_transformers_compares(
         inside.score(passages, tmp_path / "exact", None, SILENT)
     with opened(other, in_process()) as inside:
         exact = inside.score(passages, None, tmp_path / "exact", SILENT)
-    places = [(place, token) for place, score in enumerate(exact) for token in range(len(score.negative_log_likelihood))][::3]
-    assert isinstance(session, WholeVocabulary)
-    before = session.distributions(passages, places, SILENT)
+    positions = [(index, token) for index, score in enumerate(exact) for token in range(len(score.negative_log_likelihood))][::3]
+    assert isinstance(session, FullVocabularySession)
+    before = session.distributions(passages, positions, SILENT)
     with opened(other, in_onnxruntime()) as artifact:
-        assert isinstance(artifact, WholeVocabulary)
-        after = artifact.distributions(passages, places, SILENT)
-    for (place, token), old, new in zip(places, before, after, strict=True):
-        kl = exact[place].kl
+        assert isinstance(artifact, FullVocabularySession)
+        after = artifact.distributions(passages, positions, SILENT)
+    for (index, token), old, new in zip(positions, before, after, strict=True):
+        kl = exact[index].kl
         assert old is not None and new is not None and kl is not None
         assert divergence(old, new) == pytest.approx(kl[token], abs=1e-3)

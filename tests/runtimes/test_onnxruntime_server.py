@@ -24,8 +24,8 @@ from compress.families import family_at
 from compress.plan import make_plan
 from compress.progress import Silent
 from compress.runtimes.onnxruntime import Onnxruntime
-from compress.runtimes.onnxruntime_server import RequestError, Wording, read_request
-from compress.runtimes.runtime import OpenContext, Prompt, Served
+from compress.runtimes.onnxruntime_server import Detokenizer, RequestError, read_request
+from compress.runtimes.runtime import OpenContext, Prompt, RunningServer
 from compress.store import Store
 from tests.tiny import build_clip, picture
 
@@ -55,7 +55,7 @@ def session(artifact: Path) -> Generator[Any]:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[Served]:
+def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningServer]:
     """The original, which is exported for it; nothing of it is left when the context ends."""
     logs = tmp_path_factory.mktemp("logs")
     with in_onnxruntime().serve(OpenContext(DEMO, logs, SILENT)) as served:
@@ -68,20 +68,20 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[Served]:
 
 
 @pytest.fixture
-def client(served: Served) -> Generator[httpx.Client]:
+def client(served: RunningServer) -> Generator[httpx.Client]:
     headers = {"Authorization": f"Bearer {served.key}"}
     with httpx.Client(base_url=served.url, headers=headers, trust_env=False, timeout=600) as client:
         yield client
 
 
-def processes_of(served: Served) -> list[psutil.Process]:
+def processes_of(served: RunningServer) -> list[psutil.Process]:
     leading = psutil.Process(served.process)
-    found = [leading, *leading.children(recursive=True)]
-    assert len(found) == 2
-    return found
+    processes = [leading, *leading.children(recursive=True)]
+    assert len(processes) == 2
+    return processes
 
 
-def body(served: Served, prompt: Prompt, **options: Any) -> dict[str, Any]:
+def body(served: RunningServer, prompt: Prompt, **options: Any) -> dict[str, Any]:
     urls = [f"data:image/png;base64,{base64.b64encode(image).decode()}" for image in prompt.images]
     content = [*({"type": "image_url", "image_url": {"url": url}} for url in urls), {"type": "text", "text": prompt.text}]
     return {"model": served.model, "messages": [{"role": "user", "content": content}], "temperature": 0, **options}
@@ -93,7 +93,7 @@ def events(text: str) -> list[Any]:
     return [json.loads(line) for line in lines]
 
 
-def test_load_is_put_on_it(served: Served) -> None:
+def test_load_is_put_on_it(served: RunningServer) -> None:
     """Every request has as many tokens as asked, each an event of its own."""
     requests = make_requests(DEMO, POINT, 7, 0)
     assert warm_up(served, requests, 60) == DIALECTS[0]
@@ -101,7 +101,7 @@ def test_load_is_put_on_it(served: Served) -> None:
     assert [(sample.fault, sample.tokens, len(sample.between_tokens)) for sample in load.samples] == [(None, 6, 5)] * 7
 
 
-def test_it_says_what_the_session_says(served: Served, client: httpx.Client, session: Any) -> None:
+def test_it_says_what_the_session_says(served: RunningServer, client: httpx.Client, session: Any) -> None:
     """Whole and streamed, with an image, with another one and without; the token that ends an answer is counted, and not said."""
     prompts = [Prompt("one", QUESTION, (picture(0),)), Prompt("other", QUESTION, (picture(4, 56, 84),)), Prompt("none", QUESTION)]
     for prompt, expected in zip(prompts, session.answer(prompts, 6, SILENT), strict=True):
@@ -110,24 +110,24 @@ def test_it_says_what_the_session_says(served: Served, client: httpx.Client, ses
         assert (choice["message"]["content"], choice["finish_reason"]) == (expected.text, "stop")
         assert answer["usage"]["completion_tokens"] == len(expected.token_ids) + 1
         asked = body(served, prompt, max_completion_tokens=6, stream=True, stream_options={"include_usage": True})
-        *told, last = events(client.post("/v1/chat/completions", json=asked).text)
-        deltas = [event["choices"][0]["delta"] for event in told]
+        *chunks, last = events(client.post("/v1/chat/completions", json=asked).text)
+        deltas = [event["choices"][0]["delta"] for event in chunks]
         assert deltas[0]["role"] == "assistant"
         assert "".join(delta["content"] for delta in deltas) == expected.text
-        assert [event["choices"][0]["finish_reason"] for event in told] == [None] * len(expected.token_ids) + ["stop"]
+        assert [event["choices"][0]["finish_reason"] for event in chunks] == [None] * len(expected.token_ids) + ["stop"]
         assert (last["choices"], last["usage"]) == ([], answer["usage"])
 
 
-def test_requests_that_it_does_not_answer(served: Served, client: httpx.Client) -> None:
+def test_requests_that_it_does_not_answer(served: RunningServer, client: httpx.Client) -> None:
     assert httpx.get(f"{served.url}/health", trust_env=False).status_code == 200
     denied = httpx.post(f"{served.url}/v1/chat/completions", json={}, headers={"Authorization": "Bearer no"}, trust_env=False)
     assert (denied.status_code, denied.json()["error"]["code"]) == (401, 401)
     assert client.get("/v1/nothing").status_code == 404
     assert client.post("/v1/completions", json={}).status_code == 404
     assert "the body is no JSON" in client.post("/v1/chat/completions", content=b"{").json()["error"]["message"]
-    for image, told in ((b"no image", "cannot be read as an image"), (picture(0)[:99], "cannot be read as an image")):
+    for image, message in ((b"no image", "cannot be read as an image"), (picture(0)[:99], "cannot be read as an image")):
         refused = client.post("/v1/chat/completions", json=body(served, Prompt("", QUESTION, (image,)), stream=True))
-        assert (refused.status_code, told in refused.json()["error"]["message"]) == (400, True)
+        assert (refused.status_code, message in refused.json()["error"]["message"]) == (400, True)
     longer = client.post("/v1/chat/completions", json=body(served, Prompt("", QUESTION), max_tokens=4000))
     assert (longer.status_code, "the model takes 2048" in longer.text) == (400, True)
     assert client.post("/v1/chat/completions", json=body(served, Prompt("", QUESTION), max_tokens=1)).is_success
@@ -150,13 +150,13 @@ def test_tokens_come_one_by_one(session: Any) -> None:
 
 def test_pieces_add_up_to_the_answer(session: Any) -> None:
     """Whatever the tokens: also where a character lies in several of them, or ends in none."""
-    found: list[str] = []
+    nonempty: list[str] = []
     for first in range(0, 250, 25):
-        wording = Wording(session)
-        pieces = [wording.piece(token) for token in range(first, first + 25)]
-        assert "".join([*pieces, wording.rest()]) == wording.whole()
-        found += [piece for piece in pieces if piece]
-    assert len(found) > 50
+        detokenizer = Detokenizer(session)
+        pieces = [detokenizer.add(token) for token in range(first, first + 25)]
+        assert "".join([*pieces, detokenizer.flush()]) == detokenizer.text()
+        nonempty += [piece for piece in pieces if piece]
+    assert len(nonempty) > 50
 
 
 @pytest.mark.parametrize(
@@ -222,10 +222,10 @@ def test_a_model_that_writes_nothing_has_no_latency(tmp_path: Path) -> None:
         pass
 
 
-def test_a_server_that_is_killed_is_told(served: Served, tmp_path: Path) -> None:
+def test_a_server_that_is_killed_is_told(served: RunningServer, tmp_path: Path) -> None:
     """The last test that asks it."""
     settings = LatencySettings(concurrency=(1,), requests=2, warmup=1)
-    with watching(served.process, served.said()) as watch:
+    with watching(served.process, served.read_log()) as watch:
         loading = Loading(served, OpenContext(DEMO, tmp_path, SILENT), settings, None, 60, watch)
         load, used = loading.put(POINT.at(1), "round 0")
         assert (load.client, [sample.fault for sample in load.samples]) == ("compress", [None, None])
@@ -236,4 +236,4 @@ def test_a_server_that_is_killed_is_told(served: Served, tmp_path: Path) -> None
             os.sched_yield()
         with pytest.raises(ServerError, match=r"its server ended under load[\s\S]*signal 9 \(SIGKILL\)") as raised:
             loading.put(POINT.at(1), "round 1")
-    assert served.key is not None and served.key not in f"{raised.value}{served.said()}{served}"
+    assert served.key is not None and served.key not in f"{raised.value}{served.read_log()}{served}"

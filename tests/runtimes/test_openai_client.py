@@ -18,17 +18,17 @@ import httpx
 import pytest
 
 from compress.errors import ServerError
-from compress.runtimes.openai_client import Address, Asker, ItemError, Patience, open_client
+from compress.runtimes.openai_client import Address, ItemError, RetryingClient, RetryPolicy, open_client
 from tests.chaos_server import MODEL, SECONDS, Manners, Refusal, StandIn, Trouble, stand_in
 from tests.raw_server import mute_server
 
 ROOT = Path(__file__).parent.parent.parent
-QUICK = Patience(request_seconds=60, away_seconds=60, attempts=4, pause=0.01)
+QUICK = RetryPolicy(request_seconds=60, away_seconds=60, attempts=4, pause=0.01)
 """Quick to ask again; what must come is waited for longer than a busy machine takes."""
 
 
 @contextmanager
-def asker(server: StandIn, patience: Patience = QUICK, ended: threading.Event | None = None) -> Generator[Asker]:
+def asker(server: StandIn, patience: RetryPolicy = QUICK, ended: threading.Event | None = None) -> Generator[RetryingClient]:
     address = Address(server.url)
 
     def check() -> None:
@@ -36,17 +36,17 @@ def asker(server: StandIn, patience: Patience = QUICK, ended: threading.Event | 
             raise ServerError("vLLM, serving x, ended.")
 
     with open_client(address, 8, trust_env=False) as client:
-        opened = Asker(client, address, patience, check)
+        opened = RetryingClient(client, address, patience, check)
         yield opened
         opened.close()
 
 
-def ask(opened: Asker, words: str) -> str:
+def ask(opened: RetryingClient, words: str) -> str:
     body = {"model": MODEL, "messages": [{"role": "user", "content": [{"type": "text", "text": words}]}]}
     return opened.post("/v1/chat/completions", body, lambda content: str(content["choices"][0]["message"]["content"]))
 
 
-def each(opened: Asker, words: list[str], concurrency: int = 8) -> list[str]:
+def each(opened: RetryingClient, words: list[str], concurrency: int = 8) -> list[str]:
     return opened.each(
         words, lambda item: ask(opened, item), lambda item, fault: f"fault: {fault}", concurrency, lambda item, said: None
     )
@@ -71,7 +71,7 @@ def test_what_fails_is_asked_again_so_many_times(status: int) -> None:
 def test_what_is_too_slow_is_waited_for_twice() -> None:
     """The kernel takes the connections; nothing can answer."""
     with mute_server() as server, open_client(address := Address(server.url), 8, trust_env=False) as client:
-        opened = Asker(client, address, replace(QUICK, request_seconds=0.5), lambda: None)
+        opened = RetryingClient(client, address, replace(QUICK, request_seconds=0.5), lambda: None)
         with pytest.raises(ItemError, match=r"no answer within 0\.5 seconds"):
             ask(opened, "unheard")
         assert server.connections() == 2
@@ -93,7 +93,7 @@ def test_an_answer_that_trickles_is_not_waited_for_without_end() -> None:
         httpx.Client(transport=transport, base_url=address.url) as client,
         pytest.raises(ItemError, match=r"no answer within 0\.2 seconds"),
     ):
-        ask(Asker(client, address, patience, lambda: None), "anything")
+        ask(RetryingClient(client, address, patience, lambda: None), "anything")
     ended.set()
 
 
@@ -201,12 +201,12 @@ def test_a_fault_of_ours_is_raised_as_it_is(recwarn: pytest.WarningsRecorder, mo
 PROGRAM = """
 import signal, sys
 signal.signal(signal.SIGINT, signal.default_int_handler)  # where this runs in the background it is ignored from the start
-from compress.runtimes.openai_client import Address, Asker, Patience, open_client
+from compress.runtimes.openai_client import Address, RetryingClient, RetryPolicy, open_client
 from tests.runtimes.test_openai_client import ask, each
 address = Address(sys.argv[1])
-patience = Patience(request_seconds=600, away_seconds=600)
+patience = RetryPolicy(request_seconds=600, away_seconds=600)
 with open_client(address, 8, trust_env=False) as client:
-    each(Asker(client, address, patience, lambda: None), [str(number) for number in range(8)], 4)
+    each(RetryingClient(client, address, patience, lambda: None), [str(number) for number in range(8)], 4)
 """
 
 

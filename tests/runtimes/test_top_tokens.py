@@ -23,7 +23,7 @@ def logs_of(seed: int, spread: float = 2.0) -> NDArray[np.float64]:
 
 def position(logs: NDArray[np.float64], token: int, top: int) -> Position:
     order = np.argsort(-logs)[:top].tolist()
-    row = {str(place): {"logprob": float(logs[place])} for place in [token, *order]}
+    row = {str(token_id): {"logprob": float(logs[token_id])} for token_id in [token, *order]}
     return position_of("item", token, row, top)
 
 
@@ -33,24 +33,24 @@ def exact(before: NDArray[np.float64], after: NDArray[np.float64]) -> float:
 
 def test_divergence_over_the_whole_vocabulary_is_exact() -> None:
     before, after = logs_of(0), logs_of(1)
-    found = divergence(position(before, 3, VOCABULARY), position(after, 3, VOCABULARY))
-    assert found == pytest.approx(exact(before, after), abs=2e-5)
+    kl = divergence(position(before, 3, VOCABULARY), position(after, 3, VOCABULARY))
+    assert kl == pytest.approx(exact(before, after), abs=2e-5)
 
 
 @pytest.mark.parametrize("top", [1, 3, 10, 30])
 def test_divergence_over_few_tokens_is_a_lower_bound_that_is_not_nothing(top: int) -> None:
     for seed in range(20):
         before, after = logs_of(seed), logs_of(seed + 100)
-        found = divergence(position(before, seed, top), position(after, seed, top))
-        assert 0 < found <= exact(before, after)
+        kl = divergence(position(before, seed, top), position(after, seed, top))
+        assert 0 < kl <= exact(before, after)
 
 
 def test_divergence_of_small_changes_is_nearly_the_whole() -> None:
     before = logs_of(5, spread=4)
     after = before + np.random.default_rng(6).normal(0, 0.05, VOCABULARY)
     after -= np.log(np.exp(after).sum())
-    found = divergence(position(before, 3, 20), position(after, 3, 20))
-    assert 0.8 * exact(before, after) < found <= exact(before, after)
+    kl = divergence(position(before, 3, 20), position(after, 3, 20))
+    assert 0.8 * exact(before, after) < kl <= exact(before, after)
 
 
 def test_divergence_from_itself_is_zero() -> None:
@@ -67,9 +67,9 @@ def test_certain_predictions_stay_finite() -> None:
 def test_token_outside_the_top_keeps_its_own_probability_only() -> None:
     logs = logs_of(0)
     last = int(logs.argmin())
-    found = position(logs, last, 5)
-    assert found.log_probability == pytest.approx(logs[last])
-    assert [token for token, _ in found.top] == np.argsort(-logs)[:5].tolist()
+    prediction = position(logs, last, 5)
+    assert prediction.log_probability == pytest.approx(logs[last])
+    assert [token for token, _ in prediction.top] == np.argsort(-logs)[:5].tolist()
 
 
 def test_ties_are_put_in_the_order_of_the_tokens() -> None:
@@ -107,10 +107,10 @@ def rows() -> list[list[Position]]:
 def test_record_comes_back(tmp_path: Path) -> None:
     write_record(tmp_path / "record", PASSAGES, rows(), 5)
     record = TopRecord(tmp_path / "record", PASSAGES, 5)
-    for place, expected in enumerate(rows()):
-        found = record.of(place)
-        assert [row.token for row in found] == [row.token for row in expected]
-        for one, other in zip(found, expected, strict=True):
+    for index, expected in enumerate(rows()):
+        positions = record.of(index)
+        assert [row.token for row in positions] == [row.token for row in expected]
+        for one, other in zip(positions, expected, strict=True):
             assert [token for token, _ in one.top] == [token for token, _ in other.top]
             assert one.log_probability == pytest.approx(other.log_probability, abs=1e-6)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["record"]

@@ -46,15 +46,15 @@ def prompts() -> list[Prompt]:
     """Questions of several lengths about images of several sizes, and some without one or with two."""
     images = [picture(0), picture(1, 140, 84), picture(2, 56, 56)]
     shown = [(images[0],), (images[1],), (), (images[2],), (images[0], images[2])]
-    return [Prompt(f"q{place}", QUESTIONS[place % 3], shown[place % 5]) for place in range(6)]
+    return [Prompt(f"q{index}", QUESTIONS[index % 3], shown[index % 5]) for index in range(6)]
 
 
 @pytest.fixture(scope="module")
 def passages(prompts: list[Prompt]) -> list[Passage]:
     generator = np.random.default_rng(0)
     lengths = (24, 31, 7, 24, 1, 0)
-    texts = [Passage(f"t{place}", tuple(generator.integers(0, 500, size).tolist())) for place, size in enumerate(lengths)]
-    forced = [Passage(f"p{place}", (17 + place, 40, 99), prompts[place]) for place in range(5)]
+    texts = [Passage(f"t{index}", tuple(generator.integers(0, 500, size).tolist())) for index, size in enumerate(lengths)]
+    forced = [Passage(f"p{index}", (17 + index, 40, 99), prompts[index]) for index in range(5)]
     return [*texts, *forced, Passage("silent", (), prompts[0])]
 
 
@@ -68,8 +68,8 @@ def answers(artifact: Path, prompts: Sequence[Prompt], tokens_per_batch: int = 4
         return session.answer(prompts, NEW_TOKENS, Silent())
 
 
-def score(session: Session, passages: Sequence[Passage], record: Path | None = None, against: Path | None = None) -> list[Score]:
-    return session.score(passages, record, against, Silent())
+def score(session: Session, passages: Sequence[Passage], record: Path | None = None, reference: Path | None = None) -> list[Score]:
+    return session.score(passages, record, reference, Silent())
 
 
 def generated_by_transformers(folder: Path, prompt: Prompt, **settings: Any) -> list[int]:
@@ -95,13 +95,13 @@ def stops(folder: Path) -> list[int]:
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])
 def test_answers_are_those_of_transformers_itself(build: type, prompts: list[Prompt], tmp_path: Path) -> None:
     folder: Path = build(tmp_path / "model", layers=2)
-    found = answers(folder, prompts)
-    assert [answer.id for answer in found] == [prompt.id for prompt in prompts]
-    for prompt, answer in zip(prompts, found, strict=True):
-        theirs = generated_by_transformers(folder, prompt, bad_words_ids=[[token] for token in placeholders(folder)])
-        ends = [place for place, token in enumerate(theirs) if token in stops(folder)]
-        assert list(answer.token_ids) == theirs[: ends[0] if ends else None], prompt.id
-    assert len({answer.token_ids for answer in found}) > 3
+    generated = answers(folder, prompts)
+    assert [answer.id for answer in generated] == [prompt.id for prompt in prompts]
+    for prompt, answer in zip(prompts, generated, strict=True):
+        expected = generated_by_transformers(folder, prompt, bad_words_ids=[[token] for token in placeholders(folder)])
+        ends = [index for index, token in enumerate(expected) if token in stops(folder)]
+        assert list(answer.token_ids) == expected[: ends[0] if ends else None], prompt.id
+    assert len({answer.token_ids for answer in generated}) > 3
 
 
 def test_an_answer_ends_before_the_first_stop_token(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
@@ -116,13 +116,13 @@ def test_an_answer_ends_before_the_first_stop_token(original: Path, prompts: lis
 def test_an_answer_holds_no_image_token_and_can_be_scored(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
     """The artifact would say the image's token wherever the original said the one that its row of the head is doubled from."""
     before = answers(original, prompts)
-    said = before[0].token_ids[0]
+    first_token = before[0].token_ids[0]
     folder = Path(shutil.copytree(original, tmp_path / "model"))
     image, video = placeholders(folder)
     tensors = FILES.load_file(folder / "model.safetensors")
     head = next(tensor for name, tensor in tensors.items() if name.endswith("lm_head.weight"))
-    head[image] = 2 * head[said]
-    head[video] = 3 * head[said]
+    head[image] = 2 * head[first_token]
+    head[video] = 3 * head[first_token]
     FILES.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     assert generated_by_transformers(folder, prompts[0])[0] in (image, video)
     assert answers(folder, prompts) == before
@@ -166,10 +166,10 @@ def test_an_answer_after_images_is_scored_as_the_model_predicts_it(original: Pat
     assert tuple(inputs["input_ids"][0, -count:].tolist()) == passage.token_ids
     with torch.inference_mode():
         scores = model(**inputs).logits[0, -count - 1 : -1].log_softmax(1)
-    expected = [-float(scores[place, token]) for place, token in enumerate(passage.token_ids)]
+    expected = [-float(scores[index, token]) for index, token in enumerate(passage.token_ids)]
     with opened(original) as session:
-        (found,) = score(session, [passage])
-    assert found.negative_log_likelihood == pytest.approx(expected, rel=1e-5)
+        (result,) = score(session, [passage])
+    assert result.negative_log_likelihood == pytest.approx(expected, rel=1e-5)
 
 
 def test_the_batch_does_not_change_scores(original: Path, passages: list[Passage]) -> None:
@@ -181,7 +181,7 @@ def test_the_batch_does_not_change_scores(original: Path, passages: list[Passage
 def test_a_model_does_not_differ_from_itself(original: Path, passages: list[Passage], tmp_path: Path) -> None:
     with opened(original) as session:
         recorded = score(session, passages, record=tmp_path / "record")
-        compared = score(session, passages, against=tmp_path / "record")
+        compared = score(session, passages, reference=tmp_path / "record")
     assert [path.name for path in tmp_path.iterdir()] == ["record"]
     for first, second in zip(recorded, compared, strict=True):
         assert first.kl is None and first.same_top is None
@@ -202,7 +202,7 @@ def test_the_divergence_is_that_of_the_whole_vocabulary(
     with opened(original) as session:
         score(session, passages, record=tmp_path / "record")
     with opened(tmp_path / "artifact", tokens_per_batch=64) as session:
-        found = {item.id: item for item in score(session, passages, against=tmp_path / "record")}
+        by_id = {item.id: item for item in score(session, passages, reference=tmp_path / "record")}
     reference = AUTO_MODEL.from_pretrained(original, dtype=torch.float32).eval()
     rounded = AUTO_MODEL.from_pretrained(original, dtype=torch.float32).eval()
     for name, weight in exact_weights(original, schemes).items():
@@ -211,7 +211,7 @@ def test_the_divergence_is_that_of_the_whole_vocabulary(
     ids = torch.tensor([passage.token_ids])
     with torch.inference_mode():
         first, second = (model(input_ids=ids).logits[0, :-1].double().log_softmax(1) for model in (reference, rounded))
-    item = found[passage.id]
+    item = by_id[passage.id]
     assert item.kl is not None and item.same_top is not None
     assert item.kl == pytest.approx((first.exp() * (first - second)).sum(1).numpy(), rel=1e-3, abs=1e-6)
     assert item.kl.mean() > 1e-4
@@ -226,19 +226,19 @@ def test_a_long_vocabulary_is_taken_in_parts() -> None:
     hidden = torch.randn(positions, 4, generator=generator)
     other = hidden + 0.1
     tokens = torch.randint(vocabulary, (positions,), generator=generator)
-    found = predict(hidden, head, tokens, (other, head))
+    predictions = predict(hidden, head, tokens, (other, head))
     scores, reference = ((states @ weight.t() + bias).log_softmax(1) for states in (hidden, other))
-    assert found.kl is not None and found.same_top is not None
-    assert found.negative_log_likelihood == pytest.approx((-scores[range(positions), tokens]).numpy(), rel=1e-5)
-    assert found.kl == pytest.approx((reference.exp() * (reference - scores)).sum(1).numpy(), rel=1e-3, abs=1e-6)
-    assert found.same_top.dtype == np.bool_
+    assert predictions.kl is not None and predictions.same_top is not None
+    assert predictions.negative_log_likelihood == pytest.approx((-scores[range(positions), tokens]).numpy(), rel=1e-5)
+    assert predictions.kl == pytest.approx((reference.exp() * (reference - scores)).sum(1).numpy(), rel=1e-3, abs=1e-6)
+    assert predictions.same_top.dtype == np.bool_
 
 
 def test_a_record_of_other_passages_is_refused(original: Path, passages: list[Passage], tmp_path: Path) -> None:
     with opened(original) as session:
         score(session, passages, record=tmp_path / "record")
         with pytest.raises(UsageError, match=r"record: was recorded on other passages than these; record the original again"):
-            score(session, passages[1:], against=tmp_path / "record")
+            score(session, passages[1:], reference=tmp_path / "record")
 
 
 def test_models_of_other_vocabularies_are_not_compared(original: Path, passages: list[Passage], tmp_path: Path) -> None:
@@ -246,7 +246,7 @@ def test_models_of_other_vocabularies_are_not_compared(original: Path, passages:
     with opened(original) as session:
         score(session, passages[:1], record=tmp_path / "record")
     with opened(other) as session, pytest.raises(UsageError, match=r"head has 608 tokens, this artifact's 600"):
-        score(session, passages[:1], against=tmp_path / "record")
+        score(session, passages[:1], reference=tmp_path / "record")
 
 
 def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
@@ -263,7 +263,7 @@ def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(original: Path, promp
         scores = score(session, passages, record=tmp_path / "record")
         assert "broken: image 0" in (scores[0].fault or "")
         assert [len(row.negative_log_likelihood) for row in scores] == [0, 2]
-        again = score(session, passages, against=tmp_path / "record")
+        again = score(session, passages, reference=tmp_path / "record")
         assert again[1].kl is not None and (again[1].kl < 1e-6).all()
         assert again[0].kl is not None and len(again[0].kl) == 0
 
@@ -277,7 +277,7 @@ def test_what_the_original_has_no_score_of_is_not_compared(original: Path, promp
         content = json.loads(path.read_text(encoding="utf-8"))
         del content["files"]["0"]
         path.write_text(json.dumps(content), encoding="utf-8")
-        first, second = score(session, passages, against=tmp_path / "record")
+        first, second = score(session, passages, reference=tmp_path / "record")
     assert first.fault == UNSCORED
     assert len(first.negative_log_likelihood) == 0
     assert second.fault is None and len(second.negative_log_likelihood) == 2
@@ -285,18 +285,18 @@ def test_what_the_original_has_no_score_of_is_not_compared(original: Path, promp
 
 def test_records_beside_each_other_share_the_head(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
     passages = [Passage("p", (1, 2), prompts[0]), Passage("q", (3, 4), prompts[1])]
-    for place in range(2):
+    for index in range(2):
         with opened(original) as session:
-            score(session, passages[place : place + 1], record=tmp_path / "record" / str(place))
+            score(session, passages[index : index + 1], record=tmp_path / "record" / str(index))
     assert [path.parent.name for path in (tmp_path / "record").glob("*/head.safetensors")] == ["0"]
     other = build_qwen2_5_vl(tmp_path / "other", layers=1, seed=5)
     with opened(other) as session:
         score(session, passages, record=tmp_path / "record" / "other")
     assert (tmp_path / "record" / "other" / "head.safetensors").is_file()
     with opened(original) as session:
-        for place in range(2):
-            (found,) = score(session, passages[place : place + 1], against=tmp_path / "record" / str(place))
-            assert found.kl is not None and (found.kl < 1e-6).all()
+        for index in range(2):
+            (result,) = score(session, passages[index : index + 1], reference=tmp_path / "record" / str(index))
+            assert result.kl is not None and (result.kl < 1e-6).all()
 
 
 def test_a_record_that_cannot_be_written_leaves_nothing(original: Path, prompts: list[Prompt], tmp_path: Path) -> None:
@@ -308,14 +308,14 @@ def test_a_record_that_cannot_be_written_leaves_nothing(original: Path, prompts:
 @pytest.mark.parametrize("tied", [False, True])
 def test_loading_equals_transformers_own(tied: bool, tmp_path: Path) -> None:
     folder = build_qwen2_5_vl(tmp_path / "model", layers=2, tied=tied)
-    ours = load_model(folder, torch.float32, torch.device("cpu"), Silent())
-    theirs = AUTO_MODEL.from_pretrained(folder, dtype=torch.float32)
-    expected = dict(theirs.named_parameters()) | dict(theirs.named_buffers())
-    found = dict(ours.named_parameters()) | dict(ours.named_buffers())
-    assert found.keys() == expected.keys()
+    loaded = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    reference = AUTO_MODEL.from_pretrained(folder, dtype=torch.float32)
+    expected = dict(reference.named_parameters()) | dict(reference.named_buffers())
+    actual = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-    assert (ours.lm_head.weight is ours.get_input_embeddings().weight) == tied
+        assert actual[name].dtype == tensor.dtype and torch.equal(actual[name], tensor), name
+    assert (loaded.lm_head.weight is loaded.get_input_embeddings().weight) == tied
 
 
 def test_a_skeleton_takes_no_memory_for_weights(original: Path) -> None:
@@ -401,11 +401,11 @@ def test_a_picture_that_the_processor_refuses_is_a_fault_of_its_item(original: P
     """Qwen's processors take none that is 200 times as wide as it is high."""
     wide = Prompt("wide", "What is it?", (picture(0, 2000, 9),))
     with opened(original) as session:
-        found = session.answer([prompts[0], wide, prompts[1]], NEW_TOKENS, Silent())
+        results = session.answer([prompts[0], wide, prompts[1]], NEW_TOKENS, Silent())
         scores = session.score([Passage("before", (17, 40)), Passage("wide passage", (17, 40), wide)], None, None, Silent())
     message = "wide: the model's processor does not take it (absolute aspect ratio must be smaller than 200"
-    assert [(answer.id, answer.fault is None) for answer in found] == [("q0", True), ("wide", False), ("q1", True)]
-    assert found[1].fault is not None and found[1].fault.startswith(message)
+    assert [(answer.id, answer.fault is None) for answer in results] == [("q0", True), ("wide", False), ("q1", True)]
+    assert results[1].fault is not None and results[1].fault.startswith(message)
     assert scores[0].fault is None
     assert scores[1].fault is not None and scores[1].fault.startswith(message)
-    assert [found[0], found[2]] == answers(original, prompts[:2])
+    assert [results[0], results[2]] == answers(original, prompts[:2])

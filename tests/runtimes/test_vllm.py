@@ -23,7 +23,7 @@ from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Scor
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.vllm import Vllm
 from compress.runtimes.vllm_server import stop_tokens
-from compress.runtimes.vllm_session import Tokens, VllmSession
+from compress.runtimes.vllm_session import SpecialTokens, VllmSession
 from tests.raw_server import absent_server
 from tests.tiny import build_qwen2_5_vl, picture
 
@@ -104,9 +104,9 @@ def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[lis
 @pytest.mark.slow
 def test_answers_equal_the_in_process_ones(session: VllmSession, expected: tuple[list[Answer], list[Score]]) -> None:
     """Up to the mark that stands for a character whose last bytes are still to come: vLLM holds it back."""
-    for ours, theirs in zip(session.answer(PROMPTS, 8, SILENT), expected[0], strict=True):
-        assert (ours.id, ours.token_ids) == (theirs.id, theirs.token_ids)
-        assert ours.text.rstrip("\ufffd") == theirs.text.rstrip("\ufffd")
+    for actual, reference in zip(session.answer(PROMPTS, 8, SILENT), expected[0], strict=True):
+        assert (actual.id, actual.token_ids) == (reference.id, reference.token_ids)
+        assert actual.text.rstrip("\ufffd") == reference.text.rstrip("\ufffd")
 
 
 @pytest.mark.slow
@@ -128,17 +128,17 @@ def test_answers_are_as_long_as_allowed(session: VllmSession) -> None:
 
 @pytest.mark.slow
 def test_answer_ends_before_its_stop_token(session: VllmSession, model: Path, runtime: Vllm) -> None:
-    whole = session.answer(PROMPTS[:1], 8, SILENT)[0].token_ids
+    full = session.answer(PROMPTS[:1], 8, SILENT)[0].token_ids
     assert stop_tokens(model) == (594, 595)
-    stopping = VllmSession(session.endpoint, runtime, Tokens((whole[3],)))
-    assert stopping.answer(PROMPTS[:1], 8, SILENT)[0].token_ids == whole[: whole.index(whole[3])]
+    stopping = VllmSession(session.endpoint, runtime, SpecialTokens((full[3],)))
+    assert stopping.answer(PROMPTS[:1], 8, SILENT)[0].token_ids == full[: full.index(full[3])]
 
 
 @pytest.mark.slow
 def test_answer_holds_no_placeholder(session: VllmSession, runtime: Vllm) -> None:
     """Taking what the model says first for an image's token, it must say something else; the other answers stay."""
     before = session.answer(PROMPTS, 2, SILENT)
-    without = VllmSession(session.endpoint, runtime, Tokens((594, 595), (before[0].token_ids[0],)))
+    without = VllmSession(session.endpoint, runtime, SpecialTokens((594, 595), (before[0].token_ids[0],)))
     for old, new in zip(before, without.answer(PROMPTS, 2, SILENT), strict=True):
         assert before[0].token_ids[0] not in new.token_ids
         assert (old == new) == (before[0].token_ids[0] not in old.token_ids)
@@ -148,9 +148,9 @@ def test_answer_holds_no_placeholder(session: VllmSession, runtime: Vllm) -> Non
 def test_scores_equal_the_in_process_ones(session: VllmSession, expected: tuple[list[Answer], list[Score]]) -> None:
     scores = session.score(PASSAGES, None, None, SILENT)
     assert [len(score.negative_log_likelihood) for score in scores] == [99, 5, 0, 2, 0]
-    for ours, theirs in zip(scores, expected[1], strict=True):
-        assert ours.id == theirs.id
-        np.testing.assert_allclose(ours.negative_log_likelihood, theirs.negative_log_likelihood, atol=2e-3)
+    for actual, reference in zip(scores, expected[1], strict=True):
+        assert actual.id == reference.id
+        np.testing.assert_allclose(actual.negative_log_likelihood, reference.negative_log_likelihood, atol=2e-3)
 
 
 @pytest.mark.slow
@@ -180,10 +180,10 @@ def test_changed_model_is_compared_with_the_original(
     with inside.open(OpenContext(changed, tmp_path, SILENT)) as artifact:
         exact = artifact.score(PASSAGES, None, tmp_path / "exact", SILENT)
 
-    ours = np.concatenate([score.kl for score in scores if score.kl is not None])
+    kl = np.concatenate([score.kl for score in scores if score.kl is not None])
     true = np.concatenate([score.kl for score in exact if score.kl is not None])
-    assert (ours <= true + 1e-4).all()
-    assert 0.3 * true.mean() < ours.mean() < true.mean()
+    assert (kl <= true + 1e-4).all()
+    assert 0.3 * true.mean() < kl.mean() < true.mean()
     same = [score.same_top for score in scores if score.same_top is not None]
     same_exact = [score.same_top for score in exact if score.same_top is not None]
     assert (np.concatenate(same) == np.concatenate(same_exact)).mean() > 0.98
@@ -200,19 +200,19 @@ def test_whole_distributions_are_those_that_transformers_compares(
     with inside.open(OpenContext(changed, tmp_path, SILENT)) as artifact:
         exact = artifact.score(PASSAGES, None, tmp_path / "exact", SILENT)
     few = runtime.model_copy(update={"top_logprobs": 20})
-    before = VllmSession(session.endpoint, few, Tokens(()))
+    before = VllmSession(session.endpoint, few, SpecialTokens(()))
     before.score(PASSAGES, tmp_path / "record", None, SILENT)
-    places = [(0, token) for token in range(0, 99, 9)] + [(1, 0), (1, 4), (3, 1)]
-    old = before.distributions(PASSAGES, places, SILENT)
-    after = VllmSession(other.endpoint, few, Tokens(()))
+    positions = [(0, token) for token in range(0, 99, 9)] + [(1, 0), (1, 4), (3, 1)]
+    old = before.distributions(PASSAGES, positions, SILENT)
+    after = VllmSession(other.endpoint, few, SpecialTokens(()))
     lower = after.score(PASSAGES, None, tmp_path / "record", SILENT)
-    new = after.distributions(PASSAGES, places, SILENT)
+    new = after.distributions(PASSAGES, positions, SILENT)
     assert all(score.at_least for score in lower if len(score.negative_log_likelihood))
-    for (place, token), one, another in zip(places, old, new, strict=True):
-        whole, bound = exact[place].kl, lower[place].kl
-        assert one is not None and another is not None and whole is not None and bound is not None
-        assert divergence(one, another) == pytest.approx(whole[token], rel=0.05, abs=1e-5)
-        assert bound[token] < 0.9 * divergence(one, another)
+    for (index, token), p, q in zip(positions, old, new, strict=True):
+        exact_kl, bound = exact[index].kl, lower[index].kl
+        assert p is not None and q is not None and exact_kl is not None and bound is not None
+        assert divergence(p, q) == pytest.approx(exact_kl[token], rel=0.05, abs=1e-5)
+        assert bound[token] < 0.9 * divergence(p, q)
 
 
 @pytest.mark.slow
@@ -252,8 +252,8 @@ def test_a_vllm_server_elsewhere_answers_and_scores_alike(
     client = session.endpoint.client
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     monkeypatch.setenv("THE_KEY", client.headers["Authorization"].removeprefix("Bearer "))
-    place = {"url": f"{str(client.base_url).rstrip('/')}/v1", "model": session.endpoint.model}
-    fields = {"runtime": "endpoint", "original": place, "artifacts": {}, "key_variable": "THE_KEY", "top_logprobs": 128}
+    original = {"url": f"{str(client.base_url).rstrip('/')}/v1", "model": session.endpoint.model}
+    fields = {"runtime": "endpoint", "original": original, "artifacts": {}, "key_variable": "THE_KEY", "top_logprobs": 128}
     elsewhere = Endpoint.model_validate(fields)
     assert elsewhere.versions() == {"original": "vLLM 0.32.0, with scores"}
     assert elsewhere.missing() == {}

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
-from compress.runtimes.runtime import OpenContext, Picture
+from compress.runtimes.runtime import ImageInput, OpenContext
 from compress.runtimes.transformers import Transformers
 from compress.runtimes.vllm_session import VllmSession
 from tests.quantized import scheme
@@ -24,7 +24,7 @@ GPTQ = Case("gptq", scheme(4, 32, symmetric=True), "float16")
 PACKED = Case("compressed-tensors", scheme(4, 32), "float16")
 W8A8 = Case("compressed-tensors", TOKEN, "float32")
 
-PICTURES = tuple(Picture(str(seed), picture(seed)) for seed in range(3))
+PICTURES = tuple(ImageInput(str(seed), picture(seed)) for seed in range(3))
 TEXTS = ("a red square", "two circles", "the castle")
 
 FOUR_BITS = {
@@ -45,9 +45,9 @@ FOUR_BITS = {
 def test_vllm_answers_as_the_in_process_runtime(family: str, width: str, tmp_path: Path) -> None:
     case = FOUR_BITS[family] if width == "4 bits" else W8A8
     artifact = make_artifact(BUILDERS[family](tmp_path / "source"), tmp_path, case)
-    found = compare(artifact, serving(case), tmp_path / "logs")
-    assert found.clear == (), found
-    assert found.same >= found.compared * 2 // 3, found
+    agreement = compare(artifact, serving(case), tmp_path / "logs")
+    assert agreement.clear == (), agreement
+    assert agreement.same >= agreement.compared * 2 // 3, agreement
 
 
 @pytest.mark.slow
@@ -75,7 +75,7 @@ def embed(served: VllmSession, body: dict[str, Any]) -> NDArray[np.float64]:
     return np.array([row["embedding"] for row in answer.json()["data"]])
 
 
-def shown(picture: Picture) -> dict[str, Any]:
+def shown(picture: ImageInput) -> dict[str, Any]:
     """Return the message that holds a picture alone."""
     url = "data:image/png;base64," + base64.b64encode(picture.image).decode()
     return {"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}

@@ -12,7 +12,7 @@ from compress import hardware
 from compress.checkpoint import read_config
 from compress.errors import MissingError
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport as Export
+from compress.export.vllm import VllmExport
 from compress.export.vllm_limits import Layout
 from compress.families import family_of
 from compress.numerics.scheme import Scheme
@@ -21,7 +21,7 @@ from compress.quantization_config import Product, products_in, products_of
 from compress.runtimes import vllm
 from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext
-from compress.runtimes.vllm import VllmExport
+from compress.runtimes.vllm import Vllm
 from compress.store import Store
 from tests.jobs import make_job
 from tests.quantized import round_checkpoint, scheme
@@ -43,10 +43,10 @@ def processor(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_processor_of_this_machine_is_told_with_what_it_can_do() -> None:
-    told = Path("/proc/cpuinfo").read_text(encoding="utf-8")
-    assert hardware.processor() in told
+    cpuinfo = Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    assert hardware.processor() in cpuinfo
     for feature in hardware.processor_features():
-        assert f" {feature} " in told.replace("\n", " ")
+        assert f" {feature} " in cpuinfo.replace("\n", " ")
 
 
 @pytest.mark.slow
@@ -62,13 +62,13 @@ def test_the_processor_of_this_machine_is_told_with_what_it_can_do() -> None:
     indirect=["processor"],
 )
 def test_what_a_processor_lacks_is_told_of_what_needs_it(processor: None, four: bool, eight: bool) -> None:
-    runtime = VllmExport(runtime="vllm")
+    runtime = Vllm(runtime="vllm")
     assert bool(runtime.kernel_faults(FOUR)) == four
     assert bool(runtime.kernel_notes(EIGHT)) == eight
     assert not runtime.kernel_faults(EIGHT)
     assert not runtime.kernel_notes(FOUR)
     assert not runtime.kernel_faults(NONE)
-    elsewhere, reference = VllmExport(runtime="vllm", url="http://127.0.0.1:1"), VllmExport(runtime="vllm", kernels="reference")
+    elsewhere, reference = Vllm(runtime="vllm", url="http://127.0.0.1:1"), Vllm(runtime="vllm", kernels="reference")
     assert not elsewhere.kernel_faults(FOUR)
     assert not elsewhere.kernel_notes(EIGHT)
     assert not reference.kernel_faults(FOUR)
@@ -92,7 +92,7 @@ def test_a_run_that_cannot_be_measured_here_is_refused_before_its_first_step(pro
 
 
 @pytest.mark.parametrize(
-    ("layout", "held", "needs"),
+    ("layout", "quantized", "needs"),
     [
         ("awq", scheme(4, 32), FOUR),
         ("gptq", scheme(4, 32, symmetric=True), FOUR),
@@ -105,13 +105,15 @@ def test_a_run_that_cannot_be_measured_here_is_refused_before_its_first_step(pro
     ],
 )
 @pytest.mark.slow
-def test_an_artifact_needs_what_its_scheme_needs(layout: Layout, held: Scheme, needs: frozenset[Product], tmp_path: Path) -> None:
+def test_an_artifact_needs_what_its_scheme_needs(
+    layout: Layout, quantized: Scheme, needs: frozenset[Product], tmp_path: Path
+) -> None:
     source, rounded, artifact = build_qwen2_5_vl(tmp_path / "source"), tmp_path / "rounded", tmp_path / "artifact"
-    round_checkpoint(source, rounded, held)
+    round_checkpoint(source, rounded, quantized)
     artifact.mkdir()
     family = family_of(json.loads((source / "config.json").read_text(encoding="utf-8")))
-    Export(format="vllm", layout=layout).apply(ExportContext(rounded, artifact, family, SILENT))
-    assert products_of([held]) == products_in(read_config(artifact)) == needs
+    VllmExport(format="vllm", layout=layout).apply(ExportContext(rounded, artifact, family, SILENT))
+    assert products_of([quantized]) == products_in(read_config(artifact)) == needs
 
 
 @pytest.mark.slow
@@ -121,6 +123,6 @@ def test_a_server_that_could_not_multiply_is_not_started(processor: None, tmp_pa
     settings = json.loads(config.read_text(encoding="utf-8")) | {"quantization_config": {"quant_method": "awq", "bits": 4}}
     config.write_text(json.dumps(settings), encoding="utf-8")
     context = OpenContext(config.parent, tmp_path / "logs", SILENT)
-    with pytest.raises(MissingError, match="no kernel for 4-bit weights"), VllmExport(runtime="vllm").open(context):
+    with pytest.raises(MissingError, match="no kernel for 4-bit weights"), Vllm(runtime="vllm").open(context):
         pass
     assert not (tmp_path / "logs").exists()

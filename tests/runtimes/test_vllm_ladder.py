@@ -13,7 +13,7 @@ from compress.progress import Silent
 from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Prompt
 from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_ladder import LadderStep, Memory, carried, memory_fault, sequences_of, step_down
+from compress.runtimes.vllm_ladder import LadderStep, Memory, memory_fault, sequences_of, settings_after, step_down
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
 GPU = Memory(share=0.85, cache_gib=2, context=8192, on_gpu=True)
@@ -130,7 +130,7 @@ def test_steps_carry_over_to_the_next_server() -> None:
         memory = lower[0]
         steps.append(lower[1])
     steps.append(LadderStep(rung="context", setting="max_model_len", value=2048, before="", after=""))
-    lowered = runtime.model_copy(update=carried(runtime.model_dump(), steps))
+    lowered = runtime.model_copy(update=settings_after(runtime.model_dump(), steps))
     assert lowered.max_model_len == 2048
     assert sequences_of(lowered.arguments) == 16
     assert lowered.arguments[:2] == runtime.arguments
@@ -147,7 +147,7 @@ def test_server_that_cannot_hold_its_context_comes_up_with_a_shorter_one(tmp_pat
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     steps: list[LadderStep] = []
     runtime = Vllm(runtime="vllm", kv_cache_gib=1, max_model_len=2_000_000)
-    context = OpenContext(model, tmp_path / "logs", Silent(), lowered=steps.append)
+    context = OpenContext(model, tmp_path / "logs", Silent(), on_ladder_step=steps.append)
     with runtime.open(context) as session:
         (answer,) = session.answer([Prompt("one", "Is there a circle?")], 2, Silent())
     assert answer.fault is None

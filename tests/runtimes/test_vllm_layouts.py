@@ -27,6 +27,6 @@ CASES = {
 def test_vllm_answers_as_the_in_process_runtime(name: str, tmp_path: Path) -> None:
     case = CASES[name]
     artifact = make_artifact(build_qwen2_5_vl(tmp_path / "source"), tmp_path, case)
-    found = compare(artifact, serving(case), tmp_path / "logs")
-    assert found.clear == (), found
-    assert found.same >= found.compared * 2 // 3, found
+    agreement = compare(artifact, serving(case), tmp_path / "logs")
+    assert agreement.clear == (), agreement
+    assert agreement.same >= agreement.compared * 2 // 3, agreement

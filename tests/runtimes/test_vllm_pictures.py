@@ -51,8 +51,8 @@ def measured(runtime: Runtime, task: Vqa, folder: Path) -> Measured:
     return read_measured(folder)
 
 
-def answers(found: Measured) -> dict[str, str]:
-    return {item.id: item.said for item in found.questions("scenes") if item.fault is None}
+def answers(measured: Measured) -> dict[str, str]:
+    return {item.id: item.said for item in measured.questions("scenes") if item.fault is None}
 
 
 @pytest.mark.slow
@@ -75,6 +75,6 @@ def test_48_pictures_of_every_kind_are_answered_alike(tmp_path: Path) -> None:
     assert served.tasks["scenes"].metrics == inside.tasks["scenes"].metrics
     metrics = inside.tasks["scenes"].metrics
     assert isinstance(metrics, ScoreMetrics) and 0 < metrics.score < 1
-    ours, theirs = ([item.nll for item in found.questions("scenes")] for found in (inside, served))
-    np.testing.assert_allclose(theirs, ours, atol=2e-3)
-    assert sum(said != answers(careless)[name] for name, said in answers(inside).items()) >= 4
+    expected, actual = ([item.nll for item in found.questions("scenes")] for found in (inside, served))
+    np.testing.assert_allclose(actual, expected, atol=2e-3)
+    assert sum(answer != answers(careless)[name] for name, answer in answers(inside).items()) >= 4

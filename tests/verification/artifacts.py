@@ -38,9 +38,9 @@ def spoil(artifact: Path, target: Path, graph: str, name: str, change: Callable[
     changed = 0
     for tensor in onnx.load(target / f"{graph}.onnx", load_external_data=False).graph.initializer:
         if tensor.data_location == onnx.TensorProto.EXTERNAL and re.search(name, tensor.name):
-            place = {entry.key: entry.value for entry in tensor.external_data}
+            location = {entry.key: entry.value for entry in tensor.external_data}
             dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
-            data = np.memmap(target / place["location"], dtype, "r+", int(place["offset"]), tuple(tensor.dims))
+            data = np.memmap(target / location["location"], dtype, "r+", int(location["offset"]), tuple(tensor.dims))
             data[...] = change(np.array(data))
             data.flush()
             changed += 1

@@ -118,7 +118,7 @@ def test_inputs_that_the_reader_alone_rounds_otherwise(rounded: Path, tmp_path: 
 
 
 def test_inputs_that_the_graphs_alone_round_otherwise(rounded: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(linears, "_LARGEST", 3.0)
+    monkeypatch.setattr(linears, "_MAX_CODE", 3.0)
     export = export_onnx(rounded, tmp_path / "onnx")
     with pytest.raises(VerificationError, match=r"the decoder differs from the checkpoint's.*as it runs"):
         verify(export, tmp_path / "onnx", rounded)
@@ -130,11 +130,11 @@ def test_what_is_loaded_is_what_from_pretrained_gives(family: str, tmp_path: Pat
     schemes = round_checkpoint(plain, tmp_path / "rounded", scheme(4, 32))
     expected = dict(load_plain(plain, "float32").named_parameters())
     for folder, changed in ((plain, set[str]()), (tmp_path / "rounded", {f"{name}.weight" for name in schemes})):
-        found = dict(load_independently(folder, torch.float32, torch.device("cpu"), Silent()).named_parameters())
+        actual = dict(load_independently(folder, torch.float32, torch.device("cpu"), Silent()).named_parameters())
         record = family_at(folder)
-        assert found.keys() == expected.keys()
-        other = {name for name in found if not torch.equal(found[name], expected[name])}
-        assert other == {record.module_name(name) for name in changed}
+        assert actual.keys() == expected.keys()
+        differing = {name for name in actual if not torch.equal(actual[name], expected[name])}
+        assert differing == {record.module_name(name) for name in changed}
 
 
 def test_a_weight_that_is_missing_is_named(source: Path, tmp_path: Path) -> None:

@@ -48,24 +48,24 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> tuple[Onnx, Path, Path]:
 
 
 def test_a_faithful_artifact_agrees_part_by_part_and_in_every_answer(source: Path, artifact: tuple[Onnx, Path]) -> None:
-    found = verify(*artifact, source)
-    assert found.roundings == ("float32",)
-    assert [part.component for part in found.components] == ["vision encoder", "embeddings", "decoder"]
-    assert [part.inputs for part in found.components] == [4, 5, 10]
-    for part in found.components:
-        assert part.relative < 1e-5
-        assert part.limit == 1e-4
-        assert part.passed
-    assert found.answers is not None
-    assert [(row.shown, row.prompts, row.same) for row in found.answers.agreement] == [
+    verification = verify(*artifact, source)
+    assert verification.roundings == ("float32",)
+    assert [difference.component for difference in verification.components] == ["vision encoder", "embeddings", "decoder"]
+    assert [difference.inputs for difference in verification.components] == [4, 5, 10]
+    for difference in verification.components:
+        assert difference.relative < 1e-5
+        assert difference.limit == 1e-4
+        assert difference.passed
+    assert verification.answers is not None
+    assert [(row.shown, row.prompts, row.same) for row in verification.answers.agreement] == [
         ("right image", 8, 8),
         ("wrong image", 8, 8),
         ("no image", 8, 8),
     ]
-    assert found.answers.likelihood < 1e-5
-    assert found.answers.seeing == 8
-    assert found.answers.ungrounded == 0
-    assert found.answers.changed_artifact == found.answers.changed_checkpoint > 0
+    assert verification.answers.likelihood < 1e-5
+    assert verification.answers.seeing == 8
+    assert verification.answers.ungrounded == 0
+    assert verification.answers.changed_artifact == verification.answers.changed_checkpoint > 0
 
 
 def test_a_vision_encoder_without_weights_is_named_first(source: Path, artifact: tuple[Onnx, Path], tmp_path: Path) -> None:
@@ -74,10 +74,10 @@ def test_a_vision_encoder_without_weights_is_named_first(source: Path, artifact:
     broken = spoil(broken, tmp_path / "both", "decoder_model_merged", r"layers\.1.*down_proj", np.zeros_like)
     with pytest.raises(VerificationError) as caught:
         verify(export, broken, source)
-    told = str(caught.value)
-    assert told.startswith(f"{broken / 'vision_encoder.onnx'}: the vision encoder differs from the checkpoint's: by ")
-    assert "1 of its largest value (limit 0.0001; as it runs), for " in told
-    assert " pixels; nothing of it is measured or published. Run again with --fresh" in told
+    message = str(caught.value)
+    assert message.startswith(f"{broken / 'vision_encoder.onnx'}: the vision encoder differs from the checkpoint's: by ")
+    assert "1 of its largest value (limit 0.0001; as it runs), for " in message
+    assert " pixels; nothing of it is measured or published. Run again with --fresh" in message
 
 
 def test_exchanged_positions_are_found_in_the_vision_encoder(tmp_path: Path) -> None:
@@ -131,14 +131,14 @@ def test_an_artifact_that_sees_every_image_alike_has_a_dead_vision_path(
 def test_one_wrong_code_does_not_hide_behind_what_the_runtime_rounds(source: Path, tmp_path: Path) -> None:
     round_checkpoint(source, tmp_path / "rounded", ROUNDED)
     export = export_onnx(tmp_path / "rounded", tmp_path / "onnx")
-    found = verify(export, tmp_path / "onnx", tmp_path / "rounded")
-    assert found.roundings == ("float32", "inputs in blocks")
-    held, run = [part for part in found.components if part.component == "decoder"]
-    assert (held.computed, held.limit) == ("inputs not rounded", 1e-4)
-    assert held.relative < 1e-5
-    assert (run.computed, run.limit) == ("as it runs", 0.25)
-    assert 1e-3 < run.relative < 0.1
-    assert held.inputs < run.inputs  # a step with the cache is compared as it runs
+    verification = verify(export, tmp_path / "onnx", tmp_path / "rounded")
+    assert verification.roundings == ("float32", "inputs in blocks")
+    exact, as_it_runs = [difference for difference in verification.components if difference.component == "decoder"]
+    assert (exact.computed, exact.limit) == ("inputs not rounded", 1e-4)
+    assert exact.relative < 1e-5
+    assert (as_it_runs.computed, as_it_runs.limit) == ("as it runs", 0.25)
+    assert 1e-3 < as_it_runs.relative < 0.1
+    assert exact.inputs < as_it_runs.inputs  # a step with the cache is compared as it runs
 
     def wrong(codes: np.ndarray) -> np.ndarray:
         codes[3, 0, 5] ^= 0x0F
@@ -153,14 +153,20 @@ def test_one_wrong_code_does_not_hide_behind_what_the_runtime_rounds(source: Pat
 def test_what_the_checkpoint_rounds_too_is_compared_without_it_first(
     source: Path, tmp_path: Path, activations: Activations
 ) -> None:
-    held = Scheme(8, -1, symmetric=True, activations=activations)
-    round_checkpoint(source, tmp_path / "rounded", held, vision=lambda name: held if ".mlp." in name else None)
+    w8a8 = Scheme(8, -1, symmetric=True, activations=activations)
+    round_checkpoint(source, tmp_path / "rounded", w8a8, vision=lambda name: w8a8 if ".mlp." in name else None)
     export = export_onnx(tmp_path / "rounded", tmp_path / "onnx")
-    found = verify(export, tmp_path / "onnx", tmp_path / "rounded")
-    assert found.roundings == ("float32", "inputs to 8 bits")
-    assert [part.component for part in found.components] == [*["vision encoder"] * 2, "embeddings", *["decoder"] * 2]
-    for part in found.components:
-        assert part.relative < (1e-5 if part.computed == "inputs not rounded" or part.component == "embeddings" else 0.1)
+    verification = verify(export, tmp_path / "onnx", tmp_path / "rounded")
+    assert verification.roundings == ("float32", "inputs to 8 bits")
+    assert [difference.component for difference in verification.components] == [
+        *["vision encoder"] * 2,
+        "embeddings",
+        *["decoder"] * 2,
+    ]
+    for difference in verification.components:
+        assert difference.relative < (
+            1e-5 if difference.computed == "inputs not rounded" or difference.component == "embeddings" else 0.1
+        )
 
     def wrong(codes: np.ndarray) -> np.ndarray:
         codes[7, 3] ^= 20
@@ -172,12 +178,12 @@ def test_what_the_checkpoint_rounds_too_is_compared_without_it_first(
 
 
 def test_the_two_towers_of_clip_are_compared_and_what_they_find_nearest(clip: tuple[Onnx, Path, Path]) -> None:
-    found = verify(*clip)
-    assert [part.component for part in found.components] == ["image encoder", "text encoder"]
-    assert all(part.relative < 1e-5 for part in found.components)
-    assert found.answers is not None
-    assert [(row.shown, row.same) for row in found.answers.agreement] == [("right image", 8), ("wrong image", 8)]
-    assert found.answers.ungrounded == 0
+    verification = verify(*clip)
+    assert [difference.component for difference in verification.components] == ["image encoder", "text encoder"]
+    assert all(difference.relative < 1e-5 for difference in verification.components)
+    assert verification.answers is not None
+    assert [(row.shown, row.same) for row in verification.answers.agreement] == [("right image", 8), ("wrong image", 8)]
+    assert verification.answers.ungrounded == 0
 
 
 def test_exchanged_weights_of_clip_are_found_in_their_tower(clip: tuple[Onnx, Path, Path], tmp_path: Path) -> None:
@@ -190,14 +196,14 @@ def test_exchanged_weights_of_clip_are_found_in_their_tower(clip: tuple[Onnx, Pa
 def test_a_prompt_that_is_too_long_for_the_model_is_left_out_with_a_warning(tmp_path: Path) -> None:
     model = build_qwen2_5_vl(tmp_path / "model", context=100, layers=1)
     export = export_onnx(model, tmp_path / "onnx")
-    told = Noted()
-    found = export.verify(VerifyContext(tmp_path / "onnx", model, family_at(model), told, tmp_path / "logs"))
-    assert [part.inputs for part in found.components] == [2, 3, 6]
-    assert [warning.split(" left out: ")[0] for warning in told.warnings] == [
+    progress = Noted()
+    verification = export.verify(VerifyContext(tmp_path / "onnx", model, family_at(model), progress, tmp_path / "logs"))
+    assert [difference.inputs for difference in verification.components] == [2, 3, 6]
+    assert [warning.split(" left out: ")[0] for warning in progress.warnings] == [
         "verification: images of 97×61 and 252×140 pixels",
         "verification: an image of 252×140 pixels",
     ]
-    assert "takes 104 tokens with 3 for its answer, and the model takes 100" in told.warnings[0]
+    assert "takes 104 tokens with 3 for its answer, and the model takes 100" in progress.warnings[0]
 
 
 def test_a_graph_that_is_missing_is_named(source: Path, artifact: tuple[Onnx, Path], tmp_path: Path) -> None:

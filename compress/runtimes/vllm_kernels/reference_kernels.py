@@ -1,12 +1,12 @@
-"""Products of quantized linears in plain torch, for vLLM's build for CPUs on processors that its own kernels do not serve.
+"""Reference kernels in plain torch for quantized linears in vLLM's CPU build, on processors that its own kernels do not support.
 
-A vLLM server loads it in vLLM's environment before it loads a model, as a worker's extension (`--worker-extension-cls`); it
-imports nothing of this package. It takes the place of two functions of vLLM 0.32's `_custom_ops`; how weights are loaded, named,
-joined and repacked, and how inputs are rounded, stays vLLM's own.
+A vLLM server loads this module in vLLM's environment before the model, as a worker extension (`--worker-extension-cls`); it imports
+nothing of this package. It replaces functions of vLLM 0.32's `_custom_ops`. Loading, fusing and repacking of weights and the
+quantization of activations stay vLLM's own.
 
-- `cpu_gemm_wna16`: weights of 4 bits. vLLM compiles the kernel for AVX-512, AMX, Arm and others, not for AVX2.
-- `onednn_scaled_mm`: W8A8. Without VNNI oneDNN adds two products of 8-bit integers in 16 bits, and what does not fit is cut off:
-  Intel, "Nuances of int8 Computations", oneDNN developer guide.
+- `cpu_gemm_wna16`: 4-bit weights. vLLM compiles the kernel for AVX-512, AMX, Arm and others, not for AVX2.
+- `onednn_scaled_mm`: W8A8. Without VNNI oneDNN adds two int8 products in 16 bits, which saturates: Intel, "Nuances of int8
+  Computations", oneDNN developer guide.
 """
 
 from __future__ import annotations
@@ -16,9 +16,10 @@ from vllm import _custom_ops  # pyright: ignore[reportAttributeAccessIssue, repo
 
 _BITS = 4
 _BLOCK = 16
-"""Output channels that vLLM's `CPUWNA16LinearKernel` puts side by side when it repacks."""
+"""Output channels per block in the layout of vLLM's `CPUWNA16LinearKernel`."""
+
 _EXACT = 512
-"""Products of two 8-bit integers whose sum float32 holds exactly: 2¹⁴ · 2⁹ = 2²³, below 2²⁴."""
+"""The number of int8 products whose sum is exact in float32: 2¹⁴ · 2⁹ = 2²³, below 2²⁴."""
 
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
@@ -38,8 +39,8 @@ def cpu_gemm_wna16(
 ) -> torch.Tensor:
     """Return `input` [..., K] times the dequantized weight, plus `bias` [N], summed in float32.
 
-    `q_weight` [N / 16, K · 2] holds for each block of 16 output channels and each input channel two words; `scales` [groups, N];
-    `zeros` [groups, N / 8] packed along the output, or none where every zero point is 8.
+    `q_weight` [N / 16, K · 2] has two words per block of 16 output channels and input channel; `scales` [groups, N]; `zeros`
+    [groups, N / 8] are packed along the output, None where every zero point is 8.
     """
     del pack_factor, isa_hint
     groups, outputs = scales.shape
@@ -53,7 +54,7 @@ def cpu_gemm_wna16(
 
 
 class _Handler:
-    """What stands for oneDNN's prepared matrix: `weight` [K, N] int8, `scales` [N] float32."""
+    """Replaces oneDNN's prepared matrix: `weight` [K, N] int8, `scales` [N] float32."""
 
     def __init__(self, weight: torch.Tensor, scales: torch.Tensor) -> None:
         self.k, self.n = weight.shape
@@ -68,7 +69,7 @@ def create_onednn_scaled_mm(
     use_azp: bool,
     primitive_cache_size: int = 128,
 ) -> _Handler:
-    """Keep `weight` [K, N] int8 and its scales, one or one for each of the N channels."""
+    """Return a handler of `weight` [K, N] int8 and its scales, one or one per output channel."""
     del output_type, dynamic_quant, use_azp, primitive_cache_size
     return _Handler(weight, weight_scales)
 
@@ -89,11 +90,11 @@ def onednn_scaled_mm(
     """
     if input_zp is not None:
         raise NotImplementedError("the reference kernel of W8A8 has no zero points of inputs")
-    del input_zp_adj  # corrects for zero points of inputs alone
+    del input_zp_adj  # needed for zero points of inputs only
     product = torch.zeros(len(x), dnnl_handler.n, dtype=torch.int32)
     for first in range(0, dnnl_handler.k, _EXACT):
-        part = x[:, first : first + _EXACT].float() @ dnnl_handler.weight[first : first + _EXACT].float()
-        product += part.to(torch.int32)
+        partial = x[:, first : first + _EXACT].float() @ dnnl_handler.weight[first : first + _EXACT].float()
+        product += partial.to(torch.int32)
     scaled = product.float() * dnnl_handler.scales
     if input_scale is not None:
         scaled = scaled * input_scale.float()

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CheckpointError, CompressError, MissingError, RecipeError
-from compress.runtimes.last_words import describe_end, read_log, reason_of
+from compress.runtimes.exit_reason import describe_exit, read_log, reason_of
 from compress.runtimes.vllm_faults import fault_of
 
 TRACE = (
@@ -100,31 +100,31 @@ DEATHS: dict[str, tuple[str, str, type[CompressError] | None, str]] = {
 def test_the_line_that_decides_comes_first_and_what_is_at_fault_is_known(name: str) -> None:
     log, reason, error, words = DEATHS[name]
     assert (reason_of(log) or "").startswith(reason)
-    assert describe_end(log, Path("/logs/vllm.log")).startswith(f": {reason[:250]}")
-    found = fault_of("vLLM, serving x,", log, "/logs/vllm.log")
-    assert type(found) is (type(None) if error is None else error)
-    if found is not None:
-        assert words in str(found)
-        assert "(its log: /logs/vllm.log)" in str(found)
-        assert "\n" not in str(found)
-        assert len(str(found)) < 600
-        assert found.exit_code == (3 if error is MissingError else 2)
+    assert describe_exit(log, Path("/logs/vllm.log")).startswith(f": {reason[:250]}")
+    fault = fault_of("vLLM, serving x,", log, "/logs/vllm.log")
+    assert type(fault) is (type(None) if error is None else error)
+    if fault is not None:
+        assert words in str(fault)
+        assert "(its log: /logs/vllm.log)" in str(fault)
+        assert "\n" not in str(fault)
+        assert len(str(fault)) < 600
+        assert fault.exit_code == (3 if error is MissingError else 2)
 
 
 def test_an_end_without_a_word_shows_the_last_lines() -> None:
     log = "".join(f"INFO line {number}\n" for number in range(50))
     assert reason_of(log) is None
-    said = describe_end(log, None)
-    assert said.startswith(".\nThe last lines:\n  INFO line 30\n")
+    message = describe_exit(log, None)
+    assert message.startswith(".\nThe last lines:\n  INFO line 30\n")
     assert fault_of("vLLM", log, "x") is None
 
 
 def test_what_a_log_shows_holds_no_secret_and_no_control_character(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_0123456789abcdef")
-    said = describe_end("ValueError: \x1b[31mno access with hf_0123456789abcdef\x9b\nlast \x1b[0m hf_0123456789abcdef\n", None)
-    assert "hf_" not in said
-    assert "\x1b" not in said
-    assert said.startswith(": ValueError: \\x1b[31mno access with …\\x9b\n")
+    message = describe_exit("ValueError: \x1b[31mno access with hf_0123456789abcdef\x9b\nlast \x1b[0m hf_0123456789abcdef\n", None)
+    assert "hf_" not in message
+    assert "\x1b" not in message
+    assert message.startswith(": ValueError: \\x1b[31mno access with …\\x9b\n")
 
 
 def test_a_log_is_read_at_its_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
