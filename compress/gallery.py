@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from compress.errors import CompressError
-from compress.eval.results import Measured, QuestionItem, ScoredItem, ScoreMetrics
+from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoredItem, ScoreMetrics
 from compress.eval.task import Task
 from compress.pictures import decode_image
 
@@ -37,8 +37,8 @@ class TaskFlips:
 
     task: Task
     files: Callable[[], Sequence[Path]]
-    original: Measured
-    artifacts: Mapping[str, Measured]
+    original: ItemizedMeasurement
+    artifacts: Mapping[str, ItemizedMeasurement]
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,11 @@ from compress.artifact import checkpoint_bytes, weight_bytes
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, StoreError
 from compress.eval.latency_results import Latency, read_latency
-from compress.eval.results import Measured, read_measured
+from compress.eval.results import ItemizedMeasurement, read_measurement
 from compress.events import EventLog, Watcher
 from compress.files import telling_where, write_json, write_text
 from compress.gallery import Gallery, TaskFlips, make_gallery
-from compress.gate import Subject, Verdict, judge, together
+from compress.gate import MeasuredModel, Verdict, combine_verdicts, judge
 from compress.hardware import describe
 from compress.meter import Meter
 from compress.plan import Plan, make_plan, notes_of, plan_evaluation
@@ -135,7 +135,7 @@ def _make_folder(runs: Path, name: str) -> Path:
 
 
 _READERS: Mapping[Kind, Callable[[Path], object]] = {
-    "measure": read_measured,
+    "measure": read_measurement,
     "latency": read_latency,
     "verify": read_verification,
 }
@@ -260,8 +260,8 @@ class _Run:
             found = self._latency(place)
             latencies |= {} if found is None else {target.name: found}
             own = self._rows(measured, executor, target)
-            subjects = [Subject(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, found) for row in own]
-            verdicts.append(judge(recipe.gate, subjects[0], subjects[1:], target.name))
+            models = [MeasuredModel(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, found) for row in own]
+            verdicts.append(judge(recipe.gate, models[0], models[1:], target.name))
             rows += own
         stages = [step.name for step in self.plan.steps if step.kind == "stage"]
         serving = notes_of(self.plan, self.entries[stages[-1]].folder) if stages else ()
@@ -272,7 +272,7 @@ class _Run:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             source=redact_value(self.plan.model.describe()),
             rows=tuple(rows),
-            gate=together(verdicts),
+            gate=combine_verdicts(verdicts),
             timings=tuple(self.timings),
             warnings=tuple(self.events.warnings),
             published=(),
@@ -296,10 +296,10 @@ class _Run:
             },
         )
 
-    def _measured(self, place: int) -> dict[str, Measured]:
+    def _measured(self, place: int) -> dict[str, ItemizedMeasurement]:
         """Return what was measured at one of the recipe's places, by artifact, the original first."""
         steps = {name: self.plan.measured(place, name) for name in (ORIGINAL, *self.plan.artifacts_at(place))}
-        return {name: read_measured(self.entries[step.name].folder) for name, step in steps.items()}
+        return {name: read_measurement(self.entries[step.name].folder) for name, step in steps.items()}
 
     def _gallery(self, executor: StepExecutor) -> Gallery:
         """Return the items that flipped, at the first of the recipe's places."""
@@ -321,7 +321,7 @@ class _Run:
         found = {step.name: read_widths(self.entries[step.name].folder) for step in self.plan.steps if step.kind == "stage"}
         return {name: widths for name, widths in found.items() if widths is not None}
 
-    def _rows(self, measured: Mapping[str, Measured], executor: StepExecutor, target: Target) -> list[Row]:
+    def _rows(self, measured: Mapping[str, ItemizedMeasurement], executor: StepExecutor, target: Target) -> list[Row]:
         original = executor.original()
         checkpoint = open_checkpoint(original)
         weights = sum(_elements(entry.shape) for entry in checkpoint.tensors.values())

@@ -123,7 +123,7 @@ class Adapter(Task):
         return measure(self, context)
 
 
-def spelled_out(entry: Any) -> Any:
+def expand_short_name(entry: Any) -> Any:
     """Return the table that `lmms:NAME` or `lm:NAME` stands for; anything else as it is."""
     found = re.fullmatch(SHORT, entry) if isinstance(entry, str) else None
     return entry if found is None else {"task": "adapter", "harness": found[1], "benchmark": found[2]}

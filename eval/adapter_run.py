@@ -78,10 +78,10 @@ def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
         raise UsageError(f"task {task.name}: adapter needs a server: set eval.runtime to vllm or endpoint")
     with tempfile.TemporaryDirectory(prefix="compress-adapter-") as folder:
         told, items = _run(task, context, endpoint, Path(folder))
-    if context.against is not None:
-        original = [item for item in read_items(context.against, task.name) if isinstance(item, AdapterItem)]
+    if context.original_measurement is not None:
+        original = [item for item in read_items(context.original_measurement, task.name) if isinstance(item, AdapterItem)]
         check_pairs(task.name, original, ((item.id, item.digest) for item in items))
-    write_items(context.target, task.name, items)
+    write_items(context.output_dir, task.name, items)
     failed = sum(item.fault is not None for item in items)
     metrics = ScoreMetrics(
         task="adapter",
@@ -112,9 +112,9 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
         include_path=task.include_path,
         concurrency=task.concurrency,
         seconds=task.request_seconds,
-        tokenizer=str(context.original.absolute()),
+        tokenizer=str(context.original_checkpoint.absolute()),
         max_length=_context_length(client, str(endpoint.model)),
-        journal=str((context.target / "journal" / f"{task.name}.harness.jsonl").absolute()),
+        journal=str((context.output_dir / "journal" / f"{task.name}.harness.jsonl").absolute()),
         items=str(folder / "items.jsonl"),
         outcome=str(folder / "outcome.json"),
     )

@@ -41,7 +41,7 @@ class _Model:
     telemetry: dict[LoadPoint, list[Telemetry]] = field(default_factory=lambda: dict[LoadPoint, list[Telemetry]]())
     best: list[Best] = field(default_factory=lambda: list[Best]())
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         self.loads.clear()
         self.telemetry.clear()
         self.best.clear()
@@ -85,7 +85,7 @@ class _Measuring:
         """Measure every model, and all anew where one of them makes do with less memory than those before it."""
         while True:
             for model in self._models:
-                model.forget()
+                model.discard()
             try:
                 self._measure(self._settings.points if self._settings.concurrency != "auto" else self._search())
             except _LoweredError:

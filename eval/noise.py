@@ -6,14 +6,14 @@ from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from compress.eval.results import AnyItem, Measured, ScoredItem
+from compress.eval.results import AnyItem, ItemizedMeasurement, ScoredItem
 from compress.eval.statistics import Excess, above_floor
 
 Value = Callable[[AnyItem], tuple[float, float] | None]
 """What an item adds to a sum, and for how many tokens or items it counts; None where nothing is known of it."""
 
 
-def kl_above_noise(original: Measured, artifact: Measured, task: str, confidence: float) -> Excess | None:
+def kl_above_noise(original: ItemizedMeasurement, artifact: ItemizedMeasurement, task: str, confidence: float) -> Excess | None:
     """Tell whether an artifact's mean KL per token is shown to be above the original's own; None where it was not asked again."""
 
     def kl(item: AnyItem) -> tuple[float, float] | None:
@@ -23,7 +23,7 @@ def kl_above_noise(original: Measured, artifact: Measured, task: str, confidence
     return _above(original, artifact.items[task], task, kl, confidence)
 
 
-def flips_above_noise(original: Measured, artifact: Measured, task: str, confidence: float) -> Excess | None:
+def flips_above_noise(original: ItemizedMeasurement, artifact: ItemizedMeasurement, task: str, confidence: float) -> Excess | None:
     """Tell whether an artifact's share of flips is shown to be above the original's own; None where it was not asked again."""
     scores = {item.id: item.score for item in original.scored(task)}
 
@@ -33,9 +33,9 @@ def flips_above_noise(original: Measured, artifact: Measured, task: str, confide
     return _above(original, artifact.items[task], task, flipped, confidence)
 
 
-def _above(original: Measured, items: Sequence[AnyItem], task: str, value: Value, confidence: float) -> Excess | None:
+def _above(original: ItemizedMeasurement, items: Sequence[AnyItem], task: str, value: Value, confidence: float) -> Excess | None:
     """Compare an artifact's mean over its items with the original's over those asked again; items of one image may depend."""
-    repeated: Mapping[str, AnyItem] = {item.id: item for item in original.again.get(task, ())}
+    repeated: Mapping[str, AnyItem] = {item.id: item for item in original.repeated_items.get(task, ())}
     own = [value(item) or (0.0, 0.0) for item in items]
     noise = [value(repeated[item.id]) or (0.0, 0.0) if item.id in repeated else (0.0, 0.0) for item in items]
     artifact, floor = np.array(own, dtype=np.float64), np.array(noise, dtype=np.float64)

@@ -13,19 +13,28 @@ from pydantic import Field, PositiveInt, model_validator
 
 from compress.calibration.sets import TextSource
 from compress.errors import DataError
+from compress.eval.full_vocabulary import compare_full_vocabulary
 from compress.eval.results import (
     Fidelity,
     PerplexityMetrics,
     TaskMeasurement,
     WindowItem,
-    again,
     check_pairs,
     read_items,
+    repeat_name,
     write_items,
 )
 from compress.eval.statistics import bounded_exp
-from compress.eval.task import Task, TaskContext, count, fidelity_of, score_again, score_passages, total, warn_of_few
-from compress.eval.whole import compare_whole
+from compress.eval.task import (
+    Task,
+    TaskContext,
+    count_or_none,
+    fidelity_of,
+    score_passages,
+    score_twice,
+    sum_or_none,
+    warn_if_fewer,
+)
 from compress.runtimes.runtime import Ability, Passage, Score
 from compress.schema import Source
 
@@ -106,15 +115,15 @@ class Perplexity(Task):
 
     def measure(self, context: TaskContext) -> TaskMeasurement:
         """Score the text's windows; see `Task.measure`."""
-        passages = self.windows(context.files, context.original)
-        warn_of_few(context, self.name, self.samples, len(passages), "windows")
+        passages = self.windows(context.files, context.original_checkpoint)
+        warn_if_fewer(context, self.name, self.samples, len(passages), "windows")
         digests = [_digest(passage.token_ids) for passage in passages]
-        if context.against is not None:
-            original = [item for item in read_items(context.against, self.name) if isinstance(item, WindowItem)]
+        if context.original_measurement is not None:
+            original = [item for item in read_items(context.original_measurement, self.name) if isinstance(item, WindowItem)]
             check_pairs(self.name, original, zip((passage.id for passage in passages), digests, strict=True))
-        scores = compare_whole(context, self.name, passages, score_passages(context, self.name, passages))
+        scores = compare_full_vocabulary(context, self.name, passages, score_passages(context, self.name, passages))
         items = _items(scores, digests)
-        write_items(context.target, self.name, items)
+        write_items(context.output_dir, self.name, items)
         tokens = sum(item.tokens for item in items)
         metrics = PerplexityMetrics(
             perplexity=bounded_exp(math.fsum(item.nll for item in items) / tokens),
@@ -128,11 +137,11 @@ class Perplexity(Task):
 
     def _noise(self, passages: Sequence[Passage], digests: Sequence[str], context: TaskContext) -> Fidelity | None:
         """Return how much the original's predictions change when it is asked once more, None where it is not."""
-        repeated = passages[: context.noise]
-        if context.against is not None or not repeated:
+        repeated = passages[: context.noise_samples]
+        if context.original_measurement is not None or not repeated:
             return None
-        scores = score_again(context, self.name, repeated)
-        write_items(context.target, again(self.name), _items(scores, digests[: len(repeated)]))
+        scores = score_twice(context, self.name, repeated)
+        write_items(context.output_dir, repeat_name(self.name), _items(scores, digests[: len(repeated)]))
         return fidelity_of(scores)
 
     def windows(self, files: Sequence[Path], original: Path) -> list[Passage]:
@@ -167,8 +176,8 @@ def _items(scores: Sequence[Score], digests: Sequence[str]) -> list[WindowItem]:
             digest=digest,
             tokens=len(score.negative_log_likelihood),
             nll=float(score.negative_log_likelihood.sum()),
-            kl=total(score.kl),
-            same_top=count(score.same_top),
+            kl=sum_or_none(score.kl),
+            same_top=count_or_none(score.same_top),
             fault=score.fault,
         )
         for score, digest in zip(scores, digests, strict=True)

@@ -16,19 +16,19 @@ from pydantic import PositiveInt, model_validator
 
 from compress.calibration.sets import Columns, ImageFolder, QuestionSource
 from compress.errors import CheckpointError, DataError
-from compress.eval.journal import tell_of_faults
+from compress.eval.journal import report_faults
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
 from compress.eval.task import (
     Task,
     TaskContext,
     cluster_of,
-    count,
+    count_or_none,
     digest_text,
     draw_questions,
     fidelity_of,
     flips,
-    total,
-    warn_of_few,
+    sum_or_none,
+    warn_if_fewer,
 )
 from compress.files import write_bytes
 from compress.runtimes.runtime import Ability, Embeddings, Faults, Picture, Score, unscored
@@ -139,8 +139,12 @@ class Retrieval(Task):
     def measure(self, context: TaskContext) -> TaskMeasurement:
         """Find captions and images, and compare the likelihoods of captions with the original's; see `Task.measure`."""
         pool = self.pool(context.files)
-        warn_of_few(context, self.name, self.samples, len(pool.questions), "images")
-        original = None if context.against is None else _original_items(self.name, pool.questions, context.against)
+        warn_if_fewer(context, self.name, self.samples, len(pool.questions), "images")
+        original = (
+            None
+            if context.original_measurement is None
+            else _original_items(self.name, pool.questions, context.original_measurement)
+        )
         pictures = [Picture(question.id, question.images[0]) for question in pool.questions]
         faults: Faults = {}
         found = context.session.embed(pictures, pool.texts, context.progress, faults)
@@ -151,15 +155,15 @@ class Retrieval(Task):
                 "another dtype for the runtime, or a gentler stage"
             )
         told = [(pictures[place].id, words) for place, words in sorted(faults.items())]
-        tell_of_faults(self.name, "shown to the model", told, len(pictures), context.progress)
-        reference = None if context.against is None else _read_record(context.against, self.name)
-        if context.against is None:
-            _write_record(context.target, self.name, found)
+        report_faults(self.name, "shown to the model", told, len(pictures), context.progress)
+        reference = None if context.original_measurement is None else _read_record(context.original_measurement, self.name)
+        if context.original_measurement is None:
+            _write_record(context.output_dir, self.name, found)
         found_at = ranks(pool, found)
         hits = image_scores(pool, *found_at)
         nearest, scores = _compare(pool, found, reference, faults)
         items = [self._item(pool, row, *parts) for row, parts in enumerate(zip(hits, nearest, scores, strict=True))]
-        write_items(context.target, self.name, items)
+        write_items(context.output_dir, self.name, items)
         fidelity = fidelity_of(scores, "image")
         if fidelity is not None and original is not None:
             changed = sum(old.said != new.said for old, new in zip(original, items, strict=True))
@@ -185,8 +189,8 @@ class Retrieval(Task):
             score=0.0 if score.fault else float(hit),
             fault=score.fault,
             nll=float(score.negative_log_likelihood.sum()),
-            kl=total(score.kl),
-            same_top=count(score.same_top),
+            kl=sum_or_none(score.kl),
+            same_top=count_or_none(score.same_top),
         )
 
 

@@ -14,9 +14,19 @@ from pydantic import Field, PositiveInt, model_validator
 
 from compress.calibration.sets import Columns, ImageFolder, QuestionSource
 from compress.errors import CheckpointError, DataError
-from compress.eval.journal import tell_of_faults
+from compress.eval.journal import report_faults
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
-from compress.eval.task import Task, TaskContext, cluster_of, count, draw_questions, fidelity_of, flips, total, warn_of_few
+from compress.eval.task import (
+    Task,
+    TaskContext,
+    cluster_of,
+    count_or_none,
+    draw_questions,
+    fidelity_of,
+    flips,
+    sum_or_none,
+    warn_if_fewer,
+)
 from compress.files import write_bytes
 from compress.runtimes.runtime import Ability, Faults, Picture, Score, unscored
 from compress.schema import Source
@@ -112,8 +122,10 @@ class ZeroShot(Task):
     def measure(self, context: TaskContext) -> TaskMeasurement:
         """Find each image's class, and compare the likelihoods with the original's; see `Task.measure`."""
         images = self.images(context.files)
-        warn_of_few(context, self.name, self.samples, len(images), "images")
-        original = None if context.against is None else _original_items(self.name, images, context.against)
+        warn_if_fewer(context, self.name, self.samples, len(images), "images")
+        original = (
+            None if context.original_measurement is None else _original_items(self.name, images, context.original_measurement)
+        )
         pictures = [Picture(question.id, question.images[0]) for question, _ in images]
         faults: Faults = {}
         found = context.session.classify(pictures, [self.texts(name) for name in self.classes], context.progress, faults)
@@ -123,10 +135,10 @@ class ZeroShot(Task):
                 "overflow in this runtime's dtype: set another dtype for the runtime, or a gentler stage"
             )
         told = [(pictures[place].id, words) for place, words in sorted(faults.items())]
-        tell_of_faults(self.name, "shown to the model", told, len(images), context.progress)
-        reference = None if context.against is None else _read_record(context.against, self.name)
-        if context.against is None:
-            _write_record(context.target, self.name, found)
+        report_faults(self.name, "shown to the model", told, len(images), context.progress)
+        reference = None if context.original_measurement is None else _read_record(context.original_measurement, self.name)
+        if context.original_measurement is None:
+            _write_record(context.output_dir, self.name, found)
         scores = [
             unscored(question.id, faults[row], compared=reference is not None)
             if row in faults
@@ -137,7 +149,7 @@ class ZeroShot(Task):
             self._item(*image, said=None if score.fault else int(likelihoods.argmax()), score=score)
             for image, likelihoods, score in zip(images, found, scores, strict=True)
         ]
-        write_items(context.target, self.name, items)
+        write_items(context.output_dir, self.name, items)
         metrics = ScoreMetrics(
             task=self.task, metric="accuracy", score=math.fsum(item.score for item in items) / len(items), items=len(items)
         )
@@ -171,8 +183,8 @@ class ZeroShot(Task):
             score=float(said == place),
             fault=score.fault,
             nll=float(score.negative_log_likelihood.sum()),
-            kl=total(score.kl),
-            same_top=count(score.same_top),
+            kl=sum_or_none(score.kl),
+            same_top=count_or_none(score.same_top),
         )
 
 

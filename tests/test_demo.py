@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import compress
-from compress.eval.results import ScoreMetrics, read_measured
+from compress.eval.results import ScoreMetrics, read_measurement
 from compress.eval.vqa import Vqa as VqaTask
 from compress.progress import Silent
 from compress.recipe import read_recipe
@@ -84,7 +84,7 @@ def test_vllm_answers_as_the_in_process_runtime_does(
     row = next(row for row in report.rows if row.artifact == f"vllm-{layout}")
     assert places.store is not None
     kept = [entry.folder for entry in Store(places.store).entries() if entry.step == f"measure vllm-{layout}"]
-    asked = [read_measured(folder).questions("scenes") for folder in kept]
+    asked = [read_measurement(folder).questions("scenes") for folder in kept]
     here = {item.id: item.said for item in max(asked, key=len)}
     runtime = Vllm(runtime="vllm", dtype="float16", max_model_len=512, kv_cache_gib=1, kernels=KERNELS)
     with runtime.open(OpenContext(Path(row.path), tmp_path, Silent())) as session:

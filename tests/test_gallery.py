@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from compress.errors import MissingError
-from compress.eval.results import Fidelity, Measured, PerplexityMetrics, QuestionItem, ScoreMetrics, TaskMeasurement
+from compress.eval.results import Fidelity, ItemizedMeasurement, PerplexityMetrics, QuestionItem, ScoreMetrics, TaskMeasurement
 from compress.eval.vqa import Vqa
 from compress.gallery import Gallery, TaskFlips, make_gallery, thumbnail
 from tests.jobs import write_questions
@@ -22,10 +22,10 @@ def item(name: str, score: float, said: str = "red", fault: str | None = None) -
     )  # fmt: skip
 
 
-def measured(scores: Mapping[str, float], *, task: str = "scenes", binary: bool = True) -> Measured:
+def measured(scores: Mapping[str, float], *, task: str = "scenes", binary: bool = True) -> ItemizedMeasurement:
     items = tuple(item(name, score) for name, score in scores.items())
     metrics = ScoreMetrics(task="vqa", metric="exact_match", score=0.5, items=len(items), binary=binary)
-    return Measured(tasks={task: TaskMeasurement(name=task, metrics=metrics)}, items={task: items})
+    return ItemizedMeasurement(tasks={task: TaskMeasurement(name=task, metrics=metrics)}, items={task: items})
 
 
 def task(folder: Path, name: str = "scenes") -> tuple[Vqa, Callable[[], Sequence[Path]]]:
@@ -108,7 +108,9 @@ def test_items_that_an_artifact_was_not_asked_and_tasks_without_scores_are_no_fl
     before, after = measured(scores(1, 1)), measured({"q1": 1})
     text = PerplexityMetrics(perplexity=8, window=16, windows=1, tokens=16)
     fidelity = Fidelity(tokens=16, kl_mean=0.1, kl_p99=0.2, kl_interval=None, top1_agreement=0.9)
-    plain = Measured(tasks={"scenes": TaskMeasurement(name="scenes", metrics=text, fidelity=fidelity)}, items={"scenes": ()})
+    plain = ItemizedMeasurement(
+        tasks={"scenes": TaskMeasurement(name="scenes", metrics=text, fidelity=fidelity)}, items={"scenes": ()}
+    )
     assert make_gallery([TaskFlips(asked, files, before, {"awq": after}), TaskFlips(asked, files, plain, {})]) == Gallery()
 
 

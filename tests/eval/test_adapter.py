@@ -16,7 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 
 from compress.errors import MissingError, RecipeError, ServerError, UsageError
-from compress.eval.adapter import Adapter, spelled_out
+from compress.eval.adapter import Adapter, expand_short_name
 from compress.eval.adapter_worker import FAILED, AnswerLog, UnknownNameError, canonical, details, item
 from compress.eval.adapter_worker import Found as HarnessFound
 from compress.eval.results import AdapterItem, ScoreMetrics, read_items
@@ -45,10 +45,10 @@ class Listening(Silent):
 
 
 def test_short_names_stand_for_tables() -> None:
-    assert spelled_out("lmms:mme") == {"task": "adapter", "harness": "lmms", "benchmark": "mme"}
-    assert spelled_out("lm:hellaswag") == {"task": "adapter", "harness": "lm", "benchmark": "hellaswag"}
-    assert spelled_out("lmm:mme") == "lmm:mme"
-    assert spelled_out({"task": "vqa"}) == {"task": "vqa"}
+    assert expand_short_name("lmms:mme") == {"task": "adapter", "harness": "lmms", "benchmark": "mme"}
+    assert expand_short_name("lm:hellaswag") == {"task": "adapter", "harness": "lm", "benchmark": "hellaswag"}
+    assert expand_short_name("lmm:mme") == "lmm:mme"
+    assert expand_short_name({"task": "vqa"}) == {"task": "vqa"}
 
 
 def test_named_as_the_benchmark_unless_said() -> None:
@@ -328,10 +328,10 @@ def context(session: Session, folder: Path, against: Path | None = None, progres
     folder.mkdir(parents=True, exist_ok=True)
     return TaskContext(
         session=session,
-        original=DEMO / "model",
+        original_checkpoint=DEMO / "model",
         files=(),
-        target=folder,
-        against=against,
+        output_dir=folder,
+        original_measurement=against,
         progress=progress or Silent(),
         logs=folder / "logs",
     )

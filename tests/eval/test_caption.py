@@ -10,7 +10,7 @@ from compress.errors import DataError
 from compress.eval.caption import Caption
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.metrics.cider import Cider
-from compress.eval.results import QuestionItem, ScoreMetrics, read_measured
+from compress.eval.results import QuestionItem, ScoreMetrics, read_measurement
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers import Transformers
@@ -47,7 +47,7 @@ def test_captions_are_scored_beside_those_of_all_images(tmp_path: Path) -> None:
         context = MeasureContext(model, {task.name: (source,)}, tmp_path / name, against, Silent(), tmp_path)
         with Transformers(runtime="transformers").open(OpenContext(checkpoint, tmp_path, Silent())) as session:
             measure(session, [task], context)
-        found = read_measured(tmp_path / name)
+        found = read_measurement(tmp_path / name)
         return [item for item in found.items["scenes"] if isinstance(item, QuestionItem)], found.tasks["scenes"]
 
     said = [item.said for item in measured(model, "first", None)[0]]
@@ -98,4 +98,4 @@ def test_rows_may_have_questions_of_their_own(tmp_path: Path) -> None:
     source.write_text(json.dumps({"image": "0.png", "captions": ["a dog"], "question": "What is there?"}) + "\n")
     task = task_for(tmp_path, prompt="In short: {question}", columns={"answer": "captions"})
     (question,) = task.questions([source])
-    assert task.wording(question) == "In short: What is there?"
+    assert task.prompt_text(question) == "In short: What is there?"

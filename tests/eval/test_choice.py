@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from compress.errors import DataError
-from compress.eval.asked import QuestionSet
 from compress.eval.choice import Choice
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import Measured, QuestionItem, ScoreMetrics, read_measured
+from compress.eval.question_task import QuestionSet
+from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoreMetrics, read_measurement
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
 from compress.runtimes.transformers import Transformers
@@ -46,14 +46,14 @@ class World:
         given = {"task": "choice", "definition": f"{name}.yaml", **fields}
         return Choice.model_validate(given, context={"base": self.folder})
 
-    def measure(self, task: Choice, name: str, against: str | None = None, **fields: Any) -> Measured:
+    def measure(self, task: Choice, name: str, against: str | None = None, **fields: Any) -> ItemizedMeasurement:
         target, before = self.folder / name, None if against is None else self.folder / against
         context = MeasureContext(
-            original=self.checkpoint, data={task.name: (self.folder / "rows.jsonl",)}, target=target, against=before,
-            progress=Silent(), logs=self.folder, **fields,
+            original_checkpoint=self.checkpoint, data={task.name: (self.folder / "rows.jsonl",)}, output_dir=target,
+            original_measurement=before, progress=Silent(), logs=self.folder, **fields,
         )  # fmt: skip
         measure(self.original if before is None else self.artifact, [task], context)
-        return read_measured(target)
+        return read_measurement(target)
 
     def log_likelihoods(self, session: Session, task: Choice, options: Sequence[str]) -> list[list[tuple[float, int]]]:
         """Return the log-likelihood and the number of tokens of each option of each question, each scored alone."""
@@ -94,11 +94,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(original, artifact, checkpoint, folder)
 
 
-def items_of(measured: Measured, name: str) -> list[QuestionItem]:
+def items_of(measured: ItemizedMeasurement, name: str) -> list[QuestionItem]:
     return [item for item in measured.items[name] if isinstance(item, QuestionItem)]
 
 
-def score_metrics(measured: Measured, name: str) -> ScoreMetrics:
+def score_metrics(measured: ItemizedMeasurement, name: str) -> ScoreMetrics:
     metrics = measured.tasks[name].metrics
     assert isinstance(metrics, ScoreMetrics)
     return metrics
@@ -167,7 +167,7 @@ def say_only(checkpoint: Path, target: Path, word: str, session: Session, prompt
 def test_an_answer_in_own_words_counts_by_the_option_that_it_names(world: World) -> None:
     task = world.task("words", SHOWN, tokens=1, by="generation")
     questions = task.questions((world.folder / "rows.jsonl",))
-    prompt = Prompt("one", task.wording(questions[0]), questions[0].images)
+    prompt = Prompt("one", task.prompt_text(questions[0]), questions[0].images)
     assert prompt.text == "What is in it, 0? A. it\nB. but\nC. a Which letter?"
     parrot = say_only(world.checkpoint, world.folder / "parrot", "B", world.original, prompt)
     with Transformers(runtime="transformers").open(OpenContext(parrot, world.folder, Silent())) as session:
@@ -180,7 +180,7 @@ def test_an_answer_in_own_words_counts_by_the_option_that_it_names(world: World)
 def test_the_original_asked_again_is_its_own_noise(world: World) -> None:
     for by in ("likelihood", "generation"):
         task = world.task(f"noise-{by}", SHOWN, by=by)
-        noise = world.measure(task, f"noise-{by}", noise=3).tasks[task.name].noise
+        noise = world.measure(task, f"noise-{by}", noise_samples=3).tasks[task.name].noise
         assert noise is not None
         assert noise.kl_mean < 1e-6 and noise.top1_agreement == 1
         assert (noise.lost, noise.gained, noise.changed) == (0, 0, 0)
@@ -192,12 +192,12 @@ class AfterTwo:
 
     looks: int = 4
 
-    def ends(self, items: int) -> list[int]:
+    def cumulative_items(self, items: int) -> list[int]:
         return [items * look // self.looks for look in range(1, self.looks + 1)]
 
-    def settled(self, original: Sequence[Any], items: Sequence[Any], look: int) -> bool:
-        assert [item.id for item in original] == [item.id for item in items]
-        assert len(items) == self.ends(ITEMS)[look - 1]
+    def is_decided(self, original: Sequence[Any], artifact: Sequence[Any], look: int) -> bool:
+        assert [item.id for item in original] == [item.id for item in artifact]
+        assert len(artifact) == self.cumulative_items(ITEMS)[look - 1]
         return look == 2
 
 
@@ -253,7 +253,7 @@ def test_an_option_without_text_cannot_be_scored(world: World) -> None:
 def test_a_question_that_fails_counts_as_wrong_and_is_told(world: World, by: str) -> None:
     task = world.task(f"fails-{by}", SHOWN, by=by)
     with changed(world, "What is in it, 3?", "What is it? " * 1000):
-        before = world.measure(task, f"{task.name}-original", noise=4)
+        before = world.measure(task, f"{task.name}-original", noise_samples=4)
         after = world.measure(task, f"{task.name}-artifact", f"{task.name}-original")
     for found in (before, after):
         items = items_of(found, task.name)

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from compress.calibration.questions import Question
 from compress.calibration.sets import VqaSet as CalibrationVqa
 from compress.errors import DataError, RecipeError
-from compress.eval.asked import Asked
 from compress.eval.caption import Caption
 from compress.eval.choice import Choice
 from compress.eval.definition import find_definition, read_definition, shipped_definitions
+from compress.eval.question_task import QuestionTask
 from compress.eval.results import QuestionItem
-from compress.eval.vqa import VqaSet
+from compress.eval.vqa import Vqa
 from tests.tiny import picture
 
 CHOICE: dict[str, Any] = {
@@ -61,9 +61,9 @@ ANSWERS = {
 }  # fmt: skip
 
 
-def task_of(name: str, folder: Path, **fields: Any) -> Asked:
+def task_of(name: str, folder: Path, **fields: Any) -> QuestionTask:
     kind = read_definition(find_definition(name, folder)).task
-    row: type[Asked] = {"vqa": VqaSet, "choice": Choice, "caption": Caption}[kind]
+    row: type[QuestionTask] = {"vqa": Vqa, "choice": Choice, "caption": Caption}[kind]
     by = {"by": "generation"} if kind == "choice" else {}
     return row.model_validate({"task": kind, "definition": name, **by, **fields}, context={"base": folder})
 
@@ -111,7 +111,7 @@ def test_a_shipped_definition_reads_its_dataset_as_it_stands_on_the_hub(tmp_path
     assert task.accepted(question) == ANSWERS[name]
     assert len(question.images) == (2 if name == "mmmu" else 1)
     assert question.category == {"vqav2": "other", "chartqa": "human_test", "pope": "adversarial", "mmmu": "Hard"}.get(name)
-    prompt = task.wording(question)
+    prompt = task.prompt_text(question)
     assert question.question in prompt
     assert "{" not in prompt
     if name == "mmmu":
@@ -162,14 +162,14 @@ def test_a_single_answer_counts_as_that_of_ten_people(tmp_path: Path) -> None:
 def test_questions_of_ones_own_need_nothing_but_their_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path, [row(options=None, answer="three red ones")])
     given = {"task": "vqa", "source": "rows.jsonl"}
-    task = VqaSet.model_validate(given, context={"base": tmp_path})
+    task = Vqa.model_validate(given, context={"base": tmp_path})
     (question,) = task.questions([path])
-    assert (task.name, task.scored_by, task.read().max_new_tokens) == ("questions", "exact_match", 16)
-    assert task.wording(question) == "Which?\nAnswer the question using a single word or phrase."
+    assert (task.name, task.metric_name, task.resolved_definition().max_new_tokens) == ("questions", "exact_match", 16)
+    assert task.prompt_text(question) == "Which?\nAnswer the question using a single word or phrase."
     assert [task.scorer([question])(question, said) for said in ("3 red ones", "red")] == [1.0, 0.0]
     own = {"prompt": "In short: {question}", "metric": "anls", "max_new_tokens": 40}
-    changed = VqaSet.model_validate({**given, **own}, context={"base": tmp_path})
-    assert (changed.wording(question), changed.scored_by, changed.binary) == ("In short: Which?", "anls", False)
+    changed = Vqa.model_validate({**given, **own}, context={"base": tmp_path})
+    assert (changed.prompt_text(question), changed.metric_name, changed.binary) == ("In short: Which?", "anls", False)
     assert 0.5 < changed.scorer([question])(question, "three red one") < 1
     assert "at most 40 tokens, prompt 'In short: {question}' (questions, version 1, with the recipe's own" in changed.note()
     assert changed.settings()["definition"] | own == changed.settings()["definition"] != task.settings()["definition"]
@@ -187,7 +187,7 @@ def test_questions_of_ones_own_need_nothing_but_their_file(tmp_path: Path) -> No
 def test_what_a_recipe_says_of_its_questions_is_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_rows(tmp_path, [row()])
     with pytest.raises(ValidationError, match=message):
-        VqaSet.model_validate({"task": "vqa", "source": "rows.jsonl", **changes}, context={"base": tmp_path})
+        Vqa.model_validate({"task": "vqa", "source": "rows.jsonl", **changes}, context={"base": tmp_path})
 
 
 def test_rows_that_do_not_count_are_left_out_before_any_are_drawn(tmp_path: Path) -> None:
@@ -307,7 +307,7 @@ def test_a_calibration_set_takes_no_options() -> None:
 
 def test_a_definition_is_for_its_own_kind_of_task(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="the definition mmmu is of a choice; write task: choice"):
-        VqaSet.model_validate({"task": "vqa", "definition": "mmmu"})
+        Vqa.model_validate({"task": "vqa", "definition": "mmmu"})
     with pytest.raises(ValidationError, match="no shipped one is called nothing: ai2d, mmmu"):
         Choice.model_validate({"task": "choice", "definition": "nothing", "by": "generation"}, context={"base": tmp_path})
 

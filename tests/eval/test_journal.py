@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from compress.errors import CheckpointError, ServerError
 from compress.eval import journal
-from compress.eval.journal import Journal, answer_all, forget, score_all
+from compress.eval.journal import Journal, answer_all, remove_journal, score_all
 from compress.progress import Progress, Silent
 from compress.runtimes.endpoint import Endpoint, Place
 from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, OpenContext, Passage, Picture, Prompt, Score, Session
@@ -130,9 +130,9 @@ def test_answers_come_in_order_and_are_kept(tmp_path: Path) -> None:
         assert again == answers[::-1]
         assert listener.tasks[1] == ("answer", 150, 150)
         assert server.asked.total() == 150
-    forget(tmp_path)
+    remove_journal(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    forget(tmp_path)
+    remove_journal(tmp_path)
 
 
 def test_an_interrupted_measurement_asks_for_the_rest(tmp_path: Path) -> None:

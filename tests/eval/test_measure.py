@@ -12,10 +12,10 @@ import torch
 
 from compress.calibration.tables import parquet_of, read_rows
 from compress.errors import CheckpointError, DataError
-from compress.eval.asked import read_end_tokens
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.perplexity import Perplexity
-from compress.eval.results import AdapterItem, Measurement, QuestionItem, read_items, read_measured
+from compress.eval.question_task import read_end_tokens
+from compress.eval.results import AdapterItem, Measurement, QuestionItem, read_items, read_measurement
 from compress.eval.vqa import Vqa
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Session
@@ -50,7 +50,12 @@ class World:
     def context(self, name: str, against: Path | None) -> MeasureContext:
         target, logs = self.folder / name, self.folder
         return MeasureContext(
-            original=self.checkpoint, data=self.data, target=target, against=against, progress=Silent(), logs=logs
+            original_checkpoint=self.checkpoint,
+            data=self.data,
+            output_dir=target,
+            original_measurement=against,
+            progress=Silent(),
+            logs=logs,
         )
 
 
@@ -97,7 +102,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         tasks = (vqa, perplexity)
         found = World(original, artifact, checkpoint, tasks, {"scenes": (file,), "text": (text,)}, folder)
         measure(original, [vqa], found.context("first", None))
-        said = [item.said for item in read_measured(folder / "first").questions("scenes")]
+        said = [item.said for item in read_measurement(folder / "first").questions("scenes")]
         write_questions(file, [[said[n], "other"] if n < 6 else ["never said"] for n in range(QUESTIONS)])
         yield found
 
@@ -122,7 +127,7 @@ def test_the_original_is_measured_and_its_predictions_are_kept(world: World, ori
     assert metrics(original, "scenes").score == 0.6
     assert all(task.fidelity is None for task in original.tasks)
     assert Measurement.model_validate_json((folder / "measurement.json").read_text()) == original
-    items = read_measured(folder).questions("scenes")
+    items = read_measurement(folder).questions("scenes")
     assert [item.id for item in items] == [f"q{number}" for number in range(QUESTIONS)]
     assert [item.score for item in items] == [1] * 6 + [0] * 4
     assert items[3].prompt == "How many squares, 3?"
@@ -133,7 +138,7 @@ def test_the_original_is_measured_and_its_predictions_are_kept(world: World, ori
 
 def test_an_answer_that_ended_is_scored_with_its_end_token(world: World, original: Measurement, tmp_path: Path) -> None:
     assert original.tasks
-    cut_off = read_measured(world.folder / "original").questions("scenes")[0]
+    cut_off = read_measurement(world.folder / "original").questions("scenes")[0]
     assert len(cut_off.token_ids) == 4  # as many as may be said: it did not end, and gets no end token
     end = cut_off.token_ids[2]
     talker = disturb(world.checkpoint, tmp_path / "talker")
@@ -143,7 +148,7 @@ def test_an_answer_that_ended_is_scored_with_its_end_token(world: World, origina
     with runtime.open(OpenContext(artifact=talker, logs=tmp_path, progress=Silent())) as session:
         context = replace(world.context("talker", None), original=talker)
         measure(session, world.tasks[:1], context)
-    ended = read_measured(world.folder / "talker").questions("scenes")[0]
+    ended = read_measurement(world.folder / "talker").questions("scenes")[0]
     assert ended.token_ids == cut_off.token_ids[: cut_off.token_ids.index(end) + 1]
     assert ended.tokens == len(ended.token_ids) < 4
 
@@ -173,7 +178,7 @@ def test_perplexity_is_that_of_the_windows_each_on_its_own(world: World, origina
 
 
 def test_an_artifact_is_compared_item_by_item(world: World, original: Measurement, artifact: Measurement) -> None:
-    before, after = read_measured(world.folder / "original"), read_measured(world.folder / "artifact")
+    before, after = read_measurement(world.folder / "original"), read_measurement(world.folder / "artifact")
     fidelity = {task.name: task.fidelity for task in artifact.tasks}
     scenes, text = fidelity["scenes"], fidelity["text"]
     assert scenes is not None
@@ -326,7 +331,7 @@ def test_damaged_items_are_refused(world: World, original: Measurement, tmp_path
     with pytest.raises(DataError, match=r"items-scenes.parquet: row 1: no item of a measurement"):
         read_items(tmp_path, "scenes")
     with pytest.raises(DataError, match=r"measurement.json: cannot be read"):
-        read_measured(tmp_path)
+        read_measurement(tmp_path)
     assert isinstance(read_items(world.folder / "original", "scenes")[0], QuestionItem)
 
 

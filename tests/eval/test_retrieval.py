@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from compress.calibration.questions import Question
 from compress.errors import CheckpointError, DataError, UsageError
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import ImageItem, Measured, ScoreMetrics, read_measured
+from compress.eval.results import ImageItem, ItemizedMeasurement, ScoreMetrics, read_measurement
 from compress.eval.retrieval import Pool, Retrieval, image_scores, ranks, recalls
 from compress.pictures import decode_image
 from compress.progress import Silent
@@ -50,8 +50,8 @@ def measure_one(checkpoint: Path, original: Path, task: Retrieval, target: Path,
 @dataclass(frozen=True)
 class World:
     folder: Path
-    before: Measured
-    after: Measured
+    before: ItemizedMeasurement
+    after: ItemizedMeasurement
     task: Retrieval
 
 
@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     task = task_for(write_rows(folder, CAPTIONS))
     original = measure_one(model, model, task, folder / "original", None)
     artifact = measure_one(folder / "rounded", model, task, folder / "artifact", original)
-    return World(folder, read_measured(original), read_measured(artifact), task)
+    return World(folder, read_measurement(original), read_measurement(artifact), task)
 
 
 def cosines(checkpoint: Path) -> tuple[NDArray[np.float64], float, list[str]]:
@@ -218,7 +218,7 @@ def test_an_image_that_cannot_be_decoded_counts_0(world: World, tmp_path: Path) 
     image = encoded(decode_image(path.read_bytes(), "1"), "JPEG")
     path.write_bytes(image[: len(image) // 2])
     original = measure_one(world.folder / "model", world.folder / "model", task, tmp_path / "original", None)
-    found = read_measured(measure_one(world.folder / "model", world.folder / "model", task, tmp_path / "artifact", original))
+    found = read_measurement(measure_one(world.folder / "model", world.folder / "model", task, tmp_path / "artifact", original))
     items = [item for item in found.items["retrieval"] if isinstance(item, ImageItem)]
     assert [place for place, item in enumerate(items) if item.fault is not None] == [1]
     assert (items[1].score, items[1].said) == (0.0, "")

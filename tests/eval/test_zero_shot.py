@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, RecipeError
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import ImageItem, ScoreMetrics, read_measured
+from compress.eval.results import ImageItem, ScoreMetrics, read_measurement
 from compress.eval.zero_shot import ZeroShot
-from compress.gate import Gate, Subject, judge
+from compress.gate import Gate, MeasuredModel, judge
 from compress.pictures import decode_image
 from compress.plan import make_plan
 from compress.progress import Silent
@@ -79,7 +79,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 
 def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> None:
-    before, after = (read_measured(folder) for folder in (measured.original, measured.artifact))
+    before, after = (read_measurement(folder) for folder in (measured.original, measured.artifact))
     pictures = [Picture(str(number), picture(number, 56, 56)) for number in range(IMAGES)]
     texts = [[template.replace("{class}", name) for template in TEMPLATES] for name in CLASSES]
     found = list[Any]()
@@ -110,11 +110,11 @@ def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> N
 
 def test_the_gate_judges_it_as_any_accuracy(measured: Measured) -> None:
     limits = {"accuracy": {"min_recovery": 0.9, "confidence": 0.95}, "fidelity": {"max_kl": 1e-9, "min_top1": 0.01}}
-    original = Subject("original", 100, read_measured(measured.original))
-    same = Subject("same", 100, read_measured(measured.original))
+    original = MeasuredModel("original", 100, read_measurement(measured.original))
+    same = MeasuredModel("same", 100, read_measurement(measured.original))
     verdict = judge(Gate.model_validate({"accuracy": limits["accuracy"]}), original, [same])
     assert [(check.task, check.value) for check in verdict.checks] == [("zero-shot", 1.0)]
-    artifact = Subject("artifact", 50, read_measured(measured.artifact))
+    artifact = MeasuredModel("artifact", 50, read_measurement(measured.artifact))
     verdict = judge(Gate.model_validate({"fidelity": limits["fidelity"]}), original, [artifact])
     reasons = [check.reason for check in verdict.checks]
     assert [check.verdict for check in verdict.checks] == ["fail", "pass"]
@@ -208,7 +208,7 @@ def test_an_image_that_cannot_be_decoded_counts_0_and_is_named(measured: Measure
         (tmp_path / target).mkdir()
         with Transformers(runtime="transformers").open(OpenContext(measured.folder / "model", tmp_path, Silent())) as session:
             measure(session, [task], context)
-    before, after = (read_measured(tmp_path / name) for name in ("original", "artifact"))
+    before, after = (read_measurement(tmp_path / name) for name in ("original", "artifact"))
     for found in (before, after):
         items = [item for item in found.items["zero-shot"] if isinstance(item, ImageItem)]
         assert [item.fault is None for item in items] == [True, True, False, True]

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from compress.eval.full_vocabulary import attach_full_kl, estimate_full_kl, kl_divergence, sample_positions
 from compress.eval.task import fidelity_of
-from compress.eval.whole import attach, divergence, draw, summarise
 from compress.runtimes.runtime import Score
 
 TOKENS = 4000
@@ -31,23 +31,23 @@ def scores_of(lower: Floats, *, at_least: bool = True) -> list[Score]:
 
 def sampled(lower: Floats, whole: Floats, count: int, digest: str = "5eed" * 16) -> list[Score]:
     scores = scores_of(lower)
-    places = draw(scores, count, digest)
-    return attach(scores, places, np.array([whole[8 * place + token] for place, token in places]))
+    positions = sample_positions(scores, count, digest)
+    return attach_full_kl(scores, positions, np.array([whole[8 * place + token] for place, token in positions]))
 
 
 def test_divergence_is_that_of_probabilities_however_they_are_scaled() -> None:
     before, after = np.log([0.5, 0.3, 0.2]), np.log([0.4, 0.4, 0.2])
     expected = 0.5 * np.log(0.5 / 0.4) + 0.3 * np.log(0.3 / 0.4)
-    found = divergence((before + 1e-4).astype(np.float32), (after - 1e-4).astype(np.float32))
+    found = kl_divergence((before + 1e-4).astype(np.float32), (after - 1e-4).astype(np.float32))
     assert found == pytest.approx(expected, abs=1e-6)
 
 
 def test_tokens_are_drawn_by_lot_and_alike_for_the_same_passages() -> None:
     scores = scores_of(population(0)[0])
-    first = draw(scores, DRAWN, "5eed" * 16)
-    assert first == draw(scores, DRAWN, "5eed" * 16) != draw(scores, DRAWN, "beef" * 16)
+    first = sample_positions(scores, DRAWN, "5eed" * 16)
+    assert first == sample_positions(scores, DRAWN, "5eed" * 16) != sample_positions(scores, DRAWN, "beef" * 16)
     assert len(set(first)) == DRAWN and first == sorted(first)
-    assert len(draw(scores[:2], DRAWN, "5eed" * 16)) == 16
+    assert len(sample_positions(scores[:2], DRAWN, "5eed" * 16)) == 16
 
 
 def test_a_sample_says_what_the_whole_vocabulary_adds() -> None:
@@ -87,11 +87,11 @@ def test_where_every_token_was_drawn_nothing_is_left_to_be_bounded() -> None:
 
 def test_few_tokens_give_no_bounds_and_none_leave_the_scores_as_they_are() -> None:
     lower, whole = population(0)
-    few = summarise(lower, np.where(np.arange(TOKENS) < 20, whole, np.nan), np.full(TOKENS, TOKENS / 20))
+    few = estimate_full_kl(lower, np.where(np.arange(TOKENS) < 20, whole, np.nan), np.full(TOKENS, TOKENS / 20))
     assert (few.kl_interval, few.kl_p99_at_most) == (None, None)
     scores = scores_of(lower)
-    places = draw(scores, 5, "5eed" * 16)
-    assert attach(scores, places, np.full(5, np.nan)) == scores
+    positions = sample_positions(scores, 5, "5eed" * 16)
+    assert attach_full_kl(scores, positions, np.full(5, np.nan)) == scores
 
 
 def test_exact_figures_stay_exact() -> None:
