@@ -16,7 +16,7 @@ from compress.calibration import SETS
 from compress.document import Place, RecipeDocument, dotted, override, read_document
 from compress.errors import RecipeError
 from compress.eval import TASKS
-from compress.eval.adapter import SHORT, expand_short_name
+from compress.eval.adapter import SHORT_FORM, expand_short_name
 from compress.eval.grounding import GroundingCheck
 from compress.eval.latency import LatencySettings
 from compress.export import FORMATS
@@ -29,7 +29,7 @@ from compress.stages import STAGES
 
 def _or_short(task: Any) -> Any:
     """Return the type of a task that may also be written `lmms:NAME` or `lm:NAME`."""
-    written = Union[task, Annotated[str, Field(pattern=SHORT)]]  # noqa: UP007 - built at run time
+    written = Union[task, Annotated[str, Field(pattern=SHORT_FORM)]]  # noqa: UP007 - built at run time
     return Annotated[task, BeforeValidator(expand_short_name, json_schema_input_type=written)]
 
 

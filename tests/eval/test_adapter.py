@@ -17,8 +17,7 @@ from pydantic import ValidationError
 
 from compress.errors import MissingError, RecipeError, ServerError, UsageError
 from compress.eval.adapter import Adapter, expand_short_name
-from compress.eval.adapter_worker import FAILED, AnswerLog, UnknownNameError, canonical, details, item
-from compress.eval.adapter_worker import Found as HarnessFound
+from compress.eval.adapter_worker import FAILED, AnswerLog, HarnessResults, UnknownNameError, canonical, details, item
 from compress.eval.results import AdapterItem, ScoreMetrics, read_items
 from compress.eval.task import TaskContext
 from compress.plan import make_plan
@@ -143,13 +142,13 @@ def test_a_failed_request_is_the_items_fault() -> None:
 def test_aggregates_come_with_their_errors() -> None:
     row = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": float("nan"), "acc_norm,none": 0.25, "acc_norm_stderr,none": 0.1}
     task = SimpleNamespace(VERSION=2.0)
-    assert details(HarnessFound({"x": task}, {}, {"x": row})) == {
+    assert details(HarnessResults({"x": task}, {}, {"x": row})) == {
         "acc": 0.5,
         "acc_norm": 0.25,
         "acc_norm_stderr": 0.1,
         "task version": 2.0,
     }
-    several = details(HarnessFound({"x": task, "y": task}, {}, {"x": {"em,strict": 1.0}, "y": {"em,loose": 0.0}}))
+    several = details(HarnessResults({"x": task, "y": task}, {}, {"x": {"em,strict": 1.0}, "y": {"em,loose": 0.0}}))
     assert several == {"x: em (strict)": 1.0, "y: em (loose)": 0.0}
 
 

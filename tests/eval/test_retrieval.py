@@ -165,7 +165,7 @@ def test_captions_in_columns_of_their_own(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pool = task_for(source, columns={"answer": ["caption_0", "caption_1"]}).pool([source])
     assert pool.texts == ("a 0", "b 0", "a 1", "b 1")
-    assert pool.belongs.tolist() == [[True, True, False, False], [False, False, True, True]]
+    assert pool.matches.tolist() == [[True, True, False, False], [False, False, True, True]]
 
 
 def test_other_captions_than_the_originals_are_refused(world: World, tmp_path: Path) -> None:
