@@ -61,7 +61,7 @@ class ArtifactChecks:
         """Return the reason why the artifact was not measured on a task; None where it was."""
         if task in self.artifact.measurement.tasks:
             return None
-        return f"{task}: not measured: {self.artifact.measured.skipped.get(task, 'the task is missing')}"
+        return f"{task}: not measured: {self.artifact.measurement.skipped.get(task, 'the task is missing')}"
 
     def pairs(self, task: str) -> Pairs:
         """Return the paired scores on the items that the artifact was measured on.
