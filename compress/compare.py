@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, UsageError
 from compress.eval.results import ScoreMetrics
-from compress.figures import asked, kept, main_figure
+from compress.figures import item_count, main_figure, recovery
 from compress.gate import Outcome
 from compress.limits import limits
 from compress.report import Report, Row, origin
@@ -261,8 +261,8 @@ def _lines(name: str, report: Report) -> Iterator[Line]:
 def _values(report: Report, row: Row, original: Row | None) -> Iterator[tuple[str, Value]]:
     for name, metrics in row.metrics.items():
         before = original.metrics.get(name) if original is not None else None
-        share = kept(before, metrics) if before is not None else None
-        fewer = asked(metrics) if before is not None and asked(before) != asked(metrics) else None
+        share = recovery(before, metrics) if before is not None else None
+        fewer = item_count(metrics) if before is not None and item_count(before) != item_count(metrics) else None
         yield _task_key(report, name), Value(main_figure(metrics), share, metrics.failed, fewer)
     for name, fidelity in (row.fidelity or {}).items():
         whole = fidelity.whole

@@ -43,7 +43,7 @@ def test_lost_items_come_first_with_their_images_and_every_answer(tmp_path: Path
     after = {"awq": measured(scores(0, 1, 1, 0, 0)), "int8": measured(scores(1, 1, 1, 0, 0))}
     gallery = make_gallery([TaskFlips(asked, files, before, after)])
     assert (gallery.lost, gallery.gained, gallery.missing) == (2, 1, ())
-    assert [(card.id, card.kind, [said.model for said in card.said]) for card in gallery.cards] == [
+    assert [(card.id, card.kind, [answer.model for answer in card.answers]) for card in gallery.cards] == [
         ("q3", "lost", ["original", "awq", "int8"]),
         ("q0", "lost", ["original", "awq"]),
         ("q2", "gained", ["original", "awq", "int8"]),
@@ -100,7 +100,7 @@ def test_tasks_take_turns(tmp_path: Path) -> None:
 def test_a_graded_score_that_moved_is_a_flip(tmp_path: Path) -> None:
     asked, files = task(tmp_path)
     gallery = make_gallery([TaskFlips(asked, files, measured(scores(0.9), binary=False), {"awq": measured(scores(0.3))})])
-    assert [(card.kind, card.binary, card.said[1].score) for card in gallery.cards] == [("lost", False, 0.3)]
+    assert [(card.kind, card.binary, card.answers[1].score) for card in gallery.cards] == [("lost", False, 0.3)]
 
 
 def test_items_that_an_artifact_was_not_asked_and_tasks_without_scores_are_no_flips(tmp_path: Path) -> None:

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from compress.eval.results import PerplexityMetrics, ScoreMetrics, WholeKl
-from compress.figures import check_values, kept_value, milliseconds, size
+from compress.figures import check_values, format_recovery, milliseconds, size
 from compress.report import Report, render
 from compress.report_html import render_html
 from compress.report_tables import checks_table, results_table
@@ -66,7 +66,7 @@ def test_an_artifact_that_was_asked_fewer_items_is_not_held_against_the_original
     fewer = artifact.metrics["chartqa"].model_copy(update={"items": 250})
     table = results_table([original, artifact.model_copy(update={"metrics": {**artifact.metrics, "chartqa": fewer}})])
     assert table.rows[1][3:5] == ("83.90% (99.58%)", "76.55%, of 250 items")
-    assert kept_value(original.metrics["chartqa"], fewer) == ""
+    assert format_recovery(original.metrics["chartqa"], fewer) == ""
 
 
 def test_checks_that_fail_come_first() -> None:
@@ -109,10 +109,10 @@ def test_nothing_is_kept_of_nothing() -> None:
     nothing = ScoreMetrics(task="vqa", metric="exact_match", score=0.0, items=4)
     some = nothing.model_copy(update={"score": 0.5})
     text = PerplexityMetrics(perplexity=8.0, window=16, windows=2, tokens=32)
-    assert kept_value(nothing, some) == ""
-    assert kept_value(some, nothing) == "0.00%"
-    assert kept_value(some, text) == ""
-    assert kept_value(text, text) == "×1.0000"
+    assert format_recovery(nothing, some) == ""
+    assert format_recovery(some, nothing) == "0.00%"
+    assert format_recovery(some, text) == ""
+    assert format_recovery(text, text) == "×1.0000"
 
 
 def test_numbers_have_three_digits_that_matter() -> None:
