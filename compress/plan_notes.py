@@ -98,8 +98,9 @@ def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
         loss = resolved_loss(available, level, assumed)
         resolution = f"resolve {100 * loss:.1f} points" if loss else "resolve nothing"
         notes.append(
-            f"{task.name}: {counted(available, 'item')}{fewer_note} {resolution} (so far below the original a limit is passed by an artifact "
-            f"that loses nothing with {100 * POWER:g} % probability, if {100 * assumed.flips:g} % of the items flip and "
+            f"{task.name}: {counted(available, 'item')}{fewer_note} {resolution} (so far below the original a limit is passed by "
+            f"an artifact that loses nothing with {100 * POWER:g} % probability, "
+            f"if {100 * assumed.flips:g} % of the items flip and "
             f"{100 * assumed.accuracy:g} % are right){needed_note}"
         )
     return tuple(notes)
@@ -141,8 +142,8 @@ def _size_faults(artifact: str, limit: SizeLimit, artifact_bytes: tuple[int, int
     for name, value, allowed, unit in rows:
         if allowed is not None and value > allowed:
             yield (
-                f"the gate cannot pass: {artifact} will take {_figure(value)} {unit}, and gate.size.{name} allows {_figure(allowed)}"
-                "; quantize more of the model (targets), use fewer bits, or raise the limit"
+                f"the gate cannot pass: {artifact} will take {_figure(value)} {unit}, and gate.size.{name} allows "
+                f"{_figure(allowed)}; quantize more of the model (targets), use fewer bits, or raise the limit"
             )
 
 

@@ -133,13 +133,15 @@ def checks_of(gate: Verdict, artifact: str) -> str:
 def render(report: Report) -> str:
     """Return `report.md`: the verdict, the results, the details, and the provenance."""
     parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows)]
-    verified = (components_table(report.verifications), answers_table(report.verifications))
-    parts += [f"{each.caption}\n\n{markdown(each)}" for each in verified if each.rows]
-    compared = (tables.details_table(report.rows), tables.fidelity_table(report.rows), tables.grounding_table(report.rows))
-    parts += [markdown(each) for each in compared if each.rows]
+    verification_tables = (components_table(report.verifications), answers_table(report.verifications))
+    parts += [f"{table.caption}\n\n{markdown(table)}" for table in verification_tables if table.rows]
+    detail_tables = (tables.details_table(report.rows), tables.fidelity_table(report.rows), tables.grounding_table(report.rows))
+    parts += [markdown(table) for table in detail_tables if table.rows]
     for target, latency in report.latency.items():
-        parts += [f"{each.caption} ({target})\n\n{markdown(each)}" for each in latency_tables(latency)]
-        parts += ["\n".join(f"- {line}" for line in said)] if (said := (*lowered(latency), *latency.notes)) else []
+        parts += [f"{table.caption} ({target})\n\n{markdown(table)}" for table in latency_tables(latency)]
+        parts += (
+            ["\n".join(f"- {line}" for line in latency_notes)] if (latency_notes := (*lowered(latency), *latency.notes)) else []
+        )
     measured = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
     parts += [width_table(stage, widths, measured) for stage, widths in report.widths.items()]
     parts += [f"{name}: {text}" for name, text in report.notes.items()]

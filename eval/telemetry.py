@@ -192,7 +192,7 @@ class Gpus:
         library: Any = importlib.import_module("pynvml")
         try:
             library.nvmlInit()
-            return cls(library, [library.nvmlDeviceGetHandleByIndex(place) for place in range(library.nvmlDeviceGetCount())])
+            return cls(library, [library.nvmlDeviceGetHandleByIndex(index) for index in range(library.nvmlDeviceGetCount())])
         except library.NVMLError:
             return None
 
