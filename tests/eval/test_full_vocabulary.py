@@ -24,22 +24,22 @@ def population(seed: int) -> tuple[Floats, Floats]:
 
 def scores_of(lower: Floats, *, at_least: bool = True) -> list[Score]:
     return [
-        Score(f"q{number}", part, kl=part, same_top=np.ones(len(part), dtype=np.bool_), at_least=at_least)
-        for number, part in enumerate(np.split(lower, len(lower) // 8))
+        Score(f"q{number}", chunk, kl=chunk, same_top=np.ones(len(chunk), dtype=np.bool_), at_least=at_least)
+        for number, chunk in enumerate(np.split(lower, len(lower) // 8))
     ]
 
 
-def sampled(lower: Floats, whole: Floats, count: int, digest: str = "5eed" * 16) -> list[Score]:
+def sampled(lower: Floats, full: Floats, count: int, digest: str = "5eed" * 16) -> list[Score]:
     scores = scores_of(lower)
     positions = sample_positions(scores, count, digest)
-    return attach_full_kl(scores, positions, np.array([whole[8 * place + token] for place, token in positions]))
+    return attach_full_kl(scores, positions, np.array([full[8 * passage + token] for passage, token in positions]))
 
 
 def test_divergence_is_that_of_probabilities_however_they_are_scaled() -> None:
     before, after = np.log([0.5, 0.3, 0.2]), np.log([0.4, 0.4, 0.2])
     expected = 0.5 * np.log(0.5 / 0.4) + 0.3 * np.log(0.3 / 0.4)
-    found = kl_divergence((before + 1e-4).astype(np.float32), (after - 1e-4).astype(np.float32))
-    assert found == pytest.approx(expected, abs=1e-6)
+    kl = kl_divergence((before + 1e-4).astype(np.float32), (after - 1e-4).astype(np.float32))
+    assert kl == pytest.approx(expected, abs=1e-6)
 
 
 def test_tokens_are_drawn_by_lot_and_alike_for_the_same_passages() -> None:
@@ -51,43 +51,43 @@ def test_tokens_are_drawn_by_lot_and_alike_for_the_same_passages() -> None:
 
 
 def test_a_sample_says_what_the_whole_vocabulary_adds() -> None:
-    lower, whole = population(0)
-    found = fidelity_of(sampled(lower, whole, DRAWN))
-    assert found is not None and found.whole is not None and found.whole.kl_interval is not None
-    assert found.at_least
-    assert found.kl_mean == pytest.approx(lower.mean())
-    assert found.kl_mean < found.whole.kl_interval[0] < whole.mean() < found.whole.kl_interval[1] < 1.5 * whole.mean()
-    assert found.whole.tokens == DRAWN
-    assert found.whole.kl_p99_at_most is not None and found.whole.kl_p99_at_most >= np.quantile(whole, 0.99)
+    lower, full = population(0)
+    fidelity = fidelity_of(sampled(lower, full, DRAWN))
+    assert fidelity is not None and fidelity.whole is not None and fidelity.whole.kl_interval is not None
+    assert fidelity.at_least
+    assert fidelity.kl_mean == pytest.approx(lower.mean())
+    assert fidelity.kl_mean < fidelity.whole.kl_interval[0] < full.mean() < fidelity.whole.kl_interval[1] < 1.5 * full.mean()
+    assert fidelity.whole.tokens == DRAWN
+    assert fidelity.whole.kl_p99_at_most is not None and fidelity.whole.kl_p99_at_most >= np.quantile(full, 0.99)
 
 
 def test_the_bounds_hold_as_often_as_they_say() -> None:
     """Each in about 95 of 100, also of what is as skewed as this: of an interval of both that is 90."""
     below = above = percentile = 0
     for seed in range(300):
-        lower, whole = population(seed)
-        found = fidelity_of(sampled(lower, whole, DRAWN, f"{seed:04x}" * 16))
-        assert found is not None and found.whole is not None and found.whole.kl_interval is not None
-        below += found.whole.kl_interval[0] <= whole.mean()
-        above += whole.mean() <= found.whole.kl_interval[1]
-        percentile += np.quantile(whole, 0.99) <= (found.whole.kl_p99_at_most or 0)
+        lower, full = population(seed)
+        fidelity = fidelity_of(sampled(lower, full, DRAWN, f"{seed:04x}" * 16))
+        assert fidelity is not None and fidelity.whole is not None and fidelity.whole.kl_interval is not None
+        below += fidelity.whole.kl_interval[0] <= full.mean()
+        above += full.mean() <= fidelity.whole.kl_interval[1]
+        percentile += np.quantile(full, 0.99) <= (fidelity.whole.kl_p99_at_most or 0)
     assert below / 300 > 0.93
     assert above / 300 > 0.93
     assert percentile / 300 > 0.93
 
 
 def test_where_every_token_was_drawn_nothing_is_left_to_be_bounded() -> None:
-    lower, whole = population(0)
-    found = fidelity_of(sampled(lower[:160], whole[:160], DRAWN))
-    assert found is not None
-    assert (found.at_least, found.whole) == (False, None)
-    assert found.kl_mean == pytest.approx(whole[:160].mean())
-    assert found.kl_p99 == pytest.approx(np.quantile(whole[:160], 0.99))
+    lower, full = population(0)
+    fidelity = fidelity_of(sampled(lower[:160], full[:160], DRAWN))
+    assert fidelity is not None
+    assert (fidelity.at_least, fidelity.whole) == (False, None)
+    assert fidelity.kl_mean == pytest.approx(full[:160].mean())
+    assert fidelity.kl_p99 == pytest.approx(np.quantile(full[:160], 0.99))
 
 
 def test_few_tokens_give_no_bounds_and_none_leave_the_scores_as_they_are() -> None:
-    lower, whole = population(0)
-    few = estimate_full_kl(lower, np.where(np.arange(TOKENS) < 20, whole, np.nan), np.full(TOKENS, TOKENS / 20))
+    lower, full = population(0)
+    few = estimate_full_kl(lower, np.where(np.arange(TOKENS) < 20, full, np.nan), np.full(TOKENS, TOKENS / 20))
     assert (few.kl_interval, few.kl_p99_at_most) == (None, None)
     scores = scores_of(lower)
     positions = sample_positions(scores, 5, "5eed" * 16)
@@ -95,6 +95,6 @@ def test_few_tokens_give_no_bounds_and_none_leave_the_scores_as_they_are() -> No
 
 
 def test_exact_figures_stay_exact() -> None:
-    found = fidelity_of(scores_of(population(0)[0], at_least=False))
-    assert found is not None
-    assert (found.at_least, found.whole, found.interval_level) == (False, None, 0.9)
+    fidelity = fidelity_of(scores_of(population(0)[0], at_least=False))
+    assert fidelity is not None
+    assert (fidelity.at_least, fidelity.whole, fidelity.interval_level) == (False, None, 0.9)
