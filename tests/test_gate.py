@@ -276,8 +276,7 @@ def with_kl(
     if again is None:
         return replace(model, measurement=replace(model.measurement, items={"scenes": items}))
     repeated = tuple(
-        item.model_copy(update={"kl": value, "score": float(score)})
-        for item, (value, score) in zip(items, again, strict=False)
+        item.model_copy(update={"kl": value, "score": float(score)}) for item, (value, score) in zip(items, again, strict=False)
     )
     noise = fidelity(kl_mean=sum(value for value, _ in again) / (2 * len(again)), top1_agreement=same_top)
     task = model.measurement.tasks["scenes"].model_copy(update={"fidelity": None, "noise": noise})

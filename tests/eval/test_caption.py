@@ -47,22 +47,26 @@ def test_captions_are_scored_beside_those_of_all_images(tmp_path: Path) -> None:
         context = MeasureContext(model, {task.name: (source,)}, tmp_path / name, against, Silent(), tmp_path)
         with Transformers(runtime="transformers").open(OpenContext(checkpoint, tmp_path, Silent())) as session:
             measure(session, [task], context)
-        found = read_measurement(tmp_path / name)
-        return [item for item in found.items["scenes"] if isinstance(item, QuestionItem)], found.tasks["scenes"]
+        measurement = read_measurement(tmp_path / name)
+        return [item for item in measurement.items["scenes"] if isinstance(item, QuestionItem)], measurement.tasks["scenes"]
 
-    said = [item.said for item in measured(model, "first", None)[0]]
-    captions = [[text, "a dog runs through deep snow"] if n % 2 else ["a castle on a hill"] for n, text in enumerate(said)]
+    answers = [item.said for item in measured(model, "first", None)[0]]
+    captions = [[text, "a dog runs through deep snow"] if n % 2 else ["a castle on a hill"] for n, text in enumerate(answers)]
     write_rows(tmp_path, captions)
     before, original = measured(model, "original", None)
     after, artifact = measured(tmp_path / "rounded", "artifact", tmp_path / "original")
     cider = Cider(captions)
-    for items, found in ((before, original), (after, artifact)):
+    for items, task_measurement in ((before, original), (after, artifact)):
         assert [item.score for item in items] == [
             cider.score(item.said, texts) for item, texts in zip(items, captions, strict=True)
         ]
-        assert isinstance(found.metrics, ScoreMetrics)
-        assert (found.metrics.task, found.metrics.metric, found.metrics.binary) == ("caption", "cider", False)
-        assert found.metrics.score == pytest.approx(np.mean([item.score for item in items]), rel=1e-12)
+        assert isinstance(task_measurement.metrics, ScoreMetrics)
+        assert (task_measurement.metrics.task, task_measurement.metrics.metric, task_measurement.metrics.binary) == (
+            "caption",
+            "cider",
+            False,
+        )
+        assert task_measurement.metrics.score == pytest.approx(np.mean([item.score for item in items]), rel=1e-12)
     assert [item.score > 1 for item in before] == [bool(n % 2) for n in range(IMAGES)]
     assert [item.accepted for item in before] == [tuple(texts) for texts in captions]
     assert {item.prompt for item in before} == {"Describe it."}

@@ -43,8 +43,8 @@ class World:
             "prompt": prompt, "max_new_tokens": tokens, "metric": "letter",
         }  # fmt: skip
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(definition))
-        given = {"task": "choice", "definition": f"{name}.yaml", **fields}
-        return Choice.model_validate(given, context={"base": self.folder})
+        values = {"task": "choice", "definition": f"{name}.yaml", **fields}
+        return Choice.model_validate(values, context={"base": self.folder})
 
     def measure(self, task: Choice, name: str, against: str | None = None, **fields: Any) -> ItemizedMeasurement:
         target, before = self.folder / name, None if against is None else self.folder / against
@@ -60,15 +60,15 @@ class World:
         from transformers import AutoTokenizer
 
         tokenizer = cast("Any", AutoTokenizer).from_pretrained(self.checkpoint)
-        found = list[list[tuple[float, int]]]()
+        log_likelihoods = list[list[tuple[float, int]]]()
         for question in task.questions((self.folder / "rows.jsonl",)):
             (prompt,) = task.prompts(QuestionSet("one", [question], None, task.scorer([question])))
             ids = [tuple(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
             scores = [session.score([Passage("one", tokens, prompt)], None, None, Silent())[0] for tokens in ids]
-            found.append(
+            log_likelihoods.append(
                 [(-float(score.negative_log_likelihood.sum()), len(tokens)) for score, tokens in zip(scores, ids, strict=True)]
             )
-        return found
+        return log_likelihoods
 
 
 @pytest.fixture(scope="module")
@@ -116,11 +116,11 @@ def test_the_likeliest_option_is_taken(world: World, name: str, prompt: str, sco
     task = world.task(name, prompt, by="likelihood", length_normalized=normalized)
     before, after = world.measure(task, f"{name}-original"), world.measure(task, f"{name}-artifact", f"{name}-original")
     for session, measured in ((world.original, before), (world.artifact, after)):
-        found = world.log_likelihoods(session, task, scored)
-        chosen = [int(np.argmax([total / (count if normalized else 1) for total, count in options])) for options in found]
+        log_likelihoods = world.log_likelihoods(session, task, scored)
+        chosen = [int(np.argmax([total / (count if normalized else 1) for total, count in options])) for options in log_likelihoods]
         items = items_of(measured, name)
-        assert [item.said for item in items] == ["ABC"[place] for place in chosen]
-        assert [item.score for item in items] == [float(place == number % 3) for number, place in enumerate(chosen)]
+        assert [item.said for item in items] == ["ABC"[index] for index in chosen]
+        assert [item.score for item in items] == [float(index == number % 3) for number, index in enumerate(chosen)]
         metrics = score_metrics(measured, name)
         assert (metrics.task, metrics.metric, metrics.binary, metrics.items) == ("choice", "likelihood", True, ITEMS)
         assert metrics.score == np.mean([item.score for item in items])
@@ -129,10 +129,10 @@ def test_the_likeliest_option_is_taken(world: World, name: str, prompt: str, sco
             "subject=music": np.mean([item.score for item in items[1::2]]),
         }
     old, new = items_of(before, name), items_of(after, name)
-    theirs = world.log_likelihoods(world.artifact, task, scored)
-    for item, ours, options in zip(old, new, theirs, strict=True):
+    artifact_scores = world.log_likelihoods(world.artifact, task, scored)
+    for item, artifact_item, options in zip(old, new, artifact_scores, strict=True):
         total, count = options["ABC".index(item.said)]  # what the original chose is what its predictions are compared on
-        assert (ours.nll, ours.tokens) == (pytest.approx(-total, rel=1e-5), count)
+        assert (artifact_item.nll, artifact_item.tokens) == (pytest.approx(-total, rel=1e-5), count)
     fidelity = after.tasks[name].fidelity
     assert fidelity is not None
     assert fidelity.tokens == sum(item.tokens for item in new) and fidelity.kl_mean > 0
@@ -142,9 +142,9 @@ def test_the_likeliest_option_is_taken(world: World, name: str, prompt: str, sco
 def test_ways_to_choose_differ(world: World) -> None:
     """The tests above would not see a length that is never divided by: the tiny model chooses otherwise per token."""
     task = world.task("ways", HIDDEN, by="likelihood")
-    found = world.log_likelihoods(world.original, task, OPTIONS)
-    plain = [int(np.argmax([total for total, _ in options])) for options in found]
-    assert plain != [int(np.argmax([total / count for total, count in options])) for options in found]
+    log_likelihoods = world.log_likelihoods(world.original, task, OPTIONS)
+    plain = [int(np.argmax([total for total, _ in options])) for options in log_likelihoods]
+    assert plain != [int(np.argmax([total / count for total, count in options])) for options in log_likelihoods]
 
 
 def say_only(checkpoint: Path, target: Path, word: str, session: Session, prompt: Prompt) -> Path:
@@ -204,13 +204,13 @@ class AfterTwo:
 @pytest.mark.parametrize("by", ["likelihood", "generation"])
 def test_items_are_drawn_in_parts_until_it_is_settled(world: World, by: str) -> None:
     task = world.task(f"parts-{by}", SHOWN, by=by)
-    whole = {item.id: item for item in items_of(world.measure(task, f"whole-{by}"), task.name)}
+    all_at_once = {item.id: item for item in items_of(world.measure(task, f"whole-{by}"), task.name)}
     before = world.measure(task, f"parts-{by}-original", stopping={task.name: AfterTwo()})
     after = world.measure(task, f"parts-{by}-artifact", f"parts-{by}-original", stopping={task.name: AfterTwo()})
     old, new = items_of(before, task.name), items_of(after, task.name)
     assert (len(old), len(new)) == (ITEMS, ITEMS // 2)
-    assert [item.id for item in new] == [item.id for item in old][: ITEMS // 2] != sorted(whole)[: ITEMS // 2]
-    assert [item.said for item in old] == [whole[item.id].said for item in old]
+    assert [item.id for item in new] == [item.id for item in old][: ITEMS // 2] != sorted(all_at_once)[: ITEMS // 2]
+    assert [item.said for item in old] == [all_at_once[item.id].said for item in old]
     assert (before.tasks[task.name].look, before.tasks[task.name].looks) == (None, 4)
     assert (after.tasks[task.name].look, after.tasks[task.name].looks) == (2, 4)
     assert score_metrics(after, task.name).items == ITEMS // 2
@@ -255,12 +255,12 @@ def test_a_question_that_fails_counts_as_wrong_and_is_told(world: World, by: str
     with changed(world, "What is in it, 3?", "What is it? " * 1000):
         before = world.measure(task, f"{task.name}-original", noise_samples=4)
         after = world.measure(task, f"{task.name}-artifact", f"{task.name}-original")
-    for found in (before, after):
-        items = items_of(found, task.name)
+    for measurement in (before, after):
+        items = items_of(measurement, task.name)
         assert [item.id for item in items if item.fault] == ["q3"]
         assert "the model takes 2048" in str(items[3].fault)
         assert (items[3].said, items[3].score, items[3].tokens) == ("", 0.0, 0)
-        metrics = score_metrics(found, task.name)
+        metrics = score_metrics(measurement, task.name)
         assert (metrics.items, metrics.failed) == (ITEMS, 1)
         assert metrics.score == sum(item.score for item in items) / ITEMS
     fidelity = after.tasks[task.name].fidelity

@@ -48,8 +48,8 @@ def write_images(folder: Path, labels: list[Any], name: str = "images.jsonl") ->
 
 
 def task_for(source: Path, **fields: Any) -> ZeroShot:
-    given = {"task": "zero-shot", "source": str(source), "classes": CLASSES, "templates": TEMPLATES, **fields}
-    return ZeroShot.model_validate(given, context={"base": source.parent})
+    values = {"task": "zero-shot", "source": str(source), "classes": CLASSES, "templates": TEMPLATES, **fields}
+    return ZeroShot.model_validate(values, context={"base": source.parent})
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> N
     before, after = (read_measurement(folder) for folder in (measured.original, measured.artifact))
     pictures = [Picture(str(number), picture(number, 56, 56)) for number in range(IMAGES)]
     texts = [[template.replace("{class}", name) for template in TEMPLATES] for name in CLASSES]
-    found = list[Any]()
+    log_probs = list[Any]()
     for checkpoint in ("model", "rounded"):
         context = OpenContext(measured.folder / checkpoint, measured.folder, Silent())
         with Transformers(runtime="transformers").open(context) as session:
-            found.append(session.classify(pictures, texts, Silent()))
+            log_probs.append(session.classify(pictures, texts, Silent()))
     labels = [number % 3 for number in range(IMAGES - 1)] + [1]
-    for likelihoods, measurement in zip(found, (before, after), strict=True):
+    for likelihoods, measurement in zip(log_probs, (before, after), strict=True):
         assert [item.score for item in measurement.scored("zero-shot")] == [
             int(row.argmax()) == label for row, label in zip(likelihoods, labels, strict=True)
         ]
@@ -96,12 +96,12 @@ def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> N
         assert isinstance(metrics, ScoreMetrics)
         assert metrics.score == np.mean(likelihoods.argmax(axis=1) == labels)
         assert metrics.items == IMAGES
-    kl = (np.exp(found[0]) * (found[0] - found[1])).sum(axis=1)
+    kl = (np.exp(log_probs[0]) * (log_probs[0] - log_probs[1])).sum(axis=1)
     fidelity = after.tasks["zero-shot"].fidelity
     assert fidelity is not None
     assert (fidelity.unit, fidelity.tokens) == ("image", IMAGES)
     assert fidelity.kl_mean == pytest.approx(kl.mean(), abs=1e-9) and kl.mean() > 0
-    assert fidelity.top1_agreement == np.mean(found[0].argmax(axis=1) == found[1].argmax(axis=1))
+    assert fidelity.top1_agreement == np.mean(log_probs[0].argmax(axis=1) == log_probs[1].argmax(axis=1))
     assert before.tasks["zero-shot"].fidelity is None
     items = [item for item in after.items["zero-shot"] if isinstance(item, ImageItem)]
     assert [item.kl for item in items] == pytest.approx(kl.tolist(), abs=1e-9)
@@ -189,8 +189,8 @@ def test_a_plan_refuses_what_model_or_runtime_cannot_do(tmp_path: Path) -> None:
     recipe |= {"export": [{"format": "onnx-genai"}]}
     recipe["eval"]["runtime"] = {"runtime": "onnxruntime-genai"}
     job.recipe.write_text(yaml.safe_dump(recipe))
-    told = r"eval.tasks.0: .* does not offer zero-shot; what does \(transformers, onnxruntime\) runs no onnx-genai; use another"
-    with pytest.raises(RecipeError, match=told):
+    message = r"eval.tasks.0: .* does not offer zero-shot; what does \(transformers, onnxruntime\) runs no onnx-genai; use another"
+    with pytest.raises(RecipeError, match=message):
         make_plan(job.recipe, clip, Store(job.store))
 
 
@@ -209,13 +209,13 @@ def test_an_image_that_cannot_be_decoded_counts_0_and_is_named(measured: Measure
         with Transformers(runtime="transformers").open(OpenContext(measured.folder / "model", tmp_path, Silent())) as session:
             measure(session, [task], context)
     before, after = (read_measurement(tmp_path / name) for name in ("original", "artifact"))
-    for found in (before, after):
-        items = [item for item in found.items["zero-shot"] if isinstance(item, ImageItem)]
+    for measurement in (before, after):
+        items = [item for item in measurement.items["zero-shot"] if isinstance(item, ImageItem)]
         assert [item.fault is None for item in items] == [True, True, False, True]
         assert (items[2].score, items[2].said) == (0.0, "")
         assert items[2].fault is not None and items[2].fault.startswith(f"{items[2].id}: cannot be read as an image (")
-    words = "task zero-shot: 1 of 4 items could not be shown to the model and count as wrong; the first: "
-    assert [message.startswith(words) for message in heard.warnings] == [True, True]
+    prefix = "task zero-shot: 1 of 4 items could not be shown to the model and count as wrong; the first: "
+    assert [message.startswith(prefix) for message in heard.warnings] == [True, True]
     fidelity = after.tasks["zero-shot"].fidelity
     assert fidelity is not None
     assert (fidelity.tokens, fidelity.kl_mean, fidelity.lost) == (3, 0.0, 0)
