@@ -17,7 +17,11 @@ _TOP, _RIGHT, _BOTTOM = 30, 18, 50
 
 _CHARACTER = 6.5  # the width of one at the style sheet's 12 px
 _LINE = 15
+"""The height of a line of text, in pixels."""
+
 _TICKS = 5
+"""About how many ticks an axis has."""
+
 STYLES = 8
 """The number of distinct series styles; further series repeat them."""
 

@@ -93,12 +93,12 @@ def _p99(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) ->
         return _Judgement(Finding(value, None, "fail", None), figure, at_least=fidelity.at_least)
     if not fidelity.at_least:
         return _Judgement(Finding(value, None, "pass", None), figure)
-    whole = fidelity.whole
-    if whole is None or whole.kl_p99_at_most is None:
-        return _Judgement(Finding(value, None, "inconclusive", None), figure, _no_upper_bound_remark(whole), at_least=True)
-    figure += f", and at most {whole.kl_p99_at_most:.5f} with 95 % confidence by {whole.tokens:,} over the whole vocabulary"
-    if whole.kl_p99_at_most <= limit:
-        return _Judgement(Finding(value, (value, whole.kl_p99_at_most), "pass", None, level=0.95), figure, at_least=True)
+    full = fidelity.whole
+    if full is None or full.kl_p99_at_most is None:
+        return _Judgement(Finding(value, None, "inconclusive", None), figure, _no_upper_bound_remark(full), at_least=True)
+    figure += f", and at most {full.kl_p99_at_most:.5f} with 95 % confidence by {full.tokens:,} over the whole vocabulary"
+    if full.kl_p99_at_most <= limit:
+        return _Judgement(Finding(value, (value, full.kl_p99_at_most), "pass", None, level=0.95), figure, at_least=True)
     return _Judgement(Finding(value, None, "inconclusive", None), figure, _larger_sample_remark(), at_least=True)
 
 
@@ -123,20 +123,20 @@ def _mean(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -
 
 def _mean_finding(fidelity: Fidelity, limit: float) -> tuple[Finding, str]:
     """Judge the mean KL; a lower bound may fail the limit, and only full-vocabulary KL may pass it."""
-    value, whole = fidelity.kl_mean, fidelity.whole
+    value, full = fidelity.kl_mean, fidelity.whole
     if not fidelity.at_least:
         outcome: Outcome = "pass" if value <= limit else "fail"
         return Finding(value, fidelity.kl_interval, outcome, None, level=fidelity.interval_level), ""
-    if whole is None:
+    if full is None:
         outcome = "fail" if value > limit else "inconclusive"
         finding = Finding(value, fidelity.kl_interval, outcome, None, level=fidelity.interval_level)
-        return finding, "" if outcome == "fail" else _no_upper_bound_remark(whole)
-    if value > limit or (whole.kl_interval is not None and whole.kl_interval[0] > limit):
-        return Finding(whole.kl_mean, whole.kl_interval, "fail", None, level=whole.interval_level), ""
-    if whole.kl_interval is None:
-        return Finding(whole.kl_mean, None, "inconclusive", None), _no_upper_bound_remark(whole)
-    outcome = "pass" if whole.kl_interval[1] <= limit else "inconclusive"
-    finding = Finding(whole.kl_mean, whole.kl_interval, outcome, None, level=whole.interval_level)
+        return finding, "" if outcome == "fail" else _no_upper_bound_remark(full)
+    if value > limit or (full.kl_interval is not None and full.kl_interval[0] > limit):
+        return Finding(full.kl_mean, full.kl_interval, "fail", None, level=full.interval_level), ""
+    if full.kl_interval is None:
+        return Finding(full.kl_mean, None, "inconclusive", None), _no_upper_bound_remark(full)
+    outcome = "pass" if full.kl_interval[1] <= limit else "inconclusive"
+    finding = Finding(full.kl_mean, full.kl_interval, outcome, None, level=full.interval_level)
     return finding, "" if outcome == "pass" else _larger_sample_remark()
 
 
@@ -152,9 +152,9 @@ def _within_noise_remark() -> str:
     return ": but it is not shown to be further off than the original is from itself, asked in another order and batch"
 
 
-def _no_upper_bound_remark(whole: WholeKl | None) -> str:
-    if whole is not None:
-        return f": {whole.tokens:,} over the whole vocabulary are too few for an upper bound; raise the runtime's whole_tokens"
+def _no_upper_bound_remark(full: WholeKl | None) -> str:
+    if full is not None:
+        return f": {full.tokens:,} over the whole vocabulary are too few for an upper bound; raise the runtime's whole_tokens"
     return (
         ": over the likeliest tokens alone KL is known from below, which may fail a limit but cannot pass it; set the runtime's "
         "whole_tokens (a server elsewhere must be started with --max-logprobs -1)"

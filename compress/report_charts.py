@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from compress.report import Report, Row
 
 _BLOCK_LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
+"""A layer's name as prefix, block number and name within the block."""
+
 _BYTES = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 
 

@@ -20,6 +20,8 @@ _RATIOS = {
     "e2el_p95": "end to end p95",
     "output_token_rate": "tokens/s",
 }
+"""The columns of the ratio table: figure → head."""
+
 _CURVES = (
     ("ttft", "Time to the first token"),
     ("tpot", "Time per further token"),

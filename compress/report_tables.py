@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from compress.report import Report, Row, Timing
 
 ORIGINAL = "original"
+"""The artifact name of the original's rows."""
+
 _WORST_FIRST: tuple[Outcome, ...] = ("fail", "inconclusive", "pass")
 
 

@@ -32,7 +32,11 @@ if TYPE_CHECKING:
 
 _WORKER = Path(__file__).with_name("adapter_worker.py")
 _KEY_VARIABLE = "COMPRESS_ADAPTER_KEY"
+"""Passes the server's key to the worker: a command line or job file would show it."""
+
 _REMOVED_VARIABLES = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
+"""Would make the harness's interpreter import packages of this environment."""
+
 _ADDED_VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "",  # the server has the GPU; lmms-eval would take a share of it
     "DO_NOT_TRACK": "1",
@@ -41,11 +45,17 @@ _ADDED_VARIABLES = {
     "WANDB_MODE": "disabled",
 }
 _LOOPBACK = "127.0.0.1,localhost"
+"""Added to NO_PROXY: the server is on this machine."""
+
 _OFFLINE_VARIABLES = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
+"""Keep the harness from fetching data; a message names those that are set."""
+
 _POLL_SECONDS = 0.25
 """How often the harness's log is read for its progress."""
 
 _PROGRESS_LINE = re.compile(rb"(?:Model Responding|Requesting API): +\d+%[^\r\n]*?(\d+)/(\d+) \[")
+"""The progress bars of lmms-eval and of lm-eval: requests done and in all."""
+
 _MODELS_SECONDS = 30.0
 """The time limit of the request for the server's models."""
 

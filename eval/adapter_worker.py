@@ -26,11 +26,15 @@ from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 FAILED = "[COMPRESS_REQUEST_FAILED] "
+"""The prefix of the text that lm-eval gets as the answer where a request failed."""
+
 _LMMS_FAILED = "[LMMS_EVAL_REQUEST_FAILED"
 """The prefix of the text that lmms-eval takes as the answer where a request failed."""
 
 _KEY_VARIABLE = "COMPRESS_ADAPTER_KEY"
 _ATTEMPTS = 4
+"""Attempts of a request before its item fails."""
+
 _BACKOFF_SECONDS = 0.5
 """The pause before the second attempt; doubled before each further one."""
 

@@ -42,6 +42,7 @@ MIN_TOKENS_FOR_BOUNDS = 30
 
 _RECORD = "record.json"
 _DISTRIBUTIONS = "distributions.npy"
+"""Log-probabilities [positions, vocabulary] as float32: a position takes 4 bytes per token of the vocabulary."""
 
 Floats = NDArray[np.float64]
 Position = tuple[int, int]
@@ -115,10 +116,10 @@ def kl_divergence(original: NDArray[np.float32], other: NDArray[np.float32]) -> 
 
     Both are normalized first: as float32, their probabilities do not sum to exactly 1.
     """
-    before, after = original.astype(np.float64), other.astype(np.float64)
-    before -= np.logaddexp.reduce(before)
-    after -= np.logaddexp.reduce(after)
-    return max(float((np.exp(before) * (before - after)).sum()), 0.0)
+    original_log_probs, other_log_probs = original.astype(np.float64), other.astype(np.float64)
+    original_log_probs -= np.logaddexp.reduce(original_log_probs)
+    other_log_probs -= np.logaddexp.reduce(other_log_probs)
+    return max(float((np.exp(original_log_probs) * (original_log_probs - other_log_probs)).sum()), 0.0)
 
 
 def estimate_full_kl(lower: Floats, full: Floats, weights: Floats) -> WholeKl:

@@ -37,6 +37,8 @@ _SPARE_BYTES, _SPARE_PIECES = 65_536, 64
 """Accepted beside the tokens: headers, usage, the end of the stream."""
 
 _CONNECT_SECONDS = 30
+"""The time limit of a connection; a request's own limit is its caller's."""
+
 _MAX_LENGTH_DIGITS = 15
 """Digits of a Content-Length: the number stays exact in any type."""
 

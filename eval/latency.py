@@ -155,7 +155,7 @@ class LatencySettings(Frozen):
         """Return the number of requests of a load."""
         return max(self.requests, _REQUESTS_PER_SLOT * point.concurrency) if self.concurrency == "auto" else self.requests
 
-    def seed_of(self, point: LoadPoint, part: str) -> int:
+    def seed_of(self, point: LoadPoint, label: str) -> int:
         """Return the seed of one load: equal for all models, different for every load of a server, so that none share an image."""
-        text = f"{self.seed}/{part}/{point.model_dump_json()}"
+        text = f"{self.seed}/{label}/{point.model_dump_json()}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

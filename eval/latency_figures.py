@@ -17,6 +17,8 @@ from compress.eval.load_generator import Load
 Floats = NDArray[np.float64]
 
 _MILLISECONDS = 1000.0
+"""Per second: timings are in seconds, results in milliseconds."""
+
 _REPLICATES = 200
 """Bootstrap replicates per round: they estimate a variance only, not a quantile."""
 

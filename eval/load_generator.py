@@ -35,10 +35,14 @@ _ATTEMPTS = 10
 """How often a text is decoded and encoded until it has the requested number of tokens."""
 
 _END = re.compile(rb"\r?\n\r?\n")
+"""The end of a server-sent event."""
+
 _END_OVERLAP = 3
 """Bytes of an event's end that may have arrived in an earlier piece: one less than the longest end."""
 
 _DONE = "[DONE]"
+"""The data of OpenAI's last event."""
+
 _MAX_TOKENS = 1 << 31
 """A server's own count of tokens is cut there: it is untrusted."""
 

@@ -35,6 +35,7 @@ def _spellings(word: str) -> list[str]:
 
 
 _APOSTROPHES = {spelling: word for word in _CONTRACTIONS for spelling in _spellings(word)}
+"""Contractions with missing apostrophes → with all of them."""
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 _PERIOD = re.compile(r"\.(?!\d)")

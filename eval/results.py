@@ -19,6 +19,8 @@ from compress.schema import Frozen
 Item = TypeVar("Item")
 
 MEASUREMENT = "measurement.json"
+"""The file of a measurement's metrics, in its folder."""
+
 GROUNDING_ITEMS = "grounding"
 """The name of the file of the visual grounding check's items, in place of a task's."""
 

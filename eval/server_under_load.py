@@ -35,21 +35,21 @@ class ServerUnderLoad:
     request_seconds: float
     monitor: ServerMonitor
 
-    def run_load(self, point: LoadPoint, part: str) -> tuple[Load, Telemetry]:
-        """Run one load on the server, after warm-up requests; `part` is mixed into the seed, so that loads share no requests.
+    def run_load(self, point: LoadPoint, label: str) -> tuple[Load, Telemetry]:
+        """Run one load on the server, after warm-up requests; `label` is mixed into the seed, so that loads share no requests.
 
         Raises:
             ServerError: the server does not answer a request of such a size, or ended.
             MissingError: the artifact has no tokenizer that can be read.
         """
         artifact, settings = self.context.artifact, self.settings
-        warmup_requests = make_requests(artifact, point, settings.warmup, settings.seed_of(point, f"warm-up {part}"))
+        warmup_requests = make_requests(artifact, point, settings.warmup, settings.seed_of(point, f"warm-up {label}"))
         try:
             dialect = warm_up(self.served, warmup_requests, self.request_seconds)
         except ServerError:
             self._check(point)
             raise
-        count, seed = settings.requests_at(point), settings.seed_of(point, part)
+        count, seed = settings.requests_at(point), settings.seed_of(point, label)
         if self.bench is not None and dialect == DIALECTS[0]:
             load = bench_serve(self.bench, self.served, point, count, seed)
         else:

@@ -32,6 +32,7 @@ FIDELITY_CONFIDENCE = 0.95
 """Each bound of the mean KL holds with it, so that both make a 90 % interval: `Fidelity.interval_level` says so in reports."""
 
 _ALL_ROWS = RowFilter()
+"""The filter that every row passes."""
 
 
 class StoppingRule(Protocol):

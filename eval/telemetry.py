@@ -24,6 +24,7 @@ _CACHE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
 
 _GIB = 1024**3
 _MILLI = 1000.0
+"""NVML reports milliwatts and millijoules."""
 
 
 @dataclass(frozen=True)

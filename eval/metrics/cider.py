@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 _MAX_NGRAM = 4
+"""CIDEr averages over n-grams of 1 to 4 words."""
+
 _SIGMA = 6.0
 """The standard deviation of CIDEr-D's length penalty, in bigrams."""
 

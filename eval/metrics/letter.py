@@ -10,6 +10,8 @@ LETTERS = string.ascii_uppercase
 """The options' letters, in order."""
 
 _EDGES = string.punctuation + string.whitespace
+"""Stripped from an answer before it is compared with a letter or an option."""
+
 _SHORT_ANSWER_WORDS = 5
 """MMMU's limit: only longer answers are searched for an option's text."""
 

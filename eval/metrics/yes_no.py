@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 _NEGATIONS = frozenset({"no", "not"})
+"""The words by which POPE's script reads an answer as no."""
 
 
 def yes_no(answer: str, accepted: Sequence[str]) -> float:
