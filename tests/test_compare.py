@@ -76,7 +76,7 @@ def test_a_figure_of_fewer_items_than_the_originals_says_of_how_many() -> None:
     asked = artifact.metrics["textvqa"].model_copy(update={"items": 250, "failed": 0})
     changed = artifact.model_copy(update={"metrics": {**artifact.metrics, "textvqa": asked}})
     (group,) = compare([run("first", rows=(original, changed))]).groups
-    assert group_table(group).csv_rows[1][5] == "83.90%, of 250 items"
+    assert group_table(group).rows[1][5] == "83.90%, of 250 items"
 
 
 def test_other_originals_get_a_table_of_their_own_and_it_is_told() -> None:
@@ -144,7 +144,7 @@ def test_kl_is_shown_as_the_lower_bound_that_it_is() -> None:
     comparison = compare([run("first", rows=(original, artifact.model_copy(update={"fidelity": fidelity}), other))])
     table = group_table(comparison.groups[0])
     heads = [column.head for column in table.columns]
-    assert [table.csv_rows[1][heads.index(f"{name} KL")] for name in ("textvqa", "text")] == ["at least 0.0041", "0.0052"]
+    assert [table.rows[1][heads.index(f"{name} KL")] for name in ("textvqa", "text")] == ["at least 0.0041", "0.0052"]
     assert table.rows[2][heads.index("textvqa KL")] == "0.031"
     values = json.loads(as_json(comparison))["groups"][0]["lines"][1]["values"]
     assert [value["at_least"] for key, value in values.items() if key.endswith("/KL")] == [True, True, False]
