@@ -45,7 +45,7 @@ _DISTRIBUTIONS = "distributions.npy"
 """Log-probabilities [positions, vocabulary] as float32: a position takes 4 bytes per token of the vocabulary."""
 
 Floats = NDArray[np.float64]
-Position = tuple[int, int]
+TokenPosition = tuple[int, int]
 """The index of a passage, and the index of one of its scored tokens."""
 
 
@@ -82,7 +82,7 @@ def compare_full_vocabulary(
     return attach_full_kl(scores, positions, kls)
 
 
-def sample_positions(scores: Sequence[Score], count: int, digest: str) -> list[Position]:
+def sample_positions(scores: Sequence[Score], count: int, digest: str) -> list[TokenPosition]:
     """Sample scored tokens uniformly at random; the passages' digest is the seed, so that every artifact gets the same ones."""
     candidates = [(passage, token) for passage, score in enumerate(scores) for token in range(len(score.negative_log_likelihood))]
     generator = np.random.default_rng(int(digest[:16], 16))
@@ -92,7 +92,7 @@ def sample_positions(scores: Sequence[Score], count: int, digest: str) -> list[P
     ]
 
 
-def attach_full_kl(scores: Sequence[Score], positions: Sequence[Position], kls: Floats) -> list[Score]:
+def attach_full_kl(scores: Sequence[Score], positions: Sequence[TokenPosition], kls: Floats) -> list[Score]:
     """Return the scores with full-vocabulary KL at the sampled positions, nan elsewhere, and the sampling weight."""
     sizes = [0 if score.kl is None else len(score.kl) for score in scores]
     sampled = [
@@ -171,7 +171,7 @@ class _RecordedDistributions:
     def matches(self, digest: str) -> bool:
         return self.exists() and read_json_object(self.folder / _RECORD).get("passages") == digest
 
-    def write(self, digest: str, positions: Sequence[Position], distributions: Sequence[NDArray[np.float32] | None]) -> None:
+    def write(self, digest: str, positions: Sequence[TokenPosition], distributions: Sequence[NDArray[np.float32] | None]) -> None:
         """Write the distributions; nothing where the runtime returned none."""
         recorded = [
             (position, log_probs) for position, log_probs in zip(positions, distributions, strict=True) if log_probs is not None
@@ -185,7 +185,7 @@ class _RecordedDistributions:
             content = {"passages": digest, "places": [position for position, _ in recorded]}
             write_text(self.folder / _RECORD, json.dumps(content))  # last: it marks the record as complete
 
-    def positions(self, digest: str) -> list[Position]:
+    def positions(self, digest: str) -> list[TokenPosition]:
         """Return the sampled positions.
 
         Raises:

@@ -80,7 +80,9 @@ def test_vllm_answers_as_the_in_process_runtime_does(
     task = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, VqaTask)
     questions = task.questions([Path(task.data.source)])
-    prompts = [Prompt(question.id, task.resolved_definition().ask(question.question), question.images) for question in questions]
+    prompts = [
+        Prompt(question.id, task.resolved_definition().format_prompt(question.question), question.images) for question in questions
+    ]
     row = next(row for row in report.rows if row.artifact == f"vllm-{layout}")
     assert places.store is not None
     kept = [entry.folder for entry in Store(places.store).entries() if entry.step == f"measure vllm-{layout}"]
