@@ -63,7 +63,7 @@ def size_charts(report: Report) -> list[Chart]:
 
 
 def latency_charts(report: Report) -> list[Chart]:
-    """Return accuracy against latency for each task and target: requests of the first kind, at the fewest at once."""
+    """Return accuracy against latency for each task and target: the first kind of requests at the lowest concurrency."""
     charts: list[Chart] = []
     for target, latency in report.latency.items():
         shapes = shapes_of(latency)

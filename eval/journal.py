@@ -153,7 +153,7 @@ class _SubProgress:
         yield self.advance
 
     def warn(self, message: str) -> None:
-        """Pass the message on."""
+        """Pass the warning to the outer progress."""
         self.outer.warn(message)
 
 

@@ -94,7 +94,7 @@ def summarize(load: Load, goal: LatencyGoal | None) -> LoadResult:
 
 
 def pool(loads: Sequence[Load]) -> Load:
-    """Return several loads as one."""
+    """Return the requests of several loads as one load."""
     samples = tuple(sample for load in loads for sample in load.samples)
     return Load(samples, sum(load.seconds for load in loads), loads[0].client)
 

@@ -55,9 +55,9 @@ def passing_chance(items: int, limit: float, passing: float, assumed: Assumed) -
 
 
 def resolved_loss(items: int, passing: float, assumed: Assumed, power: float = POWER) -> float | None:
-    """Return the smallest loss of score, between 0 and 1, that a limit may allow and so many items still resolve.
+    """Return the smallest loss of accuracy (0 to 1) at which a limit is still passed with probability `power`.
 
-    None where they resolve nothing: not even a limit of half the original's accuracy.
+    None where even a limit of half the original's accuracy is not.
     """
 
     def shortfall(loss: float) -> float:
@@ -70,7 +70,7 @@ def resolved_loss(items: int, passing: float, assumed: Assumed, power: float = P
 
 
 def items_for(limit: float, passing: float, assumed: Assumed, power: float = POWER) -> int | None:
-    """Return how many items an artifact without any true loss needs to pass with this probability; None for a limit of 1."""
+    """Return the number of items with which an artifact without true loss passes with probability `power`; None for a limit of 1."""
     return _fewest_items(lambda items: passing_chance(items, limit, passing, assumed) >= power)
 
 
@@ -89,10 +89,10 @@ class AssumedChanges:
 
 
 def mean_passing_chance(items: int, loss: float, passing: float, assumed: AssumedChanges) -> float:
-    """Return the probability that an artifact without any true loss passes a limit so far below the original's mean score.
+    """Return the probability that an artifact without any true loss passes a limit of `loss` below the original's mean score.
 
-    At the limit, changes of `step` both ways with the variance v become likelier downwards and rarer upwards until the mean is
-    the loss; their variance is then (v + √(v² + (2 · loss · step)²)) / 2.
+    Under the hypothesis at the limit, changes of ±`step` with variance v are reweighted, downward ones up and upward ones down,
+    until their mean is the loss; their variance is then (v + √(v² + (2 · loss · step)²)) / 2.
     """
     variance = assumed.deviation**2
     fallen = items * variance / 2
@@ -103,12 +103,12 @@ def mean_passing_chance(items: int, loss: float, passing: float, assumed: Assume
 
 
 def resolved_mean_loss(items: int, passing: float, assumed: AssumedChanges, power: float = POWER) -> float:
-    """Return the smallest loss of the mean score that a limit may allow and so many items still resolve."""
+    """Return the smallest loss of the mean score at which a limit is still passed with probability `power`."""
     return crossing(lambda loss: power - mean_passing_chance(items, loss, passing, assumed), 1e-9, 1e3, 1e-6)
 
 
 def items_for_mean_loss(loss: float, passing: float, assumed: AssumedChanges, power: float = POWER) -> int | None:
-    """Return how many items an artifact without any true loss needs to pass with this probability; None for no loss at all."""
+    """Return the number of items with which an artifact without true loss passes with probability `power`; None for a loss of 0."""
     return _fewest_items(lambda items: mean_passing_chance(items, loss, passing, assumed) >= power)
 
 

@@ -187,7 +187,7 @@ class QuestionTask(Task, ABC):
 
     @property
     def data(self) -> QuestionSource:
-        """Where the questions come from."""
+        """The source of the questions: the recipe's, else the definition's."""
         definition = self.resolved_definition()
         defaults = QuestionSource.model_construct(source=str(self.source), split="test", columns=self._default_columns())
         base = definition if self._uses_definition_source(definition) else defaults
@@ -202,7 +202,7 @@ class QuestionTask(Task, ABC):
 
     @property
     def rows(self) -> RowFilter:
-        """Which rows of its data count."""
+        """The filter on the rows: the definition's, for its own source only."""
         definition = self.resolved_definition()
         return definition.rows if self._uses_definition_source(definition) else RowFilter()
 

@@ -262,7 +262,7 @@ _ITEM: TypeAdapter[AnyItem] = TypeAdapter(Annotated[AnyItem, Field(discriminator
 
 @dataclass(frozen=True)
 class ItemizedMeasurement:
-    """A measurement with its items, by task name."""
+    """A measurement with its items, by task; read from its folder by `read_measurement`."""
 
     tasks: dict[str, TaskMeasurement]
     items: dict[str, tuple[AnyItem, ...]]
