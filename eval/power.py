@@ -70,7 +70,7 @@ def resolved_loss(items: int, passing: float, assumed: Assumed, power: float = P
 
 
 def items_for(limit: float, passing: float, assumed: Assumed, power: float = POWER) -> int | None:
-    """Return the number of items with which an artifact without true loss passes with probability `power`; None for a limit of 1."""
+    """Return the number of items with which an artifact without true loss passes with probability `power`, None for limit 1."""
     return _fewest_items(lambda items: passing_chance(items, limit, passing, assumed) >= power)
 
 
