@@ -33,7 +33,7 @@ from compress.eval.measure import MeasureContext, measure
 from compress.eval.perplexity import Perplexity
 from compress.eval.results import Measurement
 from compress.eval.task import Task
-from compress.eval.vqa import VqaSet as Questions
+from compress.eval.vqa import Vqa as Questions
 from compress.families import family_of
 from compress.files import write_json
 from compress.hardware import describe
@@ -154,11 +154,12 @@ class _Bench:
             data[path.stem] = (path.resolve(),)
         original = self.folder / "original"
         context = MeasureContext(
-            original=self.arguments.model,
+            original_checkpoint=self.arguments.model,
             data=data,
-            target=self.folder / name,
-            against=None if name == "original" else original,
+            output_dir=self.folder / name,
+            original_measurement=None if name == "original" else original,
             progress=Silent(),
+            logs=self.folder,
         )
         with Transformers(runtime="transformers").open(OpenContext(artifact, self.folder, Silent())) as session:
             return measure(session, tasks, context)

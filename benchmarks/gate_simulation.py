@@ -105,7 +105,7 @@ class Setting:
             assumed = AssumedChanges(
                 deviation=math.sqrt(design) * float(differences.std()),
                 step=float((change**2).sum() / change.sum()),
-                whole=float((sizes**2).sum() / sizes.sum()),
+                cluster_items=float((sizes**2).sum() / sizes.sum()),
             )
             return _known(items_for_mean_loss(self.score * (1 - self.limit), passing, assumed))
         return _known(items_for(self.limit, passing, Assumed(self.flips, self.score, design)))

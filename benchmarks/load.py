@@ -32,7 +32,7 @@ from compress.eval.bench_serve import Bench, bench_serve
 from compress.eval.latency import LoadPoint
 from compress.eval.latency_figures import summarize
 from compress.eval.latency_results import LoadResult
-from compress.eval.load_generator import DIALECTS, Load, make_requests, put_load, warm_up
+from compress.eval.load_generator import DIALECTS, Load, make_requests, run_load, warm_up
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
@@ -87,7 +87,7 @@ def _alternate(served: RunningServer, bench: Bench, point: LoadPoint, arguments:
 
     def own(seed: int) -> Load:
         requests = make_requests(bench.artifact, point, arguments.requests, seed)
-        return put_load(served, requests.bodies(served.model, DIALECTS[0]), point.concurrency, 600.0)
+        return run_load(served, requests.bodies(served.model, DIALECTS[0]), point.concurrency, 600.0, point.output_tokens)
 
     def theirs(seed: int) -> Load:
         return bench_serve(bench, served, point, arguments.requests, seed)

@@ -163,7 +163,12 @@ class _Bench:
         runtime = Transformers(runtime="transformers")
         with runtime.open(OpenContext(artifact=artifact, logs=self.folder, progress=Silent())) as session:
             context = MeasureContext(
-                original=self.arguments.model, data=self.data, target=target, against=against, progress=Silent()
+                original_checkpoint=self.arguments.model,
+                data=self.data,
+                output_dir=target,
+                original_measurement=against,
+                progress=Silent(),
+                logs=target,
             )
             return measure(session, self.tasks, context)
 

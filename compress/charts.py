@@ -1,7 +1,7 @@
 """Charts as inline SVG: points and lines on two axes, drawn without a library, so that a page needs no script and no network.
 
-Colours come from the page's style sheet by class (`s0` … `s7`, `front`, `limit`), and every series has a shape of its own beside
-its colour. A chart's data are also given as rows, for the table that stands below it.
+Colours come from the page's style sheet by class (`s0` … `s7`, `front`, `limit`), and every series has its own marker shape. A
+chart's data are also available as rows, for the table below it.
 """
 
 from __future__ import annotations
@@ -13,16 +13,22 @@ from html import escape
 
 WIDTH, HEIGHT = 380, 262
 _TOP, _RIGHT, _BOTTOM = 30, 18, 50
+"""The drawing's size and the plot area's margins, in pixels; the left margin depends on the labels."""
+
 _CHARACTER = 6.5  # the width of one at the style sheet's 12 px
 _LINE = 15
+"""The height of a line of text, in pixels."""
+
 _TICKS = 5
+"""About how many ticks an axis has."""
+
 STYLES = 8
-"""How many series can be told apart; further ones begin again."""
+"""The number of distinct series styles; further series repeat them."""
 
 
 @dataclass(frozen=True)
 class Unit:
-    """What the numbers along an axis are shown in: a value times `factor`, then `suffix`."""
+    """The unit of tick labels: a value times `factor`, followed by `suffix`."""
 
     factor: float = 1.0
     suffix: str = ""
@@ -30,23 +36,26 @@ class Unit:
 
 @dataclass(frozen=True)
 class Axis:
-    """One axis: its title, the unit of its ticks, and how one value is told in words and tables.
-
-    `zero` begins it at zero, `log` spaces it by ratios, for data above zero. Ticks are round numbers, or the data's own with
-    `at_data`.
-    """
+    """One axis of a chart."""
 
     title: str
     show: Callable[[float], str]
+    """Formats a value for texts and tables."""
+
     unit: Unit = field(default_factory=Unit)
     zero: bool = False
+    """Whether the axis starts at zero."""
+
     log: bool = False
+    """Whether the axis is logarithmic; for positive data."""
+
     at_data: bool = False
+    """Whether ticks are at the data's values instead of round numbers."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """One value; `label` stands beside it where there is room, `bounds` are those of `y`."""
+    """One value; its `label` is drawn where there is room, `bounds` are the error bars of `y`."""
 
     x: float
     y: float
@@ -56,7 +65,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points that belong together, in the style of this number; `joined` ones have a line from each to the next, or dashes."""
+    """Points in one style; `joined` ones are connected by a line, which may be `dashed`."""
 
     name: str
     points: tuple[Point, ...]
@@ -67,7 +76,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Limit:
-    """A line across the chart where a limit lies, on one of the two axes."""
+    """A line across the chart at a limit on one axis, `x` or `y`."""
 
     axis: str
     value: float
@@ -76,16 +85,21 @@ class Limit:
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart and what it says: `summary` in one sentence for those who do not see it, `better` the corner to be in."""
+    """A chart of points on two axes."""
 
     title: str
     summary: str
+    """The content in one sentence, for screen readers."""
+
     x: Axis
     y: Axis
     series: tuple[Series, ...]
     front: tuple[Point, ...] = ()
+    """The Pareto front."""
+
     limits: tuple[Limit, ...] = ()
     better: str = ""
+    """Which direction is better, in words."""
 
     @property
     def drawable(self) -> bool:
@@ -109,9 +123,9 @@ class Chart:
 
 
 def pareto_front(points: Iterable[Point], worth: Callable[[Point], float]) -> tuple[Point, ...]:
-    """Return the points that no other one beats in worth without being worse in x, from small x to large; a small x is better.
+    """Return the Pareto front by increasing x, where smaller x and larger worth are better.
 
-    A point whose worth is not finite is in no front.
+    Points whose worth is not finite are left out.
     """
     best: list[Point] = []
     for point in sorted(points, key=lambda point: (point.x, -worth(point))):
@@ -121,12 +135,12 @@ def pareto_front(points: Iterable[Point], worth: Callable[[Point], float]) -> tu
 
 
 def larger(point: Point) -> float:
-    """Return the worth of a point whose figure is better the larger it is."""
+    """Return the worth of a point where larger figures are better."""
     return point.y
 
 
 def near(figure: float) -> Callable[[Point], float]:
-    """Return the worth of points whose figure, above 0, is better the nearer it is to another one, as a ratio."""
+    """Return a worth function where positive figures are better the nearer their ratio to `figure` is to 1."""
 
     def worth(point: Point) -> float:
         return -abs(math.log(point.y / figure)) if point.y > 0 and figure > 0 and math.isfinite(point.y) else -math.inf
@@ -135,7 +149,7 @@ def near(figure: float) -> Callable[[Point], float]:
 
 
 def ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
-    """Return about `count` round numbers from `low` to `high`, equally spaced by 1, 2 or 5 times a power of ten."""
+    """Return about `count` ticks from `low` to `high`, at multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
@@ -145,7 +159,7 @@ def ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
 
 @dataclass(frozen=True)
 class _Scale:
-    """Where a value lies between two pixels."""
+    """Maps values from `low` to `high` to pixels from `start` to `end`."""
 
     low: float
     high: float
@@ -153,7 +167,7 @@ class _Scale:
     end: float
     log: bool = False
 
-    def place(self, value: float) -> float:
+    def pixel(self, value: float) -> float:
         low, high = (math.log(self.low), math.log(self.high)) if self.log else (self.low, self.high)
         share = ((math.log(value) if self.log else value) - low) / (high - low)
         return self.start + share * (self.end - self.start)
@@ -166,7 +180,7 @@ class _Box:
     right: float
     bottom: float
 
-    def meets(self, other: _Box) -> bool:
+    def overlaps(self, other: _Box) -> bool:
         return self.left < other.right and other.left < self.right and self.top < other.bottom and other.top < self.bottom
 
 
@@ -176,23 +190,23 @@ def draw(chart: Chart, identity: str) -> str:
     The chart must be drawable.
     """
     points = list(_finite(chart.series))
-    across, up = [point.x for point in points], [point.y for point in points]
-    up += [bound for point in points for bound in point.bounds or () if math.isfinite(bound)]
-    across += [limit.value for limit in chart.limits if limit.axis == "x"]
-    up += [limit.value for limit in chart.limits if limit.axis == "y"]
-    y_range = _range(up, chart.y)
-    y_ticks = _tick_values(chart.y, y_range, up)
+    x_values, y_values = [point.x for point in points], [point.y for point in points]
+    y_values += [bound for point in points for bound in point.bounds or () if math.isfinite(bound)]
+    x_values += [limit.value for limit in chart.limits if limit.axis == "x"]
+    y_values += [limit.value for limit in chart.limits if limit.axis == "y"]
+    y_range = _range(y_values, chart.y)
+    y_ticks = _tick_values(chart.y, y_range, y_values)
     y_labels = _tick_labels(chart.y, y_ticks)
     left = 14 + _CHARACTER * max(map(len, y_labels))
-    x_range = _range(across, chart.x)
+    x_range = _range(x_values, chart.x)
     x_scale = _Scale(*x_range, left, WIDTH - _RIGHT, chart.x.log)
     y_scale = _Scale(*y_range, HEIGHT - _BOTTOM, _TOP, chart.y.log)
     parts = [
-        _axes(chart, x_scale, y_scale, (_tick_values(chart.x, x_range, across), y_ticks, y_labels)),
-        *(_limit(limit, x_scale, y_scale) for limit in chart.limits),
-        _front(chart.front, x_scale, y_scale),
-        *(_drawn(series, chart, x_scale, y_scale) for series in chart.series),
-        *_labels(chart, x_scale, y_scale),
+        _draw_axes(chart, x_scale, y_scale, (_tick_values(chart.x, x_range, x_values), y_ticks, y_labels)),
+        *(_draw_limit(limit, x_scale, y_scale) for limit in chart.limits),
+        _draw_front(chart.front, x_scale, y_scale),
+        *(_draw_series(series, chart, x_scale, y_scale) for series in chart.series),
+        *_draw_labels(chart, x_scale, y_scale),
     ]
     return (
         f'<svg class="chart" role="img" viewBox="0 0 {WIDTH} {HEIGHT}" aria-labelledby="{identity}-title {identity}-summary">'
@@ -202,9 +216,9 @@ def draw(chart: Chart, identity: str) -> str:
 
 
 def swatch(style: int, *, joined: bool = False) -> str:
-    """Return the mark of a series for a legend; hidden from screen readers, which are told the name beside it."""
+    """Return the marker of a series for a legend; hidden from screen readers, which read the name beside it."""
     line = f'<path class="line s{style % STYLES}" d="M1 8H27"/>' if joined else ""
-    return f'<svg class="swatch" aria-hidden="true" viewBox="0 0 28 16">{line}{_mark(style, 14, 8)}</svg>'
+    return f'<svg class="swatch" aria-hidden="true" viewBox="0 0 28 16">{line}{_marker(style, 14, 8)}</svg>'
 
 
 def _finite(series: Iterable[Series]) -> Iterable[Point]:
@@ -212,7 +226,7 @@ def _finite(series: Iterable[Series]) -> Iterable[Point]:
 
 
 def _range(values: Sequence[float], axis: Axis) -> tuple[float, float]:
-    """Return from where to where an axis goes: a little more than the data take."""
+    """Return an axis's range: the data's with some margin."""
     low, high = min(values), max(values)
     if axis.log:
         return low / 1.15, high * 1.15
@@ -224,22 +238,22 @@ def _range(values: Sequence[float], axis: Axis) -> tuple[float, float]:
 def _tick_values(axis: Axis, limits: tuple[float, float], values: Sequence[float]) -> list[float]:
     factor = axis.unit.factor
     if axis.at_data:
-        return _apart(axis, limits, sorted(set(values)))
+        return _spaced_values(axis, limits, sorted(set(values)))
     if not axis.log:
         return [tick / factor for tick in ticks(limits[0] * factor, limits[1] * factor)]
     low, high = (math.log10(limit * factor) for limit in limits)
     factors = (1,) if high - low > 3 else (1, 2, 5)
-    found = [step * 10.0**power / factor for power in range(math.floor(low), math.ceil(high) + 1) for step in factors]
-    return [value for value in found if limits[0] <= value <= limits[1]] or [math.sqrt(limits[0] * limits[1])]
+    candidates = [step * 10.0**power / factor for power in range(math.floor(low), math.ceil(high) + 1) for step in factors]
+    return [value for value in candidates if limits[0] <= value <= limits[1]] or [math.sqrt(limits[0] * limits[1])]
 
 
-def _apart(axis: Axis, limits: tuple[float, float], values: Sequence[float]) -> list[float]:
-    """Return the values without those too close to the one before for both to be read."""
-    scale, kept = _Scale(*limits, 0.0, 1.0, axis.log), list[float]()
+def _spaced_values(axis: Axis, limits: tuple[float, float], values: Sequence[float]) -> list[float]:
+    """Return the values without those whose label would overlap the previous one."""
+    scale, spaced = _Scale(*limits, 0.0, 1.0, axis.log), list[float]()
     for value in values:
-        if not kept or scale.place(value) - scale.place(kept[-1]) > 0.07:
-            kept.append(value)
-    return kept
+        if not spaced or scale.pixel(value) - scale.pixel(spaced[-1]) > 0.07:
+            spaced.append(value)
+    return spaced
 
 
 def _tick_labels(axis: Axis, values: Sequence[float]) -> list[str]:
@@ -250,67 +264,67 @@ def _tick_labels(axis: Axis, values: Sequence[float]) -> list[str]:
     return [f"{value + 0.0:,.{decimals}f}{axis.unit.suffix}" for value in scaled]
 
 
-def _axes(chart: Chart, x: _Scale, y: _Scale, at: tuple[list[float], list[float], list[str]]) -> str:
-    x_ticks, y_ticks, y_labels = at
+def _draw_axes(chart: Chart, x: _Scale, y: _Scale, tick_data: tuple[list[float], list[float], list[str]]) -> str:
+    x_ticks, y_ticks, y_labels = tick_data
     parts: list[str] = []
     for value, label in zip(y_ticks, y_labels, strict=True):
-        height = y.place(value)
+        height = y.pixel(value)
         parts.append(f'<path class="grid" d="M{x.start:.1f} {height:.1f}H{x.end:.1f}"/>')
         parts.append(_text(label, "tick", x.start - 7, height + 4, "end"))
     for value, label in zip(x_ticks, _tick_labels(chart.x, x_ticks), strict=True):
-        place = x.place(value)
-        parts.append(f'<path class="axis" d="M{place:.1f} {y.start:.1f}v4"/>')
-        parts.append(_text(label, "tick", place, y.start + 18))
+        pixel = x.pixel(value)
+        parts.append(f'<path class="axis" d="M{pixel:.1f} {y.start:.1f}v4"/>')
+        parts.append(_text(label, "tick", pixel, y.start + 18))
     parts.append(f'<path class="axis" d="M{x.start:.1f} {y.start:.1f}H{x.end:.1f}"/>')
     parts.append(_text(chart.y.title, "name", 2, 14, "start"))
-    wide = _CHARACTER * len(chart.x.title) > x.end - x.start
-    parts.append(_text(chart.x.title, "name", WIDTH / 2 if wide else (x.start + x.end) / 2, HEIGHT - 10))
+    is_wide = _CHARACTER * len(chart.x.title) > x.end - x.start
+    parts.append(_text(chart.x.title, "name", WIDTH / 2 if is_wide else (x.start + x.end) / 2, HEIGHT - 10))
     if chart.better:
         parts.append(_text(chart.better, "better", x.end, 14, "end"))
     return "".join(parts)
 
 
-def _limit(limit: Limit, x: _Scale, y: _Scale) -> str:
+def _draw_limit(limit: Limit, x: _Scale, y: _Scale) -> str:
     if limit.axis == "x":
-        place = x.place(limit.value)
-        line = f"M{place:.1f} {y.start:.1f}V{y.end:.1f}"
-        right = place < x.end - _CHARACTER * len(limit.label) - 8
-        label = _text(limit.label, "limit-name", place + (5 if right else -5), y.start - 6, "start" if right else "end")
+        pixel = x.pixel(limit.value)
+        line = f"M{pixel:.1f} {y.start:.1f}V{y.end:.1f}"
+        right = pixel < x.end - _CHARACTER * len(limit.label) - 8
+        label = _text(limit.label, "limit-name", pixel + (5 if right else -5), y.start - 6, "start" if right else "end")
     else:
-        height = y.place(limit.value)
+        height = y.pixel(limit.value)
         line = f"M{x.start:.1f} {height:.1f}H{x.end:.1f}"
         label = _text(limit.label, "limit-name", x.start + 4, height - 5, "start")
     return f'<path class="limit" d="{line}"/>{label}'
 
 
-def _front(front: Sequence[Point], x: _Scale, y: _Scale) -> str:
+def _draw_front(front: Sequence[Point], x: _Scale, y: _Scale) -> str:
     if len(front) < 2:
         return ""
-    path = f"M{x.place(front[0].x):.1f} {y.place(front[0].y):.1f}"
-    path += "".join(f"H{x.place(point.x):.1f}V{y.place(point.y):.1f}" for point in front[1:])
+    path = f"M{x.pixel(front[0].x):.1f} {y.pixel(front[0].y):.1f}"
+    path += "".join(f"H{x.pixel(point.x):.1f}V{y.pixel(point.y):.1f}" for point in front[1:])
     return f'<path class="front" d="{path}"/>'
 
 
-def _drawn(series: Series, chart: Chart, x: _Scale, y: _Scale) -> str:
+def _draw_series(series: Series, chart: Chart, x: _Scale, y: _Scale) -> str:
     style = f"s{series.style % STYLES}"
     points = list(_finite([series]))
     parts: list[str] = []
     if series.joined and len(points) > 1:
-        way = "L".join(f"{x.place(point.x):.1f} {y.place(point.y):.1f}" for point in points)
-        parts.append(f'<path class="line {style}{" dashed" if series.dashed else ""}" d="M{way}"/>')
+        path = "L".join(f"{x.pixel(point.x):.1f} {y.pixel(point.y):.1f}" for point in points)
+        parts.append(f'<path class="line {style}{" dashed" if series.dashed else ""}" d="M{path}"/>')
     for point in points:
-        across, height = x.place(point.x), y.place(point.y)
+        pixel_x, pixel_y = x.pixel(point.x), y.pixel(point.y)
         if point.bounds and all(map(math.isfinite, point.bounds)):
-            low, high = (y.place(bound) for bound in point.bounds)
-            bar = f"M{across:.1f} {low:.1f}V{high:.1f}M{across - 4:.1f} {low:.1f}h8M{across - 4:.1f} {high:.1f}h8"
+            low, high = (y.pixel(bound) for bound in point.bounds)
+            bar = f"M{pixel_x:.1f} {low:.1f}V{high:.1f}M{pixel_x - 4:.1f} {low:.1f}h8M{pixel_x - 4:.1f} {high:.1f}h8"
             parts.append(f'<path class="bar {style}" d="{bar}"/>')
-        name = f"{point.label or series.name}: {chart.y.show(point.y)} at {chart.x.show(point.x)}"
-        parts.append(f"<g><title>{escape(name)}</title>{_mark(series.style, across, height)}</g>")
+        tooltip = f"{point.label or series.name}: {chart.y.show(point.y)} at {chart.x.show(point.x)}"
+        parts.append(f"<g><title>{escape(tooltip)}</title>{_marker(series.style, pixel_x, pixel_y)}</g>")
     return "".join(parts)
 
 
-def _mark(style: int, x: float, y: float) -> str:
-    """Return the shape of a style, about ten pixels wide."""
+def _marker(style: int, x: float, y: float) -> str:
+    """Return the marker of a style, about ten pixels wide."""
     shapes = (
         "m0 -5a5 5 0 1 1 0 10a5 5 0 1 1 0 -10z",
         "m-4.5 -4.5h9v9h-9z",
@@ -325,44 +339,44 @@ def _mark(style: int, x: float, y: float) -> str:
     return f'<path class="mark s{kind}" d="M{x:.1f} {y:.1f}{shapes[kind]}"/>'
 
 
-def _labels(chart: Chart, x: _Scale, y: _Scale) -> Iterable[str]:
-    """Yield the names beside points that find room between the marks, the limits' names and each other."""
+def _draw_labels(chart: Chart, x: _Scale, y: _Scale) -> Iterable[str]:
+    """Yield the labels of points where they overlap no marker, limit label or other label."""
     points = [point for point in _finite(chart.series) if point.label]
-    taken = [_around(x.place(point.x), y.place(point.y)) for point in _finite(chart.series)]
-    taken += [_limit_box(limit, x, y) for limit in chart.limits]
+    occupied = [_marker_box(x.pixel(point.x), y.pixel(point.y)) for point in _finite(chart.series)]
+    occupied += [_limit_box(limit, x, y) for limit in chart.limits]
     for point in points:
-        across, height = x.place(point.x), y.place(point.y)
+        pixel_x, pixel_y = x.pixel(point.x), y.pixel(point.y)
         width = _CHARACTER * len(point.label)
-        places = (
-            (across + 9, height + 4, "start", across + 9),
-            (across - 9, height + 4, "end", across - 9 - width),
-            (across, height - 10, "middle", across - width / 2),
-            (across, height + 19, "middle", across - width / 2),
-            (across + 6, height - 9, "start", across + 6),
-            (across - 6, height - 9, "end", across - 6 - width),
-            (across + 6, height + 17, "start", across + 6),
-            (across - 6, height + 17, "end", across - 6 - width),
+        candidates = (
+            (pixel_x + 9, pixel_y + 4, "start", pixel_x + 9),
+            (pixel_x - 9, pixel_y + 4, "end", pixel_x - 9 - width),
+            (pixel_x, pixel_y - 10, "middle", pixel_x - width / 2),
+            (pixel_x, pixel_y + 19, "middle", pixel_x - width / 2),
+            (pixel_x + 6, pixel_y - 9, "start", pixel_x + 6),
+            (pixel_x - 6, pixel_y - 9, "end", pixel_x - 6 - width),
+            (pixel_x + 6, pixel_y + 17, "start", pixel_x + 6),
+            (pixel_x - 6, pixel_y + 17, "end", pixel_x - 6 - width),
         )
-        for text_x, text_y, anchor, left in places:
+        for text_x, text_y, anchor, left in candidates:
             box = _Box(left, text_y - 11, left + width, text_y + 3)
-            inside = left >= x.start and left + width <= WIDTH - 2 and box.top >= _TOP - 12 and box.bottom <= y.start
-            if inside and not any(box.meets(other) for other in taken):
-                taken.append(box)
+            fits = left >= x.start and left + width <= WIDTH - 2 and box.top >= _TOP - 12 and box.bottom <= y.start
+            if fits and not any(box.overlaps(other) for other in occupied):
+                occupied.append(box)
                 yield _text(point.label, "label", text_x, text_y, anchor)
                 break
 
 
-def _around(x: float, y: float) -> _Box:
+def _marker_box(x: float, y: float) -> _Box:
     return _Box(x - 6, y - 6, x + 6, y + 6)
 
 
 def _limit_box(limit: Limit, x: _Scale, y: _Scale) -> _Box:
     width = _CHARACTER * len(limit.label) + 6
     if limit.axis == "y":
-        height = y.place(limit.value)
+        height = y.pixel(limit.value)
         return _Box(x.start, height - 5 - _LINE, x.start + width, height + 2)
-    place = x.place(limit.value)
-    left = place if place < x.end - width - 2 else place - width
+    pixel = x.pixel(limit.value)
+    left = pixel if pixel < x.end - width - 2 else pixel - width
     return _Box(left, y.start - 6 - _LINE, left + width, y.start)
 
 

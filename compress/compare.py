@@ -1,4 +1,4 @@
-"""Several runs side by side: accuracy against size, only where the original and the questions are the same ones."""
+"""Comparison of runs: accuracy against size, for runs of the same original on the same questions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, UsageError
 from compress.eval.results import ScoreMetrics
-from compress.figures import asked, kept, main_figure
+from compress.figures import item_count, main_figure, recovery
 from compress.gate import Outcome
 from compress.limits import limits
 from compress.report import Report, Row, origin
@@ -27,43 +27,49 @@ REPORT = "report.json"
 
 @dataclass(frozen=True)
 class Value:
-    """A figure of one line: as measured, and how many times the original's it is; None where that says nothing.
-
-    `items` is of how many items it is where that is not of as many as the original's; `at_least` says that it is a lower bound.
-    """
+    """A figure of one line; field names are keys of the comparison's JSON, as those of the records below."""
 
     figure: float
     kept: float | None
+    """The figure over the original's, None where they cannot be compared."""
+
     failed: int = 0
     items: int | None = None
+    """The number of items where it is not the original's."""
+
     at_least: bool = False
+    """Whether the figure is a lower bound."""
 
     @property
     def distance(self) -> float | None:
-        """How far the figure is from the original's, as a ratio either way; None where that is not known."""
+        """The absolute log ratio to the original's figure; None where it is unknown."""
         return None if self.kept is None or self.kept <= 0 else abs(math.log(self.kept))
 
 
 @dataclass(frozen=True)
 class Measure:
-    """What a column holds: a task's figure, its KL or a latency; `key` tells it from another of the same name.
-
-    `number` is None where no other has the name, otherwise its place among them, from 1. `share` figures are told in per cent;
-    `larger` ones are better. A perplexity is better the nearer it is to the original's: one below it is of another model too.
-    """
+    """The figure of a column: a task's score or perplexity, its KL, or a latency."""
 
     key: str
+    """Identifies the column among those of the same name."""
+
     name: str
     number: int | None
+    """Its number among columns of the same name, from 1; None where the name is unique."""
+
     share: bool
+    """Whether it is shown in per cent."""
+
     larger: bool
+    """Whether larger is better. A perplexity is better the nearer it is to the original's: a lower one is another model's too."""
+
     metric: str
     latency: bool = False
     kl: bool = False
 
     @property
     def task(self) -> bool:
-        """Whether it is a task's own figure, by which lines are better or worse than others."""
+        """Whether it is a task's own figure, by which lines are ranked."""
         return not self.latency and not self.kl
 
     @property
@@ -74,9 +80,11 @@ class Measure:
 
 @dataclass(frozen=True)
 class Line:
-    """One artifact of one run on one target; `values` are by the measures' keys. `front`: no other is better in all of them."""
+    """One artifact of one run on one target."""
 
     runs: tuple[str, ...]
+    """The run's name; of an original, those of all runs with equal figures of it."""
+
     artifact: str
     target: str
     runtime: str
@@ -85,17 +93,20 @@ class Line:
     size_ratio: float
     bits_per_weight: float
     values: Mapping[str, Value]
+    """By the measures' keys."""
+
     front: bool = False
+    """Whether it is on the Pareto front of size and the tasks' figures."""
 
     @property
     def run(self) -> str:
-        """The run's name, or of how many runs an original is."""
+        """The run's name, or the number of runs that share the original."""
         return self.runs[0] if len(self.runs) == 1 else f"{len(self.runs)} runs"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The lines of all runs of one original."""
+    """The comparison of all runs of one original."""
 
     original: str
     digest: str
@@ -105,7 +116,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs by their originals; `notes` tell what keeps figures from being compared."""
+    """Runs grouped by original; `notes` tell which figures are not comparable."""
 
     groups: tuple[Group, ...]
     notes: tuple[str, ...]
@@ -126,15 +137,15 @@ def read_report(path: Path) -> Report:
         return Report.model_validate_json(content)
     except ValidationError as error:
         first = error.errors()[0]
-        place = ".".join(map(str, first["loc"]))
+        location = ".".join(map(str, first["loc"]))
         raise DataError(
-            f"{file}: no report of this version of compress ({place + ': ' if place else ''}{first['msg']}); run its recipe again: "
-            "what is stored is not made anew"
+            f"{file}: no report of this version of compress ({location + ': ' if location else ''}{first['msg']}); run its recipe "
+            "again: what is stored is not made anew"
         ) from error
 
 
 def read_reports(paths: Sequence[Path], warn: Callable[[str], None]) -> list[Report]:
-    """Read the reports of several runs; a folder without one, as a run that is not done leaves it, is passed over with a warning.
+    """Read the reports of several runs; a folder without one, as of an unfinished run, is skipped with a warning.
 
     Raises:
         DataError: no folder has a report, or one cannot be read.
@@ -148,7 +159,7 @@ def read_reports(paths: Sequence[Path], warn: Callable[[str], None]) -> list[Rep
 
 
 def compare(reports: Sequence[Report]) -> Comparison:
-    """Put runs side by side, those of one original together, and a task's figures in one column only where it is one task.
+    """Compare runs, grouped by original; a task's figures share a column only where its questions and settings are equal.
 
     Raises:
         UsageError: there is no run, or one is given twice.
@@ -157,36 +168,36 @@ def compare(reports: Sequence[Report]) -> Comparison:
         raise UsageError("compare: no run is given; name at least one run's folder")
     names = _names(reports)
     by_original: dict[str, list[int]] = {}
-    for place, report in enumerate(reports):
-        by_original.setdefault(_original_key(report), []).append(place)
+    for index, report in enumerate(reports):
+        by_original.setdefault(_original_key(report), []).append(index)
     groups: list[Group] = []
     notes: list[str] = []
-    for digest, places in by_original.items():
-        own = {names[place]: reports[place] for place in places}
-        groups.append(_group(digest, own))
-        notes += _task_notes(groups[-1], own)
+    for digest, indices in by_original.items():
+        group_reports = {names[index]: reports[index] for index in indices}
+        groups.append(_group(digest, group_reports))
+        notes += _task_notes(groups[-1], group_reports)
     if len(groups) > 1:
         notes.insert(0, f"These runs began with {len(groups)} different originals; each has a table of its own.")
     return Comparison(tuple(groups), (*notes, *_gate_notes(names, reports), *_other_notes(names, reports)))
 
 
 def _names(reports: Sequence[Report]) -> list[str]:
-    """Return what to call each run: its recipe's name where only one has it, otherwise its folder's."""
+    """Return each run's name: its recipe's where that is unique, otherwise its folder's."""
     recipes = [report.name for report in reports]
     names = [report.name if recipes.count(report.name) == 1 else Path(report.run).name for report in reports]
-    double = next((name for name in names if names.count(name) > 1), None)
-    if double is not None:
-        raise UsageError(f"compare: the run {double} is given twice; name each once")
+    duplicate = next((name for name in names if names.count(name) > 1), None)
+    if duplicate is not None:
+        raise UsageError(f"compare: the run {duplicate} is given twice; name each once")
     return names
 
 
 def _original_key(report: Report) -> str:
-    told = report.digests.get(ORIGINAL)
-    return told or _digest(report.source, [row.bytes for row in report.rows if row.artifact == ORIGINAL])
+    digest = report.digests.get(ORIGINAL)
+    return digest or _digest(report.source, [row.bytes for row in report.rows if row.artifact == ORIGINAL])
 
 
 def _task_key(report: Report, name: str) -> str:
-    """Return what tells a task from others of its name: the digest of its questions and settings, else how the recipe writes it."""
+    """Return a task's key: the digest of its questions and settings, or in reports without one that of its text in the recipe."""
     tasks: object = report.recipe.get("eval", {}).get("tasks")
     return f"{name}/{report.digests.get(name) or _digest(tasks, report.notes.get(name))}"
 
@@ -198,53 +209,53 @@ def _digest(*parts: object) -> str:
 def _group(digest: str, reports: Mapping[str, Report]) -> Group:
     measures = _measures(reports.values())
     lines = [line for name, report in reports.items() for line in _lines(name, report)]
-    merged = _marked(_merged(lines), measures)
+    merged = _mark_front(_merge_originals(lines), measures)
     return Group(origin(next(iter(reports.values())).source), digest, measures, tuple(merged))
 
 
 def _measures(reports: Iterable[Report]) -> tuple[Measure, ...]:
-    found: dict[str, Measure] = {}
+    measures: dict[str, Measure] = {}
     for report in reports:
         for row in report.rows:
             for name, metrics in row.metrics.items():
                 scored = isinstance(metrics, ScoreMetrics)
                 metric = metrics.metric if isinstance(metrics, ScoreMetrics) else "perplexity"
                 key = _task_key(report, name)
-                found.setdefault(key, Measure(key, name, None, share=scored, larger=scored, metric=metric))
+                measures.setdefault(key, Measure(key, name, None, share=scored, larger=scored, metric=metric))
                 if any(name in (other.fidelity or {}) for other in report.rows):
-                    told = "mean KL from the original in nats"
-                    found.setdefault(_kl(key), Measure(_kl(key), f"{name} KL", None, False, False, told, kl=True))
-        for label in _loads(report).values():
+                    metric_text = "mean KL from the original in nats"
+                    measures.setdefault(_kl_key(key), Measure(_kl_key(key), f"{name} KL", None, False, False, metric_text, kl=True))
+        for label in _compared_loads(report).values():
             metric = f"end to end p95: {label}"
-            found.setdefault(label, Measure(label, "p95 latency", None, share=False, larger=False, metric=metric, latency=True))
-    heads = [measure.name for measure in found.values()]
-    seen: dict[str, int] = {}
+            measures.setdefault(label, Measure(label, "p95 latency", None, share=False, larger=False, metric=metric, latency=True))
+    heads = [measure.name for measure in measures.values()]
+    counts: dict[str, int] = {}
     numbered: list[Measure] = []
-    for measure in found.values():
-        seen[measure.name] = seen.get(measure.name, 0) + 1
-        numbered.append(replace(measure, number=seen[measure.name] if heads.count(measure.name) > 1 else None))
+    for measure in measures.values():
+        counts[measure.name] = counts.get(measure.name, 0) + 1
+        numbered.append(replace(measure, number=counts[measure.name] if heads.count(measure.name) > 1 else None))
     return tuple(sorted(numbered, key=lambda measure: (measure.latency, measure.kl)))
 
 
-def _kl(key: str) -> str:
+def _kl_key(key: str) -> str:
     return f"{key}/KL"
 
 
-def _loads(report: Report) -> dict[str, str]:
-    """Return the load at which each target's latency is compared: requests of the first kind, at the fewest at once."""
-    found: dict[str, str] = {}
+def _compared_loads(report: Report) -> dict[str, str]:
+    """Return the load at which each target's latency is compared: the first kind of requests at the lowest concurrency."""
+    loads: dict[str, str] = {}
     for target, latency in report.latency.items():
         shapes = shapes_of(latency)
         if shapes:
-            fewest = min(row.point.concurrency for row in latency.original.points if row.point.shape == shapes[0])
-            found[target] = shapes[0].at(fewest).label
-    return found
+            lowest = min(row.point.concurrency for row in latency.original.points if row.point.shape == shapes[0])
+            loads[target] = shapes[0].at(lowest).label
+    return loads
 
 
 def _lines(name: str, report: Report) -> Iterator[Line]:
-    before = originals(report.rows)
+    originals_by_target = originals(report.rows)
     for row in report.rows:
-        values = dict(_values(report, row, before.get(row.target)))
+        values = dict(_values(report, row, originals_by_target.get(row.target)))
         yield Line(
             runs=(name,),
             artifact=row.artifact,
@@ -260,18 +271,20 @@ def _lines(name: str, report: Report) -> Iterator[Line]:
 
 def _values(report: Report, row: Row, original: Row | None) -> Iterator[tuple[str, Value]]:
     for name, metrics in row.metrics.items():
-        before = original.metrics.get(name) if original is not None else None
-        share = kept(before, metrics) if before is not None else None
-        fewer = asked(metrics) if before is not None and asked(before) != asked(metrics) else None
-        yield _task_key(report, name), Value(main_figure(metrics), share, metrics.failed, fewer)
+        original_metrics = original.metrics.get(name) if original is not None else None
+        ratio = recovery(original_metrics, metrics) if original_metrics is not None else None
+        items = (
+            item_count(metrics) if original_metrics is not None and item_count(original_metrics) != item_count(metrics) else None
+        )
+        yield _task_key(report, name), Value(main_figure(metrics), ratio, metrics.failed, items)
     for name, fidelity in (row.fidelity or {}).items():
-        whole = fidelity.whole
-        kl = Value(fidelity.kl_mean, None, at_least=fidelity.at_least) if whole is None else Value(whole.kl_mean, None)
-        yield _kl(_task_key(report, name)), kl
+        full = fidelity.whole
+        kl = Value(fidelity.kl_mean, None, at_least=fidelity.at_least) if full is None else Value(full.kl_mean, None)
+        yield _kl_key(_task_key(report, name)), kl
 
 
 def _latency(report: Report, row: Row) -> dict[str, Value]:
-    latency, label = report.latency.get(row.target), _loads(report).get(row.target)
+    latency, label = report.latency.get(row.target), _compared_loads(report).get(row.target)
     if latency is None or label is None:
         return {}
     model = models_of(latency).get(row.artifact)
@@ -279,51 +292,51 @@ def _latency(report: Report, row: Row) -> dict[str, Value]:
     if point is None or point.pooled.e2el is None:
         return {}
     ratio = point.ratios.get("e2el_p95")
-    same = 1.0 if row.artifact == ORIGINAL else None
-    return {label: Value(point.pooled.e2el.p95, ratio.value if ratio else same)}
+    own_ratio = 1.0 if row.artifact == ORIGINAL else None
+    return {label: Value(point.pooled.e2el.p95, ratio.value if ratio else own_ratio)}
 
 
-def _merged(lines: Sequence[Line]) -> list[Line]:
-    """Return the lines with an original that came out alike in several runs told once, before all others."""
-    found: list[Line] = []
+def _merge_originals(lines: Sequence[Line]) -> list[Line]:
+    """Return the lines with originals of equal figures merged, before all others."""
+    merged: list[Line] = []
     for line in lines:
         if line.artifact != ORIGINAL:
             continue
-        place = next((place for place, other in enumerate(found) if _alike(other, line)), None)
-        if place is None:
-            found.append(line)
+        index = next((index for index, other in enumerate(merged) if _equal_values(other, line)), None)
+        if index is None:
+            merged.append(line)
         else:
-            other = found[place]
-            found[place] = replace(other, runs=(*other.runs, *line.runs), values={**other.values, **line.values})
-    return found + [line for line in lines if line.artifact != ORIGINAL]
+            other = merged[index]
+            merged[index] = replace(other, runs=(*other.runs, *line.runs), values={**other.values, **line.values})
+    return merged + [line for line in lines if line.artifact != ORIGINAL]
 
 
-def _alike(one: Line, other: Line) -> bool:
-    """Return whether two lines of the original tell the same wherever both tell something."""
+def _equal_values(one: Line, other: Line) -> bool:
+    """Return whether two lines of the original have equal values wherever both have one."""
     same = replace(one, runs=other.runs, values=other.values) == other
     return same and all(one.values[key] == other.values[key] for key in one.values.keys() & other.values.keys())
 
 
-def _marked(lines: Sequence[Line], measures: Sequence[Measure]) -> Iterator[Line]:
+def _mark_front(lines: Sequence[Line], measures: Sequence[Measure]) -> Iterator[Line]:
     tasks = [measure for measure in measures if measure.task]
     for line in lines:
-        yield replace(line, front=not any(_beats(other, line, tasks) for other in lines))
+        yield replace(line, front=not any(_dominates(other, line, tasks) for other in lines))
 
 
-def _beats(other: Line, line: Line, tasks: Sequence[Measure]) -> bool:
-    """Return whether a line is no larger and in no task worse than another that was asked the same, and better in something."""
+def _dominates(other: Line, line: Line, tasks: Sequence[Measure]) -> bool:
+    """Return whether `other` dominates `line`: it has all its tasks, is nowhere worse, and better in size or a task."""
     shared = [measure for measure in tasks if measure.key in line.values]
     if not shared or any(measure.key not in other.values for measure in shared):
         return False
     gains = [float(line.bytes - other.bytes)]
     for measure in shared:
-        theirs, own = other.values[measure.key], line.values[measure.key]
+        other_value, line_value = other.values[measure.key], line.values[measure.key]
         if measure.larger:
-            gains.append(theirs.figure - own.figure)
-        elif theirs.distance is None or own.distance is None:
+            gains.append(other_value.figure - line_value.figure)
+        elif other_value.distance is None or line_value.distance is None:
             return False
         else:
-            gains.append(own.distance - theirs.distance)
+            gains.append(line_value.distance - other_value.distance)
     return min(gains) >= 0 and max(gains) > 0
 
 
@@ -332,53 +345,55 @@ def _task_notes(group: Group, reports: Mapping[str, Report]) -> Iterator[str]:
         parts: list[str] = []
         for measure in group.measures:
             if measure.name == name:
-                runs = [run for run, report in reports.items() if _has(report, measure)]
+                runs = [run for run, report in reports.items() if _has_measure(report, measure)]
                 parts.append(f"{measure.head} in {', '.join(runs)}")
-        why = "was put under other loads" if name == "p95 latency" else "asks other questions, or in another way"
-        yield f"{name} {why}, so its figures stand in columns of their own: {'; '.join(parts)}."
+        reason = "was put under other loads" if name == "p95 latency" else "asks other questions, or in another way"
+        yield f"{name} {reason}, so its figures stand in columns of their own: {'; '.join(parts)}."
 
 
-def _has(report: Report, measure: Measure) -> bool:
+def _has_measure(report: Report, measure: Measure) -> bool:
     if measure.latency:
-        return measure.key in _loads(report).values()
+        return measure.key in _compared_loads(report).values()
     return any(measure.key == _task_key(report, name) for row in report.rows for name in row.metrics)
 
 
 def _other_notes(names: Sequence[str], reports: Sequence[Report]) -> Iterator[str]:
-    for what, told in (
+    for condition, values in (
         (
             "in the same runtime",
             [", ".join(f"{key} {value}" for key, value in report.runtime_versions.items()) for report in reports],
         ),
         ("on the same machine", [", ".join([str(report.hardware.get("processor")), *_gpus(report)]) for report in reports]),
     ):
-        if len(set(told)) > 1:
-            by_told: dict[str, list[str]] = {}
-            for name, each in zip(names, told, strict=True):
-                by_told.setdefault(each, []).append(name)
+        if len(set(values)) > 1:
+            runs_by_value: dict[str, list[str]] = {}
+            for name, value in zip(names, values, strict=True):
+                runs_by_value.setdefault(value, []).append(name)
             yield (
-                f"Not all were measured {what}: " + "; ".join(f"{', '.join(runs)}: {each}" for each, runs in by_told.items()) + "."
+                f"Not all were measured {condition}: "
+                + "; ".join(f"{', '.join(runs)}: {value}" for value, runs in runs_by_value.items())
+                + "."
             )
 
 
 def _gate_notes(names: Sequence[str], reports: Sequence[Report]) -> Iterator[str]:
-    """Yield which limits differ between the runs' gates, so that their verdicts do not mean the same."""
+    """Yield the limits that differ between the runs' gates, so that their verdicts are not comparable."""
     gates = [dict(_limits(report.recipe.get("gate") or {})) for report in reports]
     for limit in dict.fromkeys(name for gate in gates for name in gate):
         by_value: dict[str, list[str]] = {}
         for name, gate in zip(names, gates, strict=True):
             by_value.setdefault(gate.get(limit, "not checked"), []).append(name)
         if len(by_value) > 1:
-            told = "; ".join(f"{value} in {', '.join(runs)}" for value, runs in by_value.items())
-            yield f"The gates differ, so that one verdict is not the other: {limit}: {told}."
+            differences = "; ".join(f"{value} in {', '.join(runs)}" for value, runs in by_value.items())
+            yield f"The gates differ, so that one verdict is not the other: {limit}: {differences}."
 
 
-def _limits(gate: Mapping[str, Any], place: str = "") -> Iterator[tuple[str, str]]:
+def _limits(gate: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
     for key, value in gate.items():
         if isinstance(value, Mapping):
-            yield from _limits(cast("Mapping[str, Any]", value), f"{place}{key}.")
+            yield from _limits(cast("Mapping[str, Any]", value), f"{prefix}{key}.")
         elif value is not None:
-            yield f"{place}{key}", f"{value:g}" if isinstance(value, float) else str(value)
+            yield f"{prefix}{key}", f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def _gpus(report: Report) -> list[str]:

@@ -1,4 +1,4 @@
-"""A comparison of runs as people and programs read it: a terminal's table, Markdown, CSV, JSON, and a page of HTML with charts."""
+"""Renderings of a comparison of runs: text table, Markdown, CSV, JSON, and an HTML page with charts."""
 
 from __future__ import annotations
 
@@ -26,9 +26,11 @@ if TYPE_CHECKING:
 Format = Literal["table", "markdown", "csv", "html", "json"]
 FORMATS: tuple[Format, ...] = get_args(Format)
 SUFFIXES: dict[str, Format] = {".md": "markdown", ".csv": "csv", ".html": "html", ".json": "json"}
-"""What a file's name says of its format."""
+"""File name suffix → format."""
 
-_WIDE = 400
+_TEXT_WIDTH = 400
+"""Columns of the plain text, so that no table is broken."""
+
 _FRONT = "in front"
 _NOTE = (
     "In brackets: the share of the original's size and score that is kept, and how many times its perplexity or latency. In front "
@@ -36,14 +38,14 @@ _NOTE = (
 )
 
 
-def format_of(output: Path | None, given: Format | None) -> Format:
-    """Return the format that is asked for, or that a file's name says; a name without an ending is of a plain table.
+def format_of(output: Path | None, requested: Format | None) -> Format:
+    """Return the requested format, else that of the file's suffix; without a suffix it is the text table.
 
     Raises:
-        UsageError: the name's ending is of no format.
+        UsageError: the suffix belongs to no format.
     """
-    if given is not None or output is None or not output.suffix:
-        return given or "table"
+    if requested is not None or output is None or not output.suffix:
+        return requested or "table"
     if output.suffix not in SUFFIXES:
         raise UsageError(
             f"compare: {output}: {output.suffix} is none of the endings that are written, {', '.join(SUFFIXES)}; change it, or say "
@@ -53,16 +55,16 @@ def format_of(output: Path | None, given: Format | None) -> Format:
 
 
 def show_value(measure: Measure, value: Value) -> str:
-    """Return a value as tables show it, with what is kept in brackets."""
-    told = ("at least " if value.at_least else "") + _teller(measure)(value.figure)
-    against = "" if value.kept is None or value.kept == 1 else f" ({_kept(measure, value.kept)})"
+    """Return a value as tables show it, with the ratio to the original's in brackets."""
+    figure = ("at least " if value.at_least else "") + _formatter(measure)(value.figure)
+    ratio = "" if value.kept is None or value.kept == 1 else f" ({_format_ratio(measure, value.kept)})"
     failed = f", {value.failed:,} failed" if value.failed else ""
-    fewer = f", of {value.items:,} items" if value.items is not None else ""
-    return told + against + fewer + failed
+    items = f", of {value.items:,} items" if value.items is not None else ""
+    return figure + ratio + items + failed
 
 
 def group_table(group: Group) -> Table:
-    """Return the runs of one original: size, bits per weight and every task's figure."""
+    """Return the table of one original's runs: size, bits per weight and every task's figure."""
     columns = (
         Column("run"), Column("artifact"), Column("target"), Column("runtime"), Column("verdict", "verdict"),
         Column("size", "number"), Column("bits/weight", "number"),
@@ -102,18 +104,18 @@ def render(comparison: Comparison, form: Format) -> str:
 
 
 def as_text(comparison: Comparison) -> str:
-    """Return what a terminal shows as plain text, as wide as it takes."""
+    """Return the terminal's tables as plain text, unwrapped."""
     from rich.console import Console
 
     buffer = io.StringIO()
-    console = Console(file=buffer, width=_WIDE, color_system=None)
-    for part in as_renderables(comparison, _WIDE):
+    console = Console(file=buffer, width=_TEXT_WIDTH, color_system=None)
+    for part in as_renderables(comparison, _TEXT_WIDTH):
         console.print(part)
     return "\n".join(line.rstrip() for line in buffer.getvalue().splitlines()) + "\n"
 
 
 def as_markdown(comparison: Comparison) -> str:
-    """Return a table for each original, what its columns are, and the notes."""
+    """Return a table for each original with its legend, and the notes."""
     parts: list[str] = []
     for group in comparison.groups:
         parts += [
@@ -128,14 +130,14 @@ def as_markdown(comparison: Comparison) -> str:
 
 
 def legend_lines(group: Group) -> list[str]:
-    """Return what each measure's column holds."""
+    """Return each column's metric."""
     return [f"{measure.head}: {measure.metric}" for measure in group.measures]
 
 
 def as_csv(comparison: Comparison) -> str:
-    """Return one line per artifact with plain numbers; a measure has two columns: its figure, and how many times the original's.
+    """Return a row per artifact with plain numbers; a measure has two columns: its figure, and the ratio to the original's.
 
-    Of KL the second says whether the first is a lower bound (1) or not (0).
+    Of KL the second column is 1 where the first is a lower bound, else 0.
     """
     heads = ["original", "run", "artifact", "target", "runtime", "verdict", "bytes", "size_ratio", "bits_per_weight", "front"]
     measures = [(group, measure) for group in comparison.groups for measure in group.measures]
@@ -173,14 +175,14 @@ def as_html(comparison: Comparison) -> str:
 
     groups: list[dict[str, object]] = []
     for number, group in enumerate(comparison.groups, 1):
-        drawn = charts(group)
+        group_charts = charts(group)
         groups.append(
             {
                 "id": f"original-{number}",
                 "name": group.original,
                 "table": group_table(group),
-                "figures": figures(drawn, f"size-{number}"),
-                "legend": legend(drawn),
+                "figures": figures(group_charts, f"size-{number}"),
+                "legend": legend(group_charts),
                 "measures": legend_lines(group),
             }
         )
@@ -188,7 +190,7 @@ def as_html(comparison: Comparison) -> str:
 
 
 def as_renderables(comparison: Comparison, width: int) -> Iterator[RenderableType]:
-    """Yield what a terminal of so many columns shows: each original's table, or a list where that is too wide; then the notes."""
+    """Yield each original's table, or a list where that is wider than `width` columns; then the notes."""
     from rich.text import Text
 
     for group in comparison.groups:
@@ -201,12 +203,12 @@ def as_renderables(comparison: Comparison, width: int) -> Iterator[RenderableTyp
 
 
 def charts(group: Group) -> list[Chart]:
-    """Return each task's figure against size, and against latency where that was measured: the original, and a series a run."""
-    across = [measure for measure in group.measures if measure.latency]
+    """Return charts of each task's figure against size, and against latency where it was measured, with a series per run."""
+    latencies = [measure for measure in group.measures if measure.latency]
     tasks = [measure for measure in group.measures if measure.task]
-    found = [_chart(group, task, None) for task in tasks]
-    found += [_chart(group, task, latency) for latency in across for task in tasks]
-    return [chart for chart in found if chart.drawable and any(series.name != ORIGINAL for series in chart.series)]
+    all_charts = [_chart(group, task, None) for task in tasks]
+    all_charts += [_chart(group, task, latency) for latency in latencies for task in tasks]
+    return [chart for chart in all_charts if chart.drawable and any(series.name != ORIGINAL for series in chart.series)]
 
 
 def _chart(group: Group, task: Measure, latency: Measure | None) -> Chart:
@@ -221,22 +223,22 @@ def _chart(group: Group, task: Measure, latency: Measure | None) -> Chart:
     order = list(dict.fromkeys([ORIGINAL, *(line.run for line in group.lines if line.artifact != ORIGINAL)]))
     x_axis = Axis("end to end p95", milliseconds, Unit(1, " ms"), zero=True) if latency else size_axis(line.bytes for line in lines)
     unit = Unit(100, "%") if task.share else Unit()
-    against = f"{task.head} against {'size' if latency is None else latency.head}"
+    title = f"{task.head} against {'size' if latency is None else latency.head}"
     original = next((line.values[task.key].figure for line in lines if line.artifact == ORIGINAL), math.nan)
     front = pareto_front((point for points in by_name.values() for point in points), larger if task.larger else near(original))
-    told = ", ".join(f"{point.label} {_teller(task)(point.y)} at {x_axis.show(point.x)}" for point in front)
+    front_text = ", ".join(f"{point.label} {_formatter(task)(point.y)} at {x_axis.show(point.x)}" for point in front)
     return Chart(
-        title=against,
-        summary=f"{against}: {len(lines)} artifacts of {len(order) - 1} runs. In front, from the smallest on: {told}.",
+        title=title,
+        summary=f"{title}: {len(lines)} artifacts of {len(order) - 1} runs. In front, from the smallest on: {front_text}.",
         x=x_axis,
-        y=Axis(f"{task.head}: {task.metric}", _teller(task), unit),
+        y=Axis(f"{task.head}: {task.metric}", _formatter(task), unit),
         series=tuple(Series(name, tuple(points), order.index(name)) for name, points in by_name.items()),
         front=front,
         better="better: up and left" if task.larger else "better: left, and near the original",
     )
 
 
-def _teller(measure: Measure) -> Callable[[float], str]:
+def _formatter(measure: Measure) -> Callable[[float], str]:
     if measure.latency:
         return milliseconds
     if measure.kl:
@@ -248,7 +250,7 @@ def _four_digits(value: float) -> str:
     return f"{value:.4g}"
 
 
-def _kept(measure: Measure, value: float) -> str:
+def _format_ratio(measure: Measure, value: float) -> str:
     if measure.share:
         return share(value)
     return f"×{value:.2f}" if measure.latency else f"×{value:.4f}"

@@ -1,4 +1,4 @@
-"""How reports write numbers down: sizes, scores, and the value and limit of each of the gate's checks."""
+"""Formatting of numbers in reports: sizes, scores, and the value and limit of each check of the gate."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from compress.eval.results import Fidelity, Metrics, ScoreMetrics
 if TYPE_CHECKING:
     from compress.gate import Check
 
-_SHARES = ("min_recovery", "overall", "min_top1", "max_share", "max_failed_share")
-_SHARES_IN_FULL = ("size.max_ratio", "memory.max_ratio", "grounding")
+_PERCENT_LIMITS = ("min_recovery", "overall", "min_top1", "max_share", "max_failed_share")
+_PERCENT_CHECKS = ("size.max_ratio", "memory.max_ratio", "grounding")
+"""Limits and whole checks that are shown in per cent; the name `max_ratio` alone is also that of perplexity, which is not."""
 
 
 def size(count: float) -> str:
-    """Return a number of bytes the way people say it, in powers of 1000."""
+    """Return a number of bytes with its unit, in powers of 1000."""
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -24,7 +25,7 @@ def size(count: float) -> str:
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number of things: 1 item, 2 items, 3 entries, 4 classes."""
+    """Return a count with its noun: 1 item, 2 items, 3 entries, 4 classes."""
     return f"{count:,} {noun if count == 1 else plural(noun)}"
 
 
@@ -36,7 +37,7 @@ def plural(noun: str) -> str:
 
 
 def singular(nouns: str) -> str:
-    """Return what `plural` makes this of, where it is regular and no single one ends in "se" or "xe"."""
+    """Return the inverse of `plural`, for regular nouns whose singular does not end in "se" or "xe"."""
     if nouns.endswith("ies"):
         return nouns.removesuffix("ies") + "y"
     return nouns.removesuffix("es") if nouns.endswith(("sses", "xes", "ches", "shes")) else nouns.removesuffix("s")
@@ -48,37 +49,37 @@ def share(value: float) -> str:
 
 
 def milliseconds(value: float) -> str:
-    """Return a time with three digits that matter."""
+    """Return a time with three significant digits."""
     return f"{rate(value)} ms"
 
 
 def divergence(value: float) -> str:
-    """Return a divergence with two digits that matter."""
+    """Return a divergence with two significant digits."""
     return f"{value:#.2g}".rstrip(".") if value else "0"
 
 
-def kl_value(found: Fidelity) -> str:
-    """Return a mean KL: of the whole vocabulary, or the lower bound that is known of it."""
-    return divergence(found.whole.kl_mean) if found.whole is not None else bounded(found, found.kl_mean)
+def kl_value(fidelity: Fidelity) -> str:
+    """Return the mean KL over the full vocabulary, or its lower bound where only that is known."""
+    return divergence(fidelity.whole.kl_mean) if fidelity.whole is not None else format_kl(fidelity, fidelity.kl_mean)
 
 
-def bounded(found: Fidelity, value: float) -> str:
-    """Return one of the figures over the likeliest tokens, told as the lower bound that it is."""
-    return f"{'at least ' if found.at_least else ''}{divergence(value)}"
+def format_kl(fidelity: Fidelity, value: float) -> str:
+    """Return a KL figure, marked where it is a lower bound over the top tokens."""
+    return f"{'at least ' if fidelity.at_least else ''}{divergence(value)}"
 
 
 def level_name(level: float | None) -> str:
-    """Return what to call an interval by the confidence of both its bounds together."""
+    """Return the name of an interval by its confidence as a whole."""
     return "interval" if level is None else f"{100 * level:.3g}% interval"
 
 
 def rate(value: float) -> str:
-    """Return a number per second with three digits that matter."""
+    """Return a rate with three significant digits."""
     return f"{value:,.0f}" if abs(value) >= 100 or not value else f"{value:#.3g}".rstrip(".")
 
 
 def main_figure(metrics: Metrics) -> float:
-    """Return the one figure a task's measurement comes down to: its score, or its perplexity."""
+    """Return a task's main figure: its score, or its perplexity."""
     return metrics.score if isinstance(metrics, ScoreMetrics) else metrics.perplexity
 
 
@@ -87,40 +88,40 @@ def metric_value(metrics: Metrics) -> str:
     return share(metrics.score) if isinstance(metrics, ScoreMetrics) else f"{metrics.perplexity:.4g}"
 
 
-def kept(original: Metrics, artifact: Metrics) -> float | None:
-    """Return how many times the original's figure an artifact has; None where that says nothing.
+def recovery(original: Metrics, artifact: Metrics) -> float | None:
+    """Return the artifact's figure over the original's; None where they cannot be compared.
 
-    An artifact that was asked fewer items, because they settled its verdict, is not compared with the original's figure over all.
+    That is so where the artifact was measured on fewer items, because its verdict was decided early.
     """
-    before, after = main_figure(original), main_figure(artifact)
-    same = original.task == artifact.task and asked(original) == asked(artifact)
-    return after / before if same and before > 0 else None
+    original_figure, artifact_figure = main_figure(original), main_figure(artifact)
+    comparable = original.task == artifact.task and item_count(original) == item_count(artifact)
+    return artifact_figure / original_figure if comparable and original_figure > 0 else None
 
 
-def asked(metrics: Metrics) -> int:
-    """Return of how many items, or windows, a task's figure is."""
+def item_count(metrics: Metrics) -> int:
+    """Return the number of items, or windows, of a task's figure."""
     return metrics.items if isinstance(metrics, ScoreMetrics) else metrics.windows
 
 
-def kept_value(original: Metrics, artifact: Metrics) -> str:
-    """Return `kept` as tables show it: a share of a score, a multiple of a perplexity; empty where it says nothing."""
-    found = kept(original, artifact)
-    if found is None:
+def format_recovery(original: Metrics, artifact: Metrics) -> str:
+    """Return `recovery` as tables show it: per cent of a score, a multiple of a perplexity; empty where there is none."""
+    ratio = recovery(original, artifact)
+    if ratio is None:
         return ""
-    return share(found) if isinstance(artifact, ScoreMetrics) else f"×{found:.4f}"
+    return share(ratio) if isinstance(artifact, ScoreMetrics) else f"×{ratio:.4f}"
 
 
 def check_values(check: Check) -> tuple[str, str, str]:
     """Return a check's value, interval and limit as tables show them; empty where there is none."""
-    tell = _teller(check.check)
-    value = "" if check.value is None else f"{'at least ' if check.at_least else ''}{tell(check.value)}"
-    interval = "" if check.interval is None else "–".join(tell(bound) for bound in check.interval)
+    format_value = _formatter(check.check)
+    value = "" if check.value is None else f"{'at least ' if check.at_least else ''}{format_value(check.value)}"
+    interval = "" if check.interval is None else "–".join(format_value(bound) for bound in check.interval)
     return value, interval, _limit(check.check, check.limit)
 
 
-def _teller(check: str) -> Callable[[float], str]:
+def _formatter(check: str) -> Callable[[float], str]:
     name = check.rpartition(".")[2]
-    if name in _SHARES or check in _SHARES_IN_FULL:
+    if name in _PERCENT_LIMITS or check in _PERCENT_CHECKS:
         return share
     if name.endswith("bytes"):
         return size
@@ -138,11 +139,17 @@ def _four_digits(value: float) -> str:
 
 
 def _limit(check: str, limit: float) -> str:
-    """Return a limit with its sign; empty for what has none because nothing was measured."""
-    tell, name = _teller(check), check.rpartition(".")[2]
+    """Return a limit with its sign; empty for a check that stands for missing measurements."""
+    format_value, name = _formatter(check), check.rpartition(".")[2]
     if check == "grounding":
         return "> 0%"
     if name == check:
         return ""
-    told = f"{100 * limit:g}%" if tell is share else tell(limit) if tell in (size, milliseconds) else f"{limit:g}"
-    return f"{'≤' if name.startswith('max_') else '≥'} {told}"
+    text = (
+        f"{100 * limit:g}%"
+        if format_value is share
+        else format_value(limit)
+        if format_value in (size, milliseconds)
+        else f"{limit:g}"
+    )
+    return f"{'≤' if name.startswith('max_') else '≥'} {text}"

@@ -1,4 +1,4 @@
-"""The gallery of flips: items that an artifact answers otherwise than the original did, each with its image and both answers."""
+"""The gallery of flips: items whose score an artifact changed, each with its image and the models' answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from compress.errors import CompressError
-from compress.eval.results import Measured, QuestionItem, ScoredItem, ScoreMetrics
+from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoredItem, ScoreMetrics
 from compress.eval.task import Task
 from compress.pictures import decode_image
 
@@ -22,28 +22,32 @@ if TYPE_CHECKING:
 LIMIT = 24
 """How many flips a page shows at most."""
 
-_SIDE = 256
-_QUALITY = 75
-_IMAGES = 4
+_THUMBNAIL_SIDE = 256
+_JPEG_QUALITY = 75
+"""Pixels and JPEG quality of a thumbnail: they bound the page's size, for images are in it as data URIs."""
+
+_MAX_IMAGES = 4
+"""Thumbnails per item; a card tells how many more there are."""
+
 Kind = Literal["lost", "gained"]
 
 
 @dataclass(frozen=True)
 class TaskFlips:
-    """One task as it was measured; `files` gives its data, and is called only where there is a flip to show.
-
-    `artifacts` are told apart by the names that the page shows.
-    """
+    """One task's measurements."""
 
     task: Task
     files: Callable[[], Sequence[Path]]
-    original: Measured
-    artifacts: Mapping[str, Measured]
+    """Returns the task's data files; called only where there is a flip to show."""
+
+    original: ItemizedMeasurement
+    artifacts: Mapping[str, ItemizedMeasurement]
+    """By the name that the page shows."""
 
 
 @dataclass(frozen=True)
 class GalleryAnswer:
-    """What one model said to an item, why it said nothing, and the item's score."""
+    """One model's answer to an item, its fault, and the item's score."""
 
     model: str
     text: str
@@ -62,7 +66,7 @@ class Thumbnail:
 
 @dataclass(frozen=True)
 class Card:
-    """One item that flipped: what was asked, what is accepted, and what the original and the artifacts that flipped said."""
+    """One item that flipped, with the answers of the original and of the artifacts whose score changed."""
 
     task: str
     id: str
@@ -71,135 +75,146 @@ class Card:
     original: GalleryAnswer
     artifacts: tuple[GalleryAnswer, ...]
     accepted: tuple[tuple[str, int], ...]
+    """The accepted answers with their frequencies."""
+
     question: str = ""
     options: tuple[str, ...] = ()
     images: tuple[Thumbnail, ...] = ()
     more_images: int = 0
 
     @property
-    def said(self) -> tuple[GalleryAnswer, ...]:
-        """What was said by each model, the original first."""
+    def answers(self) -> tuple[GalleryAnswer, ...]:
+        """Each model's answer, the original's first."""
         return (self.original, *self.artifacts)
 
 
 @dataclass(frozen=True)
 class Gallery:
-    """The cards that are shown, lost ones first, of `lost` and `gained` items in all; `missing` tells why images are missing."""
+    """The cards of a page."""
 
     cards: tuple[Card, ...] = ()
+    """Lost items first."""
+
     lost: int = 0
+    """The number of all lost items, shown or not; `gained` likewise."""
+
     gained: int = 0
     missing: tuple[str, ...] = ()
+    """Why questions and images are missing, a line for each task."""
 
 
 def make_gallery(tasks: Iterable[TaskFlips], limit: int = LIMIT) -> Gallery:
-    """Choose flips of all tasks in turn, those of most artifacts first, and fetch their questions and images.
+    """Choose flips of all tasks in turn, those of most artifacts first, and read their questions and images.
 
-    Up to two thirds of the room are for lost items, or more where few are gained.
+    Up to two thirds of the cards are lost items, or more where few are gained.
     """
-    flips = {each.task.name: (each, _flips(each)) for each in tasks if isinstance(_metrics(each), ScoreMetrics)}
+    flips = {
+        task_flips.task.name: (task_flips, _flips(task_flips))
+        for task_flips in tasks
+        if isinstance(_metrics(task_flips), ScoreMetrics)
+    }
     lost = [[card for card in cards if card.kind == "lost"] for _, cards in flips.values()]
     gained = [[card for card in cards if card.kind == "gained"] for _, cards in flips.values()]
     count_lost, count_gained = sum(map(len, lost)), sum(map(len, gained))
-    room = max(limit - limit // 3, limit - count_gained)
-    chosen = _in_turn(lost)[:room]
-    chosen += _in_turn(gained)[: limit - len(chosen)]
+    lost_limit = max(limit - limit // 3, limit - count_gained)
+    chosen = _interleave(lost)[:lost_limit]
+    chosen += _interleave(gained)[: limit - len(chosen)]
     missing: list[str] = []
-    filled: dict[tuple[str, str], Card] = {}
-    for name, (each, _) in flips.items():
-        own = [card for card in chosen if card.task == name]
+    cards_with_data: dict[tuple[str, str], Card] = {}
+    for name, (task_flips, _) in flips.items():
+        task_cards = [card for card in chosen if card.task == name]
         try:
-            filled |= {(name, card.id): card for card in _filled(each, own)}
-        except CompressError as error:  # the data of a measurement that was stored may have gone since
+            cards_with_data |= {(name, card.id): card for card in _with_data(task_flips, task_cards)}
+        except CompressError as error:  # the data of a cached measurement may be gone
             missing.append(f"{name}: {error}")
-    cards = tuple(_with_question(card, filled.get((card.task, card.id))) for card in chosen)
+    cards = tuple(_merge(card, cards_with_data.get((card.task, card.id))) for card in chosen)
     return Gallery(cards=cards, lost=count_lost, gained=count_gained, missing=tuple(missing))
 
 
-def _metrics(each: TaskFlips) -> object:
-    return each.original.tasks[each.task.name].metrics if each.task.name in each.original.tasks else None
+def _metrics(task_flips: TaskFlips) -> object:
+    return task_flips.original.tasks[task_flips.task.name].metrics if task_flips.task.name in task_flips.original.tasks else None
 
 
-def _flips(each: TaskFlips) -> list[Card]:
-    """Return a task's flips, those of most artifacts first and otherwise in the order they were asked."""
-    name = each.task.name
-    metrics = _metrics(each)
+def _flips(task_flips: TaskFlips) -> list[Card]:
+    """Return a task's flips, those of most artifacts first and otherwise in the order of the items."""
+    name = task_flips.task.name
+    metrics = _metrics(task_flips)
     assert isinstance(metrics, ScoreMetrics)
-    after = {
-        artifact: {item.id: item for item in measured.scored(name)}
-        for artifact, measured in each.artifacts.items()
-        if name in measured.tasks
+    artifact_items = {
+        artifact: {item.id: item for item in measurement.scored(name)}
+        for artifact, measurement in task_flips.artifacts.items()
+        if name in measurement.tasks
     }
     cards: list[Card] = []
-    for before in each.original.scored(name):
-        now = {artifact: items[before.id] for artifact, items in after.items() if before.id in items}
-        lost = {artifact: item for artifact, item in now.items() if item.score < before.score}
-        gained = {artifact: item for artifact, item in now.items() if item.score > before.score}
-        cards += [_card(name, "lost", before, lost, metrics)] if lost else []
-        cards += [_card(name, "gained", before, gained, metrics)] if gained else []
+    for original_item in task_flips.original.scored(name):
+        items_here = {artifact: items[original_item.id] for artifact, items in artifact_items.items() if original_item.id in items}
+        lost = {artifact: item for artifact, item in items_here.items() if item.score < original_item.score}
+        gained = {artifact: item for artifact, item in items_here.items() if item.score > original_item.score}
+        cards += [_card(name, "lost", original_item, lost, metrics)] if lost else []
+        cards += [_card(name, "gained", original_item, gained, metrics)] if gained else []
     return sorted(cards, key=lambda card: -len(card.artifacts))
 
 
-def _card(task: str, kind: Kind, before: ScoredItem, now: Mapping[str, ScoredItem], metrics: ScoreMetrics) -> Card:
+def _card(task: str, kind: Kind, original: ScoredItem, artifacts: Mapping[str, ScoredItem], metrics: ScoreMetrics) -> Card:
     return Card(
         task=task,
-        id=before.id,
+        id=original.id,
         kind=kind,
         binary=metrics.binary,
-        original=_said("original", before),
-        artifacts=tuple(_said(artifact, item) for artifact, item in now.items()),
-        accepted=accepted_answers(before.accepted),
-        question=before.prompt if isinstance(before, QuestionItem) else "",
+        original=_answer("original", original),
+        artifacts=tuple(_answer(artifact, item) for artifact, item in artifacts.items()),
+        accepted=accepted_answers(original.accepted),
+        question=original.prompt if isinstance(original, QuestionItem) else "",
     )
 
 
-def _said(model: str, item: ScoredItem) -> GalleryAnswer:
+def _answer(model: str, item: ScoredItem) -> GalleryAnswer:
     return GalleryAnswer(model=model, text=item.said, fault=item.fault, score=item.score)
 
 
 def accepted_answers(answers: Sequence[str]) -> tuple[tuple[str, int], ...]:
-    """Return the accepted answers, each with how often it was given, the most frequent first."""
+    """Return the accepted answers with their frequencies, the most frequent first."""
     return tuple(Counter(answers).most_common())
 
 
-def _in_turn(cards: Sequence[Sequence[Card]]) -> list[Card]:
+def _interleave(cards: Sequence[Sequence[Card]]) -> list[Card]:
     """Return the cards of all tasks, one of each task after the other."""
     return [card for card in chain.from_iterable(zip_longest(*cards)) if card is not None]
 
 
-def _filled(each: TaskFlips, cards: Sequence[Card]) -> Iterator[Card]:
-    """Yield the cards whose questions are found in the task's data, with what was asked and its images."""
+def _with_data(task_flips: TaskFlips, cards: Sequence[Card]) -> Iterator[Card]:
+    """Yield the cards whose questions are in the task's data, with question, options and images."""
     if not cards:
         return
-    wanted = {card.id: card for card in cards}
-    questions, _ = each.task.contents(each.files())
+    by_id = {card.id: card for card in cards}
+    questions, _ = task_flips.task.contents(task_flips.files())
     for question in questions:
-        if question.id in wanted:
-            yield _fill(wanted[question.id], question)
+        if question.id in by_id:
+            yield _with_question_data(by_id[question.id], question)
 
 
-def _fill(card: Card, question: Question) -> Card:
-    shown = tuple(thumbnail(image, question.origin) for image in question.images[:_IMAGES])
-    more = len(question.images) - len(shown)
-    return replace(card, question=question.question, options=question.options, images=shown, more_images=more)
+def _with_question_data(card: Card, question: Question) -> Card:
+    thumbnails = tuple(thumbnail(image, question.origin) for image in question.images[:_MAX_IMAGES])
+    more = len(question.images) - len(thumbnails)
+    return replace(card, question=question.question, options=question.options, images=thumbnails, more_images=more)
 
 
-def _with_question(card: Card, filled: Card | None) -> Card:
-    if filled is None:
+def _merge(card: Card, with_data: Card | None) -> Card:
+    if with_data is None:
         return card
-    told = {name: getattr(filled, name) for name in ("question", "options", "images", "more_images")}
-    return replace(card, **told)
+    fields = {name: getattr(with_data, name) for name in ("question", "options", "images", "more_images")}
+    return replace(card, **fields)
 
 
 def thumbnail(image: bytes, name: str) -> Thumbnail:
-    """Return an encoded image, as models see it, as a small JPEG.
+    """Return an image as a small JPEG, decoded as for the models.
 
     Raises:
-        DataError: it cannot be decoded; `name` says which it is.
+        DataError: it cannot be decoded; the message begins with `name`.
     """
     small = decode_image(image, name)
-    small.thumbnail((_SIDE, _SIDE))
+    small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     buffer = io.BytesIO()
-    small.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
+    small.save(buffer, "JPEG", quality=_JPEG_QUALITY, optimize=True)
     uri = "data:image/jpeg;base64," + base64.b64encode(buffer.getvalue()).decode()
     return Thumbnail(uri=uri, width=small.width, height=small.height)

@@ -1,4 +1,4 @@
-"""The gate: the limits of a recipe, and the verdict on what was measured: pass, fail or inconclusive, each with its reason."""
+"""The gate: the limits of a recipe, and the verdict on the measurements: pass, fail or inconclusive, with a reason per check."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.errors import UsageError
 from compress.eval.latency_gate import LatencyLimit, MemoryLimit
 from compress.eval.latency_results import Latency
 from compress.eval.paired import Pairs
-from compress.eval.results import Measured, ScoredItem
+from compress.eval.results import ItemizedMeasurement, ScoredItem
 from compress.eval.sequential import Sequential
 from compress.eval.statistics import Outcome
 from compress.schema import Frozen, sets_a_limit
@@ -21,64 +21,67 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 
-JUDGED = ("vqa", "choice", "caption", "zero-shot", "retrieval", "adapter")
-"""The kinds of task whose items have scores."""
+SCORED_TASK_KINDS = ("vqa", "choice", "caption", "zero-shot", "retrieval", "adapter")
+"""The kinds of task whose items are scored: accuracy and flips are judged on them."""
 
 
 class AccuracyLimit(Frozen):
-    """Of every task with scores, at least this share of the original's is kept, shown with this confidence.
-
-    `tasks` holds other shares for some of them, by their names. `overall` is the same for the mean over the tasks. With
-    `sequential`, items are asked in so many parts, and no more of them once a task is settled; the confidence holds over all
-    parts together.
-    """
+    """The recovery of every scored task, mean(artifact) / mean(original), is at least the limit, with this confidence."""
 
     min_recovery: Share
     confidence: Confidence
     tasks: Mapping[str, Share] = Field(default_factory=lambda: dict[str, float]())
+    """Other limits for some of the tasks, by name."""
+
     overall: Share | None = None
+    """The limit of the mean recovery over the tasks."""
+
     sequential: Annotated[int, Field(ge=2, le=10)] | None = None
+    """The number of group-sequential looks: a task is measured on no more items once it is decided. The confidence holds over all
+    looks together."""
 
     def of(self, task: str) -> float:
-        """Return the share of the original's score that a task must keep."""
+        """Return a task's limit."""
         return self.tasks.get(task, self.min_recovery)
 
 
 class PerplexityLimit(Frozen):
-    """Of every perplexity task, the perplexity is at most this many times the original's, shown with this confidence."""
+    """The perplexity of every perplexity task is at most this many times the original's, with this confidence."""
 
     max_ratio: Positive
     confidence: Confidence
 
 
 class FidelityLimit(Frozen):
-    """Of every task, the KL per token (or image) in nats is at most, and the share of equal top tokens at least, this.
-
-    `max_kl` is for the mean, `max_kl_p99` for the 99th percentile.
-    """
+    """Limits on every task's KL(original ‖ artifact) per token or image, and on top-1 agreement."""
 
     max_kl: Positive | None = None
+    """The mean KL, in nats."""
+
     max_kl_p99: Positive | None = None
+    """The 99th percentile of KL, in nats."""
+
     min_top1: Share | None = None
+    """The share of tokens with the same most likely token."""
 
     _check_any = sets_a_limit()
 
 
 class FlipsLimit(Frozen):
-    """Of every task with scores, at most this share of the items scores otherwise than the original's, shown with confidence."""
+    """At most this share of every scored task's items has another score than the original's, with this confidence."""
 
     max_share: Share
     confidence: Confidence
 
 
 class GroundingLimit(Frozen):
-    """Questions are answered better with their own image than with another one, shown with this confidence."""
+    """The score with the own image is higher than with another question's image, with this confidence."""
 
     confidence: Confidence
 
 
 class SizeLimit(Frozen):
-    """The artifact's weights take at most so many times the original's bytes, so many bits per weight, or so many bytes."""
+    """Limits on the artifact's weight files: relative to the original's bytes, per weight of the original, or absolute."""
 
     max_ratio: Positive | None = None
     max_bits_per_weight: Positive | None = None
@@ -88,7 +91,7 @@ class SizeLimit(Frozen):
 
 
 class GateLimits(Frozen):
-    """What an artifact must keep; what is not written is not checked."""
+    """The limits for an artifact; a check that is None is not made."""
 
     accuracy: AccuracyLimit | None = None
     perplexity: PerplexityLimit | None = None
@@ -99,24 +102,27 @@ class GateLimits(Frozen):
     latency: LatencyLimit | None = None
     memory: MemoryLimit | None = None
 
-    def tasks_needed(self) -> dict[str, tuple[str, ...]]:
-        """Return, for each check that is written and needs tasks, the kinds of task of which at least one must be measured."""
-        kinds = {"accuracy": JUDGED, "flips": JUDGED, "perplexity": ("perplexity",), "fidelity": (*JUDGED[:-1], "perplexity")}
-        return {check: tasks for check, tasks in kinds.items() if getattr(self, check) is not None}
+    def required_task_kinds(self) -> dict[str, tuple[str, ...]]:
+        """Return, for each check of tasks, the kinds of task of which the recipe must have at least one."""
+        kinds_of_check = {
+            "accuracy": SCORED_TASK_KINDS,
+            "flips": SCORED_TASK_KINDS,
+            "perplexity": ("perplexity",),
+            "fidelity": (*SCORED_TASK_KINDS[:-1], "perplexity"),
+        }
+        return {check: kinds for check, kinds in kinds_of_check.items() if getattr(self, check) is not None}
 
-    def parts_needed(self) -> dict[str, str]:
-        """Return, for each check that is written and needs it, what else of the recipe's `eval` must be there."""
-        parts = {"grounding": "grounding", "latency": "latency", "memory": "latency"}
-        return {check: part for check, part in parts.items() if getattr(self, check) is not None}
+    def required_eval_sections(self) -> dict[str, str]:
+        """Return, for each check that needs one, the section of the recipe's `eval` that must be present."""
+        sections = {"grounding": "grounding", "latency": "latency", "memory": "latency"}
+        return {check: section for check, section in sections.items() if getattr(self, check) is not None}
 
 
 class Gate(GateLimits):
-    """The limits that every artifact of a recipe must keep, everywhere; `targets` holds what is otherwise at a target, by its name.
-
-    A check that is written there stands in the place of the general one.
-    """
+    """The limits for every artifact of a recipe."""
 
     targets: Mapping[str, GateLimits] = Field(default_factory=lambda: dict[str, GateLimits]())
+    """Checks that replace the general ones at a target, by its name."""
 
     @model_validator(mode="after")
     def _check_any(self) -> Self:
@@ -126,50 +132,54 @@ class Gate(GateLimits):
         return self
 
     def at(self, target: str) -> GateLimits:
-        """Return the limits that hold at a target."""
-        own = self.targets.get(target)
-        found = {name: getattr(self, name) for name in GateLimits.model_fields}
-        found |= {
-            name: getattr(own, name) for name in GateLimits.model_fields if own is not None and getattr(own, name) is not None
+        """Return the limits at a target."""
+        overrides = self.targets.get(target)
+        limits = {name: getattr(self, name) for name in GateLimits.model_fields}
+        limits |= {
+            name: getattr(overrides, name)
+            for name in GateLimits.model_fields
+            if overrides is not None and getattr(overrides, name) is not None
         }
-        return GateLimits.model_construct(**found)
+        return GateLimits.model_construct(**limits)
 
     def grounding_confidence(self, target: str) -> float | None:
-        """Return the confidence with which answers must be shown to depend on images; None where they need not."""
+        """Return the confidence of the limit on visual grounding, None without one."""
         limit = self.at(target).grounding
         return None if limit is None else limit.confidence
 
-    def stopping(self, target: str, tasks: Sequence[str]) -> dict[str, AccuracyStopping]:
-        """Return when an artifact needs no more items of each of these tasks; empty where all are asked."""
+    def stopping(self, target: str, tasks: Sequence[str]) -> dict[str, AccuracyStoppingRule]:
+        """Return the stopping rule of each of these tasks; empty where all items are measured."""
         limit = self.at(target).accuracy
         if limit is None or limit.sequential is None:
             return {}
         plan = Sequential.even(limit.sequential, limit.confidence, max(len(tasks), 1))
-        return {task: AccuracyStopping(limit.of(task), plan) for task in tasks}
+        return {task: AccuracyStoppingRule(limit.of(task), plan) for task in tasks}
 
 
 @dataclass(frozen=True)
-class AccuracyStopping:
-    """Stops asking an artifact once it is settled whether it keeps enough of the original's score."""
+class AccuracyStoppingRule:
+    """Stops measuring a task once the recovery is decided to be above or below its limit; see `compress.eval.task.StoppingRule`."""
 
     limit: float
+    """The least recovery."""
+
     plan: Sequential
 
     @property
     def looks(self) -> int:
-        """After how many parts of the items it is seen whether it is settled."""
+        """The number of looks, the last of which is at all items."""
         return len(self.plan.fractions)
 
-    def ends(self, items: int) -> Sequence[int]:
-        """Return how many of so many items have been asked by the end of each part."""
+    def cumulative_items(self, items: int) -> Sequence[int]:
+        """Return, for a sample of `items`, how many of them have been measured by each look."""
         return self.plan.items(items)
 
-    def settled(self, original: Sequence[ScoredItem], items: Sequence[ScoredItem], look: int) -> bool:
-        """Return whether the items so far, the same of both, settle it after part `look`, from 1."""
-        return self.plan.decide(pairs_of(original, items), look - 1, self.limit) != "go on"
+    def is_decided(self, original: Sequence[ScoredItem], artifact: Sequence[ScoredItem], look: int) -> bool:
+        """Return whether the paired items so far decide the verdict at look number `look`, counted from 1."""
+        return self.plan.decide(pairs_of(original, artifact), look - 1, self.limit) != "go on"
 
     def describe(self) -> dict[str, object]:
-        """Return what shapes which items are asked, for a step's key."""
+        """Return the parameters that determine which items are measured, as JSON values: part of a step's cache key."""
         return {
             "limit": self.limit,
             "fractions": self.plan.fractions,
@@ -178,55 +188,64 @@ class AccuracyStopping:
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model as the gate sees it: its name in reports, its weights' bytes on disk and bits each, and what was measured of it."""
+class MeasuredModel:
+    """The original or an artifact, with everything that the gate judges."""
 
     artifact: str
+    """The name in reports."""
+
     bytes: int
-    measured: Measured
+    """The size of the weight files on disk."""
+
+    measurement: ItemizedMeasurement
     bits_per_weight: float | None = None
+    """The bits of the weight files per weight of the original."""
+
     latency: Latency | None = None
 
 
 class Check(Frozen):
-    """One limit held against one artifact, and one task where it is about tasks.
-
-    `check` is the limit's place in the recipe's gate. `interval` holds the bounds of `value`, where it has any, and
-    `interval_level` the confidence of both together: 0.9 where each holds with 95 %. `at_least` says that `value` is a lower bound
-    of what the limit is about. `items_needed` is how many items, at the rates observed, would turn an inconclusive check into a
-    pass or a fail.
-    """
+    """The result of one limit for one artifact, and for one task where the limit is per task; a row of `report.json`."""
 
     artifact: str
     check: str
+    """The limit's key in the recipe's gate, such as `accuracy.min_recovery`."""
+
     task: str | None
     value: float | None
     interval: tuple[float, float] | None
+    """The confidence bounds of `value`, None where it has none."""
+
     limit: float
     verdict: Outcome
     reason: str
     items_needed: int | None = None
+    """How many items, at the observed rates, would decide an inconclusive check."""
+
     target: str = "local"
     interval_level: float | None = None
+    """The confidence of the interval as a whole: 0.9 where each bound holds with 95 %."""
+
     at_least: bool = False
+    """Whether `value` is only a lower bound of the limited quantity."""
 
 
 class Verdict(Frozen):
-    """The gate's decision on a run: fail if any artifact fails, otherwise inconclusive if any is, otherwise pass."""
+    """The decision on a run: fail if any artifact fails, otherwise inconclusive if any is, otherwise pass."""
 
     verdict: Outcome
     artifacts: dict[str, Outcome]
     checks: tuple[Check, ...]
 
 
-def judge(gate: Gate, original: Subject, artifacts: Sequence[Subject], target: str = "local") -> Verdict:
-    """Hold every limit that the gate has at a target against every artifact, item by item against the original.
+def judge(gate: Gate, original: MeasuredModel, artifacts: Sequence[MeasuredModel], target: str = "local") -> Verdict:
+    """Check every artifact against the limits at a target, paired item by item with the original.
 
-    An artifact passes only if every one of its checks does, so no correction for several checks is needed: each would have to
-    err for a bad artifact to pass. That a good one fails on one of several tasks by chance is corrected for.
+    An artifact passes only if every one of its checks does, so passing needs no correction for multiple tests: all of them would
+    have to err for a bad artifact to pass. Failing is corrected: otherwise a good one would fail on one of many tasks by chance.
 
     Raises:
-        UsageError: there is no artifact to judge.
+        UsageError: there are no artifacts.
         DataError: an artifact was measured on other items than the original; names the first.
     """
     from compress.gate_checks import checks_of
@@ -236,14 +255,14 @@ def judge(gate: Gate, original: Subject, artifacts: Sequence[Subject], target: s
     checks: list[Check] = []
     outcomes: dict[str, Outcome] = {}
     for artifact in artifacts:
-        own = list(checks_of(gate.at(target), original, artifact, target))
-        outcomes[artifact.artifact] = worst([check.verdict for check in own])
-        checks += own
+        artifact_checks = list(checks_of(gate.at(target), original, artifact, target))
+        outcomes[artifact.artifact] = worst([check.verdict for check in artifact_checks])
+        checks += artifact_checks
     return Verdict(verdict=worst(list(outcomes.values())), artifacts=outcomes, checks=tuple(checks))
 
 
-def together(verdicts: Sequence[Verdict]) -> Verdict:
-    """Return the verdict over several targets: an artifact is what it is at the worst of them."""
+def combine_verdicts(verdicts: Sequence[Verdict]) -> Verdict:
+    """Return the verdict over several targets: an artifact's outcome is its worst one."""
     names = list(dict.fromkeys(name for verdict in verdicts for name in verdict.artifacts))
     artifacts: dict[str, Outcome] = {
         name: worst([verdict.artifacts[name] for verdict in verdicts if name in verdict.artifacts]) for name in names
@@ -260,5 +279,5 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 
 def pairs_of(original: Sequence[ScoredItem], items: Sequence[ScoredItem]) -> Pairs:
-    """Return the scores of the same items in the same order, those about the same images together in a cluster."""
+    """Pair the scores of the same items in the same order, clustered by image."""
     return Pairs.of([item.score for item in original], [item.score for item in items], [item.cluster for item in original])

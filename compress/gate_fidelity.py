@@ -1,4 +1,4 @@
-"""What the gate's limits on KL and equal top tokens say of one artifact, where KL may be known from below alone."""
+"""The checks of the limits on KL and top-1 agreement. KL may be a lower bound only: it can fail a limit then, but not pass it."""
 
 from __future__ import annotations
 
@@ -10,148 +10,156 @@ from compress.eval.results import Fidelity, ScoreMetrics, TaskMeasurement, Whole
 from compress.eval.statistics import Finding, Outcome
 from compress.eval.task import FIDELITY_CONFIDENCE
 from compress.gate import Check, FidelityLimit
-from compress.gate_held import ArtifactChecks, bounds_told
+from compress.gate_artifact import ArtifactChecks, format_interval
 
 
 @dataclass(frozen=True)
-class _Said:
-    """What a figure says of its limit; `at_least`: the figure is a lower bound."""
+class _Judgement:
+    """The outcome of one figure, with the text of its reason."""
 
     finding: Finding
-    shown: str
-    why: str = ""
+    figure: str
+    """The figure in words, with its bounds and the noise floor."""
+
+    remark: str = ""
+    """Follows the limit in the reason: why the outcome is inconclusive, and the remedy."""
+
     at_least: bool = False
+    """Whether the figure is a lower bound."""
 
 
-def fidelity_checks(held: ArtifactChecks, limit: FidelityLimit) -> Iterator[Check]:
-    """Yield the checks of every limit on every task whose predictions can be compared."""
-    written = {"max_kl": limit.max_kl, "max_kl_p99": limit.max_kl_p99, "min_top1": limit.min_top1}
-    for name, value in written.items():
-        if value is None:
+def fidelity_checks(checks: ArtifactChecks, limit: FidelityLimit) -> Iterator[Check]:
+    """Yield the checks of every limit for every task with compared predictions."""
+    limits = {"max_kl": limit.max_kl, "max_kl_p99": limit.max_kl_p99, "min_top1": limit.min_top1}
+    for name, limit_value in limits.items():
+        if limit_value is None:
             continue
-        check = f"fidelity.{name}"
-        names = [task for task, found in held.original.measured.tasks.items() if _comparable(found)]
-        if not names:
-            yield held.unmeasured(check, value)
-        for task in names:
-            found = held.artifact.measured.tasks.get(task)
-            if found is None or found.fidelity is None:
+        check_name = f"fidelity.{name}"
+        tasks = [task for task, measurement in checks.original.measurement.tasks.items() if _is_comparable(measurement)]
+        if not tasks:
+            yield checks.unmeasured(check_name, limit_value)
+        for task in tasks:
+            measurement = checks.artifact.measurement.tasks.get(task)
+            if measurement is None or measurement.fidelity is None:
                 reason = (
-                    held.skipped(task) or f"{task}: was not compared with the original; measure it against the original's record"
+                    checks.skip_reason(task)
+                    or f"{task}: was not compared with the original; measure it against the original's record"
                 )
-                yield held.leave_open(check, value, reason, task)
+                yield checks.inconclusive(check_name, limit_value, reason, task)
             else:
-                yield _alike(held, name, value, task, found.fidelity)
+                yield _check(checks, name, limit_value, task, measurement.fidelity)
 
 
-def _comparable(task: TaskMeasurement) -> bool:
+def _is_comparable(task: TaskMeasurement) -> bool:
     return not (isinstance(task.metrics, ScoreMetrics) and task.metrics.task == "adapter")
 
 
-def _alike(held: ArtifactChecks, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
+def _check(checks: ArtifactChecks, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
     if name == "min_top1":
-        said = _top1(held, limit, task, fidelity)
+        judgement = _top1(checks, limit, task, fidelity)
     elif name == "max_kl_p99":
-        said = _p99(held, limit, task, fidelity)
+        judgement = _p99(checks, limit, task, fidelity)
     else:
-        said = _mean(held, limit, task, fidelity)
-    asked = f"{100 * limit:g} %" if name == "min_top1" else f"{limit:g}"
-    reason = f"{task}: {said.shown}, {fidelity.tokens:,} {fidelity.unit}s; the limit is {asked}{said.why}"
-    return held.decide(f"fidelity.{name}", limit, said.finding, reason, task).model_copy(update={"at_least": said.at_least})
+        judgement = _mean(checks, limit, task, fidelity)
+    limit_text = f"{100 * limit:g} %" if name == "min_top1" else f"{limit:g}"
+    reason = f"{task}: {judgement.figure}, {fidelity.tokens:,} {fidelity.unit}s; the limit is {limit_text}{judgement.remark}"
+    return checks.decide(f"fidelity.{name}", limit, judgement.finding, reason, task).model_copy(
+        update={"at_least": judgement.at_least}
+    )
 
 
-def _top1(held: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Said:
-    value, noise = fidelity.top1_agreement, held.original.measured.tasks[task].noise
+def _top1(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
+    value, noise = fidelity.top1_agreement, checks.original.measurement.tasks[task].noise
     outcome: Outcome = "pass" if value >= limit else "fail"
-    what = "token" if fidelity.unit == "token" else "class"
-    shown = f"the same top {what} for {100 * value:.2f} % of {fidelity.unit}s"
+    noun = "token" if fidelity.unit == "token" else "class"
+    figure = f"the same top {noun} for {100 * value:.2f} % of {fidelity.unit}s"
     if noise is not None:
-        shown += f" (the original asked again: {100 * noise.top1_agreement:.2f} %)"
+        figure += f" (the original asked again: {100 * noise.top1_agreement:.2f} %)"
     if outcome == "fail" and noise is not None and noise.top1_agreement <= value:
-        return _Said(Finding(value, None, "inconclusive", None), shown, _no_more_than_noise())
-    return _Said(Finding(value, None, outcome, None), shown)
+        return _Judgement(Finding(value, None, "inconclusive", None), figure, _within_noise_remark())
+    return _Judgement(Finding(value, None, outcome, None), figure)
 
 
-def _p99(held: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Said:
-    noise, value = held.original.measured.tasks[task].noise, fidelity.kl_p99
-    shown = f"KL at most {value:.5f} nats for 99 % of {fidelity.unit}s"
+def _p99(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
+    noise, value = checks.original.measurement.tasks[task].noise, fidelity.kl_p99
+    figure = f"KL at most {value:.5f} nats for 99 % of {fidelity.unit}s"
     if fidelity.at_least:
-        shown = f"99th percentile of KL at least {value:.5f} nats"
+        figure = f"99th percentile of KL at least {value:.5f} nats"
     if noise is not None:
-        shown += f" (the original asked again: {_told(noise, noise.kl_p99)})"
+        figure += f" (the original asked again: {_format_kl(noise, noise.kl_p99)})"
     if value > limit:
         if noise is not None and noise.kl_p99 >= value:
-            return _Said(Finding(value, None, "inconclusive", None), shown, _no_more_than_noise(), fidelity.at_least)
-        return _Said(Finding(value, None, "fail", None), shown, at_least=fidelity.at_least)
+            return _Judgement(Finding(value, None, "inconclusive", None), figure, _within_noise_remark(), fidelity.at_least)
+        return _Judgement(Finding(value, None, "fail", None), figure, at_least=fidelity.at_least)
     if not fidelity.at_least:
-        return _Said(Finding(value, None, "pass", None), shown)
-    whole = fidelity.whole
-    if whole is None or whole.kl_p99_at_most is None:
-        return _Said(Finding(value, None, "inconclusive", None), shown, _unknown_above(whole), at_least=True)
-    shown += f", and at most {whole.kl_p99_at_most:.5f} with 95 % confidence by {whole.tokens:,} over the whole vocabulary"
-    if whole.kl_p99_at_most <= limit:
-        return _Said(Finding(value, (value, whole.kl_p99_at_most), "pass", None, level=0.95), shown, at_least=True)
-    return _Said(Finding(value, None, "inconclusive", None), shown, _raise_whole(), at_least=True)
+        return _Judgement(Finding(value, None, "pass", None), figure)
+    full = fidelity.whole
+    if full is None or full.kl_p99_at_most is None:
+        return _Judgement(Finding(value, None, "inconclusive", None), figure, _no_upper_bound_remark(full), at_least=True)
+    figure += f", and at most {full.kl_p99_at_most:.5f} with 95 % confidence by {full.tokens:,} over the whole vocabulary"
+    if full.kl_p99_at_most <= limit:
+        return _Judgement(Finding(value, (value, full.kl_p99_at_most), "pass", None, level=0.95), figure, at_least=True)
+    return _Judgement(Finding(value, None, "inconclusive", None), figure, _larger_sample_remark(), at_least=True)
 
 
-def _mean(held: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Said:
-    whole, noise = fidelity.whole, held.original.measured.tasks[task].noise
-    told = bounds_told(fidelity.kl_interval, fidelity.interval_level, _five)
-    shown = f"mean KL {_told(fidelity, fidelity.kl_mean)}{told} nats per {fidelity.unit}"
-    if whole is not None:
-        bounds = bounds_told(whole.kl_interval, whole.interval_level, _five)
-        shown += f", over the whole vocabulary {whole.kl_mean:.5f} for the same {fidelity.unit}s, "
-        shown += f"as {whole.tokens:,} of them show{bounds}"
+def _mean(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
+    full, noise = fidelity.whole, checks.original.measurement.tasks[task].noise
+    interval = format_interval(fidelity.kl_interval, fidelity.interval_level, _five_decimals)
+    figure = f"mean KL {_format_kl(fidelity, fidelity.kl_mean)}{interval} nats per {fidelity.unit}"
+    if full is not None:
+        full_interval = format_interval(full.kl_interval, full.interval_level, _five_decimals)
+        figure += f", over the whole vocabulary {full.kl_mean:.5f} for the same {fidelity.unit}s, "
+        figure += f"as {full.tokens:,} of them show{full_interval}"
     if noise is not None:
-        shown += f" (the original asked again: {_told(noise, noise.kl_mean)})"
-    finding, why = _mean_finding(fidelity, limit)
+        figure += f" (the original asked again: {_format_kl(noise, noise.kl_mean)})"
+    finding, remark = _mean_finding(fidelity, limit)
     if finding.outcome == "fail":
-        above = kl_above_noise(held.original.measured, held.artifact.measured, task, FIDELITY_CONFIDENCE)
-        if above is not None and not above.above:
+        excess = kl_above_noise(checks.original.measurement, checks.artifact.measurement, task, FIDELITY_CONFIDENCE)
+        if excess is not None and not excess.above:
             finding = Finding(finding.value, finding.interval, "inconclusive", None, level=finding.level)
-            why = f"{_no_more_than_noise()} (p = {above.p_value:.2g})"
-    return _Said(finding, shown, why, at_least=fidelity.at_least and whole is None)
+            remark = f"{_within_noise_remark()} (p = {excess.p_value:.2g})"
+    return _Judgement(finding, figure, remark, at_least=fidelity.at_least and full is None)
 
 
 def _mean_finding(fidelity: Fidelity, limit: float) -> tuple[Finding, str]:
-    """Judge the mean; a lower bound may fail, and only what is known of the whole vocabulary may pass."""
-    value, whole = fidelity.kl_mean, fidelity.whole
+    """Judge the mean KL; a lower bound may fail the limit, and only full-vocabulary KL may pass it."""
+    value, full = fidelity.kl_mean, fidelity.whole
     if not fidelity.at_least:
         outcome: Outcome = "pass" if value <= limit else "fail"
         return Finding(value, fidelity.kl_interval, outcome, None, level=fidelity.interval_level), ""
-    if whole is None:
+    if full is None:
         outcome = "fail" if value > limit else "inconclusive"
         finding = Finding(value, fidelity.kl_interval, outcome, None, level=fidelity.interval_level)
-        return finding, "" if outcome == "fail" else _unknown_above(whole)
-    if value > limit or (whole.kl_interval is not None and whole.kl_interval[0] > limit):
-        return Finding(whole.kl_mean, whole.kl_interval, "fail", None, level=whole.interval_level), ""
-    if whole.kl_interval is None:
-        return Finding(whole.kl_mean, None, "inconclusive", None), _unknown_above(whole)
-    outcome = "pass" if whole.kl_interval[1] <= limit else "inconclusive"
-    finding = Finding(whole.kl_mean, whole.kl_interval, outcome, None, level=whole.interval_level)
-    return finding, "" if outcome == "pass" else _raise_whole()
+        return finding, "" if outcome == "fail" else _no_upper_bound_remark(full)
+    if value > limit or (full.kl_interval is not None and full.kl_interval[0] > limit):
+        return Finding(full.kl_mean, full.kl_interval, "fail", None, level=full.interval_level), ""
+    if full.kl_interval is None:
+        return Finding(full.kl_mean, None, "inconclusive", None), _no_upper_bound_remark(full)
+    outcome = "pass" if full.kl_interval[1] <= limit else "inconclusive"
+    finding = Finding(full.kl_mean, full.kl_interval, outcome, None, level=full.interval_level)
+    return finding, "" if outcome == "pass" else _larger_sample_remark()
 
 
-def _told(fidelity: Fidelity, value: float) -> str:
-    return f"{'at least ' if fidelity.at_least else ''}{_five(value)}"
+def _format_kl(fidelity: Fidelity, value: float) -> str:
+    return f"{'at least ' if fidelity.at_least else ''}{_five_decimals(value)}"
 
 
-def _five(value: float) -> str:
+def _five_decimals(value: float) -> str:
     return f"{value:.5f}"
 
 
-def _no_more_than_noise() -> str:
+def _within_noise_remark() -> str:
     return ": but it is not shown to be further off than the original is from itself, asked in another order and batch"
 
 
-def _unknown_above(whole: WholeKl | None) -> str:
-    if whole is not None:
-        return f": {whole.tokens:,} over the whole vocabulary are too few for an upper bound; raise the runtime's whole_tokens"
+def _no_upper_bound_remark(full: WholeKl | None) -> str:
+    if full is not None:
+        return f": {full.tokens:,} over the whole vocabulary are too few for an upper bound; raise the runtime's whole_tokens"
     return (
         ": over the likeliest tokens alone KL is known from below, which may fail a limit but cannot pass it; set the runtime's "
         "whole_tokens (a server elsewhere must be started with --max-logprobs -1)"
     )
 
 
-def _raise_whole() -> str:
+def _larger_sample_remark() -> str:
     return ": the limit lies within what so few tokens over the whole vocabulary leave open; raise the runtime's whole_tokens"

@@ -1,4 +1,4 @@
-"""A page of HTML in one file: templates and style sheet of this package, and charts and tables for them."""
+"""Self-contained HTML pages: the package's templates and style sheet, with charts and legends for them."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ TEMPLATES = Path(__file__).parent / "html"
 
 @dataclass(frozen=True)
 class LegendEntry:
-    """One line of a legend: a mark and what it stands for."""
+    """One line of a legend: a mark and the name of its series."""
 
     mark: Markup
     name: str
@@ -25,17 +25,23 @@ class LegendEntry:
 
 @dataclass(frozen=True)
 class Figure:
-    """A chart as a page holds it: the drawing, its title and the title's id, and its data for the table below it."""
+    """A chart in a page."""
 
     id: str
+    """The id of the title's element."""
+
     drawing: Markup
+    """The SVG element."""
+
     title: str
     heads: tuple[str, ...]
+    """The heads of the table with the chart's data; `rows` are its rows."""
+
     rows: tuple[tuple[str, ...], ...]
 
 
 def render_page(template: str, **content: object) -> str:
-    """Return a page with the style sheet in it; everything in `content` is escaped but what is Markup."""
+    """Return a page with the style sheet inlined; everything in `content` is escaped except Markup."""
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -44,17 +50,17 @@ def render_page(template: str, **content: object) -> str:
 
 
 def figures(charts: Sequence[Chart], identity: str) -> tuple[Figure, ...]:
-    """Return charts drawn, with ids that begin with `identity`."""
-    return tuple(_figure(chart, f"{identity}-{place}") for place, chart in enumerate(charts))
+    """Return the drawn charts, with ids that begin with `identity`."""
+    return tuple(_figure(chart, f"{identity}-{index}") for index, chart in enumerate(charts))
 
 
 def legend(charts: Sequence[Chart]) -> tuple[LegendEntry, ...]:
-    """Return a line for each name and mark in the charts; those that differ by dashes alone share one."""
-    found: dict[tuple[str, int], bool] = {}
+    """Return an entry for each name and mark in the charts; series that differ only by dashes share one."""
+    entries: dict[tuple[str, int], bool] = {}
     for chart in charts:
         for series in chart.series:
-            found.setdefault((series.name.partition(", ")[0], series.style), series.joined)
-    return tuple(LegendEntry(_markup(swatch(style, joined=joined)), name) for (name, style), joined in found.items())
+            entries.setdefault((series.name.partition(", ")[0], series.style), series.joined)
+    return tuple(LegendEntry(_markup(swatch(style, joined=joined)), name) for (name, style), joined in entries.items())
 
 
 def _figure(chart: Chart, identity: str) -> Figure:
@@ -64,5 +70,5 @@ def _figure(chart: Chart, identity: str) -> Figure:
     )
 
 
-def _markup(drawn: str) -> Markup:
-    return Markup(drawn)  # noqa: S704 - all text in it was escaped where it was drawn
+def _markup(svg: str) -> Markup:
+    return Markup(svg)  # noqa: S704 - all text in it was escaped where it was drawn

@@ -1,4 +1,4 @@
-"""What a plan reads of the evaluation's data: how many items each task asks, and whether they can be asked; fetches nothing."""
+"""A plan's reading of local evaluation data: the number of each task's items, and their validity; nothing is fetched."""
 
 from __future__ import annotations
 
@@ -14,46 +14,46 @@ from compress.planner import DataPin
 if TYPE_CHECKING:
     from compress.eval.task import Task
 
-_READ_WHOLE = 1000
-"""So many questions are read with their images and answers, which takes about a second; of more, numbers and fields are."""
+_FULL_CHECK = 1000
+"""Up to so many questions are read with images and answers, which takes about a second; of more, only the rows are counted."""
 
 
-def asked_at_most(task: Task) -> int | None:
-    """Return how many items a task's settings let it ask; None where they set no bound."""
+def sample_limit(task: Task) -> int | None:
+    """Return a task's `samples`; None where it has none."""
     samples: object = getattr(task, "samples", None)
     return samples if isinstance(samples, int) else None
 
 
 def count_items(tasks: Sequence[Task], pins: Sequence[DataPin | None]) -> dict[str, int]:
-    """Return how many items each task asks, where its data are on this machine and are questions; the others are left out.
+    """Return the number of items of each task whose data are questions on this machine.
 
     Raises:
         DataError: a file, a field, an answer or an image cannot be used.
     """
-    found: dict[str, int] = {}
+    counts: dict[str, int] = {}
     for task, pin in zip(tasks, pins, strict=True):
-        files = None if pin is None else _files_here(pin)
+        files = None if pin is None else _local_files(pin)
         if files is None:
             continue
         if isinstance(task.data, QuestionSource):
-            found[task.name] = _count_questions(task, task.data, files)
+            counts[task.name] = _count_questions(task, task.data, files)
         else:
             _, documents = task.contents(files)
             next(iter(documents), None)
-    return found
+    return counts
 
 
 def _count_questions(task: Task, data: QuestionSource, files: Sequence[Path]) -> int:
-    held, most = count_questions(files, data.columns, task.rows), asked_at_most(task)
-    asked = held if most is None else min(held, most)
-    if asked <= _READ_WHOLE:
+    available, samples = count_questions(files, data.columns, task.rows), sample_limit(task)
+    count = available if samples is None else min(available, samples)
+    if count <= _FULL_CHECK:
         questions, _ = task.contents(files)
-        asked = sum(1 for _ in questions)
-    return asked
+        count = sum(1 for _ in questions)
+    return count
 
 
-def _files_here(pin: DataPin) -> Sequence[Path] | None:
-    """Return a task's files where all of them are on this machine."""
+def _local_files(pin: DataPin) -> Sequence[Path] | None:
+    """Return a task's files, None where any is not on this machine."""
     if pin.path is not None:
         return (pin.path,)
     return None if pin.remote is None else cached_files(pin.remote)

@@ -1,4 +1,4 @@
-"""What a plan tells before anything is made: of the exports, of what the items can show, and of what the gate must make of it."""
+"""The notes of a plan, before anything is run: on the exports, on statistical power, and on limits that cannot be met."""
 
 from __future__ import annotations
 
@@ -11,29 +11,31 @@ from compress.checkpoint import Checkpoint
 from compress.export.format import ExportSpec
 from compress.figures import counted
 from compress.gate import SizeLimit
-from compress.plan_data import asked_at_most
+from compress.plan_data import sample_limit
 from compress.quantization_config import Product
 from compress.recipe import Recipe
 from compress.tokenizer_files import cutting_settings
 
-_LISTED = 300
-"""What a tensor takes in a header and an index, in bytes, at most; of a hub's files only the tensors' own bytes are known here."""
+_HEADER_BYTES = 300
+"""The most bytes that a tensor takes in a safetensors header and the index; of files on a hub only the tensors' bytes are known."""
 
 
 def outlook_notes(recipe: Recipe, outlooks: list[ExportSpec]) -> tuple[str, ...]:
-    """Return what one should know of whatever comes out, and what only where the run chooses to hold linears so."""
-    noted = [export_notes(recipe, outlook) for outlook in outlooks]
-    every = dict.fromkeys(note for notes in noted for note in notes)
-    return tuple(note if all(note in notes for notes in noted) else f"where the stage chooses so: {note}" for note in every)
+    """Return the notes that apply to every possible outcome of the run, and those that depend on the stages' choices, marked so."""
+    notes_by_outlook = [export_notes(recipe, outlook) for outlook in outlooks]
+    all_notes = dict.fromkeys(note for notes in notes_by_outlook for note in notes)
+    return tuple(
+        note if all(note in notes for notes in notes_by_outlook) else f"where the stage chooses so: {note}" for note in all_notes
+    )
 
 
 def export_notes(recipe: Recipe, outlook: ExportSpec) -> tuple[str, ...]:
-    """Return what one should know of the exports of one checkpoint."""
+    """Return the notes of the exports of one checkpoint."""
     return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
 
 
 def tokenizer_notes(folder: Path) -> tuple[str, ...]:
-    """Return what of a folder's tokenizer artifacts do not carry: settings that would cut prompts, or fill them up."""
+    """Return the truncation and padding settings of a folder's tokenizer, which artifacts do not carry."""
     return tuple(
         f"{name} holds {' and '.join(settings)}, by which prompts would be cut or filled up, and vLLM fails on images; "
         "here prompts are read whole, and artifacts are written without"
@@ -42,36 +44,36 @@ def tokenizer_notes(folder: Path) -> tuple[str, ...]:
 
 
 def kernels(recipe: Recipe, products: Mapping[str, frozenset[Product]]) -> tuple[list[str], list[str]]:
-    """Return why artifacts cannot be measured on this machine, and what one should know of what is measured of them here.
+    """Return the faults of artifacts whose kernels do not run on this machine, and notes on those that do.
 
-    `products` are what each artifact needs kernels for, by its name.
+    `products` holds each artifact's matrix products that need a kernel, by its name.
     """
     faults: dict[str, None] = {}
     notes: dict[str, None] = {}
-    runs = {export.artifact: export.runtimes for export in recipe.export}
+    runtimes = {export.artifact: export.runtimes for export in recipe.export}
     for target in recipe.eval.places:
         for artifact, needed in products.items():
-            if target.runtime.runtime in runs.get(artifact, {target.runtime.runtime}):
+            if target.runtime.runtime in runtimes.get(artifact, {target.runtime.runtime}):
                 faults |= dict.fromkeys(f"{artifact} at {target.name}: {fault}" for fault in target.runtime.kernel_faults(needed))
                 notes |= dict.fromkeys(f"{artifact} at {target.name}: {note}" for note in target.runtime.kernel_notes(needed))
     return list(faults), list(notes)
 
 
 def unmeasured(recipe: Recipe) -> tuple[str, ...]:
-    """Return which tasks a target's servers cannot be asked, by what they say of themselves."""
+    """Return the tasks that a target's server cannot run, with its reason."""
     return tuple(
-        f"task {task.name}: not measured at {target.name}: {why}"
+        f"task {task.name}: not measured at {target.name}: {reason}"
         for target in recipe.eval.places
-        for need, why in target.runtime.missing().items()
+        for need, reason in target.runtime.missing().items()
         for task in recipe.eval.tasks
         if task.needs == need
     )
 
 
 def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
-    """Return, for each task that the gate judges by its items, what so many of them can show.
+    """Return the loss that the number of items resolves, for each task with an accuracy limit.
 
-    `items` says how many each task asks, where the data were read; of the others `samples` says how many it asks at most.
+    `items` is the number of each task's items, where its data were read; for the others, `samples` is taken.
     """
     from compress.eval.power import POWER, Assumed, items_for, resolved_loss
     from compress.eval.sequential import Sequential
@@ -82,35 +84,37 @@ def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
     plan = Sequential.even(limit.sequential, limit.confidence) if limit.sequential else None
     level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
     assumed = Assumed()
-    told: list[str] = []
+    notes: list[str] = []
     for task in recipe.eval.tasks:
-        most = asked_at_most(task)
-        asked = items.get(task.name, most)
-        if task.name not in recipe.judged_tasks or asked is None:
+        samples = sample_limit(task)
+        available = items.get(task.name, samples)
+        if task.name not in recipe.judged_tasks or available is None:
             continue
-        few = f" ({most:,} are asked for, and its data hold no more)" if most is not None and asked < most else ""
-        wanted = items_for(limit.of(task.name), level, assumed)
-        needed = f"; a limit of {100 * limit.of(task.name):g} % needs {wanted:,}" if wanted else ""
-        loss = resolved_loss(asked, level, assumed)
-        shown = f"resolve {100 * loss:.1f} points" if loss else "resolve nothing"
-        told.append(
-            f"{task.name}: {counted(asked, 'item')}{few} {shown} (so far below the original a limit is passed by an artifact that "
-            f"loses nothing with {100 * POWER:g} % probability, if {100 * assumed.flips:g} % of the items flip and "
-            f"{100 * assumed.accuracy:g} % are right){needed}"
+        fewer_note = (
+            f" ({samples:,} are asked for, and its data hold no more)" if samples is not None and available < samples else ""
         )
-    return tuple(told)
+        needed_items = items_for(limit.of(task.name), level, assumed)
+        needed_note = f"; a limit of {100 * limit.of(task.name):g} % needs {needed_items:,}" if needed_items else ""
+        loss = resolved_loss(available, level, assumed)
+        resolution = f"resolve {100 * loss:.1f} points" if loss else "resolve nothing"
+        notes.append(
+            f"{task.name}: {counted(available, 'item')}{fewer_note} {resolution} (so far below the original a limit is passed by "
+            f"an artifact that loses nothing with {100 * POWER:g} % probability, "
+            f"if {100 * assumed.flips:g} % of the items flip and "
+            f"{100 * assumed.accuracy:g} % are right){needed_note}"
+        )
+    return tuple(notes)
 
 
 def size_notes(recipe: Recipe, checkpoint: Checkpoint, exports: Mapping[int, int]) -> tuple[str, ...]:
-    """Return which limits on size an export cannot keep; `exports` are the predicted bytes of weights, by position.
+    """Return the size limits that an export cannot meet; `exports` are the predicted bytes of weights, by position in the recipe.
 
-    What is predicted are the tensors alone, and the original is taken as large as it can be, so that no limit is told of that might
-    be kept.
+    The prediction counts tensors only and takes the original at its largest, so that no limit is reported that might be met.
     """
-    beside = sum((checkpoint.folder / name).stat().st_size for name in ("config.json", *side_files(checkpoint.folder)))
-    whole = checkpoint.weight_bytes + beside + _LISTED * len(checkpoint.tensors)
+    other_bytes = sum((checkpoint.folder / name).stat().st_size for name in ("config.json", *side_files(checkpoint.folder)))
+    original_bytes = checkpoint.weight_bytes + other_bytes + _HEADER_BYTES * len(checkpoint.tensors)
     weights = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
-    told: dict[str, None] = {}
+    notes: dict[str, None] = {}
     for target in recipe.eval.places:
         limit = recipe.gate.at(target.name).size
         if limit is None:
@@ -118,27 +122,28 @@ def size_notes(recipe: Recipe, checkpoint: Checkpoint, exports: Mapping[int, int
         for position, predicted in exports.items():
             export = recipe.export[position]
             if target.runtime.runtime in export.runtimes:
-                told |= dict.fromkeys(_size_faults(export.artifact, limit, (predicted, beside), (whole, weights)))
-    return tuple(told)
+                notes |= dict.fromkeys(_size_faults(export.artifact, limit, (predicted, other_bytes), (original_bytes, weights)))
+    return tuple(notes)
 
 
-def _size_faults(artifact: str, limit: SizeLimit, made: tuple[int, int], original: tuple[int, int]) -> Iterator[str]:
-    """Yield which parts of a limit an artifact cannot keep, of predicted bytes of weights and bytes beside them.
+def _size_faults(artifact: str, limit: SizeLimit, artifact_bytes: tuple[int, int], original: tuple[int, int]) -> Iterator[str]:
+    """Yield the limits that an artifact cannot meet.
 
-    `original` are the original's bytes, and how many weights it has.
+    `artifact_bytes` are the predicted bytes of weights and those of the other files; `original` are the original's bytes and its
+    number of weights.
     """
-    predicted, beside = made
-    whole, weights = original
+    predicted, other_bytes = artifact_bytes
+    original_bytes, weights = original
     rows = (
-        ("max_ratio", (predicted + beside) / whole, limit.max_ratio, "times the original's bytes"),
+        ("max_ratio", (predicted + other_bytes) / original_bytes, limit.max_ratio, "times the original's bytes"),
         ("max_bits_per_weight", 8 * predicted / weights, limit.max_bits_per_weight, "bits per weight"),
-        ("max_bytes", predicted + beside, limit.max_bytes, "bytes"),
+        ("max_bytes", predicted + other_bytes, limit.max_bytes, "bytes"),
     )
-    for name, value, most, unit in rows:
-        if most is not None and value > most:
+    for name, value, allowed, unit in rows:
+        if allowed is not None and value > allowed:
             yield (
-                f"the gate cannot pass: {artifact} will take {_figure(value)} {unit}, and gate.size.{name} allows {_figure(most)}; "
-                "quantize more of the model (targets), use fewer bits, or raise the limit"
+                f"the gate cannot pass: {artifact} will take {_figure(value)} {unit}, and gate.size.{name} allows "
+                f"{_figure(allowed)}; quantize more of the model (targets), use fewer bits, or raise the limit"
             )
 
 

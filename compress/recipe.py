@@ -16,11 +16,11 @@ from compress.calibration import SETS
 from compress.document import Place, RecipeDocument, dotted, override, read_document
 from compress.errors import RecipeError
 from compress.eval import TASKS
-from compress.eval.adapter import SHORT, spelled_out
+from compress.eval.adapter import SHORT_FORM, expand_short_name
 from compress.eval.grounding import GroundingCheck
 from compress.eval.latency import LatencySettings
 from compress.export import FORMATS
-from compress.gate import JUDGED, Gate
+from compress.gate import SCORED_TASK_KINDS, Gate
 from compress.renamed_keys import rename_keys
 from compress.runtimes import RUNTIMES
 from compress.schema import Frozen, Source, union_of
@@ -29,8 +29,8 @@ from compress.stages import STAGES
 
 def _or_short(task: Any) -> Any:
     """Return the type of a task that may also be written `lmms:NAME` or `lm:NAME`."""
-    written = Union[task, Annotated[str, Field(pattern=SHORT)]]  # noqa: UP007 - built at run time
-    return Annotated[task, BeforeValidator(spelled_out, json_schema_input_type=written)]
+    written = Union[task, Annotated[str, Field(pattern=SHORT_FORM)]]  # noqa: UP007 - built at run time
+    return Annotated[task, BeforeValidator(expand_short_name, json_schema_input_type=written)]
 
 
 if TYPE_CHECKING:
@@ -136,7 +136,7 @@ class Recipe(Frozen):
     @property
     def judged_tasks(self) -> list[str]:
         """The names of the tasks whose items have scores."""
-        return [task.name for task in self.eval.tasks if task.task in JUDGED]
+        return [task.name for task in self.eval.tasks if task.task in SCORED_TASK_KINDS]
 
 
 def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, RecipeDocument]:
@@ -277,7 +277,7 @@ def _gate_faults(document: RecipeDocument, recipe: Recipe) -> list[str]:
             faults.append(f"{where}: gate.targets.{target}: no such target; those of eval are {', '.join(names)}")
     limits = {("gate",): recipe.gate, **{("gate", "targets", name): limit for name, limit in recipe.gate.targets.items()}}
     for place, limit in limits.items():
-        for check, tasks in limit.tasks_needed().items():
+        for check, tasks in limit.required_task_kinds().items():
             if not any(task.task in tasks for task in recipe.eval.tasks):
                 where = document.whereabouts((*place, check))
                 kinds = " or ".join(tasks)
@@ -295,7 +295,7 @@ def _gate_faults(document: RecipeDocument, recipe: Recipe) -> list[str]:
             faults.append(
                 f"{where}: {dotted((*place, 'latency'))}: goodput counts requests that keep a goal; add eval.latency.goal"
             )
-        for check, part in limit.parts_needed().items():
+        for check, part in limit.required_eval_sections().items():
             if getattr(recipe.eval, part) is None:
                 where = document.whereabouts((*place, check))
                 faults.append(f"{where}: {dotted((*place, check))}: nothing measures it; add eval.{part}")

@@ -1,4 +1,4 @@
-"""A run's report: the facts as JSON (schema 1), and the page that people read, rendered from them."""
+"""A run's report: the data as JSON (schema 1), and `report.md` rendered from them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from compress.eval.results import Fidelity, Grounding, Metrics
 from compress.figures import size as size
 from compress.gate import Verdict
 from compress.report_latency import latency_tables, lowered
-from compress.report_tables import listed
+from compress.report_tables import format_versions
 from compress.schema import Frozen
 from compress.stages.widths import Widths
 from compress.tabular import markdown
@@ -24,29 +24,41 @@ from compress.width_table import width_table
 
 
 class Row(Frozen):
-    """One artifact in one runtime; `metrics` and `fidelity` hold each task's figures by the task's name.
-
-    `bytes` are those on disk, `size_ratio` to the original's, `bits_per_weight` the weight files' over the original's weights.
-    `target` names where the runtime ran. `noise` is the original's alone: how alike it is to itself, asked again.
-    `loaded_with` says what loaded it to be measured, with versions; nothing where a report was written before this was noted.
-    """
+    """One artifact in one runtime."""
 
     artifact: str
     runtime: str
     path: str
     bytes: int
+    """On disk."""
+
     size_ratio: float
+    """The bytes over the original's."""
+
     bits_per_weight: float
+    """The bits of the weight files per weight of the original."""
+
     metrics: Mapping[str, Metrics]
+    """By task; `fidelity` and `noise` likewise."""
+
     fidelity: Mapping[str, Fidelity] | None
+    """Against the original; None for the original itself."""
+
     target: str = "local"
-    grounding: Grounding | None = Field(None, validation_alias=AliasChoices("grounding", "liveness"))  # as reports before called it
+    """Where the runtime ran."""
+
+    grounding: Grounding | None = Field(None, validation_alias=AliasChoices("grounding", "liveness"))
+    """Earlier reports have it as `liveness`."""
+
     noise: Mapping[str, Fidelity] | None = None
+    """Of the original alone: its second run against its first."""
+
     loaded_with: str = ""
+    """The library that loaded the artifact, with versions; empty in earlier reports."""
 
 
 class Timing(Frozen):
-    """What one step took; a cached one shows what finding it took."""
+    """One step's time and peak memory; of a cached step, those of looking it up."""
 
     step: str
     seconds: float
@@ -56,7 +68,7 @@ class Timing(Frozen):
 
 
 class Published(Frozen):
-    """Where an artifact was published, and whether the gate had to be forced."""
+    """Where an artifact was published, and whether that was forced although the gate did not pass."""
 
     artifact: str
     path: str
@@ -64,7 +76,7 @@ class Published(Frozen):
 
 
 class Report(Frozen):
-    """Everything one run found out."""
+    """All results of one run, with their provenance: the content of `report.json`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
@@ -84,17 +96,17 @@ class Report(Frozen):
     runtime_versions: Mapping[str, str]
     hardware: Mapping[str, Any]
     widths: Mapping[str, Widths] = Field(default_factory=lambda: dict[str, Widths]())
-    """What stages with `bits: auto` chose, by the stage's name."""
+    """The bit allocation of stages with `bits: auto`, by the stage's name."""
     latency: Mapping[str, Latency] = Field(default_factory=lambda: dict[str, Latency]())
-    """What was measured of latency, by target."""
+    """The latency results, by target."""
     digests: Mapping[str, str] = Field(default_factory=lambda: dict[str, str]())
-    """Of the original's content (`original`) and of each task's settings and data; figures of equal digests can be compared."""
+    """Digests of the original's content (`original`) and of each task's settings and data: equal ones make runs comparable."""
 
     verifications: Mapping[str, Verification] = Field(default_factory=lambda: dict[str, Verification]())
-    """How far artifacts are from the checkpoint that they were exported from, by their names."""
+    """The comparison of artifacts with the checkpoint that they were exported from, by name."""
 
     def to_json(self) -> str:
-        """Return the report as `report.json` holds it."""
+        """Return the content of `report.json`."""
         return json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, ensure_ascii=False)
 
 
@@ -104,7 +116,7 @@ def table(rows: Sequence[Row]) -> str:
 
 
 def fidelity_table(rows: Sequence[Row]) -> str:
-    """Return, in Markdown, how alike each artifact's predictions are to the original's, task by task."""
+    """Return the fidelity table in Markdown."""
     return markdown(tables.fidelity_table(rows))
 
 
@@ -114,20 +126,22 @@ def checks(gate: Verdict) -> str:
 
 
 def checks_of(gate: Verdict, artifact: str) -> str:
-    """Return the checks of one artifact alone."""
+    """Return the checks of one artifact as a Markdown list."""
     return checks(gate.model_copy(update={"checks": tuple(check for check in gate.checks if check.artifact == artifact)}))
 
 
 def render(report: Report) -> str:
-    """Return `report.md`: the verdict first, then the table, what lies behind it, and where it comes from."""
+    """Return `report.md`: the verdict, the results, the details, and the provenance."""
     parts = [f"# {report.name}: {report.gate.verdict}", checks(report.gate), table(report.rows)]
-    verified = (components_table(report.verifications), answers_table(report.verifications))
-    parts += [f"{each.caption}\n\n{markdown(each)}" for each in verified if each.rows]
-    compared = (tables.details_table(report.rows), tables.fidelity_table(report.rows), tables.grounding_table(report.rows))
-    parts += [markdown(each) for each in compared if each.rows]
+    verification_tables = (components_table(report.verifications), answers_table(report.verifications))
+    parts += [f"{table.caption}\n\n{markdown(table)}" for table in verification_tables if table.rows]
+    detail_tables = (tables.details_table(report.rows), tables.fidelity_table(report.rows), tables.grounding_table(report.rows))
+    parts += [markdown(table) for table in detail_tables if table.rows]
     for target, latency in report.latency.items():
-        parts += [f"{each.caption} ({target})\n\n{markdown(each)}" for each in latency_tables(latency)]
-        parts += ["\n".join(f"- {line}" for line in said)] if (said := (*lowered(latency), *latency.notes)) else []
+        parts += [f"{table.caption} ({target})\n\n{markdown(table)}" for table in latency_tables(latency)]
+        parts += (
+            ["\n".join(f"- {line}" for line in latency_notes)] if (latency_notes := (*lowered(latency), *latency.notes)) else []
+        )
     measured = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
     parts += [width_table(stage, widths, measured) for stage, widths in report.widths.items()]
     parts += [f"{name}: {text}" for name, text in report.notes.items()]
@@ -138,8 +152,8 @@ def render(report: Report) -> str:
     machine = ", ".join([str(report.hardware["processor"]), *report.hardware["gpus"]])
     facts = [
         f"Source: {origin(report.source)}",
-        f"Runtime: {report.rows[0].runtime} ({listed(report.runtime_versions)})",
-        f"Versions: {listed(report.versions)}",
+        f"Runtime: {report.rows[0].runtime} ({format_versions(report.runtime_versions)})",
+        f"Versions: {format_versions(report.versions)}",
         f"Machine: {machine}",
     ]
     parts.append("  \n".join(facts))
@@ -147,12 +161,12 @@ def render(report: Report) -> str:
 
 
 def origin(source: Mapping[str, Any]) -> str:
-    """Return where a model came from, in one line."""
+    """Return a model's source and revision, in one line."""
     return ", ".join([str(source["source"]), *(f"{key} {value}" for key, value in source.items() if key != "source")])
 
 
 def published_lines(report: Report) -> tuple[str, ...]:
-    """Return where each artifact was published, or why none was."""
+    """Return where each artifact was published, or the reason why none was."""
     if report.published:
         return tuple(f"published {row.artifact} to {row.path}{_forced(row)}" for row in report.published)
     if not report.recipe.get("publish"):

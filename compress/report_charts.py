@@ -1,4 +1,4 @@
-"""The report's charts of accuracy against size and latency, and of the widths that stages chose."""
+"""The report's charts: accuracy against size and against latency, and the bit allocation of stages."""
 
 from __future__ import annotations
 
@@ -10,29 +10,31 @@ from typing import TYPE_CHECKING
 
 from compress.charts import Axis, Chart, Limit, Point, Series, Unit, larger, near, pareto_front
 from compress.eval.results import Metrics, ScoreMetrics
-from compress.figures import asked, main_figure, metric_value, milliseconds, share, size
+from compress.figures import item_count, main_figure, metric_value, milliseconds, share, size
 from compress.report_latency import models_of, shapes_of
-from compress.report_tables import ORIGINAL, originals, several_targets, task_names
+from compress.report_tables import ORIGINAL, has_several_targets, originals, task_names
 from compress.stages.widths import UNQUANTIZED_WIDTH, GroupWidth, Widths
 
 if TYPE_CHECKING:
     from compress.gate import Check
     from compress.report import Report, Row
 
-_NUMBERED = re.compile(r"(.*?)\.(\d+)\.(.+)")
+_BLOCK_LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
+"""A layer's name as prefix, block number and name within the block."""
+
 _BYTES = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 
 
 def styles_of(report: Report) -> dict[str, int]:
-    """Return the number of each artifact's style, the original's first."""
+    """Return each artifact's style number, the original's first."""
     names = [ORIGINAL, *(row.artifact for row in report.rows)]
-    return {name: place for place, name in enumerate(dict.fromkeys(names))}
+    return {name: index for index, name in enumerate(dict.fromkeys(names))}
 
 
 def size_axis(sizes: Iterable[int]) -> Axis:
     """Return an axis of bytes from zero, in the unit that fits the largest of them."""
-    most = max(sizes, default=0)
-    scale, suffix = next(((scale, suffix) for scale, suffix in _BYTES if most >= scale), (1.0, " B"))
+    largest = max(sizes, default=0)
+    scale, suffix = next(((scale, suffix) for scale, suffix in _BYTES if largest >= scale), (1.0, " B"))
     return Axis("size on disk", size, Unit(1 / scale, suffix), zero=True)
 
 
@@ -44,22 +46,24 @@ def task_axis(name: str, metrics: Metrics) -> Axis:
 
 
 @dataclass(frozen=True)
-class _Place:
-    """Where a row's points lie across, and what the axis is."""
+class _XAxis:
+    """What a chart has on its x-axis."""
 
     axis: Axis
-    of: Callable[[Row], float | None]
+    value_of: Callable[[Row], float | None]
+    """Returns a row's x, None where it has none."""
+
     title: str
 
 
 def size_charts(report: Report) -> list[Chart]:
     """Return accuracy against size: a chart for each task and target, with the gate's limits."""
     axis = size_axis(row.bytes for row in report.rows)
-    return _against(report, report.rows, _Place(axis, lambda row: row.bytes, "size"))
+    return _charts_against(report, report.rows, _XAxis(axis, lambda row: row.bytes, "size"))
 
 
 def latency_charts(report: Report) -> list[Chart]:
-    """Return accuracy against latency for each task and target: requests of the first kind, at the fewest at once."""
+    """Return accuracy against latency for each task and target: the first kind of requests at the lowest concurrency."""
     charts: list[Chart] = []
     for target, latency in report.latency.items():
         shapes = shapes_of(latency)
@@ -68,142 +72,154 @@ def latency_charts(report: Report) -> list[Chart]:
         times: dict[str, float] = {}
         fewest = min(row.point.concurrency for row in latency.original.points if row.point.shape == shapes[0])
         for name, model in models_of(latency).items():
-            found = model.at(shapes[0].at(fewest))
-            if found is not None and found.pooled.e2el is not None:
-                times[name] = found.pooled.e2el.p95
+            point = model.at(shapes[0].at(fewest))
+            if point is not None and point.pooled.e2el is not None:
+                times[name] = point.pooled.e2el.p95
         axis = Axis(f"end to end p95, {fewest} at once", milliseconds, Unit(1, " ms"), zero=True)
         rows = [row for row in report.rows if row.target == target]
-        charts += _against(report, rows, _Place(axis, lambda row, times=times: times.get(row.artifact), "latency"))
+        charts += _charts_against(report, rows, _XAxis(axis, lambda row, times=times: times.get(row.artifact), "latency"))
     return charts
 
 
-def _against(report: Report, rows: Sequence[Row], across: _Place) -> list[Chart]:
+def _charts_against(report: Report, rows: Sequence[Row], x_axis: _XAxis) -> list[Chart]:
     charts: list[Chart] = []
-    styles, several = styles_of(report), several_targets(report.rows)
+    styles, multiple_targets = styles_of(report), has_several_targets(report.rows)
     for target in dict.fromkeys(row.target for row in rows):
-        own = [row for row in rows if row.target == target]
-        for name in task_names(own):
-            chart = _chart(report, own, name, across, styles)
+        target_rows = [row for row in rows if row.target == target]
+        for name in task_names(target_rows):
+            chart = _chart(report, target_rows, name, x_axis, styles)
             if chart is not None and chart.drawable:
-                title = f"{chart.title}, {target}" if several else chart.title
+                title = f"{chart.title}, {target}" if multiple_targets else chart.title
                 charts.append(replace(chart, title=title))
     return charts
 
 
-def _chart(report: Report, rows: Sequence[Row], name: str, across: _Place, styles: Mapping[str, int]) -> Chart | None:
-    measured = [(row, row.metrics[name], place) for row in rows if name in row.metrics and (place := across.of(row)) is not None]
+def _chart(report: Report, rows: Sequence[Row], name: str, x_axis: _XAxis, styles: Mapping[str, int]) -> Chart | None:
+    measured = [(row, row.metrics[name], x) for row in rows if name in row.metrics and (x := x_axis.value_of(row)) is not None]
     if len(measured) < 2:
         return None
     original = originals(rows).get(rows[0].target)
-    before = original.metrics.get(name) if original else None
+    original_metrics = original.metrics.get(name) if original else None
     series = tuple(
         Series(
-            row.artifact, (Point(x, main_figure(found), row.artifact, _bounds(report, row, name, before)),), styles[row.artifact]
+            row.artifact,
+            (Point(x, main_figure(metrics), row.artifact, _bounds(report, row, name, original_metrics)),),
+            styles[row.artifact],
         )
-        for row, found, x in measured
+        for row, metrics, x in measured
     )
     scored = isinstance(measured[0][1], ScoreMetrics)
-    worth = larger if scored else near(main_figure(before) if before is not None else math.nan)
+    worth = larger if scored else near(main_figure(original_metrics) if original_metrics is not None else math.nan)
     points = [point for each in series for point in each.points]
-    told = "; ".join(f"{row.artifact} {metric_value(found)} at {across.axis.show(x)}" for row, found, x in measured)
+    summary_points = "; ".join(f"{row.artifact} {metric_value(metrics)} at {x_axis.axis.show(x)}" for row, metrics, x in measured)
     return Chart(
-        title=f"{name} against {across.title}",
-        summary=f"{name} against {across.title}, each artifact a point: {told}.",
-        x=across.axis,
+        title=f"{name} against {x_axis.title}",
+        summary=f"{name} against {x_axis.title}, each artifact a point: {summary_points}.",
+        x=x_axis.axis,
         y=task_axis(name, measured[0][1]),
         series=series,
         front=pareto_front(points, worth),
-        limits=tuple(_limits(report, rows, name, before, original if across.title == "size" else None)),
+        limits=tuple(_limits(report, rows, name, original_metrics, original if x_axis.title == "size" else None)),
         better="better: up and left" if scored else "better: left, and near the original",
     )
 
 
-def _bounds(report: Report, row: Row, task: str, before: Metrics | None) -> tuple[float, float] | None:
-    """Return the bounds of a task's figure: those of what the gate found to be kept, times the original's."""
+def _bounds(report: Report, row: Row, task: str, original_metrics: Metrics | None) -> tuple[float, float] | None:
+    """Return the bounds of a task's figure: those of the gate's recovery times the original's figure."""
     check = _check(report, row.target, task, row.artifact)
-    if check is None or check.interval is None or before is None or asked(before) != asked(row.metrics[task]):
+    if (
+        check is None
+        or check.interval is None
+        or original_metrics is None
+        or item_count(original_metrics) != item_count(row.metrics[task])
+    ):
         return None
-    return check.interval[0] * main_figure(before), check.interval[1] * main_figure(before)
+    return check.interval[0] * main_figure(original_metrics), check.interval[1] * main_figure(original_metrics)
 
 
-def _limits(report: Report, rows: Sequence[Row], task: str, before: Metrics | None, sized: Row | None) -> Iterable[Limit]:
+def _limits(
+    report: Report, rows: Sequence[Row], task: str, original_metrics: Metrics | None, sized_original: Row | None
+) -> Iterable[Limit]:
     check = _check(report, rows[0].target, task, None)
-    if check is not None and before is not None:
-        yield Limit("y", check.limit * main_figure(before), "gate")
+    if check is not None and original_metrics is not None:
+        yield Limit("y", check.limit * main_figure(original_metrics), "gate")
     ratio = next((check.limit for check in report.gate.checks if check.check == "size.max_ratio"), None)
-    if ratio is not None and sized is not None:
-        yield Limit("x", ratio * sized.bytes, "gate")
+    if ratio is not None and sized_original is not None:
+        yield Limit("x", ratio * sized_original.bytes, "gate")
 
 
 def _check(report: Report, target: str, task: str, artifact: str | None) -> Check | None:
-    """Return the gate's check on how much of a task's figure an artifact (or any) keeps."""
-    found = (
+    """Return the gate's check of an artifact's (or any artifact's) recovery or perplexity ratio on a task."""
+    matching = (
         check
         for check in report.gate.checks
         if check.check in ("accuracy.min_recovery", "perplexity.max_ratio")
         and (check.task, check.target) == (task, target)
         and artifact in (None, check.artifact)
     )
-    return next(found, None)
+    return next(matching, None)
 
 
 @dataclass(frozen=True)
 class WidthMap:
-    """The widths of a stage: a row for each kind of layer, a column for each block; None where there is no such layer."""
+    """The bit widths of a stage by kind of layer and block."""
 
     blocks: tuple[int, ...]
     rows: tuple[tuple[str, tuple[GroupWidth | None, ...]], ...]
+    """A kind of layer each, with its width in each block; None where a block has no such layer."""
+
     others: tuple[GroupWidth, ...]
+    """Layers outside of blocks."""
 
 
 def width_map(widths: Widths) -> WidthMap:
-    """Return the widths as a map of kinds and blocks; layers outside of blocks come by themselves."""
-    found: dict[str, dict[int, GroupWidth]] = {}
+    """Return the widths by kind of layer and block."""
+    by_kind: dict[str, dict[int, GroupWidth]] = {}
     others: list[GroupWidth] = []
     for group in widths.groups:
-        match = _NUMBERED.fullmatch(group.layers[0])
+        match = _BLOCK_LAYER.fullmatch(group.layers[0])
         if match is None:
             others.append(group)
         else:
-            own = [match[3], *(layer.rpartition(".")[2] for layer in group.layers[1:])]
-            found.setdefault(f"{match[1]}: {', '.join(own)}", {})[int(match[2])] = group
-    blocks = tuple(sorted({number for by_block in found.values() for number in by_block}))
-    rows = tuple((_short(kind, found), tuple(by_block.get(number) for number in blocks)) for kind, by_block in found.items())
+            names = [match[3], *(layer.rpartition(".")[2] for layer in group.layers[1:])]
+            by_kind.setdefault(f"{match[1]}: {', '.join(names)}", {})[int(match[2])] = group
+    blocks = tuple(sorted({number for by_block in by_kind.values() for number in by_block}))
+    rows = tuple((_short(kind, by_kind), tuple(by_block.get(number) for number in blocks)) for kind, by_block in by_kind.items())
     return WidthMap(blocks, rows, tuple(others))
 
 
 def _short(kind: str, kinds: Iterable[str]) -> str:
-    """Return a kind without where its blocks are, unless it takes that to tell it from another."""
+    """Return a kind without its blocks' prefix, unless another kind has the same name."""
     name = kind.partition(": ")[2]
     return name if [other.partition(": ")[2] for other in kinds].count(name) == 1 else kind
 
 
 def sensitivity_chart(stage: str, widths: Widths) -> Chart | None:
-    """Return what each block would lose at the smallest width that was tried, by the kind of layer; None for too few blocks."""
-    shown = width_map(widths)
-    tried = {width for group in widths.groups for width in group.losses if width != UNQUANTIZED_WIDTH}
-    if len(shown.blocks) < 2 or not tried:
+    """Return the predicted loss of each block at the smallest width tried, by kind of layer; None for fewer than two blocks."""
+    widths_by_block = width_map(widths)
+    tried_widths = {width for group in widths.groups for width in group.losses if width != UNQUANTIZED_WIDTH}
+    if len(widths_by_block.blocks) < 2 or not tried_widths:
         return None
-    width = min(tried)
+    width = min(tried_widths)
     series = tuple(
         Series(
             kind,
             tuple(
                 Point(block, group.losses[width])
-                for block, group in zip(shown.blocks, groups, strict=True)
+                for block, group in zip(widths_by_block.blocks, groups, strict=True)
                 if group is not None and group.losses.get(width, 0) > 0
             ),
-            place,
+            index,
             joined=True,
         )
-        for place, (kind, groups) in enumerate(shown.rows)
+        for index, (kind, groups) in enumerate(widths_by_block.rows)
     )
-    most = max(((point.y, each.name, point.x) for each in series for point in each.points), default=None)
-    if most is None:
+    highest = max(((point.y, each.name, point.x) for each in series for point in each.points), default=None)
+    if highest is None:
         return None
     return Chart(
         title=f"{stage}: sensitivity of each layer",
-        summary=f"What each layer would lose at {width} bits, by block. The most sensitive: {most[1]} in block {most[2]:g}.",
+        summary=f"What each layer would lose at {width} bits, by block. The most sensitive: {highest[1]} in block {highest[2]:g}.",
         x=Axis("block", lambda value: f"{value:.0f}", at_data=True),
         y=Axis(f"predicted loss at {width} bits, nats per token", lambda value: f"{value:.2g}", log=True),
         series=series,

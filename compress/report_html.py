@@ -1,4 +1,4 @@
-"""`report.html`: a run's report as one page that loads nothing and runs nothing, the verdict first."""
+"""`report.html`: a run's report as one self-contained page without scripts, the verdict first."""
 
 from __future__ import annotations
 
@@ -36,16 +36,17 @@ from compress.verification.table import components_table as verified_table
 
 @dataclass(frozen=True)
 class TablePart:
-    """A table; its caption is kept for screen readers alone where a heading says the same."""
+    """A table."""
 
     kind: ClassVar[str] = "table"
     table: Table
     hidden_caption: bool = False
+    """Shows the caption to screen readers only, where a heading says the same."""
 
 
 @dataclass(frozen=True)
 class FoldedPart:
-    """A long table behind a line that opens it."""
+    """A collapsed table."""
 
     kind: ClassVar[str] = "folded"
     title: str
@@ -54,7 +55,7 @@ class FoldedPart:
 
 @dataclass(frozen=True)
 class ChartsPart:
-    """Charts beside each other under one legend."""
+    """Charts side by side with one legend."""
 
     kind: ClassVar[str] = "charts"
     figures: tuple[Figure, ...]
@@ -62,10 +63,10 @@ class ChartsPart:
 
 
 @dataclass(frozen=True)
-class WordsPart:
+class ParagraphPart:
     """A paragraph."""
 
-    kind: ClassVar[str] = "words"
+    kind: ClassVar[str] = "paragraph"
     text: str
 
 
@@ -79,7 +80,7 @@ class HeadingPart:
 
 @dataclass(frozen=True)
 class ListPart:
-    """Lines of text in the style of this name."""
+    """A list of texts, in a style of the style sheet."""
 
     kind: ClassVar[str] = "list"
     items: tuple[str, ...]
@@ -88,7 +89,7 @@ class ListPart:
 
 @dataclass(frozen=True)
 class TermsPart:
-    """Names, each with what is to be said of it."""
+    """A description list: terms with their texts."""
 
     kind: ClassVar[str] = "terms"
     items: tuple[tuple[str, str], ...]
@@ -96,7 +97,7 @@ class TermsPart:
 
 @dataclass(frozen=True)
 class CodePart:
-    """A text as it stands in a file, behind a line that opens it."""
+    """A collapsed text in a monospaced font."""
 
     kind: ClassVar[str] = "code"
     title: str
@@ -105,7 +106,7 @@ class CodePart:
 
 @dataclass(frozen=True)
 class WidthsPart:
-    """A map of widths: kinds of layers by blocks."""
+    """A map of bit widths: kinds of layers by blocks."""
 
     kind: ClassVar[str] = "widths"
     caption: str
@@ -114,18 +115,18 @@ class WidthsPart:
 
 @dataclass(frozen=True)
 class CardsPart:
-    """Flips."""
+    """The cards of flips."""
 
     kind: ClassVar[str] = "cards"
     cards: tuple[Card, ...]
 
 
-Part = TablePart | FoldedPart | ChartsPart | WordsPart | HeadingPart | ListPart | TermsPart | CodePart | WidthsPart | CardsPart
+Part = TablePart | FoldedPart | ChartsPart | ParagraphPart | HeadingPart | ListPart | TermsPart | CodePart | WidthsPart | CardsPart
 
 
 @dataclass(frozen=True)
 class Section:
-    """One part of the page under a heading; `id` is what links to it name."""
+    """A section of the page with a heading; `id` is its anchor."""
 
     id: str
     title: str
@@ -133,48 +134,48 @@ class Section:
 
 
 def render_html(report: Report, gallery: Gallery | None = None) -> str:
-    """Return the page of a report, with a gallery of flips where there is one.
+    """Return the page of a report, with the gallery of flips where there is one.
 
-    Whatever comes from models and data sets is escaped; a policy in the page forbids it to load or run anything.
+    Texts of models and data sets are escaped; the page's content security policy forbids to load or run anything.
     """
     sections = [section for section in _sections(report, gallery) if section.parts]
     return render_page("report.html.jinja", report=report, sentence=verdict_sentence(report), sections=sections)
 
 
 def verdict_sentence(report: Report) -> str:
-    """Return what the verdict rests on, in one sentence."""
+    """Return the reason of the verdict in one sentence."""
     outcomes = list(report.gate.artifacts.values())
     count = len(report.gate.checks)
     checks = f"{count} checks" if count != 1 else "its one check"
     if report.gate.verdict == "pass":
-        every = "Both" if len(outcomes) == 2 else f"All {len(outcomes)}"
-        told = "The artifact keeps" if len(outcomes) == 1 else f"{every} artifacts keep"
-        return f"{told} every limit of the gate, {checks}."
-    told = [_short_of(report, outcome) for outcome in ("fail", "inconclusive")]
-    return f"Of {checks}, {' and '.join(text for text in told if text)}."
+        quantity = "Both" if len(outcomes) == 2 else f"All {len(outcomes)}"
+        subject = "The artifact keeps" if len(outcomes) == 1 else f"{quantity} artifacts keep"
+        return f"{subject} every limit of the gate, {checks}."
+    subject = [_outcome_text(report, outcome) for outcome in ("fail", "inconclusive")]
+    return f"Of {checks}, {' and '.join(text for text in subject if text)}."
 
 
-def _short_of(report: Report, outcome: Outcome) -> str:
-    found = [check for check in report.gate.checks if check.verdict == outcome]
-    if not found:
+def _outcome_text(report: Report, outcome: Outcome) -> str:
+    matching = [check for check in report.gate.checks if check.verdict == outcome]
+    if not matching:
         return ""
-    names = list(dict.fromkeys(f"{check.artifact} ({check.check})" for check in found))
+    names = list(dict.fromkeys(f"{check.artifact} ({check.check})" for check in matching))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    verb = {"fail": "fail" if len(found) > 1 else "fails", "inconclusive": "are open" if len(found) > 1 else "is open"}
-    return f"{len(found)} {verb[outcome]}: {', '.join(names[:3])}{more}"
+    verb = {"fail": "fail" if len(matching) > 1 else "fails", "inconclusive": "are open" if len(matching) > 1 else "is open"}
+    return f"{len(matching)} {verb[outcome]}: {', '.join(names[:3])}{more}"
 
 
 def _sections(report: Report, gallery: Gallery | None) -> Iterator[Section]:
     yield Section("warnings", "Warnings", (ListPart(report.warnings, "warnings"),) if report.warnings else ())
     yield Section("results", "Accuracy against size", tuple(_results(report)))
     yield Section("checks", "The gate's checks", (TablePart(tables.checks_table(report.gate.checks), hidden_caption=True),))
-    yield Section("fidelity", "Fidelity to the original", tuple(_filled(tables.fidelity_table(report.rows))))
+    yield Section("fidelity", "Fidelity to the original", tuple(_table_part(tables.fidelity_table(report.rows))))
     yield Section(
-        "grounding", "Visual grounding: do answers depend on the image?", tuple(_filled(tables.grounding_table(report.rows)))
+        "grounding", "Visual grounding: do answers depend on the image?", tuple(_table_part(tables.grounding_table(report.rows)))
     )
     yield Section("verification", "Verification: does the artifact do what its checkpoint does?", tuple(_verification(report)))
     yield Section("latency", "Latency", tuple(_latency(report)))
-    yield Section("flips", "Flips", tuple(_flips(gallery)) if gallery and _scored(report) else ())
+    yield Section("flips", "Flips", tuple(_flips(gallery)) if gallery and _has_scores(report) else ())
     for number, (stage, widths) in enumerate(report.widths.items(), 1):
         yield Section(f"widths-{number}", f"Widths that {stage} chose", tuple(_widths(stage, widths, report)))
     yield Section("method", "How it was measured", (TermsPart(tuple(report.notes.items())),) if report.notes else ())
@@ -182,7 +183,7 @@ def _sections(report: Report, gallery: Gallery | None) -> Iterator[Section]:
     yield Section("provenance", "Provenance", tuple(_provenance(report)))
 
 
-def _filled(table: Table) -> Iterator[Part]:
+def _table_part(table: Table) -> Iterator[Part]:
     if table.rows:
         yield TablePart(table, hidden_caption=True)
 
@@ -208,20 +209,20 @@ def _results(report: Report) -> Iterator[Part]:
 
 def _latency(report: Report) -> Iterator[Part]:
     styles = styles_of(report)
-    against = latency_charts(report)
-    if against:
-        first = dict.fromkeys(shape_name(shapes_of(latency)[0]) for latency in report.latency.values() if shapes_of(latency))
-        yield WordsPart(f"Requests in these charts: {'; '.join(first)}.")
-        yield from _charts(against, "against-latency")
+    accuracy_charts = latency_charts(report)
+    if accuracy_charts:
+        shapes = dict.fromkeys(shape_name(shapes_of(latency)[0]) for latency in report.latency.values() if shapes_of(latency))
+        yield ParagraphPart(f"Requests in these charts: {'; '.join(shapes)}.")
+        yield from _charts(accuracy_charts, "against-latency")
     for number, (target, latency) in enumerate(report.latency.items()):
         if len(report.latency) > 1:
             yield HeadingPart(f"Target {target}")
-        for place, shape in enumerate(shapes_of(latency)):
-            drawn = curves(latency, shape, styles)
+        for shape_index, shape in enumerate(shapes_of(latency)):
+            curve_charts = curves(latency, shape, styles)
             yield HeadingPart(f"Requests: {shape_name(shape)}")
-            if drawn:
-                yield WordsPart("Solid lines are p50, dashed ones p95.")
-            yield from _charts(drawn, f"curves-{number}-{place}")
+            if curve_charts:
+                yield ParagraphPart("Solid lines are p50, dashed ones p95.")
+            yield from _charts(curve_charts, f"curves-{number}-{shape_index}")
             yield TablePart(latency_table(latency, shape))
             ratios = ratio_table(latency, shape)
             if ratios.rows:
@@ -229,55 +230,55 @@ def _latency(report: Report) -> Iterator[Part]:
         for table in (best_table(latency), components_table(latency)):
             if table.rows:
                 yield TablePart(table)
-        used = resources_table(latency)
-        if used.rows:
-            yield FoldedPart(used.caption, used)
-        if said := (*lowered(latency), *latency.notes):
-            yield ListPart(said)
+        resources = resources_table(latency)
+        if resources.rows:
+            yield FoldedPart(resources.caption, resources)
+        if notes := (*lowered(latency), *latency.notes):
+            yield ListPart(notes)
 
 
-def _scored(report: Report) -> bool:
+def _has_scores(report: Report) -> bool:
     return any(isinstance(metrics, ScoreMetrics) for row in report.rows for metrics in row.metrics.values())
 
 
 def _flips(gallery: Gallery) -> Iterator[Part]:
     if not gallery.cards:
-        yield WordsPart("No item scores otherwise with an artifact than with the original.")
+        yield ParagraphPart("No item scores otherwise with an artifact than with the original.")
         return
     shown = len(gallery.cards)
-    told = f"{gallery.lost:,} items score less with an artifact than with the original, {gallery.gained:,} score more."
-    rest = gallery.lost + gallery.gained - shown
-    more = f" Shown are {shown} of them; {rest:,} more are not." if rest else ""
-    yield WordsPart(told + more)
+    counts = f"{gallery.lost:,} items score less with an artifact than with the original, {gallery.gained:,} score more."
+    hidden = gallery.lost + gallery.gained - shown
+    hidden_note = f" Shown are {shown} of them; {hidden:,} more are not." if hidden else ""
+    yield ParagraphPart(counts + hidden_note)
     if gallery.missing:
         yield ListPart(tuple(f"without questions and images: {reason}" for reason in gallery.missing))
     yield CardsPart(gallery.cards)
 
 
 def _widths(stage: str, widths: Widths, report: Report) -> Iterator[Part]:
-    measured = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
-    found = "; ".join(
+    fidelity_of = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
+    measured_kl = "; ".join(
         f"{artifact}: " + ", ".join(f"{task} {kl_value(fidelity)}" for task, fidelity in by_task.items())
-        for artifact, by_task in measured.items()
+        for artifact, by_task in fidelity_of.items()
     )
-    measured_kl = f"; measured KL of {found}." if found else "."
-    yield WordsPart(
+    measured_note = f"; measured KL of {measured_kl}." if measured_kl else "."
+    yield ParagraphPart(
         f"{widths.bits_per_weight:.3g} bits per weight in these layers, scales and zero points counted. Predicted: a loss of "
-        f"{widths.predicted_loss:.2g} nats per text token of the calibration samples{measured_kl}"
+        f"{widths.predicted_loss:.2g} nats per text token of the calibration samples{measured_note}"
     )
-    drawn = width_map(widths)
-    if drawn.rows:
+    widths_by_block = width_map(widths)
+    if widths_by_block.rows:
         caption = f"Bits of each layer, by block ({UNQUANTIZED_WIDTH}: left as it was)"
-        yield WidthsPart(caption, drawn)
+        yield WidthsPart(caption, widths_by_block)
     sensitivity = sensitivity_chart(stage, widths)
     yield from _charts([sensitivity] if sensitivity else [], f"sensitivity-{stage}")
     yield FoldedPart("Every layer with what each width would lose", _losses_table(widths.groups))
 
 
 def _losses_table(groups: Sequence[GroupWidth]) -> Table:
-    tried = sorted({width for group in groups for width in group.losses})
+    tried_widths = sorted({width for group in groups for width in group.losses})
     columns = [Column("layers", "code"), Column("width", "number"), Column("bits/weight", "number"), Column("share", "number")]
-    columns += [Column(f"loss at {width}", "number") for width in tried]
+    columns += [Column(f"loss at {width}", "number") for width in tried_widths]
     weights = sum(group.weights for group in groups)
     rows = [
         (
@@ -285,7 +286,7 @@ def _losses_table(groups: Sequence[GroupWidth]) -> Table:
             f"{group.width}",
             f"{group.bytes * 8 / group.weights:.2f}",
             share(group.weights / weights),
-            *(f"{group.losses[width]:.2g}" if width in group.losses else "" for width in tried),
+            *(f"{group.losses[width]:.2g}" if width in group.losses else "" for width in tried_widths),
         )
         for group in groups
     ]
@@ -303,5 +304,5 @@ def _provenance(report: Report) -> Iterator[Part]:
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
-    """Return a recipe as YAML, its keys in their order."""
+    """Return a recipe as YAML, with its order of keys."""
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)

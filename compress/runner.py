@@ -18,11 +18,11 @@ from compress.artifact import checkpoint_bytes, weight_bytes
 from compress.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, StoreError
 from compress.eval.latency_results import Latency, read_latency
-from compress.eval.results import Measured, read_measured
+from compress.eval.results import ItemizedMeasurement, read_measurement
 from compress.events import EventLog, Watcher
 from compress.files import telling_where, write_json, write_text
 from compress.gallery import Gallery, TaskFlips, make_gallery
-from compress.gate import Subject, Verdict, judge, together
+from compress.gate import MeasuredModel, Verdict, combine_verdicts, judge
 from compress.hardware import describe
 from compress.meter import Meter
 from compress.plan import Plan, make_plan, notes_of, plan_evaluation
@@ -138,7 +138,7 @@ def _make_folder(runs: Path, name: str) -> Path:
 
 
 _READERS: Mapping[Kind, Callable[[Path], object]] = {
-    "measure": read_measured,
+    "measure": read_measurement,
     "latency": read_latency,
     "verify": read_verification,
 }
@@ -263,10 +263,10 @@ class _Run:
             latency = self._latency(index)
             latencies |= {} if latency is None else {target.name: latency}
             target_rows = self._rows(measured, executor, target)
-            subjects = [
-                Subject(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, latency) for row in target_rows
+            models = [
+                MeasuredModel(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, latency) for row in target_rows
             ]
-            verdicts.append(judge(recipe.gate, subjects[0], subjects[1:], target.name))
+            verdicts.append(judge(recipe.gate, models[0], models[1:], target.name))
             rows += target_rows
         stages = [step.name for step in self.plan.steps if step.kind == "stage"]
         serving = notes_of(self.plan, self.entries[stages[-1]].folder) if stages else ()
@@ -277,7 +277,7 @@ class _Run:
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
             source=redact_value(self.plan.model.describe()),
             rows=tuple(rows),
-            gate=together(verdicts),
+            gate=combine_verdicts(verdicts),
             timings=tuple(self.timings),
             warnings=tuple(self.events.warnings),
             published=(),
@@ -301,10 +301,10 @@ class _Run:
             },
         )
 
-    def _measured(self, target_index: int) -> dict[str, Measured]:
+    def _measured(self, target_index: int) -> dict[str, ItemizedMeasurement]:
         """Return the measurements on a target, by artifact, the original first."""
         steps = {name: self.plan.measured(target_index, name) for name in (ORIGINAL, *self.plan.artifacts_at(target_index))}
-        return {name: read_measured(self.entries[step.name].folder) for name, step in steps.items()}
+        return {name: read_measurement(self.entries[step.name].folder) for name, step in steps.items()}
 
     def _gallery(self, executor: StepExecutor) -> Gallery:
         """Return the items whose answers flipped, on the recipe's first target."""
@@ -326,7 +326,7 @@ class _Run:
         by_stage = {step.name: read_widths(self.entries[step.name].folder) for step in self.plan.steps if step.kind == "stage"}
         return {name: widths for name, widths in by_stage.items() if widths is not None}
 
-    def _rows(self, measured: Mapping[str, Measured], executor: StepExecutor, target: Target) -> list[Row]:
+    def _rows(self, measured: Mapping[str, ItemizedMeasurement], executor: StepExecutor, target: Target) -> list[Row]:
         original = executor.original()
         checkpoint = open_checkpoint(original)
         weights = sum(_elements(entry.shape) for entry in checkpoint.tensors.values())

@@ -185,16 +185,16 @@ class StepExecutor:
         logs = self._logs(step)
         is_original = name == ORIGINAL
         context = MeasureContext(
-            original=self.original(),
+            original_checkpoint=self.original(),
             data={
                 task.name: self.files(pin) for task, pin in zip(recipe.eval.tasks, self.plan.tasks, strict=True) if pin is not None
             },
-            target=target,
-            against=None if is_original else self.entries[self.plan.measured(step.target_index, ORIGINAL).name].folder,
+            output_dir=target,
+            original_measurement=None if is_original else self.entries[self.plan.measured(step.target_index, ORIGINAL).name].folder,
             progress=self.progress,
             logs=logs,
             stopping=recipe.gate.stopping(measured_on.name, recipe.judged_tasks),
-            noise=recipe.eval.noise if is_original and measured_on.runtime.asks_server else 0,
+            noise_samples=recipe.eval.noise if is_original and measured_on.runtime.asks_server else 0,
             grounding=recipe.eval.grounding,
             grounding_confidence=recipe.gate.grounding_confidence(measured_on.name),
         )

@@ -1,4 +1,4 @@
-"""Tables that are told in several forms: Markdown, CSV, and HTML by the page's templates."""
+"""Tables that are rendered as Markdown, as CSV, and by the page's templates as HTML."""
 
 from __future__ import annotations
 
@@ -14,49 +14,48 @@ Kind = Literal["text", "number", "verdict", "brief", "prose", "code", "mark"]
 
 @dataclass(frozen=True)
 class Column:
-    """One column: numbers stand to the right, verdicts get a sign beside their word, `brief` and `prose` may fill several lines.
-
-    What a `mark` says is in its head: its cells are empty or not.
-    """
+    """One column of a table."""
 
     head: str
     kind: Kind = "text"
+    """Numbers are right-aligned, verdicts get a sign beside the word, `brief` and `prose` may wrap. A `mark` column's cells are
+    either empty or not, and its head tells the meaning."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its caption; the first column names what a row is of. `note` says what the figures mean.
-
-    In a `grouped` one it names what several rows in a row are of, and the second names the row.
-    """
+    """A table of text cells; the first column is the row header."""
 
     caption: str
     columns: tuple[Column, ...]
     rows: tuple[tuple[str, ...], ...]
     note: str = ""
+    """What the figures mean."""
+
     grouped: bool = False
+    """Whether the first column is the header of groups of consecutive rows, and the second the row header."""
 
     @property
     def groups(self) -> list[tuple[str, list[tuple[str, ...]]]]:
-        """The rows by their first column, without it."""
+        """The rows grouped by their first column, which they leave out."""
         return [(name, [row[1:] for row in rows]) for name, rows in groupby(self.rows, key=lambda row: row[0])]
 
     def without_empty(self) -> Table:
-        """Return the table without the columns that hold nothing in any row."""
-        kept = [place for place in range(len(self.columns)) if any(row[place] for row in self.rows)]
-        columns = tuple(self.columns[place] for place in kept)
-        return replace(self, columns=columns, rows=tuple(tuple(row[place] for place in kept) for row in self.rows))
+        """Return the table without columns whose cells are all empty."""
+        indices = [index for index in range(len(self.columns)) if any(row[index] for row in self.rows)]
+        columns = tuple(self.columns[index] for index in indices)
+        return replace(self, columns=columns, rows=tuple(tuple(row[index] for index in indices) for row in self.rows))
 
 
 def markdown(table: Table) -> str:
     """Return a table in Markdown, without its caption."""
-    rules = ["---:" if column.kind == "number" else "---" for column in table.columns]
-    lines = [_line([column.head for column in table.columns]), _line(rules)]
+    alignments = ["---:" if column.kind == "number" else "---" for column in table.columns]
+    lines = [_line([column.head for column in table.columns]), _line(alignments)]
     return "\n".join([*lines, *(_line(row) for row in table.rows)])
 
 
 def comma_separated(table: Table) -> str:
-    """Return a table as CSV (RFC 4180, with plain line ends), its heads in the first line."""
+    """Return a table as CSV (RFC 4180, with line feeds), the heads in the first line."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow([column.head for column in table.columns])

@@ -1,4 +1,4 @@
-"""Tasks of other harnesses, lmms-eval and lm-evaluation-harness, run by them against the server that serves the artifact."""
+"""Tasks of lmms-eval and lm-evaluation-harness, run by these harnesses against the artifact's server."""
 
 from __future__ import annotations
 
@@ -20,27 +20,23 @@ if TYPE_CHECKING:
     from compress.calibration.texts import Document
 
 ENVIRONMENTS = {"lmms": "lmms-eval", "lm": "lm-eval"}
-"""What each harness's environment is installed as."""
+"""The name of each harness's environment."""
 
-SHORT = r"^(lmms|lm):(.+)$"
-"""How a recipe's list of tasks names one of these by its name alone."""
+SHORT_FORM = r"^(lmms|lm):(.+)$"
+"""The short form of such a task in a recipe: `lmms:NAME` or `lm:NAME`."""
 
 
-def _folder(value: str) -> str:
+def _check_folder(value: str) -> str:
     if not Path(value).is_dir():
         raise ValueError(f"no folder at {value}; name one with the harness's task files")
     return value
 
 
 class Adapter(Task):
-    """A task of lmms-eval (`lmms`) or lm-evaluation-harness (`lm`) by the name that it has there; short: `lmms:NAME`, `lm:NAME`.
+    """A task of lmms-eval (`lmms`) or lm-evaluation-harness (`lm`); short: `lmms:NAME`, `lm:NAME`.
 
-    The harness runs in its own environment and asks the server that the runtime runs, so it needs `runtime: vllm` or `endpoint`. It
-    reads its data by itself, from the hub or its cache; `include_path` names a folder with further task files of its kind.
-    An item's score is its own value of `metric`; left out, of the first of the task's metrics that the item has. `filter` is which
-    reading of an answer counts where lm-eval's task has several, the first unless said. `samples` takes so many items, the first
-    ones (of each, where it is a group of tasks); `fewshot` replaces the number of examples that precede a question. lm-eval asks by
-    completions, which tasks that compare likelihoods need, or with `chat` in the model's chat format; lmms-eval always in that.
+    The harness runs in its own environment and sends requests to the runtime's server, so it needs `runtime: vllm` or `endpoint`.
+    It reads its data itself, from the hub or its cache.
     """
 
     task_revision: ClassVar[int] = 1
@@ -49,12 +45,27 @@ class Adapter(Task):
     task: Literal["adapter"]
     harness: Literal["lmms", "lm"]
     benchmark: Annotated[str, Field(pattern=r"^[^\s,/]+$")]
+    """The task's name in the harness."""
+
     metric: str | None = None
+    """The metric that is an item's score; None takes the first of the task's metrics that the item has."""
+
     filter: str | None = None
+    """Of lm-eval: the filter whose reading of the answers counts, by default the task's first."""
+
     samples: PositiveInt | None = None
+    """The first so many items of the task, or of each task of a group; None takes all."""
+
     fewshot: NonNegativeInt | None = None
+    """Replaces the task's number of examples before a question."""
+
     chat: bool = False
-    include_path: Annotated[Source, AfterValidator(_folder)] | None = None
+    """Of lm-eval: uses the chat completions API instead of completions, which tasks that compare likelihoods need. lmms-eval always
+    uses chat completions."""
+
+    include_path: Annotated[Source, AfterValidator(_check_folder)] | None = None
+    """A folder with further task files in the harness's format."""
+
     concurrency: PositiveInt = 8
     request_seconds: PositiveInt = 600
 
@@ -63,14 +74,14 @@ class Adapter(Task):
     def _fill_in(cls, data: Any) -> Any:
         if not isinstance(data, dict):
             return data
-        given = cast("dict[str, Any]", data)
-        return {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", str(given.get("benchmark", ""))).lstrip("-._"), **given}
+        fields = cast("dict[str, Any]", data)
+        return {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", str(fields.get("benchmark", ""))).lstrip("-._"), **fields}
 
     @model_validator(mode="after")
     def _check_harness(self) -> Self:
-        own = {"filter": self.filter is not None, "chat": self.chat}
-        for key, given in own.items():
-            if given and self.harness == "lmms":
+        lm_only = {"filter": self.filter is not None, "chat": self.chat}
+        for key, is_set in lm_only.items():
+            if is_set and self.harness == "lmms":
                 raise ValueError(f"{key} belongs to harness: lm; leave it out")
         return self
 
@@ -80,41 +91,43 @@ class Adapter(Task):
         return
 
     def settings(self) -> dict[str, Any]:
-        """Return the task's name there, its options, the harness's version and the content of `include_path`.
+        """Return the harness's task, the options, the harness's version and the digest of `include_path`; see `Task.settings`.
 
         Raises:
             MissingError: the harness is not installed; the message says how to.
         """
         from compress.runtimes.environment import require
 
-        own = self.model_dump(mode="json", exclude={"include_path", "request_seconds"})
-        folder = None if self.include_path is None else _digest(Path(self.include_path))
+        fields = self.model_dump(mode="json", exclude={"include_path", "request_seconds"})
+        include_digest = None if self.include_path is None else _digest(Path(self.include_path))
         versions = require(ENVIRONMENTS[self.harness]).versions
-        return {**own, "revision": self.task_revision, "versions": versions, "include": folder}
+        return {**fields, "revision": self.task_revision, "versions": versions, "include": include_digest}
 
     def note(self) -> str:
-        """Return whose task it is, and what its score is."""
+        """Return the harness, its task and the metric."""
         from compress.runtimes.environment import find
 
         harness = ENVIRONMENTS[self.harness]
-        found = find(harness)
-        version = f" {found.versions.get(harness, '')}".rstrip() if found else ""
+        environment = find(harness)
+        version = f" {environment.versions.get(harness, '')}".rstrip() if environment else ""
         metric = self.metric or "the first of its metrics"
-        taken = f", over the first {self.samples:,} items of each of its tasks" if self.samples else ""
-        return f"the task {self.benchmark} of {harness}{version}, run by it against the same server; items count by {metric}{taken}"
+        extent = f", over the first {self.samples:,} items of each of its tasks" if self.samples else ""
+        return (
+            f"the task {self.benchmark} of {harness}{version}, run by it against the same server; items count by {metric}{extent}"
+        )
 
     def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:
-        """Return nothing: what the harness asks is not known before it asks."""
+        """Return nothing: the harness's questions are not known before it runs."""
         del files
         return (), ()
 
     def measure(self, context: TaskContext) -> TaskMeasurement:
-        """Run the harness and take in each item's score; see `Task.measure`.
+        """Run the harness and read each item's score; see `Task.measure`.
 
         Raises:
             UsageError: the runtime has no server.
             RecipeError: the harness has no such task, metric or filter.
-            MissingError: the harness is not installed, or its data are not to be had.
+            MissingError: the harness is not installed, or its data cannot be fetched.
             ServerError: the server ended, no item was answered, or the harness failed; the message names its log.
             DataError: the items are not those the original was measured on.
         """
@@ -123,14 +136,14 @@ class Adapter(Task):
         return measure(self, context)
 
 
-def spelled_out(entry: Any) -> Any:
-    """Return the table that `lmms:NAME` or `lm:NAME` stands for; anything else as it is."""
-    found = re.fullmatch(SHORT, entry) if isinstance(entry, str) else None
-    return entry if found is None else {"task": "adapter", "harness": found[1], "benchmark": found[2]}
+def expand_short_name(entry: Any) -> Any:
+    """Return the task's mapping for the short form `lmms:NAME` or `lm:NAME`; any other entry unchanged."""
+    match = re.fullmatch(SHORT_FORM, entry) if isinstance(entry, str) else None
+    return entry if match is None else {"task": "adapter", "harness": match[1], "benchmark": match[2]}
 
 
 def _digest(folder: Path) -> str:
-    """Return the SHA-256 of a folder's files, by their names below it; hidden ones and what Python compiles are left out."""
+    """Return the SHA-256 of a folder's files and their relative paths, without hidden files and `__pycache__`."""
     rows = [
         f"{path.relative_to(folder).as_posix()} {file_digest(path)}"
         for path in sorted(folder.rglob("*"))

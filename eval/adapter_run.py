@@ -1,4 +1,4 @@
-"""Running a harness in its own environment against a session's server, and taking in what it found."""
+"""Running an evaluation harness in its own environment against a session's server, and reading its results."""
 
 from __future__ import annotations
 
@@ -31,9 +31,13 @@ if TYPE_CHECKING:
     from compress.eval.adapter import Adapter
 
 _WORKER = Path(__file__).with_name("adapter_worker.py")
-_KEY = "COMPRESS_ADAPTER_KEY"
-_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
-_SETTINGS = {
+_KEY_VARIABLE = "COMPRESS_ADAPTER_KEY"
+"""Passes the server's key to the worker: a command line or job file would show it."""
+
+_REMOVED_VARIABLES = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
+"""Would make the harness's interpreter import packages of this environment."""
+
+_ADDED_VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "",  # the server has the GPU; lmms-eval would take a share of it
     "DO_NOT_TRACK": "1",
     "NO_COLOR": "1",
@@ -41,16 +45,27 @@ _SETTINGS = {
     "WANDB_MODE": "disabled",
 }
 _LOOPBACK = "127.0.0.1,localhost"
-_OFFLINE = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
-_INTERVAL = 0.25
-_ASKED = re.compile(rb"(?:Model Responding|Requesting API): +\d+%[^\r\n]*?(\d+)/(\d+) \[")
+"""Added to NO_PROXY: the server is on this machine."""
+
+_OFFLINE_VARIABLES = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
+"""Keep the harness from fetching data; a message names those that are set."""
+
+_POLL_SECONDS = 0.25
+"""How often the harness's log is read for its progress."""
+
+_PROGRESS_LINE = re.compile(rb"(?:Model Responding|Requesting API): +\d+%[^\r\n]*?(\d+)/(\d+) \[")
+"""The progress bars of lmms-eval and of lm-eval: requests done and in all."""
+
 _MODELS_SECONDS = 30.0
-_SHOWN = 1200
+"""The time limit of the request for the server's models."""
+
+_MAX_MESSAGE = 1200
+"""Characters of the harness's error that a message quotes; its log has all."""
 
 
 @dataclass(frozen=True)
 class HarnessJob:
-    """What the worker is told."""
+    """The worker's job file; see `adapter_worker.py`."""
 
     harness: str
     benchmark: str
@@ -72,31 +87,31 @@ class HarnessJob:
 
 
 def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
-    """Do what `Adapter.measure` says."""
+    """See `Adapter.measure`."""
     endpoint: Any = getattr(context.session, "endpoint", None)
     if endpoint is None:
         raise UsageError(f"task {task.name}: adapter needs a server: set eval.runtime to vllm or endpoint")
     with tempfile.TemporaryDirectory(prefix="compress-adapter-") as folder:
-        told, items = _run(task, context, endpoint, Path(folder))
-    if context.against is not None:
-        original = [item for item in read_items(context.against, task.name) if isinstance(item, AdapterItem)]
+        outcome, items = _run(task, context, endpoint, Path(folder))
+    if context.original_measurement is not None:
+        original = [item for item in read_items(context.original_measurement, task.name) if isinstance(item, AdapterItem)]
         check_pairs(task.name, original, ((item.id, item.digest) for item in items))
-    write_items(context.target, task.name, items)
+    write_items(context.output_dir, task.name, items)
     failed = sum(item.fault is not None for item in items)
     metrics = ScoreMetrics(
         task="adapter",
-        metric=told["metric"],
+        metric=outcome["metric"],
         score=sum(item.score for item in items) / len(items),
         items=len(items),
         failed=failed,
         binary=all(item.score in (0.0, 1.0) for item in items),
-        details=told["details"],
+        details=outcome["details"],
     )
     return TaskMeasurement(name=task.name, metrics=metrics)
 
 
 def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tuple[dict[str, Any], list[AdapterItem]]:
-    """Run the harness to its end; return what it says of the whole, and its items."""
+    """Run the harness to its end; return its outcome (metric and further figures), and its items."""
     name = ENVIRONMENTS[task.harness]
     client = cast("httpx.Client", endpoint.client)
     job = HarnessJob(
@@ -112,9 +127,9 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
         include_path=task.include_path,
         concurrency=task.concurrency,
         seconds=task.request_seconds,
-        tokenizer=str(context.original.absolute()),
+        tokenizer=str(context.original_checkpoint.absolute()),
         max_length=_context_length(client, str(endpoint.model)),
-        journal=str((context.target / "journal" / f"{task.name}.harness.jsonl").absolute()),
+        journal=str((context.output_dir / "journal" / f"{task.name}.harness.jsonl").absolute()),
         items=str(folder / "items.jsonl"),
         outcome=str(folder / "outcome.json"),
     )
@@ -123,88 +138,88 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
     log = context.logs.absolute() / f"{name}-{task.name}.log"
     command = [str(python), "-I", "-u", str(_WORKER), str(folder / "job.json")]  # isolated: eval/ must not be importable
     key = str(client.headers.get("Authorization", "")).removeprefix("Bearer ")
-    with run_server(name, command, _variables(key), log) as server:
-        _follow(server, endpoint, name, context.progress)
-        told = _outcome(task, job, server)
+    with run_server(name, command, _environment(key), log) as server:
+        _report_progress(server, endpoint, name, context.progress)
+        outcome = _outcome(task, job, server)
     items = _items(Path(job.items), name)
     _check_answers(task, items, log, context.progress)
-    return told, items
+    return outcome, items
 
 
 def _items(path: Path, name: str) -> list[AdapterItem]:
-    """Return the items that a harness wrote down, without secrets: what a server said is in them."""
+    """Return the items that a harness wrote, with secrets redacted: they contain the server's replies."""
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
         return [AdapterItem.model_validate(redact_value(json.loads(line))) for line in lines if line]
     except (ValueError, RecursionError) as error:
-        words = excerpt(f"{type(error).__name__}: {error}")
-        raise ServerError(f"{name}: wrote down an item that cannot be read ({words}); install its environment anew") from error
+        reason = excerpt(f"{type(error).__name__}: {error}")
+        raise ServerError(f"{name}: wrote down an item that cannot be read ({reason}); install its environment anew") from error
 
 
 def _context_length(client: httpx.Client, model: str) -> int | None:
-    """Return how many tokens the server takes, None where it does not tell: lm-eval cuts what is longer."""
+    """Return the server's context length in tokens, None where it is unknown: lm-eval truncates longer prompts."""
     try:
         with exchange(client, "GET", "/v1/models", _MODELS_SECONDS) as answer:
-            found = {row["id"]: row.get("max_model_len") for row in models_of(answer.json())}.get(model)
+            length = {row["id"]: row.get("max_model_len") for row in models_of(answer.json())}.get(model)
     except (httpx.HTTPError, AnswerError, ValueError, RecursionError):
         return None
-    return found if isinstance(found, int) and found > 0 else None
+    return length if isinstance(length, int) and length > 0 else None
 
 
-def _variables(key: str) -> dict[str, str]:
-    kept = {name: value for name, value in os.environ.items() if name not in _DROPPED}
-    proxied = {name: ",".join(filter(None, (kept.get(name), _LOOPBACK))) for name in ("NO_PROXY", "no_proxy")}
-    return kept | _SETTINGS | proxied | {_KEY: key}
+def _environment(key: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in _REMOVED_VARIABLES}
+    proxied = {name: ",".join(filter(None, (inherited.get(name), _LOOPBACK))) for name in ("NO_PROXY", "no_proxy")}
+    return inherited | _ADDED_VARIABLES | proxied | {_KEY_VARIABLE: key}
 
 
-def _follow(server: Server, endpoint: Any, name: str, progress: Progress) -> None:
-    """Tell how far the harness is, by its log, until it ends; an end of the server that it asks ends it too."""
-    done, total, place = 0, 0, server.start
+def _report_progress(server: Server, endpoint: Any, name: str, progress: Progress) -> None:
+    """Report the harness's progress from its log until it ends; raises if the model's server ends first."""
+    done, total, offset = 0, 0, server.start
     with ExitStack() as tasks, server.log.open("rb") as log:
         advance = tasks.enter_context(progress.task(f"{name}: load", 1, "tasks"))
         while True:
             ended = server.process.poll() is not None
             endpoint.check()
-            log.seek(place)
+            log.seek(offset)
             new = log.read()
-            place += new.rfind(b"\r") + 1 if b"\r" in new else 0
-            for found in _ASKED.finditer(new):
-                at, of = int(found.group(1)), int(found.group(2))
-                if of != total or at < done:
+            offset += new.rfind(b"\r") + 1 if b"\r" in new else 0
+            for match in _PROGRESS_LINE.finditer(new):
+                count, of = int(match.group(1)), int(match.group(2))
+                if of != total or count < done:
                     advance(0 if total else 1)
                     tasks.close()
                     done, total = 0, of
                     advance = tasks.enter_context(progress.task(f"{name}: ask", of, "requests"))
-                advance(at - done)
-                done = at
+                advance(count - done)
+                done = count
             if ended:
                 return
-            time.sleep(_INTERVAL)
+            time.sleep(_POLL_SECONDS)
 
 
 def _outcome(task: Adapter, job: HarnessJob, server: Server) -> dict[str, Any]:
-    """Return what the worker said, or raise what ended it."""
-    where = f"task {task.name}: {server.name}"
+    """Return the worker's outcome, or raise its error."""
+    location = f"task {task.name}: {server.name}"
     path = Path(job.outcome)
     if not path.is_file():
-        raise ServerError(f"{where} was ended before it was done; the machine may have run out of memory{server.exit_reason()}")
-    told = cast("dict[str, Any]", redact_value(json.loads(path.read_text(encoding="utf-8"))))
-    if "failed" not in told:
-        return told
-    log, message = f"Its log is {server.log}", str(told["message"])[:_SHOWN]
-    match told["failed"]:
+        raise ServerError(f"{location} was ended before it was done; the machine may have run out of memory{server.exit_reason()}")
+    outcome = cast("dict[str, Any]", redact_value(json.loads(path.read_text(encoding="utf-8"))))
+    if "failed" not in outcome:
+        return outcome
+    log, message = f"Its log is {server.log}", str(outcome["message"])[:_MAX_MESSAGE]
+    match outcome["failed"]:
         case "name":
-            raise RecipeError([f"{where}: {message}; correct benchmark, or name its folder as include_path. {log}"])
+            raise RecipeError([f"{location}: {message}; correct benchmark, or name its folder as include_path. {log}"])
         case "metric":
-            raise RecipeError([f"{where}: {message}. {log}"])
+            raise RecipeError([f"{location}: {message}. {log}"])
         case "data":
-            raise MissingError(f"{where}: {message}\n{_data_remedy(os.environ)} {log}")
+            raise MissingError(f"{location}: {message}\n{_data_remedy(os.environ)} {log}")
         case failed:
-            raise ServerError(f"{where} failed with {failed}: {message}\n{_remedy(task, failed)} {log}")
+            raise ServerError(f"{location} failed with {failed}: {message}\n{_remedy(task, failed)} {log}")
 
 
 def _data_remedy(variables: Mapping[str, str]) -> str:
-    offline = sorted(name for name in _OFFLINE if variables.get(name, "").upper() in {"1", "TRUE", "YES", "ON"})
+    offline = sorted(name for name in _OFFLINE_VARIABLES if variables.get(name, "").upper() in {"1", "TRUE", "YES", "ON"})
     if offline:
         return f"{' and '.join(offline)} is set: the data must be in the hub's cache; unset it to fetch them."
     return (
@@ -222,7 +237,7 @@ def _remedy(task: Adapter, failed: str) -> str:
 
 
 def _check_answers(task: Adapter, items: list[AdapterItem], log: Path, progress: Progress) -> None:
-    """See that there are items, and that the server answered some; warn of those it did not."""
+    """Check that there are items and that the server answered some; warn of those it did not."""
     name = ENVIRONMENTS[task.harness]
     if not items:
         raise DataError(f"task {task.name}: {name} found no item to ask; its log is {log}")

@@ -1,7 +1,7 @@
 """Runs a harness's task against a server: a script for the harness's own environment, `adapter_worker.py JOB`.
 
-JOB is a JSON file that `adapter_run` wrote (`Job` there). What came of it goes to the file `outcome` that it names, each item's
-score to `items`. Nothing of this package is imported: the harness runs beside other versions than this package's.
+JOB is a JSON file (`HarnessJob` in `adapter_run`). The outcome goes to its file `outcome`, each item's score to its file `items`.
+Nothing of this package is imported: the harness's environment has other versions of its dependencies.
 """
 
 from __future__ import annotations
@@ -26,19 +26,30 @@ from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
 
 FAILED = "[COMPRESS_REQUEST_FAILED] "
+"""The prefix of the text that lm-eval gets as the answer where a request failed."""
+
 _LMMS_FAILED = "[LMMS_EVAL_REQUEST_FAILED"
-"""What lmms-eval takes for the answer where a request failed."""
-_KEY = "COMPRESS_ADAPTER_KEY"
+"""The prefix of the text that lmms-eval takes as the answer where a request failed."""
+
+_KEY_VARIABLE = "COMPRESS_ADAPTER_KEY"
 _ATTEMPTS = 4
-_PAUSE = 0.5
-"""Seconds before the second attempt; doubled before each further one."""
+"""Attempts of a request before its item fails."""
+
+_BACKOFF_SECONDS = 0.5
+"""The pause before the second attempt; doubled before each further one."""
+
 _BOOTSTRAPS = 1000
-_NEAR = 6
-_SHOWN = 500
+"""Bootstrap iterations of the harness's own standard errors."""
+
+_SUGGESTIONS = 6
+"""How many similar task names a message lists."""
+
+_MAX_MESSAGE = 500
+"""Characters of an error that are passed on."""
 
 
 class UnknownNameError(Exception):
-    """A job that asks for what the harness does not have; `kind` says of what."""
+    """The harness has no such task, metric or filter; `kind` is `name` or `metric`."""
 
     def __init__(self, kind: str, message: str) -> None:
         self.kind = kind
@@ -46,68 +57,73 @@ class UnknownNameError(Exception):
 
 
 class AnswerLog:
-    """Answers on disk, a line each, so that a task that was interrupted asks only for those it has not had.
+    """Answers on disk, a line each, so that an interrupted task only requests the rest.
 
-    What was asked several times was answered as often: each answer is given out once.
+    Equal requests have as many answers: each of these is returned once.
     """
 
     def __init__(self, path: Path) -> None:
-        self.turn = threading.Lock()
-        self.kept: dict[str, deque[Any]] = {}
-        whole = path.read_bytes() if path.is_file() else b""
-        lines = whole[: whole.rfind(b"\n") + 1]  # what follows the last line's end was being written when it ended
+        self.lock = threading.Lock()
+        self.answers: dict[str, deque[Any]] = {}
+        content = path.read_bytes() if path.is_file() else b""
+        lines = content[: content.rfind(b"\n") + 1]  # what follows the last line's end was being written when it ended
         for line in lines.splitlines():
             key, value = json.loads(line)
-            self.kept.setdefault(key, deque()).append(value)
+            self.answers.setdefault(key, deque()).append(value)
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(lines)
         self.file = path.open("a", encoding="utf-8")
 
     def find(self, key: str) -> Any:
-        """Return an answer of before, None where there is none left."""
-        with self.turn:
-            kept = self.kept.get(key)
-            return kept.popleft() if kept else None
+        """Return a logged answer to this request, None where there is none left."""
+        with self.lock:
+            answers = self.answers.get(key)
+            return answers.popleft() if answers else None
 
     def add(self, key: str, value: Any) -> None:
-        """Keep an answer."""
-        with self.turn:
+        """Log an answer."""
+        with self.lock:
             self.file.write(json.dumps([key, value]) + "\n")
             self.file.flush()
 
 
 @dataclass(frozen=True)
-class Found:
-    """What a harness gave back: its tasks by name, their samples, and its aggregate figures by task and metric."""
+class HarnessResults:
+    """A harness's results."""
 
     tasks: dict[str, Any]
+    """The harness's task objects, by name."""
+
     samples: dict[str, list[dict[str, Any]]]
+    """The logged samples, by task."""
+
     results: dict[str, dict[str, Any]]
+    """The aggregate figures, by task and metric."""
 
 
 def main(job: dict[str, Any]) -> dict[str, Any]:
-    """Run one job, write its items, and return what there is to say of the whole."""
+    """Run one job, write its items, and return the metric and the aggregate figures."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    found = run_lmms(job) if job["harness"] == "lmms" else run_lm(job)
-    chosen: set[str] = set()
+    results = run_lmms(job) if job["harness"] == "lmms" else run_lm(job)
+    used_metrics: set[str] = set()
     rows: list[dict[str, Any]] = []
-    for name, task in found.tasks.items():
+    for name, task in results.tasks.items():
         metrics = _metrics(task, job)
-        for sample in _of_one_filter(found.samples.get(name, []), job):
+        for sample in _filtered_samples(results.samples.get(name, []), job):
             row, metric = item(name, task, sample, metrics)
             rows.append(row)
-            chosen.add(metric)
+            used_metrics.add(metric)
     _write(Path(job["items"]), "".join(json.dumps(row) + "\n" for row in rows))
-    return {"metric": ", ".join(sorted(chosen)), "details": details(found)}
+    return {"metric": ", ".join(sorted(used_metrics)), "details": details(results)}
 
 
-def run_lm(job: dict[str, Any]) -> Found:
+def run_lm(job: dict[str, Any]) -> HarnessResults:
     """Run a task of lm-evaluation-harness."""
     tasks: Any = import_module("lm_eval.tasks")
     evaluator: Any = import_module("lm_eval.evaluator")
     manager = tasks.TaskManager(include_path=job["include_path"])
     _check_name(job, manager)
-    loaded = _loading(job, lambda: manager.load([job["benchmark"]]))
+    loaded = _load_tasks(job, lambda: manager.load([job["benchmark"]]))
     group = loaded["groups"].get(job["benchmark"])
     outcome = evaluator.simple_evaluate(
         model=lm_model(job),
@@ -119,37 +135,37 @@ def run_lm(job: dict[str, Any]) -> Found:
         apply_chat_template=job["chat"],
         log_samples=True,
     )
-    return Found(loaded["tasks"], dict(outcome["samples"]), dict(outcome["results"]))
+    return HarnessResults(loaded["tasks"], dict(outcome["samples"]), dict(outcome["results"]))
 
 
 def lm_model(job: dict[str, Any]) -> Any:
-    """Return lm-eval's client of an OpenAI-compatible server; a request that fails again and again is one item's fault, no more."""
+    """Return lm-eval's client of an OpenAI-compatible server, where a request that keeps failing fails its item only."""
     clients: Any = import_module("lm_eval.models.openai_completions")
     errors: Any = import_module("aiohttp").ClientError
     base: Any = clients.LocalChatCompletion if job["chat"] else clients.LocalCompletionsAPI
-    turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
+    semaphores: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
     journal = AnswerLog(Path(job["journal"]))
 
-    async def ask(self: Any, session: Any, sem: Any, messages: Any, *, generate: bool = True, **others: Any) -> Any:
-        del sem  # the client's own is not below 2: with 1 it would ask in another way, which no failing item survives
-        turn = turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(job["concurrency"]))
-        key, fault = _sha(repr((messages, generate, others.get("gen_kwargs"), others.get("ctxlens"))).encode()), ""
-        if (kept := journal.find(key)) is not None:
-            return kept if generate else [(likelihood, greedy) for likelihood, greedy in kept]
+    async def ask(self: Any, session: Any, sem: Any, messages: Any, *, generate: bool = True, **options: Any) -> Any:
+        del sem  # the client's own is at least 2: with 1 it sends requests by another path, where one failure ends the run
+        semaphore = semaphores.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(job["concurrency"]))
+        key, fault = _sha(repr((messages, generate, options.get("gen_kwargs"), options.get("ctxlens"))).encode()), ""
+        if (logged := journal.find(key)) is not None:
+            return logged if generate else [(likelihood, greedy) for likelihood, greedy in logged]
         for attempt in range(_ATTEMPTS):
             if attempt:
-                await asyncio.sleep(_PAUSE * 2 ** (attempt - 1))
+                await asyncio.sleep(_BACKOFF_SECONDS * 2 ** (attempt - 1))
             try:
-                answers = await base.amodel_call(self, session, turn, messages, generate=generate, **others)
+                answers = await base.amodel_call(self, session, semaphore, messages, generate=generate, **options)
                 journal.add(key, answers)
                 return answers
             except (errors, TimeoutError, LookupError, TypeError, ValueError) as error:
                 fault = f"{type(error).__name__}: {error}"
         return [FAILED + fault if generate else (-math.inf, False)] * len(messages)
 
-    made: Any = type("Client", (base,), {"api_key": os.environ.get(_KEY, ""), "amodel_call": ask})
+    client: Any = type("Client", (base,), {"api_key": os.environ.get(_KEY_VARIABLE, ""), "amodel_call": ask})
     path = "chat/completions" if job["chat"] else "completions"
-    return made(
+    return client(
         model=job["model"],
         base_url=f"{job['url']}/v1/{path}",
         num_concurrent=max(2, job["concurrency"]),
@@ -160,23 +176,23 @@ def lm_model(job: dict[str, Any]) -> Any:
     )
 
 
-def run_lmms(job: dict[str, Any]) -> Found:
+def run_lmms(job: dict[str, Any]) -> HarnessResults:
     """Run a task of lmms-eval."""
     tasks: Any = import_module("lmms_eval.tasks")
     evaluator: Any = import_module("lmms_eval.evaluator")
     client: Any = import_module("lmms_eval.models.chat.openai").OpenAICompatible
     manager = tasks.TaskManager("INFO", include_path=job["include_path"], model_name="openai")
     _check_name(job, manager)
-    loaded = _loading(job, lambda: tasks.get_task_dict([job["benchmark"]], manager, "chat"))
+    loaded = _load_tasks(job, lambda: tasks.get_task_dict([job["benchmark"]], manager, "chat"))
     leaves = dict(_leaves(loaded))
     model = client(
         model=job["model"],
         base_url=f"{job['url']}/v1",
-        api_key=os.environ.get(_KEY) or "none",
+        api_key=os.environ.get(_KEY_VARIABLE) or "none",
         num_concurrent=job["concurrency"],
         adaptive_max_concurrency=job["concurrency"],
         max_retries=_ATTEMPTS,
-        retry_backoff_s=_PAUSE,
+        retry_backoff_s=_BACKOFF_SECONDS,
         httpx_trust_env=urlsplit(job["url"]).hostname != "127.0.0.1",
     )
     model.client = journaled(model.client.with_options(timeout=job["seconds"], max_retries=0), AnswerLog(Path(job["journal"])))
@@ -193,17 +209,17 @@ def run_lmms(job: dict[str, Any]) -> Found:
         docs = undecoded(task.eval_docs)
         for sample in outcome["samples"][name]:
             sample["doc"] = docs[sample["doc_id"]]
-    return Found(leaves, dict(outcome["samples"]), dict(outcome["results"]))
+    return HarnessResults(leaves, dict(outcome["samples"]), dict(outcome["results"]))
 
 
 def journaled(client: Any, journal: AnswerLog) -> Any:
-    """Return as much of an OpenAI client as lmms-eval uses, which asks the server only what the journal has no answer to."""
+    """Return the part of an OpenAI client that lmms-eval uses, which takes answers from the journal where there are some."""
     completion: Any = import_module("openai.types.chat").ChatCompletion
 
     def create(**payload: Any) -> Any:
         key = _sha(json.dumps({**payload, "model": ""}, sort_keys=True).encode())  # a server started anew has another name for it
-        if (kept := journal.find(key)) is not None:
-            return completion.model_validate(kept)
+        if (logged := journal.find(key)) is not None:
+            return completion.model_validate(logged)
         answer: Any = client.chat.completions.create(**payload)
         journal.add(key, answer.model_dump(mode="json"))
         return answer
@@ -212,7 +228,7 @@ def journaled(client: Any, journal: AnswerLog) -> Any:
 
 
 def undecoded(docs: Any) -> Any:
-    """Return a data set whose images come as the bytes they are stored as."""
+    """Return the data set with images as stored bytes instead of decoded ones."""
     features: Any = getattr(docs, "features", None) or {}
     image: Any = import_module("datasets").Image
     for name, feature in features.items():
@@ -222,7 +238,7 @@ def undecoded(docs: Any) -> Any:
 
 
 def _leaves(tasks: dict[Any, Any]) -> Iterator[tuple[str, Any]]:
-    """Give the tasks in groups of tasks; what is a group comes with its name, or as a pair with it."""
+    """Yield the tasks within nested groups of tasks, by name."""
     for name, task in tasks.items():
         if isinstance(task, dict):
             yield from _leaves(cast("dict[Any, Any]", task))
@@ -236,13 +252,13 @@ def _check_name(job: dict[str, Any], manager: Any) -> None:
     names = cast("list[str]", manager.all_tasks)
     if job["benchmark"] in names:
         return
-    near = difflib.get_close_matches(str(job["benchmark"]), names, n=_NEAR)
-    hint = f"; near it are {', '.join(near)}" if near else ""
+    similar = difflib.get_close_matches(str(job["benchmark"]), names, n=_SUGGESTIONS)
+    hint = f"; near it are {', '.join(similar)}" if similar else ""
     raise UnknownNameError("name", f"no task is called {job['benchmark']}{hint}")
 
 
-def _loading(job: dict[str, Any], load: Any) -> Any:
-    """Load tasks with their data; whatever ends it, code of the data set's own too, is told as a fault of the data."""
+def _load_tasks(job: dict[str, Any], load: Any) -> Any:
+    """Load tasks with their data; any error on the way, of the data set's own code too, is reported as an error of the data."""
     job["loading"] = True
     loaded = load()
     job["loading"] = False
@@ -250,40 +266,40 @@ def _loading(job: dict[str, Any], load: Any) -> Any:
 
 
 def _metrics(task: Any, job: dict[str, Any]) -> list[str]:
-    """Return the metrics that may give an item its score, the first that it has counts.
+    """Return the metrics that can score an item, in the order of preference.
 
     Raises:
-        JobError: the metric asked for is none of the task's, or less of it is better.
+        UnknownNameError: the job's metric is none of the task's, or lower values of it are better.
     """
     names = [str(name) for name in task.aggregation()]
     if job["metric"] is not None and job["metric"] not in names:
         raise UnknownNameError("metric", f"the task's metrics are {', '.join(names)}, and not {job['metric']}")
-    wanted = [job["metric"]] if job["metric"] is not None else names
-    better = cast("dict[str, bool | None]", task.higher_is_better())
-    if better.get(wanted[0]) is False:
-        others = [name for name in names if better.get(name) is not False]
-        instead = f"; name one of {', '.join(others)}" if others else ""
+    candidates = [job["metric"]] if job["metric"] is not None else names
+    higher_is_better = cast("dict[str, bool | None]", task.higher_is_better())
+    if higher_is_better.get(candidates[0]) is False:
+        alternatives = [name for name in names if higher_is_better.get(name) is not False]
+        hint = f"; name one of {', '.join(alternatives)}" if alternatives else ""
         raise UnknownNameError(
-            "metric", f"the metric {wanted[0]} is the better the lower it is, which no limit here is for{instead}"
+            "metric", f"the metric {candidates[0]} is the better the lower it is, which no limit here is for{hint}"
         )
-    return [name for name in wanted if better.get(name) is not False]
+    return [name for name in candidates if higher_is_better.get(name) is not False]
 
 
-def _of_one_filter(samples: Iterable[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, Any]]:
-    """Keep of each item one reading of its answer: the one of the filter asked for, or the first."""
-    kept: dict[Any, dict[str, Any]] = {}
-    known: dict[str, None] = {}
+def _filtered_samples(samples: Iterable[dict[str, Any]], job: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return one sample of each item: that of the job's filter, or the first."""
+    chosen: dict[Any, dict[str, Any]] = {}
+    filters: dict[str, None] = {}
     for sample in samples:
-        known[str(sample.get("filter"))] = None
+        filters[str(sample.get("filter"))] = None
         if job["filter"] in (None, sample.get("filter")):
-            kept.setdefault(sample["doc_id"], sample)
-    if known and not kept:
-        raise UnknownNameError("metric", f"the task's filters are {', '.join(known)}, and not {job['filter']}")
-    return list(kept.values())
+            chosen.setdefault(sample["doc_id"], sample)
+    if filters and not chosen:
+        raise UnknownNameError("metric", f"the task's filters are {', '.join(filters)}, and not {job['filter']}")
+    return list(chosen.values())
 
 
 def item(name: str, task: Any, sample: dict[str, Any], metrics: list[str]) -> tuple[dict[str, Any], str]:
-    """Return one item's row, and the metric that its score is of."""
+    """Return an item's row, and the metric of its score."""
     images: list[str] = []
     content = canonical(sample["doc"], images)
     digest = _sha(json.dumps([name, content, _prompt(sample)], sort_keys=True, default=str).encode())
@@ -297,7 +313,7 @@ def item(name: str, task: Any, sample: dict[str, Any], metrics: list[str]) -> tu
         "digest": digest,
         "cluster": _sha("\n".join(images).encode()) if images else digest,
         "accepted": _accepted(sample),
-        "said": "" if fault else _said(sample),
+        "said": "" if fault else _answer_text(sample),
         "score": score,
         "fault": fault,
     }
@@ -307,10 +323,10 @@ def item(name: str, task: Any, sample: dict[str, Any], metrics: list[str]) -> tu
 def canonical(value: Any, images: list[str]) -> Any:
     """Return a document as plain JSON values, its images as digests, which are added to `images`."""
     if isinstance(value, dict):
-        given = cast("dict[Any, Any]", value)
-        if set(given) == {"bytes", "path"} and isinstance(given["bytes"], bytes):
-            return canonical(given["bytes"], images)
-        return {str(key): canonical(each, images) for key, each in given.items()}
+        mapping = cast("dict[Any, Any]", value)
+        if set(mapping) == {"bytes", "path"} and isinstance(mapping["bytes"], bytes):
+            return canonical(mapping["bytes"], images)
+        return {str(key): canonical(each, images) for key, each in mapping.items()}
     if isinstance(value, (list, tuple)):
         return [canonical(each, images) for each in cast("list[Any]", value)]
     if isinstance(value, bytes):
@@ -325,7 +341,7 @@ def canonical(value: Any, images: list[str]) -> Any:
 
 
 def _prompt(sample: dict[str, Any]) -> Any:
-    """Return what was asked, of each request its words."""
+    """Return the texts of each request."""
     return [[str(part) for part in _parts(request) if isinstance(part, str)] for request in sample["arguments"]]
 
 
@@ -335,10 +351,10 @@ def _parts(request: Any) -> list[Any]:
 
 def _fault(sample: dict[str, Any]) -> str | None:
     """Return why there is no answer to an item, None where there is one."""
-    for given in _flat(sample["resps"]):
-        if isinstance(given, str) and given.startswith((FAILED, _LMMS_FAILED)):
-            return given.partition("] ")[2][:_SHOWN] or "the request failed"
-        if isinstance(given, float) and math.isinf(given):
+    for response in _flat(sample["resps"]):
+        if isinstance(response, str) and response.startswith((FAILED, _LMMS_FAILED)):
+            return response.partition("] ")[2][:_MAX_MESSAGE] or "the request failed"
+        if isinstance(response, float) and math.isinf(response):
             return "the server gave no likelihood of it"
     return None
 
@@ -352,16 +368,16 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def _score(value: Any, task: Any, metric: str) -> float:
-    """Return an item's own value of a metric: the number given for it, or the task's figure over that item alone.
+    """Return an item's value of a metric: its number, or the task's aggregate over this item alone.
 
     Raises:
-        JobError: it has none.
+        UnknownNameError: it has none.
     """
-    given: Any = cast("dict[str, Any]", value).get("score", value) if isinstance(value, dict) else value
-    if isinstance(given, (int, float)):
-        return float(given)
-    if hasattr(given, "item") and getattr(given, "size", 0) == 1:
-        return float(given.item())
+    number: Any = cast("dict[str, Any]", value).get("score", value) if isinstance(value, dict) else value
+    if isinstance(number, (int, float)):
+        return float(number)
+    if hasattr(number, "item") and getattr(number, "size", 0) == 1:
+        return float(number.item())
     try:
         return float(task.aggregation()[metric]([value]))
     except (TypeError, ValueError, LookupError, AttributeError, AssertionError, ArithmeticError) as error:
@@ -370,13 +386,13 @@ def _score(value: Any, task: Any, metric: str) -> float:
         ) from error
 
 
-def _said(sample: dict[str, Any]) -> str:
-    """Return the answer as it was read; of choices, the likeliest."""
-    given = sample["filtered_resps"]
-    first: Any = given[0] if given else ""
+def _answer_text(sample: dict[str, Any]) -> str:
+    """Return the answer after the filter; of choices, the most likely one."""
+    responses = sample["filtered_resps"]
+    first: Any = responses[0] if responses else ""
     if isinstance(first, (list, tuple)) and len(cast("list[Any]", first)) == 2 and isinstance(first[0], float):
-        likeliest = max(range(len(given)), key=lambda place: given[place][0])
-        return _choice(sample, likeliest)
+        best = max(range(len(responses)), key=lambda index: responses[index][0])
+        return _choice(sample, best)
     return str(cast("object", first))
 
 
@@ -389,60 +405,60 @@ def _accepted(sample: dict[str, Any]) -> list[str]:
     return [] if target is None else [str(target)]
 
 
-def _choice(sample: dict[str, Any], place: int) -> str:
-    parts = _parts(sample["arguments"][place])
-    return str(parts[1] if len(parts) > 1 else parts[0]).strip()
+def _choice(sample: dict[str, Any], index: int) -> str:
+    texts = _parts(sample["arguments"][index])
+    return str(texts[1] if len(texts) > 1 else texts[0]).strip()
 
 
-def details(found: Found) -> dict[str, float]:
-    """Return the harness's aggregate figures with their standard errors, by name, and of a lone task its version."""
-    told: dict[str, float] = {}
-    filters = {key.partition(",")[2] for row in found.results.values() for key in row if "," in key}
-    for name, row in found.results.items():
+def details(results: HarnessResults) -> dict[str, float]:
+    """Return the harness's aggregate figures and standard errors by name, and the version of a single task."""
+    figures: dict[str, float] = {}
+    filters = {key.partition(",")[2] for row in results.results.values() for key in row if "," in key}
+    for name, row in results.results.items():
         for key, value in row.items():
-            metric, _, reading = key.partition(",")
-            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and reading:
-                of_task = f"{name}: " if len(found.results) > 1 else ""
-                told[f"{of_task}{metric}{f' ({reading})' if len(filters) > 1 else ''}"] = float(value)
-    version: Any = next(iter(found.tasks.values())).VERSION if len(found.tasks) == 1 else None
+            metric, _, filter_name = key.partition(",")
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) and filter_name:
+                prefix = f"{name}: " if len(results.results) > 1 else ""
+                figures[f"{prefix}{metric}{f' ({filter_name})' if len(filters) > 1 else ''}"] = float(value)
+    version: Any = next(iter(results.tasks.values())).VERSION if len(results.tasks) == 1 else None
     if isinstance(version, (int, float)):
-        told["task version"] = float(version)
-    return told
+        figures["task version"] = float(version)
+    return figures
 
 
 def _sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def leave_word(job: dict[str, Any]) -> None:
-    """See to it that an error that ends this process is left in the job's `outcome` as well as in the log."""
+def record_errors(job: dict[str, Any]) -> None:
+    """Make an error that ends this process write the job's `outcome`, beside the log."""
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
         sys.__excepthook__(kind, error, trace)
         failed = error.kind if isinstance(error, UnknownNameError) else type(error).__name__
         message = str(error)
         if job.get("loading"):
-            last: Any = getattr(error, "last_attempt", None)  # lmms-eval tries again and again, and tells only that it did
+            last: Any = getattr(error, "last_attempt", None)  # lmms-eval retries, and its error names only that it did
             cause = error if last is None else last.exception()
-            failed, message = "data", f"{type(cause).__name__}: {str(cause)[:_SHOWN]}"
+            failed, message = "data", f"{type(cause).__name__}: {str(cause)[:_MAX_MESSAGE]}"
         _write(Path(job["outcome"]), json.dumps({"failed": failed, "message": message}))
 
     sys.excepthook = hook
 
 
 def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+    temporary = path.with_name(f".{path.name}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)
 
 
 def run(path: Path) -> None:
-    """Run the job of a file, and leave word of what came of it."""
+    """Run the job of a file, and write its outcome."""
     job = json.loads(path.read_text(encoding="utf-8"))
-    leave_word(job)
-    began = time.monotonic()
-    told = main(job)
-    _write(Path(job["outcome"]), json.dumps({**told, "seconds": time.monotonic() - began}))
+    record_errors(job)
+    started = time.monotonic()
+    outcome = main(job)
+    _write(Path(job["outcome"]), json.dumps({**outcome, "seconds": time.monotonic() - started}))
 
 
 if __name__ == "__main__":

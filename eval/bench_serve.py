@@ -1,4 +1,4 @@
-"""Load by vLLM's own `vllm bench serve`, run from vLLM's environment."""
+"""Load generation by `vllm bench serve`, run in vLLM's environment."""
 
 from __future__ import annotations
 
@@ -22,25 +22,32 @@ from compress.runtimes.vllm_start import plain_environment
 from compress.untrusted import printable
 
 _STARTUP_SECONDS = 600
-_WORDS = 200
+"""Added to the requests' own time limits: the client's start."""
+
+_MAX_FAULT = 200
+"""Characters of a request's error that are kept."""
 
 
 @dataclass(frozen=True)
 class Bench:
-    """What `vllm bench serve` is run with: vLLM's environment, the artifact whose tokenizer makes the text, where logs belong."""
+    """The settings of `vllm bench serve`."""
 
     environment: Environment
+    """vLLM's environment."""
+
     artifact: Path
+    """The checkpoint folder whose tokenizer makes the prompts."""
+
     logs: Path
     request_seconds: float
     trust_remote_code: bool = False
 
 
 def bench_serve(bench: Bench, served: RunningServer, point: LoadPoint, requests: int, seed: int) -> Load:
-    """Put load on a server with vLLM's client: random text and images, answers of a fixed length, one result per request.
+    """Run a load on a server with vLLM's client: random text and images, answers of a fixed length, one result per request.
 
-    The server's key is in the client's environment alone. Its own warm-up is left out: that asks the first request again and again,
-    whose image the server then knows already.
+    The server's key is passed in the client's environment only. The client's own warm-up is off: it repeats the first
+    request, whose image the server would then have in its cache.
 
     Raises:
         ServerError: the client failed; its last lines are in the message.
@@ -49,11 +56,11 @@ def bench_serve(bench: Bench, served: RunningServer, point: LoadPoint, requests:
     with telling_where(bench.logs):
         bench.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="compress-bench-") as folder:
-        saving = ("--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", f"{name}.json")
-        _run(bench, served, [*_command(bench, served, point, requests, seed), *saving], requests / point.concurrency)
+        result_options = ("--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", f"{name}.json")
+        _run(bench, served, [*_command(bench, served, point, requests, seed), *result_options], requests / point.concurrency)
         path = Path(folder) / f"{name}.json"
         load = read_bench(path)
-        with telling_where(bench.logs):  # what the server said is in it
+        with telling_where(bench.logs):  # redacted: it contains the server's messages
             write_text(bench.logs / path.name, redact(path.read_text(encoding="utf-8", errors="replace")))
     return load
 
@@ -89,10 +96,10 @@ def _run(bench: Bench, served: RunningServer, command: list[str], rounds: float)
 
 
 def read_bench(path: Path) -> Load:
-    """Read what `vllm bench serve --save-result --save-detailed` wrote.
+    """Read the result file of `vllm bench serve --save-result --save-detailed`.
 
     Raises:
-        ServerError: it holds no result for each request; another vLLM wrote it.
+        ServerError: it has no result for each request, as files of other versions of vLLM.
     """
     try:
         content = cast("dict[str, Any]", json.loads(path.read_text(encoding="utf-8")))
@@ -107,7 +114,7 @@ def read_bench(path: Path) -> Load:
 def _sample(ttft: float, gaps: list[float], tokens: int, fault: str) -> RequestTiming:
     if fault or not tokens:
         lines = [line for line in fault.splitlines() if line.strip()]
-        return RequestTiming(0.0, (), 0, printable(redact(lines[-1].strip()))[:_WORDS] if lines else "no answer")
+        return RequestTiming(0.0, (), 0, printable(redact(lines[-1].strip()))[:_MAX_FAULT] if lines else "no answer")
     return RequestTiming(float(ttft), tuple(float(gap) for gap in gaps), int(tokens))
 
 

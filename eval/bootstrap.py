@@ -1,14 +1,14 @@
-"""The paired bootstrap by clusters, under the hypothesis that the artifact keeps exactly a given share of the original's score.
+"""The paired cluster bootstrap, under the hypothesis that the recovery has a given value.
 
-Items of one image depend on each other, so whole clusters are drawn. For a recovery ρ the hypothesis mean(artifact) =
+Items of one image depend on each other, so clusters are resampled. For a recovery ρ the hypothesis mean(artifact) =
 ρ · mean(original) says that the clusters' differences D = Σ artifact − ρ · Σ original have mean 0. Resampling the observed
-clusters as they are would not do: where few items changed, the losses that were not seen are what the question is about. So
-clusters are drawn with the likeliest probabilities that fulfil the hypothesis (Efron, Canadian Journal of Statistics 9, 1981;
-Owen, Biometrika 75, 1988), where a cluster may also lose or gain all of its score although none was seen to. For right/wrong
+clusters with equal weights would not do: where few items changed, it gives losses that were not observed no probability. So
+clusters are drawn with the maximum-likelihood probabilities under the hypothesis (Efron, Canadian Journal of Statistics 9, 1981;
+Owen, Biometrika 75, 1988), where a cluster may also lose or gain all of its score although none was observed to. For right/wrong
 items without clusters these are exactly the probabilities of the score test in `statistics`.
 
-The distribution of the sum of the drawn differences is not simulated: it is computed on a grid by Fourier transform, so
-there is no seed, and tail probabilities as small as group-sequential tests ask for are exact.
+The distribution of the resampled sum is not simulated: it is computed on a grid by Fourier transform, so there is no seed,
+and tail probabilities as small as group-sequential tests need are exact.
 """
 
 from __future__ import annotations
@@ -24,17 +24,23 @@ from numpy.typing import NDArray
 Floats = NDArray[np.float64]
 
 _GRID = 2**14
-_SMALLEST = 1e-14  # below it lies the transform's rounding error
+"""Points of the grid, a power of two for the Fourier transform; fewer blur the tails (see `sum_tails`)."""
+
+_MIN_TAIL = 1e-14
+"""Smaller tail probabilities are rounding errors of the transform."""
 
 
 @dataclass(frozen=True, eq=False)
 class Totals:
-    """Scores summed over each cluster, the number of items of each, and the largest score that an item had."""
+    """Scores summed over each cluster."""
 
     original: Floats
     artifact: Floats
     sizes: Floats
+    """The number of items of each cluster."""
+
     largest: float
+    """The largest score of an item."""
 
     @property
     def clusters(self) -> int:
@@ -43,15 +49,15 @@ class Totals:
 
     @cached_property
     def distinct(self) -> tuple[Floats, Floats, Floats]:
-        """Each distinct (original, artifact), and the share of the clusters that have it."""
+        """The distinct pairs of sums (original, artifact), and the share of the clusters with each."""
         pairs, counts = np.unique(np.round(np.column_stack([self.original, self.artifact]), 12), axis=0, return_counts=True)
         return pairs[:, 0], pairs[:, 1], counts / self.clusters
 
     @cached_property
-    def unseen(self) -> tuple[float, float]:
-        """How much a cluster may lose, and gain, at once although none was seen to: everything, at the size of a random item's.
+    def unobserved(self) -> tuple[float, float]:
+        """The loss and the gain that a cluster may have although none was observed: all of its score, for a random item's cluster.
 
-        To take the size of the changes that were seen instead would let too many artifacts pass at the limit where the items of a
+        Taking the size of the observed changes instead would let too many artifacts pass at the limit where the items of a
         cluster change together.
         """
         total = float(self.original.sum())
@@ -61,29 +67,34 @@ class Totals:
 
 @dataclass(frozen=True)
 class Tails:
-    """How often the hypothesis gives a sum of differences as large as the one seen, and as small; `spread` is of one cluster's."""
+    """The one-sided p-values of the observed sum of differences."""
 
     larger: float
+    """The probability of a sum at least as large."""
+
     smaller: float
+    """The probability of a sum at least as small."""
+
     spread: float
+    """The standard deviation of one cluster's difference under the hypothesis."""
 
 
 def tilted(totals: Totals, recovery: float) -> tuple[Floats, Floats]:
-    """Return the clusters' possible differences and their likeliest probabilities with mean 0: those seen, and two unseen.
+    """Return the clusters' possible differences, observed and two unobserved ones, with their maximum-likelihood probabilities.
 
-    Maximising Σ log p with Σ p = 1 and Σ p·D = 0 gives p = share / (1 + λ·D). A λ that would have to leave the range in which
-    an unseen difference could gain likelihood stays at its end, and the unseen difference takes the remaining probability.
+    Maximising Σ log p with Σ p = 1 and Σ p·D = 0 gives p = share / (1 + λ·D). λ is limited to the range in which
+    1 + λ·D is positive for all of them; at its end, the unobserved difference takes the remaining probability.
     """
     original, artifact, shares = totals.distinct
     differences = artifact - recovery * original
-    low = min(float(differences.min()), -recovery * totals.unseen[0])
-    high = max(float(differences.max()), totals.unseen[1])
+    low = min(float(differences.min()), -recovery * totals.unobserved[0])
+    high = max(float(differences.max()), totals.unobserved[1])
     multiplier = _multiplier(differences, shares, low, high)
     weights = shares / (1 + multiplier * differences)
-    rest = max(1 - float(weights.sum()), 0.0)
-    extra = (rest, 0.0) if multiplier > 0 else (0.0, rest)
+    remainder = max(1 - float(weights.sum()), 0.0)
+    unobserved_weights = (remainder, 0.0) if multiplier > 0 else (0.0, remainder)
     values = np.concatenate([differences, [low, high]])
-    probabilities = np.concatenate([weights, extra])
+    probabilities = np.concatenate([weights, unobserved_weights])
     return values, probabilities / probabilities.sum()
 
 
@@ -108,62 +119,61 @@ def _multiplier(differences: Floats, shares: Floats, low: float, high: float) ->
 
 
 def bootstrap_tails(totals: Totals, recovery: float) -> Tails:
-    """Return the bootstrap's one-sided p-values for "the artifact's mean score is `recovery` times the original's", which is not 0.
+    """Return the bootstrap's one-sided p-values for "the recovery is `recovery`"; the original's mean must not be 0.
 
-    The spread is estimated from the clusters, so the p-values are widened from the normal to Student's distribution; a single
-    cluster tells nothing, and both are 1. Where few clusters changed it is those few that tell of the spread: the degrees of
-    freedom are as many as give a sample variance the coefficient of variation that it has here (Satterthwaite, Biometrics Bulletin
-    2, 1946), and at most one less than there are clusters.
+    The spread is estimated from the clusters, so the p-values are widened from the normal to Student's distribution; for a single
+    cluster both are 1. Where few clusters changed, the spread is estimated from those few: the degrees of freedom follow from the
+    coefficient of variation of the sample variance (Satterthwaite, Biometrics Bulletin 2, 1946), at most one less than there are
+    clusters.
     """
     values, probabilities = tilted(totals, recovery)
     spread = math.sqrt(float((probabilities * values**2).sum()))
-    seen = float(totals.artifact.sum() - recovery * totals.original.sum())
+    observed = float(totals.artifact.sum() - recovery * totals.original.sum())
     if totals.clusters < 2 or spread == 0:
         return Tails(1.0, 1.0, spread)
-    larger, smaller = sum_tails([(values, probabilities, totals.clusters)], seen)
-    freedom = min(totals.clusters - 1, 2 * totals.clusters / max(_uncertainty(values / spread, probabilities), 1e-9))
-    return Tails(_widen(larger, totals.clusters, freedom), _widen(smaller, totals.clusters, freedom), spread)
+    larger, smaller = sum_tails([(values, probabilities, totals.clusters)], observed)
+    degrees = min(totals.clusters - 1, 2 * totals.clusters / max(_variance_uncertainty(values / spread, probabilities), 1e-9))
+    return Tails(_widen(larger, totals.clusters, degrees), _widen(smaller, totals.clusters, degrees), spread)
 
 
-def _uncertainty(values: Floats, probabilities: Floats) -> float:
-    """Return how many times its own square over the clusters the variance 1 of such values is uncertain by, their mean being known.
+def _variance_uncertainty(values: Floats, probabilities: Floats) -> float:
+    """Return the number of clusters times the squared coefficient of variation of the sample variance, where the mean is known.
 
-    That is their kurtosis, less 1 and less what follows from the mean, the square of their skewness (Owen, as above): with the mean
-    a distribution of two values, as of items that are right or wrong, has a known variance, and only that of more is estimated.
+    `values` have variance 1. It is their kurtosis less 1 and less the square of their skewness, which the known mean explains
+    (Owen, as above): of a distribution of two values, as of right/wrong items, the mean determines the variance.
     """
     skewness, kurtosis = (float((probabilities * values**power).sum()) for power in (3, 4))
     return kurtosis - 1 - skewness**2
 
 
-def sum_tails(parts: Sequence[tuple[Floats, Floats, int]], seen: float) -> tuple[float, float]:
-    """Return with which probability a sum of independent draws is at least `seen`, and at most `seen`.
+def sum_tails(distributions: Sequence[tuple[Floats, Floats, int]], observed: float) -> tuple[float, float]:
+    """Return the probabilities that a sum of independent draws is at least, and at most, `observed`.
 
-    Each part gives the values that its draws take, their probabilities, and the number of draws; the values' mean is 0. A value
-    between two points of the grid is shared between them so that the mean stays; sums that this may have blurred across `seen`
-    count in both tails. The grid spans ten standard deviations and four of the largest steps to either side; what lies beyond
-    has a probability below the transform's rounding error.
+    Each distribution is its values, with mean 0, their probabilities, and the number of draws. A value between two grid points is
+    split between them so that the mean stays; sums that this may have moved across `observed` count in both tails. The grid spans
+    ten standard deviations and four of the largest steps to either side; the mass beyond is below the transform's rounding error.
     """
-    variance = sum(draws * float((chances * values**2).sum()) for values, chances, draws in parts)
-    largest = max(float(np.abs(values[chances > 0]).max()) for values, chances, _ in parts)
+    variance = sum(draws * float((probabilities * values**2).sum()) for values, probabilities, draws in distributions)
+    largest = max(float(np.abs(values[probabilities > 0]).max()) for values, probabilities, _ in distributions)
     reach = 10 * math.sqrt(variance) + 4 * largest
     step = 2 * reach / _GRID
     spectrum = np.ones(_GRID // 2 + 1, dtype=np.complex128)
     blurred = 0.0
-    for values, chances, draws in parts:
+    for values, probabilities, draws in distributions:
         below = np.floor(values / step)
         share = values / step - below
-        places = below.astype(np.int64)
-        here, next_one = np.bincount(places % _GRID, chances * (1 - share), _GRID), (places + 1) % _GRID
-        spectrum *= np.fft.rfft(here + np.bincount(next_one, chances * share, _GRID)) ** draws
-        blurred += draws * float((chances * share * (1 - share)).sum())
+        indices = below.astype(np.int64)
+        mass_below, next_indices = np.bincount(indices % _GRID, probabilities * (1 - share), _GRID), (indices + 1) % _GRID
+        spectrum *= np.fft.rfft(mass_below + np.bincount(next_indices, probabilities * share, _GRID)) ** draws
+        blurred += draws * float((probabilities * share * (1 - share)).sum())
     masses = np.maximum(np.fft.irfft(spectrum, _GRID), 0.0)
     sums = np.fft.fftfreq(_GRID, 1 / _GRID) * step
     blur = 4 * step * math.sqrt(blurred) + 1e-9 * reach
-    return min(float(masses[sums >= seen - blur].sum()), 1.0), min(float(masses[sums <= seen + blur].sum()), 1.0)
+    return min(float(masses[sums >= observed - blur].sum()), 1.0), min(float(masses[sums <= observed + blur].sum()), 1.0)
 
 
-def _widen(tail: float, clusters: int, freedom: float) -> float:
+def _widen(tail: float, clusters: int, degrees: float) -> float:
     from scipy.special import ndtri, stdtr
 
-    normal = float(ndtri(min(max(tail, _SMALLEST), 1.0)))
-    return float(stdtr(freedom, normal * math.sqrt((clusters - 1) / clusters)))
+    normal = float(ndtri(min(max(tail, _MIN_TAIL), 1.0)))
+    return float(stdtr(degrees, normal * math.sqrt((clusters - 1) / clusters)))

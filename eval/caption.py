@@ -1,4 +1,4 @@
-"""How well a model describes images, beside people's own captions of them: CIDEr-D (arXiv 1411.5726)."""
+"""Image captioning: generated captions scored against reference captions by CIDEr-D (arXiv 1411.5726)."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.calibration.sets import Columns
 from compress.errors import DataError
-from compress.eval.asked import Asked, Scorer, drawn
 from compress.eval.definition import Kind
 from compress.eval.metrics.cider import Cider, tokens
+from compress.eval.question_task import QuestionTask, Scorer, sampling_note
 
 if TYPE_CHECKING:
     from compress.calibration.questions import Question
 
-_FEWEST = 2
+_MIN_IMAGES = 2
+"""CIDEr weighs n-grams by log(images / images with it), which is 0 for a single image."""
 
 
-class Caption(Asked):
-    """Images that a model describes; what it says is compared with the reference captions of all of them.
+class Caption(QuestionTask):
+    """Images with generated captions.
 
-    An item's score is its caption's CIDEr-D, from 0 to 10: the usual figure by 100. The words are weighed by the images that are
-    drawn, answered or not, so that models that saw the same ones can be compared, and figures of other draws cannot.
+    An item's score is its caption's CIDEr-D, from 0 to 10: a hundredth of the usual figure. N-grams are weighed by their frequency
+    over the sampled images, answered or not: scores of models on the same sample are comparable, those of other samples are not.
     """
 
     task_revision: ClassVar[int] = 1
@@ -30,23 +31,23 @@ class Caption(Asked):
     task: Literal["caption"]
 
     def scorer(self, questions: Sequence[Question]) -> Scorer:
-        """Return the CIDEr-D by the references of these questions; see `Asked.scorer`."""
-        if len({question.image_digests for question in questions}) < _FEWEST:
+        """Return the CIDEr-D with the n-gram frequencies of these images' references; see `QuestionTask.scorer`."""
+        if len({question.image_digests for question in questions}) < _MIN_IMAGES:
             raise DataError(f"task {self.name}: CIDEr weighs words by the images that have them, and there is one; name more")
         cider = Cider([question.answers for question in questions])
-        return lambda question, said: cider.score(said, question.answers)
+        return lambda question, answer: cider.score(answer, question.answers)
 
-    def same(self, said: str, other: str) -> bool:
-        """Return whether two captions have the same words."""
-        return tokens(said) == tokens(other)
+    def same(self, answer: str, other: str) -> bool:
+        """Return whether two captions have the same tokens."""
+        return tokens(answer) == tokens(other)
 
     def note(self) -> str:
-        """Return how images are described and captions scored."""
-        limit = self.read().max_new_tokens
+        """Return how captions are generated and scored."""
+        limit = self.resolved_definition().max_new_tokens
         return (
-            f"mean CIDEr-D over images{drawn(self.samples, self.seed)} beside their reference captions, 1.0 being the usual 100; "
-            f"greedy, at most {limit} tokens, {self.asked_as()}; KL and top-1 are of the original's own captions"
+            f"mean CIDEr-D over images{sampling_note(self.samples, self.seed)} beside their reference captions, 1.0 being the "
+            f"usual 100; greedy, at most {limit} tokens, {self.prompt_note()}; KL and top-1 are of the original's own captions"
         )
 
-    def _usual_columns(self) -> Columns:
-        return Columns() if "{question}" in self.read().prompt else Columns(question=None)
+    def _default_columns(self) -> Columns:
+        return Columns() if "{question}" in self.resolved_definition().prompt else Columns(question=None)

@@ -1,4 +1,4 @@
-"""Items that changed, whichever way: exact tests and bounds for the share of flips, and what an image adds to the answers."""
+"""Exact tests and intervals for the share of flips, and the test of visual grounding."""
 
 from __future__ import annotations
 
@@ -17,31 +17,31 @@ Floats = NDArray[np.float64]
 
 
 def mcnemar(lost: int, gained: int) -> float:
-    """Return the exact two-sided McNemar p-value: how often as many flips, each as likely lost as gained, are as uneven."""
+    """Return the exact two-sided McNemar p-value: the chance that flips, each as likely lost as gained, are at least as uneven."""
     return min(2 * mcnemar_gain(max(lost, gained), min(lost, gained)), 1.0)
 
 
 def mcnemar_gain(gained: int, lost: int) -> float:
-    """Return the exact one-sided McNemar p-value: how often as many flips, each as likely lost as gained, gain as many."""
+    """Return the exact one-sided McNemar p-value: the chance that flips, each as likely lost as gained, gain at least as many."""
     from scipy.special import bdtrc
 
     return float(bdtrc(gained - 1, gained + lost, 0.5)) if gained > 0 else 1.0
 
 
 def sign_flip_tail(differences: Floats) -> float:
-    """Return how often a sum of differences is as large if each may as well have the other sign (the exact permutation p-value).
+    """Return the exact permutation p-value of a sum of differences under random signs: the chance of a sum at least as large.
 
     The differences are of independent clusters. With differences of −1, 0 and 1 this is McNemar's exact test.
     """
     sizes, counts = np.unique(np.round(np.abs(differences), 12), return_counts=True)
-    parts = [
+    distributions = [
         (np.array([-size, size]), np.array([0.5, 0.5]), int(count)) for size, count in zip(sizes, counts, strict=True) if size > 0
     ]
-    return sum_tails(parts, float(differences.sum()))[0] if parts else 1.0
+    return sum_tails(distributions, float(differences.sum()))[0] if distributions else 1.0
 
 
 def share_interval(count: float, items: float, confidence: float) -> tuple[float, float]:
-    """Return the exact bounds of a share, each with `confidence` (Clopper and Pearson, Biometrika 26, 1934)."""
+    """Return the exact bounds of a proportion, each with `confidence` (Clopper and Pearson, Biometrika 26, 1934)."""
     from scipy.special import betaincinv
 
     low = float(betaincinv(count, items - count + 1, 1 - confidence)) if count > 0 else 0.0
@@ -50,43 +50,47 @@ def share_interval(count: float, items: float, confidence: float) -> tuple[float
 
 
 def effective_items(flipped: NDArray[np.bool_], clusters: NDArray[np.int64]) -> float:
-    """Return how many independent items say as much about the share of flips as these (Korn and Graubard, 1998).
+    """Return the effective sample size for the share of flips (Korn and Graubard, 1998).
 
-    The number is divided by the design effect, the share's variance by clusters over that of independent items, where it is above
-    1. Where none or all flipped nothing shows how alike the items of a cluster are, and they count as wholly alike.
+    It is the number of items by the design effect, which is the share's variance by clusters over that of independent items, at
+    least 1. Where none or all items flipped, the correlation within clusters cannot be estimated and is taken as 1.
     """
     codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)[1:]
-    items, share, groups = len(flipped), float(flipped.mean()), len(sizes)
-    alike = float((sizes.astype(np.float64) ** 2).sum() / items)
-    if share in {0.0, 1.0} or groups < 2:
-        return items / alike
+    items, share, cluster_count = len(flipped), float(flipped.mean()), len(sizes)
+    full_effect = float((sizes.astype(np.float64) ** 2).sum() / items)
+    if share in {0.0, 1.0} or cluster_count < 2:
+        return items / full_effect
     residuals = np.bincount(codes, flipped - share)
-    effect = groups / (groups - 1) * float((residuals**2).sum()) / (items * share * (1 - share))
-    return items / min(max(effect, 1.0), max(alike, 1.0))
+    effect = cluster_count / (cluster_count - 1) * float((residuals**2).sum()) / (items * share * (1 - share))
+    return items / min(max(effect, 1.0), max(full_effect, 1.0))
 
 
 @dataclass(frozen=True)
 class Flips:
-    """How many items' scores fell (`lost`) and rose (`gained`), the share that did either with its bounds, and whether evenly.
-
-    `level` is the confidence of the interval as a whole.
-
-    `p_value` is two-sided: how often flips that go either way as likely would be as uneven.
-    """
+    """The items whose score changed."""
 
     lost: int
+    """Items with a lower score than the original's."""
+
     gained: int
+    """Items with a higher score."""
+
     items: int
     share: float
+    """The share of items with another score."""
+
     interval: tuple[float, float]
     p_value: float
+    """Two-sided, of the hypothesis that flips are as likely lost as gained."""
+
     level: float
+    """The confidence of the interval as a whole."""
 
 
 def count_flips(pairs: Pairs, confidence: float) -> Flips:
-    """Count the items whose score is another, with bounds of their share that hold with `confidence` each.
+    """Count the items whose score changed, with bounds of their share, each with `confidence`.
 
-    The p-value is McNemar's exact one for right/wrong items without clusters, else that of flipping whole clusters' signs.
+    The p-value is McNemar's exact one for right/wrong items without clusters, else the permutation test's over clusters' signs.
     """
     lost, gained = pairs.artifact < pairs.original, pairs.artifact > pairs.original
     items = effective_items(lost | gained, pairs.clusters)
@@ -109,38 +113,41 @@ def count_flips(pairs: Pairs, confidence: float) -> Flips:
 
 
 def judge_flips(flips: Flips, limit: float) -> Finding:
-    """Judge whether at most this share of the items flipped: pass where the upper bound is, fail where the lower one is above."""
+    """Judge the share of flips: passes if its upper bound is at most the limit, fails if its lower bound is above."""
     low, high = flips.interval
     outcome: Outcome = "inconclusive"
     if high <= limit:
         outcome = "pass"
     elif low > limit:
         outcome = "fail"
-    needed = None
+    items_needed = None
     if outcome == "inconclusive" and abs(flips.share - limit) > 1e-12:
         bound = high if flips.share < limit else low
         ratio = (bound - flips.share) / (limit - flips.share)
-        needed = max(math.ceil(flips.items * ratio**2), flips.items + 1)
-    return Finding(flips.share, flips.interval, outcome, needed, level=flips.level)
+        items_needed = max(math.ceil(flips.items * ratio**2), flips.items + 1)
+    return Finding(flips.share, flips.interval, outcome, items_needed, level=flips.level)
 
 
 @dataclass(frozen=True)
 class ImageGain(Finding):
-    """How much the right image adds to the mean score: `value` is mean(right) − mean(wrong).
-
-    Passes where the gain is shown, fails where it is not. `p_value` is one-sided; `changed` is the share of items whose
-    score is another with the wrong image.
-    """
+    """The gain in mean score from the right image, `value` = `right` − `wrong`; passes where it is significant, else fails."""
 
     right: float
+    """The mean score with the question's own image."""
+
     wrong: float
+    """The mean score with another question's image."""
+
     items: int
     p_value: float
+    """One-sided."""
+
     changed: float
+    """The share of items whose score differs with the wrong image."""
 
 
 def image_gain(right: Sequence[float], wrong: Sequence[float], clusters: Sequence[str] | None, confidence: float) -> ImageGain:
-    """Judge whether the same questions are answered better with their own image than with another one (or none).
+    """Test whether the same questions score higher with their own image than with another one (or none).
 
     McNemar's exact one-sided test for right/wrong items without clusters, else the permutation test that flips the signs of whole
     clusters' differences; the bounds of the gain are Student's t over clusters.

@@ -1,4 +1,4 @@
-"""The definition of a task whose questions a model answers: a short versioned YAML, strictly checked."""
+"""Definitions of the tasks that generate answers: a short versioned YAML each, strictly checked."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from compress.schema import Frozen, Source
 _SHIPPED = Path(__file__).parent / "tasks"
 
 Kind = Literal["vqa", "choice", "caption"]
-"""The tasks that are asked as a definition says."""
+"""The kinds of task that have definitions."""
 
 _METRICS: dict[Kind, tuple[str, ...]] = {"vqa": tuple(METRICS), "choice": ("letter",), "caption": ("cider",)}
+"""The metrics that each kind of task can be scored by."""
+
 _QUESTION, _OPTIONS = "{question}", "{options}"
 
 
 class Definition(Frozen):
-    """What is asked, of which data, and how an answer is scored; a recipe may name other data.
-
-    `where`, `text_only` and `columns` are true of the definition's own data. `labels` says how the data of a `choice` name the
-    right option: by its `letter`, its `index` from 0 on, or its `text`.
-    """
+    """The prompt, data and metric of a task; `where`, `text_only` and `columns` apply to its own source, not to a recipe's."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     version: PositiveInt
+    """Raised by its author with every change of what is measured; reports show it."""
+
     task: Kind = "vqa"
     source: Source | None = None
     subset: str | None = None
@@ -45,6 +45,7 @@ class Definition(Frozen):
     max_new_tokens: PositiveInt
     metric: str
     labels: Literal["letter", "index", "text"] = "letter"
+    """Of a `choice`: how the data name the right option, by its letter, its index from 0, or its text."""
 
     @field_validator("columns")
     @classmethod
@@ -87,21 +88,21 @@ class Definition(Frozen):
             raise ValueError(f"are those of a choice, and this is a {info.data['task']}; remove them")
         return labels
 
-    def changed(self, words: Mapping[str, object]) -> Definition:
-        """Return the definition with some fields changed, after checking the whole.
+    def with_overrides(self, overrides: Mapping[str, object]) -> Definition:
+        """Return the definition with some fields replaced, validated as a whole.
 
         Raises:
-            ValueError: it cannot be so; says which of the fields.
+            ValueError: the result is not valid; names the fields.
         """
         try:
-            return Definition.model_validate({**self.model_dump(exclude_unset=True), **words})
+            return Definition.model_validate({**self.model_dump(exclude_unset=True), **overrides})
         except ValidationError as error:
-            said = [f"{dotted(detail['loc'])}: {detail['msg'].removeprefix('Value error, ')}" for detail in error.errors()]
-            raise ValueError("; ".join(said)) from error
+            messages = [f"{dotted(detail['loc'])}: {detail['msg'].removeprefix('Value error, ')}" for detail in error.errors()]
+            raise ValueError("; ".join(messages)) from error
 
     @property
     def rows(self) -> RowFilter:
-        """Which rows of its own data count."""
+        """The filter on the rows of its own data."""
         return RowFilter(where=self.where, text_only=self.text_only)
 
     @property
@@ -109,8 +110,8 @@ class Definition(Frozen):
         """Whether every item's score is 0 or 1."""
         return self.metric in BINARY
 
-    def ask(self, question: str, options: str = "") -> str:
-        """Return the prompt for a question, and for its options as they are to be shown."""
+    def format_prompt(self, question: str, options: str = "") -> str:
+        """Return the prompt with the question, and the text of its options, filled in."""
         head, mark, tail = self.prompt.partition(_QUESTION)  # a question may hold braces of its own
         return head.replace(_OPTIONS, options) + (question if mark else "") + tail.replace(_OPTIONS, options)
 
@@ -122,22 +123,22 @@ def shipped_definitions(kind: Kind | None = None) -> list[str]:
 
 
 def find_definition(value: str, base: Path, kind: Kind | None = None) -> Path:
-    """Return the file of a shipped definition by its name, or the path given, relative to `base`.
+    """Return the path of a shipped definition by its name, or of a file relative to `base`.
 
     Raises:
-        ValueError: there is neither; lists the shipped ones of that kind of task.
+        ValueError: there is neither; lists the shipped definitions of that kind of task.
     """
     if value in shipped_definitions():
         return _SHIPPED / f"{value}.yaml"
     path = base / Path(value).expanduser()
     if not path.is_file():
-        listed = ", ".join(shipped_definitions(kind))
-        raise ValueError(f"no definition file at {path}, and no shipped one is called {value}: {listed}")
+        names = ", ".join(shipped_definitions(kind))
+        raise ValueError(f"no definition file at {path}, and no shipped one is called {value}: {names}")
     return path.resolve()
 
 
 def read_definition(path: Path) -> Definition:
-    """Read and check a definition; one that has not changed since is not read again.
+    """Read and check a definition; cached until the file changes.
 
     Raises:
         RecipeError: every fault found, with file and line.

@@ -1,4 +1,4 @@
-"""Whether a model's answers depend on the image: the same questions with their own image, with another one's, and with none."""
+"""The visual grounding check: the same questions with their own image, with another question's image, and without one."""
 
 from __future__ import annotations
 
@@ -20,68 +20,77 @@ from compress.schema import Frozen
 
 if TYPE_CHECKING:
     from compress.calibration.questions import Question
-    from compress.eval.asked import Asked
+    from compress.eval.question_task import QuestionTask
 
 
 class GroundingCheck(Frozen):
-    """At most `samples` of the questions about images that the task `task` asks, drawn with `seed`."""
+    """Which questions are used for the check."""
 
     task: str
+    """The name of the task whose questions are taken."""
+
     samples: Annotated[int, Field(ge=8)] = 64
+    """At most so many, drawn at random with `seed`. The p-value of the test cannot fall below 2^−samples, so fewer than 8 would
+    prove little."""
+
     seed: int = 0
 
 
-def measure_grounding(check: GroundingCheck, task: Asked, context: TaskContext) -> tuple[Grounding, list[GroundingItem]]:
-    """Ask the questions three times over, and score each answer as the task does.
+def measure_grounding(check: GroundingCheck, task: QuestionTask, context: TaskContext) -> tuple[Grounding, list[GroundingItem]]:
+    """Generate answers under the three conditions, and score each as the task does.
 
     Raises:
-        DataError: fewer than eight questions have an image that another image can stand in for.
+        DataError: fewer than eight questions have an image that another question's can replace.
         ServerError: the runtime does not answer any more.
     """
-    every = task.questions(context.files)
-    questions = [question for question in every if question.images]
-    drawn = random.Random(check.seed).sample(questions, min(check.samples, len(questions)))  # noqa: S311 - no secret
-    pairs = _paired(task.name, drawn, questions)
-    scorer = task.scorer(every)
-    own = _ask(task, [question for question, _ in pairs], "own", context)
-    other = _ask(task, [replace(question, images=standing.images) for question, standing in pairs], "other", context)
-    none = _ask(task, [replace(question, images=()) for question, _ in pairs], "none", context)
-    without_image = all(answer.fault is None for answer in none)  # some models take no question without an image
+    all_questions = task.questions(context.files)
+    questions = [question for question in all_questions if question.images]
+    sample = random.Random(check.seed).sample(questions, min(check.samples, len(questions)))  # noqa: S311 - no secret
+    pairs = _pair_with_others(task.name, sample, questions)
+    scorer = task.scorer(all_questions)
+    own_answers = _generate_answers(task, [question for question, _ in pairs], "own", context)
+    other_answers = _generate_answers(
+        task, [replace(question, images=other_question.images) for question, other_question in pairs], "other", context
+    )
+    none_answers = _generate_answers(task, [replace(question, images=()) for question, _ in pairs], "none", context)
+    without_image = all(answer.fault is None for answer in none_answers)  # some models take no question without an image
     items = [
-        _item(task, pair, (mine, theirs, said if without_image else None), scorer)
-        for pair, mine, theirs, said in zip(pairs, own, other, none, strict=True)
+        _item(task, pair, (own_answer, other_answer, none_answer if without_image else None), scorer)
+        for pair, own_answer, other_answer, none_answer in zip(pairs, own_answers, other_answers, none_answers, strict=True)
     ]
-    if context.against is not None:
-        check_pairs(f"{task.name} (grounding)", read_grounding(context.against), ((item.id, item.digest) for item in items))
-    kept = [item for item in items if item.fault is None]
-    return _summary(task, items, kept, without_image=without_image), items
+    if context.original_measurement is not None:
+        check_pairs(
+            f"{task.name} (grounding)", read_grounding(context.original_measurement), ((item.id, item.digest) for item in items)
+        )
+    answered = [item for item in items if item.fault is None]
+    return _summary(task, items, answered, without_image=without_image), items
 
 
 def image_gain_of(items: Sequence[GroundingItem], confidence: float) -> ImageGain | None:
-    """Judge whether the questions that could be answered are answered better with their own image; None where there are none."""
-    kept = [item for item in items if item.fault is None]
-    if not kept:
+    """Test whether the answered questions have higher scores with their own image; None where none was answered."""
+    answered = [item for item in items if item.fault is None]
+    if not answered:
         return None
-    own, other = [item.score_own for item in kept], [item.score_other for item in kept]
-    return image_gain(own, other, [item.cluster for item in kept], confidence)
+    own_scores, other_scores = [item.score_own for item in answered], [item.score_other for item in answered]
+    return image_gain(own_scores, other_scores, [item.cluster for item in answered], confidence)
 
 
-def _paired(name: str, drawn: Sequence[Question], every: Sequence[Question]) -> list[tuple[Question, Question]]:
-    """Return each question with one whose images differ and are as many; with other accepted answers too where there is one."""
+def _pair_with_others(name: str, sample: Sequence[Question], questions: Sequence[Question]) -> list[tuple[Question, Question]]:
+    """Return each question with one whose images replace its own: as many, all different, with another answer if possible."""
     pairs: list[tuple[Question, Question]] = []
-    for question in drawn:
-        start = every.index(question)
-        others = [*every[start + 1 :], *every[:start]]
-        fitting = [
+    for question in sample:
+        start = questions.index(question)
+        candidates = [*questions[start + 1 :], *questions[:start]]
+        suitable = [
             other
-            for other in others
+            for other in candidates
             if len(other.images) == len(question.images) and not set(other.image_digests) & set(question.image_digests)
         ]
         accepted = set(map(normalize, question.answers))
-        apart = (other for other in fitting if not accepted & set(map(normalize, other.answers)))
-        standing = next(apart, fitting[0] if fitting else None)
-        if standing is not None:
-            pairs.append((question, standing))
+        with_other_answers = (other for other in suitable if not accepted & set(map(normalize, other.answers)))
+        replacement = next(with_other_answers, suitable[0] if suitable else None)
+        if replacement is not None:
+            pairs.append((question, replacement))
     if len(pairs) < GroundingCheck.model_fields["samples"].metadata[0].ge:
         raise DataError(
             f"eval.grounding: {len(pairs)} questions of task {name} have an image that another one's can stand in for; "
@@ -90,25 +99,32 @@ def _paired(name: str, drawn: Sequence[Question], every: Sequence[Question]) -> 
     return pairs
 
 
-def _ask(task: Asked, questions: Sequence[Question], which: str, context: TaskContext) -> list[Answer]:
-    prompts = [Prompt(id=question.id, text=task.wording(question), images=question.images) for question in questions]
-    return answer_all(context.session, prompts, task.read().max_new_tokens, context.target, f"grounding@{which}", context.progress)
+def _generate_answers(task: QuestionTask, questions: Sequence[Question], condition: str, context: TaskContext) -> list[Answer]:
+    prompts = [Prompt(id=question.id, text=task.prompt_text(question), images=question.images) for question in questions]
+    return answer_all(
+        context.session,
+        prompts,
+        task.resolved_definition().max_new_tokens,
+        context.output_dir,
+        f"grounding@{condition}",
+        context.progress,
+    )
 
 
 def _item(
-    task: Asked,
+    task: QuestionTask,
     pair: tuple[Question, Question],
     answers: tuple[Answer, Answer, Answer | None],
     scorer: Callable[[Question, str], float],
 ) -> GroundingItem:
-    question, standing = pair
+    question, replacement = pair
     own, other, none = answers
     return GroundingItem(
         id=question.id,
         digest=question.digest,
         cluster=cluster_of(question),
-        other=standing.id,
-        prompt=task.wording(question),
+        other=replacement.id,
+        prompt=task.prompt_text(question),
         accepted=task.accepted(question),
         said_own=own.text,
         said_other=other.text,
@@ -120,17 +136,21 @@ def _item(
     )
 
 
-def _summary(task: Asked, items: Sequence[GroundingItem], kept: Sequence[GroundingItem], *, without_image: bool) -> Grounding:
-    count = max(len(kept), 1)
+def _summary(
+    task: QuestionTask, items: Sequence[GroundingItem], answered: Sequence[GroundingItem], *, without_image: bool
+) -> Grounding:
+    count = max(len(answered), 1)
     return Grounding(
         task=task.name,
-        metric=task.scored_by,
+        metric=task.metric_name,
         binary=task.binary,
         items=len(items),
-        failed=len(items) - len(kept),
-        score_own=sum(item.score_own for item in kept) / count,
-        score_other=sum(item.score_other for item in kept) / count,
-        score_none=sum(item.score_none or 0.0 for item in kept) / count if without_image else None,
-        changed_other=sum(not task.same(item.said_own, item.said_other) for item in kept) / count,
-        changed_none=sum(not task.same(item.said_own, item.said_none or "") for item in kept) / count if without_image else None,
+        failed=len(items) - len(answered),
+        score_own=sum(item.score_own for item in answered) / count,
+        score_other=sum(item.score_other for item in answered) / count,
+        score_none=sum(item.score_none or 0.0 for item in answered) / count if without_image else None,
+        changed_other=sum(not task.same(item.said_own, item.said_other) for item in answered) / count,
+        changed_none=sum(not task.same(item.said_own, item.said_none or "") for item in answered) / count
+        if without_image
+        else None,
     )

@@ -1,11 +1,11 @@
-"""What a measurement has been told so far, kept item by item, so that one that was interrupted asks only for the rest.
+"""The journal of a measurement: answers and scores as they arrive, so that an interrupted measurement only requests the rest.
 
 <measurement>/
-  journal/<name>/answers-00000.parquet …   answers as they came, a few at a time, each under a digest of what was asked
+  journal/<name>/answers-00000.parquet …   answers in the order of arrival, each with a digest of its request
   journal/<name>/scores-00000.npz …        the scores of one chunk of passages each
   record/<name>/00000/ …                   the original's predictions, one folder for each of these chunks
 
-The journal goes when the measurement is complete: its items hold the same.
+The journal is removed when the measurement is complete: its items contain the same.
 """
 
 from __future__ import annotations
@@ -30,130 +30,135 @@ from compress.files import telling_where, write_bytes
 from compress.progress import Progress
 from compress.runtimes.runtime import UNSCORED, Answer, Passage, Prompt, Score, Session, passages_digest, scored_tokens
 
-_PART_ROWS = 64
-_PART_SECONDS = 2.0
-"""After so many answers, or so long, a part is written: what a killed measurement loses at most."""
+_FLUSH_ROWS = 64
+_FLUSH_SECONDS = 2.0
+"""Answers are written to disk after so many, or so long: the most that a killed measurement loses."""
+
 _CHUNK_PASSAGES = 128
 _CHUNK_TOKENS = 32_768
-_NAMED = 3
+"""The largest chunk of passages, which are scored, recorded and resumed together; existing records do not fit other sizes."""
+
+_NAMED_FAULTS = 3
+"""How many failed items a message names."""
 
 
 @dataclass(frozen=True)
 class Journal:
-    """Where the scores under `name` are kept in the measurement's `folder`.
-
-    What a later comparison needs is written below `record`; or, with `against`, the predictions are compared with what was recorded
-    there of the same passages.
-    """
+    """The folders of one name's scores."""
 
     folder: Path
+    """The measurement's folder."""
+
     name: str
     record: Path | None
+    """Where the predictions are recorded for later comparisons; None records nothing."""
+
     against: Path | None
+    """The record of the same passages that predictions are compared with; None compares nothing."""
 
 
 def answer_all(
     session: Session, prompts: Sequence[Prompt], max_new_tokens: int, folder: Path, name: str, progress: Progress
 ) -> list[Answer]:
-    """Answer each prompt, in the order given; what the measurement at `folder` has an answer to under `name` is not asked again.
+    """Generate an answer to each prompt, in order; those in the journal of `name` in `folder` are not requested again.
 
-    Prompts that failed before are asked once more; who watches is told of those that fail for good.
+    Prompts that failed before are requested once more; failures that remain give a warning.
 
     Raises:
         ServerError: the runtime does not answer any more, or not one prompt could be answered.
-        CheckpointError: the runtime gave other answers than it was asked for.
+        CheckpointError: the runtime's answers do not match the prompts.
     """
     journal = folder / "journal" / name
     keys = [_key(prompt, max_new_tokens) for prompt in prompts]
-    known = _read_answers(journal, with_faults=session.block is not None)
-    answers = {place: known[key] for place, key in enumerate(keys) if key in known}
+    journalled = _read_answers(journal, with_faults=session.block is not None)
+    answers = {index: journalled[key] for index, key in enumerate(keys) if key in journalled}
     blocks = _blocks(len(prompts), answers, session.block)
     with _writing(journal) as write, progress.task("answer", len(prompts), "prompts") as advance:
-        advance(len(prompts) - sum(len(places) for places in blocks))
-        for places in blocks:
-            asked = [prompts[place] for place in places]
-            alone = _unique({place: prompts[place].id for place in places})
-            kept: set[int] = set()
+        advance(len(prompts) - sum(len(indices) for indices in blocks))
+        for indices in blocks:
+            batch = [prompts[index] for index in indices]
+            index_of = _unique_ids({index: prompts[index].id for index in indices})
+            written: set[int] = set()
 
-            def told(answer: Answer, alone: dict[str, int] = alone, kept: set[int] = kept) -> None:
-                if (place := alone.get(answer.id)) is not None:
-                    write(keys[place], answer)
-                    kept.add(place)
+            def write_early(answer: Answer, index_of: dict[str, int] = index_of, written: set[int] = written) -> None:
+                if (index := index_of.get(answer.id)) is not None:
+                    write(keys[index], answer)
+                    written.add(index)
 
-            found = session.answer(asked, max_new_tokens, _Within(progress, advance), told)
-            if [answer.id for answer in found] != [prompt.id for prompt in asked]:
+            batch_answers = session.answer(batch, max_new_tokens, _SubProgress(progress, advance), write_early)
+            if [answer.id for answer in batch_answers] != [prompt.id for prompt in batch]:
                 raise CheckpointError(
-                    f"task {name}: the runtime did not answer the {len(asked)} prompts it was given in their order"
+                    f"task {name}: the runtime did not answer the {len(batch)} prompts it was given in their order"
                 )
-            for place, answer in zip(places, found, strict=True):
-                answers[place] = answer
-                if place not in kept:
-                    write(keys[place], answer)
+            for index, answer in zip(indices, batch_answers, strict=True):
+                answers[index] = answer
+                if index not in written:
+                    write(keys[index], answer)
     faults = [(answer.id, answer.fault) for _, answer in sorted(answers.items()) if answer.fault is not None]
-    tell_of_faults(name, "answered", faults, len(prompts), progress)
-    return [answers[place] for place in range(len(prompts))]
+    report_faults(name, "answered", faults, len(prompts), progress)
+    return [answers[index] for index in range(len(prompts))]
 
 
 def score_all(session: Session, passages: Sequence[Passage], journal: Journal, progress: Progress) -> list[Score]:
-    """Score the passages, in the order given and in chunks; chunks that were scored before are not scored again.
+    """Score the passages, in order and in chunks; chunks in the journal are not scored again.
 
-    Where the chunks end depends on the passages alone, so that a record is read in the chunks it was written in.
+    The chunks' ends depend on the passages alone, so that a record is read in the chunks that it was written in.
 
     Raises:
         ServerError: the runtime does not answer any more, or not one passage could be scored.
-        CheckpointError: the runtime scored other passages than it was given.
+        CheckpointError: the runtime's scores do not match the passages.
         UsageError: `against` was recorded on other passages, or by another runtime.
         StoreError: a record or the journal cannot be written.
     """
     scores: list[Score] = []
     with progress.task("score", sum(len(scored_tokens(passage)) for passage in passages), "tokens") as advance:
         for number, chunk in enumerate(_chunks(passages)):
-            scores += _score_chunk(session, chunk, journal, f"{number:05d}", _Within(progress, advance))
+            scores += _score_chunk(session, chunk, journal, f"{number:05d}", _SubProgress(progress, advance))
     scored = [score for passage, score in zip(passages, scores, strict=True) if scored_tokens(passage)]
     faults = [(score.id, score.fault) for score in scored if score.fault is not None and score.fault != UNSCORED]
-    tell_of_faults(journal.name, "scored", faults, len(scored), progress)
+    report_faults(journal.name, "scored", faults, len(scored), progress)
     return scores
 
 
-def forget(folder: Path) -> None:
+def remove_journal(folder: Path) -> None:
     """Remove the journal of a measurement that is complete."""
     shutil.rmtree(folder / "journal", ignore_errors=True)
 
 
-def tell_of_faults(name: str, what: str, faults: Sequence[tuple[str, str]], items: int, progress: Progress) -> None:
-    """Tell who watches of the items that failed.
+def report_faults(name: str, verb: str, faults: Sequence[tuple[str, str]], items: int, progress: Progress) -> None:
+    """Warn of failed items.
 
     Raises:
-        ServerError: all of them did.
+        ServerError: all of them failed.
     """
     if not faults:
         return
-    first = "; ".join(f"{item}: {fault.removeprefix(f'{item}: ')}" for item, fault in faults[:_NAMED])
+    examples = "; ".join(f"{item}: {fault.removeprefix(f'{item}: ')}" for item, fault in faults[:_NAMED_FAULTS])
     if len(faults) == items:
-        raise ServerError(f"task {name}: none of its {items:,} items could be {what}; the first: {first}")
-    progress.warn(f"task {name}: {len(faults):,} of {items:,} items could not be {what} and count as wrong; the first: {first}")
+        raise ServerError(f"task {name}: none of its {items:,} items could be {verb}; the first: {examples}")
+    progress.warn(f"task {name}: {len(faults):,} of {items:,} items could not be {verb} and count as wrong; the first: {examples}")
 
 
 @dataclass(frozen=True)
-class _Within:
-    """Progress of a part, which is told of as that of the whole."""
+class _SubProgress:
+    """Progress of a step within a larger task: counts and warnings go to the outer one."""
 
-    whole: Progress
+    outer: Progress
     advance: Callable[[int], None]
 
     @contextmanager
     def task(self, name: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
-        """Pass the counts on."""
+        """Return the outer task's `advance`."""
         del name, total, unit
         yield self.advance
 
     def warn(self, message: str) -> None:
-        """Pass the message on."""
-        self.whole.warn(message)
+        """Pass the warning to the outer progress."""
+        self.outer.warn(message)
 
 
 def _key(prompt: Prompt, max_new_tokens: int) -> str:
-    """Return a digest of what is asked."""
+    """Return the digest of a request, which is an answer's key in the journal."""
     digest = hashlib.sha256(json.dumps([prompt.id, prompt.text, len(prompt.images), max_new_tokens]).encode())
     for image in prompt.images:
         digest.update(hashlib.sha256(image).digest())
@@ -161,39 +166,40 @@ def _key(prompt: Prompt, max_new_tokens: int) -> str:
 
 
 def _blocks(count: int, answers: dict[int, Answer], block: int | None) -> list[list[int]]:
-    """Return the places of the prompts to be asked, those in one list together.
+    """Return the indices of the prompts to request, in lists of those that go into one call.
 
-    Where prompts are computed together, the same ones are asked for together whatever is known, so that they get the same answers.
+    Where the runtime batches prompts in blocks, a block is requested as a whole even if some answers are known: an answer depends
+    on the batch that it is computed in.
     """
     if block is None:
-        missing = [place for place in range(count) if place not in answers]
+        missing = [index for index in range(count) if index not in answers]
         return [missing] if missing else []
-    blocks = [list(range(first, min(first + block, count))) for first in range(0, count, block)]
-    return [places for places in blocks if any(place not in answers for place in places)]
+    blocks = [list(range(start, min(start + block, count))) for start in range(0, count, block)]
+    return [indices for indices in blocks if any(index not in answers for index in indices)]
 
 
-def _unique(ids: dict[int, str]) -> dict[str, int]:
-    """Return the places of the ids that stand once."""
+def _unique_ids(ids: dict[int, str]) -> dict[str, int]:
+    """Return the indices of the ids that are unique."""
     counts = Counter(ids.values())
-    return {name: place for place, name in ids.items() if counts[name] == 1}
+    return {name: index for index, name in ids.items() if counts[name] == 1}
 
 
 @contextmanager
 def _writing(folder: Path) -> Generator[Callable[[str, Answer], None]]:
-    """Give what keeps an answer under its key; what is not on the disk yet is written when the context is left, in every case."""
+    """Give the function that journals an answer under its key; buffered answers are written however the context ends."""
     rows: list[dict[str, object]] = []
     written = time.monotonic()
 
     def flush() -> None:
         nonlocal written
         if rows:
-            _write_part(folder, rows)
+            _write_answers(folder, rows)
         rows.clear()
         written = time.monotonic()
 
     def write(key: str, answer: Answer) -> None:
         rows.append({"key": key, "id": answer.id, "text": answer.text, "token_ids": list(answer.token_ids), "fault": answer.fault})
-        if len(rows) >= _PART_ROWS or time.monotonic() - written >= _PART_SECONDS:
+        if len(rows) >= _FLUSH_ROWS or time.monotonic() - written >= _FLUSH_SECONDS:
             flush()
 
     try:
@@ -202,7 +208,7 @@ def _writing(folder: Path) -> Generator[Callable[[str, Answer], None]]:
         flush()
 
 
-def _write_part(folder: Path, rows: Sequence[dict[str, object]]) -> None:
+def _write_answers(folder: Path, rows: Sequence[dict[str, object]]) -> None:
     from compress.calibration.tables import parquet_of
 
     with telling_where(folder):
@@ -212,22 +218,22 @@ def _write_part(folder: Path, rows: Sequence[dict[str, object]]) -> None:
 
 
 def _read_answers(folder: Path, *, with_faults: bool) -> dict[str, Answer]:
-    """Return the answers that were kept, by their keys; a part that cannot be read is asked for again."""
+    """Return the journalled answers by key; those of an unreadable file are requested again."""
     import pyarrow as pa
 
     from compress.calibration.tables import read_rows
 
     unreadable = cast("tuple[type[Exception], ...]", (OSError, ValueError, KeyError, TypeError, pa.ArrowException))
-    found: dict[str, Answer] = {}
+    answers: dict[str, Answer] = {}
     for path in sorted(folder.glob("answers-*.parquet")):
         with suppress(*unreadable):
             rows = cast("list[dict[str, Any]]", read_rows(path))
-            found |= {
+            answers |= {
                 row["key"]: Answer(row["id"], row["text"], tuple(row["token_ids"]), row["fault"])
                 for row in rows
                 if row["fault"] is None or with_faults
             }
-    return found
+    return answers
 
 
 def _chunks(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
@@ -243,18 +249,20 @@ def _chunks(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
         yield chunk
 
 
-def _score_chunk(session: Session, passages: Sequence[Passage], journal: Journal, chunk: str, progress: _Within) -> list[Score]:
+def _score_chunk(
+    session: Session, passages: Sequence[Passage], journal: Journal, chunk: str, progress: _SubProgress
+) -> list[Score]:
     record = None if journal.record is None else journal.record / chunk
     against = None if journal.against is None else journal.against / chunk
-    kept = journal.folder / "journal" / journal.name / f"scores-{chunk}.npz"
+    journal_path = journal.folder / "journal" / journal.name / f"scores-{chunk}.npz"
     digest = passages_digest(passages)
-    if (record is None or record.is_dir()) and (known := _read_scores(kept, passages, digest)) is not None:
+    if (record is None or record.is_dir()) and (journalled := _read_scores(journal_path, passages, digest)) is not None:
         progress.advance(sum(len(scored_tokens(passage)) for passage in passages))
-        return known
+        return journalled
     with telling_where(journal.folder):
-        kept.parent.mkdir(parents=True, exist_ok=True)
+        journal_path.parent.mkdir(parents=True, exist_ok=True)
         if record is not None:
-            shutil.rmtree(record, ignore_errors=True)  # its scores were lost with the process that wrote it
+            shutil.rmtree(record, ignore_errors=True)  # the process that wrote it ended before it journalled the scores
             record.parent.mkdir(parents=True, exist_ok=True)
     scores = session.score(passages, record, against, progress)
     if [score.id for score in scores] != [passage.id for passage in passages]:
@@ -262,11 +270,11 @@ def _score_chunk(session: Session, passages: Sequence[Passage], journal: Journal
             f"task {journal.name}: the runtime did not score the {len(passages)} items it was given in their order"
         )
     with telling_where(journal.folder):
-        write_bytes(kept, _packed(scores, digest))
+        write_bytes(journal_path, _pack_scores(scores, digest))
     return scores
 
 
-def _packed(scores: Sequence[Score], digest: str) -> bytes:
+def _pack_scores(scores: Sequence[Score], digest: str) -> bytes:
     at_least = any(score.at_least for score in scores)
     arrays = {
         "sizes": np.array([len(score.negative_log_likelihood) for score in scores], dtype=np.int64),
@@ -282,7 +290,7 @@ def _packed(scores: Sequence[Score], digest: str) -> bytes:
 
 
 def _read_scores(path: Path, passages: Sequence[Passage], digest: str) -> list[Score] | None:
-    """Return a chunk's scores as they were kept, None where there are none of these passages, or a part of the file is lost."""
+    """Return a chunk's journalled scores, None where there are none of these passages or the file is damaged."""
     try:
         with np.load(path) as arrays:
             about = json.loads(str(arrays["about"]))
@@ -293,15 +301,15 @@ def _read_scores(path: Path, passages: Sequence[Passage], digest: str) -> list[S
             columns = {name: arrays[name] for name in ("nll", "kl", "same_top") if name in arrays}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
-    parts = [slice(first, last) for first, last in zip([0, *ends], ends, strict=False)]
+    slices = [slice(start, end) for start, end in zip([0, *ends], ends, strict=False)]
     return [
         Score(
             id=passage.id,
-            negative_log_likelihood=columns["nll"][part],
-            kl=columns["kl"][part] if "kl" in columns else None,
-            same_top=columns["same_top"][part] if "same_top" in columns else None,
+            negative_log_likelihood=columns["nll"][span],
+            kl=columns["kl"][span] if "kl" in columns else None,
+            same_top=columns["same_top"][span] if "same_top" in columns else None,
             fault=fault,
-            at_least=at_least and len(columns["nll"][part]) > 0,
+            at_least=at_least and len(columns["nll"][span]) > 0,
         )
-        for passage, part, fault in zip(passages, parts, about["faults"], strict=True)
+        for passage, span, fault in zip(passages, slices, about["faults"], strict=True)
     ]

@@ -1,4 +1,4 @@
-"""How latency is measured: the load, its size, and the limits that requests are held to, as a recipe's `eval.latency`."""
+"""The settings of latency measurements, a recipe's `eval.latency`: the loads, and the goal of a request."""
 
 from __future__ import annotations
 
@@ -15,15 +15,16 @@ Milliseconds = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 Side = Annotated[int, Field(ge=16, le=16384)]
 
-_PER_SLOT = 4
+_REQUESTS_PER_SLOT = 4
+"""With `concurrency: auto`, a load has at least so many requests for each that is under way at once."""
 
 
-def _listed(value: object) -> object:
+def _as_list(value: object) -> object:
     return cast("object", value) if isinstance(value, (list, tuple)) else (value,)
 
 
 def _resolutions(value: object) -> object:
-    """Take one `[width, height]` for a list of one."""
+    """Return a single `[width, height]` as a list of one."""
     if not isinstance(value, (list, tuple)):
         return value
     rows = cast("Sequence[object]", value)
@@ -31,27 +32,31 @@ def _resolutions(value: object) -> object:
 
 
 class LoadPoint(Frozen):
-    """One kind of load: `concurrency` requests are under way at any time, each with so many images of `width` × `height` pixels.
-
-    `prompt_tokens` are the text's, images and the chat template's own left out; `output_tokens` is what every answer has.
-    """
+    """One kind of load: a shape of requests, at a concurrency."""
 
     concurrency: PositiveInt
+    """The number of requests under way at any time."""
+
     images: NonNegativeInt
+    """The images of each request, of `width` × `height` pixels."""
+
     width: Side
     height: Side
     prompt_tokens: PositiveInt
+    """The text's tokens, without those of images and of the chat template."""
+
     output_tokens: PositiveInt
+    """The tokens of every answer."""
 
     @property
     def label(self) -> str:
-        """What tells the point from others, in plain words."""
+        """The point in words, which identifies it in reports."""
         images = f"{self.images} × {self.width}×{self.height}" if self.images else "no image"
         return f"{self.concurrency} at once, {images}, {self.prompt_tokens} → {self.output_tokens} tokens"
 
     @property
     def shape(self) -> LoadPoint:
-        """The same requests, one at a time: what points of another concurrency share."""
+        """The point at concurrency 1, which identifies its kind of requests."""
         return self.model_copy(update={"concurrency": 1})
 
     def at(self, concurrency: int) -> LoadPoint:
@@ -60,7 +65,7 @@ class LoadPoint(Frozen):
 
 
 class LatencyGoal(Frozen):
-    """What a request must keep to count for goodput: its first token, its mean time per further token, its end, in ms."""
+    """The latency limits that a request must meet to count for goodput: TTFT, TPOT and end to end, in ms."""
 
     ttft_ms: Milliseconds | None = None
     tpot_ms: Milliseconds | None = None
@@ -80,32 +85,42 @@ class LatencyGoal(Frozen):
 
 
 class LatencySettings(Frozen):
-    """The load that the original and every artifact are put under, in turn, in a server each, on the same machine.
+    """The loads on the original's and every artifact's server, one server after the other on the same machine.
 
     Each of `images`, `resolution`, `prompt_tokens` and `output_tokens` is one value or a list; every combination is a shape of
-    requests. `concurrency` lists how many are under way at once; `auto` finds, for each shape and model, the one with the most
-    output tokens per second at which at least 95 % of requests keep `goal` (with no goal: the most of all), among at most
-    `max_concurrency`, and measures every model at one request at a time and at what was found for any. Every point gets `requests`
-    requests in each of `rounds` rounds; a round starts a server for each model in turn, and each load comes after `warmup` requests
-    that do not count. `confidence` is that of each bound of an interval. `component_repeats` is how often each part of the
-    model is timed in this process; 0 leaves that out.
+    requests.
     """
 
     revision: ClassVar[int] = 1
     """Raised whenever the same settings measure something else."""
 
-    concurrency: Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_listed)] | Literal["auto"]
+    concurrency: Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_list)] | Literal["auto"]
+    """The numbers of requests under way at once. `auto` finds, for each shape and model, the one with the most output tokens per
+    second at which at least 95 % of requests meet `goal`, and measures every model at 1 and at each that was found."""
+
     requests: Annotated[int, Field(ge=2)] = 64
+    """The requests of a point in each round."""
+
     warmup: PositiveInt = 8
+    """Requests before each load, which do not count."""
+
     rounds: Annotated[int, Field(ge=2)] = 3
-    images: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), BeforeValidator(_listed)] = (1,)
+    """Each round starts a server for each model in turn."""
+
+    images: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1), BeforeValidator(_as_list)] = (1,)
     resolution: Annotated[tuple[tuple[Side, Side], ...], Field(min_length=1), BeforeValidator(_resolutions)] = ((640, 480),)
-    prompt_tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_listed)] = (128,)
-    output_tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_listed)] = (128,)
+    prompt_tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_list)] = (128,)
+    output_tokens: Annotated[tuple[PositiveInt, ...], Field(min_length=1), BeforeValidator(_as_list)] = (128,)
     goal: LatencyGoal | None = None
     max_concurrency: PositiveInt = 256
+    """The largest concurrency that `auto` tries."""
+
     confidence: Confidence = 0.95
+    """The confidence of each bound of an interval."""
+
     component_repeats: NonNegativeInt = 5
+    """How often each component of the model is timed in this process; 0 leaves that out."""
+
     seed: NonNegativeInt = 0
 
     @model_validator(mode="after")
@@ -115,32 +130,32 @@ class LatencySettings(Frozen):
             value = getattr(self, name)
             if value != "auto" and len(set(value)) != len(value):
                 raise ValueError(f"{name} names the same value twice; write each once")
-        if self.concurrency != "auto" and (most := max(self.concurrency)) > self.requests:
-            raise ValueError(f"requests: {self.requests} are too few to have {most} under way at once; raise requests")
+        if self.concurrency != "auto" and (highest := max(self.concurrency)) > self.requests:
+            raise ValueError(f"requests: {self.requests} are too few to have {highest} under way at once; raise requests")
         return self
 
     @property
     def shapes(self) -> tuple[LoadPoint, ...]:
-        """The kinds of requests, one at a time; those without an image come once, whatever the resolutions are."""
-        found = [
+        """The kinds of requests, at concurrency 1; without images, the resolutions make no difference and one is taken."""
+        shapes = [
             LoadPoint(concurrency=1, images=images, width=size[0], height=size[1], prompt_tokens=prompt, output_tokens=output)
             for images, size, prompt, output in product(self.images, self.resolution, self.prompt_tokens, self.output_tokens)
             if images or size == self.resolution[0]
         ]
-        return tuple(found)
+        return tuple(shapes)
 
     @property
     def points(self) -> tuple[LoadPoint, ...]:
-        """The points that are written down: every shape at every concurrency; none with `auto`."""
+        """Every shape at every listed concurrency; empty with `auto`."""
         if self.concurrency == "auto":
             return ()
         return tuple(shape.at(number) for shape in self.shapes for number in self.concurrency)
 
     def requests_at(self, point: LoadPoint) -> int:
-        """Return how many requests a load has; where concurrencies are found, at least four for each that is under way at once."""
-        return max(self.requests, _PER_SLOT * point.concurrency) if self.concurrency == "auto" else self.requests
+        """Return the number of requests of a load."""
+        return max(self.requests, _REQUESTS_PER_SLOT * point.concurrency) if self.concurrency == "auto" else self.requests
 
-    def seed_of(self, point: LoadPoint, part: str) -> int:
-        """Return the seed of one load: all models get the same requests, and no two loads of one server share an image."""
-        text = f"{self.seed}/{part}/{point.model_dump_json()}"
+    def seed_of(self, point: LoadPoint, label: str) -> int:
+        """Return the seed of one load: equal for all models, different for every load of a server, so that none share an image."""
+        text = f"{self.seed}/{label}/{point.model_dump_json()}"
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -1,4 +1,4 @@
-"""From the times of single requests to percentiles, rates, goodput, and how sure they and their ratios are."""
+"""Percentiles, rates and goodput from the timings of requests, with confidence intervals of them and of their ratios."""
 
 from __future__ import annotations
 
@@ -17,33 +17,41 @@ from compress.eval.load_generator import Load
 Floats = NDArray[np.float64]
 
 _MILLISECONDS = 1000.0
+"""Per second: timings are in seconds, results in milliseconds."""
+
 _REPLICATES = 200
-_LEAST = 1e-12
+"""Bootstrap replicates per round: they estimate a variance only, not a quantile."""
+
+_EPSILON = 1e-12
+"""Smaller durations and variances count as zero."""
+
 _SHARES = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "p99": 0.99}
-_LARGEST_TABLE = 2**22
-"""How many times between tokens are drawn at once."""
+_MAX_RESAMPLED = 2**22
+"""The most inter-token times that are resampled at once: bounds the memory."""
 
 
 @dataclass(frozen=True)
-class Times:
-    """The times of one load's requests in milliseconds, NaN where one failed, `gaps` between tokens; and what the rates are from.
-
-    `shares` are the seconds of the whole load that each request stands for: its own time's share of all requests' time. Resampled
-    with the requests, they give the rates of a closed loop (Little's law).
-    """
+class RequestTimes:
+    """One load's requests as arrays, times in milliseconds, NaN where a request failed."""
 
     ttft: Floats
     tpot: Floats
     e2el: Floats
     gaps: tuple[Floats, ...]
+    """The times between tokens of each request."""
+
     tokens: Floats
     answered: NDArray[np.bool_]
     good: NDArray[np.bool_] | None
+    """Whether a request meets the goal, None without one."""
+
     shares: Floats
+    """The seconds of the load that each request accounts for, in proportion to its own time. Resampled with the requests, they give
+    the rates of a closed loop (Little's law)."""
 
 
-def times_of(load: Load, goal: LatencyGoal | None) -> Times:
-    """Return the times of a load's requests; a request of a single token has no time per further token."""
+def times_of(load: Load, goal: LatencyGoal | None) -> RequestTimes:
+    """Return the times of a load's requests; an answer of a single token has no TPOT."""
     answered = np.array([sample.fault is None for sample in load.samples], dtype=np.bool_)
     tokens = np.array([sample.tokens for sample in load.samples], dtype=np.float64)
     ttft = np.array([sample.ttft for sample in load.samples]) * _MILLISECONDS
@@ -58,7 +66,7 @@ def times_of(load: Load, goal: LatencyGoal | None) -> Times:
     shares = np.where(answered, e2el, 0.0) * (load.seconds / total if total else 0.0)
     masked = {name: np.where(answered, values, np.nan) for name, values in (("ttft", ttft), ("tpot", tpot), ("e2el", e2el))}
     gaps = tuple(np.array(sample.between_tokens) * _MILLISECONDS for sample in load.samples)
-    return Times(**masked, gaps=gaps, tokens=tokens, answered=answered, good=good, shares=shares)
+    return RequestTimes(**masked, gaps=gaps, tokens=tokens, answered=answered, good=good, shares=shares)
 
 
 def summarize(load: Load, goal: LatencyGoal | None) -> LoadResult:
@@ -67,14 +75,14 @@ def summarize(load: Load, goal: LatencyGoal | None) -> LoadResult:
     answered = int(times.answered.sum())
     good = None if times.good is None else int(times.good.sum())
     faults = Counter(sample.fault for sample in load.samples if sample.fault is not None)
-    seconds = max(load.seconds, _LEAST)
+    seconds = max(load.seconds, _EPSILON)
     return LoadResult(
         requests=len(load.samples),
         failed=len(load.samples) - answered,
         seconds=load.seconds,
         ttft=_percentiles(times.ttft),
         tpot=_percentiles(times.tpot),
-        itl=_percentiles(_all(times.gaps)),
+        itl=_percentiles(_concatenate(times.gaps)),
         e2el=_percentiles(times.e2el),
         request_rate=answered / seconds,
         output_token_rate=float(times.tokens[times.answered].sum()) / seconds,
@@ -86,104 +94,108 @@ def summarize(load: Load, goal: LatencyGoal | None) -> LoadResult:
 
 
 def pool(loads: Sequence[Load]) -> Load:
-    """Return several loads as one."""
+    """Return the requests of several loads as one load."""
     samples = tuple(sample for load in loads for sample in load.samples)
     return Load(samples, sum(load.seconds for load in loads), loads[0].client)
 
 
 def estimates(loads: Sequence[Load], goal: LatencyGoal | None, confidence: float) -> dict[str, Estimate]:
-    """Return every figure of a model over its rounds, with bounds, by its name: `ttft_p50`, …, the rates, `goodput`."""
-    rounds = [_logs(times_of(load, goal), _draw(load, number)) for number, load in enumerate(loads)]
+    """Return every figure of a model over its rounds, with its interval, by name: `ttft_p50`, …, the rates, `goodput`."""
+    rounds = [_logs(times_of(load, goal), _resample(load, number)) for number, load in enumerate(loads)]
     values = _values(summarize(pool(loads), goal))
     return {name: _estimate(values[name], [logs.get(name) for logs in rounds], confidence) for name in values}
 
 
 def ratios(original: Sequence[Load], artifact: Sequence[Load], goal: LatencyGoal | None, confidence: float) -> dict[str, Estimate]:
-    """Return every figure of the artifact over the original's, with bounds, from rounds in which both got the same requests.
+    """Return the ratio of every figure to the original's, with its interval, from rounds in which both got the same requests.
 
-    In each round both models' requests are drawn anew together (the bootstrap), which gives the spread of that round's ratio; the
-    rounds' ratios tell how much a server differs from one start to the next. See `_estimate`.
+    In each round both models' requests are resampled together (the paired bootstrap), which gives the variance of that round's
+    ratio; the differences between rounds give the variance between starts of a server. See `_estimate`.
     """
     rounds: list[dict[str, Floats]] = []
-    for number, (before, after) in enumerate(zip(original, artifact, strict=True)):
-        draw = _draw(before, number)
-        first, second = _logs(times_of(before, goal), draw), _logs(times_of(after, goal), draw)
-        with np.errstate(invalid="ignore"):  # where both are nothing, their ratio is none
-            rounds.append({name: second[name] - first[name] for name in first.keys() & second.keys()})
-    before_values, after_values = _values(summarize(pool(original), goal)), _values(summarize(pool(artifact), goal))
-    names = [name for name in before_values if name in after_values and before_values[name] > 0]
+    for number, (original_load, artifact_load) in enumerate(zip(original, artifact, strict=True)):
+        indices = _resample(original_load, number)
+        original_logs, artifact_logs = _logs(times_of(original_load, goal), indices), _logs(times_of(artifact_load, goal), indices)
+        with np.errstate(invalid="ignore"):  # where both are zero or missing, there is no ratio
+            rounds.append({name: artifact_logs[name] - original_logs[name] for name in original_logs.keys() & artifact_logs.keys()})
+    original_values, artifact_values = _values(summarize(pool(original), goal)), _values(summarize(pool(artifact), goal))
+    names = [name for name in original_values if name in artifact_values and original_values[name] > 0]
     return {
-        name: _estimate(after_values[name] / before_values[name], [logs.get(name) for logs in rounds], confidence) for name in names
+        name: _estimate(artifact_values[name] / original_values[name], [logs.get(name) for logs in rounds], confidence)
+        for name in names
     }
 
 
 def _estimate(value: float, rounds: Sequence[Floats | None], confidence: float) -> Estimate:
-    """Return a figure with its bounds, from the logarithms of each round: first as measured, then of requests drawn anew.
+    """Return a figure with its interval, from each round's logarithms: the first as measured, the others of bootstrap replicates.
 
-    The variance of a round is what the drawing gives, and beyond it what the rounds differ by. The bounds are Student's, with as
-    many degrees of freedom as the part that stems from the few rounds leaves (Satterthwaite, Biometrics Bulletin 2, 1946).
+    The variance is the sum of that within rounds, from the bootstrap, and that between rounds beyond it. The bounds are Student's,
+    with degrees of freedom by the share of the variance between the few rounds (Satterthwaite, Biometrics Bulletin 2, 1946).
     """
-    known = [logs for logs in rounds if logs is not None and bool(np.isfinite(logs).all())]
-    if len(known) < len(rounds) or len(known) < 2 or value <= 0:
+    complete = [logs for logs in rounds if logs is not None and bool(np.isfinite(logs).all())]
+    if len(complete) < len(rounds) or len(complete) < 2 or value <= 0:
         return Estimate(value=value)
     from scipy.special import stdtrit
 
-    number = len(known)
-    within = float(np.mean([logs[1:].var() for logs in known]))
-    between = max(float(np.var([logs[0] for logs in known], ddof=1)) - within, 0.0)
+    count = len(complete)
+    within = float(np.mean([logs[1:].var() for logs in complete]))
+    between = max(float(np.var([logs[0] for logs in complete], ddof=1)) - within, 0.0)
     total = within + between
-    freedom = (number - 1) * (total / between) ** 2 if between > _LEAST else math.inf
-    reach = float(stdtrit(min(freedom, 1e6), confidence)) * math.sqrt(total / number)
+    degrees = (count - 1) * (total / between) ** 2 if between > _EPSILON else math.inf
+    reach = float(stdtrit(min(degrees, 1e6), confidence)) * math.sqrt(total / count)
     return Estimate(value=value, interval=(value * math.exp(-min(reach, 50.0)), value * math.exp(min(reach, 50.0))))
 
 
-def _draw(load: Load, number: int) -> NDArray[np.int64]:
-    """Return the requests drawn for each replicate [replicates + 1, requests]; the first row is the requests as they are."""
+def _resample(load: Load, number: int) -> NDArray[np.int64]:
+    """Return the resampled indices [replicates + 1, requests]; the first row is the requests themselves."""
     count = len(load.samples)
     random = np.random.default_rng([number, count])
     return np.vstack([np.arange(count), random.integers(0, count, (_REPLICATES, count))])
 
 
-def _logs(times: Times, draw: NDArray[np.int64]) -> dict[str, Floats]:
-    """Return the logarithm of each figure for each row of `draw`; NaN or infinite where it has none."""
-    found: dict[str, Floats] = {}
+def _logs(times: RequestTimes, indices: NDArray[np.int64]) -> dict[str, Floats]:
+    """Return the logarithm of each figure for each row of indices; NaN or infinite where there is none."""
+    logs: dict[str, Floats] = {}
     with np.errstate(divide="ignore", invalid="ignore"):
         for name, values in (("ttft", times.ttft), ("tpot", times.tpot), ("e2el", times.e2el)):
-            found |= {f"{name}_{statistic}": np.log(rows) for statistic, rows in _statistics(values[draw]).items()}
-        found |= _gap_logs(times, draw)
-        seconds = times.shares[draw].sum(axis=1)
-        found["request_rate"] = np.log(times.answered[draw].sum(axis=1) / seconds)
-        found["output_token_rate"] = np.log(np.where(times.answered, times.tokens, 0.0)[draw].sum(axis=1) / seconds)
+            logs |= {f"{name}_{statistic}": np.log(rows) for statistic, rows in _statistics(values[indices]).items()}
+        logs |= _gap_logs(times, indices)
+        seconds = times.shares[indices].sum(axis=1)
+        logs["request_rate"] = np.log(times.answered[indices].sum(axis=1) / seconds)
+        logs["output_token_rate"] = np.log(np.where(times.answered, times.tokens, 0.0)[indices].sum(axis=1) / seconds)
         if times.good is not None:
-            found["goodput"] = np.log(times.good[draw].sum(axis=1) / seconds)
-    return found
+            logs["goodput"] = np.log(times.good[indices].sum(axis=1) / seconds)
+    return logs
 
 
-def _gap_logs(times: Times, draw: NDArray[np.int64]) -> dict[str, Floats]:
-    """Return the same of the times between tokens, of which each request has its own number."""
+def _gap_logs(times: RequestTimes, indices: NDArray[np.int64]) -> dict[str, Floats]:
+    """Return the same of the times between tokens, whose number differs between requests."""
     longest = max((len(gaps) for gaps in times.gaps), default=0)
     table = np.full((len(times.gaps), longest), np.nan)
     for row, gaps in zip(table, times.gaps, strict=True):
         row[: len(gaps)] = gaps
-    step = max(_LARGEST_TABLE // max(table.size, 1), 1)
-    parts = [_statistics(table[rows].reshape(len(rows), -1)) for rows in (draw[at : at + step] for at in range(0, len(draw), step))]
-    return {f"itl_{name}": np.log(np.concatenate([part[name] for part in parts])) for name in STATISTICS}
+    step = max(_MAX_RESAMPLED // max(table.size, 1), 1)
+    blocks = [
+        _statistics(table[rows].reshape(len(rows), -1))
+        for rows in (indices[start : start + step] for start in range(0, len(indices), step))
+    ]
+    return {f"itl_{name}": np.log(np.concatenate([block[name] for block in blocks])) for name in STATISTICS}
 
 
 def _statistics(rows: Floats) -> dict[str, Floats]:
-    """Return the mean and the percentiles of each row, NaN left out; NaN where a row holds nothing else."""
+    """Return the mean and the percentiles of each row, ignoring NaN; NaN where a row has nothing else."""
     rows = np.sort(rows, axis=1)  # NaN last
     if not rows.shape[1]:
         return {name: np.full(len(rows), np.nan) for name in STATISTICS}
-    known = np.isfinite(rows).sum(axis=1)
-    found = {"mean": np.where(known > 0, np.nansum(rows, axis=1) / np.maximum(known, 1), np.nan)}
+    counts = np.isfinite(rows).sum(axis=1)
+    statistics = {"mean": np.where(counts > 0, np.nansum(rows, axis=1) / np.maximum(counts, 1), np.nan)}
     for name, share in _SHARES.items():
-        place = np.maximum(known - 1, 0) * share
-        low = np.floor(place).astype(np.int64)
-        high = np.minimum(low + 1, np.maximum(known - 1, 0))
-        below, above = (np.take_along_axis(rows, where[:, None], axis=1)[:, 0] for where in (low, high))
-        found[name] = below + (above - below) * (place - low)
-    return found
+        position = np.maximum(counts - 1, 0) * share
+        low = np.floor(position).astype(np.int64)
+        high = np.minimum(low + 1, np.maximum(counts - 1, 0))
+        below, above = (np.take_along_axis(rows, columns[:, None], axis=1)[:, 0] for columns in (low, high))
+        statistics[name] = below + (above - below) * (position - low)
+    return statistics
 
 
 def _percentiles(values: Floats) -> Percentiles | None:
@@ -192,7 +204,7 @@ def _percentiles(values: Floats) -> Percentiles | None:
     return Percentiles(**{name: float(rows[0]) for name, rows in _statistics(values[None]).items()})
 
 
-def _all(parts: Sequence[Floats]) -> Floats:
+def _concatenate(parts: Sequence[Floats]) -> Floats:
     return np.concatenate(parts) if parts else np.empty(0)
 
 

@@ -1,4 +1,4 @@
-"""Measuring latency: a server for the original and each artifact in turn, again and again, each under the same loads."""
+"""Measuring latency: the same loads on a server of the original and of each artifact, in alternation over several rounds."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from compress.eval.latency import LatencySettings, LoadPoint
 from compress.eval.latency_figures import estimates, pool, ratios, summarize
 from compress.eval.latency_results import Best, ComponentTable, Latency, LoadResult, ModelLatency, PointLatency, Telemetry
 from compress.eval.load_generator import Load, make_prompts
-from compress.eval.server_under_load import Loading, loading
+from compress.eval.server_under_load import ServerUnderLoad, serve_under_load
 from compress.eval.telemetry import combine
 from compress.hardware import describe, gpus
 from compress.progress import Progress
@@ -24,7 +24,7 @@ from compress.runtimes.vllm_ladder import LadderStep, settings_after
 
 @dataclass(frozen=True)
 class LatencyContext:
-    """Where logs belong, who watches, and whether the artifacts' own code may run."""
+    """The folder for logs, the progress, and whether the artifacts' own code may run."""
 
     logs: Path
     progress: Progress
@@ -33,7 +33,7 @@ class LatencyContext:
 
 @dataclass(frozen=True)
 class _Model:
-    """A model that is measured, and what was measured so far: per point a load and its telemetry of each round, and searches."""
+    """A model with its measurements so far: each round's load and telemetry by point, and the searches for concurrency."""
 
     name: str
     path: Path
@@ -41,36 +41,36 @@ class _Model:
     telemetry: dict[LoadPoint, list[Telemetry]] = field(default_factory=lambda: dict[LoadPoint, list[Telemetry]]())
     best: list[Best] = field(default_factory=lambda: list[Best]())
 
-    def forget(self) -> None:
+    def discard(self) -> None:
         self.loads.clear()
         self.telemetry.clear()
         self.best.clear()
 
 
 class _LoweredError(Exception):
-    """A server came up with less than those that were measured before it."""
+    """A server came up only with lowered settings, after others were measured with higher ones."""
 
 
 def measure_latency(
     runtime: Runtime, original: Path, artifacts: Mapping[str, Path], settings: LatencySettings, context: LatencyContext
 ) -> Latency:
-    """Put the same loads on a server for the original and for each artifact, in alternation on this machine, and compare.
+    """Run the same loads on a server of the original and of each artifact, in alternation on this machine, and compare.
 
-    Each round starts a server per model, in turn, and in the opposite order every second round, so that what drifts in a machine
-    falls on all alike. Every load is preceded by requests that do not count. Where a server runs out of memory while it loads,
-    every model is measured with what that one came up with. Requests that fail are counted, and are in no time.
+    Each round starts a server per model, in turn, and in the opposite order every second round, so that drift of the machine
+    affects all models alike. Warm-up requests precede every load. Where a server runs out of memory while it loads, every model
+    is measured with the settings that this one came up with. Failed requests are counted, and have no times.
 
     Raises:
         UsageError: the runtime has no server.
         MissingError: the runtime is not installed, or an artifact has no tokenizer.
         ServerError: a server did not come up, does not answer requests of such a size, or ended under load.
     """
-    measuring = _Measuring(runtime, original, artifacts, settings, context)
-    measuring.run()
-    return measuring.result()
+    measurement = _LatencyMeasurement(runtime, original, artifacts, settings, context)
+    measurement.run()
+    return measurement.result()
 
 
-class _Measuring:
+class _LatencyMeasurement:
     def __init__(
         self, runtime: Runtime, original: Path, artifacts: Mapping[str, Path], settings: LatencySettings, context: LatencyContext
     ) -> None:
@@ -82,10 +82,10 @@ class _Measuring:
         self._steps: list[LadderStep] = []
 
     def run(self) -> None:
-        """Measure every model, and all anew where one of them makes do with less memory than those before it."""
+        """Measure every model, and all of them again where one needs lower settings than those before it."""
         while True:
             for model in self._models:
-                model.forget()
+                model.discard()
             try:
                 self._measure(self._settings.points if self._settings.concurrency != "auto" else self._search())
             except _LoweredError:
@@ -93,7 +93,7 @@ class _Measuring:
             return
 
     def result(self) -> Latency:
-        """Return what was measured, and the time that each part of the models takes."""
+        """Return the results, with the times of the models' components."""
         original = self._model_latency(self._original, None)
         return Latency(
             revision=LatencySettings.revision,
@@ -114,37 +114,39 @@ class _Measuring:
                 for model in self._models if number % 2 == 0 else reversed(self._models):
                     with self._serving(model) as server:
                         for point in points:
-                            what = f"{model.name} at concurrency {point.concurrency}, round {number + 1} of {rounds}"
-                            with self._context.progress.task(what, 1, "loads") as done:
-                                load, telemetry = server.put(point, f"round {number}")
+                            title = f"{model.name} at concurrency {point.concurrency}, round {number + 1} of {rounds}"
+                            with self._context.progress.task(title, 1, "loads") as done:
+                                load, telemetry = server.run_load(point, f"round {number}")
                                 done(1)
                             model.loads.setdefault(point, []).append(load)
                             model.telemetry.setdefault(point, []).append(telemetry)
                             advance(1)
 
     def _search(self) -> tuple[LoadPoint, ...]:
-        """Find each model's best concurrency for each shape; return the points that were best for any, and one at a time."""
+        """Find each model's best concurrency for each shape; return the points that were best for any model, and concurrency 1."""
         points: list[LoadPoint] = []
         with self._context.progress.task("find concurrency", len(self._models), "models") as advance:
             for model in self._models:
                 with self._serving(model) as server:
 
-                    def measure(point: LoadPoint, server: Loading = server) -> LoadResult:
-                        return summarize(server.put(point, "search")[0], self._settings.goal)
+                    def measure(point: LoadPoint, server: ServerUnderLoad = server) -> LoadResult:
+                        return summarize(server.run_load(point, "search")[0], self._settings.goal)
 
                     for shape in self._settings.shapes:
                         model.best.append(find_best(shape, self._settings.max_concurrency, measure))
                 advance(1)
-        for place, shape in enumerate(self._settings.shapes):
-            found = {model.best[place].concurrency or 1 for model in self._models}
-            points += [shape.at(concurrency) for concurrency in sorted({1, *found})]
+        for index, shape in enumerate(self._settings.shapes):
+            best = {model.best[index].concurrency or 1 for model in self._models}
+            points += [shape.at(concurrency) for concurrency in sorted({1, *best})]
         return tuple(points)
 
     @contextmanager
-    def _serving(self, model: _Model) -> Generator[Loading]:
-        """Bring up a model's server; what it lowered to come up holds for every server after it."""
+    def _serving(self, model: _Model) -> Generator[ServerUnderLoad]:
+        """Start a model's server; settings that it lowers to come up apply to every server after it."""
         context, steps = self._context, list[LadderStep]()
-        with loading(self._runtime, replace(self._opening(model), on_ladder_step=steps.append), self._settings) as server:
+        with serve_under_load(
+            self._runtime, replace(self._open_context(model), on_ladder_step=steps.append), self._settings
+        ) as server:
             if steps:
                 self._steps += steps
                 if isinstance(self._runtime, Vllm):
@@ -154,7 +156,7 @@ class _Measuring:
                     raise _LoweredError
             yield server
 
-    def _opening(self, model: _Model) -> OpenContext:
+    def _open_context(self, model: _Model) -> OpenContext:
         context = self._context
         return OpenContext(model.path, context.logs / model.name, context.progress, context.trust_remote_code, model.name)
 
@@ -162,13 +164,13 @@ class _Measuring:
         points = tuple(self._point_latency(model, point, compared=original is not None) for point in model.loads)
         peaks = [row.telemetry.memory_bytes for row in points if row.telemetry and row.telemetry.memory_bytes]
         memory = max(peaks, default=None)
-        before = original.memory_bytes if original is not None else None
+        original_memory = original.memory_bytes if original is not None else None
         return ModelLatency(
             name=model.name,
             points=points,
             best=tuple(model.best),
             memory_bytes=memory,
-            memory_ratio=memory / before if memory and before else None,
+            memory_ratio=memory / original_memory if memory and original_memory else None,
             components=self._components(model),
         )
 
@@ -190,7 +192,7 @@ class _Measuring:
             return None
         shape = settings.shapes[0]
         prompt = make_prompts(model.path, shape, 1, settings.seed_of(shape, "components"))[0]
-        return self._runtime.time_components(self._opening(model), shape, prompt, settings.component_repeats)
+        return self._runtime.time_components(self._open_context(model), shape, prompt, settings.component_repeats)
 
     def _notes(self) -> list[str]:
         notes: list[str] = []

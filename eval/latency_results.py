@@ -1,4 +1,4 @@
-"""What was measured of latency: the content of `latency.json`."""
+"""The results of latency measurements: the content of `latency.json`, whose keys are the field names."""
 
 from __future__ import annotations
 
@@ -36,102 +36,115 @@ class Percentiles(Frozen):
 
 
 class LoadResult(Frozen):
-    """What one load gave: figures over the requests that were answered, None where there is none to take them from.
-
-    `request_rate`, `output_token_rate` and `goodput` (requests that keep the goal) are per second, `within_goal` is the share of
-    all requests that keep it; both None without one. `faults` counts the failed by what was said of them. `client` put the load on.
-    """
+    """The results of one load, over the answered requests; figures are None where there are none."""
 
     requests: int
     failed: int
+    """Requests without an answer."""
+
     seconds: float
     ttft: Percentiles | None
     tpot: Percentiles | None
     itl: Percentiles | None
     e2el: Percentiles | None
     request_rate: float
+    """Requests per second."""
+
     output_token_rate: float
+    """Output tokens per second."""
+
     goodput: float | None = None
+    """Requests per second that meet the goal, None without one."""
+
     within_goal: float | None = None
+    """The share of all requests that meet the goal, None without one."""
+
     faults: Mapping[str, int] = Field(default_factory=lambda: dict[str, int]())
+    """The number of failed requests by message."""
+
     client: Literal["vllm bench serve", "compress"]
+    """The load generator."""
 
     def figure(self, figure: str) -> Percentiles | None:
         """Return a figure by its name."""
-        found: Percentiles | None = getattr(self, figure)
-        return found
+        percentiles: Percentiles | None = getattr(self, figure)
+        return percentiles
 
 
 class Estimate(Frozen):
-    """A number and its bounds, each with the confidence of the settings; None where the data allow none."""
+    """An estimate and its bounds, each with the confidence of the settings; None where the data allow none."""
 
     value: float
     interval: tuple[float, float] | None = None
 
 
 class Telemetry(Frozen):
-    """What a server used while it was under load; what could not be read is None.
-
-    `memory_bytes` is the most that its processes held at once: on a GPU without the cache for keys and values, which takes whatever
-    share of the memory it is given. `cpu_seconds` are of all its processes; `energy_joules` of the GPUs it ran on.
-    """
+    """A server's resources under load; what could not be read is None."""
 
     seconds: float
     cpu_seconds: float | None = None
+    """Of all its processes."""
+
     peak_host_bytes: int | None = None
     peak_device_bytes: int | None = None
     cache_bytes: int | None = None
     gpu_utilisation: float | None = None
     mean_watts: float | None = None
     energy_joules: float | None = None
+    """Of the GPUs that it ran on."""
+
     joules_per_request: float | None = None
     cpu_seconds_per_request: float | None = None
 
     @property
     def memory_bytes(self) -> int | None:
-        """The server's peak: on the device, less its cache, where it has one; else in the host's memory."""
+        """The server's peak memory: on the device without its KV cache, which takes the share it is given; else in host memory."""
         if self.peak_device_bytes is None:
             return self.peak_host_bytes
         return max(self.peak_device_bytes - (self.cache_bytes or 0), 0)
 
 
 class PointLatency(Frozen):
-    """One model at one point: `pooled` over all rounds, `rounds` each by itself.
-
-    `figures` are `ttft_p50`, … in milliseconds and the rates; `ratios` are the same over the original's, empty for the original
-    itself. A `goodput` is among them where a goal is set.
-    """
+    """One model's results at one point."""
 
     point: LoadPoint
     pooled: LoadResult
+    """Over all rounds."""
+
     rounds: tuple[LoadResult, ...]
     figures: Mapping[str, Estimate]
+    """`ttft_p50`, … in milliseconds, the rates, and with a goal `goodput`."""
+
     ratios: Mapping[str, Estimate] = Field(default_factory=lambda: dict[str, Estimate]())
+    """The figures over the original's; empty for the original itself."""
+
     telemetry: Telemetry | None = None
 
 
 class Trial(Frozen):
-    """One concurrency that was tried, and whether at least 95 % of the requests kept the goal."""
+    """One concurrency that was tried."""
 
     concurrency: int
     held: bool
+    """Whether at least 95 % of the requests met the goal."""
+
     result: LoadResult
 
 
 class Best(Frozen):
-    """The concurrency found for one kind of requests: with the most output tokens per second among those that kept the goal.
-
-    `concurrency` is None where even one request at a time missed it. `trials` are in the order they were made.
-    """
+    """The concurrency with the most output tokens per second that met the goal, for one kind of requests."""
 
     shape: LoadPoint
     concurrency: int | None
+    """None where even one request at a time missed the goal."""
+
     output_token_rate: float | None
     trials: tuple[Trial, ...]
+    """In the order of the search."""
 
 
 class Component(Frozen):
-    """The time that one part of the model took, in milliseconds: the median over the repeats and the least."""
+    """The time of one component of the model, in milliseconds: the median and the minimum over the repeats."""
 
     component: Literal["vision", "projector", "prefill", "decode"]
     median_ms: float
@@ -140,9 +153,9 @@ class Component(Frozen):
 
 
 class ComponentTable(Frozen):
-    """Where the time goes within the model, computed in this process by transformers with dense weights, or by ONNX Runtime.
+    """The time of each component of the model, run in this process by transformers with dense weights, or by ONNX Runtime.
 
-    `prefill` is the decoder over the whole prompt, without what is done of images; `decode` is one further token.
+    `prefill` is the decoder over the prompt, without the vision tower and the projector; `decode` is one further token.
     """
 
     runtime: Literal["transformers", "onnxruntime"] = "transformers"
@@ -154,25 +167,28 @@ class ComponentTable(Frozen):
 
 
 class ModelLatency(Frozen):
-    """All of one model: the points, what `auto` found, what its server used at most, and where the time goes."""
+    """One model's results."""
 
     name: str
     points: tuple[PointLatency, ...]
     best: tuple[Best, ...] = ()
+    """What `concurrency: auto` found, by shape."""
+
     memory_bytes: int | None = None
+    """The server's peak memory over all points; see `Telemetry.memory_bytes`."""
+
     memory_ratio: float | None = None
+    """The peak over the original's."""
+
     components: ComponentTable | None = None
 
     def at(self, point: LoadPoint) -> PointLatency | None:
-        """Return what was measured at a point."""
+        """Return the results at a point, None where there are none."""
         return next((row for row in self.points if row.point == point), None)
 
 
 class Latency(Frozen):
-    """All of one target: the original and every artifact under the same loads, in alternation.
-
-    `steps` are what was lowered, for every model alike, because a server ran out of memory while it loaded.
-    """
+    """The results of one target: the original and every artifact under the same loads, in alternation."""
 
     revision: int
     runtime: str
@@ -182,16 +198,18 @@ class Latency(Frozen):
     original: ModelLatency
     artifacts: Mapping[str, ModelLatency]
     steps: tuple[LadderStep, ...] = ()
+    """Settings that were lowered, for every model alike, because a server ran out of memory while it loaded."""
+
     notes: tuple[str, ...] = ()
 
 
 def write_latency(folder: Path, latency: Latency) -> None:
-    """Write what was measured as `latency.json`."""
+    """Write `latency.json`."""
     write_text(folder / LATENCY, latency.model_dump_json(indent=2) + "\n")
 
 
 def read_latency(folder: Path) -> Latency:
-    """Read what was measured.
+    """Read `latency.json`.
 
     Raises:
         DataError: it is not there or damaged; run the measurement again.

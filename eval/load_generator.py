@@ -1,4 +1,4 @@
-"""Load on an OpenAI-compatible server: seeded requests, so many under way at once, each answer's stream with its times."""
+"""A load generator for OpenAI-compatible servers: seeded requests at a fixed concurrency, with the timing of each answer."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from compress.errors import MissingError, ServerError
-from compress.eval.http_stream import Connection, Most, StreamError
+from compress.eval.http_stream import Connection, ResponseLimits, StreamError
 from compress.eval.latency import LoadPoint
 from compress.limits import limits
 from compress.redaction import redact
@@ -28,60 +28,79 @@ from compress.untrusted import printable
 
 _PATH = "/v1/chat/completions"
 _OK = 200
-_WORDS = 200
+_MAX_FAULT = 200
+"""Characters of a request's error that are kept."""
+
 _ATTEMPTS = 10
+"""How often a text is decoded and encoded until it has the requested number of tokens."""
+
 _END = re.compile(rb"\r?\n\r?\n")
-_SPLIT = 3
-"""Bytes of an event's end that may have come already when the last of it does."""
+"""The end of a server-sent event."""
+
+_END_OVERLAP = 3
+"""Bytes of an event's end that may have arrived in an earlier piece: one less than the longest end."""
+
 _DONE = "[DONE]"
-_MOST_TOKENS = 1 << 31
+"""The data of OpenAI's last event."""
+
+_MAX_TOKENS = 1 << 31
+"""A server's own count of tokens is cut there: it is untrusted."""
 
 Client = Literal["vllm bench serve", "compress"]
 
 
 @dataclass(frozen=True)
 class RequestTiming:
-    """One request: seconds until the first piece of the answer, and between its pieces; `fault` says why it has no answer.
-
-    Where a server sends a piece that only says who speaks, as vLLM does with the first token, that is the first piece.
-    """
+    """The times of one request's answer, in seconds."""
 
     ttft: float
+    """Until the first chunk. That of a server like vLLM, which first sends a chunk with only the role, is this chunk."""
+
     gaps: tuple[float, ...]
+    """Between the chunks."""
+
     tokens: int
     fault: str | None = None
+    """Why there is no answer; the times are empty then."""
 
     @property
     def seconds(self) -> float:
-        """From sending the request to the answer's last piece."""
+        """From sending the request to the answer's last chunk."""
         return self.ttft + sum(self.gaps)
 
     @property
     def between_tokens(self) -> tuple[float, ...]:
-        """The gaps that lie between two tokens: not the one after a piece that only says who speaks."""
+        """The gaps between two tokens, without the one after a chunk with only the role."""
         return self.gaps[1:] if len(self.gaps) >= self.tokens > 0 else self.gaps
 
 
 @dataclass(frozen=True)
 class Load:
-    """All requests of one load, in the order they were made up, and the seconds that the whole took.
-
-    `began` is when the first was sent, by the clock of `time.perf_counter`.
-    """
+    """The timings of one load."""
 
     samples: tuple[RequestTiming, ...]
+    """One for each request, in the order of the requests."""
+
     seconds: float
+    """The duration of the whole load."""
+
     client: Client
     began: float = 0.0
+    """When the first request was sent, by `time.perf_counter`."""
 
 
 @dataclass(frozen=True)
 class Dialect:
-    """What a server takes beside the messages; `fixed_length` says whether answers can be made as long as asked."""
+    """The request options that a server accepts."""
 
     limit: str = "max_completion_tokens"
+    """The key of the limit on output tokens."""
+
     fixed_length: bool = True
+    """Whether it accepts vLLM's `ignore_eos`, so that every answer has the requested length."""
+
     usage: bool = True
+    """Whether it accepts `stream_options`, to report the number of tokens."""
 
     def options(self, output_tokens: int) -> dict[str, Any]:
         """Return the keys of a request's body."""
@@ -91,12 +110,12 @@ class Dialect:
 
 
 DIALECTS = (Dialect(), Dialect(fixed_length=False), Dialect("max_tokens", fixed_length=False, usage=False))
-"""What is tried one after the other: vLLM's own, any newer server's, any older one's."""
+"""Tried in this order: vLLM's, that of servers with the current OpenAI API, that of older ones."""
 
 
 @dataclass(frozen=True)
 class Requests:
-    """What is asked: bodies without the model and the options, made by one seed for one point from a tokenizer."""
+    """The messages of a load's requests, without the model and the options."""
 
     point: LoadPoint
     messages: tuple[list[dict[str, Any]], ...]
@@ -108,9 +127,9 @@ class Requests:
 
 
 def make_prompts(artifact: Path, point: LoadPoint, count: int, seed: int) -> list[Prompt]:
-    """Return prompts with text of random tokens and JPEG images of random pixels; the same for the same seed and tokenizer.
+    """Return prompts with text of random tokens and JPEG images of random pixels, as `vllm bench serve` makes them.
 
-    As in `vllm bench serve`, whose requests these are like, a text read back by the tokenizer may be a token longer or shorter.
+    They are equal for the same seed and tokenizer. As there, a text may be a token longer or shorter after encoding it again.
 
     Raises:
         MissingError: the artifact has no tokenizer that can be read.
@@ -133,28 +152,28 @@ def make_requests(artifact: Path, point: LoadPoint, count: int, seed: int) -> Re
     return Requests(point, tuple(messages))
 
 
-def put_load(served: RunningServer, bodies: Sequence[bytes], concurrency: int, request_seconds: float, tokens: int) -> Load:
-    """Send all requests, so many at a time, each for so many tokens, and read every answer's stream to its end.
+def run_load(served: RunningServer, bodies: Sequence[bytes], concurrency: int, request_seconds: float, tokens: int) -> Load:
+    """Send all requests at this concurrency, and read every answer's stream to its end.
 
-    A request that fails is a sample with its fault. Nothing of an answer is looked into before the last one has ended, so that
-    the reading costs the server's machine no time. The server is reached directly, whatever proxy the environment names.
+    A failed request is a sample with its fault. Answers are parsed after the last one has ended, so that parsing takes no time from
+    the server's machine during the load. Proxies of the environment are ignored.
     """
-    return asyncio.run(_put_load(served, bodies, concurrency, request_seconds, Most.of(tokens)))
+    return asyncio.run(_run_load(served, bodies, concurrency, request_seconds, ResponseLimits.of(tokens)))
 
 
 def warm_up(served: RunningServer, requests: Requests, request_seconds: float) -> Dialect:
-    """Send requests that do not count; return the dialect in which the server answers.
+    """Send the warm-up requests; return the dialect that the server accepts.
 
     Raises:
-        ServerError: it answers in none; its own words are in the message.
+        ServerError: it accepts none; the message quotes its error.
     """
-    first, fault = Requests(requests.point, requests.messages[:1]), ""
+    probe, fault = Requests(requests.point, requests.messages[:1]), ""
     for dialect in DIALECTS:
-        sample = put_load(served, first.bodies(served.model, dialect), 1, request_seconds, requests.point.output_tokens).samples[0]
+        sample = run_load(served, probe.bodies(served.model, dialect), 1, request_seconds, requests.point.output_tokens).samples[0]
         if sample.fault is None:
-            rest = Requests(requests.point, requests.messages[1:])
+            others = Requests(requests.point, requests.messages[1:])
             point = requests.point
-            put_load(served, rest.bodies(served.model, dialect), point.concurrency, request_seconds, point.output_tokens)
+            run_load(served, others.bodies(served.model, dialect), point.concurrency, request_seconds, point.output_tokens)
             return dialect
         fault = sample.fault
         if not fault.startswith(("400", "422")):
@@ -170,65 +189,72 @@ def _remedy(fault: str) -> str:
     return "see that it serves, then measure again"
 
 
-async def _put_load(served: RunningServer, bodies: Sequence[bytes], concurrency: int, request_seconds: float, most: Most) -> Load:
+async def _run_load(
+    served: RunningServer, bodies: Sequence[bytes], concurrency: int, request_seconds: float, response_limits: ResponseLimits
+) -> Load:
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {served.key}"} if served.key else {}
-    found: list[Stream | str] = [""] * len(bodies)
-    waiting = iter(enumerate(bodies))
+    answers: list[AnswerStream | str] = [""] * len(bodies)
+    queue = iter(enumerate(bodies))
 
-    async def work() -> None:
+    async def worker() -> None:
         connection = Connection(served.url)
-        for place, body in waiting:
+        for index, body in queue:
             try:
                 async with asyncio.timeout(request_seconds):
-                    found[place] = await _ask(connection, headers, body, most)
+                    answers[index] = await _post(connection, headers, body, response_limits)
             except TimeoutError:
-                found[place] = f"no answer within {request_seconds:g} seconds"
+                answers[index] = f"no answer within {request_seconds:g} seconds"
         connection.close()
 
     began = time.perf_counter()
-    await asyncio.gather(*(work() for _ in range(min(concurrency, len(bodies)))))
+    await asyncio.gather(*(worker() for _ in range(min(concurrency, len(bodies)))))
     seconds = time.perf_counter() - began
-    await asyncio.sleep(0)  # lets the connections end
-    samples = tuple(RequestTiming(0.0, (), 0, answer) if isinstance(answer, str) else read_stream(answer) for answer in found)
+    await asyncio.sleep(0)  # lets the event loop close the connections
+    samples = tuple(RequestTiming(0.0, (), 0, answer) if isinstance(answer, str) else read_stream(answer) for answer in answers)
     return Load(samples, seconds, "compress", began)
 
 
 @dataclass(frozen=True)
-class Stream:
-    """An answer as it came: when the request was sent, and each piece of bytes with its time."""
+class AnswerStream:
+    """The bytes of an answer's stream."""
 
     sent: float
+    """When the request was sent."""
+
     pieces: list[tuple[float, bytes]]
+    """Each received piece with its time."""
 
 
-async def _ask(connection: Connection, headers: dict[str, str], body: bytes, most: Most) -> Stream | str:
-    """Return an answer's stream, or why there is none."""
+async def _post(
+    connection: Connection, headers: dict[str, str], body: bytes, response_limits: ResponseLimits
+) -> AnswerStream | str:
+    """Return an answer's stream, or the fault."""
     try:
-        reply = await connection.post(_PATH, headers, body, most)
+        reply = await connection.post(_PATH, headers, body, response_limits)
     except StreamError as error:
-        return str(error)[:_WORDS]
+        return str(error)[:_MAX_FAULT]
     if reply.status != _OK:
-        return f"{reply.status}: {_told(b''.join(piece for _, piece in reply.pieces).decode(errors='replace'))}"
-    return Stream(reply.sent, reply.pieces)
+        return f"{reply.status}: {_error_message(b''.join(piece for _, piece in reply.pieces).decode(errors='replace'))}"
+    return AnswerStream(reply.sent, reply.pieces)
 
 
-def _told(text: str) -> str:
-    """Return a server's own words on a failure."""
+def _error_message(text: str) -> str:
+    """Return the message of a server's error response."""
     with suppress(ValueError, KeyError, TypeError, RecursionError):
         content: Any = json.loads(text)
         text = str(content["error"]["message"])
-    return printable(" ".join(redact(text).split()))[:_WORDS]
+    return printable(" ".join(redact(text).split()))[:_MAX_FAULT]
 
 
-def read_stream(stream: Stream) -> RequestTiming:
-    """Return the times in an answer's stream of server-sent events, OpenAI's chat completion chunks.
+def read_stream(stream: AnswerStream) -> RequestTiming:
+    """Return the timing of a stream of server-sent events with OpenAI's chat completion chunks.
 
-    One that breaks off, holds an error or something else than chunks is a sample with its fault.
+    A stream that is incomplete, contains an error, or anything but chunks, is a sample with its fault.
     """
     times: list[float] = []
-    spoken, told, ended = 0, 0, False
-    for moment, data in _events(stream.pieces):
+    content_chunks, reported_tokens, ended = 0, 0, False
+    for time_received, data in _events(stream.pieces):
         if data == _DONE:
             ended = True
             continue
@@ -238,36 +264,36 @@ def read_stream(stream: Stream) -> RequestTiming:
             event: Any = json.loads(data)
             choices: Any = event.get("choices")
             usage: Mapping[str, Any] = event.get("usage") or {}
-            told = min(int(usage.get("completion_tokens") or told), _MOST_TOKENS)
+            reported_tokens = min(int(usage.get("completion_tokens") or reported_tokens), _MAX_TOKENS)
             if event.get("error"):
-                return RequestTiming(0.0, (), 0, _told(data))
+                return RequestTiming(0.0, (), 0, _error_message(data))
             if choices:
-                times.append(moment)
-                spoken += bool(choices[0].get("delta", {}).get("content"))
+                times.append(time_received)
+                content_chunks += bool(choices[0].get("delta", {}).get("content"))
                 ended = ended or choices[0].get("finish_reason") is not None
         except (ValueError, AttributeError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
             return RequestTiming(0.0, (), 0, "the stream holds what is no chunk of an answer")
     if not times or not ended:
         return RequestTiming(0.0, (), 0, "the stream ended before the answer did")
     gaps = tuple(after - before for before, after in pairwise(times))
-    return RequestTiming(times[0] - stream.sent, gaps, told or spoken)
+    return RequestTiming(times[0] - stream.sent, gaps, reported_tokens or content_chunks)
 
 
 def _events(pieces: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, str | None]]:
-    """Give the data of each event with the time its last byte came; None, as the last, for one that is too long."""
-    rest, most = bytearray(), limits().event_bytes
-    closed = [*pieces, (pieces[-1][0], b"\n\n")] if pieces else []
-    for moment, piece in closed:
-        looked = max(0, len(rest) - _SPLIT)
-        rest += piece
-        while (end := _END.search(rest, looked)) is not None and end.start() <= most:
-            data = _data_of(bytes(rest[: end.start()]))
-            del rest[: end.end()]
-            looked = 0
+    """Yield each event's data with the time of its last byte; None, as the last, for one that is too long."""
+    buffer, limit = bytearray(), limits().event_bytes
+    terminated = [*pieces, (pieces[-1][0], b"\n\n")] if pieces else []
+    for time_received, piece in terminated:
+        search_from = max(0, len(buffer) - _END_OVERLAP)
+        buffer += piece
+        while (end := _END.search(buffer, search_from)) is not None and end.start() <= limit:
+            data = _data_of(bytes(buffer[: end.start()]))
+            del buffer[: end.end()]
+            search_from = 0
             if data:
-                yield moment, data
-        if end is not None or len(rest) > most:
-            yield moment, None
+                yield time_received, data
+        if end is not None or len(buffer) > limit:
+            yield time_received, None
             return
 
 
@@ -283,7 +309,7 @@ def _image(random: np.random.Generator, width: int, height: int) -> bytes:
 
 
 def _texts(artifact: Path, tokens: int, count: int, random: np.random.Generator) -> list[str]:
-    """Return texts of about so many random tokens."""
+    """Return texts of about `tokens` random tokens."""
     from tokenizers import Tokenizer
 
     path = artifact / "tokenizer.json"
@@ -292,18 +318,20 @@ def _texts(artifact: Path, tokens: int, count: int, random: np.random.Generator)
     tokenizer: Any = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    marks = set(tokenizer.get_added_tokens_decoder())
-    plain = np.array([number for number in range(tokenizer.get_vocab_size(with_added_tokens=False)) if number not in marks])
+    special_ids = set(tokenizer.get_added_tokens_decoder())
+    ordinary_ids = np.array(
+        [token_id for token_id in range(tokenizer.get_vocab_size(with_added_tokens=False)) if token_id not in special_ids]
+    )
 
     def text() -> str:
-        ids = [int(number) for number in random.choice(plain, tokens)]
+        ids = [int(token_id) for token_id in random.choice(ordinary_ids, tokens)]
         for _ in range(_ATTEMPTS):
-            written = str(tokenizer.decode(ids, skip_special_tokens=False))
-            ids = list(tokenizer.encode(written, add_special_tokens=False).ids)
+            text_again = str(tokenizer.decode(ids, skip_special_tokens=False))
+            ids = list(tokenizer.encode(text_again, add_special_tokens=False).ids)
             if len(ids) == tokens:
-                return written
+                return text_again
             missing = tokens - len(ids)
-            ids = [*ids[:tokens], *(int(number) for number in random.choice(plain, max(missing, 0)))]
+            ids = [*ids[:tokens], *(int(token_id) for token_id in random.choice(ordinary_ids, max(missing, 0)))]
         return str(tokenizer.decode(ids, skip_special_tokens=False))
 
     return [text() for _ in range(count)]

@@ -1,4 +1,4 @@
-"""Measuring one model in one runtime: every task is run on the opened session and its figures and items are written."""
+"""Measuring one model in one runtime: runs every task on the loaded session, and writes metrics and items."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING
 
 from compress.errors import DataError, ServerError
 from compress.eval.results import (
-    GROUNDING,
+    GROUNDING_ITEMS,
     Grounding,
     Measurement,
     TaskMeasurement,
     read_grounding,
-    read_measured,
+    read_measurement,
     write_items,
     write_measurement,
 )
-from compress.eval.task import Stopping, Task, TaskContext
+from compress.eval.task import StoppingRule, Task, TaskContext
 from compress.progress import Progress
 from compress.runtimes.runtime import Session
 
@@ -28,65 +28,73 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class MeasureContext:
-    """What a measurement is given beside session and tasks.
+    """The data and folders of one measurement, beside session and tasks; see `TaskContext`, which is one task's part of it."""
 
-    `original` is the original's checkpoint folder; `data` the local files of each task by its name; `target` the folder to fill,
-    with what an interrupted measurement has left there; `logs` is where harnesses of their own write theirs. `against` is the
-    folder that measuring the original in the same runtime filled, None to measure the original; `stopping`, by
-    task, and `noise` are as in `TaskContext`; `grounding` says on which task's questions it is seen whether answers depend on
-    images. Where that is a condition, with `grounding_confidence`, an artifact that does not meet it is asked nothing else.
-    """
-
-    original: Path
+    original_checkpoint: Path
     data: Mapping[str, Sequence[Path]]
-    target: Path
-    against: Path | None
+    """The local data files of each task, by its name."""
+
+    output_dir: Path
+    """The folder to fill; the journal of an interrupted measurement in it is continued."""
+
+    original_measurement: Path | None
+    """The folder that measuring the original in the same runtime filled; None to measure the original."""
+
     progress: Progress
     logs: Path
-    stopping: Mapping[str, Stopping] = field(default_factory=lambda: dict[str, Stopping]())
-    noise: int = 0
+    stopping: Mapping[str, StoppingRule] = field(default_factory=lambda: dict[str, StoppingRule]())
+    """The stopping rules, by task."""
+
+    noise_samples: int = 0
     grounding: GroundingCheck | None = None
+    """The check of visual grounding, None for none."""
+
     grounding_confidence: float | None = None
+    """Where the gate has a limit on grounding: its confidence. An artifact that fails it is measured on nothing else."""
 
 
 def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) -> Measurement:
-    """Run all tasks and fill `context.target`: `measurement.json`, `items-<task>.parquet`, and for the original `record/<task>`.
+    """Run all tasks; write `measurement.json`, `items-<task>.parquet` and the original's `record/<task>` to `context.output_dir`.
 
-    A task that needs what the session does not offer is left out, with the reason.
+    A task that needs an ability which the session does not offer is skipped, with the reason.
 
     Raises:
         DataError: a task's data cannot be used, or are not those the original was measured on.
         CheckpointError: the model gives no finite predictions; names the item.
         ServerError: the runtime does not answer any more, or nothing could be measured.
     """
-    context.target.mkdir(parents=True, exist_ok=True)
-    done: list[TaskMeasurement] = []
-    grounding, ungrounded = _grounding(session, tasks, context)
-    before = read_measured(context.against).skipped if context.against else dict[str, str]()
+    context.output_dir.mkdir(parents=True, exist_ok=True)
+    measurements: list[TaskMeasurement] = []
+    grounding, ungrounded = _measure_grounding(session, tasks, context)
+    skipped_before = read_measurement(context.original_measurement).skipped if context.original_measurement else dict[str, str]()
     skipped: dict[str, str] = {}
     with context.progress.task("tasks", len(tasks), "tasks") as advance:
         for task in tasks:
             if ungrounded:
                 skipped[task.name] = "answers do not depend on the image, so nothing else was asked"
-            elif task.name in before:
-                skipped[task.name] = f"of the original neither: {before[task.name]}"
+            elif task.name in skipped_before:
+                skipped[task.name] = f"of the original neither: {skipped_before[task.name]}"
             elif task.needs not in session.offers:
-                skipped[task.name] = f"what serves this model does not offer {_NEEDED[task.needs]}"
+                skipped[task.name] = f"what serves this model does not offer {_ABILITY_TEXT[task.needs]}"
                 context.progress.warn(f"task {task.name}: not measured: {skipped[task.name]}")
             else:
-                done.append(task.measure(_task_context(task, session, context)))
+                measurements.append(task.measure(_task_context(task, session, context)))
             advance(1)
-    if not done and not ungrounded:
-        raise ServerError("nothing could be measured: " + "; ".join(f"{name}: {why}" for name, why in skipped.items()))
-    measurement = Measurement(tasks=tuple(done), grounding=grounding, skipped=skipped)
-    from compress.eval.journal import forget
+    if not measurements and not ungrounded:
+        raise ServerError("nothing could be measured: " + "; ".join(f"{name}: {reason}" for name, reason in skipped.items()))
+    measurement = Measurement(tasks=tuple(measurements), grounding=grounding, skipped=skipped)
+    from compress.eval.journal import remove_journal
 
-    write_measurement(context.target, measurement)
-    forget(context.target)
+    write_measurement(context.output_dir, measurement)
+    remove_journal(context.output_dir)
     return measurement
 
 
-_NEEDED = {"text": "answers", "scores": "log-probabilities of given tokens", "comparison": "a comparison of images with texts"}
+_ABILITY_TEXT = {
+    "text": "answers",
+    "scores": "log-probabilities of given tokens",
+    "comparison": "a comparison of images with texts",
+}
 
 
 def _task_context(task: Task, session: Session, context: MeasureContext) -> TaskContext:
@@ -95,30 +103,30 @@ def _task_context(task: Task, session: Session, context: MeasureContext) -> Task
         raise DataError(f"task {task.name}: was given no files; name its data as source")
     return TaskContext(
         session=session,
-        original=context.original,
+        original_checkpoint=context.original_checkpoint,
         files=files,
-        target=context.target,
-        against=context.against,
+        output_dir=context.output_dir,
+        original_measurement=context.original_measurement,
         progress=context.progress,
         logs=context.logs,
         stopping=context.stopping.get(task.name),
-        noise=context.noise,
+        noise_samples=context.noise_samples,
     )
 
 
-def _grounding(session: Session, tasks: Sequence[Task], context: MeasureContext) -> tuple[Grounding | None, bool]:
-    """Return whether answers depend on images, and whether it is settled that they do not, though the original's do."""
+def _measure_grounding(session: Session, tasks: Sequence[Task], context: MeasureContext) -> tuple[Grounding | None, bool]:
+    """Return the grounding figures, and whether the artifact is shown to be ungrounded although the original is grounded."""
     if context.grounding is None:
         return None, False
-    from compress.eval.asked import Asked
     from compress.eval.grounding import image_gain_of, measure_grounding
+    from compress.eval.question_task import QuestionTask
 
     task = next(task for task in tasks if task.name == context.grounding.task)
-    assert isinstance(task, Asked)
-    found, items = measure_grounding(context.grounding, task, _task_context(task, session, context))
-    write_items(context.target, GROUNDING, items)
-    if context.against is None or context.grounding_confidence is None:
-        return found, False
-    original = image_gain_of(read_grounding(context.against), context.grounding_confidence)
-    own = image_gain_of(items, context.grounding_confidence)
-    return found, original is not None and own is not None and original.outcome == "pass" and own.outcome == "fail"
+    assert isinstance(task, QuestionTask)
+    grounding, items = measure_grounding(context.grounding, task, _task_context(task, session, context))
+    write_items(context.output_dir, GROUNDING_ITEMS, items)
+    if context.original_measurement is None or context.grounding_confidence is None:
+        return grounding, False
+    original = image_gain_of(read_grounding(context.original_measurement), context.grounding_confidence)
+    artifact = image_gain_of(items, context.grounding_confidence)
+    return grounding, original is not None and artifact is not None and original.outcome == "pass" and artifact.outcome == "fail"

@@ -1,4 +1,4 @@
-"""When a spoken answer equals an accepted one: the normalization of VQA v2 (https://visualqa.org/evaluation.html)."""
+"""The answer normalization of VQA v2 (https://visualqa.org/evaluation.html), and exact match after it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ _CONTRACTIONS = (
 )
 
 
-def _without_some_apostrophes(word: str) -> list[str]:
+def _spellings(word: str) -> list[str]:
+    """Return a contraction with every subset of its apostrophes: answers often lack some."""
     parts = word.split("'")
     return [
         "".join(map("".join, zip(parts, (*marks, ""), strict=True)))
@@ -33,7 +34,8 @@ def _without_some_apostrophes(word: str) -> list[str]:
     ]
 
 
-_COMPLETED = {spelling: word for word in _CONTRACTIONS for spelling in _without_some_apostrophes(word)}
+_APOSTROPHES = {spelling: word for word in _CONTRACTIONS for spelling in _spellings(word)}
+"""Contractions with missing apostrophes → with all of them."""
 
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 _PERIOD = re.compile(r"\.(?!\d)")
@@ -41,7 +43,7 @@ _PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
 
 
 def normalize(answer: str) -> str:
-    """Return an answer in the form in which answers are compared.
+    """Return an answer normalized for comparison.
 
     Lower case; commas between digits and periods that are no decimal point vanish; other punctuation but apostrophes and
     colons becomes a space (signs such as `$` and `%` mean something and stay); number words up to ten become digits;
@@ -50,10 +52,10 @@ def normalize(answer: str) -> str:
     text = answer.lower().replace("\u2019", "'")
     text = _PUNCTUATION.sub(" ", _PERIOD.sub("", _THOUSANDS.sub("", text)))
     words = (_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)
-    return " ".join(_COMPLETED.get(word, word) for word in words)
+    return " ".join(_APOSTROPHES.get(word, word) for word in words)
 
 
-def exact_match(said: str, accepted: Sequence[str]) -> bool:
-    """Return whether what was said equals any accepted answer once both are normalized."""
-    spoken = normalize(said)
-    return any(spoken == normalize(answer) for answer in accepted)
+def exact_match(answer: str, accepted: Sequence[str]) -> bool:
+    """Return whether an answer equals an accepted one after normalization."""
+    normalized = normalize(answer)
+    return any(normalized == normalize(reference) for reference in accepted)

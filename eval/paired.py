@@ -1,7 +1,7 @@
-"""Whether an artifact keeps enough of the original's score, item by item: one task, several tasks, and all of them together.
+"""Tests of recovery, mean(artifact) / mean(original), from paired items: one task, a family of tasks, and their mean.
 
-Right/wrong items of which no two belong together are judged by the score test in `statistics`, everything else (scores between 0
-and 1, several questions about one image) by the bootstrap of whole clusters in `bootstrap`. Both answer alike: a `Recovery`.
+Independent right/wrong items are judged by the score test in `statistics`, everything else (scores between 0 and 1, several
+questions about one image) by the bootstrap of clusters in `bootstrap`. Both return a `Recovery`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from compress.eval.statistics import (
 
 Floats = NDArray[np.float64]
 
-_LEAST, _MOST = 1e-9, 1e6
-"""Between these a recovery's bounds are looked for."""
+_MIN_RATIO, _MAX_RATIO = 1e-9, 1e6
+"""The range in which the bounds of a recovery are searched."""
 
-_STEP = 0.02
-"""How far from the value that begins: less than bounds usually are."""
+_FIRST_STEP = 0.02
+"""The first step of the outward search for a bound, smaller than most intervals; it doubles until the bound is passed."""
 
 
 @dataclass(frozen=True, eq=False)
 class Pairs:
-    """Two models' scores of the same items in the same order; equal numbers in `clusters` mark items that belong together.
+    """Two models' scores of the same items in the same order; equal numbers in `clusters` mark dependent items.
 
     Raises:
         ValueError: the lengths differ, there is no item, or a score is negative or not finite.
@@ -74,7 +74,7 @@ class Pairs:
 
     @cached_property
     def independent(self) -> bool:
-        """Whether no two items belong together."""
+        """Whether every item is a cluster of its own."""
         return len(np.unique(self.clusters)) == self.items
 
     @cached_property
@@ -84,11 +84,11 @@ class Pairs:
 
     @cached_property
     def counts(self) -> PairedCounts:
-        """How many scores were kept, fell and rose; of right/wrong items these are the four cells of the paired table."""
+        """The numbers of scores that stayed, fell and rose; of right/wrong items, the four cells of the paired 2×2 table."""
         lost, gained = self.artifact < self.original, self.artifact > self.original
-        kept = (self.original > 0) & ~lost & ~gained
-        parts = (kept, lost, gained, ~(kept | lost | gained))
-        return PairedCounts(*(int(part.sum()) for part in parts))
+        unchanged = (self.original > 0) & ~lost & ~gained
+        cells = (unchanged, lost, gained, ~(unchanged | lost | gained))
+        return PairedCounts(*(int(cell.sum()) for cell in cells))
 
     @cached_property
     def totals(self) -> Totals:
@@ -108,7 +108,7 @@ class Pairs:
 
 
 def decide(pairs: Pairs, limit: float, levels: Levels) -> Outcome:
-    """Return the outcome of `judge_pairs` alone, which is found faster than bounds are; inconclusive where the original's is 0."""
+    """Return the outcome of `judge_pairs` without its bounds, which is faster; inconclusive where the original's mean is 0."""
     if float(pairs.original.sum()) == 0:
         return "inconclusive"
     if pairs.binary and pairs.independent:
@@ -118,10 +118,10 @@ def decide(pairs: Pairs, limit: float, levels: Levels) -> Outcome:
 
 
 def judge_pairs(pairs: Pairs, limit: float, levels: Levels) -> Recovery | None:
-    """Judge whether the artifact keeps at least `limit` of the original's mean score; None where the original's is 0.
+    """Judge whether the recovery is at least `limit`; None where the original's mean score is 0.
 
-    At the limit, an artifact passes at most levels.passing of the time and fails at most levels.failing. Where nothing changed the
-    bounds still say what so few items can say: about three clusters may have been lost unseen.
+    At the limit, an artifact passes with probability of at most levels.passing and fails with at most levels.failing. Where no
+    score changed, the interval still has a width: about three clusters may have been lost unseen.
     """
     if float(pairs.original.sum()) == 0:
         return None
@@ -133,7 +133,7 @@ def judge_pairs(pairs: Pairs, limit: float, levels: Levels) -> Recovery | None:
     needed = _items_to_settle(pairs, limit, tails.spread, levels) if outcome == "inconclusive" else None
     return Recovery(
         value=value,
-        interval=_bounds(pairs.totals, limit, value, levels, outcome),
+        interval=_bootstrap_interval(pairs.totals, limit, value, levels, outcome),
         outcome=outcome,
         items_needed=needed,
         items=pairs.items,
@@ -145,11 +145,11 @@ def judge_pairs(pairs: Pairs, limit: float, levels: Levels) -> Recovery | None:
     )
 
 
-def _bounds(totals: Totals, limit: float, value: float, levels: Levels, outcome: Outcome) -> tuple[float, float] | None:
-    """Invert the bootstrap's test; the verdict at the limit says on which side of it the bounds lie. None for one cluster.
+def _bootstrap_interval(totals: Totals, limit: float, value: float, levels: Levels, outcome: Outcome) -> tuple[float, float] | None:
+    """Return the interval of the recovery by inverting the bootstrap test; None for one cluster.
 
-    A bound is the crossing nearest to the value: of a recovery that is far from it so little is known that the test may not be
-    sure of anything any more.
+    The outcome at the limit tells on which side of it the bounds are. A bound is the crossing nearest to the value: far from
+    it the test may stop rejecting.
     """
     if totals.clusters < 2:
         return None
@@ -160,30 +160,30 @@ def _bounds(totals: Totals, limit: float, value: float, levels: Levels, outcome:
     def above(ratio: float) -> float:
         return bootstrap_tails(totals, ratio).smaller - levels.failing
 
-    low = high = max(value, _LEAST)
+    low = high = max(value, _MIN_RATIO)
     if outcome == "pass":
         start = limit
     else:
-        start, low = _outwards(lambda ratio: below(ratio) < 0, min(low, limit), -1)
+        start, low = _step_outwards(lambda ratio: below(ratio) < 0, min(low, limit), -1)
     if outcome == "fail":
         end = limit
     else:
-        high, end = _outwards(lambda ratio: above(ratio) > 0, max(high, limit), 1)
+        high, end = _step_outwards(lambda ratio: above(ratio) > 0, max(high, limit), 1)
     return 0.0 if value == 0 else crossing(below, start, low, 1e-6), crossing(above, high, end, 1e-6)
 
 
-def _outwards(inside: Callable[[float], bool], ratio: float, sign: Literal[-1, 1]) -> tuple[float, float]:
-    """Step away from a recovery that is within the bounds until one is not; return the last two, the smaller first."""
-    step = _STEP
+def _step_outwards(inside: Callable[[float], bool], ratio: float, sign: Literal[-1, 1]) -> tuple[float, float]:
+    """Step outwards from a ratio inside the interval until one is outside; return the last two, the smaller first."""
+    step = _FIRST_STEP
     while True:
-        last, ratio = ratio, min(max(ratio + sign * step, _LEAST), _MOST)
-        if not inside(ratio) or ratio in (_LEAST, _MOST):
+        last, ratio = ratio, min(max(ratio + sign * step, _MIN_RATIO), _MAX_RATIO)
+        if not inside(ratio) or ratio in (_MIN_RATIO, _MAX_RATIO):
             return min(last, ratio), max(last, ratio)
         step *= 2
 
 
 def _items_to_settle(pairs: Pairs, limit: float, spread: float, levels: Levels) -> int | None:
-    """Return for how many items the distance to the limit would be as many standard errors as the verdict asks for."""
+    """Return the number of items at which the distance to the limit is as many standard errors as the level requires."""
     totals = pairs.totals
     distance = float(totals.artifact.sum() - limit * totals.original.sum()) / totals.clusters
     if abs(distance) < 1e-12 or totals.clusters < 2:
@@ -207,7 +207,7 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
 
 
 def judge_family(recoveries: Mapping[str, Recovery], failing: float) -> dict[str, Recovery]:
-    """Judge several tasks together, so that a sound artifact fails on any of them by chance at most `failing` of the time.
+    """Correct several tasks' outcomes for multiple tests: a sound artifact fails on any of them with at most `failing` probability.
 
     A failure stands only where its p-value, adjusted by Holm for the number of tasks (`p_fail` of what is returned), is at most
     `failing`; otherwise it becomes inconclusive. Passing needs no correction: the artifact passes only if it does so on
@@ -215,15 +215,15 @@ def judge_family(recoveries: Mapping[str, Recovery], failing: float) -> dict[str
     """
     adjusted = holm({name: recovery.p_fail for name, recovery in recoveries.items()})
     level = failing / max(len(recoveries), 1)
-    judged: dict[str, Recovery] = {}
+    corrected: dict[str, Recovery] = {}
     for name, recovery in recoveries.items():
-        changes = replace(recovery, p_fail=adjusted[name])
+        recovery_corrected = replace(recovery, p_fail=adjusted[name])
         if recovery.outcome == "fail" and adjusted[name] > failing:
             ratio = normal_quantile(level) / normal_quantile(recovery.p_fail)
-            needed = max(math.ceil(recovery.items * ratio**2), recovery.items + 1)
-            changes = replace(changes, outcome="inconclusive", items_needed=needed)
-        judged[name] = changes
-    return judged
+            items_needed = max(math.ceil(recovery.items * ratio**2), recovery.items + 1)
+            recovery_corrected = replace(recovery_corrected, outcome="inconclusive", items_needed=items_needed)
+        corrected[name] = recovery_corrected
+    return corrected
 
 
 def overall_recovery(recoveries: Sequence[Recovery], limit: float) -> Finding | None:
@@ -237,18 +237,18 @@ def overall_recovery(recoveries: Sequence[Recovery], limit: float) -> Finding | 
         return None
     value = sum(recovery.value for recovery in recoveries) / len(recoveries)
     intervals = [recovery.interval for recovery in recoveries]
-    known = [interval for interval in intervals if interval is not None]
-    if len(known) < len(intervals):
+    bounded = [interval for interval in intervals if interval is not None]
+    if len(bounded) < len(intervals):
         return Finding(value, None, "inconclusive", None)
-    below = math.hypot(*(recovery.value - bounds[0] for recovery, bounds in zip(recoveries, known, strict=True)))
-    above = math.hypot(*(bounds[1] - recovery.value for recovery, bounds in zip(recoveries, known, strict=True)))
-    interval = (value - below / len(known), value + above / len(known))
+    reach_below = math.hypot(*(recovery.value - bounds[0] for recovery, bounds in zip(recoveries, bounded, strict=True)))
+    reach_above = math.hypot(*(bounds[1] - recovery.value for recovery, bounds in zip(recoveries, bounded, strict=True)))
+    interval = (value - reach_below / len(bounded), value + reach_above / len(bounded))
     level = min((recovery.level for recovery in recoveries if recovery.level is not None), default=None)
     if interval[0] >= limit:
         return Finding(value, interval, "pass", None, level=level)
     if interval[1] < limit:
         return Finding(value, interval, "fail", None, level=level)
-    reach, distance = (below if value > limit else above) / len(known), abs(value - limit)
-    items = sum(recovery.items for recovery in recoveries)
-    needed = max(math.ceil(items * (reach / distance) ** 2), items + 1) if distance > 1e-12 else None
-    return Finding(value, interval, "inconclusive", needed, level=level)
+    reach, distance = (reach_below if value > limit else reach_above) / len(bounded), abs(value - limit)
+    total_items = sum(recovery.items for recovery in recoveries)
+    items_needed = max(math.ceil(total_items * (reach / distance) ** 2), total_items + 1) if distance > 1e-12 else None
+    return Finding(value, interval, "inconclusive", items_needed, level=level)

@@ -1,4 +1,7 @@
-"""What a measurement holds: figures per task, and one record per item, so that two models' items can be paired."""
+"""The stored results of a measurement: metrics per task, and one row per item, so that two models' items can be paired.
+
+Field names are those of `measurement.json` and of the columns of `items-<task>.parquet`.
+"""
 
 from __future__ import annotations
 
@@ -16,36 +19,42 @@ from compress.schema import Frozen
 Item = TypeVar("Item")
 
 MEASUREMENT = "measurement.json"
-GROUNDING = "grounding"
-"""What stands in a task's place in the name of the file with the items that show whether answers depend on images."""
+"""The file of a measurement's metrics, in its folder."""
+
+GROUNDING_ITEMS = "grounding"
+"""The name of the file of the visual grounding check's items, in place of a task's."""
 
 
 Unit = Literal["token", "image"]
-"""What one prediction is of."""
+"""What one compared distribution belongs to: a token of an answer or text, or an image over all classes or captions."""
 
 
 class ScoreMetrics(Frozen):
-    """How well a model does on a task's items: `score` is the mean over all of them, those that failed counting 0.
-
-    `binary` says that every item is right (1) or wrong (0). `details` holds further figures of the task by their names.
-    """
+    """The score of a task whose items are scored one by one."""
 
     task: Literal["vqa", "choice", "caption", "zero-shot", "retrieval", "adapter"]
     metric: str
     score: float
+    """The mean over all items; an item that failed counts 0."""
+
     items: int
     failed: int = 0
     binary: bool = True
+    """Whether every item's score is 1 (right) or 0 (wrong)."""
+
     definition_version: int | None = None
     details: Mapping[str, float] = Field(default_factory=lambda: dict[str, float]())
+    """Further figures by name, such as F1 or the score of each category."""
 
 
 class PerplexityMetrics(Frozen):
-    """How well a model predicts text: exp of the mean negative log-likelihood over all scored tokens."""
+    """Perplexity: exp of the mean negative log-likelihood over all scored tokens."""
 
     task: Literal["perplexity"] = "perplexity"
     perplexity: float
     window: int
+    """Tokens per window."""
+
     windows: int
     tokens: int
     failed: int = 0
@@ -55,118 +64,153 @@ Metrics = Annotated[ScoreMetrics | PerplexityMetrics, Field(discriminator="task"
 
 
 class WholeKl(Frozen):
-    """KL over the whole vocabulary, estimated for all of a task's tokens from `tokens` of them, drawn by lot.
-
-    Each bound of `kl_interval` holds with 95 % confidence (`interval_level` is that of both together); with 95 %, too, the 99th
-    percentile is at most `kl_p99_at_most`. Both are None where too few tokens were drawn.
-    """
+    """KL over the whole vocabulary, estimated for all of a task's tokens from a random sample of them."""
 
     tokens: int
+    """The size of the sample."""
+
     kl_mean: float
     kl_interval: tuple[float, float] | None
+    """Bounds of the mean, each with 95 % confidence; None where the sample is too small."""
+
     kl_p99_at_most: float | None
+    """Upper bound of the 99th percentile, with 95 % confidence; None where the sample is too small."""
+
     interval_level: float = 0.9
+    """The confidence of `kl_interval` as a whole: each bound may miss on its own side, 5 % + 5 %."""
 
 
 class Fidelity(Frozen):
-    """How alike an artifact's predictions are to the original's on the same tokens, or images where `unit` says so.
+    """The distance of an artifact's predictions from the original's on the same tokens, in nats of KL(original ‖ artifact).
 
-    `kl_mean` and `kl_p99` are of KL(original ‖ artifact) per token in nats, `kl_interval` the bounds of the mean, each with 95 %
-    confidence, so that they are a 90 % interval (`interval_level`), by windows or answers (None for a single one). Where
-    `at_least`, they are over the likeliest tokens and the rest as one, which bounds KL from below; `whole` is then what tokens
-    drawn by lot say of the KL over the whole vocabulary, None where the runtime gives none. `top1_agreement` is the share of
-    tokens where both put the same one first. Of a VQA task, the original's own answers are the tokens. `lost` items score less
-    than they did (were right, are wrong), `gained` ones more, and of `changed` ones the (normalized) answer is another.
+    Of a task that generates answers, the tokens are those of the original's answers.
     """
 
     unit: Unit = "token"
     tokens: int
+    """The number of compared tokens, or images by `unit`."""
+
     kl_mean: float
     kl_p99: float
     kl_interval: tuple[float, float] | None
+    """Bounds of the mean, each with 95 % confidence, clustered by window or answer; None for a single cluster."""
+
     top1_agreement: float
+    """The share of tokens whose most likely token is the same in both models."""
+
     at_least: bool = False
+    """Whether KL is over the top tokens with the rest merged into one outcome, which bounds the exact KL from below."""
+
     whole: WholeKl | None = None
+    """Where `at_least`: the full-vocabulary KL estimated from a sample; None where the runtime gives no full distributions."""
+
     interval_level: float = 0.9
+    """The confidence of `kl_interval` as a whole."""
+
     lost: int | None = None
+    """Items with a lower score than the original's: right before, wrong now."""
+
     gained: int | None = None
+    """Items with a higher score than the original's."""
+
     changed: int | None = None
+    """Items with another answer after normalization, whatever their score."""
 
 
 class TaskMeasurement(Frozen):
-    """One task's figures; `fidelity` is None for the original, `noise` is the original's, asked again otherwise, for it alone.
-
-    Where items were drawn in `looks` parts, `look` is after which of them it was settled.
-    """
+    """One task's results for one model."""
 
     name: str
     metrics: Metrics
     fidelity: Fidelity | None = None
+    """The distance from the original; None for the original itself."""
+
     noise: Fidelity | None = None
+    """Of the original alone: the distance of a second run in another order and in other batches from the first."""
+
     look: int | None = None
+    """Of group-sequential measurement: the number of the look that decided, from 1."""
+
     looks: int | None = None
+    """The number of planned looks."""
 
 
 class Grounding(Frozen):
-    """Whether answers depend on the image: the same questions of a task with their own image, with another one's, and with none.
-
-    `score_own`, `score_other` and `score_none` are the mean scores, `changed_other` and `changed_none` the shares of answers that
-    are not those to the own image. `failed` items, whatever they failed at, are in none of them.
-    """
+    """Visual grounding: the same questions of a task with their own image, with another question's image, and with none."""
 
     task: str
     metric: str
     binary: bool
     items: int
     failed: int
+    """Items without an answer in one of the three conditions; they count in none of the figures below."""
+
     score_own: float
+    """The mean score with the own image; `score_other` and `score_none` likewise."""
+
     score_other: float
     score_none: float | None
     changed_other: float
+    """The share of answers that differ from the answer with the own image; `changed_none` likewise."""
+
     changed_none: float | None
 
 
 class Measurement(Frozen):
-    """All tasks' figures for one model in one runtime: the content of `measurement.json`."""
+    """All tasks' results for one model in one runtime: the content of `measurement.json`."""
 
     tasks: tuple[TaskMeasurement, ...]
     grounding: Grounding | None = None
     skipped: Mapping[str, str] = Field(default_factory=lambda: dict[str, str]())
-    """Tasks that the runtime could not measure, and why."""
+    """Tasks that were not measured, and the reason."""
 
 
 class ScoredItem(Frozen):
-    """One item that is answered, with its score by the task's metric (1 right, 0 wrong where it is one or the other).
-
-    `cluster` is what items that depend on each other share: their images. `fault` says why there is no answer; the score is 0 then.
-    """
+    """One item with the model's answer and its score."""
 
     id: str
     digest: str
+    """SHA-256 of the item's content: items of two models are paired only where it is equal."""
+
     cluster: str
+    """Equal for items that are statistically dependent: those about the same images."""
+
     accepted: tuple[str, ...]
+    """The reference answers."""
+
     said: str
+    """The model's answer."""
+
     score: float
+    """The task's metric; of binary metrics 1 is right and 0 wrong."""
+
     fault: str | None = None
+    """Why there is no answer; the score is 0 then."""
 
 
 class QuestionItem(ScoredItem):
-    """One question and what was said to it; `token_ids` is the answer as tokens, the end token included where it ended.
-
-    `tokens`, `nll`, `kl` and `same_top` belong to the original's answer: number of tokens, and sums over them.
-    """
+    """One question with the generated answer, and sums over the tokens of the original's answer as this model predicts them."""
 
     item: Literal["question"] = "question"
     prompt: str
     token_ids: tuple[int, ...]
+    """The tokens of this model's answer, with the end token unless it was cut off."""
+
     tokens: int
+    """The number of tokens of the original's answer."""
+
     nll: float
+    """The sum of negative log-likelihoods of the original's answer, in nats."""
+
     kl: float | None = None
+    """The sum of KL(original ‖ this model), in nats; None where nothing was compared."""
+
     same_top: int | None = None
+    """The number of tokens whose most likely token is the same in both models."""
 
 
 class ImageItem(ScoredItem):
-    """One image and the class that was found likeliest; `nll` is of the right one, `kl` of the likelihoods of all classes."""
+    """One image with the most likely class; `nll` is that of the right class, `kl` is over the distribution of all classes."""
 
     item: Literal["image"] = "image"
     nll: float
@@ -181,7 +225,7 @@ class AdapterItem(ScoredItem):
 
 
 class WindowItem(Frozen):
-    """One window of text: the digest of its token ids, the number of tokens scored, and sums over them."""
+    """One window of text: the digest of its token ids, the number of scored tokens, and sums over them as in `QuestionItem`."""
 
     item: Literal["window"] = "window"
     id: str
@@ -194,7 +238,7 @@ class WindowItem(Frozen):
 
 
 class GroundingItem(Frozen):
-    """One question asked with its own image, with another item's (`other`) and with none, which some models do not take."""
+    """One question with its own image, with another item's (`other` is its id) and with none, which some models refuse."""
 
     item: Literal["grounding"] = "grounding"
     id: str
@@ -217,19 +261,19 @@ _ITEM: TypeAdapter[AnyItem] = TypeAdapter(Annotated[AnyItem, Field(discriminator
 
 
 @dataclass(frozen=True)
-class Measured:
-    """A measurement with its items, by task name."""
+class ItemizedMeasurement:
+    """A measurement with its items, by task; read from its folder by `read_measurement`."""
 
     tasks: dict[str, TaskMeasurement]
     items: dict[str, tuple[AnyItem, ...]]
     grounding: Grounding | None = None
     grounding_items: tuple[GroundingItem, ...] = ()
     skipped: Mapping[str, str] = field(default_factory=lambda: dict[str, str]())
-    again: Mapping[str, tuple[AnyItem, ...]] = field(default_factory=lambda: dict[str, tuple[AnyItem, ...]]())
-    """Of the original, the items that were asked again."""
+    repeated_items: Mapping[str, tuple[AnyItem, ...]] = field(default_factory=lambda: dict[str, tuple[AnyItem, ...]]())
+    """Of the original, the items of the second run."""
 
     def scored(self, name: str) -> tuple[ScoredItem, ...]:
-        """Return the items of a task that are answered, with their scores."""
+        """Return the items of a task with scores."""
         return tuple(item for item in self.items[name] if isinstance(item, ScoredItem))
 
     def questions(self, name: str) -> tuple[QuestionItem, ...]:
@@ -242,17 +286,17 @@ class Measured:
 
 
 def items_path(folder: Path, name: str) -> Path:
-    """Return where a measurement's folder holds a task's items."""
+    """Return the path of a task's items in a measurement's folder."""
     return folder / f"items-{name}.parquet"
 
 
-def again(name: str) -> str:
-    """Return what a task's items that are asked again go by; no task has such a name."""
+def repeat_name(name: str) -> str:
+    """Return the name of a task's second run; no task can have it, for `@` is not allowed in names."""
     return f"{name}@again"
 
 
 def write_items(folder: Path, name: str, items: Sequence[AnyItem | GroundingItem]) -> None:
-    """Write a task's items, a row each."""
+    """Write a task's items as parquet, a row each."""
     from compress.calibration.tables import parquet_of
 
     write_bytes(items_path(folder, name), parquet_of([item.model_dump() for item in items]))
@@ -273,8 +317,8 @@ def read_items(folder: Path, name: str) -> tuple[AnyItem, ...]:
 
 
 def read_grounding(folder: Path) -> tuple[GroundingItem, ...]:
-    """Read the items that show whether answers depend on images; see `read_items`."""
-    return _read_items(items_path(folder, GROUNDING), TypeAdapter(GroundingItem))
+    """Read the items of the visual grounding check; see `read_items`."""
+    return _read_items(items_path(folder, GROUNDING_ITEMS), TypeAdapter(GroundingItem))
 
 
 def _read_items(path: Path, adapter: TypeAdapter[Item]) -> tuple[Item, ...]:
@@ -293,7 +337,7 @@ def _read_items(path: Path, adapter: TypeAdapter[Item]) -> tuple[Item, ...]:
     return tuple(items)
 
 
-def read_measured(folder: Path) -> Measured:
+def read_measurement(folder: Path) -> ItemizedMeasurement:
     """Read a measurement's folder.
 
     Raises:
@@ -307,32 +351,38 @@ def read_measured(folder: Path) -> Measured:
     except ValidationError as error:
         raise DataError(f"{path}: no measurement; measure again with --fresh") from error
     names = [task.name for task in measurement.tasks]
-    return Measured(
+    return ItemizedMeasurement(
         tasks={task.name: task for task in measurement.tasks},
         items={name: read_items(folder, name) for name in names},
         grounding=measurement.grounding,
         skipped=measurement.skipped,
         grounding_items=read_grounding(folder) if measurement.grounding is not None else (),
-        again={task.name: read_items(folder, again(task.name)) for task in measurement.tasks if task.noise is not None},
+        repeated_items={
+            task.name: read_items(folder, repeat_name(task.name)) for task in measurement.tasks if task.noise is not None
+        },
     )
 
 
 def check_pairs(
     task: str, original: Sequence[ScoredItem | WindowItem | GroundingItem], artifact: Iterable[tuple[str, str]]
 ) -> None:
-    """Check that two models met the same items in the same order; `artifact` gives each item's id and digest.
+    """Check that both models were measured on the same items in the same order; `artifact` gives each item's id and digest.
 
     Raises:
-        DataError: the first item that differs, or is missing on one side, is named.
+        DataError: they differ; names the first item that does, or is missing on one side.
     """
-    theirs = [(item.id, item.digest) for item in original]
-    ours = list(artifact)
-    for (their_id, their_digest), (our_id, our_digest) in zip(theirs, ours, strict=False):
-        if their_id != our_id or their_digest != our_digest:
-            what = f"item {our_id} has another content" if their_id == our_id else f"item {our_id} stands where {their_id} was"
-            raise DataError(f"task {task}: {what} when the original was measured; measure the original again with --fresh")
-    if len(theirs) != len(ours):
+    before = [(item.id, item.digest) for item in original]
+    after = list(artifact)
+    for (original_id, original_digest), (artifact_id, artifact_digest) in zip(before, after, strict=False):
+        if original_id != artifact_id or original_digest != artifact_digest:
+            difference = (
+                f"item {artifact_id} has another content"
+                if original_id == artifact_id
+                else f"item {artifact_id} stands where {original_id} was"
+            )
+            raise DataError(f"task {task}: {difference} when the original was measured; measure the original again with --fresh")
+    if len(before) != len(after):
         raise DataError(
-            f"task {task}: {len(ours)} items, and {len(theirs)} when the original was measured; measure the original again with "
+            f"task {task}: {len(after)} items, and {len(before)} when the original was measured; measure the original again with "
             "--fresh"
         )

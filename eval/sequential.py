@@ -1,4 +1,4 @@
-"""Group-sequential judging: items come in a few looks, and after each the artifact may pass, fail, or more items be drawn.
+"""Group-sequential tests: items are measured in a few looks, and at each the artifact may pass, fail, or need more items.
 
 Over all looks together, an artifact at the limit passes at most α of the time and fails at most α. The error is spent by an
 O'Brien-Fleming-like function of the share of items seen (Lan and DeMets, Biometrika 70, 1983), so early looks decide only what
@@ -26,18 +26,21 @@ Decision = Literal["pass", "fail", "inconclusive", "go on"]
 Floats = NDArray[np.float64]
 
 _POINTS = 301
-_LOWEST = -9.0
+"""Grid points of the numerical integration; an odd number, for Simpson's rule. More are slower and more accurate."""
+
+_MIN_Z = -9.0
+"""The grid's lower end in standard deviations: the normal density below has a mass under 1e-18."""
 
 
-def spent(fraction: float, alpha: float) -> float:
-    """Return how much of the one-sided error `alpha` may be spent by the time this fraction of the items was seen."""
+def error_spent(fraction: float, alpha: float) -> float:
+    """Return the part of the one-sided error `alpha` that the spending function allows up to this fraction of the items."""
     from scipy.special import ndtr
 
     return float(2 * ndtr(-normal_quantile(alpha / 2) / math.sqrt(fraction)))
 
 
 def boundaries(fractions: Sequence[float], alpha: float) -> tuple[float, ...]:
-    """Return for each look the z from which on the test rejects, at the one-sided error `alpha` over all looks.
+    """Return each look's boundary, the z from which on the test rejects, at the one-sided error `alpha` over all looks.
 
     Raises:
         ValueError: the fractions do not rise from above 0 to at most 1, or alpha is not between 0 and 1.
@@ -51,66 +54,66 @@ def boundaries(fractions: Sequence[float], alpha: float) -> tuple[float, ...]:
 @lru_cache(maxsize=4096)
 def _boundaries(fractions: tuple[float, ...], alpha: float) -> tuple[float, ...]:
     if len(fractions) == 1:
-        return (normal_quantile(spent(fractions[0], alpha)),)
+        return (normal_quantile(error_spent(fractions[0], alpha)),)
     earlier = _boundaries(fractions[:-1], alpha)
-    walk = _Walk(0.0)
+    process = _ScoreProcess(0.0)
     for fraction, bound in zip(fractions, earlier, strict=False):
-        walk.step(fraction, bound)
-    return (*earlier, walk.solve(fractions[-1], spent(fractions[-1], alpha) - spent(fractions[-2], alpha)))
+        process.step(fraction, bound)
+    return (*earlier, process.solve(fractions[-1], error_spent(fractions[-1], alpha) - error_spent(fractions[-2], alpha)))
 
 
 def crossing_chances(fractions: Sequence[float], bounds: Sequence[float], drift: float = 0.0) -> tuple[float, ...]:
-    """Return with which probability z first reaches its bound at each look, where z's mean at the end would be `drift`."""
-    walk = _Walk(drift)
+    """Return the probability at each look that z first crosses its bound there; z's mean at the last look is `drift`."""
+    process = _ScoreProcess(drift)
     chances: list[float] = []
     for fraction, bound in zip(fractions, bounds, strict=True):
-        chances.append(walk.chance(fraction, bound))
-        walk.step(fraction, bound)
+        chances.append(process.chance(fraction, bound))
+        process.step(fraction, bound)
     return tuple(chances)
 
 
-class _Walk:
-    """The score process S = z · √fraction of those evaluations that have not reached a bound yet, as a density on a grid."""
+class _ScoreProcess:
+    """The density on a grid of the score process S = z · √fraction, for evaluations that have not crossed a bound yet."""
 
     def __init__(self, drift: float) -> None:
         self._drift = drift
         self._fraction = 0.0
-        self._places: Floats = np.zeros(1)
+        self._grid: Floats = np.zeros(1)
         self._masses: Floats = np.ones(1)
 
     def chance(self, fraction: float, bound: float) -> float:
-        """Return the probability to be still under way and to be at `bound` or above at this fraction."""
+        """Return the probability of having crossed no earlier bound and of being at `bound` or above at this fraction."""
         from scipy.special import ndtr
 
-        apart = fraction - self._fraction
-        distance = bound * math.sqrt(fraction) - self._places - self._drift * apart
-        return float((self._masses * ndtr(-distance / math.sqrt(apart))).sum())
+        increment = fraction - self._fraction
+        distance = bound * math.sqrt(fraction) - self._grid - self._drift * increment
+        return float((self._masses * ndtr(-distance / math.sqrt(increment))).sum())
 
     def solve(self, fraction: float, target: float) -> float:
-        """Return the bound that is reached with the probability `target`."""
-        low, high = _LOWEST, 39.0
+        """Return the bound that is crossed with the probability `target`."""
+        low, high = _MIN_Z, 39.0
         for _ in range(50):
             middle = (low + high) / 2
             low, high = (middle, high) if self.chance(fraction, middle) > target else (low, middle)
         return high
 
     def step(self, fraction: float, bound: float) -> None:
-        """Go on to this fraction with those below the bound; Simpson's rule turns the density into masses."""
-        apart = fraction - self._fraction
-        lowest = _LOWEST * math.sqrt(fraction) + min(self._drift, 0.0)
-        highest = min(bound * math.sqrt(fraction), -_LOWEST * math.sqrt(fraction) + max(self._drift, 0.0))
-        places = np.linspace(lowest, max(highest, lowest), _POINTS)
+        """Advance to this fraction with the mass below the bound; integrates by Simpson's rule."""
+        increment = fraction - self._fraction
+        low = _MIN_Z * math.sqrt(fraction) + min(self._drift, 0.0)
+        high = min(bound * math.sqrt(fraction), -_MIN_Z * math.sqrt(fraction) + max(self._drift, 0.0))
+        grid = np.linspace(low, max(high, low), _POINTS)
         weights = np.full(_POINTS, 2.0)
         weights[1::2] = 4.0
         weights[[0, -1]] = 1.0
-        weights *= (places[1] - places[0]) / 3
-        distance = places[:, None] - self._places[None, :] - self._drift * apart
-        density = np.exp(-(distance**2) / (2 * apart)) @ self._masses / math.sqrt(2 * math.pi * apart)
-        self._places, self._masses, self._fraction = places, weights * density, fraction
+        weights *= (grid[1] - grid[0]) / 3
+        distance = grid[:, None] - self._grid[None, :] - self._drift * increment
+        density = np.exp(-(distance**2) / (2 * increment)) @ self._masses / math.sqrt(2 * math.pi * increment)
+        self._grid, self._masses, self._fraction = grid, weights * density, fraction
 
 
 def repeated_p(fractions: Sequence[float], p_value: float) -> float:
-    """Return the p-value, valid whenever one stops, of a look whose own p-value is `p_value`; the last fraction is that look's.
+    """Return the repeated p-value, valid under any stopping rule, of the look at the last fraction, given its nominal p-value.
 
     It is the smallest error over all looks at which this look would have rejected (Jennison and Turnbull, 2000, section 9.3).
     """
@@ -126,7 +129,7 @@ def repeated_p(fractions: Sequence[float], p_value: float) -> float:
 
 @dataclass(frozen=True)
 class Look:
-    """What one look says: the recovery with its repeated confidence interval, and the decision."""
+    """The result of one look: the recovery with its repeated confidence interval, and the decision."""
 
     recovery: Recovery
     decision: Decision
@@ -134,9 +137,9 @@ class Look:
 
 @dataclass(frozen=True)
 class Sequential:
-    """A plan of looks, after the given fractions of the items, the last of which is 1; `levels` hold over all looks together.
+    """A plan of looks at fractions of the items, the last of which is 1; `levels` are the errors over all looks together.
 
-    With several tasks, `levels.failing` divided by their number makes every failure one that Holm's method upholds.
+    With several tasks, `levels.failing` is divided by their number, so that Holm's method upholds every failure.
     """
 
     fractions: tuple[float, ...]
@@ -144,16 +147,16 @@ class Sequential:
 
     @classmethod
     def even(cls, looks: int, confidence: float, tasks: int = 1) -> Sequential:
-        """Plan so many looks with equally many new items each, for one of `tasks` tasks that are judged together."""
+        """Plan looks with an equal number of new items each, for one of `tasks` tasks that are judged together."""
         alpha = 1 - confidence
         return cls(tuple((look + 1) / looks for look in range(looks)), Levels(alpha, alpha / tasks))
 
     def items(self, budget: int) -> tuple[int, ...]:
-        """Return how many items have been drawn by each look, of a budget of so many."""
+        """Return the cumulative number of items at each look, for a sample of `budget` items."""
         return tuple(max(round(fraction * budget), 1) for fraction in self.fractions)
 
     def nominal(self, look: int) -> Levels:
-        """Return the levels at which the look (the first is 0) tests by itself."""
+        """Return the nominal levels of a look, counted from 0."""
         from scipy.special import ndtr
 
         passing = boundaries(self.fractions, self.levels.passing)[look]
@@ -161,14 +164,14 @@ class Sequential:
         return Levels(float(ndtr(-passing)), float(ndtr(-failing)))
 
     def decide(self, pairs: Pairs, look: int, limit: float) -> Decision:
-        """Return the decision of `judge` alone."""
+        """Return the decision of `judge` without its interval, which is faster."""
         return self._decision(decide(pairs, limit, self.nominal(look)), look)
 
     def _decision(self, outcome: Outcome, look: int) -> Decision:
         return "go on" if outcome == "inconclusive" and look + 1 < len(self.fractions) else outcome
 
     def judge(self, pairs: Pairs, look: int, limit: float) -> Look | None:
-        """Judge all the items drawn by this look; None where the original scores nothing.
+        """Judge all items up to this look; None where the original's mean score is 0.
 
         Only the last look can be inconclusive. The recovery's levels, and with them its bounds, are the look's own: such
         intervals hold at all looks together, so also at the one where the evaluation stopped. Its p-values are `repeated_p`.

@@ -1,7 +1,7 @@
-"""What paired measurements of two models prove: bounds on recovery and on the perplexity ratio, and three-way verdicts.
+"""Paired statistics of two models: confidence intervals of recovery and of the perplexity ratio, and three-way outcomes.
 
-Every bound holds by itself with the confidence asked for: at 0.95, an artifact that truly stands at the limit passes in no more
-than about 5 % of evaluations and fails in no more than about 5 %; between the two lies `inconclusive`.
+Each bound holds by itself with the given confidence: at 0.95, an artifact that is truly at the limit passes in no more than about
+5 % of evaluations and fails in no more than about 5 %; all others are `inconclusive`.
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from numpy.typing import NDArray
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 _CONTINUITY = 0.5
-_LARGEST_SAMPLE = 10**12
+"""The correction for continuity, in items: the statistic moves by whole items; see `recovery_interval`."""
+
+_MAX_SAMPLE = 10**12
+"""Findings that need more items are reported as undecidable."""
 
 
 @dataclass(frozen=True)
 class PairedCounts:
-    """How many items each pair of outcomes has: `both` right, `lost` right→wrong, `gained` wrong→right, `neither` right."""
+    """The paired 2×2 table of right/wrong items: `both` right, `lost` right→wrong, `gained` wrong→right, `neither` right."""
 
     both: int
     lost: int
@@ -37,46 +40,50 @@ class PairedCounts:
 
     @property
     def original(self) -> int:
-        """How many the original got right."""
+        """The number that the original answers right."""
         return self.both + self.lost
 
     @property
     def artifact(self) -> int:
-        """How many the artifact got right."""
+        """The number that the artifact answers right."""
         return self.both + self.gained
 
 
 @dataclass(frozen=True)
 class Finding:
-    """An estimate, its bounds (None where the data allow none), the verdict, and how many items would settle an open one."""
+    """An estimate with its confidence interval, judged against a limit."""
 
     value: float
     interval: tuple[float, float] | None
+    """None where the data allow no bounds, as with a single cluster."""
+
     outcome: Outcome
     items_needed: int | None
+    """How many items would decide an inconclusive outcome at the observed rates; None if no number would, or it is decided."""
+
     level: float | None = field(default=None, kw_only=True)
     """The confidence of the interval as a whole: of two bounds with 95 % each, 90 %."""
 
 
 @dataclass(frozen=True)
 class Levels:
-    """How often a verdict may err: an artifact at the limit passes at most `passing` of the time and fails at most `failing`."""
+    """One-sided error rates: the highest probability that an artifact at the limit passes, and that it fails."""
 
     passing: float
     failing: float
 
     @classmethod
     def at(cls, confidence: float) -> Levels:
-        """Return the levels at which both verdicts hold with `confidence`."""
+        """Return equal levels of 1 − confidence."""
         return cls(1 - confidence, 1 - confidence)
 
     @property
     def interval(self) -> float:
-        """The confidence of an interval of both bounds: each may err at its own end."""
+        """The confidence of the interval as a whole: each bound may miss on its own side."""
         return 1 - self.passing - self.failing
 
     def outcome(self, p_pass: float, p_fail: float) -> Outcome:
-        """Return the verdict that these one-sided p-values give."""
+        """Return the outcome for the one-sided p-values."""
         if p_pass <= self.passing:
             return "pass"
         return "fail" if p_fail <= self.failing else "inconclusive"
@@ -87,16 +94,18 @@ Method = Literal["score test", "bootstrap by clusters"]
 
 @dataclass(frozen=True)
 class Recovery(Finding):
-    """How much of the original's score is kept: `value` is mean(artifact) / mean(original), of `items` items.
-
-    The lower bound holds with probability 1 − levels.passing, the upper with 1 − levels.failing. `p_pass` is the one-sided p-value
-    against "the artifact stands at the limit or below", `p_fail` against "at the limit or above".
-    """
+    """The recovery, `value` = mean(artifact) / mean(original)."""
 
     items: int
     p_pass: float
+    """The one-sided p-value of the hypothesis "at the limit or below"."""
+
     p_fail: float
+    """The one-sided p-value of the hypothesis "at the limit or above"."""
+
     levels: Levels
+    """The lower bound holds with probability 1 − passing, the upper one with 1 − failing."""
+
     method: Method
 
 
@@ -112,7 +121,7 @@ def count_pairs(original: Sequence[bool], artifact: Sequence[bool]) -> PairedCou
 
 
 def constrained_flips(counts: PairedCounts, ratio: float) -> tuple[float, float]:
-    """Return the most likely shares of (lost, gained) items if the artifact's accuracy were `ratio` times the original's.
+    """Return the maximum-likelihood shares of (lost, gained) items given accuracy(artifact) = ratio · accuracy(original).
 
     With λ the number of items, the Lagrange conditions leave neither = counts.neither / items, and with s the share of the rest
     lost = ratio · gained + (1 − ratio) · s and both = ratio · s − (1 + ratio) · gained; `gained` is then the larger root of a
@@ -151,25 +160,25 @@ def recovery_interval(counts: PairedCounts, confidence: float) -> tuple[float, f
     """Return the bounds of accuracy(artifact) / accuracy(original), each with `confidence`, by inverting the score test.
 
     The statistic moves by whole items, so half an item is taken off in either direction: without it an artifact at the limit,
-    whose few flips are all losses, would pass in up to 7 % of evaluations instead of 5 %. The original must have items right.
+    whose few flips are all losses, would pass in up to 7 % of evaluations instead of 5 %. The original must have right items.
     """
     return _score_bounds(counts, Levels.at(confidence))
 
 
 def _score_bounds(counts: PairedCounts, levels: Levels) -> tuple[float, float]:
-    reach_low, reach_high = normal_quantile(levels.passing), normal_quantile(levels.failing)
+    z_low, z_high = normal_quantile(levels.passing), normal_quantile(levels.failing)
     estimate = counts.artifact / counts.original
     low = 0.0
     if counts.artifact > _CONTINUITY:
-        low = crossing(lambda ratio: recovery_score(counts, ratio, -_CONTINUITY) - reach_low, 1e-9, max(estimate, 1e-9))
-    top = max(2 * estimate, 2.0)
-    while recovery_score(counts, top, _CONTINUITY) > -reach_high:
-        top *= 2
-    return low, crossing(lambda ratio: recovery_score(counts, ratio, _CONTINUITY) + reach_high, max(estimate, 1e-9), top)
+        low = crossing(lambda ratio: recovery_score(counts, ratio, -_CONTINUITY) - z_low, 1e-9, max(estimate, 1e-9))
+    upper = max(2 * estimate, 2.0)
+    while recovery_score(counts, upper, _CONTINUITY) > -z_high:
+        upper *= 2
+    return low, crossing(lambda ratio: recovery_score(counts, ratio, _CONTINUITY) + z_high, max(estimate, 1e-9), upper)
 
 
 def judge_recovery(counts: PairedCounts, limit: float, confidence: float) -> Finding:
-    """Judge whether the artifact keeps at least `limit` of the original's accuracy; the original must have items right."""
+    """Judge whether the recovery is at least `limit`; the original must have right items."""
     return judge_counts(counts, limit, Levels.at(confidence))
 
 
@@ -180,9 +189,9 @@ def score_tails(counts: PairedCounts, limit: float) -> tuple[float, float]:
 
 
 def judge_counts(counts: PairedCounts, limit: float, levels: Levels) -> Recovery:
-    """Judge by the score test whether the artifact keeps at least `limit` of the original's accuracy, at the levels given.
+    """Judge by the score test whether the recovery is at least `limit`.
 
-    The items must not depend on each other, and the original must have some right.
+    The items must be independent, and the original must have right items.
     """
     p_pass, p_fail = score_tails(counts, limit)
     outcome = levels.outcome(p_pass, p_fail)
@@ -219,7 +228,7 @@ def normal_quantile(tail: float) -> float:
 
 
 def clustered_mean(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> tuple[float, float]:
-    """Return the mean over all tokens and its standard error, where the tokens of one cluster (window, answer) may depend.
+    """Return the mean over all tokens and its standard error, clustered: tokens of one window or answer may be dependent.
 
     `sums` and `sizes` are per cluster: the sum of the values and the number of tokens. The error is the linearised one of a
     ratio of two sums (arXiv 2411.00640, equation 4, with the small-sample factor); nan for a single cluster.
@@ -253,9 +262,9 @@ def judge_perplexity(
 
     `original` and `artifact` are the negative log-likelihoods in nats summed over each window, `sizes` the tokens scored in it.
     """
-    change = artifact - original
-    mean, error = clustered_mean(change, sizes)
-    interval = mean_interval(change, sizes, confidence)
+    differences = artifact - original
+    mean, error = clustered_mean(differences, sizes)
+    interval = mean_interval(differences, sizes, confidence)
     if interval is None:
         return Finding(bounded_exp(mean), None, "inconclusive", None)
     bounds = (bounded_exp(interval[0]), bounded_exp(interval[1]))
@@ -264,21 +273,28 @@ def judge_perplexity(
         outcome = "pass"
     elif bounds[0] > limit:
         outcome = "fail"
-    needed = None
+    items_needed = None
     if outcome == "inconclusive":
-        needed = _windows_to_settle(abs(mean - math.log(limit)), error * math.sqrt(len(change)), len(change), confidence)
-    return Finding(bounded_exp(mean), bounds, outcome, needed, level=two_sided(confidence))
+        items_needed = _windows_to_settle(
+            abs(mean - math.log(limit)), error * math.sqrt(len(differences)), len(differences), confidence
+        )
+    return Finding(bounded_exp(mean), bounds, outcome, items_needed, level=two_sided(confidence))
 
 
 @dataclass(frozen=True)
 class Excess:
-    """How far a mean lies above its noise floor: both means, the bounds of the difference, and whether it is shown to be above."""
+    """A mean compared with its noise floor."""
 
     value: float
     floor: float
     interval: tuple[float, float] | None
+    """The bounds of `value` − `floor`; None for a single cluster."""
+
     p_value: float
+    """One-sided, of the hypothesis that the mean is at the floor or below."""
+
     above: bool
+    """Whether the mean is significantly above the floor."""
 
 
 def above_floor(
@@ -287,56 +303,56 @@ def above_floor(
     clusters: NDArray[np.int64],
     confidence: float,
 ) -> Excess:
-    """Tell whether the artifact's mean KL per token is above that of the original asked again, with `confidence`.
+    """Test whether the artifact's mean per token is above that of the original's second run, with `confidence`.
 
-    Both give per item, in the same order, the sum over its tokens and the number of its tokens, both 0 where an item was not asked;
-    items of one cluster may depend. The difference of the two means is linearised by clusters and held against Student's t, with
-    the degrees of freedom of the one that has fewer clusters.
+    Both arguments hold per item, in the same order, the sum over its tokens and their number, both 0 where an item is missing;
+    items of one cluster may be dependent. The difference of the two means is linearised by clusters and tested by Student's t,
+    with the degrees of freedom of the side with fewer clusters.
     """
     codes = np.unique(clusters, return_inverse=True)[1]
     means: list[float] = []
     residuals: list[NDArray[np.float64]] = []
-    asked: list[int] = []
+    cluster_counts: list[int] = []
     for sums, tokens in (artifact, floor):
         total = float(tokens.sum())
         means.append(float(sums.sum()) / total)
         residuals.append(np.bincount(codes, sums - means[-1] * tokens).astype(np.float64) / total)
-        asked.append(int((np.bincount(codes, tokens) > 0).sum()))
-    count = min(asked)
+        cluster_counts.append(int((np.bincount(codes, tokens) > 0).sum()))
+    cluster_count = min(cluster_counts)
     difference = means[0] - means[1]
-    if count < 2:
+    if cluster_count < 2:
         return Excess(means[0], means[1], None, 1.0, above=False)
-    error = math.sqrt(count / (count - 1) * float(((residuals[0] - residuals[1]) ** 2).sum()))
-    reach = student_quantile(confidence, count - 1) * error
+    error = math.sqrt(cluster_count / (cluster_count - 1) * float(((residuals[0] - residuals[1]) ** 2).sum()))
+    reach = student_quantile(confidence, cluster_count - 1) * error
     above = difference > reach
     p_value = 1.0 if difference <= 0 else 0.0
     if error > 0:
         from scipy.special import stdtr
 
-        p_value = float(stdtr(count - 1, -difference / error))
+        p_value = float(stdtr(cluster_count - 1, -difference / error))
     return Excess(means[0], means[1], (difference - reach, difference + reach), p_value, above)
 
 
 def bounded_exp(exponent: float) -> float:
-    """Return exp, kept within what JSON can hold: a ruined model's perplexity is huge, not infinite."""
+    """Return exp, at most e^700 so that it fits a float64 and JSON: a broken model's perplexity is huge, not infinite."""
     return math.exp(min(exponent, 700.0))
 
 
 def _windows_to_settle(distance: float, deviation: float, windows: int, confidence: float) -> int | None:
-    def settled(count: int) -> bool:
+    def is_decided(count: int) -> bool:
         return distance >= student_quantile(confidence, count - 1) * deviation / math.sqrt(count)
 
-    if distance < 1e-12 or not settled(_LARGEST_SAMPLE):
+    if distance < 1e-12 or not is_decided(_MAX_SAMPLE):
         return None
-    low, high = windows, _LARGEST_SAMPLE
+    low, high = windows, _MAX_SAMPLE
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (low, middle) if settled(middle) else (middle, high)
+        low, high = (low, middle) if is_decided(middle) else (middle, high)
     return high
 
 
 def student_quantile(confidence: float, degrees: int) -> float:
-    """Return the value that Student's t with so many degrees of freedom stays below with probability `confidence`."""
+    """Return the `confidence` quantile of Student's t distribution."""
     from scipy.special import stdtrit
 
     return float(stdtrit(degrees, confidence))

@@ -1,4 +1,4 @@
-"""How many questions about images a model answers right, and how faithfully it repeats the original's answers."""
+"""Visual question answering: generated answers scored by the definition's metric, and the likelihood of the original's answers."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from pydantic import Field
 
-from compress.eval.asked import Asked, Scorer, drawn
 from compress.eval.definition import Kind
 from compress.eval.metrics import load_metric
+from compress.eval.question_task import QuestionTask, Scorer, sampling_note
 
 if TYPE_CHECKING:
     from compress.calibration.questions import Question
 
-_MEASURES = {
+_SCORE_NOTES = {
     "exact_match": "share of questions{drawn} whose answer equals an accepted one after VQA v2's normalization",
     "relaxed": "share of questions{drawn} whose answer is within 5 % of an accepted number or equals an accepted text (ChartQA)",
     "anls": "mean over questions{drawn} of ANLS: 1 less the share of letters that are wrong, 0 from a half on (DocVQA)",
@@ -22,33 +22,32 @@ _MEASURES = {
     "letter": "share of questions{drawn} whose answer names the accepted letter",
     "yes_no": "share of questions{drawn} whose answer says yes or no as it should: no if its first sentence has no or not (POPE)",
 }
-"""What a task's score is, by its metric."""
+"""What the score is, by metric, for the report; `{drawn}` becomes the clause on sampling."""
 
 
-class Vqa(Asked):
-    """Questions about images, each answered in the model's own words and scored by the definition's metric, or the recipe's.
-
-    Without a `definition`, questions of one's own are asked for a word or phrase, which must equal an accepted answer.
-    """
+class Vqa(QuestionTask):
+    """Questions about images with generated answers, scored by the definition's metric or the recipe's."""
 
     task_revision: ClassVar[int] = 3
     kind: ClassVar[Kind] = "vqa"
 
     task: Literal["vqa"]
     definition: str = Field(default="questions", validate_default=True)
+    """`questions`, the default, asks questions of the recipe's data for a word or phrase that equals an accepted answer."""
+
     metric: str | None = None
 
     def scorer(self, questions: Sequence[Question]) -> Scorer:
-        """Return the definition's metric; see `Asked.scorer`."""
+        """Return the definition's metric; see `QuestionTask.scorer`."""
         del questions
-        metric = load_metric(self.scored_by)
-        return lambda question, said: float(metric(said, question.answers))
+        metric = load_metric(self.metric_name)
+        return lambda question, answer: float(metric(answer, question.answers))
 
     def note(self) -> str:
-        """Return how the questions are asked and scored."""
-        definition = self.read()
-        measures = _MEASURES[definition.metric].replace("{drawn}", drawn(self.samples, self.seed))
+        """Return how the questions are prompted and scored."""
+        definition = self.resolved_definition()
+        score_note = _SCORE_NOTES[definition.metric].replace("{drawn}", sampling_note(self.samples, self.seed))
         return (
-            f"{measures}; greedy, at most {definition.max_new_tokens} tokens, {self.asked_as()}; KL and top-1 are of the "
+            f"{score_note}; greedy, at most {definition.max_new_tokens} tokens, {self.prompt_note()}; KL and top-1 are of the "
             "original's own answers"
         )

@@ -1,4 +1,4 @@
-"""Of how many images a model that compares them with texts finds the right class likeliest (arXiv 2103.00020, section 3.1)."""
+"""Zero-shot image classification by image-text similarity (arXiv 2103.00020, section 3.1)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,19 @@ from pydantic import Field, PositiveInt, model_validator
 
 from compress.calibration.sets import Columns, ImageFolder, QuestionSource
 from compress.errors import CheckpointError, DataError
-from compress.eval.journal import tell_of_faults
+from compress.eval.journal import report_faults
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
-from compress.eval.task import Task, TaskContext, cluster_of, count, draw_questions, fidelity_of, flips, total, warn_of_few
+from compress.eval.task import (
+    Task,
+    TaskContext,
+    cluster_of,
+    count_or_none,
+    draw_questions,
+    fidelity_of,
+    flips,
+    sum_or_none,
+    warn_if_fewer,
+)
 from compress.files import write_bytes
 from compress.runtimes.runtime import Ability, Faults, ImageInput, Score, unscored
 from compress.schema import Source
@@ -29,10 +39,10 @@ Template = Annotated[str, Field(pattern=r"\{class\}")]
 
 
 class ZeroShot(Task):
-    """Images, each of one of the `classes`, which is found by the text that a model puts nearest.
+    """Images that are classified by the class whose text embedding is nearest.
 
-    A class stands for the mean of its texts: its name in each of the `templates`. An image's label, in the column of answers, is
-    a class by its name or by its number, counted from 0. `samples` draws at most so many of the images, with `seed`.
+    A class's embedding is the mean over its name in each of the `templates`. An image's label, in the answer column, is a class's
+    name or its index from 0.
     """
 
     task_revision: ClassVar[int] = 2
@@ -47,6 +57,8 @@ class ZeroShot(Task):
     classes: Annotated[tuple[str, ...], Field(min_length=2)]
     templates: Annotated[tuple[Template, ...], Field(min_length=1)]
     samples: PositiveInt | None = None
+    """At most so many images, drawn at random with `seed`; None takes all."""
+
     seed: int = 0
 
     @model_validator(mode="before")
@@ -56,19 +68,19 @@ class ZeroShot(Task):
 
     @model_validator(mode="after")
     def _check_classes(self) -> Self:
-        double = next((name for place, name in enumerate(self.classes) if name in self.classes[:place]), None)
-        if double is not None:
-            raise ValueError(f"classes names {double!r} twice; remove one")
+        duplicate = next((name for index, name in enumerate(self.classes) if name in self.classes[:index]), None)
+        if duplicate is not None:
+            raise ValueError(f"classes names {duplicate!r} twice; remove one")
         return self
 
     @property
     def needs(self) -> Ability:
-        """A model that compares images with texts."""
+        """Similarities of images with texts."""
         return "comparison"
 
     @property
     def data(self) -> QuestionSource:
-        """Where the images come from; they have labels and no questions."""
+        """The source of the images; they have labels and no questions."""
         return QuestionSource.model_construct(
             source=str(self.source),
             subset=self.subset,
@@ -79,12 +91,12 @@ class ZeroShot(Task):
         )
 
     def settings(self) -> dict[str, Any]:
-        """Return the classes and their texts, the columns, how images are drawn, and the task's revision."""
-        own = self.model_dump(mode="json", include={"name", "classes", "templates", "samples", "seed"})
-        return {"task": self.task, "revision": self.task_revision, "columns": self.data.columns.model_dump(), **own}
+        """Return the classes and templates, the columns, the sampling, and the task's revision; see `Task.settings`."""
+        fields = self.model_dump(mode="json", include={"name", "classes", "templates", "samples", "seed"})
+        return {"task": self.task, "revision": self.task_revision, "columns": self.data.columns.model_dump(), **fields}
 
     def note(self) -> str:
-        """Return how an image's class is found."""
+        """Return how images are classified."""
         drawn = f", at most {self.samples:,} drawn with seed {self.seed}," if self.samples else ""
         return (
             f"share of images{drawn} of whose {len(self.classes):,} classes the right one is likeliest: the softmax of the scaled "
@@ -93,11 +105,11 @@ class ZeroShot(Task):
         )
 
     def texts(self, name: str) -> tuple[str, ...]:
-        """Return the texts that stand for a class."""
+        """Return a class's texts, one for each template."""
         return tuple(template.replace("{class}", name) for template in self.templates)
 
     def images(self, files: Sequence[Path]) -> list[tuple[Question, int]]:
-        """Return the images, as questions without words, each with the place of its class.
+        """Return the images, as questions without text, each with the index of its class.
 
         Raises:
             DataError: a file or image cannot be used, there is none, or a label is no class.
@@ -110,34 +122,36 @@ class ZeroShot(Task):
         return [question for question, _ in self.images(files)], ()
 
     def measure(self, context: TaskContext) -> TaskMeasurement:
-        """Find each image's class, and compare the likelihoods with the original's; see `Task.measure`."""
+        """Classify the images, and compare the distributions over classes with the original's; see `Task.measure`."""
         images = self.images(context.files)
-        warn_of_few(context, self.name, self.samples, len(images), "images")
-        original = None if context.against is None else _original_items(self.name, images, context.against)
+        warn_if_fewer(context, self.name, self.samples, len(images), "images")
+        original = (
+            None if context.original_measurement is None else _original_items(self.name, images, context.original_measurement)
+        )
         pictures = [ImageInput(question.id, question.images[0]) for question, _ in images]
         faults: Faults = {}
-        found = context.session.classify(pictures, [self.texts(name) for name in self.classes], context.progress, faults)
-        if found.shape != (len(images), len(self.classes)) or not np.isfinite(np.delete(found, list(faults), axis=0)).all():
+        log_probs = context.session.classify(pictures, [self.texts(name) for name in self.classes], context.progress, faults)
+        if log_probs.shape != (len(images), len(self.classes)) or not np.isfinite(np.delete(log_probs, list(faults), axis=0)).all():
             raise CheckpointError(
                 f"task {self.name}: the model's likelihoods are not finite, or not one for each image and class; its weights "
                 "overflow in this runtime's dtype: set another dtype for the runtime, or a gentler stage"
             )
-        told = [(pictures[place].id, words) for place, words in sorted(faults.items())]
-        tell_of_faults(self.name, "shown to the model", told, len(images), context.progress)
-        reference = None if context.against is None else _read_record(context.against, self.name)
-        if context.against is None:
-            _write_record(context.target, self.name, found)
+        failures = [(pictures[index].id, reason) for index, reason in sorted(faults.items())]
+        report_faults(self.name, "shown to the model", failures, len(images), context.progress)
+        reference = None if context.original_measurement is None else _read_record(context.original_measurement, self.name)
+        if context.original_measurement is None:
+            _write_record(context.output_dir, self.name, log_probs)
         scores = [
             unscored(question.id, faults[row], compared=reference is not None)
             if row in faults
-            else _score(question.id, place, found[row], None if reference is None else reference[row])
-            for row, (question, place) in enumerate(images)
+            else _score(question.id, label, log_probs[row], None if reference is None else reference[row])
+            for row, (question, label) in enumerate(images)
         ]
         items = [
-            self._item(*image, said=None if score.fault else int(likelihoods.argmax()), score=score)
-            for image, likelihoods, score in zip(images, found, scores, strict=True)
+            self._item(*image, predicted=None if score.fault else int(image_log_probs.argmax()), score=score)
+            for image, image_log_probs, score in zip(images, log_probs, scores, strict=True)
         ]
-        write_items(context.target, self.name, items)
+        write_items(context.output_dir, self.name, items)
         metrics = ScoreMetrics(
             task=self.task, metric="accuracy", score=math.fsum(item.score for item in items) / len(items), items=len(items)
         )
@@ -148,41 +162,41 @@ class ZeroShot(Task):
         return TaskMeasurement(name=self.name, metrics=metrics, fidelity=fidelity)
 
     def _label(self, question: Question) -> int:
-        where = f"task {self.name}: {question.origin}: image {question.id}"
+        location = f"task {self.name}: {question.origin}: image {question.id}"
         if len(question.images) != 1:
-            raise DataError(f"{where}: has {len(question.images)} images; give each label its one")
+            raise DataError(f"{location}: has {len(question.images)} images; give each label its one")
         label = question.answers[0] if len(question.answers) == 1 else None
         if label in self.classes:
             return self.classes.index(label)
         if label is not None and label.isdecimal() and int(label) < len(self.classes):
             return int(label)
         raise DataError(
-            f"{where}: its label ({self.columns.answer!r}) is {label!r}, none of the {len(self.classes)} classes nor the number of "
-            "one; correct classes or columns.answer"
+            f"{location}: its label ({self.columns.answer!r}) is {label!r}, none of the {len(self.classes)} classes nor the number "
+            "of one; correct classes or columns.answer"
         )
 
-    def _item(self, question: Question, place: int, *, said: int | None, score: Score) -> ImageItem:
+    def _item(self, question: Question, label: int, *, predicted: int | None, score: Score) -> ImageItem:
         return ImageItem(
             id=question.id,
             digest=question.digest,
             cluster=cluster_of(question),
-            accepted=(self.classes[place],),
-            said="" if said is None else self.classes[said],
-            score=float(said == place),
+            accepted=(self.classes[label],),
+            said="" if predicted is None else self.classes[predicted],
+            score=float(predicted == label),
             fault=score.fault,
             nll=float(score.negative_log_likelihood.sum()),
-            kl=total(score.kl),
-            same_top=count(score.same_top),
+            kl=sum_or_none(score.kl),
+            same_top=count_or_none(score.same_top),
         )
 
 
-def _score(name: str, place: int, found: NDArray[np.float64], reference: NDArray[np.float64] | None) -> Score:
-    """Return how likely an image's right class was, and how alike all likelihoods are to the original's."""
-    likelihood = -found[place : place + 1]
-    if reference is None or not np.isfinite(reference).all():  # the original could not be shown it
-        return Score(name, likelihood)
-    kl = max(0.0, float((np.exp(reference) * (reference - found)).sum()))  # below zero only by rounding
-    return Score(name, likelihood, np.array([kl]), np.array([reference.argmax() == found.argmax()]))
+def _score(name: str, label: int, log_probs: NDArray[np.float64], reference: NDArray[np.float64] | None) -> Score:
+    """Return the negative log-likelihood of an image's class, and KL and top-1 of the distribution against the original's."""
+    nll = -log_probs[label : label + 1]
+    if reference is None or not np.isfinite(reference).all():  # the image failed with the original
+        return Score(name, nll)
+    kl = max(0.0, float((np.exp(reference) * (reference - log_probs)).sum()))  # below zero only by rounding
+    return Score(name, nll, np.array([kl]), np.array([reference.argmax() == log_probs.argmax()]))
 
 
 def _original_items(name: str, images: Sequence[tuple[Question, int]], folder: Path) -> list[ImageItem]:
@@ -195,9 +209,9 @@ def _record_path(folder: Path, name: str) -> Path:
     return folder / "record" / f"{name}.npy"
 
 
-def _write_record(folder: Path, name: str, found: NDArray[np.float64]) -> None:
+def _write_record(folder: Path, name: str, log_probs: NDArray[np.float64]) -> None:
     buffer = io.BytesIO()
-    np.save(buffer, found)
+    np.save(buffer, log_probs)
     path = _record_path(folder, name)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_bytes(path, buffer.getvalue())

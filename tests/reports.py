@@ -94,11 +94,13 @@ def rows() -> tuple[Row, ...]:
 
 
 def check(
-    artifact: str, name: str, task: str | None, figures: tuple[float, tuple[float, float] | None, float], told: Outcome
+    artifact: str, name: str, task: str | None, figures: tuple[float, tuple[float, float] | None, float], verdict: Outcome
 ) -> Check:
     value, interval, limit = figures
     reason = f"{task + ': ' if task else ''}what was found is {value:.4f}, and the limit is {limit:g}"
-    return Check(artifact=artifact, check=name, task=task, value=value, interval=interval, limit=limit, verdict=told, reason=reason)
+    return Check(
+        artifact=artifact, check=name, task=task, value=value, interval=interval, limit=limit, verdict=verdict, reason=reason
+    )
 
 
 def verdict() -> Verdict:
@@ -139,15 +141,16 @@ def latency(concurrencies: tuple[int, ...] = (1, 4, 16, 64)) -> Latency:
     for name, speed in SPEEDS.items():
         points: list[PointLatency] = []
         for concurrency in concurrencies:
-            found = load(speed, concurrency)
+            result = load(speed, concurrency)
             ratio = Estimate(value=speed, interval=(speed * 0.97, speed * 1.03))
             ratios = dict.fromkeys(("ttft_p50", "ttft_p95", "tpot_p50", "tpot_p95", "e2el_p95"), ratio)
             ratios |= {"output_token_rate": Estimate(value=1 / speed, interval=(0.97 / speed, 1.03 / speed))}
             points.append(
                 PointLatency(
-                    point=shape(concurrency), pooled=found, rounds=(found, found), figures={}, ratios={} if speed == 1 else ratios,
+                    point=shape(concurrency), pooled=result, rounds=(result, result), figures={},
+                    ratios={} if speed == 1 else ratios,
                     telemetry=Telemetry(
-                        seconds=found.seconds, peak_host_bytes=4 << 30, peak_device_bytes=int(60e9 * speed), cache_bytes=8 << 30,
+                        seconds=result.seconds, peak_host_bytes=4 << 30, peak_device_bytes=int(60e9 * speed), cache_bytes=8 << 30,
                         gpu_utilisation=0.94, mean_watts=512, energy_joules=9000, joules_per_request=141 * speed,
                         cpu_seconds_per_request=0.21,
                     ),
@@ -164,9 +167,9 @@ def latency(concurrencies: tuple[int, ...] = (1, 4, 16, 64)) -> Latency:
             Component(component="prefill", median_ms=33.7, least_ms=33.1, repeats=5),
             Component(component="decode", median_ms=11.1, least_ms=10.8, repeats=5),
         )
-        parts = ComponentTable(device="cuda", dtype="bfloat16", point=shape(), sequence_tokens=512, components=timed)
+        components = ComponentTable(device="cuda", dtype="bfloat16", point=shape(), sequence_tokens=512, components=timed)
         models[name] = ModelLatency(
-            name=name, points=tuple(points), best=(best,), memory_bytes=int(60e9 * speed), memory_ratio=speed, components=parts
+            name=name, points=tuple(points), best=(best,), memory_bytes=int(60e9 * speed), memory_ratio=speed, components=components
         )
     original = models.pop("original")
     return Latency(
@@ -190,11 +193,11 @@ def widths(blocks: int = 28) -> Widths:
     kinds = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
     groups: list[GroupWidth] = []
     for block in range(blocks):
-        for place, kind in enumerate(kinds):
-            loss = 0.0004 * (1 + place) * (1.5 + math.cos(block / 4)) ** 3
+        for number, kind in enumerate(kinds):
+            loss = 0.0004 * (1 + number) * (1.5 + math.cos(block / 4)) ** 3
             losses = {2: loss * 40, 3: loss * 6, 4: loss, 8: loss / 200, 16: 0.0}
             width = 8 if loss > 0.009 else 3 if loss < 0.0005 else 4
-            size = 4_000_000 * (place + 1)
+            size = 4_000_000 * (number + 1)
             layers = (f"model.layers.{block}.{kind}",)
             groups.append(
                 GroupWidth(
@@ -206,7 +209,7 @@ def widths(blocks: int = 28) -> Widths:
 
 
 def verification() -> Verification:
-    parts = (
+    components = (
         Difference(
             component="vision encoder", inputs=4, absolute=7.1e-6, relative=1.1e-6, limit=1e-4,
             worst="images of 97×61 and 252×140 pixels",
@@ -235,11 +238,11 @@ def verification() -> Verification:
         changed_checkpoint=6,
         changed_artifact=6,
     )
-    return Verification(roundings=("float32", "inputs in blocks"), components=parts, answers=answers)
+    return Verification(roundings=("float32", "inputs in blocks"), components=components, answers=answers)
 
 
 def report(**changes: Any) -> Report:
-    made = Report(
+    example = Report(
         name="qwen2.5-vl-7b",
         run="/srv/runs/qwen2.5-vl-7b-20250112-101500-3fa9",
         finished="2025-01-12T10:41:07+00:00",
@@ -270,7 +273,7 @@ def report(**changes: Any) -> Report:
         verifications={"vllm-awq": verification()},
         digests={"original": "3b1f" * 16, "textvqa": "77ad" * 16},
     )
-    return made.model_copy(update=changes)
+    return example.model_copy(update=changes)
 
 
 def picture(colour: str, size: tuple[int, int] = (320, 240)) -> bytes:
@@ -285,19 +288,19 @@ def gallery() -> Gallery:
     shown = (("red", "lost"), ("teal", "lost"), ("navy", "lost"), ("orange", "gained"))
     cards = tuple(
         Card(
-            task="textvqa" if place % 2 else "chartqa",
-            id=f"q{place}",
+            task="textvqa" if number % 2 else "chartqa",
+            id=f"q{number}",
             kind="lost" if kind == "lost" else "gained",
-            binary=bool(place % 2),
+            binary=bool(number % 2),
             original=GalleryAnswer("original", colour if kind == "lost" else "grey", None, 1.0 if kind == "lost" else 0.0),
             artifacts=(
                 GalleryAnswer("vllm-awq", "grey" if kind == "lost" else colour, None, 0.0 if kind == "lost" else 1.0),
                 GalleryAnswer("vllm-int8", "", "the server answered 503 three times" if kind == "lost" else None, 0.0),
             ),
             accepted=((colour, 9), (f"dark {colour}", 1)),
-            question=f"What colour is the shape in picture {place}?",
+            question=f"What colour is the shape in picture {number}?",
             images=(thumbnail(picture(colour), "a picture"),),
         )
-        for place, (colour, kind) in enumerate(shown)
+        for number, (colour, kind) in enumerate(shown)
     )
     return Gallery(cards=cards, lost=41, gained=17)

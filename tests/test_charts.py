@@ -26,12 +26,12 @@ def parsed(drawing: str) -> ElementTree.Element:
 
 
 def texts(drawing: str, kind: str) -> list[str]:
-    return [found.text or "" for found in parsed(drawing).iter(f"{SVG}text") if found.get("class") == kind]
+    return [text.text or "" for text in parsed(drawing).iter(f"{SVG}text") if text.get("class") == kind]
 
 
 def marks(drawing: str) -> list[tuple[float, float]]:
-    found = re.findall(r'class="mark [^"]*" d="M(\S+) ([^m]+)m', drawing)
-    return [(float(x), float(y)) for x, y in found]
+    marks = re.findall(r'class="mark [^"]*" d="M(\S+) ([^m]+)m', drawing)
+    return [(float(x), float(y)) for x, y in marks]
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,10 @@ def test_ticks_are_round_numbers(low: float, high: float, expected: list[float])
 
 @given(NUMBERS, st.floats(min_value=1e-3, max_value=1e9))
 def test_there_are_a_few_ticks_and_they_lie_between_the_ends(low: float, spread: float) -> None:
-    found = ticks(low, low + spread)
-    assert 2 <= len(found) <= 7
+    values = ticks(low, low + spread)
+    assert 2 <= len(values) <= 7
     slack = 1e-6 * max(abs(low), spread)
-    assert all(low - slack <= tick <= low + spread + slack for tick in found)
+    assert all(low - slack <= tick <= low + spread + slack for tick in values)
 
 
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), max_size=12), st.booleans())
@@ -105,8 +105,8 @@ def test_all_text_is_escaped_and_the_chart_tells_what_it_is() -> None:
     root = parsed(drawing)
     assert root.get("role") == "img"
     assert (root.get("aria-labelledby") or "").split() == ["c-title", "c-summary"]
-    told = {element.get("id"): element.text for element in root if element.get("id")}
-    assert told == {"c-title": hostile, "c-summary": hostile}
+    texts = {element.get("id"): element.text for element in root if element.get("id")}
+    assert texts == {"c-title": hostile, "c-summary": hostile}
     assert "<script" not in drawing
 
 
@@ -125,18 +125,18 @@ def test_ticks_of_ratios_and_of_the_data() -> None:
 
 
 def test_names_beside_points_do_not_lie_on_each_other() -> None:
-    points = tuple(Point(1 + place / 8, 1 + place % 3 / 9, f"artifact-{place}") for place in range(6))
+    points = tuple(Point(1 + number / 8, 1 + number % 3 / 9, f"artifact-{number}") for number in range(6))
     drawing = draw(chart(Series("a", (*points, Point(3, 2)), 0)), "c")
     boxes: list[tuple[float, float, float, float]] = []
-    for found in parsed(drawing).iter(f"{SVG}text"):
-        if found.get("class") == "label":
-            width = 6.5 * len(found.text or "")
-            anchor = {"start": 0.0, "middle": width / 2, "end": width}[found.get("text-anchor") or ""]
-            left, base = float(found.get("x") or 0) - anchor, float(found.get("y") or 0)
+    for text in parsed(drawing).iter(f"{SVG}text"):
+        if text.get("class") == "label":
+            width = 6.5 * len(text.text or "")
+            anchor = {"start": 0.0, "middle": width / 2, "end": width}[text.get("text-anchor") or ""]
+            left, base = float(text.get("x") or 0) - anchor, float(text.get("y") or 0)
             boxes.append((left, base - 11, left + width, base + 3))
     assert len(boxes) >= 2
-    for place, one in enumerate(boxes):
-        for other in boxes[place + 1 :]:
+    for number, one in enumerate(boxes):
+        for other in boxes[number + 1 :]:
             assert one[2] <= other[0] or other[2] <= one[0] or one[3] <= other[1] or other[3] <= one[1]
 
 

@@ -31,11 +31,11 @@ def smaller() -> tuple[Row, ...]:
     return original, artifact.model_copy(update=changed)
 
 
-def write(folder: Path, made: Report) -> Path:
-    place = folder / Path(made.run).name
-    place.mkdir(parents=True)
-    (place / "report.json").write_text(made.to_json(), encoding="utf-8")
-    return place
+def write(folder: Path, report: Report) -> Path:
+    run_folder = folder / Path(report.run).name
+    run_folder.mkdir(parents=True)
+    (run_folder / "report.json").write_text(report.to_json(), encoding="utf-8")
+    return run_folder
 
 
 def columns(comparison: Comparison) -> list[str]:
@@ -138,19 +138,19 @@ def test_runs_of_one_recipe_are_told_apart_by_their_folders() -> None:
 
 def test_kl_is_shown_as_the_lower_bound_that_it_is() -> None:
     original, artifact, other = rows()
-    own = {name: found.model_copy(update={"at_least": True}) for name, found in (artifact.fidelity or {}).items()}
-    whole = WholeKl(tokens=320, kl_mean=0.0052, kl_interval=(0.0048, 0.0057), kl_p99_at_most=0.1)
-    own["text"] = own["text"].model_copy(update={"whole": whole})
-    comparison = compare([run("first", rows=(original, artifact.model_copy(update={"fidelity": own}), other))])
+    fidelity = {name: value.model_copy(update={"at_least": True}) for name, value in (artifact.fidelity or {}).items()}
+    full = WholeKl(tokens=320, kl_mean=0.0052, kl_interval=(0.0048, 0.0057), kl_p99_at_most=0.1)
+    fidelity["text"] = fidelity["text"].model_copy(update={"whole": full})
+    comparison = compare([run("first", rows=(original, artifact.model_copy(update={"fidelity": fidelity}), other))])
     table = group_table(comparison.groups[0])
     heads = [column.head for column in table.columns]
     assert [table.rows[1][heads.index(f"{name} KL")] for name in ("textvqa", "text")] == ["at least 0.0041", "0.0052"]
     assert table.rows[2][heads.index("textvqa KL")] == "0.031"
     values = json.loads(as_json(comparison))["groups"][0]["lines"][1]["values"]
     assert [value["at_least"] for key, value in values.items() if key.endswith("/KL")] == [True, True, False]
-    found = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    csv_rows = list(csv.DictReader(io.StringIO(as_csv(comparison))))
     head = "textvqa KL: mean KL from the original in nats"
-    assert [row[f"{head}, at least"] for row in found] == ["", "1", "0"]
+    assert [row[f"{head}, at least"] for row in csv_rows] == ["", "1", "0"]
 
 
 def test_a_perplexity_below_the_originals_is_as_far_off_as_one_above() -> None:
@@ -167,8 +167,8 @@ def test_a_perplexity_below_the_originals_is_as_far_off_as_one_above() -> None:
     (chart,) = [each for each in charts(group) if each.title == "text against size"]
     assert {point.label for point in chart.front} == {"only: near", "original"}
     assert chart.better == "better: left, and near the original"
-    own = next(each for each in size_charts(run("only", rows=(original, near, below))) if each.title == "text against size")
-    assert {point.label for point in own.front} == {"near", "original"}
+    chart = next(each for each in size_charts(run("only", rows=(original, near, below))) if each.title == "text against size")
+    assert {point.label for point in chart.front} == {"near", "original"}
 
 
 def test_gates_that_differ_are_told() -> None:
@@ -205,8 +205,8 @@ def test_an_ending_that_is_not_written_is_refused_before_anything_is_read(tmp_pa
     output = tmp_path / "comparison.pdf"
     done = subprocess.run([*COMPRESS, str(tmp_path / "nowhere"), "-o", str(output)], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (2, "")
-    told = f"{output}: .pdf is none of the endings that are written, .md, .csv, .html, .json; change it, or say --format"
-    assert told in done.stderr
+    message = f"{output}: .pdf is none of the endings that are written, .md, .csv, .html, .json; change it, or say --format"
+    assert message in done.stderr
     assert not output.exists()
     folder = str(write(tmp_path, run("first")))
     done = subprocess.run([*COMPRESS, folder, "-o", str(output), "--format", "csv"], capture_output=True, text=True, check=False)
@@ -236,17 +236,17 @@ def test_what_is_no_report_is_told(tmp_path: Path) -> None:
 
 def test_csv_has_plain_numbers() -> None:
     comparison = compare([run("first"), run("second", rows=smaller())])
-    found = list(csv.DictReader(io.StringIO(as_csv(comparison))))
-    assert [row["artifact"] for row in found] == ["original", "vllm-awq", "vllm-int8", "vllm-gptq"]
-    assert found[0]["run"] == "first; second"
-    assert (float(found[1]["bytes"]), float(found[1]["textvqa: vqa_vote"])) == (6_940_000_000, 0.839)
-    assert float(found[1]["textvqa: vqa_vote / original"]) == pytest.approx(0.839 / 0.8425)
+    csv_rows = list(csv.DictReader(io.StringIO(as_csv(comparison))))
+    assert [row["artifact"] for row in csv_rows] == ["original", "vllm-awq", "vllm-int8", "vllm-gptq"]
+    assert csv_rows[0]["run"] == "first; second"
+    assert (float(csv_rows[1]["bytes"]), float(csv_rows[1]["textvqa: vqa_vote"])) == (6_940_000_000, 0.839)
+    assert float(csv_rows[1]["textvqa: vqa_vote / original"]) == pytest.approx(0.839 / 0.8425)
 
 
 def test_json_holds_everything() -> None:
-    found = json.loads(as_json(compare([run("first")])))
-    assert found["schema"] == 1
-    assert found["groups"][0]["lines"][1]["values"]
+    content = json.loads(as_json(compare([run("first")])))
+    assert content["schema"] == 1
+    assert content["groups"][0]["lines"][1]["values"]
 
 
 @pytest.mark.parametrize("form", FORMATS)

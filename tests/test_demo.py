@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 import compress
-from compress.eval.results import ScoreMetrics, read_measured
+from compress.eval.results import ScoreMetrics, read_measurement
 from compress.eval.vqa import Vqa as VqaTask
 from compress.progress import Silent
 from compress.recipe import read_recipe
@@ -80,15 +80,17 @@ def test_vllm_answers_as_the_in_process_runtime_does(
     task = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, VqaTask)
     questions = task.questions([Path(task.data.source)])
-    prompts = [Prompt(question.id, task.read().ask(question.question), question.images) for question in questions]
+    prompts = [
+        Prompt(question.id, task.resolved_definition().format_prompt(question.question), question.images) for question in questions
+    ]
     row = next(row for row in report.rows if row.artifact == f"vllm-{layout}")
     assert folders.store is not None
     kept = [entry.folder for entry in Store(folders.store).entries() if entry.step == f"measure vllm-{layout}"]
-    asked = [read_measured(folder).questions("scenes") for folder in kept]
+    asked = [read_measurement(folder).questions("scenes") for folder in kept]
     here = {item.id: item.said for item in max(asked, key=len)}
     runtime = Vllm(runtime="vllm", dtype="float16", max_model_len=512, kv_cache_gib=1, kernels=KERNELS)
     with runtime.open(OpenContext(Path(row.path), tmp_path, Silent())) as session:
-        there = {answer.id: answer.text for answer in session.answer(prompts, task.read().max_new_tokens, Silent())}
+        there = {answer.id: answer.text for answer in session.answer(prompts, task.resolved_definition().max_new_tokens, Silent())}
     assert len(there) == 400
     assert sum(here[name] == said for name, said in there.items()) >= 0.98 * 400
 

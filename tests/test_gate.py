@@ -12,7 +12,7 @@ from compress.eval.results import (
     Fidelity,
     Grounding,
     GroundingItem,
-    Measured,
+    ItemizedMeasurement,
     PerplexityMetrics,
     QuestionItem,
     ScoreMetrics,
@@ -20,7 +20,7 @@ from compress.eval.results import (
     WholeKl,
     WindowItem,
 )
-from compress.gate import JUDGED, Check, Gate, Subject, Verdict, judge, together
+from compress.gate import SCORED_TASK_KINDS, Check, Gate, MeasuredModel, Verdict, combine_verdicts, judge
 
 WINDOWS = 12
 TOKENS = 63
@@ -54,7 +54,7 @@ def fidelity(**changes: Any) -> Fidelity:
 
 def subject(
     name: str, size: int, right: list[bool] | None = None, nll: list[float] | None = None, alike: Fidelity | None = None
-) -> Subject:
+) -> MeasuredModel:
     tasks: dict[str, TaskMeasurement] = {}
     items: dict[str, tuple[AnyItem, ...]] = {}
     if right is not None:
@@ -66,7 +66,7 @@ def subject(
         perplexity = PerplexityMetrics(perplexity=math.exp(sum(nll) / tokens), window=TOKENS + 1, windows=len(nll), tokens=tokens)
         tasks["text"] = TaskMeasurement(name="text", metrics=perplexity, fidelity=alike)
         items["text"] = tuple(window(number, value) for number, value in enumerate(nll))
-    return Subject(artifact=name, bytes=size, measured=Measured(tasks, items))
+    return MeasuredModel(artifact=name, bytes=size, measurement=ItemizedMeasurement(tasks, items))
 
 
 def outcomes(both: int, lost: int, gained: int, neither: int) -> tuple[list[bool], list[bool]]:
@@ -107,13 +107,13 @@ def test_accuracy_that_is_lost_fails() -> None:
     assert check.interval[1] < 0.97
 
 
-def about_shared_images(made: Subject, questions: int) -> Subject:
+def about_shared_images(model: MeasuredModel, questions: int) -> MeasuredModel:
     """Let as many questions in a row be about one image."""
     items = tuple(
         item.model_copy(update={"cluster": f"image-{number // questions}"})
-        for number, item in enumerate(made.measured.questions("scenes"))
+        for number, item in enumerate(model.measurement.questions("scenes"))
     )
-    return replace(made, measured=replace(made.measured, items={"scenes": items}))
+    return replace(model, measurement=replace(model.measurement, items={"scenes": items}))
 
 
 def test_questions_about_one_image_say_less_than_as_many_about_their_own() -> None:
@@ -130,16 +130,16 @@ def test_questions_about_one_image_say_less_than_as_many_about_their_own() -> No
 
 
 def test_an_item_that_failed_in_both_is_one_that_failed() -> None:
-    def failing(made: Subject, *places: int) -> Subject:
-        items = list(made.measured.questions("scenes"))
-        for place in places:
-            items[place] = items[place].model_copy(update={"fault": "cannot be decoded", "score": 0.0})
-        task = made.measured.tasks["scenes"]
-        metrics = task.metrics.model_copy(update={"failed": len(places)})
+    def failing(model: MeasuredModel, *indices: int) -> MeasuredModel:
+        items = list(model.measurement.questions("scenes"))
+        for index in indices:
+            items[index] = items[index].model_copy(update={"fault": "cannot be decoded", "score": 0.0})
+        task = model.measurement.tasks["scenes"]
+        metrics = task.metrics.model_copy(update={"failed": len(indices)})
         measured = replace(
-            made.measured, tasks={"scenes": task.model_copy(update={"metrics": metrics})}, items={"scenes": tuple(items)}
+            model.measurement, tasks={"scenes": task.model_copy(update={"metrics": metrics})}, items={"scenes": tuple(items)}
         )
-        return replace(made, measured=measured)
+        return replace(model, measurement=measured)
 
     gate = Gate.model_validate({"accuracy": {"min_recovery": 0.5, "confidence": 0.95}})
     right = [True] * 50
@@ -179,7 +179,7 @@ def judge_text(extra: list[float], max_ratio: float) -> Check:
 
 def test_perplexity_verdicts() -> None:
     noise = np.random.default_rng(0).normal(0, 0.4, WINDOWS)
-    extra = [float(TOKENS * math.log(1.02) + part) for part in noise - noise.mean()]
+    extra = [float(TOKENS * math.log(1.02) + noise_part) for noise_part in noise - noise.mean()]
     passed = judge_text(extra, 1.05)
     assert (passed.verdict, passed.check, passed.task) == ("pass", "perplexity.max_ratio", "text")
     assert passed.value == pytest.approx(1.02)
@@ -213,9 +213,9 @@ def test_fidelity_is_compared_plainly(limits: dict[str, float], verdict: str, re
     assert (check.check, check.verdict, check.reason) == (f"fidelity.{next(iter(limits))}", verdict, reason)
 
 
-def below(kl: float, whole: WholeKl | None = None, **changes: Any) -> Fidelity:
+def below(kl: float, full: WholeKl | None = None, **changes: Any) -> Fidelity:
     """KL over the likeliest tokens alone."""
-    return fidelity(kl_mean=kl, kl_interval=(0.9 * kl, 1.1 * kl), at_least=True, whole=whole, **changes)
+    return fidelity(kl_mean=kl, kl_interval=(0.9 * kl, 1.1 * kl), at_least=True, whole=full, **changes)
 
 
 def over_all(mean: float, interval: tuple[float, float] | None, p99: float | None = None) -> WholeKl:
@@ -223,7 +223,7 @@ def over_all(mean: float, interval: tuple[float, float] | None, p99: float | Non
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict", "words"),
+    ("compared", "verdict", "text"),
     [
         (below(0.0006), "inconclusive", "mean KL at least 0.00060 (90% interval 0.00054–0.00066) nats per token"),
         (below(0.0006), "inconclusive", "KL is known from below, which may fail a limit but cannot pass it; set the runtime"),
@@ -240,17 +240,17 @@ def over_all(mean: float, interval: tuple[float, float] | None, p99: float | Non
         (below(0.0012, over_all(0.0009, (0.0007, 0.0011))), "fail", "mean KL at least 0.00120"),
     ],
 )
-def test_a_lower_bound_of_kl_fails_a_limit_and_never_passes_it(found: Fidelity, verdict: str, words: str) -> None:
-    original, artifact = subject("original", 100, [True]), subject("small", 40, [True], alike=found)
+def test_a_lower_bound_of_kl_fails_a_limit_and_never_passes_it(compared: Fidelity, verdict: str, text: str) -> None:
+    original, artifact = subject("original", 100, [True]), subject("small", 40, [True], alike=compared)
     check = only(judge(Gate.model_validate({"fidelity": {"max_kl": 0.001}}), original, [artifact]))
-    assert check.verdict == verdict and words in check.reason
-    assert check.at_least == (found.whole is None)
+    assert check.verdict == verdict and text in check.reason
+    assert check.at_least == (compared.whole is None)
     if check.interval is not None:
         assert check.interval_level == 0.9
 
 
 @pytest.mark.parametrize(
-    ("found", "verdict", "words"),
+    ("compared", "verdict", "text"),
     [
         (below(0.01, kl_p99=0.2), "inconclusive", "99th percentile of KL at least 0.20000 nats"),
         (below(0.01, kl_p99=0.4), "fail", "99th percentile of KL at least 0.40000 nats"),
@@ -259,27 +259,29 @@ def test_a_lower_bound_of_kl_fails_a_limit_and_never_passes_it(found: Fidelity, 
         (fidelity(kl_p99=0.2), "pass", "KL at most 0.20000 nats for 99 % of tokens"),
     ],
 )
-def test_the_99th_percentile_from_below_never_passes_either(found: Fidelity, verdict: str, words: str) -> None:
-    original, artifact = subject("original", 100, [True]), subject("small", 40, [True], alike=found)
+def test_the_99th_percentile_from_below_never_passes_either(compared: Fidelity, verdict: str, text: str) -> None:
+    original, artifact = subject("original", 100, [True]), subject("small", 40, [True], alike=compared)
     check = only(judge(Gate.model_validate({"fidelity": {"max_kl_p99": 0.3}}), original, [artifact]))
-    assert check.verdict == verdict and words in check.reason
+    assert check.verdict == verdict and text in check.reason
 
 
 def with_kl(
     name: str, kl: list[float], right: list[bool], again: list[tuple[float, bool]] | None = None, same_top: float = 1.0
-) -> Subject:
+) -> MeasuredModel:
     """A model whose items have these KL sums, and of the original what they were when it was asked again."""
-    made = subject(name, 100, right, alike=fidelity(kl_mean=sum(kl) / (2 * len(kl)), kl_interval=None))
-    items = tuple(item.model_copy(update={"kl": value}) for item, value in zip(made.measured.questions("scenes"), kl, strict=True))
+    model = subject(name, 100, right, alike=fidelity(kl_mean=sum(kl) / (2 * len(kl)), kl_interval=None))
+    items = tuple(
+        item.model_copy(update={"kl": value}) for item, value in zip(model.measurement.questions("scenes"), kl, strict=True)
+    )
     if again is None:
-        return replace(made, measured=replace(made.measured, items={"scenes": items}))
+        return replace(model, measurement=replace(model.measurement, items={"scenes": items}))
     repeated = tuple(
-        item.model_copy(update={"kl": value, "score": float(found)}) for item, (value, found) in zip(items, again, strict=False)
+        item.model_copy(update={"kl": value, "score": float(score)}) for item, (value, score) in zip(items, again, strict=False)
     )
     noise = fidelity(kl_mean=sum(value for value, _ in again) / (2 * len(again)), top1_agreement=same_top)
-    task = made.measured.tasks["scenes"].model_copy(update={"fidelity": None, "noise": noise})
-    measured = replace(made.measured, tasks={"scenes": task}, items={"scenes": items}, again={"scenes": repeated})
-    return replace(made, measured=measured)
+    task = model.measurement.tasks["scenes"].model_copy(update={"fidelity": None, "noise": noise})
+    measured = replace(model.measurement, tasks={"scenes": task}, items={"scenes": items}, repeated_items={"scenes": repeated})
+    return replace(model, measurement=measured)
 
 
 def test_kl_that_is_no_more_than_the_originals_own_does_not_fail() -> None:
@@ -324,9 +326,9 @@ def test_fidelity_without_a_comparison_is_inconclusive() -> None:
 def test_size_is_compared_with_the_originals() -> None:
     gate = Gate.model_validate({"size": {"max_ratio": 0.4}})
     original = subject("original", 1_000_000)
-    kept = only(judge(gate, original, [subject("small", 400_000)]))
-    assert (kept.verdict, kept.value, kept.task) == ("pass", 0.4, None)
-    assert kept.reason == "400,000 bytes, 40.00 % of the original's 1,000,000; the limit is 40 %"
+    small_enough = only(judge(gate, original, [subject("small", 400_000)]))
+    assert (small_enough.verdict, small_enough.value, small_enough.task) == ("pass", 0.4, None)
+    assert small_enough.reason == "400,000 bytes, 40.00 % of the original's 1,000,000; the limit is 40 %"
     assert only(judge(gate, original, [subject("small", 400_001)])).verdict == "fail"
 
 
@@ -384,12 +386,12 @@ def test_faults_of_a_gate(gate: dict[str, Any], fault: str) -> None:
 
 
 def test_the_tasks_that_checks_need() -> None:
-    assert Gate.model_validate({"size": {"max_ratio": 1}}).tasks_needed() == {}
+    assert Gate.model_validate({"size": {"max_ratio": 1}}).required_task_kinds() == {}
     gate = Gate.model_validate({"accuracy": {"min_recovery": 0.9, "confidence": 0.95}, "fidelity": {"max_kl": 1}})
-    assert gate.tasks_needed() == {"accuracy": JUDGED, "fidelity": (*JUDGED[:-1], "perplexity")}
+    assert gate.required_task_kinds() == {"accuracy": SCORED_TASK_KINDS, "fidelity": (*SCORED_TASK_KINDS[:-1], "perplexity")}
 
 
-def verdict_of(limits: dict[str, Any], original: Subject, artifact: Subject) -> Verdict:
+def verdict_of(limits: dict[str, Any], original: MeasuredModel, artifact: MeasuredModel) -> Verdict:
     return judge(Gate.model_validate(limits), original, [artifact])
 
 
@@ -418,7 +420,7 @@ def test_flips_either_way_count_against_their_limit() -> None:
     assert check.items_needed is not None and check.items_needed > 400
 
 
-def seeing(artifact: Subject, own: int, other: int, items: int = 64) -> Subject:
+def seeing(artifact: MeasuredModel, own: int, other: int, items: int = 64) -> MeasuredModel:
     """Return a subject that was asked `items` questions, so many of them right with their own and with another image."""
     asked = tuple(
         GroundingItem(
@@ -438,11 +440,11 @@ def seeing(artifact: Subject, own: int, other: int, items: int = 64) -> Subject:
         for number in range(items)
     )
     changed = sum(item.said_own != item.said_other for item in asked) / items
-    found = Grounding(
+    grounding = Grounding(
         task="scenes", metric="exact_match", binary=True, items=items, failed=0, score_own=own / items, score_other=other / items,
         score_none=None, changed_other=changed, changed_none=None,
     )  # fmt: skip
-    return replace(artifact, measured=replace(artifact.measured, grounding=found, grounding_items=asked))
+    return replace(artifact, measurement=replace(artifact.measurement, grounding=grounding, grounding_items=asked))
 
 
 def test_an_artifact_that_does_not_look_at_images_fails_and_a_blind_original_proves_nothing() -> None:
@@ -468,11 +470,11 @@ def test_an_artifact_that_does_not_look_at_images_fails_and_a_blind_original_pro
 
 
 def test_the_mean_over_tasks_has_a_limit_of_its_own() -> None:
-    def both(name: str, size: int, answers: list[bool]) -> Subject:
+    def both(name: str, size: int, answers: list[bool]) -> MeasuredModel:
         one = subject(name, size, answers)
-        measured = one.measured
+        measured = one.measurement
         tasks = measured.tasks | {"again": measured.tasks["scenes"].model_copy(update={"name": "again"})}
-        return replace(one, measured=replace(measured, tasks=tasks, items={**measured.items, "again": measured.items["scenes"]}))
+        return replace(one, measurement=replace(measured, tasks=tasks, items={**measured.items, "again": measured.items["scenes"]}))
 
     before, after = outcomes(370, 10, 0, 20)
     gate = {"accuracy": {"min_recovery": 0.95, "confidence": 0.95, "overall": 0.96}}
@@ -501,10 +503,10 @@ def test_a_task_may_have_a_limit_of_its_own() -> None:
 def test_an_evaluation_that_stopped_early_is_judged_on_what_was_asked_at_the_levels_of_its_look() -> None:
     before, after = outcomes(370, 0, 0, 30)
     order = [number * 7 % 400 for number in range(400)]
-    before, after = ([answers[place] for place in order] for answers in (before, after))
+    before, after = ([answers[index] for index in order] for answers in (before, after))
     original, small = subject("original", 100, before), subject("small", 40, after[:200])
-    tasks = {"scenes": small.measured.tasks["scenes"].model_copy(update={"look": 2, "looks": 4})}
-    small = replace(small, measured=replace(small.measured, tasks=tasks))
+    tasks = {"scenes": small.measurement.tasks["scenes"].model_copy(update={"look": 2, "looks": 4})}
+    small = replace(small, measurement=replace(small.measurement, tasks=tasks))
     limit = {"min_recovery": 0.9, "confidence": 0.95}
     (check,) = verdict_of({"accuracy": {**limit, "sequential": 4}}, original, small).checks
     assert check.verdict == "pass"
@@ -516,12 +518,12 @@ def test_an_evaluation_that_stopped_early_is_judged_on_what_was_asked_at_the_lev
     assert check.interval[0] < fixed.interval[0]  # early looks ask for more
     tasks = {"scenes": tasks["scenes"].model_copy(update={"look": None, "looks": None})}
     with pytest.raises(DataError, match="200 items, and 400 when the original was measured"):
-        verdict_of({"accuracy": limit}, original, replace(small, measured=replace(small.measured, tasks=tasks)))
+        verdict_of({"accuracy": limit}, original, replace(small, measurement=replace(small.measurement, tasks=tasks)))
 
 
 def test_a_task_that_was_not_measured_leaves_its_checks_open() -> None:
     original, small = subject("original", 100, [True] * 10), subject("small", 40)
-    small = replace(small, measured=replace(small.measured, skipped={"scenes": "the server gives no answers"}))
+    small = replace(small, measurement=replace(small.measurement, skipped={"scenes": "the server gives no answers"}))
     limits = {"accuracy": {"min_recovery": 0.9, "confidence": 0.95}, "fidelity": {"max_kl": 1}}
     checks = verdict_of(limits, original, small).checks
     assert {check.verdict for check in checks} == {"inconclusive"}
@@ -533,6 +535,6 @@ def test_a_target_has_limits_of_its_own_and_the_worst_target_decides() -> None:
     models = subject("original", 100), [subject("small", 40)]
     verdicts = [judge(gate, *models, target) for target in ("server", "edge")]
     assert [verdict.verdict for verdict in verdicts] == ["pass", "fail"]
-    both = together(verdicts)
+    both = combine_verdicts(verdicts)
     assert (both.verdict, both.artifacts) == ("fail", {"small": "fail"})
     assert [check.target for check in both.checks] == ["server", "edge"]

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from compress.eval.results import PerplexityMetrics, ScoreMetrics, WholeKl
-from compress.figures import check_values, kept_value, milliseconds, size
+from compress.figures import check_values, format_recovery, milliseconds, size
 from compress.report import Report, render
 from compress.report_html import render_html
 from compress.report_tables import checks_table, results_table
@@ -66,13 +66,13 @@ def test_an_artifact_that_was_asked_fewer_items_is_not_held_against_the_original
     fewer = artifact.metrics["chartqa"].model_copy(update={"items": 250})
     table = results_table([original, artifact.model_copy(update={"metrics": {**artifact.metrics, "chartqa": fewer}})])
     assert table.rows[1][3:5] == ("83.90% (99.58%)", "76.55%, of 250 items")
-    assert kept_value(original.metrics["chartqa"], fewer) == ""
+    assert format_recovery(original.metrics["chartqa"], fewer) == ""
 
 
 def test_checks_that_fail_come_first() -> None:
     table = checks_table(report().gate.checks)
     assert [row[2] for row in table.rows] == ["fail"] * 3 + ["inconclusive"] + ["pass"] * 5
-    assert [(name, len(own)) for name, own in table.groups] == [("vllm-int8", 3), ("vllm-awq", 6)]
+    assert [(name, len(rows)) for name, rows in table.groups] == [("vllm-int8", 3), ("vllm-awq", 6)]
     checks = [check.model_copy(update={"target": target}) for target in ("local", "prod") for check in report().gate.checks]
     assert [name for name, _ in checks_table(checks).groups][:2] == ["vllm-int8 @local", "vllm-int8 @prod"]
 
@@ -100,19 +100,19 @@ def test_values_and_limits_are_told_in_their_own_units(
 
 
 def test_a_check_that_nothing_measured_has_no_value() -> None:
-    made = check("a", "accuracy.min_recovery", None, (0, None, 0.99), "inconclusive").model_copy(update={"value": None})
-    assert check_values(made) == ("", "", "≥ 99%")
-    assert check_values(made.model_copy(update={"check": "latency", "limit": 0.0})) == ("", "", "")
+    unmeasured = check("a", "accuracy.min_recovery", None, (0, None, 0.99), "inconclusive").model_copy(update={"value": None})
+    assert check_values(unmeasured) == ("", "", "≥ 99%")
+    assert check_values(unmeasured.model_copy(update={"check": "latency", "limit": 0.0})) == ("", "", "")
 
 
 def test_nothing_is_kept_of_nothing() -> None:
     nothing = ScoreMetrics(task="vqa", metric="exact_match", score=0.0, items=4)
     some = nothing.model_copy(update={"score": 0.5})
     text = PerplexityMetrics(perplexity=8.0, window=16, windows=2, tokens=32)
-    assert kept_value(nothing, some) == ""
-    assert kept_value(some, nothing) == "0.00%"
-    assert kept_value(some, text) == ""
-    assert kept_value(text, text) == "×1.0000"
+    assert format_recovery(nothing, some) == ""
+    assert format_recovery(some, nothing) == "0.00%"
+    assert format_recovery(some, text) == ""
+    assert format_recovery(text, text) == "×1.0000"
 
 
 def test_numbers_have_three_digits_that_matter() -> None:
@@ -123,20 +123,20 @@ def test_numbers_have_three_digits_that_matter() -> None:
 
 
 def test_a_cell_cannot_break_its_table() -> None:
-    made = Table("t", (Column("a|b"), Column("n", "number")), (("x | y\nz", "1"), ('q"u', "2,5")))
-    assert markdown(made) == '| a\\|b | n |\n| --- | ---: |\n| x \\| y z | 1 |\n| q"u | 2,5 |'
-    assert comma_separated(made) == 'a|b,n\n"x | y\nz",1\n"q""u","2,5"\n'
+    table = Table("t", (Column("a|b"), Column("n", "number")), (("x | y\nz", "1"), ('q"u', "2,5")))
+    assert markdown(table) == '| a\\|b | n |\n| --- | ---: |\n| x \\| y z | 1 |\n| q"u | 2,5 |'
+    assert comma_separated(table) == 'a|b,n\n"x | y\nz",1\n"q""u","2,5"\n'
 
 
 def test_intervals_are_named_by_their_confidence_and_lower_bounds_as_such() -> None:
     original, artifact, other = report().rows
-    own = {name: found.model_copy(update={"at_least": True}) for name, found in (artifact.fidelity or {}).items()}
-    whole = WholeKl(tokens=320, kl_mean=0.0052, kl_interval=(0.0048, 0.0057), kl_p99_at_most=None)
-    own["text"] = own["text"].model_copy(update={"whole": whole})
-    changed = report(rows=(original, artifact.model_copy(update={"fidelity": own}), other))
-    for made in (render(changed), render_html(changed)):
-        assert "90% interval" in made and "95% interval" not in made
-        assert "at least 0.0041" in made and "at least 0.086" in made
-        assert "0.0052 (0.0048–0.0057) by 320" in made
+    fidelity = {name: value.model_copy(update={"at_least": True}) for name, value in (artifact.fidelity or {}).items()}
+    full = WholeKl(tokens=320, kl_mean=0.0052, kl_interval=(0.0048, 0.0057), kl_p99_at_most=None)
+    fidelity["text"] = fidelity["text"].model_copy(update={"whole": full})
+    changed = report(rows=(original, artifact.model_copy(update={"fidelity": fidelity}), other))
+    for page in (render(changed), render_html(changed)):
+        assert "90% interval" in page and "95% interval" not in page
+        assert "at least 0.0041" in page and "at least 0.086" in page
+        assert "0.0052 (0.0048–0.0057) by 320" in page
     content = json.loads(changed.to_json())["rows"][1]["fidelity"]["text"]
     assert (content["at_least"], content["interval_level"], content["whole"]["interval_level"]) == (True, 0.9, 0.9)

@@ -69,8 +69,8 @@ def test_tables_have_captions_and_heads_and_can_be_scrolled_by_keyboard(html: st
 def test_images_and_charts_tell_what_they_show(page: Page) -> None:
     assert all(image.attributes["alt"] for image in page.find("img"))
     for drawing in page.find("svg"):
-        told = drawing.attributes.get("role") == "img" and "aria-labelledby" in drawing.attributes
-        assert told or drawing.attributes.get("aria-hidden") == "true"
+        labelled = drawing.attributes.get("role") == "img" and "aria-labelledby" in drawing.attributes
+        assert labelled or drawing.attributes.get("aria-hidden") == "true"
     charts = [drawing for drawing in page.find("svg") if drawing.attributes.get("class") == "chart"]
     tables = [figure.find("table") for figure in page.find("figure")]
     assert len(charts) == len(tables)
@@ -102,20 +102,22 @@ def test_the_verdict_comes_first_in_words_sign_and_colour() -> None:
 def test_the_sentence_beside_the_verdict(outcomes: list[Any], sentence: str) -> None:
     limit = verdict().checks[4]
     names = "ab"[: len(outcomes)]
-    checks = tuple(limit.model_copy(update={"artifact": name, "verdict": told}) for name, told in zip(names, outcomes, strict=True))
-    worst = next(told for told in ("fail", "inconclusive", "pass") if told in outcomes)
+    checks = tuple(
+        limit.model_copy(update={"artifact": name, "verdict": outcome}) for name, outcome in zip(names, outcomes, strict=True)
+    )
+    worst = next(outcome for outcome in ("fail", "inconclusive", "pass") if outcome in outcomes)
     gate = verdict().model_copy(update={"verdict": worst, "artifacts": dict(zip(names, outcomes, strict=True)), "checks": checks})
     assert verdict_sentence(report(gate=gate)) == sentence
 
 
 def test_what_models_and_data_say_is_only_ever_text() -> None:
-    said = GalleryAnswer(HOSTILE, HOSTILE, HOSTILE, 0.0)
+    answer = GalleryAnswer(HOSTILE, HOSTILE, HOSTILE, 0.0)
     card = Card(
-        task=HOSTILE, id=HOSTILE, kind="lost", binary=True, original=said, artifacts=(said,), accepted=((HOSTILE, 2),),
+        task=HOSTILE, id=HOSTILE, kind="lost", binary=True, original=answer, artifacts=(answer,), accepted=((HOSTILE, 2),),
         question=HOSTILE, options=(HOSTILE,),
     )  # fmt: skip
     check = verdict().checks[0].model_copy(update={"artifact": HOSTILE, "task": HOSTILE, "reason": HOSTILE})
-    made = report(
+    hostile_report = report(
         name=HOSTILE,
         gate=verdict().model_copy(update={"checks": (check,)}),
         warnings=(HOSTILE,),
@@ -124,7 +126,7 @@ def test_what_models_and_data_say_is_only_ever_text() -> None:
         source={"source": HOSTILE},
         rows=tuple(row.model_copy(update={"metrics": {HOSTILE: row.metrics["textvqa"]}}) for row in report().rows),
     )
-    html = render_html(made, Gallery(cards=(card,), lost=1, missing=(HOSTILE,)))
+    html = render_html(hostile_report, Gallery(cards=(card,), lost=1, missing=(HOSTILE,)))
     page = Page(html)
     assert not page.find("script")
     assert not page.find("img")
@@ -145,9 +147,9 @@ def test_flips_are_shown_with_both_answers_and_how_many_are_not() -> None:
 
 
 def test_that_nothing_flipped_is_told_only_where_it_was_looked_for() -> None:
-    told = "No item scores otherwise with an artifact than with the original."
-    assert told in render_html(report(), Gallery())
-    assert told not in render_html(report())
+    text = "No item scores otherwise with an artifact than with the original."
+    assert text in render_html(report(), Gallery())
+    assert text not in render_html(report())
 
 
 def test_a_page_is_the_same_every_time() -> None:
@@ -163,8 +165,8 @@ def test_the_palette_has_enough_contrast(scheme: str) -> None:
     text += [("ink", f"{word}-back") for word in ("pass", "fail", "inconclusive")]
     text += [("ink", f"w{width}") for width in (2, 3, 4, 8, 16)]
     assert {pair: contrast(palette[pair[0]], palette[pair[1]]) for pair in text if _low(palette, pair, 4.5)} == {}
-    drawn = [(f"s{number}", "page") for number in range(8)] + [("focus", "page")]
-    assert {pair: contrast(palette[pair[0]], palette[pair[1]]) for pair in drawn if _low(palette, pair, 3)} == {}
+    pairs = [(f"s{number}", "page") for number in range(8)] + [("focus", "page")]
+    assert {pair: contrast(palette[pair[0]], palette[pair[1]]) for pair in pairs if _low(palette, pair, 3)} == {}
 
 
 def _low(palette: dict[str, str], pair: tuple[str, str], least: float) -> bool:

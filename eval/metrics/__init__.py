@@ -1,4 +1,4 @@
-"""How an answer is scored: one file per metric, a row of the table each, imported when it is asked for."""
+"""The metrics of generated answers: one file and one table row each, imported on demand."""
 
 from __future__ import annotations
 
@@ -14,25 +14,25 @@ METRICS = {
     "letter": "compress.eval.metrics.letter:letter",
     "yes_no": "compress.eval.metrics.yes_no:yes_no",
 }
-"""The metrics of one answer beside the accepted ones: name → the function that gives a score from 0 to 1."""
+"""Name → the function that scores an answer against the accepted ones, from 0 to 1."""
 
 BINARY = frozenset({"exact_match", "relaxed", "letter", "yes_no"})
-"""The metrics that say right (1) or wrong (0) and nothing between."""
+"""The metrics whose score is 0 or 1."""
 
 FIGURES = {"yes_no": "compress.eval.metrics.yes_no:yes_no_figures"}
-"""What a metric says of all items together, beside the mean of their scores: name → the function that gives it."""
+"""Name → the function that returns a metric's further figures over all items, beside the mean score."""
 
 Metric = Callable[[str, Sequence[str]], float]
-"""Takes what was said and the accepted answers, and returns the score."""
+"""Takes an answer and the accepted answers, and returns the score."""
 
 
 def load_metric(name: str) -> Metric:
-    """Return the function behind a name in the table."""
+    """Return a metric by its name."""
     return cast("Metric", _load(METRICS[name]))
 
 
 def figures_of(name: str, answers: Sequence[tuple[str | None, Sequence[str]]]) -> Mapping[str, float]:
-    """Return a metric's further figures over all items: what was said, None where there was no answer, and the accepted ones."""
+    """Return a metric's further figures over all items: each an answer, None where it failed, and the accepted answers."""
     if name not in FIGURES:
         return {}
     return cast("Callable[[Sequence[tuple[str | None, Sequence[str]]]], Mapping[str, float]]", _load(FIGURES[name]))(answers)

@@ -8,9 +8,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-_LONGEST = 4
+_MAX_NGRAM = 4
+"""CIDEr averages over n-grams of 1 to 4 words."""
+
 _SIGMA = 6.0
+"""The standard deviation of CIDEr-D's length penalty, in bigrams."""
+
 _SCALE = 10.0
+"""CIDEr-D is ten times the mean cosine."""
+
 _TOKEN = re.compile(
     r"\d+(?:[.,:]\d+)*|\w+(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:-\w+)*|[^\w\s]",
 )
@@ -21,7 +27,7 @@ NGram = tuple[str, ...]
 
 @dataclass(frozen=True)
 class _Vector:
-    """A caption's n-grams of one length with their weights, and the length of that vector."""
+    """The TF-IDF vector of a caption's n-grams of one length, and its Euclidean norm."""
 
     weights: dict[NGram, float]
     norm: float
@@ -29,37 +35,40 @@ class _Vector:
 
 @dataclass(frozen=True)
 class _Caption:
-    """A caption: a vector for each length of n-grams, and how many pairs of words it has, which measures its length."""
+    """A caption as TF-IDF vectors."""
 
     vectors: tuple[_Vector, ...]
-    pairs: int
+    """One for each length of n-grams."""
+
+    bigrams: int
+    """The number of bigrams, by which the COCO evaluation measures a caption's length."""
 
 
 class Cider:
-    """The score of captions beside a set of images' reference captions, by which the n-grams are weighed."""
+    """CIDEr-D with the document frequencies of a set of images' reference captions."""
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
-        """Count in how many images' references each n-gram stands; `references` has one entry for each image."""
+        """Count the images whose references contain each n-gram; `references` has one entry for each image."""
         self._frequency = Counter[NGram]()
         for captions in references:
             self._frequency.update({ngram for caption in captions for ngram in _ngrams(tokens(caption))})
         self._images = math.log(len(references)) if references else 0.0
 
-    def score(self, said: str, references: Sequence[str]) -> float:
+    def score(self, text: str, references: Sequence[str]) -> float:
         """Return the CIDEr-D of one caption from 0 to 10: a usual figure of "120" is 1.2 here.
 
         It is ten times the mean, over n from 1 to 4 and over the references, of the cosine of the n-grams' weights (count times
         the log of images by images that have it), where no count exceeds the reference's, times a Gaussian of the difference of
         lengths with a deviation of 6. An image alone has no weights, and every score is 0.
         """
-        caption = self._weigh(said)
+        caption = self._weigh(text)
         total = math.fsum(_similarity(caption, self._weigh(reference)) for reference in references)
         return _SCALE * total / len(references) if references else 0.0
 
     def _weigh(self, text: str) -> _Caption:
         counts = _ngrams(tokens(text))
         vectors = list[_Vector]()
-        for length in range(1, _LONGEST + 1):
+        for length in range(1, _MAX_NGRAM + 1):
             weights = {
                 ngram: count * (self._images - math.log(max(1, self._frequency[ngram])))
                 for ngram, count in counts.items()
@@ -70,27 +79,30 @@ class Cider:
 
 
 def tokens(text: str) -> list[str]:
-    """Return a caption's words in lower case, clitics apart and punctuation left out, as the Penn Treebank tokenizer gives them.
+    """Return a caption's lower-case tokens without punctuation, with clitics apart, as the Penn Treebank tokenizer does.
 
     The COCO evaluation runs Stanford's; plain captions come out the same, but its lists of abbreviations are not here.
     """
-    found: list[str] = _TOKEN.findall(text.lower().replace("\u2019", "'"))
-    return [token for token in found if token not in _PUNCTUATION]
+    matches: list[str] = _TOKEN.findall(text.lower().replace("\u2019", "'"))
+    return [token for token in matches if token not in _PUNCTUATION]
 
 
 def _ngrams(words: Sequence[str]) -> Counter[NGram]:
     return Counter(
-        tuple(words[start : start + length]) for length in range(1, _LONGEST + 1) for start in range(len(words) - length + 1)
+        tuple(words[start : start + length]) for length in range(1, _MAX_NGRAM + 1) for start in range(len(words) - length + 1)
     )
 
 
 def _similarity(caption: _Caption, reference: _Caption) -> float:
-    """Return the mean over the lengths of n-grams of the clipped cosine, less the more the captions' lengths differ."""
+    """Return the mean clipped cosine over the lengths of n-grams, times the length penalty."""
     cosines = list[float]()
-    for ours, theirs in zip(caption.vectors, reference.vectors, strict=True):
-        common = ours.weights.keys() & theirs.weights.keys()
-        shared = math.fsum(min(ours.weights[ngram], theirs.weights[ngram]) * theirs.weights[ngram] for ngram in common)
-        norms = ours.norm * theirs.norm
+    for candidate_vector, reference_vector in zip(caption.vectors, reference.vectors, strict=True):
+        common = candidate_vector.weights.keys() & reference_vector.weights.keys()
+        shared = math.fsum(
+            min(candidate_vector.weights[ngram], reference_vector.weights[ngram]) * reference_vector.weights[ngram]
+            for ngram in common
+        )
+        norms = candidate_vector.norm * reference_vector.norm
         cosines.append(shared / norms if norms else 0.0)
-    penalty = math.exp(-((caption.pairs - reference.pairs) ** 2) / (2 * _SIGMA**2))
-    return penalty * math.fsum(cosines) / _LONGEST
+    penalty = math.exp(-((caption.bigrams - reference.bigrams) ** 2) / (2 * _SIGMA**2))
+    return penalty * math.fsum(cosines) / _MAX_NGRAM

@@ -1,4 +1,4 @@
-"""ChartQA's relaxed accuracy (arXiv 2203.10244, section 5.1): numbers may be 5 % off, everything else must be the same."""
+"""ChartQA's relaxed accuracy (arXiv 2203.10244, section 5.1): numbers within 5 %, other answers equal."""
 
 from __future__ import annotations
 
@@ -6,22 +6,23 @@ import math
 from collections.abc import Sequence
 
 _TOLERANCE = 0.05
+"""The paper's relative tolerance for numbers."""
 
 
-def relaxed(said: str, accepted: Sequence[str]) -> float:
-    """Return 1.0 where what was said is within 5 % of an accepted number, or, of other answers, equals one but for case.
+def relaxed(answer: str, accepted: Sequence[str]) -> float:
+    """Return 1.0 where an answer is within 5 % of an accepted number, or equals another accepted answer up to case.
 
     As the evaluations in use read it (Pix2Struct, arXiv 2210.03347, and those after it): a percent sign divides by 100, years are
     numbers like others, and an accepted 0 is compared as a text.
     """
-    return float(any(_agrees(said.strip(), answer.strip()) for answer in accepted))
+    return float(any(_agrees(answer.strip(), reference.strip()) for reference in accepted))
 
 
-def _agrees(said: str, accepted: str) -> bool:
-    spoken, wanted = _number(said), _number(accepted)
-    if spoken is None or not wanted:
-        return said.casefold() == accepted.casefold()
-    return abs(spoken - wanted) / abs(wanted) <= _TOLERANCE
+def _agrees(answer: str, reference: str) -> bool:
+    value, expected = _number(answer), _number(reference)
+    if value is None or not expected:
+        return answer.casefold() == reference.casefold()
+    return abs(value - expected) / abs(expected) <= _TOLERANCE
 
 
 def _number(text: str) -> float | None:

@@ -1,4 +1,4 @@
-"""The accuracy of VQA v2 (https://visualqa.org/evaluation.html): an answer counts fully when three people agree with it."""
+"""The accuracy of VQA v2 (https://visualqa.org/evaluation.html): three agreeing annotators give the full score."""
 
 from __future__ import annotations
 
@@ -7,19 +7,20 @@ from collections.abc import Sequence
 from compress.eval.normalize import normalize
 
 _ANNOTATORS = 10
-_ENOUGH = 3
+_FULL_SCORE_VOTES = 3
+"""Both are VQA v2's: ten annotators per question, three of whom give the full score."""
 
 
-def vqa_vote(said: str, accepted: Sequence[str]) -> float:
-    """Return min(people who said so / 3, 1), averaged over leaving out each of the ten people in turn.
+def vqa_vote(answer: str, accepted: Sequence[str]) -> float:
+    """Return min(agreeing annotators / 3, 1), averaged over leaving out each of the ten annotators in turn.
 
-    So one, two and three of ten who agree give 0.3, 0.6 and 0.9, four and more give 1. Answers are compared after VQA v2's
-    normalization; people whose answer is blank, and so is not among the accepted ones, said something else. A single answer, as
-    data of one's own have it, is taken for that of all ten.
+    So one, two and three agreeing annotators give 0.3, 0.6 and 0.9, four and more give 1. Answers are compared after VQA v2's
+    normalization; annotators whose answer is blank, and so is not among the accepted ones, disagree. A single accepted answer
+    counts as that of all ten.
     """
     accepted = list(accepted) * (_ANNOTATORS if len(accepted) == 1 else 1)
-    spoken = normalize(said)
-    agreeing = sum(normalize(answer) == spoken for answer in accepted)
+    normalized = normalize(answer)
+    agreeing = sum(normalize(reference) == normalized for reference in accepted)
     others = max(_ANNOTATORS, len(accepted)) - agreeing
-    without_one, without_another = min((agreeing - 1) / _ENOUGH, 1.0), min(agreeing / _ENOUGH, 1.0)
-    return (agreeing * without_one + others * without_another) / (agreeing + others)
+    without_agreeing, without_other = min((agreeing - 1) / _FULL_SCORE_VOTES, 1.0), min(agreeing / _FULL_SCORE_VOTES, 1.0)
+    return (agreeing * without_agreeing + others * without_other) / (agreeing + others)

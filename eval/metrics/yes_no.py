@@ -1,19 +1,20 @@
-"""Whether an answer to a yes-or-no question is right, with precision, recall and F1, as POPE reads it (arXiv 2305.10355)."""
+"""POPE's accuracy of yes-or-no questions, with precision, recall and F1 (arXiv 2305.10355)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 _NEGATIONS = frozenset({"no", "not"})
+"""The words by which POPE's script reads an answer as no."""
 
 
-def yes_no(said: str, accepted: Sequence[str]) -> float:
-    """Return 1.0 where the answer says the same of yes and no as an accepted one."""
-    return float(any(says_yes(said) == says_yes(answer) for answer in accepted))
+def yes_no(answer: str, accepted: Sequence[str]) -> float:
+    """Return 1.0 where the answer is the same of yes and no as an accepted one."""
+    return float(any(says_yes(answer) == says_yes(reference) for reference in accepted))
 
 
 def says_yes(text: str) -> bool:
-    """Return whether a text is a yes: there is no "no" and no "not" in its first sentence."""
+    """Return whether an answer is a yes, as POPE reads it: its first sentence has no "no" or "not"."""
     words = text.split(".")[0].replace(",", "").lower().split()
     return not _NEGATIONS.intersection(words)
 
@@ -21,11 +22,11 @@ def says_yes(text: str) -> bool:
 def yes_no_figures(answers: Sequence[tuple[str | None, Sequence[str]]]) -> dict[str, float]:
     """Return precision, recall and F1 of yes, and the share of answers that are a yes; an item without an answer is wrong."""
     pairs = list[tuple[bool, bool]]()
-    for said, accepted in answers:
-        wanted = says_yes(accepted[0])
-        pairs.append((not wanted if said is None else says_yes(said), wanted))
-    hits = sum(said and wanted for said, wanted in pairs)
-    spoken, right = sum(said for said, _ in pairs), sum(wanted for _, wanted in pairs)
+    for answer, accepted in answers:
+        expected = says_yes(accepted[0])
+        pairs.append((not expected if answer is None else says_yes(answer), expected))
+    hits = sum(answer and expected for answer, expected in pairs)
+    spoken, right = sum(answer for answer, _ in pairs), sum(expected for _, expected in pairs)
     return {
         "precision": hits / spoken if spoken else 0.0,
         "recall": hits / right if right else 0.0,

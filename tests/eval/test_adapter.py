@@ -16,9 +16,8 @@ from PIL import Image
 from pydantic import ValidationError
 
 from compress.errors import MissingError, RecipeError, ServerError, UsageError
-from compress.eval.adapter import Adapter, spelled_out
-from compress.eval.adapter_worker import FAILED, AnswerLog, UnknownNameError, canonical, details, item
-from compress.eval.adapter_worker import Found as HarnessFound
+from compress.eval.adapter import Adapter, expand_short_name
+from compress.eval.adapter_worker import FAILED, AnswerLog, HarnessResults, UnknownNameError, canonical, details, item
 from compress.eval.results import AdapterItem, ScoreMetrics, read_items
 from compress.eval.task import TaskContext
 from compress.plan import make_plan
@@ -45,10 +44,10 @@ class Listening(Silent):
 
 
 def test_short_names_stand_for_tables() -> None:
-    assert spelled_out("lmms:mme") == {"task": "adapter", "harness": "lmms", "benchmark": "mme"}
-    assert spelled_out("lm:hellaswag") == {"task": "adapter", "harness": "lm", "benchmark": "hellaswag"}
-    assert spelled_out("lmm:mme") == "lmm:mme"
-    assert spelled_out({"task": "vqa"}) == {"task": "vqa"}
+    assert expand_short_name("lmms:mme") == {"task": "adapter", "harness": "lmms", "benchmark": "mme"}
+    assert expand_short_name("lm:hellaswag") == {"task": "adapter", "harness": "lm", "benchmark": "hellaswag"}
+    assert expand_short_name("lmm:mme") == "lmm:mme"
+    assert expand_short_name({"task": "vqa"}) == {"task": "vqa"}
 
 
 def test_named_as_the_benchmark_unless_said() -> None:
@@ -57,7 +56,7 @@ def test_named_as_the_benchmark_unless_said() -> None:
 
 
 @pytest.mark.parametrize(
-    ("harness", "given", "message"),
+    ("harness", "fields", "message"),
     [
         ("lmms", {"filter": "strict"}, "filter belongs to harness: lm"),
         ("lmms", {"chat": True}, "chat belongs to harness: lm"),
@@ -67,9 +66,9 @@ def test_named_as_the_benchmark_unless_said() -> None:
         ("lm", {"shots": 5}, "Extra inputs"),
     ],
 )
-def test_faults_of_a_table_are_told(harness: str, given: dict[str, Any], message: str) -> None:
+def test_faults_of_a_table_are_told(harness: str, fields: dict[str, Any], message: str) -> None:
     with pytest.raises(ValidationError, match=message):
-        adapter(harness, **{"benchmark": "mme", **given})
+        adapter(harness, **{"benchmark": "mme", **fields})
 
 
 def test_says_how_to_install_the_harness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,8 +88,8 @@ def test_needs_a_server(tmp_path: Path) -> None:
 
 
 def test_a_recipe_without_a_server_is_refused(tmp_path: Path) -> None:
-    told = r"eval\.tasks\.1: adapter needs a server, and runtime transformers has none"
-    with pytest.raises(RecipeError, match=told):
+    message_pattern = r"eval\.tasks\.1: adapter needs a server, and runtime transformers has none"
+    with pytest.raises(RecipeError, match=message_pattern):
         make_plan(DEMO.parent / "demo.yaml", {"eval.tasks.1": "lmms:mme", "gate.perplexity": None}, Store(tmp_path))
 
 
@@ -114,8 +113,8 @@ def test_an_item_is_known_by_its_content_and_its_images() -> None:
 
 def test_stored_images_are_digests() -> None:
     images: list[str] = []
-    found = canonical({"image": {"bytes": b"png", "path": None}, "many": [b"jpeg"], "n": 1, "odd": object()}, images)
-    assert found == {"image": images[0], "many": [images[1]], "n": 1, "odd": "object"}
+    content = canonical({"image": {"bytes": b"png", "path": None}, "many": [b"jpeg"], "n": 1, "odd": object()}, images)
+    assert content == {"image": images[0], "many": [images[1]], "n": 1, "odd": "object"}
 
 
 @pytest.mark.parametrize(
@@ -134,8 +133,8 @@ def test_a_metric_of_all_items_together_is_refused() -> None:
 def test_a_failed_request_is_the_items_fault() -> None:
     row = row_of({"doc_id": 1, "resps": [[FAILED + "500: broken"]], "exact_match": 1.0})
     assert (row["score"], row["said"], row["fault"]) == (0.0, "", "500: broken")
-    theirs = row_of({"doc_id": 1, "resps": [["[LMMS_EVAL_REQUEST_FAILED after 4 retries] timed out"]], "exact_match": 1.0})
-    assert theirs["fault"] == "timed out"
+    lmms_row = row_of({"doc_id": 1, "resps": [["[LMMS_EVAL_REQUEST_FAILED after 4 retries] timed out"]], "exact_match": 1.0})
+    assert lmms_row["fault"] == "timed out"
     choice = row_of({"doc_id": 1, "resps": [[(-1.0, True)], [(-float("inf"), False)]], "exact_match": 1.0})
     assert (choice["score"], choice["fault"]) == (0.0, "the server gave no likelihood of it")
 
@@ -143,14 +142,14 @@ def test_a_failed_request_is_the_items_fault() -> None:
 def test_aggregates_come_with_their_errors() -> None:
     row = {"alias": "x", "acc,none": 0.5, "acc_stderr,none": float("nan"), "acc_norm,none": 0.25, "acc_norm_stderr,none": 0.1}
     task = SimpleNamespace(VERSION=2.0)
-    assert details(HarnessFound({"x": task}, {}, {"x": row})) == {
+    assert details(HarnessResults({"x": task}, {}, {"x": row})) == {
         "acc": 0.5,
         "acc_norm": 0.25,
         "acc_norm_stderr": 0.1,
         "task version": 2.0,
     }
-    several = details(HarnessFound({"x": task, "y": task}, {}, {"x": {"em,strict": 1.0}, "y": {"em,loose": 0.0}}))
-    assert several == {"x: em (strict)": 1.0, "y: em (loose)": 0.0}
+    two_tasks = details(HarnessResults({"x": task, "y": task}, {}, {"x": {"em,strict": 1.0}, "y": {"em,loose": 0.0}}))
+    assert two_tasks == {"x: em (strict)": 1.0, "y: em (loose)": 0.0}
 
 
 def test_a_journal_gives_each_answer_once_and_drops_what_was_cut_off(tmp_path: Path) -> None:
@@ -194,8 +193,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Generator[Bench]:
 @pytest.mark.slow
 def test_lmms_eval_asks_the_server(bench: Bench, tmp_path: Path) -> None:
     task = adapter("lmms", "demo_scenes", include_path=str(bench.lmms), samples=24)
-    found = task.measure(context(bench.session, tmp_path / "original"))
-    metrics = cast("ScoreMetrics", found.metrics)
+    measurement = task.measure(context(bench.session, tmp_path / "original"))
+    metrics = cast("ScoreMetrics", measurement.metrics)
     items = adapter_items(tmp_path / "original", "demo_scenes")
     assert (metrics.metric, metrics.items, metrics.failed, metrics.binary) == ("exact_match", 24, 0, True)
     assert metrics.score == metrics.details["exact_match"] == sum(row.score for row in items) / 24
@@ -209,7 +208,7 @@ def test_lmms_eval_asks_the_server(bench: Bench, tmp_path: Path) -> None:
     assert not any(bench.key.encode() in path.read_bytes() for path in written)
 
     copy = task.measure(context(bench.session, tmp_path / "copy", against=tmp_path / "original"))
-    assert copy.metrics == found.metrics
+    assert copy.metrics == measurement.metrics
     assert adapter_items(tmp_path / "copy", "demo_scenes") == items
 
 
@@ -265,7 +264,7 @@ def test_lm_eval_runs_groups_and_asks_in_chat(bench: Bench, tmp_path: Path) -> N
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("given", "error", "message"),
+    ("fields", "error", "message"),
     [
         ({"benchmark": "demo_text"}, RecipeError, "lm-eval: no task is called demo_text; near it are demo_texts"),
         ({"benchmark": "demo_texts", "metric": "f1"}, RecipeError, "the task's metrics are acc, acc_norm, and not f1"),
@@ -275,9 +274,9 @@ def test_lm_eval_runs_groups_and_asks_in_chat(bench: Bench, tmp_path: Path) -> N
     ],
 )
 def test_what_the_harness_does_not_have_is_told(
-    bench: Bench, tmp_path: Path, given: dict[str, Any], error: type[Exception], message: str
+    bench: Bench, tmp_path: Path, fields: dict[str, Any], error: type[Exception], message: str
 ) -> None:
-    task = adapter("lm", **given, include_path=str(bench.lm))
+    task = adapter("lm", **fields, include_path=str(bench.lm))
     with pytest.raises(error, match=message) as caught:
         task.measure(context(bench.session, tmp_path))
     assert str(tmp_path / "logs") in str(caught.value)
@@ -288,16 +287,16 @@ def test_data_that_are_not_there_offline_are_told(tmp_path: Path, monkeypatch: p
     install("lm-eval", Silent())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
-    told = r"Rowan/hellaswag.*\n.*HF_HUB_OFFLINE is set: the data must be in the hub's cache"
-    with nowhere() as session, pytest.raises(MissingError, match=told):
+    message_pattern = r"Rowan/hellaswag.*\n.*HF_HUB_OFFLINE is set: the data must be in the hub's cache"
+    with nowhere() as session, pytest.raises(MissingError, match=message_pattern):
         adapter("lm", "hellaswag").measure(context(session, tmp_path))
 
 
 @pytest.mark.slow
 def test_a_server_that_is_not_there_or_wants_another_key_is_told(bench: Bench, tmp_path: Path) -> None:
     texts = adapter("lm", "demo_tells", include_path=str(bench.lm), chat=True, samples=2)
-    told = r"had no answer to any of its 2 items \(ClientConnectorError.*lm-eval-demo_tells.log"
-    with nowhere() as session, pytest.raises(ServerError, match=told):
+    message_pattern = r"had no answer to any of its 2 items \(ClientConnectorError.*lm-eval-demo_tells.log"
+    with nowhere() as session, pytest.raises(ServerError, match=message_pattern):
         texts.measure(context(session, tmp_path / "nowhere"))
     endpoint = cast("Any", bench.session).endpoint
     scenes = adapter("lmms", "demo_scenes", include_path=str(bench.lmms), samples=2)
@@ -320,18 +319,18 @@ def test_the_key_covers_the_harness_and_the_task_files(bench: Bench) -> None:
     assert str(bench.lm) not in json.dumps(before)
 
 
-def adapter(harness: str, benchmark: str, **given: Any) -> Adapter:
-    return Adapter.model_validate({"task": "adapter", "harness": harness, "benchmark": benchmark, **given})
+def adapter(harness: str, benchmark: str, **fields: Any) -> Adapter:
+    return Adapter.model_validate({"task": "adapter", "harness": harness, "benchmark": benchmark, **fields})
 
 
 def context(session: Session, folder: Path, against: Path | None = None, progress: Silent | None = None) -> TaskContext:
     folder.mkdir(parents=True, exist_ok=True)
     return TaskContext(
         session=session,
-        original=DEMO / "model",
+        original_checkpoint=DEMO / "model",
         files=(),
-        target=folder,
-        against=against,
+        output_dir=folder,
+        original_measurement=against,
         progress=progress or Silent(),
         logs=folder / "logs",
     )
@@ -349,15 +348,15 @@ def adapter_items(folder: Path, name: str) -> list[AdapterItem]:
     return [row for row in read_items(folder, name) if isinstance(row, AdapterItem)]
 
 
-def row_of(given: dict[str, Any]) -> dict[str, Any]:
+def row_of(fields: dict[str, Any]) -> dict[str, Any]:
     """Return what is kept of a sample with these parts."""
 
     def share(rows: list[dict[str, int]]) -> float:
         return sum(row["right"] for row in rows) / sum(row["of"] for row in rows)
 
     task = SimpleNamespace(aggregation=lambda: {"exact_match": share})
-    said: dict[str, Any] = {"doc": {}, "arguments": ["words"], "resps": [["red"]], "filtered_resps": ["red"], "target": "red"}
-    return item("scenes", task, said | given, ["exact_match"])[0]
+    sample: dict[str, Any] = {"doc": {}, "arguments": ["words"], "resps": [["red"]], "filtered_resps": ["red"], "target": "red"}
+    return item("scenes", task, sample | fields, ["exact_match"])[0]
 
 
 def write_scenes(folder: Path) -> Path:

@@ -67,8 +67,8 @@ def test_the_hypothesis_holds_for_the_tilted_probabilities_and_they_are_the_like
 def enumerated(values: Floats, probabilities: Floats, draws: int, seen: float) -> tuple[float, float]:
     larger = smaller = 0.0
     for drawn in itertools.product(range(len(values)), repeat=draws):
-        chance = math.prod(float(probabilities[place]) for place in drawn)
-        total = sum(float(values[place]) for place in drawn)
+        chance = math.prod(float(probabilities[index]) for index in drawn)
+        total = sum(float(values[index]) for index in drawn)
         larger += chance * (total >= seen - 1e-9)
         smaller += chance * (total <= seen + 1e-9)
     return larger, smaller
@@ -90,9 +90,9 @@ def test_tails_are_exact_far_out() -> None:
 
 
 def test_parts_with_different_values_add_up() -> None:
-    parts = [(np.array([-1.0, 1.0]), np.array([0.5, 0.5]), 2), (np.array([-0.25, 0.25]), np.array([0.5, 0.5]), 1)]
-    assert sum_tails(parts, 2.25) == pytest.approx((1 / 8, 1.0), abs=1e-4)
-    assert sum_tails(parts, 1.75) == pytest.approx((2 / 8, 7 / 8), abs=1e-4)
+    distributions = [(np.array([-1.0, 1.0]), np.array([0.5, 0.5]), 2), (np.array([-0.25, 0.25]), np.array([0.5, 0.5]), 1)]
+    assert sum_tails(distributions, 2.25) == pytest.approx((1 / 8, 1.0), abs=1e-4)
+    assert sum_tails(distributions, 1.75) == pytest.approx((2 / 8, 7 / 8), abs=1e-4)
 
 
 def test_no_change_at_all_is_as_if_three_clusters_were_lost_unseen() -> None:
@@ -121,7 +121,7 @@ def test_few_clusters_with_a_normal_difference_hold_the_level() -> None:
 @settings(max_examples=30, deadline=None)
 @given(scores, st.floats(0.85, 1.0), st.integers(0, 99))
 def test_the_order_of_the_items_does_not_matter(pairs: list[tuple[float, float]], limit: float, seed: int) -> None:
-    shuffled = [pairs[int(place)] for place in np.random.default_rng(seed).permutation(len(pairs))]
+    shuffled = [pairs[int(index)] for index in np.random.default_rng(seed).permutation(len(pairs))]
     one, other = bootstrap_tails(totals(pairs), limit), bootstrap_tails(totals(shuffled), limit)
     assert (one.larger, one.smaller) == pytest.approx((other.larger, other.smaller), abs=1e-9)
 
@@ -139,20 +139,20 @@ def test_where_few_clusters_changed_the_spread_is_known_from_those_few() -> None
     """Otherwise an artifact whose changes come by whole images passes at the limit in 5.9 % of evaluations, not 5 %."""
     from scipy.special import ndtri, stdtr
 
-    found = totals([(3.0, 3.0)] * 80 + [(3.0, 0.0)] * 5 + [(3.0, 1.0)] * 3 + [(0.0, 3.0)] * 2 + [(0.0, 0.0)] * 50, size=3)
-    values, chances = tilted(found, 0.9)
-    larger, _ = sum_tails([(values, chances, 140)], float(found.artifact.sum() - 0.9 * found.original.sum()))
+    sums = totals([(3.0, 3.0)] * 80 + [(3.0, 0.0)] * 5 + [(3.0, 1.0)] * 3 + [(0.0, 3.0)] * 2 + [(0.0, 0.0)] * 50, size=3)
+    values, chances = tilted(sums, 0.9)
+    larger, _ = sum_tails([(values, chances, 140)], float(sums.artifact.sum() - 0.9 * sums.original.sum()))
     third, fourth = ((chances * values**power).sum() / (chances * values**2).sum() ** (power / 2) for power in (3, 4))
     freedom = 2 * 140 / (fourth - 1 - third**2)
     assert 5 < freedom < 100
-    assert bootstrap_tails(found, 0.9).larger == pytest.approx(stdtr(freedom, ndtri(larger) * math.sqrt(139 / 140)), rel=1e-6)
+    assert bootstrap_tails(sums, 0.9).larger == pytest.approx(stdtr(freedom, ndtri(larger) * math.sqrt(139 / 140)), rel=1e-6)
 
 
 def test_of_two_values_the_spread_is_known_and_nothing_is_widened_for_it() -> None:
     """As of items alone that are right or wrong, which agree with the score test in `statistics`."""
     from scipy.special import ndtri, stdtr
 
-    found = totals([(3.0, 3.0)] * 80 + [(3.0, 0.0)] * 5, size=3)
-    values, chances = tilted(found, 0.9)
-    larger, _ = sum_tails([(values, chances, 85)], float(found.artifact.sum() - 0.9 * found.original.sum()))
-    assert bootstrap_tails(found, 0.9).larger == pytest.approx(stdtr(84, ndtri(larger) * math.sqrt(84 / 85)), rel=1e-6)
+    sums = totals([(3.0, 3.0)] * 80 + [(3.0, 0.0)] * 5, size=3)
+    values, chances = tilted(sums, 0.9)
+    larger, _ = sum_tails([(values, chances, 85)], float(sums.artifact.sum() - 0.9 * sums.original.sum()))
+    assert bootstrap_tails(sums, 0.9).larger == pytest.approx(stdtr(84, ndtri(larger) * math.sqrt(84 / 85)), rel=1e-6)

@@ -10,7 +10,7 @@ from compress.errors import DataError
 from compress.eval.caption import Caption
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.metrics.cider import Cider
-from compress.eval.results import QuestionItem, ScoreMetrics, read_measured
+from compress.eval.results import QuestionItem, ScoreMetrics, read_measurement
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers import Transformers
@@ -47,22 +47,26 @@ def test_captions_are_scored_beside_those_of_all_images(tmp_path: Path) -> None:
         context = MeasureContext(model, {task.name: (source,)}, tmp_path / name, against, Silent(), tmp_path)
         with Transformers(runtime="transformers").open(OpenContext(checkpoint, tmp_path, Silent())) as session:
             measure(session, [task], context)
-        found = read_measured(tmp_path / name)
-        return [item for item in found.items["scenes"] if isinstance(item, QuestionItem)], found.tasks["scenes"]
+        measurement = read_measurement(tmp_path / name)
+        return [item for item in measurement.items["scenes"] if isinstance(item, QuestionItem)], measurement.tasks["scenes"]
 
-    said = [item.said for item in measured(model, "first", None)[0]]
-    captions = [[text, "a dog runs through deep snow"] if n % 2 else ["a castle on a hill"] for n, text in enumerate(said)]
+    answers = [item.said for item in measured(model, "first", None)[0]]
+    captions = [[text, "a dog runs through deep snow"] if n % 2 else ["a castle on a hill"] for n, text in enumerate(answers)]
     write_rows(tmp_path, captions)
     before, original = measured(model, "original", None)
     after, artifact = measured(tmp_path / "rounded", "artifact", tmp_path / "original")
     cider = Cider(captions)
-    for items, found in ((before, original), (after, artifact)):
+    for items, task_measurement in ((before, original), (after, artifact)):
         assert [item.score for item in items] == [
             cider.score(item.said, texts) for item, texts in zip(items, captions, strict=True)
         ]
-        assert isinstance(found.metrics, ScoreMetrics)
-        assert (found.metrics.task, found.metrics.metric, found.metrics.binary) == ("caption", "cider", False)
-        assert found.metrics.score == pytest.approx(np.mean([item.score for item in items]), rel=1e-12)
+        assert isinstance(task_measurement.metrics, ScoreMetrics)
+        assert (task_measurement.metrics.task, task_measurement.metrics.metric, task_measurement.metrics.binary) == (
+            "caption",
+            "cider",
+            False,
+        )
+        assert task_measurement.metrics.score == pytest.approx(np.mean([item.score for item in items]), rel=1e-12)
     assert [item.score > 1 for item in before] == [bool(n % 2) for n in range(IMAGES)]
     assert [item.accepted for item in before] == [tuple(texts) for texts in captions]
     assert {item.prompt for item in before} == {"Describe it."}
@@ -98,4 +102,4 @@ def test_rows_may_have_questions_of_their_own(tmp_path: Path) -> None:
     source.write_text(json.dumps({"image": "0.png", "captions": ["a dog"], "question": "What is there?"}) + "\n")
     task = task_for(tmp_path, prompt="In short: {question}", columns={"answer": "captions"})
     (question,) = task.questions([source])
-    assert task.wording(question) == "In short: What is there?"
+    assert task.prompt_text(question) == "In short: What is there?"

@@ -13,10 +13,10 @@ import torch
 import yaml
 
 from compress.errors import DataError
-from compress.eval.asked import QuestionSet
 from compress.eval.choice import Choice
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import Measured, QuestionItem, ScoreMetrics, read_measured
+from compress.eval.question_task import QuestionSet
+from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoreMetrics, read_measurement
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
 from compress.runtimes.transformers import Transformers
@@ -43,32 +43,32 @@ class World:
             "prompt": prompt, "max_new_tokens": tokens, "metric": "letter",
         }  # fmt: skip
         (self.folder / f"{name}.yaml").write_text(yaml.safe_dump(definition))
-        given = {"task": "choice", "definition": f"{name}.yaml", **fields}
-        return Choice.model_validate(given, context={"base": self.folder})
+        values = {"task": "choice", "definition": f"{name}.yaml", **fields}
+        return Choice.model_validate(values, context={"base": self.folder})
 
-    def measure(self, task: Choice, name: str, against: str | None = None, **fields: Any) -> Measured:
+    def measure(self, task: Choice, name: str, against: str | None = None, **fields: Any) -> ItemizedMeasurement:
         target, before = self.folder / name, None if against is None else self.folder / against
         context = MeasureContext(
-            original=self.checkpoint, data={task.name: (self.folder / "rows.jsonl",)}, target=target, against=before,
-            progress=Silent(), logs=self.folder, **fields,
+            original_checkpoint=self.checkpoint, data={task.name: (self.folder / "rows.jsonl",)}, output_dir=target,
+            original_measurement=before, progress=Silent(), logs=self.folder, **fields,
         )  # fmt: skip
         measure(self.original if before is None else self.artifact, [task], context)
-        return read_measured(target)
+        return read_measurement(target)
 
     def log_likelihoods(self, session: Session, task: Choice, options: Sequence[str]) -> list[list[tuple[float, int]]]:
         """Return the log-likelihood and the number of tokens of each option of each question, each scored alone."""
         from transformers import AutoTokenizer
 
         tokenizer = cast("Any", AutoTokenizer).from_pretrained(self.checkpoint)
-        found = list[list[tuple[float, int]]]()
+        log_likelihoods = list[list[tuple[float, int]]]()
         for question in task.questions((self.folder / "rows.jsonl",)):
             (prompt,) = task.prompts(QuestionSet("one", [question], None, task.scorer([question])))
             ids = [tuple(tokenizer(option, add_special_tokens=False)["input_ids"]) for option in options]
             scores = [session.score([Passage("one", tokens, prompt)], None, None, Silent())[0] for tokens in ids]
-            found.append(
+            log_likelihoods.append(
                 [(-float(score.negative_log_likelihood.sum()), len(tokens)) for score, tokens in zip(scores, ids, strict=True)]
             )
-        return found
+        return log_likelihoods
 
 
 @pytest.fixture(scope="module")
@@ -94,11 +94,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         yield World(original, artifact, checkpoint, folder)
 
 
-def items_of(measured: Measured, name: str) -> list[QuestionItem]:
+def items_of(measured: ItemizedMeasurement, name: str) -> list[QuestionItem]:
     return [item for item in measured.items[name] if isinstance(item, QuestionItem)]
 
 
-def score_metrics(measured: Measured, name: str) -> ScoreMetrics:
+def score_metrics(measured: ItemizedMeasurement, name: str) -> ScoreMetrics:
     metrics = measured.tasks[name].metrics
     assert isinstance(metrics, ScoreMetrics)
     return metrics
@@ -116,11 +116,11 @@ def test_the_likeliest_option_is_taken(world: World, name: str, prompt: str, sco
     task = world.task(name, prompt, by="likelihood", length_normalized=normalized)
     before, after = world.measure(task, f"{name}-original"), world.measure(task, f"{name}-artifact", f"{name}-original")
     for session, measured in ((world.original, before), (world.artifact, after)):
-        found = world.log_likelihoods(session, task, scored)
-        chosen = [int(np.argmax([total / (count if normalized else 1) for total, count in options])) for options in found]
+        log_likelihoods = world.log_likelihoods(session, task, scored)
+        chosen = [int(np.argmax([total / (count if normalized else 1) for total, count in options])) for options in log_likelihoods]
         items = items_of(measured, name)
-        assert [item.said for item in items] == ["ABC"[place] for place in chosen]
-        assert [item.score for item in items] == [float(place == number % 3) for number, place in enumerate(chosen)]
+        assert [item.said for item in items] == ["ABC"[index] for index in chosen]
+        assert [item.score for item in items] == [float(index == number % 3) for number, index in enumerate(chosen)]
         metrics = score_metrics(measured, name)
         assert (metrics.task, metrics.metric, metrics.binary, metrics.items) == ("choice", "likelihood", True, ITEMS)
         assert metrics.score == np.mean([item.score for item in items])
@@ -129,10 +129,10 @@ def test_the_likeliest_option_is_taken(world: World, name: str, prompt: str, sco
             "subject=music": np.mean([item.score for item in items[1::2]]),
         }
     old, new = items_of(before, name), items_of(after, name)
-    theirs = world.log_likelihoods(world.artifact, task, scored)
-    for item, ours, options in zip(old, new, theirs, strict=True):
+    artifact_scores = world.log_likelihoods(world.artifact, task, scored)
+    for item, artifact_item, options in zip(old, new, artifact_scores, strict=True):
         total, count = options["ABC".index(item.said)]  # what the original chose is what its predictions are compared on
-        assert (ours.nll, ours.tokens) == (pytest.approx(-total, rel=1e-5), count)
+        assert (artifact_item.nll, artifact_item.tokens) == (pytest.approx(-total, rel=1e-5), count)
     fidelity = after.tasks[name].fidelity
     assert fidelity is not None
     assert fidelity.tokens == sum(item.tokens for item in new) and fidelity.kl_mean > 0
@@ -142,9 +142,9 @@ def test_the_likeliest_option_is_taken(world: World, name: str, prompt: str, sco
 def test_ways_to_choose_differ(world: World) -> None:
     """The tests above would not see a length that is never divided by: the tiny model chooses otherwise per token."""
     task = world.task("ways", HIDDEN, by="likelihood")
-    found = world.log_likelihoods(world.original, task, OPTIONS)
-    plain = [int(np.argmax([total for total, _ in options])) for options in found]
-    assert plain != [int(np.argmax([total / count for total, count in options])) for options in found]
+    log_likelihoods = world.log_likelihoods(world.original, task, OPTIONS)
+    plain = [int(np.argmax([total for total, _ in options])) for options in log_likelihoods]
+    assert plain != [int(np.argmax([total / count for total, count in options])) for options in log_likelihoods]
 
 
 def say_only(checkpoint: Path, target: Path, word: str, session: Session, prompt: Prompt) -> Path:
@@ -167,7 +167,7 @@ def say_only(checkpoint: Path, target: Path, word: str, session: Session, prompt
 def test_an_answer_in_own_words_counts_by_the_option_that_it_names(world: World) -> None:
     task = world.task("words", SHOWN, tokens=1, by="generation")
     questions = task.questions((world.folder / "rows.jsonl",))
-    prompt = Prompt("one", task.wording(questions[0]), questions[0].images)
+    prompt = Prompt("one", task.prompt_text(questions[0]), questions[0].images)
     assert prompt.text == "What is in it, 0? A. it\nB. but\nC. a Which letter?"
     parrot = say_only(world.checkpoint, world.folder / "parrot", "B", world.original, prompt)
     with Transformers(runtime="transformers").open(OpenContext(parrot, world.folder, Silent())) as session:
@@ -180,7 +180,7 @@ def test_an_answer_in_own_words_counts_by_the_option_that_it_names(world: World)
 def test_the_original_asked_again_is_its_own_noise(world: World) -> None:
     for by in ("likelihood", "generation"):
         task = world.task(f"noise-{by}", SHOWN, by=by)
-        noise = world.measure(task, f"noise-{by}", noise=3).tasks[task.name].noise
+        noise = world.measure(task, f"noise-{by}", noise_samples=3).tasks[task.name].noise
         assert noise is not None
         assert noise.kl_mean < 1e-6 and noise.top1_agreement == 1
         assert (noise.lost, noise.gained, noise.changed) == (0, 0, 0)
@@ -192,25 +192,25 @@ class AfterTwo:
 
     looks: int = 4
 
-    def ends(self, items: int) -> list[int]:
+    def cumulative_items(self, items: int) -> list[int]:
         return [items * look // self.looks for look in range(1, self.looks + 1)]
 
-    def settled(self, original: Sequence[Any], items: Sequence[Any], look: int) -> bool:
-        assert [item.id for item in original] == [item.id for item in items]
-        assert len(items) == self.ends(ITEMS)[look - 1]
+    def is_decided(self, original: Sequence[Any], artifact: Sequence[Any], look: int) -> bool:
+        assert [item.id for item in original] == [item.id for item in artifact]
+        assert len(artifact) == self.cumulative_items(ITEMS)[look - 1]
         return look == 2
 
 
 @pytest.mark.parametrize("by", ["likelihood", "generation"])
 def test_items_are_drawn_in_parts_until_it_is_settled(world: World, by: str) -> None:
     task = world.task(f"parts-{by}", SHOWN, by=by)
-    whole = {item.id: item for item in items_of(world.measure(task, f"whole-{by}"), task.name)}
+    all_at_once = {item.id: item for item in items_of(world.measure(task, f"whole-{by}"), task.name)}
     before = world.measure(task, f"parts-{by}-original", stopping={task.name: AfterTwo()})
     after = world.measure(task, f"parts-{by}-artifact", f"parts-{by}-original", stopping={task.name: AfterTwo()})
     old, new = items_of(before, task.name), items_of(after, task.name)
     assert (len(old), len(new)) == (ITEMS, ITEMS // 2)
-    assert [item.id for item in new] == [item.id for item in old][: ITEMS // 2] != sorted(whole)[: ITEMS // 2]
-    assert [item.said for item in old] == [whole[item.id].said for item in old]
+    assert [item.id for item in new] == [item.id for item in old][: ITEMS // 2] != sorted(all_at_once)[: ITEMS // 2]
+    assert [item.said for item in old] == [all_at_once[item.id].said for item in old]
     assert (before.tasks[task.name].look, before.tasks[task.name].looks) == (None, 4)
     assert (after.tasks[task.name].look, after.tasks[task.name].looks) == (2, 4)
     assert score_metrics(after, task.name).items == ITEMS // 2
@@ -253,14 +253,14 @@ def test_an_option_without_text_cannot_be_scored(world: World) -> None:
 def test_a_question_that_fails_counts_as_wrong_and_is_told(world: World, by: str) -> None:
     task = world.task(f"fails-{by}", SHOWN, by=by)
     with changed(world, "What is in it, 3?", "What is it? " * 1000):
-        before = world.measure(task, f"{task.name}-original", noise=4)
+        before = world.measure(task, f"{task.name}-original", noise_samples=4)
         after = world.measure(task, f"{task.name}-artifact", f"{task.name}-original")
-    for found in (before, after):
-        items = items_of(found, task.name)
+    for measurement in (before, after):
+        items = items_of(measurement, task.name)
         assert [item.id for item in items if item.fault] == ["q3"]
         assert "the model takes 2048" in str(items[3].fault)
         assert (items[3].said, items[3].score, items[3].tokens) == ("", 0.0, 0)
-        metrics = score_metrics(found, task.name)
+        metrics = score_metrics(measurement, task.name)
         assert (metrics.items, metrics.failed) == (ITEMS, 1)
         assert metrics.score == sum(item.score for item in items) / ITEMS
     fidelity = after.tasks[task.name].fidelity

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from compress.eval.concurrency import MOST_TRIALS, find_best
+from compress.eval.concurrency import MAX_TRIALS, find_best
 from compress.eval.latency import LoadPoint
 from compress.eval.latency_results import LoadResult
 
@@ -70,7 +70,7 @@ def test_search_is_bounded_and_keeps_to_the_largest() -> None:
     assert best.concurrency == 10
     assert max(trial.concurrency for trial in best.trials) == 10
     long = find_best(SHAPE, 10**6, _curve(lambda c: 100.0 * c, lambda c: 1.0 if c < 1900 else 0.0))
-    assert len(long.trials) <= MOST_TRIALS
+    assert len(long.trials) <= MAX_TRIALS
 
 
 def test_single_concurrency_is_tried_once() -> None:

@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from compress.calibration.questions import Question
 from compress.calibration.sets import VqaSet as CalibrationVqa
 from compress.errors import DataError, RecipeError
-from compress.eval.asked import Asked
 from compress.eval.caption import Caption
 from compress.eval.choice import Choice
 from compress.eval.definition import find_definition, read_definition, shipped_definitions
+from compress.eval.question_task import QuestionTask
 from compress.eval.results import QuestionItem
-from compress.eval.vqa import VqaSet
+from compress.eval.vqa import Vqa
 from tests.tiny import picture
 
 CHOICE: dict[str, Any] = {
@@ -61,9 +61,9 @@ ANSWERS = {
 }  # fmt: skip
 
 
-def task_of(name: str, folder: Path, **fields: Any) -> Asked:
+def task_of(name: str, folder: Path, **fields: Any) -> QuestionTask:
     kind = read_definition(find_definition(name, folder)).task
-    row: type[Asked] = {"vqa": VqaSet, "choice": Choice, "caption": Caption}[kind]
+    row: type[QuestionTask] = {"vqa": Vqa, "choice": Choice, "caption": Caption}[kind]
     by = {"by": "generation"} if kind == "choice" else {}
     return row.model_validate({"task": kind, "definition": name, **by, **fields}, context={"base": folder})
 
@@ -90,16 +90,16 @@ def quiz(folder: Path, rows: list[dict[str, Any]], **changes: Any) -> list[Quest
 
 
 def row(**changes: Any) -> dict[str, Any]:
-    given = {"id": "a", "image": "0.png", "question": "Which?", "options": ["x", "y", "z"], "answer": "B", **changes}
-    return {key: value for key, value in given.items() if value is not None}
+    values = {"id": "a", "image": "0.png", "question": "Which?", "options": ["x", "y", "z"], "answer": "B", **changes}
+    return {key: value for key, value in values.items() if value is not None}
 
 
 def test_what_is_shipped() -> None:
     assert set(shipped_definitions()) == {*ROWS, "scenes", "questions"}
     assert shipped_definitions("choice") == ["ai2d", "mmmu"]
     for name in shipped_definitions():
-        found = read_definition(find_definition(name, Path()))
-        assert (found.name, found.source is None) == (name, name in {"scenes", "questions"})
+        definition = read_definition(find_definition(name, Path()))
+        assert (definition.name, definition.source is None) == (name, name in {"scenes", "questions"})
 
 
 @pytest.mark.parametrize("name", sorted(ROWS))
@@ -111,7 +111,7 @@ def test_a_shipped_definition_reads_its_dataset_as_it_stands_on_the_hub(tmp_path
     assert task.accepted(question) == ANSWERS[name]
     assert len(question.images) == (2 if name == "mmmu" else 1)
     assert question.category == {"vqav2": "other", "chartqa": "human_test", "pope": "adversarial", "mmmu": "Hard"}.get(name)
-    prompt = task.wording(question)
+    prompt = task.prompt_text(question)
     assert question.question in prompt
     assert "{" not in prompt
     if name == "mmmu":
@@ -128,19 +128,19 @@ def test_pope_is_told_apart_by_category_and_number(tmp_path: Path) -> None:
 
 def test_figures_of_pope_stand_beside_the_accuracy(tmp_path: Path) -> None:
     path = tmp_path / "rows.parquet"
-    wanted = ["yes", "yes", "no", "no"]
-    rows = [{**ROWS["pope"], "question_id": str(n), "answer": text, "category": "ab"[n // 2]} for n, text in enumerate(wanted)]
+    references = ["yes", "yes", "no", "no"]
+    rows = [{**ROWS["pope"], "question_id": str(n), "answer": text, "category": "ab"[n // 2]} for n, text in enumerate(references)]
     pq.write_table(cast("Any", pa).Table.from_pylist(rows), path)
     task = task_of("pope", tmp_path)
     questions = task.questions([path])
     scorer = task.scorer(questions)
-    said = ["Yes", "No.", "yes, there is one", "no"]
+    answers = ["Yes", "No.", "yes, there is one", "no"]
     items = [
         QuestionItem(
             id=question.id, digest=question.digest, cluster="", accepted=task.accepted(question), said=text,
             score=scorer(question, text), prompt="", token_ids=(), tokens=0, nll=0.0,
         )
-        for question, text in zip(questions, said, strict=True)
+        for question, text in zip(questions, answers, strict=True)
     ]  # fmt: skip
     assert [item.score for item in items] == [1, 0, 0, 1]
     expected = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 0.5, "category=a": 0.5, "category=b": 0.5}
@@ -154,25 +154,25 @@ def test_a_single_answer_counts_as_that_of_ten_people(tmp_path: Path) -> None:
     task = task_of("textvqa", tmp_path, source="rows.jsonl")
     (question,) = task.questions([path])
     scorer = task.scorer([question])
-    assert [scorer(question, said) for said in ("Red.", "blue")] == [1.0, 0.0]
+    assert [scorer(question, answer) for answer in ("Red.", "blue")] == [1.0, 0.0]
     with pytest.raises(DataError, match=r"task textvqa: rows.jsonl:1: question a has no accepted answer; add one"):
         task.questions([write_rows(tmp_path, [row(options=None, answer=[])])])
 
 
 def test_questions_of_ones_own_need_nothing_but_their_file(tmp_path: Path) -> None:
     path = write_rows(tmp_path, [row(options=None, answer="three red ones")])
-    given = {"task": "vqa", "source": "rows.jsonl"}
-    task = VqaSet.model_validate(given, context={"base": tmp_path})
+    fields = {"task": "vqa", "source": "rows.jsonl"}
+    task = Vqa.model_validate(fields, context={"base": tmp_path})
     (question,) = task.questions([path])
-    assert (task.name, task.scored_by, task.read().max_new_tokens) == ("questions", "exact_match", 16)
-    assert task.wording(question) == "Which?\nAnswer the question using a single word or phrase."
-    assert [task.scorer([question])(question, said) for said in ("3 red ones", "red")] == [1.0, 0.0]
-    own = {"prompt": "In short: {question}", "metric": "anls", "max_new_tokens": 40}
-    changed = VqaSet.model_validate({**given, **own}, context={"base": tmp_path})
-    assert (changed.wording(question), changed.scored_by, changed.binary) == ("In short: Which?", "anls", False)
+    assert (task.name, task.metric_name, task.resolved_definition().max_new_tokens) == ("questions", "exact_match", 16)
+    assert task.prompt_text(question) == "Which?\nAnswer the question using a single word or phrase."
+    assert [task.scorer([question])(question, answer) for answer in ("3 red ones", "red")] == [1.0, 0.0]
+    overrides = {"prompt": "In short: {question}", "metric": "anls", "max_new_tokens": 40}
+    changed = Vqa.model_validate({**fields, **overrides}, context={"base": tmp_path})
+    assert (changed.prompt_text(question), changed.metric_name, changed.binary) == ("In short: Which?", "anls", False)
     assert 0.5 < changed.scorer([question])(question, "three red one") < 1
     assert "at most 40 tokens, prompt 'In short: {question}' (questions, version 1, with the recipe's own" in changed.note()
-    assert changed.settings()["definition"] | own == changed.settings()["definition"] != task.settings()["definition"]
+    assert changed.settings()["definition"] | overrides == changed.settings()["definition"] != task.settings()["definition"]
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_questions_of_ones_own_need_nothing_but_their_file(tmp_path: Path) -> No
 def test_what_a_recipe_says_of_its_questions_is_checked(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     write_rows(tmp_path, [row()])
     with pytest.raises(ValidationError, match=message):
-        VqaSet.model_validate({"task": "vqa", "source": "rows.jsonl", **changes}, context={"base": tmp_path})
+        Vqa.model_validate({"task": "vqa", "source": "rows.jsonl", **changes}, context={"base": tmp_path})
 
 
 def test_rows_that_do_not_count_are_left_out_before_any_are_drawn(tmp_path: Path) -> None:
@@ -197,8 +197,8 @@ def test_rows_that_do_not_count_are_left_out_before_any_are_drawn(tmp_path: Path
     write_definition(tmp_path, source="rows.jsonl", where={"kind": "choice"})
     task = task_of("quiz.yaml", tmp_path)
     assert [question.id for question in task.questions([source])] == ["0", "2", "4"]
-    drawn = task_of("quiz.yaml", tmp_path, samples=2).questions([source])
-    assert len(drawn) == 2 and {question.id for question in drawn} <= {"0", "2", "4"}
+    sample = task_of("quiz.yaml", tmp_path, samples=2).questions([source])
+    assert len(sample) == 2 and {question.id for question in sample} <= {"0", "2", "4"}
     assert task.settings()["rows"] == {"where": {"kind": ["choice"]}, "text_only": False}
     write_definition(tmp_path, source="rows.jsonl", where={"kind": ["choice", "open"]})
     assert len(list(task_of("quiz.yaml", tmp_path, samples=6).data.columns.named("options"))) == 1
@@ -215,16 +215,16 @@ def test_a_row_without_an_image_is_refused_or_a_question_of_text_alone(tmp_path:
     for nothing in (None, list[str]()):
         with pytest.raises(DataError, match=r"rows.jsonl:2: has no (field 'image'|image)"):
             quiz(tmp_path, [row(), row(id="b", image=nothing)])
-        found = quiz(tmp_path, [row(), row(id="b", image=nothing)], text_only=True)
-        assert [len(question.images) for question in found] == [1, 0]
+        questions = quiz(tmp_path, [row(), row(id="b", image=nothing)], text_only=True)
+        assert [len(question.images) for question in questions] == [1, 0]
 
 
 def test_images_and_options_in_columns_of_their_own(tmp_path: Path) -> None:
     columns = {"image": ["first", "second"], "options": ["A", "B", "C"], "category": "subject"}
-    given = {"id": "a", "first": "0.png", "question": "Which?", "answer": "B", "subject": "art", "A": "x", "B": "y", "C": ""}
-    (question,) = quiz(tmp_path, [given], columns=columns)
+    fields = {"id": "a", "first": "0.png", "question": "Which?", "answer": "B", "subject": "art", "A": "x", "B": "y", "C": ""}
+    (question,) = quiz(tmp_path, [fields], columns=columns)
     assert (len(question.images), question.options, question.category) == (1, ("x", "y"), "art")
-    (question,) = quiz(tmp_path, [{**given, "second": ["1.png"], "C": "z"}], columns=columns)
+    (question,) = quiz(tmp_path, [{**fields, "second": ["1.png"], "C": "z"}], columns=columns)
     assert (len(question.images), question.options) == (2, ("x", "y", "z"))
 
 
@@ -300,14 +300,14 @@ def test_faults_of_a_definition(tmp_path: Path, changes: dict[str, Any], fault: 
 
 
 def test_a_calibration_set_takes_no_options() -> None:
-    given = {"dataset": "vqa", "source": "someone/quiz", "samples": 1, "columns": {"options": "options"}}
+    fields = {"dataset": "vqa", "source": "someone/quiz", "samples": 1, "columns": {"options": "options"}}
     with pytest.raises(ValidationError, match=r"columns.options and columns.category are for tasks of the evaluation; remove them"):
-        CalibrationVqa.model_validate(given)
+        CalibrationVqa.model_validate(fields)
 
 
 def test_a_definition_is_for_its_own_kind_of_task(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="the definition mmmu is of a choice; write task: choice"):
-        VqaSet.model_validate({"task": "vqa", "definition": "mmmu"})
+        Vqa.model_validate({"task": "vqa", "definition": "mmmu"})
     with pytest.raises(ValidationError, match="no shipped one is called nothing: ai2d, mmmu"):
         Choice.model_validate({"task": "choice", "definition": "nothing", "by": "generation"}, context={"base": tmp_path})
 

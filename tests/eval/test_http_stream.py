@@ -7,10 +7,10 @@ import asyncio
 import pytest
 
 from compress.errors import UsageError
-from compress.eval.http_stream import Connection, Most, Reply, StreamError
+from compress.eval.http_stream import Connection, Reply, ResponseLimits, StreamError
 from tests.eval.stream_server import event, stream_server
 
-MOST = Most(1_000_000, 1_000)
+MOST = ResponseLimits(1_000_000, 1_000)
 HEAD = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n"
 CHUNKED = (
     b"HTTP/1.1 100 Continue\r\n\r\n" + HEAD + b"Transfer-Encoding: chunked\r\n\r\n"
@@ -21,7 +21,7 @@ CHUNKED = (
 def _feed(data: bytes, size: int) -> Reply:
     reply = Reply(0.0, MOST)
     for moment, start in enumerate(range(0, len(data), size)):
-        assert not reply.whole, "an answer is whole with its last byte, not before"
+        assert not reply.complete, "an answer is whole with its last byte, not before"
         reply.feed(float(moment), data[start : start + size])
     return reply
 
@@ -29,7 +29,7 @@ def _feed(data: bytes, size: int) -> Reply:
 @pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
 def test_chunks_are_put_together_however_they_are_cut(size: int) -> None:
     reply = _feed(CHUNKED, size)
-    assert reply.whole
+    assert reply.complete
     assert reply.reusable
     assert reply.status == 200
     assert b"".join(piece for _, piece in reply.pieces) == b"hello, 0\r\n\r\n world"
@@ -38,12 +38,12 @@ def test_chunks_are_put_together_however_they_are_cut(size: int) -> None:
 @pytest.mark.parametrize("size", [1, 5, 1000])
 def test_body_of_a_given_length_ends_there(size: int) -> None:
     reply = _feed(b"HTTP/1.1 503 Busy\r\ncontent-length: 5\r\n\r\nhello", size)
-    assert (reply.whole, reply.status, b"".join(piece for _, piece in reply.pieces)) == (True, 503, b"hello")
+    assert (reply.complete, reply.status, b"".join(piece for _, piece in reply.pieces)) == (True, 503, b"hello")
 
 
 def test_body_without_a_length_ends_with_the_connection() -> None:
     reply = _feed(b"HTTP/1.0 200 OK\r\n\r\nhello", 4)
-    assert not reply.whole
+    assert not reply.complete
     assert reply.close()
     assert not reply.reusable
     broken = _feed(CHUNKED[:-2], 1000)
@@ -56,7 +56,7 @@ def test_pieces_have_the_moment_they_came() -> None:
     reply.feed(2.0, b"\r\n2\r\nde\r\n")
     reply.feed(3.0, b"0\r\n\r\n")
     assert reply.pieces == [(1.0, b"abc"), (2.0, b"de")]
-    assert reply.whole
+    assert reply.complete
 
 
 @pytest.mark.parametrize(
@@ -106,14 +106,14 @@ def test_what_has_no_end_or_no_measure_is_refused(data: bytes, words: str) -> No
 
 def test_pieces_are_counted() -> None:
     """Each takes memory of its own, however small."""
-    reply = Reply(0.0, Most(1_000_000, 10))
+    reply = Reply(0.0, ResponseLimits(1_000_000, 10))
     reply.feed(0.0, HEAD + b"\r\n")
     for _ in range(10):
         reply.feed(0.0, b"x")
     with pytest.raises(StreamError, match=r"more than 1,000,000 bytes or 10 pieces \(limit stream_bytes"):
         reply.feed(0.0, b"x")
-    assert Most.of(100).bytes >= 100 * 4096
-    assert Most.of(100).pieces > 100
+    assert ResponseLimits.of(100).bytes >= 100 * 4096
+    assert ResponseLimits.of(100).pieces > 100
 
 
 def test_an_error_of_a_stream_shows_no_control_character() -> None:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from compress.errors import CheckpointError, ServerError
 from compress.eval import journal
-from compress.eval.journal import Journal, answer_all, forget, score_all
+from compress.eval.journal import Journal, answer_all, remove_journal, score_all
 from compress.progress import Progress, Silent
 from compress.runtimes.endpoint import Endpoint, EndpointModel
 from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, ImageInput, OpenContext, Passage, Prompt, Score, Session
@@ -73,15 +73,15 @@ class Counting:
         self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
         self.answered += [prompt.id for prompt in prompts]
-        found = self.session.answer(prompts, max_new_tokens, progress, on_answer)
-        return found[::-1] if self.mixing else found
+        answers = self.session.answer(prompts, max_new_tokens, progress, on_answer)
+        return answers[::-1] if self.mixing else answers
 
     def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
         if self.cut_after is not None and len(self.scored) >= self.cut_after:
             raise KeyboardInterrupt
         self.scored += [passage.id for passage in passages]
-        found = self.session.score(passages, record, reference, progress)
-        return found[::-1] if self.mixing else found
+        scores = self.session.score(passages, record, reference, progress)
+        return scores[::-1] if self.mixing else scores
 
     def classify(
         self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
@@ -115,7 +115,7 @@ def questions(count: int) -> list[Prompt]:
     return [Prompt(f"q{number}", f"Is it {number}.", (b"\x89PNG" + bytes([number % 7]),)) for number in range(count)]
 
 
-def parts(folder: Path, name: str = "scenes") -> list[Path]:
+def journal_files(folder: Path, name: str = "scenes") -> list[Path]:
     return sorted((folder / "journal" / name).glob("answers-*.parquet"))
 
 
@@ -125,14 +125,14 @@ def test_answers_come_in_order_and_are_kept(tmp_path: Path) -> None:
         answers = answer_all(session, prompts, 8, tmp_path, "scenes", listener)
         assert [(answer.id, answer.text) for answer in answers] == [(prompt.id, answer_to(prompt)) for prompt in prompts]
         assert listener.tasks == [("answer", 150, 150)]
-        assert len(parts(tmp_path)) >= 3
+        assert len(journal_files(tmp_path)) >= 3
         again = answer_all(session, prompts[::-1], 8, tmp_path, "scenes", listener)
         assert again == answers[::-1]
         assert listener.tasks[1] == ("answer", 150, 150)
         assert server.asked.total() == 150
-    forget(tmp_path)
+    remove_journal(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    forget(tmp_path)
+    remove_journal(tmp_path)
 
 
 def test_an_interrupted_measurement_asks_for_the_rest(tmp_path: Path) -> None:
@@ -141,8 +141,8 @@ def test_an_interrupted_measurement_asks_for_the_rest(tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             answer_all(session, prompts, 8, tmp_path, "scenes", Listener(limit=100))
         server.wait_asked(100)
-        (kept, *others) = [sum(len(rows_of(path)) for path in parts(tmp_path))]
-        assert kept == 100 and not others
+        (journalled, *others) = [sum(len(rows_of(path)) for path in journal_files(tmp_path))]
+        assert journalled == 100 and not others
     with stand_in() as server, served(server, tmp_path) as session:
         answers = answer_all(session, prompts, 8, tmp_path, "scenes", Silent())
         assert [answer.text for answer in answers] == [answer_to(prompt) for prompt in prompts]
@@ -160,7 +160,7 @@ def test_a_damaged_part_is_asked_for_again(damage: str, tmp_path: Path) -> None:
     prompts = questions(150)
     with stand_in() as server, served(server, tmp_path) as session:
         whole = answer_all(session, prompts, 8, tmp_path, "scenes", Silent())
-    last = parts(tmp_path)[-1]
+    last = journal_files(tmp_path)[-1]
     lost = {str(row["id"]) for row in rows_of(last)}
     content = last.read_bytes()
     last.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "other": b"not a table"}[damage])
@@ -168,7 +168,7 @@ def test_a_damaged_part_is_asked_for_again(damage: str, tmp_path: Path) -> None:
     with stand_in() as server, served(server, tmp_path) as session:
         assert answer_all(session, prompts, 8, tmp_path, "scenes", Silent()) == whole
         assert set(server.asked) == {digest_of(p.text, p.images) for p in prompts if p.id in lost}
-    assert len(parts(tmp_path)) > 1
+    assert len(journal_files(tmp_path)) > 1
 
 
 @pytest.mark.parametrize("change", ["text", "image", "tokens", "name"])
@@ -239,8 +239,8 @@ def test_prompts_computed_together_are_asked_for_together_again(tmp_path: Path, 
         assert whole[2].fault is not None
         with pytest.raises(KeyboardInterrupt):
             answer_all(inside, prompts, TOKENS, tmp_path / "cut", "scenes", Listener(limit=6))
-        kept = {str(row["id"]) for path in parts(tmp_path / "cut") for row in rows_of(path)}
-        assert {"q0", "q1", "q2", "q3"} < kept < {f"q{number}" for number in range(8)}
+        journalled = {str(row["id"]) for path in journal_files(tmp_path / "cut") for row in rows_of(path)}
+        assert {"q0", "q1", "q2", "q3"} < journalled < {f"q{number}" for number in range(8)}
         counting, listener = Counting(inside), Listener()
         assert answer_all(counting, prompts, TOKENS, tmp_path / "cut", "scenes", listener) == whole
     assert counting.answered == [f"q{number}" for number in range(4, 10)]
@@ -257,16 +257,16 @@ def book(folder: Path, against: Path | None = None, name: str = "text") -> Journ
     return Journal(folder, name, None if against else folder / "record" / name, against and against / "record" / name)
 
 
-def assert_same(ours: Sequence[Score], theirs: Sequence[Score]) -> None:
-    assert [(score.id, score.fault) for score in ours] == [(score.id, score.fault) for score in theirs]
-    for one, other in zip(ours, theirs, strict=True):
-        for mine, its in (
+def assert_same(scores: Sequence[Score], expected: Sequence[Score]) -> None:
+    assert [(score.id, score.fault) for score in scores] == [(score.id, score.fault) for score in expected]
+    for one, other in zip(scores, expected, strict=True):
+        for array, other_array in (
             (one.negative_log_likelihood, other.negative_log_likelihood),
             (one.kl, other.kl),
             (one.same_top, other.same_top),
         ):
-            assert (mine is None) == (its is None)
-            assert mine is None or its is None or (mine.dtype == its.dtype and np.array_equal(mine, its))
+            assert (array is None) == (other_array is None)
+            assert array is None or other_array is None or (array.dtype == other_array.dtype and np.array_equal(array, other_array))
 
 
 def test_scores_go_on_at_the_next_chunk(inside: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -286,8 +286,8 @@ def test_scores_go_on_at_the_next_chunk(inside: Session, tmp_path: Path, monkeyp
         counting = Counting(inside)
         assert_same(score_all(counting, texts, book(target, source), Silent()), expected)
         assert counting.scored == [passage.id for passage in texts[4:]]
-    ours = score_all(inside, texts, book(tmp_path / "last", tmp_path / "cut-True"), Silent())
-    assert all(score.kl is not None and (score.kl < 1e-6).all() for score in ours)
+    scores = score_all(inside, texts, book(tmp_path / "last", tmp_path / "cut-True"), Silent())
+    assert all(score.kl is not None and (score.kl < 1e-6).all() for score in scores)
 
 
 def test_chunks_end_by_the_number_of_tokens_too(inside: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

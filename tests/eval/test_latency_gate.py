@@ -57,20 +57,25 @@ def _judge(limit: dict[str, float], row: PointLatency, before: PointLatency | No
     ("limit", "outcome"), [(1.0, "pass"), (0.9, "pass"), (0.85, "inconclusive"), (0.7, "inconclusive"), (0.69, "fail")]
 )
 def test_ratio_is_judged_by_its_interval(limit: float, outcome: str) -> None:
-    (found,) = _judge({"max_p95_ratio": limit}, _row(e2el_p95=Estimate(value=0.8, interval=(0.7, 0.9))))
-    assert (found.check, found.point, found.value, found.interval) == ("latency.max_p95_ratio", POINT.label, 0.8, (0.7, 0.9))
-    assert (found.outcome, found.limit) == (outcome, limit)
-    assert found.reason.startswith(
+    (finding,) = _judge({"max_p95_ratio": limit}, _row(e2el_p95=Estimate(value=0.8, interval=(0.7, 0.9))))
+    assert (finding.check, finding.point, finding.value, finding.interval) == (
+        "latency.max_p95_ratio",
+        POINT.label,
+        0.8,
+        (0.7, 0.9),
+    )
+    assert (finding.outcome, finding.limit) == (outcome, limit)
+    assert finding.reason.startswith(
         f"95th percentile of the time of a request: 0.8 (0.7 to 0.9) times the original's; the limit is at most {limit:g}"
     )
-    assert found.reason.endswith("more requests or rounds would settle it") == (outcome == "inconclusive")
+    assert finding.reason.endswith("more requests or rounds would settle it") == (outcome == "inconclusive")
 
 
 @pytest.mark.parametrize(("limit", "outcome"), [(1.1, "pass"), (1.3, "inconclusive"), (1.6, "fail")])
 def test_throughput_must_be_at_least_its_limit(limit: float, outcome: str) -> None:
-    (found,) = _judge({"min_throughput_ratio": limit}, _row(output_token_rate=Estimate(value=1.3, interval=(1.2, 1.4))))
-    assert found.outcome == outcome
-    assert f"1.3 (1.2 to 1.4) times the original's, 50 itself; the limit is at least {limit:g}" in found.reason
+    (finding,) = _judge({"min_throughput_ratio": limit}, _row(output_token_rate=Estimate(value=1.3, interval=(1.2, 1.4))))
+    assert finding.outcome == outcome
+    assert f"1.3 (1.2 to 1.4) times the original's, 50 itself; the limit is at least {limit:g}" in finding.reason
 
 
 @pytest.mark.parametrize(
@@ -82,13 +87,13 @@ def test_throughput_must_be_at_least_its_limit(limit: float, outcome: str) -> No
     ],
 )
 def test_absolute_limits_are_of_the_artifact_alone(limit: dict[str, float], outcome: str) -> None:
-    (found,) = _judge(limit, _row())
-    assert found.outcome == outcome
+    (finding,) = _judge(limit, _row())
+    assert finding.outcome == outcome
 
 
 def test_absolute_reason_has_its_unit() -> None:
-    (found,) = _judge({"max_ttft_p95_ms": 150}, _row())
-    assert found.reason == "95th percentile of the time to the first token: 123.4 ms (110 to 140); the limit is at most 150 ms"
+    (finding,) = _judge({"max_ttft_p95_ms": 150}, _row())
+    assert finding.reason == "95th percentile of the time to the first token: 123.4 ms (110 to 140); the limit is at most 150 ms"
 
 
 def test_failed_requests_fail_unless_they_are_allowed() -> None:
@@ -97,13 +102,13 @@ def test_failed_requests_fail_unless_they_are_allowed() -> None:
     assert (failed.check, failed.outcome, failed.value) == ("latency.max_failed_share", "fail", 0.03)
     assert failed.reason == "3 of 100 requests had no answer (503: busy); 0.0% may"
     assert ratio.outcome == "pass"
-    assert [found.check for found in _judge({"max_p95_ratio": 1.0, "max_failed_share": 0.05}, row)] == ["latency.max_p95_ratio"]
+    assert [finding.check for finding in _judge({"max_p95_ratio": 1.0, "max_failed_share": 0.05}, row)] == ["latency.max_p95_ratio"]
 
 
 def test_ratio_to_an_original_that_failed_is_open() -> None:
-    (found,) = _judge({"max_p95_ratio": 1.0}, _row(e2el_p95=Estimate(value=0.5, interval=(0.4, 0.6))), before=_row(failed=1))
-    assert (found.outcome, found.value) == ("inconclusive", None)
-    assert "1 of the original's 100 requests had no answer, so there is nothing sound to compare with" in found.reason
+    (finding,) = _judge({"max_p95_ratio": 1.0}, _row(e2el_p95=Estimate(value=0.5, interval=(0.4, 0.6))), before=_row(failed=1))
+    assert (finding.outcome, finding.value) == ("inconclusive", None)
+    assert "1 of the original's 100 requests had no answer, so there is nothing sound to compare with" in finding.reason
 
 
 def test_what_was_not_measured_is_open_not_left_out() -> None:
@@ -115,7 +120,7 @@ def test_what_was_not_measured_is_open_not_left_out() -> None:
     (single,) = _judge({"max_p95_ratio": 1.0}, _row(e2el_p95=Estimate(value=0.5)))
     assert (single.outcome, single.value) == ("inconclusive", 0.5)
     nothing = judge_latency(LatencyLimit(max_p95_ratio=1.0, min_throughput_ratio=1.0), _latency(_row()), "gptq")
-    assert [(found.check, found.outcome) for found in nothing] == [
+    assert [(finding.check, finding.outcome) for finding in nothing] == [
         ("latency.max_p95_ratio", "inconclusive"),
         ("latency.min_throughput_ratio", "inconclusive"),
     ]
@@ -125,16 +130,16 @@ def test_what_was_not_measured_is_open_not_left_out() -> None:
     ("limit", "outcomes"), [({"max_ratio": 0.8}, ["pass"]), ({"max_ratio": 0.7, "max_bytes": 4 * GIB}, ["fail", "pass"])]
 )
 def test_memory_is_judged_as_it_was_seen(limit: dict[str, float], outcomes: list[str]) -> None:
-    found = judge_memory(MemoryLimit.model_validate(limit), _latency(_row()), "awq")
-    assert [row.outcome for row in found] == outcomes
-    assert found[0].reason.startswith("the server holds 3.00 GiB at most, 75.0% of the original's 4.00 GiB; the limit is")
+    findings = judge_memory(MemoryLimit.model_validate(limit), _latency(_row()), "awq")
+    assert [row.outcome for row in findings] == outcomes
+    assert findings[0].reason.startswith("the server holds 3.00 GiB at most, 75.0% of the original's 4.00 GiB; the limit is")
 
 
 def test_memory_that_was_not_seen_is_open() -> None:
     limit = MemoryLimit(max_ratio=1.0, max_bytes=1)
-    found = judge_memory(limit, _latency(_row(), memory=None), "awq")
-    assert [(row.outcome, row.value) for row in found] == [("inconclusive", None)] * 2
-    assert "does not run on this machine" in found[0].reason
+    findings = judge_memory(limit, _latency(_row(), memory=None), "awq")
+    assert [(row.outcome, row.value) for row in findings] == [("inconclusive", None)] * 2
+    assert "does not run on this machine" in findings[0].reason
 
 
 def test_limits_must_say_something() -> None:

@@ -12,10 +12,10 @@ import torch
 
 from compress.calibration.tables import parquet_of, read_rows
 from compress.errors import CheckpointError, DataError
-from compress.eval.asked import read_end_tokens
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.perplexity import Perplexity
-from compress.eval.results import AdapterItem, Measurement, QuestionItem, read_items, read_measured
+from compress.eval.question_task import read_end_tokens
+from compress.eval.results import AdapterItem, Measurement, QuestionItem, read_items, read_measurement
 from compress.eval.vqa import Vqa
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Session
@@ -50,7 +50,12 @@ class World:
     def context(self, name: str, against: Path | None) -> MeasureContext:
         target, logs = self.folder / name, self.folder
         return MeasureContext(
-            original=self.checkpoint, data=self.data, target=target, against=against, progress=Silent(), logs=logs
+            original_checkpoint=self.checkpoint,
+            data=self.data,
+            output_dir=target,
+            original_measurement=against,
+            progress=Silent(),
+            logs=logs,
         )
 
 
@@ -95,11 +100,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
         runtime.open(OpenContext(artifact=changed, logs=folder, progress=Silent())) as artifact,
     ):
         tasks = (vqa, perplexity)
-        found = World(original, artifact, checkpoint, tasks, {"scenes": (file,), "text": (text,)}, folder)
-        measure(original, [vqa], found.context("first", None))
-        said = [item.said for item in read_measured(folder / "first").questions("scenes")]
-        write_questions(file, [[said[n], "other"] if n < 6 else ["never said"] for n in range(QUESTIONS)])
-        yield found
+        world = World(original, artifact, checkpoint, tasks, {"scenes": (file,), "text": (text,)}, folder)
+        measure(original, [vqa], world.context("first", None))
+        answers = [item.said for item in read_measurement(folder / "first").questions("scenes")]
+        write_questions(file, [[answers[n], "other"] if n < 6 else ["never said"] for n in range(QUESTIONS)])
+        yield world
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +127,7 @@ def test_the_original_is_measured_and_its_predictions_are_kept(world: World, ori
     assert metrics(original, "scenes").score == 0.6
     assert all(task.fidelity is None for task in original.tasks)
     assert Measurement.model_validate_json((folder / "measurement.json").read_text()) == original
-    items = read_measured(folder).questions("scenes")
+    items = read_measurement(folder).questions("scenes")
     assert [item.id for item in items] == [f"q{number}" for number in range(QUESTIONS)]
     assert [item.score for item in items] == [1] * 6 + [0] * 4
     assert items[3].prompt == "How many squares, 3?"
@@ -133,7 +138,7 @@ def test_the_original_is_measured_and_its_predictions_are_kept(world: World, ori
 
 def test_an_answer_that_ended_is_scored_with_its_end_token(world: World, original: Measurement, tmp_path: Path) -> None:
     assert original.tasks
-    cut_off = read_measured(world.folder / "original").questions("scenes")[0]
+    cut_off = read_measurement(world.folder / "original").questions("scenes")[0]
     assert len(cut_off.token_ids) == 4  # as many as may be said: it did not end, and gets no end token
     end = cut_off.token_ids[2]
     talker = disturb(world.checkpoint, tmp_path / "talker")
@@ -143,7 +148,7 @@ def test_an_answer_that_ended_is_scored_with_its_end_token(world: World, origina
     with runtime.open(OpenContext(artifact=talker, logs=tmp_path, progress=Silent())) as session:
         context = replace(world.context("talker", None), original=talker)
         measure(session, world.tasks[:1], context)
-    ended = read_measured(world.folder / "talker").questions("scenes")[0]
+    ended = read_measurement(world.folder / "talker").questions("scenes")[0]
     assert ended.token_ids == cut_off.token_ids[: cut_off.token_ids.index(end) + 1]
     assert ended.tokens == len(ended.token_ids) < 4
 
@@ -165,15 +170,15 @@ def test_perplexity_is_that_of_the_windows_each_on_its_own(world: World, origina
     windows = ids[: len(ids) // WINDOW * WINDOW].view(-1, WINDOW)
     with torch.no_grad():
         losses = [model(input_ids=row[None], labels=row[None]).loss.item() for row in windows]
-    found = metrics(original, "text")
-    assert found.windows == len(windows) > 3
-    assert found.tokens == len(windows) * (WINDOW - 1)
-    assert found.window == WINDOW
-    assert found.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
+    perplexity = metrics(original, "text")
+    assert perplexity.windows == len(windows) > 3
+    assert perplexity.tokens == len(windows) * (WINDOW - 1)
+    assert perplexity.window == WINDOW
+    assert perplexity.perplexity == pytest.approx(math.exp(np.mean(losses)), rel=1e-4)
 
 
 def test_an_artifact_is_compared_item_by_item(world: World, original: Measurement, artifact: Measurement) -> None:
-    before, after = read_measured(world.folder / "original"), read_measured(world.folder / "artifact")
+    before, after = read_measurement(world.folder / "original"), read_measurement(world.folder / "artifact")
     fidelity = {task.name: task.fidelity for task in artifact.tasks}
     scenes, text = fidelity["scenes"], fidelity["text"]
     assert scenes is not None
@@ -265,8 +270,8 @@ def test_what_reads_like_a_special_token_in_a_text_is_text(world: World, tmp_pat
     image = json.loads((world.checkpoint / "config.json").read_text())["image_token_id"]
     windows = world.tasks[1].windows([text], world.checkpoint)
     assert not any(image in window.token_ids for window in windows)
-    found = measure(world.original, world.tasks[1:], replace(world.context("like", None), data={"text": (text,)}))
-    assert metrics(found, "text").windows == len(windows) > 3
+    measurement = measure(world.original, world.tasks[1:], replace(world.context("like", None), data={"text": (text,)}))
+    assert metrics(measurement, "text").windows == len(windows) > 3
 
 
 def test_a_checkpoint_without_a_tokenizer_is_refused(world: World, tmp_path: Path) -> None:
@@ -297,28 +302,28 @@ def test_predictions_that_are_not_finite_name_the_item(world: World, tmp_path: P
 def test_samples_draw_questions_by_seed_in_the_files_order(world: World) -> None:
     files = world.data["scenes"]
 
-    def drawn(seed: int) -> list[str]:
+    def sample_ids(seed: int) -> list[str]:
         task = world.tasks[0].model_copy(update={"samples": 4, "seed": seed})
         return [question.id for question in task.questions(files)]
 
-    assert drawn(1) == drawn(1) == sorted(drawn(1))
-    assert len(drawn(1)) == 4
-    assert len({tuple(drawn(seed)) for seed in range(5)}) > 1
+    assert sample_ids(1) == sample_ids(1) == sorted(sample_ids(1))
+    assert len(sample_ids(1)) == 4
+    assert len({tuple(sample_ids(seed)) for seed in range(5)}) > 1
 
 
 def test_fewer_items_than_asked_for_are_all_used_with_a_warning(world: World) -> None:
     listener = Listener()
     tasks = [world.tasks[0].model_copy(update={"samples": 500}), world.tasks[1].model_copy(update={"samples": 2})]
-    found = measure(world.original, tasks, replace(world.context("few", None), progress=listener))
+    measurement = measure(world.original, tasks, replace(world.context("few", None), progress=listener))
     assert listener.warnings == ["task scenes: the data hold 10 questions, samples asks for 500; all of them are used"]
-    assert metrics(found, "scenes").items == QUESTIONS
-    assert metrics(found, "text").windows == 2
+    assert metrics(measurement, "scenes").items == QUESTIONS
+    assert metrics(measurement, "text").windows == 2
 
 
 def test_damaged_items_are_refused(world: World, original: Measurement, tmp_path: Path) -> None:
     assert original.tasks
-    whole = (world.folder / "original" / "items-scenes.parquet").read_bytes()
-    (tmp_path / "items-scenes.parquet").write_bytes(whole[:-50])
+    content = (world.folder / "original" / "items-scenes.parquet").read_bytes()
+    (tmp_path / "items-scenes.parquet").write_bytes(content[:-50])
     with pytest.raises(DataError, match=r"items-scenes.parquet: cannot be read"):
         read_items(tmp_path, "scenes")
     rows = read_rows(world.folder / "original" / "items-scenes.parquet")
@@ -326,7 +331,7 @@ def test_damaged_items_are_refused(world: World, original: Measurement, tmp_path
     with pytest.raises(DataError, match=r"items-scenes.parquet: row 1: no item of a measurement"):
         read_items(tmp_path, "scenes")
     with pytest.raises(DataError, match=r"measurement.json: cannot be read"):
-        read_measured(tmp_path)
+        read_measurement(tmp_path)
     assert isinstance(read_items(world.folder / "original", "scenes")[0], QuestionItem)
 
 

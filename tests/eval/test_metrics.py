@@ -21,7 +21,7 @@ def test_every_metric_gives_scores_from_0_to_1_and_binary_ones_nothing_between()
     answers = ["yes", "no", "B", "12", "12.4", "the red fox", "", "(C) 7"]
     for name in METRICS:
         metric = load_metric(name)
-        scores = {float(metric(said, [accepted] * 10)) for said in answers for accepted in answers if accepted}
+        scores = {float(metric(answer, [accepted] * 10)) for answer in answers for accepted in answers if accepted}
         assert all(0 <= score <= 1 for score in scores)
         assert {0.0, 1.0} <= scores
         assert name not in BINARY or scores == {0.0, 1.0}
@@ -35,7 +35,7 @@ def test_votes_are_averaged_over_leaving_each_person_out(agreeing: int, score: f
 
 
 @pytest.mark.parametrize(
-    ("said", "accepted"),
+    ("answer", "accepted"),
     [
         ("Two", "2"),  # number words become digits
         ("2.", "two"),
@@ -46,9 +46,9 @@ def test_votes_are_averaged_over_leaving_each_person_out(agreeing: int, score: f
         ("none", "0"),
     ],
 )
-def test_votes_are_compared_in_the_published_form(said: str, accepted: str) -> None:
-    assert vqa_vote(said, [accepted] * 3 + ["other"] * 7) == pytest.approx(0.9)
-    assert vqa_vote(said, ["other"] * 10) == 0
+def test_votes_are_compared_in_the_published_form(answer: str, accepted: str) -> None:
+    assert vqa_vote(answer, [accepted] * 3 + ["other"] * 7) == pytest.approx(0.9)
+    assert vqa_vote(answer, ["other"] * 10) == 0
 
 
 def test_a_blank_answer_of_a_person_agrees_with_nobody() -> None:
@@ -62,7 +62,7 @@ def test_a_single_answer_is_taken_for_that_of_all() -> None:
 
 # arXiv 2203.10244, section 5.1: "within 5% of the gold answer"; "for non-numeric answers, we still need an exact match"
 @pytest.mark.parametrize(
-    ("said", "accepted", "score"),
+    ("answer", "accepted", "score"),
     [
         ("105", "100", 1.0),
         ("95", "100", 1.0),
@@ -89,14 +89,14 @@ def test_a_single_answer_is_taken_for_that_of_all() -> None:
         (" 14 \n", "14", 1.0),
     ],
 )
-def test_numbers_may_be_5_percent_off(said: str, accepted: str, score: float) -> None:
-    assert relaxed(said, [accepted]) == score
-    assert relaxed(said, ["something else", accepted]) == score
+def test_numbers_may_be_5_percent_off(answer: str, accepted: str, score: float) -> None:
+    assert relaxed(answer, [accepted]) == score
+    assert relaxed(answer, ["something else", accepted]) == score
 
 
 # arXiv 1907.00490, equation 1, and arXiv 2007.00398: 1 - NL where NL < 0.5, else 0; case does not count, spaces do
 @pytest.mark.parametrize(
-    ("said", "accepted", "score"),
+    ("answer", "accepted", "score"),
     [
         ("Amsterdam", ["amsterdam"], 1.0),
         ("amsterdm", ["amsterdam"], 1 - 1 / 9),
@@ -110,8 +110,8 @@ def test_numbers_may_be_5_percent_off(said: str, accepted: str, score: float) ->
         ("a very long answer about 12", ["12"], 0.0),
     ],
 )
-def test_letters_that_must_change(said: str, accepted: list[str], score: float) -> None:
-    assert anls(said, accepted) == pytest.approx(score, abs=1e-12)
+def test_letters_that_must_change(answer: str, accepted: list[str], score: float) -> None:
+    assert anls(answer, accepted) == pytest.approx(score, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ def test_edit_distance(one: str, other: str, distance: int) -> None:
 
 
 @pytest.mark.parametrize(
-    ("said", "place"),
+    ("answer", "index"),
     [
         ("B", 1),
         ("b", 1),
@@ -145,8 +145,8 @@ def test_edit_distance(one: str, other: str, distance: int) -> None:
         ("", None),
     ],
 )
-def test_the_option_that_an_answer_names(said: str, place: int | None) -> None:
-    assert named_option(said, OPTIONS) == place
+def test_the_option_that_an_answer_names(answer: str, index: int | None) -> None:
+    assert named_option(answer, OPTIONS) == index
 
 
 def test_a_letter_alone_is_a_letter_though_it_may_be_a_text_too() -> None:
@@ -169,7 +169,7 @@ def test_a_letter_beside_accepted_letters() -> None:
 
 # https://github.com/RUCAIBox/POPE, evaluate.py: no where the first sentence has the word "no" or "not", else yes
 @pytest.mark.parametrize(
-    ("said", "yes"),
+    ("answer", "yes"),
     [
         ("Yes", True),
         ("No", False),
@@ -180,18 +180,18 @@ def test_a_letter_beside_accepted_letters() -> None:
         ("", True),
     ],
 )
-def test_yes_and_no(said: str, yes: bool) -> None:
-    assert says_yes(said) is yes
-    assert yes_no(said, ["yes"]) == float(yes)
-    assert yes_no(said, ["no"]) == float(not yes)
+def test_yes_and_no(answer: str, yes: bool) -> None:
+    assert says_yes(answer) is yes
+    assert yes_no(answer, ["yes"]) == float(yes)
+    assert yes_no(answer, ["no"]) == float(not yes)
 
 
 def test_precision_recall_and_f1_of_yes() -> None:
-    said = ["yes", "yes", "yes", "no", "no", None, None]
-    wanted = ["yes", "yes", "no", "yes", "no", "yes", "no"]
-    found = yes_no_figures([(one, [other]) for one, other in zip(said, wanted, strict=True)])
+    answers = ["yes", "yes", "yes", "no", "no", None, None]
+    expected = ["yes", "yes", "no", "yes", "no", "yes", "no"]
+    figures = yes_no_figures([(answer, [right]) for answer, right in zip(answers, expected, strict=True)])
     # 2 hits, 2 false alarms (one without an answer), 2 misses (one without an answer)
-    assert found == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 4 / 7}
+    assert figures == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 4 / 7}
     assert figures_of("yes_no", [("no", ["no"])]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_share": 0.0}
     assert figures_of("anls", [("no", ["no"])]) == {}
 
@@ -203,7 +203,7 @@ REFERENCES = [
 ]
 
 
-def cider_by_the_formula(said: str, references: Sequence[str], corpus: Sequence[Sequence[str]]) -> float:
+def cider_by_the_formula(answer: str, references: Sequence[str], corpus: Sequence[Sequence[str]]) -> float:
     """CIDEr-D of arXiv 1411.5726: equations 1 to 4, the last with its penalty and clipping as COCO's script sets them."""
 
     def grams(text: str, n: int) -> Counter[str]:
@@ -223,16 +223,16 @@ def cider_by_the_formula(said: str, references: Sequence[str], corpus: Sequence[
     total = 0.0
     for n in (1, 2, 3, 4):
         for reference in references:
-            one, other = weights(said, n), weights(reference, n)
+            one, other = weights(answer, n), weights(reference, n)
             dot = sum(min(one.get(gram, 0.0), value) * value for gram, value in other.items())
             length = norm(one) * norm(other)
-            gap = len(said.split()) - len(reference.split())
+            gap = len(answer.split()) - len(reference.split())
             total += (dot / length if length else 0.0) * math.exp(-(gap**2) / (2 * 6**2)) / len(references)
     return 10 * total / 4
 
 
 @pytest.mark.parametrize(
-    ("place", "said"),
+    ("index", "answer"),
     [
         (0, "a man rides a brown horse"),
         (0, "a man rides a horse"),
@@ -244,9 +244,9 @@ def cider_by_the_formula(said: str, references: Sequence[str], corpus: Sequence[
         (2, "zebras"),
     ],
 )
-def test_cider_is_that_of_the_formula(place: int, said: str) -> None:
-    expected = cider_by_the_formula(said, REFERENCES[place], REFERENCES)
-    assert Cider(REFERENCES).score(said, REFERENCES[place]) == pytest.approx(expected, rel=1e-12, abs=1e-15)
+def test_cider_is_that_of_the_formula(index: int, answer: str) -> None:
+    expected = cider_by_the_formula(answer, REFERENCES[index], REFERENCES)
+    assert Cider(REFERENCES).score(answer, REFERENCES[index]) == pytest.approx(expected, rel=1e-12, abs=1e-15)
 
 
 def test_cider_worked_out_by_hand() -> None:

@@ -65,7 +65,7 @@ def test_items_and_loss_are_inverse(items: int, flips: float, accuracy: float) -
     loss = resolved_loss(items, 0.05, assumed)
     assert loss is not None
     assert items_for(1 - loss / accuracy, 0.05, assumed) == pytest.approx(items, abs=1 + 1e-4 * items)
-    changes = AssumedChanges(math.sqrt(flips), whole=3.0)
+    changes = AssumedChanges(math.sqrt(flips), cluster_items=3.0)
     mean_loss = resolved_mean_loss(items, 0.05, changes)
     assert items_for_mean_loss(mean_loss, 0.05, changes) == pytest.approx(items, abs=1 + 1e-4 * items)
 
@@ -92,7 +92,7 @@ def test_mean_scores_follow_the_textbook_where_changes_are_many_and_rule_of_thre
     assert items_for_mean_loss(0.01, 0.05, many) == pytest.approx((z * 0.5 / 0.01) ** 2, rel=0.01)
     none = items_for_mean_loss(0.01, 0.05, AssumedChanges(deviation=1e-6))
     assert none == pytest.approx(NormalDist().inv_cdf(0.95) ** 2 / 0.01, rel=0.01)
-    wide = items_for_mean_loss(0.01, 0.05, AssumedChanges(deviation=1e-6, whole=4.0))
+    wide = items_for_mean_loss(0.01, 0.05, AssumedChanges(deviation=1e-6, cluster_items=4.0))
     assert wide == pytest.approx(4 * NormalDist().inv_cdf(0.95) ** 2 / 0.01, rel=0.01)
     assert items_for_mean_loss(0.0, 0.05, many) is None
     assert mean_passing_chance(400, 0.02, 0.05, AssumedChanges(0.2)) < mean_passing_chance(800, 0.02, 0.05, AssumedChanges(0.2))

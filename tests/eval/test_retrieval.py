@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from compress.calibration.questions import Question
 from compress.errors import CheckpointError, DataError, UsageError
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import ImageItem, Measured, ScoreMetrics, read_measured
+from compress.eval.results import ImageItem, ItemizedMeasurement, ScoreMetrics, read_measurement
 from compress.eval.retrieval import Pool, Retrieval, image_scores, ranks, recalls
 from compress.pictures import decode_image
 from compress.progress import Silent
@@ -36,8 +36,8 @@ def write_rows(folder: Path, captions: list[list[str]], name: str = "rows.jsonl"
 
 
 def task_for(source: Path, **fields: Any) -> Retrieval:
-    given = {"task": "retrieval", "source": str(source), **fields}
-    return Retrieval.model_validate(given, context={"base": source.parent})
+    values = {"task": "retrieval", "source": str(source), **fields}
+    return Retrieval.model_validate(values, context={"base": source.parent})
 
 
 def measure_one(checkpoint: Path, original: Path, task: Retrieval, target: Path, against: Path | None) -> Path:
@@ -50,8 +50,8 @@ def measure_one(checkpoint: Path, original: Path, task: Retrieval, target: Path,
 @dataclass(frozen=True)
 class World:
     folder: Path
-    before: Measured
-    after: Measured
+    before: ItemizedMeasurement
+    after: ItemizedMeasurement
     task: Retrieval
 
 
@@ -63,7 +63,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     task = task_for(write_rows(folder, CAPTIONS))
     original = measure_one(model, model, task, folder / "original", None)
     artifact = measure_one(folder / "rounded", model, task, folder / "artifact", original)
-    return World(folder, read_measured(original), read_measured(artifact), task)
+    return World(folder, read_measurement(original), read_measurement(artifact), task)
 
 
 def cosines(checkpoint: Path) -> tuple[NDArray[np.float64], float, list[str]]:
@@ -79,29 +79,29 @@ def cosines(checkpoint: Path) -> tuple[NDArray[np.float64], float, list[str]]:
 
 def test_items_and_figures_are_what_the_cosines_say(world: World) -> None:
     likelihoods = list[NDArray[np.float64]]()
-    for name, found in (("model", world.before), ("rounded", world.after)):
+    for name, measurement in (("model", world.before), ("rounded", world.after)):
         near, scale, texts = cosines(world.folder / name)
         logits = scale * near
         likelihoods.append(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
-        items = [item for item in found.items["retrieval"] if isinstance(item, ImageItem)]
-        metrics = found.tasks["retrieval"].metrics
+        items = [item for item in measurement.items["retrieval"] if isinstance(item, ImageItem)]
+        metrics = measurement.tasks["retrieval"].metrics
         assert isinstance(metrics, ScoreMetrics)
         expected: dict[str, list[bool]] = {key: [] for key in metrics.details}
         for number, captions in enumerate(CAPTIONS):
-            order: list[str] = [texts[place] for place in np.argsort(-near[number]).tolist()]
+            order: list[str] = [texts[index] for index in np.argsort(-near[number]).tolist()]
             for cutoff in (1, 5, 10):
                 expected[f"image_to_text_recall@{cutoff}"].append(bool(set(order[:cutoff]) & set(captions)))
             backward = list[bool]()
             for caption in captions:
-                images = [int(place) for place in np.argsort(-near[:, texts.index(caption)])]
-                first = min(images.index(own) for own, other in enumerate(CAPTIONS) if caption in other)
+                images = [int(index) for index in np.argsort(-near[:, texts.index(caption)])]
+                first = min(images.index(image) for image, other in enumerate(CAPTIONS) if caption in other)
                 backward.append(first < 1)
                 for cutoff in (1, 5, 10):
                     expected[f"text_to_image_recall@{cutoff}"].append(first < cutoff)
             assert items[number].score == pytest.approx((float(order[0] in captions) + np.mean(backward)) / 2)
             assert items[number].said == order[0]
-            own = [np.exp(likelihoods[-1][number, texts.index(caption)]) for caption in captions]
-            assert items[number].nll == pytest.approx(-np.log(sum(own)), abs=1e-5)
+            probabilities = [np.exp(likelihoods[-1][number, texts.index(caption)]) for caption in captions]
+            assert items[number].nll == pytest.approx(-np.log(sum(probabilities)), abs=1e-5)
         assert metrics.details == pytest.approx({key: np.mean(values) for key, values in expected.items()})
         assert (metrics.metric, metrics.binary, metrics.items) == ("recall@1", False, len(CAPTIONS))
         assert metrics.score == pytest.approx(np.mean([item.score for item in items]))
@@ -124,11 +124,11 @@ def test_ranks_worked_out_by_hand() -> None:
     pool = pool_of([["p", "q"], ["r"], ["s"]])
     images = np.eye(3, dtype=np.float32)
     texts = np.array([[3, 9, 1], [5, 4, 8], [6, 7, 2], [1, 2, 9]], dtype=np.float32)  # cosines of p, q, r, s with each image
-    captions, found = ranks(pool, Embeddings(images, texts, 1.0))
+    captions, images_of = ranks(pool, Embeddings(images, texts, 1.0))
     assert captions.tolist() == [1, 1, 0]  # r is nearer to image 0 than q; p is nearer to image 1 than r
-    assert found.tolist() == [1, 1, 0, 0]  # p is nearer to image 1 than to its own, q to image 2
-    assert image_scores(pool, captions, found).tolist() == [0.0, 0.5, 1.0]
-    figures = recalls(pool, captions, found)
+    assert images_of.tolist() == [1, 1, 0, 0]  # p is nearer to image 1 than to its own, q to image 2
+    assert image_scores(pool, captions, images_of).tolist() == [0.0, 0.5, 1.0]
+    figures = recalls(pool, captions, images_of)
     assert (figures["image_to_text_recall@1"], figures["text_to_image_recall@1"]) == (pytest.approx(1 / 3), 0.5)
     assert figures["image_to_text_recall@5"] == figures["text_to_image_recall@10"] == 1.0
 
@@ -142,8 +142,8 @@ def test_a_model_that_sees_no_difference_finds_nothing() -> None:
 
 def test_a_caption_of_two_images_finds_either() -> None:
     pool = pool_of([["p"], ["p"]])
-    captions, found = ranks(pool, Embeddings(np.eye(2, dtype=np.float32), np.array([[0.1, 0.2]], dtype=np.float32), 1.0))
-    assert (captions.tolist(), found.tolist()) == ([0, 0], [0])
+    captions, images_of = ranks(pool, Embeddings(np.eye(2, dtype=np.float32), np.array([[0.1, 0.2]], dtype=np.float32), 1.0))
+    assert (captions.tolist(), images_of.tolist()) == ([0, 0], [0])
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_captions_in_columns_of_their_own(tmp_path: Path) -> None:
     source.write_text("".join(json.dumps(row) + "\n" for row in rows))
     pool = task_for(source, columns={"answer": ["caption_0", "caption_1"]}).pool([source])
     assert pool.texts == ("a 0", "b 0", "a 1", "b 1")
-    assert pool.belongs.tolist() == [[True, True, False, False], [False, False, True, True]]
+    assert pool.matches.tolist() == [[True, True, False, False], [False, False, True, True]]
 
 
 def test_other_captions_than_the_originals_are_refused(world: World, tmp_path: Path) -> None:
@@ -207,9 +207,9 @@ def test_an_image_that_could_not_be_shown_is_near_nothing() -> None:
     pool = pool_of([["a"], ["b"], ["c"]])
     images, texts = np.eye(3, dtype=np.float32), np.eye(3, dtype=np.float32)
     images[1] = np.nan
-    captions, found = ranks(pool, Embeddings(images, texts, 1.0))
+    captions, images_of = ranks(pool, Embeddings(images, texts, 1.0))
     assert captions.tolist() == [0, 2, 0]
-    assert found.tolist() == [0, 2, 0]
+    assert images_of.tolist() == [0, 2, 0]
 
 
 def test_an_image_that_cannot_be_decoded_counts_0(world: World, tmp_path: Path) -> None:
@@ -218,10 +218,12 @@ def test_an_image_that_cannot_be_decoded_counts_0(world: World, tmp_path: Path) 
     image = encoded(decode_image(path.read_bytes(), "1"), "JPEG")
     path.write_bytes(image[: len(image) // 2])
     original = measure_one(world.folder / "model", world.folder / "model", task, tmp_path / "original", None)
-    found = read_measured(measure_one(world.folder / "model", world.folder / "model", task, tmp_path / "artifact", original))
-    items = [item for item in found.items["retrieval"] if isinstance(item, ImageItem)]
-    assert [place for place, item in enumerate(items) if item.fault is not None] == [1]
+    measurement = read_measurement(
+        measure_one(world.folder / "model", world.folder / "model", task, tmp_path / "artifact", original)
+    )
+    items = [item for item in measurement.items["retrieval"] if isinstance(item, ImageItem)]
+    assert [index for index, item in enumerate(items) if item.fault is not None] == [1]
     assert (items[1].score, items[1].said) == (0.0, "")
-    fidelity = found.tasks["retrieval"].fidelity
+    fidelity = measurement.tasks["retrieval"].fidelity
     assert fidelity is not None
     assert (fidelity.tokens, fidelity.kl_mean, fidelity.lost) == (len(CAPTIONS) - 1, 0.0, 0)

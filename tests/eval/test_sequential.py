@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from compress.eval.paired import Pairs, judge_pairs
-from compress.eval.sequential import Sequential, boundaries, crossing_chances, repeated_p, spent
+from compress.eval.sequential import Sequential, boundaries, crossing_chances, error_spent, repeated_p
 from compress.eval.statistics import Levels
 
 NORMAL = NormalDist()
@@ -54,7 +54,7 @@ def test_one_look_is_the_plain_test() -> None:
 def test_each_look_spends_its_share(steps: list[int], alpha: float) -> None:
     fractions = [float(part) for part in np.cumsum(steps) / sum(steps)]
     chances = crossing_chances(fractions, boundaries(fractions, alpha))
-    assert np.cumsum(chances) == pytest.approx([spent(fraction, alpha) for fraction in fractions], abs=1e-6)
+    assert np.cumsum(chances) == pytest.approx([error_spent(fraction, alpha) for fraction in fractions], abs=1e-6)
     assert sum(chances) == pytest.approx(alpha, abs=1e-6)
 
 

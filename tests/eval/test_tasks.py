@@ -99,7 +99,7 @@ def test_a_prompt_without_the_question_is_refused(definition: Path) -> None:
 
 
 def test_braces_in_a_question_stay(definition: Path) -> None:
-    assert read_definition(definition).ask("What is {x}?") == "Look closely. What is {x}?"
+    assert read_definition(definition).format_prompt("What is {x}?") == "Look closely. What is {x}?"
 
 
 def test_a_definition_without_data_needs_a_source(tmp_path: Path) -> None:

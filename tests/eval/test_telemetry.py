@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from compress.eval.latency_results import Telemetry
-from compress.eval.telemetry import Gpus, Watch, combine, watching
+from compress.eval.telemetry import Gpus, ServerMonitor, combine, monitor_server
 
 
 class NvmlError(Exception):
@@ -60,7 +60,7 @@ def nvml() -> Any:
 
 
 def test_own_process_is_seen() -> None:
-    with watching(os.getpid(), "") as watch:
+    with monitor_server(os.getpid(), "") as watch:
         began = time.perf_counter()
         total = sum(range(200_000))
         used = watch.during(began, time.perf_counter() - began, 4)
@@ -74,12 +74,12 @@ def test_own_process_is_seen() -> None:
 
 
 def test_server_elsewhere_is_not_seen() -> None:
-    with watching(None, "") as watch:
+    with monitor_server(None, "") as watch:
         assert watch.during(0.0, 2.5, 1) == Telemetry(seconds=2.5)
 
 
 def test_process_that_is_gone_is_no_fault() -> None:
-    watch = Watch(2**22 + 1)
+    watch = ServerMonitor(2**22 + 1)
     assert watch.during(0.0, 1.0, 1) == Telemetry(seconds=1.0)
     watch.close()
 
@@ -99,7 +99,7 @@ def test_all_gpus_count_where_no_process_is_known() -> None:
 def test_cache_is_no_part_of_the_memory_on_a_gpu() -> None:
     assert Telemetry(seconds=1, peak_host_bytes=9, peak_device_bytes=100, cache_bytes=60).memory_bytes == 40
     assert Telemetry(seconds=1, peak_host_bytes=9, peak_device_bytes=100).memory_bytes == 100
-    with watching(os.getpid(), "INFO Available KV cache memory: 1.5 GiB\nAvailable KV cache memory: 0.5 GiB") as watch:
+    with monitor_server(os.getpid(), "INFO Available KV cache memory: 1.5 GiB\nAvailable KV cache memory: 0.5 GiB") as watch:
         assert watch.during(time.perf_counter(), 0.0, 1).cache_bytes == 2 * 1024**3
 
 

@@ -10,9 +10,9 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, RecipeError
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import ImageItem, ScoreMetrics, read_measured
+from compress.eval.results import ImageItem, ScoreMetrics, read_measurement
 from compress.eval.zero_shot import ZeroShot
-from compress.gate import Gate, Subject, judge
+from compress.gate import Gate, MeasuredModel, judge
 from compress.pictures import decode_image
 from compress.plan import make_plan
 from compress.progress import Silent
@@ -48,8 +48,8 @@ def write_images(folder: Path, labels: list[Any], name: str = "images.jsonl") ->
 
 
 def task_for(source: Path, **fields: Any) -> ZeroShot:
-    given = {"task": "zero-shot", "source": str(source), "classes": CLASSES, "templates": TEMPLATES, **fields}
-    return ZeroShot.model_validate(given, context={"base": source.parent})
+    values = {"task": "zero-shot", "source": str(source), "classes": CLASSES, "templates": TEMPLATES, **fields}
+    return ZeroShot.model_validate(values, context={"base": source.parent})
 
 
 @dataclass(frozen=True)
@@ -79,16 +79,16 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Measured:
 
 
 def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> None:
-    before, after = (read_measured(folder) for folder in (measured.original, measured.artifact))
+    before, after = (read_measurement(folder) for folder in (measured.original, measured.artifact))
     pictures = [ImageInput(str(number), picture(number, 56, 56)) for number in range(IMAGES)]
     texts = [[template.replace("{class}", name) for template in TEMPLATES] for name in CLASSES]
-    found = list[Any]()
+    log_probs = list[Any]()
     for checkpoint in ("model", "rounded"):
         context = OpenContext(measured.folder / checkpoint, measured.folder, Silent())
         with Transformers(runtime="transformers").open(context) as session:
-            found.append(session.classify(pictures, texts, Silent()))
+            log_probs.append(session.classify(pictures, texts, Silent()))
     labels = [number % 3 for number in range(IMAGES - 1)] + [1]
-    for likelihoods, measurement in zip(found, (before, after), strict=True):
+    for likelihoods, measurement in zip(log_probs, (before, after), strict=True):
         assert [item.score for item in measurement.scored("zero-shot")] == [
             int(row.argmax()) == label for row, label in zip(likelihoods, labels, strict=True)
         ]
@@ -96,12 +96,12 @@ def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> N
         assert isinstance(metrics, ScoreMetrics)
         assert metrics.score == np.mean(likelihoods.argmax(axis=1) == labels)
         assert metrics.items == IMAGES
-    kl = (np.exp(found[0]) * (found[0] - found[1])).sum(axis=1)
+    kl = (np.exp(log_probs[0]) * (log_probs[0] - log_probs[1])).sum(axis=1)
     fidelity = after.tasks["zero-shot"].fidelity
     assert fidelity is not None
     assert (fidelity.unit, fidelity.tokens) == ("image", IMAGES)
     assert fidelity.kl_mean == pytest.approx(kl.mean(), abs=1e-9) and kl.mean() > 0
-    assert fidelity.top1_agreement == np.mean(found[0].argmax(axis=1) == found[1].argmax(axis=1))
+    assert fidelity.top1_agreement == np.mean(log_probs[0].argmax(axis=1) == log_probs[1].argmax(axis=1))
     assert before.tasks["zero-shot"].fidelity is None
     items = [item for item in after.items["zero-shot"] if isinstance(item, ImageItem)]
     assert [item.kl for item in items] == pytest.approx(kl.tolist(), abs=1e-9)
@@ -110,11 +110,11 @@ def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> N
 
 def test_the_gate_judges_it_as_any_accuracy(measured: Measured) -> None:
     limits = {"accuracy": {"min_recovery": 0.9, "confidence": 0.95}, "fidelity": {"max_kl": 1e-9, "min_top1": 0.01}}
-    original = Subject("original", 100, read_measured(measured.original))
-    same = Subject("same", 100, read_measured(measured.original))
+    original = MeasuredModel("original", 100, read_measurement(measured.original))
+    same = MeasuredModel("same", 100, read_measurement(measured.original))
     verdict = judge(Gate.model_validate({"accuracy": limits["accuracy"]}), original, [same])
     assert [(check.task, check.value) for check in verdict.checks] == [("zero-shot", 1.0)]
-    artifact = Subject("artifact", 50, read_measured(measured.artifact))
+    artifact = MeasuredModel("artifact", 50, read_measurement(measured.artifact))
     verdict = judge(Gate.model_validate({"fidelity": limits["fidelity"]}), original, [artifact])
     reasons = [check.reason for check in verdict.checks]
     assert [check.verdict for check in verdict.checks] == ["fail", "pass"]
@@ -189,8 +189,8 @@ def test_a_plan_refuses_what_model_or_runtime_cannot_do(tmp_path: Path) -> None:
     recipe |= {"export": [{"format": "onnx-genai"}]}
     recipe["eval"]["runtime"] = {"runtime": "onnxruntime-genai"}
     job.recipe.write_text(yaml.safe_dump(recipe))
-    told = r"eval.tasks.0: .* does not offer zero-shot; what does \(transformers, onnxruntime\) runs no onnx-genai; use another"
-    with pytest.raises(RecipeError, match=told):
+    message = r"eval.tasks.0: .* does not offer zero-shot; what does \(transformers, onnxruntime\) runs no onnx-genai; use another"
+    with pytest.raises(RecipeError, match=message):
         make_plan(job.recipe, clip, Store(job.store))
 
 
@@ -208,14 +208,14 @@ def test_an_image_that_cannot_be_decoded_counts_0_and_is_named(measured: Measure
         (tmp_path / target).mkdir()
         with Transformers(runtime="transformers").open(OpenContext(measured.folder / "model", tmp_path, Silent())) as session:
             measure(session, [task], context)
-    before, after = (read_measured(tmp_path / name) for name in ("original", "artifact"))
-    for found in (before, after):
-        items = [item for item in found.items["zero-shot"] if isinstance(item, ImageItem)]
+    before, after = (read_measurement(tmp_path / name) for name in ("original", "artifact"))
+    for measurement in (before, after):
+        items = [item for item in measurement.items["zero-shot"] if isinstance(item, ImageItem)]
         assert [item.fault is None for item in items] == [True, True, False, True]
         assert (items[2].score, items[2].said) == (0.0, "")
         assert items[2].fault is not None and items[2].fault.startswith(f"{items[2].id}: cannot be read as an image (")
-    words = "task zero-shot: 1 of 4 items could not be shown to the model and count as wrong; the first: "
-    assert [message.startswith(words) for message in heard.warnings] == [True, True]
+    prefix = "task zero-shot: 1 of 4 items could not be shown to the model and count as wrong; the first: "
+    assert [message.startswith(prefix) for message in heard.warnings] == [True, True]
     fidelity = after.tasks["zero-shot"].fidelity
     assert fidelity is not None
     assert (fidelity.tokens, fidelity.kl_mean, fidelity.lost) == (3, 0.0, 0)

@@ -18,7 +18,7 @@ from rich.console import Console
 from compress.display import Display
 from compress.errors import CompressError
 from compress.eval.latency import LoadPoint
-from compress.eval.load_generator import Requests, put_load, warm_up
+from compress.eval.load_generator import Requests, run_load, warm_up
 from compress.events import EventLog
 from compress.runtimes.endpoint import Endpoint
 from compress.runtimes.openai_client import read_key
@@ -146,7 +146,7 @@ def _ask(client: str, url: str, folder: Path, place: Path, progress: EventLog) -
         case "load":
             messages = tuple([{"role": "user", "content": prompt.text}] for prompt in _PROMPTS)
             dialect = warm_up(served, requests := Requests(_POINT, messages), 1.0)
-            load = put_load(served, requests.bodies(MODEL, dialect), 1, 1.0, _POINT.output_tokens)
+            load = run_load(served, requests.bodies(MODEL, dialect), 1, 1.0, _POINT.output_tokens)
             return {"samples": [asdict(sample) for sample in load.samples]}
         case "start":
             command = [sys.executable, "-S", "-c", "import signal; signal.pause()"]

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 
 from compress.checkpoint import open_checkpoint, read_json_object
 from compress.errors import CheckpointError, MissingError, StoreError, UsageError
-from compress.eval.whole import divergence
+from compress.eval.full_vocabulary import kl_divergence
 from compress.export.format import ExportContext
 from compress.export.onnx import Onnx
 from compress.families import FAMILIES, family_at
@@ -434,4 +434,4 @@ def test_whole_distributions_are_those_that_transformers_compares(
     for (index, token), old, new in zip(positions, before, after, strict=True):
         kl = exact[index].kl
         assert old is not None and new is not None and kl is not None
-        assert divergence(old, new) == pytest.approx(kl[token], abs=1e-3)
+        assert kl_divergence(old, new) == pytest.approx(kl[token], abs=1e-3)

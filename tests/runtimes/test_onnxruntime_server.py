@@ -15,9 +15,9 @@ import pytest
 
 from compress.errors import DataError, RecipeError, ServerError, UsageError
 from compress.eval.latency import LatencySettings, LoadPoint
-from compress.eval.load_generator import DIALECTS, make_prompts, make_requests, put_load, warm_up
-from compress.eval.server_under_load import Loading
-from compress.eval.telemetry import watching
+from compress.eval.load_generator import DIALECTS, make_prompts, make_requests, run_load, warm_up
+from compress.eval.server_under_load import ServerUnderLoad
+from compress.eval.telemetry import monitor_server
 from compress.export.format import ExportContext
 from compress.export.onnx import Onnx
 from compress.families import family_at
@@ -97,7 +97,7 @@ def test_load_is_put_on_it(served: RunningServer) -> None:
     """Every request has as many tokens as asked, each an event of its own."""
     requests = make_requests(DEMO, POINT, 7, 0)
     assert warm_up(served, requests, 60) == DIALECTS[0]
-    load = put_load(served, requests.bodies(served.model, DIALECTS[0]), POINT.concurrency, 60, POINT.output_tokens)
+    load = run_load(served, requests.bodies(served.model, DIALECTS[0]), POINT.concurrency, 60, POINT.output_tokens)
     assert [(sample.fault, sample.tokens, len(sample.between_tokens)) for sample in load.samples] == [(None, 6, 5)] * 7
 
 
@@ -225,9 +225,9 @@ def test_a_model_that_writes_nothing_has_no_latency(tmp_path: Path) -> None:
 def test_a_server_that_is_killed_is_told(served: RunningServer, tmp_path: Path) -> None:
     """The last test that asks it."""
     settings = LatencySettings(concurrency=(1,), requests=2, warmup=1)
-    with watching(served.process, served.read_log()) as watch:
-        loading = Loading(served, OpenContext(DEMO, tmp_path, SILENT), settings, None, 60, watch)
-        load, used = loading.put(POINT.at(1), "round 0")
+    with monitor_server(served.process, served.read_log()) as watch:
+        server = ServerUnderLoad(served, OpenContext(DEMO, tmp_path, SILENT), settings, None, 60, watch)
+        load, used = server.run_load(POINT.at(1), "round 0")
         assert (load.client, [sample.fault for sample in load.samples]) == ("compress", [None, None])
         assert used.memory_bytes is not None
         guard, process = processes_of(served)
@@ -235,5 +235,5 @@ def test_a_server_that_is_killed_is_told(served: RunningServer, tmp_path: Path) 
         while guard.status() != psutil.STATUS_ZOMBIE:
             os.sched_yield()
         with pytest.raises(ServerError, match=r"its server ended under load[\s\S]*signal 9 \(SIGKILL\)") as raised:
-            loading.put(POINT.at(1), "round 1")
+            server.run_load(POINT.at(1), "round 1")
     assert served.key is not None and served.key not in f"{raised.value}{served.read_log()}{served}"

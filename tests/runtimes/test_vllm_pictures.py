@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import Measured, ScoreMetrics, read_measured
+from compress.eval.results import ItemizedMeasurement, ScoreMetrics, read_measurement
 from compress.eval.vqa import Vqa
 from compress.pictures import decode_image
 from compress.progress import Silent
@@ -42,16 +42,16 @@ def write_task(folder: Path, rows: Sequence[dict[str, str]], images: Sequence[by
     return Vqa.model_validate(fields, context={"base": folder})
 
 
-def measured(runtime: Runtime, task: Vqa, folder: Path) -> Measured:
+def measured(runtime: Runtime, task: Vqa, folder: Path) -> ItemizedMeasurement:
     """Return what the demo model answers to a task's questions in a runtime."""
     folder.mkdir()
     context = MeasureContext(MODEL, {task.name: (Path(task.data.source),)}, folder, None, Silent(), folder)
     with runtime.open(OpenContext(MODEL, folder, Silent())) as session:
         measure(session, [task], context)
-    return read_measured(folder)
+    return read_measurement(folder)
 
 
-def answers(measured: Measured) -> dict[str, str]:
+def answers(measured: ItemizedMeasurement) -> dict[str, str]:
     return {item.id: item.said for item in measured.questions("scenes") if item.fault is None}
 
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from compress.errors import MissingError, ServerError
 from compress.eval.latency import LoadPoint
-from compress.eval.load_generator import DIALECTS, Stream, make_prompts, make_requests, put_load, read_stream, warm_up
+from compress.eval.load_generator import DIALECTS, AnswerStream, make_prompts, make_requests, read_stream, run_load, warm_up
 from compress.runtimes.runtime import RunningServer
 from tests.eval.stream_server import Body, chunk, event, stream_server, whole_answer
 from tests.raw_server import absent_server
@@ -69,7 +69,7 @@ def test_every_request_is_sent_once_and_so_many_are_under_way() -> None:
 
     requests = make_requests(DEMO, POINT, 9, 0)
     with stream_server(together) as server:
-        load = put_load(_served(server.url, "secret"), requests.bodies("the-model", DIALECTS[0]), 3, 600, POINT.output_tokens)
+        load = run_load(_served(server.url, "secret"), requests.bodies("the-model", DIALECTS[0]), 3, 600, POINT.output_tokens)
     assert [sample.fault for sample in load.samples] == [None] * 9
     assert [(sample.tokens, len(sample.gaps), len(sample.between_tokens)) for sample in load.samples] == [(5, 5, 4)] * 9
     assert server.most_at_once == 3
@@ -90,14 +90,14 @@ def test_failed_requests_keep_their_places_and_their_words() -> None:
         return whole_answer(body, number)
 
     with stream_server(sometimes) as server:
-        load = put_load(_served(server.url), make_requests(DEMO, POINT, 8, 0).bodies("m", DIALECTS[0]), 1, 600, POINT.output_tokens)
+        load = run_load(_served(server.url), make_requests(DEMO, POINT, 8, 0).bodies("m", DIALECTS[0]), 1, 600, POINT.output_tokens)
     faults = [None, "503: try again later", "the stream ended before the answer did", "engine died"]
     assert [sample.fault for sample in load.samples] == faults * 2
 
 
 def test_unreachable_server_fails_every_request() -> None:
     with absent_server() as url:
-        load = put_load(_served(url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 2, 600, POINT.output_tokens)
+        load = run_load(_served(url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 2, 600, POINT.output_tokens)
     assert all(sample.fault is not None and sample.fault.startswith("the server at 127.0.0.1:") for sample in load.samples)
 
 
@@ -130,7 +130,7 @@ def test_server_that_refuses_the_load_is_named_with_its_words(status: int, words
 
 def test_times_are_those_of_the_stream() -> None:
     pieces = [(10.5, chunk()), (10.5, chunk("a")), (11.0, chunk("b")), (13.0, chunk("c", "length")), (13.5, event("[DONE]"))]
-    sample = read_stream(Stream(10.0, pieces))
+    sample = read_stream(AnswerStream(10.0, pieces))
     assert (sample.ttft, sample.gaps, sample.tokens, sample.seconds) == (0.5, (0.0, 0.5, 2.0), 3, 3.0)
     assert sample.between_tokens == (0.5, 2.0)
 
@@ -138,43 +138,43 @@ def test_times_are_those_of_the_stream() -> None:
 def test_event_counts_when_its_last_byte_came_however_it_was_cut() -> None:
     text = b": ping\n\n" + chunk("a") + chunk("b", "stop").replace(b"\n\n", b"\r\n\r\n") + event("[DONE]")
     cut = len(b": ping\n\n" + chunk("a")) - 1
-    sample = read_stream(Stream(0.0, [(1.0, text[:cut]), (2.0, text[cut : cut + 9]), (4.0, text[cut + 9 :])]))
+    sample = read_stream(AnswerStream(0.0, [(1.0, text[:cut]), (2.0, text[cut : cut + 9]), (4.0, text[cut + 9 :])]))
     assert (sample.ttft, sample.gaps, sample.tokens) == (2.0, (2.0,), 2)
     assert sample.between_tokens == (2.0,)
 
 
 def test_tokens_are_the_servers_count_where_it_tells() -> None:
     pieces = [(1.0, chunk("two words")), (2.0, chunk("", "stop")), (2.0, event({"choices": [], "usage": {"completion_tokens": 7}}))]
-    assert read_stream(Stream(0.0, pieces)).tokens == 7
+    assert read_stream(AnswerStream(0.0, pieces)).tokens == 7
 
 
 @pytest.mark.parametrize("data", ["{", "[1]", '{"choices": [7]}', '"text"'])
 def test_what_is_no_stream_of_chunks_is_a_fault(data: str) -> None:
-    assert read_stream(Stream(0.0, [(1.0, event(data))])).fault == "the stream holds what is no chunk of an answer"
+    assert read_stream(AnswerStream(0.0, [(1.0, event(data))])).fault == "the stream holds what is no chunk of an answer"
 
 
 def test_empty_stream_is_a_fault() -> None:
-    assert read_stream(Stream(0.0, [])).fault == "the stream ended before the answer did"
+    assert read_stream(AnswerStream(0.0, [])).fault == "the stream ended before the answer did"
 
 
 def test_an_event_that_does_not_end_is_a_fault_and_found_in_one_pass() -> None:
     """A thousand pieces that are each put before all that came earlier would take minutes."""
     pieces = [(float(place), b"data: " + b"x" * 60) for place in range(100_000)]
-    fault = read_stream(Stream(0.0, pieces)).fault
+    fault = read_stream(AnswerStream(0.0, pieces)).fault
     assert fault == "the stream holds an event that does not end (limit event_bytes = 65,536, set by COMPRESS_LIMIT_EVENT_BYTES)"
     whole = b"data: " + b" " * 65_000 + b'{"choices": [{"delta": {"content": "a"}, "finish_reason": "stop"}]}\n\n'
-    assert read_stream(Stream(0.0, [(1.0, whole[place : place + 1]) for place in range(len(whole))])).fault is None
+    assert read_stream(AnswerStream(0.0, [(1.0, whole[place : place + 1]) for place in range(len(whole))])).fault is None
 
 
 @pytest.mark.parametrize(
     "data", ["[" * 60_000, '{"choices": [{"delta": {}}], "usage": {"completion_tokens": 1e999}}', "{" + '"a":{' * 9000]
 )
 def test_an_event_that_no_parser_bears_is_a_fault(data: str) -> None:
-    assert read_stream(Stream(0.0, [(1.0, event(data))])).fault == "the stream holds what is no chunk of an answer"
+    assert read_stream(AnswerStream(0.0, [(1.0, event(data))])).fault == "the stream holds what is no chunk of an answer"
 
 
 def test_a_server_that_floods_fails_its_request() -> None:
     """An answer of five tokens has no thousand pieces."""
     with stream_server(lambda body, number: [chunk("word " * 1000)] * 1000) as server:
-        load = put_load(_served(server.url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 1, 600, POINT.output_tokens)
+        load = run_load(_served(server.url), make_requests(DEMO, POINT, 2, 0).bodies("m", DIALECTS[0]), 1, 600, POINT.output_tokens)
     assert all("the answer has more than 86,016 bytes" in (sample.fault or "") for sample in load.samples)
