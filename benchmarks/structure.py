@@ -16,10 +16,10 @@ import sys
 import tokenize
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
+from scipy.sparse.csgraph import connected_components  # pyright: ignore[reportUnknownVariableType]
 
 ROOT = Path(__file__).parent.parent
 PARTS = ("compress", "calibration", "export", "eval")
@@ -67,7 +67,7 @@ def cycles(trees: dict[str, ast.Module], lazy: bool) -> list[list[str]]:
     }
     rows, columns = zip(*edges, strict=True)
     graph = coo_array(([1] * len(edges), (rows, columns)), shape=(len(trees), len(trees)))
-    labels = connected_components(graph, directed=True, connection="strong")[1].tolist()
+    labels = cast("list[int]", connected_components(graph, directed=True, connection="strong")[1].tolist())
     groups: dict[int, list[str]] = {}
     for name, label in zip(trees, labels, strict=True):
         groups.setdefault(label, []).append(name)
