@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -13,10 +14,12 @@ from typing import Literal, cast
 
 from compress.errors import MissingError
 from compress.limits import limits
-from compress.untrusted import printable
+from compress.untrusted import printable, reason
 
 Report = Callable[[int], None]
 """Is told how many more bytes have arrived."""
+
+_CLIENTS = ("huggingface_hub", "modelscope_hub", "requests", "httpx")
 
 
 @dataclass(frozen=True)
@@ -94,3 +97,18 @@ def take_part(source: str, arriving: Iterable[bytes], skipped: int, count: int, 
                 "or fetch the model first"
             )
     return bytes(held)
+
+
+@contextmanager
+def readable(source: str, remedy: str) -> Generator[None]:
+    """Tell of what a hub's client raises where the hub's JSON is not as it should be; errors of its own pass.
+
+    Raises:
+        MissingError: the client stumbled over what the hub says; ends with the remedy.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
+        if type(error).__module__.startswith(_CLIENTS):  # some of its own are ValueErrors too
+            raise
+        raise MissingError(f"{source}: what the hub says of it cannot be read ({reason(error)}); {remedy}") from error
