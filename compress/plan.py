@@ -22,7 +22,16 @@ from compress.numerics.scheme import Scheme
 from compress.output_head import check_head, head_notes
 from compress.places import check_places
 from compress.plan_data import count_items
-from compress.plan_notes import export_notes, kernels, outlook_notes, power, size_notes, tokenizer_notes, unmeasured
+from compress.plan_notes import (
+    export_notes,
+    kernels,
+    outlook_notes,
+    power,
+    size_notes,
+    tokenizer_notes,
+    unmeasured,
+    whole_vocabulary,
+)
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
 from compress.quantization_config import Product, foreign_format, products_in, products_of
 from compress.recipe import Recipe, read_evaluation, read_recipe
@@ -205,7 +214,7 @@ def _plan(recipe: Recipe, document: Document, store: Store, given: Mapping[str, 
         sets=planner.sets,
         tasks=planner.tasks,
         steps=steps,
-        notes=(*source_notes, *sizes.notes, *kernel_notes),
+        notes=(*source_notes, *sizes.notes, *kernel_notes, *whole_vocabulary(recipe, pin.config)),
         source_notes=source_notes,
         given=given,
         power=(*power(recipe, items), *unmeasured(recipe)),
