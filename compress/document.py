@@ -111,7 +111,7 @@ def override(document: RecipeDocument, settings: Mapping[str, Any]) -> None:
     for path, given in settings.items():
         value = str(given) if isinstance(given, Path) else given
         place = tuple(int(part) if part.isdigit() else part for part in str(path).split("."))
-        fault = _assign(document.data, place, _from_here(place, value))
+        fault = _assign(document.data, place, _from_here(place, value, document.path.parent))
         if fault:
             faults.append(f"--set {path}: {fault}")
         document.overridden[place] = f"{path}={_written(value)}"
@@ -129,15 +129,16 @@ def _written(value: Any) -> str:
         return str(value)
 
 
-def _from_here(place: Place, value: Any) -> Any:
+def _from_here(place: Place, value: Any, base: Path) -> Any:
+    """Let a path mean the file in the current folder; one that is only in the recipe's folder `base` is left for that."""
     if isinstance(value, dict):
-        return {key: _from_here((*place, key), item) for key, item in cast("dict[str, Any]", value).items()}
+        return {key: _from_here((*place, key), item, base) for key, item in cast("dict[str, Any]", value).items()}
     if isinstance(value, list):
-        return [_from_here((*place, position), item) for position, item in enumerate(cast("list[Any]", value))]
+        return [_from_here((*place, position), item, base) for position, item in enumerate(cast("list[Any]", value))]
     if not isinstance(value, str) or not value or place[-1] not in _READ_FROM_HERE:
         return value
     here = Path(value).expanduser().absolute()
-    return str(here) if here.exists() or is_path(value) else value
+    return str(here) if here.exists() or (is_path(value) and not (base / value).exists()) else value
 
 
 def _assign(data: dict[str, Any], place: Place, value: Any) -> str | None:

@@ -131,8 +131,8 @@ def _has_quantized_head(checkpoint: Checkpoint, family: Family) -> bool:
 
 
 def _equal(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry) -> bool:
-    if one.shape != other.shape:
-        return False
+    if one.shape != other.shape or one.elements == 0:
+        return one.shape == other.shape
     if checkpoint.read_range is not None and not (one.file.is_file() and other.file.is_file()):
         return _equal_samples(checkpoint, one, other)
     return _equal_files(one, other, _state(one), _state(other))

@@ -22,7 +22,16 @@ from compress.layouts import has_kv_scales, quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.output_head import check_head, head_notes
 from compress.plan_data import count_items
-from compress.plan_notes import export_notes, kernels, outlook_notes, power, size_notes, tokenizer_notes, unmeasured
+from compress.plan_notes import (
+    export_notes,
+    full_vocabulary,
+    kernels,
+    outlook_notes,
+    power,
+    size_notes,
+    tokenizer_notes,
+    unmeasured,
+)
 from compress.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
 from compress.publish_folders import check_publish_folders
 from compress.quantization_config import Product, foreign_format, products_in, products_of
@@ -221,7 +230,7 @@ def _plan(recipe: Recipe, document: RecipeDocument, store: Store, existing: Mapp
         sets=planner.sets,
         tasks=planner.tasks,
         steps=steps,
-        notes=(*document.notes, *source_notes, *sizes.notes, *kernel_notes),
+        notes=(*document.notes, *source_notes, *sizes.notes, *kernel_notes, *full_vocabulary(recipe, pin.config)),
         source_notes=source_notes,
         existing=existing,
         power=(*power(recipe, items), *unmeasured(recipe)),

@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, cast
 
 from compress.artifact import side_files
-from compress.checkpoint import Checkpoint
+from compress.checkpoint import Checkpoint, text_config
 from compress.export.format import ExportSpec
 from compress.figures import counted
+from compress.figures import size as shown_size
 from compress.gate import SizeLimit
 from compress.plan_data import sample_limit
 from compress.quantization_config import Product
 from compress.recipe import Recipe
 from compress.tokenizer_files import cutting_settings
+
+_BYTES_PER_TOKEN = 66
+"""Of a server's answer for each token of the vocabulary: 10 MB at 152,000."""
+
+_MUCH = 1_000_000_000
+"""Bytes of answers from which on a plan notes them: below, they take less than a task's own questions."""
 
 _HEADER_BYTES = 300
 """The most bytes that a tensor takes in a safetensors header and the index; of files on a hub only the tensors' bytes are known."""
@@ -57,6 +65,24 @@ def kernels(recipe: Recipe, products: Mapping[str, frozenset[Product]]) -> tuple
                 faults |= dict.fromkeys(f"{artifact} at {target.name}: {fault}" for fault in target.runtime.kernel_faults(needed))
                 notes |= dict.fromkeys(f"{artifact} at {target.name}: {note}" for note in target.runtime.kernel_notes(needed))
     return list(faults), list(notes)
+
+
+def full_vocabulary(recipe: Recipe, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what asking servers for likelihoods over the whole vocabulary sends, where that is much."""
+    vocabulary: object = text_config(config).get("vocab_size")
+    size = _BYTES_PER_TOKEN * vocabulary if isinstance(vocabulary, int) else 0
+    asked = {
+        target.name: cast("int", getattr(target.runtime, "whole_tokens", 0))
+        for target in recipe.eval.places
+        if target.runtime.asks_server
+    }
+    return tuple(
+        f"at {name} every model scores {tokens:,} tokens of each task over the whole vocabulary, in about "
+        f"{shown_size(tokens * size)} of answers: many minutes of a server on a CPU; fewer whole_tokens take less, and with "
+        "whole_tokens: 0 max_kl cannot pass"
+        for name, tokens in asked.items()
+        if tokens * size >= _MUCH
+    )
 
 
 def unmeasured(recipe: Recipe) -> tuple[str, ...]:

@@ -151,6 +151,8 @@ class _Handler(BaseHTTPRequestHandler):
         repo = self.state.repos.get(("modelscope", "/".join(parts[1:3])))
         if repo is None or query.get("Revision", "master") not in repo.revisions:
             self._json({"Code": 10010205001, "Message": "not found", "Success": False}, status=404)
+        elif repo.said is not None:
+            self._send(200, repo.said, {"Content-Type": "application/json"})
         elif parts[3:] == ["repo", "files"]:
             rows = [
                 {"Path": name, "Name": name, "Type": "blob", "Size": len(data), "Sha256": sha256(data)}

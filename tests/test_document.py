@@ -91,5 +91,8 @@ def test_a_path_after_set_that_is_not_there_is_looked_for_from_the_current_folde
     document = read_document(tmp_path / "recipe.yaml")
     override(document, {"model.source": "questions.jsonl"})
     assert document.data["model"]["source"] == str(tmp_path / "here" / "questions.jsonl")
+    (tmp_path / "questions.jsonl").write_text("")
+    override(document, {"model.source": "questions.jsonl"})
+    assert document.data["model"]["source"] == "questions.jsonl"  # which is then taken from the recipe's folder
     override(document, {"model.source": "org/name"})
     assert document.data["model"]["source"] == "org/name"

@@ -146,6 +146,29 @@ def test_a_listing_that_cannot_be_read_is_one_message(hub: HubServer, said: byte
         resolve_model("org/tiny", "huggingface", "main")
 
 
+@pytest.mark.parametrize(
+    "files",
+    [
+        b"7",
+        b"[7]",
+        b"[{}]",
+        b'{"a": 1}',
+        b'[{"Path": 7, "Size": 1, "Sha256": "ab"}]',
+        b'[{"Path": "config.json", "Size": "large", "Sha256": "ab"}]',
+        b'[{"Path": "config.json", "Size": -1, "Sha256": "ab"}]',
+        b'[{"Path": "../config.json", "Size": 1, "Sha256": "ab"}]',
+        b'[{"Path": "config.json", "Size": 1, "Sha256": [7]}]',
+        b"[" * 100_000,
+    ],
+)
+def test_a_listing_of_modelscope_that_cannot_be_read_is_one_message(hub: HubServer, files: bytes) -> None:
+    hub.repos["modelscope", "org/tiny"] = Repo(
+        {}, revisions=("master",), said=b'{"Code": 200, "Success": true, "Data": {"Files": %b}}' % files
+    )
+    with pytest.raises((MissingError, CheckpointError), match=r"^org/tiny: [^\n]+$"):
+        resolve_model("org/tiny", "modelscope", "master")
+
+
 def test_fetch_takes_the_listed_files_only(hub: HubServer, checkpoint: Path) -> None:
     extra = {
         "modeling.py": b"raise SystemExit",

@@ -117,6 +117,15 @@ def test_a_difference_is_found_at_the_end_of_large_matrices(remote: bool, tmp_pa
         assert head_is_tied(checkpoint, family) == (kind == "equal")
 
 
+def test_matrices_of_no_rows_are_equal_on_a_hub_too(tmp_path: Path) -> None:
+    folder = BUILDERS["qwen2.5-vl"](tmp_path / "model")
+    put_head(folder, "equal", BUILDERS["qwen2.5-vl"](tmp_path / "source"))
+    say(folder, True, None)
+    checkpoint, family = open_checkpoint(folder), family_at(folder)
+    empty = {name: replace(checkpoint.tensors[name], shape=(0, 64), start=0, end=0) for name in names(checkpoint, family)}
+    assert head_is_tied(on_a_hub(replace(checkpoint, tensors={**checkpoint.tensors, **empty})), family)
+
+
 def on_a_hub(checkpoint: Checkpoint) -> Checkpoint:
     """Give the bytes of a checkpoint's files only in parts, as a hub does."""
     folder = checkpoint.folder

@@ -13,6 +13,8 @@ from rich.console import Console
 import compress
 from compress.errors import DataError, RecipeError, StoreError
 from compress.plan import Plan, make_plan, show
+from compress.plan_notes import full_vocabulary
+from compress.recipe import read_recipe
 from compress.runtimes.vllm import Vllm, positions_of
 from compress.store import Store
 from tests.jobs import Job, make_job
@@ -45,6 +47,17 @@ def test_what_needs_a_gpu_is_said_once_in_the_plan(job: Job) -> None:
     (note,) = plan.notes
     assert note.endswith("(and 6 more): vLLM's build for CPUs runs weights of 4 bits, not 3: this artifact needs a GPU")
     assert output.count(f"note: {note}") == 1
+
+
+@pytest.mark.parametrize(("vocabulary", "told"), [(152_064, 1), (600, 0)])
+def test_what_the_whole_vocabulary_costs_is_told_where_it_is_much(job: Job, vocabulary: int, told: int) -> None:
+    recipe = read_recipe(job.recipe, {"eval.runtime": {"runtime": "vllm", "url": "http://127.0.0.1:1"}})[0]
+    notes = full_vocabulary(recipe, {"text_config": {"vocab_size": vocabulary}})
+    assert len(notes) == told
+    for note in notes:
+        assert note.startswith(
+            "at local every model scores 320 tokens of each task over the whole vocabulary, in about 3.21 GB of "
+        )
 
 
 def test_what_depends_on_the_widths_a_run_chooses_is_said_so(job: Job) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -11,9 +10,8 @@ from typing import Any, Literal
 
 from compress.errors import MissingError, UsageError
 from compress.files import telling_where, write_text
-from compress.hubs.repository import RemoteFile, Report, Repository, range_deadline, take_range
+from compress.hubs.repository import RemoteFile, Report, Repository, range_deadline, take_range, valid_response
 from compress.limits import limits
-from compress.untrusted import reason
 
 Kind = Literal["model", "dataset"]
 
@@ -35,7 +33,7 @@ def list_files(kind: Kind, source: str, revision: str) -> Repository:
         try:
             api = HfApi()
             request_info = api.model_info if kind == "model" else api.dataset_info
-            with _valid_response(source):
+            with valid_response(source, "try another endpoint (HF_ENDPOINT)"):
                 info = request_info(source, revision=revision, files_metadata=True, timeout=limits().hub_seconds)
         except (httpx.TransportError, OfflineModeIsEnabled):
             cached = _cached(kind, source, revision)
@@ -159,17 +157,6 @@ def translated_errors(kind: Kind, source: str, revision: str) -> Generator[None]
         raise MissingError(
             f"{source}: {HfApi().endpoint} cannot be reached ({_first_line(error)}) and the cache does not have it; "
             "check the network, set HF_ENDPOINT to a mirror, or name a local path as source"
-        ) from error
-
-
-@contextmanager
-def _valid_response(source: str) -> Generator[None]:
-    """Translate what the client raises on a malformed response; its own errors are handled by `translated_errors`."""
-    try:
-        yield
-    except (KeyError, TypeError, AttributeError, RecursionError, OverflowError, json.JSONDecodeError) as error:
-        raise MissingError(
-            f"{source}: what the hub says of it cannot be read ({reason(error)}); try another endpoint (HF_ENDPOINT)"
         ) from error
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from compress.errors import MissingError
-from compress.hubs.repository import RemoteFile, Report, Repository, content_digest, range_deadline, take_range
+from compress.hubs.repository import RemoteFile, Report, Repository, content_digest, range_deadline, take_range, valid_response
+
+_SHA256 = re.compile(r"[0-9a-fA-F]{64}")
 
 if TYPE_CHECKING:
     from modelscope_hub import HubApi, ProgressCallback
@@ -22,12 +25,13 @@ def list_files(source: str, revision: str) -> Repository:
     Raises:
         MissingError: the client is not installed, there is no such repository or revision, or the hub cannot be reached.
     """
-    with translated_errors(source, revision):
+    remedy = "use another endpoint (MODELSCOPE_ENDPOINT), or a local copy as source"
+    with translated_errors(source, revision), valid_response(source, remedy):
         entries = _api(source).list_repo_files(source, "model", revision=revision)
-    files = tuple(
-        RemoteFile(name=entry.path, size=entry.size, content=f"sha256:{entry.sha256}") for entry in entries if not entry.is_dir
-    )
-    without_digest = [file.name for file in files if file.sha256 in {None, "", "None"}]
+        files = tuple(
+            RemoteFile(name=entry.path, size=entry.size, content=f"sha256:{entry.sha256}") for entry in entries if not entry.is_dir
+        )
+    without_digest = [file.name for file in files if not _SHA256.fullmatch(file.sha256 or "")]
     if without_digest:
         raise MissingError(
             f"{source}: the hub gives no SHA-256 of {without_digest[0]}, so it cannot be pinned; use a local copy as source"

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import PurePosixPath
@@ -13,10 +14,12 @@ from typing import Literal, cast
 
 from compress.errors import MissingError
 from compress.limits import limits
-from compress.untrusted import printable
+from compress.untrusted import printable, reason
 
 Report = Callable[[int], None]
 """A progress callback: takes the number of bytes received since the last call."""
+
+_CLIENTS = ("huggingface_hub", "modelscope_hub", "requests", "httpx")
 
 
 @dataclass(frozen=True)
@@ -101,3 +104,18 @@ def take_range(source: str, chunks: Iterable[bytes], skipped: int, count: int, d
                 "or fetch the model first"
             )
     return bytes(data)
+
+
+@contextmanager
+def valid_response(source: str, remedy: str) -> Generator[None]:
+    """Translate what a hub's client raises on a malformed response; errors of the client's own pass.
+
+    Raises:
+        MissingError: the response is malformed; ends with the remedy.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError, OverflowError) as error:
+        if type(error).__module__.startswith(_CLIENTS):  # some of its own are ValueErrors too
+            raise
+        raise MissingError(f"{source}: what the hub says of it cannot be read ({reason(error)}); {remedy}") from error
