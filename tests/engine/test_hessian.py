@@ -14,23 +14,23 @@ def tokens(count: int, channels: int) -> Tensor:
     return torch.randn(count, channels, generator=generator) * torch.logspace(-1, 1, channels) + 0.3
 
 
-def counted(request: HessianRequest, rows: Tensor, chunks: int = 7) -> FullHessian | HessianSketch:
-    sums = request.start(rows.shape[1], CPU)
+def counted(requested: HessianRequest, rows: Tensor, chunks: int = 7) -> FullHessian | HessianSketch:
+    sums = requested.start(rows.shape[1], CPU)
     for chunk in torch.split(rows, -(-len(rows) // chunks)):
         sums.add(chunk)
     return sums
 
 
 @pytest.mark.parametrize(
-    "request", [HessianRequest(), HessianRequest(full=False, sketch=False, block=12), HessianRequest(full=False, sketch=False)]
+    "requested", [HessianRequest(), HessianRequest(full=False, sketch=False, block=12), HessianRequest(full=False, sketch=False)]
 )
-def test_the_diagonal_and_the_blocks_along_it_are_exact(request: HessianRequest) -> None:
+def test_the_diagonal_and_the_blocks_along_it_are_exact(requested: HessianRequest) -> None:
     rows = tokens(50, 48)
-    sums = counted(request, rows)
-    assert isinstance(sums, FullHessian if request.full else HessianSketch)
+    sums = counted(requested, rows)
+    assert isinstance(sums, FullHessian if requested.full else HessianSketch)
     hessian = rows.t() @ rows
     torch.testing.assert_close(sums.diagonal(), hessian.diagonal())
-    for size in (size for size in (1, 4, 12) if request.full or size <= request.block):
+    for size in (size for size in (1, 4, 12) if requested.full or size <= requested.block):
         blocks = sums.blocks(size)
         assert blocks.shape == (48 // size, size, size)
         for index, block in enumerate(blocks):
@@ -61,10 +61,10 @@ def test_the_output_error_by_a_sketch_is_near_the_true_one(monkeypatch: pytest.M
 @pytest.mark.parametrize("full", [True, False])
 def test_the_weighted_sum_of_two_is_that_of_their_tokens(full: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("compress.engine.hessian.FULL_HESSIAN_CHANNELS", 0)
-    request, first, second = HessianRequest(full=full, block=4), tokens(30, 8), tokens(20, 8).flip(0, 1)
+    requested, first, second = HessianRequest(full=full, block=4), tokens(30, 8), tokens(20, 8).flip(0, 1)
     error = torch.randn(3, 8, generator=torch.Generator().manual_seed(1))
-    sums = counted(request, first)
-    sums.add_weighted(counted(request, second), 0.5, 3.0)
+    sums = counted(requested, first)
+    sums.add_weighted(counted(requested, second), 0.5, 3.0)
     both = torch.cat([first * 0.5**0.5, second * 3**0.5])
     torch.testing.assert_close(sums.diagonal(), both.square().sum(0))
     torch.testing.assert_close(sums.output_error(error), (both @ error.t()).square().sum())
