@@ -8,76 +8,13 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, UsageError
 from compress.eval.results import (
-    AnyItem,
-    Fidelity,
     Grounding,
     GroundingItem,
-    ItemizedMeasurement,
-    PerplexityMetrics,
-    QuestionItem,
-    ScoreMetrics,
-    TaskMeasurement,
-    WholeKl,
-    WindowItem,
 )
 from compress.gate import SCORED_TASK_KINDS, Check, Gate, MeasuredModel, Verdict, combine_verdicts, judge
+from tests.judged import TOKENS, only, outcomes, subject
 
 WINDOWS = 12
-TOKENS = 63
-
-MEAN_KL = "scenes: mean KL 0.01000 (90% interval 0.00800–0.01200) nats per token, 800 tokens"
-
-
-def question(number: int, right: bool) -> QuestionItem:
-    return QuestionItem(
-        id=f"q{number}",
-        digest=f"digest-{number}",
-        prompt="Which colour?",
-        accepted=("red",),
-        said="red" if right else "blue",
-        cluster=f"image-{number}",
-        score=float(right),
-        token_ids=(1, 2),
-        tokens=2,
-        nll=0.5,
-    )
-
-
-def window(number: int, nll: float) -> WindowItem:
-    return WindowItem(id=f"window-{number:05d}", digest=f"text-{number}", tokens=TOKENS, nll=nll)
-
-
-def fidelity(**changes: Any) -> Fidelity:
-    fields: dict[str, Any] = {"tokens": 800, "kl_mean": 0.01, "kl_p99": 0.2, "kl_interval": (0.008, 0.012), "top1_agreement": 0.97}
-    return Fidelity(**(fields | changes))
-
-
-def subject(
-    name: str, size: int, right: list[bool] | None = None, nll: list[float] | None = None, alike: Fidelity | None = None
-) -> MeasuredModel:
-    tasks: dict[str, TaskMeasurement] = {}
-    items: dict[str, tuple[AnyItem, ...]] = {}
-    if right is not None:
-        metrics = ScoreMetrics(task="vqa", metric="exact_match", score=sum(right) / len(right), items=len(right))
-        tasks["scenes"] = TaskMeasurement(name="scenes", metrics=metrics, fidelity=alike)
-        items["scenes"] = tuple(question(number, answer) for number, answer in enumerate(right))
-    if nll is not None:
-        tokens = TOKENS * len(nll)
-        perplexity = PerplexityMetrics(perplexity=math.exp(sum(nll) / tokens), window=TOKENS + 1, windows=len(nll), tokens=tokens)
-        tasks["text"] = TaskMeasurement(name="text", metrics=perplexity, fidelity=alike)
-        items["text"] = tuple(window(number, value) for number, value in enumerate(nll))
-    return MeasuredModel(artifact=name, bytes=size, measurement=ItemizedMeasurement(tasks, items))
-
-
-def outcomes(both: int, lost: int, gained: int, neither: int) -> tuple[list[bool], list[bool]]:
-    original = [True] * (both + lost) + [False] * (gained + neither)
-    artifact = [True] * both + [False] * lost + [True] * gained + [False] * neither
-    return original, artifact
-
-
-def only(verdict: Verdict) -> Check:
-    assert len(verdict.checks) == 1
-    return verdict.checks[0]
 
 
 def judge_accuracy(counts: tuple[int, int, int, int], min_recovery: float) -> Check:
@@ -196,131 +133,6 @@ def test_perplexity_verdicts() -> None:
     single = judge_text([0.1], 1.5)
     assert single.verdict == "inconclusive"
     assert single.reason.endswith("a single window has no spread; measure more of them")
-
-
-@pytest.mark.parametrize(
-    ("limits", "verdict", "reason"),
-    [
-        ({"max_kl": 0.011}, "pass", f"{MEAN_KL}; the limit is 0.011"),
-        ({"max_kl": 0.009}, "fail", f"{MEAN_KL}; the limit is 0.009"),
-        ({"min_top1": 0.97}, "pass", "scenes: the same top token for 97.00 % of tokens, 800 tokens; the limit is 97 %"),
-        ({"min_top1": 0.98}, "fail", "scenes: the same top token for 97.00 % of tokens, 800 tokens; the limit is 98 %"),
-    ],
-)
-def test_fidelity_is_compared_plainly(limits: dict[str, float], verdict: str, reason: str) -> None:
-    original, artifact = subject("original", 100, [True]), subject("small", 40, [True], alike=fidelity())
-    check = only(judge(Gate.model_validate({"fidelity": limits}), original, [artifact]))
-    assert (check.check, check.verdict, check.reason) == (f"fidelity.{next(iter(limits))}", verdict, reason)
-
-
-def below(kl: float, full: WholeKl | None = None, **changes: Any) -> Fidelity:
-    """KL over the likeliest tokens alone."""
-    return fidelity(kl_mean=kl, kl_interval=(0.9 * kl, 1.1 * kl), at_least=True, whole=full, **changes)
-
-
-def over_all(mean: float, interval: tuple[float, float] | None, p99: float | None = None) -> WholeKl:
-    return WholeKl(tokens=320, kl_mean=mean, kl_interval=interval, kl_p99_at_most=p99)
-
-
-@pytest.mark.parametrize(
-    ("compared", "verdict", "text"),
-    [
-        (below(0.0006), "inconclusive", "mean KL at least 0.00060 (90% interval 0.00054–0.00066) nats per token"),
-        (below(0.0006), "inconclusive", "KL is known from below, which may fail a limit but cannot pass it; set the runtime"),
-        (below(0.0011), "fail", "mean KL at least 0.00110"),
-        (below(0.0006, over_all(0.00104, (0.00101, 0.00108))), "fail", "over the whole vocabulary 0.00104 for the same tokens"),
-        (
-            below(0.0006, over_all(0.0009, (0.00085, 0.00098))),
-            "pass",
-            "0.00090 for the same tokens, as 320 of them show (90% interval 0.00085–0.00098)",
-        ),
-        (below(0.0006, over_all(0.00098, (0.00092, 0.00105))), "inconclusive", "leave open; raise the runtime's whole_tokens"),
-        (below(0.0006, over_all(0.0007, None)), "inconclusive", "too few for an upper bound"),
-        (below(0.0012, over_all(0.0012, (0.0012, 0.0012))), "fail", "mean KL at least 0.00120"),
-        (below(0.0012, over_all(0.0009, (0.0007, 0.0011))), "fail", "mean KL at least 0.00120"),
-    ],
-)
-def test_a_lower_bound_of_kl_fails_a_limit_and_never_passes_it(compared: Fidelity, verdict: str, text: str) -> None:
-    original, artifact = subject("original", 100, [True]), subject("small", 40, [True], alike=compared)
-    check = only(judge(Gate.model_validate({"fidelity": {"max_kl": 0.001}}), original, [artifact]))
-    assert check.verdict == verdict and text in check.reason
-    assert check.at_least == (compared.whole is None)
-    if check.interval is not None:
-        assert check.interval_level == 0.9
-
-
-@pytest.mark.parametrize(
-    ("compared", "verdict", "text"),
-    [
-        (below(0.01, kl_p99=0.2), "inconclusive", "99th percentile of KL at least 0.20000 nats"),
-        (below(0.01, kl_p99=0.4), "fail", "99th percentile of KL at least 0.40000 nats"),
-        (below(0.01, over_all(0.01, (0.01, 0.02), 0.25), kl_p99=0.2), "pass", "and at most 0.25000 with 95 % confidence by 320"),
-        (below(0.01, over_all(0.01, (0.01, 0.02), 0.35), kl_p99=0.2), "inconclusive", "raise the runtime's whole_tokens"),
-        (fidelity(kl_p99=0.2), "pass", "KL at most 0.20000 nats for 99 % of tokens"),
-    ],
-)
-def test_the_99th_percentile_from_below_never_passes_either(compared: Fidelity, verdict: str, text: str) -> None:
-    original, artifact = subject("original", 100, [True]), subject("small", 40, [True], alike=compared)
-    check = only(judge(Gate.model_validate({"fidelity": {"max_kl_p99": 0.3}}), original, [artifact]))
-    assert check.verdict == verdict and text in check.reason
-
-
-def with_kl(
-    name: str, kl: list[float], right: list[bool], again: list[tuple[float, bool]] | None = None, same_top: float = 1.0
-) -> MeasuredModel:
-    """A model whose items have these KL sums, and of the original what they were when it was asked again."""
-    model = subject(name, 100, right, alike=fidelity(kl_mean=sum(kl) / (2 * len(kl)), kl_interval=None))
-    items = tuple(
-        item.model_copy(update={"kl": value}) for item, value in zip(model.measurement.questions("scenes"), kl, strict=True)
-    )
-    if again is None:
-        return replace(model, measurement=replace(model.measurement, items={"scenes": items}))
-    repeated = tuple(
-        item.model_copy(update={"kl": value, "score": float(score)}) for item, (value, score) in zip(items, again, strict=False)
-    )
-    noise = fidelity(kl_mean=sum(value for value, _ in again) / (2 * len(again)), top1_agreement=same_top)
-    task = model.measurement.tasks["scenes"].model_copy(update={"fidelity": None, "noise": noise})
-    measured = replace(model.measurement, tasks={"scenes": task}, items={"scenes": items}, repeated_items={"scenes": repeated})
-    return replace(model, measurement=measured)
-
-
-def test_kl_that_is_no_more_than_the_originals_own_does_not_fail() -> None:
-    """The original asked again in other batches differs from itself as much as the artifact does from it."""
-    spread = [0.02 + 0.001 * (number % 5) for number in range(64)]
-    artifact = with_kl("small", spread, [True] * 64)
-    gate = Gate.model_validate({"fidelity": {"max_kl": 0.005, "min_top1": 0.98}})
-    own = [(value, True) for value in reversed(spread[:40])]
-    noisy = with_kl("original", [0.0] * 64, [True] * 64, own, 0.96)
-    checks = judge(gate, noisy, [artifact]).checks
-    assert [check.verdict for check in checks] == ["inconclusive", "inconclusive"]
-    assert "(the original asked again: 0.01" in checks[0].reason
-    assert "not shown to be further off than the original is from itself, asked in another order and batch" in checks[0].reason
-    assert "for 97.00 % of tokens (the original asked again: 96.00 %)" in checks[1].reason
-    quiet = with_kl("original", [0.0] * 64, [True] * 64, [(0.0, True)] * 40, 0.99)
-    assert [check.verdict for check in judge(gate, quiet, [artifact]).checks] == ["fail", "fail"]
-
-
-def test_flips_that_are_no_more_than_the_originals_own_do_not_fail() -> None:
-    right = [number % 2 == 0 for number in range(200)]
-    flipped = [not answer if number % 5 == 0 else answer for number, answer in enumerate(right)]
-    gate = Gate.model_validate({"flips": {"max_share": 0.1, "confidence": 0.95}})
-    artifact = with_kl("small", [0.0] * 200, flipped)
-    own = [(0.0, not answer if number % 6 == 1 else answer) for number, answer in enumerate(right[:100])]
-    check = only(judge(gate, with_kl("original", [0.0] * 200, right, own), [artifact]))
-    assert check.verdict == "inconclusive"
-    assert "(the original asked again: 17.00 %)" in check.reason
-    assert "not shown to be more than of the original itself (p = " in check.reason
-    still = with_kl("original", [0.0] * 200, right, [(0.0, answer) for answer in right[:100]])
-    check = only(judge(gate, still, [artifact]))
-    assert (check.verdict, check.interval_level) == ("fail", pytest.approx(0.9))
-    assert check.reason.startswith("scenes: 20 lost and 20 gained of 200 items, 20.00 % (90% interval ")
-
-
-def test_fidelity_without_a_comparison_is_inconclusive() -> None:
-    gate = Gate.model_validate({"fidelity": {"max_kl": 1, "min_top1": 0.1}})
-    verdict = judge(gate, subject("original", 100, [True]), [subject("small", 40, [True])])
-    assert [check.verdict for check in verdict.checks] == ["inconclusive", "inconclusive"]
-    assert "was not compared with the original" in verdict.checks[0].reason
 
 
 def test_size_is_compared_with_the_originals() -> None:
