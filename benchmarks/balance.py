@@ -28,20 +28,20 @@ import torch
 
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import TextSet, VqaSet
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.perplexity import Perplexity
 from compress.eval.results import Measurement
-from compress.eval.task import Task
-from compress.eval.vqa import Vqa as Questions
+from compress.eval.tasks.perplexity import Perplexity
+from compress.eval.tasks.task import Task
+from compress.eval.tasks.vqa import Vqa as Questions
 from compress.families import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext
-from compress.runtimes.transformers import Transformers
-from compress.stages.awq import Awq
-from compress.stages.gptq import Gptq
+from compress.runtimes.transformers.runtime import Transformers
+from compress.stages.quantization.awq import Awq
+from compress.stages.quantization.gptq import Gptq
 from compress.stages.stage import StageContext
 
 STAGES: dict[str, type[Awq] | type[Gptq]] = {"awq": Awq, "gptq": Gptq}

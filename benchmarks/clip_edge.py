@@ -31,16 +31,16 @@ from transformers import CLIPModel, CLIPProcessor
 
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import Columns, QuestionSource, VqaSet
-from compress.checkpoint import open_checkpoint
-from compress.conversation import decode_image
-from compress.eval.task import draw_questions
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.data.prompts import decode_image
+from compress.eval.tasks.task import draw_questions
 from compress.export.format import ExportContext
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
-from compress.stages.int8 import Int8
+from compress.stages.quantization.int8 import Int8
 from compress.stages.stage import StageContext
 
 DEMO = Path("recipes/demo/clip")

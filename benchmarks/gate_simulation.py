@@ -32,10 +32,10 @@ import numpy as np
 import scipy
 from numpy.typing import NDArray
 
-from compress.eval.paired import Pairs, decide
-from compress.eval.power import POWER, Assumed, AssumedChanges, items_for, items_for_mean_loss
-from compress.eval.sequential import Sequential
-from compress.eval.statistics import Levels
+from compress.eval.statistics.estimates import Levels
+from compress.eval.statistics.paired import Pairs, decide
+from compress.eval.statistics.power import POWER, Assumed, AssumedChanges, items_for, items_for_mean_loss
+from compress.eval.statistics.sequential import Sequential
 from compress.files import write_json
 from compress.hardware import describe
 

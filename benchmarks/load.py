@@ -28,17 +28,17 @@ from typing import Any
 
 from scipy.stats import binom
 
-from compress.eval.bench_serve import Bench, bench_serve
-from compress.eval.latency import LoadPoint
-from compress.eval.latency_figures import summarize
-from compress.eval.latency_results import LoadResult
-from compress.eval.load_generator import DIALECTS, Load, make_requests, run_load, warm_up
+from compress.eval.latency.bench_serve import Bench, bench_serve
+from compress.eval.latency.figures import summarize
+from compress.eval.latency.load_generator import DIALECTS, Load, make_requests, run_load, warm_up
+from compress.eval.latency.results import LoadResult
+from compress.eval.latency.settings import LoadPoint
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
-from compress.runtimes.environment import require
 from compress.runtimes.runtime import OpenContext, RunningServer
-from compress.runtimes.vllm import Vllm
+from compress.runtimes.vllm.runtime import Vllm
+from compress.workers.environment import require
 
 FIGURES: dict[str, Callable[[LoadResult], float]] = {
     "e2el_p50": lambda result: result.e2el.p50 if result.e2el else float("nan"),

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 
 from benchmarks.sides import Samples, run_ours, run_peer, take_samples, versions
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.perplexity import Perplexity
 from compress.eval.results import Measurement
-from compress.eval.task import Task
-from compress.eval.vqa import Vqa as Questions
+from compress.eval.tasks.perplexity import Perplexity
+from compress.eval.tasks.task import Task
+from compress.eval.tasks.vqa import Vqa as Questions
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 
 
 def rows_of(group_size: int) -> list[tuple[str, str, dict[str, Any] | list[str]]]:

@@ -23,15 +23,15 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.speed import SHAPES
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
+from compress.export.vllm.format import VllmExport
 from compress.families import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes.environment import require
+from compress.workers.environment import require
 from tests.quantized import round_checkpoint
 from tests.tiny import build_qwen2_5_vl
 
@@ -51,10 +51,10 @@ OURS = (
     + """
 import json, sys, time
 from pathlib import Path
-import compress.export.graphs.decoder, compress.export.graphs.qwen_vision, compress.export.graphs.write
-from compress.checkpoint import open_checkpoint
+import compress.export.onnx.graphs.decoder, compress.export.onnx.graphs.qwen_vision, compress.export.onnx.graphs.write
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import family_of
 from compress.progress import Silent
 source, target, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]

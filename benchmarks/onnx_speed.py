@@ -28,17 +28,17 @@ import onnxruntime
 import torch
 
 from benchmarks.speed import SHAPES
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
-from compress.export.onnx import Onnx
-from compress.export.onnx_genai import OnnxGenai
+from compress.export.onnx.format import Onnx
+from compress.export.onnx_genai.format import OnnxGenai
 from compress.families import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes.environment import require
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
+from compress.workers.environment import require
 from tests.quantized import round_checkpoint
 from tests.tiny import build_qwen2_5_vl
 

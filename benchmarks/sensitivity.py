@@ -29,7 +29,7 @@ from transformers import AutoModelForImageTextToText
 from compress.calibration.batches import Batch, load_batches
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import TextSet, VqaSet
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
 from compress.engine.statistics import observe

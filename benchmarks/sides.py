@@ -22,15 +22,15 @@ from typing import Any
 
 import torch
 
-import compress.stages.quantize
-from compress.artifact import copy_side_files
+import compress.stages.quantization.quantize
 from compress.calibration.batches import load_batches
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import TextSet, VqaSet
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.artifact import copy_side_files
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.families import family_of
 from compress.progress import Silent
-from compress.schema import load_row
+from compress.recipe.schema import load_row
 from compress.stages import STAGES
 from compress.stages.stage import Stage, StageContext
 
@@ -126,7 +126,7 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     cuda = torch.cuda.is_available()
-    assert compress.stages.quantize  # imported before the clock starts, as on the other side
+    assert compress.stages.quantization.quantize  # imported before the clock starts, as on the other side
     stage, imported = stage_of(arguments.stage), _resident()
     start, before = time.perf_counter(), time.process_time()
     family = family_of(open_checkpoint(arguments.model).config)

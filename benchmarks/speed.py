@@ -28,7 +28,7 @@ from benchmarks.sides import run_ours, run_peer, take_samples, versions
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from tests.tiny import build_qwen2_5_vl
 
 SHAPES: dict[str, dict[str, int]] = {

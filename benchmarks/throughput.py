@@ -30,14 +30,14 @@ from typing import IO, Any, cast
 
 from compress.calibration.sets import QuestionSource
 from compress.eval.journal import answer_all
-from compress.eval.task import draw_questions
+from compress.eval.tasks.task import draw_questions
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
-from compress.runtimes.environment import require
 from compress.runtimes.runtime import OpenContext, Prompt
-from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_session import VllmSession
+from compress.runtimes.vllm.runtime import Vllm
+from compress.runtimes.vllm.session import VllmSession
+from compress.workers.environment import require
 
 DEMO = Path("recipes/demo")
 PEER = Path(__file__).with_name("throughput_peer.py")

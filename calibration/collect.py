@@ -15,17 +15,17 @@ import numpy as np
 from numpy.typing import NDArray
 from safetensors import numpy as tensors
 
-from compress.calibration.identity import WordHashes, fingerprint_of, shingles, words_of
-from compress.calibration.questions import Question, count_questions, read_questions
 from compress.calibration.sets import TextSet, VqaSet, WikitextSet
-from compress.calibration.texts import read_documents
-from compress.calibration.windows import Encode, Window, WindowRequest, draw_indices, pack_windows
-from compress.checkpoint import read_config, text_config
-from compress.conversation import RefusedError, check_reserved, load_tokenizer
+from compress.checkpoints.checkpoint import read_config, text_config
+from compress.data.identity import WordHashes, fingerprint_of, shingles, words_of
+from compress.data.images import media_type
+from compress.data.prompts import RefusedError, check_reserved, load_tokenizer
+from compress.data.questions import Question, count_questions, read_questions
+from compress.data.texts import read_documents
+from compress.data.windows import Encode, Window, WindowRequest, draw_indices, pack_windows
 from compress.errors import DataError
 from compress.families import family_at
 from compress.files import write_json, write_text
-from compress.pictures import media_type
 from compress.progress import Progress
 from compress.runtimes.runtime import Prompt
 

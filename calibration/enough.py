@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from compress.calibration.json_rows import read_json_rows
 from compress.calibration.sets import TextSet, VqaSet, WikitextSet
-from compress.calibration.tables import parquet_bytes, parquet_rows
-from compress.calibration.windows import REACH
+from compress.data.json_rows import read_json_rows
+from compress.data.tables import parquet_bytes, parquet_rows
+from compress.data.windows import REACH
 
 _BYTES_PER_TOKEN = 8
 """More bytes of running text than a token of any common tokenizer has on average, so that enough text is fetched."""

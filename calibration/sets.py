@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, PositiveInt, ValidationInfo, model_validator
 
-from compress.schema import Frozen, Source, resolve_source
+from compress.recipe.schema import Frozen, Source, resolve_source
 
 Names = str | Annotated[tuple[str, ...], Field(min_length=1)]
 """A field, or several that are read together."""

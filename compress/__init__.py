@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from compress.report import Report
+    from compress.report.model import Report
 
 __all__ = ["__version__", "evaluate", "run"]
 __version__ = "0.1.0"
@@ -32,8 +32,8 @@ def run(
     """
     from rich.console import Console
 
-    from compress.display import Display
-    from compress.runner import RunFolders, run_recipe
+    from compress.cli.display import Display
+    from compress.pipeline.runner import RunFolders, run_recipe
 
     folders = RunFolders(runs=Path(runs), store=None if store is None else Path(store))
     return run_recipe(Path(recipe), dict(set or {}), folders, Display(Console(stderr=True)), fresh=fresh, force=force)
@@ -58,8 +58,8 @@ def evaluate(
     """
     from rich.console import Console
 
-    from compress.display import Display
-    from compress.runner import RunFolders, run_evaluation
+    from compress.cli.display import Display
+    from compress.pipeline.runner import RunFolders, run_evaluation
 
     folders = RunFolders(runs=Path(runs), store=None if store is None else Path(store))
     models = (str(against), [Path(artifact) for artifact in artifacts])

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.redaction import redact
+from compress.untrusted.redaction import redact
 
 
 class CompressError(Exception):

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.eval.bootstrap import sum_tails
-from compress.eval.paired import Pairs
-from compress.eval.statistics import Finding, Outcome, mean_interval, two_sided
+from compress.eval.statistics.bootstrap import sum_tails
+from compress.eval.statistics.estimates import Finding, Outcome, mean_interval, two_sided
+from compress.eval.statistics.paired import Pairs
 
 Floats = NDArray[np.float64]
 

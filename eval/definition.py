@@ -10,12 +10,12 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
 from compress.calibration.sets import Columns, RowFilter, Values
-from compress.document import dotted, read_document
 from compress.errors import RecipeError
 from compress.eval.metrics import BINARY, METRICS
-from compress.schema import Frozen, Source
+from compress.recipe.document import dotted, read_document
+from compress.recipe.schema import Frozen, Source
 
-_SHIPPED = Path(__file__).parent / "tasks"
+_SHIPPED = Path(__file__).parent / "definitions"
 
 Kind = Literal["vqa", "choice", "caption"]
 """The kinds of task that have definitions."""

@@ -24,15 +24,15 @@ from typing import TYPE_CHECKING, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint import read_json_object
+from compress.checkpoints.checkpoint import read_json_object
 from compress.errors import DataError
 from compress.eval.results import WholeKl
-from compress.eval.statistics import clustered_mean, student_quantile
+from compress.eval.statistics.estimates import clustered_mean, student_quantile
 from compress.files import telling_where, write_bytes, write_text
 from compress.runtimes.runtime import FullVocabularySession, Passage, Score, passages_digest
 
 if TYPE_CHECKING:
-    from compress.eval.task import TaskContext
+    from compress.eval.tasks.task import TaskContext
 
 CONFIDENCE = 0.95
 """The confidence of each bound: `WholeKl.interval_level` (0.9) is that of both together."""

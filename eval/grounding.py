@@ -12,15 +12,15 @@ from pydantic import Field
 from compress.errors import DataError
 from compress.eval.changes import ImageGain, image_gain
 from compress.eval.journal import answer_all
-from compress.eval.normalize import normalize
+from compress.eval.metrics.normalize import normalize
 from compress.eval.results import Grounding, GroundingItem, check_pairs, read_grounding
-from compress.eval.task import TaskContext, cluster_of
+from compress.eval.tasks.task import TaskContext, cluster_of
+from compress.recipe.schema import Frozen
 from compress.runtimes.runtime import Answer, Prompt
-from compress.schema import Frozen
 
 if TYPE_CHECKING:
-    from compress.calibration.questions import Question
-    from compress.eval.question_task import QuestionTask
+    from compress.data.questions import Question
+    from compress.eval.tasks.question_task import QuestionTask
 
 
 class GroundingCheck(Frozen):

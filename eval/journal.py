@@ -209,7 +209,7 @@ def _writing(folder: Path) -> Generator[Callable[[str, Answer], None]]:
 
 
 def _write_answers(folder: Path, rows: Sequence[dict[str, object]]) -> None:
-    from compress.calibration.tables import parquet_of
+    from compress.data.tables import parquet_of
 
     with telling_where(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -221,7 +221,7 @@ def _read_answers(folder: Path, *, with_faults: bool) -> dict[str, Answer]:
     """Return the journalled answers by key; those of an unreadable file are requested again."""
     import pyarrow as pa
 
-    from compress.calibration.tables import read_rows
+    from compress.data.tables import read_rows
 
     unreadable = cast("tuple[type[Exception], ...]", (OSError, ValueError, KeyError, TypeError, pa.ArrowException))
     answers: dict[str, Answer] = {}

@@ -18,7 +18,7 @@ from compress.eval.results import (
     write_items,
     write_measurement,
 )
-from compress.eval.task import StoppingRule, Task, TaskContext
+from compress.eval.tasks.task import StoppingRule, Task, TaskContext
 from compress.progress import Progress
 from compress.runtimes.runtime import Session
 
@@ -119,7 +119,7 @@ def _measure_grounding(session: Session, tasks: Sequence[Task], context: Measure
     if context.grounding is None:
         return None, False
     from compress.eval.grounding import image_gain_of, measure_grounding
-    from compress.eval.question_task import QuestionTask
+    from compress.eval.tasks.question_task import QuestionTask
 
     task = next(task for task in tasks if task.name == context.grounding.task)
     assert isinstance(task, QuestionTask)

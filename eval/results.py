@@ -14,7 +14,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from compress.errors import DataError
 from compress.files import write_bytes, write_text
-from compress.schema import Frozen
+from compress.recipe.schema import Frozen
 
 Item = TypeVar("Item")
 
@@ -297,7 +297,7 @@ def repeat_name(name: str) -> str:
 
 def write_items(folder: Path, name: str, items: Sequence[AnyItem | GroundingItem]) -> None:
     """Write a task's items as parquet, a row each."""
-    from compress.calibration.tables import parquet_of
+    from compress.data.tables import parquet_of
 
     write_bytes(items_path(folder, name), parquet_of([item.model_dump() for item in items]))
 
@@ -322,7 +322,7 @@ def read_grounding(folder: Path) -> tuple[GroundingItem, ...]:
 
 
 def _read_items(path: Path, adapter: TypeAdapter[Item]) -> tuple[Item, ...]:
-    from compress.calibration.tables import read_rows
+    from compress.data.tables import read_rows
 
     try:
         rows = read_rows(path)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from compress.artifact import artifact_format
-from compress.checkpoint import Checkpoint
+from compress.checkpoints.artifact import artifact_format
+from compress.checkpoints.checkpoint import Checkpoint
 from compress.export import FORMATS
 from compress.families import Family
 from compress.numerics.scheme import Scheme
 from compress.progress import Progress
-from compress.schema import Frozen, load_row
+from compress.recipe.schema import Frozen, load_row
 
 if TYPE_CHECKING:
     from compress.verification.results import Verification

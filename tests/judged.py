@@ -13,7 +13,7 @@ from compress.eval.results import (
     TaskMeasurement,
     WindowItem,
 )
-from compress.gate import Check, MeasuredModel, Verdict
+from compress.gate.gate import Check, MeasuredModel, Verdict
 
 TOKENS = 63
 """Tokens scored in a window of text."""

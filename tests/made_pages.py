@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.compare import compare
-from compress.compare_formats import as_html
-from compress.report import Report
-from compress.report_html import render_html
+from compress.report.compare import compare
+from compress.report.compare_formats import as_html
+from compress.report.html import render_html
+from compress.report.model import Report
 from tests.reports import gallery, report, verdict
 
 PAGES = ("report", "bare", "passed", "compare")

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from compress.data.images import check_image, decode_image
 from compress.errors import DataError
-from compress.pictures import check_image, decode_image
 
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF")
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from compress.artifact import copy_side_files
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.artifact import copy_side_files
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import pack_linear, quantization_config, unquantized_linears
 from compress.engine.weights import ShardWriter, WeightReader
 from compress.families import family_of, within
 from compress.files import write_json
-from compress.layouts import pack_linear, quantization_config, unquantized_linears
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
 

@@ -25,7 +25,7 @@ def refuse(event, arguments):
 
 
 sys.addaudithook(refuse)
-from compress.cli import main
+from compress.cli.main import main
 
 main()
 """

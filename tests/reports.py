@@ -8,8 +8,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
-from compress.eval.latency import LatencyGoal, LatencySettings, LoadPoint
-from compress.eval.latency_results import (
+from compress.eval.latency.results import (
     Best,
     Component,
     ComponentTable,
@@ -22,12 +21,13 @@ from compress.eval.latency_results import (
     Telemetry,
     Trial,
 )
+from compress.eval.latency.settings import LatencyGoal, LatencySettings, LoadPoint
 from compress.eval.results import Fidelity, Grounding, PerplexityMetrics, ScoreMetrics
-from compress.gallery import Card, Gallery, GalleryAnswer, thumbnail
-from compress.gate import Check, Outcome, Verdict
-from compress.report import Published, Report, Row, Timing
-from compress.runtimes.vllm_ladder import LadderStep
-from compress.stages.widths import GroupWidth, Widths
+from compress.gate.gate import Check, Outcome, Verdict
+from compress.report.gallery import Card, Gallery, GalleryAnswer, thumbnail
+from compress.report.model import Published, Report, Row, Timing
+from compress.runtimes.vllm.ladder import LadderStep
+from compress.stages.quantization.widths import GroupWidth, Widths
 from compress.verification.results import Agreement, Answers, Difference, Verification
 
 SPEEDS = {"original": 1.0, "vllm-awq": 0.62, "vllm-int8": 0.81}

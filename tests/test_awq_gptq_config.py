@@ -10,12 +10,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from compress.awq_gptq_config import check_packed_config
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.awq_gptq_config import check_packed_config
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
-from compress.export.vllm_limits import Layout
+from compress.export.vllm.format import VllmExport
+from compress.export.vllm.limits import Layout
 from compress.families import family_of
 from compress.progress import Silent
 from compress.runtimes.unpack import dense_tensors

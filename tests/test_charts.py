@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.charts import HEIGHT, WIDTH, Axis, Chart, Limit, Point, Series, Unit, draw, pareto_front, swatch, ticks
+from compress.report.charts import HEIGHT, WIDTH, Axis, Chart, Limit, Point, Series, Unit, draw, pareto_front, swatch, ticks
 
 NUMBERS = st.floats(min_value=-1e9, max_value=1e9, allow_nan=False)
 SVG = "{http://www.w3.org/2000/svg}"

@@ -16,11 +16,11 @@ import pytest
 import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-from compress.artifact import check_side_files, copy_side_files
-from compress.checkpoint import open_checkpoint, read_header
-from compress.conversation import load_processor
+from compress.checkpoints.artifact import check_side_files, copy_side_files
+from compress.checkpoints.checkpoint import open_checkpoint, read_header
+from compress.checkpoints.layouts import linear_shape
+from compress.data.prompts import load_processor
 from compress.errors import CheckpointError
-from compress.layouts import linear_shape
 from compress.runtimes.unpack import dense_tensors
 from tests.tiny import build_qwen2_5_vl
 

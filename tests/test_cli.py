@@ -28,7 +28,7 @@ def broken(tmp_path: Path) -> Job:
 
 def test_help_imports_nothing_heavy() -> None:
     heavy = "{'torch', 'pydantic', 'rich'}"
-    code = f"import sys, compress.cli as cli\ntry: cli.main(['--help'])\nfinally: assert not {heavy} & set(sys.modules)"
+    code = f"import sys, compress.cli.main as cli\ntry: cli.main(['--help'])\nfinally: assert not {heavy} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "compress run recipes/demo.yaml" in done.stdout

@@ -8,12 +8,12 @@ from typing import Any
 
 import pytest
 
-from compress.compare import Comparison, compare, read_report
-from compress.compare_formats import FORMATS, as_csv, as_json, charts, group_table, render
 from compress.errors import DataError, UsageError
 from compress.eval.results import WholeKl
-from compress.report import Report, Row
-from compress.report_charts import size_charts
+from compress.report.compare import Comparison, compare, read_report
+from compress.report.compare_formats import FORMATS, as_csv, as_json, charts, group_table, render
+from compress.report.model import Report, Row
+from compress.report.run_charts import size_charts
 from tests.reports import report, rows
 
 COMPRESS = [sys.executable, "-m", "compress.cli", "compare"]

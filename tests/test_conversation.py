@@ -5,9 +5,9 @@ import io
 import pytest
 from PIL import Image
 
-from compress.conversation import messages, open_images
+from compress.data.images import decode_image
+from compress.data.prompts import messages, open_images
 from compress.errors import DataError
-from compress.pictures import decode_image
 from compress.runtimes.runtime import Prompt
 from tests.tiny import picture
 

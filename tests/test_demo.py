@@ -7,15 +7,15 @@ import pytest
 
 import compress
 from compress.eval.results import ScoreMetrics, read_measurement
-from compress.eval.vqa import Vqa as VqaTask
+from compress.eval.tasks.vqa import Vqa as VqaTask
+from compress.pipeline.runner import RunFolders
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.recipe import read_recipe
-from compress.report import Report
-from compress.runner import RunFolders
-from compress.runtimes.environment import install
+from compress.recipe.model import read_recipe
+from compress.report.model import Report
 from compress.runtimes.runtime import OpenContext, Prompt
-from compress.runtimes.vllm import Vllm
-from compress.store import Store
+from compress.runtimes.vllm.runtime import Vllm
+from compress.workers.environment import install
 from tests.runtimes.agreement import KERNELS
 from tests.tiny import build_qwen2_5_vl, build_qwen2_vl
 

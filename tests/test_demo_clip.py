@@ -10,19 +10,19 @@ import pytest
 from numpy.typing import NDArray
 
 import compress
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.eval.results import ScoreMetrics
-from compress.eval.zero_shot import ZeroShot
+from compress.eval.tasks.zero_shot import ZeroShot
 from compress.export.format import ExportContext
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import family_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.recipe import read_recipe
-from compress.report import Report
-from compress.runtimes.onnxruntime import Onnxruntime
+from compress.recipe.model import read_recipe
+from compress.report.model import Report
+from compress.runtimes.onnxruntime.runtime import Onnxruntime
 from compress.runtimes.runtime import ImageInput, OpenContext, Runtime
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint
 
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo-clip.yaml"

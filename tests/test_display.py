@@ -6,8 +6,8 @@ import re
 import pytest
 from rich.console import Console
 
-from compress.display import Display, rate, share_of
-from compress.figures import counted, singular
+from compress.cli.display import Display, rate, share_of
+from compress.report.figures import counted, singular
 
 
 def shown(terminal: bool, units: list[int], total: int, unit: str = "B") -> str:

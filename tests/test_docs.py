@@ -8,8 +8,8 @@ import pytest
 from compress.calibration import SETS
 from compress.eval import TASKS
 from compress.export import FORMATS
+from compress.recipe.schema import load_row
 from compress.runtimes import RUNTIMES
-from compress.schema import load_row
 from compress.stages import STAGES
 
 PAGE = (Path(__file__).parent.parent / "docs" / "recipe.md").read_text(encoding="utf-8")

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from compress import cli
+from compress.cli import main as cli
 from tests.jobs import content, make_job, sentences, write_questions
 from tests.published_hub import published_hub
 

@@ -14,11 +14,11 @@ import pyarrow.parquet as parquet
 import pytest
 
 from compress.export.format import ExportContext
-from compress.export.graphs import GRAPHS
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
+from compress.export.onnx.graphs import GRAPHS
 from compress.families import family_at
 from compress.progress import Silent
-from compress.runtimes.onnxruntime import Onnxruntime
+from compress.runtimes.onnxruntime.runtime import Onnxruntime
 from compress.runtimes.runtime import ImageInput, OpenContext, Prompt, Session
 from tests.tiny import BUILDERS, picture
 

@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from compress.document import override, parse_setting, read_document
 from compress.errors import RecipeError
+from compress.recipe.document import override, parse_setting, read_document
 
 
 def write(folder: Path, text: str) -> Path:

@@ -12,7 +12,7 @@ import yaml
 
 import compress
 from compress.errors import CheckpointError, RecipeError, UsageError
-from compress.report import Report
+from compress.report.model import Report
 from tests.jobs import Job, content, make_job
 
 EVALUATION: dict[str, Any] = {

@@ -8,8 +8,8 @@ from PIL import Image
 
 from compress.errors import MissingError
 from compress.eval.results import Fidelity, ItemizedMeasurement, PerplexityMetrics, QuestionItem, ScoreMetrics, TaskMeasurement
-from compress.eval.vqa import Vqa
-from compress.gallery import Gallery, TaskFlips, make_gallery, thumbnail
+from compress.eval.tasks.vqa import Vqa
+from compress.report.gallery import Gallery, TaskFlips, make_gallery, thumbnail
 from tests.jobs import write_questions
 from tests.tiny import picture
 

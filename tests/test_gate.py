@@ -11,7 +11,7 @@ from compress.eval.results import (
     Grounding,
     GroundingItem,
 )
-from compress.gate import SCORED_TASK_KINDS, Check, Gate, MeasuredModel, Verdict, combine_verdicts, judge
+from compress.gate.gate import SCORED_TASK_KINDS, Check, Gate, MeasuredModel, Verdict, combine_verdicts, judge
 from tests.judged import TOKENS, only, outcomes, subject
 
 WINDOWS = 12

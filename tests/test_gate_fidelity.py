@@ -9,7 +9,7 @@ from compress.eval.results import (
     Fidelity,
     WholeKl,
 )
-from compress.gate import Gate, MeasuredModel, judge
+from compress.gate.gate import Gate, MeasuredModel, judge
 from tests.judged import fidelity, only, subject
 
 MEAN_KL = "scenes: mean KL 0.01000 (90% interval 0.00800–0.01200) nats per token, 800 tokens"

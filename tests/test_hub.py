@@ -16,20 +16,20 @@ import pyarrow.parquet as pq
 import pytest
 from safetensors import torch as safetensors_torch
 
-from compress.artifact import file_digest
 from compress.calibration.enough import enough_for
 from compress.calibration.sets import TextSet
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.artifact import file_digest
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.output_head import head_is_tied
 from compress.errors import CheckpointError, MissingError, UsageError
 from compress.families import family_at
-from compress.hub import (
+from compress.hubs.hub import (
     fetch_dataset_files,
     fetch_model,
     open_pinned,
     resolve_dataset,
     resolve_model,
 )
-from compress.output_head import head_is_tied
 from compress.progress import Silent
 from tests.hub_server import HubServer, Repo, hub_server
 from tests.pickles import files_of, save_pickles
@@ -323,7 +323,7 @@ def test_index_naming_an_absent_shard_is_refused(hub: HubServer, checkpoint: Pat
 def test_endpoint_and_cache_come_from_the_environment(hub: HubServer, checkpoint: Path, tmp_path: Path) -> None:
     hub.repos["model", "org/tiny"] = Repo(files_of(checkpoint))
     program = (
-        "from compress.hub import fetch_model, resolve_model\n"
+        "from compress.hubs.hub import fetch_model, resolve_model\n"
         "from compress.progress import Silent\n"
         "print(fetch_model(resolve_model('org/tiny', 'huggingface', 'main'), Silent()))\n"
         "import sys\n"

@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from compress import planner
-from compress.plan import make_plan
+from compress.pipeline import planner
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.runtimes.environment import install
-from compress.store import Store
+from compress.workers.environment import install
 from tests.jobs import Job, make_job
 
 _GENAI: dict[str, Any] = {"eval.runtime": {"runtime": "onnxruntime-genai"}}

@@ -14,10 +14,8 @@ from compressed_tensors.compressors.pack_quantized.base import PackedQuantizatio
 from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus, preset_name_to_scheme
 from torch import Tensor
 
-from compress.checkpoint import open_checkpoint
-from compress.errors import CheckpointError
-from compress.families import family_of
-from compress.layouts import (
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import (
     kv_cache_tensors,
     linear_shape,
     pack_linear,
@@ -27,10 +25,12 @@ from compress.layouts import (
     read_linear,
     unquantized_linears,
 )
+from compress.checkpoints.quantization_config import scheme_of
+from compress.errors import CheckpointError
+from compress.families import family_of
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
-from compress.quantization_config import scheme_of
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl
 
@@ -233,7 +233,8 @@ def test_tensors_that_do_not_fit_the_scheme_are_refused() -> None:
 
 
 def test_the_plans_part_needs_no_torch() -> None:
-    code = "import sys, compress.layouts, compress.export.vllm, compress.runtimes.transformers; print('torch' in sys.modules)"
+    modules = "compress.checkpoints.layouts, compress.export.vllm.format, compress.runtimes.transformers.runtime"
+    code = f"import sys, {modules}; print('torch' in sys.modules)"
     completed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=dict(os.environ))
     assert completed.stdout.strip() == "False"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from compress.errors import UsageError
-from compress.limits import PREFIX, Limits, limits
+from compress.untrusted.limits import PREFIX, Limits, limits
 
 ROOT = Path(__file__).parent.parent
 

@@ -11,15 +11,15 @@ from compressed_tensors.quantization import QuantizationConfig
 from compressed_tensors.utils.match import match_targets
 from torch import nn
 
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.layouts import quantized_linears, unquantized_linears
+from compress.checkpoints.module_names import all_names, group_of, misnamed, portable_config
+from compress.checkpoints.quantization_config import quantization_config
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
+from compress.export.vllm.format import VllmExport
 from compress.families import FAMILIES, family_of
-from compress.layouts import quantized_linears, unquantized_linears
-from compress.module_names import all_names, group_of, misnamed, portable_config
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.quantization_config import quantization_config
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import BUILDERS, build_qwen2_5_vl
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CheckpointError
-from compress.plan import plan_evaluation
-from compress.store import Store
+from compress.pipeline.plan import plan_evaluation
+from compress.pipeline.store import Store
 from tests.jobs import Job, make_job
 from tests.test_verification import SETTINGS
 from tests.verification.artifacts import export_onnx

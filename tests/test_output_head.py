@@ -14,16 +14,16 @@ import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from transformers import AutoConfig, AutoModelForImageTextToText
 
-from compress import output_head
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints import output_head
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.output_head import check_head, head_is_tied, head_notes, settled_config
+from compress.engine.derive.derived import derive_family
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
+from compress.export.vllm.format import VllmExport
 from compress.families import Family, family_at
-from compress.families.derived import derive_family
-from compress.output_head import check_head, head_is_tied, head_notes, settled_config
 from compress.progress import Silent
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from tests.families.samples import load_plain
 from tests.tiny import BUILDERS
 

@@ -10,10 +10,10 @@ import pytest
 import torch
 from safetensors import torch as safetensors_torch
 
-from compress.artifact import file_digest
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.artifact import file_digest
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, CompressError
-from compress.hub import (
+from compress.hubs.hub import (
     convert_pickle,
     fetch_model,
     open_pinned,

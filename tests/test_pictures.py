@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from compress.data.images import check_image, decode_image, image_size, media_type
+from compress.data.tiff_tags import numeric_bytes
 from compress.errors import DataError
-from compress.limits import PREFIX
-from compress.pictures import check_image, decode_image, image_size, media_type
 from compress.progress import Silent
-from compress.runtimes.environment import install
-from compress.tiff_tags import numeric_bytes
+from compress.untrusted.limits import PREFIX
+from compress.workers.environment import install
 from tests.fuzz.harness import MOST_BYTES, MOST_SECONDS, Harness, make_decoys
 from tests.pictures import encoded, hostile, large, matrix, png, tiff
 

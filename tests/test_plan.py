@@ -12,11 +12,11 @@ from rich.console import Console
 
 import compress
 from compress.errors import DataError, RecipeError, StoreError
-from compress.plan import Plan, make_plan, show
-from compress.plan_notes import full_vocabulary
-from compress.recipe import read_recipe
-from compress.runtimes.vllm import Vllm, positions_of
-from compress.store import Store
+from compress.pipeline.plan import Plan, make_plan, show
+from compress.pipeline.plan_notes import full_vocabulary
+from compress.pipeline.store import Store
+from compress.recipe.model import read_recipe
+from compress.runtimes.vllm.runtime import Vllm, positions_of
 from tests.jobs import Job, make_job
 from tests.tiny import build_mllama
 

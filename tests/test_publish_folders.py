@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from compress.artifact import write_record
+from compress.checkpoints.artifact import write_record
 from compress.errors import StoreError
-from compress.publish_folders import check_publish_folders, publish_folder, published_files, replace_folder
+from compress.pipeline.publish_folders import check_publish_folders, publish_folder, published_files, replace_folder
 
 
 def put(target: Path, text: str = "first") -> None:

@@ -6,7 +6,7 @@ import yaml
 from pydantic import ValidationError
 
 from compress.errors import RecipeError
-from compress.recipe import read_recipe, recipe_schema
+from compress.recipe.model import read_recipe, recipe_schema
 
 ROOT = Path(__file__).parent.parent
 

@@ -14,22 +14,22 @@ from typing import Any
 
 import pytest
 
-from compress.document import parse_setting
 from compress.errors import RecipeError
-from compress.eval.adapter import ENVIRONMENTS, Adapter
+from compress.eval.tasks.adapter import ENVIRONMENTS, Adapter
 from compress.export.format import VerifiedExport
 from compress.families import FAMILIES, family_of
-from compress.hub import open_pinned, resolve_model
-from compress.plan import Plan, make_plan
+from compress.hubs.hub import open_pinned, resolve_model
+from compress.pipeline.plan import Plan, make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.recipe import Recipe, read_recipe
-from compress.runtimes.endpoint import Endpoint
-from compress.runtimes.environment import install
-from compress.runtimes.vllm import Vllm
-from compress.schema import is_local
-from compress.stages.int8 import Int8
+from compress.recipe.document import parse_setting
+from compress.recipe.model import Recipe, read_recipe
+from compress.recipe.schema import is_local
+from compress.runtimes.endpoint.runtime import Endpoint
+from compress.runtimes.vllm.runtime import Vllm
 from compress.stages.linears import Target
-from compress.store import Store
+from compress.stages.quantization.int8 import Int8
+from compress.workers.environment import install
 from tests.published import Published, published
 from tests.published_hub import published_hub
 

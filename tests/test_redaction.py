@@ -11,12 +11,12 @@ from urllib.parse import quote
 
 import pytest
 
-from compress.artifact import write_record
-from compress.cli import main
-from compress.display import Display
+from compress.checkpoints.artifact import write_record
+from compress.cli.display import Display
+from compress.cli.main import main
 from compress.errors import RecipeError, ServerError
-from compress.events import EventLog
-from compress.redaction import redact, redact_answer, redact_value, remember_secret
+from compress.pipeline.events import EventLog
+from compress.untrusted.redaction import redact, redact_answer, redact_value, remember_secret
 
 KEY = "sk-Proj/abc+def=0123456789&xyz"
 TOKEN = "hf_abcdefghijklmnopqrstuvwxyz"
@@ -108,7 +108,7 @@ def test_credentials_are_known_by_where_they_stand(text: str, left: str) -> None
 
 def test_a_word_for_no_key_stays_in_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers without keys are given EMPTY; a question about an empty glass is answered with that word."""
-    monkeypatch.setattr("compress.redaction._noted", dict[str, None]())
+    monkeypatch.setattr("compress.untrusted.redaction._noted", dict[str, None]())
     remember_secret("EMPTY")
     assert redact("401: wrong key EMPTY") == "401: wrong key …"
     assert redact("the glass is empty, NOT_EMPTY") == "the glass is empty, NOT_EMPTY"

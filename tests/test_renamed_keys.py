@@ -7,8 +7,8 @@ import pytest
 import yaml
 
 from compress.errors import RecipeError
-from compress.recipe import Recipe, read_recipe
-from compress.stages.gptq import Gptq
+from compress.recipe.model import Recipe, read_recipe
+from compress.stages.quantization.gptq import Gptq
 
 DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 

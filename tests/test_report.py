@@ -3,11 +3,11 @@ import json
 import pytest
 
 from compress.eval.results import PerplexityMetrics, ScoreMetrics, WholeKl
-from compress.figures import check_values, format_recovery, milliseconds, size
-from compress.report import Report, render
-from compress.report_html import render_html
-from compress.report_tables import checks_table, results_table
-from compress.tabular import Column, Table, comma_separated, markdown
+from compress.report.figures import check_values, format_recovery, milliseconds, size
+from compress.report.html import render_html
+from compress.report.model import Report, render
+from compress.report.run_tables import checks_table, results_table
+from compress.report.tabular import Column, Table, comma_separated, markdown
 from tests.reports import check, report, rows
 
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from compress.gallery import Card, Gallery, GalleryAnswer
-from compress.page import TEMPLATES
-from compress.report_html import render_html, verdict_sentence
+from compress.report.gallery import Card, Gallery, GalleryAnswer
+from compress.report.html import render_html, verdict_sentence
+from compress.report.page import TEMPLATES
 from tests.made_pages import PAGES, content
 from tests.pages import Page, contrast, palettes
 from tests.reports import report, verdict

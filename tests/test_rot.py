@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import compress
-from compress.artifact import file_digest, folder_digests
+from compress.checkpoints.artifact import file_digest, folder_digests
 from compress.eval.results import MEASUREMENT
-from compress.report import Report
-from compress.store import Store
-from compress.store_entries import Entry
+from compress.pipeline.store import Store
+from compress.pipeline.store_entries import Entry
+from compress.report.model import Report
 from tests.jobs import make_job
 
 

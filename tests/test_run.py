@@ -14,13 +14,13 @@ import safetensors.torch as safetensors
 import torch
 
 import compress
-from compress.artifact import folder_digests
+from compress.checkpoints.artifact import folder_digests
 from compress.errors import CheckpointError, DataError, RecipeError
-from compress.plan import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.report import Report
-from compress.runtimes.environment import install
-from compress.store import Store
+from compress.report.model import Report
+from compress.workers.environment import install
 from tests.jobs import Job, make_job, sentences
 
 OPENED: list[str] = []
@@ -107,7 +107,7 @@ def test_the_run_folder_tells_what_happened(finished: tuple[Job, Report]) -> Non
 
 def test_a_second_run_makes_nothing_and_needs_no_torch(finished: tuple[Job, Report]) -> None:
     job, report = finished
-    code = "import sys, compress.cli as cli\ntry: cli.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys, compress.cli.main as cli\ntry: cli.main(sys.argv[1:])\nfinally: assert 'torch' not in sys.modules"
     done = subprocess.run([sys.executable, "-c", code, *job.arguments("--json")], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout)

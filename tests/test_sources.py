@@ -12,20 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from compress.artifact import checkpoint_bytes, copy_side_files, is_terms, side_files
-from compress.checkpoint import INDEX, open_checkpoint
+from compress.checkpoints.artifact import checkpoint_bytes, copy_side_files, is_terms, side_files
+from compress.checkpoints.checkpoint import INDEX, open_checkpoint
+from compress.checkpoints.tokens_check import check_tokens
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
+from compress.export.vllm.format import VllmExport
 from compress.families import family_at, family_of
-from compress.hub import open_pinned, resolve_model, weights_notes
 from compress.hubs.card import read_licence
+from compress.hubs.hub import open_pinned, resolve_model, weights_notes
 from compress.progress import Silent
-from compress.remote_code import code_files
-from compress.runtimes.transformers_model import load_model
-from compress.stages.rtn import Rtn
+from compress.runtimes.transformers.model import load_model
+from compress.stages.quantization.rtn import Rtn
 from compress.stages.stage import StageContext
-from compress.tokens_check import check_tokens
+from compress.untrusted.remote_code import code_files
 from tests.families.samples import load_plain
 from tests.tiny import BUILDERS, build_qwen2_5_vl
 

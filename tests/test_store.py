@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from compress.artifact import file_digest
+from compress.checkpoints.artifact import file_digest
 from compress.errors import StoreError
 from compress.files import telling_where, write_json
-from compress.store import Store
-from compress.store_entries import Origin
+from compress.pipeline.store import Store
+from compress.pipeline.store_entries import Origin
 
 
 def nothing() -> None:
@@ -152,7 +152,7 @@ def test_prune_forgets_the_mark_of_a_dead_run(tmp_path: Path) -> None:
 
 def test_a_run_sweeps_the_marks_of_killed_ones_and_leaves_those_of_living_ones(tmp_path: Path) -> None:
     code = (
-        "import os, sys; from pathlib import Path; from compress.store import Store\n"
+        "import os, sys; from pathlib import Path; from compress.pipeline.store import Store\n"
         "with Store(Path(sys.argv[1])).using(['k']): os.kill(os.getpid(), 9)"
     )
     for _ in range(2):

@@ -5,9 +5,9 @@ import io
 import pytest
 from rich.console import Console
 
-from compress.summary import show
-from compress.tabular import Column, Table
-from compress.terminal import print_table
+from compress.report.summary import show
+from compress.report.tabular import Column, Table
+from compress.report.terminal import print_table
 from tests import reports
 
 

@@ -10,8 +10,8 @@ from compress.calibration import SETS
 from compress.eval import TASKS
 from compress.export import FORMATS
 from compress.families import FAMILIES, Family
+from compress.recipe.schema import load_row
 from compress.runtimes import RUNTIMES
-from compress.schema import load_row
 from compress.stages import STAGES
 
 ROOT = Path(__file__).parent.parent

@@ -9,16 +9,16 @@ from typing import Any
 
 import pytest
 
-from compress.artifact import copy_side_files, side_files
 from compress.calibration.batches import Exchange, load_processor, process
-from compress.conversation import load_processor as load_any_processor
-from compress.conversation import load_tokenizer
+from compress.checkpoints.artifact import copy_side_files, side_files
+from compress.checkpoints.tokenizer_files import cutting_settings, uncut_folder
+from compress.data.prompts import load_processor as load_any_processor
+from compress.data.prompts import load_tokenizer
 from compress.families import family_at
-from compress.plan import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.runtimes.inputs import Encoder
 from compress.runtimes.runtime import Prompt
-from compress.store import Store
-from compress.tokenizer_files import cutting_settings, uncut_folder
 from tests.jobs import make_job
 from tests.tiny import build_qwen2_5_vl, picture
 

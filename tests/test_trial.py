@@ -3,7 +3,7 @@
 import pytest
 
 from compress.errors import CheckpointError
-from compress.trial import try_patterns, try_template
+from compress.untrusted.trial import try_patterns, try_template
 
 TURNS = [[{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What is it?"}]}]]
 FOREVER = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"

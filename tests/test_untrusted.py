@@ -7,7 +7,7 @@ import pytest
 from huggingface_hub import constants
 
 from compress.errors import CheckpointError, DataError
-from compress.untrusted import inside, parse_json, printable, read_bytes, read_object
+from compress.untrusted.reading import inside, parse_json, printable, read_bytes, read_object
 
 
 def test_what_would_steer_a_terminal_is_shown_as_an_escape() -> None:

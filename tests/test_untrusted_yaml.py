@@ -2,7 +2,7 @@
 
 import pytest
 
-from compress.untrusted_yaml import YamlError, parse_yaml
+from compress.untrusted.yaml import YamlError, parse_yaml
 
 LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{name}: &{name} [{', '.join(['*' + before] * 9)}]\n" for before, name in zip("abcdefghi", "bcdefghij", strict=True)

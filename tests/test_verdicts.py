@@ -13,8 +13,8 @@ from torch import Tensor
 
 import compress
 from compress.progress import Silent
-from compress.report import Report
-from compress.runtimes.environment import install
+from compress.report.model import Report
+from compress.workers.environment import install
 from tests.runtimes.agreement import KERNELS
 
 ROOT = Path(__file__).parent.parent

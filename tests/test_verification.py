@@ -8,18 +8,18 @@ import numpy as np
 import pytest
 
 import compress
-from compress.cli import main
+from compress.cli.main import main
 from compress.errors import RecipeError, StoreError, VerificationError
 from compress.export.format import ExportContext
-from compress.export.graphs import GRAPHS
-from compress.export.graphs.layer_builder import LayerBuilder
-from compress.export.graphs.qwen_vision import vision_encoder
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
+from compress.export.onnx.graphs import GRAPHS
+from compress.export.onnx.graphs.layer_builder import LayerBuilder
+from compress.export.onnx.graphs.qwen_vision import vision_encoder
 from compress.families import family_at
-from compress.plan import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.report import Report
-from compress.store import Store
+from compress.report.model import Report
 from tests.jobs import Job, make_job
 from tests.tiny import build_llava, build_qwen2_5_vl
 

@@ -3,8 +3,8 @@ from pathlib import Path
 
 import compress
 from compress.eval.results import Fidelity
-from compress.stages.widths import GroupWidth, Widths
-from compress.width_table import width_table
+from compress.report.width_table import width_table
+from compress.stages.quantization.widths import GroupWidth, Widths
 from tests.jobs import make_job
 
 

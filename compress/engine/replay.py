@@ -18,13 +18,13 @@ from typing import Any, NoReturn, Protocol
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoints.checkpoint import Checkpoint
+from compress.checkpoints.skeleton import build_skeleton
 from compress.engine.host import HostMemory, map_tensors
 from compress.engine.recorder import Forward, ReachedError, Recorder, hidden_states, insert_previous, replace_forwards
 from compress.engine.weights import DTYPES, WeightReader, unload
 from compress.errors import CheckpointError
 from compress.families import Family, within
-from compress.skeleton import build_skeleton
 
 HOST_BYTES = 16 << 30
 """The limit of activations in host memory; beyond it they spill to disk."""

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.hooks import RemovableHandle
 
+from compress.checkpoints.output_head import head_is_tied
 from compress.engine.host import map_tensors
 from compress.engine.replay import BlockVisit, Call, Positions, Replay, WalkConfig
 from compress.engine.statistics import InputStatistics, TokenStatistics
 from compress.engine.weights import unload
 from compress.errors import CheckpointError
 from compress.families import within
-from compress.output_head import head_is_tied
 
 _HEAD_CHUNK = 1 << 25
 """Logits that are computed at once: 128 MiB in float32."""

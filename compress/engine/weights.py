@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry
+from compress.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry
 from compress.errors import CheckpointError, StoreError
 from compress.families import Family
 from compress.files import write_json

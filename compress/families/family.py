@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 from compress.errors import CheckpointError
 
 if TYPE_CHECKING:
-    from compress.checkpoint import Checkpoint
+    from compress.checkpoints.checkpoint import Checkpoint
 
 _IMAGE_INPUT = "pixel_values"
 _LLAVA = (
@@ -187,7 +187,7 @@ def family_of(
     if family is not None:
         return family
     if checkpoint is not None and (trust_remote_code or config.get("model_type") not in _OTHER_FORMATS):
-        from compress.families.derived import derive_family
+        from compress.engine.derive.derived import derive_family
 
         return derive_family(checkpoint, f"{where}: {misfit}", trust_remote_code)
     raise CheckpointError(f"{where}: {misfit}")
@@ -199,7 +199,7 @@ def family_at(folder: Path, trust_remote_code: bool = False) -> Family:
     Raises:
         CheckpointError: no record fits, and none can be derived.
     """
-    from compress.checkpoint import open_checkpoint, read_config
+    from compress.checkpoints.checkpoint import open_checkpoint, read_config
 
     config = read_config(folder)
     return _matching_record(config)[0] or family_of(config, str(folder), open_checkpoint(folder), trust_remote_code)

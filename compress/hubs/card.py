@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
-from compress.limits import limits
-from compress.untrusted import read_bytes
+from compress.untrusted.limits import limits
+from compress.untrusted.reading import read_bytes
 
 CARD = "README.md"
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*$", re.DOTALL | re.MULTILINE)

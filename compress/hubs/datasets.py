@@ -13,10 +13,10 @@ from typing import Any, cast
 from compress.errors import DataError, MissingError
 from compress.hubs import huggingface
 from compress.hubs.repository import RemoteFile, Repository, content_digest
-from compress.limits import limits
 from compress.progress import Progress
-from compress.untrusted import read_bytes
-from compress.untrusted_yaml import YamlError, parse_yaml
+from compress.untrusted.limits import limits
+from compress.untrusted.reading import read_bytes
+from compress.untrusted.yaml import YamlError, parse_yaml
 
 READABLE = (".parquet", ".jsonl", ".json", ".txt")
 """The formats of data files that can be read."""

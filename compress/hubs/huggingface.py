@@ -11,7 +11,7 @@ from typing import Any, Literal
 from compress.errors import MissingError, UsageError
 from compress.files import telling_where, write_text
 from compress.hubs.repository import RemoteFile, Report, Repository, range_deadline, take_range, valid_response
-from compress.limits import limits
+from compress.untrusted.limits import limits
 
 Kind = Literal["model", "dataset"]
 

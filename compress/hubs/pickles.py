@@ -9,12 +9,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
-from compress.artifact import copy_side_files
-from compress.checkpoint import INDEX, SINGLE, read_config, read_index
+from compress.checkpoints.artifact import copy_side_files
+from compress.checkpoints.checkpoint import INDEX, SINGLE, read_config, read_index
 from compress.errors import CheckpointError
 from compress.families import says_tied
 from compress.files import telling_where, write_json
-from compress.untrusted import foreign, inside
+from compress.untrusted.reading import foreign, inside
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -13,8 +13,8 @@ from pathlib import PurePosixPath
 from typing import Literal, cast
 
 from compress.errors import MissingError
-from compress.limits import limits
-from compress.untrusted import printable, reason
+from compress.untrusted.limits import limits
+from compress.untrusted.reading import printable, reason
 
 Report = Callable[[int], None]
 """A progress callback: takes the number of bytes received since the last call."""

@@ -1,10 +1,10 @@
 """The engines that run an artifact, one file each."""
 
 RUNTIMES = {
-    "endpoint": "compress.runtimes.endpoint:Endpoint",
-    "onnxruntime": "compress.runtimes.onnxruntime:Onnxruntime",
-    "onnxruntime-genai": "compress.runtimes.onnxruntime_genai:OnnxruntimeGenai",
-    "transformers": "compress.runtimes.transformers:Transformers",
-    "vllm": "compress.runtimes.vllm:Vllm",
+    "endpoint": "compress.runtimes.endpoint.runtime:Endpoint",
+    "onnxruntime": "compress.runtimes.onnxruntime.runtime:Onnxruntime",
+    "onnxruntime-genai": "compress.runtimes.onnxruntime_genai.runtime:OnnxruntimeGenai",
+    "transformers": "compress.runtimes.transformers.runtime:Transformers",
+    "vllm": "compress.runtimes.vllm.runtime:Vllm",
 }
 """The runtimes a recipe can name: runtime → the class whose fields are its keys."""

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoints.checkpoint import Checkpoint
 from compress.families import Family
 from compress.numerics.scheme import Activations
 from compress.runtimes.unpack import open_tensors, settings_of
-from compress.untrusted import foreign
+from compress.untrusted.reading import foreign
 
 _GROUP = 128
 """Channels per scale of `strategy: group`."""

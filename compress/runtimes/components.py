@@ -15,15 +15,15 @@ from torch import nn
 from transformers import GenerationConfig
 
 from compress.calibration.collect import longest_input
-from compress.conversation import load_processor, open_images, run_processor
+from compress.data.prompts import load_processor, open_images, run_processor
 from compress.errors import DataError
-from compress.eval.latency import LoadPoint
-from compress.eval.latency_results import Component, ComponentTable
+from compress.eval.latency.results import Component, ComponentTable
+from compress.eval.latency.settings import LoadPoint
 from compress.families import Family, family_at
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoder
 from compress.runtimes.runtime import Prompt
-from compress.runtimes.transformers_model import choose_device, choose_dtype, load_model
+from compress.runtimes.transformers.model import choose_device, choose_dtype, load_model
 
 ComponentName = Literal["vision", "projector", "prefill", "decode"]
 

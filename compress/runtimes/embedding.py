@@ -11,9 +11,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.conversation import run_processor
+from compress.data.images import decode_image
+from compress.data.prompts import run_processor
 from compress.errors import DataError
-from compress.pictures import decode_image
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoder
 from compress.runtimes.runtime import Embeddings, Faults, ImageInput

@@ -27,7 +27,7 @@ import httpcore
 import httpx
 
 from compress.errors import MissingError
-from compress.limits import limits
+from compress.untrusted.limits import limits
 
 CONNECT_SECONDS = 10.0
 """The connect timeout: a reachable machine accepts a connection in well under a second, anywhere."""

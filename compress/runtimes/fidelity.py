@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from torch import Tensor
 
-from compress.checkpoint import read_json_object
+from compress.checkpoints.checkpoint import read_json_object
 from compress.errors import StoreError, UsageError
 from compress.runtimes.runtime import Passage, passages_digest
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.checkpoint import read_json_object
-from compress.conversation import check_image_count, open_images, run_processor, write_prompt
+from compress.checkpoints.checkpoint import read_json_object
+from compress.data.images import image_size
+from compress.data.prompts import check_image_count, open_images, run_processor, write_prompt
 from compress.errors import DataError, UsageError
 from compress.families import Family
-from compress.pictures import image_size
 from compress.runtimes.runtime import Passage, Prompt, scored_tokens
 
 _MASKS = "attention_mask"

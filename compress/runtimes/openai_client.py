@@ -18,9 +18,9 @@ from typing import Any, Final, Generic, TypeVar, cast
 import httpx
 
 from compress.errors import MissingError, ServerError
-from compress.redaction import redact, remember_secret
 from compress.runtimes.exchange import AnswerError, Response, exchange, open_http
-from compress.untrusted import printable
+from compress.untrusted.reading import printable
+from compress.untrusted.redaction import redact, remember_secret
 
 _PROBE_SECONDS = 10
 """The timeout of a probe whether the server is back: it is asked for a list of models, which needs no computation."""

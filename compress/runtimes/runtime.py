@@ -14,15 +14,15 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_chec
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.checkpoints.quantization_config import Product
 from compress.errors import UsageError
 from compress.progress import Progress
-from compress.quantization_config import Product
-from compress.runtimes.vllm_ladder import LadderStep, ignore_step
-from compress.schema import Frozen
+from compress.recipe.schema import Frozen
+from compress.runtimes.vllm.ladder import LadderStep, ignore_step
 
 if TYPE_CHECKING:
-    from compress.eval.latency import LoadPoint
-    from compress.eval.latency_results import ComponentTable
+    from compress.eval.latency.results import ComponentTable
+    from compress.eval.latency.settings import LoadPoint
 
 Ability = Literal["text", "scores", "comparison"]
 """What a session can do: generate text, give the log-probabilities of given tokens, or compare images with texts (CLIP)."""

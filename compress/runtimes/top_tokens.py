@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoint import read_json_object
+from compress.checkpoints.checkpoint import read_json_object
 from compress.errors import ServerError, StoreError, UsageError
 from compress.runtimes.runtime import UNSCORED, Passage, Score, passages_digest, unscored
 

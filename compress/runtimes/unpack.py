@@ -20,10 +20,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.awq_gptq_config import AWQ, GPTQ, check_packed_config
-from compress.checkpoint import Checkpoint, TensorEntry
+from compress.checkpoints.awq_gptq_config import AWQ, GPTQ, check_packed_config
+from compress.checkpoints.checkpoint import Checkpoint, TensorEntry
 from compress.errors import CheckpointError
-from compress.untrusted import foreign as refused
+from compress.untrusted.reading import foreign as refused
 
 Read = Callable[[str], Tensor]
 _COMPRESSED_TENSORS = "compressed-tensors"

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoints.checkpoint import Checkpoint
+from compress.checkpoints.output_head import head_is_tied
 from compress.families import Family, within
-from compress.output_head import head_is_tied
 
 Target = Literal["decoder", "vision", "projector", "lm_head"]
 """A component of a model whose linears a stage can target."""

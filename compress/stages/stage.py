@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoints.checkpoint import Checkpoint
 from compress.families import Family
 from compress.numerics.scheme import Scheme
 from compress.progress import Progress
-from compress.schema import Frozen
+from compress.recipe.schema import Frozen
 
 
 @dataclass(frozen=True)

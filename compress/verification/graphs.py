@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.runtimes.onnxruntime_graph import GraphSession
+from compress.runtimes.onnxruntime.graph import GraphSession
 from compress.verification.reference import Array, Reference, ReferenceTowers
 
 _PAST = "past_key_values."

@@ -15,14 +15,14 @@ import torch
 from torch import nn
 from transformers.utils import logging
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.skeleton import build_skeleton, load_config
 from compress.errors import CheckpointError
 from compress.families import family_of
 from compress.progress import Progress
-from compress.runtimes.transformers_model import fake_quantize_as_served
+from compress.runtimes.transformers.model import fake_quantize_as_served
 from compress.runtimes.unpack import dense_tensors
-from compress.skeleton import build_skeleton, load_config
-from compress.untrusted import foreign
+from compress.untrusted.reading import foreign
 
 
 def load_independently(

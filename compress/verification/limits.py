@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoints.checkpoint import Checkpoint
+from compress.checkpoints.layouts import quantized_linears
 from compress.families import Family
-from compress.layouts import quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.verification.results import Component
 

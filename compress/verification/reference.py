@@ -12,13 +12,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from compress.data.images import decode_image
 from compress.errors import DataError
 from compress.families import Family
-from compress.pictures import decode_image
 from compress.progress import Progress
 from compress.runtimes.inputs import Encoded, Encoder
 from compress.runtimes.runtime import Passage
-from compress.runtimes.transformers_session import TransformersSession
+from compress.runtimes.transformers.session import TransformersSession
 from compress.verification.samples import VerificationPrompt, captions, sample_images
 
 _CONTINUATION = "The picture shows a"

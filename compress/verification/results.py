@@ -10,7 +10,7 @@ from pydantic import AliasChoices, Field, ValidationError
 
 from compress.errors import DataError
 from compress.files import write_text
-from compress.schema import Frozen
+from compress.recipe.schema import Frozen
 
 VERIFICATION = "verification.json"
 

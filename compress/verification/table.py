@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from compress.tabular import Column, Table
+from compress.report.tabular import Column, Table
 from compress.verification.results import Verification
 
 

@@ -9,12 +9,12 @@ from typing import Any
 
 from compress.errors import VerificationError
 from compress.export.format import VerifyContext
-from compress.onnx_files import check_files
+from compress.export.onnx.files import check_files
 from compress.runtimes.activations import activation_quantization_disabled
-from compress.runtimes.onnxruntime_graph import Engine, GraphSession
+from compress.runtimes.onnxruntime.graph import Engine, GraphSession
 from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.strip_activation_quantization import quantizes_activations
-from compress.runtimes.transformers_session import TransformersSession, TransformersSettings, open_session
+from compress.runtimes.transformers.session import TransformersSession, TransformersSettings, open_session
 from compress.verification import graphs
 from compress.verification.answers import ask, judge_answers
 from compress.verification.independent import load_independently

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
 METRICS = {
-    "exact_match": "compress.eval.normalize:exact_match",
+    "exact_match": "compress.eval.metrics.normalize:exact_match",
     "relaxed": "compress.eval.metrics.relaxed:relaxed",
     "anls": "compress.eval.metrics.anls:anls",
     "vqa_vote": "compress.eval.metrics.vqa_vote:vqa_vote",

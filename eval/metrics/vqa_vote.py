@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from compress.eval.normalize import normalize
+from compress.eval.metrics.normalize import normalize
 
 _ANNOTATORS = 10
 _FULL_SCORE_VOTES = 3

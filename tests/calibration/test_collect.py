@@ -13,15 +13,15 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
-from compress.artifact import folder_digests
-from compress.calibration import overlap
 from compress.calibration.batches import Batches, load_batches, load_processor
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect, read_manifest
-from compress.calibration.overlap import check_overlap
-from compress.calibration.questions import read_questions
 from compress.calibration.sets import Columns, RowFilter, TextSet, VqaSet
-from compress.calibration.texts import read_documents
-from compress.conversation import messages, open_images, write_prompt
+from compress.checkpoints.artifact import folder_digests
+from compress.data import overlap
+from compress.data.overlap import check_overlap
+from compress.data.prompts import messages, open_images, write_prompt
+from compress.data.questions import read_questions
+from compress.data.texts import read_documents
 from compress.errors import CheckpointError, CompressError, DataError
 from compress.progress import Silent
 from compress.runtimes.runtime import Prompt

@@ -9,8 +9,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compress.calibration.questions import Question, count_questions, read_questions, source_digest
 from compress.calibration.sets import Columns
+from compress.data.questions import Question, count_questions, read_questions, source_digest
 from compress.errors import DataError
 from tests.tiny import picture
 

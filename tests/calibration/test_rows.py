@@ -14,10 +14,10 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from compress.calibration.questions import Question, count_questions, read_questions, source_digest
 from compress.calibration.sets import Columns, RowFilter, VqaSet
-from compress.calibration.tables import read_lines, read_parquet, read_text
-from compress.calibration.texts import read_documents, read_joined
+from compress.data.questions import Question, count_questions, read_questions, source_digest
+from compress.data.tables import read_lines, read_parquet, read_text
+from compress.data.texts import read_documents, read_joined
 from compress.errors import CompressError, DataError
 from tests.tiny import picture
 

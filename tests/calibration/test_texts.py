@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compress.calibration.texts import Document, pieces, read_documents, read_joined
+from compress.data.texts import Document, pieces, read_documents, read_joined
 from compress.errors import DataError
 
 RAW = " \n = Title = \n \n First line . \n Second line . \n\n\n Last \n"

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 
-from compress.calibration.texts import Document, pieces
-from compress.calibration.windows import REACH, WindowRequest, draw_indices, pack_windows
+from compress.data.texts import Document, pieces
+from compress.data.windows import REACH, WindowRequest, draw_indices, pack_windows
 from compress.errors import DataError
 
 LONG = [Document(f"{number:04d} " * 20, f"a:{number}") for number in range(400)]

@@ -80,7 +80,7 @@ def test_few_channels_and_those_that_blocks_do_not_divide_are_kept_whole() -> No
 def test_what_a_method_reads_is_what_is_kept() -> None:
     from compress.numerics.gptq import GptqOptions
     from compress.numerics.scheme import Scheme
-    from compress.stages.solvers import Method
+    from compress.stages.quantization.solvers import Method
 
     four, eight = Scheme(4, 64, symmetric=False), Scheme(8, 96, symmetric=True)
     assert Method(awq_steps=20, clip_steps=20).hessian_request([four, eight]) == HessianRequest(full=False, sketch=True, block=192)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForImageTextToText
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.engine.replay import Positions, WalkConfig
 from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import InputStatistics, TokenStatistics

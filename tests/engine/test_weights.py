@@ -10,11 +10,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.skeleton import build_skeleton
 from compress.engine.weights import ShardWriter, WeightReader, is_finite, unload
 from compress.errors import CheckpointError, StoreError
 from compress.families import family_of
-from compress.skeleton import build_skeleton
 from tests.tiny import build_qwen2_5_vl
 
 TENSORS = {

@@ -16,17 +16,17 @@ from PIL import Image
 from pydantic import ValidationError
 
 from compress.errors import MissingError, RecipeError, ServerError, UsageError
-from compress.eval.adapter import Adapter, expand_short_name
-from compress.eval.adapter_worker import FAILED, AnswerLog, HarnessResults, UnknownNameError, canonical, details, item
+from compress.eval.harness.worker import FAILED, AnswerLog, HarnessResults, UnknownNameError, canonical, details, item
 from compress.eval.results import AdapterItem, ScoreMetrics, read_items
-from compress.eval.task import TaskContext
-from compress.plan import make_plan
+from compress.eval.tasks.adapter import Adapter, expand_short_name
+from compress.eval.tasks.task import TaskContext
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Session
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm import Vllm
-from compress.store import Store
+from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.vllm.runtime import Vllm
+from compress.workers.environment import install
 from tests.tiny import build_qwen2_5_vl
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"

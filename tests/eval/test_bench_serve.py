@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from compress.errors import ServerError
-from compress.eval.bench_serve import Bench, bench_serve, read_bench
-from compress.eval.latency import LoadPoint
-from compress.eval.latency_figures import summarize
-from compress.redaction import remember_secret
+from compress.eval.latency.bench_serve import Bench, bench_serve, read_bench
+from compress.eval.latency.figures import summarize
+from compress.eval.latency.settings import LoadPoint
 from compress.runtimes.runtime import Environment, RunningServer
+from compress.untrusted.redaction import remember_secret
 
 RESULT: dict[str, Any] = {
     "duration": 2.0,
@@ -53,7 +53,7 @@ def test_other_content_is_refused(tmp_path: Path, content: str) -> None:
 def test_what_the_client_saves_holds_no_key(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Servers repeat keys in what they say of a failure, and the client writes that down; a program stands for the client."""
     key = "sk-the-secret-0123456789"
-    monkeypatch.setattr("compress.redaction._noted", dict[str, None]())
+    monkeypatch.setattr("compress.untrusted.redaction._noted", dict[str, None]())
     remember_secret(key)
     saved = json.dumps(RESULT | {"errors": ["", "", f"401: Incorrect API key provided: {key}\x9b"]})
     (tmp_path / "saved.json").write_text(saved, encoding="utf-8")

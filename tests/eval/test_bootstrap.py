@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.special import bdtr, bdtrc
 
-from compress.eval.bootstrap import Floats, Totals, bootstrap_tails, sum_tails, tilted
-from compress.eval.statistics import PairedCounts, constrained_flips, score_tails
+from compress.eval.statistics.bootstrap import Floats, Totals, bootstrap_tails, sum_tails, tilted
+from compress.eval.statistics.estimates import PairedCounts, constrained_flips, score_tails
 
 votes = st.sampled_from([0.0, 0.3, 0.6, 0.9, 1.0])
 scores = st.lists(st.tuples(votes, votes), min_size=2, max_size=40).filter(lambda pairs: any(original for original, _ in pairs))

@@ -7,13 +7,13 @@ import pytest
 import yaml
 
 from compress.errors import DataError
-from compress.eval.caption import Caption
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.metrics.cider import Cider
 from compress.eval.results import QuestionItem, ScoreMetrics, read_measurement
+from compress.eval.tasks.caption import Caption
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl, picture
 

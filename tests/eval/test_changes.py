@@ -18,7 +18,7 @@ from compress.eval.changes import (
     share_interval,
     sign_flip_tail,
 )
-from compress.eval.paired import Pairs
+from compress.eval.statistics.paired import Pairs
 
 binomtest = cast("Any", scipy.stats).binomtest
 

@@ -13,13 +13,13 @@ import torch
 import yaml
 
 from compress.errors import DataError
-from compress.eval.choice import Choice
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.question_task import QuestionSet
 from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoreMetrics, read_measurement
+from compress.eval.tasks.choice import Choice
+from compress.eval.tasks.question_task import QuestionSet
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl, picture
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from compress.eval.concurrency import MAX_TRIALS, find_best
-from compress.eval.latency import LoadPoint
-from compress.eval.latency_results import LoadResult
+from compress.eval.latency.concurrency import MAX_TRIALS, find_best
+from compress.eval.latency.results import LoadResult
+from compress.eval.latency.settings import LoadPoint
 
 SHAPE = LoadPoint(concurrency=1, images=1, width=64, height=64, prompt_tokens=8, output_tokens=8)
 

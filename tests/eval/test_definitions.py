@@ -8,15 +8,15 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from compress.calibration.questions import Question
 from compress.calibration.sets import VqaSet as CalibrationVqa
+from compress.data.questions import Question
 from compress.errors import DataError, RecipeError
-from compress.eval.caption import Caption
-from compress.eval.choice import Choice
 from compress.eval.definition import find_definition, read_definition, shipped_definitions
-from compress.eval.question_task import QuestionTask
 from compress.eval.results import QuestionItem
-from compress.eval.vqa import Vqa
+from compress.eval.tasks.caption import Caption
+from compress.eval.tasks.choice import Choice
+from compress.eval.tasks.question_task import QuestionTask
+from compress.eval.tasks.vqa import Vqa
 from tests.tiny import picture
 
 CHOICE: dict[str, Any] = {

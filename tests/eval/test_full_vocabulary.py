@@ -7,7 +7,7 @@ import pytest
 from numpy.typing import NDArray
 
 from compress.eval.full_vocabulary import attach_full_kl, estimate_full_kl, kl_divergence, sample_positions
-from compress.eval.task import fidelity_of
+from compress.eval.tasks.task import fidelity_of
 from compress.runtimes.runtime import Score
 
 TOKENS = 4000

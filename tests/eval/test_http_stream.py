@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from compress.errors import UsageError
-from compress.eval.http_stream import Connection, Reply, ResponseLimits, StreamError
+from compress.eval.latency.http_stream import Connection, Reply, ResponseLimits, StreamError
 from tests.eval.stream_server import event, stream_server
 
 MOST = ResponseLimits(1_000_000, 1_000)

@@ -16,10 +16,10 @@ from compress.errors import CheckpointError, ServerError
 from compress.eval import journal
 from compress.eval.journal import Journal, answer_all, remove_journal, score_all
 from compress.progress import Progress, Silent
-from compress.runtimes.endpoint import Endpoint, EndpointModel
+from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
 from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, ImageInput, OpenContext, Passage, Prompt, Score, Session
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.transformers_session import TransformersSession
+from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.transformers.session import TransformersSession
 from tests.chaos_server import MODEL, Manners, Refusal, StandIn, answer_to, digest_of, stand_in
 from tests.tiny import build_qwen2_5_vl, picture
 
@@ -150,7 +150,7 @@ def test_an_interrupted_measurement_asks_for_the_rest(tmp_path: Path) -> None:
 
 
 def rows_of(path: Path) -> list[dict[str, object]]:
-    from compress.calibration.tables import read_rows
+    from compress.data.tables import read_rows
 
     return read_rows(path)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from pydantic import ValidationError
 
-from compress.eval.latency import LatencyGoal, LatencySettings, LoadPoint
+from compress.eval.latency.settings import LatencyGoal, LatencySettings, LoadPoint
 
 
 def _settings(**fields: object) -> LatencySettings:

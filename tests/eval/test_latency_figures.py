@@ -8,10 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compress.eval.latency import LatencyGoal
-from compress.eval.latency_figures import estimates, pool, ratios, summarize
-from compress.eval.latency_results import Percentiles
-from compress.eval.load_generator import Load, RequestTiming
+from compress.eval.latency.figures import estimates, pool, ratios, summarize
+from compress.eval.latency.load_generator import Load, RequestTiming
+from compress.eval.latency.results import Percentiles
+from compress.eval.latency.settings import LatencyGoal
 
 
 def _load(ttfts: list[float], gap: float = 0.1, tokens: int = 3, seconds: float = 10.0) -> Load:

@@ -8,9 +8,9 @@ import pytest
 from pydantic import ValidationError
 
 from compress.errors import DataError
-from compress.eval.latency import LatencySettings, LoadPoint
-from compress.eval.latency_gate import LatencyFinding, LatencyLimit, MemoryLimit, judge_latency, judge_memory
-from compress.eval.latency_results import Estimate, Latency, LoadResult, ModelLatency, PointLatency, read_latency, write_latency
+from compress.eval.latency.gate import LatencyFinding, LatencyLimit, MemoryLimit, judge_latency, judge_memory
+from compress.eval.latency.results import Estimate, Latency, LoadResult, ModelLatency, PointLatency, read_latency, write_latency
+from compress.eval.latency.settings import LatencySettings, LoadPoint
 
 POINT = LoadPoint(concurrency=4, images=1, width=64, height=48, prompt_tokens=8, output_tokens=8)
 GIB = 1024**3

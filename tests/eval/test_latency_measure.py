@@ -13,13 +13,13 @@ import psutil
 import pytest
 
 from compress.errors import ServerError, UsageError
-from compress.eval.latency import LatencySettings
-from compress.eval.latency_measure import LatencyContext, measure_latency
-from compress.eval.latency_results import Latency
+from compress.eval.latency.measure import LatencyContext, measure_latency
+from compress.eval.latency.results import Latency
+from compress.eval.latency.settings import LatencySettings
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, RunningServer, Runtime, Session
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm_ladder import LadderStep
+from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.vllm.ladder import LadderStep
 from tests.eval.stream_server import Body, Reply, StreamServer, stream_server, whole_answer
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from compress.errors import MissingError, ServerError
-from compress.eval.latency import LoadPoint
-from compress.eval.load_generator import DIALECTS, AnswerStream, make_prompts, make_requests, read_stream, run_load, warm_up
+from compress.eval.latency.load_generator import DIALECTS, AnswerStream, make_prompts, make_requests, read_stream, run_load, warm_up
+from compress.eval.latency.settings import LoadPoint
 from compress.runtimes.runtime import RunningServer
 from tests.eval.stream_server import Body, chunk, event, stream_server, whole_answer
 from tests.raw_server import absent_server

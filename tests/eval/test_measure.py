@@ -10,16 +10,16 @@ import pytest
 import safetensors.torch
 import torch
 
-from compress.calibration.tables import parquet_of, read_rows
+from compress.data.tables import parquet_of, read_rows
 from compress.errors import CheckpointError, DataError
 from compress.eval.measure import MeasureContext, measure
-from compress.eval.perplexity import Perplexity
-from compress.eval.question_task import read_end_tokens
 from compress.eval.results import AdapterItem, Measurement, QuestionItem, read_items, read_measurement
-from compress.eval.vqa import Vqa
+from compress.eval.tasks.perplexity import Perplexity
+from compress.eval.tasks.question_task import read_end_tokens
+from compress.eval.tasks.vqa import Vqa
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Session
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.tiny import TEXT, build_qwen2_5_vl, picture
 
 QUESTIONS = 10

@@ -1,6 +1,6 @@
 import pytest
 
-from compress.eval.normalize import exact_match, normalize
+from compress.eval.metrics.normalize import exact_match, normalize
 
 
 @pytest.mark.parametrize(

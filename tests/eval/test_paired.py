@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.eval.paired import Pairs, decide, holm, judge_family, judge_pairs, overall_recovery
-from compress.eval.statistics import Levels, PairedCounts, Recovery, judge_recovery
+from compress.eval.statistics.estimates import Levels, PairedCounts, Recovery, judge_recovery
+from compress.eval.statistics.paired import Pairs, decide, holm, judge_family, judge_pairs, overall_recovery
 
 AT_95 = Levels.at(0.95)
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.eval.paired import Pairs, decide
-from compress.eval.power import (
+from compress.eval.statistics.estimates import Levels
+from compress.eval.statistics.paired import Pairs, decide
+from compress.eval.statistics.power import (
     POWER,
     Assumed,
     AssumedChanges,
@@ -18,7 +19,6 @@ from compress.eval.power import (
     resolved_loss,
     resolved_mean_loss,
 )
-from compress.eval.statistics import Levels
 
 ERROR = 3 * math.sqrt(0.8 * 0.2 / 1000)
 

@@ -8,15 +8,15 @@ import pytest
 import safetensors.torch
 from numpy.typing import NDArray
 
-from compress.calibration.questions import Question
+from compress.data.images import decode_image
+from compress.data.questions import Question
 from compress.errors import CheckpointError, DataError, UsageError
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ImageItem, ItemizedMeasurement, ScoreMetrics, read_measurement
-from compress.eval.retrieval import Pool, Retrieval, image_scores, ranks, recalls
-from compress.pictures import decode_image
+from compress.eval.tasks.retrieval import Pool, Retrieval, image_scores, ranks, recalls
 from compress.progress import Silent
 from compress.runtimes.runtime import Embeddings, ImageInput, OpenContext
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.pictures import encoded
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_clip, build_qwen2_5_vl, picture

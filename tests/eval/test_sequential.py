@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.eval.paired import Pairs, judge_pairs
-from compress.eval.sequential import Sequential, boundaries, crossing_chances, error_spent, repeated_p
-from compress.eval.statistics import Levels
+from compress.eval.statistics.estimates import Levels
+from compress.eval.statistics.paired import Pairs, judge_pairs
+from compress.eval.statistics.sequential import Sequential, boundaries, crossing_chances, error_spent, repeated_p
 
 NORMAL = NormalDist()
 

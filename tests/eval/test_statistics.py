@@ -10,7 +10,7 @@ import scipy.stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.eval.statistics import (
+from compress.eval.statistics.estimates import (
     Levels,
     PairedCounts,
     above_floor,

@@ -4,14 +4,14 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from compress.calibration.questions import Question
+from compress.data.questions import Question
 from compress.errors import RecipeError
 from compress.eval import TASKS
 from compress.eval.definition import read_definition
-from compress.eval.perplexity import Perplexity
-from compress.eval.task import Task, cluster_of
-from compress.eval.vqa import Vqa
-from compress.schema import load_row
+from compress.eval.tasks.perplexity import Perplexity
+from compress.eval.tasks.task import Task, cluster_of
+from compress.eval.tasks.vqa import Vqa
+from compress.recipe.schema import load_row
 
 GOOD = """\
 name: colours

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from compress.eval.latency_results import Telemetry
-from compress.eval.telemetry import Gpus, ServerMonitor, combine, monitor_server
+from compress.eval.latency.results import Telemetry
+from compress.eval.latency.telemetry import Gpus, ServerMonitor, combine, monitor_server
 
 
 class NvmlError(Exception):

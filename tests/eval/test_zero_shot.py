@@ -8,17 +8,17 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
+from compress.data.images import decode_image
 from compress.errors import DataError, RecipeError
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ImageItem, ScoreMetrics, read_measurement
-from compress.eval.zero_shot import ZeroShot
-from compress.gate import Gate, MeasuredModel, judge
-from compress.pictures import decode_image
-from compress.plan import make_plan
+from compress.eval.tasks.zero_shot import ZeroShot
+from compress.gate.gate import Gate, MeasuredModel, judge
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.runtimes.runtime import ImageInput, OpenContext
-from compress.runtimes.transformers import Transformers
-from compress.store import Store
+from compress.runtimes.transformers.runtime import Transformers
 from tests.jobs import content, make_job
 from tests.pictures import encoded
 from tests.quantized import round_checkpoint, scheme

@@ -12,9 +12,9 @@ import onnx
 import onnxruntime
 from numpy.typing import NDArray
 
-from compress.checkpoint import open_checkpoint
-from compress.export.graphs.layer_builder import Source
-from compress.export.graphs.write import Precision, write_graphs
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.export.onnx.graphs.layer_builder import Source
+from compress.export.onnx.graphs.write import Precision, write_graphs
 from compress.families import family_at
 from compress.progress import Silent
 

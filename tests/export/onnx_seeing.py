@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from compress.export.graphs.write import Precision
+from compress.export.onnx.graphs.write import Precision
 from compress.progress import Silent
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from tests.export.onnx_graphs import Array, Graphs, Row, written
 from tests.tiny import Sizes as Weights
 from tests.tiny import picture

@@ -15,14 +15,14 @@ import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext, ExportSpec
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import family_of
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_clip
 

@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
 from compress.export.format import ExportSpec
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import family_at
-from compress.figures import size
-from compress.layouts import quantized_linears
 from compress.numerics.scheme import Scheme
+from compress.report.figures import size
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_clip, build_qwen2_5_vl
 

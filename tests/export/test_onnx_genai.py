@@ -12,20 +12,20 @@ import torch
 from numpy.typing import NDArray
 from onnx import numpy_helper
 
-from compress.artifact import side_files
-from compress.checkpoint import open_checkpoint, read_json_object
+from compress.checkpoints.artifact import side_files
+from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
+from compress.checkpoints.layouts import quantized_linears
 from compress.errors import CheckpointError, MissingError, ServerError, StoreError, VerificationError
 from compress.export import FORMATS
 from compress.export.format import ExportContext, ExportSpec, VerifyContext
-from compress.export.onnx_genai import OnnxGenai
-from compress.export.onnx_genai_builder import write_builder_input
+from compress.export.onnx_genai.builder import write_builder_input
+from compress.export.onnx_genai.format import OnnxGenai
 from compress.families import family_at, family_of
 from compress.files import write_json
-from compress.layouts import quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes.environment import require
-from compress.schema import load_row
+from compress.recipe.schema import load_row
+from compress.workers.environment import require
 from tests.quantized import exact_weights, round_checkpoint, scheme
 from tests.tiny import BUILDERS, build_qwen2_5_vl, build_qwen2_vl, build_qwen3_vl
 

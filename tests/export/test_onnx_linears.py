@@ -14,13 +14,13 @@ from numpy.typing import NDArray
 from onnx.reference import ReferenceEvaluator
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext, ExportSpec
-from compress.export.graphs.graph import Float, Graph
-from compress.export.graphs.layer_builder import LayerBuilder, Source
-from compress.export.graphs.write import Precision
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
+from compress.export.onnx.graphs.graph import Float, Graph
+from compress.export.onnx.graphs.layer_builder import LayerBuilder, Source
+from compress.export.onnx.graphs.write import Precision
 from compress.families import family_at
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Activations, Scheme

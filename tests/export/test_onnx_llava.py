@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForImageTextToText, SiglipVisionCo
 from transformers.models.llava_next import modeling_llava_next
 
 from compress.errors import CheckpointError
-from compress.export.graphs.graph import Graph
-from compress.export.graphs.llava_next import image_layout, token_rows
+from compress.export.onnx.graphs.graph import Graph
+from compress.export.onnx.graphs.llava_next import image_layout, token_rows
 from tests.export.onnx_graphs import written
 from tests.export.onnx_seeing import MARKS, PROMPTS, Seeing, difference, rebuilt, seeing
 from tests.tiny import BUILDERS

@@ -7,12 +7,12 @@ from pathlib import Path
 import onnx
 import pytest
 
-from compress.artifact import artifact_format, weight_bytes
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.artifact import artifact_format, weight_bytes
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
 from compress.export.format import ExportContext, ExportSpec, VerifyContext
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import FAMILIES, family_at
-from compress.layouts import quantized_linears
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from tests.quantized import round_checkpoint

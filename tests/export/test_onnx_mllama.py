@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from compress.export.graphs.write import Precision
+from compress.export.onnx.graphs.write import Precision
 from compress.progress import Silent
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from tests.export.onnx_graphs import Array, Graphs, Row, written
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_mllama

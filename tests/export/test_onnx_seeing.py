@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from compress.export.graphs.write import Precision
+from compress.export.onnx.graphs.write import Precision
 from tests.export.onnx_seeing import MARKS, PROMPTS, Seeing, Sizes, difference, seeing
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import BUILDERS

@@ -6,17 +6,17 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.artifact import side_files
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.artifact import side_files
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
+from compress.checkpoints.module_names import all_names, group_of
 from compress.engine.weights import WeightReader
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext, ExportSpec
-from compress.export.vllm import VllmExport
-from compress.export.vllm_limits import Layout
+from compress.export.vllm.format import VllmExport
+from compress.export.vllm.limits import Layout
 from compress.families import family_of
 from compress.files import write_json
-from compress.layouts import quantized_linears
-from compress.module_names import all_names, group_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes.unpack import dense_tensors

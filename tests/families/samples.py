@@ -12,11 +12,11 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoProcessor
 
-from compress.checkpoint import open_checkpoint
-from compress.conversation import messages
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.data.images import decode_image
+from compress.data.prompts import messages
 from compress.engine.host import map_tensors
 from compress.families import Family, family_at
-from compress.pictures import decode_image
 from compress.runtimes.runtime import Prompt
 from tests.tiny import picture
 

@@ -5,12 +5,12 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from compress.checkpoint import open_checkpoint
-from compress.conversation import load_processor, open_images, write_prompt
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.data.prompts import load_processor, open_images, write_prompt
 from compress.families import FAMILIES, Family, family_of
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.families.samples import LONG, ONE_IMAGE, SHORT, load_plain
 from tests.tiny import BUILDERS, picture
 

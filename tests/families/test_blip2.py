@@ -8,17 +8,17 @@ import torch
 
 from compress.calibration.batches import Exchange, load_processor, process
 from compress.calibration.collect import longest_input
-from compress.checkpoint import open_checkpoint, read_config
-from compress.conversation import load_tokenizer, write_prompt
+from compress.checkpoints.checkpoint import open_checkpoint, read_config
+from compress.checkpoints.output_head import head_is_tied
+from compress.data.images import decode_image
+from compress.data.prompts import load_tokenizer, write_prompt
 from compress.engine.replay import Replay, WalkConfig
 from compress.errors import CheckpointError
 from compress.families import family_of
 from compress.families.blip2 import BLIP2
-from compress.output_head import head_is_tied
-from compress.pictures import decode_image
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage, Prompt
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.families.samples import batches, load_plain, plain_outputs, tensors_of
 from tests.tiny import build_blip2, picture
 from tests.tiny.blip2 import QUERIES

@@ -9,12 +9,12 @@ from transformers import CLIPModel, CLIPProcessor
 from compress.calibration.batches import load_batches
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import TextSet, VqaSet
-from compress.checkpoint import open_checkpoint, read_config
+from compress.checkpoints.checkpoint import open_checkpoint, read_config
+from compress.data.images import decode_image
 from compress.errors import DataError, UsageError
-from compress.pictures import decode_image
 from compress.progress import Silent
 from compress.runtimes.runtime import ImageInput, OpenContext, Passage, Prompt
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.jobs import sentences, write_questions
 from tests.tiny import build_clip, build_qwen2_vl, picture
 

@@ -11,13 +11,13 @@ import yaml
 from rich.console import Console
 
 import compress
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.engine.derive.derived import derive_family
 from compress.errors import CheckpointError
 from compress.families import Family, ScalePair, family_at, family_of
-from compress.families.derived import derive_family
-from compress.plan import make_plan, show
+from compress.pipeline.plan import make_plan, show
+from compress.pipeline.store import Store
 from compress.stages.linears import select
-from compress.store import Store
 from tests.families.test_loading import assert_loaded_alike
 from tests.families.test_pairs import assert_pairs_hold
 from tests.families.test_walk import assert_every_part_equals

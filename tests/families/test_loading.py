@@ -3,10 +3,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.families import family_at
 from compress.progress import Silent
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from tests.families.samples import batches, load_plain, tensors_of
 from tests.tiny import BUILDERS
 

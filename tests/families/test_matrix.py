@@ -8,18 +8,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
+from compress.export.vllm.format import VllmExport
 from compress.families import FAMILIES, family_at, within
-from compress.layouts import quantized_linears
 from compress.progress import Silent
+from compress.recipe.schema import load_row
 from compress.runtimes.runtime import ImageInput, OpenContext, Prompt
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.transformers_model import load_model
-from compress.schema import load_row
+from compress.runtimes.transformers.model import load_model
+from compress.runtimes.transformers.runtime import Transformers
 from compress.stages import STAGES
 from compress.stages.linears import select
 from compress.stages.stage import Stage

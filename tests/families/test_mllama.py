@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.engine.replay import BlockVisit, Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.errors import CheckpointError

@@ -14,7 +14,7 @@ from transformers import CompressedTensorsConfig, GenerationConfig
 from compress.families import FAMILIES, family_at
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from tests.families.samples import batches, load_plain
 from tests.quantized import scheme
 from tests.runtimes.agreement import TOKEN, Case, make_artifact

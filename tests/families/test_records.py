@@ -3,7 +3,7 @@ from typing import Any, cast
 import pytest
 from transformers import AutoConfig
 
-from compress.checkpoint import read_config, text_config
+from compress.checkpoints.checkpoint import read_config, text_config
 from compress.families import family_of
 from tests.published import published
 from tests.tiny import BUILDERS

@@ -4,9 +4,9 @@ from pathlib import Path
 import pytest
 from torch import nn
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.output_head import head_is_tied
 from compress.families import family_of
-from compress.output_head import head_is_tied
 from compress.stages.linears import Target, select
 from tests.families.samples import load_plain
 from tests.tiny import BUILDERS

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.engine.replay import WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
 from compress.errors import CheckpointError

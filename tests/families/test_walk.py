@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.output_head import head_is_tied
 from compress.engine.replay import Replay, WalkConfig
 from compress.families import family_at
-from compress.output_head import head_is_tied
 from tests.families.samples import batches, plain_outputs, tensors_of
 from tests.tiny import BUILDERS
 

@@ -18,12 +18,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
-from compress.calibration.overlap import check_overlap
-from compress.calibration.questions import source_digest
 from compress.calibration.sets import Columns, QuestionSource, RowFilter, TextSet, VqaSet
-from compress.calibration.texts import read_documents, read_joined
+from compress.data.overlap import check_overlap
+from compress.data.questions import source_digest
+from compress.data.texts import read_documents, read_joined
 from compress.errors import CompressError
-from compress.eval.task import draw_questions
+from compress.eval.tasks.task import draw_questions
 from compress.progress import Silent
 from tests.tiny import picture
 

@@ -22,7 +22,7 @@ _HARD_SECONDS, _HARD_BYTES = 60, 4_000_000_000
 
 def command(arguments: list[str]) -> NoReturn:
     """Run one command of the command line."""
-    from compress.cli import main
+    from compress.cli.main import main
 
     main(arguments)
 

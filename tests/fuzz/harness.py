@@ -18,7 +18,7 @@ from typing import IO, Any, cast
 
 from hypothesis import HealthCheck, settings
 
-from compress.artifact import file_digest
+from compress.checkpoints.artifact import file_digest
 
 MOST_SECONDS = 5.0
 """CPU seconds that one foreign input may take, of all processes it starts."""

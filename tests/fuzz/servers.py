@@ -15,17 +15,17 @@ from typing import Any, cast
 import numpy as np
 from rich.console import Console
 
-from compress.display import Display
+from compress.cli.display import Display
 from compress.errors import CompressError
-from compress.eval.latency import LoadPoint
-from compress.eval.load_generator import Requests, run_load, warm_up
-from compress.events import EventLog
-from compress.runtimes.endpoint import Endpoint
+from compress.eval.latency.load_generator import Requests, run_load, warm_up
+from compress.eval.latency.settings import LoadPoint
+from compress.pipeline.events import EventLog
+from compress.runtimes.endpoint.runtime import Endpoint
 from compress.runtimes.openai_client import read_key
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, RunningServer
-from compress.runtimes.server import await_service, run_server
-from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_session import VllmSession
+from compress.runtimes.vllm.runtime import Vllm
+from compress.runtimes.vllm.session import VllmSession
+from compress.workers.server import await_service, run_server
 from tests.fuzz.answers import Way, body_ways, framing_ways
 from tests.raw_server import Asked, http
 

@@ -114,9 +114,10 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     judged = {name: recipe[name] for name in ("name", "eval", "gate")}
     (folder / "by.yaml").write_text(yaml.safe_dump(judged), encoding="utf-8")
     modules = [
-        "compress.cli", "compress.runner", "compress.stages.quantize", "compress.export.vllm_writer", "compress.families.derived",
-        "compress.runtimes.transformers_session", "compress.conversation", "transformers.models.qwen2_5_vl",
-        "transformers.models.auto.processing_auto", "compress.report_html", "compress.eval.perplexity", "scipy.stats",
+        "compress.cli.main", "compress.pipeline.runner", "compress.stages.quantization.quantize", "compress.export.vllm.writer",
+        "compress.engine.derive.derived",
+        "compress.runtimes.transformers.session", "compress.data.prompts", "transformers.models.qwen2_5_vl",
+        "transformers.models.auto.processing_auto", "compress.report.html", "compress.eval.tasks.perplexity", "scipy.stats",
         "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl", "transformers.models.qwen2_5_vl.processing_qwen2_5_vl", "torchvision",
         "transformers.models.qwen2_vl.image_processing_qwen2_vl", "transformers.models.qwen2_vl.video_processing_qwen2_vl",
         "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "torch._dynamo",

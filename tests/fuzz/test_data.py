@@ -21,7 +21,7 @@ SEEDED, DRAWN = 400, 100
 
 MODULES = (
     *(
-        "compress.cli",
+        "compress.cli.main",
         "tests.fuzz.data",
         "transformers.models.auto.tokenization_auto",
         "transformers.models.qwen2.tokenization_qwen2",

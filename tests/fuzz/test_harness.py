@@ -18,7 +18,7 @@ def decoys(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def harness(decoys: Path) -> Iterator[Harness]:
-    with Harness(["compress.cli"], decoys) as started:
+    with Harness(["compress.cli.main"], decoys) as started:
         yield started
 
 

@@ -130,7 +130,9 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ground]:
     folder = tmp_path_factory.mktemp("ground")
     job = make_job(folder / "job", layers=1, vision_blocks=1)
     decoys = make_decoys(folder / "decoys")
-    with Harness(["compress.cli", "compress.plan", "compress.families.derived", "huggingface_hub.hf_api"], decoys) as harness:
+    with Harness(
+        ["compress.cli.main", "compress.pipeline.plan", "compress.engine.derive.derived", "huggingface_hub.hf_api"], decoys
+    ) as harness:
         yield Ground(job, harness)
         print(f"\nrecipes: {harness.tally}")  # noqa: T201 - the figures of make fuzz
 

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from compress.untrusted import printable
+from compress.untrusted.reading import printable
 from tests.fuzz.answers import Way
 from tests.fuzz.harness import Harness, Outcome, cases, drawn, make_decoys
 from tests.fuzz.servers import ANSWER, CLIENTS, KEY, KEY_VARIABLE, LIKELIHOOD, MODEL, Behaviour, behave
@@ -28,7 +28,12 @@ SEEDED, DRAWN = 170, 30
 """How many behaviours are made from seeds, and how many Hypothesis draws: 200."""
 
 MODULES = (
-    *("tests.fuzz.servers", "compress.runtimes.endpoint_session", "compress.runtimes.vllm_server", "compress.families.derived"),
+    *(
+        "tests.fuzz.servers",
+        "compress.runtimes.endpoint.session",
+        "compress.runtimes.vllm.server",
+        "compress.engine.derive.derived",
+    ),
     *("transformers.models.qwen2_5_vl.configuration_qwen2_5_vl", "huggingface_hub.constants", "httpx", "httpcore", "rich.markup"),
 )
 LIMITS = {

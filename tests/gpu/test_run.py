@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import compress
-from compress.artifact import folder_digests
+from compress.checkpoints.artifact import folder_digests
 from tests.jobs import make_job
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device here")]
@@ -20,7 +20,7 @@ def test_a_run_on_cuda_is_repeatable_and_as_good_as_on_the_cpu(tmp_path: Path, m
     digests = {row.artifact: folder_digests(Path(row.path)) for row in first.rows[1:]}
     again = compress.run(job.recipe, fresh=True, **job.places())
     assert {row.artifact: folder_digests(Path(row.path)) for row in again.rows[1:]} == digests
-    monkeypatch.setattr("compress.plan.default_device", lambda: "cpu")
+    monkeypatch.setattr("compress.pipeline.plan.default_device", lambda: "cpu")
     here = compress.run(job.recipe, **job.places())
     fidelity = [report.rows[1].fidelity for report in (first, here)]
     assert fidelity[0] is not None

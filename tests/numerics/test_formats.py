@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from compress.layouts import pack_linear, quantization_config
+from compress.checkpoints.layouts import pack_linear, quantization_config
 from compress.numerics.activations import fake_quantize_activations
 from compress.numerics.floats import expand_scales, float_scales
 from compress.numerics.grids import QuantizedWeight

@@ -15,17 +15,17 @@ from typing import Literal
 
 import numpy as np
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
-from compress.export.vllm_limits import Layout
+from compress.export.vllm.format import VllmExport
+from compress.export.vllm.limits import Layout
 from compress.families import family_of, within
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm import VNNI_FEATURES, WNA16_FEATURES, Vllm, lacks
+from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.vllm.runtime import VNNI_FEATURES, WNA16_FEATURES, Vllm, lacks
+from compress.workers.environment import install
 from tests.quantized import round_checkpoint
 from tests.tiny import picture
 

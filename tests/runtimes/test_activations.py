@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.families import family_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes.activations import fake_quantize_activations
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from tests.quantized import INPUT_SCALE, round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl
 

@@ -15,10 +15,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from compress.calibration.tables import read_rows
+from compress.data.tables import read_rows
 from compress.eval.journal import answer_all
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint, EndpointModel
+from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
 from compress.runtimes.runtime import OpenContext, Prompt
 from tests.chaos_server import MODEL, SECONDS, Manners, Refusal, StandIn, Trouble, answer_to, digest_of, stand_in
 

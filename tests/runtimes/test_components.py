@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from compress.errors import DataError
-from compress.eval.latency import LoadPoint
-from compress.eval.load_generator import make_prompts
+from compress.eval.latency.load_generator import make_prompts
+from compress.eval.latency.settings import LoadPoint
 from compress.progress import Silent
 from compress.runtimes.components import ComponentTiming, measure_components
 from compress.runtimes.runtime import Prompt

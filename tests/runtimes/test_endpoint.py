@@ -12,12 +12,12 @@ from pydantic import ValidationError
 import compress
 from compress.errors import MissingError, RecipeError, ServerError, UsageError
 from compress.eval.results import ScoreMetrics
-from compress.plan import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint, EndpointModel
+from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
 from compress.runtimes.runtime import OpenContext, Prompt, Reorderable
-from compress.runtimes.vllm_session import alternative_concurrency
-from compress.store import Store
+from compress.runtimes.vllm.session import alternative_concurrency
 from tests.chaos_server import MODEL, Manners, Refusal, StandIn, Trouble, answer_to, stand_in
 from tests.jobs import Job, content, make_job, write_questions
 from tests.raw_server import absent_server, mute_server

@@ -14,8 +14,8 @@ from packaging.requirements import Requirement
 
 from compress.errors import MissingError, StoreError, UsageError
 from compress.progress import Silent
-from compress.runtimes import environment
-from compress.runtimes.environment import LOCKS, Lock, find, install, require, runtimes_home
+from compress.workers import environment
+from compress.workers.environment import LOCKS, Lock, find, install, require, runtimes_home
 
 SHIPPED = Path(environment.__file__).parent / "locks"
 

@@ -16,13 +16,13 @@ import pytest
 
 from compress.errors import MissingError, ServerError
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint, EndpointModel
+from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
 from compress.runtimes.exchange import AnswerError, Response, exchange, models_of, open_http
 from compress.runtimes.openai_client import Address, ItemError, RetryingClient, RetryPolicy, open_client
 from compress.runtimes.runtime import OpenContext
 from compress.runtimes.top_tokens import position_of
-from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_session import answer_text, token_ids
+from compress.runtimes.vllm.runtime import Vllm
+from compress.runtimes.vllm.session import answer_text, token_ids
 from tests.raw_server import Asked, drip, http, raw_server
 
 SLOW = 0.3

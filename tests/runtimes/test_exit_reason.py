@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from compress.errors import CheckpointError, CompressError, MissingError, RecipeError
-from compress.runtimes.exit_reason import describe_exit, read_log, reason_of
-from compress.runtimes.vllm_faults import fault_of
+from compress.runtimes.vllm.faults import fault_of
+from compress.workers.exit_reason import describe_exit, read_log, reason_of
 
 TRACE = (
     '  File "/x/vllm/engine/arg_utils.py", line 1955, in create_model_config\n    return ModelConfig(\n           ^^^^^^^^^^^^\n'

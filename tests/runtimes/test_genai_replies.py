@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from compress.errors import ServerError
-from compress.runtimes.onnxruntime_genai_session import GenaiRequest, WorkerProcess, read_positions, read_tokens
-from compress.runtimes.server import run_server
+from compress.runtimes.onnxruntime_genai.session import GenaiRequest, WorkerProcess, read_positions, read_tokens
+from compress.workers.server import run_server
 
 SECONDS = 600
 

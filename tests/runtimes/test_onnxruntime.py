@@ -14,18 +14,18 @@ import pytest
 import safetensors.torch
 from onnx import TensorProto, helper
 
-from compress.checkpoint import open_checkpoint, read_json_object
+from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
 from compress.errors import CheckpointError, MissingError, StoreError, UsageError
 from compress.eval.full_vocabulary import kl_divergence
 from compress.export.format import ExportContext
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import FAMILIES, family_at
 from compress.files import write_json
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes import onnxruntime as row
-from compress.runtimes.onnxruntime import Onnxruntime
-from compress.runtimes.onnxruntime_graph import Engine, GraphSession
+from compress.runtimes.onnxruntime import runtime as row
+from compress.runtimes.onnxruntime.graph import Engine, GraphSession
+from compress.runtimes.onnxruntime.runtime import Onnxruntime
 from compress.runtimes.runtime import (
     UNSCORED,
     Answer,
@@ -38,7 +38,7 @@ from compress.runtimes.runtime import (
     Score,
     Session,
 )
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint
 from tests.tiny import BUILDERS, build_blip2, build_clip, build_qwen2_5_vl, picture
 
@@ -380,7 +380,7 @@ def test_a_graph_of_another_make_is_refused(artifact: Path, tmp_path: Path) -> N
 
 def test_a_provider_that_is_not_here_is_told() -> None:
     """In a process that sees no GPU, whatever the machine has and whichever ONNX Runtime is installed."""
-    program = "from compress.runtimes.onnxruntime_graph import choose_engine as c; print(c(None, 1)); c(('tensorrt', 'cpu'), None)"
+    program = "from compress.runtimes.onnxruntime.graph import choose_engine as c; print(c(None, 1)); c(('tensorrt', 'cpu'), None)"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "Engine(providers=('cpu',), threads=1)"

@@ -9,18 +9,18 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
-from compress.checkpoint import open_checkpoint, read_json_object
+from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
 from compress.errors import CheckpointError, MissingError, ServerError, UsageError
 from compress.export.format import ExportContext
-from compress.export.onnx import Onnx
-from compress.export.onnx_genai import OnnxGenai
+from compress.export.onnx.format import Onnx
+from compress.export.onnx_genai.format import OnnxGenai
 from compress.families import family_of
 from compress.files import write_json
 from compress.progress import Silent
-from compress.runtimes.onnxruntime import Onnxruntime
-from compress.runtimes.onnxruntime_genai import OnnxruntimeGenai
+from compress.runtimes.onnxruntime.runtime import Onnxruntime
+from compress.runtimes.onnxruntime_genai.runtime import OnnxruntimeGenai
 from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Runtime, Score
-from compress.runtimes.transformers import Transformers
+from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_vl, build_qwen3_vl
 

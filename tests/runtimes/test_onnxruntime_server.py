@@ -14,19 +14,19 @@ import psutil
 import pytest
 
 from compress.errors import DataError, RecipeError, ServerError, UsageError
-from compress.eval.latency import LatencySettings, LoadPoint
-from compress.eval.load_generator import DIALECTS, make_prompts, make_requests, run_load, warm_up
-from compress.eval.server_under_load import ServerUnderLoad
-from compress.eval.telemetry import monitor_server
+from compress.eval.latency.load_generator import DIALECTS, make_prompts, make_requests, run_load, warm_up
+from compress.eval.latency.server_under_load import ServerUnderLoad
+from compress.eval.latency.settings import LatencySettings, LoadPoint
+from compress.eval.latency.telemetry import monitor_server
 from compress.export.format import ExportContext
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import family_at
-from compress.plan import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.runtimes.onnxruntime import Onnxruntime
-from compress.runtimes.onnxruntime_server import Detokenizer, RequestError, read_request
+from compress.runtimes.onnxruntime.runtime import Onnxruntime
+from compress.runtimes.onnxruntime.server import Detokenizer, RequestError, read_request
 from compress.runtimes.runtime import OpenContext, Prompt, RunningServer
-from compress.store import Store
 from tests.tiny import build_clip, picture
 
 RECIPES = Path(__file__).parents[2] / "recipes"

@@ -14,8 +14,8 @@ import psutil
 import pytest
 
 from compress.errors import ServerError, StoreError
-from compress.redaction import remember_secret
-from compress.runtimes.server import Server, choose_port, run_server
+from compress.untrusted.redaction import remember_secret
+from compress.workers.server import Server, choose_port, run_server
 
 SECONDS = 600
 """How long anything that must come is waited for: longer than the busiest machine takes."""
@@ -30,7 +30,7 @@ time.sleep(600)
 STARTER = """
 import os, signal, sys
 from pathlib import Path
-from compress.runtimes.server import run_server
+from compress.workers.server import run_server
 log = Path(sys.argv[1])
 with run_server("the server", [sys.executable, "-c", sys.argv[2]], os.environ, log) as server:
     server.wait(lambda: b"child" in log.read_bytes(), 600)

@@ -13,19 +13,19 @@ import safetensors.torch
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-from compress.checkpoint import open_checkpoint, read_json_object
-from compress.conversation import messages, open_images
+from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
+from compress.checkpoints.skeleton import build_skeleton
+from compress.data.prompts import messages, open_images
 from compress.errors import CheckpointError, StoreError, UsageError
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
+from compress.export.vllm.format import VllmExport
 from compress.families import family_of
 from compress.files import write_json
 from compress.progress import Silent
 from compress.runtimes.fidelity import Head, predict
 from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Prompt, Score, Session
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.transformers_model import choose_dtype, load_model
-from compress.skeleton import build_skeleton
+from compress.runtimes.transformers.model import choose_dtype, load_model
+from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import exact_weights, round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl, build_qwen2_vl, picture
 
@@ -375,7 +375,7 @@ def test_auto_computes_in_float32_on_a_cpu_and_in_the_models_type_elsewhere(orig
 
 def test_a_missing_device_is_told() -> None:
     """In a process that sees no GPU, whatever the machine has."""
-    program = "from compress.runtimes.transformers_model import choose_device; choose_device('cuda')"
+    program = "from compress.runtimes.transformers.model import choose_device; choose_device('cuda')"
     command = [sys.executable, "-c", program]
     done = subprocess.run(command, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True, check=False)
     assert done.returncode == 1

@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 from compress.errors import CheckpointError, MissingError, RecipeError, ServerError
 from compress.eval.full_vocabulary import kl_divergence
 from compress.progress import Silent
-from compress.runtimes.endpoint import Endpoint
-from compress.runtimes.environment import install
+from compress.runtimes.endpoint.runtime import Endpoint
 from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Score
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_server import stop_tokens
-from compress.runtimes.vllm_session import SpecialTokens, VllmSession
+from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.vllm.runtime import Vllm
+from compress.runtimes.vllm.server import stop_tokens
+from compress.runtimes.vllm.session import SpecialTokens, VllmSession
+from compress.workers.environment import install
 from tests.raw_server import absent_server
 from tests.tiny import build_qwen2_5_vl, picture
 

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file  # pyright: ignore[reportUnknownVariableType]
 
 from compress.runtimes.runtime import ImageInput, OpenContext
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm_session import VllmSession
+from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.vllm.session import VllmSession
 from tests.quantized import scheme
 from tests.runtimes.agreement import SILENT, TOKEN, Case, compare, make_artifact, serving
 from tests.tiny import BUILDERS, build_clip, picture

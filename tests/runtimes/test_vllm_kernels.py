@@ -9,20 +9,20 @@ import pytest
 
 import compress
 from compress import hardware
-from compress.checkpoint import read_config
+from compress.checkpoints.checkpoint import read_config
+from compress.checkpoints.quantization_config import Product, products_in, products_of
 from compress.errors import MissingError
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
-from compress.export.vllm_limits import Layout
+from compress.export.vllm.format import VllmExport
+from compress.export.vllm.limits import Layout
 from compress.families import family_of
 from compress.numerics.scheme import Scheme
-from compress.plan import make_plan
-from compress.quantization_config import Product, products_in, products_of
-from compress.runtimes import vllm
-from compress.runtimes.environment import install
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.runtimes.runtime import OpenContext
-from compress.runtimes.vllm import Vllm
-from compress.store import Store
+from compress.runtimes.vllm import runtime as vllm
+from compress.runtimes.vllm.runtime import Vllm
+from compress.workers.environment import install
 from tests.jobs import make_job
 from tests.quantized import round_checkpoint, scheme
 from tests.runtimes.agreement import SILENT, TOKEN

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from compress.progress import Silent
-from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Prompt
-from compress.runtimes.vllm import Vllm
-from compress.runtimes.vllm_ladder import LadderStep, Memory, memory_fault, sequences_of, settings_after, step_down
+from compress.runtimes.vllm.ladder import LadderStep, Memory, memory_fault, sequences_of, settings_after, step_down
+from compress.runtimes.vllm.runtime import Vllm
+from compress.workers.environment import install
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
 GPU = Memory(share=0.85, cache_gib=2, context=8192, on_gpu=True)

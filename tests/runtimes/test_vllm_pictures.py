@@ -13,15 +13,15 @@ import pyarrow.parquet as parquet
 import pytest
 from PIL import Image
 
+from compress.data.images import decode_image
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ItemizedMeasurement, ScoreMetrics, read_measurement
-from compress.eval.vqa import Vqa
-from compress.pictures import decode_image
+from compress.eval.tasks.vqa import Vqa
 from compress.progress import Silent
-from compress.runtimes.environment import install
 from compress.runtimes.runtime import OpenContext, Runtime
-from compress.runtimes.transformers import Transformers
-from compress.runtimes.vllm import Vllm
+from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.vllm.runtime import Vllm
+from compress.workers.environment import install
 from tests.pictures import encoded, everyday
 
 DEMO = Path(__file__).parent.parent.parent / "recipes" / "demo"

@@ -16,12 +16,12 @@ from transformers import AutoModelForImageTextToText
 from compress.calibration.batches import load_batches
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import TextSet, VqaSet
-from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.layouts import quantized_linears, read_linear
 from compress.engine.weights import WeightReader
 from compress.families import Family, family_of
-from compress.layouts import quantized_linears, read_linear
 from compress.progress import Silent
-from compress.runtimes.transformers_model import load_model
+from compress.runtimes.transformers.model import load_model
 from compress.stages.stage import Stage, StageContext
 from tests.tiny import TEXT, picture
 

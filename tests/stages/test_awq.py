@@ -11,12 +11,12 @@ from pydantic import ValidationError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from compress.artifact import side_files
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.artifact import side_files
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
 from compress.errors import CheckpointError, DataError, MissingError
-from compress.layouts import quantized_linears
 from compress.progress import Silent
-from compress.stages.awq import Awq
+from compress.stages.quantization.awq import Awq
 from compress.stages.stage import StageContext
 from tests.engine.test_replay import batches
 from tests.quantized import round_checkpoint

@@ -8,10 +8,10 @@ from compress.numerics.gptq import GptqOptions
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.rounding import output_error, quantize, rounding_error
 from compress.numerics.scheme import Scheme
-from compress.stages import awq_solver, solvers
-from compress.stages.awq_solver import GridPoint, fold
-from compress.stages.block import BlockWeights, divide_linear, divide_norm
-from compress.stages.solvers import Method, solve
+from compress.stages.quantization import awq_solver, solvers
+from compress.stages.quantization.awq_solver import GridPoint, fold
+from compress.stages.quantization.block import BlockWeights, divide_linear, divide_norm
+from compress.stages.quantization.solvers import Method, solve
 from tests.stages.toy import HEAD_DIM, HEADS, KV_HEADS, NAMES, PAIRS, WIDTH, Block, alike, observed_inputs, samples, with_folded
 
 

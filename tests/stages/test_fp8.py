@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress.checkpoint import open_checkpoint
-from compress.layouts import quantized_linears
-from compress.stages.fp8 import Fp8, Granularity
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
+from compress.stages.quantization.fp8 import Fp8, Granularity
 from tests.stages.bench import Bench, divergence, tensors_of
 
 

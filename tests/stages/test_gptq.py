@@ -5,14 +5,14 @@ import pytest
 import torch
 from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
-from compress.checkpoint import open_checkpoint
-from compress.layouts import quantized_linears
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
 from compress.numerics.gptq import GptqOptions
 from compress.numerics.scheme import Scheme
-from compress.stages.block import BlockWeights
-from compress.stages.gptq import Gptq
-from compress.stages.rtn import Rtn
-from compress.stages.solvers import Method, solve
+from compress.stages.quantization.block import BlockWeights
+from compress.stages.quantization.gptq import Gptq
+from compress.stages.quantization.rtn import Rtn
+from compress.stages.quantization.solvers import Method, solve
 from tests.stages.bench import Bench, divergence, tensors_of
 from tests.stages.toy import HEADS, Block, alike, observed_inputs, samples
 

@@ -4,13 +4,13 @@ from typing import Any
 import pytest
 import torch
 
-from compress.checkpoint import open_checkpoint
-from compress.layouts import quantized_linears
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
 from compress.numerics.scheme import Scheme
-from compress.stages.block import BlockWeights
-from compress.stages.int8 import Int8
-from compress.stages.smooth_solver import Smoothing, smooth
-from compress.stages.solvers import Method, solve
+from compress.stages.quantization.block import BlockWeights
+from compress.stages.quantization.int8 import Int8
+from compress.stages.quantization.smooth_solver import Smoothing, smooth
+from compress.stages.quantization.solvers import Method, solve
 from tests.stages.bench import Bench, divergence, tensors_of
 from tests.stages.toy import HEADS, NAMES, PAIRS, Block, alike, observed_inputs, samples, with_folded
 

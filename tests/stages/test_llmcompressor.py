@@ -19,24 +19,24 @@ from torch import Tensor
 from transformers import AutoModelForImageTextToText
 
 import compress
-from compress.artifact import side_files
 from compress.calibration.batches import load_batches
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.artifact import side_files
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import quantized_linears
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError
 from compress.export.format import ExportContext
-from compress.export.vllm import VllmExport
+from compress.export.vllm.format import VllmExport
 from compress.families import FAMILIES, family_of, within
-from compress.layouts import quantized_linears
-from compress.plan import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.report import Report
+from compress.report.model import Report
 from compress.runtimes.runtime import OpenContext
-from compress.runtimes.transformers import Transformers
-from compress.stages.llmcompressor import Llmcompressor
-from compress.stages.llmcompressor_defaults import Defaults
-from compress.stages.llmcompressor_worker import Samples, UnknownNameError, fill_rotations
+from compress.runtimes.transformers.runtime import Transformers
+from compress.stages.llmcompressor.defaults import Defaults
+from compress.stages.llmcompressor.stage import Llmcompressor
+from compress.stages.llmcompressor.worker import Samples, UnknownNameError, fill_rotations
 from compress.stages.stage import StageContext
-from compress.store import Store
 from tests.jobs import Job, content, make_job
 from tests.stages.bench import Bench, dense, logits, prepare, tensors_of
 from tests.tiny import BUILDERS, build_qwen2_5_vl

@@ -5,12 +5,12 @@ import torch
 
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import TextSet
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import quantized_linears, read_linear
 from compress.families.mllama import MLLAMA
-from compress.layouts import quantized_linears, read_linear
 from compress.numerics.rounding import quantize
 from compress.progress import Silent
-from compress.stages.rtn import Rtn
+from compress.stages.quantization.rtn import Rtn
 from compress.stages.stage import StageContext
 from tests.stages.bench import Bench, tensors_of
 from tests.tiny import TEXT

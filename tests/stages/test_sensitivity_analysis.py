@@ -9,20 +9,20 @@ import torch
 from pydantic import ValidationError
 
 from compress.calibration.batches import Exchange, QuestionBatch, WindowBatch
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.layouts import linear_shape, quantized_linears
 from compress.errors import CheckpointError, RecipeError
-from compress.layouts import linear_shape, quantized_linears
-from compress.plan import make_plan
+from compress.pipeline.plan import make_plan
+from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.runtimes.runtime import Prompt
-from compress.stages.awq import Awq
-from compress.stages.gptq import Gptq
-from compress.stages.quantizer import IntegerQuantizer
-from compress.stages.rtn import Rtn
-from compress.stages.sensitivity_analysis import subsample
+from compress.stages.quantization.awq import Awq
+from compress.stages.quantization.gptq import Gptq
+from compress.stages.quantization.quantizer import IntegerQuantizer
+from compress.stages.quantization.rtn import Rtn
+from compress.stages.quantization.sensitivity_analysis import subsample
+from compress.stages.quantization.widths import WIDTHS, Widths, read_widths
 from compress.stages.stage import StageContext
-from compress.stages.widths import WIDTHS, Widths, read_widths
-from compress.store import Store
 from tests.stages.bench import Bench, prepare, tensors_of
 from tests.tiny import Builder, build_blip2, build_mllama, build_qwen2_5_vl, build_qwen3_vl
 

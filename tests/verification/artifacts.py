@@ -13,7 +13,7 @@ import onnx
 from numpy.typing import NDArray
 
 from compress.export.format import ExportContext, VerifyContext
-from compress.export.onnx import Onnx
+from compress.export.onnx.format import Onnx
 from compress.families import family_at
 from compress.progress import Silent
 from compress.verification.results import Verification

@@ -12,13 +12,14 @@ import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint
+from compress.checkpoints.checkpoint import Checkpoint
 from compress.errors import CheckpointError, VerificationError
-from compress.export.graphs import linears, vocabulary
+from compress.export.onnx.graphs import linears, vocabulary
 from compress.families import FAMILIES, Family, family_at
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes import activations, transformers_model
+from compress.runtimes import activations
+from compress.runtimes.transformers import model as transformers_model
 from compress.verification.independent import load_independently
 from tests.families.samples import load_plain
 from tests.quantized import round_checkpoint, scheme

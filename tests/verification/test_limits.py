@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from compress.checkpoint import open_checkpoint
+from compress.checkpoints.checkpoint import open_checkpoint
 from compress.families import family_at
 from compress.numerics.scheme import Scheme
 from compress.verification.limits import AGREEMENT, COMPONENTS, LIKELIHOODS, DifferenceLimits, ExportPrecision, limits_of

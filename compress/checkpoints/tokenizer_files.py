@@ -1,0 +1,91 @@
+"""Settings in a tokenizer's files that cut or fill every prompt, as tools leave them there when they save it after training."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, cast
+
+from compress.checkpoints.checkpoint import read_json_object
+from compress.files import telling_where, write_text
+
+CALL_SETTINGS = ("max_length", "padding", "truncation")
+"""What transformers' processors take from a tokenizer's settings as if it were said in each call."""
+
+_FURTHER = ("is_split_into_words", "pad_to_multiple_of", "stride", "truncation_strategy")
+"""What else they take so, and what has an effect together with the above alone."""
+
+
+def never_cut(tokenizer: Any) -> None:
+    """Make a loaded tokenizer give every token of a text and no other, whatever its files say of lengths."""
+    for name in (*CALL_SETTINGS, *_FURTHER):
+        tokenizer.init_kwargs.pop(name, None)
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        backend.no_truncation()
+        backend.no_padding()
+
+
+def cutting_settings(folder: Path) -> dict[str, list[str]]:
+    """Return, by file, what settings of a folder's tokenizer cut prompts or fill them up to a length; empty where none does.
+
+    With them vLLM fails ("Mismatch in image token count"), and transformers cuts the ends of questions without a word. Filling up
+    to the longest text of a batch is harmless: prompts are asked one by one.
+
+    Raises:
+        CheckpointError: a file is there and cannot be read.
+    """
+    found = {name: harmful(read_json_object(folder / name)) for name, harmful in _FILES.items() if (folder / name).is_file()}
+    return {name: settings for name, settings in found.items() if settings}
+
+
+def write_uncut(folder: Path, target: Path) -> None:
+    """Write those files of a folder's tokenizer that cut prompts without what does so, below `target`; which may be the folder.
+
+    Raises:
+        CheckpointError: a file cannot be read.
+        StoreError: it cannot be written.
+    """
+    for name, settings in cutting_settings(folder).items():
+        whole = {key: value for key, value in read_json_object(folder / name).items() if key not in settings}
+        whole |= dict.fromkeys(settings) if name == _TOKENIZER else {}  # its readers look for every key
+        (target / name).unlink(missing_ok=True)  # it may be a link
+        write_text(target / name, json.dumps(whole, ensure_ascii=False, indent=2) + "\n")
+
+
+@contextmanager
+def uncut_folder(folder: Path) -> Generator[Path]:
+    """Give the folder itself or, where its tokenizer cuts prompts, one of links to its files with a tokenizer that does not.
+
+    Raises:
+        CheckpointError: a file of the tokenizer cannot be read.
+        StoreError: the links cannot be written.
+    """
+    if not cutting_settings(folder):
+        yield folder
+        return
+    with TemporaryDirectory(prefix="compress-model-") as name:
+        target = Path(name)
+        with telling_where(target):
+            for path in folder.iterdir():
+                (target / path.name).symlink_to(path.resolve())
+            write_uncut(folder, target)
+        yield target
+
+
+def _of_tokenizer(content: dict[str, Any]) -> list[str]:
+    padding: object = content.get("padding")
+    strategy: object = cast("dict[str, Any]", padding).get("strategy") if isinstance(padding, dict) else None
+    found = ["truncation"] if content.get("truncation") is not None else []
+    return [*found, "padding"] if isinstance(strategy, dict) else found
+
+
+def _of_settings(content: dict[str, Any]) -> list[str]:
+    return [name for name in CALL_SETTINGS if content.get(name)]
+
+
+_TOKENIZER = "tokenizer.json"
+_FILES: dict[str, Callable[[dict[str, Any]], list[str]]] = {_TOKENIZER: _of_tokenizer, "tokenizer_config.json": _of_settings}

@@ -1,0 +1,1 @@
+"""Prompts, images, questions, texts and tables, as calibration and evaluation both read them."""

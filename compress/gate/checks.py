@@ -1,0 +1,282 @@
+"""The checks of the gate for one artifact, limit by limit: value, bounds, verdict and reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from compress.eval.changes import count_flips, judge_flips
+from compress.eval.grounding import image_gain_of
+from compress.eval.latency.gate import LatencyFinding, judge_latency, judge_memory
+from compress.eval.results import PerplexityMetrics, ScoreMetrics, TaskMeasurement, check_pairs
+from compress.eval.statistics.estimates import Finding, Levels, Recovery, judge_perplexity
+from compress.eval.statistics.noise import flips_above_noise
+from compress.eval.statistics.paired import Pairs, judge_family, judge_pairs, overall_recovery
+from compress.eval.statistics.sequential import Sequential
+from compress.gate.artifact import ArtifactChecks, format_interval
+from compress.gate.fidelity import fidelity_checks
+from compress.gate.gate import (
+    AccuracyLimit,
+    Check,
+    FlipsLimit,
+    GateLimits,
+    GroundingLimit,
+    MeasuredModel,
+    PerplexityLimit,
+    SizeLimit,
+)
+
+
+def checks_of(limits: GateLimits, original: MeasuredModel, artifact: MeasuredModel, target: str) -> Iterator[Check]:
+    """Yield every check of one artifact, in the order of the gate's fields.
+
+    Raises:
+        DataError: the artifact was measured on other items than the original; names the first one.
+    """
+    checks = ArtifactChecks(original, artifact, target)
+    if limits.accuracy is not None:
+        yield from _accuracy(checks, limits.accuracy)
+    if limits.perplexity is not None:
+        yield from _perplexity(checks, limits.perplexity)
+    if limits.fidelity is not None:
+        yield from fidelity_checks(checks, limits.fidelity)
+    if limits.flips is not None:
+        yield from _flips(checks, limits.flips)
+    if limits.grounding is not None:
+        yield _grounding(checks, limits.grounding)
+    if limits.size is not None:
+        yield from _size(checks, limits.size)
+    if limits.latency is not None:
+        findings = judge_latency(limits.latency, artifact.latency, artifact.artifact) if artifact.latency else []
+        yield from _load_checks(checks, "latency", findings)
+    if limits.memory is not None:
+        findings = judge_memory(limits.memory, artifact.latency, artifact.artifact) if artifact.latency else []
+        yield from _load_checks(checks, "memory", findings)
+
+
+def _load_checks(checks: ArtifactChecks, check: str, findings: list[LatencyFinding]) -> Iterator[Check]:
+    if not findings:
+        yield checks.inconclusive(check, 0.0, f"no load was put on a server at target {checks.target}, so its {check} is not known")
+    for finding in findings:
+        yield Check(
+            artifact=checks.artifact.artifact,
+            check=finding.check,
+            task=finding.point or None,
+            value=finding.value,
+            interval=finding.interval,
+            limit=finding.limit,
+            verdict=finding.outcome,
+            reason=finding.reason,
+            target=checks.target,
+            interval_level=finding.level,
+        )
+
+
+def _accuracy(checks: ArtifactChecks, limit: AccuracyLimit) -> Iterator[Check]:
+    check_name = "accuracy.min_recovery"
+    tasks = checks.task_names(ScoreMetrics)
+    if not tasks:
+        yield checks.unmeasured(check_name, limit.min_recovery)
+    pairs: dict[str, Pairs] = {}
+    recoveries: dict[str, Recovery] = {}
+    for task in tasks:
+        if (reason := checks.skip_reason(task)) is not None:
+            yield checks.inconclusive(check_name, limit.of(task), reason, task)
+            continue
+        pairs[task] = checks.pairs(task)
+        recovery = _recovery(checks.artifact.measurement.tasks[task], pairs[task], limit, len(tasks))
+        if recovery is None:
+            yield checks.inconclusive(
+                check_name,
+                limit.of(task),
+                f"{task}: the original answers none of the {pairs[task].items:,} items right, so there is nothing to keep; "
+                "choose a task it can do",
+                task,
+            )
+        else:
+            recoveries[task] = recovery
+    corrected = judge_family(recoveries, 1 - limit.confidence)
+    for task, finding in corrected.items():
+        yield checks.decide(check_name, limit.of(task), finding, _recovery_reason(checks, task, pairs[task], finding, limit), task)
+    if limit.overall is not None:
+        yield _overall(checks, limit.overall, corrected, tasks)
+
+
+def _recovery(task: TaskMeasurement, pairs: Pairs, limit: AccuracyLimit, task_count: int) -> Recovery | None:
+    if task.look is None or limit.sequential is None:
+        return judge_pairs(pairs, limit.of(task.name), Levels.at(limit.confidence))
+    interim = Sequential.even(limit.sequential, limit.confidence, task_count).judge(pairs, task.look - 1, limit.of(task.name))
+    return interim.recovery if interim is not None else None
+
+
+def _recovery_reason(checks: ArtifactChecks, name: str, pairs: Pairs, finding: Recovery, limit: AccuracyLimit) -> str:
+    flips = count_flips(pairs, limit.confidence)
+    interval = _percent_interval(finding)
+    task = checks.artifact.measurement.tasks[name]
+    item_pairs = zip(checks.original.measurement.scored(name), checks.artifact.measurement.scored(name), strict=False)
+    failed = sum(before.fault is not None or after.fault is not None for before, after in item_pairs)
+    failed_note = f", {failed} of them failed and count 0" if failed else ""
+    stopped_note = (
+        f", settled after part {task.look} of {task.looks}" if task.look and task.looks and task.look < task.looks else ""
+    )
+    chance_note = f" (as uneven by chance: p = {flips.p_value:.2g})" if flips.lost + flips.gained else ""
+    return (
+        f"{name}: recovery {100 * finding.value:.2f} %{interval} of {finding.items:,} items{failed_note}{stopped_note}, "
+        f"{flips.lost} lost and {flips.gained} gained{chance_note}; the limit is "
+        f"{100 * limit.of(name):g} %{_items_needed_note(finding, 'items')}"
+    )
+
+
+def _overall(checks: ArtifactChecks, limit: float, recoveries: Mapping[str, Recovery], tasks: list[str]) -> Check:
+    check_name = "accuracy.overall"
+    finding = overall_recovery(list(recoveries.values()), limit)
+    if finding is None or len(recoveries) < len(tasks):
+        return checks.inconclusive(check_name, limit, "not every task could be judged, so their mean cannot be")
+    interval = _percent_interval(finding)
+    return checks.decide(
+        check_name,
+        limit,
+        finding,
+        f"mean recovery {100 * finding.value:.2f} %{interval} over {len(recoveries)} tasks; the limit is "
+        f"{100 * limit:g} %{_items_needed_note(finding, 'items')}",
+    )
+
+
+def _perplexity(checks: ArtifactChecks, limit: PerplexityLimit) -> Iterator[Check]:
+    check_name = "perplexity.max_ratio"
+    tasks = checks.task_names(PerplexityMetrics)
+    if not tasks:
+        yield checks.unmeasured(check_name, limit.max_ratio)
+    for task in tasks:
+        if (reason := checks.skip_reason(task)) is not None:
+            yield checks.inconclusive(check_name, limit.max_ratio, reason, task)
+            continue
+        original_windows, artifact_windows = checks.original.measurement.windows(task), checks.artifact.measurement.windows(task)
+        check_pairs(task, original_windows, ((item.id, item.digest) for item in artifact_windows))
+        scored = [
+            (original, artifact)
+            for original, artifact in zip(original_windows, artifact_windows, strict=True)
+            if not original.fault and not artifact.fault
+        ]
+        if len(scored) < len(original_windows):
+            yield checks.inconclusive(
+                check_name,
+                limit.max_ratio,
+                f"{task}: {len(original_windows) - len(scored)} of {len(original_windows):,} windows could not be scored",
+                task,
+            )
+            continue
+        finding = judge_perplexity(
+            np.array([original.nll for original, _ in scored]),
+            np.array([artifact.nll for _, artifact in scored]),
+            np.array([original.tokens for original, _ in scored], dtype=np.float64),
+            limit.max_ratio,
+            limit.confidence,
+        )
+        interval = format_interval(finding.interval, finding.level, lambda value: f"{value:.4f}")
+        note = (
+            _items_needed_note(finding, "windows") if finding.interval else ": a single window has no spread; measure more of them"
+        )
+        yield checks.decide(
+            check_name,
+            limit.max_ratio,
+            finding,
+            f"{task}: {finding.value:.4f} times the original's perplexity{interval} over {len(original_windows):,} windows; "
+            f"the limit is {limit.max_ratio:g}{note}",
+            task,
+        )
+
+
+def _flips(checks: ArtifactChecks, limit: FlipsLimit) -> Iterator[Check]:
+    check_name = "flips.max_share"
+    tasks = checks.task_names(ScoreMetrics)
+    if not tasks:
+        yield checks.unmeasured(check_name, limit.max_share)
+    for task in tasks:
+        if (reason := checks.skip_reason(task)) is not None:
+            yield checks.inconclusive(check_name, limit.max_share, reason, task)
+            continue
+        flips = count_flips(checks.pairs(task), limit.confidence)
+        finding = judge_flips(flips, limit.max_share)
+        noise = flips_above_noise(checks.original.measurement, checks.artifact.measurement, task, limit.confidence)
+        noise_note = "" if noise is None else f" (the original asked again: {100 * noise.floor:.2f} %)"
+        note = _items_needed_note(finding, "items")
+        if finding.outcome == "fail" and noise is not None and not noise.above:
+            finding = replace(finding, outcome="inconclusive", items_needed=None)
+            note = f": but it is not shown to be more than of the original itself (p = {noise.p_value:.2g})"
+        interval = _percent_interval(finding)
+        reason = (
+            f"{task}: {flips.lost} lost and {flips.gained} gained of {flips.items:,} items, {100 * flips.share:.2f} %{interval}"
+            f"{noise_note}; the limit is {100 * limit.max_share:g} %{note}"
+        )
+        yield checks.decide(check_name, limit.max_share, finding, reason, task)
+
+
+def _grounding(checks: ArtifactChecks, limit: GroundingLimit) -> Check:
+    check_name = "grounding"
+    original, artifact = checks.original.measurement.grounding, checks.artifact.measurement.grounding
+    if original is None or artifact is None:
+        return checks.inconclusive(check_name, 0.0, "it was not seen whether answers depend on the image; add eval.grounding")
+    original_gain = image_gain_of(checks.original.measurement.grounding_items, limit.confidence)
+    artifact_gain = image_gain_of(checks.artifact.measurement.grounding_items, limit.confidence)
+    if original_gain is None or artifact_gain is None:
+        return checks.inconclusive(check_name, 0.0, "every question that was to show it failed", artifact.task)
+    if original_gain.outcome != "pass":
+        return checks.inconclusive(
+            check_name,
+            0.0,
+            f"{artifact.task}: the original itself answers {original_gain.items:,} questions no better with their own image "
+            f"({100 * original_gain.right:.1f} %) than with another ({100 * original_gain.wrong:.1f} %); choose questions whose "
+            "answers need the image",
+            artifact.task,
+        )
+    figures = (
+        f"{100 * artifact_gain.right:.1f} % with the own image, {100 * artifact_gain.wrong:.1f} % with another, "
+        f"{100 * artifact.changed_other:.1f} % of answers changed, of {artifact_gain.items:,} questions "
+        f"(p = {artifact_gain.p_value:.2g}; the original: {100 * original_gain.right:.1f} % and {100 * original_gain.wrong:.1f} %)"
+    )
+    conclusion = "answers depend on the image" if artifact_gain.outcome == "pass" else "answers do not depend on the image"
+    return checks.decide(check_name, 0.0, artifact_gain, f"{artifact.task}: {conclusion}: {figures}", artifact.task)
+
+
+def _size(checks: ArtifactChecks, limit: SizeLimit) -> Iterator[Check]:
+    original_bytes, artifact_bytes = checks.original.bytes, checks.artifact.bytes
+    if limit.max_ratio is not None:
+        ratio = artifact_bytes / original_bytes
+        reason = (
+            f"{artifact_bytes:,} bytes, {100 * ratio:.2f} % of the original's {original_bytes:,}; the limit is "
+            f"{100 * limit.max_ratio:g} %"
+        )
+        yield checks.decide("size.max_ratio", limit.max_ratio, _compare_with_limit(ratio, limit.max_ratio), reason)
+    if limit.max_bits_per_weight is not None:
+        bits = checks.artifact.bits_per_weight
+        if bits is None:
+            yield checks.inconclusive(
+                "size.max_bits_per_weight", limit.max_bits_per_weight, "how many weights there are is not known"
+            )
+        else:
+            reason = f"{bits:.3f} bits per weight of the original; the limit is {limit.max_bits_per_weight:g}"
+            yield checks.decide(
+                "size.max_bits_per_weight", limit.max_bits_per_weight, _compare_with_limit(bits, limit.max_bits_per_weight), reason
+            )
+    if limit.max_bytes is not None:
+        reason = f"{artifact_bytes:,} bytes; the limit is {limit.max_bytes:,.0f}"
+        yield checks.decide("size.max_bytes", limit.max_bytes, _compare_with_limit(artifact_bytes, limit.max_bytes), reason)
+
+
+def _percent_interval(finding: Finding) -> str:
+    return format_interval(finding.interval, finding.level, lambda value: f"{100 * value:.2f}", " %")
+
+
+def _compare_with_limit(value: float, limit: float) -> Finding:
+    return Finding(value, None, "pass" if value <= limit else "fail", None)
+
+
+def _items_needed_note(finding: Finding, items: str) -> str:
+    if finding.outcome != "inconclusive":
+        return ""
+    if finding.items_needed is None:
+        return f": what was observed stands at the limit, so no number of {items} would settle it"
+    return f": {finding.items_needed:,} {items} would settle it"

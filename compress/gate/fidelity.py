@@ -1,0 +1,165 @@
+"""The checks of the limits on KL and top-1 agreement. KL may be a lower bound only: it can fail a limit then, but not pass it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from compress.eval.results import Fidelity, ScoreMetrics, TaskMeasurement, WholeKl
+from compress.eval.statistics.estimates import Finding, Outcome
+from compress.eval.statistics.noise import kl_above_noise
+from compress.eval.tasks.task import FIDELITY_CONFIDENCE
+from compress.gate.artifact import ArtifactChecks, format_interval
+from compress.gate.gate import Check, FidelityLimit
+
+
+@dataclass(frozen=True)
+class _Judgement:
+    """The outcome of one figure, with the text of its reason."""
+
+    finding: Finding
+    figure: str
+    """The figure in words, with its bounds and the noise floor."""
+
+    remark: str = ""
+    """Follows the limit in the reason: why the outcome is inconclusive, and the remedy."""
+
+    at_least: bool = False
+    """Whether the figure is a lower bound."""
+
+
+def fidelity_checks(checks: ArtifactChecks, limit: FidelityLimit) -> Iterator[Check]:
+    """Yield the checks of every limit for every task with compared predictions."""
+    limits = {"max_kl": limit.max_kl, "max_kl_p99": limit.max_kl_p99, "min_top1": limit.min_top1}
+    for name, limit_value in limits.items():
+        if limit_value is None:
+            continue
+        check_name = f"fidelity.{name}"
+        tasks = [task for task, measurement in checks.original.measurement.tasks.items() if _is_comparable(measurement)]
+        if not tasks:
+            yield checks.unmeasured(check_name, limit_value)
+        for task in tasks:
+            measurement = checks.artifact.measurement.tasks.get(task)
+            if measurement is None or measurement.fidelity is None:
+                reason = (
+                    checks.skip_reason(task)
+                    or f"{task}: was not compared with the original; measure it against the original's record"
+                )
+                yield checks.inconclusive(check_name, limit_value, reason, task)
+            else:
+                yield _check(checks, name, limit_value, task, measurement.fidelity)
+
+
+def _is_comparable(task: TaskMeasurement) -> bool:
+    return not (isinstance(task.metrics, ScoreMetrics) and task.metrics.task == "adapter")
+
+
+def _check(checks: ArtifactChecks, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
+    if name == "min_top1":
+        judgement = _top1(checks, limit, task, fidelity)
+    elif name == "max_kl_p99":
+        judgement = _p99(checks, limit, task, fidelity)
+    else:
+        judgement = _mean(checks, limit, task, fidelity)
+    limit_text = f"{100 * limit:g} %" if name == "min_top1" else f"{limit:g}"
+    reason = f"{task}: {judgement.figure}, {fidelity.tokens:,} {fidelity.unit}s; the limit is {limit_text}{judgement.remark}"
+    return checks.decide(f"fidelity.{name}", limit, judgement.finding, reason, task).model_copy(
+        update={"at_least": judgement.at_least}
+    )
+
+
+def _top1(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
+    value, noise = fidelity.top1_agreement, checks.original.measurement.tasks[task].noise
+    outcome: Outcome = "pass" if value >= limit else "fail"
+    noun = "token" if fidelity.unit == "token" else "class"
+    figure = f"the same top {noun} for {100 * value:.2f} % of {fidelity.unit}s"
+    if noise is not None:
+        figure += f" (the original asked again: {100 * noise.top1_agreement:.2f} %)"
+    if outcome == "fail" and noise is not None and noise.top1_agreement <= value:
+        return _Judgement(Finding(value, None, "inconclusive", None), figure, _within_noise_remark())
+    return _Judgement(Finding(value, None, outcome, None), figure)
+
+
+def _p99(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
+    noise, value = checks.original.measurement.tasks[task].noise, fidelity.kl_p99
+    figure = f"KL at most {value:.5f} nats for 99 % of {fidelity.unit}s"
+    if fidelity.at_least:
+        figure = f"99th percentile of KL at least {value:.5f} nats"
+    if noise is not None:
+        figure += f" (the original asked again: {_format_kl(noise, noise.kl_p99)})"
+    if value > limit:
+        if noise is not None and noise.kl_p99 >= value:
+            return _Judgement(Finding(value, None, "inconclusive", None), figure, _within_noise_remark(), fidelity.at_least)
+        return _Judgement(Finding(value, None, "fail", None), figure, at_least=fidelity.at_least)
+    if not fidelity.at_least:
+        return _Judgement(Finding(value, None, "pass", None), figure)
+    full = fidelity.whole
+    if full is None or full.kl_p99_at_most is None:
+        return _Judgement(Finding(value, None, "inconclusive", None), figure, _no_upper_bound_remark(full), at_least=True)
+    figure += f", and at most {full.kl_p99_at_most:.5f} with 95 % confidence by {full.tokens:,} over the whole vocabulary"
+    if full.kl_p99_at_most <= limit:
+        return _Judgement(Finding(value, (value, full.kl_p99_at_most), "pass", None, level=0.95), figure, at_least=True)
+    return _Judgement(Finding(value, None, "inconclusive", None), figure, _larger_sample_remark(), at_least=True)
+
+
+def _mean(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
+    full, noise = fidelity.whole, checks.original.measurement.tasks[task].noise
+    interval = format_interval(fidelity.kl_interval, fidelity.interval_level, _five_decimals)
+    figure = f"mean KL {_format_kl(fidelity, fidelity.kl_mean)}{interval} nats per {fidelity.unit}"
+    if full is not None:
+        full_interval = format_interval(full.kl_interval, full.interval_level, _five_decimals)
+        figure += f", over the whole vocabulary {full.kl_mean:.5f} for the same {fidelity.unit}s, "
+        figure += f"as {full.tokens:,} of them show{full_interval}"
+    if noise is not None:
+        figure += f" (the original asked again: {_format_kl(noise, noise.kl_mean)})"
+    finding, remark = _mean_finding(fidelity, limit)
+    if finding.outcome == "fail":
+        excess = kl_above_noise(checks.original.measurement, checks.artifact.measurement, task, FIDELITY_CONFIDENCE)
+        if excess is not None and not excess.above:
+            finding = Finding(finding.value, finding.interval, "inconclusive", None, level=finding.level)
+            remark = f"{_within_noise_remark()} (p = {excess.p_value:.2g})"
+    return _Judgement(finding, figure, remark, at_least=fidelity.at_least and full is None)
+
+
+def _mean_finding(fidelity: Fidelity, limit: float) -> tuple[Finding, str]:
+    """Judge the mean KL; a lower bound may fail the limit, and only full-vocabulary KL may pass it."""
+    value, full = fidelity.kl_mean, fidelity.whole
+    if not fidelity.at_least:
+        outcome: Outcome = "pass" if value <= limit else "fail"
+        return Finding(value, fidelity.kl_interval, outcome, None, level=fidelity.interval_level), ""
+    if full is None:
+        outcome = "fail" if value > limit else "inconclusive"
+        finding = Finding(value, fidelity.kl_interval, outcome, None, level=fidelity.interval_level)
+        return finding, "" if outcome == "fail" else _no_upper_bound_remark(full)
+    if value > limit or (full.kl_interval is not None and full.kl_interval[0] > limit):
+        return Finding(full.kl_mean, full.kl_interval, "fail", None, level=full.interval_level), ""
+    if full.kl_interval is None:
+        return Finding(full.kl_mean, None, "inconclusive", None), _no_upper_bound_remark(full)
+    outcome = "pass" if full.kl_interval[1] <= limit else "inconclusive"
+    finding = Finding(full.kl_mean, full.kl_interval, outcome, None, level=full.interval_level)
+    return finding, "" if outcome == "pass" else _larger_sample_remark()
+
+
+def _format_kl(fidelity: Fidelity, value: float) -> str:
+    return f"{'at least ' if fidelity.at_least else ''}{_five_decimals(value)}"
+
+
+def _five_decimals(value: float) -> str:
+    return f"{value:.5f}"
+
+
+def _within_noise_remark() -> str:
+    return ": but it is not shown to be further off than the original is from itself, asked in another order and batch"
+
+
+def _no_upper_bound_remark(full: WholeKl | None) -> str:
+    if full is not None:
+        return f": {full.tokens:,} over the whole vocabulary are too few for an upper bound; raise the runtime's whole_tokens"
+    return (
+        ": over the likeliest tokens alone KL is known from below, which may fail a limit but cannot pass it; set the runtime's "
+        "whole_tokens (a server elsewhere must be started with --max-logprobs -1)"
+    )
+
+
+def _larger_sample_remark() -> str:
+    return ": the limit lies within what so few tokens over the whole vocabulary leave open; raise the runtime's whole_tokens"

@@ -1,0 +1,177 @@
+"""The notes of a plan, before anything is run: on the exports, on statistical power, and on limits that cannot be met."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from compress.checkpoints.artifact import side_files
+from compress.checkpoints.checkpoint import Checkpoint, text_config
+from compress.checkpoints.quantization_config import Product
+from compress.checkpoints.tokenizer_files import cutting_settings
+from compress.export.format import ExportSpec
+from compress.gate.gate import SizeLimit
+from compress.pipeline.plan_data import sample_limit
+from compress.recipe.model import Recipe
+from compress.report.figures import counted
+from compress.report.figures import size as shown_size
+
+_BYTES_PER_TOKEN = 66
+"""Of a server's answer for each token of the vocabulary: 10 MB at 152,000."""
+
+_MUCH = 1_000_000_000
+"""Bytes of answers from which on a plan notes them: below, they take less than a task's own questions."""
+
+_HEADER_BYTES = 300
+"""The most bytes that a tensor takes in a safetensors header and the index; of files on a hub only the tensors' bytes are known."""
+
+
+def outlook_notes(recipe: Recipe, outlooks: list[ExportSpec]) -> tuple[str, ...]:
+    """Return the notes that apply to every possible outcome of the run, and those that depend on the stages' choices, marked so."""
+    notes_by_outlook = [export_notes(recipe, outlook) for outlook in outlooks]
+    all_notes = dict.fromkeys(note for notes in notes_by_outlook for note in notes)
+    return tuple(
+        note if all(note in notes for notes in notes_by_outlook) else f"where the stage chooses so: {note}" for note in all_notes
+    )
+
+
+def export_notes(recipe: Recipe, outlook: ExportSpec) -> tuple[str, ...]:
+    """Return the notes of the exports of one checkpoint."""
+    return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
+
+
+def tokenizer_notes(folder: Path) -> tuple[str, ...]:
+    """Return the truncation and padding settings of a folder's tokenizer, which artifacts do not carry."""
+    return tuple(
+        f"{name} holds {' and '.join(settings)}, by which prompts would be cut or filled up, and vLLM fails on images; "
+        "here prompts are read whole, and artifacts are written without"
+        for name, settings in cutting_settings(folder).items()
+    )
+
+
+def kernels(recipe: Recipe, products: Mapping[str, frozenset[Product]]) -> tuple[list[str], list[str]]:
+    """Return the faults of artifacts whose kernels do not run on this machine, and notes on those that do.
+
+    `products` holds each artifact's matrix products that need a kernel, by its name.
+    """
+    faults: dict[str, None] = {}
+    notes: dict[str, None] = {}
+    runtimes = {export.artifact: export.runtimes for export in recipe.export}
+    for target in recipe.eval.places:
+        for artifact, needed in products.items():
+            if target.runtime.runtime in runtimes.get(artifact, {target.runtime.runtime}):
+                faults |= dict.fromkeys(f"{artifact} at {target.name}: {fault}" for fault in target.runtime.kernel_faults(needed))
+                notes |= dict.fromkeys(f"{artifact} at {target.name}: {note}" for note in target.runtime.kernel_notes(needed))
+    return list(faults), list(notes)
+
+
+def full_vocabulary(recipe: Recipe, config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return what asking servers for likelihoods over the whole vocabulary sends, where that is much."""
+    vocabulary: object = text_config(config).get("vocab_size")
+    size = _BYTES_PER_TOKEN * vocabulary if isinstance(vocabulary, int) else 0
+    asked = {
+        target.name: cast("int", getattr(target.runtime, "whole_tokens", 0))
+        for target in recipe.eval.places
+        if target.runtime.asks_server
+    }
+    return tuple(
+        f"at {name} every model scores {tokens:,} tokens of each task over the whole vocabulary, in about "
+        f"{shown_size(tokens * size)} of answers: many minutes of a server on a CPU; fewer whole_tokens take less, and with "
+        "whole_tokens: 0 max_kl cannot pass"
+        for name, tokens in asked.items()
+        if tokens * size >= _MUCH
+    )
+
+
+def unmeasured(recipe: Recipe) -> tuple[str, ...]:
+    """Return the tasks that a target's server cannot run, with its reason."""
+    return tuple(
+        f"task {task.name}: not measured at {target.name}: {reason}"
+        for target in recipe.eval.places
+        for need, reason in target.runtime.missing().items()
+        for task in recipe.eval.tasks
+        if task.needs == need
+    )
+
+
+def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
+    """Return the loss that the number of items resolves, for each task with an accuracy limit.
+
+    `items` is the number of each task's items, where its data were read; for the others, `samples` is taken.
+    """
+    from compress.eval.statistics.power import POWER, Assumed, items_for, resolved_loss
+    from compress.eval.statistics.sequential import Sequential
+
+    limit = recipe.gate.accuracy
+    if limit is None:
+        return ()
+    plan = Sequential.even(limit.sequential, limit.confidence) if limit.sequential else None
+    level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
+    assumed = Assumed()
+    notes: list[str] = []
+    for task in recipe.eval.tasks:
+        samples = sample_limit(task)
+        available = items.get(task.name, samples)
+        if task.name not in recipe.judged_tasks or available is None:
+            continue
+        fewer_note = (
+            f" ({samples:,} are asked for, and its data hold no more)" if samples is not None and available < samples else ""
+        )
+        needed_items = items_for(limit.of(task.name), level, assumed)
+        needed_note = f"; a limit of {100 * limit.of(task.name):g} % needs {needed_items:,}" if needed_items else ""
+        loss = resolved_loss(available, level, assumed)
+        resolution = f"resolve {100 * loss:.1f} points" if loss else "resolve nothing"
+        notes.append(
+            f"{task.name}: {counted(available, 'item')}{fewer_note} {resolution} (so far below the original a limit is passed by "
+            f"an artifact that loses nothing with {100 * POWER:g} % probability, "
+            f"if {100 * assumed.flips:g} % of the items flip and "
+            f"{100 * assumed.accuracy:g} % are right){needed_note}"
+        )
+    return tuple(notes)
+
+
+def size_notes(recipe: Recipe, checkpoint: Checkpoint, exports: Mapping[int, int]) -> tuple[str, ...]:
+    """Return the size limits that an export cannot meet; `exports` are the predicted bytes of weights, by position in the recipe.
+
+    The prediction counts tensors only and takes the original at its largest, so that no limit is reported that might be met.
+    """
+    other_bytes = sum((checkpoint.folder / name).stat().st_size for name in ("config.json", *side_files(checkpoint.folder)))
+    original_bytes = checkpoint.weight_bytes + other_bytes + _HEADER_BYTES * len(checkpoint.tensors)
+    weights = sum(math.prod(entry.shape) for entry in checkpoint.tensors.values())
+    notes: dict[str, None] = {}
+    for target in recipe.eval.places:
+        limit = recipe.gate.at(target.name).size
+        if limit is None:
+            continue
+        for position, predicted in exports.items():
+            export = recipe.export[position]
+            if target.runtime.runtime in export.runtimes:
+                notes |= dict.fromkeys(_size_faults(export.artifact, limit, (predicted, other_bytes), (original_bytes, weights)))
+    return tuple(notes)
+
+
+def _size_faults(artifact: str, limit: SizeLimit, artifact_bytes: tuple[int, int], original: tuple[int, int]) -> Iterator[str]:
+    """Yield the limits that an artifact cannot meet.
+
+    `artifact_bytes` are the predicted bytes of weights and those of the other files; `original` are the original's bytes and its
+    number of weights.
+    """
+    predicted, other_bytes = artifact_bytes
+    original_bytes, weights = original
+    rows = (
+        ("max_ratio", (predicted + other_bytes) / original_bytes, limit.max_ratio, "times the original's bytes"),
+        ("max_bits_per_weight", 8 * predicted / weights, limit.max_bits_per_weight, "bits per weight"),
+        ("max_bytes", predicted + other_bytes, limit.max_bytes, "bytes"),
+    )
+    for name, value, allowed, unit in rows:
+        if allowed is not None and value > allowed:
+            yield (
+                f"the gate cannot pass: {artifact} will take {_figure(value)} {unit}, and gate.size.{name} allows "
+                f"{_figure(allowed)}; quantize more of the model (targets), use fewer bits, or raise the limit"
+            )
+
+
+def _figure(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

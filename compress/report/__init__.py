@@ -1,0 +1,1 @@
+"""Reports: their model, tables, charts, pages, and comparisons of runs."""

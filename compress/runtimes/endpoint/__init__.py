@@ -1,0 +1,1 @@
+"""A server at a URL that speaks the OpenAI API."""

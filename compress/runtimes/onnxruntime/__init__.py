@@ -1,0 +1,1 @@
+"""ONNX Runtime, in this process; its own server where latency is measured."""

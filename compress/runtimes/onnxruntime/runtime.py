@@ -1,0 +1,140 @@
+"""The onnxruntime runtime: ONNX Runtime in this process, for artifacts of format onnx."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from compress.errors import MissingError
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Ability, OpenContext, Prompt, RunningServer, Runtime, Session
+
+if TYPE_CHECKING:
+    from compress.eval.latency.results import ComponentTable
+    from compress.eval.latency.settings import LoadPoint
+    from compress.runtimes.onnxruntime.session import OnnxruntimeSettings
+
+Provider = Literal["cpu", "cuda", "tensorrt"]
+"""ONNX Runtime's execution providers, by their names in recipes."""
+
+_DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
+_INPUT_LIBRARIES = ("onnx", "torch", "transformers", "tokenizers", "torchvision", "pillow")
+
+
+class Onnxruntime(Runtime):
+    """Greedy answers, scores and embeddings by ONNX Runtime.
+
+    The original is exported first, to a temporary folder, so that both are measured in one runtime. Latency is measured with a
+    server on loopback that answers one request at a time; others wait.
+    """
+
+    revision: ClassVar[int] = 2
+    offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores", "comparison"})
+    kl_definition: ClassVar[str] = (
+        "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise), the "
+        f"token that stands there, and one bucket for all others. {LOWER_BOUND}"
+    )
+    incidental: ClassVar[frozenset[str]] = frozenset({"threads", "port", "startup_seconds", "request_seconds"})
+    pace: ClassVar[frozenset[str]] = frozenset({"threads"})
+    serves: ClassVar[bool] = True
+
+    runtime: Literal["onnxruntime"]
+    providers: Literal["auto"] | Annotated[tuple[Provider, ...], Field(min_length=1)] = "auto"
+    """Execution providers in order of preference; auto is CUDA where it is available, else the CPU."""
+
+    threads: PositiveInt | None = None
+    """CPU threads; by default one per core."""
+
+    dtype: Literal["auto", "float32", "float16"] = "auto"
+    """The type that the original is exported in; auto is float32 on a CPU, float16 elsewhere."""
+
+    tokens_per_batch: PositiveInt = 4096
+    """The most tokens in a batch, prompts and answers together; a single prompt may be longer."""
+
+    top_logprobs: PositiveInt = 20
+    """How many of the original's top tokens KL is taken over; all others are merged into one bucket."""
+
+    whole_tokens: NonNegativeInt = WHOLE_TOKENS
+    """At how many of a task's tokens KL is over the full vocabulary too."""
+
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    """The server's port; by default a free one."""
+
+    startup_seconds: PositiveInt = 600
+    request_seconds: PositiveInt = 600
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions of ONNX Runtime, and of the libraries that prepare its inputs.
+
+        Raises:
+            MissingError: ONNX Runtime, or onnx, is not installed.
+        """
+        return {**_onnxruntime_version(), **{name: _version(name) for name in _INPUT_LIBRARIES}}
+
+    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
+        """Load the artifact into this process; a checkpoint without graphs is exported first.
+
+        Raises:
+            CheckpointError: it cannot be read, or not exported; names the file.
+            MissingError: ONNX Runtime is not installed, or lacks a provider, or an operator of the graphs.
+        """
+        self.versions()
+        from compress.runtimes.onnxruntime.session import open_session
+
+        return open_session(context, self._engine_settings())
+
+    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
+        """Start a server for the artifact; a checkpoint without graphs is exported first. Its log is `onnxruntime.log`.
+
+        Raises:
+            UsageError: the model generates no text.
+            CheckpointError: it cannot be exported.
+            MissingError: ONNX Runtime is not installed, or lacks a provider.
+            ServerError: the server did not start.
+        """
+        self.versions()
+        from compress.runtimes.onnxruntime.start import serve
+
+        return serve(self, context, self._engine_settings())
+
+    def time_components(self, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
+        """Return how long each graph takes in this process.
+
+        Raises:
+            UsageError: the model generates no text.
+            CheckpointError: it cannot be read or exported.
+            DataError: the model cannot take the prompt.
+        """
+        from compress.runtimes.onnxruntime.components import measure_components
+
+        return measure_components(context, self._engine_settings(), point, prompt, repeats)
+
+    def _engine_settings(self) -> OnnxruntimeSettings:
+        from compress.runtimes.onnxruntime.session import OnnxruntimeSettings
+
+        providers = None if self.providers == "auto" else self.providers
+        return OnnxruntimeSettings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs, self.whole_tokens)
+
+
+def _onnxruntime_version() -> dict[str, str]:
+    """Return the version of ONNX Runtime, by the name of its installed distribution."""
+    for name in _DISTRIBUTIONS:
+        try:
+            return {name: version(name)}
+        except PackageNotFoundError:
+            continue
+    raise MissingError(
+        "runtime: onnxruntime, and ONNX Runtime is not installed here: pip install 'vlm-compress[onnx]', or, for "
+        "CUDA, 'vlm-compress[onnx-gpu]'"
+    )
+
+
+def _version(name: str) -> str:
+    try:
+        return version(name)
+    except PackageNotFoundError as error:
+        raise MissingError(
+            f"runtime: onnxruntime needs {name}, which is not installed here: pip install 'vlm-compress[onnx]'"
+        ) from error

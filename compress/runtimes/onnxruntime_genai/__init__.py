@@ -1,0 +1,1 @@
+"""onnxruntime-genai, in its own environment."""

@@ -1,0 +1,436 @@
+"""Sessions with onnxruntime-genai in a worker process, over a socket: one line of JSON per request and per reply."""
+
+from __future__ import annotations
+
+import base64
+import json
+import math
+import os
+import socket
+import tempfile
+import time
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from compress.checkpoints.checkpoint import open_checkpoint, read_config
+from compress.data.prompts import check_image_count, load_processor, open_images, write_prompt
+from compress.errors import CheckpointError, DataError, ServerError, UsageError
+from compress.export.onnx.files import check_files
+from compress.families import Family, family_at, family_of
+from compress.files import telling_where
+from compress.progress import Progress
+from compress.runtimes.onnxruntime_genai.runtime import CONFIG, ENVIRONMENT
+from compress.runtimes.runtime import (
+    Ability,
+    Answer,
+    Embeddings,
+    Faults,
+    ImageInput,
+    OpenContext,
+    Passage,
+    Prompt,
+    Score,
+    scored_tokens,
+)
+from compress.runtimes.top_tokens import Position, TopRecord, scores_of, write_record
+from compress.runtimes.vllm.server import stop_tokens
+from compress.runtimes.vllm.session import token_ids
+from compress.untrusted.limits import limits
+from compress.untrusted.reading import printable, reason
+from compress.workers.environment import require
+from compress.workers.server import Server, run_server
+
+if TYPE_CHECKING:
+    from compress.runtimes.onnxruntime_genai.runtime import OnnxruntimeGenai
+
+_WORKER = Path(__file__).with_name("worker.py")
+_CHUNK_BYTES = 1 << 20
+"""Bytes of one read from the worker's socket."""
+
+_LOG = "onnxruntime-genai.log"
+_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
+_WORKER_VARIABLES = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclass(frozen=True)
+class GenaiRequest:
+    """A request to the worker; the fields are the keys of its JSON."""
+
+    kind: Literal["answer", "score", "whole"]
+    """Generate an answer, score given tokens, or return distributions over the full vocabulary."""
+
+    text: str | None
+    """The rendered prompt; None to score tokens without one."""
+
+    images: list[str]
+    """Paths of image files."""
+
+    max_new_tokens: int = 0
+    forbidden: tuple[int, ...] = ()
+    """Tokens that an answer must not contain."""
+
+    tokens: tuple[int, ...] = ()
+    """The tokens to score."""
+
+    top: int = 0
+    """How many top tokens a score returns per position."""
+
+    whole: tuple[int, ...] = ()
+    """The indices of the scored tokens whose distributions are returned."""
+
+
+@dataclass(frozen=True)
+class GenaiModel:
+    """The processor and special tokens of an artifact."""
+
+    processor: Any
+    family: Family
+    stops: tuple[int, ...]
+    """The end-of-sequence tokens."""
+
+    placeholders: tuple[int, ...]
+    """The tokens that stand for images and videos."""
+
+
+@contextmanager
+def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[OnnxruntimeGenaiSession]:
+    """Load an artifact, or the export of a checkpoint, in a worker process that is ended with the context.
+
+    Raises:
+        CheckpointError: the folder cannot be loaded, or the checkpoint cannot be exported.
+        MissingError: onnxruntime-genai is not installed.
+        ServerError: the process exited while it was loading, or took too long.
+    """
+    python = require(ENVIRONMENT).python
+    with ExitStack() as resources:
+        temporary = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="compress-genai-")))
+        folder = context.artifact
+        if not (folder / CONFIG).is_file():
+            folder = _export(context, temporary / "original")
+        for path in sorted(folder.glob("*.onnx")):
+            check_files(path)
+        listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        address = temporary / "socket"
+        listener.bind(str(address))
+        listener.listen(1)
+        listener.setblocking(False)
+        command = [str(python), "-I", "-u", str(_WORKER), str(folder.absolute()), str(address)]
+        server = resources.enter_context(run_server(ENVIRONMENT, command, _variables(), context.logs.absolute() / _LOG))
+        connection = resources.enter_context(_accept(listener, server, runtime.startup_seconds))
+        worker = WorkerProcess(connection, server, runtime.request_seconds)
+        if "failed" in (reply := worker.reply(runtime.startup_seconds)):
+            raise CheckpointError(
+                f"{context.artifact}: onnxruntime-genai cannot load it ({printable(str(reply['failed']))}); export it again"
+            )
+        config = read_config(folder)
+        family = family_at(folder, context.trust_remote_code)
+        model = GenaiModel(
+            load_processor(folder, context.trust_remote_code), family, stop_tokens(folder), family.placeholders(config)
+        )
+        image_folder = temporary / "images"
+        image_folder.mkdir()
+        yield OnnxruntimeGenaiSession(worker, model, image_folder, runtime)
+
+
+def _export(context: OpenContext, target: Path) -> Path:
+    """Export a checkpoint for onnxruntime-genai, in float32, to `target`, and return that.
+
+    Raises:
+        CheckpointError: it cannot be exported.
+    """
+    from compress.export.format import ExportContext
+    from compress.export.onnx_genai.format import OnnxGenai
+    from compress.export.onnx_genai.limits import MODEL_TYPES
+
+    checkpoint = open_checkpoint(context.artifact)
+    family = family_of(checkpoint.config, str(context.artifact), checkpoint, context.trust_remote_code)
+    built = family.name in MODEL_TYPES and MODEL_TYPES[family.name].built
+    target.mkdir()
+    with telling_where(target):
+        export = OnnxGenai(format="onnx-genai", decoder="builder" if built else "own")
+        export.apply(ExportContext(context.artifact, target, family, context.progress))
+    return target
+
+
+def _variables() -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name not in _DROPPED} | _WORKER_VARIABLES
+
+
+def _accept(listener: socket.socket, server: Server, seconds: float) -> socket.socket:
+    """Wait until the worker connects.
+
+    Raises:
+        ServerError: it exited, or took too long.
+    """
+    connections: list[socket.socket] = []
+
+    def connected() -> bool:
+        try:
+            connections.append(listener.accept()[0])
+        except BlockingIOError:
+            return False
+        return True
+
+    server.wait(connected, seconds)
+    return connections[0]
+
+
+class WorkerProcess:
+    """The client side of the worker's socket. The artifact may be untrusted, so replies are read within limits."""
+
+    def __init__(self, connection: socket.socket, server: Server, request_seconds: float) -> None:
+        self._connection = connection
+        self._server = server
+        self._seconds = request_seconds
+        self._buffer = bytearray()
+
+    def ask(self, request: GenaiRequest) -> dict[str, Any]:
+        """Send a request and return the reply.
+
+        Raises:
+            ServerError: the worker exited, took too long, or its reply cannot be read.
+        """
+        self._connection.settimeout(self._seconds)
+        try:
+            self._connection.sendall(json.dumps(asdict(request)).encode() + b"\n")
+        except TimeoutError as error:
+            raise self._late(self._seconds) from error
+        except OSError as error:
+            raise self._exited() from error
+        return self.reply(self._seconds)
+
+    def reply(self, seconds: float) -> dict[str, Any]:
+        """Wait for the worker's next line, for at most `seconds`.
+
+        Raises:
+            ServerError: it exited, took too long, or its line is too long or cannot be read.
+        """
+        try:
+            content: object = json.loads(self._line(time.monotonic() + seconds))
+        except TimeoutError as error:
+            raise self._late(seconds) from error
+        except OSError as error:
+            raise self._exited() from error
+        except (ValueError, RecursionError) as error:
+            raise unreadable(error) from error
+        if not isinstance(content, dict):
+            raise unreadable(TypeError("no JSON object"))
+        return cast("dict[str, Any]", content)
+
+    def _line(self, deadline: float) -> bytes:
+        """Return the bytes up to the next line break.
+
+        Raises:
+            TimeoutError, ServerError: it does not arrive in time, or the line is too long.
+        """
+        limit, searched = limits().reply_bytes, 0
+        while (end := self._buffer.find(b"\n", searched)) < 0:
+            searched = len(self._buffer)
+            if searched > limit:
+                raise unreadable(ValueError(f"more than {limit:,} bytes, {limits().set_by('reply_bytes')}"))
+            if (seconds := deadline - time.monotonic()) <= 0:
+                raise TimeoutError
+            self._connection.settimeout(seconds)
+            if not (chunk := self._connection.recv(_CHUNK_BYTES)):
+                raise self._exited()
+            self._buffer += chunk
+        line = bytes(self._buffer[:end])
+        del self._buffer[: end + 1]
+        return line
+
+    def _late(self, seconds: float) -> ServerError:
+        return ServerError(
+            f"onnxruntime-genai did not answer within {seconds:g} seconds; raise request_seconds, or use a smaller model"
+            f"{self._server.exit_reason()}"
+        )
+
+    def _exited(self) -> ServerError:
+        self._server.process.wait()
+        return ServerError(f"onnxruntime-genai ended; the machine may have run out of memory{self._server.exit_reason()}")
+
+
+def unreadable(error: Exception) -> ServerError:
+    """Return the error for a reply that cannot be read."""
+    return ServerError(
+        f"onnxruntime-genai said what cannot be read ({type(error).__name__}: {reason(error)}); run compress runtime install "
+        f"{ENVIRONMENT} again"
+    )
+
+
+def read_tokens(reply: Mapping[str, Any], limit: int) -> list[int]:
+    """Return a reply's tokens.
+
+    Raises:
+        ServerError: they are invalid, or more than `limit`.
+    """
+    try:
+        return token_ids(reply["tokens"], limit)
+    except (KeyError, TypeError, ValueError) as error:
+        raise unreadable(error) from error
+
+
+def read_positions(reply: Mapping[str, Any], tokens: Sequence[int], top: int) -> list[Position]:
+    """Return a reply's predictions of these tokens.
+
+    Raises:
+        ServerError: they are of other tokens, or have an invalid log-probability.
+    """
+    try:
+        rows = cast("list[tuple[int, float, list[tuple[int, float]]]]", reply["positions"])
+        if [token for token, _, _ in rows] != list(tokens):
+            raise ValueError("other tokens than it was given")
+        top_ids = [token_ids([token for token, _ in best], top) for _, _, best in rows]
+        logs = [(float(value), [float(log) for _, log in best]) for _, value, best in rows]
+        if not all(math.isfinite(log) for value, best in logs for log in (value, *best)):
+            raise ValueError("what is no log-probability")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise unreadable(error) from error
+    return [
+        Position(token=token, log_probability=value, top=tuple(zip(ids, best, strict=True)))
+        for token, ids, (value, best) in zip(tokens, top_ids, logs, strict=True)
+    ]
+
+
+class OnnxruntimeGenaiSession:
+    """An artifact loaded by onnxruntime-genai."""
+
+    offers: frozenset[Ability] = frozenset({"text", "scores"})
+    block: int | None = None
+
+    def __init__(self, worker: WorkerProcess, model: GenaiModel, image_folder: Path, runtime: OnnxruntimeGenai) -> None:
+        self._worker = worker
+        self._model = model
+        self._image_folder = image_folder
+        self._top = runtime.top_logprobs
+        self.whole_tokens = runtime.whole_tokens
+
+    def answer(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
+    ) -> list[Answer]:
+        """Answer each prompt by greedy decoding; the model's sampling settings and penalties are left out. See `Session.answer`.
+
+        Placeholder tokens of images and videos are suppressed: an answer that has one could not be scored.
+
+        Raises:
+            ServerError: the worker process exited, or has stopped answering.
+        """
+        answers: list[Answer] = []
+        with progress.task("answer", len(prompts), "prompts") as advance:
+            for prompt in prompts:
+                reply = self._ask(prompt, "answer", max_new_tokens=max_new_tokens, forbidden=self._model.placeholders)
+                answers.append(self._parse_answer(prompt, reply, max_new_tokens))
+                if on_answer is not None:
+                    on_answer(answers[-1])
+                advance(1)
+        return answers
+
+    def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
+        """Score the passages; see `Session.score`.
+
+        Raises:
+            ServerError: the worker process exited, or has stopped answering.
+            UsageError: `reference` was recorded on other passages, by another runtime, or with another `top_logprobs`.
+            StoreError: the record cannot be written.
+        """
+        original = TopRecord(reference, passages, self._top) if reference is not None else None
+        positions: list[list[Position] | str] = []
+        with progress.task("score", sum(len(passage.token_ids) for passage in passages), "tokens") as advance:
+            for passage in passages:
+                positions.append(self._positions(passage))
+                advance(len(passage.token_ids))
+        if record is not None:
+            write_record(record, passages, [[] if isinstance(row, str) else row for row in positions], self._top)
+        return scores_of(passages, positions, original)
+
+    def distributions(
+        self, passages: Sequence[Passage], positions: Sequence[tuple[int, int]], progress: Progress
+    ) -> list[NDArray[np.float32] | None]:
+        """Return the distribution over the full vocabulary at each position; see `FullVocabularySession`.
+
+        Raises:
+            ServerError: the worker process exited, or has stopped answering.
+        """
+        distributions: dict[tuple[int, int], NDArray[np.float32]] = {}
+        with progress.task("whole vocabulary", len(positions), "tokens") as advance:
+            for passage in dict.fromkeys(passage for passage, _ in positions):
+                tokens = tuple(token for index, token in positions if index == passage)
+                reply = self._scored(passages[passage], "whole", whole=tokens)
+                try:
+                    for token, encoded in zip(tokens, reply.get("distributions", ()), strict=False):
+                        distributions[passage, token] = np.frombuffer(base64.b64decode(encoded), dtype="<f4").astype(np.float32)
+                except (TypeError, ValueError) as error:
+                    raise unreadable(error) from error
+                advance(len(tokens))
+        return [distributions.get(position) for position in positions]
+
+    def classify(
+        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
+    ) -> NDArray[np.float64]:
+        """Not supported.
+
+        Raises:
+            UsageError: always; onnxruntime-genai only generates text.
+        """
+        del images, classes, progress, faults
+        raise UsageError("task zero-shot: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
+
+    def embed(
+        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
+    ) -> Embeddings:
+        """Not supported.
+
+        Raises:
+            UsageError: always; onnxruntime-genai only generates text.
+        """
+        del images, texts, progress, faults
+        raise UsageError("task retrieval: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
+
+    def _positions(self, passage: Passage) -> list[Position] | str:
+        """Request the predictions of a passage's tokens, one per scored token; a fault instead if there are none."""
+        if not scored_tokens(passage):
+            return []
+        reply = self._scored(passage, "score", top=self._top)
+        if "fault" in reply:
+            return _named(passage.id, str(reply["fault"]))
+        return read_positions(reply, scored_tokens(passage), self._top)
+
+    def _scored(self, passage: Passage, kind: Literal["score", "whole"], **settings: Any) -> dict[str, Any]:
+        if passage.prompt is None:
+            return self._worker.ask(GenaiRequest(kind, None, [], tokens=passage.token_ids, **settings))
+        return self._ask(passage.prompt, kind, tokens=passage.token_ids, **settings)
+
+    def _ask(self, prompt: Prompt, kind: Literal["answer", "score", "whole"], **settings: Any) -> dict[str, Any]:
+        """Send a request with a prompt; its images are passed as temporary files."""
+        paths: list[Path] = []
+        try:
+            check_image_count(self._model.family, prompt)
+            # onnxruntime-genai reads PNG and JPEG alone, and exits on a file that it cannot read: images are decoded here first.
+            for index, image in enumerate(open_images(prompt)):
+                paths.append(self._image_folder / f"{index}.png")
+                with telling_where(self._image_folder):
+                    image.save(paths[-1], compress_level=1)
+            text = write_prompt(self._model.processor, prompt)
+            return self._worker.ask(GenaiRequest(kind, text, [str(path) for path in paths], **settings))
+        except DataError as error:
+            return {"fault": str(error)}
+        finally:
+            for path in paths:
+                path.unlink(missing_ok=True)
+
+    def _parse_answer(self, prompt: Prompt, reply: dict[str, Any], max_new_tokens: int) -> Answer:
+        if "fault" in reply:
+            return Answer(id=prompt.id, text="", token_ids=(), fault=_named(prompt.id, str(reply["fault"])))
+        ids = read_tokens(reply, max_new_tokens)
+        end = next((index for index, token in enumerate(ids) if token in self._model.stops), len(ids))
+        text = self._model.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        return Answer(id=prompt.id, text=text, token_ids=tuple(ids[:end]))
+
+
+def _named(name: str, fault: str) -> str:
+    return fault if fault.startswith(f"{name}: ") else f"{name}: {fault}"

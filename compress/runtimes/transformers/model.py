@@ -1,0 +1,99 @@
+"""Load an artifact into a dense transformers model, tensor by tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.output_head import head_is_tied
+from compress.checkpoints.skeleton import build_skeleton
+from compress.engine.weights import map_tensor
+from compress.errors import CheckpointError, MissingError
+from compress.families import Family, family_of
+from compress.progress import Progress
+from compress.runtimes.activations import fake_quantize_inputs
+from compress.runtimes.kv_cache import SCALES, fake_quantize_cache
+from compress.runtimes.unpack import dense_count, dense_tensors
+
+
+def choose_device(setting: str) -> torch.device:
+    """Return the device for a recipe's `auto`, `cpu` or `cuda` on this machine.
+
+    Raises:
+        MissingError: `cuda` without a usable CUDA device.
+    """
+    if setting == "cuda" and not torch.cuda.is_available():
+        raise MissingError("device: cuda, and torch finds no CUDA device here; set device: auto, or run where there is one")
+    return torch.device("cuda" if setting != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def choose_dtype(setting: str, artifact: Path, device: torch.device) -> torch.dtype:
+    """Return the type to compute in; `auto` is float32 on a CPU, elsewhere the type named in the artifact's config.json."""
+    if setting == "auto" and device.type != "cpu":
+        checkpoint = open_checkpoint(artifact)
+        sources = (checkpoint.config, checkpoint.text_config)
+        dtypes = [source.get(key) for source in sources for key in ("dtype", "torch_dtype")]
+        setting = next((str(name) for name in dtypes if name), "bfloat16")
+    return cast("torch.dtype", getattr(torch, "float32" if setting == "auto" else setting))
+
+
+def load_model(
+    artifact: Path, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
+) -> Any:
+    """Return the artifact as a dense transformers model in evaluation mode, with activations fake-quantized as a runtime does.
+
+    Raises:
+        CheckpointError: a weight is missing, unexpected, or has another shape than the model's.
+    """
+    checkpoint = open_checkpoint(artifact)
+    family = family_of(checkpoint.config, str(artifact), checkpoint, trust_remote_code)
+    model: Any = build_skeleton(artifact, dtype, device, trust_remote_code)
+    modules: dict[str, nn.Module] = dict(model.named_modules())
+    with progress.task("load weights", dense_count(checkpoint), "tensors") as advance:
+        for name, tensor in dense_tensors(checkpoint, dtype, device):
+            path, _, leaf = family.module_name(name).rpartition(".")
+            if path not in modules:
+                raise CheckpointError(f"{artifact}: holds {name}, which this model does not have; fetch or export it again")
+            derived = modules[path]._non_persistent_buffers_set  # pyright: ignore[reportPrivateUsage]
+            if leaf not in derived:  # old checkpoints have `position_ids` buffers too
+                _assign(artifact, name, modules[path], leaf, tensor)
+            advance(1)
+    if head_is_tied(checkpoint, family):
+        model.tie_weights()
+    for name, parameter in cast("nn.Module", model).named_parameters():
+        if parameter.is_meta:
+            raise CheckpointError(f"{artifact}: holds no weight for {name}; fetch or export it again")
+    fake_quantize_as_served(checkpoint, family, cast("nn.Module", model), device)
+    return model
+
+
+def fake_quantize_as_served(checkpoint: Checkpoint, family: Family, model: nn.Module, device: torch.device) -> None:
+    """Fake-quantize a dense model's input activations, keys and values wherever a serving runtime quantizes them."""
+    modules = dict(cast("Iterable[tuple[str, nn.Module]]", model.named_modules()))
+    fake_quantize_inputs(checkpoint, family, modules, device)
+    scales = [name for name in checkpoint.tensors if name.endswith(SCALES)]
+    fake_quantize_cache(modules, {_module_name(name, family): map_tensor(checkpoint.tensors[name]).to(device) for name in scales})
+
+
+def _module_name(scale: str, family: Family) -> str:
+    """Return the in-memory name of a scale of keys or values, derived from that of its attention's `k_proj`."""
+    attention, _, leaf = scale.rpartition(".")
+    return f"{family.module_name(f'{attention}.k_proj.weight').removesuffix('.k_proj.weight')}.{leaf}"
+
+
+def _assign(artifact: Path, name: str, module: nn.Module, leaf: str, tensor: Tensor) -> None:
+    current = getattr(module, leaf, None)
+    if not isinstance(current, Tensor) or current.shape != tensor.shape:
+        expected = "no such weight" if not isinstance(current, Tensor) else f"{tuple(current.shape)} there"
+        raise CheckpointError(
+            f"{artifact}: {name} has the shape {tuple(tensor.shape)}, the model {expected}; config.json does not fit"
+        )
+    if isinstance(current, nn.Parameter):
+        setattr(module, leaf, nn.Parameter(tensor.to(current.dtype), requires_grad=False))
+    else:
+        setattr(module, leaf, tensor.to(current.dtype))

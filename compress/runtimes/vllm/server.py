@@ -1,0 +1,140 @@
+"""Open a session with `vllm serve`: start it, or connect to a running one at a URL."""
+
+from __future__ import annotations
+
+from collections.abc import Generator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import httpx
+
+from compress.checkpoints.checkpoint import read_config, read_json_object
+from compress.errors import ServerError
+from compress.families import family_at
+from compress.runtimes.exchange import AnswerError, exchange, models_of
+from compress.runtimes.openai_client import Address, error_message, excerpt, open_client, read_key
+from compress.runtimes.runtime import OpenContext, RunningServer
+from compress.runtimes.vllm.runtime import Vllm
+from compress.runtimes.vllm.session import ServedModel, SpecialTokens, VllmSession
+from compress.runtimes.vllm.start import start_server
+
+_VERSION_CHARACTERS = 60
+"""Characters of a server's version in messages and reports: it is not ours to trust."""
+
+_LISTED_MODELS = 5
+"""How many of a server's models a message lists."""
+
+
+@contextmanager
+def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
+    """Start a server for the artifact, or connect to the one at `url`.
+
+    Raises:
+        MissingError: vLLM is not installed, or the key's variable is not set.
+        ServerError: the server did not start, or nothing serves at `url`.
+    """
+    config = read_config(context.artifact)
+    special_tokens = SpecialTokens(
+        stop_tokens(context.artifact), family_at(context.artifact, context.trust_remote_code).placeholders(config)
+    )
+    if runtime.url is not None:
+        address = _address(runtime)
+        with open_client(address, runtime.concurrency) as client:
+            endpoint = ServedModel(client, _remote_model(runtime, client, context.artifact), lambda: None, address)
+            with closing(VllmSession(endpoint, runtime, special_tokens)) as session:
+                yield session
+        return
+    with start_server(runtime, context) as started:
+        served = started.served
+        address = Address(served.url, served.key)
+        # Without the environment's proxy: it may not reach the loopback interface.
+        with open_client(address, runtime.concurrency, trust_env=False) as client:
+            endpoint = ServedModel(client, served.model, started.server.check, address)
+            with closing(VllmSession(endpoint, runtime, special_tokens)) as session:
+                yield session
+
+
+@contextmanager
+def serve(runtime: Vllm, context: OpenContext) -> Generator[RunningServer]:
+    """Start a server for the artifact, or connect to the one at `url`, for a load generator to measure.
+
+    Raises:
+        MissingError: vLLM is not installed, or the key's variable is not set.
+        ServerError: the server did not start, or nothing serves at `url`.
+    """
+    if runtime.url is None:
+        with start_server(runtime, context) as started:
+            yield started.served
+        return
+    address = _address(runtime)
+    with open_client(address, 1) as client:
+        model = _remote_model(runtime, client, context.artifact)
+    yield RunningServer(runtime.url.rstrip("/").removesuffix("/v1"), model, address.key)
+
+
+def remote_version(runtime: Vllm) -> str:
+    """Return the version reported by the server at `url`.
+
+    Raises:
+        MissingError: it does not answer, or is no vLLM server.
+    """
+    with open_client(_address(runtime), 1) as client:
+        return excerpt(str(_get(client, runtime, "/version").get("version", "unknown")), _VERSION_CHARACTERS)
+
+
+def stop_tokens(artifact: Path) -> tuple[int, ...]:
+    """Return the end-of-sequence tokens of generation_config.json, else of config.json; empty where neither has any.
+
+    Raises:
+        CheckpointError: one of the two is no JSON object, or there is no config.json.
+    """
+    path = artifact / "generation_config.json"
+    config = read_config(artifact)
+    text = cast("dict[str, Any]", config.get("text_config") or {})
+    sources = (read_json_object(path) if path.is_file() else {}, text, config)
+    eos: Any = next((source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None), ())
+    return tuple(cast("list[int]", eos)) if isinstance(eos, (list, tuple)) else (int(eos),)
+
+
+def _get(client: httpx.Client, runtime: Vllm, path: str) -> dict[str, Any]:
+    try:
+        with exchange(client, "GET", path, runtime.request_seconds) as response:
+            content: object = response.json() if httpx.codes.is_success(response.status) else None
+            reason = excerpt(f"{response.status}: {error_message(response)}" if content is None else "no JSON object")
+    except (httpx.HTTPError, AnswerError, ValueError, RecursionError) as error:
+        content, reason = None, excerpt(f"{type(error).__name__}: {error}")
+    if isinstance(content, dict):
+        return cast("dict[str, Any]", content)
+    raise ServerError(f"{runtime.url}: no vLLM server answers there ({reason}); start it, or correct url")
+
+
+def _address(runtime: Vllm) -> Address:
+    url = cast("str", runtime.url)
+    return Address(url, read_key(runtime.key_variable, url), runtime.key_variable)
+
+
+def _remote_model(runtime: Vllm, client: httpx.Client, artifact: Path) -> str:
+    """Return the name under which the server at `url` serves the artifact.
+
+    Raises:
+        ServerError: it serves another model, whose results would say nothing about the artifact.
+    """
+    try:
+        rows = models_of(_get(client, runtime, "/v1/models"))
+    except ValueError as error:
+        raise ServerError(f"{runtime.url}: does not tell which model it serves ({error}); start it, or correct url") from error
+    roots = {str(row["id"]): str(row.get("root", "")) for row in rows}
+    for name, root in roots.items():
+        if _is_folder_of(root, artifact):
+            return name
+    names = ", ".join(excerpt(root or name) for name, root in list(roots.items())[:_LISTED_MODELS]) or "no model"
+    raise ServerError(f"{runtime.url} serves {names}, not {artifact}; start it with that folder, or leave out url")
+
+
+def _is_folder_of(root: str, artifact: Path) -> bool:
+    """Return whether the model root that a server reports is the artifact's folder."""
+    try:
+        return Path(root).resolve() == artifact.resolve()
+    except (OSError, RuntimeError, ValueError):
+        return False

@@ -1,0 +1,1 @@
+"""llm-compressor as a stage, in its own environment."""

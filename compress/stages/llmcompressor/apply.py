@@ -1,0 +1,334 @@
+"""llm-compressor on a checkpoint: write its samples, run it in its environment, and convert its output."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from safetensors.torch import save
+from torch import Tensor
+
+from compress.calibration.batches import Batch, WindowBatch, load_batches
+from compress.checkpoints.artifact import copy_side_files
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.layouts import unquantized_linears
+from compress.checkpoints.output_head import head_is_tied, settled_config
+from compress.engine.weights import DTYPES, ShardWriter, map_tensor
+from compress.errors import CheckpointError, DataError, MissingError, RecipeError, ServerError
+from compress.families import Family
+from compress.files import telling_where, write_bytes, write_json
+from compress.progress import Progress
+from compress.stages.llmcompressor.defaults import Defaults
+from compress.stages.llmcompressor.stage import ENVIRONMENT
+from compress.stages.stage import StageContext
+from compress.workers.environment import require
+from compress.workers.server import Server, run_server
+
+if TYPE_CHECKING:
+    from compress.stages.llmcompressor.stage import Llmcompressor
+
+_WORKER = Path(__file__).with_name("worker.py")
+_WORK = ".llmcompressor"
+"""The folder of samples, job and output in the target folder; removed at the end."""
+
+_LOG = "llmcompressor.log"
+_SCALE = "weight_scale"
+_INTERVAL = 0.2
+"""Seconds between two reads of its log."""
+
+_BLOCK = re.compile(rb"\((\d+)/(\d+)\): (Calibrating|Propagating)")
+"""The library's progress bar: the current block, the number of blocks, and the phase."""
+
+_VARIABLES = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+"""Environment variables of the worker: it must not download anything."""
+
+_MESSAGE_LINES = 12
+_MESSAGE_CHARACTERS = 1200
+"""How much of the library's error a message repeats; the log has all of it."""
+
+_UNSET_VARIABLES = ("VIRTUAL_ENV", "LLM_COMPRESSOR_LOG_FILE")
+
+
+@dataclass(frozen=True)
+class LlmCompressorJob:
+    """The worker's job file; the last three are the defaults of modifiers' arguments (`Defaults`)."""
+
+    model: str
+    architecture: str
+    blocks: str
+    samples: str
+    output: str
+    outcome: str
+    seed: int
+    trust_remote_code: bool
+    modifiers: list[tuple[str, dict[str, Any]]]
+    pipeline: str
+    ignore: list[str]
+    mappings: dict[str, list[Any]]
+    rotation: dict[str, Any] | None
+
+
+def apply(stage: Llmcompressor, context: StageContext) -> None:
+    """Apply a stage; see `Llmcompressor.apply`."""
+    checkpoint = open_checkpoint(context.source)
+    if context.calibration is None:
+        raise DataError("llmcompressor: needs calibration samples; add calibration.sets to the recipe")
+    if faults := stage.check(checkpoint, context.family):
+        raise CheckpointError("\n".join(faults))
+    with telling_where(context.target):
+        for path in context.target.iterdir():  # a killed call restarts: the library commits nothing
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        work = context.target / _WORK
+        samples = work / "samples"
+        samples.mkdir(parents=True)
+        write_samples(context.calibration, context, samples)
+        _run(stage, context, checkpoint, work)
+        _OutputConversion(checkpoint, open_checkpoint(work / "output"), context.family).write(context)
+        shutil.rmtree(work)
+
+
+def write_samples(calibration: Path, context: StageContext, folder: Path) -> None:
+    """Write each sample's inputs to a file of its own, without padding, which the library would count as tokens."""
+    batches: Sequence[Batch] = load_batches(calibration, context.source, 1, context.trust_remote_code)
+    if context.family.vision_readers:
+        batches = _with_images(batches, context.progress)
+    with context.progress.task("llmcompressor: prepare samples", len(batches), "samples") as advance:
+        for number, batch in enumerate(batches):
+            inputs = {name: tensor.contiguous() for name, tensor in batch.inputs().items()}
+            write_bytes(folder / f"{number:06}.safetensors", save(inputs))
+            advance(1)
+
+
+def _with_images(batches: Sequence[Batch], progress: Progress) -> Sequence[Batch]:
+    """Return the samples with images: the library runs all blocks on all samples, cross-attention without images included.
+
+    Raises:
+        DataError: no sample has an image.
+    """
+    with_images = [batch for batch in batches if not isinstance(batch, WindowBatch)]
+    if not with_images:
+        raise DataError("llmcompressor: this model has blocks that read images, and no calibration sample has one; add a vqa set")
+    if len(with_images) < len(batches):
+        progress.warn(
+            f"llmcompressor: {len(batches) - len(with_images)} calibration samples of text alone were left out: this model has "
+            "blocks that read images, and the library cannot leave these out"
+        )
+    return with_images
+
+
+def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, work: Path) -> None:
+    """Run the worker.
+
+    Raises:
+        RecipeError, CheckpointError, MissingError, ServerError: as `Llmcompressor.apply`.
+    """
+    defaults = Defaults(checkpoint, context.family)
+    job = LlmCompressorJob(
+        model=str(context.source.absolute()),
+        architecture=context.family.architecture,
+        blocks=context.family.blocks,
+        samples=str((work / "samples").absolute()),
+        output=str((work / "output").absolute()),
+        outcome=str((work / "outcome.json").absolute()),
+        seed=context.seed,
+        trust_remote_code=context.trust_remote_code,
+        modifiers=stage.calls,
+        pipeline=stage.pipeline,
+        ignore=defaults.ignore,
+        mappings=defaults.mappings,
+        rotation=defaults.rotation,
+    )
+    write_json(work / "job.json", asdict(job))
+    log = (context.logs or context.target.parent).absolute() / _LOG
+    python = require(ENVIRONMENT).python
+    command = [
+        str(python),
+        "-I",
+        "-u",
+        str(_WORKER),
+        str((work / "job.json").absolute()),
+    ]  # isolated: stages/ must not be importable
+    with run_server(ENVIRONMENT, command, _variables(context.device), log) as server:
+        _follow(server, context.progress)
+        _check_outcome(Path(job.outcome), server, context.device)
+
+
+def _variables(device: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in _UNSET_VARIABLES}
+    return inherited | _VARIABLES | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
+
+
+def _follow(server: Server, progress: Progress) -> None:
+    """Report the library's progress from its log until it ends; each pass over the model restarts the count of blocks."""
+    offset, done, total = server.start, 0, 0
+    with ExitStack() as passes, server.log.open("rb") as log:
+        advance = passes.enter_context(progress.task("llmcompressor: load", 1, "models"))
+        while True:
+            ended = server.process.poll() is not None
+            log.seek(offset)
+            new = log.read()
+            offset += len(new)
+            for match in _BLOCK.finditer(new):
+                current = int(match.group(1))
+                if (current < done and match.group(3) == b"Calibrating") or not total:
+                    advance(0 if total else 1)
+                    passes.close()
+                    done, total = 0, int(match.group(2))
+                    advance = passes.enter_context(progress.task("llmcompressor: calibrate", total, "parts"))
+                if current > done:
+                    advance(current - done)
+                    done = current
+            if ended:
+                return
+            time.sleep(_INTERVAL)
+
+
+def _check_outcome(outcome: Path, server: Server, device: str) -> None:
+    """Raise the worker's error, or one with the end of its log where it was killed."""
+    if not outcome.is_file():
+        raise ServerError(
+            f"llmcompressor was ended before it was done; the machine may have run out of memory{server.exit_reason()}"
+        )
+    result = cast("dict[str, str]", json.loads(outcome.read_text(encoding="utf-8")))
+    if not result:
+        return
+    message = _shortened(result["message"])
+    if result["failed"] == "arguments":
+        raise RecipeError([f"stages: llmcompressor: {message}"])
+    if result["failed"] == "memory":
+        raise MissingError(
+            f"llmcompressor: {device} has too little memory ({message}). End other programs that use it, use a larger device, or "
+            f"give calibration.sets fewer tokens per sample and smaller images. Its log is {server.log}"
+        )
+    remedy = "Change the modifiers' arguments, or leave out with `ignore` what it cannot work on."
+    if result["failed"] == "TraceError":
+        remedy = "It cannot go through this model block by block; set pipeline: basic."
+    raise CheckpointError(f"llmcompressor failed with {result['failed']}: {message}\n{remedy} Its whole log is {server.log}")
+
+
+def _shortened(message: str) -> str:
+    """Return the first lines of an error: some of the library's contain the whole config or every layer's name."""
+    lines = message.splitlines() or [message]
+    shortened = "\n".join(lines[:_MESSAGE_LINES])[:_MESSAGE_CHARACTERS]
+    return shortened if len(shortened) == len(message) else f"{shortened} …"
+
+
+@dataclass(frozen=True)
+class _OutputConversion:
+    """Conversion of the library's output to the source's names; unchanged tensors keep the source's bytes."""
+
+    source: Checkpoint
+    written: Checkpoint
+    family: Family
+
+    @cached_property
+    def disk_modules(self) -> dict[str, str]:
+        """The names on disk of the source's modules, including those without weights, by their names in transformers."""
+        disk_names: dict[str, str] = {}
+        for name in self.source.tensors:
+            module, disk = self.family.module_name(name), name
+            while module.rpartition(".")[2] == disk.rpartition(".")[2] and "." in module and "." in disk:
+                module, disk = module.rpartition(".")[0], disk.rpartition(".")[0]
+                disk_names[module] = disk
+        return disk_names
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The tensors' names on disk, by their names in the library's output."""
+        return {name: self._disk_name(name) for name in self.written.tensors}
+
+    @cached_property
+    def quantized(self) -> list[str]:
+        """The names on disk of the quantized linears."""
+        return sorted(name.removesuffix(f".{_SCALE}") for name in self.names.values() if name.endswith(f".{_SCALE}"))
+
+    def _disk_name(self, name: str) -> str:
+        module, _, leaf = self.family.module_name(name).rpartition(".")
+        disk_module = self.disk_modules.get(module, name.rpartition(".")[0])
+        return f"{disk_module}.{leaf}" if disk_module else leaf
+
+    def _disk_module(self, name: str) -> str:
+        """Return a linear's name on disk by its name in the library; the name of a class does not change."""
+        return self.disk_modules.get(self.family.module_name(f"{name}.weight").removesuffix(".weight"), name)
+
+    def write(self, context: StageContext) -> None:
+        """Write the checkpoint.
+
+        Raises:
+            CheckpointError: no tensor differs from the source.
+        """
+        changed = 0
+        with (
+            ShardWriter(context.target) as writer,
+            context.progress.task("llmcompressor: write", len(self.names), "tensors") as advance,
+        ):
+            for name, tensor, unchanged in self._tensors():
+                writer.add(name, tensor)
+                changed += not unchanged
+                advance(1)
+        if not changed:
+            raise CheckpointError(
+                f"llmcompressor: its modifiers changed nothing: all {len(self.names)} tensors of {self.source.folder} are as they "
+                "were; give them targets that this model has, or remove the stage"
+            )
+        copy_side_files(context.source, context.target)
+        write_json(context.target / "config.json", self._config())
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor, bool]]:
+        for written_name, entry in self.written.tensors.items():
+            name = self.names[written_name]
+            tensor = map_tensor(entry)
+            source = self.source.tensors.get(name)
+            if source is not None and source.shape == entry.shape and name.rpartition(".")[0] not in self.quantized:
+                original = map_tensor(source)
+                if torch.equal(original.to(DTYPES[entry.dtype]), tensor):
+                    yield name, original, True
+                    continue
+            yield name, tensor, False
+
+    def _config(self) -> dict[str, Any]:
+        """Return the source's config with the library's `quantization_config`, and whether the head is still tied."""
+        config = settled_config(self.source.config, self.family, head_is_tied(self.written, self.family))
+        settings = cast("Mapping[str, Any]", self.written.config.get("quantization_config") or {})
+        if self.quantized or _is_online(settings):
+            config["quantization_config"] = self._settings(settings)
+        return config
+
+    def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
+        """Return `quantization_config` with the source's names, patterns expanded, and all unquantized linears in `ignore`."""
+        unquantized = unquantized_linears(self.source, self.family, self.quantized)
+        ignored = {self._disk_module(name) for name in cast("list[str]", settings.get("ignore") or [])}
+        config_groups = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
+        groups = {name: {**group, "targets": self._targets(group["targets"])} for name, group in config_groups.items()}
+        ignore = sorted({*unquantized, *ignored} - set(self.quantized))
+        transforms = {} if _is_online(settings) else {"transform_config": cast("dict[str, Any]", {})}
+        return {**settings, "config_groups": groups, "ignore": ignore, **transforms}
+
+    def _targets(self, targets: list[str]) -> list[str]:
+        names: list[str] = []
+        for target in targets:
+            if not target.startswith("re:"):
+                names.append(self._disk_module(target))
+                continue
+            pattern = re.compile(target.removeprefix("re:"))
+            modules = {name: self.family.module_name(f"{name}.weight").removesuffix(".weight") for name in self.quantized}
+            names += [name for name, module in modules.items() if pattern.match(module)]
+        return list(dict.fromkeys(names))
+
+
+def _is_online(settings: Mapping[str, Any]) -> bool:
+    """Return whether a runtime has to apply transforms; those already applied to the weights do not count."""
+    transforms = cast("Mapping[str, Any]", settings.get("transform_config") or {})
+    schemes = cast("Mapping[str, Mapping[str, Any]]", transforms.get("config_groups") or {})
+    locations = [str(entry["location"]) for scheme in schemes.values() for entry in cast("list[dict[str, Any]]", scheme["apply"])]
+    return any(not location.startswith("weight_") for location in locations)

@@ -1,0 +1,37 @@
+"""Activation-aware weight quantization (AWQ, arXiv 2306.00978): integer weights, activations in floating point."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import PositiveInt
+
+from compress.stages.quantization.quantizer import IntegerQuantizer
+
+if TYPE_CHECKING:
+    from compress.stages.quantization.solvers import Method
+
+
+class Awq(IntegerQuantizer):
+    """Quantize weights to integers after scaling up the input channels with large activations, whose errors matter most."""
+
+    revision: ClassVar[int] = 6
+
+    stage: Literal["awq"]
+    symmetric: bool = False
+
+    clip: bool = True
+    """Whether each group's clipping range is searched."""
+
+    grid: PositiveInt = 20
+    """Grid steps of the searches of scales and clipping ranges."""
+
+    def uses_statistics(self) -> bool:
+        """Return whether it reads statistics of input activations."""
+        return True
+
+    def method(self) -> Method:
+        """Return how a block is quantized; imports torch."""
+        from compress.stages.quantization.solvers import Method
+
+        return Method(awq_steps=self.grid, clip_steps=self.grid if self.clip else None)

@@ -1,0 +1,51 @@
+"""GPTQ (arXiv 2210.17323): integer weights, each column's rounding error compensated in the columns not yet rounded."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, PositiveInt
+
+from compress.stages.quantization.quantizer import IntegerQuantizer
+
+if TYPE_CHECKING:
+    from compress.stages.quantization.solvers import Method
+
+
+class Gptq(IntegerQuantizer):
+    """Round weights column by column; each column's error is compensated in the columns not yet rounded."""
+
+    revision: ClassVar[int] = 3
+
+    stage: Literal["gptq"]
+    symmetric: bool = True
+
+    scales: Literal["none", "awq"] = "none"
+    """Whether AWQ's scales are moved between layers before rounding."""
+
+    actorder: Literal["static", "none"] = "static"
+    """`static` rounds columns with the largest activations first; groups stay neighbouring columns, so no `g_idx` is needed."""
+
+    dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
+    """The share of the Hessian's mean diagonal that is added to its diagonal."""
+
+    clip: bool = False
+    """Whether each group's clipping range is searched: a closer fit to the calibration samples, and a worse one to unlike data."""
+
+    grid: PositiveInt = 20
+    """Grid steps of the searches of scales and clipping ranges."""
+
+    def uses_statistics(self) -> bool:
+        """Return whether it reads statistics of input activations."""
+        return True
+
+    def method(self) -> Method:
+        """Return how a block is quantized; imports torch."""
+        from compress.numerics.gptq import GptqOptions
+        from compress.stages.quantization.solvers import Method
+
+        return Method(
+            awq_steps=self.grid if self.scales == "awq" else None,
+            clip_steps=self.grid if self.clip else None,
+            gptq=GptqOptions(dampening_frac=self.dampening_frac, actorder=self.actorder == "static"),
+        )

@@ -1,0 +1,1 @@
+"""Reading of files, text and settings from outside, within limits; and what must not leave: secrets."""

@@ -1,0 +1,254 @@
+"""Running an evaluation harness in its own environment against a session's server, and reading its results."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import tempfile
+import time
+from collections.abc import Mapping
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import httpx
+
+from compress.errors import DataError, MissingError, RecipeError, ServerError, UsageError
+from compress.eval.results import AdapterItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
+from compress.eval.tasks.adapter import ENVIRONMENTS
+from compress.eval.tasks.task import TaskContext
+from compress.files import write_json
+from compress.progress import Progress
+from compress.runtimes.exchange import AnswerError, exchange, models_of
+from compress.runtimes.openai_client import excerpt
+from compress.untrusted.redaction import redact_value
+from compress.workers.environment import require
+from compress.workers.server import Server, run_server
+
+if TYPE_CHECKING:
+    from compress.eval.tasks.adapter import Adapter
+
+_WORKER = Path(__file__).with_name("worker.py")
+_KEY_VARIABLE = "COMPRESS_ADAPTER_KEY"
+"""Passes the server's key to the worker: a command line or job file would show it."""
+
+_REMOVED_VARIABLES = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
+"""Would make the harness's interpreter import packages of this environment."""
+
+_ADDED_VARIABLES = {
+    "CUDA_VISIBLE_DEVICES": "",  # the server has the GPU; lmms-eval would take a share of it
+    "DO_NOT_TRACK": "1",
+    "NO_COLOR": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "WANDB_MODE": "disabled",
+}
+_LOOPBACK = "127.0.0.1,localhost"
+"""Added to NO_PROXY: the server is on this machine."""
+
+_OFFLINE_VARIABLES = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
+"""Keep the harness from fetching data; a message names those that are set."""
+
+_POLL_SECONDS = 0.25
+"""How often the harness's log is read for its progress."""
+
+_PROGRESS_LINE = re.compile(rb"(?:Model Responding|Requesting API): +\d+%[^\r\n]*?(\d+)/(\d+) \[")
+"""The progress bars of lmms-eval and of lm-eval: requests done and in all."""
+
+_MODELS_SECONDS = 30.0
+"""The time limit of the request for the server's models."""
+
+_MAX_MESSAGE = 1200
+"""Characters of the harness's error that a message quotes; its log has all."""
+
+
+@dataclass(frozen=True)
+class HarnessJob:
+    """The worker's job file; see `worker.py`."""
+
+    harness: str
+    benchmark: str
+    url: str
+    model: str
+    metric: str | None
+    filter: str | None
+    samples: int | None
+    fewshot: int | None
+    chat: bool
+    include_path: str | None
+    concurrency: int
+    seconds: int
+    tokenizer: str
+    max_length: int | None
+    journal: str
+    items: str
+    outcome: str
+
+
+def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
+    """See `Adapter.measure`."""
+    endpoint: Any = getattr(context.session, "endpoint", None)
+    if endpoint is None:
+        raise UsageError(f"task {task.name}: adapter needs a server: set eval.runtime to vllm or endpoint")
+    with tempfile.TemporaryDirectory(prefix="compress-adapter-") as folder:
+        outcome, items = _run(task, context, endpoint, Path(folder))
+    if context.original_measurement is not None:
+        original = [item for item in read_items(context.original_measurement, task.name) if isinstance(item, AdapterItem)]
+        check_pairs(task.name, original, ((item.id, item.digest) for item in items))
+    write_items(context.output_dir, task.name, items)
+    failed = sum(item.fault is not None for item in items)
+    metrics = ScoreMetrics(
+        task="adapter",
+        metric=outcome["metric"],
+        score=sum(item.score for item in items) / len(items),
+        items=len(items),
+        failed=failed,
+        binary=all(item.score in (0.0, 1.0) for item in items),
+        details=outcome["details"],
+    )
+    return TaskMeasurement(name=task.name, metrics=metrics)
+
+
+def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tuple[dict[str, Any], list[AdapterItem]]:
+    """Run the harness to its end; return its outcome (metric and further figures), and its items."""
+    name = ENVIRONMENTS[task.harness]
+    client = cast("httpx.Client", endpoint.client)
+    job = HarnessJob(
+        harness=task.harness,
+        benchmark=task.benchmark,
+        url=str(client.base_url).rstrip("/"),
+        model=str(endpoint.model),
+        metric=task.metric,
+        filter=task.filter,
+        samples=task.samples,
+        fewshot=task.fewshot,
+        chat=task.chat,
+        include_path=task.include_path,
+        concurrency=task.concurrency,
+        seconds=task.request_seconds,
+        tokenizer=str(context.original_checkpoint.absolute()),
+        max_length=_context_length(client, str(endpoint.model)),
+        journal=str((context.output_dir / "journal" / f"{task.name}.harness.jsonl").absolute()),
+        items=str(folder / "items.jsonl"),
+        outcome=str(folder / "outcome.json"),
+    )
+    write_json(folder / "job.json", asdict(job))
+    python = require(name).python
+    log = context.logs.absolute() / f"{name}-{task.name}.log"
+    command = [str(python), "-I", "-u", str(_WORKER), str(folder / "job.json")]  # isolated: eval/ must not be importable
+    key = str(client.headers.get("Authorization", "")).removeprefix("Bearer ")
+    with run_server(name, command, _environment(key), log) as server:
+        _report_progress(server, endpoint, name, context.progress)
+        outcome = _outcome(task, job, server)
+    items = _items(Path(job.items), name)
+    _check_answers(task, items, log, context.progress)
+    return outcome, items
+
+
+def _items(path: Path, name: str) -> list[AdapterItem]:
+    """Return the items that a harness wrote, with secrets redacted: they contain the server's replies."""
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    try:
+        return [AdapterItem.model_validate(redact_value(json.loads(line))) for line in lines if line]
+    except (ValueError, RecursionError) as error:
+        reason = excerpt(f"{type(error).__name__}: {error}")
+        raise ServerError(f"{name}: wrote down an item that cannot be read ({reason}); install its environment anew") from error
+
+
+def _context_length(client: httpx.Client, model: str) -> int | None:
+    """Return the server's context length in tokens, None where it is unknown: lm-eval truncates longer prompts."""
+    try:
+        with exchange(client, "GET", "/v1/models", _MODELS_SECONDS) as answer:
+            length = {row["id"]: row.get("max_model_len") for row in models_of(answer.json())}.get(model)
+    except (httpx.HTTPError, AnswerError, ValueError, RecursionError):
+        return None
+    return length if isinstance(length, int) and length > 0 else None
+
+
+def _environment(key: str) -> dict[str, str]:
+    inherited = {name: value for name, value in os.environ.items() if name not in _REMOVED_VARIABLES}
+    proxied = {name: ",".join(filter(None, (inherited.get(name), _LOOPBACK))) for name in ("NO_PROXY", "no_proxy")}
+    return inherited | _ADDED_VARIABLES | proxied | {_KEY_VARIABLE: key}
+
+
+def _report_progress(server: Server, endpoint: Any, name: str, progress: Progress) -> None:
+    """Report the harness's progress from its log until it ends; raises if the model's server ends first."""
+    done, total, offset = 0, 0, server.start
+    with ExitStack() as tasks, server.log.open("rb") as log:
+        advance = tasks.enter_context(progress.task(f"{name}: load", 1, "tasks"))
+        while True:
+            ended = server.process.poll() is not None
+            endpoint.check()
+            log.seek(offset)
+            new = log.read()
+            offset += new.rfind(b"\r") + 1 if b"\r" in new else 0
+            for match in _PROGRESS_LINE.finditer(new):
+                count, of = int(match.group(1)), int(match.group(2))
+                if of != total or count < done:
+                    advance(0 if total else 1)
+                    tasks.close()
+                    done, total = 0, of
+                    advance = tasks.enter_context(progress.task(f"{name}: ask", of, "requests"))
+                advance(count - done)
+                done = count
+            if ended:
+                return
+            time.sleep(_POLL_SECONDS)
+
+
+def _outcome(task: Adapter, job: HarnessJob, server: Server) -> dict[str, Any]:
+    """Return the worker's outcome, or raise its error."""
+    location = f"task {task.name}: {server.name}"
+    path = Path(job.outcome)
+    if not path.is_file():
+        raise ServerError(f"{location} was ended before it was done; the machine may have run out of memory{server.exit_reason()}")
+    outcome = cast("dict[str, Any]", redact_value(json.loads(path.read_text(encoding="utf-8"))))
+    if "failed" not in outcome:
+        return outcome
+    log, message = f"Its log is {server.log}", str(outcome["message"])[:_MAX_MESSAGE]
+    match outcome["failed"]:
+        case "name":
+            raise RecipeError([f"{location}: {message}; correct benchmark, or name its folder as include_path. {log}"])
+        case "metric":
+            raise RecipeError([f"{location}: {message}. {log}"])
+        case "data":
+            raise MissingError(f"{location}: {message}\n{_data_remedy(os.environ)} {log}")
+        case failed:
+            raise ServerError(f"{location} failed with {failed}: {message}\n{_remedy(task, failed)} {log}")
+
+
+def _data_remedy(variables: Mapping[str, str]) -> str:
+    offline = sorted(name for name in _OFFLINE_VARIABLES if variables.get(name, "").upper() in {"1", "TRUE", "YES", "ON"})
+    if offline:
+        return f"{' and '.join(offline)} is set: the data must be in the hub's cache; unset it to fetch them."
+    return (
+        "The harness reads its data itself, from the hub: see that it is reached and the data set open to you (HF_TOKEN), and that "
+        "the files of include_path name files that are there."
+    )
+
+
+def _remedy(task: Adapter, failed: str) -> str:
+    if failed in {"NotImplementedError", "AssertionError"} and task.harness == "lmms":
+        return "lmms-eval asks a server for text alone: tasks that compare likelihoods cannot be run so."
+    if failed == "NotImplementedError":
+        return "Likelihoods are asked for by completions: leave out chat."
+    return "What went wrong lies in the harness or the task's own code; try it with samples: 8."
+
+
+def _check_answers(task: Adapter, items: list[AdapterItem], log: Path, progress: Progress) -> None:
+    """Check that there are items and that the server answered some; warn of those it did not."""
+    name = ENVIRONMENTS[task.harness]
+    if not items:
+        raise DataError(f"task {task.name}: {name} found no item to ask; its log is {log}")
+    failed = [item for item in items if item.fault is not None]
+    if len(failed) == len(items):
+        raise ServerError(
+            f"task {task.name}: {name} had no answer to any of its {len(items):,} items ({failed[0].fault}); see that the server "
+            f"serves this model and takes such requests. Its log is {log}"
+        )
+    if failed:
+        progress.warn(
+            f"task {task.name}: {len(failed):,} of {len(items):,} items have no answer and count 0, such as {failed[0].id}: "
+            f"{failed[0].fault}"
+        )

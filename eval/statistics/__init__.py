@@ -1,0 +1,1 @@
+"""Statistics of items: intervals, paired tests, power, sequential looks."""

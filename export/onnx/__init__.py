@@ -1,0 +1,1 @@
+"""The onnx format: one ONNX graph per component."""

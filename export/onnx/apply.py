@@ -1,0 +1,62 @@
+"""The settings that all ONNX exports share."""
+
+from __future__ import annotations
+
+from abc import ABC
+from typing import Literal
+
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.layouts import has_kv_scales, quantized_linears
+from compress.checkpoints.quantization_config import foreign_format
+from compress.errors import CheckpointError
+from compress.export.format import Export, ExportContext, ExportSpec
+
+
+class OnnxExport(Export, ABC):
+    """An export with graphs emitted by this package.
+
+    Linears with 4- or 8-bit weights become MatMulNBits. W8A8 becomes MatMulInteger with a scale per token, or Q/DQ with a static
+    scale, as the stage chose.
+    """
+
+    dtype: Literal["float32", "float16"] = "float32"
+    """The type that the graphs compute in."""
+
+    accuracy_level: Literal[0, 4] = 4
+    """MatMulNBits' attribute: 4 lets it quantize its input to 8 bits in blocks, 0 does not."""
+
+    head_bits: Literal[4, 8] | None = None
+    """Rounds the output head to nearest in blocks of 32, unless a stage quantized it."""
+
+    embedding_bits: Literal[8] | None = None
+    """Rounds the embeddings to nearest in blocks of 32. Tied embeddings and head are stored once if their bits are equal."""
+
+    @property
+    def artifact(self) -> str:
+        """The artifact's name: the format and a suffix per setting that is not the default."""
+        return f"{self.format}{self.suffix}"
+
+    @property
+    def suffix(self) -> str:
+        """The suffixes of the artifact's name; empty for the default settings."""
+        suffixes = [
+            "-float16" if self.dtype == "float16" else "",
+            "-exact" if self.accuracy_level == 0 else "",
+            f"-head{self.head_bits}" if self.head_bits else "",
+            f"-embeddings{self.embedding_bits}" if self.embedding_bits else "",
+        ]
+        return "".join(suffixes)
+
+    def open_supported(self, context: ExportContext) -> Checkpoint:
+        """Open the checkpoint and check that it is supported.
+
+        Raises:
+            CheckpointError: it is not.
+        """
+        checkpoint = open_checkpoint(context.source)
+        if foreign := foreign_format(checkpoint.config):
+            raise CheckpointError(f"{context.source}: its weights are {foreign}, which no graph here can hold; use format: vllm")
+        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+        if problems := self.check(spec):
+            raise CheckpointError("\n".join(problems))
+        return checkpoint

@@ -1,0 +1,73 @@
+"""LLaVA's vision encoder (arXiv 2304.08485) as a graph: CLIP's or SigLIP's tower, and a projector to the decoder's width."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from compress.errors import CheckpointError
+from compress.export.onnx.graphs.clip_tower import clip_blocks, clip_embeddings
+from compress.export.onnx.graphs.layer_builder import LayerBuilder
+
+_TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
+
+
+def vision_encoder(builder: LayerBuilder) -> None:
+    """Emit the tower and projector: `pixel_values` [images, 3, height, width] to `image_features` [images, tokens, hidden].
+
+    Raises:
+        CheckpointError: the config names a layer that the tower lacks.
+    """
+    graph, config = builder.graph, builder.source.config
+    channels, side = int(config.vision_config.num_channels), int(config.vision_config.image_size)
+    pixels = graph.input("pixel_values", graph.dtype, ["num_images", channels, side, side])
+    features = tile_features(builder, pixels)
+    graph.output("image_features", features, graph.dtype, ["num_images", tile_tokens(builder), hidden_size(config)])
+
+
+def hidden_size(config: Any) -> int:
+    """Return the decoder's width."""
+    return int(config.get_text_config().hidden_size)
+
+
+def tile_features(builder: LayerBuilder, pixels: str) -> str:
+    """Return the image features of tiles [n, 3, height, width]: [n, tokens, hidden].
+
+    Raises:
+        CheckpointError: the config names a layer that the tower lacks.
+    """
+    graph, config = builder.graph, builder.source.config
+    layers = _layers(builder, pixels)
+    value = graph.op("Concat", *layers, axis=-1) if len(layers) > 1 else layers[0]
+    if config.vision_feature_select_strategy == "default":
+        value = graph.slice(value, 1, None, 1)
+    with graph.scope("projector"):
+        hidden = builder.linear(value, f"{_PROJECTOR}.linear_1", str(config.projector_hidden_act))
+        return builder.linear(hidden, f"{_PROJECTOR}.linear_2")
+
+
+def tile_tokens(builder: LayerBuilder) -> int:
+    """Return the number of image tokens per tile."""
+    config = builder.source.config
+    grid = int(config.vision_config.image_size) // int(config.vision_config.patch_size)
+    has_class_token = builder.has(f"{_TOWER}.embeddings.class_embedding")
+    return grid**2 + int(has_class_token) - int(config.vision_feature_select_strategy == "default")
+
+
+def _layers(builder: LayerBuilder, pixels: str) -> list[str]:
+    """Return the hidden states of the config's `vision_feature_layer`, in its order; 0 are the embeddings."""
+    config, tower = builder.source.config, builder.source.config.vision_config
+    count, setting = int(tower.num_hidden_layers), config.vision_feature_layer
+    selected = [setting] if isinstance(setting, int) else [int(layer) for layer in setting]
+    if not all(-count - 1 <= layer <= count for layer in selected):
+        raise CheckpointError(
+            f"{builder.source.checkpoint.folder}/config.json: vision_feature_layer is {setting}, "
+            f"of a tower of {count} blocks; fetch the checkpoint again"
+        )
+    layers = [layer % (count + 1) for layer in selected]
+    with builder.graph.scope("vision"):
+        states = {0: clip_embeddings(builder, pixels, _TOWER, tower)}
+        first = 0
+        for layer in sorted(set(layers) - {0}):
+            states[layer] = clip_blocks(builder, states[first], f"{_TOWER}.encoder.layers", tower, range(first, layer))
+            first = layer
+    return [states[layer] for layer in layers]

@@ -1,0 +1,42 @@
+"""OPT's decoder (arXiv 2205.01068) as a graph: pre-LayerNorm blocks, learned positions, a feed-forward with ReLU."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from compress.export.onnx.graphs.decoder import DecoderSize, logits, self_attention, sequence_lengths
+from compress.export.onnx.graphs.layer_builder import LayerBuilder
+
+_FIRST_POSITION = 2
+"""The row of the position embeddings for a text's first token."""
+
+_EPSILON = 1e-5
+"""The epsilon of the norms: torch's default for LayerNorm, which the model's code leaves."""
+
+
+def decoder(builder: LayerBuilder) -> None:
+    """Emit the decoder with its KV cache: see `docs/formats/onnx.md` for inputs and outputs."""
+    graph, text, family = builder.graph, builder.source.config.get_text_config(), builder.source.family
+    size, owner = DecoderSize.of(text), family.blocks.rpartition(".")[0]
+    width = builder.shape(f"{family.embeddings}.weight")[1]
+    value = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", width])
+    positions = graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
+    lengths = sequence_lengths(graph)
+    if builder.has_linear(f"{owner}.project_in"):
+        value = builder.linear(value, f"{owner}.project_in")
+    table = builder.tensor(f"{owner}.embed_positions.weight", lambda rows: rows[_FIRST_POSITION:], "_of_texts")
+    value = graph.op("Add", value, graph.op("Gather", table, positions, axis=0))
+    for layer in range(size.layers):
+        block = f"{family.blocks}.{layer}"
+        with graph.scope(f"layers.{layer}"):
+            normed = builder.layer_norm(value, f"{block}.self_attn_layer_norm", _EPSILON)
+            attended = self_attention(builder, normed, f"{block}.self_attn", layer, size, None, lengths)
+            value = graph.op("Add", value, attended)
+            normed = builder.layer_norm(value, f"{block}.final_layer_norm", _EPSILON)
+            hidden = builder.linear(normed, f"{block}.fc1", str(text.activation_function))
+            value = graph.op("Add", value, builder.linear(hidden, f"{block}.fc2"))
+    if builder.has(f"{owner}.final_layer_norm.weight"):
+        value = builder.layer_norm(value, f"{owner}.final_layer_norm", _EPSILON)
+    if builder.has_linear(f"{owner}.project_out"):
+        value = builder.linear(value, f"{owner}.project_out")
+    logits(builder, value)

@@ -1,0 +1,1 @@
+"""The onnx-genai format: the folder that onnxruntime-genai loads."""

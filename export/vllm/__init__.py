@@ -1,0 +1,1 @@
+"""The vllm format: compressed-tensors, AWQ and GPTQ layouts."""

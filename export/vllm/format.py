@@ -1,0 +1,129 @@
+"""The vLLM export: a checkpoint folder with quantized linears in a layout that vLLM's kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar, Literal, cast
+
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.layouts import (
+    has_kv_scales,
+    linear_shape,
+    linear_tensors,
+    packed_bytes,
+    quantized_linears,
+    quantized_names,
+    unquantized_linears,
+)
+from compress.checkpoints.module_names import misnamed, misnaming_message
+from compress.checkpoints.quantization_config import METHOD, foreign_format
+from compress.errors import CheckpointError
+from compress.export.format import Export, ExportContext, ExportSpec
+from compress.export.vllm.limits import Layout, faults, notes
+from compress.families import Family
+from compress.numerics.scheme import Scheme
+
+_SCALE_BYTES = {"F32": 4, "F64": 4}
+"""Bytes of a scale by the safetensors dtype of the weights; 2 for all others."""
+
+_INDEX_BYTES = 4
+"""Bytes of an int32 entry of GPTQ's `g_idx`."""
+
+_KV_BYTES = 8
+"""Bytes of a layer's `k_scale` and `v_scale`, float32 each."""
+
+
+class VllmExport(Export):
+    """A checkpoint for `vllm serve`, with the integers and scales that the stages chose: nothing is rounded again.
+
+    Layout `awq` is AutoAWQ's GEMM: 4 bits, one group size, read by many runtimes. `gptq` is GPTQ's: 4 or 8 bits, symmetric, one
+    group size. `compressed-tensors` supports all widths, FP8, quantized activations, KV cache scales, several schemes at once, and
+    checkpoints that are not quantized.
+    """
+
+    revision: ClassVar[int] = 3
+    runtimes: ClassVar[frozenset[str]] = frozenset({"endpoint", "transformers", "vllm"})
+
+    format: Literal["vllm"]
+    layout: Layout
+
+    @property
+    def artifact(self) -> str:
+        """The artifact's name: format and layout."""
+        return f"{self.format}-{self.layout}"
+
+    def check(self, spec: ExportSpec) -> list[str]:
+        """Return the linears that vLLM, or the layout, does not support."""
+        return faults(self.layout, spec)
+
+    def notes(self, spec: ExportSpec) -> list[str]:
+        """Return which vLLM versions serve the model, if not all, and what needs a GPU."""
+        return notes(spec)
+
+    @classmethod
+    def warnings(cls, folder: Path, family: Family) -> list[str]:
+        """Return the linears whose quantization transformers gets wrong, as its module names differ from those in config.json."""
+        checkpoint = open_checkpoint(folder)
+        settings = cast("Mapping[str, Any]", checkpoint.config.get("quantization_config") or {})
+        quantized = quantized_names(checkpoint)
+        if settings.get("quant_method") != METHOD or not quantized:
+            return []
+        linears = misnamed(settings, family, quantized, unquantized_linears(checkpoint, family, quantized))
+        return [misnaming_message(f"{folder}/config.json", linears, family)] if linears else []
+
+    def predict_bytes(self, spec: ExportSpec) -> int:
+        """Return the exact size of the tensors it writes."""
+        checkpoint, total = spec.checkpoint, 0
+        replaced: set[str] = set()
+        for name, scheme in spec.schemes.items():
+            shape = linear_shape(checkpoint, name)
+            total += self._linear_bytes(shape, scheme, _scale_bytes(checkpoint, name))
+            replaced.update((*linear_tensors(name), f"{name}.weight"))
+        if spec.kv_cache and not has_kv_scales(checkpoint):
+            total += _KV_BYTES * int(checkpoint.text_config["num_hidden_layers"])
+        return total + sum(entry.bytes for name, entry in checkpoint.tensors.items() if name not in replaced)
+
+    def _linear_bytes(self, shape: tuple[int, int], scheme: Scheme, scale_bytes: int) -> int:
+        if self.layout == "compressed-tensors":
+            return packed_bytes(shape, scheme, scale_bytes)
+        rows, columns = shape
+        groups = rows * scheme.groups(columns)
+        return (columns * rows + groups) * scheme.bits // 8 + groups * 2 + (_INDEX_BYTES * columns if self.layout == "gptq" else 0)
+
+    def apply(self, context: ExportContext) -> None:
+        """Write the artifact.
+
+        Raises:
+            CheckpointError: a linear does not fit the layout.
+        """
+        from compress.export.vllm.writer import link_packed, write_laid_out
+
+        checkpoint = open_checkpoint(context.source)
+        if foreign := foreign_format(checkpoint.config):
+            self._link_foreign(context, checkpoint, foreign)
+            return
+        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+        if problems := self.check(spec):
+            raise CheckpointError("\n".join(problems))
+        if self.layout == "compressed-tensors":
+            link_packed(context, checkpoint, unquantized_linears(checkpoint, context.family, spec.schemes))
+        else:
+            write_laid_out(context, spec, self.layout)
+
+    def _link_foreign(self, context: ExportContext, checkpoint: Checkpoint, foreign: str) -> None:
+        """Link a checkpoint in a format that vLLM reads and this package does not, unchanged."""
+        from compress.export.vllm.writer import link_packed
+
+        if self.layout != "compressed-tensors":
+            raise CheckpointError(
+                f"{context.source}: its weights are {foreign}, which layout {self.layout} cannot hold; "
+                "set layout: compressed-tensors"
+            )
+        link_packed(context, checkpoint, [])
+
+
+def _scale_bytes(checkpoint: Checkpoint, name: str) -> int:
+    """Return the bytes of a scale: its own dtype's or, before the stages ran, that of the dense weights."""
+    entry = checkpoint.tensors.get(f"{name}.weight_scale") or checkpoint.tensors[f"{name}.weight"]
+    return _SCALE_BYTES.get(entry.dtype, 2)
