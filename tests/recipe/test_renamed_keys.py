@@ -10,7 +10,7 @@ from compress.errors import RecipeError
 from compress.recipe.model import Recipe, read_recipe
 from compress.stages.quantization.gptq import Gptq
 
-DEMO = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+DEMO = Path(__file__).parents[2] / "recipes" / "demo.yaml"
 
 
 def written(folder: Path, stage: dict[str, Any]) -> Path:

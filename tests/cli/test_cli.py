@@ -70,7 +70,7 @@ def test_a_plan_shows_keys_sizes_and_what_is_cached(job: Job) -> None:
 
 
 def test_the_override_that_the_demo_recipe_shows_can_be_planned(tmp_path: Path) -> None:
-    recipe = Path(__file__).parent.parent / "recipes" / "demo.yaml"
+    recipe = Path(__file__).parents[2] / "recipes" / "demo.yaml"
     (line,) = [line for line in recipe.read_text(encoding="utf-8").splitlines() if line.startswith("# Override:")]
     command = line.split()[2:]
     assert command[:3] == ["compress", "run", "recipes/demo.yaml"]

@@ -14,7 +14,7 @@ from compress.recipe.schema import load_row
 from compress.runtimes import RUNTIMES
 from compress.stages import STAGES
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 TABLES = {"dataset": SETS, "task": TASKS, "format": FORMATS, "runtime": RUNTIMES, "stage": STAGES}
 ROWS = [(key, name) for key, table in TABLES.items() for name in table]
 

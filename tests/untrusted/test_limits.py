@@ -9,7 +9,7 @@ import pytest
 from compress.errors import UsageError
 from compress.untrusted.limits import PREFIX, Limits, limits
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 def test_a_limit_is_what_the_environment_says(monkeypatch: pytest.MonkeyPatch) -> None:

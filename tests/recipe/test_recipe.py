@@ -8,7 +8,7 @@ from pydantic import ValidationError
 from compress.errors import RecipeError
 from compress.recipe.model import read_recipe, recipe_schema
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ from compress.errors import CheckpointError
 from compress.pipeline.plan import plan_evaluation
 from compress.pipeline.store import Store
 from tests.jobs import Job, make_job
-from tests.test_verification import SETTINGS
 from tests.verification.artifacts import export_onnx
+from tests.verification.test_verification import SETTINGS
 
 
 @pytest.fixture

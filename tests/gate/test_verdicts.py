@@ -17,7 +17,7 @@ from compress.report.model import Report
 from compress.workers.environment import install
 from tests.runtimes.agreement import KERNELS
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo.yaml"
 MODEL = DEMO.parent / "demo" / "model"
 QUESTIONS, TEXT = (DEMO.parent / "demo" / name for name in ("test.parquet", "test.txt"))
