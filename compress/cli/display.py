@@ -12,7 +12,9 @@ from rich.progress import Progress as Bars
 from rich.progress import Task as BarTask
 from rich.text import Text
 
-from compress.report.figures import singular, size
+from compress.report.figures import duration, singular, size
+from compress.report.tabular import Table
+from compress.report.terminal import aligned_lines, as_renderables
 from compress.untrusted.reading import printable
 
 _SECONDS_BETWEEN_LINES = 10.0
@@ -67,15 +69,14 @@ def rate(speed: float, unit: str) -> str:
     return f"{speed:,.0f} {unit}/s" if speed >= 100 else f"{speed:.3g} {unit}/s"
 
 
-def duration(seconds: float) -> str:
-    """Return a time the way people say it: 0.4 s, 12 s, 3 min 5 s, 2 h 10 min."""
-    if seconds < 10:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    if not minutes:
-        return f"{rest} s"
-    hours, minutes_left = divmod(minutes, 60)
-    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+def print_table(console: Console, table: Table) -> None:
+    """Print a table: in columns where there is room for them or nobody's terminal to wrap them, otherwise row by row."""
+    if not console.is_terminal:
+        for line in aligned_lines(table):
+            console.print(line, markup=False, highlight=False, soft_wrap=True)
+        return
+    for part in as_renderables(table, console.width):
+        console.print(part, highlight=False, soft_wrap=False)
 
 
 class Display:

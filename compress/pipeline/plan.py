@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 from compress.calibration.sets import QuestionSource
 from compress.checkpoints.artifact import artifact_format
@@ -39,13 +39,8 @@ from compress.pipeline.store import Store
 from compress.recipe.document import RecipeDocument, dotted
 from compress.recipe.model import Recipe, read_evaluation, read_recipe
 from compress.recipe.schema import load_row
-from compress.report.tabular import Column, Table
-from compress.report.terminal import print_table
 from compress.runtimes import RUNTIMES
 from compress.runtimes.runtime import Runtime
-
-if TYPE_CHECKING:
-    from rich.console import Console
 
 
 @dataclass(frozen=True)
@@ -367,29 +362,3 @@ def _schemes_after(before: dict[str, Scheme] | None, added: dict[str, Scheme] | 
 def _located(document: RecipeDocument, key: tuple[str | int, ...], faults: list[str]) -> list[str]:
     where = f"{document.whereabouts(key)}: {key[0]}.{key[1]}"
     return [f"{where}: {fault}" for fault in faults]
-
-
-def show(plan: Plan, store: Store, console: Console) -> None:
-    """Print the plan: its steps, which of their outputs are cached, warnings and notes."""
-    from compress.report.figures import size
-
-    summary = plan.summary(store)
-    source = ", ".join(f"{key} {value}" for key, value in summary["source"].items())
-    console.print(f"{plan.recipe.name}: {source}; on {plan.device}", highlight=False, markup=False)
-    rows = [
-        (
-            str(step["step"]),
-            str(step["key"])[:12],
-            "yes" if step["cached"] else "no",
-            size(step["expected_bytes"]) if step["expected_bytes"] else "",
-        )
-        for step in summary["steps"]
-    ]
-    columns = (Column("step"), Column("key", "code"), Column("cached"), Column("expected size", "number"))
-    print_table(console, Table("Steps", columns, tuple(rows)))
-    if plan.family.derived:
-        console.print(f"warning: {plan.family.derived}", highlight=False, markup=False)
-    for note in (*plan.unfit, *plan.gate_notes):
-        console.print(f"warning: {note}", highlight=False, markup=False)
-    for note in (*plan.power, *plan.notes):
-        console.print(f"note: {note}", highlight=False, markup=False)

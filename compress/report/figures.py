@@ -53,6 +53,17 @@ def milliseconds(value: float) -> str:
     return f"{rate(value)} ms"
 
 
+def duration(seconds: float) -> str:
+    """Return a time the way people say it: 0.4 s, 12 s, 3 min 5 s, 2 h 10 min."""
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if not minutes:
+        return f"{rest} s"
+    hours, minutes_left = divmod(minutes, 60)
+    return f"{hours} h {minutes_left} min" if hours else f"{minutes} min {rest} s"
+
+
 def divergence(value: float) -> str:
     """Return a divergence with two significant digits."""
     return f"{value:#.2g}".rstrip(".") if value else "0"

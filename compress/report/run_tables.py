@@ -11,6 +11,7 @@ from compress.gate.gate import Check, Outcome
 from compress.report.figures import (
     check_values,
     divergence,
+    duration,
     format_kl,
     format_recovery,
     item_count,
@@ -182,8 +183,6 @@ def _optional_share(value: float | None) -> str:
 
 def timings_table(timings: Sequence[Timing]) -> Table:
     """Return each step's time and peak memory."""
-    from compress.cli.display import duration
-
     columns = (Column("step"), Column("time", "number"), Column("peak memory", "number"), Column("cached"))
     lines = [(row.step, duration(row.seconds), _peak(row), "cached" if row.cached else "") for row in timings]
     return Table("What each step took", columns, tuple(lines))

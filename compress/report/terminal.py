@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from compress.report.tabular import Column, Table
 
 if TYPE_CHECKING:
-    from rich.console import Console, RenderableType
+    from rich.console import RenderableType
     from rich.text import Text
 
 VERDICT_STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
@@ -16,16 +16,6 @@ VERDICT_STYLES = {"pass": "green", "fail": "red", "inconclusive": "yellow"}
 
 _GAP = 2
 """Columns between two of a table's own."""
-
-
-def print_table(console: Console, table: Table) -> None:
-    """Print a table: in columns where there is room for them or nobody's terminal to wrap them, otherwise row by row."""
-    if not console.is_terminal:
-        for line in _aligned(table):
-            console.print(line, markup=False, highlight=False, soft_wrap=True)
-        return
-    for part in as_renderables(table, console.width):
-        console.print(part, highlight=False, soft_wrap=False)
 
 
 def as_renderables(table: Table, width: int) -> Iterator[RenderableType]:
@@ -42,7 +32,7 @@ def _width(table: Table) -> int:
     return sum(_GAP + width for width in _widths(table))
 
 
-def _aligned(table: Table) -> Iterator[str]:
+def aligned_lines(table: Table) -> Iterator[str]:
     """Yield a table's lines in full: what reads them may be a file, a pipe, or a log that wraps as it likes."""
     widths = _widths(table)
     for row in (tuple(column.head for column in table.columns), *table.rows):

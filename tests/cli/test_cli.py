@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from compress.cli.commands import COMMANDS
 from tests.jobs import Job, make_job
 
 COMPRESS = [sys.executable, "-m", "compress.cli"]
@@ -32,6 +33,19 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "compress run recipes/demo.yaml" in done.stdout
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_of_a_command_imports_its_module_alone_and_nothing_heavy(name: str) -> None:
+    heavy = "{'torch', 'pydantic', 'rich'}"
+    code = (
+        f"import sys, compress.cli.main as cli\ntry: cli.main(['{name}', '--help'])\nfinally:\n"
+        f"    assert not {heavy} & set(sys.modules)\n"
+        f"    assert [module for module in sys.modules if module.startswith('compress.cli.commands.')] == ['{COMMANDS[name][0]}']"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert f"usage: compress {name}" in done.stdout
 
 
 def test_a_command_that_is_none_is_a_usage_error() -> None:

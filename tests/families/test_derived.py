@@ -12,10 +12,11 @@ from rich.console import Console
 
 import compress
 from compress.checkpoints.checkpoint import open_checkpoint
+from compress.cli.commands.plan import print_plan
 from compress.engine.derive.derived import derive_family
 from compress.errors import CheckpointError
 from compress.families import Family, ScalePair, family_at, family_of
-from compress.pipeline.plan import make_plan, show
+from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.stages.linears import select
 from tests.families.test_loading import assert_loaded_alike
@@ -109,7 +110,7 @@ def test_an_unknown_decoder_goes_the_whole_way_with_a_warning(tmp_path: Path) ->
     job.recipe.write_text(yaml.safe_dump(content(job) | {"export": export}), encoding="utf-8")
     output = StringIO()
     store = Store(job.store)
-    show(make_plan(job.recipe, {}, store), store, Console(file=output, width=1000))
+    print_plan(make_plan(job.recipe, {}, store), store, Console(file=output, width=1000))
     assert "warning: llava: no family record fits, and one was derived from the model" in output.getvalue()
     report = compress.run(job.recipe, **job.places())
     assert report.rows[1].size_ratio < 0.9

@@ -11,8 +11,9 @@ import pytest
 from rich.console import Console
 
 import compress
+from compress.cli.commands.plan import print_plan
 from compress.errors import DataError, RecipeError, StoreError
-from compress.pipeline.plan import Plan, make_plan, show
+from compress.pipeline.plan import Plan, make_plan
 from compress.pipeline.plan_notes import full_vocabulary
 from compress.pipeline.store import Store
 from compress.recipe.model import read_recipe
@@ -33,7 +34,7 @@ def plan_with(job: Job, **settings: object) -> tuple[Plan, str]:
     store = Store(job.store)
     plan = make_plan(job.recipe, {**SYMMETRIC, **settings}, store)
     console = Console(file=io.StringIO(), width=250)
-    show(plan, store, console)
+    print_plan(plan, store, console)
     assert isinstance(console.file, io.StringIO)
     assert plan.summary(store)["notes"] == list(plan.notes)
     return plan, console.file.getvalue()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from compress.cli.options import console as console_of
 from compress.eval.results import Metrics, ScoreMetrics
 from compress.report.figures import counted, format_recovery, kl_value, metric_value, size
 from compress.report.model import Report, Row, published_lines
@@ -25,7 +27,15 @@ _LATENCY_RATIOS = {"ttft_p95": "TTFT p95", "tpot_p95": "TPOT p95", "e2el_p95": "
 """The latency ratios in the summary: figure → label."""
 
 
-def show(report: Report, console: Console) -> None:
+def print_report(report: Report, options: argparse.Namespace) -> int:
+    """Print a run's result, as JSON where the options ask for it, and return the exit code: 0 if the gate passed."""
+    if options.json:
+        print(report.to_json())
+    print_summary(report, console_of(options))
+    return 0 if report.gate.verdict == "pass" else 1
+
+
+def print_summary(report: Report, console: Console) -> None:
     """Print the verdict, each artifact's figures and the checks that did not pass, and last the run's folder."""
     style = VERDICT_STYLES[report.gate.verdict]
     console.print(f"{report.name}: {report.gate.verdict}", style=f"bold {style}", highlight=False, markup=False)

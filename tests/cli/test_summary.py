@@ -5,15 +5,15 @@ import io
 import pytest
 from rich.console import Console
 
-from compress.report.summary import show
+from compress.cli.display import print_table
+from compress.cli.summary import print_summary
 from compress.report.tabular import Column, Table
-from compress.report.terminal import print_table
 from tests import reports
 
 
 def told(width: int, terminal: bool) -> list[str]:
     console = Console(file=io.StringIO(), width=width, force_terminal=terminal, color_system=None, legacy_windows=False)
-    show(reports.report(), console)
+    print_summary(reports.report(), console)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue().splitlines()
 
@@ -56,7 +56,7 @@ def test_what_steers_a_terminal_does_not_reach_it() -> None:
     check = report.gate.checks[-1].model_copy(update={"reason": "item \x1b[2Jq1 is missing"})
     gate = report.gate.model_copy(update={"checks": (check,)})
     console = Console(file=io.StringIO(), width=200, color_system=None)
-    show(report.model_copy(update={"gate": gate}), console)
+    print_summary(report.model_copy(update={"gate": gate}), console)
     assert isinstance(console.file, io.StringIO)
     assert "item \\x1b[2Jq1 is missing" in console.file.getvalue()
 
