@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -38,6 +39,11 @@ class HessianRequest:
     block: int = 1
     """The size of the blocks along the diagonal that it reads, in channels."""
 
+    def __or__(self, other: HessianRequest) -> HessianRequest:
+        """Return a request for what both read."""
+        full = self.full or other.full
+        return HessianRequest(full, self.sketch or other.sketch, 1 if full else math.lcm(self.block, other.block))
+
     def start(self, channels: int, device: torch.device) -> FullHessian | HessianSketch:
         """Return an accumulator without tokens."""
         if self.full or channels % self.block or (self.sketch and channels <= FULL_HESSIAN_CHANNELS):
@@ -46,6 +52,8 @@ class HessianRequest:
 
 
 FULL_HESSIAN = HessianRequest()
+NO_HESSIAN = HessianRequest(full=False, sketch=False)
+"""Nothing but the diagonal, which is always accumulated."""
 
 
 class FullHessian:

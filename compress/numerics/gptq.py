@@ -14,8 +14,7 @@ from torch import Tensor
 
 from compress.errors import CheckpointError
 from compress.numerics.cholesky import factor, permute
-from compress.numerics.grids import QuantizedWeight, Scheme, grid
-from compress.numerics.rounding import resolve_group_size
+from compress.numerics.grids import Grid, QuantizedWeight
 
 _BLOCK = 64
 """Columns whose errors are compensated one by one; those of earlier columns are, in one matrix product per block."""
@@ -83,22 +82,20 @@ class Feedback:
         return self.factor[size - last : size - first, size - stop : size - start].flip(0, 1)
 
 
-def round_columns(
-    weight: Tensor, feedback: Feedback, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0
-) -> QuantizedWeight:
-    """Round a weight [out, in], float32, with the error feedback of its Hessian.
+def round_columns(weight: Tensor, feedback: Feedback, grid: Grid, kept: Tensor | None = None) -> QuantizedWeight:
+    """Round a weight [out, in], float32, to a grid with the error feedback of its Hessian.
 
-    Scales are rounded to `dtype` first. Groups are neighbouring columns whatever the order of rounding (static actorder), so the
-    result needs no `g_idx`. `shrink` multiplies each group's range, by a number or by one per group.
+    Groups are neighbouring columns whatever the order of rounding (static actorder), so the result needs no `g_idx`. Where `kept`
+    [out, in] is False the result is zero, and what the weight was there is an error like any other, compensated in later columns:
+    pruning and rounding in one pass, as in SparseGPT (arXiv 2301.00774, section 3.5).
     """
     rows, columns = weight.shape
-    scheme = resolve_group_size(scheme, columns)
-    scales, zero_points = grid(weight.view(rows, -1, scheme.group_size), scheme, dtype, shrink)
+    scheme = grid.scheme
     order = feedback.order
     codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
     group_of = order // scheme.group_size
     errors = torch.empty(columns, rows, device=weight.device)  # transposed, so that a column of the matrix lies in one piece
-    step_sizes, zeros, transposed = scales.to(torch.float32).t().contiguous(), zero_points.t().contiguous(), weight.t()
+    step_sizes, zeros, transposed = grid.scales.to(torch.float32).t().contiguous(), grid.zero_points.t().contiguous(), weight.t()
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
         original = transposed[order[start:stop]]
@@ -106,13 +103,16 @@ def round_columns(
         within = feedback.block(start, stop, start, stop)
         step, zero = step_sizes[group_of[start:stop]], zeros[group_of[start:stop]]
         levels = torch.empty_like(original)
+        kept_columns = None if kept is None else kept.t()[order[start:stop]].to(original)
         columns_of_block = (compensated, original, step, -zero, scheme.levels - 1 - zero, levels, errors[start:stop], within)
         by_column = enumerate(zip(*map(torch.unbind, columns_of_block), strict=True))
         for index, (target, weights, size, lowest, highest, level, error, effect) in by_column:
             torch.div(target, size, out=level).round_()
             torch.clamp(level, lowest, highest, out=level)
+            if kept_columns is not None:
+                level.mul_(kept_columns[index])
             torch.addcmul(weights, level, size, value=-1, out=error)
             compensated[index + 1 :].addr_(effect[index + 1 :], error)
         codes[start:stop] = levels.add_(zero).to(torch.uint8)
     codes = codes[order.argsort()].t().contiguous()  # one gather; scattering each block would sort indices on CUDA each time
-    return QuantizedWeight(codes, scales, zero_points.to(torch.uint8), scheme)
+    return grid.quantized(codes)

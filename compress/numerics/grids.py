@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -13,7 +13,7 @@ from compress.numerics.scheme import Scheme
 _CHUNK = 1 << 22
 """Elements dequantized at once: their float32 copy takes 16 MiB, whatever the matrix's size."""
 
-__all__ = ["QuantizedWeight", "Scheme", "grid"]
+__all__ = ["Grid", "QuantizedWeight", "Scheme", "full_range", "grid", "resolve_group_size"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +48,38 @@ class QuantizedWeight:
             groups.sub_(self.zero_points[chunk].unsqueeze(-1)).mul_(self.scales[chunk].unsqueeze(-1).to(torch.float32))
             matrix[chunk] = groups.view(-1, columns)
         return matrix
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The values that an integer weight [out, in] is rounded to: (code - zero point) · scale for each code of the scheme."""
+
+    scales: Tensor
+    """In the type they are stored in: [out, groups]."""
+
+    zero_points: Tensor
+    """Integers as float32 [out, groups], each one of the codes: so zero is on every grid, and a pruned weight is exactly zero."""
+
+    scheme: Scheme
+    """The scheme with its group size resolved."""
+
+    def quantized(self, codes: Tensor) -> QuantizedWeight:
+        """Return the quantized weight with codes of this grid, [out, in] in any type."""
+        return QuantizedWeight(codes.to(torch.uint8), self.scales, self.zero_points.to(torch.uint8), self.scheme)
+
+
+def full_range(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> Grid:
+    """Return the grid that spans each group's range of a weight [out, in]; scales are rounded to `dtype`, in which they are stored.
+
+    `shrink` multiplies each range, by a number or by one per group.
+    """
+    scheme = resolve_group_size(scheme, weight.shape[1])
+    return Grid(*grid(weight.view(len(weight), -1, scheme.group_size), scheme, dtype, shrink), scheme)
+
+
+def resolve_group_size(scheme: Scheme, columns: int) -> Scheme:
+    """Return an integer scheme with a group size of -1 replaced by the number of input channels."""
+    return replace(scheme, group_size=columns) if scheme.group_size == -1 else scheme
 
 
 def grid(groups: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> tuple[Tensor, Tensor]:

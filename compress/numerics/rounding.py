@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from compress.numerics.floats import expand_scales, float_scales, to_float8
-from compress.numerics.grids import QuantizedWeight, Scheme, grid
+from compress.numerics.grids import Grid, QuantizedWeight, Scheme, full_range, grid, resolve_group_size
 
 PANEL = 256
 """Columns of a symmetric matrix that are computed at once; above the diagonal only their own square block is."""
@@ -22,21 +20,18 @@ def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor 
 
     `shrink` multiplies each range, by a number or by one per scale.
     """
-    rows, columns = weight.shape
     if scheme.type == "float":
         scales = float_scales(weight, scheme, dtype, shrink)
-        codes = to_float8(weight.to(torch.float32) / expand_scales(scales, scheme, (rows, columns)))
+        codes = to_float8(weight.to(torch.float32) / expand_scales(scales, scheme, (weight.shape[0], weight.shape[1])))
         return QuantizedWeight(codes, scales, None, scheme)
-    scheme = resolve_group_size(scheme, columns)
-    groups = weight.to(torch.float32).view(rows, -1, scheme.group_size)
-    scales, zero_points = grid(groups, scheme, dtype, shrink)
-    codes = round_to(groups, scales, zero_points, scheme)
-    return QuantizedWeight(codes.to(torch.uint8).view(rows, columns), scales, zero_points.to(torch.uint8), scheme)
+    weight = weight.to(torch.float32)
+    return round_nearest(weight, full_range(weight, scheme, dtype, shrink))
 
 
-def resolve_group_size(scheme: Scheme, columns: int) -> Scheme:
-    """Return an integer scheme with a group size of -1 replaced by the number of input channels."""
-    return replace(scheme, group_size=columns) if scheme.group_size == -1 else scheme
+def round_nearest(weight: Tensor, grid: Grid) -> QuantizedWeight:
+    """Round a weight [out, in], float32, to the nearest codes of a grid."""
+    groups = weight.view(len(weight), -1, grid.scheme.group_size)
+    return grid.quantized(round_to(groups, grid.scales, grid.zero_points, grid.scheme).view(weight.shape))
 
 
 def round_to(groups: Tensor, scales: Tensor, zero_points: Tensor, scheme: Scheme) -> Tensor:

@@ -80,11 +80,16 @@ def test_few_channels_and_those_that_blocks_do_not_divide_are_kept_whole() -> No
 def test_what_a_method_reads_is_what_is_kept() -> None:
     from compress.numerics.gptq import GptqOptions
     from compress.numerics.scheme import Scheme
-    from compress.stages.quantization.solvers import Method
+    from compress.stages.quantization.method import Method
+    from compress.stages.quantization.rounders.clip import ClipSearch
+    from compress.stages.quantization.rounders.gptq import ErrorFeedback
+    from compress.stages.quantization.rounders.nearest import Nearest
+    from compress.stages.quantization.transforms.awq import AwqScaling
 
     four, eight = Scheme(4, 64, symmetric=False), Scheme(8, 96, symmetric=True)
-    assert Method(awq_steps=20, clip_steps=20).hessian_request([four, eight]) == HessianRequest(full=False, sketch=True, block=192)
-    assert Method(awq_steps=20).hessian_request([four]) == HessianRequest(full=False, sketch=True, block=1)
+    awq, clipped = (AwqScaling(),), Nearest(ClipSearch())
+    assert Method(awq, clipped).hessian_request([four, eight]) == HessianRequest(full=False, sketch=True, block=192)
+    assert Method(awq).hessian_request([four]) == HessianRequest(full=False, sketch=True, block=1)
     assert Method().hessian_request([four]) == HessianRequest(full=False, sketch=False, block=1)
-    assert Method(clip_steps=20).hessian_request([Scheme(4, -1, symmetric=False)]).full
-    assert Method(gptq=GptqOptions()).hessian_request([four]).full
+    assert Method(rounder=clipped).hessian_request([Scheme(4, -1, symmetric=False)]).full
+    assert Method(rounder=ErrorFeedback(GptqOptions(), ClipSearch())).hessian_request([four]) == HessianRequest(True, False, 1)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from compress.errors import CheckpointError
 from compress.numerics.gptq import Feedback, GptqOptions, round_columns
-from compress.numerics.grids import grid
+from compress.numerics.grids import full_range, grid
 from compress.numerics.rounding import output_error, quantize
 from compress.numerics.scheme import Scheme
 
@@ -52,7 +52,9 @@ def test_the_codes_are_those_of_the_paper(bits: int, group_size: int, symmetric:
     weight, hessian = problem()
     scheme = Scheme(bits, group_size, symmetric)
     expected = as_in_the_paper(weight, hessian, scheme, 0.01, actorder)
-    actual = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(0.01, actorder)), scheme, torch.float32).dequantize()
+    actual = round_columns(
+        weight, Feedback.of(hessian.clone(), GptqOptions(0.01, actorder)), full_range(weight, scheme, torch.float32)
+    ).dequantize()
     same = ((actual - expected).abs() < 1e-5).float().mean()
     assert same > 0.98  # a tie that float32 breaks the other way changes what comes after it in that row
     assert error_of(weight, actual, hessian) == pytest.approx(error_of(weight, expected, hessian), rel=0.02)
@@ -62,13 +64,17 @@ def test_it_loses_far_less_than_the_nearest_codes() -> None:
     weight, hessian = problem()
     scheme = Scheme(3, 32, symmetric=True)
     nearest = quantize(weight, scheme, torch.float32).dequantize()
-    actual = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions()), scheme, torch.float32).dequantize()
+    actual = round_columns(
+        weight, Feedback.of(hessian.clone(), GptqOptions()), full_range(weight, scheme, torch.float32)
+    ).dequantize()
     assert error_of(weight, actual, hessian) < 0.6 * error_of(weight, nearest, hessian)
 
 
 def test_scales_are_those_that_are_stored() -> None:
     weight, hessian = problem()
-    actual = round_columns(weight, Feedback.of(hessian, GptqOptions()), Scheme(4, 32, symmetric=False), torch.bfloat16)
+    actual = round_columns(
+        weight, Feedback.of(hessian, GptqOptions()), full_range(weight, Scheme(4, 32, symmetric=False), torch.bfloat16)
+    )
     assert actual.scales.dtype == torch.bfloat16
     assert actual.codes.dtype == torch.uint8
     assert actual.codes.shape == weight.shape
@@ -79,21 +85,23 @@ def test_inputs_that_are_always_zero_leave_the_nearest_code() -> None:
     weight, hessian = problem()
     hessian[5], hessian[:, 5] = 0, 0
     scheme = Scheme(4, 32, symmetric=False)
-    actual = round_columns(weight, Feedback.of(hessian, GptqOptions()), scheme, torch.float32)
+    actual = round_columns(weight, Feedback.of(hessian, GptqOptions()), full_range(weight, scheme, torch.float32))
     assert torch.equal(actual.codes[:, 5], quantize(weight, scheme, torch.float32).codes[:, 5])
 
 
 def test_a_second_moment_of_nothing_rounds_to_nearest() -> None:
     weight, _ = problem()
     scheme = Scheme(4, 32, symmetric=True)
-    actual = round_columns(weight, Feedback.of(torch.zeros(192, 192), GptqOptions()), scheme, torch.float32)
+    actual = round_columns(weight, Feedback.of(torch.zeros(192, 192), GptqOptions()), full_range(weight, scheme, torch.float32))
     assert torch.equal(actual.codes, quantize(weight, scheme, torch.float32).codes)
 
 
 def test_a_singular_second_moment_is_damped_until_it_can_be_factored() -> None:
     weight, hessian = problem(tokens=3)
     scheme = Scheme(4, 32, symmetric=True)
-    actual = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(dampening_frac=1e-9)), scheme, torch.float32)
+    actual = round_columns(
+        weight, Feedback.of(hessian.clone(), GptqOptions(dampening_frac=1e-9)), full_range(weight, scheme, torch.float32)
+    )
     assert actual.dequantize().isfinite().all()
     nearest = quantize(weight, scheme, torch.float32).dequantize()
     assert error_of(weight, actual.dequantize(), hessian) < error_of(weight, nearest, hessian)
@@ -103,7 +111,7 @@ def test_a_second_moment_that_is_not_finite_is_told() -> None:
     weight, hessian = problem()
     hessian[3, 3] = float("nan")
     with pytest.raises(CheckpointError, match="second moment of its inputs is not finite; convert the checkpoint to bfloat16"):
-        round_columns(weight, Feedback.of(hessian, GptqOptions()), Scheme(4, 32, symmetric=True), torch.float32)
+        round_columns(weight, Feedback.of(hessian, GptqOptions()), full_range(weight, Scheme(4, 32, symmetric=True), torch.float32))
 
 
 def test_a_matrix_with_a_negative_direction_is_told() -> None:
@@ -111,4 +119,4 @@ def test_a_matrix_with_a_negative_direction_is_told() -> None:
     hessian = torch.eye(192)
     hessian[0, 1] = hessian[1, 0] = 1e12
     with pytest.raises(CheckpointError, match="cannot be factored"):
-        round_columns(weight, Feedback.of(hessian, GptqOptions()), Scheme(4, 32, symmetric=True), torch.float32)
+        round_columns(weight, Feedback.of(hessian, GptqOptions()), full_range(weight, Scheme(4, 32, symmetric=True), torch.float32))

@@ -9,10 +9,13 @@ from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
 from compress.numerics.gptq import GptqOptions
 from compress.numerics.scheme import Scheme
-from compress.stages.quantization.block import BlockWeights
+from compress.stages.blockwise.block import BlockWeights
 from compress.stages.quantization.gptq import Gptq
+from compress.stages.quantization.method import Method, solve
+from compress.stages.quantization.parts import FULL_RANGE
+from compress.stages.quantization.rounders.clip import ClipSearch
+from compress.stages.quantization.rounders.gptq import ErrorFeedback
 from compress.stages.quantization.rtn import Rtn
-from compress.stages.quantization.solvers import Method, solve
 from tests.stages.bench import Bench, divergence, tensors_of
 from tests.stages.toy import HEADS, Block, alike, observed_inputs, samples
 
@@ -31,7 +34,7 @@ def rtn(stage: Gptq) -> Rtn:
         {},
         {"bits": 2, "group_size": 8, "symmetric": False},
         {"bits": 3, "scales": "awq", "clip": True},
-        {"bits": 8, "group_size": -1, "order": "none"},
+        {"bits": 8, "group_size": -1, "actorder": "none"},
         {"group_size": -1},
     ],
 )
@@ -109,13 +112,17 @@ def test_keys_and_values_are_rounded_as_a_cache_of_8_bit_floats_holds_them(bench
     assert divergence(bench, tmp_path / "out") > 10 * small
 
 
+def method(clip: int | None) -> Method:
+    return Method(rounder=ErrorFeedback(GptqOptions(), ClipSearch(clip) if clip else FULL_RANGE))
+
+
 @pytest.mark.parametrize("clip", [None, 10])
 def test_linears_with_one_input_get_the_codes_that_each_would_get_alone(clip: int | None) -> None:
-    block, scheme, method = Block(), alike(Scheme(3, 8, symmetric=False)), Method(clip_steps=clip, gptq=GptqOptions())
+    block, scheme = Block(), alike(Scheme(3, 8, symmetric=False))
     apart = observed_inputs(block, samples())
     assert apart["q"] is not apart["v"]
     codes = [
-        solve(BlockWeights.of(block, ("q", "v"), HEADS), (), inputs, scheme, method)
+        solve(BlockWeights.of(block, ("q", "v"), HEADS), (), inputs, scheme, method(clip))
         for inputs in (apart, apart | {"v": apart["q"]})
     ]
     for name in ("q", "v"):

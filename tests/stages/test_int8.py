@@ -7,10 +7,10 @@ import torch
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
 from compress.numerics.scheme import Scheme
-from compress.stages.quantization.block import BlockWeights
+from compress.stages.blockwise.block import BlockWeights
 from compress.stages.quantization.int8 import Int8
-from compress.stages.quantization.smooth_solver import Smoothing, smooth
-from compress.stages.quantization.solvers import Method, solve
+from compress.stages.quantization.method import Method, solve
+from compress.stages.quantization.transforms.smoothquant import SmoothQuant
 from tests.stages.bench import Bench, divergence, tensors_of
 from tests.stages.toy import HEADS, NAMES, PAIRS, Block, alike, observed_inputs, samples, with_folded
 
@@ -56,7 +56,7 @@ def test_smoothing_keeps_the_function(strength: float | None) -> None:
     block, x = Block(), samples()
     statistics, state = observed_inputs(block, x), BlockWeights.of(block, NAMES, HEADS)
     for pair in PAIRS[1:]:
-        smooth(state, pair, statistics, alike(SCHEME), Smoothing(strength))
+        SmoothQuant(strength).move(state, pair, statistics, alike(SCHEME))
     assert state.input_scales
     with torch.no_grad():
         torch.testing.assert_close(with_folded(block, state)(x), block(x), rtol=1e-5, atol=1e-5)
@@ -70,7 +70,7 @@ def test_the_strength_that_is_found_beats_none_and_fixed_ones_on_inputs_with_out
     def error(strength: float | None, *, moved: bool = True) -> float:
         state = BlockWeights.of(block, NAMES, HEADS)
         if moved:
-            smooth(state, PAIRS[0], statistics, alike(SCHEME), Smoothing(strength))
+            SmoothQuant(strength).move(state, PAIRS[0], statistics, alike(SCHEME))
         normed = block.norm(x)
         inputs = normed / state.input_scales.get("q", torch.ones(1))
         step = inputs.abs().max() / 127

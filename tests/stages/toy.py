@@ -11,7 +11,7 @@ from compress.engine.replay import Positions
 from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.scheme import Scheme
-from compress.stages.quantization.block import BlockWeights
+from compress.stages.blockwise.block import BlockWeights
 
 NAMES = ("q", "v", "o", "up", "down")
 HEADS, KV_HEADS, HEAD_DIM = 4, 2, 8

@@ -9,7 +9,7 @@ from pydantic import PositiveInt
 from compress.stages.quantization.quantizer import IntegerQuantizer
 
 if TYPE_CHECKING:
-    from compress.stages.quantization.solvers import Method
+    from compress.stages.quantization.method import Method
 
 
 class Awq(IntegerQuantizer):
@@ -32,6 +32,10 @@ class Awq(IntegerQuantizer):
 
     def method(self) -> Method:
         """Return how a block is quantized; imports torch."""
-        from compress.stages.quantization.solvers import Method
+        from compress.stages.quantization.method import Method
+        from compress.stages.quantization.parts import FULL_RANGE
+        from compress.stages.quantization.rounders.clip import ClipSearch
+        from compress.stages.quantization.rounders.nearest import Nearest
+        from compress.stages.quantization.transforms.awq import AwqScaling
 
-        return Method(awq_steps=self.grid, clip_steps=self.grid if self.clip else None)
+        return Method((AwqScaling(self.grid),), Nearest(ClipSearch(self.grid) if self.clip else FULL_RANGE))

@@ -12,7 +12,7 @@ from compress.stages.linears import Target
 from compress.stages.quantization.quantizer import Component, Quantizer, distinct, schemes_of
 
 if TYPE_CHECKING:
-    from compress.stages.quantization.solvers import Method
+    from compress.stages.quantization.method import Method
 
 Granularity = Literal["channel", "tensor", "block"]
 
@@ -59,6 +59,6 @@ class Fp8(Quantizer):
 
     def method(self) -> Method:
         """Return how a block is quantized; imports torch."""
-        from compress.stages.quantization.solvers import Method
+        from compress.stages.quantization.method import Method
 
         return Method()

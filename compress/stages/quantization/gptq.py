@@ -9,7 +9,7 @@ from pydantic import Field, PositiveInt
 from compress.stages.quantization.quantizer import IntegerQuantizer
 
 if TYPE_CHECKING:
-    from compress.stages.quantization.solvers import Method
+    from compress.stages.quantization.method import Method
 
 
 class Gptq(IntegerQuantizer):
@@ -42,10 +42,12 @@ class Gptq(IntegerQuantizer):
     def method(self) -> Method:
         """Return how a block is quantized; imports torch."""
         from compress.numerics.gptq import GptqOptions
-        from compress.stages.quantization.solvers import Method
+        from compress.stages.quantization.method import Method
+        from compress.stages.quantization.parts import FULL_RANGE
+        from compress.stages.quantization.rounders.clip import ClipSearch
+        from compress.stages.quantization.rounders.gptq import ErrorFeedback
+        from compress.stages.quantization.transforms.awq import AwqScaling
 
-        return Method(
-            awq_steps=self.grid if self.scales == "awq" else None,
-            clip_steps=self.grid if self.clip else None,
-            gptq=GptqOptions(dampening_frac=self.dampening_frac, actorder=self.actorder == "static"),
-        )
+        options = GptqOptions(dampening_frac=self.dampening_frac, actorder=self.actorder == "static")
+        transforms = (AwqScaling(self.grid),) if self.scales == "awq" else ()
+        return Method(transforms, ErrorFeedback(options, ClipSearch(self.grid) if self.clip else FULL_RANGE))

@@ -13,7 +13,7 @@ from compress.stages.linears import Target
 from compress.stages.quantization.quantizer import Component, Quantizer, distinct, schemes_of
 
 if TYPE_CHECKING:
-    from compress.stages.quantization.solvers import Method
+    from compress.stages.quantization.method import Method
 
 _SCHEME = Scheme(bits=8, group_size=-1, symmetric=True)
 
@@ -69,11 +69,13 @@ class Int8(Quantizer):
     def method(self) -> Method:
         """Return how a block is quantized; imports torch."""
         from compress.numerics.gptq import GptqOptions
-        from compress.stages.quantization.smooth_solver import Smoothing
-        from compress.stages.quantization.solvers import Method
+        from compress.stages.quantization.method import Method
+        from compress.stages.quantization.rounders.gptq import ErrorFeedback
+        from compress.stages.quantization.rounders.nearest import NEAREST
+        from compress.stages.quantization.transforms.smoothquant import SmoothQuant
 
         strength = self.smoothing if isinstance(self.smoothing, float) else None
         return Method(
-            smoothing=None if self.smoothing == "none" else Smoothing(strength, self.grid),
-            gptq=GptqOptions(dampening_frac=self.dampening_frac) if self.rounding == "gptq" else None,
+            () if self.smoothing == "none" else (SmoothQuant(strength, self.grid),),
+            ErrorFeedback(GptqOptions(dampening_frac=self.dampening_frac)) if self.rounding == "gptq" else NEAREST,
         )

@@ -34,10 +34,10 @@ from compress.errors import CheckpointError, DataError
 from compress.families import Family, ScalePair, within
 from compress.files import telling_where, write_json
 from compress.numerics.activations import fake_quantize_activations
+from compress.stages.blockwise.block import BlockWeights
 from compress.stages.linears import Linear
-from compress.stages.quantization.block import BlockWeights
+from compress.stages.quantization.method import solve
 from compress.stages.quantization.sensitivity_analysis import SensitivityAnalysis, analyze_sensitivity, set_modality_weights
-from compress.stages.quantization.solvers import solve
 from compress.stages.quantization.stage_run import StageRun, read_commit, relative, write_commit
 from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, WIDTHS
 from compress.stages.stage import StageContext

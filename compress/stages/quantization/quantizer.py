@@ -22,7 +22,7 @@ from compress.stages.quantization.widths import SCALE_BYTES, UNQUANTIZED_WIDTH, 
 from compress.stages.stage import Stage, StageContext
 
 if TYPE_CHECKING:
-    from compress.stages.quantization.solvers import Method
+    from compress.stages.quantization.method import Method
 
 _COMMON_GROUP_SIZES = (256, 128, 64, 32, 16, 8)
 """Group sizes that a message suggests before unusual ones."""

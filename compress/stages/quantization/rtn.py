@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from compress.stages.quantization.quantizer import IntegerQuantizer
 
 if TYPE_CHECKING:
-    from compress.stages.quantization.solvers import Method
+    from compress.stages.quantization.method import Method
 
 
 class Rtn(IntegerQuantizer):
@@ -24,6 +24,6 @@ class Rtn(IntegerQuantizer):
 
     def method(self) -> Method:
         """Return how a block is quantized; imports torch."""
-        from compress.stages.quantization.solvers import Method
+        from compress.stages.quantization.method import Method
 
         return Method()

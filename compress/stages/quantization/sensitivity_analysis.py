@@ -21,7 +21,7 @@ from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivit
 from compress.engine.statistics import InputStatistics, observe
 from compress.families import within
 from compress.files import write_json
-from compress.stages.quantization.solvers import solve
+from compress.stages.quantization.method import solve
 from compress.stages.quantization.stage_run import StageRun, read_commit, write_commit
 from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, MixedPrecision, Widths
 

@@ -21,8 +21,8 @@ from compress.engine.weights import DTYPES, WeightReader, map_tensor
 from compress.errors import CheckpointError, MissingError
 from compress.families import Family
 from compress.files import write_bytes
+from compress.stages.blockwise.block import BlockWeights
 from compress.stages.linears import Linear
-from compress.stages.quantization.block import BlockWeights
 from compress.stages.stage import StageContext
 
 if TYPE_CHECKING:

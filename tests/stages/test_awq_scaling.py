@@ -8,11 +8,18 @@ from compress.numerics.gptq import GptqOptions
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.rounding import output_error, quantize, rounding_error
 from compress.numerics.scheme import Scheme
-from compress.stages.quantization import awq_solver, solvers
-from compress.stages.quantization.awq_solver import GridPoint, fold
-from compress.stages.quantization.block import BlockWeights, divide_linear, divide_norm
-from compress.stages.quantization.solvers import Method, solve
+from compress.stages.blockwise.block import BlockWeights, divide_linear, divide_norm
+from compress.stages.quantization import method as quantization
+from compress.stages.quantization.method import Method, solve
+from compress.stages.quantization.rounders.clip import ClipSearch
+from compress.stages.quantization.rounders.gptq import ErrorFeedback
+from compress.stages.quantization.rounders.nearest import Nearest
+from compress.stages.quantization.transforms import scale_search
+from compress.stages.quantization.transforms.awq import AwqScaling
+from compress.stages.quantization.transforms.scale_search import GridPoint
 from tests.stages.toy import HEAD_DIM, HEADS, KV_HEADS, NAMES, PAIRS, WIDTH, Block, alike, observed_inputs, samples, with_folded
+
+AWQ = AwqScaling()
 
 
 @pytest.mark.parametrize("pair", PAIRS[1:])
@@ -20,7 +27,7 @@ def test_a_folded_scale_keeps_the_function(pair: ScalePair) -> None:
     block, x = Block(), samples()
     statistics = observed_inputs(block, x)
     state = BlockWeights.of(block, NAMES, HEADS)
-    fold(state, pair, statistics, alike(Scheme(3, 8, symmetric=False)), 20)
+    AWQ.move(state, pair, statistics, alike(Scheme(3, 8, symmetric=False)))
     (name,) = pair.balance_layers
     scale = state.input_scales[name]
     assert scale.max() / scale.min() > 1.1
@@ -32,7 +39,7 @@ def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
     block, x = Block(), samples()
     statistics = observed_inputs(block, x)
     state = BlockWeights.of(block, NAMES, HEADS)
-    fold(state, PAIRS[0], statistics, alike(Scheme(3, 8, symmetric=False)), 20)
+    AWQ.move(state, PAIRS[0], statistics, alike(Scheme(3, 8, symmetric=False)))
     folded = with_folded(block, state)
     with torch.no_grad():
         for name in ("q", "v"):
@@ -45,7 +52,7 @@ def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
 def test_grouped_heads_share_their_source_channels_scale() -> None:
     block = Block()
     state = BlockWeights.of(block, NAMES, HEADS)
-    fold(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)), 20)
+    AWQ.move(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)))
     heads = state.input_scales["o"].view(HEADS, HEAD_DIM)
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[2], heads[3])
@@ -136,7 +143,7 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
     scheme = Scheme(bits, 8, symmetric=False)
     names = NAMES
     state = BlockWeights.of(block, names, HEADS)
-    codes = solve(state, PAIRS, block_statistics, alike(scheme), Method(awq_steps=20, clip_steps=20))
+    codes = solve(state, PAIRS, block_statistics, alike(scheme), Method((AWQ,), Nearest(ClipSearch())))
 
     def loss(name: str, weight: Tensor) -> float:
         original = block.get_parameter(f"{name}.weight").float()
@@ -161,14 +168,14 @@ def test_large_weights_are_searched_by_some_of_their_rows(monkeypatch: pytest.Mo
         return sum(map(inputs["q"].output_error, errors))
 
     losses = [loss(torch.ones(WIDTH))]
-    for fewest, sample in ((awq_solver.MIN_SAMPLE_ROWS, awq_solver.SAMPLE_ELEMENTS), (24, 0)):
-        monkeypatch.setattr(awq_solver, "MIN_SAMPLE_ROWS", fewest)
-        monkeypatch.setattr(awq_solver, "SAMPLE_ELEMENTS", sample)
+    for fewest, sample in ((scale_search.MIN_SAMPLE_ROWS, scale_search.SAMPLE_ELEMENTS), (24, 0)):
+        monkeypatch.setattr(scale_search, "MIN_SAMPLE_ROWS", fewest)
+        monkeypatch.setattr(scale_search, "SAMPLE_ELEMENTS", sample)
         state = BlockWeights.of(block, NAMES, HEADS)
-        row_groups = awq_solver.sample_rows(state, PAIRS[0], schemes)
+        row_groups = scale_search.sample_rows(state, PAIRS[0], schemes)
         assert sum(len(group.weight) for group in row_groups) == (rows if sample else 24)
         assert sum(len(group.weight) * group.sample_weight for group in row_groups) == pytest.approx(rows)
-        fold(state, PAIRS[0], inputs, schemes, 20)
+        AWQ.move(state, PAIRS[0], inputs, schemes)
         losses.append(loss(state.input_scales["q"]))
     unscaled, by_all, by_some = losses
     assert by_all <= by_some <= 1.2 * by_all < unscaled
@@ -183,7 +190,7 @@ def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.
     errors: list[float] = []
     for inputs in (full, sketched):
         state = BlockWeights.of(block, NAMES, HEADS)
-        codes = solve(state, PAIRS, inputs, schemes, Method(awq_steps=20, clip_steps=20))
+        codes = solve(state, PAIRS, inputs, schemes, Method((AWQ,), Nearest(ClipSearch())))
         original = block.down.weight
         rounded = codes["down"].dequantize() / state.input_scales["down"]
         source = state.output_scales["up"]
@@ -196,7 +203,7 @@ def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.
 def test_a_pair_with_a_part_left_out_stays_as_it_is(left_out: str) -> None:
     block = Block()
     state = BlockWeights.of(block, [name for name in ("v", "o") if name != left_out], HEADS)
-    fold(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)), 20)
+    AWQ.move(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)))
     assert state.changed == {}
     assert state.input_scales == {}
 
@@ -208,18 +215,20 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
         block.norm.bias[:4] = 0
     state = BlockWeights.of(block, NAMES, HEADS)
     codes = solve(
-        state, PAIRS, observed_inputs(block, x), alike(Scheme(4, 8, symmetric=False)), Method(awq_steps=20, clip_steps=20)
+        state, PAIRS, observed_inputs(block, x), alike(Scheme(4, 8, symmetric=False)), Method((AWQ,), Nearest(ClipSearch()))
     )
     assert all(code.dequantize().isfinite().all() for code in codes.values())
     assert all(value.isfinite().all() for value in state.changed.values())
 
 
-@pytest.mark.parametrize("method", [Method(clip_steps=8), Method(clip_steps=8, gptq=GptqOptions())])
+@pytest.mark.parametrize(
+    "method", [Method(rounder=Nearest(ClipSearch(8))), Method(rounder=ErrorFeedback(GptqOptions(), ClipSearch(8)))]
+)
 def test_rows_are_rounded_a_few_at_a_time_as_all_at_once(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     block, inputs, schemes = Block(), observed_inputs(Block(), samples()), alike(Scheme(3, 8, symmetric=True))
     actual: list[dict[str, QuantizedWeight]] = []
     for elements in (1 << 20, 5 * WIDTH):  # 5 rows of q, then of q and v together
-        monkeypatch.setitem(solvers.MAX_ELEMENTS, "cpu", elements)
+        monkeypatch.setitem(quantization.MAX_ELEMENTS, "cpu", elements)
         actual.append(solve(BlockWeights.of(block, NAMES, HEADS), (), inputs, schemes, method))
     for name, full in actual[0].items():
         batched = actual[1][name]

@@ -32,6 +32,9 @@ class BlockWeights:
     input_scales: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
     """The factors that a linear's input channels were multiplied by, float32 [in]."""
 
+    masks: Mapping[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
+    """Where a linear's weights are kept, bool [out, in], by the names of those of which some are pruned, to stay exactly zero."""
+
     output_scales: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
     """The divisors of a linear's output channels, float32 [out]."""
 
@@ -40,17 +43,26 @@ class BlockWeights:
 
     @classmethod
     def of(cls, module: nn.Module, linears: Iterable[str], heads: int, stored: Mapping[str, Tensor] | None = None) -> BlockWeights:
-        """Take the weights of a block's linears."""
+        """Take the weights of a block's linears, none of them pruned."""
         block = cls(module, {}, heads, stored or {})
         block.weights |= {name: block.current(f"{name}.weight") for name in linears}
         return block
 
     def weight(self, name: str, rows: slice | Tensor = _ALL) -> Tensor:
-        """Return a copy of a linear's weight, or of some rows, with the scales applied: float32 [rows, in]."""
+        """Return a copy of a linear's weight, or of some rows, with scales and mask applied: float32 [rows, in]."""
+        weight = self.unmasked_weight(name, rows)
+        return weight.mul_(self.mask(name, rows)) if name in self.masks else weight
+
+    def unmasked_weight(self, name: str, rows: slice | Tensor = _ALL) -> Tensor:
+        """Return `weight` without the mask: what was pruned is an error that a method may compensate."""
         weight = self.weights[name][rows].to(torch.float32, copy=True)
         if name in self.output_scales:
             weight.div_(self.output_scales[name][rows].unsqueeze(1))
         return weight.mul_(self.input_scales[name]) if name in self.input_scales else weight
+
+    def mask(self, name: str, rows: slice | Tensor = _ALL) -> Tensor:
+        """Return where a linear's weights are kept, or those of some rows: bool [rows, in]."""
+        return self.masks[name][rows] if name in self.masks else torch.ones_like(self.weights[name][rows], dtype=torch.bool)
 
     def chunks(self, name: str, elements: int) -> Iterator[Tensor]:
         """Yield `weight` in chunks of rows with at most `elements` elements."""

@@ -9,60 +9,70 @@ activations, with d the step of the grid that covers the range of x/s.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from compress.engine.hessian import NO_HESSIAN, HessianRequest
 from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
-from compress.numerics.grids import Scheme, grid
-from compress.numerics.rounding import resolve_group_size
-from compress.stages.quantization.awq_solver import CHUNK_ELEMENTS, GridPoint, RowGroup, best_point, normalize, sample_rows
-from compress.stages.quantization.block import BlockWeights, Repeats, input_max, input_square, movable, move, repeats_of
+from compress.numerics.grids import Scheme, grid, resolve_group_size
+from compress.stages.blockwise.block import BlockWeights, Repeats, input_max, input_square, movable, move, repeats_of
+from compress.stages.quantization.transforms.scale_search import (
+    CHUNK_ELEMENTS,
+    GridPoint,
+    RowGroup,
+    best_point,
+    normalize,
+    sample_rows,
+)
 
 _CODES = 127
 """The largest int8 code that activations are scaled to."""
 
 
 @dataclass(frozen=True)
-class Smoothing:
-    """Settings of SmoothQuant."""
+class SmoothQuant:
+    """Moves outliers of activations into the weights, where both are quantized."""
 
-    strength: float | None
+    strength: float | None = None
     """The migration strength α; None to search it for each pair."""
 
     steps: int = 20
     """The number of grid steps of the search from 0 to 1."""
 
+    def request(self, schemes: Collection[Scheme]) -> HessianRequest:
+        """Return that it reads only magnitudes and the Hessian's diagonal."""
+        del schemes
+        return NO_HESSIAN
 
-def smooth(
-    block: BlockWeights,
-    pair: ScalePair,
-    statistics: Mapping[str, InputStatistics],
-    schemes: Mapping[str, Scheme],
-    smoothing: Smoothing,
-) -> None:
-    """Compute a pair's scale and move it; a pair with an ignored layer, or without activation quantization, stays as it is."""
-    if not movable(block, pair) or any(schemes[name].activations is None for name in pair.balance_layers):
-        return
-    repeats = repeats_of(block, pair)
-    inputs = statistics[pair.balance_layers[0]]
-    activation_max = repeats.pool_max(input_max(block, pair.balance_layers[0], inputs))
-    if smoothing.strength is not None:
-        scale = _scale(smoothing.strength, activation_max, _weight_max(block, pair, repeats))
-    else:
-        scale = search(block, pair, repeats, inputs, schemes, smoothing.steps)
-    if scale is not None:
-        move(block, pair, repeats, scale)
+    def move(
+        self, block: BlockWeights, pair: ScalePair, statistics: Mapping[str, InputStatistics], schemes: Mapping[str, Scheme]
+    ) -> None:
+        """Compute the pair's scale and move it.
+
+        A pair with an ignored layer, or without activation quantization, stays as it is.
+        """
+        if not movable(block, pair) or any(schemes[name].activations is None for name in pair.balance_layers):
+            return
+        repeats = repeats_of(block, pair)
+        inputs = statistics[pair.balance_layers[0]]
+        activation_max = repeats.pool_max(input_max(block, pair.balance_layers[0], inputs))
+        if self.strength is not None:
+            scale = _scale(self.strength, activation_max, _weight_max(block, pair, repeats))
+        else:
+            scale = _search(block, pair, inputs, schemes, self.steps)
+        if scale is not None:
+            move(block, pair, repeats, scale)
 
 
-def search(
-    block: BlockWeights, pair: ScalePair, repeats: Repeats, statistics: InputStatistics, schemes: Mapping[str, Scheme], steps: int
+def _search(
+    block: BlockWeights, pair: ScalePair, statistics: InputStatistics, schemes: Mapping[str, Scheme], steps: int
 ) -> Tensor | None:
     """Return the best scale per channel of the smooth layer, float32, or None where none is better than no scale."""
-    row_groups = sample_rows(block, pair, schemes)
+    repeats, row_groups = repeats_of(block, pair), sample_rows(block, pair, schemes)
     ranges, squares = input_max(block, pair.balance_layers[0], statistics), input_square(block, pair.balance_layers[0], statistics)
     activation_max, weight_max = repeats.pool_max(ranges), _weight_max(block, pair, repeats)
 

@@ -1,8 +1,6 @@
-"""AWQ's scales on one block: they move from a linear's input channels into the layer before it (arXiv 2306.00978).
+"""Search of a scale per channel that moves from a linear's input into the layer before it: formula, grid and sample of rows.
 
-With W a weight, H = Σ xᵀx the Hessian and Q rounding, a scale s per input channel is chosen to minimize tr(ΔW H ΔWᵀ),
-ΔW = Q(W·s)/s - W: the squared output error over all calibration tokens, at a cost that does not depend on their number. The
-error is measured on a sample of the rows of W, which are rounded independently of each other.
+What is minimized is measured on a sample of the rows of a pair's linears, which are rounded independently of each other.
 """
 
 from __future__ import annotations
@@ -13,11 +11,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.grids import Scheme
-from compress.numerics.rounding import resolve_group_size, rounding_error
-from compress.stages.quantization.block import BlockWeights, Repeats, movable, move, repeats_of
+from compress.numerics.rounding import rounding_error
+from compress.stages.blockwise.block import BlockWeights
 
 _STRIDE = 4
 """The grid's first pass tries every fourth step; the loss is smooth, so that the best step is near the best of them."""
@@ -39,18 +36,6 @@ _MAX_SCALE = 1e4
 
 _DEAD_CHANNEL = 1e-3
 """Channels with less than this share of the median scale do not take part in the normalization: (nearly) no input reaches them."""
-
-
-def fold(
-    block: BlockWeights, pair: ScalePair, statistics: Mapping[str, InputStatistics], schemes: Mapping[str, Scheme], steps: int
-) -> None:
-    """Search a pair's scale, in `steps` steps of its exponent, and move it; a pair with an ignored layer stays as it is."""
-    if not movable(block, pair):
-        return
-    repeats = repeats_of(block, pair)
-    scale = search(block, pair, repeats, statistics[pair.balance_layers[0]], schemes, steps)
-    if scale is not None:
-        move(block, pair, repeats, scale)
 
 
 @dataclass(frozen=True)
@@ -90,36 +75,6 @@ def sample_rows(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Sche
         weight = torch.cat(sampled)
         row_groups.append(RowGroup(weight, scheme, block.precision(f"{names[0]}.weight"), sum(counts) / len(weight)))
     return row_groups
-
-
-def search(
-    block: BlockWeights, pair: ScalePair, repeats: Repeats, statistics: InputStatistics, schemes: Mapping[str, Scheme], steps: int
-) -> Tensor | None:
-    """Return the best scale per channel of the smooth layer, float32, or None where none is better than no scale."""
-    row_groups = sample_rows(block, pair, schemes)
-    applied = block.input_scales.get(pair.balance_layers[0], torch.ones(()))
-    importance = repeats.pool(_importance(block, pair, schemes)).clamp_(min=1e-4)
-    magnitude = repeats.pool(statistics.mean_abs())
-
-    def loss(point: GridPoint) -> float:
-        scale = repeats.expand(point.scale(magnitude, importance))
-        return sum(group.sample_weight * statistics.output_error(group.error(scale).div_(applied)) for group in row_groups)
-
-    best = best_point((GridPoint(0.0, duo=False), GridPoint(0.0, duo=True)), loss, steps)
-    return None if best == GridPoint(0.0, duo=False) else best.scale(magnitude, importance)
-
-
-def _importance(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Scheme]) -> Tensor:
-    """Return the mean over all rows of a pair's linears of |W| relative to the largest of its group, float32 [in]."""
-    rows, columns = 0, block.weights[pair.balance_layers[0]].shape[1]
-    total = torch.zeros(columns, device=block.weights[pair.balance_layers[0]].device)
-    for name in pair.balance_layers:
-        size = resolve_group_size(schemes[name], columns).group_size
-        for chunk in block.chunks(name, CHUNK_ELEMENTS):
-            groups = chunk.abs_().view(len(chunk), -1, size)
-            total += groups.div_(groups.amax(dim=-1, keepdim=True).clamp_(min=1e-12)).view(chunk.shape).sum(dim=0)
-            rows += len(chunk)
-    return total.div_(rows)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,193 @@
+"""Quantization of one block: from its weights and the statistics of its input activations to codes, by a method of parts."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from compress.engine.hessian import NO_HESSIAN, HessianRequest
+from compress.engine.statistics import InputStatistics
+from compress.families import ScalePair
+from compress.numerics.grids import Grid, QuantizedWeight, Scheme
+from compress.stages.blockwise.block import BlockWeights, input_max
+from compress.stages.quantization.parts import LinearGroup, Rounder, RoundRows, SearchGrid, Transform
+from compress.stages.quantization.rounders.float8 import round_floats
+from compress.stages.quantization.rounders.nearest import NEAREST
+
+MAX_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
+"""How many weights are rounded at once; on a GPU each step of GPTQ's loop over columns is a kernel launch: more rows are faster."""
+
+_LARGEST_CODE = {"int": 127.0, "float": 448.0}
+"""The code that the largest activation is mapped to: the largest of int8, and of float8 e4m3fn."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How a block is quantized: which scales move between its layers, and how weights are rounded."""
+
+    transforms: tuple[Transform, ...] = ()
+    """Applied to each pair of layers in this order."""
+
+    rounder: Rounder = NEAREST
+    """How integer weights are rounded; 8-bit floats are always rounded to nearest."""
+
+    def hessian_request(self, schemes: Collection[Scheme]) -> HessianRequest:
+        """Return what it reads of the Hessians of linears with these schemes."""
+        request = NO_HESSIAN
+        for part in (*self.transforms, self.rounder.grid, self.rounder):
+            request |= part.request(schemes)
+        return request
+
+
+def solve(
+    block: BlockWeights,
+    scale_pairs: Sequence[ScalePair],
+    statistics: Mapping[str, InputStatistics],
+    schemes: Mapping[str, Scheme],
+    method: Method,
+) -> dict[str, QuantizedWeight]:
+    """Return each linear's quantized weight, with scales in the type that its weight is stored in.
+
+    `block.changed` then has the norms and biases that go with them. Names are relative to the block. Statistics that are
+    `disposable` are used up, and the weights with them.
+
+    Raises:
+        CheckpointError: a Hessian is not finite, or cannot be factored.
+    """
+    for pair in scale_pairs:
+        for transform in method.transforms:
+            transform.move(block, pair, statistics, schemes)
+    groups, order = _group_by_input(block, statistics), list(block.weights)
+    quantized: dict[str, QuantizedWeight] = {}
+    for names in groups:
+        inputs = statistics.get(names[0])
+        quantized |= _round_linears(LinearGroup(block, names, schemes, inputs), method.rounder)
+        if inputs is not None and inputs.disposable:
+            for name in names:
+                del block.weights[name]
+    return {name: quantized[name] for name in order}
+
+
+def _group_by_input(block: BlockWeights, statistics: Mapping[str, InputStatistics]) -> list[list[str]]:
+    """Return the linears grouped by input and input scale; the widest input first, so that its Hessian is freed soon."""
+    groups: dict[tuple[int, int], list[str]] = {}
+    for name in block.weights:
+        inputs = statistics.get(name, name)
+        groups.setdefault((id(inputs), id(block.input_scales.get(name))), []).append(name)
+    if len({inputs for inputs, _ in groups}) < len(groups):  # several groups read the same statistics, which must not be used up
+        for shared in statistics.values():
+            shared.disposable = False
+    return sorted(groups.values(), key=lambda names: -block.weights[names[0]].shape[1])
+
+
+def _round_linears(group: LinearGroup, rounder: Rounder) -> dict[str, QuantizedWeight]:
+    block, statistics, schemes = group.block, group.statistics, group.schemes
+    static = statistics is not None and any(schemes[name].activations == "tensor" for name in group.names)
+    activation_max = input_max(block, group.names[0], statistics).max() if static and statistics is not None else None
+    quantized: dict[str, QuantizedWeight] = {}
+    if integers := [name for name in group.names if schemes[name].type == "int"]:
+        group_of_integers = replace(group, names=integers)
+        search = rounder.grid.prepare(group_of_integers)  # before the rounder, which may use up the Hessian
+        batches = _RowBatches(block, search, rounder.prepare(group_of_integers))
+        for alike in _group_by_scheme(block, integers, schemes):
+            quantized |= batches.round(alike, schemes[alike[0]])
+    quantized |= round_floats(block, [name for name in group.names if name not in quantized], schemes)
+    for name in group.names:
+        scales = quantized[name].scales.to(block.current(f"{name}.weight").dtype)
+        quantized[name] = replace(quantized[name], scales=scales, input_scale=_input_scale(schemes[name], activation_max))
+    return quantized
+
+
+def _group_by_scheme(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:
+    """Return linears grouped by scheme and type: a group is rounded as one matrix, its columns in fewer, larger steps."""
+    groups: dict[tuple[Scheme, torch.dtype], list[str]] = {}
+    for name in names:
+        groups.setdefault((schemes[name], block.precision(f"{name}.weight")), []).append(name)
+    return groups.values()
+
+
+@dataclass(frozen=True)
+class _RowBatches:
+    """Rounds integer linears that share an input. Rows are independent: they are rounded in batches, so that copies stay small."""
+
+    block: BlockWeights
+    search_grid: SearchGrid
+    round_rows: RoundRows
+
+    def round(self, names: Sequence[str], scheme: Scheme) -> dict[str, QuantizedWeight]:
+        """Return the quantized weights of linears with one scheme and type."""
+        dtype = self.block.precision(f"{names[0]}.weight")
+        chunks: dict[str, list[QuantizedWeight]] = {name: [] for name in names}
+        masked = any(name in self.block.masks for name in names)
+        for rows_of_linears in self._batches(names):
+            weights = [self.block.unmasked_weight(name, rows) for name, rows in rows_of_linears]
+            masks = [self.block.mask(name, rows) for name, rows in rows_of_linears] if masked else []
+            remaining = [weight * mask for weight, mask in zip(weights, masks, strict=True)] if masked else weights
+            grids = [
+                self.search_grid(name, weight, scheme, dtype) for (name, _), weight in zip(rows_of_linears, remaining, strict=True)
+            ]
+            del remaining
+            stacked, counts = _stack(weights), [len(weight) for weight in weights]
+            del weights
+            quantized = self.round_rows(stacked, _stack_grids(grids), _stack(masks) if masked else None)
+            for (name, _), chunk in zip(rows_of_linears, _split(quantized, counts), strict=True):
+                chunks[name].append(chunk)
+        return {name: _concatenate(parts) for name, parts in chunks.items()}
+
+    def _batches(self, names: Sequence[str]) -> Iterator[list[tuple[str, slice]]]:
+        """Yield the rows of linears that are rounded at once."""
+        weight = self.block.weights[names[0]]
+        remaining = limit = max(1, MAX_ELEMENTS["cuda" if weight.is_cuda else "cpu"] // weight.shape[1])
+        batch: list[tuple[str, slice]] = []
+        for name in names:
+            start, rows = 0, len(self.block.weights[name])
+            while start < rows:
+                stop = min(rows, start + remaining)
+                batch.append((name, slice(start, stop)))
+                remaining -= stop - start
+                start = stop
+                if not remaining:
+                    yield batch
+                    batch, remaining = [], limit
+        if batch:
+            yield batch
+
+
+def _stack(parts: Sequence[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts))
+
+
+def _stack_grids(grids: Sequence[Grid]) -> Grid:
+    scales, zero_points = (_stack(tensors) for tensors in zip(*((grid.scales, grid.zero_points) for grid in grids), strict=True))
+    return replace(grids[0], scales=scales, zero_points=zero_points)
+
+
+def _split(quantized: QuantizedWeight, counts: Sequence[int]) -> Iterator[QuantizedWeight]:
+    assert quantized.zero_points is not None
+    for codes, scales, zero_points in zip(
+        *(torch.split(tensor, list(counts)) for tensor in (quantized.codes, quantized.scales, quantized.zero_points)), strict=True
+    ):
+        yield replace(quantized, codes=codes, scales=scales, zero_points=zero_points)
+
+
+def _concatenate(chunks: Sequence[QuantizedWeight]) -> QuantizedWeight:
+    """Return the rows of several quantized weights as one, in memory of its own."""
+    codes, scales, zero_points = (
+        torch.cat(tensors)
+        for tensors in zip(*((chunk.codes, chunk.scales, cast("Tensor", chunk.zero_points)) for chunk in chunks), strict=True)
+    )
+    return replace(chunks[0], codes=codes, scales=scales, zero_points=zero_points)
+
+
+def _input_scale(scheme: Scheme, activation_max: Tensor | None) -> Tensor | None:
+    """Return the static scale of a linear's input activations, float32 [1], from their largest magnitude."""
+    if scheme.activations != "tensor":
+        return None
+    assert activation_max is not None
+    scale = activation_max / _LARGEST_CODE[scheme.type]
+    usable = scale >= torch.finfo(torch.float32).tiny  # kernels multiply by the inverse, which overflows for subnormals
+    return torch.where(usable, scale, 1.0).reshape(1)

@@ -1,0 +1,1 @@
+"""Grids and roundings of integer weights, one file each."""

@@ -1,0 +1,1 @@
+"""Transforms of a block before its weights are rounded, one file each."""
