@@ -15,7 +15,8 @@ from typing import Any
 import pytest
 
 from compress.errors import RecipeError
-from compress.eval.tasks.adapter import ENVIRONMENTS, Adapter
+from compress.eval.harness import ENVIRONMENTS
+from compress.eval.tasks.adapter import Adapter
 from compress.export.format import VerifiedExport
 from compress.families import FAMILIES, family_of
 from compress.hubs.hub import open_pinned, resolve_model

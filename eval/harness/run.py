@@ -6,26 +6,22 @@ import json
 import os
 import re
 import tempfile
-import time
 from collections.abc import Mapping
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from compress.errors import DataError, MissingError, RecipeError, ServerError, UsageError
+from compress.errors import CompressError, DataError, MissingError, RecipeError, ServerError, UsageError
+from compress.eval.harness import ENVIRONMENTS
 from compress.eval.results import AdapterItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
-from compress.eval.tasks.adapter import ENVIRONMENTS
 from compress.eval.tasks.task import TaskContext
-from compress.files import write_json
 from compress.progress import Progress
 from compress.runtimes.exchange import AnswerError, exchange, models_of
 from compress.runtimes.openai_client import excerpt
 from compress.untrusted.redaction import redact_value
-from compress.workers.environment import require
-from compress.workers.server import Server, run_server
+from compress.workers.worker import LogProgress, WorkerJob, run_job, variables_with
 
 if TYPE_CHECKING:
     from compress.eval.tasks.adapter import Adapter
@@ -33,9 +29,6 @@ if TYPE_CHECKING:
 _WORKER = Path(__file__).with_name("worker.py")
 _KEY_VARIABLE = "COMPRESS_ADAPTER_KEY"
 """Passes the server's key to the worker: a command line or job file would show it."""
-
-_REMOVED_VARIABLES = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
-"""Would make the harness's interpreter import packages of this environment."""
 
 _ADDED_VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "",  # the server has the GPU; lmms-eval would take a share of it
@@ -50,10 +43,7 @@ _LOOPBACK = "127.0.0.1,localhost"
 _OFFLINE_VARIABLES = {"HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "TRANSFORMERS_OFFLINE"}
 """Keep the harness from fetching data; a message names those that are set."""
 
-_POLL_SECONDS = 0.25
-"""How often the harness's log is read for its progress."""
-
-_PROGRESS_LINE = re.compile(rb"(?:Model Responding|Requesting API): +\d+%[^\r\n]*?(\d+)/(\d+) \[")
+_BARS = LogProgress(re.compile(rb"(?:Model Responding|Requesting API): +\d+%[^\r\n]*?(\d+)/(\d+) \["), "tasks", "ask", "requests")
 """The progress bars of lmms-eval and of lm-eval: requests done and in all."""
 
 _MODELS_SECONDS = 30.0
@@ -65,7 +55,7 @@ _MAX_MESSAGE = 1200
 
 @dataclass(frozen=True)
 class HarnessJob:
-    """The worker's job file; see `worker.py`."""
+    """The worker's job; see `worker.py`."""
 
     harness: str
     benchmark: str
@@ -83,7 +73,6 @@ class HarnessJob:
     max_length: int | None
     journal: str
     items: str
-    outcome: str
 
 
 def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
@@ -131,16 +120,22 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
         max_length=_context_length(client, str(endpoint.model)),
         journal=str((context.output_dir / "journal" / f"{task.name}.harness.jsonl").absolute()),
         items=str(folder / "items.jsonl"),
-        outcome=str(folder / "outcome.json"),
     )
-    write_json(folder / "job.json", asdict(job))
-    python = require(name).python
     log = context.logs.absolute() / f"{name}-{task.name}.log"
-    command = [str(python), "-I", "-u", str(_WORKER), str(folder / "job.json")]  # isolated: eval/ must not be importable
     key = str(client.headers.get("Authorization", "")).removeprefix("Bearer ")
-    with run_server(name, command, _environment(key), log) as server:
-        _report_progress(server, endpoint, name, context.progress)
-        outcome = _outcome(task, job, server)
+    worker_job = WorkerJob(
+        environment=name,
+        script=_WORKER,
+        content=asdict(job),
+        variables=_variables(key),
+        log=log,
+        bars=_BARS,
+        name=f"task {task.name}: {name}",
+        check=endpoint.check,  # the model's server may end first
+    )
+    outcome = run_job(worker_job, folder, context.progress)
+    if "failed" in outcome:
+        raise _failure(task, outcome["failed"], str(outcome["message"])[:_MAX_MESSAGE], f"Its log is {log}")
     items = _items(Path(job.items), name)
     _check_answers(task, items, log, context.progress)
     return outcome, items
@@ -166,56 +161,23 @@ def _context_length(client: httpx.Client, model: str) -> int | None:
     return length if isinstance(length, int) and length > 0 else None
 
 
-def _environment(key: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in _REMOVED_VARIABLES}
-    proxied = {name: ",".join(filter(None, (inherited.get(name), _LOOPBACK))) for name in ("NO_PROXY", "no_proxy")}
-    return inherited | _ADDED_VARIABLES | proxied | {_KEY_VARIABLE: key}
+def _variables(key: str) -> dict[str, str]:
+    proxied = {name: ",".join(filter(None, (os.environ.get(name), _LOOPBACK))) for name in ("NO_PROXY", "no_proxy")}
+    return variables_with({**_ADDED_VARIABLES, **proxied, _KEY_VARIABLE: key})
 
 
-def _report_progress(server: Server, endpoint: Any, name: str, progress: Progress) -> None:
-    """Report the harness's progress from its log until it ends; raises if the model's server ends first."""
-    done, total, offset = 0, 0, server.start
-    with ExitStack() as tasks, server.log.open("rb") as log:
-        advance = tasks.enter_context(progress.task(f"{name}: load", 1, "tasks"))
-        while True:
-            ended = server.process.poll() is not None
-            endpoint.check()
-            log.seek(offset)
-            new = log.read()
-            offset += new.rfind(b"\r") + 1 if b"\r" in new else 0
-            for match in _PROGRESS_LINE.finditer(new):
-                count, of = int(match.group(1)), int(match.group(2))
-                if of != total or count < done:
-                    advance(0 if total else 1)
-                    tasks.close()
-                    done, total = 0, of
-                    advance = tasks.enter_context(progress.task(f"{name}: ask", of, "requests"))
-                advance(count - done)
-                done = count
-            if ended:
-                return
-            time.sleep(_POLL_SECONDS)
-
-
-def _outcome(task: Adapter, job: HarnessJob, server: Server) -> dict[str, Any]:
-    """Return the worker's outcome, or raise its error."""
-    location = f"task {task.name}: {server.name}"
-    path = Path(job.outcome)
-    if not path.is_file():
-        raise ServerError(f"{location} was ended before it was done; the machine may have run out of memory{server.exit_reason()}")
-    outcome = cast("dict[str, Any]", redact_value(json.loads(path.read_text(encoding="utf-8"))))
-    if "failed" not in outcome:
-        return outcome
-    log, message = f"Its log is {server.log}", str(outcome["message"])[:_MAX_MESSAGE]
-    match outcome["failed"]:
+def _failure(task: Adapter, failed: str, message: str, log: str) -> CompressError:
+    """Return the error for what ended the worker."""
+    where = f"task {task.name}: {ENVIRONMENTS[task.harness]}"
+    match failed:
         case "name":
-            raise RecipeError([f"{location}: {message}; correct benchmark, or name its folder as include_path. {log}"])
+            return RecipeError([f"{where}: {message}; correct benchmark, or name its folder as include_path. {log}"])
         case "metric":
-            raise RecipeError([f"{location}: {message}. {log}"])
+            return RecipeError([f"{where}: {message}. {log}"])
         case "data":
-            raise MissingError(f"{location}: {message}\n{_data_remedy(os.environ)} {log}")
-        case failed:
-            raise ServerError(f"{location} failed with {failed}: {message}\n{_remedy(task, failed)} {log}")
+            return MissingError(f"{where}: {message}\n{_data_remedy(os.environ)} {log}")
+        case _:
+            return ServerError(f"{where} failed with {failed}: {message}\n{_remedy(task, failed)} {log}")
 
 
 def _data_remedy(variables: Mapping[str, str]) -> str:

@@ -1,7 +1,6 @@
-"""Runs a harness's task against a server: a script for the harness's own environment, `worker.py JOB`.
+"""Runs a harness's task against a server: a script of `compress/workers/job.py` for the harness's own environment.
 
-JOB is a JSON file (`HarnessJob` in `adapter_run`). The outcome goes to its file `outcome`, each item's score to its file `items`.
-Nothing of this package is imported: the harness's environment has other versions of its dependencies.
+The job is a `HarnessJob` (`run.py`); each item's score goes to its file `items`. Nothing of this package is imported.
 """
 
 from __future__ import annotations
@@ -12,15 +11,13 @@ import hashlib
 import json
 import math
 import os
-import sys
 import threading
-import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace, TracebackType
+from types import SimpleNamespace
 from typing import Any, cast
 from urllib.parse import urlsplit
 from weakref import WeakKeyDictionary
@@ -113,7 +110,7 @@ def main(job: dict[str, Any]) -> dict[str, Any]:
             row, metric = item(name, task, sample, metrics)
             rows.append(row)
             used_metrics.add(metric)
-    _write(Path(job["items"]), "".join(json.dumps(row) + "\n" for row in rows))
+    Path(job["items"]).write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return {"metric": ", ".join(sorted(used_metrics)), "details": details(results)}
 
 
@@ -430,36 +427,10 @@ def _sha(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()
 
 
-def record_errors(job: dict[str, Any]) -> None:
-    """Make an error that ends this process write the job's `outcome`, beside the log."""
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sys.__excepthook__(kind, error, trace)
-        failed = error.kind if isinstance(error, UnknownNameError) else type(error).__name__
-        message = str(error)
-        if job.get("loading"):
-            last: Any = getattr(error, "last_attempt", None)  # lmms-eval retries, and its error names only that it did
-            cause = error if last is None else last.exception()
-            failed, message = "data", f"{type(cause).__name__}: {str(cause)[:_MAX_MESSAGE]}"
-        _write(Path(job["outcome"]), json.dumps({"failed": failed, "message": message}))
-
-    sys.excepthook = hook
-
-
-def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
-
-
-def run(path: Path) -> None:
-    """Run the job of a file, and write its outcome."""
-    job = json.loads(path.read_text(encoding="utf-8"))
-    record_errors(job)
-    started = time.monotonic()
-    outcome = main(job)
-    _write(Path(job["outcome"]), json.dumps({**outcome, "seconds": time.monotonic() - started}))
-
-
-if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+def describe(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
+    """Return the kind of an error that ended a job, and its message."""
+    if job.get("loading"):
+        last: Any = getattr(error, "last_attempt", None)  # lmms-eval retries, and its error names only that it did
+        cause = error if last is None else last.exception()
+        return "data", f"{type(cause).__name__}: {str(cause)[:_MAX_MESSAGE]}"
+    return error.kind if isinstance(error, UnknownNameError) else type(error).__name__, str(error)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
 from compress.checkpoints.artifact import file_digest
+from compress.eval.harness import ENVIRONMENTS
 from compress.eval.results import TaskMeasurement
 from compress.eval.tasks.task import Task, TaskContext
 from compress.recipe.schema import Source
@@ -18,9 +19,6 @@ from compress.recipe.schema import Source
 if TYPE_CHECKING:
     from compress.data.questions import Question
     from compress.data.texts import Document
-
-ENVIRONMENTS = {"lmms": "lmms-eval", "lm": "lm-eval"}
-"""The name of each harness's environment."""
 
 SHORT_FORM = r"^(lmms|lm):(.+)$"
 """The short form of such a task in a recipe: `lmms:NAME` or `lm:NAME`."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +21,7 @@ from compress.export.onnx_genai.limits import decoder_schemes, layout_of
 from compress.export.vllm.writer import LayoutTarget, layout_config, write_tensors
 from compress.files import write_json
 from compress.workers.environment import require
-from compress.workers.server import Server, run_server
+from compress.workers.worker import Worker, python_command, run_worker, variables_with
 
 if TYPE_CHECKING:
     from compress.export.onnx_genai.format import OnnxGenai
@@ -31,10 +29,6 @@ if TYPE_CHECKING:
 _ENVIRONMENT = "onnxruntime-genai"
 _MODULE = "onnxruntime_genai.models.builder"
 _HEAD = "/lm_head/MatMul"
-_POLL_SECONDS = 0.2
-"""Seconds between two checks whether the builder has exited."""
-
-_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
 _BUILDER_VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "ORT_DISABLE_TELEMETRY": "1",
@@ -54,7 +48,7 @@ def build_decoder(export: OnnxGenai, context: ExportContext, spec: ExportSpec, w
         CheckpointError: the builder failed, or its graph has an unknown structure.
         MissingError: its environment is not installed.
     """
-    python = require(_ENVIRONMENT).python
+    require(_ENVIRONMENT)  # before its input is written
     schemes = decoder_schemes(spec)
     source = context.source.absolute()
     if schemes:
@@ -62,7 +56,8 @@ def build_decoder(export: OnnxGenai, context: ExportContext, spec: ExportSpec, w
         source.mkdir()
         write_builder_input(context, ExportSpec(spec.checkpoint, context.family, schemes), source)
     built = (work / "built").absolute()
-    command = [str(python), "-I", "-u", "-m", _MODULE, "-i", str(source), "-o", str(built), "-c", str((work / "cache").absolute())]
+    paths = ("-i", str(source), "-o", str(built), "-c", str((work / "cache").absolute()))
+    command = python_command(_ENVIRONMENT, "-m", _MODULE, *paths)
     _run([*command, *arguments(export, spec)], context, work)
     path = built / DECODER_OF_BUILDER
     model = onnx.load_model(str(path), load_external_data=False)
@@ -112,19 +107,17 @@ def _run(command: Sequence[str], context: ExportContext, work: Path) -> None:
         StoreError: the disk is full.
         ServerError: it was killed.
     """
-    variables = {name: value for name, value in os.environ.items() if name not in _DROPPED} | _BUILDER_VARIABLES
     with (
         context.progress.task("export: onnxruntime-genai's builder", 1, "decoders") as advance,
-        run_server(_ENVIRONMENT, command, variables, work.absolute() / "builder.log") as server,
+        run_worker(_ENVIRONMENT, command, variables_with(_BUILDER_VARIABLES), work.absolute() / "builder.log") as server,
     ):
-        while server.process.poll() is None:
-            time.sleep(_POLL_SECONDS)
+        server.process.wait()
         if not (work / "built" / "genai_config.json").is_file():  # the builder writes this last
             raise _failure(context, server)
         advance(1)
 
 
-def _failure(context: ExportContext, server: Server) -> CompressError:
+def _failure(context: ExportContext, server: Worker) -> CompressError:
     """Return the error for a builder that exited early."""
     reason = server.exit_reason()
     if _DISK_FULL in reason:

@@ -25,7 +25,8 @@ from compress.runtimes.openai_client import read_key
 from compress.runtimes.runtime import OpenContext, Passage, Prompt, RunningServer
 from compress.runtimes.vllm.runtime import Vllm
 from compress.runtimes.vllm.session import VllmSession
-from compress.workers.server import await_service, run_server
+from compress.workers.server import await_service
+from compress.workers.worker import run_worker
 from tests.fuzz.answers import Way, body_ways, framing_ways
 from tests.raw_server import Asked, http
 
@@ -150,7 +151,7 @@ def _ask(client: str, url: str, folder: Path, place: Path, progress: EventLog) -
             return {"samples": [asdict(sample) for sample in load.samples]}
         case "start":
             command = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
-            with run_server("the server", command, os.environ, place / "server.log") as server:
+            with run_worker("the server", command, os.environ, place / "server.log") as server:
                 await_service(server, served, 1.0)
             return {"model": MODEL}
         case _:

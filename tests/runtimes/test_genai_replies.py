@@ -12,7 +12,7 @@ import pytest
 
 from compress.errors import ServerError
 from compress.runtimes.onnxruntime_genai.session import GenaiRequest, WorkerProcess, read_positions, read_tokens
-from compress.workers.server import run_server
+from compress.workers.worker import run_worker
 
 SECONDS = 600
 
@@ -21,7 +21,7 @@ SECONDS = 600
 def ends(tmp_path: Path) -> Iterator[tuple[WorkerProcess, socket.socket]]:
     command = [sys.executable, "-S", "-c", "import signal; signal.pause()"]
     connection, other = socket.socketpair()
-    with connection, other, run_server("the worker", command, os.environ, tmp_path / "log") as server:
+    with connection, other, run_worker("the worker", command, os.environ, tmp_path / "log") as server:
         yield WorkerProcess(connection, server, SECONDS), other
 
 

@@ -20,7 +20,8 @@ from compress.runtimes.onnxruntime.session import OnnxruntimeSettings, graphs_of
 from compress.runtimes.runtime import OpenContext, RunningServer
 from compress.runtimes.vllm.start import plain_environment
 from compress.untrusted.redaction import remember_secret
-from compress.workers.server import Server, await_service, choose_port, run_server
+from compress.workers.server import await_service, choose_port
+from compress.workers.worker import Worker, run_worker
 
 _NAME = "ONNX Runtime"
 _MODULE = "compress.runtimes.onnxruntime.server"
@@ -60,7 +61,7 @@ def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSetti
 @contextmanager
 def _run(
     runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings, graphs: Path
-) -> Generator[tuple[Server, RunningServer]]:
+) -> Generator[tuple[Worker, RunningServer]]:
     port = choose_port(runtime.port, _NAME)
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
@@ -68,5 +69,5 @@ def _run(
     job = ServerJob(artifact, str(graphs.absolute()), model, port, asdict(settings), context.trust_remote_code)
     command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]
     variables = plain_environment() | {name: os.environ[name] for name in _PYTHON_VARIABLES if name in os.environ} | {KEY: key}
-    with run_server(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:
+    with run_worker(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:
         yield server, RunningServer(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.read_log)

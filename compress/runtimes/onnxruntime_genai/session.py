@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import json
 import math
-import os
 import socket
 import tempfile
 import time
@@ -44,7 +43,7 @@ from compress.runtimes.vllm.session import token_ids
 from compress.untrusted.limits import limits
 from compress.untrusted.reading import printable, reason
 from compress.workers.environment import require
-from compress.workers.server import Server, run_server
+from compress.workers.worker import Worker, python_command, run_worker, variables_with
 
 if TYPE_CHECKING:
     from compress.runtimes.onnxruntime_genai.runtime import OnnxruntimeGenai
@@ -54,7 +53,6 @@ _CHUNK_BYTES = 1 << 20
 """Bytes of one read from the worker's socket."""
 
 _LOG = "onnxruntime-genai.log"
-_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV"}
 _WORKER_VARIABLES = {"HF_HUB_OFFLINE": "1", "ORT_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
@@ -107,7 +105,7 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
         MissingError: onnxruntime-genai is not installed.
         ServerError: the process exited while it was loading, or took too long.
     """
-    python = require(ENVIRONMENT).python
+    require(ENVIRONMENT)  # before a checkpoint is exported
     with ExitStack() as resources:
         temporary = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="compress-genai-")))
         folder = context.artifact
@@ -120,8 +118,9 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
         listener.bind(str(address))
         listener.listen(1)
         listener.setblocking(False)
-        command = [str(python), "-I", "-u", str(_WORKER), str(folder.absolute()), str(address)]
-        server = resources.enter_context(run_server(ENVIRONMENT, command, _variables(), context.logs.absolute() / _LOG))
+        command = python_command(ENVIRONMENT, str(_WORKER), str(folder.absolute()), str(address))
+        variables = variables_with(_WORKER_VARIABLES)
+        server = resources.enter_context(run_worker(ENVIRONMENT, command, variables, context.logs.absolute() / _LOG))
         connection = resources.enter_context(_accept(listener, server, runtime.startup_seconds))
         worker = WorkerProcess(connection, server, runtime.request_seconds)
         if "failed" in (reply := worker.reply(runtime.startup_seconds)):
@@ -158,11 +157,7 @@ def _export(context: OpenContext, target: Path) -> Path:
     return target
 
 
-def _variables() -> dict[str, str]:
-    return {name: value for name, value in os.environ.items() if name not in _DROPPED} | _WORKER_VARIABLES
-
-
-def _accept(listener: socket.socket, server: Server, seconds: float) -> socket.socket:
+def _accept(listener: socket.socket, server: Worker, seconds: float) -> socket.socket:
     """Wait until the worker connects.
 
     Raises:
@@ -184,7 +179,7 @@ def _accept(listener: socket.socket, server: Server, seconds: float) -> socket.s
 class WorkerProcess:
     """The client side of the worker's socket. The artifact may be untrusted, so replies are read within limits."""
 
-    def __init__(self, connection: socket.socket, server: Server, request_seconds: float) -> None:
+    def __init__(self, connection: socket.socket, server: Worker, request_seconds: float) -> None:
         self._connection = connection
         self._server = server
         self._seconds = request_seconds

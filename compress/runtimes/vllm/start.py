@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import secrets
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
@@ -21,10 +20,11 @@ from compress.runtimes.vllm.ladder import Memory, sequences_of, step_down
 from compress.runtimes.vllm.runtime import Vllm, default_context
 from compress.untrusted.redaction import remember_secret
 from compress.workers.environment import require
-from compress.workers.server import Server, await_service, choose_port, run_server
+from compress.workers.server import await_service, choose_port
+from compress.workers.worker import Worker, run_worker, variables_with
 
-_DROPPED = {"PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV", "VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"}
-"""Variables that would lead another Python to this one's packages, and secrets that a local server needs none of."""
+_REMOVED = ("VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
+"""Secrets that a local server needs none of."""
 
 _KERNELS = Path(__file__).with_name("kernels")
 _SERVER_VARIABLES = {
@@ -40,12 +40,12 @@ class StartedServer:
     """A server that answers, and its process."""
 
     served: RunningServer
-    server: Server
+    server: Worker
 
 
 def plain_environment() -> dict[str, str]:
-    """Return the environment variables for a server: this process's without `_DROPPED`, and with telemetry and downloads off."""
-    return {name: value for name, value in os.environ.items() if name not in _DROPPED} | _SERVER_VARIABLES
+    """Return the environment variables for a server: this process's without secrets, and with telemetry and downloads off."""
+    return variables_with(_SERVER_VARIABLES, _REMOVED)
 
 
 @contextmanager
@@ -112,7 +112,7 @@ def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Start
     with ExitStack() as stack:
         command = _command(runtime, context, stack.enter_context(uncut_folder(context.artifact)), memory, arguments)
         name, log = f"vLLM, serving {context.artifact},", context.logs / "vllm.log"
-        server = stack.enter_context(run_server(name, command, variables, log))
+        server = stack.enter_context(run_worker(name, command, variables, log))
         yield StartedServer(RunningServer(f"http://127.0.0.1:{port}", model, key, server.process.pid, server.read_log), server)
 
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import json
-import os
 import re
 import shutil
-import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -24,15 +20,13 @@ from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import unquantized_linears
 from compress.checkpoints.output_head import head_is_tied, settled_config
 from compress.engine.weights import DTYPES, ShardWriter, map_tensor
-from compress.errors import CheckpointError, DataError, MissingError, RecipeError, ServerError
+from compress.errors import CheckpointError, CompressError, DataError, MissingError, RecipeError
 from compress.families import Family
 from compress.files import telling_where, write_bytes, write_json
 from compress.progress import Progress
-from compress.stages.llmcompressor.defaults import Defaults
-from compress.stages.llmcompressor.stage import ENVIRONMENT
+from compress.stages.llmcompressor.defaults import ENVIRONMENT, Defaults
 from compress.stages.stage import StageContext
-from compress.workers.environment import require
-from compress.workers.server import Server, run_server
+from compress.workers.worker import LogProgress, WorkerJob, run_job, variables_with
 
 if TYPE_CHECKING:
     from compress.stages.llmcompressor.stage import Llmcompressor
@@ -43,11 +37,8 @@ _WORK = ".llmcompressor"
 
 _LOG = "llmcompressor.log"
 _SCALE = "weight_scale"
-_INTERVAL = 0.2
-"""Seconds between two reads of its log."""
-
-_BLOCK = re.compile(rb"\((\d+)/(\d+)\): (Calibrating|Propagating)")
-"""The library's progress bar: the current block, the number of blocks, and the phase."""
+_BARS = LogProgress(re.compile(rb"\((\d+)/(\d+)\): Calibrating"), "models", "calibrate", "parts")
+"""The library's progress bar: the current block and the number of blocks; each pass over the model counts them anew."""
 
 _VARIABLES = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
 """Environment variables of the worker: it must not download anything."""
@@ -56,19 +47,19 @@ _MESSAGE_LINES = 12
 _MESSAGE_CHARACTERS = 1200
 """How much of the library's error a message repeats; the log has all of it."""
 
-_UNSET_VARIABLES = ("VIRTUAL_ENV", "LLM_COMPRESSOR_LOG_FILE")
+_REMOVED = ("LLM_COMPRESSOR_LOG_FILE",)
+"""Would send its log elsewhere."""
 
 
 @dataclass(frozen=True)
 class LlmCompressorJob:
-    """The worker's job file; the last three are the defaults of modifiers' arguments (`Defaults`)."""
+    """The worker's job; the last three are the defaults of modifiers' arguments (`Defaults`)."""
 
     model: str
     architecture: str
     blocks: str
     samples: str
     output: str
-    outcome: str
     seed: int
     trust_remote_code: bool
     modifiers: list[tuple[str, dict[str, Any]]]
@@ -139,7 +130,6 @@ def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, wo
         blocks=context.family.blocks,
         samples=str((work / "samples").absolute()),
         output=str((work / "output").absolute()),
-        outcome=str((work / "outcome.json").absolute()),
         seed=context.seed,
         trust_remote_code=context.trust_remote_code,
         modifiers=stage.calls,
@@ -148,72 +138,26 @@ def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, wo
         mappings=defaults.mappings,
         rotation=defaults.rotation,
     )
-    write_json(work / "job.json", asdict(job))
-    log = (context.logs or context.target.parent).absolute() / _LOG
-    python = require(ENVIRONMENT).python
-    command = [
-        str(python),
-        "-I",
-        "-u",
-        str(_WORKER),
-        str((work / "job.json").absolute()),
-    ]  # isolated: stages/ must not be importable
-    with run_server(ENVIRONMENT, command, _variables(context.device), log) as server:
-        _follow(server, context.progress)
-        _check_outcome(Path(job.outcome), server, context.device)
+    log = (context.logs or context.target.parent) / _LOG
+    variables = variables_with(_VARIABLES | ({"CUDA_VISIBLE_DEVICES": ""} if context.device == "cpu" else {}), _REMOVED)
+    outcome = run_job(WorkerJob(ENVIRONMENT, _WORKER, asdict(job), variables, log, _BARS), work, context.progress)
+    if outcome:
+        raise _failure(outcome["failed"], _shortened(outcome["message"]), context.device, log.absolute())
 
 
-def _variables(device: str) -> dict[str, str]:
-    inherited = {name: value for name, value in os.environ.items() if name not in _UNSET_VARIABLES}
-    return inherited | _VARIABLES | ({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})
-
-
-def _follow(server: Server, progress: Progress) -> None:
-    """Report the library's progress from its log until it ends; each pass over the model restarts the count of blocks."""
-    offset, done, total = server.start, 0, 0
-    with ExitStack() as passes, server.log.open("rb") as log:
-        advance = passes.enter_context(progress.task("llmcompressor: load", 1, "models"))
-        while True:
-            ended = server.process.poll() is not None
-            log.seek(offset)
-            new = log.read()
-            offset += len(new)
-            for match in _BLOCK.finditer(new):
-                current = int(match.group(1))
-                if (current < done and match.group(3) == b"Calibrating") or not total:
-                    advance(0 if total else 1)
-                    passes.close()
-                    done, total = 0, int(match.group(2))
-                    advance = passes.enter_context(progress.task("llmcompressor: calibrate", total, "parts"))
-                if current > done:
-                    advance(current - done)
-                    done = current
-            if ended:
-                return
-            time.sleep(_INTERVAL)
-
-
-def _check_outcome(outcome: Path, server: Server, device: str) -> None:
-    """Raise the worker's error, or one with the end of its log where it was killed."""
-    if not outcome.is_file():
-        raise ServerError(
-            f"llmcompressor was ended before it was done; the machine may have run out of memory{server.exit_reason()}"
-        )
-    result = cast("dict[str, str]", json.loads(outcome.read_text(encoding="utf-8")))
-    if not result:
-        return
-    message = _shortened(result["message"])
-    if result["failed"] == "arguments":
-        raise RecipeError([f"stages: llmcompressor: {message}"])
-    if result["failed"] == "memory":
-        raise MissingError(
+def _failure(failed: str, message: str, device: str, log: Path) -> CompressError:
+    """Return the error for what ended the worker."""
+    if failed == "arguments":
+        return RecipeError([f"stages: llmcompressor: {message}"])
+    if failed == "memory":
+        return MissingError(
             f"llmcompressor: {device} has too little memory ({message}). End other programs that use it, use a larger device, or "
-            f"give calibration.sets fewer tokens per sample and smaller images. Its log is {server.log}"
+            f"give calibration.sets fewer tokens per sample and smaller images. Its log is {log}"
         )
     remedy = "Change the modifiers' arguments, or leave out with `ignore` what it cannot work on."
-    if result["failed"] == "TraceError":
+    if failed == "TraceError":
         remedy = "It cannot go through this model block by block; set pipeline: basic."
-    raise CheckpointError(f"llmcompressor failed with {result['failed']}: {message}\n{remedy} Its whole log is {server.log}")
+    return CheckpointError(f"llmcompressor failed with {failed}: {message}\n{remedy} Its whole log is {log}")
 
 
 def _shortened(message: str) -> str:

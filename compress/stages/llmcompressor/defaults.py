@@ -10,6 +10,9 @@ from typing import Any
 from compress.checkpoints.checkpoint import Checkpoint
 from compress.families import Family, within
 
+ENVIRONMENT = "llmcompressor"
+"""The name of the library's environment."""
+
 _ATTENTION = "self_attn"
 _QUERY, _KEY, _VALUE, _OUT = (f"{_ATTENTION}.{name}_proj" for name in "qkvo")
 _MLP_IN, _MLP_OUT = ("mlp.gate_proj", "mlp.up_proj"), "mlp.down_proj"

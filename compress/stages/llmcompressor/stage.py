@@ -9,10 +9,8 @@ from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 from compress.checkpoints.checkpoint import Checkpoint
 from compress.checkpoints.layouts import is_quantized
 from compress.families import Family
+from compress.stages.llmcompressor.defaults import ENVIRONMENT
 from compress.stages.stage import Stage, StageContext
-
-ENVIRONMENT = "llmcompressor"
-"""The name of its environment."""
 
 
 def _with_arguments(value: Any) -> Any:

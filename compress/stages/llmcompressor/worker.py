@@ -1,17 +1,13 @@
-"""Runs llm-compressor's modifiers on a model: a script for its own environment, `worker.py JOB`.
+"""Runs llm-compressor's modifiers on a model: a script of `compress/workers/job.py` for its own environment.
 
-JOB is a JSON file written by `llmcompressor_apply` (`LlmCompressorJob`); the result goes to the file `outcome` that it names.
-The script imports nothing of this package, as it runs with other versions of torch and transformers.
+The job is an `LlmCompressorJob` (`apply.py`). Nothing of this package is imported: torch and transformers have other versions.
 """
 
 from __future__ import annotations
 
 import difflib
-import json
-import sys
 from importlib import import_module
 from pathlib import Path
-from types import TracebackType
 from typing import Any, cast
 
 import torch
@@ -164,34 +160,11 @@ def _first(rows: list[Any]) -> Any:
     return rows[0]
 
 
-def record_errors(outcome: Path) -> None:
-    """Write an error that ends this process to `outcome`, as well as to the log."""
-
-    def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-        sys.__excepthook__(kind, error, trace)
-        failed = "arguments"
-        if not isinstance(error, UnknownNameError):
-            while error.__cause__ is not None:  # the library wraps errors, with the whole traced program in the message
-                error = error.__cause__
-            failed = "memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__
-        _write(outcome, {"failed": failed, "message": str(error)})
-
-    sys.excepthook = hook
-
-
-def _write(path: Path, outcome: dict[str, str]) -> None:
-    temporary = path.with_name(f".{path.name}")
-    temporary.write_text(json.dumps(outcome), encoding="utf-8")
-    temporary.replace(path)
-
-
-def run(path: Path) -> None:
-    """Run the job in a file, and write its outcome."""
-    job = json.loads(path.read_text(encoding="utf-8"))
-    record_errors(Path(job["outcome"]))
-    main(job)
-    _write(Path(job["outcome"]), {})
-
-
-if __name__ == "__main__":
-    run(Path(sys.argv[1]))
+def describe(error: BaseException, job: dict[str, Any]) -> tuple[str, str]:
+    """Return the kind of an error that ended a job, and its message."""
+    del job
+    if isinstance(error, UnknownNameError):
+        return "arguments", str(error)
+    while error.__cause__ is not None:  # the library wraps errors, with the whole traced program in the message
+        error = error.__cause__
+    return "memory" if isinstance(error, torch.OutOfMemoryError) else type(error).__name__, str(error)
