@@ -30,9 +30,10 @@ from numpy.typing import NDArray
 from transformers import CLIPModel, CLIPProcessor
 
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
-from compress.calibration.sets import Columns, QuestionSource, VqaSet
+from compress.calibration.sets import VqaSet
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.data.prompts import decode_image
+from compress.data.sources import Columns, QuestionSource
 from compress.eval.tasks.task import draw_questions
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx

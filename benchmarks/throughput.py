@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
-from compress.calibration.sets import QuestionSource
+from compress.data.sources import QuestionSource
 from compress.eval.journal import answer_all
 from compress.eval.tasks.task import draw_questions
 from compress.files import write_json

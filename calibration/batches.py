@@ -13,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 from safetensors import numpy as tensors
 
-from compress.calibration.collect import QUESTIONS, WINDOWS, longest_input
-from compress.data.prompts import check_image_count, open_images, run_processor, write_prompt
+from compress.data.prompts import Prompt, check_image_count, longest_input, open_images, run_processor, write_prompt
 from compress.data.prompts import load_processor as load_any_processor
+from compress.data.samples import QUESTIONS, WINDOWS
 from compress.errors import CheckpointError, DataError
 from compress.families import Family, family_at
-from compress.runtimes.runtime import Prompt
 
 
 class Batch(Protocol):

@@ -16,25 +16,17 @@ from numpy.typing import NDArray
 from safetensors import numpy as tensors
 
 from compress.calibration.sets import TextSet, VqaSet, WikitextSet
-from compress.checkpoints.checkpoint import read_config, text_config
 from compress.data.identity import WordHashes, fingerprint_of, shingles, words_of
 from compress.data.images import media_type
-from compress.data.prompts import RefusedError, check_reserved, load_tokenizer
+from compress.data.prompts import Prompt, RefusedError, check_reserved, load_tokenizer, longest_input
 from compress.data.questions import Question, count_questions, read_questions
+from compress.data.samples import IMAGES, MANIFEST, QUESTIONS, SHINGLES, WINDOWS
 from compress.data.texts import read_documents
-from compress.data.windows import Encode, Window, WindowRequest, draw_indices, pack_windows
+from compress.data.windows import Encode, Window, WindowRequest, draw_indices, encoder, pack_windows
 from compress.errors import DataError
 from compress.families import family_at
 from compress.files import write_json, write_text
 from compress.progress import Progress
-from compress.runtimes.runtime import Prompt
-
-MANIFEST = "manifest.json"
-QUESTIONS = "questions.jsonl"
-WINDOWS = "windows.safetensors"
-SHINGLES = "shingles.safetensors"
-IMAGES = "images"
-"""The files of a calibration folder; `collect` describes them."""
 
 
 @dataclass(frozen=True)
@@ -101,48 +93,10 @@ def collect(
     write_json(target / MANIFEST, {"schema": 2, "seed": selection.seed, "digest": digest, "samples": samples})
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """Return the manifest of a calibration folder.
-
-    Raises:
-        DataError: it is missing or cannot be read.
-    """
-    try:
-        return cast("dict[str, Any]", json.loads((folder / MANIFEST).read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{folder}: its {MANIFEST} cannot be read ({error}); run again with --fresh to collect the samples anew"
-        ) from error
-
-
-def longest_input(model: Path) -> int | None:
-    """Return the context length of the checkpoint's decoder by its config; None where it gives none."""
-    config = read_config(model)
-    length: object = text_config(config).get("max_position_embeddings", config.get("max_position_embeddings"))
-    return length if isinstance(length, int) else None
-
-
 def _longest_window(model: Path, trust_remote_code: bool) -> int | None:
     """Return the longest window of text for a model; one that generates nothing adds two special tokens to every text."""
     longest, family = longest_input(model), family_at(model, trust_remote_code)
     return longest - 2 if longest is not None and family.head is None else longest
-
-
-def encoder(tokenizer: Any) -> Encode:
-    """Return a function that tokenizes texts without adding or recognizing special tokens."""
-
-    def encode(texts: Sequence[str]) -> list[list[int]]:
-        encoded = tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            split_special_tokens=True,  # an image token's spelling in a text is plain text
-            truncation=False,
-            return_attention_mask=False,
-            verbose=False,
-        )
-        return cast("list[list[int]]", encoded["input_ids"])
-
-    return encode
 
 
 def _draw_windows(pinned: PinnedSet, request: WindowRequest, encode: Encode, progress: Progress) -> list[Window]:
@@ -196,7 +150,7 @@ QuestionCheck = Callable[[Prompt, str | None, str], None]
 
 def _question_check(model: Path, reserved: set[str], trust_remote_code: bool) -> QuestionCheck:
     """Return a check that questions have no special tokens and that the checkpoint's processor accepts them."""
-    from compress.calibration.batches import Exchange, load_processor, process
+    from compress.calibration.batches import Exchange, load_processor, process  # with torch, which planning does without
 
     processor = load_processor(model, trust_remote_code)
 

@@ -1,4 +1,4 @@
-"""Tests whether fetched files suffice for a calibration set, so that no more of a dataset is fetched."""
+"""A test whether fetched files suffice for a calibration set, so that no more of a dataset is fetched."""
 
 from __future__ import annotations
 
@@ -6,21 +6,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from compress.calibration.sets import TextSet, VqaSet, WikitextSet
-from compress.data.json_rows import read_json_rows
-from compress.data.tables import parquet_bytes, parquet_rows
+from compress.data.tables import parquet_bytes
 from compress.data.windows import REACH
+from compress.hubs.datasets import enough_rows
 
 _BYTES_PER_TOKEN = 8
 """More bytes of running text than a token of any common tokenizer has on average, so that enough text is fetched."""
-
-
-def enough_rows(rows: int | None) -> Callable[[Sequence[Path]], bool]:
-    """Return a test whether files have at least so many rows; False for None, which needs all files."""
-
-    def are_enough(paths: Sequence[Path]) -> bool:
-        return rows is not None and sum(_row_count(path) for path in paths) >= rows
-
-    return are_enough
 
 
 def enough_for(spec: TextSet | WikitextSet | VqaSet) -> Callable[[Sequence[Path]], bool]:
@@ -34,9 +25,3 @@ def enough_for(spec: TextSet | WikitextSet | VqaSet) -> Callable[[Sequence[Path]
         return sum(sizes) >= required
 
     return are_enough
-
-
-def _row_count(path: Path) -> int:
-    if path.suffix == ".parquet":
-        return parquet_rows(path)
-    return len(read_json_rows(path))

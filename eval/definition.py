@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_validator
 
-from compress.calibration.sets import Columns, RowFilter, Values
+from compress.data.sources import Columns, RowFilter, Values
 from compress.errors import RecipeError
 from compress.eval.metrics import BINARY, METRICS
 from compress.recipe.document import dotted, read_document

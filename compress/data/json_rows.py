@@ -149,6 +149,26 @@ class JsonRows:
         )
 
 
+FileState = tuple[str, int, int, int, int, int]
+"""A file's path, device, inode, size and times: it has not changed while they are the same."""
+
+
+def file_state(path: Path) -> FileState:
+    """Return the state of a regular file.
+
+    Raises:
+        DataError: it is missing, no regular file, or unreadable.
+    """
+    check_file(path)
+    try:
+        state = path.stat()
+    except OSError as error:
+        raise DataError(
+            f"{printable(str(path))}: cannot be read ({printable(str(error))}); check the path in the recipe"
+        ) from error
+    return str(path.absolute()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
+
+
 def read_json_rows(path: Path) -> JsonRows:
     """Return a file's rows, cached while the file does not change, because every step of a run reads them.
 
@@ -157,26 +177,21 @@ def read_json_rows(path: Path) -> JsonRows:
     Raises:
         DataError: the file is missing, no regular file, too large or unreadable.
     """
-    check_file(path)
-    limit = limits().rows_file_bytes
-    try:
-        state = path.stat()
-        key = (str(path.absolute()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns)
-        if key in _CACHE:
-            _CACHE.move_to_end(key)
-            return _CACHE[key]
-        while _CACHE and sum(rows.size for rows in _CACHE.values()) + state.st_size > limit:
+    key, limit = file_state(path), limits().rows_file_bytes
+    if key not in _CACHE:
+        while _CACHE and sum(rows.size for rows in _CACHE.values()) + key[3] > limit:
             _CACHE.popitem(last=False)
-        rows = JsonRows(path, read_bytes(path, limit, DataError, name="rows_file_bytes"))
-    except (OSError, ValueError) as error:
-        raise DataError(
-            f"{printable(str(path))}: cannot be read ({printable(str(error))}); check the path in the recipe"
-        ) from error
-    _CACHE[key] = rows
-    return rows
+        try:
+            _CACHE[key] = JsonRows(path, read_bytes(path, limit, DataError, name="rows_file_bytes"))
+        except (OSError, ValueError) as error:
+            raise DataError(
+                f"{printable(str(path))}: cannot be read ({printable(str(error))}); check the path in the recipe"
+            ) from error
+    _CACHE.move_to_end(key)
+    return _CACHE[key]
 
 
-_CACHE: OrderedDict[tuple[str, int, int, int, int, int], JsonRows] = OrderedDict()
+_CACHE: OrderedDict[FileState, JsonRows] = OrderedDict()
 """The most recently read files, by path and state."""
 
 

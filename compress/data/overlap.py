@@ -12,9 +12,9 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError
 from safetensors import numpy as tensors
 
-from compress.calibration.collect import SHINGLES, read_manifest
 from compress.data.identity import SHINGLE, ImageFingerprint, WordHashes, are_similar, fingerprint_of, shingles, words_of
 from compress.data.questions import Question
+from compress.data.samples import SHINGLES, read_manifest
 from compress.data.texts import Document, pieces
 from compress.errors import DataError
 

@@ -3,19 +3,29 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
 from PIL import Image
 
 from compress.checkpoints.artifact import check_side_files
+from compress.checkpoints.checkpoint import read_config, text_config
 from compress.checkpoints.tokenizer_files import never_cut
 from compress.data.images import decode_image
 from compress.errors import CheckpointError, DataError
 from compress.families import Family, family_at
-from compress.runtimes.runtime import Prompt
 from compress.untrusted.reading import foreign
 from compress.untrusted.trial import try_template
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One user turn: encoded images (PNG, JPEG, …) first, then the text."""
+
+    id: str
+    text: str
+    images: tuple[bytes, ...] = ()
 
 
 class RefusedError(DataError):
@@ -62,6 +72,13 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
     if processor.chat_template is not None:  # without one, text can be scored all the same
         check_template(processor, folder)
     return processor
+
+
+def longest_input(model: Path) -> int | None:
+    """Return the context length of the checkpoint's decoder by its config; None where it gives none."""
+    config = read_config(model)
+    length: object = text_config(config).get("max_position_embeddings", config.get("max_position_embeddings"))
+    return length if isinstance(length, int) else None
 
 
 def run_processor(processor: Any, name: str, **given: Any) -> Any:

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from compress.calibration.sets import Columns, RowFilter
 from compress.data.conversations import FIELDS, IMAGES, STANDARD_FIELDS, Row, first_exchange, has_conversation
 from compress.data.json_rows import SUFFIXES, read_json_rows
+from compress.data.sources import Columns, RowFilter
 from compress.data.tables import check_file, names, parquet_columns, read_parquet
 from compress.errors import DataError
 

@@ -6,18 +6,19 @@ import ast
 import hashlib
 import json
 import warnings
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, cast
 
-from compress.calibration.sets import Columns, RowFilter
 from compress.checkpoints.artifact import file_digest
 from compress.data.conversations import Row
-from compress.data.json_rows import SUFFIXES, read_json_rows
+from compress.data.json_rows import SUFFIXES, file_state, read_json_rows
 from compress.data.question_rows import QuestionRows, values_of
 from compress.data.row_images import ImageFolders, image_name, is_encoded, read_images
+from compress.data.sources import Columns, RowFilter
 from compress.data.tables import check_file
 from compress.errors import DataError
 from compress.untrusted.limits import limits
@@ -61,13 +62,79 @@ class Question:
         return hashlib.sha256(json.dumps([normalized, *self.image_digests, *options]).encode()).hexdigest()
 
 
-def count_questions(files: Sequence[Path], columns: Columns, rows: RowFilter = _ALL_ROWS) -> int:
-    """Return the number of questions in the files; every selected row is checked except for its images.
+@dataclass(frozen=True)
+class QuestionFiles:
+    """The questions of one or more files, whose rows are checked once; images are read when they are asked for."""
+
+    opened: tuple[tuple[QuestionRows, Mapping[int, str]], ...]
+    """Each file with its selected rows' ids, by row number."""
+
+    rows: RowFilter
+
+    def __len__(self) -> int:
+        return sum(len(ids) for _, ids in self.opened)
+
+    def read(self, chosen: Container[int] | None = None, image_folder: Path | None = None) -> Iterator[Question]:
+        """Yield the questions in order, one at a time; with `chosen`, only those with these indices, counted from 0.
+
+        Raises:
+            DataError: as `read_questions`.
+        """
+        count = 0
+        for opened, ids in self.opened:
+            selected = {number for index, number in enumerate(ids, start=count) if chosen is None or index in chosen}
+            count += len(ids)
+            folders = ImageFolders(opened.path.parent if opened.path.suffix in SUFFIXES else None, image_folder)
+            for number, row in opened.read(None, selected) if selected else ():
+                yield self._question(opened, ids[number], (number, row), folders)
+
+    def _question(self, opened: QuestionRows, identity: str, numbered: tuple[int, Row], folders: ImageFolders) -> Question:
+        (number, row), names = numbered, opened.columns
+        where = f"{opened.path}:{number}"
+        images = read_images(values_of(row, names.named("image")), folders, where)
+        if not images and not self.rows.text_only:
+            raise DataError(f"{where}: has no image; give it one, remove the row, or set text_only: true")
+        return Question(
+            id=identity,
+            images=images,
+            question=str(row[names.question]).strip() if names.question else "",
+            answers=_read_answers(values_of(row, names.named("answer")), where),
+            origin=f"{opened.path.name}:{number}",
+            options=_read_options(row, names, where),
+            category=None if names.category is None else _checked(str(row[names.category]), f"{where}: its category"),
+        )
+
+
+_OPEN: OrderedDict[tuple[object, ...], QuestionFiles] = OrderedDict()
+"""The latest opened files, by path, state and settings: plan, calibration, overlap check and measurements read the same ones.
+
+They have at most the number of rows that one file may have, whose ids take 100 MB.
+"""
+
+
+def open_questions(files: Sequence[Path], columns: Columns, rows: RowFilter = _ALL_ROWS) -> QuestionFiles:
+    """Open question files and check every selected row except for its answers and images; done once while they do not change.
 
     Raises:
         DataError: as `read_questions`.
     """
-    return sum(len(ids) for _, ids in _opened_files(files, columns, rows))
+    key = (*map(file_state, files), columns, rows.model_dump_json(), limits())
+    if key not in _OPEN:
+        opened = QuestionFiles(tuple(_opened_files(files, columns, rows)), rows)
+        while _OPEN and sum(map(len, _OPEN.values())) + len(opened) > limits().rows:
+            _OPEN.popitem(last=False)
+        _OPEN[key] = opened
+    _OPEN.move_to_end(key)
+    return _OPEN[key]
+
+
+def count_questions(files: Sequence[Path], columns: Columns, rows: RowFilter = _ALL_ROWS) -> int:
+    """Return the number of questions in the files; every selected row is checked except for its answers and images.
+
+    Raises:
+        DataError: as `read_questions`.
+    """
+    return len(open_questions(files, columns, rows))
 
 
 def read_questions(
@@ -91,25 +158,7 @@ def read_questions(
             is empty, its id is a duplicate, an image is missing or unreadable, or a limit is exceeded. The message names the file
             and the line or row.
     """
-    count = 0
-    for opened, ids in _opened_files(files, columns, rows):
-        selected = {number for index, number in enumerate(ids, start=count) if chosen is None or index in chosen}
-        count += len(ids)
-        folders = ImageFolders(opened.path.parent if opened.path.suffix in SUFFIXES else None, image_folder)
-        for number, row in opened.read(None, selected) if selected else ():
-            where, names = f"{opened.path}:{number}", opened.columns
-            images = read_images(values_of(row, names.named("image")), folders, where)
-            if not images and not rows.text_only:
-                raise DataError(f"{where}: has no image; give it one, remove the row, or set text_only: true")
-            yield Question(
-                id=ids[number],
-                images=images,
-                question=str(row[names.question]).strip() if names.question else "",
-                answers=_read_answers(values_of(row, names.named("answer")), where),
-                origin=f"{opened.path.name}:{number}",
-                options=_read_options(row, names, where),
-                category=None if names.category is None else _checked(str(row[names.category]), f"{where}: its category"),
-            )
+    yield from open_questions(files, columns, rows).read(chosen, image_folder)
 
 
 def source_digest(

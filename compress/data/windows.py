@@ -6,6 +6,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
+from typing import Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,6 +60,23 @@ def draw_indices(total: int, samples: int, seed: str) -> list[int]:
     """Return `samples` distinct indices below `total`, sorted; the same for the same seed on every machine."""
     ranked = sorted(range(total), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
     return sorted(ranked[:samples])
+
+
+def encoder(tokenizer: Any) -> Encode:
+    """Return a function that tokenizes texts without adding or recognizing special tokens."""
+
+    def encode(texts: Sequence[str]) -> list[list[int]]:
+        encoded = tokenizer(
+            list(texts),
+            add_special_tokens=False,
+            split_special_tokens=True,  # an image token's spelling in a text is plain text
+            truncation=False,
+            return_attention_mask=False,
+            verbose=False,
+        )
+        return cast("list[list[int]]", encoded["input_ids"])
+
+    return encode
 
 
 def pack_windows(documents: Iterable[Document], encode: Encode, request: WindowRequest) -> list[Window]:

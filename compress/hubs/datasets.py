@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
+from compress.data.json_rows import read_json_rows
+from compress.data.tables import parquet_rows
 from compress.errors import DataError, MissingError
 from compress.hubs import huggingface
 from compress.hubs.repository import RemoteFile, Repository, content_digest
@@ -73,13 +75,11 @@ def resolve_dataset(source: str, subset: str | None, split: str, revision: str) 
 def fetch_dataset_files(pin: DatasetPin, enough: Enough | int | None, progress: Progress) -> list[Path]:
     """Fetch the split's files in order until they have enough samples, and return their paths.
 
-    `enough` is a number of rows, or a function of the files so far (`compress.calibration.enough`); None fetches all.
+    `enough` is a number of rows, or a function of the files so far (such as `enough_rows`); None fetches all.
 
     Raises:
         MissingError: a file cannot be fetched.
     """
-    from compress.calibration.enough import enough_rows
-
     satisfied = enough if callable(enough) else enough_rows(enough)
     paths = list[Path]()
     for file in pin.files:
@@ -88,6 +88,21 @@ def fetch_dataset_files(pin: DatasetPin, enough: Enough | int | None, progress: 
         if satisfied(paths):
             break
     return paths
+
+
+def enough_rows(rows: int | None) -> Callable[[Sequence[Path]], bool]:
+    """Return a test whether files have at least so many rows; False for None, which needs all files."""
+
+    def are_enough(paths: Sequence[Path]) -> bool:
+        return rows is not None and sum(_row_count(path) for path in paths) >= rows
+
+    return are_enough
+
+
+def _row_count(path: Path) -> int:
+    if path.suffix == ".parquet":
+        return parquet_rows(path)
+    return len(read_json_rows(path))
 
 
 def cached_files(pin: DatasetPin) -> list[Path] | None:

@@ -9,7 +9,6 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, cast
 
-from compress.calibration.sets import QuestionSource
 from compress.checkpoints.artifact import artifact_format
 from compress.checkpoints.awq_gptq_config import check_packed_config
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
@@ -17,6 +16,7 @@ from compress.checkpoints.layouts import has_kv_scales, quantized_linears
 from compress.checkpoints.output_head import check_head, head_notes
 from compress.checkpoints.quantization_config import Product, foreign_format, products_in, products_of
 from compress.checkpoints.tokens_check import check_tokens
+from compress.data.sources import QuestionSource
 from compress.errors import RecipeError, UsageError
 from compress.export.format import ExportSpec, runtimes_of, warnings_of
 from compress.families import Family, family_of

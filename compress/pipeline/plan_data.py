@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.calibration.sets import QuestionSource
 from compress.data.questions import count_questions
+from compress.data.sources import QuestionSource
 from compress.hubs.datasets import cached_files
 from compress.pipeline.planner import DataPin
 

@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress.calibration.sets import QuestionSource, TextSource
 from compress.checkpoints.artifact import artifact_format, checkpoint_files
 from compress.checkpoints.quantization_config import Product
 from compress.data.questions import source_digest
+from compress.data.sources import QuestionSource, TextSource
 from compress.export.format import VerifiedExport, runtimes_of
 from compress.hardware import default_device, describe, gpus, processor
 from compress.hubs.hub import DatasetPin, ModelPin, resolve_dataset, resolve_model

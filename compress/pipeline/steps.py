@@ -8,10 +8,11 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
-from compress.calibration.collect import MANIFEST, CalibrationSelection, PinnedSet, collect, read_manifest
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.enough import enough_for
 from compress.checkpoints.artifact import file_digest, write_record
 from compress.data.overlap import check_overlap
+from compress.data.samples import MANIFEST, read_manifest
 from compress.eval.measure import MeasureContext, measure
 from compress.export.format import Export, ExportContext, VerifiedExport, VerifyContext
 from compress.files import write_json

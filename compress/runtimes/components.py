@@ -14,8 +14,7 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from compress.calibration.collect import longest_input
-from compress.data.prompts import load_processor, open_images, run_processor
+from compress.data.prompts import load_processor, longest_input, open_images, run_processor
 from compress.errors import DataError
 from compress.eval.latency.results import Component, ComponentTable
 from compress.eval.latency.settings import LoadPoint

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from compress.checkpoints.quantization_config import Product
+from compress.data.prompts import Prompt
 from compress.errors import UsageError
 from compress.progress import Progress
 from compress.recipe.schema import Frozen
@@ -26,15 +27,6 @@ if TYPE_CHECKING:
 
 Ability = Literal["text", "scores", "comparison"]
 """What a session can do: generate text, give the log-probabilities of given tokens, or compare images with texts (CLIP)."""
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One user turn: encoded images (PNG, JPEG, …) first, then the text."""
-
-    id: str
-    text: str
-    images: tuple[bytes, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compress.calibration.sets import Columns
+from compress.data.sources import Columns
 from compress.errors import DataError
 from compress.eval.definition import Kind
 from compress.eval.metrics.cider import Cider, tokens

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal, Self
 import numpy as np
 from pydantic import model_validator
 
-from compress.calibration.sets import Columns
+from compress.data.sources import Columns
 from compress.errors import DataError
 from compress.eval.definition import Kind
 from compress.eval.full_vocabulary import compare_full_vocabulary
@@ -141,8 +141,8 @@ class Choice(QuestionTask):
 
     def _option_passages(self, question_set: QuestionSet, context: TaskContext) -> list[Passage]:
         """Return each option as an answer to its question's prompt, in the questions' order."""
-        from compress.calibration.collect import encoder
         from compress.data.prompts import load_tokenizer
+        from compress.data.windows import encoder
 
         encode = encoder(load_tokenizer(context.original_checkpoint))
         passages = list[Passage]()

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
 import numpy as np
 from pydantic import Field, PositiveInt, model_validator
 
-from compress.calibration.sets import TextSource
+from compress.data.sources import TextSource
 from compress.errors import DataError
 from compress.eval.full_vocabulary import compare_full_vocabulary
 from compress.eval.results import (
@@ -154,9 +154,9 @@ class Perplexity(Task):
             DataError: a file cannot be used, or the text is shorter than a window.
             CheckpointError: the original's tokenizer cannot be loaded.
         """
-        from compress.calibration.collect import encoder
         from compress.data.prompts import load_tokenizer
         from compress.data.texts import SEPARATOR, read_joined
+        from compress.data.windows import encoder
 
         text = SEPARATOR.join(read_joined(path, self.column) for path in files)
         (ids,) = encoder(load_tokenizer(original))([text])

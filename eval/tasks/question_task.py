@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import PositiveInt, ValidationInfo, field_validator, model_validator
 
-from compress.calibration.sets import Columns, ImageFolder, QuestionSource, RowFilter
 from compress.checkpoints.checkpoint import read_json_object
+from compress.data.sources import Columns, ImageFolder, QuestionSource, RowFilter
 from compress.errors import CheckpointError, DataError, RecipeError
 from compress.eval.definition import Definition, Kind, find_definition, read_definition
 from compress.eval.full_vocabulary import compare_full_vocabulary

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
 
-from compress.calibration.sets import QuestionSource, RowFilter, TextSource
+from compress.data.sources import QuestionSource, RowFilter, TextSource
 from compress.errors import CheckpointError
 from compress.eval.full_vocabulary import estimate_full_kl
 from compress.eval.journal import Journal, score_all

@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field, PositiveInt, model_validator
 
-from compress.calibration.sets import Columns, ImageFolder, QuestionSource
+from compress.data.sources import Columns, ImageFolder, QuestionSource
 from compress.errors import CheckpointError, DataError
 from compress.eval.journal import report_faults
 from compress.eval.results import ImageItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items

@@ -14,13 +14,15 @@ from PIL import Image
 from transformers import AutoModelForImageTextToText
 
 from compress.calibration.batches import Batches, load_batches, load_processor
-from compress.calibration.collect import CalibrationSelection, PinnedSet, collect, read_manifest
-from compress.calibration.sets import Columns, RowFilter, TextSet, VqaSet
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
+from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoints.artifact import folder_digests
 from compress.data import overlap
 from compress.data.overlap import check_overlap
 from compress.data.prompts import messages, open_images, write_prompt
 from compress.data.questions import read_questions
+from compress.data.samples import read_manifest
+from compress.data.sources import Columns, RowFilter
 from compress.data.texts import read_documents
 from compress.errors import CheckpointError, CompressError, DataError
 from compress.progress import Silent

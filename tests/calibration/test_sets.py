@@ -5,8 +5,9 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from compress.calibration.collect import CalibrationSelection, PinnedSet, collect, read_manifest
+from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import WikitextSet
+from compress.data.samples import read_manifest
 from compress.progress import Silent
 from tests.jobs import sentences
 from tests.tiny import build_qwen2_5_vl

@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from compress.calibration.sets import Columns
-from compress.data.questions import Question, count_questions, read_questions, source_digest
+from compress.data.question_rows import QuestionRows
+from compress.data.questions import Question, count_questions, open_questions, read_questions, source_digest
+from compress.data.sources import Columns, RowFilter
 from compress.errors import DataError
 from tests.tiny import picture
 
@@ -163,3 +164,36 @@ def test_source_digest_covers_the_images(tmp_path: Path) -> None:
     assert source_digest(path) == text_only
     with pytest.raises(DataError, match=r"absent.jsonl: no such file"):
         source_digest(tmp_path / "absent.jsonl")
+
+
+def test_rows_are_checked_once_while_the_file_does_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: list[Path] = []
+    check_fields = QuestionRows.check_fields
+
+    def counted(self: QuestionRows, rows: RowFilter) -> bool:
+        checked.append(self.path)
+        return check_fields(self, rows)
+
+    monkeypatch.setattr(QuestionRows, "check_fields", counted)
+    rows: list[dict[str, Any]] = [{"question": f"What is {number}?"} for number in range(3)]
+    path = write_jsonl(tmp_path, rows)
+    text_only = RowFilter(text_only=True)
+    assert count_questions([path], Columns(), text_only) == 3
+    assert [question.id for question in read_questions([path], Columns(), {0, 2}, text_only)] == ["1", "3"]
+    assert checked == [path]
+    one = RowFilter(text_only=True, where={"question": ("What is 1?",)})
+    assert len(open_questions([path], Columns(), one)) == 1
+    write_jsonl(tmp_path, [*rows, {"question": "Another?"}])
+    assert count_questions([path], Columns(), text_only) == 4
+    assert checked == [path] * 3
+
+
+def test_opened_files_have_no_more_rows_than_one_may_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COMPRESS_LIMIT_ROWS", "5")
+    text_only = RowFilter(text_only=True)
+    paths = [tmp_path / name / "q.jsonl" for name in "ab"]
+    for path in paths:
+        path.parent.mkdir()
+        write_jsonl(path.parent, [{"question": f"What is {number}?"} for number in range(3)]).replace(path)
+    opened = [open_questions([path], Columns(), text_only) for path in (*paths, paths[0])]
+    assert opened[0] is not opened[2]

@@ -14,8 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from compress.calibration.sets import Columns, RowFilter, VqaSet
+from compress.calibration.sets import VqaSet
 from compress.data.questions import Question, count_questions, read_questions, source_digest
+from compress.data.sources import Columns, RowFilter
 from compress.data.tables import read_lines, read_parquet, read_text
 from compress.data.texts import read_documents, read_joined
 from compress.errors import CompressError, DataError

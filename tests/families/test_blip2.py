@@ -7,11 +7,10 @@ import pytest
 import torch
 
 from compress.calibration.batches import Exchange, load_processor, process
-from compress.calibration.collect import longest_input
 from compress.checkpoints.checkpoint import open_checkpoint, read_config
 from compress.checkpoints.output_head import head_is_tied
 from compress.data.images import decode_image
-from compress.data.prompts import load_tokenizer, write_prompt
+from compress.data.prompts import load_tokenizer, longest_input, write_prompt
 from compress.engine.replay import Replay, WalkConfig
 from compress.errors import CheckpointError
 from compress.families import family_of

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
-from compress.calibration.sets import Columns, QuestionSource, RowFilter, TextSet, VqaSet
+from compress.calibration.sets import TextSet, VqaSet
 from compress.data.overlap import check_overlap
 from compress.data.questions import source_digest
+from compress.data.sources import Columns, QuestionSource, RowFilter
 from compress.data.texts import read_documents, read_joined
 from compress.errors import CompressError
 from compress.eval.tasks.task import draw_questions

@@ -15,11 +15,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.calibration.collect import longest_input
 from compress.checkpoints.artifact import artifact_format
 from compress.checkpoints.checkpoint import read_config
 from compress.checkpoints.skeleton import load_config
-from compress.data.prompts import load_processor
+from compress.data.prompts import load_processor, longest_input
 from compress.errors import CheckpointError, DataError, StoreError
 from compress.families import family_at
 from compress.progress import Progress

@@ -15,8 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from compress.calibration.collect import longest_input
-from compress.data.prompts import load_processor
+from compress.data.prompts import load_processor, longest_input
 from compress.engine.recorder import ReachedError
 from compress.families import Family, family_at
 from compress.progress import Progress
