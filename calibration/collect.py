@@ -19,7 +19,7 @@ from compress.calibration.sets import TextSet, VqaSet, WikitextSet
 from compress.data.identity import WordHashes, fingerprint_of, shingles, words_of
 from compress.data.images import media_type
 from compress.data.prompts import Prompt, RefusedError, check_reserved, load_tokenizer, longest_input
-from compress.data.questions import Question, count_questions, read_questions
+from compress.data.questions import Question, open_questions
 from compress.data.samples import IMAGES, MANIFEST, QUESTIONS, SHINGLES, WINDOWS
 from compress.data.texts import read_documents
 from compress.data.windows import Encode, Window, WindowRequest, draw_indices, encoder, pack_windows
@@ -128,7 +128,8 @@ def _shingles_of(texts: Mapping[int, str]) -> dict[str, NDArray[Any]]:
 
 def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress) -> list[Question]:
     spec = cast("VqaSet", pinned.spec)
-    total = count_questions(pinned.files, spec.columns, spec.rows)
+    questions = open_questions(pinned.files, spec.columns, spec.rows)
+    total = len(questions)
     folder = None if spec.image_folder is None else Path(spec.image_folder)
     if total < spec.samples:
         raise DataError(
@@ -138,7 +139,7 @@ def _draw_questions(pinned: PinnedSet, seed: str, name: str, progress: Progress)
     drawn = list[Question]()
     with progress.task(f"{name}: read questions", spec.samples, "questions") as advance:
         chosen = frozenset(draw_indices(total, spec.samples, seed))
-        for question in read_questions(pinned.files, spec.columns, chosen, spec.rows, folder):
+        for question in questions.read(chosen, folder):
             drawn.append(question)
             advance(1)
     return drawn

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.version import __version__
+
 if TYPE_CHECKING:
     from compress.report.model import Report
 
 __all__ = ["__version__", "evaluate", "run"]
-__version__ = "0.1.0"
 
 
 def run(

@@ -14,11 +14,12 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from compress import __version__, interrupts
+from compress import interrupts
 from compress.cli.commands import COMMANDS, load_command
 from compress.errors import CompressError
 from compress.untrusted.reading import printable
 from compress.untrusted.redaction import redact
+from compress.version import __version__
 
 _INTERRUPTED = 130
 _PIPE_CLOSED = 141  # 128 + SIGPIPE, what a shell reports of any program whose reader went

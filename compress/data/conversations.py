@@ -103,7 +103,7 @@ def _content_image(item: Mapping[str, Any]) -> object:
 
 def _images(row: Row, turns: Sequence[_Turn], first: int, where: str) -> list[object]:
     """Return the images of the first question; all of the row's where the conversation has no placeholders."""
-    row_images = [image for name in IMAGES for image in _as_list(row.get(name))]
+    row_images = [image for name in IMAGES for image in as_list(row.get(name))]
     placed = [image for turn in turns if turn.role in _USER_ROLES for image in turn.images]
     if not placed:
         return row_images
@@ -117,7 +117,8 @@ def _images(row: Row, turns: Sequence[_Turn], first: int, where: str) -> list[ob
     return [next(remaining) if image is None else image for image in turns[first].images]
 
 
-def _as_list(value: object) -> list[object]:
+def as_list(value: object) -> list[object]:
+    """Return a field's values: those of a list, none of a missing value, or the one."""
     if value is None:
         return []
     return cast("list[object]", value) if isinstance(value, list) else [value]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-from compress.data.conversations import FIELDS, IMAGES, STANDARD_FIELDS, Row, first_exchange, has_conversation
+from compress.data.conversations import FIELDS, IMAGES, STANDARD_FIELDS, Row, as_list, first_exchange, has_conversation
 from compress.data.json_rows import SUFFIXES, read_json_rows
 from compress.data.sources import Columns, RowFilter
 from compress.data.tables import check_file, names, parquet_columns, read_parquet
@@ -122,13 +122,7 @@ class QuestionRows:
 
 def values_of(row: Row, columns: Sequence[str]) -> list[object]:
     """Return the values of a row's fields, with lists flattened and missing values skipped."""
-    return [value for column in columns for value in _as_list(row.get(column))]
-
-
-def _as_list(value: object) -> list[object]:
-    if value is None:
-        return []
-    return cast("list[object]", value) if isinstance(value, list) else [value]
+    return [value for column in columns for value in as_list(row.get(column))]
 
 
 def _available_fields(path: Path, fields: frozenset[str]) -> frozenset[str]:

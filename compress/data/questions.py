@@ -77,8 +77,10 @@ class QuestionFiles:
     def read(self, chosen: Container[int] | None = None, image_folder: Path | None = None) -> Iterator[Question]:
         """Yield the questions in order, one at a time; with `chosen`, only those with these indices, counted from 0.
 
+        Paths of images are below `image_folder`, or else below the file's own folder.
+
         Raises:
-            DataError: as `read_questions`.
+            DataError: an image is missing or unreadable, a row lacks a required one, or a limit is exceeded; names file and row.
         """
         count = 0
         for opened, ids in self.opened:
@@ -115,8 +117,15 @@ They have at most the number of rows that one file may have, whose ids take 100 
 def open_questions(files: Sequence[Path], columns: Columns, rows: RowFilter = _ALL_ROWS) -> QuestionFiles:
     """Open question files and check every selected row except for its answers and images; done once while they do not change.
 
+    In a JSONL or JSON file `image` is a path, a data URI or base64, or a list of these, and `answer` one answer or a list. In a
+    parquet file `image` is a struct of `bytes` and `path` (as on the hub), bytes, a data URI or base64, or a list of these, and
+    `answer` text, or a list of texts or of structs with the field `answer`. Options are a list of texts, the same list as a Python
+    literal, or one field each. Of a conversation (`compress.data.conversations`) the first question is read. Where a file lacks a
+    renamed column but has the standard one, that is read; rows without `id` are numbered.
+
     Raises:
-        DataError: as `read_questions`.
+        DataError: a file is missing, malformed or has no selected question; a row lacks a field, its question is empty, its id is a
+            duplicate, or a limit is exceeded. The message names the file and the line or row.
     """
     key = (*map(file_state, files), columns, rows.model_dump_json(), limits())
     if key not in _OPEN:
@@ -126,39 +135,6 @@ def open_questions(files: Sequence[Path], columns: Columns, rows: RowFilter = _A
         _OPEN[key] = opened
     _OPEN.move_to_end(key)
     return _OPEN[key]
-
-
-def count_questions(files: Sequence[Path], columns: Columns, rows: RowFilter = _ALL_ROWS) -> int:
-    """Return the number of questions in the files; every selected row is checked except for its answers and images.
-
-    Raises:
-        DataError: as `read_questions`.
-    """
-    return len(open_questions(files, columns, rows))
-
-
-def read_questions(
-    files: Sequence[Path],
-    columns: Columns,
-    chosen: Container[int] | None = None,
-    rows: RowFilter = _ALL_ROWS,
-    image_folder: Path | None = None,
-) -> Iterator[Question]:
-    """Yield the questions of the files in order, one at a time; with `chosen`, only those with these indices, counted from 0.
-
-    In a JSONL or JSON file `image` is a path, a data URI or base64, or a list of these; paths are below `image_folder`, or else
-    below the file's own folder. `answer` is one answer or a list. In a parquet file `image` is a struct of `bytes` and `path` (as
-    on the hub), bytes, a data URI or base64, or a list of these; `answer` is text, or a list of texts or of structs with the field
-    `answer`. Options are a list of texts, the same list as a Python literal, or one field each. Of a conversation
-    (`compress.data.conversations`) the first question is read. Where a file lacks a renamed column but has the standard one,
-    that is read; rows without `id` are numbered.
-
-    Raises:
-        DataError: a file is missing, malformed or has no selected question; a row lacks a field or a required image, its question
-            is empty, its id is a duplicate, an image is missing or unreadable, or a limit is exceeded. The message names the file
-            and the line or row.
-    """
-    yield from open_questions(files, columns, rows).read(chosen, image_folder)
 
 
 def source_digest(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.data.questions import count_questions
+from compress.data.questions import open_questions
 from compress.data.sources import QuestionSource
 from compress.hubs.datasets import cached_files
 from compress.pipeline.planner import DataPin
@@ -44,7 +44,7 @@ def count_items(tasks: Sequence[Task], pins: Sequence[DataPin | None]) -> dict[s
 
 
 def _count_questions(task: Task, data: QuestionSource, files: Sequence[Path]) -> int:
-    available, samples = count_questions(files, data.columns, task.rows), sample_limit(task)
+    available, samples = len(open_questions(files, data.columns, task.rows)), sample_limit(task)
     count = available if samples is None else min(available, samples)
     if count <= _FULL_CHECK:
         questions, _ = task.contents(files)

@@ -9,8 +9,8 @@ from pathlib import Path
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from compress import __version__
 from compress.report.charts import Chart, draw, swatch
+from compress.version import __version__
 
 TEMPLATES = Path(__file__).parent / "templates"
 

@@ -197,14 +197,14 @@ def draw_questions(
     Raises:
         DataError: a file or question cannot be used, or there is none.
     """
-    from compress.data.questions import count_questions, read_questions
+    from compress.data.questions import open_questions
 
-    indices: set[int] | None = None
+    questions, indices = open_questions(files, data.columns, rows), None
     if samples is not None:
-        available = count_questions(files, data.columns, rows)
+        available = len(questions)
         indices = set(random.Random(seed).sample(range(available), min(available, samples)))  # noqa: S311 - no secret
     folder = None if data.image_folder is None else Path(data.image_folder)
-    return list(read_questions(files, data.columns, indices, rows, folder))
+    return list(questions.read(indices, folder))
 
 
 def flips(original: Sequence[ScoredItem], items: Sequence[ScoredItem]) -> dict[str, int]:

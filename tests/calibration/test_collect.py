@@ -20,7 +20,7 @@ from compress.checkpoints.artifact import folder_digests
 from compress.data import overlap
 from compress.data.overlap import check_overlap
 from compress.data.prompts import messages, open_images, write_prompt
-from compress.data.questions import read_questions
+from compress.data.questions import open_questions
 from compress.data.samples import read_manifest
 from compress.data.sources import Columns, RowFilter
 from compress.data.texts import read_documents
@@ -218,7 +218,7 @@ def test_questions_of_text_alone_where_they_are_asked_for(model: Path, tmp_path:
     with torch.no_grad():
         assert all(bool(network(**each).logits.isfinite().all()) for each in inputs)
     with pytest.raises(DataError, match=r"question 0 .* of the evaluation is calibration sample 0 "):
-        check_overlap(tmp_path / "out", read_questions([path], Columns(), {0}, RowFilter(text_only=True)), [])
+        check_overlap(tmp_path / "out", open_questions([path], Columns(), RowFilter(text_only=True)).read({0}), [])
 
 
 @pytest.mark.parametrize(
@@ -297,7 +297,7 @@ def test_a_chat_template_in_the_tokenizers_settings_alone_counts(several: bool, 
 
 
 def test_no_overlap(collected: Path, tmp_path: Path) -> None:
-    questions = read_questions([write_questions(tmp_path, 20, 24)], Columns())
+    questions = open_questions([write_questions(tmp_path, 20, 24)], Columns()).read()
     assert check_overlap(collected, questions, read_documents(write_text(tmp_path, 300, 400))) == []
 
 
@@ -311,7 +311,7 @@ def test_a_question_in_both_stops(collected: Path, tmp_path: Path) -> None:
         rf"\(questions.jsonl:\d+\): a measurement on it proves nothing; use another split or file"
     )
     with pytest.raises(DataError, match=message):
-        check_overlap(collected, read_questions([path], Columns()), [])
+        check_overlap(collected, open_questions([path], Columns()).read(), [])
 
 
 def test_one_image_of_several_in_both_with_the_same_question_stops(collected: Path, tmp_path: Path) -> None:
@@ -323,13 +323,13 @@ def test_one_image_of_several_in_both_with_the_same_question_stops(collected: Pa
     with pytest.raises(
         DataError, match=rf"question {number} \(questions.jsonl:1\) of the evaluation is calibration sample {number} "
     ):
-        check_overlap(collected, read_questions([path], Columns()), [])
+        check_overlap(collected, open_questions([path], Columns()).read(), [])
 
 
 def test_an_image_in_both_with_another_question_warns(collected: Path, tmp_path: Path) -> None:
     row = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
     path = write_questions(tmp_path, int(row["id"]), int(row["id"]) + 1, question="Something else?")
-    (warning, *_) = check_overlap(collected, read_questions([path], Columns()), [])
+    (warning, *_) = check_overlap(collected, open_questions([path], Columns()).read(), [])
     assert warning.startswith(f"an image of question {row['id']} (questions.jsonl:1) of the evaluation is also calibration sample")
 
 
@@ -358,7 +358,7 @@ def test_a_question_in_both_is_found_in_other_letters_and_with_its_images_in_ano
     for image in row["image"]:
         encoded_again(tmp_path / image, format="WEBP", lossless=True)
     with pytest.raises(DataError, match=rf"question {number} .* of the evaluation is calibration sample {number} "):
-        check_overlap(collected, read_questions([path], Columns()), [])
+        check_overlap(collected, open_questions([path], Columns()).read(), [])
 
 
 def test_an_image_that_looks_like_one_in_both_warns(collected: Path, tmp_path: Path) -> None:
@@ -367,7 +367,7 @@ def test_an_image_that_looks_like_one_in_both_warns(collected: Path, tmp_path: P
     path = write_questions(tmp_path, number, number + 1)
     for image in json.loads(path.read_text())["image"]:
         encoded_again(tmp_path / image, format="JPEG", quality=80, size=(90, 90))
-    (warning, *_) = check_overlap(collected, read_questions([path], Columns()), [])
+    (warning, *_) = check_overlap(collected, open_questions([path], Columns()).read(), [])
     assert f"looks like calibration sample {number}'s" in warning
     assert warning.endswith("with the same question")
 
@@ -376,7 +376,7 @@ def test_options_do_not_hide_a_question(collected: Path, tmp_path: Path) -> None
     written = json.loads((collected / "questions.jsonl").read_text().splitlines()[0])
     path = write_questions(tmp_path, int(written["id"]), int(written["id"]) + 1, options=["red", "blue"])
     with pytest.raises(DataError, match="of the evaluation is calibration sample"):
-        check_overlap(collected, read_questions([path], Columns(options="options")), [])
+        check_overlap(collected, open_questions([path], Columns(options="options")).read(), [])
 
 
 PLAIN = (

@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from compress.data.question_rows import QuestionRows
-from compress.data.questions import Question, count_questions, open_questions, read_questions, source_digest
+from compress.data.questions import Question, open_questions, source_digest
 from compress.data.sources import Columns, RowFilter
 from compress.errors import DataError
 from tests.tiny import picture
@@ -39,12 +39,12 @@ def test_jsonl(tmp_path: Path) -> None:
         tmp_path,
         [row(), row(id=7, image=["0.png", "1.png"], question=" Which? ", answer=["one", 1, " "]), {**row(id="c"), "answer": None}],
     )
-    first, second, third = read_questions([path], Columns())
+    first, second, third = open_questions([path], Columns()).read()
     assert first == Question("a", (picture(0),), "What is it?", ("red",), "q.jsonl:1")
     assert (second.id, second.images, second.question) == ("7", (picture(0), picture(1)), "Which?")
     assert second.answers == ("one", "1")
     assert third.answers == ()
-    assert count_questions([path], Columns()) == 3
+    assert len(open_questions([path], Columns())) == 3
 
 
 def test_parquet_as_on_the_hub(tmp_path: Path) -> None:
@@ -53,7 +53,7 @@ def test_parquet_as_on_the_hub(tmp_path: Path) -> None:
     columns = {"question_id": [5, 6, 7], "image": images, "query": ["a?", "b?", "c?"], "answers": answers}
     path = write_parquet(tmp_path, columns)
     names = Columns(id="question_id", question="query", answer="answers")
-    first, second, third = read_questions([path], names)
+    first, second, third = open_questions([path], names).read()
     assert first == Question("5", (picture(0),), "a?", ("red", "rot"), "q.parquet:1")
     assert second.answers == ()
     assert third.origin == "q.parquet:3"
@@ -62,10 +62,10 @@ def test_parquet_as_on_the_hub(tmp_path: Path) -> None:
 def test_a_file_in_the_usual_form_needs_no_renaming(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, [row(), row(id="b", image="1.png")])
     renamed = Columns(id="question_id", answer="answers")
-    assert list(read_questions([path], renamed)) == list(read_questions([path], Columns()))
+    assert list(open_questions([path], renamed).read()) == list(open_questions([path], Columns()).read())
     assert source_digest(path, renamed) == source_digest(path, Columns())
     with pytest.raises(DataError, match=r"q.jsonl:1: has no field 'question_id', only image, question; add it, or rename it"):
-        count_questions([write_jsonl(tmp_path, [{"image": "0.png", "question": "x?"}])], renamed)
+        open_questions([write_jsonl(tmp_path, [{"image": "0.png", "question": "x?"}])], renamed)
 
 
 def test_chosen_questions_over_several_files(tmp_path: Path) -> None:
@@ -77,7 +77,7 @@ def test_chosen_questions_over_several_files(tmp_path: Path) -> None:
         {"image": [[{"bytes": picture(0)}, {"bytes": picture(1)}]] * 2, "question": ["d?", "e?"], "answer": ["4", "5"]},
         "r.parquet",
     )
-    actual = list(read_questions([one, two], Columns(), {1, 2, 4}))
+    actual = list(open_questions([one, two], Columns()).read({1, 2, 4}))
     assert [question.question for question in actual] == ["b?", "c?", "e?"]
     assert [question.id for question in actual] == ["0:2", "0:3", "1:2"]
     assert len(actual[2].images) == 2
@@ -85,14 +85,14 @@ def test_chosen_questions_over_several_files(tmp_path: Path) -> None:
 
 def test_images_of_questions_not_chosen_are_not_read(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path, [row(image="absent.png"), row(id="b")])
-    assert [question.id for question in read_questions([path], Columns(), {1})] == ["b"]
+    assert [question.id for question in open_questions([path], Columns()).read({1})] == ["b"]
 
 
 def test_digest_is_that_of_question_and_images(tmp_path: Path) -> None:
     path = write_jsonl(
         tmp_path, [row(), row(id="b", question="  what  IS it?"), row(id="c", image="1.png"), row(id="d", image=["0.png", "1.png"])]
     )
-    digests = [question.digest for question in read_questions([path], Columns())]
+    digests = [question.digest for question in open_questions([path], Columns()).read()]
     assert digests[0] == digests[1]
     assert len(set(digests)) == 3
 
@@ -124,7 +124,7 @@ def test_faults_of_a_jsonl_file(tmp_path: Path, rows: list[dict[str, Any]], mess
     (tmp_path / "bad.png").write_text("no image")
     (tmp_path / "cut.png").write_bytes(picture(0)[:60])
     with pytest.raises(DataError, match=message):
-        list(read_questions([write_jsonl(tmp_path, rows)], Columns()))
+        list(open_questions([write_jsonl(tmp_path, rows)], Columns()).read())
 
 
 def test_faults_of_other_files(tmp_path: Path) -> None:
@@ -132,15 +132,15 @@ def test_faults_of_other_files(tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=r"cut.jsonl:1: not readable as JSON \(.* at line 1, column 2\); correct or remove the line"
     ):
-        list(read_questions([tmp_path / "cut.jsonl"], Columns()))
+        list(open_questions([tmp_path / "cut.jsonl"], Columns()).read())
     with pytest.raises(DataError, match=r"q.parquet: has no column 'question', only id, image; name the right one under columns"):
-        count_questions([write_parquet(tmp_path, {"id": ["a"], "image": ["x"]})], Columns())
+        open_questions([write_parquet(tmp_path, {"id": ["a"], "image": ["x"]})], Columns())
     missing = {"id": ["a", "b"], "image": [{"bytes": picture(0)}, None], "question": ["a?", "b?"]}
     with pytest.raises(DataError, match=r"q.parquet:2: has no image"):
-        list(read_questions([write_parquet(tmp_path, missing)], Columns()))
+        list(open_questions([write_parquet(tmp_path, missing)], Columns()).read())
     (tmp_path / "q.csv").write_text("a")
     with pytest.raises(DataError, match=r"q.csv: questions are read from .jsonl, .json and .parquet files"):
-        count_questions([tmp_path / "q.csv"], Columns())
+        open_questions([tmp_path / "q.csv"], Columns())
 
 
 @pytest.mark.parametrize("name", ["questions", "questions.jsonl", "questions.parquet"])
@@ -148,8 +148,8 @@ def test_a_folder_holds_no_questions_itself(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     uses: list[Callable[[Path], object]] = [
         source_digest,
-        lambda path: count_questions([path], Columns()),
-        lambda path: list(read_questions([path], Columns())),
+        lambda path: open_questions([path], Columns()),
+        lambda path: list(open_questions([path], Columns()).read()),
     ]
     for use in uses:
         with pytest.raises(DataError, match=rf"{name}: is a folder; name the file in it"):
@@ -178,13 +178,13 @@ def test_rows_are_checked_once_while_the_file_does_not_change(tmp_path: Path, mo
     rows: list[dict[str, Any]] = [{"question": f"What is {number}?"} for number in range(3)]
     path = write_jsonl(tmp_path, rows)
     text_only = RowFilter(text_only=True)
-    assert count_questions([path], Columns(), text_only) == 3
-    assert [question.id for question in read_questions([path], Columns(), {0, 2}, text_only)] == ["1", "3"]
+    assert len(open_questions([path], Columns(), text_only)) == 3
+    assert [question.id for question in open_questions([path], Columns(), text_only).read({0, 2})] == ["1", "3"]
     assert checked == [path]
     one = RowFilter(text_only=True, where={"question": ("What is 1?",)})
     assert len(open_questions([path], Columns(), one)) == 1
     write_jsonl(tmp_path, [*rows, {"question": "Another?"}])
-    assert count_questions([path], Columns(), text_only) == 4
+    assert len(open_questions([path], Columns(), text_only)) == 4
     assert checked == [path] * 3
 
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image
 
 from compress.calibration.sets import VqaSet
-from compress.data.questions import Question, count_questions, read_questions, source_digest
+from compress.data.questions import Question, open_questions, source_digest
 from compress.data.sources import Columns, RowFilter
 from compress.data.tables import read_lines, read_parquet, read_text
 from compress.data.texts import read_documents, read_joined
@@ -48,7 +48,7 @@ def row(**changes: Any) -> dict[str, Any]:
 
 
 def read(path: Path, rows: RowFilter | None = None, folder: Path | None = None) -> list[Question]:
-    return list(read_questions([path], Columns(), None, rows or RowFilter(), folder))
+    return list(open_questions([path], Columns(), rows or RowFilter()).read(None, folder))
 
 
 # a list of rows
@@ -64,7 +64,7 @@ def test_a_list_of_questions_is_read_as_its_lines_are(tmp_path: Path, name: str)
         (each.images, each.question, each.answers) for each in lines
     ]
     assert [each.origin for each in actual] == [f"{name}:{number}" for number in (1, 2, 3)]
-    assert count_questions([path], Columns()) == 3
+    assert len(open_questions([path], Columns())) == 3
     before = source_digest(path, Columns())
     (tmp_path / "1.png").write_bytes(picture(7))
     assert source_digest(path, Columns()) != before
@@ -161,7 +161,7 @@ def test_conversations_in_parquet(tmp_path: Path) -> None:
     turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": "A bus."}]
     path = tmp_path / "q.parquet"
     pq.write_table(cast("Any", pa).table({"conversations": [turns] * 2, "image": images}), path)
-    actual = list(read_questions([path], Columns(answer="answers")))
+    actual = list(open_questions([path], Columns(answer="answers")).read())
     assert [said(question) for question in actual] == [("What is it?", ("A bus.",), 1)] * 2
     assert [question.images[0] for question in actual] == [picture(0), picture(1)]
     messages = [[{"role": "user", "content": "<image>What?"}, {"role": "assistant", "content": "A bus."}]]
@@ -352,7 +352,7 @@ def test_only_the_row_groups_that_are_asked_for_are_read(tmp_path: Path) -> None
     path.write_bytes(content[:start] + bytes(len(PNG)) + content[start + len(PNG) :])
     with pytest.raises(DataError, match=r"q.parquet:1: image 0: cannot be read as an image"):
         read(path)
-    assert [each.id for each in read_questions([path], Columns(), {4, 5})] == ["5", "6"]
+    assert [each.id for each in open_questions([path], Columns()).read({4, 5})] == ["5", "6"]
     assert [number for number, _ in read_parquet(path, ["question"], {2, 5})] == [2, 5]
 
 
@@ -416,7 +416,7 @@ def test_whatever_a_file_holds_the_error_is_ours(tmp_path: Path, suffix: str) ->
 def test_options_without_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = write(tmp_path, [row(options=["a", "b", "c"])])
     columns = Columns(options="options")
-    assert next(iter(read_questions([path], columns))).options == ("a", "b", "c")
+    assert next(iter(open_questions([path], columns).read())).options == ("a", "b", "c")
     monkeypatch.setenv("COMPRESS_LIMIT_QUESTION_ANSWERS", "2")
     with pytest.raises(DataError, match=r"q.jsonl:1: its options: there are 3 \(limit question_answers = 2"):
-        list(read_questions([path], columns))
+        list(open_questions([path], columns).read())
