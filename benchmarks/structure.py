@@ -62,8 +62,7 @@ def cycles(trees: dict[str, ast.Module], lazy: bool) -> list[list[str]]:
         (places[name], places[target])
         for name, tree in trees.items()
         for imported in imports(tree, lazy)
-        for target in (imported, imported.rpartition(".")[0])
-        if target in places and target != name
+        if (target := imported if imported in places else imported.rpartition(".")[0]) in places and target != name
     }
     rows, columns = zip(*edges, strict=True)
     graph = coo_array(([1] * len(edges), (rows, columns)), shape=(len(trees), len(trees)))

@@ -7,7 +7,6 @@ import os
 import re
 import tempfile
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -53,26 +52,8 @@ _MAX_MESSAGE = 1200
 """Characters of the harness's error that a message quotes; its log has all."""
 
 
-@dataclass(frozen=True)
-class HarnessJob:
-    """The worker's job; see `worker.py`."""
-
-    harness: str
-    benchmark: str
-    url: str
-    model: str
-    metric: str | None
-    filter: str | None
-    samples: int | None
-    fewshot: int | None
-    chat: bool
-    include_path: str | None
-    concurrency: int
-    seconds: int
-    tokenizer: str
-    max_length: int | None
-    journal: str
-    items: str
+_JOB_FIELDS = {"harness", "benchmark", "metric", "filter", "samples", "fewshot", "chat", "include_path", "concurrency"}
+"""The fields of a task that its worker is told."""
 
 
 def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
@@ -103,30 +84,22 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
     """Run the harness to its end; return its outcome (metric and further figures), and its items."""
     name = ENVIRONMENTS[task.harness]
     client = cast("httpx.Client", endpoint.client)
-    job = HarnessJob(
-        harness=task.harness,
-        benchmark=task.benchmark,
-        url=str(client.base_url).rstrip("/"),
-        model=str(endpoint.model),
-        metric=task.metric,
-        filter=task.filter,
-        samples=task.samples,
-        fewshot=task.fewshot,
-        chat=task.chat,
-        include_path=task.include_path,
-        concurrency=task.concurrency,
-        seconds=task.request_seconds,
-        tokenizer=str(context.original_checkpoint.absolute()),
-        max_length=_context_length(client, str(endpoint.model)),
-        journal=str((context.output_dir / "journal" / f"{task.name}.harness.jsonl").absolute()),
-        items=str(folder / "items.jsonl"),
-    )
+    items = folder.absolute() / "items.jsonl"
+    job = task.model_dump(mode="json", include=_JOB_FIELDS) | {
+        "url": str(client.base_url).rstrip("/"),
+        "model": str(endpoint.model),
+        "seconds": task.request_seconds,
+        "tokenizer": str(context.original_checkpoint.absolute()),
+        "max_length": _context_length(client, str(endpoint.model)),
+        "journal": str((context.output_dir / "journal" / f"{task.name}.harness.jsonl").absolute()),
+        "items": str(items),
+    }
     log = context.logs.absolute() / f"{name}-{task.name}.log"
     key = str(client.headers.get("Authorization", "")).removeprefix("Bearer ")
     worker_job = WorkerJob(
         environment=name,
         script=_WORKER,
-        content=asdict(job),
+        content=job,
         variables=_variables(key),
         log=log,
         bars=_BARS,
@@ -136,9 +109,9 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
     outcome = run_job(worker_job, folder, context.progress)
     if "failed" in outcome:
         raise _failure(task, outcome["failed"], str(outcome["message"])[:_MAX_MESSAGE], f"Its log is {log}")
-    items = _items(Path(job.items), name)
-    _check_answers(task, items, log, context.progress)
-    return outcome, items
+    answered = _items(items, name)
+    _check_answers(task, answered, log, context.progress)
+    return outcome, answered
 
 
 def _items(path: Path, name: str) -> list[AdapterItem]:

@@ -1,6 +1,6 @@
 """Runs a harness's task against a server: a script of `compress/workers/job.py` for the harness's own environment.
 
-The job is a `HarnessJob` (`run.py`); each item's score goes to its file `items`. Nothing of this package is imported.
+The job is made in `run.py`; each item's score goes to its file `items`. Nothing of this package is imported.
 """
 
 from __future__ import annotations

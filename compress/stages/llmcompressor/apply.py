@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -49,24 +49,6 @@ _MESSAGE_CHARACTERS = 1200
 
 _REMOVED = ("LLM_COMPRESSOR_LOG_FILE",)
 """Would send its log elsewhere."""
-
-
-@dataclass(frozen=True)
-class LlmCompressorJob:
-    """The worker's job; the last three are the defaults of modifiers' arguments (`Defaults`)."""
-
-    model: str
-    architecture: str
-    blocks: str
-    samples: str
-    output: str
-    seed: int
-    trust_remote_code: bool
-    modifiers: list[tuple[str, dict[str, Any]]]
-    pipeline: str
-    ignore: list[str]
-    mappings: dict[str, list[Any]]
-    rotation: dict[str, Any] | None
 
 
 def apply(stage: Llmcompressor, context: StageContext) -> None:
@@ -124,23 +106,23 @@ def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, wo
         RecipeError, CheckpointError, MissingError, ServerError: as `Llmcompressor.apply`.
     """
     defaults = Defaults(checkpoint, context.family)
-    job = LlmCompressorJob(
-        model=str(context.source.absolute()),
-        architecture=context.family.architecture,
-        blocks=context.family.blocks,
-        samples=str((work / "samples").absolute()),
-        output=str((work / "output").absolute()),
-        seed=context.seed,
-        trust_remote_code=context.trust_remote_code,
-        modifiers=stage.calls,
-        pipeline=stage.pipeline,
-        ignore=defaults.ignore,
-        mappings=defaults.mappings,
-        rotation=defaults.rotation,
-    )
+    job = {
+        "model": str(context.source.absolute()),
+        "architecture": context.family.architecture,
+        "blocks": context.family.blocks,
+        "samples": str((work / "samples").absolute()),
+        "output": str((work / "output").absolute()),
+        "seed": context.seed,
+        "trust_remote_code": context.trust_remote_code,
+        "modifiers": stage.calls,
+        "pipeline": stage.pipeline,
+        "ignore": defaults.ignore,
+        "mappings": defaults.mappings,
+        "rotation": defaults.rotation,
+    }
     log = (context.logs or context.target.parent) / _LOG
     variables = variables_with(_VARIABLES | ({"CUDA_VISIBLE_DEVICES": ""} if context.device == "cpu" else {}), _REMOVED)
-    outcome = run_job(WorkerJob(ENVIRONMENT, _WORKER, asdict(job), variables, log, _BARS), work, context.progress)
+    outcome = run_job(WorkerJob(ENVIRONMENT, _WORKER, job, variables, log, _BARS), work, context.progress)
     if outcome:
         raise _failure(outcome["failed"], _shortened(outcome["message"]), context.device, log.absolute())
 

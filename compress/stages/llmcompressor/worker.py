@@ -1,6 +1,6 @@
 """Runs llm-compressor's modifiers on a model: a script of `compress/workers/job.py` for its own environment.
 
-The job is an `LlmCompressorJob` (`apply.py`). Nothing of this package is imported: torch and transformers have other versions.
+The job is made in `apply.py`. Nothing of this package is imported: torch and transformers have other versions.
 """
 
 from __future__ import annotations
