@@ -86,7 +86,11 @@ def _reserve(descriptor: int, size: int) -> None:
 
 
 def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
-    """Return a copy of nested tuples, lists, dicts and dataclasses with `function` applied to every tensor in them."""
+    """Return a copy of nested tuples, lists, dicts and dataclasses with `function` applied to every tensor in them.
+
+    `torch.utils._pytree` takes dataclasses and unregistered subclasses of dict and list for leaves: it would silently pass over
+    the tensors in them, which then stay on the device and count as never read.
+    """
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, dict):

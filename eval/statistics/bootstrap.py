@@ -21,6 +21,8 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from compress.eval.statistics.estimates import crossing
+
 Floats = NDArray[np.float64]
 
 _GRID = 2**14
@@ -28,6 +30,9 @@ _GRID = 2**14
 
 _MIN_TAIL = 1e-14
 """Smaller tail probabilities are rounding errors of the transform."""
+
+_ROUNDING = 1e-12
+"""A smaller remainder of the probabilities is a rounding error: taken for a probability, it would make the grid coarser."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,7 +96,8 @@ def tilted(totals: Totals, recovery: float) -> tuple[Floats, Floats]:
     high = max(float(differences.max()), totals.unobserved[1])
     multiplier = _multiplier(differences, shares, low, high)
     weights = shares / (1 + multiplier * differences)
-    remainder = max(1 - float(weights.sum()), 0.0)
+    remainder = 1 - float(weights.sum())
+    remainder = remainder if remainder > _ROUNDING else 0.0
     unobserved_weights = (remainder, 0.0) if multiplier > 0 else (0.0, remainder)
     values = np.concatenate([differences, [low, high]])
     probabilities = np.concatenate([weights, unobserved_weights])
@@ -99,23 +105,14 @@ def tilted(totals: Totals, recovery: float) -> tuple[Floats, Floats]:
 
 
 def _multiplier(differences: Floats, shares: Floats, low: float, high: float) -> float:
-    """Solve Σ share·D / (1 + λ·D) = 0 by bisection; the sum falls with λ between its poles, or stays on one side of 0."""
+    """Solve Σ share·D / (1 + λ·D) = 0; the sum falls with λ between its poles, or stays on one side of 0."""
     mean = float((shares * differences).sum())
     if abs(mean) <= 1e-12 * max(high, -low, 1e-300):
         return 0.0
-    inner, outer = 0.0, (-1 / low if mean > 0 else -1 / high)
-    edge = outer * (1 - 1e-12)
-    if mean * float((shares * differences / (1 + edge * differences)).sum()) >= 0:
-        return edge
-    for _ in range(80):
-        middle = (inner + outer) / 2
-        if mean * float((shares * differences / (1 + middle * differences)).sum()) > 0:
-            inner = middle
-        else:
-            outer = middle
-        if abs(outer - inner) <= 1e-13 * abs(outer):
-            break
-    return inner
+    edge = (-1 / low if mean > 0 else -1 / high) * (1 - 1e-12)
+    return edge * crossing(
+        lambda part: mean * float((shares * differences / (1 + part * edge * differences)).sum()), 0.0, 1.0, precision=1e-15
+    )
 
 
 def bootstrap_tails(totals: Totals, recovery: float) -> Tails:

@@ -7,10 +7,12 @@ Each bound holds by itself with the given confidence: at 0.95, an artifact that 
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from statistics import NormalDist
-from typing import Literal
+from typing import Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -344,11 +346,7 @@ def _windows_to_settle(distance: float, deviation: float, windows: int, confiden
 
     if distance < 1e-12 or not is_decided(_MAX_SAMPLE):
         return None
-    low, high = windows, _MAX_SAMPLE
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_decided(middle) else (middle, high)
-    return high
+    return windows + 1 + bisect_left(range(windows + 1, _MAX_SAMPLE), True, key=is_decided)
 
 
 def student_quantile(confidence: float, degrees: int) -> float:
@@ -358,13 +356,21 @@ def student_quantile(confidence: float, degrees: int) -> float:
     return float(stdtrit(degrees, confidence))
 
 
-def crossing(function: Callable[[float], float], low: float, high: float, precision: float = 1e-12) -> float:
-    """Return where a falling function crosses zero between `low` and `high`, by bisection; `low` if it is not above zero."""
-    if function(low) <= 0:
+def crossing(
+    function: Callable[[float], float], low: float, high: float, precision: float = 1e-12, *, steps: bool = False
+) -> float:
+    """Return where a falling function crosses zero between `low` and `high`; the nearer of the two if it does not.
+
+    `precision` is relative. The function may be infinite; `steps` says that it falls in steps.
+    """
+    value = cache(function)  # the solver asks for the ends again
+    if value(low) <= 0:
         return low
-    for _ in range(100):
-        middle = (low + high) / 2
-        low, high = (middle, high) if function(middle) > 0 else (low, middle)
-        if high - low <= precision * high:
-            break
-    return (low + high) / 2
+    if value(high) >= 0:
+        return high
+    from scipy import optimize
+
+    # Between the sides of a step there is nothing to interpolate.
+    solver = cast("Callable[..., float]", optimize.bisect if steps else optimize.brentq)
+    # Roots differ by many powers of ten, so no absolute error is asked for.
+    return solver(value, low, high, xtol=1e-300, rtol=precision, maxiter=1000)

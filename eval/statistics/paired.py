@@ -169,7 +169,8 @@ def _bootstrap_interval(totals: Totals, limit: float, value: float, levels: Leve
         end = limit
     else:
         high, end = _step_outwards(lambda ratio: above(ratio) > 0, max(high, limit), 1)
-    return 0.0 if value == 0 else crossing(below, start, low, 1e-6), crossing(above, high, end, 1e-6)
+    lower = 0.0 if value == 0 else crossing(below, start, low, 1e-6, steps=True)
+    return lower, crossing(above, high, end, 1e-6, steps=True)
 
 
 def _step_outwards(inside: Callable[[float], bool], ratio: float, sign: Literal[-1, 1]) -> tuple[float, float]:

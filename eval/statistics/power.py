@@ -7,6 +7,7 @@ nothing passes with a probability of 80 % (`POWER`), although an assumed share o
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 from statistics import NormalDist
@@ -115,8 +116,4 @@ def items_for_mean_loss(loss: float, passing: float, assumed: AssumedChanges, po
 def _fewest_items(is_enough: Callable[[int], bool]) -> int | None:
     if not is_enough(_MAX_ITEMS):
         return None
-    low, high = 0, _MAX_ITEMS
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (low, middle) if is_enough(middle) else (middle, high)
-    return high
+    return 1 + bisect_left(range(1, _MAX_ITEMS), True, key=is_enough)

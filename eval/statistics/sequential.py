@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.eval.statistics.estimates import Levels, Outcome, Recovery, normal_quantile
+from compress.eval.statistics.estimates import Levels, Outcome, Recovery, crossing, normal_quantile
 from compress.eval.statistics.paired import Pairs, decide, judge_pairs
 
 Decision = Literal["pass", "fail", "inconclusive", "go on"]
@@ -30,6 +30,9 @@ _POINTS = 301
 
 _MIN_Z = -9.0
 """The grid's lower end in standard deviations: the normal density below has a mass under 1e-18."""
+
+_MAX_Z = 39.0
+"""The largest bound: the normal density above has a mass under the smallest float64."""
 
 
 def error_spent(fraction: float, alpha: float) -> float:
@@ -91,11 +94,7 @@ class _ScoreProcess:
 
     def solve(self, fraction: float, target: float) -> float:
         """Return the bound that is crossed with the probability `target`."""
-        low, high = _MIN_Z, 39.0
-        for _ in range(50):
-            middle = (low + high) / 2
-            low, high = (middle, high) if self.chance(fraction, middle) > target else (low, middle)
-        return high
+        return crossing(lambda bound: self.chance(fraction, bound) - target, _MIN_Z, _MAX_Z)
 
     def step(self, fraction: float, bound: float) -> None:
         """Advance to this fraction with the mass below the bound; integrates by Simpson's rule."""
@@ -119,12 +118,10 @@ def repeated_p(fractions: Sequence[float], p_value: float) -> float:
     """
     if p_value >= 0.5:
         return 1.0
-    low, high = math.log(max(p_value, 1e-300)), 0.0
-    z = normal_quantile(max(p_value, 1e-300))
-    for _ in range(30):
-        middle = (low + high) / 2
-        low, high = (low, middle) if boundaries(fractions, math.exp(middle))[-1] <= z else (middle, high)
-    return math.exp(high)
+    nominal = max(p_value, 1e-300)
+    z = normal_quantile(nominal)
+    largest = math.log(1 - 1e-9)  # at an error of 1 there are no boundaries
+    return math.exp(crossing(lambda error: boundaries(fractions, math.exp(error))[-1] - z, math.log(nominal), largest))
 
 
 @dataclass(frozen=True)

@@ -63,6 +63,10 @@ def test_every_container_is_mapped() -> None:
     assert mapped[2]["k"].x.item() == 2
     assert mapped[2]["k"].y == 3
     assert (mapped[3].inner.item(), mapped[3].name) == (2, "n")
+    subclasses = map_tensors(
+        {"d": type("Named", (dict,), {})(k=torch.ones(1)), "l": type("Listed", (list,), {})([torch.ones(1)])}, len
+    )
+    assert subclasses == {"d": {"k": 1}, "l": [1]}
     pooled: Any = (torch.ones(1),)
     output = map_tensors(BaseModelOutputWithPooling(pooler_output=pooled), lambda tensor: tensor + 1)
     assert isinstance(output, BaseModelOutputWithPooling)

@@ -44,6 +44,15 @@ def test_its_p_values_come_close_to_the_score_tests() -> None:
             assert (tails.larger, tails.smaller) == pytest.approx(score_tails(counts, limit), rel=0.25, abs=0.003)
 
 
+def test_a_change_that_nothing_makes_possible_has_no_probability_at_all() -> None:
+    """A remainder of 1e-16 would count as the largest change, by which the grid's step is chosen."""
+    generator = np.random.default_rng(0)
+    for number in range(50):
+        clusters = totals([(float(a), float(b)) for a, b in generator.random((8 + number, 2)).round(2)])
+        unobserved = tilted(clusters, float(generator.uniform(0.8, 1.2)))[1][-2:]
+        assert all(value == 0 or value > 1e-12 for value in unobserved)
+
+
 @settings(max_examples=40, deadline=None)
 @given(scores, st.floats(0.8, 1.2))
 def test_the_hypothesis_holds_for_the_tilted_probabilities_and_they_are_the_likeliest(

@@ -77,9 +77,9 @@ def test_impossible_looks_are_refused(fractions: list[float]) -> None:
 def test_a_repeated_p_value_is_the_level_at_which_the_look_rejects() -> None:
     for fractions, alpha in (([1.0], 0.01), ([0.25, 0.5], 0.05), (even(4), 0.01)):
         nominal = NORMAL.cdf(-boundaries(fractions, alpha)[-1])
-        assert repeated_p(fractions, nominal) == pytest.approx(alpha, rel=1e-4)
+        assert repeated_p(fractions, nominal) == pytest.approx(alpha, rel=1e-9)
     assert repeated_p(even(2), 0.7) == 1
-    assert repeated_p([1.0], 0.03) == pytest.approx(0.03, rel=1e-4)
+    assert repeated_p([1.0], 0.03) == pytest.approx(0.03, rel=1e-9)
 
 
 def test_looks_are_planned_over_the_budget() -> None:

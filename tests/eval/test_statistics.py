@@ -18,6 +18,7 @@ from compress.eval.statistics.estimates import (
     clustered_mean,
     constrained_flips,
     count_pairs,
+    crossing,
     judge_counts,
     judge_perplexity,
     judge_recovery,
@@ -250,7 +251,7 @@ def test_each_level_moves_its_own_bound() -> None:
     usual, strict = (judge_counts(CASES[0], 0.95, levels).interval for levels in (Levels.at(0.95), Levels(0.05, 1e-30)))
     assert usual is not None
     assert strict is not None
-    assert strict[0] == usual[0]
+    assert strict[0] == pytest.approx(usual[0], rel=1e-12)
     assert strict[1] > usual[1] + 0.1
 
 
@@ -298,3 +299,12 @@ def test_an_interval_is_named_by_the_confidence_of_both_its_bounds() -> None:
     assert held / 2000 == pytest.approx(two_sided(0.95), abs=0.02)
     assert Levels.at(0.95).interval == pytest.approx(0.9)
     assert judge_recovery(PairedCounts(90, 5, 4, 1), 0.9, 0.95).level == pytest.approx(0.9)
+
+
+@pytest.mark.parametrize("steps", [False, True])
+def test_a_crossing_is_found_on_slopes_and_steps_and_beside_infinity(*, steps: bool) -> None:
+    for root in (3e-9, 0.02, 1.0, 700.0):
+        assert crossing(lambda x, root=root: 1 - x / root, 1e-9, 1e3, steps=steps) == pytest.approx(root, rel=3e-12)
+        assert crossing(lambda x, root=root: 1.0 if x < root else -1.0, 1e-9, 1e3, steps=steps) == pytest.approx(root, rel=3e-12)
+    assert crossing(lambda x: math.inf if x < 2 else 3 - x, 1.0, 5.0, steps=steps) == pytest.approx(3, rel=3e-12)
+    assert (crossing(lambda x: -x, 1.0, 2.0, steps=steps), crossing(lambda x: 9 - x, 1.0, 2.0, steps=steps)) == (1.0, 2.0)
