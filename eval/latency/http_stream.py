@@ -7,12 +7,13 @@ an answer as a small model does for a token; here a piece is stored as it arrive
 from __future__ import annotations
 
 import asyncio
-import re
 import ssl
 import time
 from dataclasses import dataclass, field
 from typing import cast
 from urllib.parse import urlsplit
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 
 from compress.errors import UsageError
 from compress.untrusted.limits import limits
@@ -20,12 +21,11 @@ from compress.untrusted.reading import printable
 from compress.untrusted.redaction import redact
 
 _HEAD_END = b"\r\n\r\n"
-_STATUS_LINE = re.compile(r"HTTP/1\.[01] ([1-5][0-9]{2})(?: .*)?")
-_SIZE_LINE = re.compile(rb"([0-9a-fA-F]{1,15})[ \t]*(?:;.*)?")
-"""A chunk's size in hexadecimal digits, and extensions, which are ignored (RFC 9112, section 7.1)."""
+_OK, _MAX_STATUS = 200, 599
+"""The statuses of a final response."""
 
-_MAX_SIZE_LINE = 4096
-"""Bytes of the line with a chunk's size and extensions."""
+_SLICE = 16_384
+"""Bytes that are parsed at once: limits that are judged between them are exceeded by less than that."""
 
 _MAX_INTERIM = 16
 """Interim responses (1xx) that may precede the final one."""
@@ -38,9 +38,6 @@ _SPARE_BYTES, _SPARE_PIECES = 65_536, 64
 
 _CONNECT_SECONDS = 30
 """The time limit of a connection; a request's own limit is its caller's."""
-
-_MAX_LENGTH_DIGITS = 15
-"""Digits of a Content-Length: the number stays exact in any type."""
 
 
 class StreamError(Exception):
@@ -79,11 +76,13 @@ class Reply:
     reusable: bool = True
     """Whether the connection can be used for another request."""
 
-    _buffer: bytearray = field(default_factory=bytearray)
-    _chunked: bool = False
-    _left: int | None = None
+    _message: _Message = field(init=False, repr=False)
     _received: int = 0
-    _interim: int = 0
+    _idle: int = 0
+    """Bytes received since the last that belong to the body."""
+
+    def __post_init__(self) -> None:
+        self._message = _Message()
 
     def feed(self, time_received: float, data: bytes) -> None:
         """Parse received bytes.
@@ -97,110 +96,87 @@ class Reply:
                 f"the answer has more than {self.limits.bytes:,} bytes or {self.limits.pieces:,} pieces "
                 f"({limits().set_by('stream_bytes')} a token)"
             )
-        self._buffer += data
-        if not self.status and not self._read_head():
-            return
-        body = self._unchunk() if self._chunked else self._take(self._left)
-        if body:
-            self.pieces.append((time_received, body))
+        message = self._message
+        for start in range(0, len(data), _SLICE):
+            self._parse(data[start : start + _SLICE])
+        self.status, self.complete, self.reusable = message.status, message.complete, message.reusable
+        if message.content:
+            self.pieces.append((time_received, b"".join(message.content)))
+            message.content.clear()
 
     def close(self) -> bool:
         """Handle the connection's end; return whether the answer is complete."""
-        if self.status and not self._chunked and self._left is None:
-            self.complete = True
+        self.complete = self.complete or self._message.ends_with_connection
         self.reusable = False
         return self.complete
 
-    def _take(self, left: int | None) -> bytes:
-        size = len(self._buffer) if left is None else min(left, len(self._buffer))
-        body = bytes(self._buffer[:size])
-        del self._buffer[:size]
-        if left is not None:
-            self._left = left - size
-            self.complete = self._left == 0
-        return body
+    def _parse(self, data: bytes) -> None:
+        message, pieces = self._message, len(self._message.content)
+        try:
+            message.parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as error:
+            message.reusable = False
+            if not message.complete:
+                begin = "" if message.status else f", in {data[:40].decode('latin-1')!r}"
+                raise StreamError(f"no HTTP answer: {error}{begin}") from None
+        if message.fault:
+            raise StreamError(message.fault)
+        self._idle = 0 if len(message.content) > pieces or message.complete else self._idle + len(data)
+        if self._idle and self._idle > limits().head_bytes:  # the limit takes longer to read than a piece to parse
+            raise StreamError(f"no HTTP answer: {self._idle:,} bytes without content ({limits().set_by('head_bytes')})")
 
-    def _read_head(self) -> bool:
-        """Read the status and the headers once they are complete; interim responses (1xx) are skipped."""
-        while True:
-            end = self._buffer.find(_HEAD_END)
-            if end > limits().head_bytes or (end < 0 and len(self._buffer) > limits().head_bytes):
-                raise StreamError(f"no HTTP answer: its head does not end ({limits().set_by('head_bytes')})")
-            if end < 0:
-                return False
-            lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
-            del self._buffer[: end + len(_HEAD_END)]
-            match = _STATUS_LINE.fullmatch(lines[0])
-            if match is None:
-                raise StreamError(f"no HTTP answer: {lines[0][:40]!r}")
-            if match[1].startswith("1"):
-                self._interim += 1
-                if self._interim > _MAX_INTERIM:
-                    raise StreamError(f"no HTTP answer: {self._interim} that only say to go on")
-                continue
-            self._read_headers(int(match[1]), lines[0][:8], lines[1:])
-            return True
 
-    def _read_headers(self, status: int, version: str, lines: list[str]) -> None:
-        headers = {name.strip().lower(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
+class _Message:
+    """What the parser has read of an answer; interim responses (1xx) before it are skipped, and whatever follows it."""
+
+    def __init__(self) -> None:
+        self.parser = HttpResponseParser(self)
+        self.status = 0
+        self.content: list[bytes] = []
+        self.complete = False
+        self.reusable = True
+        self.ends_with_connection = False
+        self.fault = ""
+        self._headers: dict[str, str] = {}
+        self._interim = 0
+
+    def on_message_begin(self) -> None:
+        """Forget an interim response's headers."""
+        if self.complete:
+            self.reusable = False
+        self._headers.clear()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Store a header, not a trailer."""
+        if not self.status:
+            self._headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip().lower()
+
+    def on_headers_complete(self) -> None:
+        """Judge the head."""
+        if self.complete:
+            return
+        status, version = self.parser.get_status_code(), self.parser.get_http_version()
+        if status < _OK:
+            self._interim += 1
+            self.fault = f"no HTTP answer: {self._interim} that only say to go on" if self._interim > _MAX_INTERIM else ""
+            return
         self.status = status
-        transfer_coding = headers.get("transfer-encoding", "").lower()
-        self._chunked = transfer_coding == "chunked"
-        length = headers.get("content-length", "")
-        content_coding = headers.get("content-encoding", "identity").lower()
-        if transfer_coding not in ("", "chunked", "identity") or content_coding not in ("", "identity"):
-            raise StreamError(f"the answer is packed as {(transfer_coding or content_coding)[:40]!r}, which was not asked for")
-        if length and not (length.isascii() and length.isdigit() and len(length) <= _MAX_LENGTH_DIGITS):
-            raise StreamError(f"no HTTP answer: its length is {length[:40]!r}")
-        self._left = int(length) if length and not self._chunked else None
-        self.complete = self._left == 0 or status in (204, 304)
-        delimited = self._chunked or self._left is not None
-        self.reusable = delimited and version == "HTTP/1.1" and headers.get("connection", "").lower() != "close"
+        transfer, content = self._headers.get("transfer-encoding", ""), self._headers.get("content-encoding", "")
+        if version not in ("1.0", "1.1") or status > _MAX_STATUS:
+            self.fault = f"no HTTP answer: its status is {status}, of HTTP/{version}"
+        elif transfer not in ("", "chunked", "identity") or content not in ("", "identity"):
+            self.fault = f"the answer is packed as {(transfer or content)[:40]!r}, which was not asked for"
+        self.ends_with_connection = transfer != "chunked" and "content-length" not in self._headers
+        self.reusable = self.parser.should_keep_alive()
 
-    def _unchunk(self) -> bytes:
-        """Take the chunks' content out of the buffer (RFC 9112, section 7.1).
+    def on_body(self, body: bytes) -> None:
+        """Store a part of the body."""
+        if not self.complete:
+            self.content.append(body)
 
-        `_left` is None before a chunk's size, else the number of missing bytes; at 0 the line end after the content is due.
-        """
-        contents: list[bytes] = []
-        while self._buffer and not self.complete:
-            if self._left is None:
-                end = self._buffer.find(b"\r\n")
-                if end > _MAX_SIZE_LINE or (end < 0 and len(self._buffer) > _MAX_SIZE_LINE):
-                    raise StreamError(f"no chunked HTTP answer: a chunk's size does not end within {_MAX_SIZE_LINE:,} bytes")
-                if end < 0:
-                    break
-                self._left = _chunk_size(bytes(self._buffer[:end]))
-                if self._left == 0:
-                    self._left, self.complete = None, self._end_chunks(end)
-                    break
-                del self._buffer[: end + 2]
-            elif self._left:
-                contents.append(bytes(self._buffer[: self._left]))
-                del self._buffer[: self._left]
-                self._left -= len(contents[-1])
-            elif len(self._buffer) < 2:
-                break
-            elif self._buffer.startswith(b"\r\n"):
-                del self._buffer[:2]
-                self._left = None
-            else:
-                raise StreamError(f"no chunked HTTP answer: {bytes(self._buffer[:40])!r} after a chunk")
-        return b"".join(contents)
-
-    def _end_chunks(self, end: int) -> bool:
-        """Return whether the trailers and the empty line after the last chunk have arrived."""
-        rest = bytes(self._buffer[end:])
-        if len(rest) > limits().head_bytes:
-            raise StreamError(f"no chunked HTTP answer: its trailers do not end ({limits().set_by('head_bytes')})")
-        return rest.startswith(b"\r\n\r\n") or (_HEAD_END in rest[2:])
-
-
-def _chunk_size(line: bytes) -> int:
-    match = _SIZE_LINE.fullmatch(line)
-    if match is None:
-        raise StreamError(f"no chunked HTTP answer: {line[:40]!r}")
-    return int(match[1], 16)
+    def on_message_complete(self) -> None:
+        """Mark the answer's end."""
+        self.complete = self.status > 0
 
 
 class Connection(asyncio.Protocol):
