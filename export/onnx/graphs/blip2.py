@@ -14,7 +14,7 @@ def vision_encoder(builder: LayerBuilder) -> None:
     graph, config = builder.graph, builder.source.config
     vision, size = config.vision_config, int(config.vision_config.image_size)
     pixels = graph.input("pixel_values", graph.dtype, ["images", 3, size, size])
-    value = _patches(builder, pixels, vision)
+    value = _patches(builder, pixels)
     for layer in range(int(vision.num_hidden_layers)):
         with graph.scope(f"layers.{layer}"):
             value = _tower_block(builder, value, f"{_TOWER}.encoder.layers.{layer}", vision)
@@ -24,21 +24,12 @@ def vision_encoder(builder: LayerBuilder) -> None:
     graph.output("image_features", features, graph.dtype, extent)
 
 
-def _patches(builder: LayerBuilder, pixels: str, config: Any) -> str:
+def _patches(builder: LayerBuilder, pixels: str) -> str:
     """Return the embeddings of the class token and the patches, with positions, [images, tokens, hidden]."""
     graph, name = builder.graph, f"{_TOWER}.embeddings"
-    kernel, bias = (builder.tensor(f"{name}.patch_embedding.{leaf}") for leaf in ("weight", "bias"))
-    side = int(config.patch_size)
-    grid = graph.op("Conv", pixels, kernel, bias, kernel_shape=[side, side], strides=[side, side])
-    patches = graph.transpose(graph.reshape(grid, [0, int(config.hidden_size), -1]), [0, 2, 1])
-    first = _per_image(builder, builder.tensor(f"{name}.class_embedding"), pixels)
+    patches = builder.patches(pixels, f"{name}.patch_embedding")
+    first = builder.per_image(builder.tensor(f"{name}.class_embedding"), pixels)
     return graph.op("Add", graph.op("Concat", first, patches, axis=1), builder.tensor(f"{name}.position_embedding"))
-
-
-def _per_image(builder: LayerBuilder, value: str, images: str) -> str:
-    """Return a value [1, length, hidden] repeated for every image."""
-    graph = builder.graph
-    return graph.op("Expand", value, graph.op("Concat", graph.extent(images, 0), graph.const([1, 1]), axis=0))
 
 
 def _tower_block(builder: LayerBuilder, value: str, name: str, config: Any) -> str:
@@ -49,18 +40,16 @@ def _tower_block(builder: LayerBuilder, value: str, name: str, config: Any) -> s
     attended = builder.attention(query, key, states, int(config.num_attention_heads))
     value = graph.op("Add", builder.linear(attended, f"{name}.self_attn.projection"), value)
     normed = builder.layer_norm(value, f"{name}.layer_norm2", epsilon)
-    hidden = builder.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act))
-    return graph.op("Add", builder.linear(hidden, f"{name}.mlp.fc2"), value)
+    return graph.op("Add", builder.mlp(normed, f"{name}.mlp.fc1", f"{name}.mlp.fc2", str(config.hidden_act)), value)
 
 
 def _query_states(builder: LayerBuilder, states: str, config: Any) -> str:
     """Return the Q-Former's output for each image's states, [images, query tokens, hidden]."""
-    graph = builder.graph
     queries = builder.layer_norm(builder.tensor("query_tokens"), f"{_QFORMER}.layernorm", float(config.layer_norm_eps))
-    value = _per_image(builder, queries, states)
+    value = builder.per_image(queries, states)
     for layer in range(int(config.num_hidden_layers)):
         name = f"{_QFORMER}.encoder.layer.{layer}"
-        with graph.scope(f"qformer.{layer}"):
+        with builder.graph.scope(f"qformer.{layer}"):
             value = _attention(builder, value, value, f"{name}.attention", config)
             if layer % int(config.cross_attention_frequency) == 0:
                 value = _attention(builder, value, states, f"{name}.crossattention", config)

@@ -39,16 +39,11 @@ def clip_embeddings(builder: LayerBuilder, pixels: str, prefix: str, config: Any
     8-bit integers with a scale per channel.
     """
     graph, name = builder.graph, f"{prefix}.embeddings"
-    weight = f"{name}.patch_embedding.weight"
-    kernel = _quantized_kernel(builder, weight) if quantized else builder.tensor(weight)
-    biases = [builder.tensor(f"{name}.patch_embedding.bias")] if builder.has(f"{name}.patch_embedding.bias") else []
-    side = int(config.patch_size)
-    grid = graph.op("Conv", pixels, kernel, *biases, kernel_shape=[side, side], strides=[side, side])
-    value = graph.transpose(graph.reshape(grid, [0, int(config.hidden_size), -1]), [0, 2, 1])
+    kernel = _quantized_kernel(builder, f"{name}.patch_embedding.weight") if quantized else ""
+    value = builder.patches(pixels, f"{name}.patch_embedding", kernel)
     if builder.has(f"{name}.class_embedding"):
         token = builder.tensor(f"{name}.class_embedding", lambda token: token.view(1, 1, -1), "_row")
-        extents = graph.op("Concat", graph.extent(pixels, 0), graph.const([1, 1]), axis=0)
-        value = graph.op("Concat", graph.op("Expand", token, extents), value, axis=1)
+        value = graph.op("Concat", builder.per_image(token, pixels), value, axis=1)
     value = graph.op("Add", value, builder.tensor(f"{name}.position_embedding.weight"))
     if builder.has(f"{prefix}.pre_layrnorm.weight"):
         value = builder.layer_norm(value, f"{prefix}.pre_layrnorm", float(config.layer_norm_eps))
@@ -93,8 +88,7 @@ def _block(builder: LayerBuilder, value: str, name: str, config: Any, positions:
     attended = builder.attention(query, key, states, int(config.num_attention_heads), positions.bias)
     value = graph.op("Add", positions.select(value), builder.linear(attended, f"{attention}.out_proj"))
     normed = builder.layer_norm(value, f"{name}.layer_norm2", epsilon)
-    hidden = builder.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act))
-    return graph.op("Add", value, builder.linear(hidden, f"{name}.mlp.fc2"))
+    return graph.op("Add", value, builder.mlp(normed, f"{name}.mlp.fc1", f"{name}.mlp.fc2", str(config.hidden_act)))
 
 
 def _all(value: str) -> str:

@@ -6,6 +6,7 @@ Batches are padded on the right: GroupQueryAttention takes each row's number of 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -53,6 +54,27 @@ class DecoderSize:
         )
 
 
+@dataclass(frozen=True)
+class DecoderInputs:
+    """What every self-attention of a decoder takes beside the hidden states."""
+
+    size: DecoderSize
+    lengths: SequenceLengths
+    tables: RotaryTables | None
+    """None for a decoder without RoPE."""
+
+    @staticmethod
+    def of(builder: LayerBuilder, *, rotary: bool = True) -> DecoderInputs:
+        """Declare `attention_mask` and, for RoPE, `position_ids`.
+
+        Raises:
+            CheckpointError: the RoPE type is not supported.
+        """
+        text = builder.source.config.get_text_config()
+        lengths = sequence_lengths(builder.graph)
+        return DecoderInputs(DecoderSize.of(text), lengths, rotary_tables(builder, text) if rotary else None)
+
+
 def decoder(builder: LayerBuilder) -> None:
     """Emit the decoder with its KV cache: see `docs/formats/onnx.md` for inputs and outputs.
 
@@ -60,25 +82,32 @@ def decoder(builder: LayerBuilder) -> None:
         CheckpointError: its RoPE type is not supported.
     """
     graph, text = builder.graph, builder.source.config.get_text_config()
-    size, epsilon = DecoderSize.of(text), float(text.rms_norm_eps)
-    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", size.hidden])
-    lengths = sequence_lengths(graph)
-    tables = rotary_tables(builder, text)
-    levels = deepstack(builder, size)
-    blocks = builder.source.family.blocks
-    with graph.scope("layers.0"):
-        normed = builder.rms_norm(hidden, f"{blocks}.0.input_layernorm", epsilon)
-    for layer in range(size.layers):
-        block = f"{blocks}.{layer}"
-        with graph.scope(f"layers.{layer}"):
-            attended = self_attention(builder, normed, f"{block}.self_attn", layer, size, tables, lengths)
-            normed, hidden = builder.add_rms_norm(hidden, attended, f"{block}.post_attention_layernorm", epsilon, size.hidden)
-            output = feed_forward(builder, normed, f"{block}.mlp", str(text.hidden_act))
-            if layer < len(levels):
-                output = graph.op("Add", output, levels[layer])
-            is_last = layer + 1 == size.layers
-            next_norm = f"{blocks.rpartition('.')[0]}.norm" if is_last else f"{blocks}.{layer + 1}.input_layernorm"
-            normed, hidden = builder.add_rms_norm(hidden, output, next_norm, epsilon, size.hidden)
+    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", int(text.hidden_size)])
+    inputs = DecoderInputs.of(builder)
+    levels = deepstack(builder, inputs.size)
+
+    def feed(value: str, layer: int) -> str:
+        output = feed_forward(builder, value, f"{builder.source.family.blocks}.{layer}.mlp", str(text.hidden_act))
+        return graph.op("Add", output, levels[layer]) if layer < len(levels) else output
+
+    decode(builder, hidden, lambda value, layer: self_attention(builder, value, layer, inputs), feed)
+
+
+def decode(builder: LayerBuilder, hidden: str, attend: Callable[[str, int], str], feed: Callable[[str, int], str]) -> None:
+    """Emit pre-norm blocks and the output head. `attend` and `feed` return attention and feed-forward of a value in a layer.
+
+    A sum and the norm that follows it are one operator, so a block ends with the norm of the next.
+    """
+    text, blocks = builder.source.config.get_text_config(), builder.source.family.blocks
+    layers, epsilon, width = int(text.num_hidden_layers), float(text.rms_norm_eps), int(text.hidden_size)
+    norms = [*(f"{blocks}.{layer}.input_layernorm" for layer in range(layers)), f"{blocks.rpartition('.')[0]}.norm"]
+    with builder.graph.scope("layers.0"):
+        normed = builder.rms_norm(hidden, norms[0], epsilon)
+    for layer in range(layers):
+        with builder.graph.scope(f"layers.{layer}"):
+            attended = attend(normed, layer)
+            normed, hidden = builder.add_rms_norm(hidden, attended, f"{blocks}.{layer}.post_attention_layernorm", epsilon, width)
+            normed, hidden = builder.add_rms_norm(hidden, feed(normed, layer), norms[layer + 1], epsilon, width)
     logits(builder, normed)
 
 
@@ -176,29 +205,17 @@ def deepstack(builder: LayerBuilder, size: DecoderSize) -> list[str]:
     return [graph.op("Gather", embeds, graph.const(level), axis=0) for level in range(len(indexes))]
 
 
-def self_attention(
-    builder: LayerBuilder,
-    value: str,
-    name: str,
-    layer: int,
-    size: DecoderSize,
-    tables: RotaryTables | None,
-    lengths: SequenceLengths,
-) -> str:
-    """Return causal attention `name` of a value [batch, sequence, hidden], with the KV cache of `layer`."""
-    graph = builder.graph
+def self_attention(builder: LayerBuilder, value: str, layer: int, inputs: DecoderInputs) -> str:
+    """Return causal attention of a value [batch, sequence, hidden] in `layer`, with its KV cache."""
+    graph, size, name = builder.graph, inputs.size, f"{builder.source.family.blocks}.{layer}.self_attn"
     query, key, content = builder.linears(value, [f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"])
     if builder.has(f"{name}.q_norm.weight"):
         epsilon = float(builder.source.config.get_text_config().rms_norm_eps)
         query = head_norm(builder, query, f"{name}.q_norm", epsilon, size.width)
         key = head_norm(builder, key, f"{name}.k_norm", epsilon, size.width)
-    if tables is not None:
+    if inputs.tables is not None:
         query, key = (
-            graph.typed(
-                builder.rotated(states, tables),
-                graph.dtype,
-                ("batch_size", "sequence_length", heads * size.width),
-            )
+            graph.typed(builder.rotated(states, inputs.tables), graph.dtype, ("batch_size", "sequence_length", heads * size.width))
             for states, heads in ((query, size.heads), (key, size.kv_heads))
         )
     past = [
@@ -209,7 +226,7 @@ def self_attention(
     ]
     attended, *present = graph.ops(
         "GroupQueryAttention",
-        *(query, key, content, *past, lengths.last, lengths.total),
+        *(query, key, content, *past, inputs.lengths.last, inputs.lengths.total),
         outputs=3,
         num_heads=size.heads,
         kv_num_heads=size.kv_heads,

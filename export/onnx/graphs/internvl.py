@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from compress.errors import CheckpointError
-from compress.export.onnx.graphs.layer_builder import LayerBuilder
+from compress.export.onnx.graphs.layer_builder import LayerBuilder, hidden_state
 
 _TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 _QUERY_EPSILON, _PROJECTOR_EPSILON = 1e-6, 1e-5
@@ -27,8 +27,7 @@ def vision_encoder(builder: LayerBuilder) -> None:
     with graph.scope("projector"):
         value = _pixel_shuffle(builder, value)
         value = builder.layer_norm(value, f"{_PROJECTOR}.layer_norm", _PROJECTOR_EPSILON)
-        value = builder.linear(value, f"{_PROJECTOR}.linear_1", str(config.projector_hidden_act))
-        value = builder.linear(value, f"{_PROJECTOR}.linear_2")
+        value = builder.mlp(value, f"{_PROJECTOR}.linear_1", f"{_PROJECTOR}.linear_2", str(config.projector_hidden_act))
     tokens = _grid(builder) ** 2 // _factor(config) ** 2
     graph.output("image_features", value, graph.dtype, ["num_tiles", tokens, int(config.get_text_config().hidden_size)])
 
@@ -36,31 +35,21 @@ def vision_encoder(builder: LayerBuilder) -> None:
 def _tower(builder: LayerBuilder, pixels: str) -> str:
     """Return the hidden states of the config's `vision_feature_layer`, [tiles, tokens, hidden], class token first."""
     config, tower = builder.source.config, builder.source.config.vision_config
-    count, layer_index = int(tower.num_hidden_layers), config.vision_feature_layer
-    if not isinstance(layer_index, int) or not -count - 1 <= layer_index <= count:
-        raise CheckpointError(
-            f"{builder.source.checkpoint.folder}/config.json: vision_feature_layer is {layer_index}, of a tower of {count} blocks; "
-            "fetch the checkpoint again"
-        )
+    blocks = hidden_state(builder.source, config.vision_feature_layer)
     value = _embeddings(builder, pixels)
-    for layer in range(layer_index % (count + 1)):
+    for layer in range(blocks):
         with builder.graph.scope(f"layers.{layer}"):
             value = _block(builder, value, f"{_TOWER}.encoder.layer.{layer}")
-    if layer_index == -1 and builder.has(f"{_TOWER}.layernorm.weight"):
+    if config.vision_feature_layer == -1 and builder.has(f"{_TOWER}.layernorm.weight"):
         value = builder.layer_norm(value, f"{_TOWER}.layernorm", float(tower.layer_norm_eps))
     return value
 
 
 def _embeddings(builder: LayerBuilder, pixels: str) -> str:
     """Return the embeddings of the class token and the patches, with positions."""
-    graph, tower = builder.graph, builder.source.config.vision_config
-    name, side = f"{_TOWER}.embeddings", [int(extent) for extent in tower.patch_size]
-    kernel, bias = (builder.tensor(f"{name}.patch_embeddings.projection.{leaf}") for leaf in ("weight", "bias"))
-    grid = graph.op("Conv", pixels, kernel, bias, kernel_shape=side, strides=side)
-    value = graph.transpose(graph.reshape(grid, [0, int(tower.hidden_size), -1]), [0, 2, 1])
-    extents = graph.op("Concat", graph.extent(pixels, 0), graph.const([1, 1]), axis=0)
-    token = graph.op("Expand", builder.tensor(f"{name}.cls_token"), extents)
-    value = graph.op("Concat", token, value, axis=1)
+    graph, name = builder.graph, f"{_TOWER}.embeddings"
+    value = builder.patches(pixels, f"{name}.patch_embeddings.projection")
+    value = graph.op("Concat", builder.per_image(builder.tensor(f"{name}.cls_token"), pixels), value, axis=1)
     if builder.has(f"{name}.position_embeddings"):
         value = graph.op("Add", value, builder.tensor(f"{name}.position_embeddings"))
     return value
@@ -79,7 +68,7 @@ def _block(builder: LayerBuilder, value: str, name: str) -> str:
     attended = builder.linear(attended, f"{attention}.projection_layer")
     value = graph.op("Add", value, graph.op("Mul", attended, builder.tensor(f"{name}.lambda_1")))
     normed = _norm(builder, value, f"{name}.layernorm_after")
-    hidden = builder.linear(builder.linear(normed, f"{name}.mlp.fc1", str(tower.hidden_act)), f"{name}.mlp.fc2")
+    hidden = builder.mlp(normed, f"{name}.mlp.fc1", f"{name}.mlp.fc2", str(tower.hidden_act))
     return graph.op("Add", value, graph.op("Mul", hidden, builder.tensor(f"{name}.lambda_2")))
 
 

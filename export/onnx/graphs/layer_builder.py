@@ -73,6 +73,21 @@ class Source:
         return self.model.config
 
 
+def hidden_state(source: Source, layer: Any) -> int:
+    """Return the index of the hidden state that a config's `vision_feature_layer` names; 0 are the embeddings.
+
+    Raises:
+        CheckpointError: the tower has no such layer.
+    """
+    count = int(source.config.vision_config.num_hidden_layers)
+    if not isinstance(layer, int) or not -count - 1 <= layer <= count:
+        raise CheckpointError(
+            f"{source.checkpoint.folder}/config.json: vision_feature_layer is {source.config.vision_feature_layer}, "
+            f"of a tower of {count} blocks; fetch the checkpoint again"
+        )
+    return layer % (count + 1)
+
+
 @dataclass
 class LayerBuilder:
     """Adds layers to a graph, with weights from a checkpoint. Names are those of the model's modules in memory."""
@@ -156,6 +171,25 @@ class LayerBuilder:
         """Return several linears of one value; those of one scheme may be fused into one matrix."""
         outputs = LinearWriter(self).linears(value, names)
         return [self.activation(output, activation) for output in outputs] if activation else outputs
+
+    def mlp(self, value: str, first: str, second: str, activation: str) -> str:
+        """Return the linear `second` of an activation of the linear `first` of a value."""
+        return self.linear(self.linear(value, first, activation), second)
+
+    def patches(self, pixels: str, name: str, kernel: str = "") -> str:
+        """Return the patches [n, patches, hidden] of images [n, channels, height, width]: convolution `name`, one patch a stride.
+
+        `kernel` takes the place of its weight.
+        """
+        graph, (hidden, _, *extent) = self.graph, self.shape(f"{name}.weight")
+        inputs = [kernel or self.tensor(f"{name}.weight"), *([self.tensor(f"{name}.bias")] if self.has(f"{name}.bias") else [])]
+        grid = graph.op("Conv", pixels, *inputs, kernel_shape=extent, strides=extent)
+        return graph.transpose(graph.reshape(grid, [0, hidden, -1]), [0, 2, 1])
+
+    def per_image(self, value: str, images: str) -> str:
+        """Return a value [1, length, hidden] repeated for each of the images [n, …], [n, length, hidden]."""
+        graph = self.graph
+        return graph.op("Expand", value, graph.op("Concat", graph.extent(images, 0), graph.const([1, 1]), axis=0))
 
     def embed(self, ids: str, name: str) -> str:
         """Return rows of the embedding matrix `name`, [..., width], for ids of any shape."""

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from compress.errors import CheckpointError
 from compress.export.onnx.graphs.clip_tower import clip_blocks, clip_embeddings
-from compress.export.onnx.graphs.layer_builder import LayerBuilder
+from compress.export.onnx.graphs.layer_builder import LayerBuilder, hidden_state
 
 _TOWER, _PROJECTOR = "model.vision_tower", "model.multi_modal_projector"
 
@@ -41,8 +40,7 @@ def tile_features(builder: LayerBuilder, pixels: str) -> str:
     if config.vision_feature_select_strategy == "default":
         value = graph.slice(value, 1, None, 1)
     with graph.scope("projector"):
-        hidden = builder.linear(value, f"{_PROJECTOR}.linear_1", str(config.projector_hidden_act))
-        return builder.linear(hidden, f"{_PROJECTOR}.linear_2")
+        return builder.mlp(value, f"{_PROJECTOR}.linear_1", f"{_PROJECTOR}.linear_2", str(config.projector_hidden_act))
 
 
 def tile_tokens(builder: LayerBuilder) -> int:
@@ -56,14 +54,8 @@ def tile_tokens(builder: LayerBuilder) -> int:
 def _layers(builder: LayerBuilder, pixels: str) -> list[str]:
     """Return the hidden states of the config's `vision_feature_layer`, in its order; 0 are the embeddings."""
     config, tower = builder.source.config, builder.source.config.vision_config
-    count, setting = int(tower.num_hidden_layers), config.vision_feature_layer
-    selected = [setting] if isinstance(setting, int) else [int(layer) for layer in setting]
-    if not all(-count - 1 <= layer <= count for layer in selected):
-        raise CheckpointError(
-            f"{builder.source.checkpoint.folder}/config.json: vision_feature_layer is {setting}, "
-            f"of a tower of {count} blocks; fetch the checkpoint again"
-        )
-    layers = [layer % (count + 1) for layer in selected]
+    setting = config.vision_feature_layer
+    layers = [hidden_state(builder.source, layer) for layer in ([setting] if isinstance(setting, int) else setting)]
     with builder.graph.scope("vision"):
         states = {0: clip_embeddings(builder, pixels, _TOWER, tower)}
         first = 0

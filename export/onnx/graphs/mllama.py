@@ -10,15 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from compress.export.onnx.graphs.decoder import (
-    DecoderSize,
-    feed_forward,
-    head_norm,
-    logits,
-    rotary_tables,
-    self_attention,
-    sequence_lengths,
-)
+from compress.export.onnx.graphs.decoder import DecoderInputs, DecoderSize, decode, feed_forward, head_norm, self_attention
 from compress.export.onnx.graphs.graph import Graph
 from compress.export.onnx.graphs.layer_builder import LayerBuilder
 
@@ -186,7 +178,7 @@ def _block(builder: LayerBuilder, value: str, name: str, marks: Marks, config: A
     attended = _tower_attention(builder, normed, f"{name}.self_attn", marks, int(config.attention_heads))
     value = graph.op("Add", value, _gate(builder, attended, f"{name}.gate_attn") if gated else attended)
     normed = builder.layer_norm(value, f"{name}.post_attention_layernorm", epsilon)
-    mlp_output = builder.linear(builder.linear(normed, f"{name}.mlp.fc1", str(config.hidden_act)), f"{name}.mlp.fc2")
+    mlp_output = builder.mlp(normed, f"{name}.mlp.fc1", f"{name}.mlp.fc2", str(config.hidden_act))
     return graph.op("Add", value, _gate(builder, mlp_output, f"{name}.gate_ffn") if gated else mlp_output)
 
 
@@ -218,36 +210,29 @@ def decoder(builder: LayerBuilder) -> None:
         CheckpointError: its RoPE type is not supported.
     """
     graph, text = builder.graph, builder.source.config.get_text_config()
-    size, epsilon = DecoderSize.of(text), float(text.rms_norm_eps)
-    cross_layers = frozenset(int(layer) for layer in text.cross_attention_layers)
-    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", size.hidden])
-    lengths = sequence_lengths(graph)
-    tables = rotary_tables(builder, text)
+    cross_layers, blocks = frozenset(int(layer) for layer in text.cross_attention_layers), builder.source.family.blocks
+    hidden = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", int(text.hidden_size)])
+    inputs = DecoderInputs.of(builder)
     mask = graph.input("cross_attention_mask", np.int64, ["batch_size", "sequence_length", "image_tiles"])
     cross_mask: CrossMask | None = None
-    blocks = builder.source.family.blocks
-    with graph.scope("layers.0"):
-        normed = builder.rms_norm(hidden, f"{blocks}.0.input_layernorm", epsilon)
-    for layer in range(size.layers):
-        block = f"{blocks}.{layer}"
-        next_norm = f"{blocks}.{layer + 1}.input_layernorm" if layer + 1 < size.layers else f"{blocks.rpartition('.')[0]}.norm"
-        with graph.scope(f"layers.{layer}"):
-            if layer in cross_layers:
-                past = [
-                    graph.input(f"past_key_values.{layer}.{kind}", graph.dtype, _cache_extent(size)) for kind in ("key", "value")
-                ]
-                tiles = int(builder.source.config.vision_config.max_num_tiles)
-                cross_mask = cross_mask or _cross_mask(graph, mask, past[0], size.heads // size.kv_heads, tiles)
-                attended = _cross_attention(builder, normed, f"{block}.cross_attn", past, size, cross_mask)
-                attended = _gate(builder, graph.op("Mul", attended, cross_mask.rows), f"{block}.cross_attn_attn_gate")
-            else:
-                attended = self_attention(builder, normed, f"{block}.self_attn", layer, size, tables, lengths)
-            normed, hidden = builder.add_rms_norm(hidden, attended, f"{block}.post_attention_layernorm", epsilon, size.hidden)
-            mlp_output = feed_forward(builder, normed, f"{block}.mlp", str(text.hidden_act))
-            if layer in cross_layers and cross_mask is not None:
-                mlp_output = _gate(builder, graph.op("Mul", mlp_output, cross_mask.tokens), f"{block}.cross_attn_mlp_gate")
-            normed, hidden = builder.add_rms_norm(hidden, mlp_output, next_norm, epsilon, size.hidden)
-    logits(builder, normed)
+
+    def attend(value: str, layer: int) -> str:
+        nonlocal cross_mask
+        if layer not in cross_layers:
+            return self_attention(builder, value, layer, inputs)
+        size, tiles = inputs.size, int(builder.source.config.vision_config.max_num_tiles)
+        past = [graph.input(f"past_key_values.{layer}.{kind}", graph.dtype, _cache_extent(size)) for kind in ("key", "value")]
+        cross_mask = cross_mask or _cross_mask(graph, mask, past[0], size.heads // size.kv_heads, tiles)
+        attended = _cross_attention(builder, value, f"{blocks}.{layer}.cross_attn", past, size, cross_mask)
+        return _gate(builder, graph.op("Mul", attended, cross_mask.rows), f"{blocks}.{layer}.cross_attn_attn_gate")
+
+    def feed(value: str, layer: int) -> str:
+        output = feed_forward(builder, value, f"{blocks}.{layer}.mlp", str(text.hidden_act))
+        if layer not in cross_layers or cross_mask is None:
+            return output
+        return _gate(builder, graph.op("Mul", output, cross_mask.tokens), f"{blocks}.{layer}.cross_attn_mlp_gate")
+
+    decode(builder, hidden, attend, feed)
 
 
 def _cross_mask(graph: Graph, mask: str, keys: str, group: int, tiles: int) -> CrossMask:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from compress.export.onnx.graphs.decoder import DecoderSize, logits, self_attention, sequence_lengths
+from compress.export.onnx.graphs.decoder import DecoderInputs, logits, self_attention
 from compress.export.onnx.graphs.layer_builder import LayerBuilder
 
 _FIRST_POSITION = 2
@@ -17,24 +17,22 @@ _EPSILON = 1e-5
 def decoder(builder: LayerBuilder) -> None:
     """Emit the decoder with its KV cache: see `docs/formats/onnx.md` for inputs and outputs."""
     graph, text, family = builder.graph, builder.source.config.get_text_config(), builder.source.family
-    size, owner = DecoderSize.of(text), family.blocks.rpartition(".")[0]
+    owner = family.blocks.rpartition(".")[0]
     width = builder.shape(f"{family.embeddings}.weight")[1]
     value = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", width])
     positions = graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
-    lengths = sequence_lengths(graph)
+    inputs = DecoderInputs.of(builder, rotary=False)
     if builder.has_linear(f"{owner}.project_in"):
         value = builder.linear(value, f"{owner}.project_in")
     table = builder.tensor(f"{owner}.embed_positions.weight", lambda rows: rows[_FIRST_POSITION:], "_of_texts")
     value = graph.op("Add", value, graph.op("Gather", table, positions, axis=0))
-    for layer in range(size.layers):
+    for layer in range(inputs.size.layers):
         block = f"{family.blocks}.{layer}"
         with graph.scope(f"layers.{layer}"):
             normed = builder.layer_norm(value, f"{block}.self_attn_layer_norm", _EPSILON)
-            attended = self_attention(builder, normed, f"{block}.self_attn", layer, size, None, lengths)
-            value = graph.op("Add", value, attended)
+            value = graph.op("Add", value, self_attention(builder, normed, layer, inputs))
             normed = builder.layer_norm(value, f"{block}.final_layer_norm", _EPSILON)
-            hidden = builder.linear(normed, f"{block}.fc1", str(text.activation_function))
-            value = graph.op("Add", value, builder.linear(hidden, f"{block}.fc2"))
+            value = graph.op("Add", value, builder.mlp(normed, f"{block}.fc1", f"{block}.fc2", str(text.activation_function)))
     if builder.has(f"{owner}.final_layer_norm.weight"):
         value = builder.layer_norm(value, f"{owner}.final_layer_norm", _EPSILON)
     if builder.has_linear(f"{owner}.project_out"):

@@ -226,7 +226,7 @@ def _feed_forward(builder: LayerBuilder, tower: Tower, value: str, name: str) ->
     if builder.has_linear(f"{name}.gate_proj"):
         return feed_forward(builder, value, name, tower.activation)
     first, second = ("fc1", "fc2") if builder.has_linear(f"{name}.fc1") else ("linear_fc1", "linear_fc2")
-    return builder.linear(builder.linear(value, f"{name}.{first}", tower.activation), f"{name}.{second}")
+    return builder.mlp(value, f"{name}.{first}", f"{name}.{second}", tower.activation)
 
 
 def _merged(builder: LayerBuilder, tower: Tower, name: str, value: str) -> str:
@@ -238,7 +238,7 @@ def _merged(builder: LayerBuilder, tower: Tower, name: str, value: str) -> str:
         value = _norm(builder, builder.graph.reshape(value, [-1, width]), norm)
     else:
         value = builder.graph.reshape(_norm(builder, value, norm), [-1, width])
-    return builder.linear(builder.linear(value, f"{name}.{first}", "gelu"), f"{name}.{second}")
+    return builder.mlp(value, f"{name}.{first}", f"{name}.{second}", "gelu")
 
 
 def _norm(builder: LayerBuilder, value: str, name: str) -> str:
