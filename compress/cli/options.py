@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,33 +14,20 @@ if TYPE_CHECKING:
     from compress.pipeline.runner import RunFolders
 
 
-def add_set(parser: argparse.ArgumentParser) -> None:
-    """Add `--set`."""
-    parser.add_argument("--set", action="append", default=[], metavar="PATH=VALUE", help="replace one value of the recipe")
+_OPTIONS: Mapping[str, Mapping[str, Any]] = {
+    "--set": {"action": "append", "default": [], "metavar": "PATH=VALUE", "help": "replace one value of the recipe"},
+    "recipe": {"type": Path, "metavar": "RECIPE", "help": "a recipe file (YAML)"},
+    "--store": {"type": Path, "metavar": "DIR", "help": "where step outputs are kept (default: the user's cache)"},
+    "--json": {"action": "store_true", "help": "print JSON alone on standard output"},
+    "--runs": {"type": Path, "default": Path("runs"), "metavar": "DIR", "help": "where run folders go (default: runs)"},
+    "--fresh": {"action": "store_true", "help": "make every step again, whatever is cached"},
+}
 
 
-def add_recipe(parser: argparse.ArgumentParser) -> None:
-    """Add the recipe and `--set`."""
-    add_set(parser)
-    parser.add_argument("recipe", type=Path, metavar="RECIPE", help="a recipe file (YAML)")
-
-
-def add_store(parser: argparse.ArgumentParser) -> None:
-    """Add `--store`."""
-    parser.add_argument("--store", type=Path, metavar="DIR", help="where step outputs are kept (default: the user's cache)")
-
-
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """Add `--json`."""
-    parser.add_argument("--json", action="store_true", help="print JSON alone on standard output")
-
-
-def add_running(parser: argparse.ArgumentParser) -> None:
-    """Add the options of commands that run steps."""
-    add_store(parser)
-    add_json(parser)
-    parser.add_argument("--runs", type=Path, default=Path("runs"), metavar="DIR", help="where run folders go (default: runs)")
-    parser.add_argument("--fresh", action="store_true", help="make every step again, whatever is cached")
+def add_options(parser: argparse.ArgumentParser, *names: str) -> None:
+    """Add options, and arguments, that several commands share."""
+    for name in names:
+        parser.add_argument(name, **_OPTIONS[name])
 
 
 def settings(options: argparse.Namespace) -> dict[str, Any]:

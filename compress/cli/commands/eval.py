@@ -5,13 +5,12 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from compress.cli.options import add_running, add_set, progress, run_folders, settings
+from compress.cli.options import add_options, progress, run_folders, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    add_running(parser)
-    add_set(parser)
+    add_options(parser, "--store", "--json", "--runs", "--fresh", "--set")
     parser.add_argument("artifacts", type=Path, nargs="+", metavar="ARTIFACT", help="an artifact's folder")
     parser.add_argument("--against", required=True, metavar="ORIGINAL", help="the original: a folder, or a hub id")
     by_help = "whose tasks and gate count; a file with name, eval and gate will do"

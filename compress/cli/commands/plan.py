@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from compress.cli.options import add_json, add_recipe, add_store, console, settings
+from compress.cli.options import add_options, console, settings
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    add_recipe(parser)
-    add_store(parser)
-    add_json(parser)
+    add_options(parser, "--set", "recipe", "--store", "--json")
 
 
 def run(options: argparse.Namespace) -> int:

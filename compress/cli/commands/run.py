@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from compress.cli.options import add_recipe, add_running, progress, run_folders, settings
+from compress.cli.options import add_options, progress, run_folders, settings
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the arguments."""
-    add_recipe(parser)
-    add_running(parser)
+    add_options(parser, "--set", "recipe", "--store", "--json", "--runs", "--fresh")
     parser.add_argument("--force", action="store_true", help="publish even if the gate does not pass; the model card says so")
 
 

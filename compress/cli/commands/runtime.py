@@ -5,16 +5,16 @@ from __future__ import annotations
 import argparse
 import json
 
-from compress.cli.options import add_json, console, progress
+from compress.cli.options import add_options, console, progress
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the actions."""
     actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
     install = actions.add_parser("install", help="make a runtime's own environment from its lock file")
-    add_json(install)
+    add_options(install, "--json")
     install.add_argument("name", metavar="NAME", help="vllm, llmcompressor, onnxruntime-genai, lmms-eval or lm-eval")
-    add_json(actions.add_parser("list", help="say which are installed"))
+    add_options(actions.add_parser("list", help="say which are installed"), "--json")
 
 
 def run(options: argparse.Namespace) -> int:

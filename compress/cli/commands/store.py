@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from compress.cli.options import add_json, add_store, console
+from compress.cli.options import add_options, console
 from compress.untrusted.reading import printable
 
 if TYPE_CHECKING:
@@ -37,8 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(required=True, metavar="ACTION", dest="action")
     for name, help_text in _HELP.items():
         action = actions.add_parser(name, help=help_text)
-        add_store(action)
-        add_json(action)
+        add_options(action, "--store", "--json")
         if name == "prune":
             unused_help = "days without use (default: 30; 0: all)"
             action.add_argument("--unused-for", type=_days, default=30.0, metavar="DAYS", help=unused_help)
