@@ -34,7 +34,7 @@ from numpy.typing import NDArray
 
 from compress.eval.statistics.estimates import Levels
 from compress.eval.statistics.paired import Pairs, decide
-from compress.eval.statistics.power import POWER, Assumed, AssumedChanges, items_for, items_for_mean_loss
+from compress.eval.statistics.power import POWER, AssumedChanges, AssumedFlips, items_for
 from compress.eval.statistics.sequential import Sequential
 from compress.files import write_json
 from compress.hardware import describe
@@ -102,13 +102,11 @@ class Setting:
         if self.kind.startswith("votes"):
             change = np.abs(np.bincount(pairs.clusters, pairs.artifact - pairs.original))
             sizes = np.bincount(pairs.clusters)
-            assumed = AssumedChanges(
-                deviation=math.sqrt(design) * float(differences.std()),
-                step=float((change**2).sum() / change.sum()),
-                cluster_items=float((sizes**2).sum() / sizes.sum()),
-            )
-            return _known(items_for_mean_loss(self.score * (1 - self.limit), passing, assumed))
-        return _known(items_for(self.limit, passing, Assumed(self.flips, self.score, design)))
+            step = float((change**2).sum() / change.sum())
+            changed = float(differences.var()) / step**2
+            assumed = AssumedChanges(self.score, changed, step, design, float((sizes**2).sum() / sizes.sum()))
+            return _known(items_for(self.limit, passing, assumed))
+        return _known(items_for(self.limit, passing, AssumedFlips(self.flips, self.score, design)))
 
 
 def _known(items: int | None) -> int:

@@ -11,7 +11,7 @@ from pydantic import Field, PositiveInt, ValidationError, ValidationInfo, field_
 
 from compress.data.sources import Columns, RowFilter, Values
 from compress.errors import RecipeError
-from compress.eval.metrics import BINARY, METRICS
+from compress.eval.metrics import metrics_of
 from compress.recipe.document import dotted, read_document
 from compress.recipe.schema import Frozen, Source
 
@@ -19,9 +19,6 @@ _SHIPPED = Path(__file__).parent / "definitions"
 
 Kind = Literal["vqa", "choice", "caption"]
 """The kinds of task that have definitions."""
-
-_METRICS: dict[Kind, tuple[str, ...]] = {"vqa": tuple(METRICS), "choice": ("letter",), "caption": ("cider",)}
-"""The metrics that each kind of task can be scored by."""
 
 _QUESTION, _OPTIONS = "{question}", "{options}"
 
@@ -77,8 +74,8 @@ class Definition(Frozen):
     @classmethod
     def _check_metric(cls, metric: str, info: ValidationInfo) -> str:
         kind: Kind | None = info.data.get("task")
-        if kind is not None and metric not in _METRICS[kind]:
-            raise ValueError(f"of a {kind} must be one of {', '.join(_METRICS[kind])} (got {metric})")
+        if kind is not None and metric not in metrics_of(kind):
+            raise ValueError(f"of a {kind} must be one of {', '.join(metrics_of(kind))} (got {metric})")
         return metric
 
     @field_validator("labels")
@@ -104,11 +101,6 @@ class Definition(Frozen):
     def rows(self) -> RowFilter:
         """The filter on the rows of its own data."""
         return RowFilter(where=self.where, text_only=self.text_only)
-
-    @property
-    def binary(self) -> bool:
-        """Whether every item's score is 0 or 1."""
-        return self.metric in BINARY
 
     def format_prompt(self, question: str, options: str = "") -> str:
         """Return the prompt with the question, and the text of its options, filled in."""

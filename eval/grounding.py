@@ -12,6 +12,7 @@ from pydantic import Field
 from compress.errors import DataError
 from compress.eval.changes import ImageGain, image_gain
 from compress.eval.journal import answer_all
+from compress.eval.metrics import load_metric
 from compress.eval.metrics.normalize import normalize
 from compress.eval.results import Grounding, GroundingItem, check_pairs, read_grounding
 from compress.eval.tasks.task import TaskContext, cluster_of
@@ -143,7 +144,7 @@ def _summary(
     return Grounding(
         task=task.name,
         metric=task.metric_name,
-        binary=task.binary,
+        binary=load_metric(task.metric_name).binary,
         items=len(items),
         failed=len(items) - len(answered),
         score_own=sum(item.score_own for item in answered) / count,

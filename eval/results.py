@@ -8,11 +8,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from compress.errors import DataError
+from compress.eval.metrics import load_metric
+from compress.eval.metrics.metric import Metric
 from compress.files import write_bytes, write_text
 from compress.recipe.schema import Frozen
 
@@ -32,7 +34,12 @@ Unit = Literal["token", "image"]
 class ScoreMetrics(Frozen):
     """The score of a task whose items are scored one by one."""
 
-    task: Literal["vqa", "choice", "caption", "zero-shot", "retrieval", "adapter"]
+    judged_by: ClassVar[frozenset[str]] = frozenset({"accuracy", "flips"})
+    """The gate's checks that these figures are judged by."""
+
+    task: str
+    """The task's name in the table `TASKS`."""
+
     metric: str
     score: float
     """The mean over all items; an item that failed counts 0."""
@@ -46,11 +53,40 @@ class ScoreMetrics(Frozen):
     details: Mapping[str, float] = Field(default_factory=lambda: dict[str, float]())
     """Further figures by name, such as F1 or the score of each category."""
 
+    @classmethod
+    def of(cls, task: str, metric: str, items: Sequence[ScoredItem], **fields: Any) -> Self:
+        """Return the score over a task's items; `fields` are others than the items'."""
+        record = load_metric(metric)
+        failed = sum(item.fault is not None for item in items)
+        fields = {"binary": record.binary} | fields
+        return cls(task=task, metric=metric, score=record.aggregate(items), items=len(items), failed=failed, **fields)
+
+    @property
+    def figure(self) -> float:
+        """The task's main figure."""
+        return self.score
+
+    @property
+    def count(self) -> int:
+        """The number of items that the figure is of."""
+        return self.items
+
+    @property
+    def record(self) -> Metric:
+        """What the metric is, and how it reads."""
+        return load_metric(self.metric)
+
 
 class PerplexityMetrics(Frozen):
     """Perplexity: exp of the mean negative log-likelihood over all scored tokens."""
 
-    task: Literal["perplexity"] = "perplexity"
+    judged_by: ClassVar[frozenset[str]] = frozenset({"perplexity"})
+    metric: ClassVar[str] = "perplexity"
+    binary: ClassVar[bool] = False
+    details: ClassVar[Mapping[str, float]] = {}
+    """Further figures: none."""
+
+    task: str = "perplexity"
     perplexity: float
     window: int
     """Tokens per window."""
@@ -59,8 +95,24 @@ class PerplexityMetrics(Frozen):
     tokens: int
     failed: int = 0
 
+    @property
+    def figure(self) -> float:
+        """The task's main figure."""
+        return self.perplexity
 
-Metrics = Annotated[ScoreMetrics | PerplexityMetrics, Field(discriminator="task")]
+    @property
+    def count(self) -> int:
+        """The number of windows that the figure is of."""
+        return self.windows
+
+    @property
+    def record(self) -> Metric:
+        """What the metric is, and how it reads."""
+        return load_metric(self.metric)
+
+
+Metrics = ScoreMetrics | PerplexityMetrics
+"""A task's figures: what they are judged by and how they read is asked of them alike."""
 
 
 class WholeKl(Frozen):
@@ -272,6 +324,10 @@ class ItemizedMeasurement:
     repeated_items: Mapping[str, tuple[AnyItem, ...]] = field(default_factory=lambda: dict[str, tuple[AnyItem, ...]]())
     """Of the original, the items of the second run."""
 
+    def judged_by(self, name: str) -> frozenset[str]:
+        """Return the gate's checks that a task is judged by."""
+        return checks_judged(type(self.tasks[name].metrics), type(self.items[name][0]))
+
     def scored(self, name: str) -> tuple[ScoredItem, ...]:
         """Return the items of a task with scores."""
         return tuple(item for item in self.items[name] if isinstance(item, ScoredItem))
@@ -283,6 +339,11 @@ class ItemizedMeasurement:
     def windows(self, name: str) -> tuple[WindowItem, ...]:
         """Return the items of a perplexity task."""
         return tuple(item for item in self.items[name] if isinstance(item, WindowItem))
+
+
+def checks_judged(figures: type[Metrics], item: type[AnyItem]) -> frozenset[str]:
+    """Return the gate's checks that such figures are judged by; fidelity is one where items hold the model's predictions."""
+    return figures.judged_by | ({"fidelity"} if "kl" in item.model_fields else set[str]())
 
 
 def items_path(folder: Path, name: str) -> Path:

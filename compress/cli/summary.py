@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.cli.options import console as console_of
-from compress.eval.results import Metrics, ScoreMetrics
+from compress.eval.results import Metrics
 from compress.report.figures import counted, format_recovery, kl_value, metric_value, size
 from compress.report.model import Report, Row, published_lines
 from compress.report.run_tables import ORIGINAL, has_several_targets, originals
@@ -96,7 +96,7 @@ def _lines(report: Report, row: Row) -> Iterator[Line]:
 
 def _figure(original: Metrics | None, metrics: Metrics) -> str:
     """Return a task's figure after the original's, with the recovery."""
-    kind = "" if isinstance(metrics, ScoreMetrics) else "perplexity "
+    kind = "" if metrics.record.percent else f"{metrics.metric} "
     if original is None:
         return kind + metric_value(metrics)
     recovery = format_recovery(original, metrics)

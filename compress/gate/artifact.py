@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from compress.eval.results import PerplexityMetrics, ScoreMetrics, check_pairs
+from compress.eval.results import check_pairs
 from compress.eval.statistics.estimates import Finding
 from compress.eval.statistics.paired import Pairs
 from compress.gate.gate import Check, MeasuredModel, pairs_of
@@ -53,9 +53,9 @@ class ArtifactChecks:
         """Return the inconclusive check of a limit without any measured task."""
         return self.inconclusive(check, limit, "nothing that was measured says anything about it; add a task to eval.tasks")
 
-    def task_names(self, kind: type[ScoreMetrics | PerplexityMetrics]) -> list[str]:
-        """Return the original's tasks with this kind of metrics."""
-        return [name for name, task in self.original.measurement.tasks.items() if isinstance(task.metrics, kind)]
+    def task_names(self, check: str) -> list[str]:
+        """Return the original's tasks that are judged by a check of the gate."""
+        return [name for name in self.original.measurement.tasks if check in self.original.measurement.judged_by(name)]
 
     def skip_reason(self, task: str) -> str | None:
         """Return the reason why the artifact was not measured on a task; None where it was."""

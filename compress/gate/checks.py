@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 
 import numpy as np
 
 from compress.eval.changes import count_flips, judge_flips
 from compress.eval.grounding import image_gain_of
 from compress.eval.latency.gate import LatencyFinding, judge_latency, judge_memory
-from compress.eval.results import PerplexityMetrics, ScoreMetrics, TaskMeasurement, check_pairs
+from compress.eval.results import TaskMeasurement, check_pairs
 from compress.eval.statistics.estimates import Finding, Levels, Recovery, judge_perplexity
 from compress.eval.statistics.noise import flips_above_noise
 from compress.eval.statistics.paired import Pairs, judge_family, judge_pairs, overall_recovery
@@ -27,6 +26,7 @@ from compress.gate.gate import (
     PerplexityLimit,
     SizeLimit,
 )
+from compress.gate.noise import NoiseFloor
 
 
 def checks_of(limits: GateLimits, original: MeasuredModel, artifact: MeasuredModel, target: str) -> Iterator[Check]:
@@ -76,7 +76,7 @@ def _load_checks(checks: ArtifactChecks, check: str, findings: list[LatencyFindi
 
 def _accuracy(checks: ArtifactChecks, limit: AccuracyLimit) -> Iterator[Check]:
     check_name = "accuracy.min_recovery"
-    tasks = checks.task_names(ScoreMetrics)
+    tasks = checks.task_names("accuracy")
     if not tasks:
         yield checks.unmeasured(check_name, limit.min_recovery)
     pairs: dict[str, Pairs] = {}
@@ -146,7 +146,7 @@ def _overall(checks: ArtifactChecks, limit: float, recoveries: Mapping[str, Reco
 
 def _perplexity(checks: ArtifactChecks, limit: PerplexityLimit) -> Iterator[Check]:
     check_name = "perplexity.max_ratio"
-    tasks = checks.task_names(PerplexityMetrics)
+    tasks = checks.task_names("perplexity")
     if not tasks:
         yield checks.unmeasured(check_name, limit.max_ratio)
     for task in tasks:
@@ -191,7 +191,7 @@ def _perplexity(checks: ArtifactChecks, limit: PerplexityLimit) -> Iterator[Chec
 
 def _flips(checks: ArtifactChecks, limit: FlipsLimit) -> Iterator[Check]:
     check_name = "flips.max_share"
-    tasks = checks.task_names(ScoreMetrics)
+    tasks = checks.task_names("flips")
     if not tasks:
         yield checks.unmeasured(check_name, limit.max_share)
     for task in tasks:
@@ -201,11 +201,12 @@ def _flips(checks: ArtifactChecks, limit: FlipsLimit) -> Iterator[Check]:
         flips = count_flips(checks.pairs(task), limit.confidence)
         finding = judge_flips(flips, limit.max_share)
         noise = flips_above_noise(checks.original.measurement, checks.artifact.measurement, task, limit.confidence)
-        noise_note = "" if noise is None else f" (the original asked again: {100 * noise.floor:.2f} %)"
-        note = _items_needed_note(finding, "items")
-        if finding.outcome == "fail" and noise is not None and not noise.above:
-            finding = replace(finding, outcome="inconclusive", items_needed=None)
-            note = f": but it is not shown to be more than of the original itself (p = {noise.p_value:.2g})"
+        noise_note, note = "", _items_needed_note(finding, "items")
+        if noise is not None:
+            floor = NoiseFloor.of(noise.value, noise.floor, f"{100 * noise.floor:.2f} %", noise)
+            noise_note = f" (the original asked again: {floor.text})"
+            finding, remark = floor.hold(finding, limit.max_share, f"raise it above {floor.text}")
+            note = remark or note
         interval = _percent_interval(finding)
         reason = (
             f"{task}: {flips.lost} lost and {flips.gained} gained of {flips.items:,} items, {100 * flips.share:.2f} %{interval}"

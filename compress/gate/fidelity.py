@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from compress.eval.results import Fidelity, ScoreMetrics, TaskMeasurement, WholeKl
+from compress.eval.results import Fidelity, WholeKl
 from compress.eval.statistics.estimates import Finding, Outcome
 from compress.eval.statistics.noise import kl_above_noise
 from compress.eval.tasks.task import FIDELITY_CONFIDENCE
 from compress.gate.artifact import ArtifactChecks, format_interval
 from compress.gate.gate import Check, FidelityLimit
+from compress.gate.noise import NoiseFloor
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class _Judgement:
 
     finding: Finding
     figure: str
-    """The figure in words, with its bounds and the noise floor."""
+    """The figure in words, with its bounds."""
 
     remark: str = ""
     """Follows the limit in the reason: why the outcome is inconclusive, and the remedy."""
@@ -30,12 +31,12 @@ class _Judgement:
 
 def fidelity_checks(checks: ArtifactChecks, limit: FidelityLimit) -> Iterator[Check]:
     """Yield the checks of every limit for every task with compared predictions."""
-    limits = {"max_kl": limit.max_kl, "max_kl_p99": limit.max_kl_p99, "min_top1": limit.min_top1}
-    for name, limit_value in limits.items():
+    for name in _JUDGES:
+        limit_value: float | None = getattr(limit, name)
         if limit_value is None:
             continue
         check_name = f"fidelity.{name}"
-        tasks = [task for task, measurement in checks.original.measurement.tasks.items() if _is_comparable(measurement)]
+        tasks = checks.task_names("fidelity")
         if not tasks:
             yield checks.unmeasured(check_name, limit_value)
         for task in tasks:
@@ -50,50 +51,51 @@ def fidelity_checks(checks: ArtifactChecks, limit: FidelityLimit) -> Iterator[Ch
                 yield _check(checks, name, limit_value, task, measurement.fidelity)
 
 
-def _is_comparable(task: TaskMeasurement) -> bool:
-    return not (isinstance(task.metrics, ScoreMetrics) and task.metrics.task == "adapter")
-
-
 def _check(checks: ArtifactChecks, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
-    if name == "min_top1":
-        judgement = _top1(checks, limit, task, fidelity)
-    elif name == "max_kl_p99":
-        judgement = _p99(checks, limit, task, fidelity)
-    else:
-        judgement = _mean(checks, limit, task, fidelity)
+    judgement = _JUDGES[name](limit, fidelity)
+    figure, remark, finding = judgement.figure, judgement.remark, judgement.finding
+    floor = _noise_floor(checks, name, task, fidelity)
+    if floor is not None:
+        figure += f" (the original asked again: {floor.text})"
+        if name == "min_top1":
+            finding, noise_remark = floor.hold(finding, 1 - limit, f"lower it to {floor.text} or less")
+        else:
+            finding, noise_remark = floor.hold(finding, limit, f"raise it above {_five_decimals(floor.floor)}")
+        remark = noise_remark or remark
     limit_text = f"{100 * limit:g} %" if name == "min_top1" else f"{limit:g}"
-    reason = f"{task}: {judgement.figure}, {fidelity.tokens:,} {fidelity.unit}s; the limit is {limit_text}{judgement.remark}"
-    return checks.decide(f"fidelity.{name}", limit, judgement.finding, reason, task).model_copy(
-        update={"at_least": judgement.at_least}
-    )
+    reason = f"{task}: {figure}, {fidelity.tokens:,} {fidelity.unit}s; the limit is {limit_text}{remark}"
+    check = checks.decide(f"fidelity.{name}", limit, finding, reason, task)
+    return check.model_copy(update={"at_least": judgement.at_least})
 
 
-def _top1(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
-    value, noise = fidelity.top1_agreement, checks.original.measurement.tasks[task].noise
-    outcome: Outcome = "pass" if value >= limit else "fail"
+def _noise_floor(checks: ArtifactChecks, name: str, task: str, fidelity: Fidelity) -> NoiseFloor | None:
+    """Return the noise floor of a figure; None where the original was not asked again."""
+    noise = checks.original.measurement.tasks[task].noise
+    if noise is None:
+        return None
+    if name == "min_top1":
+        return NoiseFloor.of(1 - fidelity.top1_agreement, 1 - noise.top1_agreement, f"{100 * noise.top1_agreement:.2f} %")
+    if name == "max_kl_p99":
+        return NoiseFloor.of(fidelity.kl_p99, noise.kl_p99, _format_kl(noise, noise.kl_p99))
+    excess = kl_above_noise(checks.original.measurement, checks.artifact.measurement, task, FIDELITY_CONFIDENCE)
+    return NoiseFloor.of(fidelity.kl_mean, noise.kl_mean, _format_kl(noise, noise.kl_mean), excess)
+
+
+def _top1(limit: float, fidelity: Fidelity) -> _Judgement:
+    value = fidelity.top1_agreement
     noun = "token" if fidelity.unit == "token" else "class"
     figure = f"the same top {noun} for {100 * value:.2f} % of {fidelity.unit}s"
-    if noise is not None:
-        figure += f" (the original asked again: {100 * noise.top1_agreement:.2f} %)"
-    if outcome == "fail" and noise is not None and noise.top1_agreement <= value:
-        return _Judgement(Finding(value, None, "inconclusive", None), figure, _within_noise_remark())
-    return _Judgement(Finding(value, None, outcome, None), figure)
+    return _Judgement(Finding(value, None, "pass" if value >= limit else "fail", None), figure)
 
 
-def _p99(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
-    noise, value = checks.original.measurement.tasks[task].noise, fidelity.kl_p99
-    figure = f"KL at most {value:.5f} nats for 99 % of {fidelity.unit}s"
-    if fidelity.at_least:
-        figure = f"99th percentile of KL at least {value:.5f} nats"
-    if noise is not None:
-        figure += f" (the original asked again: {_format_kl(noise, noise.kl_p99)})"
-    if value > limit:
-        if noise is not None and noise.kl_p99 >= value:
-            return _Judgement(Finding(value, None, "inconclusive", None), figure, _within_noise_remark(), fidelity.at_least)
-        return _Judgement(Finding(value, None, "fail", None), figure, at_least=fidelity.at_least)
+def _p99(limit: float, fidelity: Fidelity) -> _Judgement:
+    value, full = fidelity.kl_p99, fidelity.whole
     if not fidelity.at_least:
-        return _Judgement(Finding(value, None, "pass", None), figure)
-    full = fidelity.whole
+        figure = f"KL at most {value:.5f} nats for 99 % of {fidelity.unit}s"
+        return _Judgement(Finding(value, None, "pass" if value <= limit else "fail", None), figure)
+    figure = f"99th percentile of KL at least {value:.5f} nats"
+    if value > limit:
+        return _Judgement(Finding(value, None, "fail", None), figure, at_least=True)
     if full is None or full.kl_p99_at_most is None:
         return _Judgement(Finding(value, None, "inconclusive", None), figure, _no_upper_bound_remark(full), at_least=True)
     figure += f", and at most {full.kl_p99_at_most:.5f} with 95 % confidence by {full.tokens:,} over the whole vocabulary"
@@ -102,23 +104,20 @@ def _p99(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) ->
     return _Judgement(Finding(value, None, "inconclusive", None), figure, _larger_sample_remark(), at_least=True)
 
 
-def _mean(checks: ArtifactChecks, limit: float, task: str, fidelity: Fidelity) -> _Judgement:
-    full, noise = fidelity.whole, checks.original.measurement.tasks[task].noise
+def _mean(limit: float, fidelity: Fidelity) -> _Judgement:
+    full = fidelity.whole
     interval = format_interval(fidelity.kl_interval, fidelity.interval_level, _five_decimals)
     figure = f"mean KL {_format_kl(fidelity, fidelity.kl_mean)}{interval} nats per {fidelity.unit}"
     if full is not None:
         full_interval = format_interval(full.kl_interval, full.interval_level, _five_decimals)
         figure += f", over the whole vocabulary {full.kl_mean:.5f} for the same {fidelity.unit}s, "
         figure += f"as {full.tokens:,} of them show{full_interval}"
-    if noise is not None:
-        figure += f" (the original asked again: {_format_kl(noise, noise.kl_mean)})"
     finding, remark = _mean_finding(fidelity, limit)
-    if finding.outcome == "fail":
-        excess = kl_above_noise(checks.original.measurement, checks.artifact.measurement, task, FIDELITY_CONFIDENCE)
-        if excess is not None and not excess.above:
-            finding = Finding(finding.value, finding.interval, "inconclusive", None, level=finding.level)
-            remark = f"{_within_noise_remark()} (p = {excess.p_value:.2g})"
     return _Judgement(finding, figure, remark, at_least=fidelity.at_least and full is None)
+
+
+_JUDGES = {"max_kl": _mean, "max_kl_p99": _p99, "min_top1": _top1}
+"""How each limit is judged, without regard to the noise floor."""
 
 
 def _mean_finding(fidelity: Fidelity, limit: float) -> tuple[Finding, str]:
@@ -146,10 +145,6 @@ def _format_kl(fidelity: Fidelity, value: float) -> str:
 
 def _five_decimals(value: float) -> str:
     return f"{value:.5f}"
-
-
-def _within_noise_remark() -> str:
-    return ": but it is not shown to be further off than the original is from itself, asked in another order and batch"
 
 
 def _no_upper_bound_remark(full: WholeKl | None) -> str:

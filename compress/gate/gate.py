@@ -8,7 +8,6 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from compress.errors import UsageError
 from compress.eval.latency.gate import LatencyLimit, MemoryLimit
 from compress.eval.latency.results import Latency
 from compress.eval.results import ItemizedMeasurement, ScoredItem
@@ -21,8 +20,8 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 Confidence = Annotated[float, Field(gt=0.5, lt=1)]
 
-SCORED_TASK_KINDS = ("vqa", "choice", "caption", "zero-shot", "retrieval", "adapter")
-"""The kinds of task whose items are scored: accuracy and flips are judged on them."""
+_TASK_CHECKS = ("accuracy", "perplexity", "fidelity", "flips")
+"""The checks of tasks' figures; which tasks give any is theirs to say (`Task.judged_by`)."""
 
 
 class AccuracyLimit(Frozen):
@@ -102,15 +101,9 @@ class GateLimits(Frozen):
     latency: LatencyLimit | None = None
     memory: MemoryLimit | None = None
 
-    def required_task_kinds(self) -> dict[str, tuple[str, ...]]:
-        """Return, for each check of tasks, the kinds of task of which the recipe must have at least one."""
-        kinds_of_check = {
-            "accuracy": SCORED_TASK_KINDS,
-            "flips": SCORED_TASK_KINDS,
-            "perplexity": ("perplexity",),
-            "fidelity": (*SCORED_TASK_KINDS[:-1], "perplexity"),
-        }
-        return {check: kinds for check, kinds in kinds_of_check.items() if getattr(self, check) is not None}
+    def task_checks(self) -> tuple[str, ...]:
+        """Return the checks for which the recipe must have at least one task that is judged by it."""
+        return tuple(check for check in _TASK_CHECKS if getattr(self, check) is not None)
 
     def required_eval_sections(self) -> dict[str, str]:
         """Return, for each check that needs one, the section of the recipe's `eval` that must be present."""
@@ -236,29 +229,6 @@ class Verdict(Frozen):
     verdict: Outcome
     artifacts: dict[str, Outcome]
     checks: tuple[Check, ...]
-
-
-def judge(gate: Gate, original: MeasuredModel, artifacts: Sequence[MeasuredModel], target: str = "local") -> Verdict:
-    """Check every artifact against the limits at a target, paired item by item with the original.
-
-    An artifact passes only if every one of its checks does, so passing needs no correction for multiple tests: all of them would
-    have to err for a bad artifact to pass. Failing is corrected: otherwise a good one would fail on one of many tasks by chance.
-
-    Raises:
-        UsageError: there are no artifacts.
-        DataError: an artifact was measured on other items than the original; names the first.
-    """
-    from compress.gate.checks import checks_of
-
-    if not artifacts:
-        raise UsageError("the gate was given no artifact; export at least one")
-    checks: list[Check] = []
-    outcomes: dict[str, Outcome] = {}
-    for artifact in artifacts:
-        artifact_checks = list(checks_of(gate.at(target), original, artifact, target))
-        outcomes[artifact.artifact] = worst([check.verdict for check in artifact_checks])
-        checks += artifact_checks
-    return Verdict(verdict=worst(list(outcomes.values())), artifacts=outcomes, checks=tuple(checks))
 
 
 def combine_verdicts(verdicts: Sequence[Verdict]) -> Verdict:

@@ -10,8 +10,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from compress import interrupts
 from compress.files import telling_where
+from compress.interrupts import check as check_interrupts
 from compress.progress import Progress
 from compress.untrusted.redaction import redact, redact_value
 
@@ -49,13 +49,13 @@ class EventLog:
 
     def step_started(self, name: str, position: int, count: int) -> None:
         """Record that a step began."""
-        interrupts.check()
+        check_interrupts()
         self.write("step-started", step=name, position=position, count=count)
         self._watcher.step_started(name, position, count)
 
     def step_finished(self, name: str, seconds: float, *, cached: bool) -> None:
         """Record that a step's output is there."""
-        interrupts.check()
+        check_interrupts()
         self.write("step-finished", step=name, seconds=round(seconds, 3), cached=cached)
         self._watcher.step_finished(name, seconds, cached=cached)
 
@@ -91,7 +91,7 @@ class EventLog:
 
             def count(units: int) -> None:
                 nonlocal done, last
-                interrupts.check()
+                check_interrupts()
                 done = min(done + units, total)
                 advance(units)
                 if time.monotonic() - last >= _SECONDS_BETWEEN:

@@ -101,7 +101,8 @@ def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
 
     `items` is the number of each task's items, where its data were read; for the others, `samples` is taken.
     """
-    from compress.eval.statistics.power import POWER, Assumed, items_for, resolved_loss
+    from compress.eval.metrics import load_metric
+    from compress.eval.statistics.power import POWER, items_for, resolved_loss
     from compress.eval.statistics.sequential import Sequential
 
     limit = recipe.gate.accuracy
@@ -109,12 +110,12 @@ def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
         return ()
     plan = Sequential.even(limit.sequential, limit.confidence) if limit.sequential else None
     level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
-    assumed = Assumed()
     notes: list[str] = []
     for task in recipe.eval.tasks:
         samples = sample_limit(task)
         available = items.get(task.name, samples)
-        if task.name not in recipe.judged_tasks or available is None:
+        assumed = load_metric(task.metric_name).assumed
+        if "accuracy" not in task.judged_by() or assumed is None or available is None:
             continue
         fewer_note = (
             f" ({samples:,} are asked for, and its data hold no more)" if samples is not None and available < samples else ""
@@ -126,8 +127,7 @@ def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
         notes.append(
             f"{task.name}: {counted(available, 'item')}{fewer_note} {resolution} (so far below the original a limit is passed by "
             f"an artifact that loses nothing with {100 * POWER:g} % probability, "
-            f"if {100 * assumed.flips:g} % of the items flip and "
-            f"{100 * assumed.accuracy:g} % are right){needed_note}"
+            f"if {assumed.describe()}){needed_note}"
         )
     return tuple(notes)
 

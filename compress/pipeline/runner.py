@@ -20,7 +20,8 @@ from compress.errors import CheckpointError, DataError, MissingError, StoreError
 from compress.eval.latency.results import Latency, read_latency
 from compress.eval.results import ItemizedMeasurement, read_measurement
 from compress.files import telling_where, write_json, write_text
-from compress.gate.gate import MeasuredModel, Verdict, combine_verdicts, judge
+from compress.gate.gate import MeasuredModel, Verdict, combine_verdicts
+from compress.gate.judge import judge
 from compress.hardware import describe
 from compress.pipeline.events import EventLog, Watcher
 from compress.pipeline.meter import Meter

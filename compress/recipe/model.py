@@ -18,8 +18,9 @@ from compress.eval import TASKS
 from compress.eval.grounding import GroundingCheck
 from compress.eval.latency.settings import LatencySettings
 from compress.eval.tasks.adapter import SHORT_FORM, expand_short_name
+from compress.eval.tasks.task import kinds_judged_by
 from compress.export import FORMATS
-from compress.gate.gate import SCORED_TASK_KINDS, Gate
+from compress.gate.gate import Gate
 from compress.recipe.document import Place, RecipeDocument, dotted, override, read_document
 from compress.recipe.renamed_keys import rename_keys
 from compress.recipe.schema import Frozen, Source, union_of
@@ -136,7 +137,7 @@ class Recipe(Frozen):
     @property
     def judged_tasks(self) -> list[str]:
         """The names of the tasks whose items have scores."""
-        return [task.name for task in self.eval.tasks if task.task in SCORED_TASK_KINDS]
+        return [task.name for task in self.eval.tasks if "accuracy" in task.judged_by()]
 
 
 def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, RecipeDocument]:
@@ -277,10 +278,10 @@ def _gate_faults(document: RecipeDocument, recipe: Recipe) -> list[str]:
             faults.append(f"{where}: gate.targets.{target}: no such target; those of eval are {', '.join(names)}")
     limits = {("gate",): recipe.gate, **{("gate", "targets", name): limit for name, limit in recipe.gate.targets.items()}}
     for place, limit in limits.items():
-        for check, tasks in limit.required_task_kinds().items():
-            if not any(task.task in tasks for task in recipe.eval.tasks):
+        for check in limit.task_checks():
+            if not any(check in task.judged_by() for task in recipe.eval.tasks):
                 where = document.whereabouts((*place, check))
-                kinds = " or ".join(tasks)
+                kinds = " or ".join(kinds_judged_by(check))
                 faults.append(f"{where}: {dotted((*place, check))}: nothing measures it; add a task of kind {kinds} to eval.tasks")
         for name in limit.accuracy.tasks if limit.accuracy is not None else ():
             if name not in recipe.judged_tasks:

@@ -13,12 +13,11 @@ from typing import Any, cast
 from pydantic import ValidationError
 
 from compress.errors import DataError, UsageError
-from compress.eval.results import ScoreMetrics
 from compress.gate.gate import Outcome
-from compress.report.figures import item_count, main_figure, recovery
+from compress.report.figures import recovery
 from compress.report.latency import models_of, shapes_of
-from compress.report.model import Report, Row, origin
-from compress.report.run_tables import ORIGINAL, originals
+from compress.report.model import Report, Row
+from compress.report.run_tables import ORIGINAL, origin, originals
 from compress.untrusted.limits import limits
 from compress.untrusted.reading import read_bytes
 
@@ -218,10 +217,9 @@ def _measures(reports: Iterable[Report]) -> tuple[Measure, ...]:
     for report in reports:
         for row in report.rows:
             for name, metrics in row.metrics.items():
-                scored = isinstance(metrics, ScoreMetrics)
-                metric = metrics.metric if isinstance(metrics, ScoreMetrics) else "perplexity"
-                key = _task_key(report, name)
-                measures.setdefault(key, Measure(key, name, None, share=scored, larger=scored, metric=metric))
+                key, record = _task_key(report, name), metrics.record
+                measure = Measure(key, name, None, record.percent, record.larger_is_better, metrics.metric)
+                measures.setdefault(key, measure)
                 if any(name in (other.fidelity or {}) for other in report.rows):
                     metric_text = "mean KL from the original in nats"
                     measures.setdefault(_kl_key(key), Measure(_kl_key(key), f"{name} KL", None, False, False, metric_text, kl=True))
@@ -273,10 +271,8 @@ def _values(report: Report, row: Row, original: Row | None) -> Iterator[tuple[st
     for name, metrics in row.metrics.items():
         original_metrics = original.metrics.get(name) if original is not None else None
         ratio = recovery(original_metrics, metrics) if original_metrics is not None else None
-        items = (
-            item_count(metrics) if original_metrics is not None and item_count(original_metrics) != item_count(metrics) else None
-        )
-        yield _task_key(report, name), Value(main_figure(metrics), ratio, metrics.failed, items)
+        items = metrics.count if original_metrics is not None and original_metrics.count != metrics.count else None
+        yield _task_key(report, name), Value(metrics.figure, ratio, metrics.failed, items)
     for name, fidelity in (row.fidelity or {}).items():
         full = fidelity.whole
         kl = Value(fidelity.kl_mean, None, at_least=fidelity.at_least) if full is None else Value(full.kl_mean, None)

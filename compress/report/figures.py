@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from compress.eval.results import Fidelity, Metrics, ScoreMetrics
+from compress.eval.results import Fidelity, Metrics
 
 if TYPE_CHECKING:
     from compress.gate.gate import Check
@@ -89,14 +89,9 @@ def rate(value: float) -> str:
     return f"{value:,.0f}" if abs(value) >= 100 or not value else f"{value:#.3g}".rstrip(".")
 
 
-def main_figure(metrics: Metrics) -> float:
-    """Return a task's main figure: its score, or its perplexity."""
-    return metrics.score if isinstance(metrics, ScoreMetrics) else metrics.perplexity
-
-
 def metric_value(metrics: Metrics) -> str:
     """Return a task's figure as tables show it."""
-    return share(metrics.score) if isinstance(metrics, ScoreMetrics) else f"{metrics.perplexity:.4g}"
+    return metrics.record.show(metrics.figure)
 
 
 def recovery(original: Metrics, artifact: Metrics) -> float | None:
@@ -104,22 +99,14 @@ def recovery(original: Metrics, artifact: Metrics) -> float | None:
 
     That is so where the artifact was measured on fewer items, because its verdict was decided early.
     """
-    original_figure, artifact_figure = main_figure(original), main_figure(artifact)
-    comparable = original.task == artifact.task and item_count(original) == item_count(artifact)
-    return artifact_figure / original_figure if comparable and original_figure > 0 else None
-
-
-def item_count(metrics: Metrics) -> int:
-    """Return the number of items, or windows, of a task's figure."""
-    return metrics.items if isinstance(metrics, ScoreMetrics) else metrics.windows
+    comparable = original.task == artifact.task and original.count == artifact.count
+    return artifact.figure / original.figure if comparable and original.figure > 0 else None
 
 
 def format_recovery(original: Metrics, artifact: Metrics) -> str:
     """Return `recovery` as tables show it: per cent of a score, a multiple of a perplexity; empty where there is none."""
     ratio = recovery(original, artifact)
-    if ratio is None:
-        return ""
-    return share(ratio) if isinstance(artifact, ScoreMetrics) else f"×{ratio:.4f}"
+    return "" if ratio is None else artifact.record.show_ratio(ratio)
 
 
 def check_values(check: Check) -> tuple[str, str, str]:

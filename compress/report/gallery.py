@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compress.data.images import decode_image
 from compress.errors import CompressError
-from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoredItem, ScoreMetrics
+from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoredItem
 from compress.eval.tasks.task import Task
 
 if TYPE_CHECKING:
@@ -111,7 +111,7 @@ def make_gallery(tasks: Iterable[TaskFlips], limit: int = LIMIT) -> Gallery:
     flips = {
         task_flips.task.name: (task_flips, _flips(task_flips))
         for task_flips in tasks
-        if isinstance(_metrics(task_flips), ScoreMetrics)
+        if "flips" in task_flips.task.judged_by() and task_flips.task.name in task_flips.original.tasks
     }
     lost = [[card for card in cards if card.kind == "lost"] for _, cards in flips.values()]
     gained = [[card for card in cards if card.kind == "gained"] for _, cards in flips.values()]
@@ -131,15 +131,10 @@ def make_gallery(tasks: Iterable[TaskFlips], limit: int = LIMIT) -> Gallery:
     return Gallery(cards=cards, lost=count_lost, gained=count_gained, missing=tuple(missing))
 
 
-def _metrics(task_flips: TaskFlips) -> object:
-    return task_flips.original.tasks[task_flips.task.name].metrics if task_flips.task.name in task_flips.original.tasks else None
-
-
 def _flips(task_flips: TaskFlips) -> list[Card]:
     """Return a task's flips, those of most artifacts first and otherwise in the order of the items."""
     name = task_flips.task.name
-    metrics = _metrics(task_flips)
-    assert isinstance(metrics, ScoreMetrics)
+    binary = task_flips.original.tasks[name].metrics.binary
     artifact_items = {
         artifact: {item.id: item for item in measurement.scored(name)}
         for artifact, measurement in task_flips.artifacts.items()
@@ -150,17 +145,17 @@ def _flips(task_flips: TaskFlips) -> list[Card]:
         items_here = {artifact: items[original_item.id] for artifact, items in artifact_items.items() if original_item.id in items}
         lost = {artifact: item for artifact, item in items_here.items() if item.score < original_item.score}
         gained = {artifact: item for artifact, item in items_here.items() if item.score > original_item.score}
-        cards += [_card(name, "lost", original_item, lost, metrics)] if lost else []
-        cards += [_card(name, "gained", original_item, gained, metrics)] if gained else []
+        cards += [_card(name, "lost", original_item, lost, binary=binary)] if lost else []
+        cards += [_card(name, "gained", original_item, gained, binary=binary)] if gained else []
     return sorted(cards, key=lambda card: -len(card.artifacts))
 
 
-def _card(task: str, kind: Kind, original: ScoredItem, artifacts: Mapping[str, ScoredItem], metrics: ScoreMetrics) -> Card:
+def _card(task: str, kind: Kind, original: ScoredItem, artifacts: Mapping[str, ScoredItem], *, binary: bool) -> Card:
     return Card(
         task=task,
         id=original.id,
         kind=kind,
-        binary=metrics.binary,
+        binary=binary,
         original=_answer("original", original),
         artifacts=tuple(_answer(artifact, item) for artifact, item in artifacts.items()),
         accepted=accepted_answers(original.accepted),

@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 
 import yaml
 
-from compress.eval.results import ScoreMetrics
 from compress.gate.gate import Outcome
 from compress.report import run_tables as tables
 from compress.report.charts import Chart
@@ -238,7 +237,7 @@ def _latency(report: Report) -> Iterator[Part]:
 
 
 def _has_scores(report: Report) -> bool:
-    return any(isinstance(metrics, ScoreMetrics) for row in report.rows for metrics in row.metrics.values())
+    return any("flips" in metrics.judged_by for row in report.rows for metrics in row.metrics.values())
 
 
 def _flips(gallery: Gallery) -> Iterator[Part]:

@@ -15,7 +15,7 @@ from compress.recipe.schema import Frozen
 from compress.report import run_tables as tables
 from compress.report.figures import size as size
 from compress.report.latency import latency_tables, lowered
-from compress.report.run_tables import format_versions
+from compress.report.run_tables import format_versions, origin
 from compress.report.tabular import markdown
 from compress.report.width_table import width_table
 from compress.stages.quantization.widths import Widths
@@ -158,11 +158,6 @@ def render(report: Report) -> str:
     ]
     parts.append("  \n".join(facts))
     return "\n\n".join(parts) + "\n"
-
-
-def origin(source: Mapping[str, Any]) -> str:
-    """Return a model's source and revision, in one line."""
-    return ", ".join([str(source["source"]), *(f"{key} {value}" for key, value in source.items() if key != "source")])
 
 
 def published_lines(report: Report) -> tuple[str, ...]:

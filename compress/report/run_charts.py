@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from compress.eval.results import Metrics, ScoreMetrics
+from compress.eval.results import Metrics
 from compress.report.charts import Axis, Chart, Limit, Point, Series, Unit, larger, near, pareto_front
-from compress.report.figures import item_count, main_figure, metric_value, milliseconds, share, size
+from compress.report.figures import metric_value, milliseconds, size
 from compress.report.latency import models_of, shapes_of
 from compress.report.run_tables import ORIGINAL, has_several_targets, originals, task_names
 from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, GroupWidth, Widths
@@ -40,9 +40,8 @@ def size_axis(sizes: Iterable[int]) -> Axis:
 
 def task_axis(name: str, metrics: Metrics) -> Axis:
     """Return the axis of a task's figure."""
-    if isinstance(metrics, ScoreMetrics):
-        return Axis(f"{name}: {metrics.metric}", share, Unit(100, "%"))
-    return Axis(f"{name}: perplexity", lambda value: f"{value:.4g}")
+    unit = Unit(100, "%") if metrics.record.percent else Unit()
+    return Axis(f"{name}: {metrics.metric}", metrics.record.show, unit)
 
 
 @dataclass(frozen=True)
@@ -103,13 +102,13 @@ def _chart(report: Report, rows: Sequence[Row], name: str, x_axis: _XAxis, style
     series = tuple(
         Series(
             row.artifact,
-            (Point(x, main_figure(metrics), row.artifact, _bounds(report, row, name, original_metrics)),),
+            (Point(x, metrics.figure, row.artifact, _bounds(report, row, name, original_metrics)),),
             styles[row.artifact],
         )
         for row, metrics, x in measured
     )
-    scored = isinstance(measured[0][1], ScoreMetrics)
-    worth = larger if scored else near(main_figure(original_metrics) if original_metrics is not None else math.nan)
+    larger_is_better = measured[0][1].record.larger_is_better
+    worth = larger if larger_is_better else near(original_metrics.figure if original_metrics is not None else math.nan)
     points = [point for each in series for point in each.points]
     summary_points = "; ".join(f"{row.artifact} {metric_value(metrics)} at {x_axis.axis.show(x)}" for row, metrics, x in measured)
     return Chart(
@@ -120,21 +119,16 @@ def _chart(report: Report, rows: Sequence[Row], name: str, x_axis: _XAxis, style
         series=series,
         front=pareto_front(points, worth),
         limits=tuple(_limits(report, rows, name, original_metrics, original if x_axis.title == "size" else None)),
-        better="better: up and left" if scored else "better: left, and near the original",
+        better="better: up and left" if larger_is_better else "better: left, and near the original",
     )
 
 
 def _bounds(report: Report, row: Row, task: str, original_metrics: Metrics | None) -> tuple[float, float] | None:
     """Return the bounds of a task's figure: those of the gate's recovery times the original's figure."""
     check = _check(report, row.target, task, row.artifact)
-    if (
-        check is None
-        or check.interval is None
-        or original_metrics is None
-        or item_count(original_metrics) != item_count(row.metrics[task])
-    ):
+    if check is None or check.interval is None or original_metrics is None or original_metrics.count != row.metrics[task].count:
         return None
-    return check.interval[0] * main_figure(original_metrics), check.interval[1] * main_figure(original_metrics)
+    return check.interval[0] * original_metrics.figure, check.interval[1] * original_metrics.figure
 
 
 def _limits(
@@ -142,7 +136,7 @@ def _limits(
 ) -> Iterable[Limit]:
     check = _check(report, rows[0].target, task, None)
     if check is not None and original_metrics is not None:
-        yield Limit("y", check.limit * main_figure(original_metrics), "gate")
+        yield Limit("y", check.limit * original_metrics.figure, "gate")
     ratio = next((check.limit for check in report.gate.checks if check.check == "size.max_ratio"), None)
     if ratio is not None and sized_original is not None:
         yield Limit("x", ratio * sized_original.bytes, "gate")

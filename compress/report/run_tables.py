@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from compress.eval.results import Fidelity, ScoreMetrics, WholeKl
+from compress.eval.results import Fidelity, WholeKl
 from compress.gate.gate import Check, Outcome
 from compress.report.figures import (
     check_values,
@@ -14,7 +14,6 @@ from compress.report.figures import (
     duration,
     format_kl,
     format_recovery,
-    item_count,
     level_name,
     metric_value,
     share,
@@ -72,11 +71,7 @@ def _task_value(row: Row, original: Row | None, name: str) -> str:
         return "not measured"
     original_metrics = original.metrics.get(name) if original is not None and original is not row else None
     recovery = format_recovery(original_metrics, metrics) if original_metrics is not None else ""
-    fewer_note = (
-        f", of {item_count(metrics):,} items"
-        if original_metrics is not None and item_count(original_metrics) != item_count(metrics)
-        else ""
-    )
+    fewer_note = f", of {metrics.count:,} items" if original_metrics is not None and original_metrics.count != metrics.count else ""
     failed_note = f", {metrics.failed:,} failed" if metrics.failed else ""
     return metric_value(metrics) + (f" ({recovery})" if recovery else "") + fewer_note + failed_note
 
@@ -86,7 +81,7 @@ def details_table(rows: Sequence[Row]) -> Table:
     values_of: dict[tuple[str, str], dict[int, float]] = {}
     for index, row in enumerate(rows):
         for name, metrics in row.metrics.items():
-            for figure, value in metrics.details.items() if isinstance(metrics, ScoreMetrics) else ():
+            for figure, value in metrics.details.items():
                 values_of.setdefault((name, figure), {})[index] = value
     heads = [f"{row.artifact} @{row.target}" if has_several_targets(rows) else row.artifact for row in rows]
     columns = (Column("task"), Column("figure"), *(Column(head, "number") for head in heads))
@@ -200,8 +195,6 @@ def facts_table(report: Report) -> Table:
 
 
 def _facts(report: Report) -> Iterator[tuple[str, str]]:
-    from compress.report.model import origin
-
     yield "source", origin(report.source)
     for name, digest in report.digests.items():
         yield f"digest of {name}", digest
@@ -214,6 +207,11 @@ def _facts(report: Report) -> Iterator[tuple[str, str]]:
             yield name.removesuffix("_bytes"), size(float(value)) if name.endswith("_bytes") else str(value)
     yield "run", report.run
     yield "finished", report.finished
+
+
+def origin(source: Mapping[str, Any]) -> str:
+    """Return a model's source and revision, in one line."""
+    return ", ".join([str(source["source"]), *(f"{key} {value}" for key, value in source.items() if key != "source")])
 
 
 def format_versions(versions: Mapping[str, str]) -> str:

@@ -1,43 +1,38 @@
-"""The metrics of generated answers: one file and one table row each, imported on demand."""
+"""The metrics: one file and one table row each, imported on demand."""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import cast
+from functools import cache
+
+from compress.eval.metrics.metric import Metric
 
 METRICS = {
-    "exact_match": "compress.eval.metrics.normalize:exact_match",
-    "relaxed": "compress.eval.metrics.relaxed:relaxed",
-    "anls": "compress.eval.metrics.anls:anls",
-    "vqa_vote": "compress.eval.metrics.vqa_vote:vqa_vote",
-    "letter": "compress.eval.metrics.letter:letter",
-    "yes_no": "compress.eval.metrics.yes_no:yes_no",
+    "exact_match": "compress.eval.metrics.exact_match:EXACT_MATCH",
+    "relaxed": "compress.eval.metrics.relaxed:RELAXED",
+    "anls": "compress.eval.metrics.anls:ANLS",
+    "vqa_vote": "compress.eval.metrics.vqa_vote:VQA_VOTE",
+    "letter": "compress.eval.metrics.letter:NAMED_LETTER",
+    "yes_no": "compress.eval.metrics.yes_no:YES_NO",
+    "likelihood": "compress.eval.metrics.likelihood:LIKELIHOOD",
+    "cider": "compress.eval.metrics.cider:CIDER",
+    "accuracy": "compress.eval.metrics.accuracy:ACCURACY",
+    "recall@1": "compress.eval.metrics.recall:RECALL",
+    "perplexity": "compress.eval.metrics.perplexity:PERPLEXITY",
 }
-"""Name → the function that scores an answer against the accepted ones, from 0 to 1."""
-
-BINARY = frozenset({"exact_match", "relaxed", "letter", "yes_no"})
-"""The metrics whose score is 0 or 1."""
-
-FIGURES = {"yes_no": "compress.eval.metrics.yes_no:yes_no_figures"}
-"""Name → the function that returns a metric's further figures over all items, beside the mean score."""
-
-Metric = Callable[[str, Sequence[str]], float]
-"""Takes an answer and the accepted answers, and returns the score."""
+"""Name → the metric's record."""
 
 
+@cache
 def load_metric(name: str) -> Metric:
-    """Return a metric by its name."""
-    return cast("Metric", _load(METRICS[name]))
+    """Return a metric by its name; one of another harness, which has no row, is taken for a share of right items."""
+    if name not in METRICS:
+        return Metric(name)
+    module, _, record = METRICS[name].partition(":")
+    metric: Metric = getattr(importlib.import_module(module), record)
+    return metric
 
 
-def figures_of(name: str, answers: Sequence[tuple[str | None, Sequence[str]]]) -> Mapping[str, float]:
-    """Return a metric's further figures over all items: each an answer, None where it failed, and the accepted answers."""
-    if name not in FIGURES:
-        return {}
-    return cast("Callable[[Sequence[tuple[str | None, Sequence[str]]]], Mapping[str, float]]", _load(FIGURES[name]))(answers)
-
-
-def _load(row: str) -> object:
-    module, _, function = row.partition(":")
-    return getattr(importlib.import_module(module), function)
+def metrics_of(kind: str) -> tuple[str, ...]:
+    """Return the names of the metrics that definitions of a kind of task may name."""
+    return tuple(name for name in METRICS if kind in load_metric(name).kinds)

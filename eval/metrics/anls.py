@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compress.eval.metrics.metric import Metric
+from compress.eval.statistics.power import AssumedChanges
+
 _THRESHOLD = 0.5
 """The papers' τ: from this normalized distance on, the score is 0."""
 
@@ -37,3 +40,12 @@ def edit_distance(one: str, other: str) -> int:
             changed = diagonal + (character != target)
             diagonal, row[column] = row[column], min(changed, row[column] + 1, row[column - 1] + 1)
     return row[-1]
+
+
+ANLS = Metric(
+    "anls",
+    anls,
+    kinds=("vqa",),
+    note="mean over questions{drawn} of ANLS: 1 less the share of letters that are wrong, 0 from a half on (DocVQA)",
+    assumed=AssumedChanges(step=0.8),  # a changed answer is mostly another one, which scores 0, and seldom misspelt
+)

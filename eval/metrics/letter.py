@@ -6,6 +6,8 @@ import re
 import string
 from collections.abc import Sequence
 
+from compress.eval.metrics.metric import Metric
+
 LETTERS = string.ascii_uppercase
 """The options' letters, in order."""
 
@@ -58,3 +60,8 @@ def _named_letter(answer: str, count: int) -> int | None:
 def _single_letter(answer: str, count: int) -> int | None:
     plain = answer.strip(_EDGES).upper()
     return LETTERS.index(plain) if len(plain) == 1 and plain in LETTERS[:count] else None
+
+
+NAMED_LETTER = Metric(
+    "letter", letter, kinds=("vqa", "choice"), note="share of questions{drawn} whose answer names the accepted letter"
+)

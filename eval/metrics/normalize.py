@@ -1,10 +1,9 @@
-"""The answer normalization of VQA v2 (https://visualqa.org/evaluation.html), and exact match after it."""
+"""The answer normalization of VQA v2 (https://visualqa.org/evaluation.html)."""
 
 from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Sequence
 
 _ARTICLES = frozenset({"a", "an", "the"})
 _NUMBERS = {
@@ -53,9 +52,3 @@ def normalize(answer: str) -> str:
     text = _PUNCTUATION.sub(" ", _PERIOD.sub("", _THOUSANDS.sub("", text)))
     words = (_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)
     return " ".join(_APOSTROPHES.get(word, word) for word in words)
-
-
-def exact_match(answer: str, accepted: Sequence[str]) -> bool:
-    """Return whether an answer equals an accepted one after normalization."""
-    normalized = normalize(answer)
-    return any(normalized == normalize(reference) for reference in accepted)

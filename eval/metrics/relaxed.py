@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+from compress.eval.metrics.metric import Metric
+
 _TOLERANCE = 0.05
 """The paper's relative tolerance for numbers."""
 
@@ -31,3 +33,11 @@ def _number(text: str) -> float | None:
     except ValueError:
         return None
     return value if math.isfinite(value) else None
+
+
+RELAXED = Metric(
+    "relaxed",
+    relaxed,
+    kinds=("vqa",),
+    note="share of questions{drawn} whose answer is within 5 % of an accepted number or equals an accepted text (ChartQA)",
+)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compress.eval.metrics.metric import Metric
 from compress.eval.metrics.normalize import normalize
+from compress.eval.statistics.power import AssumedChanges
 
 _ANNOTATORS = 10
 _FULL_SCORE_VOTES = 3
@@ -24,3 +26,12 @@ def vqa_vote(answer: str, accepted: Sequence[str]) -> float:
     others = max(_ANNOTATORS, len(accepted)) - agreeing
     without_agreeing, without_other = min((agreeing - 1) / _FULL_SCORE_VOTES, 1.0), min(agreeing / _FULL_SCORE_VOTES, 1.0)
     return (agreeing * without_agreeing + others * without_other) / (agreeing + others)
+
+
+VQA_VOTE = Metric(
+    "vqa_vote",
+    vqa_vote,
+    kinds=("vqa",),
+    note="mean over questions{drawn} of VQA v2's accuracy: people of ten who agree / 3, at most 1, leaving each out in turn",
+    assumed=AssumedChanges(step=0.6),  # the steps are 0.3, 0.6, 0.9 and 1: another answer is mostly one that fewer people gave
+)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from compress.eval.metrics.metric import Metric
+
 _NEGATIONS = frozenset({"no", "not"})
 """The words by which POPE's script reads an answer as no."""
 
@@ -33,3 +35,12 @@ def yes_no_figures(answers: Sequence[tuple[str | None, Sequence[str]]]) -> dict[
         "f1": 2 * hits / (spoken + right) if spoken + right else 0.0,
         "yes_share": spoken / len(pairs) if pairs else 0.0,
     }
+
+
+YES_NO = Metric(
+    "yes_no",
+    yes_no,
+    kinds=("vqa",),
+    note="share of questions{drawn} whose answer says yes or no as it should: no if its first sentence has no or not (POPE)",
+    figures=yes_no_figures,
+)

@@ -12,7 +12,7 @@ from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_v
 
 from compress.checkpoints.artifact import file_digest
 from compress.eval.harness import ENVIRONMENTS
-from compress.eval.results import TaskMeasurement
+from compress.eval.results import AdapterItem, AnyItem, TaskMeasurement
 from compress.eval.tasks.task import Task, TaskContext
 from compress.recipe.schema import Source
 
@@ -38,6 +38,7 @@ class Adapter(Task):
     """
 
     task_revision: ClassVar[int] = 1
+    item_type: ClassVar[type[AnyItem]] = AdapterItem
     needs_server: ClassVar[bool] = True
 
     task: Literal["adapter"]
@@ -82,6 +83,11 @@ class Adapter(Task):
             if is_set and self.harness == "lmms":
                 raise ValueError(f"{key} belongs to harness: lm; leave it out")
         return self
+
+    @property
+    def metric_name(self) -> str:
+        """The harness's name of the metric; empty where that is the first that an item has."""
+        return self.metric or ""
 
     @property
     def data(self) -> None:

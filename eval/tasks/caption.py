@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 from compress.data.sources import Columns
 from compress.errors import DataError
 from compress.eval.definition import Kind
-from compress.eval.metrics.cider import Cider, tokens
-from compress.eval.tasks.question_task import QuestionTask, Scorer, sampling_note
+from compress.eval.metrics.cider import tokens
+from compress.eval.tasks.question_task import QuestionTask, Scorer
+from compress.eval.tasks.task import sampling_note
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -34,8 +35,7 @@ class Caption(QuestionTask):
         """Return the CIDEr-D with the n-gram frequencies of these images' references; see `QuestionTask.scorer`."""
         if len({question.image_digests for question in questions}) < _MIN_IMAGES:
             raise DataError(f"task {self.name}: CIDEr weighs words by the images that have them, and there is one; name more")
-        cider = Cider([question.answers for question in questions])
-        return lambda question, answer: cider.score(answer, question.answers)
+        return super().scorer(questions)
 
     def same(self, answer: str, other: str) -> bool:
         """Return whether two captions have the same tokens."""

@@ -15,8 +15,8 @@ from compress.eval.definition import Kind
 from compress.eval.full_vocabulary import compare_full_vocabulary
 from compress.eval.metrics.letter import LETTERS, named_option
 from compress.eval.results import QuestionItem
-from compress.eval.tasks.question_task import QuestionSet, QuestionTask, ScoredAnswer, Scorer, look_count, sampling_note
-from compress.eval.tasks.task import TaskContext, score_passages, score_twice
+from compress.eval.tasks.question_task import QuestionSet, QuestionTask, ScoredAnswer, Scorer, look_count
+from compress.eval.tasks.task import TaskContext, sampling_note, score_passages, score_twice
 from compress.runtimes.runtime import Ability, Answer, Passage, Score
 
 if TYPE_CHECKING:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import math
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
@@ -14,22 +13,23 @@ from pydantic import Field, PositiveInt, model_validator
 from compress.data.sources import TextSource
 from compress.errors import DataError
 from compress.eval.full_vocabulary import compare_full_vocabulary
+from compress.eval.metrics import load_metric
 from compress.eval.results import (
+    AnyItem,
     Fidelity,
+    Metrics,
     PerplexityMetrics,
     TaskMeasurement,
     WindowItem,
-    check_pairs,
-    read_items,
     repeat_name,
     write_items,
 )
-from compress.eval.statistics.estimates import bounded_exp
 from compress.eval.tasks.task import (
     Task,
     TaskContext,
     count_or_none,
     fidelity_of,
+    original_items,
     score_passages,
     score_twice,
     sum_or_none,
@@ -53,6 +53,8 @@ class Perplexity(Task):
     """
 
     task_revision: ClassVar[int] = 2
+    figures_type: ClassVar[type[Metrics]] = PerplexityMetrics
+    item_type: ClassVar[type[AnyItem]] = WindowItem
 
     task: Literal["perplexity"]
     dataset: Literal["wikitext", "text"]
@@ -83,6 +85,11 @@ class Perplexity(Task):
         if self.source is None:
             raise ValueError("needs source: a text, parquet or JSONL file, or a hub dataset")
         return self
+
+    @property
+    def metric_name(self) -> str:
+        """The task is its metric."""
+        return PerplexityMetrics.metric
 
     @property
     def needs(self) -> Ability:
@@ -121,18 +128,15 @@ class Perplexity(Task):
         passages = self.windows(context.files, context.original_checkpoint)
         warn_if_fewer(context, self.name, self.samples, len(passages), "windows")
         digests = [_digest(passage.token_ids) for passage in passages]
-        if context.original_measurement is not None:
-            original = [item for item in read_items(context.original_measurement, self.name) if isinstance(item, WindowItem)]
-            check_pairs(self.name, original, zip((passage.id for passage in passages), digests, strict=True))
+        original_items(context, self.name, WindowItem, zip((passage.id for passage in passages), digests, strict=True))
         scores = compare_full_vocabulary(context, self.name, passages, score_passages(context, self.name, passages))
         items = _items(scores, digests)
         write_items(context.output_dir, self.name, items)
-        tokens = sum(item.tokens for item in items)
         metrics = PerplexityMetrics(
-            perplexity=bounded_exp(math.fsum(item.nll for item in items) / tokens),
+            perplexity=load_metric(self.metric_name).aggregate(items),
             window=self.window,
             windows=len(items),
-            tokens=tokens,
+            tokens=sum(item.tokens for item in items),
             failed=sum(item.fault is not None for item in items),
         )
         noise = self._noise(passages, digests, context)

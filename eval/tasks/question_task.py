@@ -19,15 +19,14 @@ from compress.errors import CheckpointError, DataError, RecipeError
 from compress.eval.definition import Definition, Kind, find_definition, read_definition
 from compress.eval.full_vocabulary import compare_full_vocabulary
 from compress.eval.journal import answer_all
-from compress.eval.metrics import figures_of
+from compress.eval.metrics import load_metric
 from compress.eval.metrics.normalize import normalize
 from compress.eval.results import (
+    AnyItem,
     Fidelity,
     QuestionItem,
     ScoreMetrics,
     TaskMeasurement,
-    check_pairs,
-    read_items,
     repeat_name,
     write_items,
 )
@@ -35,10 +34,11 @@ from compress.eval.tasks.task import (
     Task,
     TaskContext,
     cluster_of,
+    compare_answers,
     count_or_none,
     draw_questions,
     fidelity_of,
-    flips,
+    original_items,
     reordered_session,
     score_passages,
     score_twice,
@@ -84,6 +84,7 @@ class QuestionTask(Task, ABC):
     `text_only` describe its own source only, and are not taken over.
     """
 
+    item_type: ClassVar[type[AnyItem]] = QuestionItem
     asks: ClassVar[bool] = True
     kind: ClassVar[Kind]
     """The kind of task that its definitions must be of."""
@@ -136,9 +137,10 @@ class QuestionTask(Task, ABC):
             raise ValueError("columns.question is null: name the column with the questions")
         return self
 
-    @abstractmethod
     def scorer(self, questions: Sequence[Question]) -> Scorer:
         """Return the function that scores an answer, given all questions of the task: CIDEr weighs n-grams by their frequency."""
+        score = load_metric(self.metric_name).scorer([question.answers for question in questions])
+        return lambda question, answer: score(answer, question.answers)
 
     @abstractmethod
     def note(self) -> str:
@@ -148,11 +150,6 @@ class QuestionTask(Task, ABC):
     def metric_name(self) -> str:
         """The name of the score in reports."""
         return self.resolved_definition().metric
-
-    @property
-    def binary(self) -> bool:
-        """Whether every item's score is 0 or 1."""
-        return self.resolved_definition().binary
 
     def prompt_text(self, question: Question) -> str:
         """Return the text of the prompt."""
@@ -175,7 +172,7 @@ class QuestionTask(Task, ABC):
     def figures(self, questions: Sequence[Question], items: Sequence[QuestionItem]) -> dict[str, float]:
         """Return further figures for the report: the metric's own, and the mean score of each category, as `column=category`."""
         answers = [(None if item.fault else item.said, item.accepted) for item in items]
-        return dict(figures_of(self.metric_name, answers)) | _by_category(self.data.columns.category, questions, items)
+        return dict(load_metric(self.metric_name).figures(answers)) | _by_category(self.data.columns.category, questions, items)
 
     def resolved_definition(self) -> Definition:
         """Return the task's definition with the recipe's overrides.
@@ -249,7 +246,7 @@ class QuestionTask(Task, ABC):
         original = [item for question_set in question_sets for item in question_set.original or ()][: len(items)]
         fidelity = fidelity_of(scores)
         if fidelity is not None and context.original_measurement is not None:
-            fidelity = self._with_flips(fidelity, original, items)
+            fidelity = compare_answers(fidelity, original, items, self.same)
         return TaskMeasurement(
             name=self.name,
             metrics=self._metrics(questions_measured, items),
@@ -358,11 +355,8 @@ class QuestionTask(Task, ABC):
         return answered, None
 
     def _original_items(self, questions: Sequence[Question], context: TaskContext) -> list[QuestionItem] | None:
-        if context.original_measurement is None:
-            return None
-        original = [item for item in read_items(context.original_measurement, self.name) if isinstance(item, QuestionItem)]
-        check_pairs(self.name, original, ((question.id, question.digest) for question in questions))
-        for item, question in zip(original, questions, strict=True):
+        original = original_items(context, self.name, QuestionItem, ((question.id, question.digest) for question in questions))
+        for item, question in zip(original or (), questions, strict=original is not None):
             if item.prompt != self.prompt_text(question):
                 raise DataError(
                     f"task {self.name}: item {item.id} was asked in other words when the original was measured; measure the "
@@ -390,16 +384,8 @@ class QuestionTask(Task, ABC):
         )
 
     def _metrics(self, questions: Sequence[Question], items: Sequence[QuestionItem]) -> ScoreMetrics:
-        return ScoreMetrics(
-            task=self.kind,
-            metric=self.metric_name,
-            score=math.fsum(item.score for item in items) / len(items),
-            items=len(items),
-            failed=sum(item.fault is not None for item in items),
-            binary=self.binary,
-            definition_version=self.resolved_definition().version,
-            details=self.figures(questions, items),
-        )
+        version, details = self.resolved_definition().version, self.figures(questions, items)
+        return ScoreMetrics.of(self.kind, self.metric_name, items, definition_version=version, details=details)
 
     def _noise(self, question_sets: Sequence[QuestionSet], items: Sequence[QuestionItem], context: TaskContext) -> Fidelity | None:
         """Return how much the original's answers and predictions change in a second run, None where none is asked for."""
@@ -414,21 +400,12 @@ class QuestionTask(Task, ABC):
             return None
         repeated_items = [item for item, _ in answers]
         write_items(context.output_dir, repeat_name(self.name), repeated_items)
-        return self._with_flips(fidelity, first_items, repeated_items)
-
-    def _with_flips(self, fidelity: Fidelity, original: Sequence[QuestionItem], items: Sequence[QuestionItem]) -> Fidelity:
-        changed = sum(not self.same(old.said, new.said) for old, new in zip(original, items, strict=True))
-        return fidelity.model_copy(update={**flips(original, items), "changed": changed})
+        return compare_answers(fidelity, first_items, repeated_items, self.same)
 
 
 def look_count(context: TaskContext) -> int:
     """Return the number of looks at a task's items: 1 without a stopping rule."""
     return 1 if context.stopping is None else context.stopping.looks
-
-
-def sampling_note(samples: int | None, seed: int) -> str:
-    """Return the clause of a report that says that the questions are a sample."""
-    return f", at most {samples:,} drawn with seed {seed}," if samples else ""
 
 
 def read_end_tokens(folder: Path) -> tuple[int, ...]:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,17 +17,33 @@ from pydantic import Field
 
 from compress.data.sources import QuestionSource, RowFilter, TextSource
 from compress.errors import CheckpointError
+from compress.eval import TASKS
 from compress.eval.full_vocabulary import estimate_full_kl
 from compress.eval.journal import Journal, score_all
-from compress.eval.results import Fidelity, ScoredItem, TaskMeasurement, Unit, repeat_name
+from compress.eval.results import (
+    AnyItem,
+    Fidelity,
+    Metrics,
+    ScoredItem,
+    ScoreMetrics,
+    TaskMeasurement,
+    Unit,
+    WindowItem,
+    check_pairs,
+    checks_judged,
+    read_items,
+    repeat_name,
+)
 from compress.eval.statistics.estimates import mean_interval
 from compress.progress import Progress
-from compress.recipe.schema import Frozen
+from compress.recipe.schema import Frozen, load_row
 from compress.runtimes.runtime import Ability, Passage, Reorderable, Score, Session, unscored
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
     from compress.data.texts import Document
+
+Item = TypeVar("Item", bound=ScoredItem | WindowItem)
 
 FIDELITY_CONFIDENCE = 0.95
 """Each bound of the mean KL holds with it, so that both make a 90 % interval: `Fidelity.interval_level` says so in reports."""
@@ -92,6 +109,12 @@ class Task(Frozen, ABC):
     task_revision: ClassVar[int]
     """Part of the cache key; raised whenever the same settings give other figures."""
 
+    figures_type: ClassVar[type[Metrics]] = ScoreMetrics
+    """What its figures are, which tells by which of the gate's checks they are judged."""
+
+    item_type: ClassVar[type[AnyItem]]
+    """What its items are, which tells whether fidelity to the original can be judged."""
+
     asks: ClassVar[bool] = False
     """Whether it asks questions about images and scores the answers."""
 
@@ -100,6 +123,16 @@ class Task(Frozen, ABC):
 
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     """The name in reports and of its files, unique in a recipe; the default is the definition's or data set's name."""
+
+    @classmethod
+    def judged_by(cls) -> frozenset[str]:
+        """Return the gate's checks for which it gives figures."""
+        return checks_judged(cls.figures_type, cls.item_type)
+
+    @property
+    @abstractmethod
+    def metric_name(self) -> str:
+        """The name of its main figure: a row of `METRICS`, or another harness's own."""
 
     @property
     def needs(self) -> Ability:
@@ -140,6 +173,11 @@ class Task(Frozen, ABC):
             DataError: the data cannot be used, or are not those the original was measured on.
             CheckpointError: the model gives no finite predictions; names the item.
         """
+
+
+def kinds_judged_by(check: str) -> list[str]:
+    """Return the kinds of task that a check of the gate judges."""
+    return [name for name in TASKS if check in cast("type[Task]", load_row(TASKS, name)).judged_by()]
 
 
 def score_passages(
@@ -207,10 +245,38 @@ def draw_questions(
     return list(questions.read(indices, folder))
 
 
-def flips(original: Sequence[ScoredItem], items: Sequence[ScoredItem]) -> dict[str, int]:
-    """Return the number of items with a lower score than the original's, `lost`, and with a higher one, `gained`."""
-    pairs = [(before.score, after.score) for before, after in zip(original, items, strict=True)]
-    return {"lost": sum(after < before for before, after in pairs), "gained": sum(after > before for before, after in pairs)}
+def sampling_note(samples: int | None, seed: int) -> str:
+    """Return the clause of a report that says that the items are a sample."""
+    return f", at most {samples:,} drawn with seed {seed}," if samples else ""
+
+
+def original_items(context: TaskContext, name: str, item_type: type[Item], digests: Iterable[tuple[str, str]]) -> list[Item] | None:
+    """Return the original's items of a task, whose ids and digests must be `digests`; None where the original is measured.
+
+    Raises:
+        DataError: they cannot be read, or are of other content.
+    """
+    if context.original_measurement is None:
+        return None
+    items = [item for item in read_items(context.original_measurement, name) if isinstance(item, item_type)]
+    check_pairs(name, items, digests)
+    return items
+
+
+def compare_answers(
+    fidelity: Fidelity,
+    original: Sequence[ScoredItem],
+    items: Sequence[ScoredItem],
+    same: Callable[[str, str], bool] = operator.eq,
+) -> Fidelity:
+    """Return the fidelity with the numbers of items that score less than the original's, score more, and have another answer."""
+    pairs = list(zip(original, items, strict=True))
+    counts = {
+        "lost": sum(new.score < old.score for old, new in pairs),
+        "gained": sum(new.score > old.score for old, new in pairs),
+        "changed": sum(not same(old.said, new.said) for old, new in pairs),
+    }
+    return fidelity.model_copy(update=counts)
 
 
 def cluster_of(question: Question) -> str:

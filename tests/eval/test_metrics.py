@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from compress.eval.metrics import BINARY, METRICS, figures_of, load_metric
+from compress.eval.metrics import METRICS, load_metric, metrics_of
 from compress.eval.metrics.anls import anls, edit_distance
 from compress.eval.metrics.cider import Cider, tokens
 from compress.eval.metrics.letter import letter, named_option
@@ -14,17 +14,30 @@ from compress.eval.metrics.relaxed import relaxed
 from compress.eval.metrics.vqa_vote import vqa_vote
 from compress.eval.metrics.yes_no import says_yes, yes_no, yes_no_figures
 
+
+def test_every_row_is_a_metric_of_that_name() -> None:
+    assert {name: load_metric(name).name for name in METRICS} == {name: name for name in METRICS}
+    assert [name for name in METRICS if not load_metric(name).binary] == ["anls", "vqa_vote", "cider", "recall@1", "perplexity"]
+    assert (metrics_of("choice"), metrics_of("caption")) == (("letter",), ("cider",))
+    perplexity, unknown = load_metric("perplexity"), load_metric("a harness's own")
+    assert (perplexity.show(8.4123), perplexity.show_ratio(1.02), perplexity.larger_is_better) == ("8.412", "×1.0200", False)
+    assert (unknown.show(0.75), unknown.show_ratio(0.9), unknown.binary) == ("75.00%", "90.00%", True)
+    with pytest.raises(ValueError, match="a harness's own does not score answers"):
+        unknown.scorer([])
+
+
 OPTIONS = ("a red fox", "a blue whale", "7", "none of these")
 
 
 def test_every_metric_gives_scores_from_0_to_1_and_binary_ones_nothing_between() -> None:
     answers = ["yes", "no", "B", "12", "12.4", "the red fox", "", "(C) 7"]
-    for name in METRICS:
+    for name in metrics_of("vqa"):
         metric = load_metric(name)
-        scores = {float(metric(answer, [accepted] * 10)) for answer in answers for accepted in answers if accepted}
+        score = metric.scorer([])
+        scores = {score(answer, [accepted] * 10) for answer in answers for accepted in answers if accepted}
         assert all(0 <= score <= 1 for score in scores)
         assert {0.0, 1.0} <= scores
-        assert name not in BINARY or scores == {0.0, 1.0}
+        assert not metric.binary or scores == {0.0, 1.0}
 
 
 # https://visualqa.org/evaluation.html: min(people who said it / 3, 1), averaged over all ten sets of nine people
@@ -192,8 +205,8 @@ def test_precision_recall_and_f1_of_yes() -> None:
     figures = yes_no_figures([(answer, [right]) for answer, right in zip(answers, expected, strict=True)])
     # 2 hits, 2 false alarms (one without an answer), 2 misses (one without an answer)
     assert figures == {"precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 4 / 7}
-    assert figures_of("yes_no", [("no", ["no"])]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_share": 0.0}
-    assert figures_of("anls", [("no", ["no"])]) == {}
+    assert load_metric("yes_no").figures([("no", ["no"])]) == {"precision": 0.0, "recall": 0.0, "f1": 0.0, "yes_share": 0.0}
+    assert load_metric("anls").figures([("no", ["no"])]) == {}
 
 
 REFERENCES = [

@@ -1,6 +1,7 @@
 import pytest
 
-from compress.eval.metrics.normalize import exact_match, normalize
+from compress.eval.metrics.exact_match import exact_match
+from compress.eval.metrics.normalize import normalize
 
 
 @pytest.mark.parametrize(

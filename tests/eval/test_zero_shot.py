@@ -13,7 +13,8 @@ from compress.errors import DataError, RecipeError
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ImageItem, ScoreMetrics, read_measurement
 from compress.eval.tasks.zero_shot import ZeroShot
-from compress.gate.gate import Gate, MeasuredModel, judge
+from compress.gate.gate import Gate, MeasuredModel
+from compress.gate.judge import judge
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.progress import Silent
@@ -139,7 +140,7 @@ def test_other_images_than_the_originals_are_refused(measured: Measured, tmp_pat
 def test_a_label_that_is_no_class_is_named(tmp_path: Path, label: Any, message: str) -> None:
     task = task_for(write_images(tmp_path, ["red", label]))
     with pytest.raises(DataError, match=f"task zero-shot: images.jsonl:2: {message}"):
-        task.images([Path(task.source)])
+        task.pool([Path(task.source)])
 
 
 @pytest.mark.parametrize(
@@ -158,10 +159,9 @@ def test_settings_that_ask_nothing(tmp_path: Path, fields: dict[str, Any], messa
 def test_settings_shape_the_key_and_samples_are_drawn(tmp_path: Path) -> None:
     source = write_images(tmp_path, ["red"] * 6)
     task = task_for(source, samples=2, seed=3)
-    assert [question.id for question, _ in task.images([source])] == [
-        question.id for question, _ in task_for(source, samples=2, seed=3).images([source])
-    ]
-    assert len(task.images([source])) == 2
+    drawn = [[question.id for question in each.pool([source]).questions] for each in (task, task_for(source, samples=2, seed=3))]
+    assert drawn[0] == drawn[1]
+    assert len(drawn[0]) == 2
     assert task.settings() != task_for(source, samples=2, seed=4).settings()
     assert task.settings() != task_for(source, samples=2, seed=3, templates=["{class}"]).settings()
     assert "of whose 3 classes the right one is likeliest" in task.note()
@@ -212,6 +212,7 @@ def test_an_image_that_cannot_be_decoded_counts_0_and_is_named(measured: Measure
     for measurement in (before, after):
         items = [item for item in measurement.items["zero-shot"] if isinstance(item, ImageItem)]
         assert [item.fault is None for item in items] == [True, True, False, True]
+        assert measurement.tasks["zero-shot"].metrics.failed == 1
         assert (items[2].score, items[2].said) == (0.0, "")
         assert items[2].fault is not None and items[2].fault.startswith(f"{items[2].id}: cannot be read as an image (")
     prefix = "task zero-shot: 1 of 4 items could not be shown to the model and count as wrong; the first: "

@@ -9,7 +9,8 @@ from compress.eval.results import (
     Fidelity,
     WholeKl,
 )
-from compress.gate.gate import Gate, MeasuredModel, judge
+from compress.gate.gate import Check, Gate, MeasuredModel
+from compress.gate.judge import judge
 from tests.judged import fidelity, only, subject
 
 MEAN_KL = "scenes: mean KL 0.01000 (90% interval 0.00800–0.01200) nats per token, 800 tokens"
@@ -101,34 +102,73 @@ def with_kl(
     return replace(model, measurement=measured)
 
 
+SPREAD = [0.02 + 0.001 * (number % 5) for number in range(64)]
+"""KL sums of items of two tokens each: a mean of 0.011 per token."""
+
+
+def noisy(kl: list[float], same_top: float = 1.0) -> MeasuredModel:
+    """The original, whose first items have these KL sums when it is asked again."""
+    return with_kl("original", [0.0] * 64, [True] * 64, [(value, True) for value in kl], same_top)
+
+
+def held(original: MeasuredModel, artifact: MeasuredModel, **limits: float) -> tuple[str, str]:
+    check = only(judge(Gate.model_validate({"fidelity": limits}), original, [artifact]))
+    return check.verdict, check.reason
+
+
 def test_kl_that_is_no_more_than_the_originals_own_does_not_fail() -> None:
     """The original asked again in other batches differs from itself as much as the artifact does from it."""
-    spread = [0.02 + 0.001 * (number % 5) for number in range(64)]
-    artifact = with_kl("small", spread, [True] * 64)
-    gate = Gate.model_validate({"fidelity": {"max_kl": 0.005, "min_top1": 0.98}})
-    own = [(value, True) for value in reversed(spread[:40])]
-    noisy = with_kl("original", [0.0] * 64, [True] * 64, own, 0.96)
-    checks = judge(gate, noisy, [artifact]).checks
-    assert [check.verdict for check in checks] == ["inconclusive", "inconclusive"]
-    assert "(the original asked again: 0.01" in checks[0].reason
-    assert "not shown to be further off than the original is from itself, asked in another order and batch" in checks[0].reason
-    assert "for 97.00 % of tokens (the original asked again: 96.00 %)" in checks[1].reason
-    quiet = with_kl("original", [0.0] * 64, [True] * 64, [(0.0, True)] * 40, 0.99)
-    assert [check.verdict for check in judge(gate, quiet, [artifact]).checks] == ["fail", "fail"]
+    artifact = with_kl("small", SPREAD, [True] * 64)
+    verdict, reason = held(noisy([0.0, 0.041] * 20), artifact, max_kl=0.0105)
+    assert verdict == "inconclusive"
+    assert "(the original asked again: 0.01025)" in reason
+    assert "not shown to be further off than the original is from itself, asked in another order and batch (p = " in reason
+    quiet = noisy([0.0] * 40, 0.99)
+    assert held(quiet, artifact, max_kl=0.0105)[0] == held(quiet, artifact, min_top1=0.98)[0] == "fail"
+
+
+def test_a_limit_that_the_original_itself_does_not_keep_to_is_not_decided() -> None:
+    """Neither by what is within the noise nor by what is below the limit; what is beyond both fails."""
+    original = noisy(SPREAD[:40], 0.96)
+    for kl in (SPREAD, [value / 4 for value in SPREAD]):
+        verdict, reason = held(original, with_kl("small", kl, [True] * 64), max_kl=0.005)
+        assert verdict == "inconclusive"
+        assert reason.endswith("that is beyond what the original itself keeps to when it is asked again; raise it above 0.01100")
+    assert held(original, with_kl("small", [2.2 * value for value in SPREAD], [True] * 64), max_kl=0.005)[0] == "fail"
+    assert held(original, with_kl("small", [1.3 * value for value in SPREAD], [True] * 64), max_kl=0.005)[0] == "inconclusive"
+    artifact = with_kl("small", SPREAD, [True] * 64)
+    verdict, reason = held(original, artifact, min_top1=0.98)
+    assert "for 97.00 % of tokens (the original asked again: 96.00 %)" in reason
+    assert (verdict, reason[-27:]) == ("inconclusive", "lower it to 96.00 % or less")
+    assert held(original, artifact, min_top1=0.965)[0] == "inconclusive"
+    assert held(original, artifact, min_top1=0.96)[0] == "pass"
+    assert held(original, artifact, max_kl_p99=0.1)[1].endswith("raise it above 0.20000")
+    assert held(original, artifact, max_kl_p99=0.2)[0] == "pass"
 
 
 def test_flips_that_are_no_more_than_the_originals_own_do_not_fail() -> None:
     right = [number % 2 == 0 for number in range(200)]
     flipped = [not answer if number % 5 == 0 else answer for number, answer in enumerate(right)]
-    gate = Gate.model_validate({"flips": {"max_share": 0.1, "confidence": 0.95}})
     artifact = with_kl("small", [0.0] * 200, flipped)
     own = [(0.0, not answer if number % 6 == 1 else answer) for number, answer in enumerate(right[:100])]
-    check = only(judge(gate, with_kl("original", [0.0] * 200, right, own), [artifact]))
-    assert check.verdict == "inconclusive"
+    noise = with_kl("original", [0.0] * 200, right, own)
+
+    def flips(original: MeasuredModel, artifact: MeasuredModel, limit: float) -> Check:
+        gate = Gate.model_validate({"flips": {"max_share": limit, "confidence": 0.95}})
+        return only(judge(gate, original, [artifact]))
+
+    check = flips(noise, artifact, 0.1)
+    assert (check.verdict, check.items_needed) == ("inconclusive", None)
     assert "(the original asked again: 17.00 %)" in check.reason
-    assert "not shown to be more than of the original itself (p = " in check.reason
+    assert check.reason.endswith("keeps to when it is asked again; raise it above 17.00 %")
+    assert flips(noise, with_kl("small", [0.0] * 200, right), 0.1).verdict == "inconclusive"
+    assert flips(noise, with_kl("small", [0.0] * 200, [not answer for answer in right]), 0.1).verdict == "fail"
+    few = [(0.0, not answer if number % 8 == 1 else answer) for number, answer in enumerate(right[:100])]
+    check = flips(with_kl("original", [0.0] * 200, right, few), artifact, 0.14)
+    assert check.verdict == "inconclusive"
+    assert "not shown to be further off than the original is from itself, asked in another order and batch (p = " in check.reason
     still = with_kl("original", [0.0] * 200, right, [(0.0, answer) for answer in right[:100]])
-    check = only(judge(gate, still, [artifact]))
+    check = flips(still, artifact, 0.1)
     assert (check.verdict, check.interval_level) == ("fail", pytest.approx(0.9))
     assert check.reason.startswith("scenes: 20 lost and 20 gained of 200 items, 20.00 % (90% interval ")
 

@@ -11,7 +11,9 @@ from compress.eval.results import (
     Grounding,
     GroundingItem,
 )
-from compress.gate.gate import SCORED_TASK_KINDS, Check, Gate, MeasuredModel, Verdict, combine_verdicts, judge
+from compress.eval.tasks.task import kinds_judged_by
+from compress.gate.gate import Check, Gate, MeasuredModel, Verdict, combine_verdicts
+from compress.gate.judge import judge
 from tests.judged import TOKENS, only, outcomes, subject
 
 WINDOWS = 12
@@ -198,9 +200,13 @@ def test_faults_of_a_gate(gate: dict[str, Any], fault: str) -> None:
 
 
 def test_the_tasks_that_checks_need() -> None:
-    assert Gate.model_validate({"size": {"max_ratio": 1}}).required_task_kinds() == {}
+    assert Gate.model_validate({"size": {"max_ratio": 1}}).task_checks() == ()
     gate = Gate.model_validate({"accuracy": {"min_recovery": 0.9, "confidence": 0.95}, "fidelity": {"max_kl": 1}})
-    assert gate.required_task_kinds() == {"accuracy": SCORED_TASK_KINDS, "fidelity": (*SCORED_TASK_KINDS[:-1], "perplexity")}
+    assert gate.task_checks() == ("accuracy", "fidelity")
+    scored = ["vqa", "choice", "caption", "zero-shot", "retrieval"]
+    assert kinds_judged_by("accuracy") == kinds_judged_by("flips") == [*scored, "adapter"]
+    assert kinds_judged_by("fidelity") == [*scored, "perplexity"]
+    assert kinds_judged_by("perplexity") == ["perplexity"]
 
 
 def verdict_of(limits: dict[str, Any], original: MeasuredModel, artifact: MeasuredModel) -> Verdict:
