@@ -1,9 +1,7 @@
-"""Tables that are rendered as Markdown, as CSV, and by the page's templates as HTML."""
+"""Tables that are rendered as Markdown, and by the page's templates as HTML."""
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -52,15 +50,6 @@ def markdown(table: Table) -> str:
     alignments = ["---:" if column.kind == "number" else "---" for column in table.columns]
     lines = [_line([column.head for column in table.columns]), _line(alignments)]
     return "\n".join([*lines, *(_line(row) for row in table.rows)])
-
-
-def comma_separated(table: Table) -> str:
-    """Return a table as CSV (RFC 4180, with line feeds), the heads in the first line."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow([column.head for column in table.columns])
-    writer.writerows(table.rows)
-    return buffer.getvalue()
 
 
 def _line(cells: Sequence[str]) -> str:

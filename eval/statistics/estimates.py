@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
 from statistics import NormalDist
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 Outcome = Literal["pass", "fail", "inconclusive"]
 
 _CONTINUITY = 0.5
-"""The correction for continuity, in items: the statistic moves by whole items; see `recovery_interval`."""
+"""The correction for continuity, in items: the statistic moves by whole items; see `_score_bounds`."""
 
 _MAX_SAMPLE = 10**12
 """Findings that need more items are reported as undecidable."""
@@ -111,17 +111,6 @@ class Recovery(Finding):
     method: Method
 
 
-def count_pairs(original: Sequence[bool], artifact: Sequence[bool]) -> PairedCounts:
-    """Count the pairs of outcomes of the same items in the same order."""
-    pairs = list(zip(original, artifact, strict=True))
-    return PairedCounts(
-        both=pairs.count((True, True)),
-        lost=pairs.count((True, False)),
-        gained=pairs.count((False, True)),
-        neither=pairs.count((False, False)),
-    )
-
-
 def constrained_flips(counts: PairedCounts, ratio: float) -> tuple[float, float]:
     """Return the maximum-likelihood shares of (lost, gained) items given accuracy(artifact) = ratio · accuracy(original).
 
@@ -158,16 +147,12 @@ def recovery_score(counts: PairedCounts, ratio: float, shift: float = 0.0) -> fl
     return distance / spread
 
 
-def recovery_interval(counts: PairedCounts, confidence: float) -> tuple[float, float]:
-    """Return the bounds of accuracy(artifact) / accuracy(original), each with `confidence`, by inverting the score test.
+def _score_bounds(counts: PairedCounts, levels: Levels) -> tuple[float, float]:
+    """Return the bounds of accuracy(artifact) / accuracy(original) by inverting the score test.
 
     The statistic moves by whole items, so half an item is taken off in either direction: without it an artifact at the limit,
     whose few flips are all losses, would pass in up to 7 % of evaluations instead of 5 %. The original must have right items.
     """
-    return _score_bounds(counts, Levels.at(confidence))
-
-
-def _score_bounds(counts: PairedCounts, levels: Levels) -> tuple[float, float]:
     z_low, z_high = normal_quantile(levels.passing), normal_quantile(levels.failing)
     estimate = counts.artifact / counts.original
     low = 0.0
@@ -177,11 +162,6 @@ def _score_bounds(counts: PairedCounts, levels: Levels) -> tuple[float, float]:
     while recovery_score(counts, upper, _CONTINUITY) > -z_high:
         upper *= 2
     return low, crossing(lambda ratio: recovery_score(counts, ratio, _CONTINUITY) + z_high, max(estimate, 1e-9), upper)
-
-
-def judge_recovery(counts: PairedCounts, limit: float, confidence: float) -> Finding:
-    """Judge whether the recovery is at least `limit`; the original must have right items."""
-    return judge_counts(counts, limit, Levels.at(confidence))
 
 
 def score_tails(counts: PairedCounts, limit: float) -> tuple[float, float]:

@@ -59,27 +59,16 @@ def _boundaries(fractions: tuple[float, ...], alpha: float) -> tuple[float, ...]
     if len(fractions) == 1:
         return (normal_quantile(error_spent(fractions[0], alpha)),)
     earlier = _boundaries(fractions[:-1], alpha)
-    process = _ScoreProcess(0.0)
+    process = ScoreProcess()
     for fraction, bound in zip(fractions, earlier, strict=False):
         process.step(fraction, bound)
     return (*earlier, process.solve(fractions[-1], error_spent(fractions[-1], alpha) - error_spent(fractions[-2], alpha)))
 
 
-def crossing_chances(fractions: Sequence[float], bounds: Sequence[float], drift: float = 0.0) -> tuple[float, ...]:
-    """Return the probability at each look that z first crosses its bound there; z's mean at the last look is `drift`."""
-    process = _ScoreProcess(drift)
-    chances: list[float] = []
-    for fraction, bound in zip(fractions, bounds, strict=True):
-        chances.append(process.chance(fraction, bound))
-        process.step(fraction, bound)
-    return tuple(chances)
-
-
-class _ScoreProcess:
+class ScoreProcess:
     """The density on a grid of the score process S = z · √fraction, for evaluations that have not crossed a bound yet."""
 
-    def __init__(self, drift: float) -> None:
-        self._drift = drift
+    def __init__(self) -> None:
         self._fraction = 0.0
         self._grid: Floats = np.zeros(1)
         self._masses: Floats = np.ones(1)
@@ -89,7 +78,7 @@ class _ScoreProcess:
         from scipy.special import ndtr
 
         increment = fraction - self._fraction
-        distance = bound * math.sqrt(fraction) - self._grid - self._drift * increment
+        distance = bound * math.sqrt(fraction) - self._grid
         return float((self._masses * ndtr(-distance / math.sqrt(increment))).sum())
 
     def solve(self, fraction: float, target: float) -> float:
@@ -99,14 +88,14 @@ class _ScoreProcess:
     def step(self, fraction: float, bound: float) -> None:
         """Advance to this fraction with the mass below the bound; integrates by Simpson's rule."""
         increment = fraction - self._fraction
-        low = _MIN_Z * math.sqrt(fraction) + min(self._drift, 0.0)
-        high = min(bound * math.sqrt(fraction), -_MIN_Z * math.sqrt(fraction) + max(self._drift, 0.0))
+        low = _MIN_Z * math.sqrt(fraction)
+        high = min(bound, -_MIN_Z) * math.sqrt(fraction)
         grid = np.linspace(low, max(high, low), _POINTS)
         weights = np.full(_POINTS, 2.0)
         weights[1::2] = 4.0
         weights[[0, -1]] = 1.0
         weights *= (grid[1] - grid[0]) / 3
-        distance = grid[:, None] - self._grid[None, :] - self._drift * increment
+        distance = grid[:, None] - self._grid[None, :]
         density = np.exp(-(distance**2) / (2 * increment)) @ self._masses / math.sqrt(2 * math.pi * increment)
         self._grid, self._masses, self._fraction = grid, weights * density, fraction
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from compress.eval.statistics.estimates import Levels, PairedCounts, Recovery, judge_recovery
+from compress.eval.statistics.estimates import Levels, PairedCounts, Recovery, judge_counts
 from compress.eval.statistics.paired import Pairs, decide, holm, judge_family, judge_pairs, overall_recovery
 
 AT_95 = Levels.at(0.95)
@@ -28,7 +28,7 @@ def judged(pairs: Pairs, limit: float, levels: Levels = AT_95) -> Recovery:
 
 def test_right_or_wrong_items_of_images_of_their_own_are_judged_by_the_score_test() -> None:
     recovery = judged(binary(385, 6, 2, 7), 0.97)
-    finding = judge_recovery(PairedCounts(385, 6, 2, 7), 0.97, 0.95)
+    finding = judge_counts(PairedCounts(385, 6, 2, 7), 0.97, Levels.at(0.95))
     assert recovery.method == "score test"
     assert (recovery.value, recovery.interval, recovery.outcome, recovery.items_needed) == (
         finding.value,

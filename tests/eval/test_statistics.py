@@ -17,17 +17,15 @@ from compress.eval.statistics.estimates import (
     bounded_exp,
     clustered_mean,
     constrained_flips,
-    count_pairs,
     crossing,
     judge_counts,
     judge_perplexity,
-    judge_recovery,
     mean_interval,
-    recovery_interval,
     recovery_score,
     score_tails,
     two_sided,
 )
+from compress.eval.statistics.paired import Pairs
 
 CASES = [
     PairedCounts(both=350, lost=20, gained=10, neither=20),
@@ -46,7 +44,7 @@ def lowest(function: Callable[[float], float], low: float, high: float) -> float
 
 
 def test_pairs_are_counted() -> None:
-    counts = count_pairs([True, True, True, False, False], [True, True, False, True, False])
+    counts = Pairs.of([1.0, 1.0, 1.0, 0.0, 0.0], [1.0, 1.0, 0.0, 1.0, 0.0]).counts
     assert counts == PairedCounts(both=2, lost=1, gained=1, neither=1)
     assert (counts.items, counts.original, counts.artifact) == (5, 3, 3)
 
@@ -86,24 +84,28 @@ def test_constrained_flips_maximise_the_likelihood(counts: PairedCounts, ratio: 
 def test_no_flips_leave_a_variance() -> None:
     counts = PairedCounts(both=300, lost=0, gained=0, neither=0)
     assert recovery_score(counts, 0.99) == pytest.approx(math.sqrt(300 * 0.01 / 0.99))
-    low, high = recovery_interval(counts, 0.95)
+    interval = judge_counts(counts, 0.9, Levels.at(0.95)).interval
+    assert interval is not None
+    low, high = interval
     assert 0.98 < low < 1 < high < 1.02
 
 
 @pytest.mark.parametrize("counts", CASES)
 def test_interval_ends_where_the_test_turns(counts: PairedCounts) -> None:
     z = NormalDist().inv_cdf(0.95)
-    low, high = recovery_interval(counts, 0.95)
+    interval = judge_counts(counts, 0.9, Levels.at(0.95)).interval
+    assert interval is not None
+    low, high = interval
     assert low < counts.artifact / counts.original < high
     assert recovery_score(counts, low, -0.5) == pytest.approx(z, abs=1e-6)
     assert recovery_score(counts, high, 0.5) == pytest.approx(-z, abs=1e-6)
-    assert judge_recovery(counts, low - 1e-6, 0.95).outcome == "pass"
-    assert judge_recovery(counts, low + 1e-6, 0.95).outcome == "inconclusive"
-    assert judge_recovery(counts, high + 1e-6, 0.95).outcome == "fail"
+    assert judge_counts(counts, low - 1e-6, Levels.at(0.95)).outcome == "pass"
+    assert judge_counts(counts, low + 1e-6, Levels.at(0.95)).outcome == "inconclusive"
+    assert judge_counts(counts, high + 1e-6, Levels.at(0.95)).outcome == "fail"
 
 
 def test_an_artifact_without_a_right_answer_fails() -> None:
-    finding = judge_recovery(PairedCounts(both=0, lost=50, gained=0, neither=0), 0.9, 0.95)
+    finding = judge_counts(PairedCounts(both=0, lost=50, gained=0, neither=0), 0.9, Levels.at(0.95))
     assert finding.outcome == "fail"
     assert finding.value == 0
     assert finding.interval is not None
@@ -121,21 +123,21 @@ def scaled(counts: PairedCounts, items: int) -> PairedCounts:
 @pytest.mark.parametrize("limit", [0.94, 0.97, 0.985])
 def test_items_needed_settle_it_and_one_less_does_not(limit: float) -> None:
     counts = PairedCounts(both=360, lost=16, gained=5, neither=19)
-    finding = judge_recovery(counts, limit, 0.95)
+    finding = judge_counts(counts, limit, Levels.at(0.95))
     assert finding.outcome == "inconclusive" or limit == 0.94
     if finding.outcome == "pass":
         assert finding.items_needed is None
         return
     assert finding.items_needed is not None
-    settled = judge_recovery(scaled(counts, finding.items_needed), limit, 0.95)
+    settled = judge_counts(scaled(counts, finding.items_needed), limit, Levels.at(0.95))
     assert settled.outcome == ("pass" if finding.value > limit else "fail")
-    assert judge_recovery(scaled(counts, finding.items_needed - 1), limit, 0.95).outcome == "inconclusive"
+    assert judge_counts(scaled(counts, finding.items_needed - 1), limit, Levels.at(0.95)).outcome == "inconclusive"
 
 
 def test_an_estimate_at_the_limit_is_never_settled() -> None:
-    finding = judge_recovery(PairedCounts(both=90, lost=10, gained=0, neither=100), 0.9, 0.95)
+    finding = judge_counts(PairedCounts(both=90, lost=10, gained=0, neither=100), 0.9, Levels.at(0.95))
     assert (finding.outcome, finding.items_needed) == ("inconclusive", None)
-    same = judge_recovery(PairedCounts(both=90, lost=0, gained=0, neither=10), 1.0, 0.95)
+    same = judge_counts(PairedCounts(both=90, lost=0, gained=0, neither=10), 1.0, Levels.at(0.95))
     assert (same.outcome, same.items_needed) == ("inconclusive", None)
 
 
@@ -147,7 +149,7 @@ def test_a_true_loss_at_the_limit_rarely_passes_or_fails(accuracy: float, gained
     both = limit * accuracy - gained
     shares = np.array([both, accuracy - both, gained, 1 - accuracy - gained]).clip(min=0)
     draws = np.random.default_rng(7).multinomial(items, shares / shares.sum(), size=4000)
-    outcomes = [judge_recovery(PairedCounts(*(int(part) for part in draw)), limit, 0.95).outcome for draw in draws]
+    outcomes = [judge_counts(PairedCounts(*(int(part) for part in draw)), limit, Levels.at(0.95)).outcome for draw in draws]
     error = 3 * math.sqrt(0.05 * 0.95 / len(draws))  # three standard errors of the simulation itself
     assert outcomes.count("pass") / len(draws) <= 0.05 + error
     assert outcomes.count("fail") / len(draws) <= 0.05 + error
@@ -157,7 +159,7 @@ def test_a_harmless_change_mostly_passes_and_a_ruinous_one_fails() -> None:
     generator = np.random.default_rng(3)
     for shares, expected in (((0.935, 0.005, 0.005, 0.055), "pass"), ((0.75, 0.19, 0.01, 0.05), "fail")):
         draws = generator.multinomial(1000, shares, size=300)
-        outcomes = [judge_recovery(PairedCounts(*(int(part) for part in draw)), 0.97, 0.95).outcome for draw in draws]
+        outcomes = [judge_counts(PairedCounts(*(int(part) for part in draw)), 0.97, Levels.at(0.95)).outcome for draw in draws]
         assert outcomes.count(expected) >= 0.95 * len(draws)
 
 
@@ -298,7 +300,7 @@ def test_an_interval_is_named_by_the_confidence_of_both_its_bounds() -> None:
         held += bounds[0] <= 1 <= bounds[1]
     assert held / 2000 == pytest.approx(two_sided(0.95), abs=0.02)
     assert Levels.at(0.95).interval == pytest.approx(0.9)
-    assert judge_recovery(PairedCounts(90, 5, 4, 1), 0.9, 0.95).level == pytest.approx(0.9)
+    assert judge_counts(PairedCounts(90, 5, 4, 1), 0.9, Levels.at(0.95)).level == pytest.approx(0.9)
 
 
 @pytest.mark.parametrize("steps", [False, True])

@@ -7,7 +7,7 @@ from compress.report.figures import check_values, format_recovery, milliseconds,
 from compress.report.html import render_html
 from compress.report.model import Report, render
 from compress.report.run_tables import checks_table, results_table
-from compress.report.tabular import Column, Table, comma_separated, markdown
+from compress.report.tabular import Column, Table, markdown
 from tests.reports import check, report, rows
 
 
@@ -125,7 +125,6 @@ def test_numbers_have_three_digits_that_matter() -> None:
 def test_a_cell_cannot_break_its_table() -> None:
     table = Table("t", (Column("a|b"), Column("n", "number")), (("x | y\nz", "1"), ('q"u', "2,5")))
     assert markdown(table) == '| a\\|b | n |\n| --- | ---: |\n| x \\| y z | 1 |\n| q"u | 2,5 |'
-    assert comma_separated(table) == 'a|b,n\n"x | y\nz",1\n"q""u","2,5"\n'
 
 
 def test_intervals_are_named_by_their_confidence_and_lower_bounds_as_such() -> None:
