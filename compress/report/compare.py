@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from compress.errors import DataError, UsageError
 from compress.gate.gate import Outcome
 from compress.report.figures import recovery
-from compress.report.latency import models_of, shapes_of
+from compress.report.latency import lowest_load, models_of
 from compress.report.model import Report, Row
 from compress.report.run_tables import ORIGINAL, origin, originals
 from compress.untrusted.limits import limits
@@ -240,14 +240,9 @@ def _kl_key(key: str) -> str:
 
 
 def _compared_loads(report: Report) -> dict[str, str]:
-    """Return the load at which each target's latency is compared: the first kind of requests at the lowest concurrency."""
-    loads: dict[str, str] = {}
-    for target, latency in report.latency.items():
-        shapes = shapes_of(latency)
-        if shapes:
-            lowest = min(row.point.concurrency for row in latency.original.points if row.point.shape == shapes[0])
-            loads[target] = shapes[0].at(lowest).label
-    return loads
+    """Return the load at which each target's latency is compared."""
+    loads = {target: lowest_load(latency) for target, latency in report.latency.items()}
+    return {target: load.label for target, load in loads.items() if load is not None}
 
 
 def _lines(name: str, report: Report) -> Iterator[Line]:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, Literal
 
 import yaml
 
 from compress.gate.gate import Outcome
 from compress.report import run_tables as tables
 from compress.report.charts import Chart
-from compress.report.figures import kl_value, share
+from compress.report.figures import share
 from compress.report.gallery import Card, Gallery
 from compress.report.latency import (
     best_table,
@@ -26,101 +26,41 @@ from compress.report.latency import (
 )
 from compress.report.model import Report, published_lines
 from compress.report.page import Figure, LegendEntry, figures, legend, render_page
-from compress.report.run_charts import WidthMap, latency_charts, sensitivity_chart, size_charts, styles_of, width_map
+from compress.report.run_charts import latency_charts, sensitivity_chart, size_charts, styles_of
 from compress.report.tabular import Column, Table
+from compress.report.width_table import WidthMap, width_map, widths_sentence
 from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, GroupWidth, Widths
 from compress.verification.table import answers_table
 from compress.verification.table import components_table as verified_table
 
 
 @dataclass(frozen=True)
-class TablePart:
-    """A table."""
+class Part:
+    """A part of a section; which of the other fields are set depends on its kind, as `report.html.jinja` shows it."""
 
-    kind: ClassVar[str] = "table"
-    table: Table
+    kind: Literal["table", "folded", "charts", "paragraph", "heading", "list", "terms", "code", "widths", "cards"]
+    text: str = ""
+    """Of a paragraph, a heading, or code: the text."""
+
+    title: str = ""
+    """Of what is collapsed (a `folded` table, code): the line that opens it; of a map of widths: its caption."""
+
+    table: Table | None = None
     hidden_caption: bool = False
-    """Shows the caption to screen readers only, where a heading says the same."""
+    """Of a table: shows the caption to screen readers only, where a heading says the same."""
 
+    items: tuple[str, ...] | tuple[tuple[str, str], ...] = ()
+    """Of a list: its texts; of terms: each with its text."""
 
-@dataclass(frozen=True)
-class FoldedPart:
-    """A collapsed table."""
-
-    kind: ClassVar[str] = "folded"
-    title: str
-    table: Table
-
-
-@dataclass(frozen=True)
-class ChartsPart:
-    """Charts side by side with one legend."""
-
-    kind: ClassVar[str] = "charts"
-    figures: tuple[Figure, ...]
-    entries: tuple[LegendEntry, ...]
-
-
-@dataclass(frozen=True)
-class ParagraphPart:
-    """A paragraph."""
-
-    kind: ClassVar[str] = "paragraph"
-    text: str
-
-
-@dataclass(frozen=True)
-class HeadingPart:
-    """A heading within a section."""
-
-    kind: ClassVar[str] = "heading"
-    text: str
-
-
-@dataclass(frozen=True)
-class ListPart:
-    """A list of texts, in a style of the style sheet."""
-
-    kind: ClassVar[str] = "list"
-    items: tuple[str, ...]
     style: str = "plain"
+    """Of a list: its class in the style sheet."""
 
+    figures: tuple[Figure, ...] = ()
+    """Of charts: side by side, with the `entries` of one legend."""
 
-@dataclass(frozen=True)
-class TermsPart:
-    """A description list: terms with their texts."""
-
-    kind: ClassVar[str] = "terms"
-    items: tuple[tuple[str, str], ...]
-
-
-@dataclass(frozen=True)
-class CodePart:
-    """A collapsed text in a monospaced font."""
-
-    kind: ClassVar[str] = "code"
-    title: str
-    text: str
-
-
-@dataclass(frozen=True)
-class WidthsPart:
-    """A map of bit widths: kinds of layers by blocks."""
-
-    kind: ClassVar[str] = "widths"
-    caption: str
-    map: WidthMap
-
-
-@dataclass(frozen=True)
-class CardsPart:
-    """The cards of flips."""
-
-    kind: ClassVar[str] = "cards"
-    cards: tuple[Card, ...]
-
-
-Part = TablePart | FoldedPart | ChartsPart | ParagraphPart | HeadingPart | ListPart | TermsPart | CodePart | WidthsPart | CardsPart
+    entries: tuple[LegendEntry, ...] = ()
+    map: WidthMap | None = None
+    cards: tuple[Card, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -165,9 +105,9 @@ def _outcome_text(report: Report, outcome: Outcome) -> str:
 
 
 def _sections(report: Report, gallery: Gallery | None) -> Iterator[Section]:
-    yield Section("warnings", "Warnings", (ListPart(report.warnings, "warnings"),) if report.warnings else ())
+    yield Section("warnings", "Warnings", (Part("list", items=report.warnings, style="warnings"),) if report.warnings else ())
     yield Section("results", "Accuracy against size", tuple(_results(report)))
-    yield Section("checks", "The gate's checks", (TablePart(tables.checks_table(report.gate.checks), hidden_caption=True),))
+    yield Section("checks", "The gate's checks", tuple(_table_part(tables.checks_table(report.gate.checks))))
     yield Section("fidelity", "Fidelity to the original", tuple(_table_part(tables.fidelity_table(report.rows))))
     yield Section(
         "grounding", "Visual grounding: do answers depend on the image?", tuple(_table_part(tables.grounding_table(report.rows)))
@@ -177,33 +117,33 @@ def _sections(report: Report, gallery: Gallery | None) -> Iterator[Section]:
     yield Section("flips", "Flips", tuple(_flips(gallery)) if gallery and _has_scores(report) else ())
     for number, (stage, widths) in enumerate(report.widths.items(), 1):
         yield Section(f"widths-{number}", f"Widths that {stage} chose", tuple(_widths(stage, widths, report)))
-    yield Section("method", "How it was measured", (TermsPart(tuple(report.notes.items())),) if report.notes else ())
+    yield Section("method", "How it was measured", (Part("terms", items=tuple(report.notes.items())),) if report.notes else ())
     yield Section("steps", "Steps and publishing", tuple(_steps(report)))
     yield Section("provenance", "Provenance", tuple(_provenance(report)))
 
 
 def _table_part(table: Table) -> Iterator[Part]:
     if table.rows:
-        yield TablePart(table, hidden_caption=True)
+        yield Part("table", table=table, hidden_caption=True)
 
 
 def _verification(report: Report) -> Iterator[Part]:
     for table in (verified_table(report.verifications), answers_table(report.verifications)):
         if table.rows:
-            yield TablePart(table)
+            yield Part("table", table=table)
 
 
-def _charts(charts: Sequence[Chart], identity: str, *, with_legend: bool = True) -> Iterator[Part]:
+def _charts(charts: Sequence[Chart], identity: str) -> Iterator[Part]:
     if charts:
-        yield ChartsPart(figures(charts, identity), legend(charts) if with_legend else ())
+        yield Part("charts", figures=figures(charts, identity), entries=legend(charts))
 
 
 def _results(report: Report) -> Iterator[Part]:
-    yield TablePart(tables.results_table(report.rows, report.gate.artifacts), hidden_caption=True)
+    yield Part("table", table=tables.results_table(report.rows, report.gate.artifacts), hidden_caption=True)
     yield from _charts(size_charts(report), "size")
     details = tables.details_table(report.rows)
     if details.rows:
-        yield FoldedPart(details.caption, details)
+        yield Part("folded", title=details.caption, table=details)
 
 
 def _latency(report: Report) -> Iterator[Part]:
@@ -211,29 +151,29 @@ def _latency(report: Report) -> Iterator[Part]:
     accuracy_charts = latency_charts(report)
     if accuracy_charts:
         shapes = dict.fromkeys(shape_name(shapes_of(latency)[0]) for latency in report.latency.values() if shapes_of(latency))
-        yield ParagraphPart(f"Requests in these charts: {'; '.join(shapes)}.")
+        yield Part("paragraph", f"Requests in these charts: {'; '.join(shapes)}.")
         yield from _charts(accuracy_charts, "against-latency")
     for number, (target, latency) in enumerate(report.latency.items()):
         if len(report.latency) > 1:
-            yield HeadingPart(f"Target {target}")
+            yield Part("heading", f"Target {target}")
         for shape_index, shape in enumerate(shapes_of(latency)):
             curve_charts = curves(latency, shape, styles)
-            yield HeadingPart(f"Requests: {shape_name(shape)}")
+            yield Part("heading", f"Requests: {shape_name(shape)}")
             if curve_charts:
-                yield ParagraphPart("Solid lines are p50, dashed ones p95.")
+                yield Part("paragraph", "Solid lines are p50, dashed ones p95.")
             yield from _charts(curve_charts, f"curves-{number}-{shape_index}")
-            yield TablePart(latency_table(latency, shape))
+            yield Part("table", table=latency_table(latency, shape))
             ratios = ratio_table(latency, shape)
             if ratios.rows:
-                yield TablePart(ratios)
+                yield Part("table", table=ratios)
         for table in (best_table(latency), components_table(latency)):
             if table.rows:
-                yield TablePart(table)
+                yield Part("table", table=table)
         resources = resources_table(latency)
         if resources.rows:
-            yield FoldedPart(resources.caption, resources)
+            yield Part("folded", title=resources.caption, table=resources)
         if notes := (*lowered(latency), *latency.notes):
-            yield ListPart(notes)
+            yield Part("list", items=notes)
 
 
 def _has_scores(report: Report) -> bool:
@@ -242,36 +182,28 @@ def _has_scores(report: Report) -> bool:
 
 def _flips(gallery: Gallery) -> Iterator[Part]:
     if not gallery.cards:
-        yield ParagraphPart("No item scores otherwise with an artifact than with the original.")
+        yield Part("paragraph", "No item scores otherwise with an artifact than with the original.")
         return
     shown = len(gallery.cards)
     counts = f"{gallery.lost:,} items score less with an artifact than with the original, {gallery.gained:,} score more."
     hidden = gallery.lost + gallery.gained - shown
     hidden_note = f" Shown are {shown} of them; {hidden:,} more are not." if hidden else ""
-    yield ParagraphPart(counts + hidden_note)
+    yield Part("paragraph", counts + hidden_note)
     if gallery.missing:
-        yield ListPart(tuple(f"without questions and images: {reason}" for reason in gallery.missing))
-    yield CardsPart(gallery.cards)
+        yield Part("list", items=tuple(f"without questions and images: {reason}" for reason in gallery.missing))
+    yield Part("cards", cards=gallery.cards)
 
 
 def _widths(stage: str, widths: Widths, report: Report) -> Iterator[Part]:
-    fidelity_of = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
-    measured_kl = "; ".join(
-        f"{artifact}: " + ", ".join(f"{task} {kl_value(fidelity)}" for task, fidelity in by_task.items())
-        for artifact, by_task in fidelity_of.items()
-    )
-    measured_note = f"; measured KL of {measured_kl}." if measured_kl else "."
-    yield ParagraphPart(
-        f"{widths.bits_per_weight:.3g} bits per weight in these layers, scales and zero points counted. Predicted: a loss of "
-        f"{widths.predicted_loss:.2g} nats per text token of the calibration samples{measured_note}"
-    )
+    measured = {row.artifact: row.fidelity for row in report.rows if row.fidelity}
+    yield Part("paragraph", f"{widths_sentence(widths, measured, 'in these layers')}.")
     widths_by_block = width_map(widths)
     if widths_by_block.rows:
         caption = f"Bits of each layer, by block ({UNQUANTIZED_WIDTH}: left as it was)"
-        yield WidthsPart(caption, widths_by_block)
+        yield Part("widths", title=caption, map=widths_by_block)
     sensitivity = sensitivity_chart(stage, widths)
     yield from _charts([sensitivity] if sensitivity else [], f"sensitivity-{stage}")
-    yield FoldedPart("Every layer with what each width would lose", _losses_table(widths.groups))
+    yield Part("folded", title="Every layer with what each width would lose", table=_losses_table(widths.groups))
 
 
 def _losses_table(groups: Sequence[GroupWidth]) -> Table:
@@ -293,13 +225,13 @@ def _losses_table(groups: Sequence[GroupWidth]) -> Table:
 
 
 def _steps(report: Report) -> Iterator[Part]:
-    yield ListPart(published_lines(report))
-    yield TablePart(tables.timings_table(report.timings))
+    yield Part("list", items=published_lines(report))
+    yield Part("table", table=tables.timings_table(report.timings))
 
 
 def _provenance(report: Report) -> Iterator[Part]:
-    yield TablePart(tables.facts_table(report), hidden_caption=True)
-    yield CodePart("The recipe, as it was run", recipe_text(report.recipe))
+    yield Part("table", table=tables.facts_table(report), hidden_caption=True)
+    yield Part("code", recipe_text(report.recipe), "The recipe, as it was run")
 
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:

@@ -38,6 +38,13 @@ def shapes_of(latency: Latency) -> list[LoadPoint]:
     return list(dict.fromkeys(row.point.shape for model in models_of(latency).values() for row in model.points))
 
 
+def lowest_load(latency: Latency) -> LoadPoint | None:
+    """Return the load at which models are compared: the first kind of requests at the lowest concurrency."""
+    shape = next(iter(shapes_of(latency)), None)
+    concurrencies = [row.point.concurrency for row in latency.original.points if row.point.shape == shape]
+    return shape.at(min(concurrencies)) if shape is not None else None
+
+
 def shape_name(shape: LoadPoint) -> str:
     """Return a kind of requests in words, without the concurrency."""
     return shape.label.partition(", ")[2]

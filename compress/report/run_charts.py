@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
@@ -11,16 +10,14 @@ from typing import TYPE_CHECKING
 from compress.eval.results import Metrics
 from compress.report.charts import Axis, Chart, Limit, Point, Series, Unit, larger, near, pareto_front
 from compress.report.figures import metric_value, milliseconds, size
-from compress.report.latency import models_of, shapes_of
+from compress.report.latency import lowest_load, models_of
 from compress.report.run_tables import ORIGINAL, has_several_targets, originals, task_names
-from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, GroupWidth, Widths
+from compress.report.width_table import width_map
+from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, Widths
 
 if TYPE_CHECKING:
     from compress.gate.gate import Check
     from compress.report.model import Report, Row
-
-_BLOCK_LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
-"""A layer's name as prefix, block number and name within the block."""
 
 _BYTES = ((1e12, " TB"), (1e9, " GB"), (1e6, " MB"), (1e3, " kB"))
 
@@ -65,16 +62,15 @@ def latency_charts(report: Report) -> list[Chart]:
     """Return accuracy against latency for each task and target: the first kind of requests at the lowest concurrency."""
     charts: list[Chart] = []
     for target, latency in report.latency.items():
-        shapes = shapes_of(latency)
-        if not shapes:
+        load = lowest_load(latency)
+        if load is None:
             continue
         times: dict[str, float] = {}
-        fewest = min(row.point.concurrency for row in latency.original.points if row.point.shape == shapes[0])
         for name, model in models_of(latency).items():
-            point = model.at(shapes[0].at(fewest))
+            point = model.at(load)
             if point is not None and point.pooled.e2el is not None:
                 times[name] = point.pooled.e2el.p95
-        axis = Axis(f"end to end p95, {fewest} at once", milliseconds, Unit(1, " ms"), zero=True)
+        axis = Axis(f"end to end p95, {load.concurrency} at once", milliseconds, Unit(1, " ms"), zero=True)
         rows = [row for row in report.rows if row.target == target]
         charts += _charts_against(report, rows, _XAxis(axis, lambda row, times=times: times.get(row.artifact), "latency"))
     return charts
@@ -152,40 +148,6 @@ def _check(report: Report, target: str, task: str, artifact: str | None) -> Chec
         and artifact in (None, check.artifact)
     )
     return next(matching, None)
-
-
-@dataclass(frozen=True)
-class WidthMap:
-    """The bit widths of a stage by kind of layer and block."""
-
-    blocks: tuple[int, ...]
-    rows: tuple[tuple[str, tuple[GroupWidth | None, ...]], ...]
-    """A kind of layer each, with its width in each block; None where a block has no such layer."""
-
-    others: tuple[GroupWidth, ...]
-    """Layers outside of blocks."""
-
-
-def width_map(widths: Widths) -> WidthMap:
-    """Return the widths by kind of layer and block."""
-    by_kind: dict[str, dict[int, GroupWidth]] = {}
-    others: list[GroupWidth] = []
-    for group in widths.groups:
-        match = _BLOCK_LAYER.fullmatch(group.layers[0])
-        if match is None:
-            others.append(group)
-        else:
-            names = [match[3], *(layer.rpartition(".")[2] for layer in group.layers[1:])]
-            by_kind.setdefault(f"{match[1]}: {', '.join(names)}", {})[int(match[2])] = group
-    blocks = tuple(sorted({number for by_block in by_kind.values() for number in by_block}))
-    rows = tuple((_short(kind, by_kind), tuple(by_block.get(number) for number in blocks)) for kind, by_block in by_kind.items())
-    return WidthMap(blocks, rows, tuple(others))
-
-
-def _short(kind: str, kinds: Iterable[str]) -> str:
-    """Return a kind without its blocks' prefix, unless another kind has the same name."""
-    name = kind.partition(": ")[2]
-    return name if [other.partition(": ")[2] for other in kinds].count(name) == 1 else kind
 
 
 def sensitivity_chart(stage: str, widths: Widths) -> Chart | None:
