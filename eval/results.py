@@ -19,6 +19,7 @@ from compress.files import write_bytes, write_text
 from compress.recipe.schema import Frozen
 
 Item = TypeVar("Item")
+Record = TypeVar("Record", bound=Frozen)
 
 MEASUREMENT = "measurement.json"
 """The file of a measurement's metrics, in its folder."""
@@ -398,19 +399,27 @@ def _read_items(path: Path, adapter: TypeAdapter[Item]) -> tuple[Item, ...]:
     return tuple(items)
 
 
+def read_record(path: Path, record: type[Record], noun: str) -> Record:
+    """Read a JSON file of results.
+
+    Raises:
+        DataError: it is missing or damaged; run the measurement again.
+    """
+    try:
+        return record.model_validate_json(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"{path}: cannot be read ({error}); measure again with --fresh") from error
+    except ValidationError as error:
+        raise DataError(f"{path}: no {noun}; measure again with --fresh") from error
+
+
 def read_measurement(folder: Path) -> ItemizedMeasurement:
     """Read a measurement's folder.
 
     Raises:
         DataError: a file is missing or damaged; run the measurement again.
     """
-    path = folder / MEASUREMENT
-    try:
-        measurement = Measurement.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); measure again with --fresh") from error
-    except ValidationError as error:
-        raise DataError(f"{path}: no measurement; measure again with --fresh") from error
+    measurement = read_record(folder / MEASUREMENT, Measurement, "measurement")
     names = [task.name for task in measurement.tasks]
     return ItemizedMeasurement(
         tasks={task.name: task for task in measurement.tasks},

@@ -243,36 +243,27 @@ def _grounding(checks: ArtifactChecks, limit: GroundingLimit) -> Check:
 
 
 def _size(checks: ArtifactChecks, limit: SizeLimit) -> Iterator[Check]:
-    original_bytes, artifact_bytes = checks.original.bytes, checks.artifact.bytes
-    if limit.max_ratio is not None:
-        ratio = artifact_bytes / original_bytes
-        reason = (
-            f"{artifact_bytes:,} bytes, {100 * ratio:.2f} % of the original's {original_bytes:,}; the limit is "
-            f"{100 * limit.max_ratio:g} %"
-        )
-        yield checks.decide("size.max_ratio", limit.max_ratio, _compare_with_limit(ratio, limit.max_ratio), reason)
-    if limit.max_bits_per_weight is not None:
-        bits = checks.artifact.bits_per_weight
-        if bits is None:
-            yield checks.inconclusive(
-                "size.max_bits_per_weight", limit.max_bits_per_weight, "how many weights there are is not known"
-            )
-        else:
-            reason = f"{bits:.3f} bits per weight of the original; the limit is {limit.max_bits_per_weight:g}"
-            yield checks.decide(
-                "size.max_bits_per_weight", limit.max_bits_per_weight, _compare_with_limit(bits, limit.max_bits_per_weight), reason
-            )
-    if limit.max_bytes is not None:
-        reason = f"{artifact_bytes:,} bytes; the limit is {limit.max_bytes:,.0f}"
-        yield checks.decide("size.max_bytes", limit.max_bytes, _compare_with_limit(artifact_bytes, limit.max_bytes), reason)
+    original_bytes, artifact_bytes, bits = checks.original.bytes, checks.artifact.bytes, checks.artifact.bits_per_weight
+    ratio = artifact_bytes / original_bytes
+    rows = (
+        ("max_ratio", ratio, f"{artifact_bytes:,} bytes, {100 * ratio:.2f} % of the original's {original_bytes:,}"),
+        ("max_bits_per_weight", bits, f"{bits or 0:.3f} bits per weight of the original"),
+        ("max_bytes", artifact_bytes, f"{artifact_bytes:,} bytes"),
+    )
+    for name, value, text in rows:
+        allowed: float | None = getattr(limit, name)
+        if allowed is None:
+            continue
+        if value is None:
+            yield checks.inconclusive(f"size.{name}", allowed, "how many weights there are is not known")
+            continue
+        limit_text = {"max_ratio": f"{100 * allowed:g} %", "max_bytes": f"{allowed:,.0f}"}.get(name, f"{allowed:g}")
+        finding = Finding(value, None, "pass" if value <= allowed else "fail", None)
+        yield checks.decide(f"size.{name}", allowed, finding, f"{text}; the limit is {limit_text}")
 
 
 def _percent_interval(finding: Finding) -> str:
     return format_interval(finding.interval, finding.level, lambda value: f"{100 * value:.2f}", " %")
-
-
-def _compare_with_limit(value: float, limit: float) -> Finding:
-    return Finding(value, None, "pass" if value <= limit else "fail", None)
 
 
 def _items_needed_note(finding: Finding, items: str) -> str:

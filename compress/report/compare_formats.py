@@ -90,17 +90,8 @@ def group_table(group: Group) -> Table:
 
 def render(comparison: Comparison, form: Format) -> str:
     """Return a comparison in one of the formats."""
-    match form:
-        case "markdown":
-            return as_markdown(comparison)
-        case "csv":
-            return as_csv(comparison)
-        case "json":
-            return as_json(comparison)
-        case "html":
-            return as_html(comparison)
-        case "table":
-            return as_text(comparison)
+    writers = {"table": as_text, "markdown": as_markdown, "csv": as_csv, "html": as_html, "json": as_json}
+    return writers[form](comparison)
 
 
 def as_text(comparison: Comparison) -> str:

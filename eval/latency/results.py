@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from compress.errors import DataError
 from compress.eval.latency.settings import LatencySettings, LoadPoint
+from compress.eval.results import read_record
 from compress.files import write_text
 from compress.recipe.schema import Frozen
 from compress.runtimes.vllm.ladder import LadderStep
@@ -214,10 +214,4 @@ def read_latency(folder: Path) -> Latency:
     Raises:
         DataError: it is not there or damaged; run the measurement again.
     """
-    path = folder / LATENCY
-    try:
-        return Latency.model_validate_json(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{path}: cannot be read ({error}); measure again with --fresh") from error
-    except ValidationError as error:
-        raise DataError(f"{path}: no latency measurement; measure again with --fresh") from error
+    return read_record(folder / LATENCY, Latency, "latency measurement")
