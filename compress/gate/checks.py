@@ -8,7 +8,6 @@ import numpy as np
 
 from compress.eval.changes import count_flips, judge_flips
 from compress.eval.grounding import image_gain_of
-from compress.eval.latency.gate import LatencyFinding, judge_latency, judge_memory
 from compress.eval.results import TaskMeasurement, check_pairs
 from compress.eval.statistics.estimates import Finding, Levels, Recovery, judge_perplexity
 from compress.eval.statistics.noise import flips_above_noise
@@ -26,6 +25,7 @@ from compress.gate.gate import (
     PerplexityLimit,
     SizeLimit,
 )
+from compress.gate.latency import latency_checks, memory_checks
 from compress.gate.noise import NoiseFloor
 
 
@@ -49,29 +49,9 @@ def checks_of(limits: GateLimits, original: MeasuredModel, artifact: MeasuredMod
     if limits.size is not None:
         yield from _size(checks, limits.size)
     if limits.latency is not None:
-        findings = judge_latency(limits.latency, artifact.latency, artifact.artifact) if artifact.latency else []
-        yield from _load_checks(checks, "latency", findings)
+        yield from latency_checks(checks, limits.latency)
     if limits.memory is not None:
-        findings = judge_memory(limits.memory, artifact.latency, artifact.artifact) if artifact.latency else []
-        yield from _load_checks(checks, "memory", findings)
-
-
-def _load_checks(checks: ArtifactChecks, check: str, findings: list[LatencyFinding]) -> Iterator[Check]:
-    if not findings:
-        yield checks.inconclusive(check, 0.0, f"no load was put on a server at target {checks.target}, so its {check} is not known")
-    for finding in findings:
-        yield Check(
-            artifact=checks.artifact.artifact,
-            check=finding.check,
-            task=finding.point or None,
-            value=finding.value,
-            interval=finding.interval,
-            limit=finding.limit,
-            verdict=finding.outcome,
-            reason=finding.reason,
-            target=checks.target,
-            interval_level=finding.level,
-        )
+        yield from memory_checks(checks, limits.memory)
 
 
 def _accuracy(checks: ArtifactChecks, limit: AccuracyLimit) -> Iterator[Check]:

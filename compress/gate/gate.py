@@ -8,7 +8,7 @@ from typing import Annotated, Self
 
 from pydantic import Field, model_validator
 
-from compress.eval.latency.gate import LatencyLimit, MemoryLimit
+from compress.eval.latency.limits import LatencyLimit, MemoryLimit
 from compress.eval.latency.results import Latency
 from compress.eval.results import ItemizedMeasurement, ScoredItem
 from compress.eval.statistics.estimates import Outcome

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from pydantic import ValidationError
 
 from compress.errors import DataError
-from compress.eval.latency.gate import LatencyFinding, LatencyLimit, MemoryLimit, judge_latency, judge_memory
+from compress.eval.latency.limits import LatencyLimit, MemoryLimit
 from compress.eval.latency.results import Estimate, Latency, LoadResult, ModelLatency, PointLatency, read_latency, write_latency
 from compress.eval.latency.settings import LatencySettings, LoadPoint
+from compress.gate.gate import Check, Gate
+from compress.gate.judge import judge
+from tests.judged import subject
 
 POINT = LoadPoint(concurrency=4, images=1, width=64, height=48, prompt_tokens=8, output_tokens=8)
 GIB = 1024**3
@@ -49,8 +53,13 @@ def _latency(row: PointLatency, before: PointLatency | None = None, memory: int 
     )
 
 
-def _judge(limit: dict[str, float], row: PointLatency, before: PointLatency | None = None) -> list[LatencyFinding]:
-    return judge_latency(LatencyLimit.model_validate(limit), _latency(row, before), "awq")
+def _checks(gate: dict[str, dict[str, float]], latency: Latency | None, name: str = "awq") -> tuple[Check, ...]:
+    artifact = replace(subject(name, 40), latency=latency)
+    return judge(Gate.model_validate(gate), subject("original", 100), [artifact]).checks
+
+
+def _judge(limit: dict[str, float], row: PointLatency, before: PointLatency | None = None) -> tuple[Check, ...]:
+    return _checks({"latency": limit}, _latency(row, before))
 
 
 @pytest.mark.parametrize(
@@ -58,13 +67,13 @@ def _judge(limit: dict[str, float], row: PointLatency, before: PointLatency | No
 )
 def test_ratio_is_judged_by_its_interval(limit: float, outcome: str) -> None:
     (finding,) = _judge({"max_p95_ratio": limit}, _row(e2el_p95=Estimate(value=0.8, interval=(0.7, 0.9))))
-    assert (finding.check, finding.point, finding.value, finding.interval) == (
+    assert (finding.check, finding.task, finding.value, finding.interval) == (
         "latency.max_p95_ratio",
         POINT.label,
         0.8,
         (0.7, 0.9),
     )
-    assert (finding.outcome, finding.limit) == (outcome, limit)
+    assert (finding.verdict, finding.limit) == (outcome, limit)
     assert finding.reason.startswith(
         f"95th percentile of the time of a request: 0.8 (0.7 to 0.9) times the original's; the limit is at most {limit:g}"
     )
@@ -74,7 +83,7 @@ def test_ratio_is_judged_by_its_interval(limit: float, outcome: str) -> None:
 @pytest.mark.parametrize(("limit", "outcome"), [(1.1, "pass"), (1.3, "inconclusive"), (1.6, "fail")])
 def test_throughput_must_be_at_least_its_limit(limit: float, outcome: str) -> None:
     (finding,) = _judge({"min_throughput_ratio": limit}, _row(output_token_rate=Estimate(value=1.3, interval=(1.2, 1.4))))
-    assert finding.outcome == outcome
+    assert finding.verdict == outcome
     assert f"1.3 (1.2 to 1.4) times the original's, 50 itself; the limit is at least {limit:g}" in finding.reason
 
 
@@ -88,7 +97,7 @@ def test_throughput_must_be_at_least_its_limit(limit: float, outcome: str) -> No
 )
 def test_absolute_limits_are_of_the_artifact_alone(limit: dict[str, float], outcome: str) -> None:
     (finding,) = _judge(limit, _row())
-    assert finding.outcome == outcome
+    assert finding.verdict == outcome
 
 
 def test_absolute_reason_has_its_unit() -> None:
@@ -99,28 +108,28 @@ def test_absolute_reason_has_its_unit() -> None:
 def test_failed_requests_fail_unless_they_are_allowed() -> None:
     row = _row(failed=3, e2el_p95=Estimate(value=0.5, interval=(0.4, 0.6)))
     failed, ratio = _judge({"max_p95_ratio": 1.0}, row)
-    assert (failed.check, failed.outcome, failed.value) == ("latency.max_failed_share", "fail", 0.03)
+    assert (failed.check, failed.verdict, failed.value) == ("latency.max_failed_share", "fail", 0.03)
     assert failed.reason == "3 of 100 requests had no answer (503: busy); 0.0% may"
-    assert ratio.outcome == "pass"
+    assert ratio.verdict == "pass"
     assert [finding.check for finding in _judge({"max_p95_ratio": 1.0, "max_failed_share": 0.05}, row)] == ["latency.max_p95_ratio"]
 
 
 def test_ratio_to_an_original_that_failed_is_open() -> None:
     (finding,) = _judge({"max_p95_ratio": 1.0}, _row(e2el_p95=Estimate(value=0.5, interval=(0.4, 0.6))), before=_row(failed=1))
-    assert (finding.outcome, finding.value) == ("inconclusive", None)
+    assert (finding.verdict, finding.value) == ("inconclusive", None)
     assert "1 of the original's 100 requests had no answer, so there is nothing sound to compare with" in finding.reason
 
 
 def test_what_was_not_measured_is_open_not_left_out() -> None:
     (figure,) = _judge({"min_goodput_ratio": 1.0}, _row())
-    assert (figure.outcome, figure.reason) == (
+    assert (figure.verdict, figure.reason) == (
         "inconclusive",
         "requests per second that keep the goal: was not measured (set eval.latency.goal)",
     )
     (single,) = _judge({"max_p95_ratio": 1.0}, _row(e2el_p95=Estimate(value=0.5)))
-    assert (single.outcome, single.value) == ("inconclusive", 0.5)
-    nothing = judge_latency(LatencyLimit(max_p95_ratio=1.0, min_throughput_ratio=1.0), _latency(_row()), "gptq")
-    assert [(finding.check, finding.outcome) for finding in nothing] == [
+    assert (single.verdict, single.value) == ("inconclusive", 0.5)
+    nothing = _checks({"latency": {"max_p95_ratio": 1.0, "min_throughput_ratio": 1.0}}, _latency(_row()), "gptq")
+    assert [(finding.check, finding.verdict) for finding in nothing] == [
         ("latency.max_p95_ratio", "inconclusive"),
         ("latency.min_throughput_ratio", "inconclusive"),
     ]
@@ -130,16 +139,21 @@ def test_what_was_not_measured_is_open_not_left_out() -> None:
     ("limit", "outcomes"), [({"max_ratio": 0.8}, ["pass"]), ({"max_ratio": 0.7, "max_bytes": 4 * GIB}, ["fail", "pass"])]
 )
 def test_memory_is_judged_as_it_was_seen(limit: dict[str, float], outcomes: list[str]) -> None:
-    findings = judge_memory(MemoryLimit.model_validate(limit), _latency(_row()), "awq")
-    assert [row.outcome for row in findings] == outcomes
+    findings = _checks({"memory": limit}, _latency(_row()))
+    assert [row.verdict for row in findings] == outcomes
     assert findings[0].reason.startswith("the server holds 3.00 GiB at most, 75.0% of the original's 4.00 GiB; the limit is")
 
 
 def test_memory_that_was_not_seen_is_open() -> None:
-    limit = MemoryLimit(max_ratio=1.0, max_bytes=1)
-    findings = judge_memory(limit, _latency(_row(), memory=None), "awq")
-    assert [(row.outcome, row.value) for row in findings] == [("inconclusive", None)] * 2
+    findings = _checks({"memory": {"max_ratio": 1.0, "max_bytes": 1}}, _latency(_row(), memory=None))
+    assert [(row.verdict, row.value) for row in findings] == [("inconclusive", None)] * 2
     assert "does not run on this machine" in findings[0].reason
+
+
+def test_a_target_without_a_load_leaves_both_open() -> None:
+    checks = _checks({"latency": {"max_p95_ratio": 1.0}, "memory": {"max_ratio": 1.0}}, None)
+    assert [(check.check, check.verdict) for check in checks] == [("latency", "inconclusive"), ("memory", "inconclusive")]
+    assert checks[0].reason == "no load was put on a server at target local, so its latency is not known"
 
 
 def test_limits_must_say_something() -> None:
