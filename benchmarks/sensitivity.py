@@ -30,6 +30,7 @@ from compress.calibration.batches import Batch, load_batches
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.spec import spec_of
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
 from compress.engine.statistics import observe
@@ -95,7 +96,7 @@ def _compare(arguments: argparse.Namespace, folder: Path) -> list[dict[str, Any]
     given, test = (_samples(arguments, kind, folder) for kind in ("calibration", "test"))
     checkpoint = open_checkpoint(arguments.model)
     family = family_of(checkpoint.config)
-    linears = [linear.name for linear in select(checkpoint, family, ("decoder",), ()).linears]
+    linears = [linear.name for linear in select(spec_of(checkpoint, family), ("decoder",), ()).linears]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     plan = WalkConfig(checkpoint, family, given, device, folder)
     sensitivities = measure_sensitivity(plan, linears, seed=0)

@@ -4,34 +4,19 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compress.checkpoints.artifact import artifact_format
-from compress.checkpoints.checkpoint import Checkpoint
+from compress.checkpoints.spec import CheckpointSpec
 from compress.export import FORMATS
 from compress.families import Family
-from compress.numerics.scheme import Scheme
 from compress.progress import Progress
 from compress.recipe.schema import Frozen, load_row
 
 if TYPE_CHECKING:
     from compress.verification.results import Verification
-
-
-@dataclass(frozen=True)
-class ExportSpec:
-    """What is to be exported, from headers alone: the planned result of the stages, or the checkpoint that the last one wrote."""
-
-    checkpoint: Checkpoint
-    family: Family
-    schemes: Mapping[str, Scheme]
-    """The quantization scheme of each quantized linear, present or planned, by its name on disk."""
-
-    kv_cache: bool = False
-    """Whether there are scales for an 8-bit KV cache."""
 
 
 @dataclass(frozen=True)
@@ -93,12 +78,12 @@ class Export(Frozen, ABC):
         """The artifact's name in reports and folders; unique among a recipe's exports."""
 
     @abstractmethod
-    def check(self, spec: ExportSpec) -> list[str]:
+    def check(self, spec: CheckpointSpec) -> list[str]:
         """Return why this export is not possible, one line each with its remedy; empty where it is. Reads headers only."""
 
-    def notes(self, spec: ExportSpec) -> list[str]:
-        """Return caveats for users of the artifact, one line each; reads headers only."""
-        del spec
+    def notes(self, spec: CheckpointSpec, original_bytes: int | None = None) -> list[str]:
+        """Return caveats for users of the artifact, one line each; `original_bytes` of the original's weights in a plan."""
+        del spec, original_bytes
         return []
 
     @classmethod
@@ -108,7 +93,7 @@ class Export(Frozen, ABC):
         return []
 
     @abstractmethod
-    def predict_bytes(self, spec: ExportSpec) -> int:
+    def predict_bytes(self, spec: CheckpointSpec) -> int:
         """Return the expected size of the artifact's weights, in bytes."""
 
     @abstractmethod

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from compress.checkpoints.spec import spec_of
 from compress.errors import RecipeError
 from compress.eval.harness import ENVIRONMENTS
 from compress.eval.tasks.adapter import Adapter
@@ -152,8 +153,9 @@ def quantized(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the linears that the plan's stages may quantize, by their names on disk, with their shapes there."""
     checkpoint = open_pinned(plan.model)
     assert checkpoint is not None
-    possible = [schemes for stage in plan.recipe.stages for schemes in stage.possible_schemes(checkpoint, plan.family)]
-    return {name: checkpoint.tensors[f"{name}.weight"].shape for schemes in possible for name in schemes}
+    before = spec_of(checkpoint, plan.family)
+    possible = [spec for stage in plan.recipe.stages for spec in stage.plan(before).after]
+    return {name: spec.shape(name) for spec in possible for name in spec.schemes}
 
 
 @every_recipe
@@ -256,10 +258,11 @@ def test_a_target_is_its_own_linears_alone(model: Published, targets: tuple[Targ
     assert checkpoint is not None
     family = family_of(checkpoint.config)
     stage = Int8(stage="int8", targets=targets)
-    assert stage.check(checkpoint, family) == []
+    planned = stage.plan(spec_of(checkpoint, family))
+    assert planned.faults == ()
     parts = {"decoder": model.blocks, "vision": model.tower, "projector": model.projector}
     wanted = model.linears(*(container for target in targets for container in parts[target]))
-    assert set(stage.schemes(checkpoint, family) or {}) == set(wanted)
+    assert set(planned.after[0].schemes) == set(wanted)
 
 
 def test_the_plan_says_which_vllm_still_serves_a_model(plan_of: Callable[[Path], Plan]) -> None:

@@ -57,32 +57,37 @@ _WRAPPERS = {
 
 
 @dataclass(frozen=True)
-class TensorEntry:
-    """One tensor on disk."""
-
-    name: str
+class TensorSpec:
+    """The type and shape of a tensor."""
 
     dtype: str
     """Its type, as safetensors names it."""
 
     shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        """Its size, in bytes."""
+        return self.elements * _DTYPE_BITS[self.dtype] // 8
+
+    @property
+    def elements(self) -> int:
+        """The number of its elements."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class TensorEntry(TensorSpec):
+    """One tensor on disk."""
+
+    name: str
     file: Path
 
     start: int
     """Its first byte in `file`."""
 
     end: int
-    """Its last byte in `file`, exclusive."""
-
-    @property
-    def bytes(self) -> int:
-        """Its size on disk."""
-        return self.end - self.start
-
-    @property
-    def elements(self) -> int:
-        """The number of its elements."""
-        return math.prod(self.shape)
+    """Its last byte in `file`, exclusive; its size was checked when the header was read."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, cast
 
-from compress.checkpoints.quantization_config import FORMATS, METHOD, quantization_config, scheme_of
+from compress.checkpoints.checkpoint import TensorSpec
+from compress.checkpoints.quantization_config import FORMATS, METHOD, is_readable, quantization_config, scheme_of
 from compress.errors import CheckpointError
 from compress.numerics.scheme import Scheme
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.checkpoints.checkpoint import Checkpoint
+    from compress.checkpoints.spec import CheckpointSpec
     from compress.families import Family
     from compress.numerics.grids import QuantizedWeight
 
@@ -33,6 +35,7 @@ __all__ = [
     "is_quantized",
     "kv_cache_tensors",
     "linear_shape",
+    "linear_specs",
     "linear_tensors",
     "pack_linear",
     "packed_bytes",
@@ -53,9 +56,6 @@ _SHAPE_BYTES = 16
 """Two int64."""
 
 _MATRIX = 2
-_INPUT_SCALE_BYTES = 4
-"""A float32."""
-
 _CODE_TYPES = ("I8", "F8_E4M3")
 """The types of unpacked codes, as safetensors names them."""
 
@@ -63,14 +63,32 @@ _SIGN = 128
 """The zero point of 8-bit codes: code ^ 128 converts between uint8 and int8."""
 
 
-def packed_bytes(shape: tuple[int, int], scheme: Scheme, scale_bytes: int = 2) -> int:
-    """Return the size on disk of a linear [out, in], all of its tensors together, with `scale_bytes` per scale."""
+def linear_specs(name: str, shape: tuple[int, int], scheme: Scheme, dtype: str) -> dict[str, TensorSpec]:
+    """Return the types and shapes of the tensors on disk of the linear `name` [out, in], whose scales have the type `dtype`."""
     rows, columns = shape
-    scales = scheme.scale_rows(rows) * scheme.groups(columns) * scale_bytes
-    if scheme.format != "pack-quantized":
-        return rows * columns + scales + (_INPUT_SCALE_BYTES if scheme.activations == "tensor" else 0)
-    zero_points = 0 if scheme.symmetric else _words(rows, scheme.bits) * scheme.groups(columns) * 4
-    return rows * _words(columns, scheme.bits) * 4 + scales + zero_points + _SHAPE_BYTES
+    scales = (scheme.scale_rows(rows), scheme.groups(columns))
+    if scheme.format == "pack-quantized":
+        specs = {
+            _PACKED: TensorSpec("I32", (rows, _words(columns, scheme.bits))),
+            _SCALE: TensorSpec(dtype, scales),
+            _SHAPE: TensorSpec("I64", (2,)),
+        }
+        if not scheme.symmetric:
+            specs[_ZERO_POINT] = TensorSpec("I32", (_words(rows, scheme.bits), scales[1]))
+    else:
+        codes = "F8_E4M3" if scheme.type == "float" else "I8"
+        specs = {
+            _WEIGHT: TensorSpec(codes, shape),
+            _SCALE: TensorSpec(dtype, (1,) if scheme.strategy == "tensor" else scales),
+        }
+        if scheme.activations == "tensor":
+            specs[_INPUT_SCALE] = TensorSpec("F32", (1,))
+    return {f"{name}.{suffix}": spec for suffix, spec in specs.items()}
+
+
+def packed_bytes(shape: tuple[int, int], scheme: Scheme, dtype: str) -> int:
+    """Return the size on disk of a linear [out, in], all of its tensors together, whose scales have the type `dtype`."""
+    return sum(spec.bytes for spec in linear_specs("", shape, scheme, dtype).values())
 
 
 def pack_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
@@ -211,17 +229,14 @@ def quantized_linears(checkpoint: Checkpoint) -> dict[str, Scheme]:
     Raises:
         CheckpointError: it is quantized in a format that this package does not read.
     """
-    config = checkpoint.config.get("quantization_config")
-    if not config:
-        return {}
-    settings = cast("Mapping[str, Any]", config)
+    settings = cast("Mapping[str, Any]", checkpoint.config.get("quantization_config") or {})
     where = f"{checkpoint.folder}/config.json"
-    if settings.get("quant_method") != METHOD or settings.get("format") not in FORMATS:
+    if not is_readable(checkpoint.config):
         raise CheckpointError(
             f"{where}: quantized as {settings.get('quant_method')!r}, format {settings.get('format')!r}; only {METHOD!r} with "
             f"{', '.join(map(repr, FORMATS))} can be read, or start from the model's original"
         )
-    return {name: scheme_of(settings, name, where) for name in quantized_names(checkpoint)}
+    return {name: scheme_of(settings, name, where) for name in quantized_names(checkpoint)} if settings else {}
 
 
 def quantized_names(checkpoint: Checkpoint) -> list[str]:
@@ -253,7 +268,7 @@ def linear_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
     return rows, columns
 
 
-def unquantized_linears(checkpoint: Checkpoint, family: Family, quantized: Iterable[str]) -> list[str]:
+def unquantized_linears(checkpoint: Checkpoint | CheckpointSpec, family: Family, quantized: Iterable[str]) -> list[str]:
     """Return the names on disk of the linears that are not quantized: matrices except the embeddings, and a tied head."""
     quantized_set = set(quantized)
     names = [

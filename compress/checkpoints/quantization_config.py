@@ -53,6 +53,12 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv
     }
 
 
+def is_readable(config: Mapping[str, Any]) -> bool:
+    """Return whether this package reads a config.json's weights linear by linear: those that are not quantized, and `FORMATS`."""
+    settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
+    return not settings or (settings.get("quant_method") == METHOD and settings.get("format") in FORMATS)
+
+
 def foreign_format(config: Mapping[str, Any]) -> str:
     """Return the format of a config.json's weights where compressed-tensors has it and only vLLM reads it, else an empty string."""
     settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})

@@ -11,29 +11,26 @@ from typing import Any, cast
 
 from compress.checkpoints.artifact import artifact_format
 from compress.checkpoints.awq_gptq_config import check_packed_config
-from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
-from compress.checkpoints.layouts import has_kv_scales, quantized_linears
+from compress.checkpoints.checkpoint import open_checkpoint, read_config
 from compress.checkpoints.output_head import check_head, head_notes
-from compress.checkpoints.quantization_config import Product, foreign_format, products_in, products_of
+from compress.checkpoints.quantization_config import Product, foreign_format, products_in
+from compress.checkpoints.spec import spec_of
 from compress.checkpoints.tokens_check import check_tokens
-from compress.data.sources import QuestionSource
 from compress.errors import RecipeError, UsageError
-from compress.export.format import ExportSpec, runtimes_of, warnings_of
+from compress.export.format import runtimes_of, warnings_of
 from compress.families import Family, family_of
 from compress.hubs.hub import ModelPin, open_pinned, resolve_model, weights_notes
-from compress.numerics.scheme import Scheme
+from compress.pipeline.forecast import Forecast, forecast
 from compress.pipeline.plan_data import count_items
 from compress.pipeline.plan_notes import (
     export_notes,
     full_vocabulary,
     kernels,
-    outlook_notes,
     power,
-    size_notes,
     tokenizer_notes,
     unmeasured,
 )
-from compress.pipeline.planner import ORIGINAL, DataPin, Planner, Sizes, Step, digest_of
+from compress.pipeline.planner import ORIGINAL, DataPin, Planner, Step, digest_of
 from compress.pipeline.publish_folders import check_publish_folders
 from compress.pipeline.store import Store
 from compress.recipe.document import RecipeDocument, dotted
@@ -211,11 +208,11 @@ def _plan(recipe: Recipe, document: RecipeDocument, store: Store, existing: Mapp
         source_notes = (*weights_notes(pin), *head_notes(checkpoint, family), *tokenizer_notes(checkpoint.folder))
     if faults := [*_task_faults(recipe, document, family), *_length_faults(recipe, document, pin.config)]:
         raise RecipeError(faults)
-    sizes = _check(recipe, document, checkpoint, family) if checkpoint else Sizes({}, {})
-    planner = Planner(recipe, pin, store, sizes, existing)
+    outlook = forecast(recipe, document, checkpoint, family) if checkpoint else Forecast()
+    planner = Planner(recipe, pin, store, outlook, existing)
     items = count_items(recipe.eval.tasks, planner.tasks)
     steps = planner.steps()
-    unfit, kernel_notes = kernels(recipe, _products(recipe, sizes, existing))
+    unfit, kernel_notes = kernels(recipe, _products(recipe, outlook, existing))
     return Plan(
         recipe=recipe,
         model=pin,
@@ -225,66 +222,22 @@ def _plan(recipe: Recipe, document: RecipeDocument, store: Store, existing: Mapp
         sets=planner.sets,
         tasks=planner.tasks,
         steps=steps,
-        notes=(*document.notes, *source_notes, *sizes.notes, *kernel_notes, *full_vocabulary(recipe, pin.config)),
+        notes=(*document.notes, *source_notes, *outlook.notes, *kernel_notes, *full_vocabulary(recipe, pin.config)),
         source_notes=source_notes,
         existing=existing,
         power=(*power(recipe, items), *unmeasured(recipe)),
         items=items,
-        gate_notes=sizes.gate_notes,
+        gate_notes=outlook.gate_notes,
         unfit=tuple(unfit),
         warnings=document.notes,
     )
 
 
-def _products(recipe: Recipe, sizes: Sizes, existing: Mapping[str, Path]) -> dict[str, frozenset[Product]]:
+def _products(recipe: Recipe, outlook: Forecast, existing: Mapping[str, Path]) -> dict[str, frozenset[Product]]:
     """Return the matrix products that each artifact needs vLLM's kernels for; ONNX graphs have operators of their own."""
     if existing:
         return {name: products_in(read_config(folder)) for name, folder in existing.items() if artifact_format(folder) == "vllm"}
-    return {export.artifact: sizes.products for export in recipe.export if export.format == "vllm"}
-
-
-def _check(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, family: Family) -> Sizes:
-    """Check every stage and export against the checkpoint, and predict the sizes of their results."""
-    faults: list[str] = []
-    stages: dict[int, int] = {}
-    schemes: dict[str, Scheme] | None = {}
-    possible: list[dict[str, Scheme]] = [{}]
-    for position, stage in enumerate(recipe.stages):
-        stage_faults = stage.check(checkpoint, family)
-        if stage.reads_images(family) and not _calibrates_with_images(recipe):
-            stage_faults.append(
-                f"{stage.stage} observes layers of {family.name} that only images reach, and calibration.sets has none; add a set "
-                "of questions about images (dataset: vqa)"
-            )
-        if any(possible):
-            stage_faults = [
-                f"the stage before it quantizes already, and {stage.stage} needs weights that are not; remove one of the two"
-            ]
-        faults += _located(document, ("stages", position), stage_faults)
-        if not stage_faults:
-            size, stage_schemes = stage.predict_bytes(checkpoint, family), stage.schemes(checkpoint, family)
-            stages |= {} if size is None else {position: size}
-            schemes = _schemes_after(schemes, stage_schemes)
-            possible = stage.possible_schemes(checkpoint, family) if schemes is None else [schemes]
-    if faults:
-        raise RecipeError(faults)
-    kv_cache = any(getattr(stage, "kv_cache", None) for stage in recipe.stages)
-    outlooks = [ExportSpec(checkpoint, family, each, kv_cache) for each in possible]
-    exports: dict[int, int] = {}
-    for position, export in enumerate(recipe.export):
-        export_faults = list(dict.fromkeys(fault for outlook in outlooks for fault in export.check(outlook)))
-        faults += _located(document, ("export", position), export_faults)
-        if not faults and schemes is not None:
-            exports[position] = export.predict_bytes(outlooks[0])
-    if faults:
-        raise RecipeError(faults)
-    notes = outlook_notes(recipe, outlooks or [ExportSpec(checkpoint, family, {})])
-    products = products_of(scheme for outlook in outlooks for scheme in outlook.schemes.values())
-    return Sizes(stages, exports, notes, size_notes(recipe, checkpoint, exports), products)
-
-
-def _calibrates_with_images(recipe: Recipe) -> bool:
-    return recipe.calibration is None or any(isinstance(data, QuestionSource) for data in recipe.calibration.sets)
+    return {export.artifact: outlook.products for export in recipe.export if export.format == "vllm"}
 
 
 def _task_faults(recipe: Recipe, document: RecipeDocument, family: Family) -> list[str]:
@@ -345,20 +298,4 @@ def notes_of(plan: Plan, folder: Path) -> tuple[str, ...]:
     checkpoint = open_checkpoint(folder)
     if foreign_format(checkpoint.config):
         return plan.notes
-    outlook = ExportSpec(checkpoint, plan.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
-    return export_notes(plan.recipe, outlook)
-
-
-def _schemes_after(before: dict[str, Scheme] | None, added: dict[str, Scheme] | None) -> dict[str, Scheme] | None:
-    """Return the schemes of the linears after a stage; None where only the run can tell.
-
-    A stage quantizes unquantized weights only, so that its schemes are known whatever ran before.
-    """
-    if added is None or (before is None and not added):
-        return None
-    return {**(before or {}), **added}
-
-
-def _located(document: RecipeDocument, key: tuple[str | int, ...], faults: list[str]) -> list[str]:
-    where = f"{document.whereabouts(key)}: {key[0]}.{key[1]}"
-    return [f"{where}: {fault}" for fault in faults]
+    return export_notes(plan.recipe, spec_of(checkpoint, plan.family))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
 from compress.checkpoints.artifact import side_files
 from compress.checkpoints.checkpoint import Checkpoint, text_config
 from compress.checkpoints.quantization_config import Product
+from compress.checkpoints.spec import CheckpointSpec
 from compress.checkpoints.tokenizer_files import cutting_settings
-from compress.export.format import ExportSpec
 from compress.gate.gate import SizeLimit
 from compress.pipeline.plan_data import sample_limit
 from compress.recipe.model import Recipe
@@ -28,18 +28,21 @@ _HEADER_BYTES = 300
 """The most bytes that a tensor takes in a safetensors header and the index; of files on a hub only the tensors' bytes are known."""
 
 
-def outlook_notes(recipe: Recipe, outlooks: list[ExportSpec]) -> tuple[str, ...]:
-    """Return the notes that apply to every possible outcome of the run, and those that depend on the stages' choices, marked so."""
-    notes_by_outlook = [export_notes(recipe, outlook) for outlook in outlooks]
+def outlook_notes(recipe: Recipe, outlooks: Sequence[CheckpointSpec], original_bytes: int) -> tuple[str, ...]:
+    """Return the notes that apply to every possible outcome of the run, and those that depend on the stages' choices, marked so.
+
+    `original_bytes` is the size of the original's weights.
+    """
+    notes_by_outlook = [export_notes(recipe, outlook, original_bytes) for outlook in outlooks]
     all_notes = dict.fromkeys(note for notes in notes_by_outlook for note in notes)
     return tuple(
         note if all(note in notes for notes in notes_by_outlook) else f"where the stage chooses so: {note}" for note in all_notes
     )
 
 
-def export_notes(recipe: Recipe, outlook: ExportSpec) -> tuple[str, ...]:
+def export_notes(recipe: Recipe, outlook: CheckpointSpec, original_bytes: int | None = None) -> tuple[str, ...]:
     """Return the notes of the exports of one checkpoint."""
-    return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook)))
+    return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook, original_bytes)))
 
 
 def tokenizer_notes(folder: Path) -> tuple[str, ...]:

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.checkpoints.artifact import artifact_format, checkpoint_files
-from compress.checkpoints.quantization_config import Product
 from compress.data.questions import source_digest
 from compress.data.sources import QuestionSource, TextSource
 from compress.export.format import VerifiedExport, runtimes_of
 from compress.hardware import default_device, describe, gpus, processor
 from compress.hubs.hub import DatasetPin, ModelPin, resolve_dataset, resolve_model
+from compress.pipeline.forecast import Forecast
 from compress.pipeline.store import Store
 from compress.recipe.model import Recipe
 from compress.recipe.schema import is_local
@@ -82,25 +82,6 @@ class DataPin:
     """The name of the hub dataset; empty for a local file."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """The predicted sizes of the results of stages and exports, and what else is known of them before the run."""
-
-    stages: Mapping[int, int]
-    """Bytes of stages' outputs, by position."""
-
-    exports: Mapping[int, int]
-    """Bytes of exports, by position."""
-
-    notes: tuple[str, ...] = ()
-
-    gate_notes: tuple[str, ...] = ()
-    """Limits of the gate that the results cannot meet."""
-
-    products: frozenset[Product] = frozenset()
-    """The matrix products that their linears need kernels for, as far as known."""
-
-
 def digest_of(*parts: object) -> str:
     """Return the SHA-256 of plain JSON values."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
@@ -114,7 +95,7 @@ def versions_of(names: tuple[str, ...]) -> dict[str, str]:
 class Planner:
     """Lists a recipe's steps with their keys; a key covers everything that shapes a step's output."""
 
-    def __init__(self, recipe: Recipe, pin: ModelPin, store: Store, sizes: Sizes, artifacts: Mapping[str, Path]) -> None:
+    def __init__(self, recipe: Recipe, pin: ModelPin, store: Store, outlook: Forecast, artifacts: Mapping[str, Path]) -> None:
         self.recipe = recipe
         self.runtimes = {name: runtimes_of(path) for name, path in artifacts.items()}
         self.artifact_keys = {name: _artifact_key(path, store) for name, path in artifacts.items()}
@@ -122,7 +103,7 @@ class Planner:
         self.devices = [self.device, *gpus()[:1]]  # another GPU has other kernels, which round differently
         self.source_key = pin.digest(store.fingerprint)
         self.side_key = pin.side_digest(store.fingerprint)
-        self.sizes = sizes
+        self.outlook = outlook
         sets = recipe.calibration.sets if recipe.calibration else ()
         self.sets = tuple(_pin_data(data, store) for data in sets)
         self.tasks = tuple(None if task.data is None else _pin_data(task.data, store) for task in recipe.eval.tasks)
@@ -146,7 +127,7 @@ class Planner:
             fields = stage.model_dump(mode="json")
             shaping = [stage.revision, stage.versions(), self.devices, seed]
             checkpoint = self._key("stage", fields, checkpoint, calibration if stage.calibrated else None, *shaping)
-            steps.append(Step(self._stage_name(position), "stage", checkpoint, position, self.sizes.stages.get(position)))
+            steps.append(Step(self._stage_name(position), "stage", checkpoint, position, self._stage_bytes(position)))
         exports = {
             export.artifact: self._export_key(position, checkpoint) for position, export in enumerate(self.recipe.export)
         } or self.artifact_keys
@@ -156,7 +137,7 @@ class Planner:
         runtimes = {export.artifact: export.runtimes for export in self.recipe.export} or self.runtimes
         for position, (name, key) in enumerate(exports.items()):
             if not self.artifact_keys:
-                steps.append(Step(f"export {name}", "export", key, position, self.sizes.exports.get(position)))
+                steps.append(Step(f"export {name}", "export", key, position, self.outlook.export_bytes.get(position)))
                 steps += self._verification(position, name, key)
             for index, original in enumerate(originals):
                 if self.recipe.eval.places[index].runtime.runtime not in runtimes[name]:
@@ -170,6 +151,9 @@ class Planner:
                 key = self._latency(index, self.recipe.eval.latency, {ORIGINAL: weights, **runnable})
                 steps.append(Step(f"latency{self._at(index)}", "latency", key, target_index=index))
         return tuple(steps)
+
+    def _stage_bytes(self, position: int) -> int | None:
+        return self.outlook.stages[position].max_bytes if self.outlook.stages else None
 
     def _verification(self, position: int, name: str, artifact: str) -> list[Step]:
         """Return the step that compares an artifact with the checkpoint that it was exported from, where its format has one."""

@@ -7,12 +7,13 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Literal
 
-from compress.checkpoints.checkpoint import Checkpoint
-from compress.checkpoints.output_head import head_is_tied
+from compress.checkpoints.spec import CheckpointSpec
 from compress.families import Family, within
 
 Target = Literal["decoder", "vision", "projector", "lm_head"]
 """A component of a model whose linears a stage can target."""
+
+_MATRIX = 2
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class LinearSelection:
     faults: tuple[str, ...]
 
 
-def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], ignore: Iterable[str]) -> LinearSelection:
+def select(before: CheckpointSpec, targets: Iterable[Target], ignore: Iterable[str]) -> LinearSelection:
     """Return the linears of the targeted components whose names, in the model and on disk, match no pattern of `ignore`.
 
     Patterns are shell patterns (`*.down_proj`). A target or pattern that matches nothing is a fault.
@@ -51,11 +52,11 @@ def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], ig
     faults: list[str] = []
     targeted: list[Linear] = []
     for target in targets:
-        tied = target == "lm_head" and head_is_tied(checkpoint, family)
-        linears = [linear for linear in _linears(checkpoint, family) if not tied and linear.component == target]
+        tied = target == "lm_head" and before.tied
+        linears = [linear for linear in _linears(before) if not tied and linear.component == target]
         if not linears:
             reason = "its output head is the embedding's own matrix" if target == "lm_head" else "it has no such linear layers"
-            faults.append(f"targets: {target} matches nothing in {checkpoint.folder}: {reason}; leave it away")
+            faults.append(f"targets: {target} matches nothing in {before.source}: {reason}; leave it away")
         targeted += linears
     faults += [
         f"ignore: {pattern!r} matches none of the targeted layers, such as {targeted[0].name}; mend or remove it"
@@ -68,13 +69,17 @@ def select(checkpoint: Checkpoint, family: Family, targets: Iterable[Target], ig
     return LinearSelection(selected, tuple(faults))
 
 
-def _linears(checkpoint: Checkpoint, family: Family) -> Iterable[Linear]:
-    for disk_name, entry in checkpoint.tensors.items():
-        if disk_name.endswith(".weight") and len(entry.shape) == 2:
-            name = family.module_name(disk_name).removesuffix(".weight")
-            component = _component_of(name, family)
+def _linears(before: CheckpointSpec) -> Iterable[Linear]:
+    """Yield the linears of all components, those included that are quantized already."""
+    for tensor, spec in before.tensors.items():
+        disk_name, _, suffix = tensor.rpartition(".")
+        packed = suffix == "weight_packed"
+        if packed or (suffix == "weight" and len(spec.shape) == _MATRIX):
+            name = before.family.module_name(f"{disk_name}.weight").removesuffix(".weight")
+            component = _component_of(name, before.family)
             if component is not None:
-                yield Linear(component, name, disk_name.removesuffix(".weight"), entry.shape[0], entry.shape[1], entry.dtype)
+                rows, columns = before.shape(disk_name)
+                yield Linear(component, name, disk_name, rows, columns, spec.dtype)
 
 
 def _component_of(name: str, family: Family) -> Target | None:

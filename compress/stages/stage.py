@@ -8,11 +8,31 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from compress.checkpoints.checkpoint import Checkpoint
+from compress.checkpoints.spec import CheckpointSpec
 from compress.families import Family
-from compress.numerics.scheme import Scheme
 from compress.progress import Progress
 from compress.recipe.schema import Frozen
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What a stage does to a checkpoint of a given spec, from headers alone."""
+
+    faults: tuple[str, ...] = ()
+    """The incompatibilities with the checkpoint, one line each with its remedy; other fields count only without any."""
+
+    after: tuple[CheckpointSpec, ...] = ()
+    """The spec of the checkpoint that it leaves.
+
+    Several where the run decides: examples, so that a stage or export which supports all of them supports every result. None where
+    nothing is known before the run.
+    """
+
+    max_bytes: int | None = None
+    """The largest size of the weights that it can leave, in bytes; None where only the run can tell."""
+
+    reads_images: bool = False
+    """Whether its calibration samples must contain images."""
 
 
 @dataclass(frozen=True)
@@ -60,37 +80,12 @@ class Stage(Frozen, ABC):
 
     @property
     def calibrated(self) -> bool:
-        """Whether the stage reads calibration samples."""
+        """Whether the stage reads calibration samples: known from its settings, before there is a model to plan with."""
         return True
 
     @abstractmethod
-    def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
-        """Return the incompatibilities with this checkpoint, one line each with its remedy; reads headers only."""
-
-    def schemes(self, checkpoint: Checkpoint, family: Family) -> dict[str, Scheme] | None:
-        """Return the scheme of each linear that it quantizes, by name on disk; empty for a stage that quantizes none.
-
-        None where only the run can tell; see `possible_schemes`.
-        """
-        del checkpoint, family
-        return {}
-
-    def reads_images(self, family: Family) -> bool:
-        """Return whether the calibration samples must contain images."""
-        del family
-        return False
-
-    def possible_schemes(self, checkpoint: Checkpoint, family: Family) -> list[dict[str, Scheme]]:
-        """Return examples of the schemes of the result: an export that supports all of them supports every result of the stage.
-
-        Empty where nothing is known before the run.
-        """
-        schemes = self.schemes(checkpoint, family)
-        return [] if schemes is None else [schemes]
-
-    @abstractmethod
-    def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int | None:
-        """Return the size of the weights it will write, in bytes; None where only the run can tell."""
+    def plan(self, before: CheckpointSpec) -> StagePlan:
+        """Return what it needs of a checkpoint and leaves of it."""
 
     @abstractmethod
     def apply(self, context: StageContext) -> None:

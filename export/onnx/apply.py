@@ -6,10 +6,10 @@ from abc import ABC
 from typing import Literal
 
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from compress.checkpoints.layouts import has_kv_scales, quantized_linears
 from compress.checkpoints.quantization_config import foreign_format
+from compress.checkpoints.spec import spec_of
 from compress.errors import CheckpointError
-from compress.export.format import Export, ExportContext, ExportSpec
+from compress.export.format import Export, ExportContext
 
 
 class OnnxExport(Export, ABC):
@@ -56,7 +56,7 @@ class OnnxExport(Export, ABC):
         checkpoint = open_checkpoint(context.source)
         if foreign := foreign_format(checkpoint.config):
             raise CheckpointError(f"{context.source}: its weights are {foreign}, which no graph here can hold; use format: vllm")
-        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+        spec = spec_of(checkpoint, context.family)
         if problems := self.check(spec):
             raise CheckpointError("\n".join(problems))
         return checkpoint

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from compress.checkpoints.layouts import is_quantized
-from compress.export.format import ExportSpec
+from compress.checkpoints.spec import CheckpointSpec
 from compress.export.onnx.limits import FLOAT_BYTES, block_size, linear_bytes
 from compress.families import within
 from compress.numerics.scheme import Scheme
@@ -18,8 +17,8 @@ _MIN_SAVING = 0.05
 """The share of the artifact's size from which on a saving is mentioned."""
 
 
-def cost_notes(settings: OnnxExport, spec: ExportSpec) -> list[str]:
-    """Return the artifact's size relative to the original, and what each setting at its default would save."""
+def cost_notes(settings: OnnxExport, spec: CheckpointSpec, original_bytes: int | None) -> list[str]:
+    """Return the artifact's size, relative to the original's in a plan, and what each setting at its default would save."""
     if not spec.schemes:
         return []
     total = settings.predict_bytes(spec)
@@ -36,15 +35,14 @@ def cost_notes(settings: OnnxExport, spec: ExportSpec) -> list[str]:
     notes = [f"{setting} saves {size(count)}" for count, setting in savings if count > _MIN_SAVING * total]
     if not notes:
         return []
-    planned = not is_quantized(spec.checkpoint.config)  # once stages ran, the checkpoint is no longer the original
-    times = f", {total / spec.checkpoint.weight_bytes:.2f} times the original's" if planned else ""
+    times = f", {total / original_bytes:.2f} times the original's" if original_bytes else ""
     return [
         f"{settings.artifact}: about {size(total)} of weights{times}: what no stage quantizes is in {settings.dtype}; "
         f"{', '.join(notes)}"
     ]
 
 
-def _embeddings_and_head_saving(settings: OnnxExport, spec: ExportSpec, total: int) -> int:
+def _embeddings_and_head_saving(settings: OnnxExport, spec: CheckpointSpec, total: int) -> int:
     """Return the bytes saved by 8-bit embeddings and output head where they are floats."""
     quantized = spec.family.head in {spec.family.module_name(f"{name}.weight")[: -len(".weight")] for name in spec.schemes}
     head = settings.head_bits or (None if spec.family.head is None or quantized else 8)
@@ -52,10 +50,10 @@ def _embeddings_and_head_saving(settings: OnnxExport, spec: ExportSpec, total: i
     return 0 if smaller.check(spec) else total - smaller.predict_bytes(spec)
 
 
-def _vision_saving(settings: OnnxExport, spec: ExportSpec) -> int:
+def _vision_saving(settings: OnnxExport, spec: CheckpointSpec) -> int:
     """Return the bytes saved by an 8-bit vision tower where it is in floats."""
     float_bytes, saved = FLOAT_BYTES[settings.dtype], 0
-    for name, entry in spec.checkpoint.tensors.items():
+    for name, entry in spec.tensors.items():
         owner, _, suffix = name.rpartition(".")
         module = spec.family.module_name(name)
         inside = any(within(module, block) for block in spec.family.vision_blocks)

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
-from compress.export.format import ExportContext, ExportSpec, VerifiedExport, VerifyContext
+from compress.checkpoints.spec import CheckpointSpec
+from compress.export.format import ExportContext, VerifiedExport, VerifyContext
 from compress.export.onnx.apply import OnnxExport
 from compress.export.onnx.cost import cost_notes
 from compress.export.onnx.limits import expected_bytes, faults
@@ -25,15 +26,15 @@ class Onnx(OnnxExport, VerifiedExport):
 
     format: Literal["onnx"]
 
-    def check(self, spec: ExportSpec) -> list[str]:
+    def check(self, spec: CheckpointSpec) -> list[str]:
         """Return the architecture, linears or settings that are not supported."""
         return faults(self, spec)
 
-    def notes(self, spec: ExportSpec) -> list[str]:
+    def notes(self, spec: CheckpointSpec, original_bytes: int | None = None) -> list[str]:
         """Return the size of the components that no stage quantized, and the settings that shrink them."""
-        return cost_notes(self, spec)
+        return cost_notes(self, spec, original_bytes)
 
-    def predict_bytes(self, spec: ExportSpec) -> int:
+    def predict_bytes(self, spec: CheckpointSpec) -> int:
         """Return the size of the weights it writes."""
         return expected_bytes(self, spec)
 

@@ -6,9 +6,8 @@ import math
 from collections import Counter
 from typing import TYPE_CHECKING, Any, cast
 
-from compress.checkpoints.layouts import linear_shape, linear_tensors
-from compress.checkpoints.output_head import head_is_tied
-from compress.export.format import ExportSpec
+from compress.checkpoints.layouts import linear_tensors
+from compress.checkpoints.spec import CheckpointSpec
 from compress.export.onnx.graphs import GRAPHS
 from compress.numerics.scheme import Scheme
 
@@ -45,7 +44,7 @@ def block_size(group_size: int) -> int:
     return block if block >= MIN_BLOCK else 0
 
 
-def faults(settings: OnnxExport, spec: ExportSpec) -> list[str]:
+def faults(settings: OnnxExport, spec: CheckpointSpec) -> list[str]:
     """Return why the ONNX graphs do not support a checkpoint, one line each with its remedy."""
     family = spec.family
     if family.derived or family.name not in GRAPHS:
@@ -59,12 +58,12 @@ def faults(settings: OnnxExport, spec: ExportSpec) -> list[str]:
     return lines
 
 
-def _scheme_faults(spec: ExportSpec) -> list[str]:
+def _scheme_faults(spec: CheckpointSpec) -> list[str]:
     """Return the linears with a scheme that no operator supports, one line per reason."""
     reasons: Counter[str] = Counter()
     first: dict[str, str] = {}
     for name, scheme in spec.schemes.items():
-        if reason := _reason(scheme, linear_shape(spec.checkpoint, name)[1]):
+        if reason := _reason(scheme, spec.shape(name)[1]):
             reasons[reason] += 1
             first.setdefault(reason, name)
     return [
@@ -85,8 +84,8 @@ def _reason(scheme: Scheme, columns: int) -> str | None:
     return None
 
 
-def _rope_faults(spec: ExportSpec) -> list[str]:
-    text = spec.checkpoint.text_config
+def _rope_faults(spec: CheckpointSpec) -> list[str]:
+    text = spec.text_config
     rope = cast("Mapping[str, Any]", text.get("rope_parameters") or text.get("rope_scaling") or {})
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
     if kind in (*ROPE_TYPES, "mrope"):
@@ -94,7 +93,7 @@ def _rope_faults(spec: ExportSpec) -> list[str]:
     return [f"positions of rope_type {kind!r} are not in the graphs, which know {', '.join(ROPE_TYPES)}; use format: vllm"]
 
 
-def _embedding_and_head_faults(settings: OnnxExport, spec: ExportSpec) -> list[str]:
+def _embedding_and_head_faults(settings: OnnxExport, spec: CheckpointSpec) -> list[str]:
     """Return why the output head or the embeddings cannot be quantized by the export."""
     family, lines = spec.family, list[str]()
     quantized = {family.module_name(f"{name}.weight").removesuffix(".weight") for name in spec.schemes}
@@ -108,29 +107,29 @@ def _embedding_and_head_faults(settings: OnnxExport, spec: ExportSpec) -> list[s
     return lines
 
 
-def _width(spec: ExportSpec) -> int:
-    name = next(name for name in spec.checkpoint.tensors if _is(spec, name, spec.family.embeddings))
-    return spec.checkpoint.tensors[name].shape[1]
+def _width(spec: CheckpointSpec) -> int:
+    name = next(name for name in spec.tensors if _is(spec, name, spec.family.embeddings))
+    return spec.tensors[name].shape[1]
 
 
-def _is(spec: ExportSpec, name: str, module: str | None) -> bool:
+def _is(spec: CheckpointSpec, name: str, module: str | None) -> bool:
     return module is not None and spec.family.module_name(name) == f"{module}.weight"
 
 
-def expected_bytes(settings: OnnxExport, spec: ExportSpec, *, built: bool = False) -> int:
+def expected_bytes(settings: OnnxExport, spec: CheckpointSpec, *, built: bool = False) -> int:
     """Return the size of the weights that an export writes, in bytes.
 
     `built`: the decoder is that of onnxruntime-genai's builder, which stores a tied head separately, and the cosines and sines of
     every position.
     """
-    checkpoint, float_bytes = spec.checkpoint, FLOAT_BYTES[settings.dtype]
+    float_bytes = FLOAT_BYTES[settings.dtype]
     total, counted = 0, set[str]()
     for name, scheme in spec.schemes.items():
-        total += linear_bytes(linear_shape(checkpoint, name), scheme, float_bytes)
+        total += linear_bytes(spec.shape(name), scheme, float_bytes)
         counted.update((*linear_tensors(name), f"{name}.weight"))
-    total += _rope_table_bytes(checkpoint.text_config, float_bytes) if built else 0
+    total += _rope_table_bytes(spec.text_config, float_bytes) if built else 0
     stored_bits = _embedding_and_head_bits(settings, spec, separate=built)
-    for name, entry in checkpoint.tensors.items():
+    for name, entry in spec.tensors.items():
         if name in counted:
             continue
         if settings.embedding_bits and spec.family.head is None and _is(spec, name, _PATCHES):
@@ -147,11 +146,13 @@ def _rope_table_bytes(text: Mapping[str, Any], float_bytes: int) -> int:
     return int(text.get("max_position_embeddings") or 0) * int(width) * float_bytes
 
 
-def _embedding_and_head_bits(settings: OnnxExport, spec: ExportSpec, separate: bool) -> list[tuple[str | None, list[int | None]]]:
+def _embedding_and_head_bits(
+    settings: OnnxExport, spec: CheckpointSpec, separate: bool
+) -> list[tuple[str | None, list[int | None]]]:
     """Return, for the embeddings and the head, the bits of each stored copy (None: floats)."""
     family = spec.family
     embedding, head = settings.embedding_bits, settings.head_bits
-    if family.head is None or not head_is_tied(spec.checkpoint, family):
+    if family.head is None or not spec.tied:
         return [(family.embeddings, [embedding]), (family.head, [head])]
     copies: list[int | None] = [embedding] if embedding == head and not separate else [embedding, head]
     return [(family.embeddings, copies), (family.head, [])]

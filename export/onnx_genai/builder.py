@@ -13,9 +13,9 @@ import onnx
 from onnx import ModelProto, NodeProto, helper, numpy_helper
 
 from compress.checkpoints.artifact import copy_side_files
-from compress.checkpoints.output_head import written_config
+from compress.checkpoints.spec import CheckpointSpec
 from compress.errors import CheckpointError, CompressError, ServerError, StoreError
-from compress.export.format import ExportContext, ExportSpec
+from compress.export.format import ExportContext
 from compress.export.onnx_genai.config import DECODER_OF_BUILDER
 from compress.export.onnx_genai.limits import decoder_schemes, layout_of
 from compress.export.vllm.writer import LayoutTarget, layout_config, write_tensors
@@ -39,7 +39,7 @@ _EMBEDDINGS = "inputs_embeds"
 _DISK_FULL, _KILLED = "No space left on device", "(SIGKILL)"
 
 
-def build_decoder(export: OnnxGenai, context: ExportContext, spec: ExportSpec, work: Path, levels: int) -> None:
+def build_decoder(export: OnnxGenai, context: ExportContext, spec: CheckpointSpec, work: Path, levels: int) -> None:
     """Write the builder's decoder to the target; `work` is an empty folder for intermediate files.
 
     `levels` is the number of first blocks that take DeepStack features, which the builder omits.
@@ -54,7 +54,7 @@ def build_decoder(export: OnnxGenai, context: ExportContext, spec: ExportSpec, w
     if schemes:
         source = (work / "quantized").absolute()
         source.mkdir()
-        write_builder_input(context, ExportSpec(spec.checkpoint, context.family, schemes), source)
+        write_builder_input(context, replace(spec, quantized={name: spec.quantized[name] for name in schemes}), source)
     built = (work / "built").absolute()
     paths = ("-i", str(source), "-o", str(built), "-c", str((work / "cache").absolute()))
     command = python_command(_ENVIRONMENT, "-m", _MODULE, *paths)
@@ -69,7 +69,7 @@ def build_decoder(export: OnnxGenai, context: ExportContext, spec: ExportSpec, w
         file.replace(context.target / file.name)
 
 
-def arguments(export: OnnxGenai, spec: ExportSpec) -> list[str]:
+def arguments(export: OnnxGenai, spec: CheckpointSpec) -> list[str]:
     """Return the builder's precision arguments: unquantized linears stay floats, the output head follows `head_bits`."""
     schemes = decoder_schemes(spec)
     bits = next(iter(schemes.values())).bits if schemes else None
@@ -83,19 +83,19 @@ def arguments(export: OnnxGenai, spec: ExportSpec) -> list[str]:
     return ["-p", precision, "-e", provider, "--extra_options", *options]
 
 
-def write_builder_input(context: ExportContext, spec: ExportSpec, target: Path) -> None:
+def write_builder_input(context: ExportContext, spec: CheckpointSpec, target: Path) -> None:
     """Write a quantized checkpoint's decoder for the builder, in AWQ's or GPTQ's layout, with the same integers.
 
     Raises:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
-    family, checkpoint = context.family, spec.checkpoint
+    family = context.family
     layout = layout_of(next(iter(spec.schemes.values())))
-    names = [name for name in sorted(checkpoint.tensors) if not family.inside_vision(family.module_name(name))]
+    names = [name for name in sorted(spec.tensors) if not family.inside_vision(family.module_name(name))]
     layout_target = LayoutTarget(layout, f"{_ENVIRONMENT}'s builder reads", "decoder: own", "export: lay out for the builder")
     write_tensors(replace(context, target=target), spec, layout_target, names)
-    write_json(target / "config.json", {**written_config(checkpoint, family), "quantization_config": layout_config(spec, layout)})
+    write_json(target / "config.json", {**spec.settled_config, "quantization_config": layout_config(spec, layout)})
     copy_side_files(context.source, target)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, ClassVar, Literal
 
-from compress.export.format import ExportContext, ExportSpec, VerifiedExport, VerifyContext
+from compress.checkpoints.spec import CheckpointSpec
+from compress.export.format import ExportContext, VerifiedExport, VerifyContext
 from compress.export.onnx.apply import OnnxExport
 from compress.export.onnx.cost import cost_notes
 from compress.export.onnx.limits import expected_bytes
@@ -34,15 +35,15 @@ class OnnxGenai(OnnxExport, VerifiedExport):
         """The suffixes of the artifact's name; empty for the default settings."""
         return f"{'-own' if self.decoder == 'own' else ''}{super().suffix}"
 
-    def check(self, spec: ExportSpec) -> list[str]:
+    def check(self, spec: CheckpointSpec) -> list[str]:
         """Return the architecture, linears or settings that onnxruntime-genai, or its builder, does not support."""
         return faults(self, spec)
 
-    def notes(self, spec: ExportSpec) -> list[str]:
+    def notes(self, spec: CheckpointSpec, original_bytes: int | None = None) -> list[str]:
         """Return the differences in prompt processing from the checkpoint's processor, and the size of unquantized components."""
-        return [*notes(), *cost_notes(self, spec)]
+        return [*notes(), *cost_notes(self, spec, original_bytes)]
 
-    def predict_bytes(self, spec: ExportSpec) -> int:
+    def predict_bytes(self, spec: CheckpointSpec) -> int:
         """Return the size of the weights it writes."""
         return expected_bytes(self, spec, built=self.decoder == "builder")
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from compress.checkpoints.layouts import linear_shape, unquantized_linears
-from compress.export.format import ExportSpec
+from compress.checkpoints.layouts import unquantized_linears
+from compress.checkpoints.spec import CheckpointSpec
 from compress.export.onnx.limits import faults as graph_faults
 from compress.numerics.scheme import Scheme
 
@@ -45,7 +45,7 @@ def layout_of(scheme: Scheme) -> Literal["awq", "gptq"]:
     return "awq" if scheme.bits == _AWQ_BITS else "gptq"
 
 
-def faults(export: OnnxGenai, spec: ExportSpec) -> list[str]:
+def faults(export: OnnxGenai, spec: CheckpointSpec) -> list[str]:
     """Return why onnxruntime-genai, or its builder, does not support a checkpoint, one line each with its remedy."""
     family = spec.family
     if family.name not in MODEL_TYPES:
@@ -61,7 +61,7 @@ def faults(export: OnnxGenai, spec: ExportSpec) -> list[str]:
     return [*lines, *_builder_faults(spec)]
 
 
-def _builder_faults(spec: ExportSpec) -> list[str]:
+def _builder_faults(spec: CheckpointSpec) -> list[str]:
     """Return why the builder does not support the decoder's linears."""
     family = spec.family
     decoder = decoder_schemes(spec)
@@ -77,7 +77,7 @@ def _builder_faults(spec: ExportSpec) -> list[str]:
         )
     unquantized = [
         name
-        for name in unquantized_linears(spec.checkpoint, family, spec.schemes)
+        for name in unquantized_linears(spec, family, spec.schemes)
         if not family.inside_vision(family.module_name(name)) and family.module_name(name) != family.head
     ]
     if unquantized:
@@ -91,19 +91,19 @@ def _builder_faults(spec: ExportSpec) -> list[str]:
     return lines
 
 
-def _reason(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _reason(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     if scheme.activations is not None:
         return "onnxruntime-genai's builder reads no linears whose inputs are rounded to 8 bits"
     if layout_of(scheme) == "gptq" and not scheme.symmetric:
         return "onnxruntime-genai's builder reads 8 bits as GPTQ lays them out, symmetric, and this grid is asymmetric"
-    group = linear_shape(spec.checkpoint, name)[1] if scheme.group_size == -1 else scheme.group_size
+    group = spec.shape(name)[1] if scheme.group_size == -1 else scheme.group_size
     if group not in _BUILDER_BLOCKS:
         sizes = ", ".join(map(str, _BUILDER_BLOCKS))
         return f"onnxruntime-genai's builder makes each group one block of MatMulNBits, which has {sizes} channels, not {group}"
     return None
 
 
-def decoder_schemes(spec: ExportSpec) -> dict[str, Scheme]:
+def decoder_schemes(spec: CheckpointSpec) -> dict[str, Scheme]:
     """Return the schemes of the linears in the decoder's blocks, by their names on disk."""
     family = spec.family
     return {

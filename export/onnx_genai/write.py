@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from compress.checkpoints.artifact import copy_side_files
 from compress.checkpoints.checkpoint import Checkpoint
-from compress.checkpoints.layouts import quantized_linears
 from compress.checkpoints.output_head import written_config
+from compress.checkpoints.spec import spec_of
 from compress.data.prompts import load_processor
-from compress.export.format import ExportContext, ExportSpec
+from compress.export.format import ExportContext
 from compress.export.onnx.graphs import GRAPHS
 from compress.export.onnx.graphs.graph import Stored
 from compress.export.onnx.graphs.layer_builder import LayerBuilder, Source
@@ -57,7 +57,7 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
             builder.graph.save(context.target, stored)
             advance(1)
     if export.decoder == "builder":
-        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint))
+        spec = spec_of(checkpoint, context.family)
         work = context.target / _WORK
         with telling_where(context.target):
             shutil.rmtree(work, ignore_errors=True)

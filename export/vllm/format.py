@@ -8,30 +8,20 @@ from typing import Any, ClassVar, Literal, cast
 
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import (
-    has_kv_scales,
-    linear_shape,
     linear_tensors,
-    packed_bytes,
-    quantized_linears,
     quantized_names,
     unquantized_linears,
 )
 from compress.checkpoints.module_names import misnamed, misnaming_message
 from compress.checkpoints.quantization_config import METHOD, foreign_format
+from compress.checkpoints.spec import CheckpointSpec, QuantizedLinear, spec_of
 from compress.errors import CheckpointError
-from compress.export.format import Export, ExportContext, ExportSpec
+from compress.export.format import Export, ExportContext
 from compress.export.vllm.limits import Layout, faults, notes
 from compress.families import Family
-from compress.numerics.scheme import Scheme
-
-_SCALE_BYTES = {"F32": 4, "F64": 4}
-"""Bytes of a scale by the safetensors dtype of the weights; 2 for all others."""
 
 _INDEX_BYTES = 4
 """Bytes of an int32 entry of GPTQ's `g_idx`."""
-
-_KV_BYTES = 8
-"""Bytes of a layer's `k_scale` and `v_scale`, float32 each."""
 
 
 class VllmExport(Export):
@@ -53,12 +43,13 @@ class VllmExport(Export):
         """The artifact's name: format and layout."""
         return f"{self.format}-{self.layout}"
 
-    def check(self, spec: ExportSpec) -> list[str]:
+    def check(self, spec: CheckpointSpec) -> list[str]:
         """Return the linears that vLLM, or the layout, does not support."""
         return faults(self.layout, spec)
 
-    def notes(self, spec: ExportSpec) -> list[str]:
+    def notes(self, spec: CheckpointSpec, original_bytes: int | None = None) -> list[str]:
         """Return which vLLM versions serve the model, if not all, and what needs a GPU."""
+        del original_bytes
         return notes(spec)
 
     @classmethod
@@ -72,24 +63,19 @@ class VllmExport(Export):
         linears = misnamed(settings, family, quantized, unquantized_linears(checkpoint, family, quantized))
         return [misnaming_message(f"{folder}/config.json", linears, family)] if linears else []
 
-    def predict_bytes(self, spec: ExportSpec) -> int:
+    def predict_bytes(self, spec: CheckpointSpec) -> int:
         """Return the exact size of the tensors it writes."""
-        checkpoint, total = spec.checkpoint, 0
-        replaced: set[str] = set()
-        for name, scheme in spec.schemes.items():
-            shape = linear_shape(checkpoint, name)
-            total += self._linear_bytes(shape, scheme, _scale_bytes(checkpoint, name))
-            replaced.update((*linear_tensors(name), f"{name}.weight"))
-        if spec.kv_cache and not has_kv_scales(checkpoint):
-            total += _KV_BYTES * int(checkpoint.text_config["num_hidden_layers"])
-        return total + sum(entry.bytes for name, entry in checkpoint.tensors.items() if name not in replaced)
-
-    def _linear_bytes(self, shape: tuple[int, int], scheme: Scheme, scale_bytes: int) -> int:
         if self.layout == "compressed-tensors":
-            return packed_bytes(shape, scheme, scale_bytes)
-        rows, columns = shape
-        groups = rows * scheme.groups(columns)
-        return (columns * rows + groups) * scheme.bits // 8 + groups * 2 + (_INDEX_BYTES * columns if self.layout == "gptq" else 0)
+            return spec.weight_bytes
+        replaced = {tensor for name in spec.quantized for tensor in linear_tensors(name)}
+        unchanged = sum(tensor.bytes for name, tensor in spec.tensors.items() if name not in replaced)
+        return unchanged + sum(map(self._linear_bytes, spec.quantized.values()))
+
+    def _linear_bytes(self, linear: QuantizedLinear) -> int:
+        """Return the size of codes, zero points, float16 scales and, in GPTQ's layout, `g_idx`."""
+        groups = linear.rows * linear.scheme.groups(linear.columns)
+        index = _INDEX_BYTES * linear.columns if self.layout == "gptq" else 0
+        return (linear.columns * linear.rows + groups) * linear.scheme.bits // 8 + groups * 2 + index
 
     def apply(self, context: ExportContext) -> None:
         """Write the artifact.
@@ -103,7 +89,7 @@ class VllmExport(Export):
         if foreign := foreign_format(checkpoint.config):
             self._link_foreign(context, checkpoint, foreign)
             return
-        spec = ExportSpec(checkpoint, context.family, quantized_linears(checkpoint), has_kv_scales(checkpoint))
+        spec = spec_of(checkpoint, context.family)
         if problems := self.check(spec):
             raise CheckpointError("\n".join(problems))
         if self.layout == "compressed-tensors":
@@ -121,9 +107,3 @@ class VllmExport(Export):
                 "set layout: compressed-tensors"
             )
         link_packed(context, checkpoint, [])
-
-
-def _scale_bytes(checkpoint: Checkpoint, name: str) -> int:
-    """Return the bytes of a scale: its own dtype's or, before the stages ran, that of the dense weights."""
-    entry = checkpoint.tensors.get(f"{name}.weight_scale") or checkpoint.tensors[f"{name}.weight"]
-    return _SCALE_BYTES.get(entry.dtype, 2)

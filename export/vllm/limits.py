@@ -6,9 +6,8 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Literal
 
-from compress.checkpoints.layouts import linear_shape
 from compress.checkpoints.module_names import FUSED
-from compress.export.format import ExportSpec
+from compress.checkpoints.spec import CheckpointSpec
 from compress.families import within
 from compress.numerics.scheme import BLOCK, Scheme
 
@@ -31,11 +30,11 @@ _CPU_TILE = 32
 
 _ALTERNATIVE = "set layout: compressed-tensors"
 
-Reason = Callable[[ExportSpec, str, Scheme], str | None]
+Reason = Callable[[CheckpointSpec, str, Scheme], str | None]
 """Returns why a linear is not supported, with the remedy; None where it is."""
 
 
-def faults(layout: Layout, spec: ExportSpec) -> list[str]:
+def faults(layout: Layout, spec: CheckpointSpec) -> list[str]:
     """Return why vLLM, or the layout, does not support a checkpoint, one line each with its remedy."""
     lines = _fused_faults(spec) + _collect(spec, _must_stay_dense)
     if layout == "compressed-tensors":
@@ -53,7 +52,7 @@ def faults(layout: Layout, spec: ExportSpec) -> list[str]:
     )
 
 
-def notes(spec: ExportSpec) -> list[str]:
+def notes(spec: CheckpointSpec) -> list[str]:
     """Return caveats for serving the checkpoint, one line each: vLLM versions that dropped it, what a CPU cannot run."""
     lines: list[str] = []
     if spec.family.served_until:
@@ -64,14 +63,14 @@ def notes(spec: ExportSpec) -> list[str]:
     return lines + _collect(spec, _needs_a_gpu) + _collect(spec, _requantized)
 
 
-def _must_stay_dense(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _must_stay_dense(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del scheme
     module = spec.family.module_name(f"{name}.weight")
     dense = next((component for component in spec.family.served_plain if within(module, component)), None)
     return f"vLLM computes {dense} of this architecture with plain weights alone; leave it out" if dense else None
 
 
-def _requantized(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _requantized(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del spec
     if scheme.block_rows != -1 or not any(name.rpartition(".")[2] in fused for fused in FUSED.values()):
         return None
@@ -81,7 +80,7 @@ def _requantized(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _collect(spec: ExportSpec, *reasons: Reason) -> list[str]:
+def _collect(spec: CheckpointSpec, *reasons: Reason) -> list[str]:
     """Return one line per reason, with the first linear's name and the number of others; each linear is in one line."""
     linears: dict[str, list[str]] = {}
     for name, scheme in spec.schemes.items():
@@ -95,13 +94,13 @@ def _lines(linears: dict[str, list[str]]) -> list[str]:
     return [f"{names[0]}{f' (and {len(names) - 1} more)' if len(names) > 1 else ''}: {reason}" for reason, names in linears.items()]
 
 
-def _fused_faults(spec: ExportSpec) -> list[str]:
+def _fused_faults(spec: CheckpointSpec) -> list[str]:
     parents: dict[str, list[str]] = {}
     for name in spec.schemes:
         parent, _, leaf = name.rpartition(".")
         for fused in (fused for fused in FUSED.values() if leaf in fused):
             siblings = [f"{parent}.{sibling}" for sibling in fused]
-            complete = all(sibling in spec.schemes or f"{sibling}.weight" in spec.checkpoint.tensors for sibling in siblings)
+            complete = all(sibling in spec.schemes or f"{sibling}.weight" in spec.tensors for sibling in siblings)
             if complete and len({spec.schemes.get(sibling) for sibling in siblings}) > 1:
                 reason = (
                     f"vLLM joins {', '.join(fused)} into one layer, and they are not all quantized alike; "
@@ -113,8 +112,8 @@ def _fused_faults(spec: ExportSpec) -> list[str]:
     return _lines(parents)
 
 
-def _zero_points_fill_words(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
-    rows, _ = linear_shape(spec.checkpoint, name)
+def _zero_points_fill_words(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
+    rows, _ = spec.shape(name)
     if scheme.symmetric or rows * scheme.bits % 32 == 0:
         return None
     return (
@@ -123,7 +122,7 @@ def _zero_points_fill_words(spec: ExportSpec, name: str, scheme: Scheme) -> str 
     )
 
 
-def _integer_activations_need_8_bits(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _integer_activations_need_8_bits(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del spec, name
     if scheme.type == "float" or scheme.activations is None:
         return None
@@ -135,12 +134,12 @@ def _integer_activations_need_8_bits(spec: ExportSpec, name: str, scheme: Scheme
     )
 
 
-def _blocks_align_with_fused(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _blocks_align_with_fused(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     """A block of 128 rows must not span two of the linears that vLLM fuses."""
     if scheme.block_rows != BLOCK:
         return None
     leaf = name.rpartition(".")[2]
-    rows = linear_shape(spec.checkpoint, name)[0] // _FUSED_IN_CHECKPOINT.get(leaf, 1)
+    rows = spec.shape(name)[0] // _FUSED_IN_CHECKPOINT.get(leaf, 1)
     followed = leaf in _FUSED_IN_CHECKPOINT or any(leaf in fused[:-1] for fused in FUSED.values())
     if not followed or rows % BLOCK == 0:
         return None
@@ -151,7 +150,7 @@ def _blocks_align_with_fused(spec: ExportSpec, name: str, scheme: Scheme) -> str
 
 
 def _only_integer_weights(layout: Layout) -> Reason:
-    def reason(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    def reason(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
         del spec, name
         if scheme.type == "int" and scheme.activations is None:
             return None
@@ -161,14 +160,14 @@ def _only_integer_weights(layout: Layout) -> Reason:
     return reason
 
 
-def _awq_bits(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _awq_bits(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del spec, name
     return None if scheme.bits == _AWQ_BITS else f"layout awq holds 4 bits, not {scheme.bits}; {_ALTERNATIVE}"
 
 
-def _awq_rows(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _awq_rows(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del scheme
-    rows, _ = linear_shape(spec.checkpoint, name)
+    rows, _ = spec.shape(name)
     return (
         f"layout awq holds outputs by eights, not {rows}; {_ALTERNATIVE}, or leave the layer out"
         if rows % _AWQ_PACK_FACTOR
@@ -176,7 +175,7 @@ def _awq_rows(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _gptq_bits(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _gptq_bits(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del spec, name
     if scheme.bits not in _GPTQ_BITS:
         return f"layout gptq holds 4 or 8 bits, not {scheme.bits}; {_ALTERNATIVE}"
@@ -187,7 +186,7 @@ def _gptq_bits(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _gptq_groups(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _gptq_groups(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del spec, name
     if scheme.group_size in _GPTQ_GROUP_SIZES:
         return None
@@ -197,8 +196,8 @@ def _gptq_groups(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _gptq_words(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
-    rows, columns = linear_shape(spec.checkpoint, name)
+def _gptq_words(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
+    rows, columns = spec.shape(name)
     if rows * scheme.bits % 32 == 0 and columns * scheme.bits % 32 == 0:
         return None
     return (
@@ -207,10 +206,10 @@ def _gptq_words(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
     )
 
 
-def _one_width(spec: ExportSpec) -> Reason:
+def _one_width(spec: CheckpointSpec) -> Reason:
     common = Counter(scheme.bits for scheme in spec.schemes.values()).most_common(1)[0][0]
 
-    def reason(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    def reason(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
         del spec, name
         return (
             None
@@ -221,10 +220,10 @@ def _one_width(spec: ExportSpec) -> Reason:
     return reason
 
 
-def _one_group_size(spec: ExportSpec, layout: Layout) -> Reason:
+def _one_group_size(spec: CheckpointSpec, layout: Layout) -> Reason:
     common = Counter(scheme.group_size for scheme in spec.schemes.values()).most_common(1)[0][0]
 
-    def reason(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+    def reason(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
         del spec, name
         if scheme.group_size == common:
             return None
@@ -233,7 +232,7 @@ def _one_group_size(spec: ExportSpec, layout: Layout) -> Reason:
     return reason
 
 
-def _needs_a_gpu(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
+def _needs_a_gpu(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     if scheme.type == "float" and (scheme.activations == "tensor" or scheme.block_rows == BLOCK):
         unsupported = "blocks" if scheme.block_rows == BLOCK else "fixed scales of inputs"
         return (
@@ -243,7 +242,7 @@ def _needs_a_gpu(spec: ExportSpec, name: str, scheme: Scheme) -> str | None:
         return None
     if scheme.bits != _CPU_BITS:
         return f"vLLM's build for CPUs runs weights of 4 bits, not {scheme.bits}: this artifact needs a GPU"
-    rows, columns = linear_shape(spec.checkpoint, name)
+    rows, columns = spec.shape(name)
     if rows % _CPU_TILE or columns % _CPU_TILE:
         return (
             f"vLLM's build for CPUs runs sides that are multiples of {_CPU_TILE}, not {rows} × {columns}: this artifact needs a GPU"

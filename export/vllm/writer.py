@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from compress.checkpoints.artifact import copy_side_files
-from compress.checkpoints.checkpoint import Checkpoint
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import linear_tensors, read_linear, unquantized_linears
 from compress.checkpoints.module_names import all_names, portable_config
 from compress.checkpoints.output_head import written_config
+from compress.checkpoints.spec import CheckpointSpec
 from compress.engine.weights import ShardWriter, WeightReader
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, ExportSpec
+from compress.export.format import ExportContext
 from compress.files import telling_where, write_json
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_awq, pack_gptq, pack_words
@@ -57,7 +58,7 @@ class ScaleError:
     """The largest relative error of a scale."""
 
 
-def gptq_config(spec: ExportSpec) -> dict[str, Any]:
+def gptq_config(spec: CheckpointSpec) -> dict[str, Any]:
     """Return config.json's `quantization_config` for GPTQ's layout: zero points minus one (its first version), no `desc_act`.
 
     The quantized linears are listed, so that vLLM loads all others as dense.
@@ -75,7 +76,7 @@ def gptq_config(spec: ExportSpec) -> dict[str, Any]:
     }
 
 
-def awq_config(spec: ExportSpec) -> dict[str, Any]:
+def awq_config(spec: CheckpointSpec) -> dict[str, Any]:
     """Return config.json's `quantization_config` for AutoAWQ's GEMM layout."""
     scheme = next(iter(spec.schemes.values()))
     family = spec.family
@@ -83,23 +84,23 @@ def awq_config(spec: ExportSpec) -> dict[str, Any]:
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "lm_head": _quantizes_head(spec),
-        "modules_to_not_convert": all_names(family, unquantized_linears(spec.checkpoint, family, spec.schemes)),
+        "modules_to_not_convert": all_names(family, unquantized_linears(spec, family, spec.schemes)),
         "quant_method": "awq",
         "version": "gemm",
         "zero_point": True,
     }
 
 
-def _quantizes_head(spec: ExportSpec) -> bool:
+def _quantizes_head(spec: CheckpointSpec) -> bool:
     return spec.family.head in {spec.family.module_name(name) for name in spec.schemes}
 
 
-def layout_config(spec: ExportSpec, layout: Layout) -> dict[str, Any]:
+def layout_config(spec: CheckpointSpec, layout: Layout) -> dict[str, Any]:
     """Return config.json's `quantization_config` for a layout."""
     return awq_config(spec) if layout == "awq" else gptq_config(spec)
 
 
-def write_laid_out(context: ExportContext, spec: ExportSpec, layout: Layout) -> None:
+def write_laid_out(context: ExportContext, spec: CheckpointSpec, layout: Layout) -> None:
     """Write the checkpoint with its quantized linears as `qweight`, `qzeros` and `scales`, with the same integers.
 
     Raises:
@@ -107,18 +108,18 @@ def write_laid_out(context: ExportContext, spec: ExportSpec, layout: Layout) -> 
         StoreError: the target cannot be written.
     """
     target = LayoutTarget(layout, f"layout {layout} stores", "layout: compressed-tensors")
-    write_tensors(context, spec, target, sorted(spec.checkpoint.tensors))
-    _write_rest(context, {**written_config(spec.checkpoint, context.family), "quantization_config": layout_config(spec, layout)})
+    write_tensors(context, spec, target, sorted(spec.tensors))
+    _write_rest(context, {**spec.settled_config, "quantization_config": layout_config(spec, layout)})
 
 
-def write_tensors(context: ExportContext, spec: ExportSpec, target: LayoutTarget, names: Sequence[str]) -> None:
+def write_tensors(context: ExportContext, spec: CheckpointSpec, target: LayoutTarget, names: Sequence[str]) -> None:
     """Write the checkpoint's tensors `names`, quantized linears in the target's layout; warns if float16 changes scales.
 
     Raises:
         CheckpointError: a scale is too large for float16.
         StoreError: the target cannot be written.
     """
-    weights = WeightReader(spec.checkpoint, context.family)
+    weights = WeightReader(open_checkpoint(context.source), context.family)
     owners = {tensor: name for name in spec.schemes for tensor in linear_tensors(name)}
     scale_error = ScaleError([])
     pack = awq_linear if target.layout == "awq" else gptq_linear

@@ -145,7 +145,7 @@ def test_scales_of_keys_and_values_are_named_after_the_attention() -> None:
 @pytest.mark.parametrize("shape", [(24, 96), (5, 32), (64, 160)])
 def test_predicted_bytes_are_exact(quantization: Scheme, shape: tuple[int, int]) -> None:
     tensors = pack_linear("proj", with_input_scale(quantize(random_weight(*shape), quantization, torch.bfloat16)))
-    assert packed_bytes(shape, quantization) == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert packed_bytes(shape, quantization, "BF16") == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
 def test_the_config_is_one_that_compressed_tensors_accepts() -> None:
@@ -241,5 +241,5 @@ def test_the_plans_part_needs_no_torch() -> None:
 
 def test_bits_per_weight_follow_from_the_sizes() -> None:
     shape = (4096, 4096)
-    bits = 8 * packed_bytes(shape, scheme(4, 128)) / math.prod(shape)
+    bits = 8 * packed_bytes(shape, scheme(4, 128), "BF16") / math.prod(shape)
     assert bits == pytest.approx(4 + 16 / 128 + 4 / 128, abs=1e-4)

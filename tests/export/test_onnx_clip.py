@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.export.format import ExportContext, ExportSpec
+from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
 from compress.families import family_of
 from compress.numerics.rounding import quantize
@@ -24,6 +24,7 @@ from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes.transformers.model import load_model
 from tests.quantized import round_checkpoint, scheme
+from tests.specs import planned
 from tests.tiny import build_clip
 
 _ORT: Any = onnxruntime
@@ -180,7 +181,7 @@ def written(target: Path) -> int:
 def test_the_expected_size_is_what_is_written(settings: dict[str, Any], folder: Path, tmp_path: Path) -> None:
     target = export(folder, tmp_path / "onnx", **settings)
     checkpoint = open_checkpoint(folder)
-    spec = ExportSpec(checkpoint, family_of(checkpoint.config), {})
+    spec = planned(checkpoint, family_of(checkpoint.config), {})
     assert onnx_export(settings).predict_bytes(spec) == pytest.approx(written(target), rel=0.001)
 
 

@@ -9,19 +9,18 @@ from pathlib import Path
 import pytest
 
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.checkpoints.layouts import quantized_linears
-from compress.export.format import ExportSpec
+from compress.checkpoints.spec import CheckpointSpec, spec_of
 from compress.export.onnx.format import Onnx
 from compress.families import family_at
 from compress.numerics.scheme import Scheme
 from compress.report.figures import size
 from tests.quantized import round_checkpoint, scheme
+from tests.specs import planned
 from tests.tiny import build_clip, build_qwen2_5_vl
 
 
-def spec(folder: Path) -> ExportSpec:
-    checkpoint = open_checkpoint(folder)
-    return ExportSpec(checkpoint, family_at(folder), quantized_linears(checkpoint))
+def spec(folder: Path) -> CheckpointSpec:
+    return spec_of(open_checkpoint(folder), family_at(folder))
 
 
 def onnx(**settings: object) -> Onnx:
@@ -43,7 +42,7 @@ def test_the_plan_says_what_floats_cost_and_what_each_setting_saves(tied: bool, 
     decoder = round_checkpoint(source, tmp_path / "decoder", scheme(4, 32))
     everything = round_checkpoint(source, tmp_path / "both", scheme(4, 32), vision=tower)
     checkpoint, family, ends = open_checkpoint(source), family_at(source), {"head_bits": 8, "embedding_bits": 8}
-    plain, both = ExportSpec(checkpoint, family, decoder), ExportSpec(checkpoint, family, everything)
+    plain, both = planned(checkpoint, family, decoder), planned(checkpoint, family, everything)
     total = onnx().predict_bytes(plain)
     others = (onnx(**ends).predict_bytes(plain), onnx().predict_bytes(both), onnx(dtype="float16").predict_bytes(plain))
     (note,) = onnx().notes(plain)

@@ -17,7 +17,7 @@ from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
 from compress.checkpoints.layouts import quantized_linears
 from compress.errors import CheckpointError, MissingError, ServerError, StoreError, VerificationError
 from compress.export import FORMATS
-from compress.export.format import ExportContext, ExportSpec, VerifyContext
+from compress.export.format import ExportContext, VerifyContext
 from compress.export.onnx_genai.builder import write_builder_input
 from compress.export.onnx_genai.format import OnnxGenai
 from compress.families import family_at, family_of
@@ -27,6 +27,7 @@ from compress.progress import Silent
 from compress.recipe.schema import load_row
 from compress.workers.environment import require
 from tests.quantized import exact_weights, round_checkpoint, scheme
+from tests.specs import planned
 from tests.tiny import BUILDERS, build_qwen2_5_vl, build_qwen2_vl, build_qwen3_vl
 
 ORT: Any = onnxruntime
@@ -67,7 +68,7 @@ def faults(source: Path, quantized: Scheme | Callable[[str], Scheme | None] | No
         round_checkpoint(source, folder / "rounded", quantized)
         source = folder / "rounded"
     checkpoint = open_checkpoint(source)
-    return onnx_genai(**settings).check(ExportSpec(checkpoint, family_of(checkpoint.config), quantized_linears(checkpoint)))
+    return onnx_genai(**settings).check(planned(checkpoint, family_of(checkpoint.config), quantized_linears(checkpoint)))
 
 
 def ran(path: Path, **feeds: NDArray[Any]) -> NDArray[Any]:
@@ -199,7 +200,7 @@ def test_the_builder_takes_the_stages_own_integers(tmp_path: Path) -> None:
 def test_the_size_is_known_before_with_a_head_that_is_the_embeddings(decoder: str, tmp_path: Path) -> None:
     source = build_qwen2_5_vl(tmp_path / "source", layers=1, tied=True, dtype=torch.float32)
     artifact = exported(source, tmp_path / "artifact", decoder=decoder)
-    expected = onnx_genai(decoder=decoder).predict_bytes(ExportSpec(open_checkpoint(source), family_at(source), {}))
+    expected = onnx_genai(decoder=decoder).predict_bytes(planned(open_checkpoint(source), family_at(source), {}))
     stored = sum(path.stat().st_size for path in (*artifact.glob("*.onnx_data"), *artifact.glob("*.onnx.data")))
     assert expected <= stored < expected + 100_000  # the matrix once more has 311,296 bytes, the tables of positions 262,144
 
@@ -211,7 +212,7 @@ def test_scales_that_are_no_float16_numbers_are_told(tmp_path: Path) -> None:
     family = family_of(checkpoint.config)
     (tmp_path / "laid").mkdir()
     context = ExportContext(tmp_path / "rounded", tmp_path / "target", family, heard)
-    write_builder_input(context, ExportSpec(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
+    write_builder_input(context, planned(checkpoint, family, quantized_linears(checkpoint)), tmp_path / "laid")
     laid_out = open_checkpoint(tmp_path / "laid")
     assert len(heard.heard) == 1
     assert heard.heard[0].startswith("onnxruntime-genai's builder reads scales as float16: those of 7 linears (model.layers.0.")
@@ -304,6 +305,6 @@ def test_a_processor_that_it_has_no_operation_for_is_told(tmp_path: Path) -> Non
 
 def test_the_size_is_predicted(demo: Path) -> None:
     checkpoint = open_checkpoint(DEMO)
-    predicted = onnx_genai().predict_bytes(ExportSpec(checkpoint, family_of(checkpoint.config), {}))
+    predicted = onnx_genai().predict_bytes(planned(checkpoint, family_of(checkpoint.config), {}))
     written = sum(path.stat().st_size for path in demo.iterdir() if "data" in path.suffix)
     assert abs(written - predicted) < 0.05 * written

@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnkn
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, ExportSpec
+from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
 from compress.export.onnx.graphs.graph import Float, Graph
 from compress.export.onnx.graphs.layer_builder import LayerBuilder, Source
@@ -27,6 +27,7 @@ from compress.numerics.scheme import Activations, Scheme
 from compress.progress import Silent
 from tests.export.onnx_graphs import written
 from tests.quantized import INPUT_SCALE, exact_weights, round_checkpoint, scheme
+from tests.specs import planned
 from tests.tiny import build_qwen2_5_vl
 
 _ORT: Any = onnxruntime
@@ -134,7 +135,7 @@ def test_both_ends_are_rounded_by_choice_and_stored_once_where_they_are_one(
     one = tied and head_bits == embedding_bits
     assert ("embed_tokens.onnx_data" in files(graphs.folder / "decoder_model_merged.onnx")) == one
     export = Onnx.model_validate({"format": "onnx", "head_bits": head_bits, "embedding_bits": embedding_bits})
-    expected = export.predict_bytes(ExportSpec(open_checkpoint(folder), family_at(folder), {}))
+    expected = export.predict_bytes(planned(open_checkpoint(folder), family_at(folder), {}))
     stored = sum(path.stat().st_size for path in graphs.folder.glob("*.onnx_data"))
     assert expected <= stored < expected + 100_000
 

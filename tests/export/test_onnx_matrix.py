@@ -10,12 +10,13 @@ import pytest
 from compress.checkpoints.artifact import artifact_format, weight_bytes
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
-from compress.export.format import ExportContext, ExportSpec, VerifyContext
+from compress.export.format import ExportContext, VerifyContext
 from compress.export.onnx.format import Onnx
 from compress.families import FAMILIES, family_at
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from tests.quantized import round_checkpoint
+from tests.specs import planned
 from tests.tiny import BUILDERS
 
 SILENT = Silent()
@@ -88,6 +89,6 @@ def check_files(case: Made) -> None:
     assert len(set(contents.values())) == len(contents)
     stored = sum(path.stat().st_size for path in case.artifact.glob("*.onnx_data"))
     checkpoint = open_checkpoint(case.checkpoint)
-    expected = case.export.predict_bytes(ExportSpec(checkpoint, family_at(case.checkpoint), quantized_linears(checkpoint)))
+    expected = case.export.predict_bytes(planned(checkpoint, family_at(case.checkpoint), quantized_linears(checkpoint)))
     assert 0.94 * expected <= stored <= expected + 4096 * len(contents) + 64_000  # LLaVA leaves its tower's last block unused
     assert stored <= weight_bytes(case.artifact)

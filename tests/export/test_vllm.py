@@ -12,7 +12,7 @@ from compress.checkpoints.layouts import quantized_linears
 from compress.checkpoints.module_names import all_names, group_of
 from compress.engine.weights import WeightReader
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, ExportSpec
+from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
 from compress.export.vllm.limits import Layout
 from compress.families import family_of
@@ -21,6 +21,7 @@ from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes.unpack import dense_tensors
 from tests.quantized import exact_weights, round_checkpoint, scheme
+from tests.specs import planned
 from tests.tiny import BUILDERS, build_blip2, build_qwen2_5_vl, build_qwen2_vl
 
 
@@ -57,7 +58,7 @@ EIGHT_BITS = [
 
 
 def faults(layout: Layout, checkpoint: Checkpoint, schemes: dict[str, Scheme]) -> list[str]:
-    return VllmExport(format="vllm", layout=layout).check(ExportSpec(checkpoint, family_of(checkpoint.config), schemes))
+    return VllmExport(format="vllm", layout=layout).check(planned(checkpoint, family_of(checkpoint.config), schemes))
 
 
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])
@@ -125,7 +126,7 @@ def test_compressed_tensors_holds_8_bits_and_mixtures(rounding: Scheme | None, t
     assert unpacked.keys() == open_checkpoint(source).tensors.keys()
     for name, weight in exact.items():
         assert torch.equal(unpacked[f"{name}.weight"], weight), name
-    specs = [ExportSpec(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, artifact.folder)]
+    specs = [planned(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, artifact.folder)]
     chosen = VllmExport(format="vllm", layout="compressed-tensors")
     assert [chosen.predict_bytes(spec) for spec in specs] == [artifact.weight_bytes] * 2
 
@@ -175,7 +176,7 @@ def test_shards_are_read_whole_and_the_size_is_predicted(layout: Layout, tmp_pat
     assert torch.equal(
         dense(artifact)["model.layers.2.mlp.down_proj.weight"], exact_weights(source, schemes)["model.layers.2.mlp.down_proj"]
     )
-    runs = [ExportSpec(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, tmp_path / "rounded")]
+    runs = [planned(open_checkpoint(folder), family_of(artifact.config), schemes) for folder in (source, tmp_path / "rounded")]
     chosen = VllmExport(format="vllm", layout=layout)
     assert [chosen.predict_bytes(spec) for spec in runs] == [artifact.weight_bytes] * 2
 
@@ -287,7 +288,7 @@ def test_what_vllm_cannot_compute_is_refused_with_the_remedy(tmp_path: Path) -> 
 def test_scales_of_keys_and_values_need_a_layout_that_has_them(layout: Layout, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(build_qwen2_5_vl(tmp_path / "source", layers=2))
     schemes = {"model.layers.0.mlp.down_proj": scheme(4, 32, symmetric=True)}
-    spec = ExportSpec(checkpoint, family_of(checkpoint.config), schemes, kv_cache=True)
+    spec = planned(checkpoint, family_of(checkpoint.config), schemes, kv_cache=True)
     assert VllmExport(format="vllm", layout=layout).check(spec) == [
         f"layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or leave kv_cache away"
     ]
@@ -302,7 +303,7 @@ def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: 
     chosen = VllmExport(format="vllm", layout="compressed-tensors")
 
     def notes(held: dict[str, Scheme]) -> list[str]:
-        return chosen.notes(ExportSpec(checkpoint, family, held))
+        return chosen.notes(planned(checkpoint, family, held))
 
     queries, down = "model.layers.0.self_attn.q_proj", "model.layers.0.mlp.down_proj"
     assert notes({queries: scheme(4, 32), down: EIGHT_BITS[0]}) == []
@@ -316,7 +317,7 @@ def test_one_is_told_what_a_cpu_cannot_serve_and_which_vllm_still_can(tmp_path: 
     assert "runs 8-bit floats without fixed scales of inputs" in fixed
     assert again.startswith(f"{queries}: vLLM joins it with others, gives them the largest of their scales and rounds them again")
     assert len(notes({down: EIGHT_BITS[3]})) == 1
-    (note,) = chosen.notes(ExportSpec(checkpoint, replace(family, served_until="0.10.2"), {}))
+    (note,) = chosen.notes(planned(checkpoint, replace(family, served_until="0.10.2"), {}))
     assert note.startswith(
         "vLLM served Qwen2_5_VLForConditionalGeneration up to version 0.10.2 and no later one does: serve it with"
     )

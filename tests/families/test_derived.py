@@ -12,6 +12,7 @@ from rich.console import Console
 
 import compress
 from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.spec import spec_of
 from compress.cli.commands.plan import print_plan
 from compress.engine.derive.derived import derive_family
 from compress.errors import CheckpointError
@@ -82,9 +83,9 @@ def test_an_unknown_decoder_is_walked_loaded_and_selected(tmp_path: Path) -> Non
     family = family_at(tmp_path)
     parts = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     intended = {f"model.language_model.layers.{block}.{name}" for block in range(3) for name in parts}
-    assert {linear.name for linear in select(checkpoint, family, ("decoder",), ()).linears} == intended
+    assert {linear.name for linear in select(spec_of(checkpoint, family), ("decoder",), ()).linears} == intended
     projector = {"model.multi_modal_projector.linear_1", "model.multi_modal_projector.linear_2"}
-    assert {linear.name for linear in select(checkpoint, family, ("projector",), ()).linears} == projector
+    assert {linear.name for linear in select(spec_of(checkpoint, family), ("projector",), ()).linears} == projector
 
 
 def test_what_was_derived_is_said(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
+from compress.checkpoints.spec import spec_of
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.export.format import ExportContext
@@ -109,7 +110,7 @@ def test_from_the_source_to_answers(source: Bench, method: str, tmp_path: Path) 
 def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path: Path) -> None:
     calibration = batches(source.folder)[1:3]
     family, checkpoint = source.family, source.checkpoint
-    linears = select(checkpoint, family, ("decoder", "vision", "projector"), ()).linears
+    linears = select(spec_of(checkpoint, family), ("decoder", "vision", "projector"), ()).linears
     padded = family.name == "mllama"  # whose tower fills tiles up, with rows that do not count
     names = [linear.name for linear in linears if not linear.name.endswith(family.vision_readers or ("\n",))]
     names = [name for name in names if not (padded and family.inside_vision(name))]

@@ -6,6 +6,7 @@ from torch import nn
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.output_head import head_is_tied
+from compress.checkpoints.spec import spec_of
 from compress.families import family_of
 from compress.stages.linears import Target, select
 from tests.families.samples import load_plain
@@ -67,7 +68,7 @@ def test_each_component_has_exactly_its_own_linears(name: str, tmp_path: Path) -
     for target, pattern in zip(TARGETS, INTENDED[name], strict=True):
         written = "" if target == "lm_head" and head_is_tied(checkpoint, family) else pattern
         intended = {part: (each.out_features, each.in_features) for part, each in linears.items() if re.fullmatch(written, part)}
-        selection = select(checkpoint, family, (target,), ())
+        selection = select(spec_of(checkpoint, family), (target,), ())
         assert {linear.name: (linear.rows, linear.columns) for linear in selection.linears} == intended, target
         assert bool(selection.faults) != bool(intended)
         assert all(f"{linear.disk_name}.weight" in checkpoint.tensors for linear in selection.linears)
@@ -77,7 +78,7 @@ def test_each_component_has_exactly_its_own_linears(name: str, tmp_path: Path) -
 def test_every_linear_belongs_to_one_component(name: str, tmp_path: Path) -> None:
     checkpoint = open_checkpoint(BUILDERS[name](tmp_path))
     family = family_of(checkpoint.config)
-    actual = [select(checkpoint, family, (target,), ()).linears for target in TARGETS]
+    actual = [select(spec_of(checkpoint, family), (target,), ()).linears for target in TARGETS]
     names = [linear.name for linears in actual for linear in linears]
     linears = [linear_name for linear_name, module in load_plain(tmp_path).named_modules() if isinstance(module, nn.Linear)]
     if head_is_tied(checkpoint, family):

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoints.checkpoint import open_checkpoint
+from compress.checkpoints.spec import spec_of
 from compress.engine.replay import WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
 from compress.errors import CheckpointError
@@ -63,7 +64,7 @@ def by_autograd(
 def test_every_linear_of_the_decoder_is_as_sensitive_as_autograd_says(name: str, tmp_path: Path) -> None:
     calibration = batches(BUILDERS[name](tmp_path, dtype=torch.float32))
     checkpoint, family = open_checkpoint(tmp_path), family_at(tmp_path)
-    linears = [linear.name for linear in select(checkpoint, family, ("decoder",), ()).linears]
+    linears = [linear.name for linear in select(spec_of(checkpoint, family), ("decoder",), ()).linears]
     expected, predicted = by_autograd(tmp_path, family, calibration, linears)
     actual = measure_sensitivity(WalkConfig(checkpoint, family, calibration, "cpu", tmp_path), linears, seed=0)
     largest = max(float(part.max()) for parts in expected.values() for part in parts) / predicted

@@ -18,11 +18,12 @@ from compress.calibration.collect import CalibrationSelection, PinnedSet, collec
 from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import quantized_linears, read_linear
+from compress.checkpoints.spec import spec_of
 from compress.engine.weights import WeightReader
 from compress.families import Family, family_of
 from compress.progress import Silent
 from compress.runtimes.transformers.model import load_model
-from compress.stages.stage import Stage, StageContext
+from compress.stages.stage import Stage, StageContext, StagePlan
 from tests.tiny import TEXT, picture
 
 
@@ -40,6 +41,9 @@ class Bench:
     @property
     def family(self) -> Family:
         return family_of(self.checkpoint.config)
+
+    def plan(self, stage: Stage) -> StagePlan:
+        return stage.plan(spec_of(self.checkpoint, self.family))
 
     def apply(self, target: Path, stage: Stage) -> Path:
         target.mkdir(exist_ok=True)

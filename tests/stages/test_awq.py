@@ -14,6 +14,7 @@ from torch import Tensor
 from compress.checkpoints.artifact import side_files
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
+from compress.checkpoints.spec import spec_of
 from compress.errors import CheckpointError, DataError, MissingError
 from compress.progress import Silent
 from compress.stages.quantization.awq import Awq
@@ -35,10 +36,10 @@ def awq(**fields: Any) -> Awq:
 def test_every_width_and_group_that_divides(bench: Bench, tmp_path: Path, bits: int, group_size: int, symmetric: bool) -> None:
     stage = awq(bits=bits, group_size=group_size, symmetric=symmetric, grid=4)
     written = open_checkpoint(bench.apply(tmp_path / "out", stage))
-    assert stage.check(bench.checkpoint, bench.family) == []
-    assert written.weight_bytes == stage.predict_bytes(bench.checkpoint, bench.family)
+    assert bench.plan(stage).faults == ()
+    assert written.weight_bytes == bench.plan(stage).max_bytes
     schemes = quantized_linears(written)
-    assert schemes == stage.schemes(bench.checkpoint, bench.family)
+    assert schemes == bench.plan(stage).after[0].schemes
     assert len(schemes) == 3 * 7
     original, result = dense(bench.folder), dense(tmp_path / "out")
     assert result.keys() == original.keys()
@@ -86,7 +87,7 @@ def test_what_is_not_targeted_is_bit_identical(bench: Bench, tmp_path: Path) -> 
 
 def test_every_part_can_be_targeted(bench: Bench, tmp_path: Path) -> None:
     stage = awq(targets=("vision", "projector", "decoder", "lm_head"), group_size=16, bits=8, grid=4)
-    assert stage.check(bench.checkpoint, bench.family) == []
+    assert bench.plan(stage).faults == ()
     out = bench.apply(tmp_path / "out", stage)
     names = {bench.family.module_name(name) for name in quantized_linears(open_checkpoint(out))}
     for expected in (
@@ -160,12 +161,12 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_the_same(bench: Bench, tmp_p
 
 
 def test_a_group_that_does_not_divide_names_the_layer_and_what_would(bench: Bench) -> None:
-    other, fault = awq(group_size=48).check(bench.checkpoint, bench.family)
+    other, fault = bench.plan(awq(group_size=48)).faults
     assert fault.startswith("model.language_model.layers.0.")
     assert "(and 17 more layers as wide): its input width 128 does not divide by group_size 48" in fault
     assert "use group_size 32, 64 or -1, or add '*.gate_proj', '*.k_proj', '*.o_proj', '*.q_proj', '*.up_proj', '*.v_proj'" in fault
     assert "layers.0.mlp.down_proj (and 2 more layers as wide): its input width 256" in other
-    assert awq(group_size=256, ignore=("*.self_attn.*", "*.gate_proj", "*.up_proj")).check(bench.checkpoint, bench.family) == []
+    assert bench.plan(awq(group_size=256, ignore=("*.self_attn.*", "*.gate_proj", "*.up_proj"))).faults == ()
 
 
 def test_what_is_left_out_keeps_its_bits(bench: Bench, tmp_path: Path) -> None:
@@ -178,26 +179,26 @@ def test_what_is_left_out_keeps_its_bits(bench: Bench, tmp_path: Path) -> None:
 
 
 def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, bench: Bench) -> None:
-    (fault,) = awq(ignore=("*.fc9",)).check(bench.checkpoint, bench.family)
+    (fault,) = bench.plan(awq(ignore=("*.fc9",))).faults
     assert fault.startswith("ignore: '*.fc9' matches none of the targeted layers, such as model.language_model.layers.0.")
-    assert awq(ignore=("*",)).check(bench.checkpoint, bench.family) == ["ignore: leaves no layer to work on; remove a pattern"]
+    assert bench.plan(awq(ignore=("*",))).faults == ("ignore: leaves no layer to work on; remove a pattern",)
     tied = open_checkpoint(build_qwen2_5_vl(tmp_path, tied=True))
     tensors = load_file(tmp_path / "model.safetensors")
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     for checkpoint in (tied, open_checkpoint(tmp_path)):  # the second holds a copy of the embeddings beside them
-        (fault,) = awq(targets=("decoder", "lm_head")).check(checkpoint, bench.family)
+        (fault,) = awq(targets=("decoder", "lm_head")).plan(spec_of(checkpoint, bench.family)).faults
         assert "lm_head matches nothing" in fault
         assert "its output head is the embedding's own matrix; leave it away" in fault
     tensors["lm_head.weight"] += 1  # as PEFT leaves it
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    assert awq(targets=("decoder", "lm_head")).check(open_checkpoint(tmp_path), bench.family) == []
+    assert awq(targets=("decoder", "lm_head")).plan(spec_of(open_checkpoint(tmp_path), bench.family)).faults == ()
 
 
 def test_a_quantized_checkpoint_is_refused(bench: Bench, tmp_path: Path) -> None:
     round_checkpoint(bench.folder, tmp_path / "nearest", awq().component_schemes()["decoder"])
     checkpoint = open_checkpoint(tmp_path / "nearest")
-    (fault,) = awq().check(checkpoint, bench.family)
+    (fault,) = awq().plan(spec_of(checkpoint, bench.family)).faults
     assert fault.endswith("its weights are quantized already; start from the model's original")
 
 
@@ -229,7 +230,7 @@ def test_a_checkpoint_of_several_types_keeps_them(tmp_path: Path, names: tuple[s
     assert any(not torch.equal(before[name], after[name]) for name in before if name in after and "layernorm" in name)
     for name in quantized_linears(open_checkpoint(out)):
         assert after[f"{name}.weight_scale"].dtype == before[f"{name}.weight"].dtype
-    assert open_checkpoint(out).weight_bytes == stage.predict_bytes(bench.checkpoint, bench.family)
+    assert open_checkpoint(out).weight_bytes == bench.plan(stage).max_bytes
     calibration: list[Any] = list(batches(bench.folder))
     assert kl(logits(bench.folder, None, calibration), logits(bench.folder, dense(out), calibration)) < 0.01
 

@@ -20,7 +20,7 @@ def test_predictions_stay_close_to_the_original(bench: Bench, tmp_path: Path, gr
     assert {scheme.format for scheme in schemes.values()} == {"float-quantized"}
     assert all(tensors[f"{name}.weight"].dtype == torch.float8_e4m3fn for name in schemes)
     assert all((f"{name}.input_scale" in tensors) == calibrated for name in schemes)
-    assert stage.predict_bytes(bench.checkpoint, bench.family) == checkpoint.weight_bytes
+    assert bench.plan(stage).max_bytes == checkpoint.weight_bytes
     assert 0 < divergence(bench, tmp_path / "out") < 0.05
 
 

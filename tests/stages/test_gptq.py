@@ -68,7 +68,7 @@ def test_the_vision_tower_and_projector_take_schemes_of_their_own(bench: Bench, 
         "visual.blocks.": {Scheme(8, -1, symmetric=True, activations="token")},
         "visual.merger.": {Scheme(3, 64, symmetric=True)},
     }
-    assert stage.predict_bytes(bench.checkpoint, bench.family) == open_checkpoint(tmp_path / "out").weight_bytes
+    assert bench.plan(stage).max_bytes == open_checkpoint(tmp_path / "out").weight_bytes
     assert divergence(bench, tmp_path / "out") < 0.5
 
 
@@ -95,7 +95,7 @@ def test_scales_for_keys_and_values_are_written_beside_the_weights(bench: Bench,
     assert set(scales) == {f"model.layers.{layer}.self_attn.{kind}_scale" for layer in range(layers) for kind in "kv"}
     assert all(scale.shape == (1,) and scale.dtype == torch.float32 and 0 < scale < 10 for scale in scales.values())
     assert checkpoint.config["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
-    assert stage.predict_bytes(bench.checkpoint, bench.family) == checkpoint.weight_bytes
+    assert bench.plan(stage).max_bytes == checkpoint.weight_bytes
     bench.apply(tmp_path / "plain", gptq())
     rounded, plain = divergence(bench, tmp_path / "out"), divergence(bench, tmp_path / "plain")
     assert rounded != plain

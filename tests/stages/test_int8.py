@@ -28,7 +28,7 @@ def test_predictions_stay_close_to_the_original(bench: Bench, tmp_path: Path, ac
     assert {(scheme.bits, scheme.group_size, scheme.activations) for scheme in quantized_linears(checkpoint).values()} == {
         (8, -1, expected)
     }
-    assert stage.predict_bytes(bench.checkpoint, bench.family) == checkpoint.weight_bytes
+    assert bench.plan(stage).max_bytes == checkpoint.weight_bytes
     scales = [name for name in checkpoint.tensors if name.endswith("input_scale")]
     assert len(scales) == (len(quantized_linears(checkpoint)) if activations == "tensor" else 0)
     assert 0 < divergence(bench, tmp_path / "out") < (0.05 if activations == "tensor" else 0.02)

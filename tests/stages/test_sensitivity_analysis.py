@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from compress.calibration.batches import Exchange, QuestionBatch, WindowBatch
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import linear_shape, quantized_linears
+from compress.checkpoints.spec import spec_of
 from compress.errors import CheckpointError, RecipeError
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
@@ -54,8 +55,8 @@ def widths_of(folder: Path) -> Widths:
 @pytest.mark.parametrize("name", list(STAGES))
 def test_widths_keep_the_budget_and_what_is_written_has_them(bench: Bench, tmp_path: Path, name: str) -> None:
     stage = auto(name, targets=("decoder", "lm_head"))
-    assert stage.check(bench.checkpoint, bench.family) == []
-    assert stage.schemes(bench.checkpoint, bench.family) is None
+    assert bench.plan(stage).faults == ()
+    assert len(bench.plan(stage).after) > 1
     written = open_checkpoint(bench.apply(tmp_path / "out", stage))
     actual = widths_of(tmp_path / "out")
     widths = {layer: scheme.bits for layer, scheme in quantized_linears(written).items()}
@@ -70,7 +71,7 @@ def test_widths_keep_the_budget_and_what_is_written_has_them(bench: Bench, tmp_p
     assert taken == sum(group.bytes for group in actual.groups)
     assert taken * 8 / sum(rows * columns for rows, columns in weights.values()) == pytest.approx(actual.bits_per_weight)
     assert 4.2 < actual.bits_per_weight <= 4.5
-    assert written.weight_bytes <= stage.predict_bytes(bench.checkpoint, bench.family)
+    assert written.weight_bytes <= (bench.plan(stage).max_bytes or 0)
     assert not (tmp_path / "out" / ".blocks").exists()
 
 
@@ -103,13 +104,13 @@ def test_a_budget_in_bytes_is_for_the_whole_checkpoint(bench: Bench, tmp_path: P
     stage = stage_of("awq", bits="auto", budget={"bytes": limit})
     written = open_checkpoint(bench.apply(tmp_path / "out", stage))
     assert 0.97 * limit < written.weight_bytes <= limit
-    assert stage.predict_bytes(bench.checkpoint, bench.family) == limit
+    assert bench.plan(stage).max_bytes == limit
     small = stage_of("awq", bits="auto", budget={"bytes": 1000})
-    (fault,) = small.check(bench.checkpoint, bench.family)
+    (fault,) = bench.plan(small).faults
     assert fault.startswith("budget: 1000 is too little; the smallest possible with widths 2, 3, 4, 8, 16 is ")
     least = int(fault.partition("16 is ")[2].partition(" bytes")[0])
-    assert stage_of("awq", bits="auto", budget={"bytes": least}).check(bench.checkpoint, bench.family) == []
-    assert stage_of("awq", bits="auto", budget={"bytes": least - 1}).check(bench.checkpoint, bench.family)
+    assert not bench.plan(stage_of("awq", bits="auto", budget={"bytes": least})).faults
+    assert bench.plan(stage_of("awq", bits="auto", budget={"bytes": least - 1})).faults
 
 
 class KilledError(Exception):
@@ -168,10 +169,10 @@ def test_sensitivities_are_measured_on_samples_of_each_kind() -> None:
 def test_other_families(tmp_path: Path, build: Builder) -> None:
     bench = prepare(tmp_path, build(tmp_path / "model"))
     stage = auto("gptq", budget=5, balance="auto", group_size=16)
-    assert stage.check(bench.checkpoint, bench.family) == []
+    assert bench.plan(stage).faults == ()
     out = bench.apply(tmp_path / "out", stage)
     actual = widths_of(out)
-    assert actual.by_layer.keys() == {linear.disk_name for linear in stage.select(bench.checkpoint, bench.family).linears}
+    assert actual.by_layer.keys() == {linear.disk_name for linear in stage.select(spec_of(bench.checkpoint, bench.family)).linears}
     assert actual.bits_per_weight <= 5
     widths = {layer: scheme.bits for layer, scheme in quantized_linears(open_checkpoint(out)).items()}
     assert widths == {layer: width for layer, width in actual.by_layer.items() if width < 16}
@@ -219,15 +220,15 @@ def test_fields_that_do_not_fit_each_other(fields: dict[str, Any], expected: str
 
 
 def test_what_auto_cannot_do_is_a_fault(bench: Bench, tmp_path: Path) -> None:
-    (fault,) = auto(targets=("decoder", "vision")).check(bench.checkpoint, bench.family)
+    (fault,) = bench.plan(auto(targets=("decoder", "vision"))).faults
     assert fault.endswith("bits: auto is for the decoder and lm_head; give bits to vision ({component: vision, bits: 8})")
-    (fault,) = auto(budget=2.0).check(bench.checkpoint, bench.family)
+    (fault,) = bench.plan(auto(budget=2.0)).faults
     assert fault.startswith("budget: 2.0 is too little; the smallest possible with widths 2, 3, 4, 8, 16 is 2.57 bits per weight")
-    (fault,) = auto(targets=({"component": "decoder", "activations": "token"},)).check(bench.checkpoint, bench.family)
+    (fault,) = bench.plan(auto(targets=({"component": "decoder", "activations": "token"},))).faults
     assert "with activations decoder has to have 8 bits, not auto" in fault
-    (fault,) = auto(targets=({"component": "decoder", "bits": 4},)).check(bench.checkpoint, bench.family)
+    (fault,) = bench.plan(auto(targets=({"component": "decoder", "bits": 4},))).faults
     assert fault.startswith("targets: each has bits of its own, so that bits: auto has nothing to choose")
-    (fault,) = stage_of("rtn", balance=0.5).check(bench.checkpoint, bench.family)
+    (fault,) = bench.plan(stage_of("rtn", balance=0.5)).faults
     assert fault == "balance: rtn reads no statistics of what layers are given; remove it"
     with pytest.raises(CheckpointError, match="leaves every layer as it is; lower it, or remove the stage"):
         bench.apply(tmp_path / "out", auto("rtn", budget=16))

@@ -19,6 +19,7 @@ from compress.checkpoints.artifact import copy_side_files
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import unquantized_linears
 from compress.checkpoints.output_head import head_is_tied, settled_config
+from compress.checkpoints.spec import spec_of
 from compress.engine.weights import DTYPES, ShardWriter, map_tensor
 from compress.errors import CheckpointError, CompressError, DataError, MissingError, RecipeError
 from compress.families import Family
@@ -56,7 +57,7 @@ def apply(stage: Llmcompressor, context: StageContext) -> None:
     checkpoint = open_checkpoint(context.source)
     if context.calibration is None:
         raise DataError("llmcompressor: needs calibration samples; add calibration.sets to the recipe")
-    if faults := stage.check(checkpoint, context.family):
+    if faults := stage.plan(spec_of(checkpoint, context.family)).faults:
         raise CheckpointError("\n".join(faults))
     with telling_where(context.target):
         for path in context.target.iterdir():  # a killed call restarts: the library commits nothing

@@ -6,11 +6,9 @@ from typing import Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import AfterValidator, BeforeValidator, Field, JsonValue
 
-from compress.checkpoints.checkpoint import Checkpoint
-from compress.checkpoints.layouts import is_quantized
-from compress.families import Family
+from compress.checkpoints.spec import CheckpointSpec
 from compress.stages.llmcompressor.defaults import ENVIRONMENT
-from compress.stages.stage import Stage, StageContext
+from compress.stages.stage import Stage, StageContext, StagePlan
 
 
 def _with_arguments(value: Any) -> Any:
@@ -75,20 +73,11 @@ class Llmcompressor(Stage):
         environment = {f"{ENVIRONMENT}/{name}": version for name, version in require(ENVIRONMENT).versions.items()}
         return super().versions() | environment
 
-    def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
-        """Return the incompatibilities: quantized weights. The library itself checks names and arguments when it runs."""
-        del family
-        if is_quantized(checkpoint.config):
-            return [f"{checkpoint.folder}: its weights are quantized already; start from the model's original"]
-        return []
-
-    def schemes(self, checkpoint: Checkpoint, family: Family) -> None:
-        """Return None: only the run can tell."""
-        del checkpoint, family
-
-    def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> None:
-        """Return None: only the run can tell."""
-        del checkpoint, family
+    def plan(self, before: CheckpointSpec) -> StagePlan:
+        """Return the incompatibilities: quantized weights. The library itself checks names and arguments; only the run can tell."""
+        if before.quantized or before.unreadable:
+            return StagePlan((f"{before.source}: its weights are quantized already; start from the model's original",))
+        return StagePlan()
 
     def apply(self, context: StageContext) -> None:
         """Run the modifiers in llm-compressor's environment and write what comes out under the source's own names.

@@ -21,11 +21,9 @@ from compress.checkpoints.layouts import (
     kv_cache_tensors,
     linear_tensors,
     pack_linear,
-    quantization_config,
     read_linear,
-    unquantized_linears,
 )
-from compress.checkpoints.output_head import written_config
+from compress.checkpoints.spec import quantized_spec, spec_of
 from compress.engine.attention import observe_cache_ranges
 from compress.engine.replay import BlockVisit, Replay
 from compress.engine.statistics import observe
@@ -57,10 +55,11 @@ def apply(stage: Quantizer, context: StageContext) -> None:
     checkpoint = open_checkpoint(context.source)
     if stage.calibrated and context.calibration is None:
         raise DataError(f"{stage.stage}: needs calibration samples; add calibration.sets to the recipe")
-    if faults := stage.check(checkpoint, context.family):
+    before = spec_of(checkpoint, context.family)
+    if faults := stage.plan(before).faults:
         raise CheckpointError("\n".join(faults))
     with telling_where(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
-        run = StageRun(stage, context, checkpoint)
+        run = StageRun(stage, context, checkpoint, before)
         run.commits.mkdir(parents=True, exist_ok=True)
         quantization = BlockwiseQuantization(run, analyze_sensitivity(run))
         if stage.calibrated:
@@ -277,18 +276,11 @@ class BlockwiseQuantization:
             for attention in sorted(attentions):
                 for suffix in _CACHE_SCALES:
                     writer.add(f"{attention}{suffix}", map_tensor(committed[f"{attention}{suffix}"]))
-        quantized = {linear.disk_name: self.schemes[name] for name, linear in self.linears.items()}
-        ignore = unquantized_linears(self.run.checkpoint, self.family, quantized)
+        schemes = {linear.disk_name: self.schemes[name] for name, linear in self.linears.items()}
         copy_side_files(self.run.context.source, target)
         if self.analysis.widths:
             write_json(target / WIDTHS, self.analysis.widths.model_dump(mode="json"))
-        write_json(
-            target / "config.json",
-            {
-                **written_config(self.run.checkpoint, self.family),
-                "quantization_config": quantization_config(quantized, ignore, bool(attentions)),
-            },
-        )
+        write_json(target / "config.json", dict(quantized_spec(self.run.before, schemes, bool(attentions)).config))
 
     def _clear(self) -> None:
         """Delete the files of a write that was killed, temporary ones included."""

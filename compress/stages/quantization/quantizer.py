@@ -12,23 +12,19 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from compress.checkpoints.checkpoint import Checkpoint
-from compress.checkpoints.layouts import is_quantized, packed_bytes
+from compress.checkpoints.spec import CheckpointSpec, quantized_spec
 from compress.families import Family
 from compress.numerics.scheme import Scheme
 from compress.recipe.schema import Frozen
 from compress.stages.linears import Linear, LinearSelection, Target, select
-from compress.stages.quantization.widths import SCALE_BYTES, UNQUANTIZED_WIDTH, Budget, MixedPrecision, Width
-from compress.stages.stage import Stage, StageContext
+from compress.stages.quantization.widths import FLOATS, UNQUANTIZED_WIDTH, Budget, MixedPrecision, Width
+from compress.stages.stage import Stage, StageContext, StagePlan
 
 if TYPE_CHECKING:
     from compress.stages.quantization.method import Method
 
 _COMMON_GROUP_SIZES = (256, 128, 64, 32, 16, 8)
 """Group sizes that a message suggests before unusual ones."""
-
-_KV_SCALE_BYTES = 4
-"""A float32 scale."""
 
 
 def _group_size(value: int) -> int:
@@ -125,56 +121,66 @@ class Quantizer(Stage):
             or any(scheme.activations == "tensor" for scheme in self.component_schemes().values())
         )
 
-    def reads_images(self, family: Family) -> bool:
+    def _reads_images(self, family: Family) -> bool:
         """Return whether it observes linears that only images reach: in the vision tower, the projector or cross-attention."""
         schemes = self.component_schemes()
         observed = [component for component, scheme in schemes.items() if self.uses_statistics() or scheme.activations == "tensor"]
         decoder = "decoder" in observed or self.kv_cache is not None
         return any(component in ("vision", "projector") for component in observed) or (decoder and bool(family.vision_readers))
 
-    def select(self, checkpoint: Checkpoint, family: Family) -> LinearSelection:
+    def select(self, before: CheckpointSpec) -> LinearSelection:
         """Return the linears to be quantized."""
-        return select(checkpoint, family, tuple(self.component_schemes()), self.ignore)
+        return select(before, tuple(self.component_schemes()), self.ignore)
 
-    def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
-        """Return the incompatibilities: quantized weights, input widths that the group size does not divide, unmatched patterns."""
-        if is_quantized(checkpoint.config):
-            return [f"{checkpoint.folder}: its weights are quantized already; start from the model's original"]
-        selection, schemes = self.select(checkpoint, family), self.component_schemes()
+    def plan(self, before: CheckpointSpec) -> StagePlan:
+        """Return the checkpoint with its targeted linears quantized, and the incompatibilities.
+
+        These are: linears that are quantized already, input widths that the group size does not divide, unmatched patterns.
+        """
+        if before.unreadable:
+            return StagePlan((f"{before.source}: its weights are quantized already; start from the model's original",))
+        selection = self.select(before)
+        if faults := self._faults(before, selection):
+            return StagePlan(tuple(faults))
+        after = tuple(quantized_spec(before, schemes, self.kv_cache is not None) for schemes in self._schemes(selection))
+        return StagePlan((), after, self._max_bytes(before, after), self._reads_images(before.family))
+
+    def _faults(self, before: CheckpointSpec, selection: LinearSelection) -> list[str]:
+        schemes = self.component_schemes()
         faults = list(selection.faults)
         indivisible: dict[tuple[int, int], list[Linear]] = {}
+        if quantized := [linear.name for linear in selection.linears if linear.disk_name in before.quantized]:
+            others = f" (and {len(quantized) - 1} more)" if len(quantized) > 1 else ""
+            remedy = "start from the model's original, target other components, or remove one of the two stages"
+            return [*faults, f"{quantized[0]}{others}: quantized already; {remedy}"]
         for linear in selection.linears:
             scheme = schemes[linear.component]
-            if linear.dtype not in SCALE_BYTES:
+            if linear.dtype not in FLOATS:
                 faults.append(f"{linear.name}: its weights are {linear.dtype}; convert the checkpoint to BF16, F16 or F32 first")
             elif scheme.type == "int" and scheme.group_size != -1 and linear.columns % scheme.group_size:
                 indivisible.setdefault((linear.columns, scheme.group_size), []).append(linear)
-        if self.kv_cache and family.head is None:
+        if self.kv_cache and before.family.head is None:
             faults.append("kv_cache: this model generates nothing and keeps no keys and values; leave it away")
+        if self.kv_cache and before.kv_cache:
+            faults.append("kv_cache: the checkpoint has scales of keys and values already; leave it away on one of the two stages")
         if self.balance != "tokens" and not self.uses_statistics():
             faults.append(f"balance: {self.stage} reads no statistics of what layers are given; remove it")
         return faults + [_indivisible(linears, size, selection.linears) for (_, size), linears in indivisible.items()]
 
-    def mixed_precision(self, checkpoint: Checkpoint, family: Family) -> MixedPrecision | None:
+    def mixed_precision(self, before: CheckpointSpec, selection: LinearSelection) -> MixedPrecision | None:
         """Return the layers whose width the run chooses; None where there are none."""
-        del checkpoint, family
+        del before, selection
         return None
 
-    def schemes(self, checkpoint: Checkpoint, family: Family) -> dict[str, Scheme] | None:
-        """Return the scheme of each linear that will be quantized, by its name on disk; None where the run chooses widths."""
+    def _schemes(self, selection: LinearSelection) -> list[dict[str, Scheme]]:
+        """Return the scheme of each linear that will be quantized, by its name on disk; several where the run chooses widths."""
         schemes = self.component_schemes()
-        return {linear.disk_name: schemes[linear.component] for linear in self.select(checkpoint, family).linears}
+        return [{linear.disk_name: schemes[linear.component] for linear in selection.linears}]
 
-    def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int:
-        """Return the exact size of all tensors that it writes."""
-        total, schemes = checkpoint.weight_bytes, self.component_schemes()
-        for linear in self.select(checkpoint, family).linears:
-            total -= checkpoint.tensors[f"{linear.disk_name}.weight"].bytes
-            total += packed_bytes((linear.rows, linear.columns), schemes[linear.component], SCALE_BYTES.get(linear.dtype, 2))
-        return total + self._kv_bytes(checkpoint)
-
-    def _kv_bytes(self, checkpoint: Checkpoint) -> int:
-        return 2 * _KV_SCALE_BYTES * int(checkpoint.text_config["num_hidden_layers"]) if self.kv_cache else 0
+    def _max_bytes(self, before: CheckpointSpec, after: tuple[CheckpointSpec, ...]) -> int:
+        """Return the size of all tensors that it writes: exact, or the largest that a budget allows."""
+        del before
+        return after[0].weight_bytes
 
     def apply(self, context: StageContext) -> None:
         """Quantize block by block; after a kill, a call with the same target folder resumes at the first unfinished block.
@@ -232,18 +238,15 @@ class IntegerQuantizer(Quantizer):
         bits = _TO_BE_CHOSEN if self.bits == "auto" else self.bits
         return schemes_of(self.targets, Scheme(bits=bits, group_size=self.group_size, symmetric=self.symmetric))
 
-    def check(self, checkpoint: Checkpoint, family: Family) -> list[str]:
+    def _faults(self, before: CheckpointSpec, selection: LinearSelection) -> list[str]:
         """Return the incompatibilities, a budget that is too small included."""
-        faults = super().check(checkpoint, family)
-        mixed_precision = None if faults else self.mixed_precision(checkpoint, family)
+        faults = super()._faults(before, selection)
+        if faults or self.bits != "auto":
+            return faults
+        mixed_precision = self.mixed_precision(before, selection)
         if mixed_precision is None:
-            nothing_to_choose = self.bits == "auto" and not faults
-            return (
-                ["targets: each has bits of its own, so that bits: auto has nothing to choose; remove one of the two"]
-                if nothing_to_choose
-                else faults
-            )
-        if family.head is None:
+            return ["targets: each has bits of its own, so that bits: auto has nothing to choose; remove one of the two"]
+        if before.family.head is None:
             return ["bits: auto weighs layers by the model's predictions, and this model makes none; give a number"]
         for component, scheme in mixed_precision.schemes.items():
             if component not in ("decoder", "lm_head"):
@@ -256,42 +259,29 @@ class IntegerQuantizer(Quantizer):
         fault = mixed_precision.fault()
         return faults or ([fault] if fault else [])
 
-    def schemes(self, checkpoint: Checkpoint, family: Family) -> dict[str, Scheme] | None:
-        """Return the scheme of each linear that will be quantized, by its name on disk; None where the run chooses widths."""
-        return None if self.mixed_precision(checkpoint, family) else super().schemes(checkpoint, family)
+    def _schemes(self, selection: LinearSelection) -> list[dict[str, Scheme]]:
+        """Return the schemes of the linears; with `bits: auto` those that they would have if all had the same width, per width."""
+        (schemes,) = super()._schemes(selection)
+        if not any(scheme.bits == _TO_BE_CHOSEN for scheme in schemes.values()):
+            return [schemes]
+        widths = sorted(set(self.widths) - {UNQUANTIZED_WIDTH})
+        return [{name: _with_width(scheme, width) for name, scheme in schemes.items()} for width in widths]
 
-    def possible_schemes(self, checkpoint: Checkpoint, family: Family) -> list[dict[str, Scheme]]:
-        """Return the schemes that the linears would have if all had the same width, for each width."""
-        mixed_precision = self.mixed_precision(checkpoint, family)
-        if mixed_precision is None:
-            return super().possible_schemes(checkpoint, family)
-        schemes = self.component_schemes()
-        linears = self.select(checkpoint, family).linears
-        return [
-            {linear.disk_name: _with_width(schemes[linear.component], width) for linear in linears}
-            for width in sorted(set(self.widths) - {UNQUANTIZED_WIDTH})
-        ]
-
-    def mixed_precision(self, checkpoint: Checkpoint, family: Family) -> MixedPrecision | None:
+    def mixed_precision(self, before: CheckpointSpec, selection: LinearSelection) -> MixedPrecision | None:
         """Return the layers whose width the run chooses; None where there are none."""
         all_schemes = self.component_schemes()
         schemes: dict[Target, Scheme] = {name: scheme for name, scheme in all_schemes.items() if scheme.bits == _TO_BE_CHOSEN}
-        linears = self.select(checkpoint, family).linears
-        auto = tuple(linear for linear in linears if linear.component in schemes)
+        auto = tuple(linear for linear in selection.linears if linear.component in schemes)
         if not auto or self.budget is None:
             return None
-        other_bytes = checkpoint.weight_bytes + self._kv_bytes(checkpoint)
-        for linear in linears:
-            other_bytes -= checkpoint.tensors[f"{linear.disk_name}.weight"].bytes
-            if linear.component not in schemes:
-                scale_bytes = SCALE_BYTES.get(linear.dtype, 2)
-                other_bytes += packed_bytes((linear.rows, linear.columns), all_schemes[linear.component], scale_bytes)
+        fixed = {linear.disk_name: all_schemes[linear.component] for linear in selection.linears if linear.component not in schemes}
+        rest = quantized_spec(before, fixed, self.kv_cache is not None)
+        other_bytes = rest.weight_bytes - sum(before.tensors[f"{linear.disk_name}.weight"].bytes for linear in auto)
         return MixedPrecision(auto, sorted(set(self.widths)), schemes, self.budget, other_bytes)
 
-    def predict_bytes(self, checkpoint: Checkpoint, family: Family) -> int:
-        """Return the size of all tensors that it writes: exact, or the largest that the budget allows."""
-        mixed_precision = self.mixed_precision(checkpoint, family)
-        return super().predict_bytes(checkpoint, family) if mixed_precision is None else mixed_precision.max_bytes
+    def _max_bytes(self, before: CheckpointSpec, after: tuple[CheckpointSpec, ...]) -> int:
+        mixed_precision = self.mixed_precision(before, self.select(before))
+        return super()._max_bytes(before, after) if mixed_precision is None else mixed_precision.max_bytes
 
 
 def _with_width(scheme: Scheme, width: int) -> Scheme:

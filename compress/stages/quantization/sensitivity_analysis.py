@@ -50,7 +50,7 @@ def analyze_sensitivity(run: StageRun) -> SensitivityAnalysis:
         CheckpointError: the weights cannot be used, or the budget cannot be met.
         MissingError: the device has too little memory.
     """
-    mixed_precision = run.stage.mixed_precision(run.checkpoint, run.family)
+    mixed_precision = run.stage.mixed_precision(run.before, run.selection)
     names = _linears_to_measure(run, mixed_precision)
     if not names:
         return SensitivityAnalysis()

@@ -16,13 +16,14 @@ from torch import Tensor, nn
 
 from compress.calibration.batches import Batches, load_batches
 from compress.checkpoints.checkpoint import Checkpoint, read_header
+from compress.checkpoints.spec import CheckpointSpec
 from compress.engine.replay import BlockVisit, WalkConfig
 from compress.engine.weights import DTYPES, WeightReader, map_tensor
 from compress.errors import CheckpointError, MissingError
 from compress.families import Family
 from compress.files import write_bytes
 from compress.stages.blockwise.block import BlockWeights
-from compress.stages.linears import Linear
+from compress.stages.linears import Linear, LinearSelection
 from compress.stages.stage import StageContext
 
 if TYPE_CHECKING:
@@ -63,6 +64,9 @@ class StageRun:
     context: StageContext
     checkpoint: Checkpoint
 
+    before: CheckpointSpec
+    """The checkpoint's spec."""
+
     @property
     def commits(self) -> Path:
         """The folder of finished blocks, until the checkpoint is written."""
@@ -76,7 +80,12 @@ class StageRun:
     @cached_property
     def targeted(self) -> dict[str, Linear]:
         """The linears that the stage targets, by their names in the model."""
-        return {linear.name: linear for linear in self.stage.select(self.checkpoint, self.family).linears}
+        return {linear.name: linear for linear in self.selection.linears}
+
+    @cached_property
+    def selection(self) -> LinearSelection:
+        """The linears that the stage targets, in the checkpoint's order."""
+        return self.stage.select(self.before)
 
     @cached_property
     def reader(self) -> WeightReader:

@@ -13,6 +13,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, PositiveInt, ValidationError, model_validator
 
+from compress.checkpoints.checkpoint import TensorSpec
 from compress.checkpoints.layouts import packed_bytes
 from compress.errors import CheckpointError
 from compress.numerics.allocation import BudgetError, WidthOption, allocate
@@ -29,8 +30,8 @@ UNQUANTIZED_WIDTH = 16
 FUSED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that runtimes fuse into one, which need one scheme."""
 
-SCALE_BYTES = {"F16": 2, "BF16": 2, "F32": 4}
-"""Bytes of a scale, which is stored in the type of its weight; by the types that can be quantized."""
+FLOATS = ("F16", "BF16", "F32")
+"""The types of weights that can be quantized; scales are stored in the same type."""
 
 Width = Literal[2, 3, 4, 8, 16]
 
@@ -142,11 +143,10 @@ class MixedPrecision:
 
     def cost(self, linear: Linear, width: int) -> int:
         """Return the bytes of a layer's tensors at a width."""
-        scale_bytes = SCALE_BYTES.get(linear.dtype, 2)
         shape = (linear.rows, linear.columns)
         if width == UNQUANTIZED_WIDTH:
-            return linear.rows * linear.columns * scale_bytes
-        return packed_bytes(shape, self.scheme(linear, width), scale_bytes)
+            return TensorSpec(linear.dtype, shape).bytes
+        return packed_bytes(shape, self.scheme(linear, width), linear.dtype)
 
     def groups(self) -> dict[str, list[Linear]]:
         """Return the groups of layers that share a width, by name."""
