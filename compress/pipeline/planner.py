@@ -16,13 +16,13 @@ from compress.data.sources import QuestionSource, TextSource
 from compress.export.format import VerifiedExport, runtimes_of
 from compress.hardware import default_device, describe, gpus, processor
 from compress.hubs.hub import DatasetPin, ModelPin, resolve_dataset, resolve_model
-from compress.pipeline.forecast import Forecast
 from compress.pipeline.store import Store
 from compress.recipe.model import Recipe
 from compress.recipe.schema import is_local
 
 if TYPE_CHECKING:
     from compress.eval.latency.settings import LatencySettings
+    from compress.pipeline.forecast import Forecast
 
 Kind = Literal["convert", "calibration", "overlap", "stage", "export", "verify", "measure", "latency"]
 

@@ -45,7 +45,7 @@ def test_the_plan_says_what_floats_cost_and_what_each_setting_saves(tied: bool, 
     plain, both = planned(checkpoint, family, decoder), planned(checkpoint, family, everything)
     total = onnx().predict_bytes(plain)
     others = (onnx(**ends).predict_bytes(plain), onnx().predict_bytes(both), onnx(dtype="float16").predict_bytes(plain))
-    (note,) = onnx().notes(plain)
+    (note,) = onnx().notes(plain, checkpoint.weight_bytes)
     assert saved(note) == [size(total - other) for other in others]
     assert note.startswith(
         f"onnx: about {size(total)} of weights, {total / checkpoint.weight_bytes:.2f} times the original's: what"
