@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from compress.calibration.sets import QuestionSource
 from compress.checkpoints.checkpoint import Checkpoint
 from compress.checkpoints.quantization_config import Product, products_of
 from compress.checkpoints.spec import CheckpointSpec, spec_of
+from compress.data.sources import QuestionSource
 from compress.errors import RecipeError
 from compress.families import Family
 from compress.pipeline.plan_notes import outlook_notes, size_notes
