@@ -146,7 +146,7 @@ def test_an_answer_that_ended_is_scored_with_its_end_token(world: World, origina
     (talker / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 0]}))
     runtime = Transformers(runtime="transformers")
     with runtime.open(OpenContext(artifact=talker, logs=tmp_path, progress=Silent())) as session:
-        context = replace(world.context("talker", None), original=talker)
+        context = replace(world.context("talker", None), original_checkpoint=talker)
         measure(session, world.tasks[:1], context)
     ended = read_measurement(world.folder / "talker").questions("scenes")[0]
     assert ended.token_ids == cut_off.token_ids[: cut_off.token_ids.index(end) + 1]
