@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from compress.eval.latency.limits import LIMITED_FIGURES, LatencyLimit, LimitedFigure, MemoryLimit
+from compress.eval.latency.limits import LatencyLimit, LimitedFigure, MemoryLimit, limited_figures
 from compress.eval.latency.results import Estimate, PointLatency
 from compress.eval.statistics.estimates import Finding, Outcome, two_sided
 from compress.gate.artifact import ArtifactChecks
@@ -24,6 +24,7 @@ def latency_checks(checks: ArtifactChecks, limit: LatencyLimit) -> Iterator[Chec
         for check, value in limit.limits.items():
             yield checks.inconclusive(f"latency.{check}", value, "was not measured: there is no load; set eval.latency")
         return
+    figures = limited_figures()
     for row in model.points:
         failed, requests = row.pooled.failed, row.pooled.requests
         if failed / requests > limit.max_failed_share:
@@ -33,13 +34,13 @@ def latency_checks(checks: ArtifactChecks, limit: LatencyLimit) -> Iterator[Chec
             yield checks.decide("latency.max_failed_share", limit.max_failed_share, finding, reason, row.point.label)
         original = latency.original.at(row.point)
         for check, value in limit.limits.items():
-            limited, label = LIMITED_FIGURES[check], row.point.label
-            estimate = _estimate(limited, row, original)
+            limited, label = figures[check], row.point.label
+            estimate = _estimate(check, limited, row, original)
             if isinstance(estimate, str):
                 yield checks.inconclusive(f"latency.{check}", value, f"{limited.description}: {estimate}", label)
                 continue
-            outcome = _outcome(estimate, value, is_upper=limited.is_upper)
-            reason = _reason(limited, estimate, value, row.figures.get(limited.figure))
+            outcome = _outcome(estimate, value, is_upper=check.startswith("max_"))
+            reason = _reason(check, limited, estimate, value, row.figures.get(limited.figure))
             reason += "; more requests or rounds would settle it" if outcome == "inconclusive" else ""
             finding = Finding(estimate.value, estimate.interval, outcome, None, level=level)
             yield checks.decide(f"latency.{check}", value, finding, reason, label)
@@ -74,12 +75,12 @@ def _no_load(checks: ArtifactChecks, check: str) -> Check:
     return checks.inconclusive(check, 0.0, f"no load was put on a server at target {checks.target}, so its {check} is not known")
 
 
-def _estimate(limited: LimitedFigure, row: PointLatency, original: PointLatency | None) -> Estimate | str:
+def _estimate(check: str, limited: LimitedFigure, row: PointLatency, original: PointLatency | None) -> Estimate | str:
     """Return the figure that a limit is on, or why there is none."""
-    if limited.kind == "ratio" and original is not None and original.pooled.failed:
+    if check.endswith("_ratio") and original is not None and original.pooled.failed:
         missing = f"{original.pooled.failed:,} of the original's {original.pooled.requests:,} requests had no answer"
         return f"{missing}, so there is nothing sound to compare with"
-    estimate = (row.ratios if limited.kind == "ratio" else row.figures).get(limited.figure)
+    estimate = (row.ratios if check.endswith("_ratio") else row.figures).get(limited.figure)
     missing = "set eval.latency.goal" if limited.figure == "goodput" else "no request gave it"
     return f"was not measured ({missing})" if estimate is None else estimate
 
@@ -95,11 +96,12 @@ def _outcome(estimate: Estimate, limit: float, *, is_upper: bool) -> Outcome:
     return "fail" if misses else "inconclusive"
 
 
-def _reason(limited: LimitedFigure, estimate: Estimate, limit: float, artifact_figure: Estimate | None) -> str:
+def _reason(check: str, limited: LimitedFigure, estimate: Estimate, limit: float, artifact_figure: Estimate | None) -> str:
     interval = f" ({_number(estimate.interval[0])} to {_number(estimate.interval[1])})" if estimate.interval else ""
-    limit_text = "limit is at most" if limited.is_upper else "limit is at least"
-    if limited.kind == "absolute":
-        return f"{limited.description}: {_number(estimate.value)}{limited.unit}{interval}; the {limit_text} {limit:g}{limited.unit}"
+    limit_text = "limit is at most" if check.startswith("max_") else "limit is at least"
+    if not check.endswith("_ratio"):
+        unit = " ms" if check.endswith("_ms") else ""
+        return f"{limited.description}: {_number(estimate.value)}{unit}{interval}; the {limit_text} {limit:g}{unit}"
     absolute = (
         f", {_number(artifact_figure.value)}{' ms' if _is_time(limited.figure) else ''} itself"
         if artifact_figure is not None
