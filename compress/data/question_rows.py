@@ -71,39 +71,42 @@ class QuestionRows:
         for number, values in read_parquet(self.path, columns, chosen):
             yield number, self._as_question(dict(zip(columns, values, strict=True)), number, with_images)
 
-    def check_fields(self, rows: RowFilter) -> bool:
-        """Check that every row has the required fields; return whether rows are numbered because they have no id.
+    @property
+    def numbered(self) -> bool:
+        """Whether rows are numbered because they have no id."""
+        return self.columns.id == _DEFAULT_ID and _DEFAULT_ID not in self.fields
+
+    def check_columns(self, rows: RowFilter) -> list[tuple[str, ...]]:
+        """Return the fields that `check_row` requires of each row; of a parquet file none, as its columns are checked here.
 
         Raises:
-            DataError: a row lacks one; the message names it and those it has.
+            DataError: a column is missing; the message names it and those that the file has.
         """
-        numbered = self.columns.id == _DEFAULT_ID and _DEFAULT_ID not in self.fields
-        required = self._required_fields(rows, numbered)
-        if self.path.suffix == ".parquet":
-            available = _available_fields(self.path, self.fields)
-            for column in (column for alternatives in required for column in alternatives):
-                if column not in available:
-                    raise DataError(
-                        f"{self.path}: has no column {column!r}, only {names(sorted(self.fields))}; "
-                        "name the right one under columns"
-                    )
-            return numbered
-        for number, row in self.read(self._all_fields()):
-            for alternatives in required:
-                if not any(column in row for column in alternatives):
-                    raise DataError(
-                        f"{self.path}:{number}: has no field {alternatives[0]!r}, only {names(row)}; "
-                        "add it, or rename it under columns"
-                    )
-        return numbered
-
-    def _required_fields(self, rows: RowFilter, numbered: bool) -> list[tuple[str, ...]]:
-        """Return the required fields, each as alternatives of which one is enough."""
         columns = self.columns
         required = [() if rows.text_only else columns.named("image"), columns.named("question")]
-        required += [(column,) for column in (() if numbered else columns.named("id"))]
+        required += [(column,) for column in (() if self.numbered else columns.named("id"))]
         required += [columns.named("options"), columns.named("category"), *((column,) for column in rows.where)]
-        return [alternatives for alternatives in required if alternatives]
+        if self.path.suffix != ".parquet":
+            return [alternatives for alternatives in required if alternatives]
+        available = _available_fields(self.path, self.fields)
+        for column in (column for alternatives in required for column in alternatives):
+            if column not in available:
+                raise DataError(
+                    f"{self.path}: has no column {column!r}, only {names(sorted(self.fields))}; name the right one under columns"
+                )
+        return []
+
+    def check_row(self, number: int, row: Row, required: Iterable[tuple[str, ...]]) -> None:
+        """Check that a row has the required fields, of each tuple one.
+
+        Raises:
+            DataError: it lacks one; the message names it and those it has.
+        """
+        for alternatives in required:
+            if not any(column in row for column in alternatives):
+                raise DataError(
+                    f"{self.path}:{number}: has no field {alternatives[0]!r}, only {names(row)}; add it, or rename it under columns"
+                )
 
     def _all_fields(self) -> set[str]:
         return {name for field in ("question", "image", "answer", "options", "category") for name in self.columns.named(field)}

@@ -189,11 +189,12 @@ def _opened_files(files: Sequence[Path], columns: Columns, rows: RowFilter) -> l
 
 def _read_ids(opened: QuestionRows, rows: RowFilter, prefix: str) -> dict[int, str]:
     """Return the ids of selected rows, by number, after checking their questions."""
-    columns, numbered = opened.columns, opened.check_fields(rows)
+    columns, numbered, required = opened.columns, opened.numbered, opened.check_columns(rows)
     id_fields = () if numbered else columns.named("id")
     fields = {*id_fields, *columns.named("question"), *rows.where} or {*columns.named("image")[:1]}
     ids = dict[int, str]()
-    for number, row in opened.read(fields):
+    for number, row in opened.read(None if required else fields):  # a JSON row is read whole in any case, and so checked whole
+        opened.check_row(number, row, required)
         if any(str(row.get(column)) not in values for column, values in rows.where.items()):
             continue
         where = f"{opened.path}:{number}"

@@ -168,13 +168,13 @@ def test_source_digest_covers_the_images(tmp_path: Path) -> None:
 
 def test_rows_are_checked_once_while_the_file_does_not_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[Path] = []
-    check_fields = QuestionRows.check_fields
+    check_columns = QuestionRows.check_columns
 
-    def counted(self: QuestionRows, rows: RowFilter) -> bool:
+    def counted(self: QuestionRows, rows: RowFilter) -> list[tuple[str, ...]]:
         checked.append(self.path)
-        return check_fields(self, rows)
+        return check_columns(self, rows)
 
-    monkeypatch.setattr(QuestionRows, "check_fields", counted)
+    monkeypatch.setattr(QuestionRows, "check_columns", counted)
     rows: list[dict[str, Any]] = [{"question": f"What is {number}?"} for number in range(3)]
     path = write_jsonl(tmp_path, rows)
     text_only = RowFilter(text_only=True)
