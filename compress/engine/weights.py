@@ -6,7 +6,7 @@ import errno
 import json
 import mmap
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any, cast
@@ -14,7 +14,7 @@ from typing import IO, Any, cast
 import torch
 from torch import Tensor, nn
 
-from compress.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry
+from compress.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry, TensorSpec
 from compress.errors import CheckpointError, StoreError
 from compress.families import Family
 from compress.files import write_json
@@ -36,7 +36,7 @@ _COPY_CHUNK = 1 << 24
 _CHECK_CHUNK = 1 << 24
 """Elements converted to float32 at once."""
 
-_HEADER_SLACK = 160
+HEADER_SLACK = 160
 """More bytes than a header's entry takes beside the tensor's name."""
 
 
@@ -149,8 +149,8 @@ class _Shard:
     data: Path
     """The temporary file of its data, in the order of arrival."""
 
-    entries: dict[str, tuple[Tensor, int, int]] = field(default_factory=lambda: dict[str, tuple[Tensor, int, int]]())
-    """Each tensor's type and shape (a meta tensor), and its first and last byte, exclusive, in `data`."""
+    entries: dict[str, tuple[TensorSpec, int]] = field(default_factory=lambda: dict[str, tuple[TensorSpec, int]]())
+    """Each tensor's type and shape, and its first byte in `data`."""
 
     bytes: int = 0
     """The length of `data`."""
@@ -194,7 +194,7 @@ class ShardWriter:
             raise StoreError(f"{self.folder}: {name} is written twice; remove one of the two from the checkpoint")
         value = tensor.detach().contiguous()
         size = value.numel() * value.element_size()
-        header = len(json.dumps(name)) + _HEADER_SLACK
+        header = len(json.dumps(name)) + HEADER_SLACK
         shard = self._shards[-1] if self._shards else None
         if shard is None or (shard.entries and shard.bytes + size + shard.header + header > self.limit):
             shard = self._open()
@@ -204,7 +204,7 @@ class ShardWriter:
                 self._file.write(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise self._full(error, size) from error
-        shard.entries[name] = (torch.empty_like(value, device="meta"), shard.bytes, shard.bytes + size)
+        shard.entries[name] = (TensorSpec(_DTYPE_NAMES[value.dtype], tuple(value.shape)), shard.bytes)
         shard.bytes += size
         shard.header += header
 
@@ -254,25 +254,31 @@ class ShardWriter:
         return StoreError(f"{self.folder}: cannot write weights ({error}); make the folder writable and run again")
 
 
-def _assemble(shard: _Shard, path: Path) -> None:
-    order = sorted(shard.entries.items(), key=lambda item: (-item[1][0].element_size(), item[0]))
+def shard_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
+    """Return a safetensors file's first bytes, up to its data, and the order of the tensors in it.
+
+    The widest types come first, so that every tensor is aligned, then names decide.
+    """
+    order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name].dtype].itemsize, name))
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, (tensor, start, end) in order:
-        table[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, offset + end - start],
-        }
-        offset += end - start
+    for name in order:
+        tensor = tensors[name]
+        table[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.bytes]}
+        offset += tensor.bytes
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
     header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header, order
+
+
+def _assemble(shard: _Shard, path: Path) -> None:
+    header, order = shard_header({name: spec for name, (spec, _) in shard.entries.items()})
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         with shard.data.open("rb") as source, temporary.open("wb") as target:
-            target.write(len(header).to_bytes(8, "little") + header)
+            target.write(header)
             target.flush()
-            for start, end in _runs([(start, end) for _, (_, start, end) in order]):
+            for start, end in _runs([(start, start + spec.bytes) for spec, start in map(shard.entries.__getitem__, order)]):
                 _copy_range(source, target, start, end)
             target.flush()
             os.fsync(target.fileno())

@@ -140,8 +140,8 @@ def test_a_killed_run_goes_on_at_its_block_and_ends_the_same(bench: Bench, tmp_p
     target.mkdir()
     with pytest.raises(KilledError):
         awq(grid=4).apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, Dying()))
-    commits = sorted((target / ".blocks").iterdir())
-    assert [path.name[-len("layers.0.safetensors") :] for path in commits] == ["layers.0.safetensors", "layers.1.safetensors"]
+    commits = sorted((target / ".blocks").glob("*.json"))
+    assert [path.name[-len("layers.0.done.json") :] for path in commits] == ["layers.0.done.json", "layers.1.done.json"]
     commits[1].write_bytes(commits[1].read_bytes()[:100])  # damaged, so made anew
     (target / ".config.json.0123abcd").write_text("{")  # what a write that is killed may leave
     (target / ".shard-00007.data").write_bytes(b"half")

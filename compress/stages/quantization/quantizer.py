@@ -190,9 +190,9 @@ class Quantizer(Stage):
             MissingError: the device has too little memory.
             StoreError: the disk is full.
         """
-        from compress.stages.quantization.quantize import apply
+        from compress.stages.quantization.quantize import quantize_linears
 
-        apply(self, context)
+        quantize_linears(self, context)
 
 
 class IntegerQuantizer(Quantizer):

@@ -10,26 +10,33 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import torch
+from safetensors.torch import save
 from torch import Tensor
 
 from compress.calibration.batches import Batch, QuestionBatch, WindowBatch
+from compress.checkpoints.checkpoint import read_header
 from compress.engine.replay import BlockVisit, Replay
 from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import InputStatistics, observe
+from compress.engine.weights import map_tensor
+from compress.errors import CheckpointError
 from compress.families import within
-from compress.files import write_json
+from compress.files import write_bytes, write_json
+from compress.stages.blockwise.run import StageRun
 from compress.stages.quantization.method import solve
-from compress.stages.quantization.stage_run import StageRun, read_commit, write_commit
 from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, MixedPrecision, Widths
+
+if TYPE_CHECKING:
+    from compress.stages.quantization.quantizer import Quantizer
 
 SENSITIVITY_TOKENS = 16384
 """Tokens of the calibration samples that sensitivities are measured on. More make them more exact and the two walks longer."""
 
 _FOLDER = "preparation"
-"""The folder of committed results in the stage's folder; its name stays, so that killed stages resume."""
+"""The folder of committed results beside the commits of blocks."""
 
 
 @dataclass(frozen=True)
@@ -43,46 +50,45 @@ class SensitivityAnalysis:
     """The chosen widths of `bits: auto`."""
 
 
-def analyze_sensitivity(run: StageRun) -> SensitivityAnalysis:
+def analyze_sensitivity(stage: Quantizer, run: StageRun, mixed_precision: MixedPrecision | None) -> SensitivityAnalysis:
     """Measure what the stage's `balance` and `bits` need.
 
     Raises:
         CheckpointError: the weights cannot be used, or the budget cannot be met.
         MissingError: the device has too little memory.
     """
-    mixed_precision = run.stage.mixed_precision(run.before, run.selection)
-    names = _linears_to_measure(run, mixed_precision)
+    names = _linears_to_measure(stage, run, mixed_precision)
     if not names:
         return SensitivityAnalysis()
-    (run.commits / _FOLDER).mkdir(parents=True, exist_ok=True)
+    (run.work / _FOLDER).mkdir(parents=True, exist_ok=True)
     sensitivities = _sensitivities(run, names)
     if mixed_precision is None:
         return SensitivityAnalysis(sensitivities)
-    return SensitivityAnalysis(sensitivities, BitAllocation(run, mixed_precision, sensitivities).widths())
+    return SensitivityAnalysis(sensitivities, BitAllocation(stage, run, mixed_precision, sensitivities).widths())
 
 
-def _linears_to_measure(run: StageRun, mixed_precision: MixedPrecision | None) -> list[str]:
+def _linears_to_measure(stage: Quantizer, run: StageRun, mixed_precision: MixedPrecision | None) -> list[str]:
     """Return the linears whose sensitivity is needed: those whose width is chosen, and those that see text and vision tokens."""
     names = [linear.name for linear in mixed_precision.linears] if mixed_precision else []
-    if run.stage.balance == "auto" and run.family.head is not None:
+    if stage.balance == "auto" and run.family.head is not None:
         names += [name for name, linear in run.targeted.items() if linear.component in ("decoder", "lm_head")]
     return list(dict.fromkeys(names))
 
 
 def _sensitivities(run: StageRun, names: Sequence[str]) -> dict[str, Sensitivity]:
-    path = run.commits / _FOLDER / "sensitivities.safetensors"
-    tensors = read_commit(path)
+    path = run.work / _FOLDER / "sensitivities.safetensors"
+    tensors = _read_tensors(path)
     if tensors is None:
         batches = subsample(run.batches, SENSITIVITY_TOKENS)
         config = replace(run.walk_config, batches=batches)
         blocks = 2 * int(run.checkpoint.text_config["num_hidden_layers"])
-        with run.context.progress.task(f"{run.stage.stage}: sensitivity", blocks, "blocks") as advance:
+        with run.context.progress.task(f"{run.stage}: sensitivity", blocks, "blocks") as advance:
             try:
                 measured = measure_sensitivity(config, names, run.context.seed, advance)
             except torch.OutOfMemoryError as error:
                 raise run.out_of_memory("a decoder block in float32 and its gradients") from error
-        write_commit(path, _to_tensors(measured))
-        tensors = read_commit(path)
+        write_bytes(path, save({name: tensor.contiguous() for name, tensor in _to_tensors(measured).items()}))
+        tensors = _read_tensors(path)
         assert tensors is not None
     return {name: _from_tensors(name, tensors) for name in names}
 
@@ -141,6 +147,7 @@ class BitAllocation:
     Scales that the method moves between layers are not applied: they depend on the widths of all layers of a block.
     """
 
+    stage: Quantizer
     run: StageRun
     mixed_precision: MixedPrecision
     sensitivities: Mapping[str, Sensitivity]
@@ -154,7 +161,7 @@ class BitAllocation:
         targeted = [unit for unit in units if any(within(name, unit) for name in names)]
         by_unit = {unit: _read_losses(self._path(unit)) for unit in targeted}
         if any(unit_losses is None for unit_losses in by_unit.values()):
-            with self.run.context.progress.task(f"{self.run.stage.stage}: widths", len(units), "blocks") as advance:
+            with self.run.context.progress.task(f"{self.run.stage}: widths", len(units), "blocks") as advance:
                 try:
                     for visit in replay.walk(units):
                         if visit.name in by_unit and by_unit[visit.name] is None:
@@ -168,20 +175,20 @@ class BitAllocation:
         return self.mixed_precision.choose(losses)
 
     def _path(self, unit: str) -> Path:
-        return self.run.commits / _FOLDER / f"{unit}.json"
+        return self.run.work / _FOLDER / f"{unit}.json"
 
     def _predict(self, visit: BlockVisit, names: list[str]) -> dict[str, dict[int, float]]:
         """Return the predicted loss of a block's linears, by names on disk, at each width."""
         context = self.run.open(visit, sorted(names))
         statistics = observe(context.visit, context.local.values())
         set_modality_weights(
-            statistics, self.run.stage.balance, {local: self.sensitivities[name] for name, local in context.local.items()}
+            statistics, self.stage.balance, {local: self.sensitivities[name] for name, local in context.local.items()}
         )
         losses: dict[str, dict[int, float]] = {self._disk_name(name): {} for name in context.local}
         for width in self.mixed_precision.quantized_widths:
             block = context.weights()
             schemes = {local: self.mixed_precision.scheme(self.run.targeted[name], width) for name, local in context.local.items()}
-            quantized = solve(block, (), statistics, schemes, self.run.stage.method())
+            quantized = solve(block, (), statistics, schemes, self.stage.method())
             for name, local in context.local.items():
                 weight = quantized[local].dequantize(quantized[local].scales.dtype).to(torch.float32)
                 loss = self.sensitivities[name].predicted_loss(weight.sub_(block.weights[local]), statistics[local])
@@ -193,6 +200,13 @@ class BitAllocation:
 
     def _disk_name(self, name: str) -> str:
         return self.run.targeted[name].disk_name
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor] | None:
+    """Return committed tensors; None where they are missing or damaged."""
+    with suppress(CheckpointError):
+        return {name: map_tensor(entry) for name, entry in read_header(path).items()}
+    return None
 
 
 def _read_losses(path: Path) -> dict[str, dict[int, float]] | None:

@@ -1,4 +1,4 @@
-"""The run of a stage that quantizes linears: its inputs, its commits of finished blocks, and the context of one block."""
+"""The run of a blockwise stage: its inputs, and the context of one block."""
 
 from __future__ import annotations
 
@@ -7,38 +7,31 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import psutil
 import torch
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from compress.calibration.batches import Batches, load_batches
-from compress.checkpoints.checkpoint import Checkpoint, read_header
-from compress.checkpoints.spec import CheckpointSpec
+from compress.checkpoints.checkpoint import Checkpoint
 from compress.engine.replay import BlockVisit, WalkConfig
-from compress.engine.weights import DTYPES, WeightReader, map_tensor
-from compress.errors import CheckpointError, MissingError
-from compress.families import Family
-from compress.files import write_bytes
+from compress.engine.weights import DTYPES, WeightReader
+from compress.errors import MissingError
+from compress.families import Family, ScalePair, within
 from compress.stages.blockwise.block import BlockWeights
-from compress.stages.linears import Linear, LinearSelection
+from compress.stages.linears import Linear
 from compress.stages.stage import StageContext
-
-if TYPE_CHECKING:
-    from compress.stages.quantization.quantizer import Quantizer
 
 TOKENS_PER_BATCH = 1024
 """Tokens that go through the model together. More make the walk faster and its activations on the device larger."""
 
-_COMMITS = ".blocks"
-"""The folder of committed blocks in the target folder."""
+_WORK = ".blocks"
+"""The folder of a run's files and commits in the target folder, until the checkpoint is whole."""
 
 
 @dataclass(frozen=True)
 class BlockContext:
-    """A visited block (or another part of the model) with its linears to be quantized."""
+    """A visited block (or another part of the model) with the linears that a method works on."""
 
     visit: BlockVisit
 
@@ -51,41 +44,44 @@ class BlockContext:
     heads: int
     """The number of query heads of the decoder's attention."""
 
+    scale_pairs: tuple[ScalePair, ...]
+    """The pairs of layers that a scale can move between."""
+
+    sparse: frozenset[str]
+    """The linears, by names in `visit.module`, whose zeros are a pattern that has to stay."""
+
     def weights(self) -> BlockWeights:
-        """Return the linears' weights, not yet scaled."""
-        return BlockWeights.of(self.visit.module, self.local.values(), self.heads, self.stored)
+        """Return the linears' weights, not yet scaled, with the masks of those that are sparse."""
+        block = BlockWeights.of(self.visit.module, self.local.values(), self.heads, self.stored)
+        block.masks = {name: block.weights[name] != 0 for name in block.weights if name in self.sparse}
+        return block
 
 
 @dataclass(frozen=True)
 class StageRun:
     """One application of a stage to a checkpoint."""
 
-    stage: Quantizer
+    stage: str
+    """The stage's name, for messages."""
+
     context: StageContext
     checkpoint: Checkpoint
 
-    before: CheckpointSpec
-    """The checkpoint's spec."""
+    targeted: Mapping[str, Linear]
+    """The linears that the stage targets, by their names in the model."""
+
+    sparse: frozenset[str] = frozenset()
+    """Those whose zeros are a pattern that has to stay, by their names in the model."""
 
     @property
-    def commits(self) -> Path:
-        """The folder of finished blocks, until the checkpoint is written."""
-        return self.context.target / _COMMITS
+    def work(self) -> Path:
+        """The folder of unfinished files and commits, until the checkpoint is written."""
+        return self.context.target / _WORK
 
     @property
     def family(self) -> Family:
         """The model's family."""
         return self.context.family
-
-    @cached_property
-    def targeted(self) -> dict[str, Linear]:
-        """The linears that the stage targets, by their names in the model."""
-        return {linear.name: linear for linear in self.selection.linears}
-
-    @cached_property
-    def selection(self) -> LinearSelection:
-        """The linears that the stage targets, in the checkpoint's order."""
-        return self.stage.select(self.before)
 
     @cached_property
     def reader(self) -> WeightReader:
@@ -110,11 +106,6 @@ class StageRun:
             trust_remote_code=self.context.trust_remote_code,
         )
 
-    @property
-    def heads(self) -> int:
-        """The number of query heads of the decoder's attention."""
-        return int(self.checkpoint.text_config["num_attention_heads"])
-
     def open(self, visit: BlockVisit, names: Iterable[str]) -> BlockContext:
         """Return the context of a visited block; a visited linear is wrapped into a module, so that it has a name."""
         stored = self._stored(visit)
@@ -123,7 +114,16 @@ class StageRun:
             visit = BlockVisit(visit.name, nn.Sequential(OrderedDict(linear=visit.module)), visit.calls, visit.device)
             local = dict.fromkeys(local, "linear")
             stored = {f"linear.{name}": tensor for name, tensor in stored.items()}
-        return BlockContext(visit, local, stored, self.heads)
+        sparse = frozenset(local[name] for name in local if name in self.sparse)
+        heads = int(self.checkpoint.text_config["num_attention_heads"])
+        return BlockContext(visit, local, stored, heads, self._scale_pairs(visit.name), sparse)
+
+    def open_alone(self, name: str) -> BlockContext:
+        """Return the context of a linear without calibration samples, its weight in the type it is stored in."""
+        linear = nn.Linear(1, 1, bias=False, device="meta")
+        weight = self.reader.disk_tensor(f"{self.targeted[name].disk_name}.weight", self.context.device)
+        linear.weight = nn.Parameter(weight, requires_grad=False)
+        return self.open(BlockVisit(name, linear, (), self.context.device), [name])
 
     def _stored(self, visit: BlockVisit) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {}
@@ -133,13 +133,18 @@ class StageRun:
                 stored[name] = self.reader.disk_tensor(disk_name, visit.device)
         return stored
 
+    def _scale_pairs(self, unit: str) -> tuple[ScalePair, ...]:
+        if within(unit, self.family.blocks):
+            return self.family.scale_pairs
+        return self.family.vision_scale_pairs if any(within(unit, blocks) for blocks in self.family.vision_blocks) else ()
+
     def out_of_memory(self, name: str) -> MissingError:
         """Return the error of a part of the model that does not fit the device."""
         device = self.context.device
         cuda = torch.device(device).type == "cuda"
         total = torch.cuda.mem_get_info(device)[1] if cuda else psutil.virtual_memory().total
         return MissingError(
-            f"{self.stage.stage}: {device} has {total / 2**30:.1f} GiB of memory, too little for {name}. End other programs that "
+            f"{self.stage}: {device} has {total / 2**30:.1f} GiB of memory, too little for {name}. End other programs that "
             "use it, use a larger device, or none (CUDA_VISIBLE_DEVICES=); or give calibration.sets fewer tokens per sample and "
             "smaller images"
         )
@@ -148,16 +153,3 @@ class StageRun:
 def relative(name: str, prefix: str) -> str:
     """Return a name relative to the module `prefix`; empty for the module itself."""
     return "" if name == prefix else name.removeprefix(f"{prefix}.")
-
-
-def write_commit(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write the tensors of a finished block."""
-    write_bytes(path, save({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}))
-
-
-def read_commit(path: Path) -> dict[str, Tensor] | None:
-    """Return the tensors of a finished block, or None where the file is missing or damaged."""
-    try:
-        return {name: map_tensor(entry) for name, entry in read_header(path).items()}
-    except CheckpointError:
-        return None
