@@ -12,6 +12,7 @@ from compress.calibration.sets import VqaSet as CalibrationVqa
 from compress.data.questions import Question
 from compress.errors import DataError, RecipeError
 from compress.eval.definition import find_definition, read_definition, shipped_definitions
+from compress.eval.metrics import load_metric
 from compress.eval.results import QuestionItem
 from compress.eval.tasks.caption import Caption
 from compress.eval.tasks.choice import Choice
@@ -145,8 +146,8 @@ def test_figures_of_pope_stand_beside_the_accuracy(tmp_path: Path) -> None:
     assert [item.score for item in items] == [1, 0, 0, 1]
     expected = {"precision": 0.5, "recall": 0.5, "f1": 0.5, "yes_share": 0.5, "category=a": 0.5, "category=b": 0.5}
     assert task.figures(questions, items) == expected
-    assert task.binary
-    assert not task_of("docvqa", tmp_path).binary
+    assert load_metric(task.metric_name).binary
+    assert not load_metric(task_of("docvqa", tmp_path).metric_name).binary
 
 
 def test_a_single_answer_counts_as_that_of_ten_people(tmp_path: Path) -> None:
