@@ -170,7 +170,11 @@ def test_questions_of_ones_own_need_nothing_but_their_file(tmp_path: Path) -> No
     assert [task.scorer([question])(question, answer) for answer in ("3 red ones", "red")] == [1.0, 0.0]
     overrides = {"prompt": "In short: {question}", "metric": "anls", "max_new_tokens": 40}
     changed = Vqa.model_validate({**fields, **overrides}, context={"base": tmp_path})
-    assert (changed.prompt_text(question), changed.metric_name, changed.binary) == ("In short: Which?", "anls", False)
+    assert (changed.prompt_text(question), changed.metric_name, load_metric(changed.metric_name).binary) == (
+        "In short: Which?",
+        "anls",
+        False,
+    )
     assert 0.5 < changed.scorer([question])(question, "three red one") < 1
     assert "at most 40 tokens, prompt 'In short: {question}' (questions, version 1, with the recipe's own" in changed.note()
     assert changed.settings()["definition"] | overrides == changed.settings()["definition"] != task.settings()["definition"]
