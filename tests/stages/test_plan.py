@@ -22,6 +22,7 @@ CHEAP: dict[str, tuple[dict[str, Any], ...]] = {
         INTEGERS | {"targets": ["decoder", VISION]},
     ),
     "fp8": ({"granularity": "tensor"}, {"granularity": "channel"}, {"granularity": "block"}),
+    "hqq": (INTEGERS,),
     "int8": ({"smoothing": "none", "rounding": "nearest", "activations": "tensor"}, {"rounding": "nearest", "smoothing": 0.5}),
     "awq": (INTEGERS | {"grid": 1, "targets": ["decoder", "lm_head", "projector"]},),
     "gptq": (INTEGERS | {"scales": "awq", "grid": 1},),
