@@ -1,4 +1,12 @@
-"""ONNX graphs of the supported architectures, emitted operator by operator from a checkpoint's tensors."""
+"""ONNX graphs of the supported architectures, emitted operator by operator from a checkpoint's tensors.
+
+Why the towers of CLIP, LLaVA, InternVL and BLIP-2 are not traced by `torch.onnx.export(dynamo=True)`, although its graphs of them
+are right for any number of images, use standard operators alone and run about as fast (`benchmarks/results/onnx_dynamo.json`;
+CLIP's of two blocks takes 1.7 times as long, where the hand-written one computes the last block for the class token alone): a
+trace holds the whole tower in memory as floats, where a graph here reads each tensor from the mapped file; a linear's 4- or 8-bit
+codes would have to be put in afterwards, by pattern, where they are taken from the checkpoint as they are; it takes ten times as
+long, needs onnxscript, and may come out differently with the next release of torch or transformers.
+"""
 
 from collections.abc import Mapping
 
