@@ -22,6 +22,8 @@ from compress.export.format import VerifiedExport
 from compress.families import FAMILIES, family_of
 from compress.hubs.hub import open_pinned, resolve_model
 from compress.pipeline.plan import Plan, make_plan
+from compress.pipeline.steps.export import ExportArtifact
+from compress.pipeline.steps.stage import ApplyStage
 from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.recipe.document import parse_setting
@@ -151,10 +153,10 @@ def intended(recipe: Recipe, model: Published) -> dict[str, tuple[int, int]]:
 
 def quantized(plan: Plan) -> dict[str, tuple[int, ...]]:
     """Return the linears that the plan's stages may quantize, by their names on disk, with their shapes there."""
-    checkpoint = open_pinned(plan.model)
+    checkpoint = open_pinned(plan.inputs.model.pin)
     assert checkpoint is not None
     before = spec_of(checkpoint, plan.family)
-    possible = [spec for stage in plan.recipe.stages for spec in stage.plan(before).after]
+    possible = [spec for stage in plan.stages for spec in stage.plan(before).after]
     return {name: spec.shape(name) for spec in possible for name in spec.schemes}
 
 
@@ -162,6 +164,7 @@ def quantized(plan: Plan) -> dict[str, tuple[int, ...]]:
 def test_a_shipped_recipe_can_be_planned(path: Path, plan_of: Callable[[Path], Plan]) -> None:
     plan = plan_of(path)
     recipe = plan.recipe
+    assert recipe is not None
     places = [f" at {target.name}" if recipe.eval.targets else "" for target in recipe.eval.places]
     exports = [
         [
@@ -190,19 +193,20 @@ def test_a_shipped_recipe_can_be_planned(path: Path, plan_of: Callable[[Path], P
 def test_a_shipped_recipe_quantizes_what_it_says_and_no_more(path: Path, plan_of: Callable[[Path], Plan]) -> None:
     plan = plan_of(path)
     recipe = plan.recipe
+    assert recipe is not None
     if is_local(recipe.model.source):
         assert Path(recipe.model.source) in (DEMO / "model", DEMO / "clip" / "model")
         return
     model = published()[recipe.model.source]
     assert quantized(plan) == intended(recipe, model)
     assert recipe.gate.size is not None
-    expected = [step.expected_bytes for step in plan.steps if step.kind in ("stage", "export")]
+    expected = [step.expected_bytes for step in plan.steps if isinstance(step, ApplyStage | ExportArtifact)]
     if recipe.stages[0].stage == APART:
         assert expected == [None, None]  # only the run can tell
         return
     if "auto" not in recipe.stages[0].model_dump().values():
         assert None not in expected
-    for size in filter(None, (step.expected_bytes for step in plan.steps if step.kind == "export")):
+    for size in filter(None, (step.expected_bytes for step in plan.steps if isinstance(step, ExportArtifact))):
         limit = recipe.gate.size.max_ratio
         assert limit is not None
         assert 0.9 * limit < size / model.weight_bytes < limit

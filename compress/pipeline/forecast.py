@@ -45,9 +45,9 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
     source = spec_of(checkpoint, family)
     faults: list[str] = []
     plans: list[StagePlan] = []
-    before: tuple[CheckpointSpec, ...] = (source,)
+    known = before = (source,)  # after a stage of which only the run can tell, the last specs that were known
     for position, stage in enumerate(recipe.stages):
-        each = [stage.plan(spec) for spec in before]
+        each = [stage.plan(spec) for spec in known]
         stage_faults = list(dict.fromkeys(fault for plan in each for fault in plan.faults))
         if any(plan.reads_images for plan in each) and not _calibrates_with_images(recipe):
             stage_faults.append(
@@ -57,6 +57,7 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
         faults += located(document, ("stages", position), stage_faults)
         if not stage_faults:
             before = tuple(spec for plan in each for spec in plan.after)
+            known = before or known
             plans.append(_joined(each, before))
     if faults:
         raise RecipeError(faults)

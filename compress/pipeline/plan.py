@@ -2,68 +2,61 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from compress.checkpoints.artifact import artifact_format
+from compress.checkpoints.artifact import artifact_format, checkpoint_files
 from compress.checkpoints.awq_gptq_config import check_packed_config
-from compress.checkpoints.checkpoint import open_checkpoint, read_config
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
 from compress.checkpoints.output_head import check_head, head_notes
 from compress.checkpoints.quantization_config import Product, foreign_format, products_in
 from compress.checkpoints.spec import spec_of
 from compress.checkpoints.tokens_check import check_tokens
 from compress.errors import RecipeError, UsageError
-from compress.export.format import runtimes_of, warnings_of
+from compress.export.format import Export, runtimes_of, warnings_of
 from compress.families import Family, family_of
-from compress.hubs.hub import ModelPin, open_pinned, resolve_model, weights_notes
+from compress.hardware import default_device, gpus
+from compress.hubs.hub import open_pinned, resolve_model, weights_notes
+from compress.pipeline.evaluation_faults import length_faults, task_faults
 from compress.pipeline.forecast import Forecast, forecast
+from compress.pipeline.graph import Compression, Inputs, Measurements, compression, measurements
 from compress.pipeline.plan_data import count_items
-from compress.pipeline.plan_notes import (
-    export_notes,
-    full_vocabulary,
-    kernels,
-    power,
-    tokenizer_notes,
-    unmeasured,
-)
-from compress.pipeline.planner import ORIGINAL, DataPin, Planner, Step, digest_of
+from compress.pipeline.plan_notes import export_notes, full_vocabulary, kernels, power, tokenizer_notes, unmeasured
 from compress.pipeline.publish_folders import check_publish_folders
+from compress.pipeline.steps.data import pin_data
+from compress.pipeline.steps.measure import AnyArtifact
+from compress.pipeline.steps.model import Convert, ExistingArtifact, PublishedModel
+from compress.pipeline.steps.step import ORIGINAL, Step, StepContext, digest_of
 from compress.pipeline.store import Store
-from compress.recipe.document import RecipeDocument, dotted
-from compress.recipe.model import Recipe, read_evaluation, read_recipe
-from compress.recipe.schema import load_row
-from compress.runtimes import RUNTIMES
-from compress.runtimes.runtime import Runtime
+from compress.recipe.document import RecipeDocument
+from compress.recipe.model import AnyEvaluation, Model, Recipe, read_evaluation, read_recipe
+from compress.stages.stage import Stage
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Plan:
-    """A recipe with its inputs pinned, its steps in the order they run, and notes on the expected results."""
+    """The measurement of an original and its artifacts: its inputs pinned, its steps in the order they run, and notes."""
 
-    recipe: Recipe
-    model: ModelPin
-    source_digest: str
-    family: Family
-    device: str
+    evaluation: AnyEvaluation
+    """The tasks and the gate; a recipe, where artifacts are made."""
 
-    sets: tuple[DataPin, ...]
-    """The data of the calibration sets."""
-
-    tasks: tuple[DataPin | None, ...]
-    """The data of the tasks; None for tasks without."""
-
+    settings: Model
+    inputs: Inputs
+    artifacts: tuple[AnyArtifact, ...]
+    measurements: Measurements
     steps: tuple[Step, ...]
+    """All steps, each after those that it reads."""
+
+    compression: Compression | None = None
+    """The steps that make the artifacts; None where they are there already."""
+
     notes: tuple[str, ...] = ()
 
     source_notes: tuple[str, ...] = ()
     """Those of `notes` that concern the original model."""
-
-    existing: Mapping[str, Path] = field(default_factory=lambda: dict[str, Path]())
-    """Existing artifacts to measure, by name; empty where the recipe makes them."""
 
     power: tuple[str, ...] = ()
     """The statistical power of the tasks, and tasks that are not measured."""
@@ -81,42 +74,51 @@ class Plan:
     """Reasons why this machine cannot run the measurements."""
 
     @property
-    def artifacts(self) -> list[str]:
-        """The names of the artifacts that are measured: exports, or existing ones."""
-        return list(self.existing) or [export.artifact for export in self.recipe.export]
+    def name(self) -> str:
+        """The name of the recipe."""
+        return self.evaluation.name
 
-    def artifacts_at(self, target_index: int) -> list[str]:
-        """Return the names of the artifacts that are measured on a target: those that its runtime runs."""
-        measured = [step.artifact for step in self.steps if step.kind == "measure" and step.target_index == target_index]
-        return [name for name in measured if name != ORIGINAL]
+    @property
+    def recipe(self) -> Recipe | None:
+        """The recipe; None for the evaluation of existing artifacts."""
+        return self.evaluation if isinstance(self.evaluation, Recipe) else None
 
-    def measured(self, target_index: int, artifact: str) -> Step:
-        """Return the step that measures an artifact, or the original, on a target."""
-        steps = (step for step in self.steps if step.kind == "measure")
-        return next(step for step in steps if (step.target_index, step.artifact) == (target_index, artifact))
+    @property
+    def family(self) -> Family:
+        """The original's family."""
+        return self.inputs.family
 
-    def sources_of(self, step: Step) -> list[Step]:
-        """Return the steps whose outputs a stage or an export reads; none where it reads the published model."""
-        stages = [other for other in self.steps if other.kind == "stage"]
-        sources = stages[: step.position if step.kind == "stage" else len(stages)][-1:]
-        sources = sources or [other for other in self.steps if other.kind == "convert"]
-        if step.kind == "stage" and self.recipe.stages[step.position].calibrated:
-            sources += [other for other in self.steps if other.kind == "calibration"]
-        return sources
+    @property
+    def exports(self) -> Sequence[Export]:
+        """The exports of the recipe; none where the artifacts are there already."""
+        return () if self.recipe is None else self.recipe.export
+
+    @property
+    def stages(self) -> Sequence[Stage]:
+        """The stages of the recipe; none where the artifacts are there already."""
+        return () if self.recipe is None else self.recipe.stages
+
+    @property
+    def described(self) -> dict[str, Any]:
+        """The recipe as the report has it; of what an evaluation has no keys for, nothing."""
+        keys = self.evaluation.model_dump(mode="json")
+        absent: dict[str, Any] = {"calibration": None, "stages": [], "export": [], "publish": None}
+        return {"name": self.name, "model": self.settings.model_dump(mode="json"), **absent, **keys}
 
     @property
     def digests(self) -> dict[str, str]:
         """The digests of the original and of each task with its data; results with equal digests are comparable between runs."""
-        tasks = {
-            task.name: digest_of(task.settings(), None if pin is None else pin.digest)
-            for task, pin in zip(self.recipe.eval.tasks, self.tasks, strict=True)
-        }
-        return {ORIGINAL: self.source_digest, **tasks}
+        tasks = {task.name: digest_of(task.settings(), None if pin is None else pin.digest) for task, pin in self.inputs.tasks}
+        return {ORIGINAL: self.inputs.model.key, **tasks}
 
-    @cached_property
-    def by_name(self) -> Mapping[str, Step]:
-        """The steps by their names."""
-        return {step.name: step for step in self.steps}
+    def serving_notes(self, run: StepContext) -> tuple[str, ...]:
+        """Return the notes on the exports of the checkpoint that the last stage wrote."""
+        if self.compression is None or not self.compression.stages:
+            return ()
+        checkpoint = open_checkpoint(self.compression.stages[-1].at(run))
+        if foreign_format(checkpoint.config):
+            return self.notes
+        return export_notes(self.exports, spec_of(checkpoint, self.family))
 
     def summary(self, store: Store) -> dict[str, Any]:
         """Return the content of `plan.json`."""
@@ -124,6 +126,7 @@ class Plan:
             {
                 "step": step.name,
                 "key": step.key,
+                "reads": [source.name for source in step.steps],
                 "cached": bool(store.find(step.key, _ignore_warning)),
                 "expected_bytes": step.expected_bytes,
             }
@@ -131,9 +134,9 @@ class Plan:
         ]
         return {
             "schema": 1,
-            "recipe": self.recipe.name,
-            "device": self.device,
-            "source": self.model.describe(),
+            "recipe": self.name,
+            "device": self.inputs.device,
+            "source": self.inputs.model.pin.describe(),
             "steps": steps,
             "notes": list(self.notes),
             "power": list(self.power),
@@ -156,10 +159,21 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
         CheckpointError, DataError, MissingError: the model or data cannot be read.
         StoreError: the folder to publish to cannot be written, or has other files.
     """
-    plan = _plan(*read_recipe(path, settings), store, {})
-    if plan.recipe.publish:
-        check_publish_folders(Path(plan.recipe.publish.to), plan.recipe.name, plan.artifacts, store.fingerprint)
-    return plan
+    recipe, document = read_recipe(path, settings)
+    original = _open_original(recipe.model, store)
+    _check_evaluation(recipe, document, original, recipe.export)
+    outlook = Forecast()
+    if original.checkpoint is not None:
+        outlook = forecast(recipe, document, original.checkpoint, original.family)
+    inputs = _inputs(recipe, original, store)
+    sets = tuple(pin_data(data, store) for data in recipe.calibration.sets) if recipe.calibration else ()
+    made = compression(recipe, inputs, sets, outlook)
+    products = {export.artifact: outlook.products for export in recipe.export if export.format == "vllm"}
+    artifacts = _Artifacts(made.artifacts, products, document.notes, made, outlook.notes, outlook.gate_notes)
+    if recipe.publish:
+        names = [export.artifact for export in recipe.export]
+        check_publish_folders(Path(recipe.publish.to), recipe.name, names, store.fingerprint)
+    return _plan(recipe, recipe.model, original, inputs, artifacts)
 
 
 def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, artifacts: Sequence[Path], original: str) -> Plan:
@@ -170,132 +184,126 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
         CheckpointError, DataError, MissingError: a model or data cannot be read.
         UsageError: two artifacts have one name.
     """
-    existing: dict[str, Path] = {}
+    existing: list[ExistingArtifact] = []
     for folder in (artifact.expanduser().resolve() for artifact in artifacts):
-        if folder.name in (*existing, ORIGINAL):
+        if folder.name in (ORIGINAL, *(other.artifact for other in existing)):
             raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
         if artifact_format(folder) == "vllm":
             check_packed_config(open_checkpoint(folder))
-        existing[folder.name] = folder
-    recipe, document = read_evaluation(path, settings, original, {name: runtimes_of(folder) for name, folder in existing.items()})
-    plan = _plan(recipe, document, store, existing)
-    _check_graphs(plan)
-    return replace(
-        plan, warnings=(*plan.warnings, *(line for folder in existing.values() for line in warnings_of(folder, plan.family)))
-    )
+        existing.append(ExistingArtifact(folder.name, folder, _artifact_key(folder, store), runtimes_of(folder)))
+    runtimes = {artifact.artifact: artifact.runtimes for artifact in existing}
+    evaluation, model, document = read_evaluation(path, settings, original, runtimes)
+    opened = _open_original(model, store)
+    _check_evaluation(evaluation, document, opened, ())
+    for artifact in existing:
+        if artifact_format(artifact.folder) != "vllm" and find_spec("onnx") is not None:
+            from compress.export.onnx.files import check_artifact
+
+            check_artifact(artifact.folder, opened.family)
+    products = {
+        artifact.artifact: products_in(read_config(artifact.folder))
+        for artifact in existing
+        if artifact_format(artifact.folder) == "vllm"
+    }
+    warnings = tuple(line for artifact in existing for line in warnings_of(artifact.folder, opened.family))
+    inputs = _inputs(evaluation, opened, store)
+    return _plan(evaluation, model, opened, inputs, _Artifacts(tuple(existing), products, document.notes, warnings=warnings))
 
 
-def _check_graphs(plan: Plan) -> None:
-    """Check the files of existing ONNX artifacts before anything is measured, where the `onnx` package is installed."""
-    graphs = [folder for folder in plan.existing.values() if artifact_format(folder) != "vllm"]
-    if not graphs or find_spec("onnx") is None:
-        return
-    from compress.export.onnx.files import check_artifact
+@dataclass(frozen=True)
+class _Original:
+    """The model as it was published."""
 
-    for folder in graphs:
-        check_artifact(folder, plan.family)
+    model: PublishedModel
+
+    checkpoint: Checkpoint | None
+    """Its headers; None where they can only be read once it is fetched."""
+
+    family: Family
+    notes: tuple[str, ...]
 
 
-def _plan(recipe: Recipe, document: RecipeDocument, store: Store, existing: Mapping[str, Path]) -> Plan:
-    source = recipe.model
-    pin = resolve_model(source.source, source.hub, source.revision)
-    checkpoint = open_pinned(pin, allow_pickle=source.allow_pickle, trust_remote_code=source.trust_remote_code)
-    family = family_of(pin.config, pin.source, checkpoint, source.trust_remote_code)
-    source_notes: tuple[str, ...] = ()
+@dataclass(frozen=True)
+class _Artifacts:
+    """The artifacts of a plan, and what is known of them."""
+
+    artifacts: tuple[AnyArtifact, ...]
+
+    products: Mapping[str, frozenset[Product]]
+    """The matrix products that each needs a runtime's kernels for; graphs have operators of their own."""
+
+    recipe_notes: tuple[str, ...]
+    """Notes on the recipe's keys."""
+
+    compression: Compression | None = None
+    notes: tuple[str, ...] = ()
+    gate_notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
+
+
+def _open_original(settings: Model, store: Store) -> _Original:
+    pin = resolve_model(settings.source, settings.hub, settings.revision)
+    checkpoint = open_pinned(pin, allow_pickle=settings.allow_pickle, trust_remote_code=settings.trust_remote_code)
+    family = family_of(pin.config, pin.source, checkpoint, settings.trust_remote_code)
+    notes: tuple[str, ...] = ()
     if checkpoint is not None:
         check_head(checkpoint, family)
         check_tokens(checkpoint, family)
-        source_notes = (*weights_notes(pin), *head_notes(checkpoint, family), *tokenizer_notes(checkpoint.folder))
-    if faults := [*_task_faults(recipe, document, family), *_length_faults(recipe, document, pin.config)]:
+        notes = (*weights_notes(pin), *head_notes(checkpoint, family), *tokenizer_notes(checkpoint.folder))
+    keys = (pin.digest(store.fingerprint), pin.side_digest(store.fingerprint))
+    return _Original(PublishedModel(pin, *keys, settings.allow_pickle), checkpoint, family, notes)
+
+
+def _check_evaluation(evaluation: AnyEvaluation, document: RecipeDocument, original: _Original, exports: Sequence[Export]) -> None:
+    faults = task_faults(evaluation, document, original.family, exports)
+    if faults := [*faults, *length_faults(evaluation, document, original.model.pin.config)]:
         raise RecipeError(faults)
-    outlook = forecast(recipe, document, checkpoint, family) if checkpoint else Forecast()
-    planner = Planner(recipe, pin, store, outlook, existing)
-    items = count_items(recipe.eval.tasks, planner.tasks)
-    steps = planner.steps()
-    unfit, kernel_notes = kernels(recipe, _products(recipe, outlook, existing))
-    return Plan(
-        recipe=recipe,
-        model=pin,
-        source_digest=planner.source_key,
-        family=family,
-        device=planner.device,
-        sets=planner.sets,
-        tasks=planner.tasks,
-        steps=steps,
-        notes=(*document.notes, *source_notes, *outlook.notes, *kernel_notes, *full_vocabulary(recipe, pin.config)),
-        source_notes=source_notes,
-        existing=existing,
-        power=(*power(recipe, items), *unmeasured(recipe)),
-        items=items,
-        gate_notes=outlook.gate_notes,
-        unfit=tuple(unfit),
-        warnings=document.notes,
+
+
+def _inputs(evaluation: AnyEvaluation, original: _Original, store: Store) -> Inputs:
+    device = default_device()
+    return Inputs(
+        model=original.model,
+        family=original.family,
+        tasks=tuple((task, None if task.data is None else pin_data(task.data, store)) for task in evaluation.eval.tasks),
+        device=device,
+        devices=(device, *gpus()[:1]),
+        weights=Convert(original.model) if original.model.pin.pickled else original.model,
     )
 
 
-def _products(recipe: Recipe, outlook: Forecast, existing: Mapping[str, Path]) -> dict[str, frozenset[Product]]:
-    """Return the matrix products that each artifact needs vLLM's kernels for; ONNX graphs have operators of their own."""
-    if existing:
-        return {name: products_in(read_config(folder)) for name, folder in existing.items() if artifact_format(folder) == "vllm"}
-    return {export.artifact: outlook.products for export in recipe.export if export.format == "vllm"}
+def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, inputs: Inputs, made: _Artifacts) -> Plan:
+    measured = measurements(evaluation, inputs, made.artifacts)
+    items = count_items(inputs.tasks)
+    runtimes = {artifact.artifact: artifact.runtimes for artifact in made.artifacts}
+    unfit, kernel_notes = kernels(evaluation, runtimes, made.products)
+    before = made.compression.before if made.compression is not None else ()
+    return Plan(
+        evaluation=evaluation,
+        settings=settings,
+        inputs=inputs,
+        artifacts=made.artifacts,
+        measurements=measured,
+        steps=(*inputs.conversion, *before, *measured.steps),
+        compression=made.compression,
+        notes=(
+            *made.recipe_notes,
+            *original.notes,
+            *made.notes,
+            *kernel_notes,
+            *full_vocabulary(evaluation, original.model.pin.config),
+        ),
+        source_notes=original.notes,
+        power=(*power(evaluation, items), *unmeasured(evaluation)),
+        items=items,
+        gate_notes=made.gate_notes,
+        unfit=tuple(unfit),
+        warnings=(*made.recipe_notes, *made.warnings),
+    )
 
 
-def _task_faults(recipe: Recipe, document: RecipeDocument, family: Family) -> list[str]:
-    """Return the faults of tasks and latency that the model or a runtime does not support."""
-    generates = family.head is not None
-    faults: list[str] = []
-    if recipe.eval.latency is not None and not generates:
-        where = document.whereabouts(("eval", "latency"))
-        faults.append(
-            f"{where}: eval.latency: is measured of answers, and {family.name} compares images with texts and writes none; leave "
-            "it out"
-        )
-    for position, task in enumerate(recipe.eval.tasks):
-        key = ("eval", "tasks", position)
-        where = f"{document.whereabouts(key)}: {dotted(key)}"
-        if generates != (task.needs != "comparison"):
-            does, alternative = ("writes text", "vqa or perplexity") if generates else ("compares images with texts", "zero-shot")
-            faults.append(f"{where}: {family.name} {does}, which {task.task} does not measure; use {alternative}")
-            continue
-        for target in recipe.eval.places:
-            runtime = target.runtime
-            if task.needs_server and not runtime.asks_server:
-                remedy = _remedy(recipe, lambda row: row.asks_server)
-                faults.append(
-                    f"{where}: {task.task} needs a server, and runtime {runtime.runtime} has none for harnesses to ask; {remedy}"
-                )
-            elif task.needs not in runtime.offers:
-                remedy = _remedy(recipe, lambda row, needed=task.needs: needed in row.offers)
-                faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; {remedy}")
-    return faults
-
-
-def _length_faults(recipe: Recipe, document: RecipeDocument, config: Mapping[str, Any]) -> list[str]:
-    """Return the faults of runtimes whose context is shorter than the recipe's settings or its tasks' windows."""
-    windows = (getattr(task, "window", None) for task in recipe.eval.tasks)
-    longest = max((window for window in windows if isinstance(window, int)), default=0)
-    faults: list[str] = []
-    for position, target in enumerate(recipe.eval.places):
-        key = ("eval", "runtime") if recipe.eval.targets is None else ("eval", "targets", position)
-        where = f"{document.whereabouts(key)}: {dotted(key)}"
-        faults += [f"{where}: {fault}" for fault in target.runtime.length_faults(config, longest)]
-    return faults
-
-
-def _remedy(recipe: Recipe, supports: Callable[[type[Runtime]], bool]) -> str:
-    """Return the sentence that names the runtimes which support a need and run the exported formats."""
-    runtimes = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
-    supporting = [name for name in sorted(runtimes, reverse=True) if supports(runtimes[name])]
-    formats = sorted({export.format for export in recipe.export})
-    usable = [name for name in supporting if not formats or any(name in export.runtimes for export in recipe.export)]
-    if usable:
-        return f"set eval.runtime to {' or '.join(usable)}"
-    return f"what does ({', '.join(supporting)}) runs no {' or '.join(formats)}; use another format, or leave the task out"
-
-
-def notes_of(plan: Plan, folder: Path) -> tuple[str, ...]:
-    """Return the notes on the exports of the checkpoint that the last stage wrote to `folder`."""
-    checkpoint = open_checkpoint(folder)
-    if foreign_format(checkpoint.config):
-        return plan.notes
-    return export_notes(plan.recipe, spec_of(checkpoint, plan.family))
+def _artifact_key(artifact: Path, store: Store) -> str:
+    """Return a digest of everything in an existing artifact that shapes its measurements."""
+    if artifact_format(artifact) == "vllm":
+        return resolve_model(str(artifact), "huggingface", "main").digest(store.fingerprint)
+    return digest_of({path.relative_to(artifact).as_posix(): store.fingerprint(path) for path in checkpoint_files(artifact)})

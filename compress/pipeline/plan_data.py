@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from compress.data.questions import open_questions
 from compress.data.sources import QuestionSource
 from compress.hubs.datasets import cached_files
-from compress.pipeline.planner import DataPin
+from compress.pipeline.steps.calibration import PinnedTask
+from compress.pipeline.steps.data import DataPin
 
 if TYPE_CHECKING:
     from compress.eval.tasks.task import Task
@@ -24,14 +25,14 @@ def sample_limit(task: Task) -> int | None:
     return samples if isinstance(samples, int) else None
 
 
-def count_items(tasks: Sequence[Task], pins: Sequence[DataPin | None]) -> dict[str, int]:
+def count_items(tasks: Sequence[PinnedTask]) -> dict[str, int]:
     """Return the number of items of each task whose data are questions on this machine.
 
     Raises:
         DataError: a file, a field, an answer or an image cannot be used.
     """
     counts: dict[str, int] = {}
-    for task, pin in zip(tasks, pins, strict=True):
+    for task, pin in tasks:
         files = None if pin is None else _local_files(pin)
         if files is None:
             continue

@@ -12,9 +12,10 @@ from compress.checkpoints.checkpoint import Checkpoint, text_config
 from compress.checkpoints.quantization_config import Product
 from compress.checkpoints.spec import CheckpointSpec
 from compress.checkpoints.tokenizer_files import cutting_settings
+from compress.export.format import Export
 from compress.gate.gate import SizeLimit
 from compress.pipeline.plan_data import sample_limit
-from compress.recipe.model import Recipe
+from compress.recipe.model import AnyEvaluation, Recipe
 from compress.report.figures import counted
 from compress.report.figures import size as shown_size
 
@@ -33,16 +34,16 @@ def outlook_notes(recipe: Recipe, outlooks: Sequence[CheckpointSpec], original_b
 
     `original_bytes` is the size of the original's weights.
     """
-    notes_by_outlook = [export_notes(recipe, outlook, original_bytes) for outlook in outlooks]
+    notes_by_outlook = [export_notes(recipe.export, outlook, original_bytes) for outlook in outlooks]
     all_notes = dict.fromkeys(note for notes in notes_by_outlook for note in notes)
     return tuple(
         note if all(note in notes for notes in notes_by_outlook) else f"where the stage chooses so: {note}" for note in all_notes
     )
 
 
-def export_notes(recipe: Recipe, outlook: CheckpointSpec, original_bytes: int | None = None) -> tuple[str, ...]:
+def export_notes(exports: Sequence[Export], outlook: CheckpointSpec, original_bytes: int | None = None) -> tuple[str, ...]:
     """Return the notes of the exports of one checkpoint."""
-    return tuple(dict.fromkeys(note for export in recipe.export for note in export.notes(outlook, original_bytes)))
+    return tuple(dict.fromkeys(note for export in exports for note in export.notes(outlook, original_bytes)))
 
 
 def tokenizer_notes(folder: Path) -> tuple[str, ...]:
@@ -54,29 +55,30 @@ def tokenizer_notes(folder: Path) -> tuple[str, ...]:
     )
 
 
-def kernels(recipe: Recipe, products: Mapping[str, frozenset[Product]]) -> tuple[list[str], list[str]]:
+def kernels(
+    evaluation: AnyEvaluation, runtimes: Mapping[str, frozenset[str]], products: Mapping[str, frozenset[Product]]
+) -> tuple[list[str], list[str]]:
     """Return the faults of artifacts whose kernels do not run on this machine, and notes on those that do.
 
-    `products` holds each artifact's matrix products that need a kernel, by its name.
+    `runtimes` are the names of those that run each artifact, and `products` its matrix products that need a kernel, by its name.
     """
     faults: dict[str, None] = {}
     notes: dict[str, None] = {}
-    runtimes = {export.artifact: export.runtimes for export in recipe.export}
-    for target in recipe.eval.places:
+    for target in evaluation.eval.places:
         for artifact, needed in products.items():
-            if target.runtime.runtime in runtimes.get(artifact, {target.runtime.runtime}):
+            if target.runtime.runtime in runtimes[artifact]:
                 faults |= dict.fromkeys(f"{artifact} at {target.name}: {fault}" for fault in target.runtime.kernel_faults(needed))
                 notes |= dict.fromkeys(f"{artifact} at {target.name}: {note}" for note in target.runtime.kernel_notes(needed))
     return list(faults), list(notes)
 
 
-def full_vocabulary(recipe: Recipe, config: Mapping[str, Any]) -> tuple[str, ...]:
+def full_vocabulary(evaluation: AnyEvaluation, config: Mapping[str, Any]) -> tuple[str, ...]:
     """Return what asking servers for likelihoods over the whole vocabulary sends, where that is much."""
     vocabulary: object = text_config(config).get("vocab_size")
     size = _BYTES_PER_TOKEN * vocabulary if isinstance(vocabulary, int) else 0
     asked = {
         target.name: cast("int", getattr(target.runtime, "whole_tokens", 0))
-        for target in recipe.eval.places
+        for target in evaluation.eval.places
         if target.runtime.asks_server
     }
     return tuple(
@@ -88,18 +90,18 @@ def full_vocabulary(recipe: Recipe, config: Mapping[str, Any]) -> tuple[str, ...
     )
 
 
-def unmeasured(recipe: Recipe) -> tuple[str, ...]:
+def unmeasured(evaluation: AnyEvaluation) -> tuple[str, ...]:
     """Return the tasks that a target's server cannot run, with its reason."""
     return tuple(
         f"task {task.name}: not measured at {target.name}: {reason}"
-        for target in recipe.eval.places
+        for target in evaluation.eval.places
         for need, reason in target.runtime.missing().items()
-        for task in recipe.eval.tasks
+        for task in evaluation.eval.tasks
         if task.needs == need
     )
 
 
-def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
+def power(evaluation: AnyEvaluation, items: Mapping[str, int]) -> tuple[str, ...]:
     """Return the loss that the number of items resolves, for each task with an accuracy limit.
 
     `items` is the number of each task's items, where its data were read; for the others, `samples` is taken.
@@ -108,13 +110,13 @@ def power(recipe: Recipe, items: Mapping[str, int]) -> tuple[str, ...]:
     from compress.eval.statistics.power import POWER, items_for, resolved_loss
     from compress.eval.statistics.sequential import Sequential
 
-    limit = recipe.gate.accuracy
+    limit = evaluation.gate.accuracy
     if limit is None:
         return ()
     plan = Sequential.even(limit.sequential, limit.confidence) if limit.sequential else None
     level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
     notes: list[str] = []
-    for task in recipe.eval.tasks:
+    for task in evaluation.eval.tasks:
         samples = sample_limit(task)
         available = items.get(task.name, samples)
         assumed = load_metric(task.metric_name).assumed

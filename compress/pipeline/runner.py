@@ -6,7 +6,7 @@ import os
 import secrets
 import sys
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,18 +17,18 @@ from typing import Any
 from compress.checkpoints.artifact import checkpoint_bytes, weight_bytes
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, StoreError
-from compress.eval.latency.results import Latency, read_latency
-from compress.eval.results import ItemizedMeasurement, read_measurement
+from compress.eval.results import ItemizedMeasurement
 from compress.files import telling_where, write_json, write_text
 from compress.gate.gate import MeasuredModel, Verdict, combine_verdicts
 from compress.gate.judge import judge
 from compress.hardware import describe
 from compress.pipeline.events import EventLog, Watcher
 from compress.pipeline.meter import Meter
-from compress.pipeline.plan import Plan, make_plan, notes_of, plan_evaluation
-from compress.pipeline.planner import ORIGINAL, Kind, Step
+from compress.pipeline.plan import Plan, make_plan, plan_evaluation
 from compress.pipeline.publish import publish
-from compress.pipeline.steps import StepExecutor
+from compress.pipeline.steps.export import versions_of_entries
+from compress.pipeline.steps.step import ORIGINAL, Step, StepContext
+from compress.pipeline.steps.verify import VerifyArtifact
 from compress.pipeline.store import Store, default_store
 from compress.pipeline.store_entries import Entry, Origin
 from compress.recipe.model import Target
@@ -37,7 +37,6 @@ from compress.report.html import render_html
 from compress.report.model import Report, Row, Timing, render
 from compress.stages.quantization.widths import Widths, read_widths
 from compress.untrusted.redaction import redact_value
-from compress.verification.results import read_verification
 
 
 @dataclass(frozen=True)
@@ -107,7 +106,7 @@ def _store(folders: RunFolders) -> Store:
 def _execute(plan: Plan, store: Store, command: _Command) -> Report:
     if plan.unfit:
         raise MissingError("\n".join(plan.unfit))
-    folder = _make_folder(command.folders.runs, plan.recipe.name)
+    folder = _make_folder(command.folders.runs, plan.name)
     events = EventLog(folder / "events.jsonl", command.watcher)
     events.write("started", recipe=str(command.recipe), settings=dict(command.settings))
     with telling_where(folder):
@@ -138,14 +137,6 @@ def _make_folder(runs: Path, name: str) -> Path:
     return folder
 
 
-_READERS: Mapping[Kind, Callable[[Path], object]] = {
-    "measure": read_measurement,
-    "latency": read_latency,
-    "verify": read_verification,
-}
-"""Readers of the outputs that a verdict depends on: cached ones are verified byte by byte."""
-
-
 class _Run:
     """One execution of a plan."""
 
@@ -157,6 +148,7 @@ class _Run:
         self.fresh = fresh
         self.timings: list[Timing] = []
         self.entries: dict[str, Entry] = {}
+        self.context = StepContext(folder, events, self.entries, plan.settings.trust_remote_code)
 
     def report(self, *, force: bool) -> Report:
         """Execute every step, judge, publish, and write the report."""
@@ -166,16 +158,15 @@ class _Run:
             self.events.warn(note)
         for warning in self.plan.warnings:
             self.events.warn(warning)
-        executor = StepExecutor(self.plan, self.folder, self.events, self.entries)
         for position, step in enumerate(self.plan.steps, 1):
             self.events.step_started(step.name, position, len(self.plan.steps))
-            self._run_step(step, executor)
-        report = self._judge(executor)
-        gallery = self._gallery(executor)
+            self._run_step(step)
+        report = self._judge()
+        gallery = self._gallery()
         self._write(report, gallery)
         recipe = self.plan.recipe
-        if recipe.publish and (report.gate.verdict == "pass" or force):
-            artifacts = {name: self.entries[f"export {name}"].folder for name in self.plan.artifacts}
+        if recipe is not None and recipe.publish and (report.gate.verdict == "pass" or force):
+            artifacts = {artifact.artifact: artifact.at(self.context) for artifact in self.plan.artifacts}
             published = publish(report, artifacts, Path(recipe.publish.to), self.events)
             report = report.model_copy(update={"published": published})
             self._write(report, gallery)
@@ -187,13 +178,13 @@ class _Run:
             write_text(self.folder / "report.md", render(report))
             write_text(self.folder / "report.html", render_html(report, gallery))
 
-    def _run_step(self, step: Step, executor: StepExecutor) -> None:
+    def _run_step(self, step: Step) -> None:
         started = time.perf_counter()
         entry = None if self.fresh else self._find(step)
         meter = Meter()
         if entry is None:
-            self._check_sources(step, executor)
-            entry, meter = self._compute(step, executor.maker(step))
+            self._check_inputs(step)
+            entry, meter = self._compute(step)
         cached = meter.seconds == 0
         for warning in entry.warnings if cached else ():
             self.events.warn(warning)
@@ -212,41 +203,37 @@ class _Run:
 
     def _find(self, step: Step) -> Entry | None:
         """Return a step's store entry; None where it is missing, damaged, or not readable as such a step's output."""
-        read = _READERS.get(step.kind)
-        entry = self.store.find(step.key, self.events.warn, thorough=read is not None)
-        if entry is None or read is None:
-            return entry
+        entry = self.store.find(step.key, self.events.warn, thorough=step.decides)
+        if entry is None:
+            return None
         try:
-            read(entry.folder)
+            step.read(entry.folder)
         except DataError as error:
             self.store.distrust(step.key)
             self.events.warn(f"{step.name}: {error}; the step is made again")
             return None
         return entry
 
-    def _check_sources(self, step: Step, executor: StepExecutor) -> None:
-        """Verify the inputs of a stage or an export byte by byte, and recompute damaged ones.
-
-        The usual check of modification times and sizes does not notice bits that a disk has lost.
-        """
-        for source in self.plan.sources_of(step) if step.kind in ("stage", "export") else ():
+    def _check_inputs(self, step: Step) -> None:
+        """Verify the inputs of a stage or an export byte by byte, and recompute damaged ones."""
+        for source in step.steps if step.verifies_inputs else ():
             if self.store.find(source.key, self.events.warn, thorough=True) is None:
-                self._check_sources(source, executor)
-                self.entries[source.name], _ = self._compute(source, executor.maker(source))
+                self._check_inputs(source)
+                self.entries[source.name], _ = self._compute(source)
 
-    def _compute(self, step: Step, make: Callable[[Path], None]) -> tuple[Entry, Meter]:
+    def _compute(self, step: Step) -> tuple[Entry, Meter]:
         before = self.store.find(step.key, _ignore_warning)
         with self.store.lock(step.key, lambda: self.events.say(f"{step.name}: another run is making this; waiting for it")):
             entry = self.store.find(step.key, _ignore_warning)
             computed_meanwhile = entry is not None and (before is None or entry.made != before.made)
             if entry is not None and (not self.fresh or computed_meanwhile):
                 return entry, Meter()
-            resume = step.kind in ("stage", "measure") and not self.fresh  # these commit finished blocks and answers
+            resume = step.resumes and not self.fresh
             warnings: list[str] = []
-            origin = Origin(self.plan.recipe.model.source, self.plan.recipe.name)
+            origin = Origin(self.plan.settings.source, self.plan.name)
             writing = self.store.write(step.key, step.name, origin, resume=resume, warnings=warnings)
             with Meter() as meter, writing as target, self.events.collecting(warnings):
-                make(target)
+                step.make(self.context, target)
             entry = self.store.find(step.key, self.events.warn)
         if entry is None:
             raise CheckpointError(
@@ -254,29 +241,28 @@ class _Run:
             )
         return entry, meter
 
-    def _judge(self, executor: StepExecutor) -> Report:
-        recipe = self.plan.recipe
+    def _judge(self) -> Report:
+        plan = self.plan
         rows: list[Row] = []
         verdicts: list[Verdict] = []
-        latencies: dict[str, Latency] = {}
-        for index, target in enumerate(recipe.eval.places):
-            measured = self._measured(index)
-            latency = self._latency(index)
-            latencies |= {} if latency is None else {target.name: latency}
-            target_rows = self._rows(measured, executor, target)
+        latencies = {target: step.read(step.at(self.context)) for target, step in plan.measurements.latencies.items()}
+        targets = plan.evaluation.eval.places
+        for target in targets:
+            measured = self._measured(target)
+            target_rows = self._rows(measured, target)
             models = [
-                MeasuredModel(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, latency) for row in target_rows
+                MeasuredModel(row.artifact, row.bytes, measured[row.artifact], row.bits_per_weight, latencies.get(target.name))
+                for row in target_rows
             ]
-            verdicts.append(judge(recipe.gate, models[0], models[1:], target.name))
+            verdicts.append(judge(plan.evaluation.gate, models[0], models[1:], target.name))
             rows += target_rows
-        stages = [step.name for step in self.plan.steps if step.kind == "stage"]
-        serving = notes_of(self.plan, self.entries[stages[-1]].folder) if stages else ()
-        runtimes = [target.runtime for target in recipe.eval.places]
+        serving = plan.serving_notes(self.context)
+        runtimes = [target.runtime for target in targets]
         return Report(
-            name=recipe.name,
+            name=plan.name,
             run=str(self.folder),
             finished=datetime.now(UTC).isoformat(timespec="seconds"),
-            source=redact_value(self.plan.model.describe()),
+            source=redact_value(plan.inputs.model.pin.describe()),
             rows=tuple(rows),
             gate=combine_verdicts(verdicts),
             timings=tuple(self.timings),
@@ -284,57 +270,52 @@ class _Run:
             published=(),
             notes={
                 "KL": " / ".join(dict.fromkeys(runtime.kl_definition for runtime in runtimes)),
-                **{task.name: task.note() for task in recipe.eval.tasks},
-                **({"original": "; ".join(self.plan.source_notes)} if self.plan.source_notes else {}),
+                **{task.name: task.note() for task in plan.evaluation.eval.tasks},
+                **({"original": "; ".join(plan.source_notes)} if plan.source_notes else {}),
                 **({"serving": "; ".join(serving)} if serving else {}),
             },
-            recipe=redact_value(recipe.model_dump(mode="json")),
-            versions=executor.versions(recipe.export),
+            recipe=redact_value(plan.described),
+            versions=versions_of_entries(plan.stages, plan.exports),
             runtime_versions=redact_value({name: version for runtime in runtimes for name, version in runtime.versions().items()}),
             hardware=describe(),
             widths=self._widths(),
             latency=latencies,
-            digests=self.plan.digests,
+            digests=plan.digests,
             verifications={
-                step.artifact: read_verification(self.entries[step.name].folder)
-                for step in self.plan.steps
-                if step.kind == "verify"
+                step.artifact.artifact: step.read(step.at(self.context)) for step in plan.steps if isinstance(step, VerifyArtifact)
             },
         )
 
-    def _measured(self, target_index: int) -> dict[str, ItemizedMeasurement]:
+    def _measured(self, target: Target) -> dict[str, ItemizedMeasurement]:
         """Return the measurements on a target, by artifact, the original first."""
-        steps = {name: self.plan.measured(target_index, name) for name in (ORIGINAL, *self.plan.artifacts_at(target_index))}
-        return {name: read_measurement(self.entries[step.name].folder) for name, step in steps.items()}
+        return {name: step.read(step.at(self.context)) for name, step in self.plan.measurements.models[target.name].items()}
 
-    def _gallery(self, executor: StepExecutor) -> Gallery:
+    def _gallery(self) -> Gallery:
         """Return the items whose answers flipped, on the recipe's first target."""
-        measured = self._measured(0)
+        measured = self._measured(self.plan.evaluation.eval.places[0])
         original = measured.pop(ORIGINAL)
         flips = [
-            TaskFlips(task, partial(executor.files, pin), original, measured)
-            for task, pin in zip(self.plan.recipe.eval.tasks, self.plan.tasks, strict=True)
+            TaskFlips(task, partial(pin.files, self.events), original, measured)
+            for task, pin in self.plan.inputs.tasks
             if pin is not None
         ]
         return make_gallery(flips)
 
-    def _latency(self, target_index: int) -> Latency | None:
-        step = next((step for step in self.plan.steps if step.kind == "latency" and step.target_index == target_index), None)
-        return None if step is None else read_latency(self.entries[step.name].folder)
-
     def _widths(self) -> dict[str, Widths]:
         """Return the widths that stages chose, by the stage's name."""
-        by_stage = {step.name: read_widths(self.entries[step.name].folder) for step in self.plan.steps if step.kind == "stage"}
+        stages = () if self.plan.compression is None else self.plan.compression.stages
+        by_stage = {step.name: read_widths(step.at(self.context)) for step in stages}
         return {name: widths for name, widths in by_stage.items() if widths is not None}
 
-    def _rows(self, measured: Mapping[str, ItemizedMeasurement], executor: StepExecutor, target: Target) -> list[Row]:
-        original = executor.original()
+    def _rows(self, measured: Mapping[str, ItemizedMeasurement], target: Target) -> list[Row]:
+        original = self.plan.inputs.weights.at(self.context)
+        paths = {ORIGINAL: original, **{artifact.artifact: artifact.at(self.context) for artifact in self.plan.artifacts}}
         checkpoint = open_checkpoint(original)
-        weights = sum(_elements(entry.shape) for entry in checkpoint.tensors.values())
+        weights = sum(entry.elements for entry in checkpoint.tensors.values())
         original_bytes = checkpoint_bytes(original)
         rows: list[Row] = []
         for name, measurement in measured.items():
-            path = executor.artifact(name)
+            path = paths[name]
             fidelity = {task: row.fidelity for task, row in measurement.tasks.items() if row.fidelity}
             noise = {task: row.noise for task, row in measurement.tasks.items() if row.noise}
             rows.append(
@@ -359,10 +340,3 @@ class _Run:
 def _ignore_warning(message: str) -> None:
     """Discard a warning that was already reported."""
     del message
-
-
-def _elements(shape: tuple[int, ...]) -> int:
-    count = 1
-    for extent in shape:
-        count *= extent
-    return count

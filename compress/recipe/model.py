@@ -105,6 +105,11 @@ class Eval(Frozen):
         return self
 
     @property
+    def judged_tasks(self) -> list[str]:
+        """The names of the tasks whose items have scores."""
+        return [task.name for task in self.tasks if "accuracy" in task.judged_by()]
+
+    @property
     def places(self) -> tuple[Target, ...]:
         """Where is measured; a single runtime is the target `local`."""
         return self.targets or (Target.model_construct(name=LOCAL, runtime=self.runtime),)
@@ -122,10 +127,14 @@ class Publish(Frozen):
     to: Annotated[str, Field(min_length=1), AfterValidator(_folder)]
 
 
+RecipeName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)]
+"""The name of a recipe, which folders are called after."""
+
+
 class Recipe(Frozen):
     """One compression job, from the published weights to the published artifact."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)]
+    name: RecipeName
     model: Model
     calibration: Calibration | None = None
     stages: Annotated[tuple[AnyStage, ...], Field(min_length=1)]
@@ -134,10 +143,17 @@ class Recipe(Frozen):
     gate: Gate
     publish: Publish | None = None
 
-    @property
-    def judged_tasks(self) -> list[str]:
-        """The names of the tasks whose items have scores."""
-        return [task.name for task in self.eval.tasks if "accuracy" in task.judged_by()]
+
+class Evaluation(Frozen):
+    """What of a recipe existing artifacts are measured and judged by."""
+
+    name: RecipeName
+    eval: Eval
+    gate: Gate
+
+
+AnyEvaluation = Recipe | Evaluation
+"""What models are measured and judged by."""
 
 
 def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, RecipeDocument]:
@@ -162,21 +178,13 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Recipe
     return recipe, document
 
 
-class Evaluation(Frozen):
-    """What of a recipe artifacts are judged by that are there already."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=_LONGEST_NAME)]
-    eval: Eval
-    gate: Gate
-
-
 def read_evaluation(
     path: Path, settings: Mapping[str, Any], original: str, artifacts: Mapping[str, frozenset[str]]
-) -> tuple[Recipe, RecipeDocument]:
+) -> tuple[Evaluation, Model, RecipeDocument]:
     """Read the name, tasks and gate of a recipe, or of a file that holds these alone, for artifacts that are there already.
 
-    `original` is a folder or hub id, as a recipe's `model.source`; `artifacts` says which runtimes run each. What else a recipe
-    says is left out, unread.
+    `original` is a folder or hub id, as a recipe's `model.source`, and given back as a model; `artifacts` says which runtimes run
+    each. What else a recipe says is left out, unread.
 
     Raises:
         RecipeError: with every fault found, each naming file and line, or the override, and what is allowed.
@@ -190,17 +198,14 @@ def read_evaluation(
         raise RecipeError(places)
     kept = {key: value for key, value in document.data.items() if key in Evaluation.model_fields}
     try:
-        found = Evaluation.model_validate(kept, context={"base": path.resolve().parent})
+        evaluation = Evaluation.model_validate(kept, context={"base": path.resolve().parent})
         model = Model.model_validate({"source": original}, context={"base": Path.cwd()})
     except ValidationError as error:
         details = [detail for detail in error.errors(include_url=False) if not _follows(detail)]
         raise RecipeError(_faults(document, details)) from error
-    recipe = Recipe.model_construct(
-        name=found.name, model=model, calibration=None, stages=(), export=(), eval=found.eval, gate=found.gate, publish=None
-    )
-    if faults := [*_eval_faults(document, recipe, artifacts), *_gate_faults(document, recipe)]:
+    if faults := [*_eval_faults(document, evaluation, artifacts), *_gate_faults(document, evaluation)]:
         raise RecipeError(faults)
-    return recipe, document
+    return evaluation, model, document
 
 
 def _cross_check(document: RecipeDocument, recipe: Recipe) -> list[str]:
@@ -237,7 +242,7 @@ def _listed(runtimes: Iterable[str]) -> str:
     return " or ".join(sorted(runtimes, key=lambda name: (name == "endpoint", name)))
 
 
-def _eval_faults(document: RecipeDocument, recipe: Recipe, artifacts: Mapping[str, frozenset[str]]) -> list[str]:
+def _eval_faults(document: RecipeDocument, recipe: AnyEvaluation, artifacts: Mapping[str, frozenset[str]]) -> list[str]:
     """Return what of the targets, of latency and of grounding cannot be measured as it stands.
 
     `artifacts` says which runtimes run each.
@@ -268,7 +273,7 @@ def _eval_faults(document: RecipeDocument, recipe: Recipe, artifacts: Mapping[st
     return faults
 
 
-def _gate_faults(document: RecipeDocument, recipe: Recipe) -> list[str]:
+def _gate_faults(document: RecipeDocument, recipe: AnyEvaluation) -> list[str]:
     """Return which limits nothing is measured for."""
     faults: list[str] = []
     names = [target.name for target in recipe.eval.places]
@@ -284,9 +289,9 @@ def _gate_faults(document: RecipeDocument, recipe: Recipe) -> list[str]:
                 kinds = " or ".join(kinds_judged_by(check))
                 faults.append(f"{where}: {dotted((*place, check))}: nothing measures it; add a task of kind {kinds} to eval.tasks")
         for name in limit.accuracy.tasks if limit.accuracy is not None else ():
-            if name not in recipe.judged_tasks:
+            if name not in recipe.eval.judged_tasks:
                 where = document.whereabouts((*place, "accuracy", "tasks", name))
-                listed = ", ".join(recipe.judged_tasks) or "none"
+                listed = ", ".join(recipe.eval.judged_tasks) or "none"
                 faults.append(
                     f"{where}: {dotted((*place, 'accuracy', 'tasks', name))}: no such task with scores; there are: {listed}"
                 )

@@ -37,7 +37,8 @@ def truncate(path: Path) -> None:
 def test_a_damaged_artifact_is_refused_in_the_plan(job: Job, name: str, harm: Callable[[Path], None], told: str) -> None:
     artifact = job.folder / "artifact"
     store, original = Store(job.store), str(job.folder / "model")
-    assert plan_evaluation(job.recipe, SETTINGS, store, artifacts=[artifact], original=original).existing == {"artifact": artifact}
+    (planned,) = plan_evaluation(job.recipe, SETTINGS, store, artifacts=[artifact], original=original).artifacts
+    assert planned.artifact == "artifact"
     harm(artifact / name)
     with pytest.raises(CheckpointError, match=rf"^{artifact}/{told}"):
         plan_evaluation(job.recipe, SETTINGS, store, artifacts=[artifact], original=original)

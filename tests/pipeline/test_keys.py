@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from compress.pipeline import planner
+from compress.pipeline import plan
 from compress.pipeline.plan import make_plan
+from compress.pipeline.steps import verify
 from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.workers.environment import install
@@ -100,13 +101,13 @@ def test_what_another_environment_holds_belongs_to_the_keys(
 def test_another_device_is_another_output_where_it_computes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"export": [{"format": "onnx"}], "eval.runtime": {"runtime": "onnxruntime"}}
     before = keys_of(job, settings)
-    monkeypatch.setattr(planner, "processor", lambda: "another processor")
+    monkeypatch.setattr(verify, "processor", lambda: "another processor")
     other = keys_of(job, settings)
     assert {name for name in before if before[name] != other[name]} == {"verify onnx"}
     devices: list[dict[str, str]] = []
-    monkeypatch.setattr(planner, "default_device", lambda: "cuda")
+    monkeypatch.setattr(plan, "default_device", lambda: "cuda")
     for name in ("NVIDIA A", "NVIDIA B"):
-        monkeypatch.setattr(planner, "gpus", lambda name=name: (name,))
+        monkeypatch.setattr(plan, "gpus", lambda name=name: (name,))
         devices.append(keys_of(job, settings))
     first, second = devices
     assert {name for name in first if first[name] != second[name]} == {

@@ -91,7 +91,8 @@ def test_scales_of_keys_and_values_are_refused_where_the_layout_has_no_place(job
     with pytest.raises(RecipeError, match="layout awq has no place for the scales of keys and values"):
         plan_with(job, **{"stages.0.kv_cache": "fp8", "export": layouts})
     plan, _ = plan_with(job, **{"stages.0.kv_cache": "fp8"})
-    sizes = [plan.by_name[step].expected_bytes for step in ("awq", "export vllm-compressed-tensors")]
+    expected = {step.name: step.expected_bytes for step in plan.steps}
+    sizes = [expected[step] for step in ("awq", "export vllm-compressed-tensors")]
     assert sizes[0] == sizes[1]
 
 

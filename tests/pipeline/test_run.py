@@ -200,14 +200,16 @@ def test_how_a_file_is_read_is_part_of_the_key(finished: tuple[Job, Report], tmp
         path = tmp_path / f"data.{suffix}"
         path.write_text('{"text": "one line that is text and JSON at once"}\n', encoding="utf-8")
         plan = make_plan(job.recipe, {"eval.tasks.1.source": str(path)}, Store(tmp_path))
-        keys.append(plan.by_name["measure original"].key)
+        keys += [step.key for step in plan.steps if step.name == "measure original"]
     assert keys[0] != keys[1]
 
 
 def test_a_second_quantizing_stage_is_refused_in_the_plan(finished: tuple[Job, Report], tmp_path: Path) -> None:
     job, _ = finished
     awq = {"stage": "awq", "bits": 4, "group_size": 32}
-    with pytest.raises(RecipeError, match=r"stages.1: the stage before it quantizes already"):
+    with pytest.raises(
+        RecipeError, match=r"stages.1: model.*: quantized already; start from the model's original"): quantized already; start from the model's original, target other"
+    ):
         make_plan(job.recipe, {"stages": [awq, awq]}, Store(tmp_path))
 
 

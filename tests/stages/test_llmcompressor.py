@@ -23,11 +23,14 @@ from compress.calibration.batches import load_batches
 from compress.checkpoints.artifact import side_files
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
+from compress.checkpoints.spec import spec_of
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
 from compress.families import FAMILIES, family_of, within
 from compress.pipeline.plan import make_plan
+from compress.pipeline.steps.export import ExportArtifact
+from compress.pipeline.steps.stage import ApplyStage
 from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.report.model import Report
@@ -121,7 +124,7 @@ def test_without_its_environment_the_plan_says_what_to_install(tmp_path: Path, m
 def test_the_plan_leaves_sizes_open_and_the_library_in_the_key(tmp_path: Path) -> None:
     job = job_with(tmp_path / "job", unchanged)
     plan = make_plan(job.recipe, {}, Store(job.store))
-    assert {step.name: step.expected_bytes for step in plan.steps if step.kind in ("stage", "export")} == {
+    assert {step.name: step.expected_bytes for step in plan.steps if isinstance(step, ApplyStage | ExportArtifact)} == {
         "llmcompressor": None,
         "export vllm-awq": None,
         "export vllm-compressed-tensors": None,
@@ -133,11 +136,13 @@ def test_a_quantizing_stage_before_or_after_is_told_of(bench: Bench, tmp_path: P
     def after_awq(recipe: dict[str, Any]) -> None:
         recipe["stages"].insert(0, {"stage": "awq", "bits": 4, "group_size": 32})
 
-    with pytest.raises(RecipeError, match=r"stages\.1: the stage before it quantizes already, and llmcompressor needs weights"):
+    with pytest.raises(
+        RecipeError, match=r"stages\.1: .*: the weights are quantized already, by their author or by a stage before it"
+    ):
         make_plan(job_with(tmp_path / "job", after_awq).recipe, {}, Store(tmp_path / "store"))
     config = {**bench.checkpoint.config, "quantization_config": {"quant_method": "awq"}}
-    faults = stage(GPTQ).check(replace(bench.checkpoint, config=config), bench.family)
-    assert faults == [f"{bench.folder}: its weights are quantized already; start from the model's original"]
+    (fault,) = stage(GPTQ).plan(spec_of(replace(bench.checkpoint, config=config), bench.family)).faults
+    assert fault.startswith(f"{bench.folder}: the weights are quantized already")
 
 
 def test_a_stage_after_one_that_only_the_run_can_tell_of_is_checked_again(tmp_path: Path) -> None:
@@ -148,9 +153,10 @@ def test_a_stage_after_one_that_only_the_run_can_tell_of_is_checked_again(tmp_pa
         ]
 
     plan = make_plan(job_with(tmp_path / "job", before_awq).recipe, {}, Store(tmp_path / "store"))
-    assert plan.by_name["llmcompressor"].expected_bytes is None
-    assert plan.by_name["awq"].expected_bytes is not None
-    assert plan.by_name["export vllm-awq"].expected_bytes is not None
+    expected = {step.name: step.expected_bytes for step in plan.steps}
+    assert expected["llmcompressor"] is None
+    assert expected["awq"] is not None
+    assert expected["export vllm-awq"] is not None
 
 
 def test_a_whole_recipe(finished: tuple[Job, Report]) -> None:

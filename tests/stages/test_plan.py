@@ -1,7 +1,7 @@
 """Planned checkpoints equal those on disk: config, and the type, shape and scheme of every tensor."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 
@@ -31,7 +31,7 @@ CHEAP: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def stage_of(name: str, **fields: Any) -> Stage:
-    return load_row(STAGES, name).model_validate({"stage": name, **fields})
+    return cast("type[Stage]", load_row(STAGES, name)).model_validate({"stage": name, **fields})
 
 
 def check(bench: Bench, target: Path, *stages: Stage) -> None:

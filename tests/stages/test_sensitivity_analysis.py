@@ -239,6 +239,7 @@ def test_a_layout_that_cannot_hold_a_width_is_refused_in_the_plan(tmp_path: Path
     with pytest.raises(RecipeError, match=r"export\.0: .*: layout awq holds 4 bits, not 2; set layout: compressed-tensors"):
         make_plan(DEMO, settings, Store(tmp_path))
     plan = make_plan(DEMO, {**settings, "stages.0.widths": [4, 16]}, Store(tmp_path))
-    expected = plan.by_name["awq"].expected_bytes
+    sizes = {step.name: step.expected_bytes for step in plan.steps}
+    expected = sizes["awq"]
     assert expected is not None
-    assert plan.by_name["export vllm-awq"].expected_bytes is None
+    assert sizes["export vllm-awq"] is None

@@ -151,7 +151,7 @@ def test_widths_that_only_the_run_chooses_are_refused_where_one_has_no_operator(
     plan = make_plan(
         job.recipe, {**SETTINGS, "stages": [{**stage, "widths": [4, 8], "budget": {"bits_per_weight": 6}}]}, Store(tmp_path)
     )
-    assert "verify onnx" in plan.by_name
+    assert "verify onnx" in [step.name for step in plan.steps]
 
 
 @pytest.mark.parametrize("graph", ["vision_encoder", "embed_tokens", "decoder_model_merged"])

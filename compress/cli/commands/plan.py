@@ -43,7 +43,7 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
 
     summary = plan.summary(store)
     source = ", ".join(f"{key} {value}" for key, value in summary["source"].items())
-    console.print(f"{plan.recipe.name}: {source}; on {plan.device}", highlight=False, markup=False)
+    console.print(f"{plan.name}: {source}; on {plan.inputs.device}", highlight=False, markup=False)
     rows = [
         (
             str(step["step"]),

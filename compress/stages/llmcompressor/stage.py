@@ -76,7 +76,12 @@ class Llmcompressor(Stage):
     def plan(self, before: CheckpointSpec) -> StagePlan:
         """Return the incompatibilities: quantized weights. The library itself checks names and arguments; only the run can tell."""
         if before.quantized or before.unreadable:
-            return StagePlan((f"{before.source}: its weights are quantized already; start from the model's original",))
+            return StagePlan(
+                (
+                    f"{before.source}: the weights are quantized already, by their author or by a stage before it, and "
+                    "llmcompressor needs weights that are not; start from the model's original, or remove the other stage",
+                )
+            )
         return StagePlan()
 
     def apply(self, context: StageContext) -> None:

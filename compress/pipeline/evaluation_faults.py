@@ -1,0 +1,67 @@
+"""What of a recipe's evaluation its model or a runtime does not support, each fault with file, line and remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
+
+from compress.export.format import Export
+from compress.families import Family
+from compress.recipe.document import RecipeDocument, dotted
+from compress.recipe.model import AnyEvaluation
+from compress.recipe.schema import load_row
+from compress.runtimes import RUNTIMES
+from compress.runtimes.runtime import Runtime
+
+
+def task_faults(evaluation: AnyEvaluation, document: RecipeDocument, family: Family, exports: Sequence[Export]) -> list[str]:
+    """Return the faults of tasks and latency that the model or a runtime does not support; remedies run all `exports`."""
+    generates = family.head is not None
+    faults: list[str] = []
+    if evaluation.eval.latency is not None and not generates:
+        where = document.whereabouts(("eval", "latency"))
+        faults.append(
+            f"{where}: eval.latency: is measured of answers, and {family.name} compares images with texts and writes none; leave "
+            "it out"
+        )
+    for position, task in enumerate(evaluation.eval.tasks):
+        key = ("eval", "tasks", position)
+        where = f"{document.whereabouts(key)}: {dotted(key)}"
+        if generates != (task.needs != "comparison"):
+            does, alternative = ("writes text", "vqa or perplexity") if generates else ("compares images with texts", "zero-shot")
+            faults.append(f"{where}: {family.name} {does}, which {task.task} does not measure; use {alternative}")
+            continue
+        for target in evaluation.eval.places:
+            runtime = target.runtime
+            if task.needs_server and not runtime.asks_server:
+                remedy = _remedy(exports, lambda row: row.asks_server)
+                faults.append(
+                    f"{where}: {task.task} needs a server, and runtime {runtime.runtime} has none for harnesses to ask; {remedy}"
+                )
+            elif task.needs not in runtime.offers:
+                remedy = _remedy(exports, lambda row, needed=task.needs: needed in row.offers)
+                faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; {remedy}")
+    return faults
+
+
+def length_faults(evaluation: AnyEvaluation, document: RecipeDocument, config: Mapping[str, Any]) -> list[str]:
+    """Return the faults of runtimes whose context is shorter than the recipe's settings or its tasks' windows."""
+    windows = (getattr(task, "window", None) for task in evaluation.eval.tasks)
+    longest = max((window for window in windows if isinstance(window, int)), default=0)
+    faults: list[str] = []
+    for position, target in enumerate(evaluation.eval.places):
+        key = ("eval", "runtime") if evaluation.eval.targets is None else ("eval", "targets", position)
+        where = f"{document.whereabouts(key)}: {dotted(key)}"
+        faults += [f"{where}: {fault}" for fault in target.runtime.length_faults(config, longest)]
+    return faults
+
+
+def _remedy(exports: Sequence[Export], supports: Callable[[type[Runtime]], bool]) -> str:
+    """Return the sentence that names the runtimes which support a need and run the exported formats."""
+    runtimes = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
+    supporting = [name for name in sorted(runtimes, reverse=True) if supports(runtimes[name])]
+    formats = sorted({export.format for export in exports})
+    usable = [name for name in supporting if not formats or any(name in export.runtimes for export in exports)]
+    if usable:
+        return f"set eval.runtime to {' or '.join(usable)}"
+    return f"what does ({', '.join(supporting)}) runs no {' or '.join(formats)}; use another format, or leave the task out"

@@ -1,0 +1,1 @@
+"""The steps of a plan, a class and a file each."""

@@ -1,0 +1,70 @@
+"""The latencies of the original and its artifacts at a target's server, measured side by side."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, ClassVar
+
+from compress.eval.latency.results import Latency, read_latency
+from compress.hardware import describe
+from compress.pipeline.steps.measure import AnyArtifact
+from compress.pipeline.steps.step import ORIGINAL, Input, Step, StepContext
+from compress.recipe.model import Target
+
+if TYPE_CHECKING:
+    from compress.eval.latency.settings import LatencySettings
+
+
+@dataclass(frozen=True, eq=False)
+class MeasureLatency(Step):
+    """The latencies and throughputs of the models that a target runs."""
+
+    revision: ClassVar[int] = 2
+    decides: ClassVar[bool] = True
+
+    name: str
+    settings: LatencySettings
+    target: Target
+
+    weights: Input
+    """The original in safetensors."""
+
+    artifacts: tuple[AnyArtifact, ...]
+
+    @property
+    def inputs(self) -> tuple[Input, ...]:
+        """The models."""
+        return (self.weights, *self.artifacts)
+
+    def shaping(self) -> object:
+        """Return the load, the runtime's settings, pace and versions, and the machine that measures or is measured."""
+        runtime = self.target.runtime
+        pace = runtime.model_dump(mode="json", include=set(runtime.pace))
+        names = [ORIGINAL, *(artifact.artifact for artifact in self.artifacts)]
+        models = [[name, runtime.settings(name) | pace] for name in names]
+        return [
+            models,
+            self.settings.model_dump(mode="json"),
+            self.settings.revision,
+            runtime.revision,
+            runtime.versions(),
+            describe(),
+        ]
+
+    def make(self, run: StepContext, target: Path) -> None:
+        """Measure the models."""
+        from compress.eval.latency.measure import LatencyContext, measure_latency
+        from compress.eval.latency.results import write_latency
+
+        context = LatencyContext(run.logs(self.name), run.progress, run.trust_remote_code)
+        artifacts = {artifact.artifact: artifact.at(run) for artifact in self.artifacts}
+        write_latency(target, measure_latency(self.target.runtime, self.weights.at(run), artifacts, self.settings, context))
+
+    def read(self, folder: Path) -> Latency:
+        """Return the latencies.
+
+        Raises:
+            DataError: they cannot be read.
+        """
+        return read_latency(folder)
