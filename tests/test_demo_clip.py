@@ -63,9 +63,9 @@ def test_two_encoders_in_integers_find_the_same_and_are_published(report: Report
 def classify(runtime: Runtime, artifact: Path, logs: Path) -> NDArray[np.float64]:
     task: Any = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, ZeroShot)
-    pictures = [ImageInput(question.id, question.images[0]) for question, _ in task.images([Path(task.data.source)])]
+    pictures = [ImageInput(question.id, question.images[0]) for question in task.images([Path(task.data.source)], "class")]
     with runtime.open(OpenContext(artifact, logs, Silent())) as session:
-        return session.classify(pictures, [task.texts(name) for name in task.classes], Silent())
+        return session.classify(pictures, [task.class_texts(name) for name in task.classes], Silent())
 
 
 @pytest.mark.parametrize("bits", [None, 4], ids=["float32", "int4"])

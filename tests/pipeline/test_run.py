@@ -207,9 +207,7 @@ def test_how_a_file_is_read_is_part_of_the_key(finished: tuple[Job, Report], tmp
 def test_a_second_quantizing_stage_is_refused_in_the_plan(finished: tuple[Job, Report], tmp_path: Path) -> None:
     job, _ = finished
     awq = {"stage": "awq", "bits": 4, "group_size": 32}
-    with pytest.raises(
-        RecipeError, match=r"stages.1: model.*: quantized already; start from the model's original"): quantized already; start from the model's original, target other"
-    ):
+    with pytest.raises(RecipeError, match=r"stages.1: model.*: quantized already; start from the model's original"):
         make_plan(job.recipe, {"stages": [awq, awq]}, Store(tmp_path))
 
 
