@@ -108,7 +108,11 @@ def test_faults_of_overrides_name_the_override(folder: Path) -> None:
             ".targets.0.bts: unknown key; allowed here: activations, bits, component, group_size, symmetric; did you mean bits?",
         ),
         ("budget", 4, ".budget: must be a table with the keys bits_per_weight, bytes (got 4)"),
-        ("stage", "gtpq", ".stage: 'gtpq' is not one of 'awq', 'fp8', 'gptq', 'hqq', 'int8', 'llmcompressor', 'rtn'; did you mean gptq?"),
+        (
+            "stage",
+            "gtpq",
+            ".stage: 'gtpq' is not one of 'awq', 'fp8', 'gptq', 'hqq', 'int8', 'llmcompressor', 'rtn'; did you mean gptq?",
+        ),
     ],
 )
 def test_a_value_that_may_be_of_several_kinds_has_one_fault(folder: Path, key: str, value: object, message: str) -> None:
