@@ -34,7 +34,7 @@ from compress.eval.results import Measurement
 from compress.eval.tasks.perplexity import Perplexity
 from compress.eval.tasks.task import Task
 from compress.eval.tasks.vqa import Vqa as Questions
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
@@ -161,7 +161,7 @@ class _Bench:
             progress=Silent(),
             logs=self.folder,
         )
-        with Transformers(runtime="transformers").open(OpenContext(artifact, self.folder, Silent())) as session:
+        with Transformers(runtime="transformers").open(OpenContext.at(artifact, self.folder, Silent())) as session:
             return measure(session, tasks, context)
 
     def _questions(self) -> Questions:

@@ -37,7 +37,7 @@ from compress.data.sources import Columns, QuestionSource
 from compress.eval.tasks.task import draw_questions
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent

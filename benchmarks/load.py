@@ -74,7 +74,7 @@ def main() -> None:
             known = arguments.first_ms + arguments.output_tokens * arguments.token_ms
             result["servers"]["paced"] = {"known_e2el_ms": known} | _alternate(served, bench, point, arguments)
         runtime = Vllm(runtime="vllm", kv_cache_gib=1, max_model_len=512)
-        with runtime.serve(OpenContext(arguments.model, folder, Silent())) as served:
+        with runtime.serve(OpenContext.at(arguments.model, folder, Silent())) as served:
             result["servers"]["vllm"] = _alternate(served, bench, point, arguments)
     result["load_average_after"] = os.getloadavg()
     print(json.dumps(result["servers"], indent=2))

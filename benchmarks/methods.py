@@ -161,7 +161,7 @@ class _Bench:
         target = self.folder / "measured" / name
         against = None if name == "original" else self.folder / "measured" / "original"
         runtime = Transformers(runtime="transformers")
-        with runtime.open(OpenContext(artifact=artifact, logs=self.folder, progress=Silent())) as session:
+        with runtime.open(OpenContext.at(artifact=artifact, logs=self.folder, progress=Silent())) as session:
             context = MeasureContext(
                 original_checkpoint=self.arguments.model,
                 data=self.data,

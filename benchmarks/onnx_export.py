@@ -26,7 +26,7 @@ from benchmarks.speed import SHAPES
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.numerics.scheme import Scheme
@@ -55,7 +55,7 @@ import compress.export.onnx.graphs.decoder, compress.export.onnx.graphs.qwen_vis
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.progress import Silent
 source, target, dtype = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 imported, start, before = resident(), time.perf_counter(), time.process_time()

@@ -32,11 +32,12 @@ from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
 from compress.export.onnx_genai.format import OnnxGenai
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from compress.workers.environment import require
 from tests.quantized import round_checkpoint
@@ -160,7 +161,7 @@ def graph(path: Path, shape: Mapping[str, int], work: Work, threads: int) -> Run
 
 def eager(model: Path, work: Work) -> Run:
     """Return what runs the model's own code in PyTorch, float32."""
-    loaded: Any = load_model(model, torch.float32, torch.device("cpu"), Silent())
+    loaded: Any = load_model(OpenContext.at(model, model, Silent()), torch.float32, torch.device("cpu"))
     width = loaded.config.get_text_config().hidden_size
     embeds = torch.randn(1, work.prompt + work.new, width, generator=torch.Generator().manual_seed(0))
     state: dict[str, Any] = {}

@@ -34,7 +34,7 @@ from compress.checkpoints.spec import spec_of
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
 from compress.engine.statistics import observe
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.numerics.rounding import quantize

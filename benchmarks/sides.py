@@ -28,7 +28,7 @@ from compress.calibration.collect import CalibrationSelection, PinnedSet, collec
 from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoints.artifact import copy_side_files
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.progress import Silent
 from compress.recipe.schema import load_row
 from compress.stages import STAGES

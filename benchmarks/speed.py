@@ -28,6 +28,7 @@ from benchmarks.sides import run_ours, run_peer, take_samples, versions
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.tiny import build_qwen2_5_vl
 
@@ -120,7 +121,8 @@ class _Judge:
     @torch.no_grad()
     def _outputs(self, folder: Path) -> Tensor:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = load_model(folder, torch.float32 if device.type == "cpu" else torch.bfloat16, device, Silent())
+        dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        model: Any = load_model(OpenContext.at(folder, folder, Silent()), dtype, device)
         outputs: list[Tensor] = []
         hook = model.model.language_model.norm.register_forward_pre_hook(lambda _, args: outputs.append(args[0].float().cpu()))
         for window in self.windows:

@@ -28,13 +28,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
+from compress.data.prompts import Prompt
 from compress.data.sources import QuestionSource
 from compress.eval.journal import answer_all
 from compress.eval.tasks.task import draw_questions
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Prompt
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.vllm.runtime import Vllm
 from compress.runtimes.vllm.session import VllmSession
 from compress.workers.environment import require
@@ -66,7 +67,7 @@ def main() -> None:
 def measure(python: Path, concurrency: int, rounds: int, folder: Path) -> dict[str, Any]:
     """Return both sides' figures with so many requests at once; a first round warms up."""
     runtime = Vllm(runtime="vllm", max_model_len=512, concurrency=concurrency)
-    opening = OpenContext((DEMO / "model").absolute(), folder / "logs", Silent())
+    opening = OpenContext.at((DEMO / "model").absolute(), folder / "logs", Silent())
     seconds: dict[str, list[float]] = {"compress": [], "lmms-eval": []}
     with runtime.open(opening) as session:
         assert isinstance(session, VllmSession)

@@ -17,7 +17,8 @@ from compress.data.prompts import Prompt, check_image_count, longest_input, open
 from compress.data.prompts import load_processor as load_any_processor
 from compress.data.samples import QUESTIONS, WINDOWS
 from compress.errors import CheckpointError, DataError
-from compress.families import Family, family_at
+from compress.families import Family
+from compress.families.resolve import family_at
 
 
 class Batch(Protocol):

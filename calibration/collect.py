@@ -24,7 +24,7 @@ from compress.data.samples import IMAGES, MANIFEST, QUESTIONS, SHINGLES, WINDOWS
 from compress.data.texts import read_documents
 from compress.data.windows import Encode, Window, WindowRequest, draw_indices, encoder, pack_windows
 from compress.errors import DataError
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.files import write_json, write_text
 from compress.progress import Progress
 

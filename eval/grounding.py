@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from pydantic import Field
 
+from compress.data.prompts import Prompt
 from compress.errors import DataError
 from compress.eval.changes import ImageGain, image_gain
 from compress.eval.journal import answer_all
@@ -17,7 +18,7 @@ from compress.eval.metrics.normalize import normalize
 from compress.eval.results import Grounding, GroundingItem, check_pairs, read_grounding
 from compress.eval.tasks.task import TaskContext, cluster_of
 from compress.recipe.schema import Frozen
-from compress.runtimes.runtime import Answer, Prompt
+from compress.runtimes.runtime import Answer, Generates, capable
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -103,7 +104,7 @@ def _pair_with_others(name: str, sample: Sequence[Question], questions: Sequence
 def _generate_answers(task: QuestionTask, questions: Sequence[Question], condition: str, context: TaskContext) -> list[Answer]:
     prompts = [Prompt(id=question.id, text=task.prompt_text(question), images=question.images) for question in questions]
     return answer_all(
-        context.session,
+        capable(context.session, Generates),
         prompts,
         task.resolved_definition().max_new_tokens,
         context.output_dir,

@@ -25,10 +25,11 @@ from typing import Any, cast
 
 import numpy as np
 
+from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, ServerError
 from compress.files import telling_where, write_bytes
 from compress.progress import Progress
-from compress.runtimes.runtime import UNSCORED, Answer, Passage, Prompt, Score, Session, passages_digest, scored_tokens
+from compress.runtimes.runtime import UNSCORED, Answer, Generates, Passage, Score, Scores, passages_digest, scored_tokens
 
 _FLUSH_ROWS = 64
 _FLUSH_SECONDS = 2.0
@@ -58,7 +59,7 @@ class Journal:
 
 
 def answer_all(
-    session: Session, prompts: Sequence[Prompt], max_new_tokens: int, folder: Path, name: str, progress: Progress
+    session: Generates, prompts: Sequence[Prompt], max_new_tokens: int, folder: Path, name: str, progress: Progress
 ) -> list[Answer]:
     """Generate an answer to each prompt, in order; those in the journal of `name` in `folder` are not requested again.
 
@@ -99,7 +100,7 @@ def answer_all(
     return [answers[index] for index in range(len(prompts))]
 
 
-def score_all(session: Session, passages: Sequence[Passage], journal: Journal, progress: Progress) -> list[Score]:
+def score_all(session: Scores, passages: Sequence[Passage], journal: Journal, progress: Progress) -> list[Score]:
     """Score the passages, in order and in chunks; chunks in the journal are not scored again.
 
     The chunks' ends depend on the passages alone, so that a record is read in the chunks that it was written in.
@@ -249,9 +250,7 @@ def _chunks(passages: Sequence[Passage]) -> Iterator[list[Passage]]:
         yield chunk
 
 
-def _score_chunk(
-    session: Session, passages: Sequence[Passage], journal: Journal, chunk: str, progress: _SubProgress
-) -> list[Score]:
+def _score_chunk(session: Scores, passages: Sequence[Passage], journal: Journal, chunk: str, progress: _SubProgress) -> list[Score]:
     record = None if journal.record is None else journal.record / chunk
     against = None if journal.against is None else journal.against / chunk
     journal_path = journal.folder / "journal" / journal.name / f"scores-{chunk}.npz"

@@ -20,7 +20,7 @@ from compress.eval.results import (
 )
 from compress.eval.tasks.task import StoppingRule, Task, TaskContext
 from compress.progress import Progress
-from compress.runtimes.runtime import Session
+from compress.runtimes.runtime import CAPABILITIES, Session
 
 if TYPE_CHECKING:
     from compress.eval.grounding import GroundingCheck
@@ -56,7 +56,7 @@ class MeasureContext:
 def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) -> Measurement:
     """Run all tasks; write `measurement.json`, `items-<task>.parquet` and the original's `record/<task>` to `context.output_dir`.
 
-    A task that needs an ability which the session does not offer is skipped, with the reason.
+    A task that needs what the session cannot do is skipped, with the reason.
 
     Raises:
         DataError: a task's data cannot be used, or are not those the original was measured on.
@@ -74,8 +74,8 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
                 skipped[task.name] = "answers do not depend on the image, so nothing else was asked"
             elif task.name in skipped_before:
                 skipped[task.name] = f"of the original neither: {skipped_before[task.name]}"
-            elif task.needs not in session.offers:
-                skipped[task.name] = f"what serves this model does not offer {_ABILITY_TEXT[task.needs]}"
+            elif lacking := [CAPABILITIES[need] for need in task.needs if not isinstance(session, need)]:
+                skipped[task.name] = f"what serves this model does not offer {lacking[0]}"
                 context.progress.warn(f"task {task.name}: not measured: {skipped[task.name]}")
             else:
                 measurements.append(task.measure(_task_context(task, session, context)))
@@ -88,13 +88,6 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
     write_measurement(context.output_dir, measurement)
     remove_journal(context.output_dir)
     return measurement
-
-
-_ABILITY_TEXT = {
-    "text": "answers",
-    "scores": "log-probabilities of given tokens",
-    "comparison": "a comparison of images with texts",
-}
 
 
 def _task_context(task: Task, session: Session, context: MeasureContext) -> TaskContext:

@@ -1,8 +1,9 @@
 """Export a compressed checkpoint to a runtime's format."""
 
 FORMATS = {
-    "onnx": "compress.export.onnx.format:Onnx",
     "onnx-genai": "compress.export.onnx_genai.format:OnnxGenai",
+    "onnx": "compress.export.onnx.format:Onnx",
     "vllm": "compress.export.vllm.format:VllmExport",
 }
-"""The export formats a recipe can name: format → the class whose fields are its keys."""
+"""The export formats a recipe can name: format → the class whose fields are its keys. A folder is of the first that recognises it:
+one of onnxruntime-genai has ONNX graphs too, and what no other format claims is read as a checkpoint."""

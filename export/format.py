@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import importlib.metadata
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
-from compress.checkpoints.artifact import artifact_format
+from compress.checkpoints.artifact import side_files
+from compress.checkpoints.quantization_config import Product
 from compress.checkpoints.spec import CheckpointSpec
 from compress.export import FORMATS
 from compress.families import Family
+from compress.hardware import processor
+from compress.numerics.scheme import Scheme
 from compress.progress import Progress
 from compress.recipe.schema import Frozen, load_row
 
@@ -31,6 +35,17 @@ class ExportContext:
 
     family: Family
     progress: Progress
+
+
+@dataclass(frozen=True)
+class Usage:
+    """The usage section of an artifact's model card."""
+
+    library: str
+    """The hub's `library_name`."""
+
+    instructions: str
+    """Markdown."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +76,54 @@ class Export(Frozen, ABC):
     libraries: ClassVar[tuple[str, ...]] = ("torch", "safetensors")
     """The distributions in this environment whose versions affect the result."""
 
-    runtimes: ClassVar[frozenset[str]]
-    """The names of the runtimes that can run the artifact."""
+    usage: ClassVar[Usage]
+    """How a user runs the artifact."""
+
+    own_files: ClassVar[tuple[str, ...]] = ()
+    """The names of its files beside weights, config.json, and the files of tokenizer and processor."""
+
+    @classmethod
+    @abstractmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Return whether a folder is of this format, by the names of its files; see `FORMATS` for the order of the formats."""
+
+    @classmethod
+    @abstractmethod
+    def weight_files(cls, folder: Path) -> list[Path]:
+        """Return the files of an artifact's weights, sorted."""
+
+    @classmethod
+    def weight_bytes(cls, folder: Path) -> int:
+        """Return the size of an artifact's weights, in bytes."""
+        return sum(path.stat().st_size for path in cls.weight_files(folder))
+
+    @classmethod
+    @abstractmethod
+    def check_artifact(cls, folder: Path, family: Family) -> None:
+        """Check an existing artifact before anything is measured, without reading its weights.
+
+        Raises:
+            CheckpointError: a file is missing or damaged, or a setting is not supported.
+        """
+
+    @classmethod
+    def products_in(cls, folder: Path) -> frozenset[Product]:
+        """Return the matrix products of an existing artifact that its runtime needs kernels for; reads headers only."""
+        del cls, folder
+        return frozenset()
+
+    def products(self, schemes: Iterable[Scheme]) -> frozenset[Product]:
+        """Return the matrix products that linears of these schemes will need kernels for; none where the operators are its own."""
+        del schemes
+        return frozenset()
+
+    def shaping(self) -> list[Any]:
+        """Return what shapes the artifact beside checkpoint and settings, as JSON values for its key.
+
+        No device is among it: these exports compute on the CPU, without rounding floats. A format whose artifact fits one device
+        adds that.
+        """
+        return [self.revision, self.versions()]
 
     def versions(self) -> dict[str, str]:
         """Return the versions, by distribution, that affect the result; imports nothing heavy.
@@ -119,6 +180,10 @@ class VerifiedExport(Export, ABC):
             MissingError: the runtime that it needs is not installed.
         """
 
+    def verification_shaping(self) -> list[Any]:
+        """Return what shapes a verification's result beside the artifact, as JSON values for its key; graphs run on the CPU."""
+        return [self.verification_revision, self.verification_versions(), processor()]
+
     @abstractmethod
     def verify(self, context: VerifyContext) -> Verification:
         """Compare the artifact's components and answers with its checkpoint's.
@@ -128,15 +193,27 @@ class VerifiedExport(Export, ABC):
         """
 
 
-def runtimes_of(folder: Path) -> frozenset[str]:
-    """Return the names of the runtimes that can run the artifact in a folder."""
-    return _export_of(folder).runtimes
+def format_name(folder: Path) -> str:
+    """Return the name of an artifact's format, by its files."""
+    return next(name for name in FORMATS if _row(name).recognises(folder))
 
 
-def warnings_of(folder: Path, family: Family) -> list[str]:
-    """Return known problems of the artifact in a folder, one line each with its remedy."""
-    return _export_of(folder).warnings(folder, family)
+def format_of(folder: Path) -> type[Export]:
+    """Return the format of an artifact, by its files."""
+    return _row(format_name(folder))
 
 
-def _export_of(folder: Path) -> type[Export]:
-    return cast("type[Export]", load_row(FORMATS, artifact_format(folder)))
+def artifact_files(folder: Path) -> list[Path]:
+    """Return the files of an artifact: config, weights, and the files of tokenizer and processor; other files do not count."""
+    row = format_of(folder)
+    named = [folder / name for name in ("config.json", *row.own_files) if (folder / name).is_file()]
+    return sorted([*named, *row.weight_files(folder), *(folder / name for name in side_files(folder))])
+
+
+def artifact_bytes(folder: Path) -> int:
+    """Return the size of an artifact's files, in bytes."""
+    return sum(path.stat().st_size for path in artifact_files(folder))
+
+
+def _row(name: str) -> type[Export]:
+    return cast("type[Export]", load_row(FORMATS, name))

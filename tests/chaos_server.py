@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar, cast
 
-from compress.runtimes.runtime import Prompt
+from compress.data.prompts import Prompt
 
 MODEL = "served"
 SECONDS = 600

@@ -12,7 +12,8 @@ from compress.checkpoints.artifact import copy_side_files
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import pack_linear, quantization_config, unquantized_linears
 from compress.engine.weights import ShardWriter, WeightReader
-from compress.families import family_of, within
+from compress.families import within
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme

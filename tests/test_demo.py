@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 import compress
+from compress.data.prompts import Prompt
 from compress.eval.results import ScoreMetrics, read_measurement
 from compress.eval.tasks.vqa import Vqa as VqaTask
 from compress.pipeline.runner import RunFolders
@@ -13,7 +14,7 @@ from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.recipe.model import read_recipe
 from compress.report.model import Report
-from compress.runtimes.runtime import OpenContext, Prompt
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.vllm.runtime import Vllm
 from compress.workers.environment import install
 from tests.runtimes.agreement import KERNELS
@@ -89,7 +90,7 @@ def test_vllm_answers_as_the_in_process_runtime_does(
     asked = [read_measurement(folder).questions("scenes") for folder in kept]
     here = {item.id: item.said for item in max(asked, key=len)}
     runtime = Vllm(runtime="vllm", dtype="float16", max_model_len=512, kv_cache_gib=1, kernels=KERNELS)
-    with runtime.open(OpenContext(Path(row.path), tmp_path, Silent())) as session:
+    with runtime.open(OpenContext.at(Path(row.path), tmp_path, Silent())) as session:
         there = {answer.id: answer.text for answer in session.answer(prompts, task.resolved_definition().max_new_tokens, Silent())}
     assert len(there) == 400
     assert sum(here[name] == said for name, said in there.items()) >= 0.98 * 400

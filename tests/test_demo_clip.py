@@ -15,7 +15,7 @@ from compress.eval.results import ScoreMetrics
 from compress.eval.tasks.zero_shot import ZeroShot
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.recipe.model import read_recipe
@@ -64,7 +64,7 @@ def classify(runtime: Runtime, artifact: Path, logs: Path) -> NDArray[np.float64
     task: Any = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, ZeroShot)
     pictures = [ImageInput(question.id, question.images[0]) for question in task.images([Path(task.data.source)], "class")]
-    with runtime.open(OpenContext(artifact, logs, Silent())) as session:
+    with runtime.open(OpenContext.at(artifact, logs, Silent())) as session:
         return session.classify(pictures, [task.class_texts(name) for name in task.classes], Silent())
 
 

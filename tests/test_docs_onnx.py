@@ -13,13 +13,14 @@ import onnx
 import pyarrow.parquet as parquet
 import pytest
 
+from compress.data.prompts import Prompt
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
 from compress.export.onnx.graphs import GRAPHS
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.progress import Silent
 from compress.runtimes.onnxruntime.runtime import Onnxruntime
-from compress.runtimes.runtime import ImageInput, OpenContext, Prompt, Session
+from compress.runtimes.runtime import ImageInput, OpenContext
 from tests.tiny import BUILDERS, picture
 
 PARQUET: Any = parquet
@@ -42,8 +43,8 @@ def export(source: Path, target: Path, **fields: Any) -> Path:
 
 
 @contextmanager
-def opened(artifact: Path, logs: Path) -> Generator[Session]:
-    with Onnxruntime(runtime="onnxruntime").open(OpenContext(artifact, logs, SILENT)) as session:
+def opened(artifact: Path, logs: Path) -> Generator[Any]:
+    with Onnxruntime(runtime="onnxruntime").open(OpenContext.at(artifact, logs, SILENT)) as session:
         yield session
 
 

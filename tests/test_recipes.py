@@ -19,7 +19,8 @@ from compress.errors import RecipeError
 from compress.eval.harness import ENVIRONMENTS
 from compress.eval.tasks.adapter import Adapter
 from compress.export.format import VerifiedExport
-from compress.families import FAMILIES, family_of
+from compress.families import FAMILIES
+from compress.families.resolve import family_of
 from compress.hubs.hub import open_pinned, resolve_model
 from compress.pipeline.plan import Plan, make_plan
 from compress.pipeline.steps.export import ExportArtifact
@@ -173,7 +174,7 @@ def test_a_shipped_recipe_can_be_planned(path: Path, plan_of: Callable[[Path], P
             *(
                 f"measure {export.artifact}{place}"
                 for place, target in zip(places, recipe.eval.places, strict=True)
-                if target.runtime.runtime in export.runtimes
+                if target.runtime.runs(export.format)
             ),
         ]
         for export in recipe.export

@@ -1,4 +1,4 @@
-"""Files of a checkpoint beside its weights, the formats of artifacts, and an artifact's record (`compress.json`)."""
+"""Files of a checkpoint beside its weights, and an artifact's record (`compress.json`)."""
 
 from __future__ import annotations
 
@@ -9,9 +9,8 @@ import subprocess
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
+from compress.checkpoints.checkpoint import read_json_object
 from compress.checkpoints.config_types import check_config
 from compress.checkpoints.tokenizer_files import write_uncut
 from compress.errors import CheckpointError
@@ -38,13 +37,6 @@ _TEMPLATES = "additional_chat_templates"
 
 RECORD = "compress.json"
 """The record of an artifact: its provenance, and the digest of every file."""
-
-ArtifactFormat = Literal["onnx", "onnx-genai", "vllm"]
-"""The format of an artifact's folder: ONNX graphs, a folder of onnxruntime-genai, or a checkpoint."""
-
-_GENAI = "genai_config.json"
-_GENAI_IMAGES = "vision_processor.json"
-"""The files of onnxruntime-genai: the model's config, and the steps of its image processor."""
 
 
 def is_side_file(name: str) -> bool:
@@ -123,38 +115,6 @@ def folder_digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder by its relative POSIX path, in order of the paths."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
-
-
-def artifact_format(folder: Path) -> ArtifactFormat:
-    """Return the format of an artifact's folder, by its files."""
-    if (folder / _GENAI).is_file():
-        return "onnx-genai"
-    return "onnx" if any(folder.glob("*.onnx")) else "vllm"
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """Return the files of an artifact's weights: safetensors and their index, or graphs and their external data."""
-    if artifact_format(folder) == "vllm":
-        return sorted(open_checkpoint(folder).weight_files)
-    return sorted([*folder.glob("*.onnx"), *folder.glob("*.onnx_data"), *folder.glob("*.onnx.data")])
-
-
-def weight_bytes(folder: Path) -> int:
-    """Return the size of an artifact's weights, in bytes: all tensors of a checkpoint, or graphs with their external data."""
-    if artifact_format(folder) == "vllm":
-        return open_checkpoint(folder).weight_bytes
-    return sum(path.stat().st_size for path in weight_files(folder))
-
-
-def checkpoint_files(folder: Path) -> list[Path]:
-    """Return the files of an artifact: config, weights, and the files of tokenizer and processor."""
-    named = [folder / name for name in ("config.json", _GENAI, _GENAI_IMAGES) if (folder / name).is_file()]
-    return sorted([*named, *weight_files(folder), *(folder / name for name in side_files(folder))])
-
-
-def checkpoint_bytes(folder: Path) -> int:
-    """Return the size of an artifact's files, in bytes; other files in its folder do not count."""
-    return sum(path.stat().st_size for path in checkpoint_files(folder))
 
 
 def write_record(folder: Path, record: Mapping[str, object]) -> None:

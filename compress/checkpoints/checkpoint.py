@@ -13,7 +13,7 @@ from typing import Any, cast
 
 from compress.checkpoints.config_types import check_config, patterns_in
 from compress.errors import CheckpointError
-from compress.families import text_defaults
+from compress.families.records import text_defaults
 from compress.untrusted.limits import limits
 from compress.untrusted.reading import check_folder, inside, parse_json, printable, read_object
 from compress.untrusted.trial import try_patterns

@@ -14,7 +14,8 @@ from compress.checkpoints.checkpoint import read_config, text_config
 from compress.checkpoints.tokenizer_files import never_cut
 from compress.data.images import decode_image
 from compress.errors import CheckpointError, DataError
-from compress.families import Family, family_at
+from compress.families import Family
+from compress.families.resolve import family_at
 from compress.untrusted.reading import foreign
 from compress.untrusted.trial import try_template
 
@@ -49,10 +50,10 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     return tokenizer
 
 
-def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
+def load_processor(folder: Path, trust_remote_code: bool = False, family: Family | None = None) -> Any:
     """Load a checkpoint's processor, for use in memory only, with its family's chat template where it ships none.
 
-    Its tokenizer cuts nothing, whatever its files say.
+    Its tokenizer cuts nothing, whatever its files say. Without `family`, the folder's own is resolved where a template is missing.
 
     Raises:
         CheckpointError: it cannot be loaded, or its chat template does not work.
@@ -68,7 +69,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False) -> Any:
         shipped = getattr(getattr(processor, "tokenizer", processor), "chat_template", None)
         if isinstance(shipped, dict):  # several by name, as a list in the file
             shipped = cast("dict[str, str]", shipped).get("default")
-        processor.chat_template = shipped or family_at(folder, trust_remote_code).chat_template or None
+        processor.chat_template = shipped or (family or family_at(folder, trust_remote_code)).chat_template or None
     if processor.chat_template is not None:  # without one, text can be scored all the same
         check_template(processor, folder)
     return processor

@@ -1,8 +1,8 @@
 """Model architectures as data: one frozen record per file."""
 
-from compress.families.family import Family, ScalePair, family_at, family_of, says_tied, text_defaults, within
+from compress.families.family import Family, ScalePair, within
 
-__all__ = ["FAMILIES", "Family", "ScalePair", "family_at", "family_of", "says_tied", "text_defaults", "within"]
+__all__ = ["FAMILIES", "Family", "ScalePair", "within"]
 
 FAMILIES = {
     "qwen2-vl": "compress.families.qwen2_vl:QWEN2_VL",

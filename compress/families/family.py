@@ -1,33 +1,13 @@
-"""The record of a model architecture, and the choice of the record for a checkpoint."""
+"""The record of a model architecture."""
 
 from __future__ import annotations
 
-import importlib
 import re
-from collections.abc import Container, Iterator, Mapping
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
-
-from compress.errors import CheckpointError
-
-if TYPE_CHECKING:
-    from compress.checkpoints.checkpoint import Checkpoint
+from typing import Any, cast
 
 _IMAGE_INPUT = "pixel_values"
-_LLAVA = (
-    "is LLaVA in its authors' own form, which transformers does not read; use the repository of the same model at llava-hf, or "
-    "convert it with convert_llava_weights_to_hf.py from transformers' sources"
-)
-_OTHER_FORMATS: Mapping[str, str] = {
-    "internvl_chat": (
-        "is InternVL in its authors' own form, which transformers does not read; use the repository of the same model whose name "
-        "ends in -hf, such as OpenGVLab/InternVL3-2B-hf, or convert it with convert_internvl_weights_to_hf.py from transformers' "
-        "sources"
-    ),
-    **dict.fromkeys(("llava_llama", "llava_mistral", "llava_qwen"), _LLAVA),
-}
-"""Messages for models whose files are another format of a supported architecture, by `model_type`."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +135,7 @@ class Family:
 
     def says_tied(self, config: Mapping[str, Any]) -> bool:
         """Return whether a config ties the output head to the embeddings; the weights may contradict it."""
-        stated = [value for value in (_value(config, key) for key in self.tied_by) if value is not None]
+        stated = [value for value in (config_value(config, key) for key in self.tied_by) if value is not None]
         return self.head is not None and (any(stated) if stated else self.tied_default)
 
     def module_name(self, disk_name: str) -> str:
@@ -172,78 +152,7 @@ def within(name: str, prefix: str) -> bool:
     return name == prefix or name.startswith(f"{prefix}.")
 
 
-def family_of(
-    config: Mapping[str, Any], where: str = "config.json", checkpoint: Checkpoint | None = None, trust_remote_code: bool = False
-) -> Family:
-    """Return the family of a model by its config.json; `where` is the folder, file or hub id for messages.
-
-    Where no record fits, one is derived from the `checkpoint`, if any; this imports torch, and with `trust_remote_code` the
-    model's own code.
-
-    Raises:
-        CheckpointError: no record fits, and none can be derived.
-    """
-    family, misfit = _matching_record(config)
-    if family is not None:
-        return family
-    if checkpoint is not None and (trust_remote_code or config.get("model_type") not in _OTHER_FORMATS):
-        from compress.engine.derive.derived import derive_family
-
-        return derive_family(checkpoint, f"{where}: {misfit}", trust_remote_code)
-    raise CheckpointError(f"{where}: {misfit}")
-
-
-def family_at(folder: Path, trust_remote_code: bool = False) -> Family:
-    """Return the family of the checkpoint in a folder; its weights are read only where no record fits its config.
-
-    Raises:
-        CheckpointError: no record fits, and none can be derived.
-    """
-    from compress.checkpoints.checkpoint import open_checkpoint, read_config
-
-    config = read_config(folder)
-    return _matching_record(config)[0] or family_of(config, str(folder), open_checkpoint(folder), trust_remote_code)
-
-
-def _matching_record(config: Mapping[str, Any]) -> tuple[Family | None, str]:
-    """Return the record that fits a config, or None and the reason."""
-    records = list(_families())
-    family = next((family for family in records if family.model_type == config.get("model_type")), None)
-    if family is None:
-        if message := _OTHER_FORMATS.get(str(config.get("model_type"))):
-            return None, f"model_type {config.get('model_type')!r} {message}"
-        types = ", ".join(family.model_type for family in records)
-        return None, f"model_type {config.get('model_type')!r} is no supported architecture; supported are {types}"
-    for key, required in family.requires:
-        value = _value(config, key)
-        allowed = required if isinstance(required, tuple) else (required,)
-        if value is not None and value not in allowed:
-            choices = " or ".join(map(repr, allowed))
-            return None, f"{key} is {value!r}; of {family.model_type} only checkpoints with {choices} there are supported"
-    return family, ""
-
-
-def says_tied(config: Mapping[str, Any]) -> bool:
-    """Return whether a config ties the output head to the embeddings; of an unknown architecture, by its top level alone."""
-    family = next((family for family in _families() if family.model_type == config.get("model_type")), None)
-    return bool(config.get("tie_word_embeddings")) if family is None else family.says_tied(config)
-
-
-def text_defaults(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return the defaults of config.json's text section for an architecture; empty for an unknown one."""
-    defaults = (family.defaults for family in _families() if family.model_type == config.get("model_type"))
-    return dict(next(defaults, ()))
-
-
-def _families() -> Iterator[Family]:
-    from compress.families import FAMILIES
-
-    for row in FAMILIES.values():
-        module, _, attribute = row.partition(":")
-        yield cast("Family", getattr(importlib.import_module(module), attribute))
-
-
-def _value(config: Mapping[str, Any], key: str) -> object:
+def config_value(config: Mapping[str, Any], key: str) -> object:
     """Return the value at a dotted key; None where it is missing."""
     value: object = config
     for name in key.split("."):

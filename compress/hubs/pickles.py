@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 from compress.checkpoints.artifact import copy_side_files
 from compress.checkpoints.checkpoint import INDEX, SINGLE, read_config, read_index
 from compress.errors import CheckpointError
-from compress.families import says_tied
+from compress.families.records import says_tied
 from compress.files import telling_where, write_json
 from compress.untrusted.reading import foreign, inside
 

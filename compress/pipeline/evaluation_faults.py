@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, cast
 
 from compress.export.format import Export
@@ -11,7 +11,7 @@ from compress.recipe.document import RecipeDocument, dotted
 from compress.recipe.model import AnyEvaluation
 from compress.recipe.schema import load_row
 from compress.runtimes import RUNTIMES
-from compress.runtimes.runtime import Runtime
+from compress.runtimes.runtime import Capability, Embeds, Runtime, Served
 
 
 def task_faults(evaluation: AnyEvaluation, document: RecipeDocument, family: Family, exports: Sequence[Export]) -> list[str]:
@@ -27,20 +27,17 @@ def task_faults(evaluation: AnyEvaluation, document: RecipeDocument, family: Fam
     for position, task in enumerate(evaluation.eval.tasks):
         key = ("eval", "tasks", position)
         where = f"{document.whereabouts(key)}: {dotted(key)}"
-        if generates != (task.needs != "comparison"):
+        if generates != (Embeds not in task.needs):
             does, alternative = ("writes text", "vqa or perplexity") if generates else ("compares images with texts", "zero-shot")
             faults.append(f"{where}: {family.name} {does}, which {task.task} does not measure; use {alternative}")
             continue
         for target in evaluation.eval.places:
             runtime = target.runtime
-            if task.needs_server and not runtime.asks_server:
-                remedy = _remedy(exports, lambda row: row.asks_server)
-                faults.append(
-                    f"{where}: {task.task} needs a server, and runtime {runtime.runtime} has none for harnesses to ask; {remedy}"
-                )
-            elif task.needs not in runtime.offers:
-                remedy = _remedy(exports, lambda row, needed=task.needs: needed in row.offers)
-                faults.append(f"{where}: runtime {runtime.runtime} does not offer {task.task}; {remedy}")
+            if lacking := set(task.needs) - runtime.offers:
+                does_not = f"runtime {runtime.runtime} does not offer {task.task}"
+                if Served in lacking:
+                    does_not = f"{task.task} needs a server, and runtime {runtime.runtime} has none for harnesses to ask"
+                faults.append(f"{where}: {does_not}; {_remedy(exports, task.needs)}")
     return faults
 
 
@@ -56,12 +53,12 @@ def length_faults(evaluation: AnyEvaluation, document: RecipeDocument, config: M
     return faults
 
 
-def _remedy(exports: Sequence[Export], supports: Callable[[type[Runtime]], bool]) -> str:
-    """Return the sentence that names the runtimes which support a need and run the exported formats."""
+def _remedy(exports: Sequence[Export], needs: Iterable[Capability]) -> str:
+    """Return the sentence that names the runtimes which offer what is needed and run the exported formats."""
     runtimes = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
-    supporting = [name for name in sorted(runtimes, reverse=True) if supports(runtimes[name])]
+    supporting = [name for name in sorted(runtimes, reverse=True) if runtimes[name].offers.issuperset(needs)]
     formats = sorted({export.format for export in exports})
-    usable = [name for name in supporting if not formats or any(name in export.runtimes for export in exports)]
+    usable = [name for name in supporting if not formats or any(map(runtimes[name].runs, formats))]
     if usable:
         return f"set eval.runtime to {' or '.join(usable)}"
     return f"what does ({', '.join(supporting)}) runs no {' or '.join(formats)}; use another format, or leave the task out"

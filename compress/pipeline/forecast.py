@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from compress.checkpoints.checkpoint import Checkpoint
-from compress.checkpoints.quantization_config import Product, products_of
+from compress.checkpoints.quantization_config import Product
 from compress.checkpoints.spec import CheckpointSpec, spec_of
 from compress.data.sources import QuestionSource
 from compress.errors import RecipeError
@@ -32,8 +32,8 @@ class Forecast:
     gate_notes: tuple[str, ...] = ()
     """Limits of the gate that the results cannot meet."""
 
-    products: frozenset[Product] = frozenset()
-    """The matrix products that the linears need kernels for."""
+    products: Mapping[str, frozenset[Product]] = field(default_factory=lambda: dict[str, frozenset[Product]]())
+    """The matrix products that each artifact's linears need kernels for."""
 
 
 def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, family: Family) -> Forecast:
@@ -69,12 +69,13 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
             sizes[position] = export.predict_bytes(before[0])
     if faults:
         raise RecipeError(faults)
+    schemes = [scheme for spec in before for scheme in spec.schemes.values()]
     return Forecast(
         stages=tuple(plans),
         export_bytes=sizes,
         notes=outlook_notes(recipe, before or (source,), source.weight_bytes),
         gate_notes=size_notes(recipe, checkpoint, sizes),
-        products=products_of(scheme for spec in before for scheme in spec.schemes.values()),
+        products={export.artifact: export.products(schemes) for export in recipe.export},
     )
 
 

@@ -18,6 +18,7 @@ from compress.pipeline.steps.stage import ApplyStage
 from compress.pipeline.steps.step import ORIGINAL, Step
 from compress.pipeline.steps.verify import VerifyArtifact
 from compress.recipe.model import AnyEvaluation, Recipe
+from compress.runtimes.runtime import ServingRuntime
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def measurements(evaluation: AnyEvaluation, inputs: Inputs, artifacts: Sequence[
     def measure(index: int, model: str, artifact: AnyArtifact | None, original: Measure | None) -> Measure:
         target = targets[index]
         name = f"measure {model}{suffixes[target.name]}"
-        return Measure(name, evaluation, inputs.tasks, target, inputs.devices, inputs.weights, artifact, original)
+        return Measure(name, evaluation, inputs.tasks, target, inputs.family, inputs.devices, inputs.weights, artifact, original)
 
     models = {target.name: {ORIGINAL: measure(index, ORIGINAL, None, None)} for index, target in enumerate(targets)}
     steps: list[Step] = [by_model[ORIGINAL] for by_model in models.values()]
@@ -122,16 +123,18 @@ def measurements(evaluation: AnyEvaluation, inputs: Inputs, artifacts: Sequence[
         if isinstance(artifact, ExportArtifact):
             steps += [artifact, *_verification(artifact)]
         for index, target in enumerate(targets):
-            if target.runtime.runtime in artifact.runtimes:
+            if target.runtime.runs(artifact.format):
                 step = measure(index, artifact.artifact, artifact, models[target.name][ORIGINAL])
                 models[target.name][artifact.artifact] = step
                 steps.append(step)
     latencies: dict[str, MeasureLatency] = {}
     for target in targets:
-        if evaluation.eval.latency is not None and target.runtime.serves:
-            runnable = tuple(artifact for artifact in artifacts if target.runtime.runtime in artifact.runtimes)
+        if evaluation.eval.latency is not None and isinstance(target.runtime, ServingRuntime):
+            runnable = tuple(artifact for artifact in artifacts if target.runtime.runs(artifact.format))
             name = f"latency{suffixes[target.name]}"
-            latencies[target.name] = MeasureLatency(name, evaluation.eval.latency, target, inputs.weights, runnable)
+            latencies[target.name] = MeasureLatency(
+                name, evaluation.eval.latency, target.runtime, inputs.family, inputs.weights, runnable
+            )
     return Measurements((*steps, *latencies.values()), models, latencies)
 
 

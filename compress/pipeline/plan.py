@@ -4,20 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoints.artifact import artifact_format, checkpoint_files
-from compress.checkpoints.awq_gptq_config import check_packed_config
-from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.output_head import check_head, head_notes
-from compress.checkpoints.quantization_config import Product, foreign_format, products_in
+from compress.checkpoints.quantization_config import Product, foreign_format
 from compress.checkpoints.spec import spec_of
 from compress.checkpoints.tokens_check import check_tokens
 from compress.errors import RecipeError, UsageError
-from compress.export.format import Export, runtimes_of, warnings_of
-from compress.families import Family, family_of
+from compress.export.format import Export, artifact_files, format_name, format_of
+from compress.families import Family
+from compress.families.resolve import family_of
 from compress.hardware import default_device, gpus
 from compress.hubs.hub import open_pinned, resolve_model, weights_notes
 from compress.pipeline.evaluation_faults import length_faults, task_faults
@@ -168,8 +166,7 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     inputs = _inputs(recipe, original, store)
     sets = tuple(pin_data(data, store) for data in recipe.calibration.sets) if recipe.calibration else ()
     made = compression(recipe, inputs, sets, outlook)
-    products = {export.artifact: outlook.products for export in recipe.export if export.format == "vllm"}
-    artifacts = _Artifacts(made.artifacts, products, document.notes, made, outlook.notes, outlook.gate_notes)
+    artifacts = _Artifacts(made.artifacts, outlook.products, document.notes, made, outlook.notes, outlook.gate_notes)
     if recipe.publish:
         names = [export.artifact for export in recipe.export]
         check_publish_folders(Path(recipe.publish.to), recipe.name, names, store.fingerprint)
@@ -188,26 +185,20 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
     for folder in (artifact.expanduser().resolve() for artifact in artifacts):
         if folder.name in (ORIGINAL, *(other.artifact for other in existing)):
             raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
-        if artifact_format(folder) == "vllm":
-            check_packed_config(open_checkpoint(folder))
-        existing.append(ExistingArtifact(folder.name, folder, _artifact_key(folder, store), runtimes_of(folder)))
-    runtimes = {artifact.artifact: artifact.runtimes for artifact in existing}
-    evaluation, model, document = read_evaluation(path, settings, original, runtimes)
+        existing.append(ExistingArtifact(folder.name, folder, _artifact_key(folder, store), format_name(folder)))
+    formats = {artifact.artifact: artifact.format for artifact in existing}
+    evaluation, model, document = read_evaluation(path, settings, original, formats)
     opened = _open_original(model, store)
     _check_evaluation(evaluation, document, opened, ())
+    products: dict[str, frozenset[Product]] = {}
+    warnings: list[str] = []
     for artifact in existing:
-        if artifact_format(artifact.folder) != "vllm" and find_spec("onnx") is not None:
-            from compress.export.onnx.files import check_artifact
-
-            check_artifact(artifact.folder, opened.family)
-    products = {
-        artifact.artifact: products_in(read_config(artifact.folder))
-        for artifact in existing
-        if artifact_format(artifact.folder) == "vllm"
-    }
-    warnings = tuple(line for artifact in existing for line in warnings_of(artifact.folder, opened.family))
+        row = format_of(artifact.folder)
+        row.check_artifact(artifact.folder, opened.family)
+        products[artifact.artifact] = row.products_in(artifact.folder)
+        warnings += row.warnings(artifact.folder, opened.family)
     inputs = _inputs(evaluation, opened, store)
-    return _plan(evaluation, model, opened, inputs, _Artifacts(tuple(existing), products, document.notes, warnings=warnings))
+    return _plan(evaluation, model, opened, inputs, _Artifacts(tuple(existing), products, document.notes, warnings=tuple(warnings)))
 
 
 @dataclass(frozen=True)
@@ -275,8 +266,8 @@ def _inputs(evaluation: AnyEvaluation, original: _Original, store: Store) -> Inp
 def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, inputs: Inputs, made: _Artifacts) -> Plan:
     measured = measurements(evaluation, inputs, made.artifacts)
     items = count_items(inputs.tasks)
-    runtimes = {artifact.artifact: artifact.runtimes for artifact in made.artifacts}
-    unfit, kernel_notes = kernels(evaluation, runtimes, made.products)
+    formats = {artifact.artifact: artifact.format for artifact in made.artifacts}
+    unfit, kernel_notes = kernels(evaluation, formats, made.products)
     before = made.compression.before if made.compression is not None else ()
     return Plan(
         evaluation=evaluation,
@@ -304,6 +295,4 @@ def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, input
 
 def _artifact_key(artifact: Path, store: Store) -> str:
     """Return a digest of everything in an existing artifact that shapes its measurements."""
-    if artifact_format(artifact) == "vllm":
-        return resolve_model(str(artifact), "huggingface", "main").digest(store.fingerprint)
-    return digest_of({path.relative_to(artifact).as_posix(): store.fingerprint(path) for path in checkpoint_files(artifact)})
+    return digest_of({path.relative_to(artifact).as_posix(): store.fingerprint(path) for path in artifact_files(artifact)})

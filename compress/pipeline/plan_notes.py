@@ -18,6 +18,7 @@ from compress.pipeline.plan_data import sample_limit
 from compress.recipe.model import AnyEvaluation, Recipe
 from compress.report.figures import counted
 from compress.report.figures import size as shown_size
+from compress.runtimes.runtime import Served
 
 _BYTES_PER_TOKEN = 66
 """Of a server's answer for each token of the vocabulary: 10 MB at 152,000."""
@@ -56,17 +57,18 @@ def tokenizer_notes(folder: Path) -> tuple[str, ...]:
 
 
 def kernels(
-    evaluation: AnyEvaluation, runtimes: Mapping[str, frozenset[str]], products: Mapping[str, frozenset[Product]]
+    evaluation: AnyEvaluation, formats: Mapping[str, str], products: Mapping[str, frozenset[Product]]
 ) -> tuple[list[str], list[str]]:
     """Return the faults of artifacts whose kernels do not run on this machine, and notes on those that do.
 
-    `runtimes` are the names of those that run each artifact, and `products` its matrix products that need a kernel, by its name.
+    `formats` and `products` hold each artifact's format, and its matrix products that need a kernel where known, by its name.
     """
     faults: dict[str, None] = {}
     notes: dict[str, None] = {}
     for target in evaluation.eval.places:
-        for artifact, needed in products.items():
-            if target.runtime.runtime in runtimes[artifact]:
+        for artifact, export_format in formats.items():
+            if target.runtime.runs(export_format):
+                needed = products.get(artifact, frozenset())
                 faults |= dict.fromkeys(f"{artifact} at {target.name}: {fault}" for fault in target.runtime.kernel_faults(needed))
                 notes |= dict.fromkeys(f"{artifact} at {target.name}: {note}" for note in target.runtime.kernel_notes(needed))
     return list(faults), list(notes)
@@ -79,7 +81,7 @@ def full_vocabulary(evaluation: AnyEvaluation, config: Mapping[str, Any]) -> tup
     asked = {
         target.name: cast("int", getattr(target.runtime, "whole_tokens", 0))
         for target in evaluation.eval.places
-        if target.runtime.asks_server
+        if Served in target.runtime.offers
     }
     return tuple(
         f"at {name} every model scores {tokens:,} tokens of each task over the whole vocabulary, in about "
@@ -97,7 +99,7 @@ def unmeasured(evaluation: AnyEvaluation) -> tuple[str, ...]:
         for target in evaluation.eval.places
         for need, reason in target.runtime.missing().items()
         for task in evaluation.eval.tasks
-        if task.needs == need
+        if need in task.needs
     )
 
 
@@ -152,7 +154,7 @@ def size_notes(recipe: Recipe, checkpoint: Checkpoint, exports: Mapping[int, int
             continue
         for position, predicted in exports.items():
             export = recipe.export[position]
-            if target.runtime.runtime in export.runtimes:
+            if target.runtime.runs(export.format):
                 notes |= dict.fromkeys(_size_faults(export.artifact, limit, (predicted, other_bytes), (original_bytes, weights)))
     return tuple(notes)
 

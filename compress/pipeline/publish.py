@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from compress.checkpoints.artifact import (
     RECORD,
-    ArtifactFormat,
-    artifact_format,
     folder_digests,
     is_terms,
     source_commit,
@@ -19,6 +16,7 @@ from compress.checkpoints.artifact import (
 )
 from compress.checkpoints.checkpoint import read_json_object
 from compress.errors import StoreError
+from compress.export.format import format_of
 from compress.files import write_text
 from compress.pipeline.publish_folders import publish_folder, replace_folder
 from compress.progress import Progress
@@ -66,31 +64,6 @@ def _check_unchanged(copy: Path, record: Mapping[str, Any], folder: Path) -> Non
         raise StoreError(f"{folder}: is not what was measured any more; run `compress store verify`, then this command again")
 
 
-@dataclass(frozen=True)
-class _Usage:
-    """The usage section of an artifact's model card."""
-
-    library: str
-    """The hub's `library_name`."""
-
-    instructions: str
-    """Markdown."""
-
-
-_USAGE: Mapping[ArtifactFormat, _Usage] = {
-    "vllm": _Usage("vllm", "```\nvllm serve FOLDER\n```"),
-    "onnx": _Usage(
-        "onnxruntime",
-        "Each `.onnx` file is a graph for ONNX Runtime; the `.onnx_data` files beside it are its weights: keep them together. "
-        "Inputs and outputs are named in the graphs; tokenizer and processor in this folder prepare prompts and images for them.",
-    ),
-    "onnx-genai": _Usage(
-        "onnxruntime-genai",
-        '```python\nimport onnxruntime_genai\n\nmodel = onnxruntime_genai.Model("FOLDER")\n```',
-    ),
-}
-
-
 def _compares(report: Report) -> bool:
     """Return whether the model compares images with texts and generates none."""
     return all(task["task"] in ("zero-shot", "retrieval") for task in report.recipe["eval"]["tasks"])
@@ -120,7 +93,7 @@ def card(report: Report, name: str) -> str:
     source_name = Path(source).name if is_local(source) else source
     forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
     base = [] if is_local(source) else [f"base_model: {source}"]
-    usage = _USAGE[artifact_format(Path(rows[-1].path))]
+    usage = format_of(Path(rows[-1].path)).usage
     kind = "zero-shot-image-classification" if _compares(report) else "image-text-to-text"
     licence = [f"{key}: {report.source[key]}" for key in _LICENCE if key in report.source]
     front = "\n".join(

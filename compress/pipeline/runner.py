@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from compress.checkpoints.artifact import checkpoint_bytes, weight_bytes
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, StoreError
 from compress.eval.results import ItemizedMeasurement
+from compress.export.format import artifact_bytes, format_of
 from compress.files import telling_where, write_json, write_text
 from compress.gate.gate import MeasuredModel, Verdict, combine_verdicts
 from compress.gate.judge import judge
@@ -312,7 +312,7 @@ class _Run:
         paths = {ORIGINAL: original, **{artifact.artifact: artifact.at(self.context) for artifact in self.plan.artifacts}}
         checkpoint = open_checkpoint(original)
         weights = sum(entry.elements for entry in checkpoint.tensors.values())
-        original_bytes = checkpoint_bytes(original)
+        original_bytes = artifact_bytes(original)
         rows: list[Row] = []
         for name, measurement in measured.items():
             path = paths[name]
@@ -323,9 +323,9 @@ class _Run:
                     artifact=name,
                     runtime=target.runtime.runtime,
                     path=str(path),
-                    bytes=checkpoint_bytes(path),
-                    size_ratio=checkpoint_bytes(path) / original_bytes,
-                    bits_per_weight=8 * weight_bytes(path) / weights,
+                    bytes=artifact_bytes(path),
+                    size_ratio=artifact_bytes(path) / original_bytes,
+                    bits_per_weight=8 * format_of(path).weight_bytes(path) / weights,
                     metrics={task: row.metrics for task, row in measurement.tasks.items()},
                     fidelity=fidelity or None,
                     target=target.name,

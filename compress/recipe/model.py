@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, Self, Union, cast
 
@@ -25,6 +25,7 @@ from compress.recipe.document import Place, RecipeDocument, dotted, override, re
 from compress.recipe.renamed_keys import rename_keys
 from compress.recipe.schema import Frozen, Source, union_of
 from compress.runtimes import RUNTIMES
+from compress.runtimes.runtime import ServingRuntime, runtimes_for
 from compress.stages import STAGES
 
 
@@ -179,12 +180,12 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Recipe
 
 
 def read_evaluation(
-    path: Path, settings: Mapping[str, Any], original: str, artifacts: Mapping[str, frozenset[str]]
+    path: Path, settings: Mapping[str, Any], original: str, artifacts: Mapping[str, str]
 ) -> tuple[Evaluation, Model, RecipeDocument]:
     """Read the name, tasks and gate of a recipe, or of a file that holds these alone, for artifacts that are there already.
 
-    `original` is a folder or hub id, as a recipe's `model.source`, and given back as a model; `artifacts` says which runtimes run
-    each. What else a recipe says is left out, unread.
+    `original` is a folder or hub id, as a recipe's `model.source`, and given back as a model; `artifacts` gives the format of each.
+    What else a recipe says is left out, unread.
 
     Raises:
         RecipeError: with every fault found, each naming file and line, or the override, and what is allowed.
@@ -226,26 +227,21 @@ def _cross_check(document: RecipeDocument, recipe: Recipe) -> list[str]:
             if name in names[:position]:
                 where = document.whereabouts((*place, position))
                 faults.append(f"{where}: {dotted((*place, position))}: a second {kind} called {name}; {remedy}")
-    artifacts = {export.artifact: export.runtimes for export in recipe.export}
+    artifacts = {export.artifact: str(export.format) for export in recipe.export}
     for position, export in enumerate(recipe.export):
-        if not any(target.runtime.runtime in export.runtimes for target in recipe.eval.places):
-            where = document.whereabouts(("export", position))
+        if not any(target.runtime.runs(export.format) for target in recipe.eval.places):
+            where, usable = document.whereabouts(("export", position)), " or ".join(runtimes_for(export.format))
             faults.append(
-                f"{where}: export.{position}: {export.format} runs in {_listed(export.runtimes)}, and eval measures in none of "
+                f"{where}: export.{position}: {export.format} runs in {usable}, and eval measures in none of "
                 "these; set eval.runtime to one, or add a target with it"
             )
     return [*faults, *_eval_faults(document, recipe, artifacts), *_gate_faults(document, recipe)]
 
 
-def _listed(runtimes: Iterable[str]) -> str:
-    """Return runtimes for a message; a server elsewhere is named last."""
-    return " or ".join(sorted(runtimes, key=lambda name: (name == "endpoint", name)))
-
-
-def _eval_faults(document: RecipeDocument, recipe: AnyEvaluation, artifacts: Mapping[str, frozenset[str]]) -> list[str]:
+def _eval_faults(document: RecipeDocument, recipe: AnyEvaluation, artifacts: Mapping[str, str]) -> list[str]:
     """Return what of the targets, of latency and of grounding cannot be measured as it stands.
 
-    `artifacts` says which runtimes run each.
+    `artifacts` gives the format of each.
     """
     faults: list[str] = []
     several = recipe.eval.targets is not None
@@ -254,13 +250,13 @@ def _eval_faults(document: RecipeDocument, recipe: AnyEvaluation, artifacts: Map
         where = f"{document.whereabouts(place)}: {dotted(place)}"
         if target.name in [other.name for other in recipe.eval.places[:position]]:
             faults.append(f"{where}: a second target called {target.name}; give one of them another name")
-        here = [name for name, runtimes in artifacts.items() if target.runtime.runtime in runtimes]
+        here = [name for name, export_format in artifacts.items() if target.runtime.runs(export_format)]
         if not here:
-            needed = _listed({name for runtimes in artifacts.values() for name in runtimes})
+            needed = " or ".join(runtimes_for(*artifacts.values()))
             faults.append(f"{where}: runtime {target.runtime.runtime} runs none of the artifacts; they run in {needed}")
         else:
             faults += [f"{where}: {fault}" for fault in target.runtime.faults(here)]
-    if recipe.eval.latency is not None and not any(target.runtime.serves for target in recipe.eval.places):
+    if recipe.eval.latency is not None and not any(isinstance(target.runtime, ServingRuntime) for target in recipe.eval.places):
         where = document.whereabouts(("eval", "latency"))
         faults.append(
             f"{where}: eval.latency: is measured of a server, and no target has one; set a runtime to vllm, onnxruntime or endpoint"

@@ -44,10 +44,15 @@ def is_local(source: str) -> bool:
     return Path(source).is_absolute()
 
 
+def load_attribute(row: str) -> Any:
+    """Import what `module:name` points to: a table's row stands for it, so that it is imported when it is asked for."""
+    module, _, attribute = row.partition(":")
+    return getattr(importlib.import_module(module), attribute)
+
+
 def load_row(table: Mapping[str, str], name: str) -> type[Frozen]:
     """Import the class that a table's row `name → "module:Class"` points to."""
-    module, _, attribute = table[name].partition(":")
-    return cast("type[Frozen]", getattr(importlib.import_module(module), attribute))
+    return cast("type[Frozen]", load_attribute(table[name]))
 
 
 def union_of(table: Mapping[str, str], discriminator: str) -> Any:

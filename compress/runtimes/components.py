@@ -7,21 +7,19 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import nn
 from transformers import GenerationConfig
 
-from compress.data.prompts import load_processor, longest_input, open_images, run_processor
+from compress.data.prompts import Prompt, open_images, run_processor
 from compress.errors import DataError
 from compress.eval.latency.results import Component, ComponentTable
 from compress.eval.latency.settings import LoadPoint
-from compress.families import Family, family_at
-from compress.progress import Progress
+from compress.families import Family
 from compress.runtimes.inputs import Encoder
-from compress.runtimes.runtime import Prompt
+from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.transformers.model import choose_device, choose_dtype, load_model
 
 ComponentName = Literal["vision", "projector", "prefill", "decode"]
@@ -30,22 +28,8 @@ DECODED = 8
 """Decode steps per repeat; the repeat's decode time is their mean."""
 
 
-@dataclass(frozen=True)
-class ComponentTiming:
-    """One measurement of an artifact's components."""
-
-    artifact: Path
-    point: LoadPoint
-    """The load point whose prompts `prompt` is one of."""
-
-    prompt: Prompt
-    repeats: int
-    trust_remote_code: bool = False
-    device: str = "auto"
-
-
-def measure_components(timed: ComponentTiming, progress: Progress) -> ComponentTable:
-    """Return the time of each component, after one warm-up run.
+def measure_components(runtime: Runtime, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
+    """Return the time of each component of the dense model; see `Runtime.time_components`.
 
     Components that the family's record does not name, or that the prompt does not run, are left out: the vision tower without an
     image, prefill and decode of a model that generates no text.
@@ -54,32 +38,31 @@ def measure_components(timed: ComponentTiming, progress: Progress) -> ComponentT
         CheckpointError: the artifact cannot be read.
         DataError: the model cannot take the prompt.
     """
-    device = choose_device(timed.device)
-    dtype = choose_dtype("auto", timed.artifact, device)
-    family = family_at(timed.artifact, timed.trust_remote_code)
-    processor = load_processor(timed.artifact, timed.trust_remote_code)
-    model = load_model(timed.artifact, dtype, device, progress, timed.trust_remote_code)
+    device = choose_device(str(getattr(runtime, "device", "auto")))
+    dtype, family = choose_dtype("auto", context.artifact, device), context.family
+    encoder = Encoder.of(context, 1)
+    model = load_model(context, dtype, device)
     neutral = GenerationConfig(do_sample=False, max_new_tokens=DECODED + 1, min_new_tokens=DECODED + 1, pad_token_id=0)
     for module in model.modules():  # models ship sampling and penalties, to which `generate` falls back
         if getattr(module, "generation_config", None) is not None:
             module.generation_config = neutral
-    repeats: list[dict[ComponentName, float]] = []
-    with torch.inference_mode(), progress.task("time components", timed.repeats, "repeats") as advance:
-        inputs = _inputs(timed, family, processor, device)
-        for repeat in range(timed.repeats + 1):
+    rows: list[dict[ComponentName, float]] = []
+    with torch.inference_mode(), context.progress.task("time components", repeats, "repeats") as advance:
+        inputs = _inputs(encoder, context, prompt, device)
+        for repeat in range(repeats + 1):
             clock = _Clock(device)
             with _hooked(model, family, clock):
                 _run(model, family, inputs, neutral)
             if repeat:
-                repeats.append(clock.milliseconds())
+                rows.append(clock.milliseconds())
                 advance(1)
     order: Sequence[ComponentName] = ("vision", "projector", "prefill", "decode")
     return ComponentTable(
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
-        point=timed.point,
+        point=point,
         sequence_tokens=int(inputs["input_ids"].shape[1]),
-        components=tuple(component_of(name, [row[name] for row in repeats]) for name in order if repeats and name in repeats[0]),
+        components=tuple(component_of(name, [row[name] for row in rows]) for name in order if rows and name in rows[0]),
     )
 
 
@@ -173,19 +156,17 @@ def _decoder_hooks(modules: dict[str, nn.Module], family: Family, clock: _Clock)
     return [first.register_forward_pre_hook(enter), head.register_forward_hook(leave)]
 
 
-def _inputs(timed: ComponentTiming, family: Family, processor: Any, device: torch.device) -> dict[str, Any]:
-    if family.head is None:  # CLIP has no chat template
-        images = open_images(timed.prompt) or None
+def _inputs(encoder: Encoder, context: OpenContext, prompt: Prompt, device: torch.device) -> dict[str, Any]:
+    if encoder.family.head is None:  # CLIP has no chat template
+        images = open_images(prompt) or None
         values = run_processor(
-            processor, timed.prompt.id, text=[timed.prompt.text], images=images, truncation=True, return_tensors="pt"
+            encoder.processor, prompt.id, text=[prompt.text], images=images, truncation=True, return_tensors="pt"
         )
         return {key: value.to(device) for key, value in values.items()}
-    pad = processor.tokenizer.pad_token_id
-    encoder = Encoder(processor, family, 0 if pad is None else int(pad), 1, longest_input(timed.artifact))
     faults: dict[int, str] = {}
-    batches = list(encoder.prompts([timed.prompt], DECODED + 1, faults))
+    batches = list(encoder.prompts([prompt], DECODED + 1, faults))
     if not batches:
-        raise DataError(f"{timed.artifact}: the parts of the model cannot be timed: {faults[0]}")
+        raise DataError(f"{context.artifact}: the parts of the model cannot be timed: {faults[0]}")
     return dict(encoder.collate(batches[0], "left", device))
 
 

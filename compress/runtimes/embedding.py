@@ -48,17 +48,28 @@ def towers_of(model: Any, device: torch.device) -> Towers:
     return Towers(texts, images, float(model.logit_scale.exp().to(torch.float32)))
 
 
-@dataclass(frozen=True)
-class Embedder:
-    """Embeds images and texts with a model's two towers and its processor."""
+class EmbeddingSession:
+    """A model with two towers, loaded in this process."""
 
-    towers: Towers
-    encoder: Encoder
+    def __init__(self, towers: Towers, encoder: Encoder) -> None:
+        self.encoder = encoder
+        self._towers: Towers | None = towers
 
+    @property
+    def towers(self) -> Towers:
+        """The loaded towers."""
+        assert self._towers is not None, "the session is closed"
+        return self._towers
+
+    def close(self) -> None:
+        """Free the towers."""
+        self._towers = None
+
+    @torch.inference_mode()
     def classify(
         self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
     ) -> NDArray[np.float64]:
-        """Return log-probabilities [images, classes]: the softmax of the scaled cosines with each class's mean embedding."""
+        """Return log-probabilities: the softmax of the scaled cosines with each class's mean embedding; see `Embeds.classify`."""
         with progress.task("embed texts", len(classes), "classes") as advance:
             prototypes = torch.stack([self._class_embedding(texts, advance) for texts in classes])
         rows = [
@@ -67,10 +78,11 @@ class Embedder:
         ]
         return torch.cat(rows).numpy()
 
+    @torch.inference_mode()
     def embed(
         self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
-        """Return the embeddings of all images and texts."""
+        """Return the embeddings of all images and texts; see `Embeds.embed`."""
         batches: list[Tensor] = []
         with progress.task("embed texts", len(texts), "texts") as advance:
             for first in range(0, len(texts), _BATCH_SIZE):
@@ -82,7 +94,7 @@ class Embedder:
         return Embeddings(images=image_embeds.numpy(), texts=text_embeds.numpy(), scale=self.towers.scale)
 
     def _batches(self, images: Sequence[ImageInput], width: int, progress: Progress, faults: Faults | None) -> Generator[Tensor]:
-        """Yield embeddings [images, width] batch by batch; see `Session.classify` for images that cannot be decoded."""
+        """Yield embeddings [images, width] batch by batch; see `Embeds.classify` for images that cannot be decoded."""
         with progress.task("embed images", len(images), "images") as advance:
             for first in range(0, len(images), _BATCH_SIZE):
                 batch = images[first : first + _BATCH_SIZE]

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from compress.checkpoints.checkpoint import read_json_object
+from compress.checkpoints.special_tokens import SpecialTokens, read_if_there, special_tokens
 from compress.data.images import image_size
-from compress.data.prompts import check_image_count, open_images, run_processor, write_prompt
-from compress.errors import DataError, UsageError
+from compress.data.prompts import (
+    Prompt,
+    check_image_count,
+    load_processor,
+    longest_input,
+    open_images,
+    run_processor,
+    write_prompt,
+)
+from compress.errors import DataError
 from compress.families import Family
-from compress.runtimes.runtime import Passage, Prompt, scored_tokens
+from compress.runtimes.runtime import OpenContext, Passage, scored_tokens
 
 _MASKS = "attention_mask"
 _SEQUENCE_DIMS = 2
@@ -49,6 +56,9 @@ class Encoded:
         return frozenset(self.sequences), frozenset(sizes.items())
 
 
+_NO_TOKENS = SpecialTokens(())
+
+
 @dataclass(frozen=True)
 class Encoder:
     """Turns prompts and passages into tensors by the artifact's own processor and chat template."""
@@ -59,6 +69,22 @@ class Encoder:
     tokens_per_batch: int
     max_length: int | None = None
     """The model's context length in tokens, None where its config has none."""
+
+    tokens: SpecialTokens = _NO_TOKENS
+
+    @staticmethod
+    def of(context: OpenContext, tokens_per_batch: int) -> Encoder:
+        """Return the encoder of an artifact.
+
+        Raises:
+            CheckpointError: its processor or a config cannot be read.
+        """
+        folder, tokens = context.artifact, special_tokens(context.artifact, context.family)
+        processor = load_processor(folder, context.trust_remote_code, context.family)
+        generation = read_if_there(folder, "generation_config.json")
+        pads = (generation.get("pad_token_id"), processor.tokenizer.pad_token_id, *tokens.stops, 0)
+        pad_id = int(next(value for value in pads if value is not None))
+        return Encoder(processor, context.family, pad_id, tokens_per_batch, longest_input(folder), tokens)
 
     def prompts(self, prompts: Sequence[Prompt], new_tokens: int, faults: dict[int, str]) -> Generator[list[Encoded]]:
         """Yield batches of prompts of similar length, longest first; each sample leaves room for `new_tokens` more.
@@ -138,44 +164,6 @@ class Encoder:
             raise DataError(f"{passage.id}: takes {length} tokens, and the model takes {self.max_length}; set a smaller window")
         ids = torch.tensor([passage.token_ids])
         return Encoded(index, {"input_ids": ids, "attention_mask": torch.ones_like(ids)}, {})
-
-
-def stops_and_pad(artifact: Path, processor: Any, text: Any) -> tuple[tuple[int, ...], int]:
-    """Return the end-of-sequence tokens and the padding token: from generation_config.json, the text config or the tokenizer."""
-    path = artifact / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else {}
-    tokenizer = processor.tokenizer
-    candidates = (generation.get("eos_token_id"), getattr(text, "eos_token_id", None), tokenizer.eos_token_id)
-    eos = next((value for value in candidates if value is not None), None)
-    stops = tuple(cast("list[int]", eos)) if isinstance(eos, list) else (() if eos is None else (int(eos),))
-    pads = (generation.get("pad_token_id"), tokenizer.pad_token_id, *stops, 0)
-    return stops, int(next(value for value in pads if value is not None))
-
-
-def check_generative(family: Family) -> None:
-    """Check that a model generates text.
-
-    Raises:
-        UsageError: it compares images with texts (CLIP).
-    """
-    if family.head is None:
-        raise UsageError(
-            f"{family.name} compares images with texts and writes none: measure it with task: zero-shot instead of "
-            "vqa or perplexity"
-        )
-
-
-def check_contrastive(family: Family) -> None:
-    """Check that a model compares images with texts (CLIP).
-
-    Raises:
-        UsageError: it generates text.
-    """
-    if family.head is not None:
-        raise UsageError(
-            f"{family.name} writes text and compares no images with texts: measure it with task: vqa instead of "
-            "zero-shot or retrieval"
-        )
 
 
 def _encodable(order: Sequence[int], encode: Callable[[int], Encoded], faults: dict[int, str]) -> Generator[Encoded]:

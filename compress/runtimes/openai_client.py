@@ -47,6 +47,9 @@ _MIN_CONSECUTIVE_FAILURES = 16
 """From how many failed items in a row on the server is at fault, at low concurrency."""
 
 _DENIED = {401, 403}
+_ABSENT = {404, 405, 501}
+"""Statuses of a path that a server does not have; some proxies answer 405 or 501 for it."""
+
 _REDIRECTS = {301, 302, 303, 307, 308}
 _RETRIED = {408, 409, 425}
 """Client errors that may pass: request timeout, conflict, too early."""
@@ -373,6 +376,46 @@ class _Workers(Generic[Item]):
     def _take(self) -> tuple[int, Item] | None:
         with self._lock:
             return None if self._stopped else next(self._items, None)
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """A model on a server, and the client to reach it."""
+
+    client: httpx.Client
+    model: str
+    """The served model's name."""
+
+    check: Callable[[], None]
+    """Raises ServerError if the server's process is known to have exited."""
+
+    address: Address
+
+
+def get_json(client: httpx.Client, address: Address, path: str, seconds: float) -> object:
+    """Return the JSON that a server answers at a path, None where it has no such path.
+
+    Raises:
+        ServerError: it cannot be reached, is too slow, refuses the key, or fails.
+    """
+    try:
+        with exchange(client, "GET", path, seconds) as response:
+            if response.status in _DENIED:
+                raise ServerError(denied_message(address, str(response.status)))
+            if response.status in _ABSENT:
+                return None
+            if httpx.codes.is_success(response.status):
+                return cast("object", response.json())
+            reason = excerpt(f"{response.status}: {error_message(response)}")
+    except httpx.TimeoutException as error:
+        raise ServerError(
+            f"{address.url}: did not answer within {seconds:g} seconds; raise request_seconds, or see what it is busy with"
+        ) from error
+    except httpx.HTTPError as error:
+        raise ServerError(f"{address.url}: no server answers there ({excerpt(str(error))}); start it, or correct url") from error
+    except (AnswerError, ValueError, RecursionError) as error:
+        reason = excerpt(str(error))
+    raise ServerError(f"{address.url}: {path} cannot be read ({reason}); give the URL of an OpenAI-compatible server")
 
 
 def excerpt(text: str, limit: int = _MESSAGE_CHARACTERS) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, cast, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,16 +17,17 @@ from numpy.typing import NDArray
 from compress.checkpoints.quantization_config import Product
 from compress.data.prompts import Prompt
 from compress.errors import UsageError
+from compress.families import Family
+from compress.families.resolve import family_at
 from compress.progress import Progress
-from compress.recipe.schema import Frozen
+from compress.recipe.schema import Frozen, load_attribute, load_row
+from compress.runtimes import RUNTIMES
 from compress.runtimes.vllm.ladder import LadderStep, ignore_step
 
 if TYPE_CHECKING:
     from compress.eval.latency.results import ComponentTable
     from compress.eval.latency.settings import LoadPoint
-
-Ability = Literal["text", "scores", "comparison"]
-"""What a session can do: generate text, give the log-probabilities of given tokens, or compare images with texts (CLIP)."""
+    from compress.runtimes.openai_client import ServedModel
 
 
 @dataclass(frozen=True)
@@ -109,12 +110,12 @@ Faults = dict[int, str]
 
 
 class Session(Protocol):
-    """A loaded artifact."""
+    """A loaded artifact. What it can do is which of the protocols below it implements; see `CAPABILITIES`."""
 
-    @property
-    def offers(self) -> frozenset[Ability]:
-        """The abilities of this artifact in this runtime."""
-        ...
+
+@runtime_checkable
+class Generates(Protocol):
+    """A session that generates text."""
 
     @property
     def block(self) -> int | None:
@@ -129,12 +130,18 @@ class Session(Protocol):
     ) -> list[Answer]:
         """Return the greedily decoded answer to each prompt, in order; `on_answer` is called with every answer as it arrives.
 
-        A prompt that cannot be answered gives an answer with its fault.
+        The model's sampling settings and penalties are left out. Placeholder tokens of images and videos are suppressed: an answer
+        that has one could not be scored. A prompt that cannot be answered gives an answer with its fault.
 
         Raises:
             ServerError: the runtime has stopped answering altogether.
         """
         ...
+
+
+@runtime_checkable
+class Scores(Protocol):
+    """A session that gives the log-probabilities of given tokens."""
 
     def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
         """Score the passages, in order; one that cannot be scored, or compared, gives a score with its fault.
@@ -144,8 +151,15 @@ class Session(Protocol):
 
         Raises:
             ServerError: the runtime has stopped answering altogether.
+            UsageError: `reference` was recorded on other passages, by another runtime, or with other settings.
+            StoreError: the record cannot be written.
         """
         ...
+
+
+@runtime_checkable
+class Embeds(Protocol):
+    """A session that compares images with texts (CLIP)."""
 
     def classify(
         self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
@@ -155,7 +169,7 @@ class Session(Protocol):
         An image that cannot be decoded has NaN in its row, and its fault is put into `faults` under its index.
 
         Raises:
-            DataError: an image cannot be decoded, and `faults` is None.
+            DataError: a text exceeds the model's context length, or an image cannot be decoded and `faults` is None.
         """
         ...
 
@@ -163,6 +177,20 @@ class Session(Protocol):
         self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
     ) -> Embeddings:
         """Return the embeddings of images and texts; see `classify` for images that cannot be decoded."""
+        ...
+
+
+@runtime_checkable
+class Served(Protocol):
+    """A session with a server that other programs can ask; it batches requests, so that repeated ones may differ a little."""
+
+    @property
+    def endpoint(self) -> ServedModel:
+        """The served model."""
+        ...
+
+    def reordered(self) -> Session:
+        """Return a session of the same model that sends requests in another order and other batches; closed with this one."""
         ...
 
 
@@ -188,13 +216,29 @@ class FullVocabularySession(Protocol):
         ...
 
 
-@runtime_checkable
-class Reorderable(Protocol):
-    """A session of a server that batches requests: its numbers depend on which requests are computed together."""
+Capability = type[Any]
+"""One of the protocols in `CAPABILITIES`: what a task needs of a session, and a runtime's sessions offer."""
 
-    def reordered(self) -> Session:
-        """Return a session of the same model that sends requests in another order and other batches; closed with this one."""
-        ...
+CAPABILITIES: Mapping[Capability, str] = {
+    Generates: "answers",
+    Scores: "log-probabilities of given tokens",
+    Embeds: "a comparison of images with texts",
+    Served: "a server for harnesses to ask",
+}
+"""What a session may be able to do, and what it gives, for messages."""
+
+AsCapable = TypeVar("AsCapable")
+
+
+def capable(session: Session, capability: type[AsCapable]) -> AsCapable:
+    """Return a session as one with a capability.
+
+    Raises:
+        UsageError: it lacks that.
+    """
+    if not isinstance(session, capability):
+        raise UsageError(f"what serves this model does not offer {CAPABILITIES[capability]}; measure another task")
+    return session
 
 
 @dataclass(frozen=True)
@@ -208,12 +252,22 @@ class OpenContext:
     """The folder for server logs."""
 
     progress: Progress
+    family: Family
     trust_remote_code: bool = False
     name: str = "original"
     """The artifact's name in the recipe."""
 
     on_ladder_step: Callable[[LadderStep], None] = ignore_step
     """Called with each setting that is lowered because a server ran out of memory while loading."""
+
+    @staticmethod
+    def at(artifact: Path, logs: Path, progress: Progress, trust_remote_code: bool = False, name: str = "original") -> OpenContext:
+        """Return the context of an artifact whose family is not resolved yet in this process.
+
+        Raises:
+            CheckpointError: its family is not known, and cannot be derived.
+        """
+        return OpenContext(artifact, logs, progress, family_at(artifact, trust_remote_code), trust_remote_code, name)
 
 
 @dataclass(frozen=True)
@@ -254,14 +308,24 @@ class Runtime(Frozen, ABC):
     pace: ClassVar[frozenset[str]] = frozenset()
     """The incidental fields that affect speed; they are in the key of a latency measurement."""
 
-    serves: ClassVar[bool] = False
-    """Whether it has a server that a load generator can measure."""
+    formats: ClassVar[frozenset[str]]
+    """The names of the export formats whose artifacts it runs. It takes checkpoints too, to measure the original."""
 
-    asks_server: ClassVar[bool] = False
-    """Whether its sessions are clients of a server that batches requests, so that repeated requests may be answered differently."""
+    opener: ClassVar[str]
+    """The function `module:name` that opens a session: (runtime, context) → a context manager. It is loaded when an artifact is
+    opened, as it imports the engine."""
 
-    offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores"})
-    """The abilities that the runtime has for some model; a session may have fewer."""
+    component_timer: ClassVar[str] = "compress.runtimes.components:measure_components"
+    """The function `module:name` that times the model's components; see `time_components`. By default by transformers, with dense
+    weights."""
+
+    offers: ClassVar[frozenset[Capability]] = frozenset({Generates, Scores})
+    """What its sessions implement for some model and server; a session may have less."""
+
+    @classmethod
+    def runs(cls, export_format: str) -> bool:
+        """Return whether it runs artifacts of a format."""
+        return export_format in cls.formats
 
     def settings(self, name: str | None = None) -> dict[str, Any]:
         """Return the fields that affect what is measured, as JSON values; with `name`, those that concern that artifact."""
@@ -297,13 +361,23 @@ class Runtime(Frozen, ABC):
         del products
         return []
 
-    def missing(self) -> dict[Ability, str]:
-        """Return the abilities in `offers` that are not available here, each with the reason; may query a server.
+    def missing(self) -> dict[Capability, str]:
+        """Return what of `offers` is not available here, each with the reason; may query a server.
 
         Raises:
             MissingError: a server does not answer.
         """
         return {}
+
+    def lowered(self, steps: Sequence[LadderStep]) -> Self:
+        """Return the runtime with the settings that a server came up with after it ran out of memory."""
+        del steps
+        return self
+
+    def latency_notes(self, *, components: bool) -> list[str]:
+        """Return caveats about latencies that were measured with it, and with `components` about its components' times."""
+        note = "The components are of the dense model: quantized weights are unpacked before they are timed."
+        return [note] if components else []
 
     @abstractmethod
     def versions(self) -> dict[str, str]:
@@ -313,38 +387,49 @@ class Runtime(Frozen, ABC):
             MissingError: the runtime is not installed here.
         """
 
-    @abstractmethod
-    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
-        """Load the artifact; it is always released when the context ends.
+    def open(self, context: OpenContext) -> AbstractContextManager[Any]:
+        """Load the artifact; the session is always released when the context ends. A server's log is among the context's logs.
 
         Raises:
-            MissingError: the runtime is not installed, or its server died while loading.
+            CheckpointError: the artifact cannot be read.
+            MissingError: the runtime, a device or a kernel is not there.
+            ServerError: the server did not start, or does not answer.
         """
-
-    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
-        """Start a server for the artifact, for a load generator to measure; it is ended when the context ends.
-
-        Raises:
-            UsageError: this runtime has no server.
-            MissingError: the runtime is not installed, or its server died while loading.
-        """
-        raise UsageError(
-            f"{context.artifact}: latency is measured of a server, and runtime: {self.runtime} has none; set runtime: vllm, "
-            "or leave out eval.latency"
-        )
+        return cast("AbstractContextManager[Any]", load_attribute(self.opener)(self, context))
 
     def time_components(self, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
-        """Return how long each component of the model takes in this process: by transformers, with dense weights.
+        """Return the time of each component of the model in this process, after a warm-up run; `prompt` is one of the load point's.
 
         Raises:
             CheckpointError: the artifact cannot be read.
             DataError: the model takes no such prompt.
         """
-        from compress.runtimes.components import ComponentTiming, measure_components
+        return cast("ComponentTable", load_attribute(self.component_timer)(self, context, point, prompt, repeats))
 
-        return measure_components(
-            ComponentTiming(context.artifact, point, prompt, repeats, context.trust_remote_code), context.progress
-        )
+
+class ServingRuntime(Runtime, ABC):
+    """A runtime with a server that a load generator can measure."""
+
+    server: ClassVar[str]
+    """The function `module:name` that starts the server: (runtime, context) → a context manager."""
+
+    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
+        """Start a server for the artifact, or connect to one; a started one is ended when the context ends.
+
+        Raises:
+            UsageError: the model generates no text.
+            CheckpointError: the artifact cannot be read.
+            MissingError: the runtime is not installed.
+            ServerError: the server did not start, or does not answer.
+        """
+        return cast("AbstractContextManager[RunningServer]", load_attribute(self.server)(self, context))
+
+
+def runtimes_for(*formats: str) -> list[str]:
+    """Return the names of the runtimes that run any of these formats, for messages; a server elsewhere is the last."""
+    rows = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
+    usable = [name for name, row in rows.items() if any(map(row.runs, formats))]
+    return sorted(usable, key=lambda name: (name == "endpoint", name))
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -162,10 +162,21 @@ class TopRecord:
         return Position(token=int(self._tokens[row]), log_probability=float(self._logs[row]), top=top)
 
 
-def scores_of(
-    passages: Sequence[Passage], predictions: Sequence[Sequence[Position] | str], original: TopRecord | None
+def score_top(
+    passages: Sequence[Passage],
+    record: Path | None,
+    reference: Path | None,
+    top: int,
+    predict: Callable[[TopRecord | None], Sequence[Sequence[Position] | str]],
 ) -> list[Score]:
-    """Return the scores of all passages, in order, with KL where there is a record of the original."""
+    """Return the scores of all passages, in order; see `Scores.score`.
+
+    `predict` returns each passage's predictions, or the fault that left it without, and is given the original's record if any.
+    """
+    original = TopRecord(reference, passages, top) if reference is not None else None
+    predictions = predict(original)
+    if record is not None:
+        write_record(record, passages, [[] if isinstance(row, str) else row for row in predictions], top)
     return [
         score_of(passage.id, positions, None if original is None else original.of(index))
         for index, (passage, positions) in enumerate(zip(passages, predictions, strict=True))

@@ -12,9 +12,10 @@ from typing import cast
 
 import numpy as np
 
+from compress.data.prompts import Prompt
 from compress.families import Family
 from compress.progress import Progress
-from compress.runtimes.runtime import Answer, Passage, Prompt, Session
+from compress.runtimes.runtime import Answer, Embeds, Generates, Passage, Scores, Session, capable
 from compress.verification.limits import DifferenceLimits
 from compress.verification.results import Agreement, Answers, Shown
 from compress.verification.samples import captions, questions, sample_images, without_images
@@ -47,8 +48,8 @@ def ask(session: Session, family: Family, reference: AnswerSet | None, progress:
 
     The scored answers are the model's own or, with `reference`, those of the reference model.
     """
-    if "text" not in session.offers:
-        return _match(session, reference, progress)
+    if not isinstance(session, Generates):
+        return _match(capable(session, Embeds), reference, progress)
     prompts = questions(family)
     variants: dict[Shown, list[Prompt]] = {
         "right image": prompts,
@@ -61,11 +62,11 @@ def ask(session: Session, family: Family, reference: AnswerSet | None, progress:
         answers[shown] = session.answer(variant, NEW_TOKENS, progress)
     scored = (reference.answers if reference else answers)["right image"]
     for shown in _SCORED:
-        likelihoods[shown] = _likelihoods(session, variants[shown], scored, progress)
+        likelihoods[shown] = _likelihoods(capable(session, Scores), variants[shown], scored, progress)
     return AnswerSet(answers, likelihoods)
 
 
-def _likelihoods(session: Session, prompts: Sequence[Prompt], answers: Sequence[Answer], progress: Progress) -> list[float]:
+def _likelihoods(session: Scores, prompts: Sequence[Prompt], answers: Sequence[Answer], progress: Progress) -> list[float]:
     """Return the mean log-likelihood per token of each answer to its prompt, in nats; NaN where it could not be scored."""
     passages = [Passage(prompt.id, answer.token_ids, prompt) for prompt, answer in zip(prompts, answers, strict=True)]
     scores = session.score(passages, None, None, progress)
@@ -74,7 +75,7 @@ def _likelihoods(session: Session, prompts: Sequence[Prompt], answers: Sequence[
     ]
 
 
-def _match(session: Session, reference: AnswerSet | None, progress: Progress) -> AnswerSet:
+def _match(session: Embeds, reference: AnswerSet | None, progress: Progress) -> AnswerSet:
     """Return the nearest caption of each image, and its log-probability for that image and, as the wrong one, for the next."""
     images, texts = sample_images(), captions()
     log_probabilities = session.classify(images, [[text] for text in texts], progress)

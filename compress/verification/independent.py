@@ -18,16 +18,13 @@ from transformers.utils import logging
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.skeleton import build_skeleton, load_config
 from compress.errors import CheckpointError
-from compress.families import family_of
-from compress.progress import Progress
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import fake_quantize_as_served
 from compress.runtimes.unpack import dense_tensors
 from compress.untrusted.reading import foreign
 
 
-def load_independently(
-    folder: Path, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
-) -> Any:
+def load_independently(context: OpenContext, dtype: torch.dtype, device: torch.device) -> Any:
     """Return a checkpoint as `from_pretrained` loads it, in evaluation mode, with activations fake-quantized as a runtime does.
 
     A quantized checkpoint is dequantized first, by `unpack`, which follows the formats' specifications alone.
@@ -35,13 +32,14 @@ def load_independently(
     Raises:
         CheckpointError: it cannot be read, or transformers finds no weight for a parameter.
     """
+    folder, trust_remote_code = context.artifact, context.trust_remote_code
     checkpoint = open_checkpoint(folder)
     architecture: Any = type(build_skeleton(folder, dtype, device, trust_remote_code))
     config = load_config(folder, trust_remote_code)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True, "local_files_only": True}
     source: Path | None = folder
     with (
-        progress.task("load weights into transformers", 1, "model") as advance,
+        context.progress.task("load weights into transformers", 1, "model") as advance,
         foreign(f"{folder}: transformers cannot load it"),
         _without_progress_bars(),
     ):
@@ -51,8 +49,7 @@ def load_independently(
         advance(1)
     if missing := sorted(cast("set[str]", loading_info["missing_keys"])):
         raise CheckpointError(f"{folder}: transformers finds no weight for {missing[0]}; fetch the checkpoint again")
-    family = family_of(checkpoint.config, str(folder), checkpoint, trust_remote_code)
-    fake_quantize_as_served(checkpoint, family, cast("nn.Module", model), device)
+    fake_quantize_as_served(checkpoint, context.family, cast("nn.Module", model), device)
     return model.to(device).eval()
 
 

@@ -16,6 +16,7 @@ from compress.data.images import decode_image
 from compress.errors import DataError
 from compress.families import Family
 from compress.progress import Progress
+from compress.runtimes.embedding import EmbeddingSession
 from compress.runtimes.inputs import Encoded, Encoder
 from compress.runtimes.runtime import Passage
 from compress.runtimes.transformers.session import TransformersSession
@@ -145,7 +146,7 @@ def _reference(model: Any, encoder: Encoder, encoded: Encoded, description: str,
     assert captured.embeddings is not None
     decoder_inputs = captured.embeddings if captured.decoder_inputs is None else captured.decoder_inputs
     ids = inputs["input_ids"][0]
-    placeholders = () if family.vision_readers else family.placeholders(model.config.to_dict())
+    placeholders = () if family.vision_readers else encoder.tokens.placeholders
     image_mask = torch.isin(ids, torch.tensor(placeholders, dtype=ids.dtype))
     mask = inputs.get(family.image_mask) if family.image_mask else None
     features = {name: _array(value[0]) for name, value in captured.cross.items()}
@@ -240,21 +241,21 @@ def _capture(captured: _Captured, name: str, transform: Callable[[Tensor], Tenso
 
 
 @torch.inference_mode()
-def towers(session: TransformersSession) -> ReferenceTowers:
+def towers(session: EmbeddingSession) -> ReferenceTowers:
     """Return the outputs of a CLIP checkpoint's two towers for generated images and captions."""
-    model, processor = session.model, session.encoder.processor
+    processor = session.encoder.processor
     image_inputs, texts = sample_images(), captions()
     images = [decode_image(item.image, item.id) for item in image_inputs]
     pixels: Tensor = processor.image_processor(images, return_tensors="pt")["pixel_values"]
     rows: list[Tensor] = []
     for text in texts:
         ids = torch.tensor([cast("list[int]", processor.tokenizer(text)["input_ids"])])
-        rows.append(model.get_text_features(input_ids=ids, attention_mask=torch.ones_like(ids)).pooler_output[0])
+        rows.append(session.towers.texts(ids, torch.ones_like(ids))[0])
     padded = processor.tokenizer(texts, padding=True, return_tensors="np")
     return ReferenceTowers(
         images=[item.id for item in image_inputs],
         pixels=_array(pixels),
-        image_embeds=_array(model.get_image_features(pixel_values=pixels).pooler_output),
+        image_embeds=_array(session.towers.images(pixels)),
         captions=texts,
         texts={name: np.asarray(padded[name], np.int64) for name in ("input_ids", "attention_mask")},
         text_embeds=_array(torch.stack(rows)),

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
 
+from compress.data.prompts import Prompt
 from compress.families import Family
-from compress.runtimes.runtime import ImageInput, Prompt
+from compress.runtimes.runtime import ImageInput
 
 _COLOURS = {
     "red": (214, 39, 40),

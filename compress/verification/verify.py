@@ -11,10 +11,12 @@ from compress.errors import VerificationError
 from compress.export.format import VerifyContext
 from compress.export.onnx.files import check_files
 from compress.runtimes.activations import activation_quantization_disabled
+from compress.runtimes.embedding import EmbeddingSession
 from compress.runtimes.onnxruntime.graph import Engine, GraphSession
 from compress.runtimes.runtime import OpenContext, Runtime
 from compress.runtimes.strip_activation_quantization import quantizes_activations
-from compress.runtimes.transformers.session import TransformersSession, TransformersSettings, open_session
+from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.transformers.session import TransformersSession, open_session
 from compress.verification import graphs
 from compress.verification.answers import ask, judge_answers
 from compress.verification.independent import load_independently
@@ -58,8 +60,9 @@ def verify_graphs(context: VerifyContext, runtime: Runtime, limits: DifferenceLi
         VerificationError: a difference exceeds its limit; the first component is named.
         CheckpointError: the checkpoint, or a graph, cannot be loaded or run.
     """
-    opening = OpenContext(context.source, context.logs, context.progress, context.trust_remote_code, "checkpoint")
-    with open_session(opening, TransformersSettings("float32", "cpu", _TOKENS_PER_BATCH), load_independently) as session:
+    reader = Transformers(runtime="transformers", dtype="float32", device="cpu", tokens_per_batch=_TOKENS_PER_BATCH)
+    opening = OpenContext(context.source, context.logs, context.progress, context.family, context.trust_remote_code, "checkpoint")
+    with open_session(reader, opening, load_independently) as session:
         expected = _reference_values(session, context, limits)
         reference_answers = ask(session, context.family, None, context.progress)
     default = _TOWERS if context.family.head is None else _GENERATIVE
@@ -80,9 +83,11 @@ class _ReferenceValues:
     exact: list[Reference] | ReferenceTowers
 
 
-def _reference_values(session: TransformersSession, context: VerifyContext, limits: DifferenceLimits) -> _ReferenceValues:
+def _reference_values(
+    session: TransformersSession | EmbeddingSession, context: VerifyContext, limits: DifferenceLimits
+) -> _ReferenceValues:
     def compute() -> list[Reference] | ReferenceTowers:
-        if context.family.head is None:
+        if isinstance(session, EmbeddingSession):
             return towers(session)
         return references(session, samples(context.family), context.progress)
 

@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from compress.errors import CompressError, DataError, MissingError, RecipeError, ServerError, UsageError
+from compress.errors import CompressError, DataError, MissingError, RecipeError, ServerError
 from compress.eval.harness import ENVIRONMENTS
 from compress.eval.results import AdapterItem, ScoreMetrics, TaskMeasurement, check_pairs, read_items, write_items
 from compress.eval.tasks.task import TaskContext
 from compress.progress import Progress
 from compress.runtimes.exchange import AnswerError, exchange, models_of
 from compress.runtimes.openai_client import excerpt
+from compress.runtimes.runtime import Served, capable
 from compress.untrusted.redaction import redact_value
 from compress.workers.worker import LogProgress, WorkerJob, run_job, variables_with
 
@@ -58,9 +59,7 @@ _JOB_FIELDS = {"harness", "benchmark", "metric", "filter", "samples", "fewshot",
 
 def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
     """See `Adapter.measure`."""
-    endpoint: Any = getattr(context.session, "endpoint", None)
-    if endpoint is None:
-        raise UsageError(f"task {task.name}: adapter needs a server: set eval.runtime to vllm or endpoint")
+    endpoint = capable(context.session, Served).endpoint
     with tempfile.TemporaryDirectory(prefix="compress-adapter-") as folder:
         outcome, items = _run(task, context, endpoint, Path(folder))
     if context.original_measurement is not None:

@@ -18,10 +18,11 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
+from compress.data.prompts import Prompt
 from compress.errors import MissingError, ServerError
 from compress.eval.latency.http_stream import Connection, ResponseLimits, StreamError
 from compress.eval.latency.settings import LoadPoint
-from compress.runtimes.runtime import Prompt, RunningServer
+from compress.runtimes.runtime import RunningServer
 from compress.untrusted.limits import limits
 from compress.untrusted.reading import printable
 from compress.untrusted.redaction import redact

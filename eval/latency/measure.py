@@ -14,20 +14,20 @@ from compress.eval.latency.results import Best, ComponentTable, Latency, LoadRes
 from compress.eval.latency.server_under_load import ServerUnderLoad, serve_under_load
 from compress.eval.latency.settings import LatencySettings, LoadPoint
 from compress.eval.latency.telemetry import combine
-from compress.hardware import describe, gpus
+from compress.families import Family
+from compress.hardware import describe
 from compress.progress import Progress
-from compress.runtimes.onnxruntime.runtime import Onnxruntime
-from compress.runtimes.runtime import OpenContext, Runtime
-from compress.runtimes.vllm.ladder import LadderStep, settings_after
-from compress.runtimes.vllm.runtime import Vllm
+from compress.runtimes.runtime import OpenContext, ServingRuntime
+from compress.runtimes.vllm.ladder import LadderStep
 
 
 @dataclass(frozen=True)
 class LatencyContext:
-    """The folder for logs, the progress, and whether the artifacts' own code may run."""
+    """The folder for logs, the progress, the models' family, and whether the artifacts' own code may run."""
 
     logs: Path
     progress: Progress
+    family: Family
     trust_remote_code: bool = False
 
 
@@ -52,7 +52,7 @@ class _LoweredError(Exception):
 
 
 def measure_latency(
-    runtime: Runtime, original: Path, artifacts: Mapping[str, Path], settings: LatencySettings, context: LatencyContext
+    runtime: ServingRuntime, original: Path, artifacts: Mapping[str, Path], settings: LatencySettings, context: LatencyContext
 ) -> Latency:
     """Run the same loads on a server of the original and of each artifact, in alternation on this machine, and compare.
 
@@ -61,7 +61,6 @@ def measure_latency(
     is measured with the settings that this one came up with. Failed requests are counted, and have no times.
 
     Raises:
-        UsageError: the runtime has no server.
         MissingError: the runtime is not installed, or an artifact has no tokenizer.
         ServerError: a server did not come up, does not answer requests of such a size, or ended under load.
     """
@@ -72,7 +71,12 @@ def measure_latency(
 
 class _LatencyMeasurement:
     def __init__(
-        self, runtime: Runtime, original: Path, artifacts: Mapping[str, Path], settings: LatencySettings, context: LatencyContext
+        self,
+        runtime: ServingRuntime,
+        original: Path,
+        artifacts: Mapping[str, Path],
+        settings: LatencySettings,
+        context: LatencyContext,
     ) -> None:
         self._runtime = runtime
         self._original = _Model("original", original)
@@ -149,8 +153,7 @@ class _LatencyMeasurement:
         ) as server:
             if steps:
                 self._steps += steps
-                if isinstance(self._runtime, Vllm):
-                    self._runtime = self._runtime.model_copy(update=settings_after(self._runtime.model_dump(), steps))
+                self._runtime = self._runtime.lowered(steps)
                 if any(other.loads or other.best for other in self._models):
                     context.progress.warn("the models measured so far are measured anew, with as little memory as this one has")
                     raise _LoweredError
@@ -158,7 +161,8 @@ class _LatencyMeasurement:
 
     def _open_context(self, model: _Model) -> OpenContext:
         context = self._context
-        return OpenContext(model.path, context.logs / model.name, context.progress, context.trust_remote_code, model.name)
+        logs = context.logs / model.name
+        return OpenContext(model.path, logs, context.progress, context.family, context.trust_remote_code, model.name)
 
     def _model_latency(self, model: _Model, original: ModelLatency | None) -> ModelLatency:
         points = tuple(self._point_latency(model, point, compared=original is not None) for point in model.loads)
@@ -199,13 +203,4 @@ class _LatencyMeasurement:
         clients = {load.client for model in self._models for loads in model.loads.values() for load in loads}
         if len(clients) > 1:
             notes.append("Not all loads were put on by the same client: servers of this target differ in the requests they take.")
-        if isinstance(self._runtime, Vllm) and self._runtime.url is None and self._runtime.eager and gpus():
-            notes.append("The server ran with eager: true, without CUDA graphs; eager: false is what a deployment would set.")
-        if isinstance(self._runtime, Onnxruntime):
-            notes.append(
-                "The server makes one answer after the other: requests queue. Its memory includes the libraries that prepare "
-                "prompts, which draws ratios of memory towards one."
-            )
-        elif self._settings.component_repeats:
-            notes.append("The components are of the dense model: quantized weights are unpacked before they are timed.")
-        return notes
+        return [*notes, *self._runtime.latency_notes(components=self._settings.component_repeats > 0)]

@@ -14,7 +14,7 @@ from compress.eval.latency.load_generator import DIALECTS, Load, make_requests, 
 from compress.eval.latency.results import Telemetry
 from compress.eval.latency.settings import LatencySettings, LoadPoint
 from compress.eval.latency.telemetry import ServerMonitor, monitor_server
-from compress.runtimes.runtime import OpenContext, RunningServer, Runtime
+from compress.runtimes.runtime import OpenContext, RunningServer, ServingRuntime
 from compress.workers.environment import find
 from compress.workers.exit_reason import describe_exit
 
@@ -76,11 +76,10 @@ def _has_ended(process: int) -> bool:
 
 
 @contextmanager
-def serve_under_load(runtime: Runtime, context: OpenContext, settings: LatencySettings) -> Generator[ServerUnderLoad]:
+def serve_under_load(runtime: ServingRuntime, context: OpenContext, settings: LatencySettings) -> Generator[ServerUnderLoad]:
     """Start a model's server, alone on the machine, and end it with the context.
 
     Raises:
-        UsageError: the runtime has no server.
         MissingError: it is not installed, or the server did not come up.
     """
     seconds = float(getattr(runtime, "request_seconds", _REQUEST_SECONDS))

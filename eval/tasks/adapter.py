@@ -15,6 +15,7 @@ from compress.eval.harness import ENVIRONMENTS
 from compress.eval.results import AdapterItem, AnyItem, TaskMeasurement
 from compress.eval.tasks.task import Task, TaskContext
 from compress.recipe.schema import Source
+from compress.runtimes.runtime import Capability, Generates, Served
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -39,7 +40,6 @@ class Adapter(Task):
 
     task_revision: ClassVar[int] = 1
     item_type: ClassVar[type[AnyItem]] = AdapterItem
-    needs_server: ClassVar[bool] = True
 
     task: Literal["adapter"]
     harness: Literal["lmms", "lm"]
@@ -88,6 +88,11 @@ class Adapter(Task):
     def metric_name(self) -> str:
         """The harness's name of the metric; empty where that is the first that an item has."""
         return self.metric or ""
+
+    @property
+    def needs(self) -> tuple[Capability, ...]:
+        """Answers, and a server that the harness asks for them."""
+        return (Generates, Served)
 
     @property
     def data(self) -> None:

@@ -17,7 +17,7 @@ from compress.eval.metrics.letter import LETTERS, named_option
 from compress.eval.results import QuestionItem
 from compress.eval.tasks.question_task import QuestionSet, QuestionTask, ScoredAnswer, Scorer, look_count
 from compress.eval.tasks.task import TaskContext, sampling_note, score_passages, score_twice
-from compress.runtimes.runtime import Ability, Answer, Passage, Score
+from compress.runtimes.runtime import Answer, Capability, Generates, Passage, Score, Scores
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -46,9 +46,9 @@ class Choice(QuestionTask):
         return self
 
     @property
-    def needs(self) -> Ability:
+    def needs(self) -> tuple[Capability, ...]:
         """Log-probabilities of given tokens where options are scored by likelihood, else generated text."""
-        return "scores" if self.by == "likelihood" else "text"
+        return (Scores,) if self.by == "likelihood" else (Generates,)
 
     @property
     def metric_name(self) -> str:

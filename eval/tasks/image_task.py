@@ -33,7 +33,7 @@ from compress.eval.tasks.task import (
 )
 from compress.files import write_bytes
 from compress.recipe.schema import Source
-from compress.runtimes.runtime import Ability, Faults, ImageInput, Score, unscored
+from compress.runtimes.runtime import Capability, Embeds, Faults, ImageInput, Score, unscored
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -97,9 +97,9 @@ class ImageTask(Task, ABC):
         return {"name": fields.get("task", ""), **fields}
 
     @property
-    def needs(self) -> Ability:
+    def needs(self) -> tuple[Capability, ...]:
         """Similarities of images with texts."""
-        return "comparison"
+        return (Embeds,)
 
     @property
     def data(self) -> QuestionSource:

@@ -36,7 +36,7 @@ from compress.eval.tasks.task import (
     warn_if_fewer,
 )
 from compress.recipe.schema import Source
-from compress.runtimes.runtime import Ability, Passage, Score
+from compress.runtimes.runtime import Capability, Passage, Score, Scores
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -92,9 +92,9 @@ class Perplexity(Task):
         return PerplexityMetrics.metric
 
     @property
-    def needs(self) -> Ability:
+    def needs(self) -> tuple[Capability, ...]:
         """Log-probabilities of given tokens."""
-        return "scores"
+        return (Scores,)
 
     @property
     def data(self) -> TextSource:

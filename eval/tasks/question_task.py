@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import PositiveInt, ValidationInfo, field_validator, model_validator
 
-from compress.checkpoints.checkpoint import read_json_object
+from compress.checkpoints.special_tokens import end_tokens
+from compress.data.prompts import Prompt
 from compress.data.sources import Columns, ImageFolder, QuestionSource, RowFilter
 from compress.errors import CheckpointError, DataError, RecipeError
 from compress.eval.definition import Definition, Kind, find_definition, read_definition
@@ -46,7 +47,7 @@ from compress.eval.tasks.task import (
     warn_if_fewer,
 )
 from compress.recipe.schema import Source
-from compress.runtimes.runtime import Answer, Passage, Prompt, Score
+from compress.runtimes.runtime import Answer, Generates, Passage, Score, capable
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -264,9 +265,11 @@ class QuestionTask(Task, ABC):
             ServerError: the runtime does not answer any more.
         """
         prompts, limit = self.prompts(question_set), self.resolved_definition().max_new_tokens
-        answers = answer_all(context.session, prompts, limit, context.output_dir, question_set.name, context.progress)
-        end_tokens = read_end_tokens(context.original_checkpoint)
-        own_tokens = [_with_end(answer, limit, end_tokens) for answer in answers]
+        answers = answer_all(
+            capable(context.session, Generates), prompts, limit, context.output_dir, question_set.name, context.progress
+        )
+        ends = read_end_tokens(context.original_checkpoint)
+        own_tokens = [_with_end(answer, limit, ends) for answer in answers]
         scored_tokens = own_tokens if question_set.original is None else [item.token_ids for item in question_set.original]
         passages = [Passage(id=prompt.id, token_ids=ids, prompt=prompt) for prompt, ids in zip(prompts, scored_tokens, strict=True)]
         scores = score_passages(context, question_set.name, passages)
@@ -283,7 +286,9 @@ class QuestionTask(Task, ABC):
         """
         prompts, first_items, session = self.prompts(question_set), question_set.original or (), reordered_session(context.session)
         limit = self.resolved_definition().max_new_tokens
-        answers = answer_all(session, prompts, limit, context.output_dir, repeat_name(question_set.name), context.progress)
+        answers = answer_all(
+            capable(session, Generates), prompts, limit, context.output_dir, repeat_name(question_set.name), context.progress
+        )
         passages = [
             Passage(id=item.id, token_ids=item.token_ids, prompt=prompt) for item, prompt in zip(first_items, prompts, strict=True)
         ]
@@ -409,20 +414,13 @@ def look_count(context: TaskContext) -> int:
 
 
 def read_end_tokens(folder: Path) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens, the default one first, from a checkpoint's generation config or config.
+    """Return the end-of-sequence tokens of a checkpoint; see `special_tokens.end_tokens`.
 
     Raises:
-        CheckpointError: neither names one.
+        CheckpointError: no file names one.
     """
-    for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        if not path.is_file():
-            continue
-        config = read_json_object(path)
-        text_config = cast("dict[str, Any]", config.get("text_config") or {})
-        end_tokens: object = config.get("eos_token_id", text_config.get("eos_token_id"))
-        if end_tokens is not None:
-            return tuple(cast("list[int]", end_tokens)) if isinstance(end_tokens, list) else (cast("int", end_tokens),)
+    if tokens := end_tokens(folder):
+        return tokens
     raise CheckpointError(f"{folder}: no eos_token_id in generation_config.json or config.json; add it, so that answers can end")
 
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from compress.errors import CheckpointError, DataError
 from compress.eval.tasks.image_task import Floats, ImageTask, Pool, Predictions, read_record, write_record
 from compress.eval.tasks.task import TaskContext, digest_text
-from compress.runtimes.runtime import Embeddings, Faults, ImageInput
+from compress.runtimes.runtime import Embeddings, Embeds, Faults, ImageInput, capable
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -71,7 +71,7 @@ class Retrieval(ImageTask):
 
     def predict(self, pool: Pool, pictures: Sequence[ImageInput], context: TaskContext, faults: Faults) -> Predictions:
         """Embed images and captions, and rank them among each other; see `ImageTask.predict`."""
-        embeddings = context.session.embed(pictures, pool.texts, context.progress, faults)
+        embeddings = capable(context.session, Embeds).embed(pictures, pool.texts, context.progress, faults)
         embedded = np.delete(embeddings.images, list(faults), axis=0)
         if not all(np.isfinite(values).all() for values in (embedded, embeddings.texts, embeddings.scale)):
             raise CheckpointError(

@@ -37,7 +37,7 @@ from compress.eval.results import (
 from compress.eval.statistics.estimates import mean_interval
 from compress.progress import Progress
 from compress.recipe.schema import Frozen, load_row
-from compress.runtimes.runtime import Ability, Passage, Reorderable, Score, Session, unscored
+from compress.runtimes.runtime import Capability, Generates, Passage, Score, Scores, Served, Session, unscored
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -118,9 +118,6 @@ class Task(Frozen, ABC):
     asks: ClassVar[bool] = False
     """Whether it asks questions about images and scores the answers."""
 
-    needs_server: ClassVar[bool] = False
-    """Whether it sends requests to a server itself, so that the runtime must have one."""
-
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     """The name in reports and of its files, unique in a recipe; the default is the definition's or data set's name."""
 
@@ -135,9 +132,9 @@ class Task(Frozen, ABC):
         """The name of its main figure: a row of `METRICS`, or another harness's own."""
 
     @property
-    def needs(self) -> Ability:
-        """The ability that the model, and the runtime that serves it, must offer."""
-        return "text"
+    def needs(self) -> tuple[Capability, ...]:
+        """What a session of the model must be able to do."""
+        return (Generates,)
 
     @property
     @abstractmethod
@@ -181,7 +178,7 @@ def kinds_judged_by(check: str) -> list[str]:
 
 
 def score_passages(
-    context: TaskContext, name: str, passages: Sequence[Passage], against: str | None = None, session: Session | None = None
+    context: TaskContext, name: str, passages: Sequence[Passage], against: str | None = None, session: Scores | None = None
 ) -> list[Score]:
     """Score a task's passages: the original's predictions are recorded as `name`, an artifact's are compared with that record.
 
@@ -196,7 +193,7 @@ def score_passages(
     reference = None if context.original_measurement is None else context.original_measurement / "record" / name
     if against is not None:
         reference = context.output_dir / "record" / against
-    if "scores" not in context.session.offers or (reference is not None and passages and not reference.is_dir()):
+    if not isinstance(context.session, Scores) or (reference is not None and passages and not reference.is_dir()):
         return [unscored(passage.id, None, compared=False) for passage in passages]
     journal = Journal(context.output_dir, name, None if reference is not None else record, reference)
     scores = score_all(session or context.session, passages, journal, context.progress)
@@ -219,12 +216,18 @@ def score_twice(context: TaskContext, name: str, passages: Sequence[Passage]) ->
         CheckpointError: as `score_passages` does.
     """
     score_passages(context, f"{name}@noise", passages)
-    return score_passages(context, repeat_name(name), passages, f"{name}@noise", reordered_session(context.session))
+    return score_passages(context, repeat_name(name), passages, f"{name}@noise", _reordered_scores(context))
 
 
 def reordered_session(session: Session) -> Session:
     """Return a session that sends requests in another order and in other batches; itself where neither changes the results."""
-    return session.reordered() if isinstance(session, Reorderable) else session
+    return session.reordered() if isinstance(session, Served) else session
+
+
+def _reordered_scores(context: TaskContext) -> Scores | None:
+    """Return a reordered session; None where it gives no scores, of which then there are none the first time either."""
+    session = reordered_session(context.session)
+    return session if isinstance(session, Scores) else None
 
 
 def draw_questions(

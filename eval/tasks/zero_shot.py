@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 from compress.errors import CheckpointError, DataError
 from compress.eval.tasks.image_task import ImageTask, Pool, Predictions, read_record, write_record
 from compress.eval.tasks.task import TaskContext
-from compress.runtimes.runtime import Faults, ImageInput
+from compress.runtimes.runtime import Embeds, Faults, ImageInput, capable
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -71,7 +71,7 @@ class ZeroShot(ImageTask):
     def predict(self, pool: Pool, pictures: Sequence[ImageInput], context: TaskContext, faults: Faults) -> Predictions:
         """Return the likelihoods of the classes; see `ImageTask.predict`."""
         texts = [self.class_texts(name) for name in self.classes]
-        log_probs = context.session.classify(pictures, texts, context.progress, faults)
+        log_probs = capable(context.session, Embeds).classify(pictures, texts, context.progress, faults)
         if log_probs.shape != pool.matches.shape or not np.isfinite(np.delete(log_probs, list(faults), axis=0)).all():
             raise CheckpointError(
                 f"task {self.name}: the model's likelihoods are not finite, or not one for each image and class; its weights "

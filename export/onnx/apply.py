@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC
-from typing import Literal
+from collections.abc import Iterable, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar, Literal
 
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.quantization_config import foreign_format
 from compress.checkpoints.spec import spec_of
 from compress.errors import CheckpointError
 from compress.export.format import Export, ExportContext
+from compress.families import Family
 
 
 class OnnxExport(Export, ABC):
@@ -30,6 +34,27 @@ class OnnxExport(Export, ABC):
 
     embedding_bits: Literal[8] | None = None
     """Rounds the embeddings to nearest in blocks of 32. Tied embeddings and head are stored once if their bits are equal."""
+
+    graphs: ClassVar[Mapping[str, Iterable[str]]] = {}
+    """The names of the graphs that every artifact has, by family; none where they depend on the settings."""
+
+    @classmethod
+    def weight_files(cls, folder: Path) -> list[Path]:
+        """Return the graphs and their external data."""
+        return sorted(path for pattern in ("*.onnx", "*.onnx_data", "*.onnx.data") for path in folder.glob(pattern))
+
+    @classmethod
+    def check_artifact(cls, folder: Path, family: Family) -> None:
+        """Check that config.json, every graph and all their data are there, where the package onnx is installed to read graphs.
+
+        Raises:
+            CheckpointError: a file is missing, truncated, or no graph.
+        """
+        if find_spec("onnx") is None:
+            return
+        from compress.export.onnx.files import check_artifact
+
+        check_artifact(folder, cls.graphs.get(family.name, ()))
 
     @property
     def artifact(self) -> str:

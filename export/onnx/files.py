@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path, PurePosixPath
 
 import onnx
 
-from compress.checkpoints.artifact import artifact_format
 from compress.checkpoints.checkpoint import read_config
 from compress.errors import CheckpointError
-from compress.export.onnx.graphs import GRAPHS
-from compress.families import Family
 from compress.untrusted.reading import foreign, inside
 
 
-def check_artifact(folder: Path, family: Family) -> None:
-    """Check that an artifact of graphs has its config.json, every graph, and all their data.
+def check_artifact(folder: Path, graphs: Iterable[str]) -> None:
+    """Check that an artifact has its config.json, these graphs, and the data of all its graphs.
 
     Raises:
         CheckpointError: a file is missing, truncated, or no graph.
     """
     read_config(folder)
-    expected = [folder / f"{name}.onnx" for name in GRAPHS.get(family.name, ())] if artifact_format(folder) == "onnx" else []
-    for path in dict.fromkeys([*expected, *sorted(folder.glob("*.onnx"))]):
+    for path in dict.fromkeys([*(folder / f"{name}.onnx" for name in graphs), *sorted(folder.glob("*.onnx"))]):
         check_files(path)
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
 from compress.checkpoints.spec import CheckpointSpec
-from compress.export.format import ExportContext, VerifiedExport, VerifyContext
+from compress.export.format import ExportContext, Usage, VerifiedExport, VerifyContext
 from compress.export.onnx.apply import OnnxExport
 from compress.export.onnx.cost import cost_notes
+from compress.export.onnx.graphs import GRAPHS
 from compress.export.onnx.limits import expected_bytes, faults
 from compress.files import telling_where, write_json
 
@@ -22,9 +24,19 @@ class Onnx(OnnxExport, VerifiedExport):
 
     revision: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx")
-    runtimes: ClassVar[frozenset[str]] = frozenset({"endpoint", "onnxruntime"})
+    graphs: ClassVar[Mapping[str, Iterable[str]]] = GRAPHS
+    usage: ClassVar[Usage] = Usage(
+        "onnxruntime",
+        "Each `.onnx` file is a graph for ONNX Runtime; the `.onnx_data` files beside it are its weights: keep them together. "
+        "Inputs and outputs are named in the graphs; tokenizer and processor in this folder prepare prompts and images for them.",
+    )
 
     format: Literal["onnx"]
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Return whether it has ONNX graphs."""
+        return any(folder.glob("*.onnx"))
 
     def check(self, spec: CheckpointSpec) -> list[str]:
         """Return the architecture, linears or settings that are not supported."""

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from compress.checkpoints.spec import CheckpointSpec
-from compress.export.format import ExportContext, VerifiedExport, VerifyContext
+from compress.export.format import ExportContext, Usage, VerifiedExport, VerifyContext
 from compress.export.onnx.apply import OnnxExport
 from compress.export.onnx.cost import cost_notes
 from compress.export.onnx.limits import expected_bytes
@@ -23,12 +24,21 @@ class OnnxGenai(OnnxExport, VerifiedExport):
 
     revision: ClassVar[int] = 1
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx")
-    runtimes: ClassVar[frozenset[str]] = frozenset({"onnxruntime-genai"})
+    usage: ClassVar[Usage] = Usage(
+        "onnxruntime-genai", '```python\nimport onnxruntime_genai\n\nmodel = onnxruntime_genai.Model("FOLDER")\n```'
+    )
+    own_files: ClassVar[tuple[str, ...]] = ("genai_config.json", "vision_processor.json")
+    """The library's config, which every folder of it has, and the steps of its image processor."""
 
     format: Literal["onnx-genai"]
     decoder: Literal["builder", "own"] = "builder"
     """`builder`: the graph of onnxruntime-genai's model builder, from its own environment; it reads AWQ's or GPTQ's layout, which
     stores scales as float16. `own`: the graph of `format: onnx`, for Qwen2-VL, 8-bit activations and other group sizes too."""
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Return whether it has the library's config."""
+        return (folder / cls.own_files[0]).is_file()
 
     @property
     def suffix(self) -> str:

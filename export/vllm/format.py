@@ -2,23 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, ClassVar, Literal, cast
 
-from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
+from compress.checkpoints.awq_gptq_config import check_packed_config
+from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint, read_config
 from compress.checkpoints.layouts import (
     linear_tensors,
     quantized_names,
     unquantized_linears,
 )
 from compress.checkpoints.module_names import misnamed, misnaming_message
-from compress.checkpoints.quantization_config import METHOD, foreign_format
+from compress.checkpoints.quantization_config import METHOD, Product, foreign_format, products_in, products_of
 from compress.checkpoints.spec import CheckpointSpec, QuantizedLinear, spec_of
 from compress.errors import CheckpointError
-from compress.export.format import Export, ExportContext
+from compress.export.format import Export, ExportContext, Usage
 from compress.export.vllm.limits import Layout, faults, notes
 from compress.families import Family
+from compress.numerics.scheme import Scheme
 
 _INDEX_BYTES = 4
 """Bytes of an int32 entry of GPTQ's `g_idx`."""
@@ -33,7 +35,7 @@ class VllmExport(Export):
     """
 
     revision: ClassVar[int] = 3
-    runtimes: ClassVar[frozenset[str]] = frozenset({"endpoint", "transformers", "vllm"})
+    usage: ClassVar[Usage] = Usage("vllm", "```\nvllm serve FOLDER\n```")
 
     format: Literal["vllm"]
     layout: Layout
@@ -42,6 +44,41 @@ class VllmExport(Export):
     def artifact(self) -> str:
         """The artifact's name: format and layout."""
         return f"{self.format}-{self.layout}"
+
+    @classmethod
+    def recognises(cls, folder: Path) -> bool:
+        """Return True: whatever no other format recognises is read as a checkpoint, and the reader says what is missing."""
+        del cls, folder
+        return True
+
+    @classmethod
+    def weight_files(cls, folder: Path) -> list[Path]:
+        """Return the safetensors files and their index."""
+        return sorted(open_checkpoint(folder).weight_files)
+
+    @classmethod
+    def weight_bytes(cls, folder: Path) -> int:
+        """Return the size of all tensors, in bytes."""
+        return open_checkpoint(folder).weight_bytes
+
+    @classmethod
+    def check_artifact(cls, folder: Path, family: Family) -> None:
+        """Check that AWQ's and GPTQ's settings are supported, and fit the tensors' shapes.
+
+        Raises:
+            CheckpointError: a setting is not supported, or does not fit.
+        """
+        del family
+        check_packed_config(open_checkpoint(folder))
+
+    @classmethod
+    def products_in(cls, folder: Path) -> frozenset[Product]:
+        """Return the matrix products that config.json's quantization needs."""
+        return products_in(read_config(folder))
+
+    def products(self, schemes: Iterable[Scheme]) -> frozenset[Product]:
+        """Return the matrix products of these schemes: vLLM has a kernel for each."""
+        return products_of(schemes)
 
     def check(self, spec: CheckpointSpec) -> list[str]:
         """Return the linears that vLLM, or the layout, does not support."""

@@ -19,14 +19,13 @@ from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoints.artifact import folder_digests
 from compress.data import overlap
 from compress.data.overlap import check_overlap
-from compress.data.prompts import messages, open_images, write_prompt
+from compress.data.prompts import Prompt, messages, open_images, write_prompt
 from compress.data.questions import open_questions
 from compress.data.samples import read_manifest
 from compress.data.sources import Columns, RowFilter
 from compress.data.texts import read_documents
 from compress.errors import CheckpointError, CompressError, DataError
 from compress.progress import Silent
-from compress.runtimes.runtime import Prompt
 from tests.tiny import build_qwen2_5_vl, picture
 
 SENTENCE = "The harbour of town {0} was closed in the year {0} , when the river changed its course and left the quays dry . "

@@ -16,7 +16,7 @@ from compress.errors import CheckpointError
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
 from compress.export.vllm.limits import Layout
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.progress import Silent
 from compress.runtimes.unpack import dense_tensors
 from tests.quantized import round_checkpoint, scheme

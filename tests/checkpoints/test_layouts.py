@@ -27,7 +27,7 @@ from compress.checkpoints.layouts import (
 )
 from compress.checkpoints.quantization_config import scheme_of
 from compress.errors import CheckpointError
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme

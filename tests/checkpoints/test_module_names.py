@@ -17,7 +17,8 @@ from compress.checkpoints.module_names import all_names, group_of, misnamed, por
 from compress.checkpoints.quantization_config import quantization_config
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
-from compress.families import FAMILIES, family_of
+from compress.families import FAMILIES
+from compress.families.resolve import family_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from tests.quantized import round_checkpoint, scheme

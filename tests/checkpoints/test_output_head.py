@@ -21,8 +21,10 @@ from compress.engine.derive.derived import derive_family
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
-from compress.families import Family, family_at
+from compress.families import Family
+from compress.families.resolve import family_at
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.families.samples import load_plain
 from tests.tiny import BUILDERS
@@ -94,7 +96,7 @@ def test_config_and_tensors_together_are_read_as_transformers_reads_them(name: s
             continue
         check_head(checkpoint, family)
         reference: Any = load_plain(folder, "float32")
-        loaded: Any = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+        loaded: Any = load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
         assert head_is_tied(checkpoint, family) == tied_in(reference, family) == tied_in(loaded, family), (top, text, kind)
         assert torch.equal(loaded.get_submodule(family.head).weight, reference.get_submodule(family.head).weight), (top, text, kind)
 

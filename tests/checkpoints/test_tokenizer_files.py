@@ -12,13 +12,12 @@ import pytest
 from compress.calibration.batches import Exchange, load_processor, process
 from compress.checkpoints.artifact import copy_side_files, side_files
 from compress.checkpoints.tokenizer_files import cutting_settings, uncut_folder
+from compress.data.prompts import Prompt, load_tokenizer
 from compress.data.prompts import load_processor as load_any_processor
-from compress.data.prompts import load_tokenizer
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.runtimes.inputs import Encoder
-from compress.runtimes.runtime import Prompt
 from tests.jobs import make_job
 from tests.tiny import build_qwen2_5_vl, picture
 

@@ -6,9 +6,8 @@ import pytest
 from PIL import Image
 
 from compress.data.images import decode_image
-from compress.data.prompts import messages, open_images
+from compress.data.prompts import Prompt, messages, open_images
 from compress.errors import DataError
-from compress.runtimes.runtime import Prompt
 from tests.tiny import picture
 
 

@@ -14,8 +14,9 @@ from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.engine.weights import WeightReader, map_tensor
 from compress.errors import CheckpointError
-from compress.families import Family, family_of
+from compress.families import Family
 from compress.families.qwen2_5_vl import QWEN2_5_VL
+from compress.families.resolve import family_of
 from tests.tiny import build_qwen2_5_vl, build_qwen2_vl, picture
 
 PROMPT = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>{}<|im_end|>\n"

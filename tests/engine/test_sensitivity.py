@@ -11,7 +11,7 @@ from compress.engine.replay import Positions, WalkConfig
 from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import InputStatistics, TokenStatistics
 from compress.errors import CheckpointError
-from compress.families import family_of
+from compress.families.resolve import family_of
 from tests.engine.test_replay import Fixed, batches
 from tests.tiny import build_qwen2_5_vl
 

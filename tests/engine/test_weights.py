@@ -14,7 +14,7 @@ from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.skeleton import build_skeleton
 from compress.engine.weights import ShardWriter, WeightReader, is_finite, unload
 from compress.errors import CheckpointError, StoreError
-from compress.families import family_of
+from compress.families.resolve import family_of
 from tests.tiny import build_qwen2_5_vl
 
 TENSORS = {

@@ -81,7 +81,7 @@ def test_needs_a_server(tmp_path: Path) -> None:
     model = build_qwen2_5_vl(tmp_path / "model")
     runtime = Transformers(runtime="transformers", dtype="float32", device="cpu")
     with (
-        runtime.open(OpenContext(model, tmp_path, Silent())) as session,
+        runtime.open(OpenContext.at(model, tmp_path, Silent())) as session,
         pytest.raises(UsageError, match=r"needs a server: set eval\.runtime to vllm or endpoint"),
     ):
         adapter("lmms", "mme").measure(context(session, tmp_path))
@@ -184,8 +184,8 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Generator[Bench]:
         install(name, Silent())
     folder = tmp_path_factory.mktemp("bench")
     runtime = Vllm(runtime="vllm", dtype="float32", kv_cache_gib=1, max_model_len=512)
-    with runtime.open(OpenContext(DEMO / "model", folder / "logs", Silent())) as session:
-        client = cast("Any", session).endpoint.client
+    with runtime.open(OpenContext.at(DEMO / "model", folder / "logs", Silent())) as session:
+        client = session.endpoint.client
         key = str(client.headers["Authorization"]).removeprefix("Bearer ")
         yield Bench(session, write_scenes(folder / "lmms"), write_texts(folder / "lm"), key)
 

@@ -45,7 +45,7 @@ def test_captions_are_scored_beside_those_of_all_images(tmp_path: Path) -> None:
 
     def measured(checkpoint: Path, name: str, against: Path | None) -> tuple[list[QuestionItem], Any]:
         context = MeasureContext(model, {task.name: (source,)}, tmp_path / name, against, Silent(), tmp_path)
-        with Transformers(runtime="transformers").open(OpenContext(checkpoint, tmp_path, Silent())) as session:
+        with Transformers(runtime="transformers").open(OpenContext.at(checkpoint, tmp_path, Silent())) as session:
             measure(session, [task], context)
         measurement = read_measurement(tmp_path / name)
         return [item for item in measurement.items["scenes"] if isinstance(item, QuestionItem)], measurement.tasks["scenes"]

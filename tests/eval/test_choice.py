@@ -12,13 +12,14 @@ import safetensors.torch
 import torch
 import yaml
 
+from compress.data.prompts import Prompt
 from compress.errors import DataError
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoreMetrics, read_measurement
 from compress.eval.tasks.choice import Choice
 from compress.eval.tasks.question_task import QuestionSet
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
+from compress.runtimes.runtime import OpenContext, Passage
 from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl, picture
@@ -32,8 +33,8 @@ HIDDEN = "{question}"
 
 @dataclass(frozen=True)
 class World:
-    original: Session
-    artifact: Session
+    original: Any
+    artifact: Any
     checkpoint: Path
     folder: Path
 
@@ -55,7 +56,7 @@ class World:
         measure(self.original if before is None else self.artifact, [task], context)
         return read_measurement(target)
 
-    def log_likelihoods(self, session: Session, task: Choice, options: Sequence[str]) -> list[list[tuple[float, int]]]:
+    def log_likelihoods(self, session: Any, task: Choice, options: Sequence[str]) -> list[list[tuple[float, int]]]:
         """Return the log-likelihood and the number of tokens of each option of each question, each scored alone."""
         from transformers import AutoTokenizer
 
@@ -88,8 +89,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     runtime = Transformers(runtime="transformers")
     with (
-        runtime.open(OpenContext(checkpoint, folder, Silent())) as original,
-        runtime.open(OpenContext(folder / "rounded", folder, Silent())) as artifact,
+        runtime.open(OpenContext.at(checkpoint, folder, Silent())) as original,
+        runtime.open(OpenContext.at(folder / "rounded", folder, Silent())) as artifact,
     ):
         yield World(original, artifact, checkpoint, folder)
 
@@ -147,7 +148,7 @@ def test_ways_to_choose_differ(world: World) -> None:
     assert plain != [int(np.argmax([total / count for total, count in options])) for options in log_likelihoods]
 
 
-def say_only(checkpoint: Path, target: Path, word: str, session: Session, prompt: Prompt) -> Path:
+def say_only(checkpoint: Path, target: Path, word: str, session: Any, prompt: Prompt) -> Path:
     """Copy a checkpoint with an output head that finds one token likeliest, by what the model thinks at the end of a prompt."""
     from transformers import AutoTokenizer
 
@@ -170,7 +171,7 @@ def test_an_answer_in_own_words_counts_by_the_option_that_it_names(world: World)
     prompt = Prompt("one", task.prompt_text(questions[0]), questions[0].images)
     assert prompt.text == "What is in it, 0? A. it\nB. but\nC. a Which letter?"
     parrot = say_only(world.checkpoint, world.folder / "parrot", "B", world.original, prompt)
-    with Transformers(runtime="transformers").open(OpenContext(parrot, world.folder, Silent())) as session:
+    with Transformers(runtime="transformers").open(OpenContext.at(parrot, world.folder, Silent())) as session:
         items = items_of(replace(world, original=session).measure(task, "words"), "words")
     assert {item.said for item in items} == {"B"}
     assert [item.score for item in items] == [float(number % 3 == 1) for number in range(ITEMS)]

@@ -10,14 +10,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-from numpy.typing import NDArray
 
+from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, ServerError
 from compress.eval import journal
 from compress.eval.journal import Journal, answer_all, remove_journal, score_all
+from compress.families.qwen2_5_vl import QWEN2_5_VL
 from compress.progress import Progress, Silent
 from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
-from compress.runtimes.runtime import Ability, Answer, Embeddings, Faults, ImageInput, OpenContext, Passage, Prompt, Score, Session
+from compress.runtimes.runtime import Answer, OpenContext, Passage, Score
 from compress.runtimes.transformers.runtime import Transformers
 from compress.runtimes.transformers.session import TransformersSession
 from tests.chaos_server import MODEL, Manners, Refusal, StandIn, answer_to, digest_of, stand_in
@@ -55,15 +56,11 @@ class Listener(Silent):
 class Counting:
     """A session that counts what passes through it; it may be cut short, or mix the items up."""
 
-    session: Session
+    session: Any
     cut_after: int | None = None
     mixing: bool = False
     answered: list[str] = field(default_factory=lambda: list[str]())
     scored: list[str] = field(default_factory=lambda: list[str]())
-
-    @property
-    def offers(self) -> frozenset[Ability]:
-        return self.session.offers
 
     @property
     def block(self) -> int | None:
@@ -83,16 +80,6 @@ class Counting:
         scores = self.session.score(passages, record, reference, progress)
         return scores[::-1] if self.mixing else scores
 
-    def classify(
-        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
-    ) -> NDArray[np.float64]:
-        return self.session.classify(images, classes, progress, faults)
-
-    def embed(
-        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
-    ) -> Embeddings:
-        return self.session.embed(images, texts, progress, faults)
-
 
 @pytest.fixture(autouse=True)
 def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -100,15 +87,15 @@ def no_proxy(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def inside(tmp_path_factory: pytest.TempPathFactory) -> Generator[Session]:
+def inside(tmp_path_factory: pytest.TempPathFactory) -> Generator[Any]:
     folder = build_qwen2_5_vl(tmp_path_factory.mktemp("model"))
-    with Transformers(runtime="transformers", device="cpu").open(OpenContext(folder, folder, Silent())) as session:
+    with Transformers(runtime="transformers", device="cpu").open(OpenContext.at(folder, folder, Silent())) as session:
         yield session
 
 
 def served(server: StandIn, folder: Path) -> Any:
     runtime = Endpoint(runtime="endpoint", original=EndpointModel(url=server.url, model=MODEL), artifacts={})
-    return runtime.open(OpenContext(folder, folder, Silent()))
+    return runtime.open(OpenContext(folder, folder, Silent(), QWEN2_5_VL))
 
 
 def questions(count: int) -> list[Prompt]:
@@ -233,7 +220,7 @@ def test_prompts_computed_together_are_asked_for_together_again(tmp_path: Path, 
     prompts = [Prompt(f"q{number}", "What is it? " * (number % 3 + 1), (picture(number, 28, 28),)) for number in range(10)]
     prompts[2] = Prompt("q2", "What is it?", (b"no image",))
     with Transformers(runtime="transformers", device="cpu", tokens_per_batch=60).open(
-        OpenContext(folder, folder, Silent())
+        OpenContext.at(folder, folder, Silent())
     ) as inside:
         whole = answer_all(inside, prompts, TOKENS, tmp_path / "whole", "scenes", Silent())
         assert whole[2].fault is not None
@@ -269,7 +256,7 @@ def assert_same(scores: Sequence[Score], expected: Sequence[Score]) -> None:
             assert array is None or other_array is None or (array.dtype == other_array.dtype and np.array_equal(array, other_array))
 
 
-def test_scores_go_on_at_the_next_chunk(inside: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_go_on_at_the_next_chunk(inside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Recording and comparing alike; a chunk whose scores were lost after its record was written is scored again."""
     monkeypatch.setattr(journal, "_CHUNK_PASSAGES", 4)
     texts, listener = passages(10), Listener()
@@ -290,14 +277,14 @@ def test_scores_go_on_at_the_next_chunk(inside: Session, tmp_path: Path, monkeyp
     assert all(score.kl is not None and (score.kl < 1e-6).all() for score in scores)
 
 
-def test_chunks_end_by_the_number_of_tokens_too(inside: Session, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chunks_end_by_the_number_of_tokens_too(inside: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(journal, "_CHUNK_TOKENS", 10)
     texts = [Passage(f"t{number}", tuple(range(5, 10))) for number in range(5)] + [Passage("long", tuple(range(5, 45)))]
     score_all(inside, texts, book(tmp_path), Silent())
     assert len(list((tmp_path / "record" / "text").iterdir())) == 4
 
 
-def test_scores_of_other_passages_are_not_taken(inside: Session, tmp_path: Path) -> None:
+def test_scores_of_other_passages_are_not_taken(inside: Any, tmp_path: Path) -> None:
     first = score_all(inside, passages(3), book(tmp_path), Silent())
     counting = Counting(inside)
     second = score_all(counting, passages(3)[1:], book(tmp_path), Silent())
@@ -305,7 +292,7 @@ def test_scores_of_other_passages_are_not_taken(inside: Session, tmp_path: Path)
     assert len(counting.scored) == len(second)
 
 
-def test_passages_that_fail_are_told_of(inside: Session, tmp_path: Path) -> None:
+def test_passages_that_fail_are_told_of(inside: Any, tmp_path: Path) -> None:
     broken = Passage("broken", (17, 40), Prompt("broken", "What is it?", (b"no image",)))
     listener = Listener()
     scores = score_all(inside, [*passages(2), broken], book(tmp_path / "one"), listener)
@@ -319,7 +306,7 @@ def test_passages_that_fail_are_told_of(inside: Session, tmp_path: Path) -> None
         score_all(inside, [broken, Passage("none", ())], book(tmp_path / "three"), Silent())
 
 
-def test_a_runtime_that_mixes_items_up_is_told(inside: Session, tmp_path: Path) -> None:
+def test_a_runtime_that_mixes_items_up_is_told(inside: Any, tmp_path: Path) -> None:
     prompts = [Prompt(f"q{number}", "What is it?") for number in range(2)]
     with pytest.raises(CheckpointError, match="task scenes: the runtime did not answer the 2 prompts it was given in their order"):
         answer_all(Counting(inside, mixing=True), prompts, TOKENS, tmp_path, "scenes", Silent())

@@ -12,13 +12,13 @@ from typing import Any, ClassVar, Literal
 import psutil
 import pytest
 
-from compress.errors import ServerError, UsageError
+from compress.errors import ServerError
 from compress.eval.latency.measure import LatencyContext, measure_latency
 from compress.eval.latency.results import Latency
 from compress.eval.latency.settings import LatencySettings
+from compress.families.resolve import family_at
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, RunningServer, Runtime, Session
-from compress.runtimes.transformers.runtime import Transformers
+from compress.runtimes.runtime import OpenContext, RunningServer, ServingRuntime
 from compress.runtimes.vllm.ladder import LadderStep
 from tests.eval.stream_server import Body, Reply, StreamServer, stream_server, whole_answer
 
@@ -26,7 +26,7 @@ DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
 SILENT = Silent()
 
 
-class Streaming(Runtime):
+class Streaming(ServingRuntime):
     """A runtime whose server lives in this process; `started` notes which artifacts were served, in order."""
 
     revision: ClassVar[int] = 1
@@ -42,7 +42,7 @@ class Streaming(Runtime):
     def versions(self) -> dict[str, str]:
         return {"streaming": "1"}
 
-    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
+    def open(self, context: OpenContext) -> AbstractContextManager[Any]:
         raise NotImplementedError
 
     @contextmanager
@@ -71,8 +71,10 @@ def _settings(**fields: object) -> LatencySettings:
     return LatencySettings.model_validate({"concurrency": [1, 2], "component_repeats": 0} | small | fields)
 
 
-def _measure(runtime: Runtime, settings: LatencySettings, tmp_path: Path, names: Sequence[str] = ("awq",)) -> Latency:
-    return measure_latency(runtime, DEMO, dict.fromkeys(names, DEMO), settings, LatencyContext(tmp_path / "logs", SILENT))
+def _measure(runtime: ServingRuntime, settings: LatencySettings, tmp_path: Path, names: Sequence[str] = ("awq",)) -> Latency:
+    return measure_latency(
+        runtime, DEMO, dict.fromkeys(names, DEMO), settings, LatencyContext(tmp_path / "logs", SILENT, family_at(DEMO))
+    )
 
 
 def test_models_alternate_and_get_the_same_requests(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -136,11 +138,6 @@ def test_server_that_refuses_such_requests_is_named(monkeypatch: pytest.MonkeyPa
     runtime = _runtime(monkeypatch, tmp_path, reply=staticmethod(refuse))
     with pytest.raises(ServerError, match=r"maximum context length is 8\); ask for fewer tokens or smaller images"):
         _measure(runtime, _settings(), tmp_path)
-
-
-def test_runtime_without_a_server_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="latency is measured of a server, and runtime: transformers has none; set runtime: vllm"):
-        _measure(Transformers(runtime="transformers"), _settings(), tmp_path)
 
 
 def test_server_that_ends_under_load_is_told_with_its_last_words(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

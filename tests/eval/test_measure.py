@@ -96,8 +96,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
     perplexity = Perplexity.model_validate({"task": "perplexity", "dataset": "text", "source": str(text), "window": WINDOW})
     runtime = Transformers(runtime="transformers")
     with (
-        runtime.open(OpenContext(artifact=checkpoint, logs=folder, progress=Silent())) as original,
-        runtime.open(OpenContext(artifact=changed, logs=folder, progress=Silent())) as artifact,
+        runtime.open(OpenContext.at(artifact=checkpoint, logs=folder, progress=Silent())) as original,
+        runtime.open(OpenContext.at(artifact=changed, logs=folder, progress=Silent())) as artifact,
     ):
         tasks = (vqa, perplexity)
         world = World(original, artifact, checkpoint, tasks, {"scenes": (file,), "text": (text,)}, folder)
@@ -145,7 +145,7 @@ def test_an_answer_that_ended_is_scored_with_its_end_token(world: World, origina
     (talker / "model.safetensors").write_bytes((world.checkpoint / "model.safetensors").read_bytes())
     (talker / "generation_config.json").write_text(json.dumps({"eos_token_id": [end, 0]}))
     runtime = Transformers(runtime="transformers")
-    with runtime.open(OpenContext(artifact=talker, logs=tmp_path, progress=Silent())) as session:
+    with runtime.open(OpenContext.at(artifact=talker, logs=tmp_path, progress=Silent())) as session:
         context = replace(world.context("talker", None), original_checkpoint=talker)
         measure(session, world.tasks[:1], context)
     ended = read_measurement(world.folder / "talker").questions("scenes")[0]
@@ -293,7 +293,7 @@ def test_predictions_that_are_not_finite_name_the_item(world: World, tmp_path: P
     safetensors.torch.save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     runtime = Transformers(runtime="transformers")
     with (
-        runtime.open(OpenContext(artifact=broken, logs=tmp_path, progress=Silent())) as session,
+        runtime.open(OpenContext.at(artifact=broken, logs=tmp_path, progress=Silent())) as session,
         pytest.raises(CheckpointError, match="task text: item window-00000: the model's predictions are not finite"),
     ):
         measure(session, world.tasks[1:], world.context("broken", None))

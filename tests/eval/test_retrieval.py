@@ -42,7 +42,7 @@ def task_for(source: Path, **fields: Any) -> Retrieval:
 
 def measure_one(checkpoint: Path, original: Path, task: Retrieval, target: Path, against: Path | None) -> Path:
     context = MeasureContext(original, {task.name: (Path(task.source),)}, target, against, Silent(), target)
-    with Transformers(runtime="transformers").open(OpenContext(checkpoint, target, Silent())) as session:
+    with Transformers(runtime="transformers").open(OpenContext.at(checkpoint, target, Silent())) as session:
         measure(session, [task], context)
     return target
 
@@ -70,7 +70,7 @@ def cosines(checkpoint: Path) -> tuple[NDArray[np.float64], float, list[str]]:
     """Return the cosines of all images and captions, computed one image and one caption at a time, and the scale."""
     texts = list(dict.fromkeys(text for captions in CAPTIONS for text in captions))
     pictures = [ImageInput(str(number), picture(number, 56, 56)) for number in range(len(CAPTIONS))]
-    with Transformers(runtime="transformers").open(OpenContext(checkpoint, checkpoint, Silent())) as session:
+    with Transformers(runtime="transformers").open(OpenContext.at(checkpoint, checkpoint, Silent())) as session:
         images = [session.embed([image], ["x"], Silent()) for image in pictures]
         words = [session.embed(pictures[:1], [text], Silent()).texts[0] for text in texts]
     near = [[float(one.images[0].astype(np.float64) @ word.astype(np.float64)) for word in words] for one in images]
@@ -189,7 +189,7 @@ def test_embeddings_that_are_not_finite_are_refused(world: World, tmp_path: Path
 def test_a_model_that_writes_is_refused(tmp_path: Path) -> None:
     model = build_qwen2_5_vl(tmp_path / "model", layers=1)
     with (
-        Transformers(runtime="transformers").open(OpenContext(model, tmp_path, Silent())) as session,
+        Transformers(runtime="transformers").open(OpenContext.at(model, tmp_path, Silent())) as session,
         pytest.raises(UsageError, match="measure it with task: vqa instead of zero-shot or retrieval"),
     ):
         session.embed([ImageInput("a", picture(0, 56, 56))], ["a dog"], Silent())

@@ -63,7 +63,7 @@ class Measured:
 
 def measure_one(checkpoint: Path, original: Path, task: ZeroShot, target: Path, against: Path | None) -> Path:
     context = MeasureContext(original, {task.name: (Path(task.source),)}, target, against, Silent(), target)
-    with Transformers(runtime="transformers").open(OpenContext(checkpoint, target, Silent())) as session:
+    with Transformers(runtime="transformers").open(OpenContext.at(checkpoint, target, Silent())) as session:
         measure(session, [task], context)
     return target
 
@@ -85,7 +85,7 @@ def test_items_and_figures_are_what_the_likelihoods_say(measured: Measured) -> N
     texts = [[template.replace("{class}", name) for template in TEMPLATES] for name in CLASSES]
     log_probs = list[Any]()
     for checkpoint in ("model", "rounded"):
-        context = OpenContext(measured.folder / checkpoint, measured.folder, Silent())
+        context = OpenContext.at(measured.folder / checkpoint, measured.folder, Silent())
         with Transformers(runtime="transformers").open(context) as session:
             log_probs.append(session.classify(pictures, texts, Silent()))
     labels = [number % 3 for number in range(IMAGES - 1)] + [1]
@@ -206,7 +206,7 @@ def test_an_image_that_cannot_be_decoded_counts_0_and_is_named(measured: Measure
             measured.folder / "model", {task.name: (Path(task.source),)}, tmp_path / target, against, heard, tmp_path
         )
         (tmp_path / target).mkdir()
-        with Transformers(runtime="transformers").open(OpenContext(measured.folder / "model", tmp_path, Silent())) as session:
+        with Transformers(runtime="transformers").open(OpenContext.at(measured.folder / "model", tmp_path, Silent())) as session:
             measure(session, [task], context)
     before, after = (read_measurement(tmp_path / name) for name in ("original", "artifact"))
     for measurement in (before, after):

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.onnx.graphs.layer_builder import Source
 from compress.export.onnx.graphs.write import Precision, write_graphs
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.progress import Silent
 
 Array = NDArray[Any]

@@ -15,6 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from compress.export.onnx.graphs.write import Precision
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.export.onnx_graphs import Array, Graphs, Row, written
 from tests.tiny import Sizes as Weights
@@ -94,7 +95,7 @@ class Seeing:
 
 def seeing(folder: Path, target: Path, mark: str, precision: Precision | None = None) -> Seeing:
     """Write a checkpoint's graphs to `target` and open both them and the checkpoint."""
-    model = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    model = load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
     return Seeing(model, AutoProcessor.from_pretrained(folder), written(folder, target, precision), mark)
 
 

@@ -12,6 +12,7 @@ from transformers import Blip2Config, Blip2ForConditionalGeneration
 
 from compress.export.onnx.graphs.write import Precision
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.export.onnx_graphs import Array, Graphs, Row, written
 from tests.quantized import round_checkpoint, scheme
@@ -39,7 +40,7 @@ def pixels() -> torch.Tensor:
 
 
 def loaded(folder: Path) -> Any:
-    return load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    return load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
 
 
 def features(graphs: Graphs, dtype: Any = np.float32) -> Array:

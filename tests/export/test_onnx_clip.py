@@ -18,10 +18,11 @@ from numpy.typing import NDArray
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.quantized import round_checkpoint, scheme
 from tests.specs import planned
@@ -54,7 +55,7 @@ def inputs(folder: Path) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
 
 @torch.no_grad()
 def expected(folder: Path) -> Embeddings:
-    model: Any = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    model: Any = load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
     pixels, texts = inputs(folder)
     towers = model.get_image_features(pixel_values=pixels), model.get_text_features(**texts)
     return towers[0].pooler_output.numpy(), towers[1].pooler_output.numpy()

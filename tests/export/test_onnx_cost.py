@@ -11,7 +11,7 @@ import pytest
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.spec import CheckpointSpec, spec_of
 from compress.export.onnx.format import Onnx
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.numerics.scheme import Scheme
 from compress.report.figures import size
 from tests.quantized import round_checkpoint, scheme

@@ -20,7 +20,7 @@ from compress.export import FORMATS
 from compress.export.format import ExportContext, VerifyContext
 from compress.export.onnx_genai.builder import write_builder_input
 from compress.export.onnx_genai.format import OnnxGenai
-from compress.families import family_at, family_of
+from compress.families.resolve import family_at, family_of
 from compress.files import write_json
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent

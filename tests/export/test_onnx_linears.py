@@ -21,7 +21,7 @@ from compress.export.onnx.format import Onnx
 from compress.export.onnx.graphs.graph import Float, Graph
 from compress.export.onnx.graphs.layer_builder import LayerBuilder, Source
 from compress.export.onnx.graphs.write import Precision
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.numerics.rounding import quantize
 from compress.numerics.scheme import Activations, Scheme
 from compress.progress import Silent

@@ -7,12 +7,12 @@ from pathlib import Path
 import onnx
 import pytest
 
-from compress.checkpoints.artifact import artifact_format, weight_bytes
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
-from compress.export.format import ExportContext, VerifyContext
+from compress.export.format import ExportContext, VerifyContext, format_of
 from compress.export.onnx.format import Onnx
-from compress.families import FAMILIES, family_at
+from compress.families import FAMILIES
+from compress.families.resolve import family_at
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from tests.quantized import round_checkpoint
@@ -72,7 +72,7 @@ def test_an_artifact_is_well_formed_and_does_what_its_checkpoint_does(source: Pa
 
 def check_files(case: Made) -> None:
     """Check the graphs by onnx's own rules, and that every weight is there once and no other."""
-    assert artifact_format(case.artifact) == "onnx"
+    assert format_of(case.artifact) is Onnx
     contents: dict[tuple[str, int], str] = {}
     for path in sorted(case.artifact.glob("*.onnx")):
         onnx.checker.check_model(str(path), full_check=True)
@@ -91,4 +91,4 @@ def check_files(case: Made) -> None:
     checkpoint = open_checkpoint(case.checkpoint)
     expected = case.export.predict_bytes(planned(checkpoint, family_at(case.checkpoint), quantized_linears(checkpoint)))
     assert 0.94 * expected <= stored <= expected + 4096 * len(contents) + 64_000  # LLaVA leaves its tower's last block unused
-    assert stored <= weight_bytes(case.artifact)
+    assert stored <= Onnx.weight_bytes(case.artifact)

@@ -12,6 +12,7 @@ import torch
 
 from compress.export.onnx.graphs.write import Precision
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.export.onnx_graphs import Array, Graphs, Row, written
 from tests.quantized import round_checkpoint, scheme
@@ -75,7 +76,7 @@ def model(folder: Path) -> Any:
 
 
 def loaded(folder: Path) -> Any:
-    return load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    return load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
 
 
 @torch.no_grad()

@@ -17,6 +17,7 @@ from transformers import AutoProcessor
 
 from compress.export.onnx.graphs.write import Precision
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.export.onnx_graphs import Array, Graphs, Row, written
 from tests.quantized import round_checkpoint, scheme
@@ -105,7 +106,7 @@ class Qwen:
 
 
 def opened(folder: Path, target: Path, precision: Precision | None = None) -> Qwen:
-    model = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    model = load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
     return Qwen(model, AutoProcessor.from_pretrained(folder), written(folder, target, precision))
 
 

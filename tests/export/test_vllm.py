@@ -15,7 +15,7 @@ from compress.errors import CheckpointError
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
 from compress.export.vllm.limits import Layout
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent

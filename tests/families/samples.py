@@ -14,10 +14,10 @@ from transformers import AutoProcessor
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.data.images import decode_image
-from compress.data.prompts import messages
+from compress.data.prompts import Prompt, messages
 from compress.engine.host import map_tensors
-from compress.families import Family, family_at
-from compress.runtimes.runtime import Prompt
+from compress.families import Family
+from compress.families.resolve import family_at
 from tests.tiny import picture
 
 SHORT, LONG = "What?", "How many circles, squares and triangles are there in the picture?"

@@ -6,10 +6,11 @@ import torch
 from transformers import GenerationConfig
 
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.data.prompts import load_processor, open_images, write_prompt
-from compress.families import FAMILIES, Family, family_of
+from compress.data.prompts import Prompt, load_processor, open_images, write_prompt
+from compress.families import FAMILIES, Family
+from compress.families.resolve import family_of
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
+from compress.runtimes.runtime import OpenContext, Passage
 from compress.runtimes.transformers.runtime import Transformers
 from tests.families.samples import LONG, ONE_IMAGE, SHORT, load_plain
 from tests.tiny import BUILDERS, picture
@@ -26,7 +27,7 @@ def prompts(family: Family) -> list[Prompt]:
 
 def in_process(folder: Path, tokens_per_batch: int) -> Any:
     runtime = Transformers(runtime="transformers", tokens_per_batch=tokens_per_batch)
-    return runtime.open(OpenContext(folder, folder / "logs", Silent()))
+    return runtime.open(OpenContext.at(folder, folder / "logs", Silent()))
 
 
 def inputs_of(folder: Path, prompt: Prompt) -> dict[str, torch.Tensor]:
@@ -61,7 +62,7 @@ def plain_answer(folder: Path, family: Family, prompt: Prompt) -> tuple[tuple[in
 def test_answers_and_their_likelihoods_are_those_of_transformers(name: str, tmp_path: Path) -> None:
     family = family_of(open_checkpoint(BUILDERS[name](tmp_path)).config)
     asked = prompts(family)
-    sessions: list[Session] = []
+    sessions: list[Any] = []
     for tokens_per_batch in (1, 4096):
         with in_process(tmp_path, tokens_per_batch) as session:
             answers = session.answer(asked, TOKENS, Silent())

@@ -10,13 +10,13 @@ from compress.calibration.batches import Exchange, load_processor, process
 from compress.checkpoints.checkpoint import open_checkpoint, read_config
 from compress.checkpoints.output_head import head_is_tied
 from compress.data.images import decode_image
-from compress.data.prompts import load_tokenizer, longest_input, write_prompt
+from compress.data.prompts import Prompt, load_tokenizer, longest_input, write_prompt
 from compress.engine.replay import Replay, WalkConfig
 from compress.errors import CheckpointError
-from compress.families import family_of
 from compress.families.blip2 import BLIP2
+from compress.families.resolve import family_of
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Passage, Prompt
+from compress.runtimes.runtime import OpenContext, Passage
 from compress.runtimes.transformers.runtime import Transformers
 from tests.families.samples import batches, load_plain, plain_outputs, tensors_of
 from tests.tiny import build_blip2, picture
@@ -31,7 +31,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_in_process(folder: Path) -> Any:
-    return Transformers(runtime="transformers").open(OpenContext(folder, folder / "logs", Silent()))
+    return Transformers(runtime="transformers").open(OpenContext.at(folder, folder / "logs", Silent()))
 
 
 def test_prompts_are_those_of_the_published_examples(folder: Path) -> None:

@@ -13,7 +13,7 @@ from compress.checkpoints.checkpoint import open_checkpoint, read_config
 from compress.data.images import decode_image
 from compress.errors import DataError, UsageError
 from compress.progress import Silent
-from compress.runtimes.runtime import ImageInput, OpenContext, Passage, Prompt
+from compress.runtimes.runtime import CAPABILITIES, Embeds, Generates, ImageInput, OpenContext, Scores, capable
 from compress.runtimes.transformers.runtime import Transformers
 from tests.jobs import sentences, write_questions
 from tests.tiny import build_clip, build_qwen2_vl, picture
@@ -27,7 +27,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def open_in_process(folder: Path) -> Any:
-    return Transformers(runtime="transformers").open(OpenContext(folder, folder / "logs", Silent()))
+    return Transformers(runtime="transformers").open(OpenContext.at(folder, folder / "logs", Silent()))
 
 
 def test_likelihoods_are_those_of_transformers(folder: Path) -> None:
@@ -54,19 +54,16 @@ def test_a_class_of_several_texts_stands_at_their_mean(folder: Path) -> None:
 
 
 def test_what_it_does_not_do_is_refused(folder: Path, tmp_path: Path) -> None:
-    message = "clip compares images with texts and writes none: measure it with task: zero-shot instead of vqa or perplexity"
     with open_in_process(folder) as session:
-        with pytest.raises(UsageError, match=message):
-            session.answer([Prompt("a", "What?", (picture(1),))], 4, Silent())
-        with pytest.raises(UsageError, match=message):
-            session.score([Passage("a", (1, 2))], None, None, Silent())
+        for capability in (Generates, Scores):
+            with pytest.raises(UsageError, match=f"does not offer {CAPABILITIES[capability]}"):
+                capable(session, capability)
         with pytest.raises(DataError, match=r"the text 'word word .*' takes \d+ tokens, and the model takes 77; shorten it"):
             session.classify([ImageInput("a", picture(1))], [["word " * 90], ["one"]], Silent())
-    with (
-        open_in_process(build_qwen2_vl(tmp_path)) as session,
-        pytest.raises(UsageError, match="qwen2-vl writes text and compares no images with texts: measure it with task: vqa"),
-    ):
-        session.classify([ImageInput("a", picture(1))], [["one"], ["two"]], Silent())
+    with open_in_process(build_qwen2_vl(tmp_path)) as session:
+        assert capable(session, Generates) is session and capable(session, Scores) is session
+        with pytest.raises(UsageError, match="does not offer a comparison of images with texts"):
+            capable(session, Embeds)
 
 
 def selection(base: Path, tokens: int, prompt: str = "{question}") -> CalibrationSelection:

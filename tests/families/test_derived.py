@@ -16,7 +16,8 @@ from compress.checkpoints.spec import spec_of
 from compress.cli.commands.plan import print_plan
 from compress.engine.derive.derived import derive_family
 from compress.errors import CheckpointError
-from compress.families import Family, ScalePair, family_at, family_of
+from compress.families import Family, ScalePair
+from compress.families.resolve import family_at, family_of
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.stages.linears import select

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.families.samples import batches, load_plain, tensors_of
 from tests.tiny import BUILDERS
@@ -14,7 +15,7 @@ from tests.tiny import BUILDERS
 def assert_loaded_alike(folder: Path) -> None:
     """Compare all that a model returns with what it returns as transformers loads it."""
     family = family_at(folder)
-    loaded = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    loaded = load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
     reference = load_plain(folder, "float32")
     for batch in batches(folder):
         inputs = batch.inputs()

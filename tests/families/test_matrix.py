@@ -11,14 +11,16 @@ from torch import Tensor, nn
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
 from compress.checkpoints.spec import spec_of
+from compress.data.prompts import Prompt
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
-from compress.families import FAMILIES, family_at, within
+from compress.families import FAMILIES, within
+from compress.families.resolve import family_at
 from compress.progress import Silent
 from compress.recipe.schema import load_row
-from compress.runtimes.runtime import ImageInput, OpenContext, Prompt
+from compress.runtimes.runtime import ImageInput, OpenContext
 from compress.runtimes.transformers.model import load_model
 from compress.runtimes.transformers.runtime import Transformers
 from compress.stages import STAGES
@@ -47,7 +49,7 @@ def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
 
 def outputs(folder: Path) -> Tensor:
     """Return what the model makes of prompts with and without images, as the in-process runtime loads it; float64 logits."""
-    model = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    model = load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
     family, rows = family_at(folder), list[Tensor]()
     for batch in batches(folder)[:2]:
         inputs = batch.inputs()
@@ -63,7 +65,7 @@ def outputs(folder: Path) -> Tensor:
 def answers(folder: Path) -> list[Any]:
     """Return what the in-process runtime says to prompts with an image and without, or how it tells classes apart."""
     family = family_at(folder)
-    with Transformers(runtime="transformers").open(OpenContext(folder, folder / "logs", Silent())) as session:
+    with Transformers(runtime="transformers").open(OpenContext.at(folder, folder / "logs", Silent())) as session:
         if family.head is None:
             pictures = [ImageInput(str(seed), picture(seed)) for seed in (1, 2)]
             return session.classify(pictures, [["red"], ["a blue square"]], Silent()).round(3).tolist()

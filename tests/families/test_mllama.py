@@ -9,7 +9,7 @@ from compress.checkpoints.checkpoint import open_checkpoint
 from compress.engine.replay import BlockVisit, Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.errors import CheckpointError
-from compress.families import family_of
+from compress.families.resolve import family_of
 from tests.families.samples import LONG, SHORT, Fixed, encode, plain_outputs
 from tests.tiny import build_mllama, picture
 

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.engine.replay import BlockVisit, Replay, WalkConfig
-from compress.families import Family, ScalePair, family_at, within
+from compress.families import Family, ScalePair, within
+from compress.families.resolve import family_at
 from compress.stages.blockwise.block import BlockWeights, movable, move, repeats_of
 from tests.families.samples import batches, tensors_of
 from tests.tiny import BUILDERS

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from transformers import CompressedTensorsConfig, GenerationConfig
 
-from compress.families import FAMILIES, family_at
+from compress.families import FAMILIES
+from compress.families.resolve import family_at
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.families.samples import batches, load_plain
 from tests.quantized import scheme
@@ -53,7 +55,11 @@ def test_what_transformers_makes_of_an_artifact(source: Path, case: str, tmp_pat
     artifact = make_artifact(source, tmp_path, CASES[case])
     family = family_at(artifact)
     settings: dict[str, Any] = {"quantization_config": CompressedTensorsConfig(dequantize=True)} if family.name in UNPACKED else {}
-    plain, loaded = load_plain(artifact, **settings), load_model(artifact, torch.float32, torch.device("cpu"), Silent())
+    context = OpenContext.at(artifact, artifact, Silent())
+    plain, loaded = (
+        load_plain(artifact, **settings),
+        load_model(context, torch.float32, torch.device("cpu")),
+    )
     text, with_image = (batch.inputs() for batch in batches(artifact)[:2])
     limit = TOKEN_STEPS if case.endswith("W8A8") else TOKENS_APART if (family.name, case) == ("blip-2", "FP8") else EXACT
     if family.head is not None:  # as one asks it: weights are unpacked by the first forward of the whole model

@@ -4,7 +4,7 @@ import pytest
 from transformers import AutoConfig
 
 from compress.checkpoints.checkpoint import read_config, text_config
-from compress.families import family_of
+from compress.families.resolve import family_of
 from tests.published import published
 from tests.tiny import BUILDERS
 

@@ -7,7 +7,7 @@ from torch import nn
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.output_head import head_is_tied
 from compress.checkpoints.spec import spec_of
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.stages.linears import Target, select
 from tests.families.samples import load_plain
 from tests.tiny import BUILDERS

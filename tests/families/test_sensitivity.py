@@ -11,7 +11,8 @@ from compress.checkpoints.spec import spec_of
 from compress.engine.replay import WalkConfig
 from compress.engine.sensitivity import measure_sensitivity
 from compress.errors import CheckpointError
-from compress.families import Family, family_at
+from compress.families import Family
+from compress.families.resolve import family_at
 from compress.stages.linears import select
 from tests.families.samples import Fixed, batches, load_plain
 from tests.tiny import BUILDERS, build_clip

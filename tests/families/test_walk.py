@@ -7,7 +7,7 @@ from torch import Tensor
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.output_head import head_is_tied
 from compress.engine.replay import Replay, WalkConfig
-from compress.families import family_at
+from compress.families.resolve import family_at
 from tests.families.samples import batches, plain_outputs, tensors_of
 from tests.tiny import BUILDERS
 

@@ -16,13 +16,14 @@ import numpy as np
 from rich.console import Console
 
 from compress.cli.display import Display
+from compress.data.prompts import Prompt
 from compress.errors import CompressError
 from compress.eval.latency.load_generator import Requests, run_load, warm_up
 from compress.eval.latency.settings import LoadPoint
 from compress.pipeline.events import EventLog
 from compress.runtimes.endpoint.runtime import Endpoint
 from compress.runtimes.openai_client import read_key
-from compress.runtimes.runtime import OpenContext, Passage, Prompt, RunningServer
+from compress.runtimes.runtime import OpenContext, Passage, RunningServer
 from compress.runtimes.vllm.runtime import Vllm
 from compress.runtimes.vllm.session import VllmSession
 from compress.workers.server import await_service
@@ -132,7 +133,7 @@ def consume(client: str, url: str, folder: str, target: str) -> int:
 
 
 def _ask(client: str, url: str, folder: Path, place: Path, progress: EventLog) -> dict[str, Any]:
-    context = OpenContext(folder, place, progress, name="original")
+    context = OpenContext.at(folder, place, progress, name="original")
     where = {"url": f"{url}/v1", "model": MODEL}
     patience = {"request_seconds": 1, "startup_seconds": 1, "key_variable": KEY_VARIABLE, "top_logprobs": 2, "concurrency": 2}
     endpoint = Endpoint.model_validate({"runtime": "endpoint", "original": where, "artifacts": {"other": where}, **patience})

@@ -22,7 +22,7 @@ from compress.checkpoints.artifact import file_digest
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.output_head import head_is_tied
 from compress.errors import CheckpointError, MissingError, UsageError
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.hubs.hub import (
     fetch_dataset_files,
     fetch_model,

@@ -12,16 +12,17 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
-from compress.checkpoints.artifact import checkpoint_bytes, copy_side_files, is_terms, side_files
+from compress.checkpoints.artifact import copy_side_files, is_terms, side_files
 from compress.checkpoints.checkpoint import INDEX, open_checkpoint
 from compress.checkpoints.tokens_check import check_tokens
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext
+from compress.export.format import ExportContext, artifact_bytes
 from compress.export.vllm.format import VllmExport
-from compress.families import family_at, family_of
+from compress.families.resolve import family_at, family_of
 from compress.hubs.card import read_licence
 from compress.hubs.hub import open_pinned, resolve_model, weights_notes
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from compress.stages.quantization.rtn import Rtn
 from compress.stages.stage import StageContext
@@ -59,14 +60,16 @@ def exported(folder: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_of_two_sets_of_weights_those_are_taken_that_transformers_takes(whole: bool, folder: Path, tmp_path: Path) -> None:
-    alone = checkpoint_bytes(folder)
+    alone = artifact_bytes(folder)
     tensors = load_file(folder / "model.safetensors")
     shard = "model-00001-of-00001.safetensors"
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}))
     if whole:
         save_file({**tensors, NORM: tensors[NORM] + 1}, folder / shard, metadata={"format": "pt"})
     theirs = load_plain(folder).model.language_model.norm.weight
-    ours = load_model(folder, torch.bfloat16, torch.device("cpu"), Silent()).model.language_model.norm.weight
+    ours = load_model(
+        OpenContext.at(folder, folder, Silent()), torch.bfloat16, torch.device("cpu")
+    ).model.language_model.norm.weight
     assert torch.equal(ours, theirs)
     assert torch.equal(ours, tensors[NORM])
     pin = resolve_model(str(folder), "huggingface", "main")
@@ -76,7 +79,7 @@ def test_of_two_sets_of_weights_those_are_taken_that_transformers_takes(whole: b
     expected = "there are weights twice: model.safetensors, and 1 shards" if whole else f"is stale: {shard} is not there"
     assert expected in note
     assert "vLLM goes by the index" in note
-    assert checkpoint_bytes(folder) == alone
+    assert artifact_bytes(folder) == alone
     assert {path.name for path in exported(folder, tmp_path / "out").glob("model*")} == {"model.safetensors"}
 
 
@@ -182,7 +185,7 @@ def test_a_models_own_code_goes_into_what_is_made_of_it(own: Path, tmp_path: Pat
     VllmExport(format="vllm", layout="compressed-tensors").apply(ExportContext(rounded, artifact, family, Silent()))
     assert code_files(artifact) == code_files(own)
     assert not (artifact / "unrelated.py").exists()
-    loaded = load_model(artifact, torch.float32, torch.device("cpu"), Silent(), trust_remote_code=True)
+    loaded = load_model(OpenContext.at(artifact, artifact, Silent(), True), torch.float32, torch.device("cpu"))
     assert type(loaded).__name__ == "OwnForConditionalGeneration"
     before = load_file(own / "model.safetensors")["lm_head.weight"]
     assert torch.equal(loaded.lm_head.weight, before.float())

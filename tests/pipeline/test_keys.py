@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from compress.export import format as export_format
 from compress.pipeline import plan
 from compress.pipeline.plan import make_plan
-from compress.pipeline.steps import verify
 from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.workers.environment import install
@@ -101,7 +101,7 @@ def test_what_another_environment_holds_belongs_to_the_keys(
 def test_another_device_is_another_output_where_it_computes(job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = {"export": [{"format": "onnx"}], "eval.runtime": {"runtime": "onnxruntime"}}
     before = keys_of(job, settings)
-    monkeypatch.setattr(verify, "processor", lambda: "another processor")
+    monkeypatch.setattr(export_format, "processor", lambda: "another processor")
     other = keys_of(job, settings)
     assert {name for name in before if before[name] != other[name]} == {"verify onnx"}
     devices: list[dict[str, str]] = []

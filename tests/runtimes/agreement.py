@@ -11,18 +11,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from compress.checkpoints.checkpoint import open_checkpoint
+from compress.data.prompts import Prompt
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
 from compress.export.vllm.limits import Layout
-from compress.families import family_of, within
+from compress.families import within
+from compress.families.resolve import family_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Passage, Prompt, Session
+from compress.runtimes.runtime import OpenContext, Passage
 from compress.runtimes.transformers.runtime import Transformers
 from compress.runtimes.vllm.runtime import VNNI_FEATURES, WNA16_FEATURES, Vllm, lacks
 from compress.workers.environment import install
@@ -97,11 +99,11 @@ def serving(case: Case) -> Vllm:
 
 def compare(artifact: Path, runtime: Vllm, logs: Path, prompts: Sequence[Prompt] = PROMPTS) -> Agreement:
     """Serve an artifact and have both runtimes answer, and score the in-process answers."""
-    with Transformers(runtime="transformers", dtype="float32", device="cpu").open(OpenContext(artifact, logs, SILENT)) as inside:
+    with Transformers(runtime="transformers", dtype="float32", device="cpu").open(OpenContext.at(artifact, logs, SILENT)) as inside:
         expected = inside.answer(prompts, TOKENS, SILENT)
         passages = [Passage(prompt.id, answer.token_ids, prompt) for prompt, answer in zip(prompts, expected, strict=True)]
         expected_scores = inside.score(passages, None, None, SILENT)
-        with runtime.open(OpenContext(artifact, logs, SILENT)) as served:
+        with runtime.open(OpenContext.at(artifact, logs, SILENT)) as served:
             answers = served.answer(prompts, TOKENS, SILENT)
             scores = served.score(passages, None, None, SILENT)
         gaps = [
@@ -121,7 +123,7 @@ def compare(artifact: Path, runtime: Vllm, logs: Path, prompts: Sequence[Prompt]
     return Agreement(same, sum(len(answer.token_ids) for answer in expected), tuple(clear), float(np.concatenate(gaps).max()))
 
 
-def _margin(session: Session, prompt: Prompt, reference: tuple[int, ...], actual: tuple[int, ...]) -> float:
+def _margin(session: Any, prompt: Prompt, reference: tuple[int, ...], actual: tuple[int, ...]) -> float:
     """Return by how many nats the in-process model prefers the end of its own answer over that of the other."""
     scores = session.score([Passage("reference", reference, prompt), Passage("actual", actual, prompt)], None, None, SILENT)
     return float(scores[1].negative_log_likelihood[-1] - scores[0].negative_log_likelihood[-1])

@@ -11,10 +11,11 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes.activations import fake_quantize_activations
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from tests.quantized import INPUT_SCALE, round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl
@@ -33,7 +34,7 @@ def load(
     """Return the linears, by their names on disk, of a tiny model that was rounded and loaded."""
     source = build_qwen2_5_vl(folder / "source", layers=2)
     round_checkpoint(source, folder / "rounded", chosen, vision=vision)
-    model = load_model(folder / "rounded", torch.float32, torch.device("cpu"), Silent())
+    model = load_model(OpenContext.at(folder / "rounded", folder / "rounded", Silent()), torch.float32, torch.device("cpu"))
     checkpoint = open_checkpoint(source)
     family = family_of(checkpoint.config)
     weights = [name for name in checkpoint.tensors if name.endswith(".weight")]

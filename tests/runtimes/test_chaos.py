@@ -15,11 +15,13 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from compress.data.prompts import Prompt
 from compress.data.tables import read_rows
 from compress.eval.journal import answer_all
+from compress.families.qwen2_5_vl import QWEN2_5_VL
 from compress.progress import Silent
 from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
-from compress.runtimes.runtime import OpenContext, Prompt
+from compress.runtimes.runtime import OpenContext
 from tests.chaos_server import MODEL, SECONDS, Manners, Refusal, StandIn, Trouble, answer_to, digest_of, stand_in
 
 ITEMS = 2000
@@ -56,7 +58,7 @@ def test_every_item_is_accounted_for(tmp_path: Path) -> None:
     refused = {"picture 77?": Refusal(400, "the image is too large"), "picture 1234?": Refusal(500, "it stumbles here each time")}
     trouble = Trouble(failing=0.03, resetting=0.02, stalling=0.005, malformed=0.02, truncated=0.01, restart_after=900)
     with stand_in(trouble, Manners(statuses=refused)) as server:
-        with runtime(server.url).open(OpenContext(tmp_path, tmp_path, Silent())) as session:
+        with runtime(server.url).open(OpenContext(tmp_path, tmp_path, Silent(), QWEN2_5_VL)) as session:
             answers = answer_all(session, prompts, 8, tmp_path, "scenes", Silent())
         happened = server.happened
         assert happened["restart"] == 1
@@ -76,11 +78,12 @@ import json, sys
 from pathlib import Path
 from compress.eval.journal import answer_all
 from compress.progress import Silent
+from compress.families.qwen2_5_vl import QWEN2_5_VL
 from compress.runtimes.runtime import OpenContext
 from tests.runtimes.test_chaos import questions, runtime
 folder = Path(sys.argv[2])
 prompts = questions(int(sys.argv[3]))
-with runtime(sys.argv[1]).open(OpenContext(folder, folder, Silent())) as session:
+with runtime(sys.argv[1]).open(OpenContext(folder, folder, Silent(), QWEN2_5_VL)) as session:
     answers = answer_all(session, prompts, 8, folder, "scenes", Silent())
 print(json.dumps([[answer.id, answer.text] for answer in answers]))
 """

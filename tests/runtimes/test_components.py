@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from compress.data.prompts import Prompt
 from compress.errors import DataError
 from compress.eval.latency.load_generator import make_prompts
 from compress.eval.latency.settings import LoadPoint
 from compress.progress import Silent
-from compress.runtimes.components import ComponentTiming, measure_components
-from compress.runtimes.runtime import Prompt
+from compress.runtimes.runtime import OpenContext
+from compress.runtimes.transformers.runtime import Transformers
 from tests.tiny import (
     build_blip2,
     build_clip,
@@ -43,7 +44,8 @@ def _parts(artifact: Path, images: int, text: str | None = None) -> list[str]:
     (prompt,) = make_prompts(artifact, point, 1, 0)
     if text is not None:
         prompt = Prompt(prompt.id, text, prompt.images)
-    table = measure_components(ComponentTiming(artifact, point, prompt, repeats=2, device="cpu"), Silent())
+    runtime = Transformers(runtime="transformers", device="cpu")
+    table = runtime.time_components(OpenContext.at(artifact, artifact, Silent()), point, prompt, 2)
     assert (table.device, table.dtype, table.point) == ("cpu", "float32", point)
     assert all(part.repeats == 2 and 0 < part.least_ms <= part.median_ms for part in table.components)
     assert table.sequence_tokens > 0

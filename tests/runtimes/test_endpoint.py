@@ -10,14 +10,16 @@ import yaml
 from pydantic import ValidationError
 
 import compress
+from compress.data.prompts import Prompt
 from compress.errors import MissingError, RecipeError, ServerError, UsageError
 from compress.eval.results import ScoreMetrics
+from compress.families.qwen2_5_vl import QWEN2_5_VL
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
-from compress.runtimes.runtime import OpenContext, Prompt, Reorderable
-from compress.runtimes.vllm.session import alternative_concurrency
+from compress.runtimes.runtime import CAPABILITIES, Embeds, Generates, OpenContext, Scores, Served, capable
+from compress.runtimes.server_session import alternative_concurrency
 from tests.chaos_server import MODEL, Manners, Refusal, StandIn, Trouble, answer_to, stand_in
 from tests.jobs import Job, content, make_job, write_questions
 from tests.raw_server import absent_server, mute_server
@@ -47,12 +49,12 @@ def endpoint(url: str, model: str = MODEL, **fields: object) -> Endpoint:
 
 
 def context(folder: Path, name: str = "original", progress: Silent | None = None) -> OpenContext:
-    return OpenContext(folder, folder, progress or Silent(), name=name)
+    return OpenContext(folder, folder, progress or Silent(), QWEN2_5_VL, name=name)
 
 
 def test_questions_are_answered_with_their_images_and_without_tokens(tmp_path: Path) -> None:
     with stand_in() as server, endpoint(server.url).open(context(tmp_path, "awq")) as session:
-        assert session.offers == {"text"}
+        assert isinstance(session, Generates) and isinstance(session, Served) and not isinstance(session, Scores)
         answers = session.answer(PROMPTS, 12, Silent())
         assert [(answer.id, answer.text, answer.token_ids) for answer in answers] == [
             (prompt.id, answer_to(prompt), ()) for prompt in PROMPTS
@@ -67,18 +69,15 @@ def test_what_it_does_not_offer_is_refused_and_told_beforehand(tmp_path: Path) -
         assert runtime.versions() == {"original": "OpenAI-compatible", "awq": "OpenAI-compatible"}
         missing = runtime.missing()
         assert missing == {
-            "scores": f"{server.url} (original), {server.url} (awq) gives no log-probabilities of given tokens",
+            Scores: f"{server.url} (original), {server.url} (awq) gives no log-probabilities of given tokens",
         }
-        assert endpoint(server.url, images=False).missing()["text"] == "images is false"
+        assert endpoint(server.url, images=False).missing()[Generates] == "images is false"
         with runtime.open(context(tmp_path)) as session:
-            with pytest.raises(UsageError, match="gives no log-probabilities of given tokens"):
-                session.score([], None, None, Silent())
-            with pytest.raises(UsageError, match="cannot be measured with runtime: endpoint"):
-                session.classify([], [], Silent())
-            with pytest.raises(UsageError, match="cannot be measured with runtime: endpoint"):
-                session.embed([], [], Silent())
+            for capability in (Scores, Embeds):
+                with pytest.raises(UsageError, match=f"does not offer {CAPABILITIES[capability]}; measure another task"):
+                    capable(session, capability)
         with endpoint(server.url, images=False).open(context(tmp_path)) as session:
-            assert session.offers == frozenset()
+            assert not any(isinstance(session, capability) for capability in (Generates, Scores, Embeds))
 
 
 def test_vllm_without_its_token_endpoints_says_how_to_get_them(tmp_path: Path) -> None:
@@ -87,7 +86,7 @@ def test_vllm_without_its_token_endpoints_says_how_to_get_them(tmp_path: Path) -
         assert endpoint(server.url).versions()["awq"] == "vLLM 0.32.0"
         assert endpoint(server.url).loaded_with("awq") == "endpoint (vLLM 0.32.0)"
         with endpoint(server.url).open(context(tmp_path, progress=listener)) as session:
-            assert session.offers == {"text"}
+            assert isinstance(session, Generates) and isinstance(session, Served) and not isinstance(session, Scores)
     assert "start it with --enable-scale-out for perplexity and KL" in listener.warnings[0]
 
 
@@ -149,7 +148,7 @@ def test_a_key_is_sent_and_never_told(tmp_path: Path, monkeypatch: pytest.Monkey
         runtime = endpoint(server.url, key_variable="THE_KEY")
         with runtime.open(context(tmp_path)) as session:
             assert session.answer(PROMPTS[:1], 4, Silent())[0].fault is None
-            assert KEY not in repr(session) + repr(vars(session)) + repr(runtime)
+            assert KEY not in repr(session) + repr(session.__dict__) + repr(runtime)
         assert KEY not in str(runtime.settings("awq")) + str(runtime.versions()) + runtime.model_dump_json()
         with (
             pytest.raises(ServerError, match="401; it needs a key: put it into an environment variable, and name that as key_v"),
@@ -314,7 +313,6 @@ def test_asked_again_it_is_in_another_order_and_in_other_batches(tmp_path: Path)
     """A server that computes alike whatever it is asked with shows nothing of the noise of its kernels."""
     prompts = [Prompt(f"q{number}", f"What is number {number}?") for number in range(12)]
     with stand_in() as server, endpoint(server.url, concurrency=4).open(context(tmp_path, "awq")) as session:
-        assert isinstance(session, Reorderable)
         before = session.answer(prompts, 12, Silent())
         count = len(server.bodies)
         assert session.reordered().answer(prompts, 12, Silent()) == before

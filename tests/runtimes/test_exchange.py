@@ -20,9 +20,9 @@ from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
 from compress.runtimes.exchange import AnswerError, Response, exchange, models_of, open_http
 from compress.runtimes.openai_client import Address, ItemError, RetryingClient, RetryPolicy, open_client
 from compress.runtimes.runtime import OpenContext
+from compress.runtimes.server_session import answer_text, token_ids
 from compress.runtimes.top_tokens import position_of
 from compress.runtimes.vllm.runtime import Vllm
-from compress.runtimes.vllm.session import answer_text, token_ids
 from tests.raw_server import Asked, drip, http, raw_server
 
 SLOW = 0.3
@@ -205,7 +205,7 @@ def test_whatever_stands_for_the_models_is_one_clear_error(name: str, content: b
             runtime: Any = Vllm(runtime="vllm", url=server.url)
         else:
             runtime = Endpoint(runtime="endpoint", original=EndpointModel(url=server.url, model="m"), artifacts={})
-        with pytest.raises(ServerError) as caught, runtime.open(OpenContext(Path("recipes/demo/model"), tmp_path, Silent())):
+        with pytest.raises(ServerError) as caught, runtime.open(OpenContext.at(Path("recipes/demo/model"), tmp_path, Silent())):
             pass
         assert str(caught.value).startswith(server.url)
         assert "\x9b" not in str(caught.value)

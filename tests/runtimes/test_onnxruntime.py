@@ -15,11 +15,14 @@ import safetensors.torch
 from onnx import TensorProto, helper
 
 from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
+from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, MissingError, StoreError, UsageError
 from compress.eval.full_vocabulary import kl_divergence
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
-from compress.families import FAMILIES, family_at
+from compress.families import FAMILIES
+from compress.families.qwen2_5_vl import QWEN2_5_VL
+from compress.families.resolve import family_at
 from compress.files import write_json
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
@@ -29,14 +32,15 @@ from compress.runtimes.onnxruntime.runtime import Onnxruntime
 from compress.runtimes.runtime import (
     UNSCORED,
     Answer,
+    Embeds,
     FullVocabularySession,
+    Generates,
     ImageInput,
     OpenContext,
     Passage,
-    Prompt,
     Runtime,
     Score,
-    Session,
+    Scores,
 )
 from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint
@@ -59,7 +63,7 @@ def in_process() -> Transformers:
 
 
 def opened(artifact: Path, runtime: Runtime | None = None) -> Any:
-    return (runtime or in_onnxruntime()).open(OpenContext(artifact, artifact.parent / "logs", SILENT))
+    return (runtime or in_onnxruntime()).open(OpenContext.at(artifact, artifact.parent / "logs", SILENT))
 
 
 def answers(artifact: Path, prompts: Sequence[Prompt], runtime: Runtime | None = None) -> list[Answer]:
@@ -104,13 +108,13 @@ def artifact(original: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def session(artifact: Path) -> Generator[Session]:
+def session(artifact: Path) -> Generator[Any]:
     with opened(artifact) as session:
         yield session
 
 
 @pytest.fixture(scope="module")
-def said(session: Session) -> list[Answer]:
+def said(session: Any) -> list[Answer]:
     return session.answer(asked(), NEW_TOKENS, SILENT)
 
 
@@ -126,7 +130,7 @@ def test_answers_and_scores_are_those_of_transformers(name: str, tmp_path: Path)
     with opened(folder) as session:
         generated = session.answer(prompts, NEW_TOKENS, SILENT)
         likely = session.score(passages, None, None, SILENT)
-        assert session.offers == {"text", "scores"}
+        assert isinstance(session, Generates) and isinstance(session, Scores) and not isinstance(session, Embeds)
         assert list((tmp_path / "logs").iterdir()) == []
     assert generated == expected
     assert len({answer.token_ids for answer in generated}) > 2
@@ -144,7 +148,7 @@ def questions() -> list[Prompt]:
 def test_the_demo_model_says_the_same_to_a_hundred_questions(questions: list[Prompt], tmp_path: Path) -> None:
     by_runtime: list[list[Answer]] = []
     for runtime in (in_process(), in_onnxruntime()):
-        with runtime.open(OpenContext(DEMO / "model", tmp_path, SILENT)) as session:
+        with runtime.open(OpenContext.at(DEMO / "model", tmp_path, SILENT)) as session:
             by_runtime.append(session.answer(questions, 16, SILENT))
     assert by_runtime[0] == by_runtime[1]
     assert len({answer.text for answer in by_runtime[0]}) > 5
@@ -194,7 +198,7 @@ def test_an_answer_holds_no_image_token(original: Path, said: list[Answer], tmp_
     assert answers(folder, asked()) == said
 
 
-def test_half_precision_is_like_the_whole(session: Session, said: list[Answer], original: Path, tmp_path: Path) -> None:
+def test_half_precision_is_like_the_whole(session: Any, said: list[Answer], original: Path, tmp_path: Path) -> None:
     """An original is exported in the type that is asked for."""
     passages = passages_of(asked(), said)
     session.score(passages, tmp_path / "record", None, SILENT)
@@ -205,7 +209,7 @@ def test_half_precision_is_like_the_whole(session: Session, said: list[Answer], 
 
 
 def test_a_model_is_as_unlike_another_as_transformers_says(
-    session: Session, said: list[Answer], original: Path, tmp_path: Path
+    session: Any, said: list[Answer], original: Path, tmp_path: Path
 ) -> None:
     """And not unlike itself. With as many top tokens as there are, KL is that over the whole vocabulary."""
     other = build_qwen2_5_vl(tmp_path / "other", seed=7)
@@ -231,7 +235,7 @@ def test_a_model_is_as_unlike_another_as_transformers_says(
         np.testing.assert_array_equal(actual.same_top, reference.same_top)
 
 
-def test_records_that_do_not_fit_are_refused(session: Session, tmp_path: Path) -> None:
+def test_records_that_do_not_fit_are_refused(session: Any, tmp_path: Path) -> None:
     passages = [Passage("a", (1, 2, 3)), Passage("b", (4, 5))]
     session.score(passages, tmp_path / "record", None, SILENT)
     with pytest.raises(UsageError, match="was recorded on other passages than these"):
@@ -242,7 +246,7 @@ def test_records_that_do_not_fit_are_refused(session: Session, tmp_path: Path) -
         session.score(passages, None, tmp_path / "record", SILENT)
 
 
-def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(session: Session, said: list[Answer], tmp_path: Path) -> None:
+def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(session: Any, said: list[Answer], tmp_path: Path) -> None:
     broken, good, long = Prompt("broken", "What is this?", (b"no image",)), asked()[0], Prompt("long", "word " * 3000)
     passages = [Passage("p", (1, 2), broken), Passage("q", (1, 2), good)]
     heard: list[Answer] = []
@@ -258,7 +262,7 @@ def test_an_item_that_cannot_be_read_is_a_fault_of_its_own(session: Session, sai
     assert second.kl is not None and (second.kl == 0).all()
 
 
-def test_what_the_original_has_no_score_of_is_not_compared(session: Session, tmp_path: Path) -> None:
+def test_what_the_original_has_no_score_of_is_not_compared(session: Any, tmp_path: Path) -> None:
     """The original could not decode an image that the artifact can."""
     broken, good = Passage("p", (1, 2), Prompt("p", "?", (b"no image",))), Passage("q", (1, 2, 3))
     session.score([broken, good], tmp_path / "record", None, SILENT)
@@ -282,20 +286,13 @@ def test_pictures_and_texts_are_compared_as_transformers_does(tmp_path: Path) ->
     outputs: list[tuple[Any, Any]] = []
     for runtime in (in_process(), in_onnxruntime()):
         with opened(folder, runtime) as session:
-            assert session.offers == {"comparison"}
+            assert isinstance(session, Embeds) and not isinstance(session, Generates) and not isinstance(session, Scores)
             outputs.append((session.classify(pictures, classes, SILENT), session.embed(pictures, ["red", "a blue square"], SILENT)))
-            with pytest.raises(UsageError, match="clip compares images with texts and writes none"):
-                session.answer(asked(), NEW_TOKENS, SILENT)
     (expected_likelihoods, expected), (likely, embedded) = outputs
     np.testing.assert_allclose(likely, expected_likelihoods, atol=1e-4)
     np.testing.assert_allclose(embedded.images, expected.images, atol=1e-5)
     np.testing.assert_allclose(embedded.texts, expected.texts, atol=1e-5)
     assert embedded.scale == pytest.approx(expected.scale)
-
-
-def test_a_model_that_writes_compares_nothing(session: Session) -> None:
-    with pytest.raises(UsageError, match="writes text and compares no images with texts"):
-        session.embed([], [], SILENT)
 
 
 def damaged(artifact: Path, folder: Path) -> Path:
@@ -397,7 +394,7 @@ def test_a_package_that_is_missing_is_told_before_anything_is_loaded(monkeypatch
 
     monkeypatch.setattr(row, "version", version)
     with pytest.raises(MissingError, match=r"is not installed here: pip install 'vlm-compress\[onnx\]', or, for CUDA,"):
-        in_onnxruntime().open(OpenContext(tmp_path, tmp_path, SILENT))
+        in_onnxruntime().open(OpenContext(tmp_path, tmp_path, SILENT, QWEN2_5_VL))
 
 
 def test_what_an_original_is_exported_to_is_removed_when_it_fails(original: Path, tmp_path: Path) -> None:
@@ -417,7 +414,7 @@ def test_what_an_original_is_exported_to_is_removed_when_it_fails(original: Path
 
 
 def test_whole_distributions_are_those_that_transformers_compares(
-    session: Session, said: list[Answer], original: Path, tmp_path: Path
+    session: Any, said: list[Answer], original: Path, tmp_path: Path
 ) -> None:
     other = build_qwen2_5_vl(tmp_path / "other", seed=7)
     passages = passages_of(asked(), said)

@@ -10,16 +10,17 @@ import pytest
 from PIL import Image
 
 from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
+from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, MissingError, ServerError, UsageError
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
 from compress.export.onnx_genai.format import OnnxGenai
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.progress import Silent
 from compress.runtimes.onnxruntime.runtime import Onnxruntime
 from compress.runtimes.onnxruntime_genai.runtime import OnnxruntimeGenai
-from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Runtime, Score
+from compress.runtimes.runtime import Answer, Embeds, Generates, OpenContext, Passage, Runtime, Score, Scores
 from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_vl, build_qwen3_vl
@@ -39,7 +40,7 @@ def in_genai(**fields: Any) -> OnnxruntimeGenai:
 
 
 def opened(artifact: Path, runtime: Runtime, logs: Path) -> Any:
-    return runtime.open(OpenContext(artifact, logs, SILENT))
+    return runtime.open(OpenContext.at(artifact, logs, SILENT))
 
 
 def exported(source: Path, target: Path, **settings: Any) -> Path:
@@ -111,7 +112,7 @@ def compare(
 def test_answers_are_those_of_the_checkpoint(demo: Path, prompts: list[Prompt], expected: list[Answer], tmp_path: Path) -> None:
     told: list[Answer] = []
     with opened(demo, in_genai(), tmp_path) as session:
-        assert session.offers == {"text", "scores"}
+        assert isinstance(session, Generates) and isinstance(session, Scores) and not isinstance(session, Embeds)
         found: list[Answer] = session.answer(prompts, NEW_TOKENS, SILENT, told.append)
     assert found == expected == told
     assert len({answer.text for answer in found}) > 5
@@ -193,7 +194,7 @@ def test_a_prompt_that_cannot_be_asked_is_a_fault_of_its_own(
     ]
     with opened(demo, in_genai(), tmp_path) as session:
         found: list[Answer] = session.answer(asked, NEW_TOKENS, SILENT)
-        assert not list(session._pictures.iterdir())
+        assert not list(session._image_folder.iterdir())
     assert [found[1], found[4]] == expected[:2]
     faults = [found[place].fault or "" for place in (0, 2, 3)]
     assert faults[0].startswith("damaged: image 0: cannot be read as an image")
@@ -206,7 +207,7 @@ def test_a_prompt_that_cannot_be_asked_is_a_fault_of_its_own(
 def test_no_answer_holds_an_image_token(demo: Path, prompts: list[Prompt], tmp_path: Path) -> None:
     with opened(demo, in_genai(), tmp_path) as session:
         first: Answer = session.answer(prompts[:1], NEW_TOKENS, SILENT)[0]
-        object.__setattr__(session._model, "placeholders", (first.token_ids[0],))
+        object.__setattr__(session._encoder.tokens, "placeholders", (first.token_ids[0],))
         second: Answer = session.answer(prompts[:1], NEW_TOKENS, SILENT)[0]
     assert first.token_ids[0] not in second.token_ids
     assert second.token_ids
@@ -215,7 +216,7 @@ def test_no_answer_holds_an_image_token(demo: Path, prompts: list[Prompt], tmp_p
 def test_the_process_ends_with_the_session(demo: Path, prompts: list[Prompt], tmp_path: Path) -> None:
     with opened(demo, in_genai(), tmp_path) as session:
         server = session._worker._server
-        folder: Path = session._pictures.parent
+        folder: Path = session._image_folder.parent
         assert server.process.poll() is None
     assert server.process.poll() is not None
     assert not folder.exists()

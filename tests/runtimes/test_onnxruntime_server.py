@@ -13,6 +13,7 @@ import httpx
 import psutil
 import pytest
 
+from compress.data.prompts import Prompt
 from compress.errors import DataError, RecipeError, ServerError, UsageError
 from compress.eval.latency.load_generator import DIALECTS, make_prompts, make_requests, run_load, warm_up
 from compress.eval.latency.server_under_load import ServerUnderLoad
@@ -20,13 +21,13 @@ from compress.eval.latency.settings import LatencySettings, LoadPoint
 from compress.eval.latency.telemetry import monitor_server
 from compress.export.format import ExportContext
 from compress.export.onnx.format import Onnx
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.runtimes.onnxruntime.runtime import Onnxruntime
 from compress.runtimes.onnxruntime.server import Detokenizer, RequestError, read_request
-from compress.runtimes.runtime import OpenContext, Prompt, RunningServer
+from compress.runtimes.runtime import OpenContext, RunningServer
 from tests.tiny import build_clip, picture
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -50,7 +51,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def session(artifact: Path) -> Generator[Any]:
-    with in_onnxruntime().open(OpenContext(artifact, artifact / "logs", SILENT)) as session:
+    with in_onnxruntime().open(OpenContext.at(artifact, artifact / "logs", SILENT)) as session:
         yield session
 
 
@@ -58,7 +59,7 @@ def session(artifact: Path) -> Generator[Any]:
 def served(tmp_path_factory: pytest.TempPathFactory) -> Generator[RunningServer]:
     """The original, which is exported for it; nothing of it is left when the context ends."""
     logs = tmp_path_factory.mktemp("logs")
-    with in_onnxruntime().serve(OpenContext(DEMO, logs, SILENT)) as served:
+    with in_onnxruntime().serve(OpenContext.at(DEMO, logs, SILENT)) as served:
         assert [path.name for path in logs.iterdir()] == ["onnxruntime.log"], "the graphs are gone once they are loaded"
         processes = processes_of(served)
         yield served
@@ -192,7 +193,7 @@ def test_graphs_are_timed_one_by_one(artifact: Path, tmp_path: Path) -> None:
     for images, parts in ((1, ["vision", "prefill", "decode"]), (0, ["prefill", "decode"])):
         point = POINT.model_copy(update={"images": images})
         (prompt,) = make_prompts(DEMO, point, 1, 0)
-        table = in_onnxruntime().time_components(OpenContext(artifact, tmp_path, SILENT), point, prompt, 2)
+        table = in_onnxruntime().time_components(OpenContext.at(artifact, tmp_path, SILENT), point, prompt, 2)
         assert (table.runtime, table.device, table.dtype) == ("onnxruntime", "cpu", "float32")
         assert [row.component for row in table.components] == parts
         assert all(row.repeats == 2 and 0 < row.least_ms <= row.median_ms for row in table.components)
@@ -217,7 +218,7 @@ def test_a_model_that_writes_nothing_has_no_latency(tmp_path: Path) -> None:
     model = build_clip(tmp_path / "clip")
     with (
         pytest.raises(UsageError, match=r"clip compares images with texts and writes none; leave out eval\.latency"),
-        in_onnxruntime().serve(OpenContext(model, tmp_path, SILENT)),
+        in_onnxruntime().serve(OpenContext.at(model, tmp_path, SILENT)),
     ):
         pass
 
@@ -226,7 +227,7 @@ def test_a_server_that_is_killed_is_told(served: RunningServer, tmp_path: Path) 
     """The last test that asks it."""
     settings = LatencySettings(concurrency=(1,), requests=2, warmup=1)
     with monitor_server(served.process, served.read_log()) as watch:
-        server = ServerUnderLoad(served, OpenContext(DEMO, tmp_path, SILENT), settings, None, 60, watch)
+        server = ServerUnderLoad(served, OpenContext.at(DEMO, tmp_path, SILENT), settings, None, 60, watch)
         load, used = server.run_load(POINT.at(1), "round 0")
         assert (load.client, [sample.fault for sample in load.samples]) == ("compress", [None, None])
         assert used.memory_bytes is not None

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from compress.data.prompts import Prompt
 from compress.errors import ServerError, StoreError, UsageError
-from compress.runtimes.runtime import Passage, Prompt
+from compress.runtimes.runtime import Passage
 from compress.runtimes.top_tokens import Position, TopRecord, divergence, position_of, score_of, write_record
 
 VOCABULARY = 50

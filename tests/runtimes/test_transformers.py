@@ -15,15 +15,15 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationC
 
 from compress.checkpoints.checkpoint import open_checkpoint, read_json_object
 from compress.checkpoints.skeleton import build_skeleton
-from compress.data.prompts import messages, open_images
+from compress.data.prompts import Prompt, messages, open_images
 from compress.errors import CheckpointError, StoreError, UsageError
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.progress import Silent
 from compress.runtimes.fidelity import Head, predict
-from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Prompt, Score, Session
+from compress.runtimes.runtime import UNSCORED, Answer, OpenContext, Passage, Score
 from compress.runtimes.transformers.model import choose_dtype, load_model
 from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import exact_weights, round_checkpoint, scheme
@@ -60,7 +60,7 @@ def passages(prompts: list[Prompt]) -> list[Passage]:
 
 def opened(artifact: Path, tokens_per_batch: int = 4096, **fields: Any) -> Any:
     runtime = Transformers(runtime="transformers", device="cpu", tokens_per_batch=tokens_per_batch, **fields)
-    return runtime.open(OpenContext(artifact, artifact.parent, Silent()))
+    return runtime.open(OpenContext.at(artifact, artifact.parent, Silent()))
 
 
 def answers(artifact: Path, prompts: Sequence[Prompt], tokens_per_batch: int = 4096) -> list[Answer]:
@@ -68,7 +68,7 @@ def answers(artifact: Path, prompts: Sequence[Prompt], tokens_per_batch: int = 4
         return session.answer(prompts, NEW_TOKENS, Silent())
 
 
-def score(session: Session, passages: Sequence[Passage], record: Path | None = None, reference: Path | None = None) -> list[Score]:
+def score(session: Any, passages: Sequence[Passage], record: Path | None = None, reference: Path | None = None) -> list[Score]:
     return session.score(passages, record, reference, Silent())
 
 
@@ -308,7 +308,7 @@ def test_a_record_that_cannot_be_written_leaves_nothing(original: Path, prompts:
 @pytest.mark.parametrize("tied", [False, True])
 def test_loading_equals_transformers_own(tied: bool, tmp_path: Path) -> None:
     folder = build_qwen2_5_vl(tmp_path / "model", layers=2, tied=tied)
-    loaded = load_model(folder, torch.float32, torch.device("cpu"), Silent())
+    loaded = load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
     reference = AUTO_MODEL.from_pretrained(folder, dtype=torch.float32)
     expected = dict(reference.named_parameters()) | dict(reference.named_buffers())
     actual = dict(loaded.named_parameters()) | dict(loaded.named_buffers())
@@ -342,14 +342,14 @@ def test_weights_that_do_not_fit_the_config_are_named(change: str, message: str,
         tensors["model.norm.weight" if change == "reshape" else "model.layers.9.extra.weight"] = torch.ones(3)
     FILES.save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match=message):
-        load_model(folder, torch.float32, torch.device("cpu"), Silent())
+        load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
 
 
 def test_an_artifact_of_another_kind_is_refused(tmp_path: Path) -> None:
     folder = build_qwen2_5_vl(tmp_path / "model", layers=1)
     write_json(folder / "config.json", {**open_checkpoint(folder).config, "quantization_config": {"quant_method": "fp8"}})
     with pytest.raises(CheckpointError, match="quant_method 'fp8' cannot be read here; evaluate it with runtime: vllm"):
-        load_model(folder, torch.float32, torch.device("cpu"), Silent())
+        load_model(OpenContext.at(folder, folder, Silent()), torch.float32, torch.device("cpu"))
 
 
 def test_a_checkpoint_without_a_processor_is_refused(tmp_path: Path) -> None:

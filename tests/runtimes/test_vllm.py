@@ -14,15 +14,16 @@ import torch
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
 
+from compress.checkpoints.special_tokens import SpecialTokens, end_tokens
+from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, MissingError, RecipeError, ServerError
 from compress.eval.full_vocabulary import kl_divergence
 from compress.progress import Silent
 from compress.runtimes.endpoint.runtime import Endpoint
-from compress.runtimes.runtime import Answer, OpenContext, Passage, Prompt, Score
+from compress.runtimes.runtime import Answer, Generates, OpenContext, Passage, Score, Scores
 from compress.runtimes.transformers.runtime import Transformers
 from compress.runtimes.vllm.runtime import Vllm
-from compress.runtimes.vllm.server import stop_tokens
-from compress.runtimes.vllm.session import SpecialTokens, VllmSession
+from compress.runtimes.vllm.session import VllmSession
 from compress.workers.environment import install
 from tests.raw_server import absent_server
 from tests.tiny import build_qwen2_5_vl, picture
@@ -68,7 +69,7 @@ def runtime() -> Vllm:
 
 @pytest.fixture(scope="module")
 def session(runtime: Vllm, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[VllmSession]:
-    with runtime.open(OpenContext(model, tmp_path_factory.mktemp("logs"), SILENT)) as opened:
+    with runtime.open(OpenContext.at(model, tmp_path_factory.mktemp("logs"), SILENT)) as opened:
         assert isinstance(opened, VllmSession)
         yield opened
 
@@ -89,14 +90,14 @@ def changed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def other(runtime: Vllm, changed: Path, tmp_path_factory: pytest.TempPathFactory) -> Generator[VllmSession]:
-    with runtime.open(OpenContext(changed, tmp_path_factory.mktemp("logs"), SILENT)) as opened:
+    with runtime.open(OpenContext.at(changed, tmp_path_factory.mktemp("logs"), SILENT)) as opened:
         assert isinstance(opened, VllmSession)
         yield opened
 
 
 @pytest.fixture(scope="module")
 def expected(model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[list[Answer], list[Score]]:
-    context = OpenContext(model, tmp_path_factory.mktemp("logs"), SILENT)
+    context = OpenContext.at(model, tmp_path_factory.mktemp("logs"), SILENT)
     with Transformers(runtime="transformers", dtype="float32", device="cpu").open(context) as inside:
         return inside.answer(PROMPTS, 8, SILENT), inside.score(PASSAGES, None, None, SILENT)
 
@@ -129,7 +130,7 @@ def test_answers_are_as_long_as_allowed(session: VllmSession) -> None:
 @pytest.mark.slow
 def test_answer_ends_before_its_stop_token(session: VllmSession, model: Path, runtime: Vllm) -> None:
     full = session.answer(PROMPTS[:1], 8, SILENT)[0].token_ids
-    assert stop_tokens(model) == (594, 595)
+    assert end_tokens(model) == (594, 595)
     stopping = VllmSession(session.endpoint, runtime, SpecialTokens((full[3],)))
     assert stopping.answer(PROMPTS[:1], 8, SILENT)[0].token_ids == full[: full.index(full[3])]
 
@@ -175,9 +176,9 @@ def test_changed_model_is_compared_with_the_original(
     session.score(PASSAGES, tmp_path / "record", None, SILENT)
     scores = other.score(PASSAGES, None, tmp_path / "record", SILENT)
     inside = Transformers(runtime="transformers", dtype="float32", device="cpu")
-    with inside.open(OpenContext(model, tmp_path, SILENT)) as original:
+    with inside.open(OpenContext.at(model, tmp_path, SILENT)) as original:
         original.score(PASSAGES, tmp_path / "exact", None, SILENT)
-    with inside.open(OpenContext(changed, tmp_path, SILENT)) as artifact:
+    with inside.open(OpenContext.at(changed, tmp_path, SILENT)) as artifact:
         exact = artifact.score(PASSAGES, None, tmp_path / "exact", SILENT)
 
     kl = np.concatenate([score.kl for score in scores if score.kl is not None])
@@ -195,9 +196,9 @@ def test_whole_distributions_are_those_that_transformers_compares(
 ) -> None:
     """KL over the top 20 is below what the whole vocabulary gives, and that is the in-process runtime's."""
     inside = Transformers(runtime="transformers", dtype="float32", device="cpu")
-    with inside.open(OpenContext(model, tmp_path, SILENT)) as original:
+    with inside.open(OpenContext.at(model, tmp_path, SILENT)) as original:
         original.score(PASSAGES, tmp_path / "exact", None, SILENT)
-    with inside.open(OpenContext(changed, tmp_path, SILENT)) as artifact:
+    with inside.open(OpenContext.at(changed, tmp_path, SILENT)) as artifact:
         exact = artifact.score(PASSAGES, None, tmp_path / "exact", SILENT)
     few = runtime.model_copy(update={"top_logprobs": 20})
     before = VllmSession(session.endpoint, few, SpecialTokens(()))
@@ -218,7 +219,7 @@ def test_whole_distributions_are_those_that_transformers_compares(
 @pytest.mark.slow
 def test_a_server_that_gives_few_tokens_is_known_from_below_and_says_so(runtime: Vllm, model: Path, tmp_path: Path) -> None:
     heard = Listener()
-    with runtime.model_copy(update={"whole_tokens": 0}).open(OpenContext(model, tmp_path, SILENT)) as few:
+    with runtime.model_copy(update={"whole_tokens": 0}).open(OpenContext.at(model, tmp_path, SILENT)) as few:
         assert isinstance(few, VllmSession)
         assert few.distributions(PASSAGES, [(0, 1), (1, 2)], heard) == [None, None]
     assert "gives no whole distributions (400: " in heard.warnings[0] and "--max-logprobs -1" in heard.warnings[0]
@@ -257,15 +258,15 @@ def test_a_vllm_server_elsewhere_answers_and_scores_alike(
     elsewhere = Endpoint.model_validate(fields)
     assert elsewhere.versions() == {"original": "vLLM 0.32.0, with scores"}
     assert elsewhere.missing() == {}
-    with elsewhere.open(OpenContext(model, tmp_path, SILENT)) as opened:
-        assert opened.offers == {"text", "scores"}
+    with elsewhere.open(OpenContext.at(model, tmp_path, SILENT)) as opened:
+        assert isinstance(opened, Generates) and isinstance(opened, Scores)
         assert opened.answer(PROMPTS, 8, SILENT) == session.answer(PROMPTS, 8, SILENT)
         session.score(PASSAGES, tmp_path / "record", None, SILENT)
         for score in opened.score(PASSAGES, None, tmp_path / "record", SILENT):
             assert score.fault is None
             assert score.kl is not None and (score.kl < 1e-5).all()
-    with Endpoint.model_validate({**fields, "images": False}).open(OpenContext(model, tmp_path, SILENT)) as opened:
-        assert opened.offers == {"scores"}
+    with Endpoint.model_validate({**fields, "images": False}).open(OpenContext.at(model, tmp_path, SILENT)) as opened:
+        assert isinstance(opened, Scores) and not isinstance(opened, Generates)
 
 
 @pytest.mark.slow
@@ -276,10 +277,11 @@ def test_server_at_a_url_is_asked_with_its_key(
     monkeypatch.setenv("THE_KEY", client.headers["Authorization"].removeprefix("Bearer "))
     remote = Vllm(runtime="vllm", url=f"{str(client.base_url).rstrip('/')}/v1", key_variable="THE_KEY")
     assert remote.versions() == {"vllm": "0.32.0"}
-    with remote.open(OpenContext(model, tmp_path, SILENT)) as opened:
+    with remote.open(OpenContext.at(model, tmp_path, SILENT)) as opened:
         assert opened.answer(PROMPTS, 4, SILENT) == session.answer(PROMPTS, 4, SILENT)
     monkeypatch.setenv("THE_KEY", "wrong")
-    with pytest.raises(ServerError, match="no vLLM server answers there"), remote.open(OpenContext(model, tmp_path, SILENT)):
+    context = OpenContext.at(model, tmp_path, SILENT)
+    with pytest.raises(ServerError, match="it refuses the key in the environment variable THE_KEY"), remote.open(context):
         pass
 
 
@@ -290,7 +292,7 @@ def test_server_that_dies_while_loading_says_what_is_at_fault(runtime: Vllm, mod
     config = json.loads((broken / "config.json").read_text(encoding="utf-8"))
     config["text_config"]["intermediate_size"] += 32
     (broken / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    with pytest.raises(CheckpointError) as caught, runtime.open(OpenContext(broken, tmp_path / "logs", SILENT)):
+    with pytest.raises(CheckpointError) as caught, runtime.open(OpenContext.at(broken, tmp_path / "logs", SILENT)):
         pass
     message = str(caught.value)
     assert f"vLLM, serving {broken} ended while it was loading: " in message
@@ -301,7 +303,7 @@ def test_server_that_dies_while_loading_says_what_is_at_fault(runtime: Vllm, mod
 @pytest.mark.slow
 def test_a_setting_that_vllm_does_not_take_is_the_recipes_fault(runtime: Vllm, model: Path, tmp_path: Path) -> None:
     long = runtime.model_copy(update={"max_model_len": 1_000_000})
-    with pytest.raises(RecipeError) as caught, long.open(OpenContext(model, tmp_path / "logs", SILENT)):
+    with pytest.raises(RecipeError) as caught, long.open(OpenContext.at(model, tmp_path / "logs", SILENT)):
         pass
     assert str(caught.value).startswith("max_model_len of runtime vllm: vLLM, serving ")
     assert "User-specified max_model_len (1000000) is greater than" in str(caught.value)
@@ -312,7 +314,7 @@ def test_a_setting_that_vllm_does_not_take_is_the_recipes_fault(runtime: Vllm, m
 def test_port_in_use_is_refused_before_anything_starts(runtime: Vllm, model: Path, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        context = runtime.model_copy(update={"port": port}).open(OpenContext(model, tmp_path / "logs", SILENT))
+        context = runtime.model_copy(update={"port": port}).open(OpenContext.at(model, tmp_path / "logs", SILENT))
         with pytest.raises(ServerError, match=f"vLLM cannot serve on port {port} "), context:
             pass
     assert not (tmp_path / "logs").exists()
@@ -333,7 +335,7 @@ def test_missing_runtime_says_how_to_install_it(tmp_path: Path, monkeypatch: pyt
         runtime.versions()
     with (
         pytest.raises(MissingError, match="run `compress runtime install vllm`"),
-        runtime.open(OpenContext(model, tmp_path, SILENT)),
+        runtime.open(OpenContext.at(model, tmp_path, SILENT)),
     ):
         pass
 
@@ -346,12 +348,12 @@ def test_url_and_port_exclude_each_other() -> None:
 
 
 def test_absent_server_at_a_url(tmp_path: Path) -> None:
-    context = OpenContext(build_qwen2_5_vl(tmp_path / "model"), tmp_path, SILENT)
+    context = OpenContext.at(build_qwen2_5_vl(tmp_path / "model"), tmp_path, SILENT)
     with absent_server() as url:
         remote = Vllm(runtime="vllm", url=url)
-        with pytest.raises(ServerError, match=f"{url}: no vLLM server answers there .* start it, or correct url"):
+        with pytest.raises(ServerError, match=f"{url}: no server answers there .* start it, or correct url"):
             remote.versions()
-        with pytest.raises(ServerError, match="no vLLM server answers there"), remote.open(context):
+        with pytest.raises(ServerError, match="no server answers there"), remote.open(context):
             pass
 
 

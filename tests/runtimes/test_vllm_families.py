@@ -56,7 +56,7 @@ def test_vllm_embeds_as_the_in_process_runtime(case: Case, tmp_path: Path) -> No
     """What CLIP says of three pictures and three texts by vLLM's embeddings, both towers quantized."""
     source = build_clip(tmp_path / "source", vision_hidden=128, vision_intermediate=256, vision_heads=4)
     artifact = make_artifact(source, tmp_path, replace(case, vision=case.held))
-    context = OpenContext(artifact, tmp_path / "logs", SILENT)
+    context = OpenContext.at(artifact, tmp_path / "logs", SILENT)
     with Transformers(runtime="transformers", dtype="float32", device="cpu").open(context) as inside:
         expected = inside.classify(PICTURES, [[text] for text in TEXTS], SILENT)
     pooling = serving(case).model_copy(update={"max_model_len": None, "arguments": ("--runner", "pooling")})

@@ -15,7 +15,7 @@ from compress.errors import MissingError
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
 from compress.export.vllm.limits import Layout
-from compress.families import family_of
+from compress.families.resolve import family_of
 from compress.numerics.scheme import Scheme
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
@@ -122,7 +122,7 @@ def test_a_server_that_could_not_multiply_is_not_started(processor: None, tmp_pa
     config = build_qwen2_5_vl(tmp_path / "model") / "config.json"
     settings = json.loads(config.read_text(encoding="utf-8")) | {"quantization_config": {"quant_method": "awq", "bits": 4}}
     config.write_text(json.dumps(settings), encoding="utf-8")
-    context = OpenContext(config.parent, tmp_path / "logs", SILENT)
+    context = OpenContext.at(config.parent, tmp_path / "logs", SILENT)
     with pytest.raises(MissingError, match="no kernel for 4-bit weights"), Vllm(runtime="vllm").open(context):
         pass
     assert not (tmp_path / "logs").exists()

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from compress.data.prompts import Prompt
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Prompt
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.vllm.ladder import LadderStep, Memory, memory_fault, sequences_of, settings_after, step_down
 from compress.runtimes.vllm.runtime import Vllm
 from compress.workers.environment import install
@@ -147,7 +148,7 @@ def test_server_that_cannot_hold_its_context_comes_up_with_a_shorter_one(tmp_pat
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     steps: list[LadderStep] = []
     runtime = Vllm(runtime="vllm", kv_cache_gib=1, max_model_len=2_000_000)
-    context = OpenContext(model, tmp_path / "logs", Silent(), on_ladder_step=steps.append)
+    context = replace(OpenContext.at(model, tmp_path / "logs", Silent()), on_ladder_step=steps.append)
     with runtime.open(context) as session:
         (answer,) = session.answer([Prompt("one", "Is there a circle?")], 2, Silent())
     assert answer.fault is None

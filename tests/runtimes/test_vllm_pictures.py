@@ -46,7 +46,7 @@ def measured(runtime: Runtime, task: Vqa, folder: Path) -> ItemizedMeasurement:
     """Return what the demo model answers to a task's questions in a runtime."""
     folder.mkdir()
     context = MeasureContext(MODEL, {task.name: (Path(task.data.source),)}, folder, None, Silent(), folder)
-    with runtime.open(OpenContext(MODEL, folder, Silent())) as session:
+    with runtime.open(OpenContext.at(MODEL, folder, Silent())) as session:
         measure(session, [task], context)
     return read_measurement(folder)
 

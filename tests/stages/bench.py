@@ -20,8 +20,10 @@ from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import quantized_linears, read_linear
 from compress.checkpoints.spec import spec_of
 from compress.engine.weights import WeightReader
-from compress.families import Family, family_of
+from compress.families import Family
+from compress.families.resolve import family_of
 from compress.progress import Silent
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import load_model
 from compress.stages.stage import Stage, StageContext, StagePlan
 from tests.tiny import TEXT, picture
@@ -101,7 +103,7 @@ def divergence(bench: Bench, folder: Path) -> float:
     calibration = [batch.inputs() for batch in load_batches(bench.calibration, bench.folder, 64)]
 
     def predictions(source: Path) -> Tensor:
-        model = load_model(source, torch.float32, torch.device("cpu"), Silent())
+        model = load_model(OpenContext.at(source, source, Silent()), torch.float32, torch.device("cpu"))
         with torch.no_grad():
             rows = [model(**inputs, use_cache=False).logits[inputs["attention_mask"].bool()] for inputs in calibration]
         return torch.cat(rows).double().log_softmax(-1)

@@ -27,7 +27,8 @@ from compress.checkpoints.spec import spec_of
 from compress.errors import CheckpointError, DataError, MissingError, RecipeError
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
-from compress.families import FAMILIES, family_of, within
+from compress.families import FAMILIES, within
+from compress.families.resolve import family_of
 from compress.pipeline.plan import make_plan
 from compress.pipeline.steps.export import ExportArtifact
 from compress.pipeline.steps.stage import ApplyStage
@@ -242,7 +243,7 @@ def test_what_only_vllm_reads_is_passed_on_and_refused_elsewhere(bench: Bench, f
     assert (tmp_path / "out" / "model.safetensors").samefile(four_bit_floats / "model.safetensors")
     with pytest.raises(CheckpointError, match="nvfp4-pack-quantized, which layout awq cannot hold; set layout: compressed-tensors"):
         VllmExport(format="vllm", layout="awq").apply(context)
-    opening = OpenContext(tmp_path / "out", tmp_path, Silent())
+    opening = OpenContext.at(tmp_path / "out", tmp_path, Silent())
     message = "the format nvfp4-pack-quantized cannot be read here, only by vLLM; evaluate it with runtime: vllm"
     with pytest.raises(CheckpointError, match=message), Transformers(runtime="transformers").open(opening):
         pass

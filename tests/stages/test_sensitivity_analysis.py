@@ -12,11 +12,11 @@ from compress.calibration.batches import Exchange, QuestionBatch, WindowBatch
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import linear_shape, quantized_linears
 from compress.checkpoints.spec import spec_of
+from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, RecipeError
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.progress import Silent
-from compress.runtimes.runtime import Prompt
 from compress.stages.quantization.awq import Awq
 from compress.stages.quantization.gptq import Gptq
 from compress.stages.quantization.quantizer import IntegerQuantizer

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from compress.export.format import ExportContext, VerifyContext
 from compress.export.onnx.format import Onnx
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.progress import Silent
 from compress.verification.results import Verification
 

@@ -15,10 +15,12 @@ from torch import Tensor
 from compress.checkpoints.checkpoint import Checkpoint
 from compress.errors import CheckpointError, VerificationError
 from compress.export.onnx.graphs import linears, vocabulary
-from compress.families import FAMILIES, Family, family_at
+from compress.families import FAMILIES, Family
+from compress.families.resolve import family_at
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
 from compress.runtimes import activations
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers import model as transformers_model
 from compress.verification.independent import load_independently
 from tests.families.samples import load_plain
@@ -131,7 +133,8 @@ def test_what_is_loaded_is_what_from_pretrained_gives(family: str, tmp_path: Pat
     schemes = round_checkpoint(plain, tmp_path / "rounded", scheme(4, 32))
     expected = dict(load_plain(plain, "float32").named_parameters())
     for folder, changed in ((plain, set[str]()), (tmp_path / "rounded", {f"{name}.weight" for name in schemes})):
-        actual = dict(load_independently(folder, torch.float32, torch.device("cpu"), Silent()).named_parameters())
+        context = OpenContext.at(folder, folder, Silent())
+        actual = dict(load_independently(context, torch.float32, torch.device("cpu")).named_parameters())
         record = family_at(folder)
         assert actual.keys() == expected.keys()
         differing = {name for name in actual if not torch.equal(actual[name], expected[name])}
@@ -148,4 +151,4 @@ def test_a_weight_that_is_missing_is_named(source: Path, tmp_path: Path) -> None
         else:
             (without / file.name).write_bytes(file.read_bytes())
     with pytest.raises(CheckpointError, match=r"without: transformers finds no weight for model\.language_model\.norm\.weight"):
-        load_independently(without, torch.float32, torch.device("cpu"), Silent())
+        load_independently(OpenContext.at(without, without, Silent()), torch.float32, torch.device("cpu"))

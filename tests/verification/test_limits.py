@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.numerics.scheme import Scheme
 from compress.verification.limits import AGREEMENT, COMPONENTS, LIKELIHOODS, DifferenceLimits, ExportPrecision, limits_of
 from tests.quantized import round_checkpoint

@@ -15,7 +15,7 @@ from compress.export.onnx.format import Onnx
 from compress.export.onnx.graphs import GRAPHS
 from compress.export.onnx.graphs.layer_builder import LayerBuilder
 from compress.export.onnx.graphs.qwen_vision import vision_encoder
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.progress import Silent

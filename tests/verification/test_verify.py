@@ -8,7 +8,7 @@ import pytest
 from compress.errors import CheckpointError, VerificationError
 from compress.export.format import VerifyContext
 from compress.export.onnx.format import Onnx
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.numerics.scheme import Activations, Scheme
 from compress.progress import Silent
 from tests.quantized import round_checkpoint

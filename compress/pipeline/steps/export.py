@@ -80,9 +80,9 @@ class ExportArtifact(Step):
         return self.export.artifact
 
     @property
-    def runtimes(self) -> frozenset[str]:
-        """The names of the runtimes that run the artifact."""
-        return self.export.runtimes
+    def format(self) -> str:
+        """The format's name."""
+        return str(self.export.format)
 
     @property
     def inputs(self) -> tuple[Input, ...]:
@@ -91,8 +91,7 @@ class ExportArtifact(Step):
 
     def shaping(self) -> object:
         """Return the export's settings, revision and versions, and what the record says of the model beyond its weights."""
-        export, settings = self.export, self.lineage.settings.model_dump(mode="json")
-        return [export.model_dump(mode="json"), export.revision, export.versions(), settings]
+        return [self.export.model_dump(mode="json"), *self.export.shaping(), self.lineage.settings.model_dump(mode="json")]
 
     def make(self, run: StepContext, target: Path) -> None:
         """Write the artifact."""

@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 from compress.eval.latency.results import Latency, read_latency
+from compress.families import Family
 from compress.hardware import describe
 from compress.pipeline.steps.measure import AnyArtifact
 from compress.pipeline.steps.step import ORIGINAL, Input, Step, StepContext
-from compress.recipe.model import Target
+from compress.runtimes.runtime import ServingRuntime
 
 if TYPE_CHECKING:
     from compress.eval.latency.settings import LatencySettings
@@ -25,7 +26,10 @@ class MeasureLatency(Step):
 
     name: str
     settings: LatencySettings
-    target: Target
+    runtime: ServingRuntime
+    """The target's runtime."""
+
+    family: Family
 
     weights: Input
     """The original in safetensors."""
@@ -39,7 +43,7 @@ class MeasureLatency(Step):
 
     def shaping(self) -> object:
         """Return the load, the runtime's settings, pace and versions, and the machine that measures or is measured."""
-        runtime = self.target.runtime
+        runtime = self.runtime
         pace = runtime.model_dump(mode="json", include=set(runtime.pace))
         names = [ORIGINAL, *(artifact.artifact for artifact in self.artifacts)]
         models = [[name, runtime.settings(name) | pace] for name in names]
@@ -57,9 +61,9 @@ class MeasureLatency(Step):
         from compress.eval.latency.measure import LatencyContext, measure_latency
         from compress.eval.latency.results import write_latency
 
-        context = LatencyContext(run.logs(self.name), run.progress, run.trust_remote_code)
+        context = LatencyContext(run.logs(self.name), run.progress, self.family, run.trust_remote_code)
         artifacts = {artifact.artifact: artifact.at(run) for artifact in self.artifacts}
-        write_latency(target, measure_latency(self.target.runtime, self.weights.at(run), artifacts, self.settings, context))
+        write_latency(target, measure_latency(self.runtime, self.weights.at(run), artifacts, self.settings, context))
 
     def read(self, folder: Path) -> Latency:
         """Return the latencies.

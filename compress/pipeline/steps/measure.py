@@ -8,13 +8,14 @@ from typing import ClassVar
 
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ItemizedMeasurement, read_measurement
+from compress.families import Family
 from compress.gate.gate import Gate
 from compress.pipeline.steps.calibration import PinnedTask, settings_of
 from compress.pipeline.steps.export import ExportArtifact
 from compress.pipeline.steps.model import ExistingArtifact
 from compress.pipeline.steps.step import ORIGINAL, Input, Step, StepContext
 from compress.recipe.model import AnyEvaluation, Target
-from compress.runtimes.runtime import OpenContext
+from compress.runtimes.runtime import OpenContext, Served
 
 AnyArtifact = ExportArtifact | ExistingArtifact
 """An artifact that is measured."""
@@ -32,6 +33,7 @@ class Measure(Step):
     evaluation: AnyEvaluation
     tasks: tuple[PinnedTask, ...]
     target: Target
+    family: Family
     devices: tuple[str, ...]
 
     weights: Input
@@ -63,7 +65,7 @@ class Measure(Step):
     @property
     def noise_samples(self) -> int:
         """How many items of each task are asked again: of the original alone, at a server."""
-        return self.evaluation.eval.noise if self.original is None and self.target.runtime.asks_server else 0
+        return self.evaluation.eval.noise if self.original is None and Served in self.target.runtime.offers else 0
 
     def shaping(self) -> object:
         """Return the tasks, what is compared and when it stops, the runtime with its settings and versions, and the devices."""
@@ -98,6 +100,7 @@ class Measure(Step):
             artifact=(self.artifact or self.weights).at(run),
             logs=logs,
             progress=run.progress,
+            family=self.family,
             trust_remote_code=run.trust_remote_code,
             name=self.model,
         )

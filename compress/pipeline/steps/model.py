@@ -40,8 +40,8 @@ class ExistingArtifact:
     folder: Path
     key: str
 
-    runtimes: frozenset[str]
-    """The names of the runtimes that run it."""
+    format: str
+    """Its format's name."""
 
     def at(self, run: StepContext) -> Path:
         """Return its folder."""

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import ClassVar
 
 from compress.export.format import VerifiedExport, VerifyContext
-from compress.hardware import processor
 from compress.pipeline.steps.export import ExportArtifact
 from compress.pipeline.steps.step import Input, Step, StepContext
 from compress.verification.results import Verification, read_verification, write_verification
@@ -30,8 +29,8 @@ class VerifyArtifact(Step):
         return (self.artifact,)
 
     def shaping(self) -> object:
-        """Return the revision and versions of the comparison, and the processor: graphs run on the CPU."""
-        return [self.export.verification_revision, self.export.verification_versions(), processor()]
+        """Return the revision and versions of the comparison, and the processor where graphs run on it."""
+        return self.export.verification_shaping()
 
     def make(self, run: StepContext, target: Path) -> None:
         """Compare the two.

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from compress.errors import UsageError
-from compress.recipe.schema import Frozen
-from compress.runtimes.runtime import WHOLE_TOKENS, Ability, OpenContext, RunningServer, Runtime, Session
+from compress.recipe.schema import Frozen, load_attribute
+from compress.runtimes.runtime import CAPABILITIES, WHOLE_TOKENS, Capability, Generates, Scores, Served, ServingRuntime
 from compress.runtimes.vllm.runtime import Vllm
+
+if TYPE_CHECKING:
+    from compress.runtimes.endpoint.session import ServerCapabilities
 
 ORIGINAL = "original"
 
@@ -28,26 +29,19 @@ class EndpointModel(Frozen):
     """The name under which the server lists the model."""
 
 
-@dataclass(frozen=True)
-class ServerCapabilities:
-    """A server's version and what its API supports."""
-
-    version: str
-    scores: bool
-    """Whether it returns log-probabilities of prompt tokens."""
-
-
-class Endpoint(Runtime):
+class Endpoint(ServingRuntime):
     """Greedy answers from servers that are already running, by the OpenAI API; from vLLM with its token endpoints, scores too.
 
     What is deployed there is measured, whatever the run has exported here.
     """
 
     revision: ClassVar[int] = 2
+    formats: ClassVar[frozenset[str]] = frozenset({"onnx", "vllm"})
     kl_definition: ClassVar[str] = Vllm.kl_definition
     incidental: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds", "key_variable"})
-    serves: ClassVar[bool] = True
-    asks_server: ClassVar[bool] = True
+    opener: ClassVar[str] = "compress.runtimes.endpoint.session:open_session"
+    server: ClassVar[str] = "compress.runtimes.endpoint.session:serve"
+    offers: ClassVar[frozenset[Capability]] = frozenset({Generates, Scores, Served})
 
     runtime: Literal["endpoint"]
     original: EndpointModel
@@ -114,18 +108,18 @@ class Endpoint(Runtime):
         ]
         return without_server + without_artifact
 
-    def missing(self) -> dict[Ability, str]:
-        """Return the abilities that these servers lack, each with the reason; queries them.
+    def missing(self) -> dict[Capability, str]:
+        """Return what these servers lack, each with the reason; queries them.
 
         Raises:
             MissingError: a key is not there, or a server does not answer.
         """
-        reasons: dict[Ability, str] = {}
+        reasons: dict[Capability, str] = {}
         if not self.images:
-            reasons["text"] = "images is false"
+            reasons[Generates] = "images is false"
         servers = [f"{self.models[name].url} ({name})" for name, server in self.capabilities.items() if not server.scores]
         if servers:
-            reasons["scores"] = f"{', '.join(servers)} gives no log-probabilities of given tokens"
+            reasons[Scores] = f"{', '.join(servers)} gives no {CAPABILITIES[Scores]}"
         return reasons
 
     def versions(self) -> dict[str, str]:
@@ -147,27 +141,8 @@ class Endpoint(Runtime):
     @cached_property
     def capabilities(self) -> dict[str, ServerCapabilities]:
         """Each server's capabilities, by the artifact's name; queried once."""
-        from compress.runtimes.endpoint.session import query_capabilities
-
-        return {name: query_capabilities(self, name) for name in self.models}
-
-    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
-        """Connect to the server of the original or the artifact that the context names.
-
-        Raises:
-            UsageError: no server is named for it.
-            MissingError: the key is not there.
-            ServerError: nothing answers there, it wants another key, or serves another model.
-        """
-        from compress.runtimes.endpoint.session import open_session
-
-        return open_session(self, context)
-
-    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
-        """Connect to the server of the original or the artifact, for a load generator to measure; raises as `open`."""
-        from compress.runtimes.endpoint.session import serve
-
-        return serve(self, context)
+        query = load_attribute("compress.runtimes.endpoint.session:query_capabilities")
+        return {name: cast("ServerCapabilities", query(self, name)) for name in self.models}
 
     def _no_server(self, name: str) -> str:
         return f"no server is named for {name}; add {name}: {{url: …, model: …}} to the artifacts of runtime: endpoint"

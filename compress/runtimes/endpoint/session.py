@@ -4,58 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator, Sequence
 from contextlib import closing, contextmanager
-from copy import copy
-from pathlib import Path
-from typing import Any, cast
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
-import numpy as np
-from numpy.typing import NDArray
 
-from compress.checkpoints.checkpoint import read_config
-from compress.errors import ServerError, UsageError
-from compress.families import family_at
+from compress.checkpoints.special_tokens import special_tokens
+from compress.data.prompts import Prompt
+from compress.errors import ServerError
 from compress.progress import Progress
-from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel, ServerCapabilities
-from compress.runtimes.exchange import AnswerError, exchange, models_of
+from compress.runtimes.exchange import models_of
 from compress.runtimes.openai_client import (
     Address,
     ItemError,
     RetryingClient,
-    denied_message,
-    error_message,
+    ServedModel,
     excerpt,
+    get_json,
     open_client,
     read_key,
 )
-from compress.runtimes.runtime import (
-    Ability,
-    Answer,
-    Embeddings,
-    Faults,
-    ImageInput,
-    OpenContext,
-    Passage,
-    Prompt,
-    RunningServer,
-    Score,
-)
-from compress.runtimes.vllm.server import stop_tokens
-from compress.runtimes.vllm.session import (
-    RequestBatch,
-    RequestOrder,
-    ServedModel,
-    SpecialTokens,
-    VllmSession,
-    alternative_concurrency,
-    answer_text,
-    messages,
-    retry_policy,
-)
+from compress.runtimes.runtime import Answer, OpenContext, RunningServer
+from compress.runtimes.server_session import ServerSession, answer_text, messages, retry_policy
+from compress.runtimes.vllm.session import ScoringSession, VllmSession
 
-_DENIED = {401, 403}
-_ABSENT = {404, 405, 501}
-"""Statuses of a path that a server does not have; some proxies answer 405 or 501 for it."""
+if TYPE_CHECKING:
+    from compress.runtimes.endpoint.runtime import Endpoint, EndpointModel
 
 _LISTED_MODELS = 5
 """How many of a server's models a message lists."""
@@ -67,79 +41,37 @@ _PLAIN = "OpenAI-compatible"
 """The version of a server that has no `/version`, as vLLM does."""
 
 
-class EndpointSession:
+@dataclass(frozen=True)
+class ServerCapabilities:
+    """A server's version and what its API supports."""
+
+    version: str
+    scores: bool
+    """Whether it returns log-probabilities of prompt tokens."""
+
+
+class EndpointSession(ServerSession):
     """A served model whose server has no API for log-probabilities of prompt tokens."""
-
-    offers: frozenset[Ability] = frozenset({"text"})
-    block: int | None = None
-
-    def __init__(self, endpoint: ServedModel, settings: Endpoint) -> None:
-        self.endpoint = endpoint
-        self._concurrency = settings.concurrency
-        self._order: RequestOrder | None = None
-        self._client = RetryingClient(endpoint.client, endpoint.address, retry_policy(settings), endpoint.check)
-
-    def close(self) -> None:
-        """Abort the requests that are waiting for an answer."""
-        self._client.close()
 
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
-        """Answer each prompt by greedy decoding; see `Session.answer`. The API does not return the answers' tokens.
+        """Answer each prompt by greedy decoding; see `Generates.answer`. The API does not return the answers' tokens.
 
         Raises:
             ServerError: the server has stopped answering, or many items in a row fail.
         """
-        settings = {"model": self.endpoint.model, "max_tokens": max_new_tokens, "temperature": 0.0, "seed": 0}
 
         def request(prompt: Prompt) -> Answer:
-            body = settings | {"messages": messages(prompt)}
+            body = self._body(max_new_tokens) | {"messages": messages(prompt)}
             text = self._client.post("/v1/chat/completions", body, lambda content: _text(content, max_new_tokens))
             return Answer(id=prompt.id, text=text, token_ids=())
 
-        return RequestBatch(self._client, self._concurrency, progress, self._order).answers(prompts, request, on_answer)
-
-    def reordered(self) -> EndpointSession:
-        """Return a session with the same server that sends requests in another order and at another concurrency."""
-        other = copy(self)
-        other._order, other._concurrency = RequestOrder.shuffled(), alternative_concurrency(self._concurrency)
-        return other
-
-    def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
-        """Not supported.
-
-        Raises:
-            UsageError: always; only vLLM has an API for scoring given tokens.
-        """
-        del passages, record, reference, progress
-        raise UsageError(f"{self.endpoint.address.url}: gives no log-probabilities of given tokens; measure answers, or use vLLM")
-
-    def classify(
-        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
-    ) -> NDArray[np.float64]:
-        """Not supported.
-
-        Raises:
-            UsageError: always; the API has no zero-shot classification.
-        """
-        del images, classes, progress, faults
-        raise UsageError("task zero-shot: cannot be measured with runtime: endpoint; set eval.runtime to transformers")
-
-    def embed(
-        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
-    ) -> Embeddings:
-        """Not supported.
-
-        Raises:
-            UsageError: always; the API has no image embeddings.
-        """
-        del images, texts, progress, faults
-        raise UsageError("task retrieval: cannot be measured with runtime: endpoint; set eval.runtime to transformers")
+        return self._answers(prompts, request, progress, on_answer)
 
 
 @contextmanager
-def open_session(runtime: Endpoint, context: OpenContext) -> Generator[VllmSession | EndpointSession]:
+def open_session(runtime: Endpoint, context: OpenContext) -> Generator[ServerSession]:
     """Connect to the server of the original or the artifact that the context names, and check that it serves that model.
 
     Raises:
@@ -153,16 +85,12 @@ def open_session(runtime: Endpoint, context: OpenContext) -> Generator[VllmSessi
         _check_model(client, address, runtime, context)
         endpoint = ServedModel(client, served.model, lambda: None, address)
         capabilities = _capabilities(runtime, endpoint)
+        # A server that takes text alone is sent no prompts: what it can do else is left.
         if capabilities.scores:
-            config = read_config(context.artifact)
-            special_tokens = SpecialTokens(
-                stop_tokens(context.artifact), family_at(context.artifact, context.trust_remote_code).placeholders(config)
-            )
-            session = VllmSession(endpoint, runtime, special_tokens)
+            tokens = special_tokens(context.artifact, context.family)
+            session = (VllmSession if runtime.images else ScoringSession)(endpoint, runtime, tokens)
         else:
-            session = EndpointSession(endpoint, runtime)
-        if not runtime.images:
-            session.offers -= {"text"}
+            session = (EndpointSession if runtime.images else ServerSession)(endpoint, runtime)
         if not capabilities.scores and capabilities.version != _PLAIN:
             context.progress.warn(
                 f"{address.url}: is a server of {capabilities.version} without its token endpoints: only answers are measured "
@@ -199,10 +127,10 @@ def _address(runtime: Endpoint, served: EndpointModel) -> Address:
 
 
 def _capabilities(runtime: Endpoint, endpoint: ServedModel) -> ServerCapabilities:
-    content = _get(endpoint.client, endpoint.address, "/version", runtime.request_seconds)
+    content = get_json(endpoint.client, endpoint.address, "/version", runtime.request_seconds)
     version = cast("dict[str, Any]", content).get("version") if isinstance(content, dict) else None
     if not isinstance(version, str):
-        _get(endpoint.client, endpoint.address, "/v1/models", runtime.request_seconds)
+        get_json(endpoint.client, endpoint.address, "/v1/models", runtime.request_seconds)
         return ServerCapabilities(_PLAIN, scores=False)
     with closing(RetryingClient(endpoint.client, endpoint.address, retry_policy(runtime), endpoint.check)) as client:
         scores = _supports_scores(client, endpoint.model, runtime.top_logprobs)
@@ -229,7 +157,7 @@ def _check_model(client: httpx.Client, address: Address, runtime: Endpoint, cont
         ServerError: it serves another model, whose results would say nothing about the artifact.
     """
     model = runtime.served_model(context.name).model
-    content = _get(client, address, "/v1/models", runtime.request_seconds)
+    content = get_json(client, address, "/v1/models", runtime.request_seconds)
     if content is None:
         context.progress.warn(f"{address.url}: does not tell which models it serves; that it serves {model} is taken on trust")
         return
@@ -246,32 +174,6 @@ def _check_model(client: httpx.Client, address: Address, runtime: Endpoint, cont
             f"{address.url} serves {names_listed or 'no model'}, not {model}, which the recipe names for {context.name}; correct "
             "model, or start the server with that one"
         )
-
-
-def _get(client: httpx.Client, address: Address, path: str, seconds: float) -> object:
-    """Return the JSON that a server answers at a path, None where it has no such path.
-
-    Raises:
-        ServerError: it cannot be reached, is too slow, refuses the key, or fails.
-    """
-    try:
-        with exchange(client, "GET", path, seconds) as response:
-            if response.status in _DENIED:
-                raise ServerError(denied_message(address, str(response.status)))
-            if response.status in _ABSENT:
-                return None
-            if httpx.codes.is_success(response.status):
-                return cast("object", response.json())
-            reason = excerpt(f"{response.status}: {error_message(response)}")
-    except httpx.TimeoutException as error:
-        raise ServerError(
-            f"{address.url}: did not answer within {seconds:g} seconds; raise request_seconds, or see what it is busy with"
-        ) from error
-    except httpx.HTTPError as error:
-        raise ServerError(f"{address.url}: no server answers there ({excerpt(str(error))}); start it, or correct url") from error
-    except (AnswerError, ValueError, RecursionError) as error:
-        reason = excerpt(str(error))
-    raise ServerError(f"{address.url}: {path} cannot be read ({reason}); give the URL of an OpenAI-compatible server")
 
 
 def _text(content: dict[str, Any], max_tokens: int) -> str:

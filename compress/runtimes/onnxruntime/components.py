@@ -5,10 +5,11 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
+from compress.data.prompts import Prompt
 from compress.errors import DataError
 from compress.eval.latency.results import Component, ComponentTable
 from compress.eval.latency.settings import LoadPoint
@@ -16,16 +17,19 @@ from compress.runtimes.components import DECODED, component_of
 from compress.runtimes.inputs import Encoded
 from compress.runtimes.onnxruntime.decoder import BatchDecoder
 from compress.runtimes.onnxruntime.inputs import Preparer
-from compress.runtimes.onnxruntime.session import OnnxruntimeSettings, open_session
-from compress.runtimes.runtime import OpenContext, Prompt
+from compress.runtimes.onnxruntime.session import OnnxruntimeSession, open_session
+from compress.runtimes.runtime import Generates, OpenContext, capable
+
+if TYPE_CHECKING:
+    from compress.runtimes.onnxruntime.runtime import Onnxruntime
 
 Result = TypeVar("Result")
 
 
 def measure_components(
-    context: OpenContext, settings: OnnxruntimeSettings, point: LoadPoint, prompt: Prompt, repeats: int
+    runtime: Onnxruntime, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int
 ) -> ComponentTable:
-    """Return the time of each component, after one warm-up run; a prompt without an image has no vision encoder row.
+    """Return the time of each component; a prompt without an image has no vision encoder row. See `Runtime.time_components`.
 
     The projector is in the vision encoder's graph; a decode step includes the lookup of the token's embedding.
 
@@ -34,8 +38,10 @@ def measure_components(
         CheckpointError: the artifact cannot be read or exported.
         DataError: the model cannot take the prompt.
     """
-    with open_session(context, settings) as session:
-        preparer, faults = session.preparer(), dict[int, str]()
+    with open_session(runtime, context) as session:
+        capable(session, Generates)
+        assert isinstance(session, OnnxruntimeSession)
+        preparer, faults = session.preparer, dict[int, str]()
         batches = list(preparer.encoder.prompts([prompt], DECODED + 1, faults))
         if not batches:
             raise DataError(f"{context.artifact}: the parts of the model cannot be timed: {faults[0]}")
@@ -51,7 +57,7 @@ def measure_components(
         names = ("vision", "prefill", "decode") if "vision" in rows[0] else ("prefill", "decode")
         components: list[Component] = [component_of(name, [row[name] for row in rows]) for name in names]
         return ComponentTable(
-            runtime="onnxruntime",
+            runtime=runtime.runtime,
             device=graph.device,
             dtype=str(graph.inputs["inputs_embeds"].dtype),
             point=point,

@@ -94,7 +94,6 @@ class Preparer:
 
     graphs: Graphs
     encoder: Encoder
-    placeholders: tuple[int, ...]
     rope: Rope | None
 
     def prepare(self, batch: Sequence[Encoded], features: Mapping[str, NDArray[Any]] | None = None) -> Prepared:
@@ -107,7 +106,9 @@ class Preparer:
         ids, mask = inputs["input_ids"].numpy(), inputs["attention_mask"].numpy()
         features = self.features(batch) if features is None else features
         image_features = features.get(FEATURES)
-        image_mask = np.zeros_like(ids, dtype=np.bool_) if image_features is None else np.isin(ids, self.placeholders) & (mask > 0)
+        image_mask = np.zeros_like(ids, dtype=np.bool_)
+        if image_features is not None:
+            image_mask = np.isin(ids, self.encoder.tokens.placeholders) & (mask > 0)
         text_ids = np.where(image_mask, self.encoder.pad_id, ids)  # the embedding matrix may have no row for an image token
         embeds: NDArray[Any] = self.graphs.embed.run({"input_ids": text_ids})["inputs_embeds"]
         if image_features is not None:

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
 from compress.errors import MissingError
-from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Ability, OpenContext, Prompt, RunningServer, Runtime, Session
-
-if TYPE_CHECKING:
-    from compress.eval.latency.results import ComponentTable
-    from compress.eval.latency.settings import LoadPoint
-    from compress.runtimes.onnxruntime.session import OnnxruntimeSettings
+from compress.runtimes.runtime import (
+    LOWER_BOUND,
+    WHOLE_TOKENS,
+    Capability,
+    Embeds,
+    Generates,
+    OpenContext,
+    RunningServer,
+    Scores,
+    ServingRuntime,
+)
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """ONNX Runtime's execution providers, by their names in recipes."""
@@ -23,7 +28,7 @@ _DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
 _INPUT_LIBRARIES = ("onnx", "torch", "transformers", "tokenizers", "torchvision", "pillow")
 
 
-class Onnxruntime(Runtime):
+class Onnxruntime(ServingRuntime):
     """Greedy answers, scores and embeddings by ONNX Runtime.
 
     The original is exported first, to a temporary folder, so that both are measured in one runtime. Latency is measured with a
@@ -31,14 +36,17 @@ class Onnxruntime(Runtime):
     """
 
     revision: ClassVar[int] = 2
-    offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores", "comparison"})
+    formats: ClassVar[frozenset[str]] = frozenset({"onnx"})
+    opener: ClassVar[str] = "compress.runtimes.onnxruntime.session:open_session"
+    server: ClassVar[str] = "compress.runtimes.onnxruntime.start:serve"
+    component_timer: ClassVar[str] = "compress.runtimes.onnxruntime.components:measure_components"
+    offers: ClassVar[frozenset[Capability]] = frozenset({Generates, Scores, Embeds})
     kl_definition: ClassVar[str] = (
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise), the "
         f"token that stands there, and one bucket for all others. {LOWER_BOUND}"
     )
     incidental: ClassVar[frozenset[str]] = frozenset({"threads", "port", "startup_seconds", "request_seconds"})
     pace: ClassVar[frozenset[str]] = frozenset({"threads"})
-    serves: ClassVar[bool] = True
 
     runtime: Literal["onnxruntime"]
     providers: Literal["auto"] | Annotated[tuple[Provider, ...], Field(min_length=1)] = "auto"
@@ -73,49 +81,23 @@ class Onnxruntime(Runtime):
         """
         return {**_onnxruntime_version(), **{name: _version(name) for name in _INPUT_LIBRARIES}}
 
-    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
-        """Load the artifact into this process; a checkpoint without graphs is exported first.
-
-        Raises:
-            CheckpointError: it cannot be read, or not exported; names the file.
-            MissingError: ONNX Runtime is not installed, or lacks a provider, or an operator of the graphs.
-        """
-        self.versions()
-        from compress.runtimes.onnxruntime.session import open_session
-
-        return open_session(context, self._engine_settings())
+    def open(self, context: OpenContext) -> AbstractContextManager[Any]:
+        """Load the artifact into this process; a checkpoint without graphs is exported first. See `Runtime.open`."""
+        self.versions()  # says what is not installed before anything is imported
+        return super().open(context)
 
     def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
-        """Start a server for the artifact; a checkpoint without graphs is exported first. Its log is `onnxruntime.log`.
-
-        Raises:
-            UsageError: the model generates no text.
-            CheckpointError: it cannot be exported.
-            MissingError: ONNX Runtime is not installed, or lacks a provider.
-            ServerError: the server did not start.
-        """
+        """Start a server for the artifact; a checkpoint without graphs is exported first. See `ServingRuntime.serve`."""
         self.versions()
-        from compress.runtimes.onnxruntime.start import serve
+        return super().serve(context)
 
-        return serve(self, context, self._engine_settings())
-
-    def time_components(self, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
-        """Return how long each graph takes in this process.
-
-        Raises:
-            UsageError: the model generates no text.
-            CheckpointError: it cannot be read or exported.
-            DataError: the model cannot take the prompt.
-        """
-        from compress.runtimes.onnxruntime.components import measure_components
-
-        return measure_components(context, self._engine_settings(), point, prompt, repeats)
-
-    def _engine_settings(self) -> OnnxruntimeSettings:
-        from compress.runtimes.onnxruntime.session import OnnxruntimeSettings
-
-        providers = None if self.providers == "auto" else self.providers
-        return OnnxruntimeSettings(providers, self.threads, self.dtype, self.tokens_per_batch, self.top_logprobs, self.whole_tokens)
+    def latency_notes(self, *, components: bool) -> list[str]:
+        """Return how its server differs from others."""
+        del components
+        return [
+            "The server makes one answer after the other: requests queue. Its memory includes the libraries that prepare prompts, "
+            "which draws ratios of memory towards one."
+        ]
 
 
 def _onnxruntime_version() -> dict[str, str]:

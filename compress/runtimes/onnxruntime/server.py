@@ -21,11 +21,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, ClassVar, cast
 
+from compress.data.prompts import Prompt
 from compress.errors import CompressError, DataError
 from compress.progress import Silent
-from compress.runtimes.onnxruntime.graph import choose_engine
-from compress.runtimes.onnxruntime.session import OnnxruntimeSession, OnnxruntimeSettings, StreamedAnswer, load_session
-from compress.runtimes.runtime import OpenContext, Prompt
+from compress.runtimes.onnxruntime.runtime import Onnxruntime
+from compress.runtimes.onnxruntime.session import OnnxruntimeSession, StreamedAnswer, load_session
+from compress.runtimes.runtime import OpenContext
 
 KEY = "COMPRESS_SERVER_KEY"
 """The environment variable that holds the server's API key."""
@@ -56,7 +57,7 @@ class ServerJob:
 
     port: int
     settings: dict[str, Any]
-    """The fields of `OnnxruntimeSettings`."""
+    """The runtime's fields."""
 
     trust_remote_code: bool
 
@@ -348,10 +349,10 @@ def main(arguments: Sequence[str]) -> None:
     """
     job = ServerJob(**json.loads(arguments[0]))
     key = os.environ.pop(KEY)
-    settings = OnnxruntimeSettings(**job.settings)
-    engine = choose_engine(settings.providers, settings.threads)
     graphs, artifact = Path(job.graphs), Path(job.artifact)
-    session = load_session(graphs, OpenContext(artifact, graphs, Silent(), job.trust_remote_code, job.model), settings, engine)
+    context = OpenContext.at(artifact, graphs, Silent(), job.trust_remote_code, job.model)
+    session = load_session(Onnxruntime(**job.settings), context, graphs)
+    assert isinstance(session, OnnxruntimeSession), "a model that writes no text is refused before its server is started"
     with ArtifactServer(ServedArtifact(session, job.artifact, job.model, key, threading.Lock()), job.port) as server:
         server.serve_forever()
 

@@ -4,44 +4,32 @@ from __future__ import annotations
 
 import gc
 import shutil
-from collections.abc import Callable, Generator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, cast
+from typing import TYPE_CHECKING, Literal, NamedTuple, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from compress.checkpoints.artifact import artifact_format
-from compress.checkpoints.checkpoint import read_config
-from compress.checkpoints.skeleton import load_config
-from compress.data.prompts import load_processor, longest_input
-from compress.errors import CheckpointError, DataError, StoreError
-from compress.families import family_at
+from compress.data.prompts import Prompt
+from compress.errors import CheckpointError, DataError
 from compress.progress import Progress
-from compress.runtimes.embedding import Embedder, Towers
-from compress.runtimes.inputs import Encoded, Encoder, check_contrastive, check_generative, stops_and_pad
+from compress.runtimes.batched_session import BatchedSession
+from compress.runtimes.embedding import EmbeddingSession, Towers
+from compress.runtimes.exported import in_format_of
+from compress.runtimes.inputs import Encoded, Encoder
 from compress.runtimes.onnxruntime.decoder import BatchDecoder
 from compress.runtimes.onnxruntime.graph import Engine, GraphSession, choose_engine
 from compress.runtimes.onnxruntime.inputs import PAST, Graphs, Preparer, find_rope
-from compress.runtimes.onnxruntime.runtime import Provider
-from compress.runtimes.runtime import (
-    Ability,
-    Answer,
-    Embeddings,
-    Faults,
-    ImageInput,
-    OpenContext,
-    Passage,
-    Prompt,
-    Score,
-    scored_tokens,
-    unscored,
-)
-from compress.runtimes.top_tokens import Position, TopRecord, score_of, write_record
+from compress.runtimes.runtime import OpenContext, Passage, Score, scored_tokens
+from compress.runtimes.top_tokens import Position, TopRecord, score_top
+
+if TYPE_CHECKING:
+    from compress.runtimes.onnxruntime.runtime import Onnxruntime
 
 _IMAGES, _TEXTS = "vision_model.onnx", "text_model.onnx"
 _SCALE = "logit_scale"
@@ -50,20 +38,6 @@ _MAX_LOGITS = 2**27
 
 _SOFTMAX_ROWS = 64
 """Rows of logits that are converted to float64 at once."""
-
-
-@dataclass(frozen=True)
-class OnnxruntimeSettings:
-    """The fields of `runtime: onnxruntime`."""
-
-    providers: tuple[Provider, ...] | None
-    """None for auto."""
-
-    threads: int | None
-    dtype: str
-    tokens_per_batch: int
-    top_logprobs: int
-    whole_tokens: int
 
 
 class GeneratedToken(NamedTuple):
@@ -86,7 +60,7 @@ class StreamedAnswer:
 
 
 @contextmanager
-def open_session(context: OpenContext, settings: OnnxruntimeSettings) -> Generator[OnnxruntimeSession]:
+def open_session(runtime: Onnxruntime, context: OpenContext) -> Generator[OnnxruntimeSession | EmbeddingSession]:
     """Load an artifact, or the graphs that a checkpoint is exported to; the memory is freed when the context ends.
 
     Raises:
@@ -94,52 +68,44 @@ def open_session(context: OpenContext, settings: OnnxruntimeSettings) -> Generat
         MissingError: a provider, an opset or an operator is not available.
         StoreError: the disk is too full for the exported checkpoint.
     """
-    engine = choose_engine(settings.providers, settings.threads)
-    with graphs_of(context, settings, engine) as folder:
-        session = load_session(folder, context, settings, engine)
-    with closing(session):
+    engine = engine_of(runtime)
+    with graphs_of(runtime, context, engine) as folder:
+        session = load_session(runtime, context, folder)
+    try:
         yield session
+    finally:
+        session.close()
+        gc.collect()
+
+
+def engine_of(runtime: Onnxruntime) -> Engine:
+    """Return the engine by a runtime's fields; raises as `choose_engine`."""
+    return choose_engine(None if runtime.providers == "auto" else runtime.providers, runtime.threads)
 
 
 @contextmanager
-def graphs_of(context: OpenContext, settings: OnnxruntimeSettings, engine: Engine) -> Generator[Path]:
+def graphs_of(runtime: Onnxruntime, context: OpenContext, engine: Engine) -> Generator[Path]:
     """Yield the folder of an artifact's graphs; a checkpoint is exported to a folder that is removed when the context ends.
 
     Raises:
         CheckpointError: the checkpoint cannot be exported.
         StoreError: the disk is too full for the export.
     """
-    if artifact_format(context.artifact) == "onnx":
-        yield context.artifact
-        return
-    from compress.export.format import ExportContext
-    from compress.export.onnx.format import Onnx
-
     auto = "float32" if engine.device == "cpu" else "float16"
-    export = Onnx.model_validate({"format": "onnx", "dtype": auto if settings.dtype == "auto" else settings.dtype})
+    settings = {"format": "onnx", "dtype": auto if runtime.dtype == "auto" else runtime.dtype}
     folder = context.logs / f"{context.name}.onnx-export"
     shutil.rmtree(folder, ignore_errors=True)  # left by a killed run
     try:
-        folder.mkdir(parents=True)
-        export.apply(
-            ExportContext(context.artifact, folder, family_at(context.artifact, context.trust_remote_code), context.progress)
-        )
-        yield folder
-    except OSError as error:
-        raise StoreError(f"{folder}: {context.artifact} cannot be exported there ({error}); free space") from error
+        yield in_format_of(runtime, context, settings, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def load_session(folder: Path, context: OpenContext, settings: OnnxruntimeSettings, engine: Engine) -> OnnxruntimeSession:
+def load_session(runtime: Onnxruntime, context: OpenContext, folder: Path) -> OnnxruntimeSession | EmbeddingSession:
     """Load an artifact with its graphs from the folder of `graphs_of`; raises as `open_session`."""
-    artifact, trusted = context.artifact, context.trust_remote_code
-    family = family_at(artifact, trusted)
-    processor = load_processor(artifact, trusted)
-    stops, pad_id = stops_and_pad(artifact, processor, load_config(artifact, trusted).get_text_config())
-    encoder = Encoder(processor, family, pad_id, settings.tokens_per_batch, longest_input(artifact))
-    if family.head is None:
-        return OnnxruntimeSession(encoder, _towers(folder, engine), stops, settings)
+    artifact, engine, encoder = context.artifact, engine_of(runtime), Encoder.of(context, runtime.tokens_per_batch)
+    if context.family.head is None:
+        return EmbeddingSession(_towers(folder, engine), encoder)
     graphs = Graphs.load(folder, engine)
     cached = {value.dtype for name, value in graphs.decoder.inputs.items() if name.startswith(PAST)}
     if engine.device != "cpu" and np.dtype(np.float32) in cached:
@@ -147,126 +113,80 @@ def load_session(folder: Path, context: OpenContext, settings: OnnxruntimeSettin
             f"{artifact}: computes in float32, in which CUDA has no grouped-query attention: that runs on the CPU; export it with "
             "dtype: float16 for its speed"
         )
-    rope = find_rope(artifact, graphs.decoder, trusted)
-    preparer = Preparer(graphs, encoder, family.placeholders(read_config(artifact)), rope)
-    return OnnxruntimeSession(encoder, preparer, stops, settings)
+    rope = find_rope(artifact, graphs.decoder, context.trust_remote_code)
+    return OnnxruntimeSession(Preparer(graphs, encoder, rope), runtime)
 
 
-class OnnxruntimeSession:
-    """An artifact whose graphs are loaded in this process: a generative model's three, or CLIP's two towers."""
+class OnnxruntimeSession(BatchedSession):
+    """A generative artifact whose three graphs are loaded in this process."""
 
-    block: int | None = 64
-
-    def __init__(self, encoder: Encoder, model: Preparer | Towers, stops: tuple[int, ...], settings: OnnxruntimeSettings) -> None:
-        self._encoder = encoder
-        self._model: Preparer | Towers | None = model
-        self._stops = stops
-        self._top = settings.top_logprobs
-        self.whole_tokens = settings.whole_tokens
+    def __init__(self, preparer: Preparer, runtime: Onnxruntime) -> None:
+        super().__init__(preparer.encoder)
+        self._preparer: Preparer | None = preparer
+        self._top = runtime.top_logprobs
+        self.whole_tokens = runtime.whole_tokens
 
     @property
-    def offers(self) -> frozenset[Ability]:
-        """The model's abilities; see `Session.offers`."""
-        return frozenset({"comparison"} if self._encoder.family.head is None else {"text", "scores"})
+    def preparer(self) -> Preparer:
+        """The preparer of the graphs' inputs."""
+        assert self._preparer is not None, "the session is closed"
+        return self._preparer
 
     def close(self) -> None:
         """Free the graphs."""
-        self._model = None
-        gc.collect()
-
-    def answer(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
-    ) -> list[Answer]:
-        """Answer each prompt by greedy decoding; the model's sampling settings and penalties are left out. See `Session.answer`.
-
-        Placeholder tokens of images and videos are suppressed: an answer that has one could not be scored. A prompt that exceeds
-        the model's context length or image count, or has an image that cannot be decoded, gives an answer with its fault.
-
-        Raises:
-            UsageError: the model generates no text.
-            CheckpointError: the graphs cannot be run.
-            MissingError: there is too little memory.
-        """
-        preparer = self.preparer()
-        answers: dict[int, Answer] = {}
-        faults: dict[int, str] = {}
-
-        def add(index: int, answer: Answer) -> None:
-            answers[index] = answer
-            if on_answer is not None:
-                on_answer(answer)
-
-        with progress.task("answer", len(prompts), "prompts") as advance:
-            for batch in self._encoder.prompts(prompts, max_new_tokens, faults):
-                for sample, ids in zip(batch, self._generate(preparer, batch, max_new_tokens), strict=True):
-                    add(sample.index, Answer(id=prompts[sample.index].id, text=self.decode(ids), token_ids=tuple(ids)))
-                advance(len(batch))
-            for index, fault in faults.items():
-                add(index, Answer(id=prompts[index].id, text="", token_ids=(), fault=fault))
-            advance(len(faults))
-        return [answers[index] for index in range(len(prompts))]
+        self._preparer = None
 
     def stream(self, prompt: Prompt, max_new_tokens: int, *, ignore_eos: bool = False) -> StreamedAnswer:
         """Answer one prompt as `answer` does, token by token; with `ignore_eos`, end-of-sequence tokens do not end it.
 
         Raises:
-            UsageError: the model generates no text.
             DataError: the prompt exceeds the context length or image count, or has an image that cannot be decoded.
             CheckpointError: the graphs cannot be run.
             MissingError: there is too little memory.
         """
-        preparer, faults = self.preparer(), dict[int, str]()
-        batches = list(self._encoder.prompts([prompt], max_new_tokens, faults))
+        faults = dict[int, str]()
+        batches = list(self.encoder.prompts([prompt], max_new_tokens, faults))
         if not batches:
             raise DataError(faults[0])
         (batch,) = batches
 
         def generate() -> Generator[GeneratedToken]:
-            steps = self._steps(preparer, batch, max_new_tokens, () if ignore_eos else self._stops)
+            steps = self._steps(batch, max_new_tokens, () if ignore_eos else self.encoder.tokens.stops)
             for count, (tokens, active) in enumerate(steps, 1):
                 yield GeneratedToken(int(tokens[0]), "stop" if not active[0] else "length" if count == max_new_tokens else None)
 
         return StreamedAnswer(batch[0].length, generate())
 
-    def decode(self, token_ids: Sequence[int]) -> str:
-        """Return the text of an answer's tokens."""
-        return str(self._encoder.processor.tokenizer.decode(token_ids, skip_special_tokens=True))
-
     @property
     def max_length(self) -> int | None:
         """The model's context length in tokens, None where its config has none."""
-        return self._encoder.max_length
+        return self.encoder.max_length
 
     def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
-        """Score the passages; see `Session.score`. One that exceeds the model's context length gives a score with its fault.
+        """Score the passages by their top tokens; one that exceeds the model's context length has a fault. See `Scores.score`.
 
         Raises:
-            UsageError: `reference` was recorded on other passages, by another runtime, or with another `top_logprobs`; or the model
-                generates no text.
+            UsageError: `reference` was recorded on other passages, by another runtime, or with another `top_logprobs`.
             CheckpointError: the graphs cannot be run.
             MissingError: there is too little memory.
             StoreError: the record cannot be written.
         """
-        preparer = self.preparer()
-        original = TopRecord(reference, passages, self._top) if reference is not None else None
-        recorded: dict[int, list[Position]] = {}
-        scores = [score_of(passage.id, [], None if original is None else []) for passage in passages]
-        faults: dict[int, str] = {}
-        encoder = self._scoring_encoder(preparer)
-        with progress.task("score", sum(len(scored_tokens(passage)) for passage in passages), "tokens") as advance:
-            for batch in encoder.passages(passages, faults):
-                for index, logits in _scored_logits(preparer, batch, passages):
-                    original_positions = original.of(index) if original is not None else None
-                    positions = self._positions(scored_tokens(passages[index]), logits, original_positions)
-                    scores[index] = score_of(passages[index].id, positions, original_positions)
-                    if record is not None:
-                        recorded[index] = positions
-                    advance(len(positions))
-        if record is not None:
-            write_record(record, passages, [recorded.get(index, []) for index in range(len(passages))], self._top)
-        for index, fault in faults.items():
-            scores[index] = unscored(passages[index].id, fault, compared=original is not None)
-        return scores
+
+        def predict(original: TopRecord | None) -> list[list[Position] | str]:
+            predictions: list[list[Position] | str] = [[] for _ in passages]
+            faults: dict[int, str] = {}
+            with progress.task("score", sum(len(scored_tokens(passage)) for passage in passages), "tokens") as advance:
+                for batch in self._scoring_encoder().passages(passages, faults):
+                    for index, logits in _scored_logits(self.preparer, batch, passages):
+                        original_positions = original.of(index) if original is not None else None
+                        positions = self._positions(scored_tokens(passages[index]), logits, original_positions)
+                        predictions[index] = positions
+                        advance(len(positions))
+            for index, fault in faults.items():
+                predictions[index] = fault
+            return predictions
+
+        return score_top(passages, record, reference, self._top, predict)
 
     def distributions(
         self, passages: Sequence[Passage], positions: Sequence[tuple[int, int]], progress: Progress
@@ -274,79 +194,41 @@ class OnnxruntimeSession:
         """Return the distribution over the full vocabulary at each position; see `FullVocabularySession`.
 
         Raises:
-            UsageError: the model generates no text.
             CheckpointError: the graphs cannot be run.
             MissingError: there is too little memory.
         """
-        preparer = self.preparer()
         indices = list(dict.fromkeys(passage for passage, _ in positions))
         subset = [passages[index] for index in indices]
         distributions: dict[int, NDArray[np.float32]] = {}
         with progress.task("whole vocabulary", len(positions), "tokens") as advance:
-            for batch in self._scoring_encoder(preparer).passages(subset, {}):
-                for index, logits in _scored_logits(preparer, batch, subset):
+            for batch in self._scoring_encoder().passages(subset, {}):
+                for index, logits in _scored_logits(self.preparer, batch, subset):
                     requested = [(at, token) for at, (passage, token) in enumerate(positions) if passage == indices[index]]
                     rows = torch.from_numpy(logits[[token for _, token in requested]]).to(torch.float64).log_softmax(dim=1)
                     distributions |= {at: row.to(torch.float32).numpy() for (at, _), row in zip(requested, rows, strict=True)}
                     advance(len(requested))
         return [distributions.get(at) for at in range(len(positions))]
 
-    def classify(
-        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
-    ) -> NDArray[np.float64]:
-        """Return the zero-shot log-probabilities [images, classes]; see `Session.classify`.
-
-        Raises:
-            UsageError: the model compares no images with texts.
-            DataError: a text exceeds the model's context length, or an image cannot be decoded.
-        """
-        return self._embedder().classify(images, classes, progress, faults)
-
-    def embed(
-        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
-    ) -> Embeddings:
-        """Return the embeddings of images and texts; see `Session.embed`.
-
-        Raises:
-            UsageError: the model compares no images with texts.
-            DataError: a text exceeds the model's context length, or an image cannot be decoded.
-        """
-        return self._embedder().embed(images, texts, progress, faults)
-
-    def preparer(self) -> Preparer:
-        """Return the preparer of the graphs' inputs.
-
-        Raises:
-            UsageError: the model generates no text.
-        """
-        check_generative(self._encoder.family)
-        return cast("Preparer", self._model)
-
-    def _scoring_encoder(self, preparer: Preparer) -> Encoder:
+    def _scoring_encoder(self) -> Encoder:
         """Return an encoder whose batches are small enough for the logits of all their tokens."""
-        vocabulary = int(preparer.graphs.decoder.outputs["logits"].shape[2])
-        return replace(self._encoder, tokens_per_batch=min(self._encoder.tokens_per_batch, _MAX_LOGITS // vocabulary))
+        vocabulary = int(self.preparer.graphs.decoder.outputs["logits"].shape[2])
+        return replace(self.encoder, tokens_per_batch=min(self.encoder.tokens_per_batch, _MAX_LOGITS // vocabulary))
 
-    def _embedder(self) -> Embedder:
-        check_contrastive(self._encoder.family)
-        return Embedder(cast("Towers", self._model), self._encoder)
-
-    def _generate(self, preparer: Preparer, batch: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
-        """Return the greedy continuation of each prompt, without its end-of-sequence token."""
+    def _generate(self, batch: Sequence[Encoded], max_new_tokens: int) -> list[list[int]]:
         continuations: list[list[int]] = [[] for _ in batch]
-        for tokens, active in self._steps(preparer, batch, max_new_tokens, self._stops):
+        for tokens, active in self._steps(batch, max_new_tokens, self.encoder.tokens.stops):
             for row in np.flatnonzero(active):
                 continuations[row].append(int(tokens[row]))
         return continuations
 
     def _steps(
-        self, preparer: Preparer, batch: Sequence[Encoded], max_new_tokens: int, stops: Sequence[int]
+        self, batch: Sequence[Encoded], max_new_tokens: int, stops: Sequence[int]
     ) -> Generator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
         """Yield per step the greedy token of each row [samples], and which rows are still active [samples]."""
-        prepared = preparer.prepare(batch)
-        decoder = BatchDecoder(preparer.graphs, prepared, prepared.padded_length + max_new_tokens)
+        prepared = self.preparer.prepare(batch)
+        decoder = BatchDecoder(self.preparer.graphs, prepared, prepared.padded_length + max_new_tokens)
         logits = decoder.begin()
-        suppressed = [token for token in preparer.placeholders if token < logits.shape[1]]
+        suppressed = [token for token in self.encoder.tokens.placeholders if token < logits.shape[1]]
         active = np.ones(len(batch), dtype=np.bool_)
         for count in range(1, max_new_tokens + 1):
             logits[:, suppressed] = -np.inf

@@ -10,18 +10,19 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.errors import UsageError
-from compress.families import family_at
-from compress.runtimes.onnxruntime.graph import choose_engine
-from compress.runtimes.onnxruntime.runtime import Onnxruntime
 from compress.runtimes.onnxruntime.server import KEY, ServerJob
-from compress.runtimes.onnxruntime.session import OnnxruntimeSettings, graphs_of
+from compress.runtimes.onnxruntime.session import engine_of, graphs_of
 from compress.runtimes.runtime import OpenContext, RunningServer
 from compress.runtimes.vllm.start import plain_environment
 from compress.untrusted.redaction import remember_secret
 from compress.workers.server import await_service, choose_port
 from compress.workers.worker import Worker, run_worker
+
+if TYPE_CHECKING:
+    from compress.runtimes.onnxruntime.runtime import Onnxruntime
 
 _NAME = "ONNX Runtime"
 _MODULE = "compress.runtimes.onnxruntime.server"
@@ -30,7 +31,7 @@ _PYTHON_VARIABLES = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
 
 
 @contextmanager
-def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings) -> Generator[RunningServer]:
+def serve(runtime: Onnxruntime, context: OpenContext) -> Generator[RunningServer]:
     """Start a server for an artifact, or for the graphs that a checkpoint is exported to, and wait until it answers.
 
     Raises:
@@ -40,33 +41,30 @@ def serve(runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSetti
         StoreError: the disk is too full for the exported checkpoint.
         ServerError: the server did not start.
     """
-    family = family_at(context.artifact, context.trust_remote_code)
+    family = context.family
     if family.head is None:
         raise UsageError(
             f"{context.artifact}: latency is measured of answers, and {family.name} compares images with texts and writes none; "
             "leave out eval.latency"
         )
-    engine = choose_engine(settings.providers, settings.threads)
     with ExitStack() as stack:
         with (
-            graphs_of(context, settings, engine) as graphs,
+            graphs_of(runtime, context, engine_of(runtime)) as graphs,
             context.progress.task("start onnxruntime", 1, "servers") as advance,
         ):
-            server, served = stack.enter_context(_run(runtime, context, settings, graphs))
+            server, served = stack.enter_context(_run(runtime, context, graphs))
             await_service(server, served, runtime.startup_seconds)
             advance(1)
         yield served
 
 
 @contextmanager
-def _run(
-    runtime: Onnxruntime, context: OpenContext, settings: OnnxruntimeSettings, graphs: Path
-) -> Generator[tuple[Worker, RunningServer]]:
+def _run(runtime: Onnxruntime, context: OpenContext, graphs: Path) -> Generator[tuple[Worker, RunningServer]]:
     port = choose_port(runtime.port, _NAME)
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
     artifact = str(context.artifact.absolute())
-    job = ServerJob(artifact, str(graphs.absolute()), model, port, asdict(settings), context.trust_remote_code)
+    job = ServerJob(artifact, str(graphs.absolute()), model, port, runtime.model_dump(mode="json"), context.trust_remote_code)
     command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]
     variables = plain_environment() | {name: os.environ[name] for name in _PYTHON_VARIABLES if name in os.environ} | {KEY: key}
     with run_worker(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:

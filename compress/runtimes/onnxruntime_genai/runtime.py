@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from typing import ClassVar, Literal
 
 from pydantic import NonNegativeInt, PositiveInt
 
-from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, OpenContext, Runtime, Session
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Runtime
 from compress.workers.environment import require
 
 ENVIRONMENT = "onnxruntime-genai"
 """The name of its environment."""
-
-CONFIG = "genai_config.json"
-"""The file that every onnxruntime-genai model folder has."""
 
 
 class OnnxruntimeGenai(Runtime):
@@ -25,6 +21,8 @@ class OnnxruntimeGenai(Runtime):
     """
 
     revision: ClassVar[int] = 2
+    opener: ClassVar[str] = "compress.runtimes.onnxruntime_genai.session:open_session"
+    formats: ClassVar[frozenset[str]] = frozenset({"onnx-genai"})
     kl_definition: ClassVar[str] = (
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise) and one "
         "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "
@@ -52,15 +50,3 @@ class OnnxruntimeGenai(Runtime):
             MissingError: it is not installed here.
         """
         return require(ENVIRONMENT).versions
-
-    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
-        """Load the artifact in a process of its own, which is ended with the context; its log is `onnxruntime-genai.log`.
-
-        Raises:
-            CheckpointError: onnxruntime-genai cannot load the folder, or a checkpoint cannot be exported for it.
-            MissingError: onnxruntime-genai is not installed here.
-            ServerError: the process exited while it was loading.
-        """
-        from compress.runtimes.onnxruntime_genai.session import open_session
-
-        return open_session(context, self)

@@ -10,36 +10,25 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoints.checkpoint import open_checkpoint, read_config
-from compress.data.prompts import check_image_count, load_processor, open_images, write_prompt
-from compress.errors import CheckpointError, DataError, ServerError, UsageError
+from compress.data.prompts import Prompt, check_image_count, open_images, write_prompt
+from compress.errors import CheckpointError, DataError, ServerError
 from compress.export.onnx.files import check_files
-from compress.families import Family, family_at, family_of
+from compress.families import Family
 from compress.files import telling_where
 from compress.progress import Progress
-from compress.runtimes.onnxruntime_genai.runtime import CONFIG, ENVIRONMENT
-from compress.runtimes.runtime import (
-    Ability,
-    Answer,
-    Embeddings,
-    Faults,
-    ImageInput,
-    OpenContext,
-    Passage,
-    Prompt,
-    Score,
-    scored_tokens,
-)
-from compress.runtimes.top_tokens import Position, TopRecord, scores_of, write_record
-from compress.runtimes.vllm.server import stop_tokens
-from compress.runtimes.vllm.session import token_ids
+from compress.runtimes.exported import in_format_of
+from compress.runtimes.inputs import Encoder
+from compress.runtimes.onnxruntime_genai.runtime import ENVIRONMENT
+from compress.runtimes.runtime import Answer, OpenContext, Passage, Score, scored_tokens
+from compress.runtimes.server_session import token_ids
+from compress.runtimes.top_tokens import Position, TopRecord, score_top
 from compress.untrusted.limits import limits
 from compress.untrusted.reading import printable, reason
 from compress.workers.environment import require
@@ -83,21 +72,8 @@ class GenaiRequest:
     """The indices of the scored tokens whose distributions are returned."""
 
 
-@dataclass(frozen=True)
-class GenaiModel:
-    """The processor and special tokens of an artifact."""
-
-    processor: Any
-    family: Family
-    stops: tuple[int, ...]
-    """The end-of-sequence tokens."""
-
-    placeholders: tuple[int, ...]
-    """The tokens that stand for images and videos."""
-
-
 @contextmanager
-def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[OnnxruntimeGenaiSession]:
+def open_session(runtime: OnnxruntimeGenai, context: OpenContext) -> Generator[OnnxruntimeGenaiSession]:
     """Load an artifact, or the export of a checkpoint, in a worker process that is ended with the context.
 
     Raises:
@@ -108,9 +84,7 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
     require(ENVIRONMENT)  # before a checkpoint is exported
     with ExitStack() as resources:
         temporary = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="compress-genai-")))
-        folder = context.artifact
-        if not (folder / CONFIG).is_file():
-            folder = _export(context, temporary / "original")
+        folder = in_format_of(runtime, context, _original_settings(context.family), temporary / "original")
         for path in sorted(folder.glob("*.onnx")):
             check_files(path)
         listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
@@ -127,34 +101,18 @@ def open_session(context: OpenContext, runtime: OnnxruntimeGenai) -> Generator[O
             raise CheckpointError(
                 f"{context.artifact}: onnxruntime-genai cannot load it ({printable(str(reply['failed']))}); export it again"
             )
-        config = read_config(folder)
-        family = family_at(folder, context.trust_remote_code)
-        model = GenaiModel(
-            load_processor(folder, context.trust_remote_code), family, stop_tokens(folder), family.placeholders(config)
-        )
         image_folder = temporary / "images"
         image_folder.mkdir()
-        yield OnnxruntimeGenaiSession(worker, model, image_folder, runtime)
+        encoder = Encoder.of(replace(context, artifact=folder), 1)
+        yield OnnxruntimeGenaiSession(worker, encoder, image_folder, runtime)
 
 
-def _export(context: OpenContext, target: Path) -> Path:
-    """Export a checkpoint for onnxruntime-genai, in float32, to `target`, and return that.
-
-    Raises:
-        CheckpointError: it cannot be exported.
-    """
-    from compress.export.format import ExportContext
-    from compress.export.onnx_genai.format import OnnxGenai
+def _original_settings(family: Family) -> dict[str, str]:
+    """Return the export by which an original is measured: in float32, by the library's own builder where that knows it."""
     from compress.export.onnx_genai.limits import MODEL_TYPES
 
-    checkpoint = open_checkpoint(context.artifact)
-    family = family_of(checkpoint.config, str(context.artifact), checkpoint, context.trust_remote_code)
     built = family.name in MODEL_TYPES and MODEL_TYPES[family.name].built
-    target.mkdir()
-    with telling_where(target):
-        export = OnnxGenai(format="onnx-genai", decoder="builder" if built else "own")
-        export.apply(ExportContext(context.artifact, target, family, context.progress))
-    return target
+    return {"format": "onnx-genai", "decoder": "builder" if built else "own"}
 
 
 def _accept(listener: socket.socket, server: Worker, seconds: float) -> socket.socket:
@@ -295,12 +253,11 @@ def read_positions(reply: Mapping[str, Any], tokens: Sequence[int], top: int) ->
 class OnnxruntimeGenaiSession:
     """An artifact loaded by onnxruntime-genai."""
 
-    offers: frozenset[Ability] = frozenset({"text", "scores"})
     block: int | None = None
 
-    def __init__(self, worker: WorkerProcess, model: GenaiModel, image_folder: Path, runtime: OnnxruntimeGenai) -> None:
+    def __init__(self, worker: WorkerProcess, encoder: Encoder, image_folder: Path, runtime: OnnxruntimeGenai) -> None:
         self._worker = worker
-        self._model = model
+        self._encoder = encoder
         self._image_folder = image_folder
         self._top = runtime.top_logprobs
         self.whole_tokens = runtime.whole_tokens
@@ -308,9 +265,7 @@ class OnnxruntimeGenaiSession:
     def answer(
         self, prompts: Sequence[Prompt], max_new_tokens: int, progress: Progress, on_answer: Callable[[Answer], None] | None = None
     ) -> list[Answer]:
-        """Answer each prompt by greedy decoding; the model's sampling settings and penalties are left out. See `Session.answer`.
-
-        Placeholder tokens of images and videos are suppressed: an answer that has one could not be scored.
+        """Answer each prompt by greedy decoding; see `Generates.answer`.
 
         Raises:
             ServerError: the worker process exited, or has stopped answering.
@@ -318,7 +273,7 @@ class OnnxruntimeGenaiSession:
         answers: list[Answer] = []
         with progress.task("answer", len(prompts), "prompts") as advance:
             for prompt in prompts:
-                reply = self._ask(prompt, "answer", max_new_tokens=max_new_tokens, forbidden=self._model.placeholders)
+                reply = self._ask(prompt, "answer", max_new_tokens=max_new_tokens, forbidden=self._encoder.tokens.placeholders)
                 answers.append(self._parse_answer(prompt, reply, max_new_tokens))
                 if on_answer is not None:
                     on_answer(answers[-1])
@@ -326,22 +281,24 @@ class OnnxruntimeGenaiSession:
         return answers
 
     def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
-        """Score the passages; see `Session.score`.
+        """Score the passages; see `Scores.score`.
 
         Raises:
             ServerError: the worker process exited, or has stopped answering.
             UsageError: `reference` was recorded on other passages, by another runtime, or with another `top_logprobs`.
             StoreError: the record cannot be written.
         """
-        original = TopRecord(reference, passages, self._top) if reference is not None else None
-        positions: list[list[Position] | str] = []
-        with progress.task("score", sum(len(passage.token_ids) for passage in passages), "tokens") as advance:
-            for passage in passages:
-                positions.append(self._positions(passage))
-                advance(len(passage.token_ids))
-        if record is not None:
-            write_record(record, passages, [[] if isinstance(row, str) else row for row in positions], self._top)
-        return scores_of(passages, positions, original)
+
+        def predict(original: TopRecord | None) -> list[list[Position] | str]:
+            del original
+            positions: list[list[Position] | str] = []
+            with progress.task("score", sum(len(passage.token_ids) for passage in passages), "tokens") as advance:
+                for passage in passages:
+                    positions.append(self._positions(passage))
+                    advance(len(passage.token_ids))
+            return positions
+
+        return score_top(passages, record, reference, self._top, predict)
 
     def distributions(
         self, passages: Sequence[Passage], positions: Sequence[tuple[int, int]], progress: Progress
@@ -364,28 +321,6 @@ class OnnxruntimeGenaiSession:
                 advance(len(tokens))
         return [distributions.get(position) for position in positions]
 
-    def classify(
-        self, images: Sequence[ImageInput], classes: Sequence[Sequence[str]], progress: Progress, faults: Faults | None = None
-    ) -> NDArray[np.float64]:
-        """Not supported.
-
-        Raises:
-            UsageError: always; onnxruntime-genai only generates text.
-        """
-        del images, classes, progress, faults
-        raise UsageError("task zero-shot: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
-
-    def embed(
-        self, images: Sequence[ImageInput], texts: Sequence[str], progress: Progress, faults: Faults | None = None
-    ) -> Embeddings:
-        """Not supported.
-
-        Raises:
-            UsageError: always; onnxruntime-genai only generates text.
-        """
-        del images, texts, progress, faults
-        raise UsageError("task retrieval: cannot be measured with runtime: onnxruntime-genai; set eval.runtime to onnxruntime")
-
     def _positions(self, passage: Passage) -> list[Position] | str:
         """Request the predictions of a passage's tokens, one per scored token; a fault instead if there are none."""
         if not scored_tokens(passage):
@@ -404,13 +339,13 @@ class OnnxruntimeGenaiSession:
         """Send a request with a prompt; its images are passed as temporary files."""
         paths: list[Path] = []
         try:
-            check_image_count(self._model.family, prompt)
+            check_image_count(self._encoder.family, prompt)
             # onnxruntime-genai reads PNG and JPEG alone, and exits on a file that it cannot read: images are decoded here first.
             for index, image in enumerate(open_images(prompt)):
                 paths.append(self._image_folder / f"{index}.png")
                 with telling_where(self._image_folder):
                     image.save(paths[-1], compress_level=1)
-            text = write_prompt(self._model.processor, prompt)
+            text = write_prompt(self._encoder.processor, prompt)
             return self._worker.ask(GenaiRequest(kind, text, [str(path) for path in paths], **settings))
         except DataError as error:
             return {"fault": str(error)}
@@ -422,8 +357,8 @@ class OnnxruntimeGenaiSession:
         if "fault" in reply:
             return Answer(id=prompt.id, text="", token_ids=(), fault=_named(prompt.id, str(reply["fault"])))
         ids = read_tokens(reply, max_new_tokens)
-        end = next((index for index, token in enumerate(ids) if token in self._model.stops), len(ids))
-        text = self._model.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
+        end = next((index for index, token in enumerate(ids) if token in self._encoder.tokens.stops), len(ids))
+        text = self._encoder.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return Answer(id=prompt.id, text=text, token_ids=tuple(ids[:end]))
 
 

@@ -14,10 +14,10 @@ from compress.checkpoints.output_head import head_is_tied
 from compress.checkpoints.skeleton import build_skeleton
 from compress.engine.weights import map_tensor
 from compress.errors import CheckpointError, MissingError
-from compress.families import Family, family_of
-from compress.progress import Progress
+from compress.families import Family
 from compress.runtimes.activations import fake_quantize_inputs
 from compress.runtimes.kv_cache import SCALES, fake_quantize_cache
+from compress.runtimes.runtime import OpenContext
 from compress.runtimes.unpack import dense_count, dense_tensors
 
 
@@ -42,19 +42,17 @@ def choose_dtype(setting: str, artifact: Path, device: torch.device) -> torch.dt
     return cast("torch.dtype", getattr(torch, "float32" if setting == "auto" else setting))
 
 
-def load_model(
-    artifact: Path, dtype: torch.dtype, device: torch.device, progress: Progress, trust_remote_code: bool = False
-) -> Any:
+def load_model(context: OpenContext, dtype: torch.dtype, device: torch.device) -> Any:
     """Return the artifact as a dense transformers model in evaluation mode, with activations fake-quantized as a runtime does.
 
     Raises:
         CheckpointError: a weight is missing, unexpected, or has another shape than the model's.
     """
+    artifact, family = context.artifact, context.family
     checkpoint = open_checkpoint(artifact)
-    family = family_of(checkpoint.config, str(artifact), checkpoint, trust_remote_code)
-    model: Any = build_skeleton(artifact, dtype, device, trust_remote_code)
+    model: Any = build_skeleton(artifact, dtype, device, context.trust_remote_code)
     modules: dict[str, nn.Module] = dict(model.named_modules())
-    with progress.task("load weights", dense_count(checkpoint), "tensors") as advance:
+    with context.progress.task("load weights", dense_count(checkpoint), "tensors") as advance:
         for name, tensor in dense_tensors(checkpoint, dtype, device):
             path, _, leaf = family.module_name(name).rpartition(".")
             if path not in modules:

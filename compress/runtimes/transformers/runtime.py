@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
 from importlib.metadata import version
 from typing import ClassVar, Literal
 
 from pydantic import PositiveInt
 
-from compress.runtimes.runtime import Ability, OpenContext, Runtime, Session
+from compress.runtimes.runtime import Capability, Embeds, Generates, Runtime, Scores
 
 
 class Transformers(Runtime):
     """Greedy answers and exact scores by the model's own code."""
 
     revision: ClassVar[int] = 2
-    offers: ClassVar[frozenset[Ability]] = frozenset({"text", "scores", "comparison"})
+    formats: ClassVar[frozenset[str]] = frozenset({"vllm"})
+    opener: ClassVar[str] = "compress.runtimes.transformers.session:open_session"
+    offers: ClassVar[frozenset[Capability]] = frozenset({Generates, Scores, Embeds})
     kl_definition: ClassVar[str] = "KL(original ‖ artifact) per token in nats, over the whole vocabulary, from float32 logits"
 
     runtime: Literal["transformers"]
@@ -34,14 +35,3 @@ class Transformers(Runtime):
         """Return how an artifact is loaded, as text for its model card."""
         note = "in process, from weights that compress itself unpacked: nothing of `from_pretrained` was tried"
         return f"{super().loaded_with(name)}, {note}"
-
-    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
-        """Load the artifact into this process.
-
-        Raises:
-            CheckpointError: it cannot be read.
-            MissingError: `device: cuda` without a CUDA device.
-        """
-        from compress.runtimes.transformers.session import TransformersSettings, open_session
-
-        return open_session(context, TransformersSettings(self.dtype, self.device, self.tokens_per_batch))

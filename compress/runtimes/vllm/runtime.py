@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager
-from typing import Annotated, Any, ClassVar, Literal, cast
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from compress.checkpoints.checkpoint import text_config
 from compress.checkpoints.quantization_config import Product
-from compress.hardware import processor_features
-from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, OpenContext, RunningServer, Runtime, Session
+from compress.hardware import gpus, processor_features
+from compress.recipe.schema import load_attribute
+from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Capability, Generates, Scores, Served, ServingRuntime
+from compress.runtimes.vllm.context import default_context, positions_of
+from compress.runtimes.vllm.ladder import LadderStep, settings_after
 from compress.workers.environment import require
 
 _SECRET_ARGUMENTS = {"--api-key", "--hf-token"}
 """Arguments of `vllm serve` whose values are secrets. Each server that is started gets a random key."""
 
-CONTEXT = 8192
-"""The largest default of `max_model_len`, in tokens: models allow up to a million, whose KV cache does not fit into memory."""
-
 _LONG_CONTEXT_VARIABLE = "VLLM_ALLOW_LONG_MAX_MODEL_LEN"
 """The environment variable that makes vLLM accept a `max_model_len` above the model's position count."""
-
-_UNSCALED_ROPE_TYPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling", "mrope", "default")
-"""RoPE types whose `max_position_embeddings` already includes the scaling: vLLM multiplies it by no factor."""
 
 WNA16_FEATURES = frozenset({"avx512f"})
 """x86 features for which vLLM 0.32 compiles `cpu_gemm_wna16`: on other processors `import_kernels` (vllm/platforms/cpu.py) loads a
@@ -43,27 +38,7 @@ def lacks(features: frozenset[str]) -> bool:
     return bool(available) and not available & features
 
 
-def default_context(config: Mapping[str, Any]) -> int:
-    """Return the default `max_model_len` of a model: its position count, at most `CONTEXT`."""
-    return min(positions_of(config) or CONTEXT, CONTEXT)
-
-
-def positions_of(config: Mapping[str, Any]) -> int | None:
-    """Return the model's maximum context length by its config.json, in tokens; None where the config has none.
-
-    Follows `_get_and_verify_max_len` of vLLM 0.33 (vllm/config/model.py).
-    """
-    text = text_config(config)
-    length: object = text.get("max_position_embeddings")
-    if not isinstance(length, int):
-        return None
-    rope: object = text.get("rope_parameters") or text.get("rope_scaling")
-    scaling = cast("dict[str, object]", rope) if isinstance(rope, dict) else dict[str, object]()
-    factor, kind = scaling.get("factor"), scaling.get("rope_type", scaling.get("type", "default"))
-    return length if kind in _UNSCALED_ROPE_TYPES or not isinstance(factor, int | float) else int(length * factor)
-
-
-class Vllm(Runtime):
+class Vllm(ServingRuntime):
     """Greedy answers and scores of given tokens by vLLM, with real images.
 
     The server is started in vLLM's own environment and ended with the measurement; with `url`, a running server that serves the
@@ -71,6 +46,7 @@ class Vllm(Runtime):
     """
 
     revision: ClassVar[int] = 3
+    formats: ClassVar[frozenset[str]] = frozenset({"vllm"})
     kl_definition: ClassVar[str] = (
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise) and one "
         "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "
@@ -81,8 +57,9 @@ class Vllm(Runtime):
         {"startup_seconds", "request_seconds", "port", "key_variable", "kv_cache_gib", "gpu_memory_utilization"}
     )
 
-    serves: ClassVar[bool] = True
-    asks_server: ClassVar[bool] = True
+    opener: ClassVar[str] = "compress.runtimes.vllm.server:open_session"
+    server: ClassVar[str] = "compress.runtimes.vllm.server:serve"
+    offers: ClassVar[frozenset[Capability]] = frozenset({Generates, Scores, Served})
 
     runtime: Literal["vllm"]
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -193,28 +170,14 @@ class Vllm(Runtime):
         """
         if self.url is None:
             return require("vllm").versions
-        from compress.runtimes.vllm.server import remote_version
+        return {"vllm": cast("str", load_attribute("compress.runtimes.vllm.server:remote_version")(self))}
 
-        return {"vllm": remote_version(self)}
+    def lowered(self, steps: Sequence[LadderStep]) -> Self:
+        """Return the runtime with the settings that a server came up with after it ran out of memory."""
+        return self.model_copy(update=settings_after(self.model_dump(), steps))
 
-    def open(self, context: OpenContext) -> AbstractContextManager[Session]:
-        """Start a server for the artifact and wait until it serves; its log is `vllm.log` among the context's logs.
-
-        Raises:
-            MissingError: vLLM is not installed here.
-            ServerError: the server did not come up, or nothing serves at `url`.
-        """
-        from compress.runtimes.vllm.server import open_session
-
-        return open_session(self, context)
-
-    def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:
-        """Start a server for the artifact, or connect to the one at `url`, for a load generator to measure.
-
-        Raises:
-            MissingError: vLLM is not installed here.
-            ServerError: the server did not come up, or nothing serves at `url`.
-        """
-        from compress.runtimes.vllm.server import serve
-
-        return serve(self, context)
+    def latency_notes(self, *, components: bool) -> list[str]:
+        """Return a note, too, where CUDA graphs are off."""
+        slower = self.url is None and self.eager and gpus()
+        eager = ["The server ran with eager: true, without CUDA graphs; eager: false is what a deployment would set."]
+        return [*(eager if slower else []), *super().latency_notes(components=components)]

@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Generator
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 
-from compress.checkpoints.checkpoint import read_config, read_json_object
+from compress.checkpoints.special_tokens import special_tokens
 from compress.errors import ServerError
-from compress.families import family_at
-from compress.runtimes.exchange import AnswerError, exchange, models_of
-from compress.runtimes.openai_client import Address, error_message, excerpt, open_client, read_key
+from compress.runtimes.exchange import models_of
+from compress.runtimes.openai_client import Address, ServedModel, excerpt, get_json, open_client, read_key
 from compress.runtimes.runtime import OpenContext, RunningServer
-from compress.runtimes.vllm.runtime import Vllm
-from compress.runtimes.vllm.session import ServedModel, SpecialTokens, VllmSession
+from compress.runtimes.vllm.session import VllmSession
 from compress.runtimes.vllm.start import start_server
+
+if TYPE_CHECKING:
+    from compress.runtimes.vllm.runtime import Vllm
 
 _VERSION_CHARACTERS = 60
 """Characters of a server's version in messages and reports: it is not ours to trust."""
@@ -34,15 +35,12 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
         MissingError: vLLM is not installed, or the key's variable is not set.
         ServerError: the server did not start, or nothing serves at `url`.
     """
-    config = read_config(context.artifact)
-    special_tokens = SpecialTokens(
-        stop_tokens(context.artifact), family_at(context.artifact, context.trust_remote_code).placeholders(config)
-    )
+    tokens = special_tokens(context.artifact, context.family)
     if runtime.url is not None:
         address = _address(runtime)
         with open_client(address, runtime.concurrency) as client:
             endpoint = ServedModel(client, _remote_model(runtime, client, context.artifact), lambda: None, address)
-            with closing(VllmSession(endpoint, runtime, special_tokens)) as session:
+            with closing(VllmSession(endpoint, runtime, tokens)) as session:
                 yield session
         return
     with start_server(runtime, context) as started:
@@ -51,7 +49,7 @@ def open_session(runtime: Vllm, context: OpenContext) -> Generator[VllmSession]:
         # Without the environment's proxy: it may not reach the loopback interface.
         with open_client(address, runtime.concurrency, trust_env=False) as client:
             endpoint = ServedModel(client, served.model, started.server.check, address)
-            with closing(VllmSession(endpoint, runtime, special_tokens)) as session:
+            with closing(VllmSession(endpoint, runtime, tokens)) as session:
                 yield session
 
 
@@ -83,30 +81,11 @@ def remote_version(runtime: Vllm) -> str:
         return excerpt(str(_get(client, runtime, "/version").get("version", "unknown")), _VERSION_CHARACTERS)
 
 
-def stop_tokens(artifact: Path) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens of generation_config.json, else of config.json; empty where neither has any.
-
-    Raises:
-        CheckpointError: one of the two is no JSON object, or there is no config.json.
-    """
-    path = artifact / "generation_config.json"
-    config = read_config(artifact)
-    text = cast("dict[str, Any]", config.get("text_config") or {})
-    sources = (read_json_object(path) if path.is_file() else {}, text, config)
-    eos: Any = next((source["eos_token_id"] for source in sources if source.get("eos_token_id") is not None), ())
-    return tuple(cast("list[int]", eos)) if isinstance(eos, (list, tuple)) else (int(eos),)
-
-
 def _get(client: httpx.Client, runtime: Vllm, path: str) -> dict[str, Any]:
-    try:
-        with exchange(client, "GET", path, runtime.request_seconds) as response:
-            content: object = response.json() if httpx.codes.is_success(response.status) else None
-            reason = excerpt(f"{response.status}: {error_message(response)}" if content is None else "no JSON object")
-    except (httpx.HTTPError, AnswerError, ValueError, RecursionError) as error:
-        content, reason = None, excerpt(f"{type(error).__name__}: {error}")
+    content = get_json(client, _address(runtime), path, runtime.request_seconds)
     if isinstance(content, dict):
         return cast("dict[str, Any]", content)
-    raise ServerError(f"{runtime.url}: no vLLM server answers there ({reason}); start it, or correct url")
+    raise ServerError(f"{runtime.url}: no vLLM server answers there ({path}: no JSON object); start it, or correct url")
 
 
 def _address(runtime: Vllm) -> Address:

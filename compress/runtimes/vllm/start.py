@@ -7,21 +7,24 @@ from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from compress.checkpoints.checkpoint import read_config, read_json_object
 from compress.checkpoints.quantization_config import products_in
 from compress.checkpoints.tokenizer_files import uncut_folder
 from compress.errors import MissingError, ServerError
-from compress.families import family_at
 from compress.files import telling_where, write_text
 from compress.runtimes.runtime import Environment, OpenContext, RunningServer
+from compress.runtimes.vllm.context import default_context
 from compress.runtimes.vllm.faults import fault_of
 from compress.runtimes.vllm.ladder import Memory, sequences_of, step_down
-from compress.runtimes.vllm.runtime import Vllm, default_context
 from compress.untrusted.redaction import remember_secret
 from compress.workers.environment import require
 from compress.workers.server import await_service, choose_port
 from compress.workers.worker import Worker, run_worker, variables_with
+
+if TYPE_CHECKING:
+    from compress.runtimes.vllm.runtime import Vllm
 
 _REMOVED = ("VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKEN")
 """Secrets that a local server needs none of."""
@@ -135,7 +138,7 @@ def _command(runtime: Vllm, context: OpenContext, folder: Path, memory: Memory, 
 
 def _chat_template(context: OpenContext) -> tuple[str, ...]:
     """Return the argument that gives a server the family's chat template where the artifact ships none."""
-    artifact, template = context.artifact, family_at(context.artifact, context.trust_remote_code).chat_template
+    artifact, template = context.artifact, context.family.chat_template
     tokenizer_config = artifact / "tokenizer_config.json"
     has_template_file = any((artifact / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
     if (
