@@ -33,7 +33,7 @@ from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.export.onnx.graphs.layer_builder import Source
 from compress.export.onnx.graphs.write import Precision, write_graphs
-from compress.families import family_at
+from compress.families.resolve import family_at
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent

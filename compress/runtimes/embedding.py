@@ -45,7 +45,7 @@ def towers_of(model: Any, device: torch.device) -> Towers:
     def images(pixels: Tensor) -> Tensor:
         return model.get_image_features(pixel_values=pixels.to(device, model.dtype)).pooler_output
 
-    return Towers(texts, images, float(model.logit_scale.exp().to(torch.float32)))
+    return Towers(texts, images, float(model.logit_scale.detach().exp().to(torch.float32)))
 
 
 class EmbeddingSession:

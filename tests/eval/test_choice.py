@@ -19,7 +19,7 @@ from compress.eval.results import ItemizedMeasurement, QuestionItem, ScoreMetric
 from compress.eval.tasks.choice import Choice
 from compress.eval.tasks.question_task import QuestionSet
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext, Passage
+from compress.runtimes.runtime import Generates, OpenContext, Passage, Scores
 from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_5_vl, picture
@@ -270,6 +270,6 @@ def test_a_question_that_fails_counts_as_wrong_and_is_told(world: World, by: str
 
 
 def test_likelihoods_are_needed_only_where_they_choose(world: World) -> None:
-    assert world.task("needs", SHOWN, by="likelihood").needs == "scores"
-    assert world.task("needs", SHOWN, by="generation").needs == "text"
+    assert world.task("needs", SHOWN, by="likelihood").needs == (Scores,)
+    assert world.task("needs", SHOWN, by="generation").needs == (Generates,)
     assert world.task("needs", SHOWN, by="generation").settings() != world.task("needs", SHOWN, by="likelihood").settings()

@@ -15,7 +15,7 @@ from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import ImageItem, ItemizedMeasurement, ScoreMetrics, read_measurement
 from compress.eval.tasks.retrieval import Pool, Retrieval, image_scores, ranks, recalls
 from compress.progress import Silent
-from compress.runtimes.runtime import Embeddings, ImageInput, OpenContext
+from compress.runtimes.runtime import Embeddings, Embeds, ImageInput, OpenContext, capable
 from compress.runtimes.transformers.runtime import Transformers
 from tests.pictures import encoded
 from tests.quantized import round_checkpoint, scheme
@@ -190,16 +190,16 @@ def test_a_model_that_writes_is_refused(tmp_path: Path) -> None:
     model = build_qwen2_5_vl(tmp_path / "model", layers=1)
     with (
         Transformers(runtime="transformers").open(OpenContext.at(model, tmp_path, Silent())) as session,
-        pytest.raises(UsageError, match="measure it with task: vqa instead of zero-shot or retrieval"),
+        pytest.raises(UsageError, match="does not offer a comparison of images with texts; measure another task"),
     ):
-        session.embed([ImageInput("a", picture(0, 56, 56))], ["a dog"], Silent())
+        capable(session, Embeds)
 
 
 def test_settings_and_note_say_what_is_searched(world: World) -> None:
     task = task_for(Path(world.task.source), samples=4, seed=2)
     assert task.settings() != world.task.settings()
     assert "mean over images, at most 4 drawn with seed 2, of having one of its captions nearest" in task.note()
-    assert task.needs == "comparison"
+    assert task.needs == (Embeds,)
     assert len(task.pool([Path(task.source)]).questions) == 4
 
 
