@@ -15,9 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.checkpoints.checkpoint import INDEX, SINGLE, Checkpoint, TensorEntry, TensorSpec
+from compress.checkpoints.layouts import quantized_linears, read_linear
+from compress.checkpoints.quantization_config import is_readable
 from compress.errors import CheckpointError, StoreError
 from compress.families import Family
 from compress.files import write_json
+from compress.numerics.activations import fake_quantize_activations
+from compress.numerics.grids import QuantizedWeight
+from compress.numerics.scheme import Scheme
 
 SHARD_BYTES = 5_000_000_000
 """The largest shard of a checkpoint, in bytes."""
@@ -36,16 +41,28 @@ _COPY_CHUNK = 1 << 24
 _CHECK_CHUNK = 1 << 24
 """Elements converted to float32 at once."""
 
+_INPUT_HOOK = "_compress_input_quantization"
+"""The attribute of a linear with the hook that quantizes its input activations."""
+
 HEADER_SLACK = 160
 """More bytes than a header's entry takes beside the tensor's name."""
 
 
 class WeightReader:
-    """Reads a checkpoint's tensors by their names in the model, each mapped from its file and checked to be finite."""
+    """Reads a checkpoint's tensors by their names in the model, each mapped from its file and checked to be finite.
+
+    Linears that an earlier stage has quantized are read as the weights that their codes stand for, and quantize their input
+    activations in the running model, as a runtime will.
+    """
 
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
         self.checkpoint = checkpoint
         self.disk_names = {family.module_name(name): name for name in checkpoint.tensors}
+        schemes = quantized_linears(checkpoint) if is_readable(checkpoint.config) else {}
+        self.quantized = {
+            family.module_name(f"{name}.weight").removesuffix(".weight"): (name, scheme) for name, scheme in schemes.items()
+        }
+        """The quantized linears by their names in the model: each name on disk, and its scheme."""
 
     def tensor(self, name: str, device: str = "cpu") -> Tensor:
         """Return the tensor with the name `name` in the model.
@@ -53,6 +70,9 @@ class WeightReader:
         Raises:
             CheckpointError: it is missing, or has NaN or infinite values.
         """
+        if quantized := self.quantized.get(name.removesuffix(".weight")):
+            stored = self.quantized_weight(*quantized)
+            return stored.dequantize(stored.scales.dtype).to(device)
         if name not in self.disk_names:
             raise CheckpointError(f"{self.checkpoint.folder}: holds no tensor for the model's {name}; fetch the checkpoint again")
         return self.disk_tensor(self.disk_names[name], device)
@@ -69,6 +89,10 @@ class WeightReader:
             raise CheckpointError(f"{entry.file}: {name} holds NaN or infinite values; fetch the checkpoint again or mend it")
         return tensor
 
+    def quantized_weight(self, disk_name: str, scheme: Scheme) -> QuantizedWeight:
+        """Return the codes and scales of a quantized linear by its name on disk."""
+        return read_linear(disk_name, scheme, self.disk_tensor)
+
     def load(self, module: nn.Module, prefix: str, device: str = "cpu") -> None:
         """Load every parameter and persistent buffer of the module `prefix` from the checkpoint, in the module's type.
 
@@ -77,6 +101,12 @@ class WeightReader:
         """
         for name in module.state_dict():
             self.load_tensor(module, name, f"{prefix}.{name}", device)
+        for name, linear in module.named_modules():
+            quantized = self.quantized.get(f"{prefix}.{name}" if name else prefix)
+            if quantized is not None and quantized[1].activations is not None:
+                disk_name, scheme = quantized
+                scale = self.disk_tensor(f"{disk_name}.input_scale", device) if scheme.activations == "tensor" else None
+                quantize_inputs(linear, scheme, scale)
 
     def load_tensor(self, module: nn.Module, name: str, full: str, device: str = "cpu") -> None:
         """Load one parameter or buffer of a module from the tensor with the name `full` in the model; raises as `load` does."""
@@ -94,6 +124,19 @@ class WeightReader:
                 "convert the whole checkpoint to bfloat16 or float32"
             )
         set_tensor(module, name, value)
+
+
+def quantize_inputs(linear: nn.Module, scheme: Scheme, scale: Tensor | None) -> None:
+    """Make a linear of the running model quantize its input activations, as a runtime will; `scale` is a static one."""
+    hooks: dict[int, Any] = linear.__dict__.setdefault(_INPUT_HOOK, {})
+    for handle in hooks.values():
+        handle.remove()  # a block is loaded anew whenever a walk reaches it
+
+    def quantize_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        del module
+        return (fake_quantize_activations(args[0], scheme, scale), *args[1:])
+
+    hooks[0] = linear.register_forward_pre_hook(quantize_input)
 
 
 def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:

@@ -1,16 +1,19 @@
 """Planned checkpoints equal those on disk: config, and the type, shape and scheme of every tensor."""
 
+import shutil
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.spec import difference, spec_of
 from compress.recipe.schema import load_row
 from compress.stages import STAGES
 from compress.stages.stage import Stage
-from tests.stages.bench import Bench, prepare
+from tests.stages.bench import Bench, dense, prepare, tensors_of
 from tests.tiny import BUILDERS
 
 INTEGERS = {"bits": 4, "group_size": 32}
@@ -30,8 +33,8 @@ CHEAP: dict[str, tuple[dict[str, Any], ...]] = {
 """Settings of each stage: every storage format, strategy and scale."""
 
 
-def stage_of(name: str, **fields: Any) -> Stage:
-    return cast("type[Stage]", load_row(STAGES, name)).model_validate({"stage": name, **fields})
+def stage_of(stage: str, **fields: Any) -> Stage:
+    return cast("type[Stage]", load_row(STAGES, stage)).model_validate({"stage": stage, **fields})
 
 
 def check(bench: Bench, target: Path, *stages: Stage) -> None:
@@ -64,6 +67,44 @@ def test_every_family_keeps_to_the_plan(tmp_path: Path, family: str) -> None:
     bench = prepare(tmp_path, BUILDERS[family](tmp_path / "model"))
     kv_cache = None if bench.family.head is None else "fp8"
     check(bench, tmp_path, stage_of("rtn", **INTEGERS, kv_cache=kv_cache, targets=["decoder", VISION]))
+
+
+CHAIN = (
+    {"stage": "int8", "targets": ["vision"], "smoothing": "none", "rounding": "nearest"},
+    {"stage": "awq", "bits": 4, "group_size": 32, "grid": 2, "balance": "auto"},
+)
+
+
+def test_two_quantizers_on_different_components_are_a_legal_chain(bench: Bench, tmp_path: Path) -> None:
+    first, second = (stage_of(**fields) for fields in CHAIN)
+    check(bench, tmp_path, first, second)
+    once, twice = tensors_of(tmp_path / "0"), tensors_of(tmp_path / "1")
+    tower = [name for name in once if name.startswith("visual.")]
+    assert tower and all(torch.equal(once[name], twice[name]) for name in tower)
+    (fault,) = (
+        second.model_copy(update={"targets": ("decoder", "vision")})
+        .plan(*first.plan(spec_of(bench.checkpoint, bench.family)).after)
+        .faults
+    )
+    assert ": quantized already; start from the model's original, target other components" in fault
+
+
+def test_a_second_quantizer_sees_what_the_first_one_made(bench: Bench, tmp_path: Path) -> None:
+    rounded = bench.apply(tmp_path / "rounded", stage_of("rtn", bits=3, group_size=32, targets=["vision"]))
+    plain = tmp_path / "plain"  # the same weights, written out
+    shutil.copytree(bench.folder, plain)
+    before, after = tensors_of(bench.folder), dense(rounded)
+    names = {bench.family.module_name(name): name for name in before}
+    save_file(
+        {names[name]: value.to(before[names[name]].dtype) for name, value in after.items()},
+        plain / "model.safetensors",
+        metadata={"format": "pt"},
+    )
+    gptq = stage_of("gptq", bits=4, group_size=32)
+    chained = tensors_of(Bench(rounded, bench.calibration).apply(tmp_path / "chained", gptq))
+    alone = tensors_of(Bench(plain, bench.calibration).apply(tmp_path / "alone", gptq))
+    decoder = [name for name in alone if ".layers." in name and "visual" not in name]
+    assert decoder and all(torch.equal(chained[name], alone[name]) for name in decoder)
 
 
 def test_a_difference_is_named(bench: Bench) -> None:

@@ -159,8 +159,8 @@ class Blockwise(Generic[Result]):
             self.method.load(visit.module.get_submodule(relative(name, visit.name)), result)
         weights = {f"{self.linears[name]}.weight" for name in names}
         for local in visit.module.state_dict():
-            disk_name = self.run.reader.disk_names[f"{visit.name}.{local}"]
-            if disk_name in written and disk_name not in weights:
+            disk_name = self.run.reader.disk_names.get(f"{visit.name}.{local}")  # none for what an earlier stage has packed
+            if disk_name is not None and disk_name in written and disk_name not in weights:
                 set_tensor(visit.module, local, self.shards.read(disk_name).to(visit.device))
 
     def write(self, config: Mapping[str, Any], records: Mapping[str, object]) -> None:

@@ -128,15 +128,22 @@ class StageRun:
     def _stored(self, visit: BlockVisit) -> dict[str, Tensor]:
         stored: dict[str, Tensor] = {}
         for name, running in visit.module.state_dict().items():
-            disk_name = self.reader.disk_names[f"{visit.name}.{name}"]
+            full = f"{visit.name}.{name}"
+            if full.removesuffix(".weight") in self.reader.quantized:
+                continue  # it stays as the earlier stage left it
+            disk_name = self.reader.disk_names[full]
             if DTYPES[self.checkpoint.tensors[disk_name].dtype] != running.dtype:
                 stored[name] = self.reader.disk_tensor(disk_name, visit.device)
         return stored
 
     def _scale_pairs(self, unit: str) -> tuple[ScalePair, ...]:
+        """Return the pairs of a block, without those in which a layer was quantized before: its codes are not scaled again."""
+        vision = any(within(unit, blocks) for blocks in self.family.vision_blocks)
+        pairs = self.family.vision_scale_pairs if vision else ()
         if within(unit, self.family.blocks):
-            return self.family.scale_pairs
-        return self.family.vision_scale_pairs if any(within(unit, blocks) for blocks in self.family.vision_blocks) else ()
+            pairs = self.family.scale_pairs
+        quantized = {relative(name, unit) for name in self.reader.quantized if within(name, unit)}
+        return tuple(pair for pair in pairs if quantized.isdisjoint((pair.smooth_layer, *pair.balance_layers)))
 
     def out_of_memory(self, name: str) -> MissingError:
         """Return the error of a part of the model that does not fit the device."""

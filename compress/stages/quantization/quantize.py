@@ -17,11 +17,10 @@ from compress.engine.hessian import HessianRequest
 from compress.engine.planned_shards import PlannedShards
 from compress.engine.replay import BlockVisit
 from compress.engine.statistics import InputStatistics
-from compress.engine.weights import WeightReader, set_tensor
+from compress.engine.weights import WeightReader, quantize_inputs, set_tensor
 from compress.errors import CheckpointError, DataError
 from compress.families import Family, within
 from compress.files import telling_where
-from compress.numerics.activations import fake_quantize_activations
 from compress.stages.blockwise.block import BlockWeights
 from compress.stages.blockwise.harness import Blockwise, deterministic, returning_memory
 from compress.stages.blockwise.run import BlockContext, StageRun
@@ -132,7 +131,7 @@ class BlockQuantization:
         device = cast("Tensor", module.weight).device
         set_tensor(module, "weight", result.dequantize(result.scales.dtype).to(device))
         if result.scheme.activations is not None:
-            _quantize_inputs(module, result, device)
+            quantize_inputs(module, result.scheme, None if result.input_scale is None else result.input_scale.to(device))
 
     def observes(self, unit: str) -> bool:
         """Return whether a unit is a block whose keys and values a runtime caches as 8-bit floats."""
@@ -155,14 +154,3 @@ class BlockQuantization:
             attention = self.reader.disk_names[f"{visit.name}.{name}.{leaf}"].removesuffix(f".{leaf}")
             tensors |= kv_cache_tensors(attention, cache_range.keys / _FLOAT8_MAX, cache_range.values / _FLOAT8_MAX)
         return tensors
-
-
-def _quantize_inputs(linear: nn.Module, stored: QuantizedWeight, device: torch.device) -> None:
-    """Make a linear of the running model quantize its input activations, as a runtime will."""
-    scheme, scale = stored.scheme, None if stored.input_scale is None else stored.input_scale.to(device)
-
-    def quantize_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        del module
-        return (fake_quantize_activations(args[0], scheme, scale), *args[1:])
-
-    linear.register_forward_pre_hook(quantize_input)
