@@ -17,8 +17,9 @@ from compress.numerics.scheme import Scheme
 KV_SCALES = ("k_scale", "v_scale")
 """The scales of an attention's cached keys and values, as compressed-tensors names them."""
 
-_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn")
-"""Linears by which an attention that caches keys is known: separate ones, and the fused ones of transformers' decoders."""
+_KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack")
+"""Linears by which an attention that caches keys is known: separate ones, and the fused ones of transformers and of models with code
+of their own (InternLM2, Baichuan)."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ def quantized_spec(before: CheckpointSpec, schemes: Mapping[str, Scheme], kv_cac
         added[name] = QuantizedLinear(scheme, rows, columns)
         tensors |= linear_specs(name, (rows, columns), scheme, weight.dtype)
     if kv_cache:
-        tensors |= {f"{name}.{suffix}": TensorSpec("F32", (1,)) for name in _attentions(before) for suffix in KV_SCALES}
+        tensors |= {f"{name}.{suffix}": TensorSpec("F32", (1,)) for name in caching_attentions(before) for suffix in KV_SCALES}
     quantized = {**before.quantized, **added}
     spec = replace(before, tensors=tensors, quantized=quantized)
     ignore = unquantized_linears(before, before.family, quantized)
@@ -141,7 +142,7 @@ def difference(planned: CheckpointSpec, written: CheckpointSpec) -> str | None:
     return None
 
 
-def _attentions(spec: CheckpointSpec) -> list[str]:
+def caching_attentions(spec: CheckpointSpec) -> list[str]:
     """Return the names on disk of the decoder's attentions that cache keys and values."""
     owners: dict[str, None] = {}
     for name in spec.tensors:

@@ -45,6 +45,7 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
     source = spec_of(checkpoint, family)
     faults: list[str] = []
     plans: list[StagePlan] = []
+    exact, assumed = True, False  # assumed: that a stage of which only the run can tell left the tensors as they were
     known = before = (source,)  # after a stage of which only the run can tell, the last specs that were known
     for position, stage in enumerate(recipe.stages):
         each = [stage.plan(spec) for spec in known]
@@ -56,16 +57,17 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
             )
         faults += located(document, ("stages", position), stage_faults)
         if not stage_faults:
+            exact = all(plan.after and plan.exact for plan in each) and (exact or not before)
             before = tuple(spec for plan in each for spec in plan.after)
-            known = before or known
-            plans.append(_joined(each, before))
+            known, assumed = before or known, assumed or not before
+            plans.append(_joined(each, before, exact and not assumed))
     if faults:
         raise RecipeError(faults)
     sizes: dict[int, int] = {}
     for position, export in enumerate(recipe.export):
         export_faults = list(dict.fromkeys(fault for spec in before for fault in export.check(spec)))
         faults += located(document, ("export", position), export_faults)
-        if not faults and len(before) == 1:
+        if not faults and exact:
             sizes[position] = export.predict_bytes(before[0])
     if faults:
         raise RecipeError(faults)
@@ -79,10 +81,10 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
     )
 
 
-def _joined(plans: list[StagePlan], after: tuple[CheckpointSpec, ...]) -> StagePlan:
+def _joined(plans: list[StagePlan], after: tuple[CheckpointSpec, ...], exact: bool) -> StagePlan:
     """Return the one plan of a stage that was planned for each example of the checkpoint before it."""
     sizes = [plan.max_bytes for plan in plans if plan.max_bytes is not None]
-    return StagePlan(after=after, max_bytes=max(sizes) if len(sizes) == len(plans) and sizes else None)
+    return StagePlan(after=after, exact=exact, max_bytes=max(sizes) if len(sizes) == len(plans) and sizes else None)
 
 
 def _calibrates_with_images(recipe: Recipe) -> bool:

@@ -28,6 +28,9 @@ class StagePlan:
     nothing is known before the run.
     """
 
+    exact: bool = True
+    """Whether the one spec of `after` is what the stage will leave, rather than an example."""
+
     max_bytes: int | None = None
     """The largest size of the weights that it can leave, in bytes; None where only the run can tell."""
 

@@ -64,7 +64,7 @@ class ApplyStage(Step):
             logs=run.folder / "logs" / self.name,
         )
         self.stage.apply(context)
-        if self.plan is not None and len(self.plan.after) == 1:
+        if self.plan is not None and self.plan.exact and self.plan.after:
             found = difference(self.plan.after[0], spec_of(open_checkpoint(target), self.family))
             if found:
                 run.progress.warn(f"{self.name}: the checkpoint is another one than was planned: {found}; please report this")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from compress.checkpoints.spec import CheckpointSpec, quantized_spec
+from compress.checkpoints.spec import CheckpointSpec, caching_attentions, quantized_spec
 from compress.families import Family
 from compress.numerics.scheme import Scheme
 from compress.recipe.schema import Frozen
@@ -143,7 +143,13 @@ class Quantizer(Stage):
         if faults := self._faults(before, selection):
             return StagePlan(tuple(faults))
         after = tuple(quantized_spec(before, schemes, self.kv_cache is not None) for schemes in self._schemes(selection))
-        return StagePlan((), after, self._max_bytes(before, after), self._reads_images(before.family))
+        mixed_precision = self.mixed_precision(before, selection)
+        return StagePlan(
+            after=after,
+            exact=mixed_precision is None,
+            max_bytes=after[0].weight_bytes if mixed_precision is None else mixed_precision.max_bytes,
+            reads_images=self._reads_images(before.family),
+        )
 
     def _faults(self, before: CheckpointSpec, selection: LinearSelection) -> list[str]:
         schemes = self.component_schemes()
@@ -161,6 +167,8 @@ class Quantizer(Stage):
                 indivisible.setdefault((linear.columns, scheme.group_size), []).append(linear)
         if self.kv_cache and before.family.head is None:
             faults.append("kv_cache: this model generates nothing and keeps no keys and values; leave it away")
+        elif self.kv_cache and not caching_attentions(before):
+            faults.append("kv_cache: this model's attentions are none whose keys and values are known; leave it away")
         if self.kv_cache and before.kv_cache:
             faults.append("kv_cache: the checkpoint has scales of keys and values already; leave it away on one of the two stages")
         if self.balance != "tokens" and not self.uses_statistics():
@@ -176,11 +184,6 @@ class Quantizer(Stage):
         """Return the scheme of each linear that will be quantized, by its name on disk; several where the run chooses widths."""
         schemes = self.component_schemes()
         return [{linear.disk_name: schemes[linear.component] for linear in selection.linears}]
-
-    def _max_bytes(self, before: CheckpointSpec, after: tuple[CheckpointSpec, ...]) -> int:
-        """Return the size of all tensors that it writes: exact, or the largest that a budget allows."""
-        del before
-        return after[0].weight_bytes
 
     def apply(self, context: StageContext) -> None:
         """Quantize block by block; after a kill, a call with the same target folder resumes at the first unfinished block.
@@ -278,10 +281,6 @@ class IntegerQuantizer(Quantizer):
         rest = quantized_spec(before, fixed, self.kv_cache is not None)
         other_bytes = rest.weight_bytes - sum(before.tensors[f"{linear.disk_name}.weight"].bytes for linear in auto)
         return MixedPrecision(auto, sorted(set(self.widths)), schemes, self.budget, other_bytes)
-
-    def _max_bytes(self, before: CheckpointSpec, after: tuple[CheckpointSpec, ...]) -> int:
-        mixed_precision = self.mixed_precision(before, self.select(before))
-        return super()._max_bytes(before, after) if mixed_precision is None else mixed_precision.max_bytes
 
 
 def _with_width(scheme: Scheme, width: int) -> Scheme:
