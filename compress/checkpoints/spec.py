@@ -18,8 +18,8 @@ KV_SCALES = ("k_scale", "v_scale")
 """The scales of an attention's cached keys and values, as compressed-tensors names them."""
 
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack")
-"""Linears by which an attention that caches keys is known: separate ones, and the fused ones of transformers and of models with code
-of their own (InternLM2, Baichuan)."""
+"""Linears by which an attention that caches keys is known: separate ones, and the fused ones of transformers and of models with
+code of their own (InternLM2, Baichuan)."""
 
 
 @dataclass(frozen=True)

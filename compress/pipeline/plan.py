@@ -269,13 +269,16 @@ def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, input
     formats = {artifact.artifact: artifact.format for artifact in made.artifacts}
     unfit, kernel_notes = kernels(evaluation, formats, made.products)
     before = made.compression.before if made.compression is not None else ()
+    steps = (*inputs.conversion, *before, *measured.steps)
+    for step in steps:
+        _ = step.key  # has the versions of every environment in it: one that is missing is told now
     return Plan(
         evaluation=evaluation,
         settings=settings,
         inputs=inputs,
         artifacts=made.artifacts,
         measurements=measured,
-        steps=(*inputs.conversion, *before, *measured.steps),
+        steps=steps,
         compression=made.compression,
         notes=(
             *made.recipe_notes,
