@@ -27,7 +27,10 @@ class PublishedModel:
 
     def at(self, run: StepContext) -> Path:
         """Return its folder; what a hub's cache lacks is fetched."""
-        return fetch_model(self.pin, run.progress, allow_pickle=self.allow_pickle, trust_remote_code=run.trust_remote_code)
+        if self.key not in run.fetched:
+            fetched = fetch_model(self.pin, run.progress, allow_pickle=self.allow_pickle, trust_remote_code=run.trust_remote_code)
+            run.fetched[self.key] = fetched
+        return run.fetched[self.key]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import importlib.metadata
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -42,6 +42,9 @@ class StepContext:
     """The store entries of finished steps, by step name; the run adds to them."""
 
     trust_remote_code: bool = False
+
+    fetched: dict[str, Path] = field(default_factory=lambda: dict[str, Path]())
+    """The folders of published models that were fetched in this run, by their keys."""
 
     def logs(self, name: str) -> Path:
         """Return the folder for the logs of a step's programs, made where it is missing."""
