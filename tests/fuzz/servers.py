@@ -140,7 +140,8 @@ def _ask(client: str, url: str, folder: Path, place: Path, progress: EventLog) -
     served = RunningServer(url, MODEL, read_key(KEY_VARIABLE, url))
     match client:
         case "told":
-            return {"versions": endpoint.versions(), "missing": endpoint.missing()}
+            missing = {capability.__name__: reason for capability, reason in endpoint.missing().items()}
+            return {"versions": endpoint.versions(), "missing": missing}
         case "url":
             runtime = Vllm.model_validate({"runtime": "vllm", "url": url, **patience})
             with runtime.serve(context) as found:
