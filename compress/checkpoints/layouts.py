@@ -30,8 +30,8 @@ if TYPE_CHECKING:
     from compress.numerics.grids import QuantizedWeight
 
 __all__ = [
+    "KV_SCALES",
     "PackedLinear",
-    "has_kv_scales",
     "is_quantized",
     "kv_cache_tensors",
     "linear_shape",
@@ -51,6 +51,9 @@ _PACKED, _SCALE, _SHAPE, _ZERO_POINT = "weight_packed", "weight_scale", "weight_
 _WEIGHT, _INPUT_SCALE = "weight", "input_scale"
 _SUFFIXES = (_PACKED, _SCALE, _SHAPE, _ZERO_POINT, _WEIGHT, _INPUT_SCALE)
 """The names of a quantized linear's tensors, as in compressed-tensors."""
+
+KV_SCALES = ("k_scale", "v_scale")
+"""The scales of an attention's cached keys and values, as compressed-tensors names them."""
 
 _SHAPE_BYTES = 16
 """Two int64."""
@@ -209,13 +212,8 @@ def kv_cache_tensors(attention: str, key_scale: Tensor, value_scale: Tensor) -> 
     """Return the tensors on disk of the scales of cached keys and values of the module `attention` (its name on disk)."""
     import torch
 
-    scales = {"k_scale": key_scale, "v_scale": value_scale}
-    return {f"{attention}.{suffix}": scale.to(torch.float32).view(1) for suffix, scale in scales.items()}
-
-
-def has_kv_scales(checkpoint: Checkpoint) -> bool:
-    """Return whether a checkpoint has scales of cached keys and values."""
-    return any(name.endswith((".k_scale", ".v_scale")) for name in checkpoint.tensors)
+    scales = zip(KV_SCALES, (key_scale, value_scale), strict=True)
+    return {f"{attention}.{suffix}": scale.to(torch.float32).view(1) for suffix, scale in scales}
 
 
 def is_quantized(config: Mapping[str, Any]) -> bool:

@@ -56,7 +56,18 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv
 def is_readable(config: Mapping[str, Any]) -> bool:
     """Return whether this package reads a config.json's weights linear by linear: those that are not quantized, and `FORMATS`."""
     settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
-    return not settings or (settings.get("quant_method") == METHOD and settings.get("format") in FORMATS)
+    ours = settings.get("quant_method") == METHOD and settings.get("format") in FORMATS
+    return not settings or (ours and caches_as_fp8(settings))
+
+
+def caches_as_fp8(settings: Mapping[str, Any]) -> bool:
+    """Return whether the `kv_cache_scheme` of a `quantization_config` is none, or FP8 with a static scale per tensor.
+
+    compressed-tensors has others, such as 8-bit integers, whose scales have the same names.
+    """
+    scheme = cast("Mapping[str, Any]", settings.get("kv_cache_scheme") or {})
+    kind = (scheme.get("num_bits"), scheme.get("type"), scheme.get("strategy"), scheme.get("dynamic"))
+    return not scheme or kind == (8, "float", "tensor", False)
 
 
 def foreign_format(config: Mapping[str, Any]) -> str:

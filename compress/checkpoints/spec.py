@@ -8,14 +8,11 @@ from functools import cached_property
 from typing import Any, cast
 
 from compress.checkpoints.checkpoint import Checkpoint, TensorSpec, text_config
-from compress.checkpoints.layouts import linear_shape, linear_specs, quantized_linears, unquantized_linears
+from compress.checkpoints.layouts import KV_SCALES, linear_shape, linear_specs, quantized_linears, unquantized_linears
 from compress.checkpoints.output_head import head_is_tied, settled_config
 from compress.checkpoints.quantization_config import is_readable, quantization_config
 from compress.families import Family, within
 from compress.numerics.scheme import Scheme
-
-KV_SCALES = ("k_scale", "v_scale")
-"""The scales of an attention's cached keys and values, as compressed-tensors names them."""
 
 _KEY_PROJECTIONS = ("k_proj", "qkv_proj", "query_key_value", "c_attn", "Wqkv", "wqkv", "W_pack")
 """Linears by which an attention that caches keys is known: separate ones, and the fused ones of transformers and of models with

@@ -1,4 +1,4 @@
-"""The engines that run an artifact, one file each."""
+"""The engines that run an artifact, a folder each."""
 
 RUNTIMES = {
     "endpoint": "compress.runtimes.endpoint.runtime:Endpoint",

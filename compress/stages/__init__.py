@@ -1,4 +1,4 @@
-"""The compression methods, one file each."""
+"""The compression methods: what a recipe names, and the class with its settings."""
 
 STAGES = {
     "awq": "compress.stages.quantization.awq:Awq",

@@ -7,6 +7,7 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
+from compress.checkpoints.quantization_config import is_readable
 from compress.numerics.gptq import GptqOptions
 from compress.numerics.scheme import Scheme
 from compress.stages.blockwise.block import BlockWeights
@@ -94,7 +95,10 @@ def test_scales_for_keys_and_values_are_written_beside_the_weights(bench: Bench,
     layers = bench.checkpoint.text_config["num_hidden_layers"]
     assert set(scales) == {f"model.layers.{layer}.self_attn.{kind}_scale" for layer in range(layers) for kind in "kv"}
     assert all(scale.shape == (1,) and scale.dtype == torch.float32 and 0 < scale < 10 for scale in scales.values())
-    assert checkpoint.config["quantization_config"]["kv_cache_scheme"]["num_bits"] == 8
+    settings = checkpoint.config["quantization_config"]
+    assert settings["kv_cache_scheme"]["num_bits"] == 8
+    other = {**settings, "kv_cache_scheme": settings["kv_cache_scheme"] | {"type": "int"}}  # of llm-compressor, say
+    assert is_readable(checkpoint.config) and not is_readable({**checkpoint.config, "quantization_config": other})
     assert bench.plan(stage).max_bytes == checkpoint.weight_bytes
     bench.apply(tmp_path / "plain", gptq())
     rounded, plain = divergence(bench, tmp_path / "out"), divergence(bench, tmp_path / "plain")

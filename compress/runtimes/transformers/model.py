@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.output_head import head_is_tied
+from compress.checkpoints.quantization_config import caches_as_fp8
 from compress.checkpoints.skeleton import build_skeleton
 from compress.engine.weights import map_tensor
 from compress.errors import CheckpointError, MissingError
@@ -71,10 +72,19 @@ def load_model(context: OpenContext, dtype: torch.dtype, device: torch.device) -
 
 
 def fake_quantize_as_served(checkpoint: Checkpoint, family: Family, model: nn.Module, device: torch.device) -> None:
-    """Fake-quantize a dense model's input activations, keys and values wherever a serving runtime quantizes them."""
+    """Fake-quantize a dense model's input activations, keys and values wherever a serving runtime quantizes them.
+
+    Raises:
+        CheckpointError: keys and values are quantized in another way than as FP8.
+    """
     modules = dict(cast("Iterable[tuple[str, nn.Module]]", model.named_modules()))
     fake_quantize_inputs(checkpoint, family, modules, device)
     scales = [name for name in checkpoint.tensors if name.endswith(SCALES)]
+    if scales and not caches_as_fp8(checkpoint.config.get("quantization_config") or {}):
+        raise CheckpointError(
+            f"{checkpoint.folder}/config.json: its kv_cache_scheme is not FP8 with a static scale per tensor, the only one that is "
+            "computed here; evaluate it with runtime: vllm"
+        )
     fake_quantize_cache(modules, {_module_name(name, family): map_tensor(checkpoint.tensors[name]).to(device) for name in scales})
 
 
