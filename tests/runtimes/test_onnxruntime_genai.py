@@ -20,7 +20,7 @@ from compress.files import write_json
 from compress.progress import Silent
 from compress.runtimes.onnxruntime.runtime import Onnxruntime
 from compress.runtimes.onnxruntime_genai.runtime import OnnxruntimeGenai
-from compress.runtimes.runtime import Answer, Embeds, Generates, OpenContext, Passage, Runtime, Score, Scores
+from compress.runtimes.runtime import Answer, Embeds, Generates, OpenContext, Passage, Runtime, Score, Scores, capable
 from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_vl, build_qwen3_vl
@@ -262,11 +262,10 @@ def test_a_damaged_folder_is_told(demo: Path, tmp_path: Path) -> None:
     refused(r"damaged: onnxruntime-genai cannot load it \(Unsupported model_type in config\.json: llava\); export it again")
 
 
-def test_what_it_does_not_offer_names_the_runtime_that_does(demo: Path, tmp_path: Path) -> None:
-    with opened(demo, in_genai(), tmp_path) as session:
-        for ask in (lambda: session.classify([], [], SILENT), lambda: session.embed([], [], SILENT)):
-            with pytest.raises(UsageError, match=r"set eval\.runtime to onnxruntime"):
-                ask()
+def test_what_it_does_not_offer_is_told(demo: Path, tmp_path: Path) -> None:
+    assert Embeds not in OnnxruntimeGenai.offers
+    with opened(demo, in_genai(), tmp_path) as session, pytest.raises(UsageError, match="does not offer"):
+        capable(session, Embeds)
 
 
 def test_a_missing_environment_is_told(demo: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
