@@ -101,7 +101,7 @@ class WeightReader:
         """
         for name in module.state_dict():
             self.load_tensor(module, name, f"{prefix}.{name}", device)
-        for name, linear in module.named_modules():
+        for name, linear in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
             quantized = self.quantized.get(f"{prefix}.{name}" if name else prefix)
             if quantized is not None and quantized[1].activations is not None:
                 disk_name, scheme = quantized

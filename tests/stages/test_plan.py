@@ -6,7 +6,7 @@ from typing import Any, cast
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariableType]
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.spec import difference, spec_of
@@ -69,7 +69,7 @@ def test_every_family_keeps_to_the_plan(tmp_path: Path, family: str) -> None:
     check(bench, tmp_path, stage_of("rtn", **INTEGERS, kv_cache=kv_cache, targets=["decoder", VISION]))
 
 
-CHAIN = (
+CHAIN: tuple[dict[str, Any], ...] = (
     {"stage": "int8", "targets": ["vision"], "smoothing": "none", "rounding": "nearest"},
     {"stage": "awq", "bits": 4, "group_size": 32, "grid": 2, "balance": "auto"},
 )
