@@ -82,7 +82,7 @@ def test_needs_a_server(tmp_path: Path) -> None:
     runtime = Transformers(runtime="transformers", dtype="float32", device="cpu")
     with (
         runtime.open(OpenContext.at(model, tmp_path, Silent())) as session,
-        pytest.raises(UsageError, match=r"needs a server: set eval\.runtime to vllm or endpoint"),
+        pytest.raises(UsageError, match="does not offer a server for harnesses to ask"),
     ):
         adapter("lmms", "mme").measure(context(session, tmp_path))
 
@@ -341,7 +341,7 @@ def nowhere(url: str = "http://127.0.0.1:9", model: str = "none") -> Generator[S
     """Give a session whose server is not there, or is another's and not given the key."""
     with httpx.Client(base_url=url, trust_env=False) as client:
         endpoint = SimpleNamespace(client=client, model=model, check=lambda: None)
-        yield cast("Session", SimpleNamespace(endpoint=endpoint))
+        yield cast("Session", SimpleNamespace(endpoint=endpoint, reordered=lambda: None))
 
 
 def adapter_items(folder: Path, name: str) -> list[AdapterItem]:
