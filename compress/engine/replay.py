@@ -145,6 +145,7 @@ class Replay:
         self.model: nn.Module = build_skeleton(
             config.checkpoint.folder, dtype, torch.device(config.device), config.trust_remote_code
         )
+        self.reader.quantize_inputs(self.model, config.device)
         self.current = ""
         self._traces: list[_Trace] = []
         self._chain: frozenset[str] = frozenset()

@@ -51,8 +51,7 @@ HEADER_SLACK = 160
 class WeightReader:
     """Reads a checkpoint's tensors by their names in the model, each mapped from its file and checked to be finite.
 
-    Linears that an earlier stage has quantized are read as the weights that their codes stand for, and quantize their input
-    activations in the running model, as a runtime will.
+    Linears that an earlier stage has quantized are read as the weights that their codes stand for.
     """
 
     def __init__(self, checkpoint: Checkpoint, family: Family) -> None:
@@ -101,12 +100,13 @@ class WeightReader:
         """
         for name in module.state_dict():
             self.load_tensor(module, name, f"{prefix}.{name}", device)
-        for name, linear in cast("Iterable[tuple[str, nn.Module]]", module.named_modules()):
-            quantized = self.quantized.get(f"{prefix}.{name}" if name else prefix)
-            if quantized is not None and quantized[1].activations is not None:
-                disk_name, scheme = quantized
+
+    def quantize_inputs(self, model: nn.Module, device: str = "cpu") -> None:
+        """Make the linears that an earlier stage has quantized with their input activations quantize these in the model."""
+        for name, (disk_name, scheme) in self.quantized.items():
+            if scheme.activations is not None:
                 scale = self.disk_tensor(f"{disk_name}.input_scale", device) if scheme.activations == "tensor" else None
-                quantize_inputs(linear, scheme, scale)
+                quantize_inputs(model.get_submodule(name), scheme, scale)
 
     def load_tensor(self, module: nn.Module, name: str, full: str, device: str = "cpu") -> None:
         """Load one parameter or buffer of a module from the tensor with the name `full` in the model; raises as `load` does."""
@@ -127,14 +127,21 @@ class WeightReader:
 
 
 def quantize_inputs(linear: nn.Module, scheme: Scheme, scale: Tensor | None) -> None:
-    """Make a linear of the running model quantize its input activations, as a runtime will; `scale` is a static one."""
+    """Make a linear of the running model quantize its input activations, as a runtime will; `scale` is a static one.
+
+    Gradients pass straight through the rounding (Bengio et al. 2013, arXiv 1308.3432), whose own are zero.
+    """
     hooks: dict[int, Any] = linear.__dict__.setdefault(_INPUT_HOOK, {})
     for handle in hooks.values():
         handle.remove()  # a block is loaded anew whenever a walk reaches it
 
     def quantize_input(module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         del module
-        return (fake_quantize_activations(args[0], scheme, scale), *args[1:])
+        inputs = args[0]
+        rounded = fake_quantize_activations(inputs.detach(), scheme, scale)
+        if inputs.requires_grad and torch.is_grad_enabled():
+            rounded = inputs + (rounded - inputs.detach())
+        return (rounded, *args[1:])
 
     hooks[0] = linear.register_forward_pre_hook(quantize_input)
 

@@ -8,13 +8,15 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file  # pyright: ignore[reportUnknownVariableType]
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.skeleton import build_skeleton
-from compress.engine.weights import ShardWriter, WeightReader, is_finite, unload
+from compress.engine.weights import ShardWriter, WeightReader, is_finite, quantize_inputs, unload
 from compress.errors import CheckpointError, StoreError
 from compress.families.resolve import family_of
+from compress.numerics.activations import fake_quantize_activations
+from compress.numerics.scheme import Scheme
 from tests.tiny import build_qwen2_5_vl
 
 TENSORS = {
@@ -209,3 +211,17 @@ def test_a_tensor_is_mapped_and_let_go(tmp_path: Path) -> None:
     assert mapped() == before + 1
     del tensor
     assert mapped() == before
+
+
+def test_gradients_pass_through_the_rounding_of_inputs() -> None:
+    linear = nn.Linear(8, 3, bias=False)
+    scheme = Scheme(bits=8, group_size=-1, symmetric=True, activations="token")
+    inputs = torch.linspace(-1, 2, 16).view(2, 8).requires_grad_()
+    before = linear(inputs.detach())
+    quantize_inputs(linear, scheme, None)
+    output = linear(inputs)
+    output.sum().backward()
+    assert inputs.grad is not None and torch.equal(inputs.grad, linear.weight.detach().sum(dim=0).expand(2, 8))
+    assert not torch.equal(output, before)
+    with torch.no_grad():
+        assert torch.equal(linear(inputs), linear(fake_quantize_activations(inputs, scheme)))
