@@ -98,6 +98,17 @@ class Export(Frozen, ABC):
         return sum(path.stat().st_size for path in cls.weight_files(folder))
 
     @classmethod
+    def files(cls, folder: Path) -> list[Path]:
+        """Return an artifact's files: config, weights, and the files of tokenizer and processor; other files do not count."""
+        named = [folder / name for name in ("config.json", *cls.own_files) if (folder / name).is_file()]
+        return sorted([*named, *cls.weight_files(folder), *(folder / name for name in side_files(folder))])
+
+    @classmethod
+    def total_bytes(cls, folder: Path) -> int:
+        """Return the size of an artifact's files, in bytes."""
+        return sum(path.stat().st_size for path in cls.files(folder))
+
+    @classmethod
     @abstractmethod
     def check_artifact(cls, folder: Path, family: Family) -> None:
         """Check an existing artifact before anything is measured, without reading its weights.
@@ -193,27 +204,16 @@ class VerifiedExport(Export, ABC):
         """
 
 
+def format_named(name: str) -> type[Export]:
+    """Return the format of a name in the table `FORMATS`."""
+    return cast("type[Export]", load_row(FORMATS, name))
+
+
 def format_name(folder: Path) -> str:
-    """Return the name of an artifact's format, by its files."""
-    return next(name for name in FORMATS if _row(name).recognises(folder))
+    """Return the name of the format of a folder that this run has not made, by its files."""
+    return next(name for name in FORMATS if format_named(name).recognises(folder))
 
 
 def format_of(folder: Path) -> type[Export]:
-    """Return the format of an artifact, by its files."""
-    return _row(format_name(folder))
-
-
-def artifact_files(folder: Path) -> list[Path]:
-    """Return the files of an artifact: config, weights, and the files of tokenizer and processor; other files do not count."""
-    row = format_of(folder)
-    named = [folder / name for name in ("config.json", *row.own_files) if (folder / name).is_file()]
-    return sorted([*named, *row.weight_files(folder), *(folder / name for name in side_files(folder))])
-
-
-def artifact_bytes(folder: Path) -> int:
-    """Return the size of an artifact's files, in bytes."""
-    return sum(path.stat().st_size for path in artifact_files(folder))
-
-
-def _row(name: str) -> type[Export]:
-    return cast("type[Export]", load_row(FORMATS, name))
+    """Return the format of a folder that this run has not made, by its files."""
+    return format_named(format_name(folder))

@@ -13,7 +13,7 @@ from compress.checkpoints.quantization_config import Product, foreign_format
 from compress.checkpoints.spec import spec_of
 from compress.checkpoints.tokens_check import check_tokens
 from compress.errors import RecipeError, UsageError
-from compress.export.format import Export, artifact_files, format_name, format_of
+from compress.export.format import Export, format_name, format_named
 from compress.families import Family
 from compress.families.resolve import family_of
 from compress.hardware import default_device, gpus
@@ -185,7 +185,8 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
     for folder in (artifact.expanduser().resolve() for artifact in artifacts):
         if folder.name in (ORIGINAL, *(other.artifact for other in existing)):
             raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
-        existing.append(ExistingArtifact(folder.name, folder, _artifact_key(folder, store), format_name(folder)))
+        export_format = format_name(folder)
+        existing.append(ExistingArtifact(folder.name, folder, _artifact_key(folder, export_format, store), export_format))
     formats = {artifact.artifact: artifact.format for artifact in existing}
     evaluation, model, document = read_evaluation(path, settings, original, formats)
     opened = _open_original(model, store)
@@ -193,7 +194,7 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
     products: dict[str, frozenset[Product]] = {}
     warnings: list[str] = []
     for artifact in existing:
-        row = format_of(artifact.folder)
+        row = format_named(artifact.format)
         row.check_artifact(artifact.folder, opened.family)
         products[artifact.artifact] = row.products_in(artifact.folder)
         warnings += row.warnings(artifact.folder, opened.family)
@@ -296,6 +297,7 @@ def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, input
     )
 
 
-def _artifact_key(artifact: Path, store: Store) -> str:
+def _artifact_key(artifact: Path, export_format: str, store: Store) -> str:
     """Return a digest of everything in an existing artifact that shapes its measurements."""
-    return digest_of({path.relative_to(artifact).as_posix(): store.fingerprint(path) for path in artifact_files(artifact)})
+    files = format_named(export_format).files(artifact)
+    return digest_of({path.relative_to(artifact).as_posix(): store.fingerprint(path) for path in files})

@@ -16,7 +16,7 @@ from compress.checkpoints.artifact import (
 )
 from compress.checkpoints.checkpoint import read_json_object
 from compress.errors import StoreError
-from compress.export.format import format_of
+from compress.export.format import Export
 from compress.files import write_text
 from compress.pipeline.publish_folders import publish_folder, replace_folder
 from compress.progress import Progress
@@ -30,29 +30,31 @@ _LICENCE = ("license", "license_name", "license_link")
 """The keys of a card's front matter that a hub reads a model's licence from."""
 
 
-def publish(report: Report, artifacts: Mapping[str, Path], to: Path, progress: Progress) -> tuple[Published, ...]:
+def publish(report: Report, artifacts: Sequence[tuple[Export, Path]], to: Path, progress: Progress) -> tuple[Published, ...]:
     """Copy each artifact to `to/<recipe>/<artifact>` with its card and record; an artifact published there before is replaced.
+
+    `artifacts` are the exports and the folders that they wrote.
 
     Raises:
         StoreError: the folder cannot be written, or has something that was not published by this program.
     """
     published: list[Published] = []
     with progress.task("publishing", total=len(artifacts), unit="artifacts") as advance:
-        for name, folder in artifacts.items():
-            target = publish_folder(to, report.name, name)
+        for export, folder in artifacts:
+            target = publish_folder(to, report.name, export.artifact)
             with replace_folder(target) as copy:
-                _fill(copy, folder, name, report)
-            published.append(Published(artifact=name, path=str(target), forced=report.gate.verdict != "pass"))
+                _fill(copy, folder, export, report)
+            published.append(Published(artifact=export.artifact, path=str(target), forced=report.gate.verdict != "pass"))
             advance(1)
     return tuple(published)
 
 
-def _fill(copy: Path, folder: Path, name: str, report: Report) -> None:
+def _fill(copy: Path, folder: Path, export: Export, report: Report) -> None:
     """Copy an artifact, and write its card and record."""
     shutil.copytree(folder, copy, dirs_exist_ok=True)
     record = read_json_object(copy / RECORD)
     _check_unchanged(copy, record, folder)
-    write_text(copy / _CARD, card(report, name))
+    write_text(copy / _CARD, card(report, export))
     record |= {"recipe": report.recipe, "gate": report.gate.model_dump(mode="json"), "hardware": report.hardware}
     write_record(copy, {**record, "git_commit": source_commit()})
 
@@ -86,14 +88,14 @@ def _loaded(rows: Sequence[Row], name: str) -> str:
     return f"\nTo be measured it was loaded with:\n\n{lines}\n\nThe evaluation tried no other program and no other version.\n"
 
 
-def card(report: Report, name: str) -> str:
-    """Return the model card of one artifact, in Markdown: results, verdict, usage and provenance."""
+def card(report: Report, export: Export) -> str:
+    """Return the model card of an export's artifact, in Markdown: results, verdict, usage and provenance."""
+    name, usage = export.artifact, export.usage
     rows = tuple(row for row in report.rows if row.artifact in ("original", name))
     source = str(report.source["source"])
     source_name = Path(source).name if is_local(source) else source
     forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
     base = [] if is_local(source) else [f"base_model: {source}"]
-    usage = format_of(Path(rows[-1].path)).usage
     kind = "zero-shot-image-classification" if _compares(report) else "image-text-to-text"
     licence = [f"{key}: {report.source[key]}" for key in _LICENCE if key in report.source]
     front = "\n".join(

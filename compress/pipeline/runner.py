@@ -17,7 +17,7 @@ from typing import Any
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, StoreError
 from compress.eval.results import ItemizedMeasurement
-from compress.export.format import artifact_bytes, format_of
+from compress.export.format import format_named, format_of
 from compress.files import telling_where, write_json, write_text
 from compress.gate.gate import MeasuredModel, Verdict, combine_verdicts
 from compress.gate.judge import judge
@@ -164,9 +164,9 @@ class _Run:
         report = self._judge()
         gallery = self._gallery()
         self._write(report, gallery)
-        recipe = self.plan.recipe
-        if recipe is not None and recipe.publish and (report.gate.verdict == "pass" or force):
-            artifacts = {artifact.artifact: artifact.at(self.context) for artifact in self.plan.artifacts}
+        recipe, compression = self.plan.recipe, self.plan.compression
+        if recipe is not None and compression is not None and recipe.publish and (report.gate.verdict == "pass" or force):
+            artifacts = [(artifact.export, artifact.at(self.context)) for artifact in compression.artifacts]
             published = publish(report, artifacts, Path(recipe.publish.to), self.events)
             report = report.model_copy(update={"published": published})
             self._write(report, gallery)
@@ -309,13 +309,15 @@ class _Run:
 
     def _rows(self, measured: Mapping[str, ItemizedMeasurement], target: Target) -> list[Row]:
         original = self.plan.inputs.weights.at(self.context)
+        formats = {ORIGINAL: format_of(original), **{each.artifact: format_named(each.format) for each in self.plan.artifacts}}
         paths = {ORIGINAL: original, **{artifact.artifact: artifact.at(self.context) for artifact in self.plan.artifacts}}
         checkpoint = open_checkpoint(original)
         weights = sum(entry.elements for entry in checkpoint.tensors.values())
-        original_bytes = artifact_bytes(original)
+        original_bytes = formats[ORIGINAL].total_bytes(original)
         rows: list[Row] = []
         for name, measurement in measured.items():
-            path = paths[name]
+            path, export_format = paths[name], formats[name]
+            total_bytes = export_format.total_bytes(path)
             fidelity = {task: row.fidelity for task, row in measurement.tasks.items() if row.fidelity}
             noise = {task: row.noise for task, row in measurement.tasks.items() if row.noise}
             rows.append(
@@ -323,9 +325,9 @@ class _Run:
                     artifact=name,
                     runtime=target.runtime.runtime,
                     path=str(path),
-                    bytes=artifact_bytes(path),
-                    size_ratio=artifact_bytes(path) / original_bytes,
-                    bits_per_weight=8 * format_of(path).weight_bytes(path) / weights,
+                    bytes=total_bytes,
+                    size_ratio=total_bytes / original_bytes,
+                    bits_per_weight=8 * export_format.weight_bytes(path) / weights,
                     metrics={task: row.metrics for task, row in measurement.tasks.items()},
                     fidelity=fidelity or None,
                     target=target.name,

@@ -6,7 +6,7 @@ from typing import cast
 import pytest
 
 from compress.export import FORMATS
-from compress.export.format import Export, artifact_bytes, artifact_files, format_name, format_of
+from compress.export.format import Export, format_name, format_of
 from compress.numerics.scheme import Scheme
 from compress.recipe.schema import load_row
 from compress.runtimes import RUNTIMES
@@ -41,13 +41,14 @@ def test_every_format_is_run_somewhere_and_every_runtime_runs_known_ones() -> No
 
 def test_only_what_a_format_names_counts_as_its_files(tmp_path: Path) -> None:
     folder = build_qwen2_5_vl(tmp_path / "model")
-    before = artifact_bytes(folder)
+    export_format = format_of(folder)
+    before = export_format.total_bytes(folder)
     (folder / "notes.bin").write_bytes(b"12345")
     (folder / "vision_processor.json").write_text("{}")  # of another format
-    assert artifact_bytes(folder) == before
-    names = {path.name for path in artifact_files(folder)}
+    assert export_format.total_bytes(folder) == before
+    names = {path.name for path in export_format.files(folder)}
     assert {"config.json", "tokenizer.json", "model.safetensors"} <= names
-    assert format_of(folder).weight_bytes(folder) < (folder / "model.safetensors").stat().st_size  # tensors, without the header
+    assert export_format.weight_bytes(folder) < (folder / "model.safetensors").stat().st_size  # tensors, without the header
 
 
 def test_only_vllm_needs_kernels_for_products() -> None:

@@ -16,7 +16,7 @@ from compress.checkpoints.artifact import copy_side_files, is_terms, side_files
 from compress.checkpoints.checkpoint import INDEX, open_checkpoint
 from compress.checkpoints.tokens_check import check_tokens
 from compress.errors import CheckpointError
-from compress.export.format import ExportContext, artifact_bytes
+from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
 from compress.families.resolve import family_at, family_of
 from compress.hubs.card import read_licence
@@ -60,7 +60,7 @@ def exported(folder: Path, target: Path) -> Path:
 
 @pytest.mark.parametrize("whole", [True, False])
 def test_of_two_sets_of_weights_those_are_taken_that_transformers_takes(whole: bool, folder: Path, tmp_path: Path) -> None:
-    alone = artifact_bytes(folder)
+    alone = VllmExport.total_bytes(folder)
     tensors = load_file(folder / "model.safetensors")
     shard = "model-00001-of-00001.safetensors"
     (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": dict.fromkeys(tensors, shard)}))
@@ -79,7 +79,7 @@ def test_of_two_sets_of_weights_those_are_taken_that_transformers_takes(whole: b
     expected = "there are weights twice: model.safetensors, and 1 shards" if whole else f"is stale: {shard} is not there"
     assert expected in note
     assert "vLLM goes by the index" in note
-    assert artifact_bytes(folder) == alone
+    assert VllmExport.total_bytes(folder) == alone
     assert {path.name for path in exported(folder, tmp_path / "out").glob("model*")} == {"model.safetensors"}
 
 
