@@ -49,7 +49,7 @@ def write_bytes(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def telling_where(folder: Path, *, making: bool = False) -> Generator[None]:
+def disk_errors(folder: Path, *, making: bool = False) -> Generator[None]:
     """Turn the system's own error on writing below a folder into one that says what to do; with `making` it, any error.
 
     Raises:

@@ -28,7 +28,7 @@ from compress.checkpoints.checkpoint import read_json_object
 from compress.errors import DataError
 from compress.eval.results import WholeKl
 from compress.eval.statistics.estimates import clustered_mean, student_quantile
-from compress.files import telling_where, write_bytes, write_text
+from compress.files import disk_errors, write_bytes, write_text
 from compress.runtimes.runtime import FullVocabularySession, Passage, Score, passages_digest
 
 if TYPE_CHECKING:
@@ -178,7 +178,7 @@ class _RecordedDistributions:
         ]
         if not recorded:
             return
-        with telling_where(self.folder, making=True):
+        with disk_errors(self.folder, making=True):
             shutil.rmtree(self.folder, ignore_errors=True)
             self.folder.mkdir(parents=True)
             np.save(self.folder / _DISTRIBUTIONS, np.stack([log_probs for _, log_probs in recorded]))
@@ -218,6 +218,6 @@ def _read_kls(path: Path, digest: str) -> Floats | None:
 def _write_kls(path: Path, digest: str, kls: Floats) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, kl=kls, digest=np.array(digest))
-    with telling_where(path.parent):
+    with disk_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
         write_bytes(path, buffer.getvalue())

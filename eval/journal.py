@@ -27,7 +27,7 @@ import numpy as np
 
 from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, ServerError
-from compress.files import telling_where, write_bytes
+from compress.files import disk_errors, write_bytes
 from compress.progress import Progress
 from compress.runtimes.runtime import UNSCORED, Answer, Generates, Passage, Score, Scores, passages_digest, scored_tokens
 
@@ -212,7 +212,7 @@ def _writing(folder: Path) -> Generator[Callable[[str, Answer], None]]:
 def _write_answers(folder: Path, rows: Sequence[dict[str, object]]) -> None:
     from compress.data.tables import parquet_of
 
-    with telling_where(folder):
+    with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         last = max((int(path.stem.rpartition("-")[2]) for path in folder.glob("answers-*.parquet")), default=-1)
         write_bytes(folder / f"answers-{last + 1:05d}.parquet", parquet_of(rows))
@@ -258,7 +258,7 @@ def _score_chunk(session: Scores, passages: Sequence[Passage], journal: Journal,
     if (record is None or record.is_dir()) and (journalled := _read_scores(journal_path, passages, digest)) is not None:
         progress.advance(sum(len(scored_tokens(passage)) for passage in passages))
         return journalled
-    with telling_where(journal.folder):
+    with disk_errors(journal.folder):
         journal_path.parent.mkdir(parents=True, exist_ok=True)
         if record is not None:
             shutil.rmtree(record, ignore_errors=True)  # the process that wrote it ended before it journalled the scores
@@ -268,7 +268,7 @@ def _score_chunk(session: Scores, passages: Sequence[Passage], journal: Journal,
         raise CheckpointError(
             f"task {journal.name}: the runtime did not score the {len(passages)} items it was given in their order"
         )
-    with telling_where(journal.folder):
+    with disk_errors(journal.folder):
         write_bytes(journal_path, _pack_scores(scores, digest))
     return scores
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 from compress.checkpoints.artifact import side_files
-from compress.checkpoints.quantization_config import Product
+from compress.checkpoints.quantization_config import KernelKind
 from compress.checkpoints.spec import CheckpointSpec
 from compress.export import FORMATS
 from compress.families import Family
@@ -118,17 +118,17 @@ class Export(Frozen, ABC):
         """
 
     @classmethod
-    def products_in(cls, folder: Path) -> frozenset[Product]:
+    def kernel_kinds_in(cls, folder: Path) -> frozenset[KernelKind]:
         """Return the matrix products of an existing artifact that its runtime needs kernels for; reads headers only."""
         del cls, folder
         return frozenset()
 
-    def products(self, schemes: Iterable[Scheme]) -> frozenset[Product]:
+    def kernel_kinds(self, schemes: Iterable[Scheme]) -> frozenset[KernelKind]:
         """Return the matrix products that linears of these schemes will need kernels for; none where the operators are its own."""
         del schemes
         return frozenset()
 
-    def shaping(self) -> list[Any]:
+    def key_fields(self) -> list[Any]:
         """Return what shapes the artifact beside checkpoint and settings, as JSON values for its key.
 
         No device is among it: these exports compute on the CPU, without rounding floats. A format whose artifact fits one device

@@ -26,8 +26,8 @@ from compress.eval.results import Fidelity, Grounding, PerplexityMetrics, ScoreM
 from compress.gate.gate import Check, Outcome, Verdict
 from compress.report.gallery import Card, Gallery, GalleryAnswer, thumbnail
 from compress.report.model import Published, Report, Row, Timing
-from compress.runtimes.vllm.ladder import LadderStep
-from compress.stages.quantization.widths import GroupWidth, Widths
+from compress.runtimes.vllm.memory_fallback import MemoryFallback
+from compress.stages.quantization.widths import FusedLayers, Widths
 from compress.verification.results import Agreement, Answers, Difference, Verification
 
 SPEEDS = {"original": 1.0, "vllm-awq": 0.62, "vllm-int8": 0.81}
@@ -181,7 +181,7 @@ def latency(concurrencies: tuple[int, ...] = (1, 4, 16, 64)) -> Latency:
         original=original,
         artifacts=models,
         steps=(
-            LadderStep(
+            MemoryFallback(
                 rung="context", setting="max_model_len", before="8192", after="4096", value=4096, cause="the cache did not fit"
             ),
         ),
@@ -191,7 +191,7 @@ def latency(concurrencies: tuple[int, ...] = (1, 4, 16, 64)) -> Latency:
 
 def widths(blocks: int = 28) -> Widths:
     kinds = ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
-    groups: list[GroupWidth] = []
+    groups: list[FusedLayers] = []
     for block in range(blocks):
         for number, kind in enumerate(kinds):
             loss = 0.0004 * (1 + number) * (1.5 + math.cos(block / 4)) ** 3
@@ -200,7 +200,7 @@ def widths(blocks: int = 28) -> Widths:
             size = 4_000_000 * (number + 1)
             layers = (f"model.layers.{block}.{kind}",)
             groups.append(
-                GroupWidth(
+                FusedLayers(
                     layers=layers, width=width, weights=size, bytes=size * width // 8, predicted_loss=losses[width], losses=losses
                 )
             )

@@ -84,7 +84,7 @@ def head_notes(checkpoint: Checkpoint, family: Family) -> list[str]:
     return []
 
 
-def settled_config(config: Mapping[str, Any], family: Family, tied: bool) -> dict[str, Any]:
+def config_with_stated_tie(config: Mapping[str, Any], family: Family, tied: bool) -> dict[str, Any]:
     """Return a config that states in every section whether the embeddings are tied, so that all programs agree.
 
     A config without contradictions does not change.
@@ -100,7 +100,7 @@ def settled_config(config: Mapping[str, Any], family: Family, tied: bool) -> dic
 
 def written_config(checkpoint: Checkpoint, family: Family) -> dict[str, Any]:
     """Return the config for results of a checkpoint, settled by its weights."""
-    return settled_config(checkpoint.config, family, head_is_tied(checkpoint, family))
+    return config_with_stated_tie(checkpoint.config, family, head_is_tied(checkpoint, family))
 
 
 def _key(family: Family) -> str:

@@ -24,7 +24,7 @@ FORMATS = ("pack-quantized", "int-quantized", "float-quantized", MIXED)
 _PACKED_BITS = 4
 """The width of the products called "4-bit weights"."""
 
-Product = Literal["4-bit weights", "8-bit inputs"]
+KernelKind = Literal["4-bit weights", "8-bit inputs"]
 """Matrix products that need a kernel of their own: activations × 4-bit weights, and 8-bit activations × 8-bit weights."""
 
 
@@ -82,33 +82,33 @@ def foreign_format(config: Mapping[str, Any]) -> str:
     return next((str(name) for name in formats if name and name not in FORMATS), "")
 
 
-def products_of(schemes: Iterable[Scheme]) -> frozenset[Product]:
+def products_of(schemes: Iterable[Scheme]) -> frozenset[KernelKind]:
     """Return the matrix products that linears of these schemes need."""
-    products: set[Product] = set()
+    kernel_kinds: set[KernelKind] = set()
     for scheme in schemes:
         if scheme.format == "pack-quantized" and scheme.bits == _PACKED_BITS:
-            products.add("4-bit weights")
+            kernel_kinds.add("4-bit weights")
         if scheme.format == "int-quantized":
-            products.add("8-bit inputs")
-    return frozenset(products)
+            kernel_kinds.add("8-bit inputs")
+    return frozenset(kernel_kinds)
 
 
-def products_in(config: Mapping[str, Any]) -> frozenset[Product]:
+def kernel_kinds_in(config: Mapping[str, Any]) -> frozenset[KernelKind]:
     """Return the matrix products that an artifact of any layout needs, by its config.json; none for other quantization."""
     settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
     if settings.get("quant_method") in ("awq", "gptq"):
         return frozenset({"4-bit weights"}) if settings.get("bits") == _PACKED_BITS else frozenset()
     groups = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
-    products: set[Product] = set()
+    kernel_kinds: set[KernelKind] = set()
     for group in groups.values():
         weights = cast("Mapping[str, Any]", group.get("weights") or {})
         if weights.get("type") != "int":
             continue
         if group.get("input_activations"):
-            products.add("8-bit inputs")
+            kernel_kinds.add("8-bit inputs")
         elif weights.get("num_bits") == _PACKED_BITS:
-            products.add("4-bit weights")
-    return frozenset(products)
+            kernel_kinds.add("4-bit weights")
+    return frozenset(kernel_kinds)
 
 
 def scheme_of(settings: Mapping[str, Any], name: str, where: str) -> Scheme:

@@ -13,7 +13,7 @@ from compress.checkpoints.artifact import check_side_files
 from compress.checkpoints.checkpoint import read_config
 from compress.errors import CheckpointError
 from compress.untrusted.limits import limits
-from compress.untrusted.reading import foreign
+from compress.untrusted.reading import library_errors
 
 _AUTO_CONFIG: Any = AutoConfig
 _GENERATIVE: Any = AutoModelForImageTextToText
@@ -30,7 +30,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust
         CheckpointError: transformers knows no such model.
     """
     config = load_config(folder, trust_remote_code)
-    with foreign(f"{folder}/config.json: transformers cannot build this model"):
+    with library_errors(f"{folder}/config.json: transformers cannot build this model"):
         with torch.device("meta"):
             model = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
         _check_buffers(model, folder)
@@ -88,7 +88,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
     """
     check_side_files(folder)
     remedy = "fetch the file again, or install a version that can"
-    with foreign(f"{folder}/config.json: transformers cannot read it", remedy=remedy):
+    with library_errors(f"{folder}/config.json: transformers cannot read it", remedy=remedy):
         try:
             config = _AUTO_CONFIG.from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         except (OSError, ValueError) as error:

@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from compress.checkpoints.checkpoint import Checkpoint, TensorSpec, text_config
 from compress.checkpoints.layouts import KV_SCALES, linear_shape, linear_specs, quantized_linears, unquantized_linears
-from compress.checkpoints.output_head import head_is_tied, settled_config
+from compress.checkpoints.output_head import config_with_stated_tie, head_is_tied
 from compress.checkpoints.quantization_config import is_readable, quantization_config
 from compress.families import Family, within
 from compress.numerics.scheme import Scheme
@@ -66,14 +66,14 @@ class CheckpointSpec:
         return text_config(self.config)
 
     @cached_property
-    def kv_cache(self) -> bool:
+    def has_kv_scales(self) -> bool:
         """Whether there are scales with which a runtime caches keys and values as 8-bit floats."""
         return any(name.rpartition(".")[2] in KV_SCALES for name in self.tensors)
 
     @property
-    def settled_config(self) -> dict[str, Any]:
+    def config_with_stated_tie(self) -> dict[str, Any]:
         """The config for results of the checkpoint: it says in every section whether the embeddings are tied."""
-        return settled_config(self.config, self.family, self.tied)
+        return config_with_stated_tie(self.config, self.family, self.tied)
 
     def shape(self, name: str) -> tuple[int, int]:
         """Return [out, in] of a linear by its name on disk, quantized or not."""
@@ -101,10 +101,10 @@ def spec_of(checkpoint: Checkpoint, family: Family) -> CheckpointSpec:
     )
 
 
-def quantized_spec(before: CheckpointSpec, schemes: Mapping[str, Scheme], kv_cache: bool = False) -> CheckpointSpec:
-    """Return the spec after linears were quantized: `schemes` by their names on disk, `kv_cache` with scales of keys and values.
+def quantized_spec(before: CheckpointSpec, schemes: Mapping[str, Scheme], has_kv_scales: bool = False) -> CheckpointSpec:
+    """Return the spec after linears were quantized: `schemes` by their names on disk.
 
-    Linears that were quantized before stay as they are.
+    With `has_kv_scales` it gains scales of keys and values. Linears that were quantized before stay as they are.
     """
     tensors = dict(before.tensors)
     added: dict[str, QuantizedLinear] = {}
@@ -113,14 +113,14 @@ def quantized_spec(before: CheckpointSpec, schemes: Mapping[str, Scheme], kv_cac
         rows, columns = weight.shape
         added[name] = QuantizedLinear(scheme, rows, columns)
         tensors |= linear_specs(name, (rows, columns), scheme, weight.dtype)
-    if kv_cache:
+    if has_kv_scales:
         tensors |= {f"{name}.{suffix}": TensorSpec("F32", (1,)) for name in caching_attentions(before) for suffix in KV_SCALES}
     quantized = {**before.quantized, **added}
     spec = replace(before, tensors=tensors, quantized=quantized)
     ignore = unquantized_linears(before, before.family, quantized)
     all_schemes = {name: linear.scheme for name, linear in quantized.items()}
-    settings = quantization_config(all_schemes, ignore, kv_cache or before.kv_cache)
-    return replace(spec, config={**before.settled_config, "quantization_config": settings})
+    settings = quantization_config(all_schemes, ignore, has_kv_scales or before.has_kv_scales)
+    return replace(spec, config={**before.config_with_stated_tie, "quantization_config": settings})
 
 
 def difference(planned: CheckpointSpec, written: CheckpointSpec) -> str | None:

@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from compress.checkpoints.checkpoint import read_json_object
-from compress.files import telling_where, write_text
+from compress.files import disk_errors, write_text
 
 CALL_SETTINGS = ("max_length", "padding", "truncation")
 """What transformers' processors take from a tokenizer's settings as if it were said in each call."""
@@ -69,7 +69,7 @@ def uncut_folder(folder: Path) -> Generator[Path]:
         return
     with TemporaryDirectory(prefix="compress-model-") as name:
         target = Path(name)
-        with telling_where(target):
+        with disk_errors(target):
             for path in folder.iterdir():
                 (target / path.name).symlink_to(path.resolve())
             write_uncut(folder, target)

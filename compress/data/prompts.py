@@ -16,7 +16,7 @@ from compress.data.images import decode_image
 from compress.errors import CheckpointError, DataError
 from compress.families import Family
 from compress.families.resolve import family_at
-from compress.untrusted.reading import foreign
+from compress.untrusted.reading import library_errors
 from compress.untrusted.trial import try_template
 
 
@@ -42,7 +42,7 @@ def load_tokenizer(folder: Path, trust_remote_code: bool = False) -> Any:
     from transformers import AutoTokenizer
 
     check_side_files(folder)
-    with foreign(f"{folder}: its tokenizer cannot be loaded", remedy="fetch the checkpoint again"):
+    with library_errors(f"{folder}: its tokenizer cannot be loaded", remedy="fetch the checkpoint again"):
         tokenizer = cast("Any", AutoTokenizer).from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         if tokenizer.get_vocab().keys() <= tokenizer.get_added_vocab().keys():  # transformers makes an empty one of missing files
             raise CheckpointError(f"{folder}: has no tokenizer; add its tokenizer.json, or fetch the checkpoint again")
@@ -61,7 +61,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False, family: Family
     from transformers import AutoProcessor
 
     check_side_files(folder)
-    with foreign(f"{folder}: its processor cannot be loaded", remedy="fetch or export it again"):
+    with library_errors(f"{folder}: its processor cannot be loaded", remedy="fetch or export it again"):
         processor = cast("Any", AutoProcessor).from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         never_cut(getattr(processor, "tokenizer", processor))  # where nothing but a tokenizer is there, it is that
     if getattr(processor, "chat_template", None) is None:
@@ -88,7 +88,7 @@ def run_processor(processor: Any, name: str, **given: Any) -> Any:
     Raises:
         RefusedError: it does not take them.
     """
-    with foreign(f"{name}: the model's processor does not take it", RefusedError, "leave it out"):
+    with library_errors(f"{name}: the model's processor does not take it", RefusedError, "leave it out"):
         return processor(**given)
 
 
@@ -133,10 +133,10 @@ def check_template(processor: Any, folder: Path) -> None:
     """
     turns = messages(Prompt("trial", "What is it?", (b"",)), "red")
     others = (messages(Prompt("trial", "What is it?", images)) for images in ((), (b"", b"")))
-    with foreign(f"{folder}: its tokenizer cannot be loaded"):
+    with library_errors(f"{folder}: its tokenizer cannot be loaded"):
         tokens = {**processor.tokenizer.special_tokens_map}
     try_template(processor.chat_template, [turns, turns[:1], *others], tokens, str(folder))
-    with foreign(f"{folder}: its chat template cannot be used", remedy="correct it, or fetch it again"):
+    with library_errors(f"{folder}: its chat template cannot be used", remedy="correct it, or fetch it again"):
         for shown, begun in ((turns, False), (turns[:1], True)):
             processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=begun)
 

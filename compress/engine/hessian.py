@@ -52,7 +52,7 @@ class HessianRequest:
 
 
 FULL_HESSIAN = HessianRequest()
-NO_HESSIAN = HessianRequest(full=False, sketch=False)
+DIAGONAL_ONLY = HessianRequest(full=False, sketch=False)
 """Nothing but the diagonal, which is always accumulated."""
 
 

@@ -33,14 +33,14 @@ class Recorder(TorchDispatchMode):
 
     A unit is fed directly where its input is the previous unit's output, and nothing else of it depends on the units. `order` lists
     the units in the order of their calls. As an active context it sees every operation, and so which outputs are read outside of
-    the next unit; the other units are `idle` once the forward has ended.
+    the next unit; the outputs of those in `read_by_next`, known once the forward has ended, are not.
     """
 
     def __init__(self, host: HostMemory) -> None:
         super().__init__()
         self.calls: dict[str, tuple[Any, Any]] = {}
         self.order: list[str] = []
-        self.idle: frozenset[str] = frozenset()
+        self.read_by_next: frozenset[str] = frozenset()
         self._finished = False
         self._host = host
         self._tracking = True
@@ -81,7 +81,7 @@ class Recorder(TorchDispatchMode):
             return
         self._finished = True
         referenced = {name for name, tensors in self._returned.items() if any(tensor() is not None for tensor in tensors)}
-        self.idle = frozenset(self._returned.keys() - self._read - referenced)
+        self.read_by_next = frozenset(self._returned.keys() - self._read - referenced)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Run an operation after marking the outputs that it reads."""

@@ -82,7 +82,7 @@ class _Trace:
     order: list[str] = field(default_factory=lambda: list[str]())
     """The units in the order of their calls."""
 
-    idle: frozenset[str] = frozenset()
+    read_by_next: frozenset[str] = frozenset()
     """Units whose output only the next unit reads."""
 
     frontends: dict[str, list[Any]] = field(default_factory=lambda: dict[str, list[Any]]())
@@ -123,7 +123,7 @@ class BlockVisit:
 
     device: str
 
-    vision_readers: tuple[str, ...] = ()
+    cross_attention_linears: tuple[str, ...] = ()
     """Its linears whose input is the image features (cross-attention)."""
 
     @torch.no_grad()
@@ -191,7 +191,7 @@ class Replay:
         calls = [self._call(batch, units, index, frontends) for batch in range(len(self._traces))]
         module = self.model.get_submodule(name)
         self.reader.load(module, name, self.config.device)
-        readers = self.family.vision_readers if within(name, self.family.blocks) else ()
+        readers = self.family.cross_attention_linears if within(name, self.family.blocks) else ()
         visit = BlockVisit(name, module, [call for call in calls if call is not None], self.config.device, readers)
         yield visit
         if index + 1 == len(units) and not self._inside_vision(name):
@@ -223,7 +223,7 @@ class Replay:
         if not self._inside_vision(units[index]) and not self._replays(trace, units[index + 1 :]):
             trace.frontends.clear()
             trace.outputs.clear()
-        elif previous in trace.idle:
+        elif previous in trace.read_by_next:
             trace.outputs[previous] = map_tensors(trace.outputs[previous], _without_data)
 
     def _replays(self, trace: _Trace, units: Sequence[str]) -> bool:
@@ -276,7 +276,7 @@ class Replay:
                 self._forward(inputs, stubs)
             recorder.finish()
             trace.outputs.clear()
-            trace.calls, trace.idle, trace.order = recorder.calls, recorder.idle, recorder.order
+            trace.calls, trace.read_by_next, trace.order = recorder.calls, recorder.read_by_next, recorder.order
             if self._replays(trace, units):
                 trace.frontends = outputs
 
@@ -352,7 +352,7 @@ class Replay:
 
     def _token_positions(self, inputs: Mapping[str, Tensor]) -> Positions:
         tokens = inputs["input_ids"]
-        placeholders = () if self.family.vision_readers else self.family.placeholders(self.config.checkpoint.config)
+        placeholders = () if self.family.cross_attention_linears else self.family.placeholders(self.config.checkpoint.config)
         vision = torch.isin(tokens, torch.tensor(placeholders, dtype=tokens.dtype)).reshape(-1)
         mask = inputs.get("attention_mask")
         valid = torch.ones_like(vision) if mask is None else mask.bool().reshape(-1)

@@ -246,7 +246,7 @@ class _ReverseWalk:
         return cast("AbstractContextManager[object]", sdpa_kernel(SDPBackend.MATH)) if cuda else nullcontext()
 
     def _accumulator(self, positions: Positions | None) -> Callable[[str, str, Tensor], None]:
-        readers = self.replay.family.vision_readers
+        readers = self.replay.family.cross_attention_linears
 
         def count(local: str, linear: str, gradient: Tensor) -> None:
             rows = gradient.numel() // gradient.shape[-1]

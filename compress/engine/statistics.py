@@ -56,7 +56,7 @@ class InputStatistics:
     weights: tuple[float, float] = (1.0, 1.0)
     """How much a text and a vision token count in the means."""
 
-    disposable: bool = False
+    may_overwrite: bool = False
     """Whether `take_hessian` may overwrite the sums, because nothing needs them afterwards."""
 
     requested: HessianRequest = FULL_HESSIAN
@@ -77,7 +77,7 @@ class InputStatistics:
 
     def take_hessian(self) -> Tensor:
         """Return `mean_hessian`, computed in the memory of the sums where they are disposable: a matrix may take gigabytes."""
-        if not self.disposable:
+        if not self.may_overwrite:
             return self.mean_hessian()
         (first, weight), *others = self._full_hessians()
         lower = first.lower.mul_(weight)
@@ -185,12 +185,12 @@ class Observer:
         self,
         module: nn.Module,
         linears: Iterable[str],
-        vision_readers: Iterable[str] = (),
+        cross_attention_linears: Iterable[str] = (),
         requested: HessianRequest = FULL_HESSIAN,
     ) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self.positions: Positions | None = None
-        self._vision_readers = frozenset(vision_readers)
+        self._vision_readers = frozenset(cross_attention_linears)
         self._requested = requested
         self._module = module
         self._linears = tuple(linears)
@@ -248,7 +248,7 @@ def observe(visit: BlockVisit, linears: Iterable[str], requested: HessianRequest
         raise CheckpointError(
             f"{visit.name}: no calibration sample reaches it; add samples that do, images with questions for what reads images"
         )
-    with Observer(visit.module, names, visit.vision_readers, requested) as observer:
+    with Observer(visit.module, names, visit.cross_attention_linears, requested) as observer:
         for call in visit.calls:
             observer.positions = call.positions
             with suppress(ReachedError):

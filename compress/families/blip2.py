@@ -47,7 +47,7 @@ BLIP2 = Family(
     text_model="language_model",
     chat_template=_CHAT_TEMPLATE,
     served_names=((r"^vision_model\.", "."),),
-    served_plain=("qformer", "language_projection"),
+    served_unquantized=("qformer", "language_projection"),
     requires=(
         ("text_config.model_type", "opt"),
         ("text_config.do_layer_norm_before", True),

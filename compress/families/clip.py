@@ -24,6 +24,6 @@ CLIP = Family(
     vision_scale_pairs=_PAIRS,
     single_image=True,
     text_model="text_model",
-    served_plain=("visual_projection", "text_projection"),
+    served_unquantized=("visual_projection", "text_projection"),
     defaults=(("max_position_embeddings", 77),),
 )

@@ -75,7 +75,7 @@ class Family:
     vision_scale_pairs: tuple[ScalePair, ...]
     """The same within a block of the vision tower."""
 
-    vision_readers: tuple[str, ...] = ()
+    cross_attention_linears: tuple[str, ...] = ()
     """Linears of a decoder block that read image features instead of hidden states: keys and values of cross-attention."""
 
     image_mask: str = ""
@@ -93,7 +93,7 @@ class Family:
     served_until: str = ""
     """The last vLLM version with the architecture, where later ones dropped it; empty otherwise."""
 
-    served_plain: tuple[str, ...] = ()
+    served_unquantized: tuple[str, ...] = ()
     """Modules whose weights vLLM cannot load quantized, since its classes for them use plain linears."""
 
     served_names: tuple[tuple[str, str], ...] = ()

@@ -17,7 +17,7 @@ INTERNVL3 = replace(
         ScalePair("attention.v_proj", ("attention.projection_layer",)),
         ScalePair("layernorm_after", ("mlp.fc1",)),
     ),
-    served_plain=("model.multi_modal_projector",),
+    served_unquantized=("model.multi_modal_projector",),
     requires=(("text_config.model_type", ("qwen2", "qwen3", "llama")), ("vision_config.model_type", ("internvl_vision",))),
     defaults=(),
     tied_by=("tie_word_embeddings",),

@@ -31,7 +31,7 @@ MLLAMA = Family(
         ScalePair("self_attn.v_proj", ("self_attn.o_proj",)),
         ScalePair("post_attention_layernorm", ("mlp.fc1",)),
     ),
-    vision_readers=("cross_attn.k_proj", "cross_attn.v_proj"),
+    cross_attention_linears=("cross_attn.k_proj", "cross_attn.v_proj"),
     image_mask="cross_attention_mask",
     tied_by=(),  # transformers 5 never ties it, whatever the config says
     served_until="0.10.2",

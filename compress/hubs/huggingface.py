@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from compress.errors import MissingError, UsageError
-from compress.files import telling_where, write_text
+from compress.files import disk_errors, write_text
 from compress.hubs.repository import RemoteFile, Report, Repository, range_deadline, take_range, valid_response
 from compress.untrusted.limits import limits
 
@@ -65,7 +65,7 @@ def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -
     """
     from huggingface_hub import constants
 
-    with translated_errors(repository.kind, repository.source, repository.revision), telling_where(Path(constants.HF_HUB_CACHE)):
+    with translated_errors(repository.kind, repository.source, repository.revision), disk_errors(Path(constants.HF_HUB_CACHE)):
         for file in files:
             if cached(repository, file) is not None:
                 report(file.size)

@@ -13,8 +13,8 @@ from compress.checkpoints.artifact import copy_side_files
 from compress.checkpoints.checkpoint import INDEX, SINGLE, read_config, read_index
 from compress.errors import CheckpointError
 from compress.families.records import says_tied
-from compress.files import telling_where, write_json
-from compress.untrusted.reading import foreign, inside
+from compress.files import disk_errors, write_json
+from compress.untrusted.reading import inside, library_errors
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,7 +37,7 @@ def convert_pickle(folder: Path, target: Path) -> None:
     sharded = (folder / PICKLE_INDEX).is_file()
     shards = sorted(set(read_index(folder / PICKLE_INDEX).values())) if sharded else [PICKLE]
     weight_map, total = dict[str, str](), 0
-    with telling_where(target):
+    with disk_errors(target):
         target.mkdir(parents=True, exist_ok=True)
         copy_side_files(folder, target)
         shutil.copyfile(inside(folder, folder / "config.json"), target / "config.json")
@@ -56,7 +56,7 @@ def _load(path: Path) -> dict[str, Tensor]:
 
     if not inside(path.parent, path).is_file():
         raise CheckpointError(f"{path}: missing; fetch the checkpoint again")
-    with foreign(f"{path}: cannot be read", remedy="fetch the checkpoint again"):
+    with library_errors(f"{path}: cannot be read", remedy="fetch the checkpoint again"):
         try:
             # files from before torch 1.6 are no zip archives and cannot be mapped
             loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))

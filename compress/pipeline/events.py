@@ -10,7 +10,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Protocol
 
-from compress.files import telling_where
+from compress.files import disk_errors
 from compress.interrupts import check as check_interrupts
 from compress.progress import Progress
 from compress.untrusted.redaction import redact, redact_value
@@ -44,7 +44,7 @@ class EventLog:
         content = json.loads(json.dumps(fields, default=str))
         about = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
         line = json.dumps(about | redact_value(content))
-        with telling_where(self._path), self._path.open("a", encoding="utf-8") as file:
+        with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
     def step_started(self, name: str, position: int, count: int) -> None:

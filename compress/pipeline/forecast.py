@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from compress.checkpoints.checkpoint import Checkpoint
-from compress.checkpoints.quantization_config import Product
+from compress.checkpoints.quantization_config import KernelKind
 from compress.checkpoints.spec import CheckpointSpec, spec_of
 from compress.data.sources import QuestionSource
 from compress.errors import RecipeError
@@ -32,7 +32,7 @@ class Forecast:
     gate_notes: tuple[str, ...] = ()
     """Limits of the gate that the results cannot meet."""
 
-    products: Mapping[str, frozenset[Product]] = field(default_factory=lambda: dict[str, frozenset[Product]]())
+    kernel_kinds: Mapping[str, frozenset[KernelKind]] = field(default_factory=lambda: dict[str, frozenset[KernelKind]]())
     """The matrix products that each artifact's linears need kernels for."""
 
 
@@ -77,7 +77,7 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
         export_bytes=sizes,
         notes=outlook_notes(recipe, before or (source,), source.weight_bytes),
         gate_notes=size_notes(recipe, checkpoint, sizes),
-        products={export.artifact: export.products(schemes) for export in recipe.export},
+        kernel_kinds={export.artifact: export.kernel_kinds(schemes) for export in recipe.export},
     )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.output_head import check_head, head_notes
-from compress.checkpoints.quantization_config import Product, foreign_format
+from compress.checkpoints.quantization_config import KernelKind, foreign_format
 from compress.checkpoints.spec import spec_of
 from compress.checkpoints.tokens_check import check_tokens
 from compress.errors import RecipeError, UsageError
@@ -68,7 +68,7 @@ class Plan:
     warnings: tuple[str, ...] = ()
     """Warnings about existing artifacts and the recipe's keys."""
 
-    unfit: tuple[str, ...] = ()
+    kernel_faults: tuple[str, ...] = ()
     """Reasons why this machine cannot run the measurements."""
 
     @property
@@ -140,7 +140,7 @@ class Plan:
             "power": list(self.power),
             "items": dict(self.items),
             "gate": list(self.gate_notes),
-            "unfit": list(self.unfit),
+            "unfit": list(self.kernel_faults),
         }
 
 
@@ -166,7 +166,7 @@ def make_plan(path: Path, settings: Mapping[str, Any], store: Store) -> Plan:
     inputs = _inputs(recipe, original, store)
     sets = tuple(pin_data(data, store) for data in recipe.calibration.sets) if recipe.calibration else ()
     made = compression(recipe, inputs, sets, outlook)
-    artifacts = _Artifacts(made.artifacts, outlook.products, document.notes, made, outlook.notes, outlook.gate_notes)
+    artifacts = _Artifacts(made.artifacts, outlook.kernel_kinds, document.notes, made, outlook.notes, outlook.gate_notes)
     if recipe.publish:
         names = [export.artifact for export in recipe.export]
         check_publish_folders(Path(recipe.publish.to), recipe.name, names, store.fingerprint)
@@ -191,15 +191,17 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
     evaluation, model, document = read_evaluation(path, settings, original, formats)
     opened = _open_original(model, store)
     _check_evaluation(evaluation, document, opened, ())
-    products: dict[str, frozenset[Product]] = {}
+    kernel_kinds: dict[str, frozenset[KernelKind]] = {}
     warnings: list[str] = []
     for artifact in existing:
         row = format_named(artifact.format)
         row.check_artifact(artifact.folder, opened.family)
-        products[artifact.artifact] = row.products_in(artifact.folder)
+        kernel_kinds[artifact.artifact] = row.kernel_kinds_in(artifact.folder)
         warnings += row.warnings(artifact.folder, opened.family)
     inputs = _inputs(evaluation, opened, store)
-    return _plan(evaluation, model, opened, inputs, _Artifacts(tuple(existing), products, document.notes, warnings=tuple(warnings)))
+    return _plan(
+        evaluation, model, opened, inputs, _Artifacts(tuple(existing), kernel_kinds, document.notes, warnings=tuple(warnings))
+    )
 
 
 @dataclass(frozen=True)
@@ -221,7 +223,7 @@ class _Artifacts:
 
     artifacts: tuple[AnyArtifact, ...]
 
-    products: Mapping[str, frozenset[Product]]
+    kernel_kinds: Mapping[str, frozenset[KernelKind]]
     """The matrix products that each needs a runtime's kernels for; graphs have operators of their own."""
 
     recipe_notes: tuple[str, ...]
@@ -268,7 +270,7 @@ def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, input
     measured = measurements(evaluation, inputs, made.artifacts)
     items = count_items(inputs.tasks)
     formats = {artifact.artifact: artifact.format for artifact in made.artifacts}
-    unfit, kernel_notes = kernels(evaluation, formats, made.products)
+    kernel_faults, kernel_notes = kernels(evaluation, formats, made.kernel_kinds)
     before = made.compression.before if made.compression is not None else ()
     steps = (*inputs.conversion, *before, *measured.steps)
     for step in steps:
@@ -292,7 +294,7 @@ def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, input
         power=(*power(evaluation, items), *unmeasured(evaluation)),
         items=items,
         gate_notes=made.gate_notes,
-        unfit=tuple(unfit),
+        kernel_faults=tuple(kernel_faults),
         warnings=(*made.recipe_notes, *made.warnings),
     )
 

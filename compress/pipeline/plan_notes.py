@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from compress.checkpoints.artifact import side_files
 from compress.checkpoints.checkpoint import Checkpoint, text_config
-from compress.checkpoints.quantization_config import Product
+from compress.checkpoints.quantization_config import KernelKind
 from compress.checkpoints.spec import CheckpointSpec
 from compress.checkpoints.tokenizer_files import cutting_settings
 from compress.export.format import Export
@@ -57,18 +57,18 @@ def tokenizer_notes(folder: Path) -> tuple[str, ...]:
 
 
 def kernels(
-    evaluation: AnyEvaluation, formats: Mapping[str, str], products: Mapping[str, frozenset[Product]]
+    evaluation: AnyEvaluation, formats: Mapping[str, str], kernel_kinds: Mapping[str, frozenset[KernelKind]]
 ) -> tuple[list[str], list[str]]:
     """Return the faults of artifacts whose kernels do not run on this machine, and notes on those that do.
 
-    `formats` and `products` hold each artifact's format, and its matrix products that need a kernel where known, by its name.
+    `formats` and `kernel_kinds` hold each artifact's format, and its matrix products that need a kernel where known, by its name.
     """
     faults: dict[str, None] = {}
     notes: dict[str, None] = {}
     for target in evaluation.eval.places:
         for artifact, export_format in formats.items():
             if target.runtime.runs(export_format):
-                needed = products.get(artifact, frozenset())
+                needed = kernel_kinds.get(artifact, frozenset())
                 faults |= dict.fromkeys(f"{artifact} at {target.name}: {fault}" for fault in target.runtime.kernel_faults(needed))
                 notes |= dict.fromkeys(f"{artifact} at {target.name}: {note}" for note in target.runtime.kernel_notes(needed))
     return list(faults), list(notes)

@@ -22,7 +22,7 @@ from filelock import FileLock
 
 from compress.checkpoints.artifact import RECORD, file_digest
 from compress.errors import StoreError
-from compress.files import check_writable, one_error, telling_where, write_json
+from compress.files import check_writable, disk_errors, one_error, write_json
 from compress.untrusted.reading import printable, read_object
 
 _LOCK = ".publishing.lock"
@@ -105,7 +105,7 @@ def replace_folder(folder: Path) -> Generator[Path]:
     Raises:
         StoreError: the folder cannot be written, or has something that was not published there.
     """
-    with telling_where(folder), one_error():
+    with disk_errors(folder), one_error():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / _LOCK):
             for leftover in folder.parent.glob(f"{_WORK}*"):

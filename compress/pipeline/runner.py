@@ -18,7 +18,7 @@ from compress.checkpoints.checkpoint import open_checkpoint
 from compress.errors import CheckpointError, DataError, MissingError, StoreError
 from compress.eval.results import ItemizedMeasurement
 from compress.export.format import format_named, format_of
-from compress.files import telling_where, write_json, write_text
+from compress.files import disk_errors, write_json, write_text
 from compress.gate.gate import MeasuredModel, Verdict, combine_verdicts
 from compress.gate.judge import judge
 from compress.hardware import describe
@@ -104,12 +104,12 @@ def _store(folders: RunFolders) -> Store:
 
 
 def _execute(plan: Plan, store: Store, command: _Command) -> Report:
-    if plan.unfit:
-        raise MissingError("\n".join(plan.unfit))
+    if plan.kernel_faults:
+        raise MissingError("\n".join(plan.kernel_faults))
     folder = _make_folder(command.folders.runs, plan.name)
     events = EventLog(folder / "events.jsonl", command.watcher)
     events.write("started", recipe=str(command.recipe), settings=dict(command.settings))
-    with telling_where(folder):
+    with disk_errors(folder):
         write_json(folder / "plan.json", redact_value(plan.summary(store)))
     with _record_stop(events), store.using(step.key for step in plan.steps):
         report = _Run(plan, store, folder, events, fresh=command.fresh).report(force=command.force)
@@ -132,7 +132,7 @@ def _record_stop(events: EventLog) -> Generator[None]:
 def _make_folder(runs: Path, name: str) -> Path:
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = (runs / f"{name}-{stamp}-{secrets.token_hex(2)}").absolute()
-    with telling_where(folder, making=True):
+    with disk_errors(folder, making=True):
         folder.mkdir(parents=True)
     return folder
 
@@ -173,7 +173,7 @@ class _Run:
         return report
 
     def _write(self, report: Report, gallery: Gallery) -> None:
-        with telling_where(self.folder):
+        with disk_errors(self.folder):
             write_text(self.folder / "report.json", report.to_json() + "\n")
             write_text(self.folder / "report.md", render(report))
             write_text(self.folder / "report.html", render_html(report, gallery))
@@ -203,7 +203,7 @@ class _Run:
 
     def _find(self, step: Step) -> Entry | None:
         """Return a step's store entry; None where it is missing, damaged, or not readable as such a step's output."""
-        entry = self.store.find(step.key, self.events.warn, thorough=step.decides)
+        entry = self.store.find(step.key, self.events.warn, thorough=step.feeds_verdict)
         if entry is None:
             return None
         try:

@@ -28,7 +28,7 @@ from filelock import FileLock, Timeout
 
 from compress.checkpoints.artifact import file_digest
 from compress.errors import MissingError, StoreError
-from compress.files import telling_where, write_json
+from compress.files import disk_errors, write_json
 from compress.pipeline.store_entries import (
     ENTRY,
     STARTED,
@@ -77,7 +77,7 @@ class Store:
         Raises:
             StoreError: they cannot be created.
         """
-        with telling_where(self.folder, making=True):
+        with disk_errors(self.folder, making=True):
             for folder in (self._entries, self._aside, self._locks, self._active):
                 folder.mkdir(parents=True, exist_ok=True)
 
@@ -139,7 +139,7 @@ class Store:
         data = aside / "data"
         keep = False
         try:
-            with telling_where(self.folder):
+            with disk_errors(self.folder):
                 if not resume:
                     shutil.rmtree(aside, ignore_errors=True)
                 data.mkdir(parents=True, exist_ok=True)
@@ -205,7 +205,7 @@ class Store:
         self.prepare()
         mark = self._active / f"{secrets.token_hex(8)}.json"
         lock = FileLock(mark.with_suffix(".lock"))
-        with telling_where(self.folder), self._marks_locked():
+        with disk_errors(self.folder), self._marks_locked():
             self._sweep_marks()
             lock.acquire()
             write_json(mark, sorted(keys))
@@ -225,7 +225,7 @@ class Store:
             StoreError: an item cannot be removed, or the mark of a running run cannot be read.
         """
         self.prepare()
-        with telling_where(self.folder), self._marks_locked():
+        with disk_errors(self.folder), self._marks_locked():
             protected = self._sweep_marks()
         removed: list[StoreItem] = []
         items = self.items()
@@ -244,7 +244,7 @@ class Store:
         folder = (self._aside if item.kind == "unfinished" else self._entries) / item.key
         key = item.key.partition(".")[0]
         try:
-            with FileLock(self._locks / f"{key}.lock", timeout=0), telling_where(self.folder):
+            with FileLock(self._locks / f"{key}.lock", timeout=0), disk_errors(self.folder):
                 if not dry:
                     old = self._aside / f"{key}.{secrets.token_hex(4)}"
                     folder.replace(old)
@@ -284,7 +284,7 @@ class Store:
         Raises:
             StoreError: the file cannot be read.
         """
-        with telling_where(path):
+        with disk_errors(path):
             status = path.stat()
             if status.st_size < _MIN_CACHED_BYTES:
                 return file_digest(path)

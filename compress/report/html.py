@@ -29,7 +29,7 @@ from compress.report.page import Figure, LegendEntry, figures, legend, render_pa
 from compress.report.run_charts import latency_charts, sensitivity_chart, size_charts, styles_of
 from compress.report.tabular import Column, Table
 from compress.report.width_table import WidthMap, width_map, widths_sentence
-from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, GroupWidth, Widths
+from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, FusedLayers, Widths
 from compress.verification.table import answers_table
 from compress.verification.table import components_table as verified_table
 
@@ -206,7 +206,7 @@ def _widths(stage: str, widths: Widths, report: Report) -> Iterator[Part]:
     yield Part("folded", title="Every layer with what each width would lose", table=_losses_table(widths.groups))
 
 
-def _losses_table(groups: Sequence[GroupWidth]) -> Table:
+def _losses_table(groups: Sequence[FusedLayers]) -> Table:
     tried_widths = sorted({width for group in groups for width in group.losses})
     columns = [Column("layers", "code"), Column("width", "number"), Column("bits/weight", "number"), Column("share", "number")]
     columns += [Column(f"loss at {width}", "number") for width in tried_widths]

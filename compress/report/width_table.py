@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from compress.eval.results import Fidelity
 from compress.report.figures import kl_value
-from compress.stages.quantization.widths import GroupWidth, Widths
+from compress.stages.quantization.widths import FusedLayers, Widths
 
 _BLOCK_LAYER = re.compile(r"(.*?)\.(\d+)\.(.+)")
 """A layer's name as prefix, block number and name within the block."""
@@ -19,17 +19,17 @@ class WidthMap:
     """The bit widths of a stage by kind of layer and block."""
 
     blocks: tuple[int, ...]
-    rows: tuple[tuple[str, tuple[GroupWidth | None, ...]], ...]
+    rows: tuple[tuple[str, tuple[FusedLayers | None, ...]], ...]
     """A kind of layer each, with its width in each block; None where a block has no such layer."""
 
-    others: tuple[GroupWidth, ...]
+    others: tuple[FusedLayers, ...]
     """Layers outside of blocks."""
 
 
 def width_map(widths: Widths) -> WidthMap:
     """Return the widths by kind of layer and block."""
-    by_kind: dict[str, dict[int, GroupWidth]] = {}
-    others: list[GroupWidth] = []
+    by_kind: dict[str, dict[int, FusedLayers]] = {}
+    others: list[FusedLayers] = []
     for group in widths.groups:
         match = _BLOCK_LAYER.fullmatch(group.layers[0])
         if match is None:
@@ -73,9 +73,9 @@ def widths_sentence(widths: Widths, measured: Mapping[str, Mapping[str, Fidelity
     )
 
 
-def _folded(groups: Iterable[GroupWidth]) -> dict[tuple[str, int], list[GroupWidth]]:
+def _folded(groups: Iterable[FusedLayers]) -> dict[tuple[str, int], list[FusedLayers]]:
     """Return groups by kind and width: kinds in the order of the model, then the widths from small to large."""
-    by_kind: dict[str, dict[int, list[GroupWidth]]] = {}
+    by_kind: dict[str, dict[int, list[FusedLayers]]] = {}
     for group in groups:
         by_kind.setdefault(_kind(group.layers), {}).setdefault(group.width, []).append(group)
     return {(kind, width): by_width[width] for kind, by_width in by_kind.items() for width in sorted(by_width)}

@@ -19,7 +19,7 @@ from compress.checkpoints.checkpoint import Checkpoint
 from compress.families import Family
 from compress.numerics.scheme import Activations
 from compress.runtimes.unpack import open_tensors, settings_of
-from compress.untrusted.reading import foreign
+from compress.untrusted.reading import library_errors
 
 _GROUP = 128
 """Channels per scale of `strategy: group`."""
@@ -85,7 +85,7 @@ def fake_quantize_inputs(checkpoint: Checkpoint, family: Family, modules: Mappin
         return 0
     count = 0
     where = f"{checkpoint.folder}/config.json: its input_activations cannot be used"
-    with foreign(where, remedy="export the artifact again"), open_tensors(checkpoint, device) as read:
+    with library_errors(where, remedy="export the artifact again"), open_tensors(checkpoint, device) as read:
         for name in checkpoint.tensors:
             owner, _, suffix = name.rpartition(".")
             settings = settings_of(quantization, owner)["input_activations"] if suffix == "weight_scale" else None

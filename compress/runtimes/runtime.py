@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Protocol, Self, TypeVar, cast, 
 import numpy as np
 from numpy.typing import NDArray
 
-from compress.checkpoints.quantization_config import Product
+from compress.checkpoints.quantization_config import KernelKind
 from compress.data.prompts import Prompt
 from compress.errors import UsageError
 from compress.families import Family
@@ -22,7 +22,7 @@ from compress.families.resolve import family_at
 from compress.progress import Progress
 from compress.recipe.schema import Frozen, load_attribute, load_row
 from compress.runtimes import RUNTIMES
-from compress.runtimes.vllm.ladder import LadderStep, ignore_step
+from compress.runtimes.vllm.memory_fallback import MemoryFallback, ignore_fallback
 
 if TYPE_CHECKING:
     from compress.eval.latency.results import ComponentTable
@@ -257,7 +257,7 @@ class OpenContext:
     name: str = "original"
     """The artifact's name in the recipe."""
 
-    on_ladder_step: Callable[[LadderStep], None] = ignore_step
+    on_fallback: Callable[[MemoryFallback], None] = ignore_fallback
     """Called with each setting that is lowered because a server ran out of memory while loading."""
 
     @staticmethod
@@ -302,11 +302,11 @@ class Runtime(Frozen, ABC):
     kl_definition: ClassVar[str]
     """What this runtime's per-token KL is, for the report: over the full vocabulary, or over the top tokens and one bucket."""
 
-    incidental: ClassVar[frozenset[str]] = frozenset()
+    not_in_key: ClassVar[frozenset[str]] = frozenset()
     """The fields that do not affect the measured accuracy, such as timeouts and ports; they are left out of the step's key."""
 
-    pace: ClassVar[frozenset[str]] = frozenset()
-    """The incidental fields that affect speed; they are in the key of a latency measurement."""
+    speed_fields: ClassVar[frozenset[str]] = frozenset()
+    """The fields of `not_in_key` that affect speed; they are in the key of a latency measurement."""
 
     formats: ClassVar[frozenset[str]]
     """The names of the export formats whose artifacts it runs. It takes checkpoints too, to measure the original."""
@@ -330,7 +330,7 @@ class Runtime(Frozen, ABC):
     def settings(self, name: str | None = None) -> dict[str, Any]:
         """Return the fields that affect what is measured, as JSON values; with `name`, those that concern that artifact."""
         del name
-        return self.model_dump(mode="json", exclude=set(self.incidental))
+        return self.model_dump(mode="json", exclude=set(self.not_in_key))
 
     def loaded_with(self, name: str) -> str:
         """Return the engine and versions that load the artifact `name`, as text for its model card; may query a server.
@@ -351,14 +351,14 @@ class Runtime(Frozen, ABC):
         del config, longest
         return []
 
-    def kernel_faults(self, products: Collection[Product]) -> list[str]:
+    def kernel_faults(self, kernel_kinds: Collection[KernelKind]) -> list[str]:
         """Return why this machine has no kernel for such matrix products, one line each; empty where it has."""
-        del products
+        del kernel_kinds
         return []
 
-    def kernel_notes(self, products: Collection[Product]) -> list[str]:
+    def kernel_notes(self, kernel_kinds: Collection[KernelKind]) -> list[str]:
         """Return caveats about how this machine computes such matrix products, one line each."""
-        del products
+        del kernel_kinds
         return []
 
     def missing(self) -> dict[Capability, str]:
@@ -369,7 +369,7 @@ class Runtime(Frozen, ABC):
         """
         return {}
 
-    def lowered(self, steps: Sequence[LadderStep]) -> Self:
+    def lowered(self, steps: Sequence[MemoryFallback]) -> Self:
         """Return the runtime with the settings that a server came up with after it ran out of memory."""
         del steps
         return self

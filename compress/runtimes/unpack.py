@@ -23,7 +23,7 @@ from torch import Tensor
 from compress.checkpoints.awq_gptq_config import AWQ, GPTQ, check_packed_config
 from compress.checkpoints.checkpoint import Checkpoint, TensorEntry
 from compress.errors import CheckpointError
-from compress.untrusted.reading import foreign as refused
+from compress.untrusted.reading import library_errors as refused
 
 Read = Callable[[str], Tensor]
 _COMPRESSED_TENSORS = "compressed-tensors"

@@ -56,7 +56,7 @@ def select(before: CheckpointSpec, targets: Iterable[Target], ignore: Iterable[s
         linears = [linear for linear in _linears(before) if not tied and linear.component == target]
         if not linears:
             reason = "its output head is the embedding's own matrix" if target == "lm_head" else "it has no such linear layers"
-            faults.append(f"targets: {target} matches nothing in {before.source}: {reason}; leave it away")
+            faults.append(f"targets: {target} matches nothing in {before.source}: {reason}; remove it")
         targeted += linears
     faults += [
         f"ignore: {pattern!r} matches none of the targeted layers, such as {targeted[0].name}; mend or remove it"

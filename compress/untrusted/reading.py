@@ -92,7 +92,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
 
 
 @contextmanager
-def foreign(what: str, error: type[CompressError] = CheckpointError, remedy: str = _AGAIN) -> Generator[None]:
+def library_errors(what: str, error: type[CompressError] = CheckpointError, remedy: str = _AGAIN) -> Generator[None]:
     """Turn whatever a library raises on content from outside into one message: `what` (the reason); `remedy`.
 
     For calls into transformers, tokenizers, safetensors, jinja and the like alone: with a config, a template or a file that a

@@ -21,7 +21,7 @@ from compress.errors import CheckpointError
 from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.model import fake_quantize_as_served
 from compress.runtimes.unpack import dense_tensors
-from compress.untrusted.reading import foreign
+from compress.untrusted.reading import library_errors
 
 
 def load_independently(context: OpenContext, dtype: torch.dtype, device: torch.device) -> Any:
@@ -40,7 +40,7 @@ def load_independently(context: OpenContext, dtype: torch.dtype, device: torch.d
     source: Path | None = folder
     with (
         context.progress.task("load weights into transformers", 1, "model") as advance,
-        foreign(f"{folder}: transformers cannot load it"),
+        library_errors(f"{folder}: transformers cannot load it"),
         _without_progress_bars(),
     ):
         if checkpoint.config.get("quantization_config"):

@@ -115,7 +115,7 @@ def limits_of(settings: ExportPrecision, checkpoint: Checkpoint, family: Family)
     """Return the limits of an artifact that was exported from a checkpoint; reads headers only."""
     schemes = quantized_linears(checkpoint)
     vision_linears = {
-        name for name in schemes if family.inside_vision(family.module_name(name)) or name.endswith(family.vision_readers)
+        name for name in schemes if family.inside_vision(family.module_name(name)) or name.endswith(family.cross_attention_linears)
     }
     embeddings: set[Rounding] = {settings.dtype}
     decoder = _roundings(settings, (scheme for name, scheme in schemes.items() if name not in vision_linears))

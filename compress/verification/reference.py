@@ -146,7 +146,7 @@ def _reference(model: Any, encoder: Encoder, encoded: Encoded, description: str,
     assert captured.embeddings is not None
     decoder_inputs = captured.embeddings if captured.decoder_inputs is None else captured.decoder_inputs
     ids = inputs["input_ids"][0]
-    placeholders = () if family.vision_readers else encoder.tokens.placeholders
+    placeholders = () if family.cross_attention_linears else encoder.tokens.placeholders
     image_mask = torch.isin(ids, torch.tensor(placeholders, dtype=ids.dtype))
     mask = inputs.get(family.image_mask) if family.image_mask else None
     features = {name: _array(value[0]) for name, value in captured.cross.items()}
@@ -216,7 +216,7 @@ def _capturing(model: Any, family: Family) -> Generator[_Captured]:
 def _cross_hooks(model: Any, family: Family, captured: _Captured) -> list[Any]:
     """Capture the keys and values of cross-attention blocks [samples, kv heads, states, head dimension]."""
     handles: list[Any] = []
-    blocks: list[nn.Module] = list(model.get_submodule(family.blocks)) if family.vision_readers else []
+    blocks: list[nn.Module] = list(model.get_submodule(family.blocks)) if family.cross_attention_linears else []
     for number, block in enumerate(blocks):
         attention: Any = getattr(block, "cross_attn", None)
         if attention is None:

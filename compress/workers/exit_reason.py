@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from compress.runtimes.vllm.ladder import memory_fault
+from compress.runtimes.vllm.memory_fallback import memory_fault
 from compress.untrusted.limits import limits
 from compress.untrusted.reading import printable
 from compress.untrusted.redaction import redact

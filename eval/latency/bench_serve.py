@@ -14,7 +14,7 @@ from typing import Any, cast
 from compress.errors import ServerError
 from compress.eval.latency.load_generator import Load, RequestTiming
 from compress.eval.latency.settings import LoadPoint
-from compress.files import telling_where, write_text
+from compress.files import disk_errors, write_text
 from compress.runtimes.runtime import Environment, RunningServer
 from compress.runtimes.vllm.start import plain_environment
 from compress.untrusted.reading import printable
@@ -53,14 +53,14 @@ def bench_serve(bench: Bench, served: RunningServer, point: LoadPoint, requests:
         ServerError: the client failed; its last lines are in the message.
     """
     name = f"bench-{secrets.token_hex(4)}"
-    with telling_where(bench.logs):
+    with disk_errors(bench.logs):
         bench.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="compress-bench-") as folder:
         result_options = ("--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", f"{name}.json")
         _run(bench, served, [*_command(bench, served, point, requests, seed), *result_options], requests / point.concurrency)
         path = Path(folder) / f"{name}.json"
         load = read_bench(path)
-        with telling_where(bench.logs):  # redacted: it contains the server's messages
+        with disk_errors(bench.logs):  # redacted: it contains the server's messages
             write_text(bench.logs / path.name, redact(path.read_text(encoding="utf-8", errors="replace")))
     return load
 

@@ -18,7 +18,7 @@ from compress.families import Family
 from compress.hardware import describe
 from compress.progress import Progress
 from compress.runtimes.runtime import OpenContext, ServingRuntime
-from compress.runtimes.vllm.ladder import LadderStep
+from compress.runtimes.vllm.memory_fallback import MemoryFallback
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ class _LatencyMeasurement:
         self._models = (self._original, *(_Model(name, path) for name, path in artifacts.items()))
         self._settings = settings
         self._context = context
-        self._steps: list[LadderStep] = []
+        self._steps: list[MemoryFallback] = []
 
     def run(self) -> None:
         """Measure every model, and all of them again where one needs lower settings than those before it."""
@@ -147,9 +147,9 @@ class _LatencyMeasurement:
     @contextmanager
     def _serving(self, model: _Model) -> Generator[ServerUnderLoad]:
         """Start a model's server; settings that it lowers to come up apply to every server after it."""
-        context, steps = self._context, list[LadderStep]()
+        context, steps = self._context, list[MemoryFallback]()
         with serve_under_load(
-            self._runtime, replace(self._open_context(model), on_ladder_step=steps.append), self._settings
+            self._runtime, replace(self._open_context(model), on_fallback=steps.append), self._settings
         ) as server:
             if steps:
                 self._steps += steps

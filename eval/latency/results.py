@@ -12,7 +12,7 @@ from compress.eval.latency.settings import LatencySettings, LoadPoint
 from compress.eval.results import read_record
 from compress.files import write_text
 from compress.recipe.schema import Frozen
-from compress.runtimes.vllm.ladder import LadderStep
+from compress.runtimes.vllm.memory_fallback import MemoryFallback
 
 LATENCY = "latency.json"
 
@@ -197,7 +197,7 @@ class Latency(Frozen):
     versions: Mapping[str, str]
     original: ModelLatency
     artifacts: Mapping[str, ModelLatency]
-    steps: tuple[LadderStep, ...] = ()
+    steps: tuple[MemoryFallback, ...] = ()
     """Settings that were lowered, for every model alike, because a server ran out of memory while it loaded."""
 
     notes: tuple[str, ...] = ()

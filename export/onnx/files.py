@@ -9,7 +9,7 @@ import onnx
 
 from compress.checkpoints.checkpoint import read_config
 from compress.errors import CheckpointError
-from compress.untrusted.reading import foreign, inside
+from compress.untrusted.reading import inside, library_errors
 
 
 def check_artifact(folder: Path, graphs: Iterable[str]) -> None:
@@ -31,7 +31,7 @@ def check_files(path: Path) -> None:
     """
     if not inside(path.parent, path).is_file():
         raise CheckpointError(f"{path}: missing; export it again, or copy the whole folder")
-    with foreign(f"{path}: truncated, or no ONNX file", remedy="export it again"):
+    with library_errors(f"{path}: truncated, or no ONNX file", remedy="export it again"):
         model = onnx.load(path, load_external_data=False)
     if not model.graph.output:
         raise CheckpointError(f"{path}: truncated, or no ONNX file (it has no output); export it again")
@@ -50,7 +50,7 @@ def _check_data(path: Path, name: str, place: Mapping[str, str]) -> None:
         raise CheckpointError(
             f"{path}: its data file {location} is missing; put it beside the graph, or copy the whole folder again"
         )
-    with foreign(f"{path}: {name} has no readable place in its data", remedy="export it again"):
+    with library_errors(f"{path}: {name} has no readable place in its data", remedy="export it again"):
         end = int(place.get("offset", 0)) + int(place.get("length", 0))
     size = data.stat().st_size
     if end > size:

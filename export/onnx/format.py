@@ -13,7 +13,7 @@ from compress.export.onnx.apply import OnnxExport
 from compress.export.onnx.cost import cost_notes
 from compress.export.onnx.graphs import GRAPHS
 from compress.export.onnx.limits import expected_bytes, faults
-from compress.files import telling_where, write_json
+from compress.files import disk_errors, write_json
 
 if TYPE_CHECKING:
     from compress.verification.results import Verification
@@ -66,7 +66,7 @@ class Onnx(OnnxExport, VerifiedExport):
         precision = Precision(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
         write_graphs(Source.of(checkpoint, context.family), precision, context.target, context.progress)
         config = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
-        with telling_where(context.target):
+        with disk_errors(context.target):
             write_json(context.target / "config.json", config)
             copy_side_files(context.source, context.target)
             _write_image_processor(context.target)

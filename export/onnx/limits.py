@@ -53,8 +53,8 @@ def faults(settings: OnnxExport, spec: CheckpointSpec) -> list[str]:
             "its graphs to compress.export.onnx.graphs"
         ]
     lines = _scheme_faults(spec) + _rope_faults(spec) + _embedding_and_head_faults(settings, spec)
-    if spec.kv_cache:
-        lines.append("ONNX graphs have no place for the scales of keys and values; leave kv_cache away")
+    if spec.has_kv_scales:
+        lines.append("ONNX graphs have no place for the scales of keys and values; remove kv_cache")
     return lines
 
 
@@ -98,12 +98,12 @@ def _embedding_and_head_faults(settings: OnnxExport, spec: CheckpointSpec) -> li
     family, lines = spec.family, list[str]()
     quantized = {family.module_name(f"{name}.weight").removesuffix(".weight") for name in spec.schemes}
     if settings.head_bits and family.head is None:
-        lines.append(f"{family.name} has no output head; leave head_bits away")
+        lines.append(f"{family.name} has no output head; remove head_bits")
     if settings.head_bits and family.head in quantized:
-        lines.append("a stage quantizes the output head already; leave head_bits away")
+        lines.append("a stage quantizes the output head already; remove head_bits")
     width = _width(spec)
     if width % MIN_BLOCK and (settings.head_bits or settings.embedding_bits):
-        lines.append(f"rows of {width} numbers are not made of blocks of {MIN_BLOCK}; leave head_bits and embedding_bits away")
+        lines.append(f"rows of {width} numbers are not made of blocks of {MIN_BLOCK}; remove head_bits and embedding_bits")
     return lines
 
 

@@ -95,7 +95,7 @@ def write_builder_input(context: ExportContext, spec: CheckpointSpec, target: Pa
     names = [name for name in sorted(spec.tensors) if not family.inside_vision(family.module_name(name))]
     layout_target = LayoutTarget(layout, f"{_ENVIRONMENT}'s builder reads", "decoder: own", "export: lay out for the builder")
     write_tensors(replace(context, target=target), spec, layout_target, names)
-    write_json(target / "config.json", {**spec.settled_config, "quantization_config": layout_config(spec, layout)})
+    write_json(target / "config.json", {**spec.config_with_stated_tie, "quantization_config": layout_config(spec, layout)})
     copy_side_files(context.source, target)
 
 

@@ -27,7 +27,7 @@ from compress.export.onnx_genai.config import (
     processor_config,
 )
 from compress.export.onnx_genai.graphs import GenaiGraph, embedding
-from compress.files import telling_where, write_json
+from compress.files import disk_errors, write_json
 
 if TYPE_CHECKING:
     from compress.export.onnx_genai.format import OnnxGenai
@@ -59,7 +59,7 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
     if export.decoder == "builder":
         spec = spec_of(checkpoint, context.family)
         work = context.target / _WORK
-        with telling_where(context.target):
+        with disk_errors(context.target):
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             build_decoder(export, context, spec, work, levels)
@@ -67,7 +67,7 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
     decoder = DECODER_OF_BUILDER if export.decoder == "builder" else f"{DECODER}.onnx"
     processor = load_processor(context.source).image_processor
     dense_config = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
-    with telling_where(context.target):
+    with disk_errors(context.target):
         write_json(context.target / "config.json", dense_config)
         copy_side_files(context.source, context.target)
         write_json(context.target / PROCESSOR, processor_config(processor, context.source))

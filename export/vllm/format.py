@@ -14,7 +14,7 @@ from compress.checkpoints.layouts import (
     unquantized_linears,
 )
 from compress.checkpoints.module_names import misnamed, misnaming_message
-from compress.checkpoints.quantization_config import METHOD, Product, foreign_format, products_in, products_of
+from compress.checkpoints.quantization_config import METHOD, KernelKind, foreign_format, kernel_kinds_in, products_of
 from compress.checkpoints.spec import CheckpointSpec, QuantizedLinear, spec_of
 from compress.errors import CheckpointError
 from compress.export.format import Export, ExportContext, Usage
@@ -72,11 +72,11 @@ class VllmExport(Export):
         check_packed_config(open_checkpoint(folder))
 
     @classmethod
-    def products_in(cls, folder: Path) -> frozenset[Product]:
+    def kernel_kinds_in(cls, folder: Path) -> frozenset[KernelKind]:
         """Return the matrix products that config.json's quantization needs."""
-        return products_in(read_config(folder))
+        return kernel_kinds_in(read_config(folder))
 
-    def products(self, schemes: Iterable[Scheme]) -> frozenset[Product]:
+    def kernel_kinds(self, schemes: Iterable[Scheme]) -> frozenset[KernelKind]:
         """Return the matrix products of these schemes: vLLM has a kernel for each."""
         return products_of(schemes)
 

@@ -42,8 +42,8 @@ def faults(layout: Layout, spec: CheckpointSpec) -> list[str]:
     if not spec.schemes:
         return [f"layout {layout} holds quantized weights, and no stage quantizes any; add a stage such as {layout}, or "
                 f"{_ALTERNATIVE}"]  # fmt: skip
-    if spec.kv_cache:
-        lines.append(f"layout {layout} has no place for the scales of keys and values; {_ALTERNATIVE}, or leave kv_cache away")
+    if spec.has_kv_scales:
+        lines.append(f"layout {layout} has no place for the scales of keys and values; {_ALTERNATIVE}, or remove kv_cache")
     only_weights = _only_integer_weights(layout)
     if layout == "awq":
         return lines + _collect(spec, only_weights, _awq_bits, _one_group_size(spec, layout), _awq_rows)
@@ -66,7 +66,7 @@ def notes(spec: CheckpointSpec) -> list[str]:
 def _must_stay_dense(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del scheme
     module = spec.family.module_name(f"{name}.weight")
-    dense = next((component for component in spec.family.served_plain if within(module, component)), None)
+    dense = next((component for component in spec.family.served_unquantized if within(module, component)), None)
     return f"vLLM computes {dense} of this architecture with plain weights alone; leave it out" if dense else None
 
 

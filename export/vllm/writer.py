@@ -21,7 +21,7 @@ from compress.checkpoints.spec import CheckpointSpec
 from compress.engine.weights import ShardWriter, WeightReader
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
-from compress.files import telling_where, write_json
+from compress.files import disk_errors, write_json
 from compress.numerics.grids import QuantizedWeight
 from compress.numerics.packing import pack_awq, pack_gptq, pack_words
 
@@ -109,7 +109,7 @@ def write_laid_out(context: ExportContext, spec: CheckpointSpec, layout: Layout)
     """
     target = LayoutTarget(layout, f"layout {layout} stores", "layout: compressed-tensors")
     write_tensors(context, spec, target, sorted(spec.tensors))
-    _write_rest(context, {**spec.settled_config, "quantization_config": layout_config(spec, layout)})
+    _write_rest(context, {**spec.config_with_stated_tie, "quantization_config": layout_config(spec, layout)})
 
 
 def write_tensors(context: ExportContext, spec: CheckpointSpec, target: LayoutTarget, names: Sequence[str]) -> None:
@@ -198,7 +198,7 @@ def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[st
         linears = [name.rpartition(".")[0] for name in checkpoint.tensors if name.endswith((".weight", ".weight_packed"))]
         config["quantization_config"] = portable_config(quantization, context.family, [*linears, context.family.head or ""])
     files = checkpoint.weight_files
-    with context.progress.task("export", len(files), "files") as advance, telling_where(context.target):
+    with context.progress.task("export", len(files), "files") as advance, disk_errors(context.target):
         for file in files:
             _link(file, context.target / file.name)
             advance(1)
@@ -213,6 +213,6 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _write_rest(context: ExportContext, config: Mapping[str, Any]) -> None:
-    with telling_where(context.target):
+    with disk_errors(context.target):
         write_json(context.target / "config.json", config)
         copy_side_files(context.source, context.target)

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForImageTextToText
 
 from compress.checkpoints import output_head
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
-from compress.checkpoints.output_head import check_head, head_is_tied, head_notes, settled_config
+from compress.checkpoints.output_head import check_head, config_with_stated_tie, head_is_tied, head_notes
 from compress.engine.derive.derived import derive_family
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
@@ -147,7 +147,7 @@ def test_a_contradiction_is_told_and_what_is_written_contradicts_nothing(tmp_pat
         say(folder, top, text)
         put_head(folder, kind, source)
         checkpoint = open_checkpoint(folder)
-        return head_notes(checkpoint, family), settled_config(checkpoint.config, family, head_is_tied(checkpoint, family))
+        return head_notes(checkpoint, family), config_with_stated_tie(checkpoint.config, family, head_is_tied(checkpoint, family))
 
     for top, text, kind in ((True, None, "absent"), (True, True, "equal"), (False, False, "different"), (None, None, "different")):
         assert notes(top, text, kind) == ([], open_checkpoint(folder).config)

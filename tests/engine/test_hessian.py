@@ -82,7 +82,7 @@ def test_what_a_method_reads_is_what_is_kept() -> None:
     from compress.numerics.scheme import Scheme
     from compress.stages.quantization.method import Method
     from compress.stages.quantization.rounders.clip import ClipSearch
-    from compress.stages.quantization.rounders.gptq import ErrorFeedback
+    from compress.stages.quantization.rounders.gptq import GptqRounder
     from compress.stages.quantization.rounders.nearest import Nearest
     from compress.stages.quantization.transforms.awq import AwqScaling
 
@@ -92,4 +92,4 @@ def test_what_a_method_reads_is_what_is_kept() -> None:
     assert Method(awq).hessian_request([four]) == HessianRequest(full=False, sketch=True, block=1)
     assert Method().hessian_request([four]) == HessianRequest(full=False, sketch=False, block=1)
     assert Method(rounder=clipped).hessian_request([Scheme(4, -1, symmetric=False)]).full
-    assert Method(rounder=ErrorFeedback(GptqOptions(), ClipSearch())).hessian_request([four]) == HessianRequest(True, False, 1)
+    assert Method(rounder=GptqRounder(GptqOptions(), ClipSearch())).hessian_request([four]) == HessianRequest(True, False, 1)

@@ -19,7 +19,7 @@ from compress.eval.latency.settings import LatencySettings
 from compress.families.resolve import family_at
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, RunningServer, ServingRuntime
-from compress.runtimes.vllm.ladder import LadderStep
+from compress.runtimes.vllm.memory_fallback import MemoryFallback
 from tests.eval.stream_server import Body, Reply, StreamServer, stream_server, whole_answer
 
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
@@ -51,10 +51,10 @@ class Streaming(ServingRuntime):
             self.started.append(context.name)
             self.servers.append(server)
             if len(self.started) == self.lowers_at:
-                step = LadderStep(
+                step = MemoryFallback(
                     rung="context", setting="max_model_len", value=1024, before="2,048", after="1,024", cause="no memory"
                 )
-                context.on_ladder_step(step)
+                context.on_fallback(step)
             yield RunningServer(server.url, "the-model", None, self.process, lambda: "INFO serving\nCUDA out of memory")
 
 

@@ -59,7 +59,7 @@ def test_only_vllm_needs_kernels_for_products() -> None:
         "onnx-genai": {"format": "onnx-genai"},
     }
     rows = {name: cast("type[Export]", load_row(FORMATS, name)).model_validate(fields) for name, fields in made.items()}
-    assert {name: export.products([four]) for name, export in rows.items()} == {
+    assert {name: export.kernel_kinds([four]) for name, export in rows.items()} == {
         "vllm": {"4-bit weights"},
         "onnx": frozenset(),
         "onnx-genai": frozenset(),

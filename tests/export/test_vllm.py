@@ -290,7 +290,7 @@ def test_scales_of_keys_and_values_need_a_layout_that_has_them(layout: Layout, t
     schemes = {"model.layers.0.mlp.down_proj": scheme(4, 32, symmetric=True)}
     spec = planned(checkpoint, family_of(checkpoint.config), schemes, kv_cache=True)
     assert VllmExport(format="vllm", layout=layout).check(spec) == [
-        f"layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or leave kv_cache away"
+        f"layout {layout} has no place for the scales of keys and values; set layout: compressed-tensors, or remove kv_cache"
     ]
     packed = VllmExport(format="vllm", layout="compressed-tensors")
     assert packed.check(spec) == []

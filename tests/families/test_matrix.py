@@ -114,7 +114,7 @@ def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path:
     family, checkpoint = source.family, source.checkpoint
     linears = select(spec_of(checkpoint, family), ("decoder", "vision", "projector"), ()).linears
     padded = family.name == "mllama"  # whose tower fills tiles up, with rows that do not count
-    names = [linear.name for linear in linears if not linear.name.endswith(family.vision_readers or ("\n",))]
+    names = [linear.name for linear in linears if not linear.name.endswith(family.cross_attention_linears or ("\n",))]
     names = [name for name in names if not (padded and family.inside_vision(name))]
     model, plain = load_plain(source.folder), dict[str, Tensor]()
 

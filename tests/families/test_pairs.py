@@ -10,7 +10,7 @@ from compress.checkpoints.checkpoint import open_checkpoint
 from compress.engine.replay import BlockVisit, Replay, WalkConfig
 from compress.families import Family, ScalePair, within
 from compress.families.resolve import family_at
-from compress.stages.blockwise.block import BlockWeights, movable, move, repeats_of
+from compress.stages.blockwise.block import BlockWeights, fold_scale, foldable, grouped_heads
 from tests.families.samples import batches, tensors_of
 from tests.tiny import BUILDERS
 
@@ -22,11 +22,11 @@ def pairs_of(family: Family, unit: str) -> tuple[ScalePair, ...]:
 
 
 def scaled(block: BlockWeights, pair: ScalePair, generator: torch.Generator) -> None:
-    repeats = repeats_of(block, pair)
+    repeats = grouped_heads(block, pair)
     source = block.module.get_submodule(pair.smooth_layer)
     channels = source.out_features if isinstance(source, nn.Linear) else block.current(f"{pair.smooth_layer}.weight").shape[0]
     assert channels == repeats.kv_heads * repeats.head_dim
-    move(block, pair, repeats, torch.exp(torch.randn(channels, generator=generator)))
+    fold_scale(block, pair, repeats, torch.exp(torch.randn(channels, generator=generator)))
 
 
 def outputs(visit: BlockVisit) -> list[Tensor]:
@@ -59,7 +59,7 @@ def assert_pairs_hold(folder: Path) -> set[ScalePair]:
             before = outputs(visit)
             for pair in pairs_of(family, visit.name):
                 block = BlockWeights.of(visit.module, linears, heads)
-                if not movable(block, pair):
+                if not foldable(block, pair):
                     continue
                 old = {name: tensor.clone() for name, tensor in visit.module.state_dict().items()}
                 scaled(block, pair, generator)

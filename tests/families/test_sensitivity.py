@@ -40,7 +40,7 @@ def by_autograd(
         model.get_submodule(name).register_forward_hook(keeping(outputs, name))
     sums = {name: [torch.zeros(()), torch.zeros(())] for name in linears}
     predicted = 0
-    images = () if family.vision_readers else family.placeholders(open_checkpoint(folder).config)
+    images = () if family.cross_attention_linears else family.placeholders(open_checkpoint(folder).config)
     for batch in calibration:
         inputs = batch.inputs()
         valid = inputs["attention_mask"].bool()
@@ -53,7 +53,7 @@ def by_autograd(
         predicted += len(labels)
         for name, output in outputs.items():
             squares = cast("Tensor", output.grad).flatten(0, -2).square()
-            if any(name.endswith(reader) for reader in family.vision_readers):
+            if any(name.endswith(reader) for reader in family.cross_attention_linears):
                 sums[name][1] = sums[name][1] + squares.sum(0)
             else:
                 sums[name][0] = sums[name][0] + squares[(valid & ~vision).view(-1)].sum(0)

@@ -8,7 +8,7 @@ import pytest
 
 from compress.checkpoints.artifact import file_digest
 from compress.errors import StoreError
-from compress.files import telling_where, write_json
+from compress.files import disk_errors, write_json
 from compress.pipeline.store import Store
 from compress.pipeline.store_entries import Origin
 
@@ -304,5 +304,5 @@ def test_a_store_that_cannot_be_made_says_where(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_is_told_as_one() -> None:
-    with pytest.raises(StoreError, match=r"free some space"), telling_where(Path("/dev")), Path("/dev/full").open("w") as file:
+    with pytest.raises(StoreError, match=r"free some space"), disk_errors(Path("/dev")), Path("/dev/full").open("w") as file:
         file.write("x" * 100_000)

@@ -4,12 +4,12 @@ from pathlib import Path
 import compress
 from compress.eval.results import Fidelity
 from compress.report.width_table import width_table
-from compress.stages.quantization.widths import GroupWidth, Widths
+from compress.stages.quantization.widths import FusedLayers, Widths
 from tests.jobs import make_job
 
 
-def group(layers: tuple[str, ...], width: int, loss: float = 0.001) -> GroupWidth:
-    return GroupWidth(layers=layers, width=width, weights=1000, bytes=width * 125 + 25, predicted_loss=loss, losses={width: loss})
+def group(layers: tuple[str, ...], width: int, loss: float = 0.001) -> FusedLayers:
+    return FusedLayers(layers=layers, width=width, weights=1000, bytes=width * 125 + 25, predicted_loss=loss, losses={width: loss})
 
 
 def test_blocks_of_one_width_share_a_line() -> None:

@@ -82,7 +82,7 @@ def make_artifact(source: Path, folder: Path, case: Case) -> Path:
 
     def vision(name: str) -> Scheme | None:
         module = family.module_name(f"{name}.weight")
-        return None if any(within(module, part) for part in family.served_plain) else case.vision
+        return None if any(within(module, part) for part in family.served_unquantized) else case.vision
 
     round_checkpoint(source, folder / "rounded", case.held, vision=vision)
     (folder / "artifact").mkdir()

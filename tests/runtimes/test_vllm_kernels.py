@@ -10,7 +10,7 @@ import pytest
 import compress
 from compress import hardware
 from compress.checkpoints.checkpoint import read_config
-from compress.checkpoints.quantization_config import Product, products_in, products_of
+from compress.checkpoints.quantization_config import KernelKind, kernel_kinds_in, products_of
 from compress.errors import MissingError
 from compress.export.format import ExportContext
 from compress.export.vllm.format import VllmExport
@@ -28,9 +28,9 @@ from tests.quantized import round_checkpoint, scheme
 from tests.runtimes.agreement import SILENT, TOKEN
 from tests.tiny import build_qwen2_5_vl
 
-FOUR: frozenset[Product] = frozenset({"4-bit weights"})
-NONE: frozenset[Product] = frozenset()
-EIGHT: frozenset[Product] = frozenset({"8-bit inputs"})
+FOUR: frozenset[KernelKind] = frozenset({"4-bit weights"})
+NONE: frozenset[KernelKind] = frozenset()
+EIGHT: frozenset[KernelKind] = frozenset({"8-bit inputs"})
 EIGHT_BITS = Scheme(8, -1, symmetric=True, activations="tensor")
 FLOATS = Scheme(8, -1, symmetric=True, type="float", activations="token")
 
@@ -83,7 +83,7 @@ def test_a_run_that_cannot_be_measured_here_is_refused_before_its_first_step(pro
     job = make_job(tmp_path, layers=1)
     settings = {"export": [{"format": "vllm", "layout": "compressed-tensors"}], "eval.runtime": {"runtime": "vllm"}}
     plan = make_plan(job.recipe, settings, Store(job.store))
-    (fault,) = plan.unfit
+    (fault,) = plan.kernel_faults
     assert "no kernel for 4-bit weights on a processor without AVX-512" in fault
     assert "set kernels: reference" in fault
     with pytest.raises(MissingError, match="no kernel for 4-bit weights"):
@@ -106,14 +106,14 @@ def test_a_run_that_cannot_be_measured_here_is_refused_before_its_first_step(pro
 )
 @pytest.mark.slow
 def test_an_artifact_needs_what_its_scheme_needs(
-    layout: Layout, quantized: Scheme, needs: frozenset[Product], tmp_path: Path
+    layout: Layout, quantized: Scheme, needs: frozenset[KernelKind], tmp_path: Path
 ) -> None:
     source, rounded, artifact = build_qwen2_5_vl(tmp_path / "source"), tmp_path / "rounded", tmp_path / "artifact"
     round_checkpoint(source, rounded, quantized)
     artifact.mkdir()
     family = family_of(json.loads((source / "config.json").read_text(encoding="utf-8")))
     VllmExport(format="vllm", layout=layout).apply(ExportContext(rounded, artifact, family, SILENT))
-    assert products_of([quantized]) == products_in(read_config(artifact)) == needs
+    assert products_of([quantized]) == kernel_kinds_in(read_config(artifact)) == needs
 
 
 @pytest.mark.slow

@@ -189,7 +189,7 @@ def test_targets_and_patterns_that_match_nothing_are_faults(tmp_path: Path, benc
     for checkpoint in (tied, open_checkpoint(tmp_path)):  # the second holds a copy of the embeddings beside them
         (fault,) = awq(targets=("decoder", "lm_head")).plan(spec_of(checkpoint, bench.family)).faults
         assert "lm_head matches nothing" in fault
-        assert "its output head is the embedding's own matrix; leave it away" in fault
+        assert "its output head is the embedding's own matrix; remove it" in fault
     tensors["lm_head.weight"] += 1  # as PEFT leaves it
     save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
     assert awq(targets=("decoder", "lm_head")).plan(spec_of(open_checkpoint(tmp_path), bench.family)).faults == ()

@@ -12,7 +12,7 @@ from compress.stages.blockwise.block import BlockWeights, divide_linear, divide_
 from compress.stages.quantization import method as quantization
 from compress.stages.quantization.method import Method, solve
 from compress.stages.quantization.rounders.clip import ClipSearch
-from compress.stages.quantization.rounders.gptq import ErrorFeedback
+from compress.stages.quantization.rounders.gptq import GptqRounder
 from compress.stages.quantization.rounders.nearest import Nearest
 from compress.stages.quantization.transforms import scale_search
 from compress.stages.quantization.transforms.awq import AwqScaling
@@ -27,9 +27,9 @@ def test_a_folded_scale_keeps_the_function(pair: ScalePair) -> None:
     block, x = Block(), samples()
     statistics = observed_inputs(block, x)
     state = BlockWeights.of(block, NAMES, HEADS)
-    AWQ.move(state, pair, statistics, alike(Scheme(3, 8, symmetric=False)))
+    AWQ.apply(state, pair, statistics, alike(Scheme(3, 8, symmetric=False)))
     (name,) = pair.balance_layers
-    scale = state.input_scales[name]
+    scale = state.smoothing_scales[name]
     assert scale.max() / scale.min() > 1.1
     with torch.no_grad():
         torch.testing.assert_close(with_folded(block, state)(x), block(x), rtol=1e-5, atol=1e-5)
@@ -39,7 +39,7 @@ def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
     block, x = Block(), samples()
     statistics = observed_inputs(block, x)
     state = BlockWeights.of(block, NAMES, HEADS)
-    AWQ.move(state, PAIRS[0], statistics, alike(Scheme(3, 8, symmetric=False)))
+    AWQ.apply(state, PAIRS[0], statistics, alike(Scheme(3, 8, symmetric=False)))
     folded = with_folded(block, state)
     with torch.no_grad():
         for name in ("q", "v"):
@@ -52,8 +52,8 @@ def test_a_scale_folded_into_a_norm_with_bias_keeps_the_function() -> None:
 def test_grouped_heads_share_their_source_channels_scale() -> None:
     block = Block()
     state = BlockWeights.of(block, NAMES, HEADS)
-    AWQ.move(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)))
-    heads = state.input_scales["o"].view(HEADS, HEAD_DIM)
+    AWQ.apply(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)))
+    heads = state.smoothing_scales["o"].view(HEADS, HEAD_DIM)
     assert torch.equal(heads[0], heads[1])
     assert torch.equal(heads[2], heads[3])
     assert not torch.equal(heads[0], heads[2])
@@ -151,7 +151,7 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
 
     total, nearest = 0.0, 0.0
     for name in ("q", "o", "down"):
-        scale = state.input_scales.get(name, torch.ones(1))
+        scale = state.smoothing_scales.get(name, torch.ones(1))
         total += loss(name, codes[name].dequantize() / scale)
         nearest += loss(name, quantize(block.get_parameter(f"{name}.weight"), scheme, torch.bfloat16).dequantize())
     assert total < 0.8 * nearest
@@ -175,8 +175,8 @@ def test_large_weights_are_searched_by_some_of_their_rows(monkeypatch: pytest.Mo
         row_groups = scale_search.sample_rows(state, PAIRS[0], schemes)
         assert sum(len(group.weight) for group in row_groups) == (rows if sample else 24)
         assert sum(len(group.weight) * group.sample_weight for group in row_groups) == pytest.approx(rows)
-        AWQ.move(state, PAIRS[0], inputs, schemes)
-        losses.append(loss(state.input_scales["q"]))
+        AWQ.apply(state, PAIRS[0], inputs, schemes)
+        losses.append(loss(state.smoothing_scales["q"]))
     unscaled, by_all, by_some = losses
     assert by_all <= by_some <= 1.2 * by_all < unscaled
 
@@ -192,9 +192,9 @@ def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.
         state = BlockWeights.of(block, NAMES, HEADS)
         codes = solve(state, PAIRS, inputs, schemes, Method((AWQ,), Nearest(ClipSearch())))
         original = block.down.weight
-        rounded = codes["down"].dequantize() / state.input_scales["down"]
+        rounded = codes["down"].dequantize() / state.smoothing_scales["down"]
         source = state.output_scales["up"]
-        assert torch.equal(source, state.input_scales["down"])
+        assert torch.equal(source, state.smoothing_scales["down"])
         errors.append(full["down"].output_error(rounded - original))
     assert errors[1] <= 1.1 * errors[0]
 
@@ -203,9 +203,9 @@ def test_a_scale_is_found_as_well_by_a_sketch_of_the_inputs(monkeypatch: pytest.
 def test_a_pair_with_a_part_left_out_stays_as_it_is(left_out: str) -> None:
     block = Block()
     state = BlockWeights.of(block, [name for name in ("v", "o") if name != left_out], HEADS)
-    AWQ.move(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)))
+    AWQ.apply(state, PAIRS[1], observed_inputs(block, samples()), alike(Scheme(3, 8, symmetric=False)))
     assert state.changed == {}
-    assert state.input_scales == {}
+    assert state.smoothing_scales == {}
 
 
 def test_inputs_that_are_always_zero_do_no_harm() -> None:
@@ -222,7 +222,7 @@ def test_inputs_that_are_always_zero_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize(
-    "method", [Method(rounder=Nearest(ClipSearch(8))), Method(rounder=ErrorFeedback(GptqOptions(), ClipSearch(8)))]
+    "method", [Method(rounder=Nearest(ClipSearch(8))), Method(rounder=GptqRounder(GptqOptions(), ClipSearch(8)))]
 )
 def test_rows_are_rounded_a_few_at_a_time_as_all_at_once(method: Method, monkeypatch: pytest.MonkeyPatch) -> None:
     block, inputs, schemes = Block(), observed_inputs(Block(), samples()), alike(Scheme(3, 8, symmetric=True))

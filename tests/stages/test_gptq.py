@@ -15,7 +15,7 @@ from compress.stages.quantization.gptq import Gptq
 from compress.stages.quantization.method import Method, solve
 from compress.stages.quantization.parts import FULL_RANGE
 from compress.stages.quantization.rounders.clip import ClipSearch
-from compress.stages.quantization.rounders.gptq import ErrorFeedback
+from compress.stages.quantization.rounders.gptq import GptqRounder
 from compress.stages.quantization.rtn import Rtn
 from tests.stages.bench import Bench, divergence, tensors_of
 from tests.stages.toy import HEADS, Block, alike, observed_inputs, samples
@@ -117,7 +117,7 @@ def test_keys_and_values_are_rounded_as_a_cache_of_8_bit_floats_holds_them(bench
 
 
 def method(clip: int | None) -> Method:
-    return Method(rounder=ErrorFeedback(GptqOptions(), ClipSearch(clip) if clip else FULL_RANGE))
+    return Method(rounder=GptqRounder(GptqOptions(), ClipSearch(clip) if clip else FULL_RANGE))
 
 
 @pytest.mark.parametrize("clip", [None, 10])

@@ -56,8 +56,8 @@ def test_smoothing_keeps_the_function(strength: float | None) -> None:
     block, x = Block(), samples()
     statistics, state = observed_inputs(block, x), BlockWeights.of(block, NAMES, HEADS)
     for pair in PAIRS[1:]:
-        SmoothQuant(strength).move(state, pair, statistics, alike(SCHEME))
-    assert state.input_scales
+        SmoothQuant(strength).apply(state, pair, statistics, alike(SCHEME))
+    assert state.smoothing_scales
     with torch.no_grad():
         torch.testing.assert_close(with_folded(block, state)(x), block(x), rtol=1e-5, atol=1e-5)
 
@@ -70,9 +70,9 @@ def test_the_strength_that_is_found_beats_none_and_fixed_ones_on_inputs_with_out
     def error(strength: float | None, *, moved: bool = True) -> float:
         state = BlockWeights.of(block, NAMES, HEADS)
         if moved:
-            SmoothQuant(strength).move(state, PAIRS[0], statistics, alike(SCHEME))
+            SmoothQuant(strength).apply(state, PAIRS[0], statistics, alike(SCHEME))
         normed = block.norm(x)
-        inputs = normed / state.input_scales.get("q", torch.ones(1))
+        inputs = normed / state.smoothing_scales.get("q", torch.ones(1))
         step = inputs.abs().max() / 127
         weight = state.weight("q")
         scale = weight.abs().amax(dim=1, keepdim=True) / 127.5

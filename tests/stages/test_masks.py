@@ -11,7 +11,7 @@ from compress.stages.quantization.hqq import HalfQuadratic
 from compress.stages.quantization.method import Method, solve
 from compress.stages.quantization.parts import Rounder, Transform
 from compress.stages.quantization.rounders.clip import ClipSearch
-from compress.stages.quantization.rounders.gptq import ErrorFeedback
+from compress.stages.quantization.rounders.gptq import GptqRounder
 from compress.stages.quantization.rounders.nearest import NEAREST, Nearest
 from compress.stages.quantization.transforms.awq import AwqScaling
 from compress.stages.quantization.transforms.smoothquant import SmoothQuant
@@ -21,8 +21,8 @@ ROUNDERS = {
     "nearest": NEAREST,
     "clip": Nearest(ClipSearch(8)),
     "hqq": Nearest(HalfQuadratic(0.7, 10.0, 1.01, 20)),
-    "gptq": ErrorFeedback(GptqOptions()),
-    "gptq-clip": ErrorFeedback(GptqOptions(), ClipSearch(8)),
+    "gptq": GptqRounder(GptqOptions()),
+    "gptq-clip": GptqRounder(GptqOptions(), ClipSearch(8)),
 }
 SCHEMES = {
     "asymmetric": Scheme(3, 8, symmetric=False),
@@ -90,4 +90,4 @@ def test_gptq_compensates_what_is_pruned_in_the_weights_that_are_kept() -> None:
         quantized = solve(state, (), inputs, alike(scheme), Method(rounder=rounder))
         return inputs["down"].output_error(quantized["down"].dequantize() - block.down.weight)
 
-    assert loss(ErrorFeedback(GptqOptions())) < 0.8 * loss(NEAREST)
+    assert loss(GptqRounder(GptqOptions())) < 0.8 * loss(NEAREST)

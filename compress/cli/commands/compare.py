@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Print a comparison of runs, or write it to a file and print its path."""
-    from compress.files import telling_where, write_text
+    from compress.files import disk_errors, write_text
     from compress.report import compare_formats
     from compress.report.compare import compare, read_reports
 
@@ -28,7 +28,7 @@ def run(options: argparse.Namespace) -> int:
     form = compare_formats.format_of(output, options.format)
     comparison = compare(read_reports(options.run, lambda message: print(f"compress: warning: {message}", file=sys.stderr)))
     if output is not None:
-        with telling_where(output, making=True):
+        with disk_errors(output, making=True):
             write_text(output, compare_formats.render(comparison, form))
         print(output)
     elif form == "table":

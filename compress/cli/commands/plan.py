@@ -55,7 +55,7 @@ def print_plan(plan: Plan, store: Store, console: Console) -> None:
     ]
     columns = (Column("step"), Column("key", "code"), Column("cached"), Column("expected size", "number"))
     print_table(console, Table("Steps", columns, tuple(rows)))
-    warnings = (*((plan.family.derived,) if plan.family.derived else ()), *plan.unfit, *plan.gate_notes)
+    warnings = (*((plan.family.derived,) if plan.family.derived else ()), *plan.kernel_faults, *plan.gate_notes)
     for label, notes in (("warning", warnings), ("note", (*plan.power, *plan.notes))):
         for note in notes:
             console.print(f"{label}: {note}", highlight=False, markup=False)

@@ -20,7 +20,7 @@ from compress.engine.derive.dataflow import DataFlow, divides
 from compress.engine.recorder import Forward, replace_forwards
 from compress.errors import CheckpointError
 from compress.families.family import Family, ScalePair, within
-from compress.untrusted.reading import foreign
+from compress.untrusted.reading import library_errors
 
 _IMAGE_TOKEN_KEYS = ("image_token_id", "image_token_index", "video_token_id", "video_token_index")
 """Keys of config.json with the ids of placeholder tokens."""
@@ -131,7 +131,7 @@ class _Inspection:
 
     def _refusing(self, reason: str) -> AbstractContextManager[None]:
         """Translate any error of the model's own code into a refusal with that reason."""
-        return foreign(f"{self.misfit}. {_NOR}: {reason}", remedy=_REMEDY)
+        return library_errors(f"{self.misfit}. {_NOR}: {reason}", remedy=_REMEDY)
 
     def _check_widths(self) -> None:
         """Check that the model's layers are about as wide as the tensors on disk, before tensors of that width are allocated."""

@@ -59,7 +59,7 @@ class Calibrate(Step):
         """The seed that the samples are drawn with."""
         return self.calibration.seed
 
-    def shaping(self) -> object:
+    def key_fields(self) -> object:
         """Return the sets, the digests of their data and of the tokenizer and processor, and the versions that render them."""
         sets = [
             [entry.model_dump(mode="json", exclude=_PLACES), pin.digest]
@@ -91,7 +91,7 @@ class CheckOverlap(Step):
         """The calibration samples."""
         return (self.calibration,)
 
-    def shaping(self) -> object:
+    def key_fields(self) -> object:
         """Return the tasks and the digests of their data."""
         return settings_of(self.tasks)
 

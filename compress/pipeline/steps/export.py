@@ -89,9 +89,9 @@ class ExportArtifact(Step):
         """The last checkpoint."""
         return (self.checkpoint,)
 
-    def shaping(self) -> object:
+    def key_fields(self) -> object:
         """Return the export's settings, revision and versions, and what the record says of the model beyond its weights."""
-        return [self.export.model_dump(mode="json"), *self.export.shaping(), self.lineage.settings.model_dump(mode="json")]
+        return [self.export.model_dump(mode="json"), *self.export.key_fields(), self.lineage.settings.model_dump(mode="json")]
 
     def make(self, run: StepContext, target: Path) -> None:
         """Write the artifact."""

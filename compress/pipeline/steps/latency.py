@@ -22,7 +22,7 @@ class MeasureLatency(Step):
     """The latencies and throughputs of the models that a target runs."""
 
     revision: ClassVar[int] = 2
-    decides: ClassVar[bool] = True
+    feeds_verdict: ClassVar[bool] = True
 
     name: str
     settings: LatencySettings
@@ -41,12 +41,12 @@ class MeasureLatency(Step):
         """The models."""
         return (self.weights, *self.artifacts)
 
-    def shaping(self) -> object:
-        """Return the load, the runtime's settings, pace and versions, and the machine that measures or is measured."""
+    def key_fields(self) -> object:
+        """Return the load, the runtime's settings, speed fields and versions, and the machine that measures or is measured."""
         runtime = self.runtime
-        pace = runtime.model_dump(mode="json", include=set(runtime.pace))
+        speed_fields = runtime.model_dump(mode="json", include=set(runtime.speed_fields))
         names = [ORIGINAL, *(artifact.artifact for artifact in self.artifacts)]
-        models = [[name, runtime.settings(name) | pace] for name in names]
+        models = [[name, runtime.settings(name) | speed_fields] for name in names]
         return [
             models,
             self.settings.model_dump(mode="json"),

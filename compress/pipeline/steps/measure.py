@@ -27,7 +27,7 @@ class Measure(Step):
 
     revision: ClassVar[int] = 6
     resumes: ClassVar[bool] = True  # answers are journalled
-    decides: ClassVar[bool] = True
+    feeds_verdict: ClassVar[bool] = True
 
     name: str
     evaluation: AnyEvaluation
@@ -67,7 +67,7 @@ class Measure(Step):
         """How many items of each task are asked again: of the original alone, at a server."""
         return self.evaluation.eval.noise if self.original is None and Served in self.target.runtime.offers else 0
 
-    def shaping(self) -> object:
+    def key_fields(self) -> object:
         """Return the tasks, what is compared and when it stops, the runtime with its settings and versions, and the devices."""
         stopping = self.gate.stopping(self.target.name, self.evaluation.eval.judged_tasks)
         looks = {name: rule.looks if self.original is None else rule.describe() for name, rule in stopping.items()}

@@ -66,7 +66,7 @@ class Convert(Step):
         """The published model."""
         return (self.source,)
 
-    def shaping(self) -> object:
+    def key_fields(self) -> object:
         """Return the versions of the libraries that read and write the weights."""
         return versions_of("torch", "safetensors")
 

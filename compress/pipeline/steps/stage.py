@@ -46,7 +46,7 @@ class ApplyStage(Step):
         """The checkpoint before, and the samples."""
         return (self.before,) if self.calibration is None else (self.before, self.calibration)
 
-    def shaping(self) -> object:
+    def key_fields(self) -> object:
         """Return the stage's settings, revision and versions, the devices and the seed."""
         return [self.stage.model_dump(mode="json"), self.stage.revision, self.stage.versions(), list(self.devices), self.seed]
 

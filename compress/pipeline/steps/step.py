@@ -69,7 +69,7 @@ class Input(Protocol):
 class Step(ABC):
     """One step of a plan; a frozen dataclass whose fields are its settings and inputs.
 
-    Its key covers its kind, its revision, the keys of its inputs and `shaping`.
+    Its key covers its kind, its revision, the keys of its inputs and `key_fields`.
     """
 
     revision: ClassVar[int]
@@ -81,7 +81,7 @@ class Step(ABC):
     verifies_inputs: ClassVar[bool] = False
     """Whether its inputs are read byte by byte before it is made: times and sizes of files do not show bits that a disk lost."""
 
-    decides: ClassVar[bool] = False
+    feeds_verdict: ClassVar[bool] = False
     """Whether a verdict depends on its output, so that a cached one is read byte by byte, and by `read`."""
 
     name: str
@@ -96,7 +96,7 @@ class Step(ABC):
         """What it reads: other steps, and models that are there already."""
 
     @abstractmethod
-    def shaping(self) -> object:
+    def key_fields(self) -> object:
         """Return, as plain JSON values, what shapes its output beside its inputs."""
 
     @abstractmethod
@@ -118,7 +118,7 @@ class Step(ABC):
 
     @cached_property
     def _key(self) -> str:
-        return digest_of(type(self).__name__, self.revision, self.input_keys(), self.shaping())
+        return digest_of(type(self).__name__, self.revision, self.input_keys(), self.key_fields())
 
     def input_keys(self) -> list[str]:
         """Return the keys of what of its inputs shapes its output."""

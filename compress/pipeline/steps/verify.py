@@ -17,7 +17,7 @@ class VerifyArtifact(Step):
     """What the comparison found: every component, and whole answers."""
 
     revision: ClassVar[int] = 4
-    decides: ClassVar[bool] = True
+    feeds_verdict: ClassVar[bool] = True
 
     name: str
     export: VerifiedExport
@@ -28,7 +28,7 @@ class VerifyArtifact(Step):
         """The artifact."""
         return (self.artifact,)
 
-    def shaping(self) -> object:
+    def key_fields(self) -> object:
         """Return the revision and versions of the comparison, and the processor where graphs run on it."""
         return self.export.verification_shaping()
 

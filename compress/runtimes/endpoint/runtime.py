@@ -38,7 +38,7 @@ class Endpoint(ServingRuntime):
     revision: ClassVar[int] = 2
     formats: ClassVar[frozenset[str]] = frozenset({"onnx", "vllm"})
     kl_definition: ClassVar[str] = Vllm.kl_definition
-    incidental: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds", "key_variable"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds", "key_variable"})
     opener: ClassVar[str] = "compress.runtimes.endpoint.session:open_session"
     server: ClassVar[str] = "compress.runtimes.endpoint.session:serve"
     offers: ClassVar[frozenset[Capability]] = frozenset({Generates, Scores, Served})

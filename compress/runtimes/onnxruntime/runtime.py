@@ -45,8 +45,8 @@ class Onnxruntime(ServingRuntime):
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise), the "
         f"token that stands there, and one bucket for all others. {LOWER_BOUND}"
     )
-    incidental: ClassVar[frozenset[str]] = frozenset({"threads", "port", "startup_seconds", "request_seconds"})
-    pace: ClassVar[frozenset[str]] = frozenset({"threads"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"threads", "port", "startup_seconds", "request_seconds"})
+    speed_fields: ClassVar[frozenset[str]] = frozenset({"threads"})
 
     runtime: Literal["onnxruntime"]
     providers: Literal["auto"] | Annotated[tuple[Provider, ...], Field(min_length=1)] = "auto"

@@ -28,7 +28,7 @@ class OnnxruntimeGenai(Runtime):
         "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "
         f"both. {LOWER_BOUND}"
     )
-    incidental: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds"})
+    not_in_key: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds"})
 
     runtime: Literal["onnxruntime-genai"]
     top_logprobs: PositiveInt = 20

@@ -21,7 +21,7 @@ from compress.data.prompts import Prompt, check_image_count, open_images, write_
 from compress.errors import CheckpointError, DataError, ServerError
 from compress.export.onnx.files import check_files
 from compress.families import Family
-from compress.files import telling_where
+from compress.files import disk_errors
 from compress.progress import Progress
 from compress.runtimes.exported import in_format_of
 from compress.runtimes.inputs import Encoder
@@ -343,7 +343,7 @@ class OnnxruntimeGenaiSession:
             # onnxruntime-genai reads PNG and JPEG alone, and exits on a file that it cannot read: images are decoded here first.
             for index, image in enumerate(open_images(prompt)):
                 paths.append(self._image_folder / f"{index}.png")
-                with telling_where(self._image_folder):
+                with disk_errors(self._image_folder):
                     image.save(paths[-1], compress_level=1)
             text = write_prompt(self._encoder.processor, prompt)
             return self._worker.ask(GenaiRequest(kind, text, [str(path) for path in paths], **settings))

@@ -22,7 +22,7 @@ from compress.runtimes.fidelity import Head, HeadCache, Predictions, Record, Rec
 from compress.runtimes.inputs import Encoded, Encoder
 from compress.runtimes.runtime import UNSCORED, OpenContext, Passage, Score, scored_tokens, unscored
 from compress.runtimes.transformers.model import choose_device, choose_dtype, load_model
-from compress.untrusted.reading import foreign
+from compress.untrusted.reading import library_errors
 
 if TYPE_CHECKING:
     from compress.runtimes.transformers.runtime import Transformers
@@ -50,7 +50,7 @@ def open_session(
     del model
     try:
         if isinstance(session, TransformersSession):
-            with foreign(f"{context.artifact}/config.json: the model that it describes does not run"):
+            with library_errors(f"{context.artifact}/config.json: the model that it describes does not run"):
                 session.try_out()
         yield session
     finally:

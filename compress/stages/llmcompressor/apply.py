@@ -18,12 +18,12 @@ from compress.calibration.batches import Batch, WindowBatch, load_batches
 from compress.checkpoints.artifact import copy_side_files
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import unquantized_linears
-from compress.checkpoints.output_head import head_is_tied, settled_config
+from compress.checkpoints.output_head import config_with_stated_tie, head_is_tied
 from compress.checkpoints.spec import spec_of
 from compress.engine.weights import DTYPES, ShardWriter, map_tensor
 from compress.errors import CheckpointError, CompressError, DataError, MissingError, RecipeError
 from compress.families import Family
-from compress.files import telling_where, write_bytes, write_json
+from compress.files import disk_errors, write_bytes, write_json
 from compress.progress import Progress
 from compress.stages.llmcompressor.defaults import ENVIRONMENT, Defaults
 from compress.stages.stage import StageContext
@@ -59,7 +59,7 @@ def apply(stage: Llmcompressor, context: StageContext) -> None:
         raise DataError("llmcompressor: needs calibration samples; add calibration.sets to the recipe")
     if faults := stage.plan(spec_of(checkpoint, context.family)).faults:
         raise CheckpointError("\n".join(faults))
-    with telling_where(context.target):
+    with disk_errors(context.target):
         for path in context.target.iterdir():  # a killed call restarts: the library commits nothing
             shutil.rmtree(path) if path.is_dir() else path.unlink()
         work = context.target / _WORK
@@ -74,7 +74,7 @@ def apply(stage: Llmcompressor, context: StageContext) -> None:
 def write_samples(calibration: Path, context: StageContext, folder: Path) -> None:
     """Write each sample's inputs to a file of its own, without padding, which the library would count as tokens."""
     batches: Sequence[Batch] = load_batches(calibration, context.source, 1, context.trust_remote_code)
-    if context.family.vision_readers:
+    if context.family.cross_attention_linears:
         batches = _with_images(batches, context.progress)
     with context.progress.task("llmcompressor: prepare samples", len(batches), "samples") as advance:
         for number, batch in enumerate(batches):
@@ -225,7 +225,7 @@ class _OutputConversion:
 
     def _config(self) -> dict[str, Any]:
         """Return the source's config with the library's `quantization_config`, and whether the head is still tied."""
-        config = settled_config(self.source.config, self.family, head_is_tied(self.written, self.family))
+        config = config_with_stated_tie(self.source.config, self.family, head_is_tied(self.written, self.family))
         settings = cast("Mapping[str, Any]", self.written.config.get("quantization_config") or {})
         if self.quantized or _is_online(settings):
             config["quantization_config"] = self._settings(settings)

@@ -62,7 +62,7 @@ class Defaults:
         rotatable = (family.embeddings, family.blocks, norm, *family.vision, *([family.head] if family.head else []))
         complete = all(self._shape(block, layer) for block in self._blocks for layer in layers)
         others = [name for name in self._shapes if not any(within(name, module) for module in rotatable)]
-        if not complete or others or family.head is None or family.vision_readers:
+        if not complete or others or family.head is None or family.cross_attention_linears:
             return None
         blocks = self._blocks
         return {

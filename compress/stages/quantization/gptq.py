@@ -45,9 +45,9 @@ class Gptq(IntegerQuantizer):
         from compress.stages.quantization.method import Method
         from compress.stages.quantization.parts import FULL_RANGE
         from compress.stages.quantization.rounders.clip import ClipSearch
-        from compress.stages.quantization.rounders.gptq import ErrorFeedback
+        from compress.stages.quantization.rounders.gptq import GptqRounder
         from compress.stages.quantization.transforms.awq import AwqScaling
 
         options = GptqOptions(dampening_frac=self.dampening_frac, actorder=self.actorder == "static")
         transforms = (AwqScaling(self.grid),) if self.scales == "awq" else ()
-        return Method(transforms, ErrorFeedback(options, ClipSearch(self.grid) if self.clip else FULL_RANGE))
+        return Method(transforms, GptqRounder(options, ClipSearch(self.grid) if self.clip else FULL_RANGE))

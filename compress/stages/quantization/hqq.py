@@ -40,11 +40,11 @@ class HalfQuadratic:
     iters: int
 
     def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return that it reads nothing."""
-        from compress.engine.hessian import NO_HESSIAN
+        """Return the request for the diagonal alone, which every method gets: it reads no Hessian."""
+        from compress.engine.hessian import DIAGONAL_ONLY
 
         del schemes
-        return NO_HESSIAN
+        return DIAGONAL_ONLY
 
     def prepare(self, group: LinearGroup) -> SearchGrid:
         """Return the search."""

@@ -70,12 +70,12 @@ class Int8(Quantizer):
         """Return how a block is quantized; imports torch."""
         from compress.numerics.gptq import GptqOptions
         from compress.stages.quantization.method import Method
-        from compress.stages.quantization.rounders.gptq import ErrorFeedback
+        from compress.stages.quantization.rounders.gptq import GptqRounder
         from compress.stages.quantization.rounders.nearest import NEAREST
         from compress.stages.quantization.transforms.smoothquant import SmoothQuant
 
         strength = self.smoothing if isinstance(self.smoothing, float) else None
         return Method(
             () if self.smoothing == "none" else (SmoothQuant(strength, self.grid),),
-            ErrorFeedback(GptqOptions(dampening_frac=self.dampening_frac)) if self.rounding == "gptq" else NEAREST,
+            GptqRounder(GptqOptions(dampening_frac=self.dampening_frac)) if self.rounding == "gptq" else NEAREST,
         )

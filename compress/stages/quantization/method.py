@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from compress.engine.hessian import NO_HESSIAN, HessianRequest
+from compress.engine.hessian import DIAGONAL_ONLY, HessianRequest
 from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.grids import Grid, QuantizedWeight, Scheme
@@ -37,7 +37,7 @@ class Method:
 
     def hessian_request(self, schemes: Collection[Scheme]) -> HessianRequest:
         """Return what it reads of the Hessians of linears with these schemes."""
-        request = NO_HESSIAN
+        request = DIAGONAL_ONLY
         for part in (*self.transforms, self.rounder.grid, self.rounder):
             request |= part.request(schemes)
         return request
@@ -60,13 +60,13 @@ def solve(
     """
     for pair in scale_pairs:
         for transform in method.transforms:
-            transform.move(block, pair, statistics, schemes)
+            transform.apply(block, pair, statistics, schemes)
     groups, order = _group_by_input(block, statistics), list(block.weights)
     quantized: dict[str, QuantizedWeight] = {}
     for names in groups:
         inputs = statistics.get(names[0])
         quantized |= _round_linears(LinearGroup(block, names, schemes, inputs), method.rounder)
-        if inputs is not None and inputs.disposable:
+        if inputs is not None and inputs.may_overwrite:
             for name in names:
                 del block.weights[name]
     return {name: quantized[name] for name in order}
@@ -77,10 +77,10 @@ def _group_by_input(block: BlockWeights, statistics: Mapping[str, InputStatistic
     groups: dict[tuple[int, int], list[str]] = {}
     for name in block.weights:
         inputs = statistics.get(name, name)
-        groups.setdefault((id(inputs), id(block.input_scales.get(name))), []).append(name)
+        groups.setdefault((id(inputs), id(block.smoothing_scales.get(name))), []).append(name)
     if len({inputs for inputs, _ in groups}) < len(groups):  # several groups read the same statistics, which must not be used up
         for shared in statistics.values():
-            shared.disposable = False
+            shared.may_overwrite = False
     return sorted(groups.values(), key=lambda names: -block.weights[names[0]].shape[1])
 
 

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.engine.hessian import NO_HESSIAN, HessianRequest
+from compress.engine.hessian import DIAGONAL_ONLY, HessianRequest
 from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.grids import Grid, QuantizedWeight, Scheme, full_range
@@ -36,16 +36,16 @@ class LinearGroup:
 
 
 class Transform(Protocol):
-    """Moves a scale along a pair of layers, so that rounding costs less while the block computes the same."""
+    """Folds a scale into a pair of layers, so that rounding costs less while the block computes the same."""
 
     def request(self, schemes: Collection[Scheme]) -> HessianRequest:
         """Return what it reads of the Hessians of linears with these schemes."""
         ...
 
-    def move(
+    def apply(
         self, block: BlockWeights, pair: ScalePair, statistics: Mapping[str, InputStatistics], schemes: Mapping[str, Scheme]
     ) -> None:
-        """Choose the pair's scale and move it, or leave the pair as it is."""
+        """Choose the pair's scale and fold it into the layers, or leave the pair as it is."""
         ...
 
 
@@ -83,9 +83,9 @@ class FullRange:
     """Grids that span each group's range."""
 
     def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return that it reads nothing."""
+        """Return the request for the diagonal alone, which every method gets: it reads no Hessian."""
         del schemes
-        return NO_HESSIAN
+        return DIAGONAL_ONLY
 
     def prepare(self, group: LinearGroup) -> SearchGrid:
         """Return the range's grid."""

@@ -20,7 +20,7 @@ from compress.engine.statistics import InputStatistics
 from compress.engine.weights import WeightReader, quantize_inputs, set_tensor
 from compress.errors import CheckpointError, DataError
 from compress.families import Family, within
-from compress.files import telling_where
+from compress.files import disk_errors
 from compress.stages.blockwise.block import BlockWeights
 from compress.stages.blockwise.harness import Blockwise, deterministic, returning_memory
 from compress.stages.blockwise.run import BlockContext, StageRun
@@ -47,7 +47,7 @@ def quantize_linears(stage: Quantizer, context: StageContext, sparse: frozenset[
     if faults := stage.plan(before).faults:
         raise CheckpointError("\n".join(faults))
     selection = stage.select(before)
-    with telling_where(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
+    with disk_errors(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
         run = StageRun(stage.stage, context, checkpoint, {linear.name: linear for linear in selection.linears}, sparse)
         run.work.mkdir(parents=True, exist_ok=True)
         analysis = analyze_sensitivity(stage, run, stage.mixed_precision(before, selection))
@@ -114,7 +114,7 @@ class BlockQuantization:
         set_modality_weights(statistics, self.stage.balance, sensitivities)
         for inputs in statistics.values():
             inputs.merge()
-            inputs.disposable = True
+            inputs.may_overwrite = True
         quantized = solve(block, context.scale_pairs, statistics, schemes, self.method)
         return {name: quantized[local] for name, local in context.local.items()}
 

@@ -126,7 +126,9 @@ class Quantizer(Stage):
         schemes = self.component_schemes()
         observed = [component for component, scheme in schemes.items() if self.uses_statistics() or scheme.activations == "tensor"]
         decoder = "decoder" in observed or self.kv_cache is not None
-        return any(component in ("vision", "projector") for component in observed) or (decoder and bool(family.vision_readers))
+        return any(component in ("vision", "projector") for component in observed) or (
+            decoder and bool(family.cross_attention_linears)
+        )
 
     def select(self, before: CheckpointSpec) -> LinearSelection:
         """Return the linears to be quantized."""
@@ -166,11 +168,13 @@ class Quantizer(Stage):
             elif scheme.type == "int" and scheme.group_size != -1 and linear.columns % scheme.group_size:
                 indivisible.setdefault((linear.columns, scheme.group_size), []).append(linear)
         if self.kv_cache and before.family.head is None:
-            faults.append("kv_cache: this model generates nothing and keeps no keys and values; leave it away")
+            faults.append("kv_cache: this model generates nothing and keeps no keys and values; remove the key")
         elif self.kv_cache and not caching_attentions(before):
-            faults.append("kv_cache: this model's attentions are none whose keys and values are known; leave it away")
-        if self.kv_cache and before.kv_cache:
-            faults.append("kv_cache: the checkpoint has scales of keys and values already; leave it away on one of the two stages")
+            faults.append("kv_cache: this model's attentions are none whose keys and values are known; remove the key")
+        if self.kv_cache and before.has_kv_scales:
+            faults.append(
+                "kv_cache: the checkpoint has scales of keys and values already; remove the key from one of the two stages"
+            )
         if self.balance != "tokens" and not self.uses_statistics():
             faults.append(f"balance: {self.stage} reads no statistics of what layers are given; remove it")
         return faults + [_indivisible(linears, size, selection.linears) for (_, size), linears in indivisible.items()]

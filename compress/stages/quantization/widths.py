@@ -49,7 +49,7 @@ class Budget(Frozen):
         return self
 
 
-class GroupWidth(Frozen):
+class FusedLayers(Frozen):
     """Layers that share a width."""
 
     layers: tuple[str, ...]
@@ -80,7 +80,7 @@ class Widths(Frozen):
     predicted_loss: float
     """The sum over all groups, in nats per predicted token."""
 
-    groups: tuple[GroupWidth, ...]
+    groups: tuple[FusedLayers, ...]
 
     @property
     def by_layer(self) -> dict[str, int]:
@@ -202,7 +202,7 @@ class MixedPrecision:
             bits_per_weight=sum(choice.cost for choice in chosen.values()) * 8 / self.weights,
             predicted_loss=sum(choice.loss for choice in chosen.values()),
             groups=tuple(
-                GroupWidth(
+                FusedLayers(
                     layers=tuple(linear.disk_name for linear in groups[name]),
                     width=choice.width,
                     weights=sum(linear.rows * linear.columns for linear in groups[name]),

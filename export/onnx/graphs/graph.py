@@ -23,7 +23,7 @@ import onnx
 from numpy.typing import DTypeLike, NDArray
 from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
-from compress.files import telling_where
+from compress.files import disk_errors
 
 OPSET = 23
 """The opset of the standard operators; 23 is the first with RMSNormalization."""
@@ -210,7 +210,7 @@ class Graph:
                 offset += weight.bytes
                 new.append((stored[weight.key], weight))
             locations[name] = stored[weight.key]
-        with telling_where(folder):
+        with disk_errors(folder):
             if new:
                 _write_data(folder / data, new)
             onnx.save_model(self._model(locations), str(path))

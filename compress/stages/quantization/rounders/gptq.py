@@ -16,7 +16,7 @@ from compress.stages.quantization.parts import FULL_RANGE, GridSearch, LinearGro
 
 
 @dataclass(frozen=True)
-class ErrorFeedback:
+class GptqRounder:
     """Rounds column by column and compensates each column's error in those not yet rounded."""
 
     options: GptqOptions

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.engine.hessian import NO_HESSIAN, HessianRequest
+from compress.engine.hessian import DIAGONAL_ONLY, HessianRequest
 from compress.numerics.grids import Grid, QuantizedWeight, Scheme
 from compress.numerics.rounding import round_nearest
 from compress.stages.quantization.parts import FULL_RANGE, GridSearch, LinearGroup, RoundRows
@@ -20,9 +20,9 @@ class Nearest:
     grid: GridSearch = FULL_RANGE
 
     def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return that it reads nothing."""
+        """Return the request for the diagonal alone, which every method gets: it reads no Hessian."""
         del schemes
-        return NO_HESSIAN
+        return DIAGONAL_ONLY
 
     def prepare(self, group: LinearGroup) -> RoundRows:
         """Return the rounding."""

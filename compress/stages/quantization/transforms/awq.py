@@ -16,7 +16,7 @@ from compress.engine.hessian import HessianRequest
 from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.grids import Scheme, resolve_group_size
-from compress.stages.blockwise.block import BlockWeights, movable, move, repeats_of
+from compress.stages.blockwise.block import BlockWeights, fold_scale, foldable, grouped_heads
 from compress.stages.quantization.transforms.scale_search import CHUNK_ELEMENTS, GridPoint, best_point, sample_rows
 
 
@@ -32,23 +32,23 @@ class AwqScaling:
         del schemes
         return HessianRequest(full=False, sketch=True)
 
-    def move(
+    def apply(
         self, block: BlockWeights, pair: ScalePair, statistics: Mapping[str, InputStatistics], schemes: Mapping[str, Scheme]
     ) -> None:
         """Search the pair's scale and move it; a pair with an ignored layer stays as it is."""
-        if not movable(block, pair):
+        if not foldable(block, pair):
             return
         scale = _search(block, pair, statistics[pair.balance_layers[0]], schemes, self.steps)
         if scale is not None:
-            move(block, pair, repeats_of(block, pair), scale)
+            fold_scale(block, pair, grouped_heads(block, pair), scale)
 
 
 def _search(
     block: BlockWeights, pair: ScalePair, statistics: InputStatistics, schemes: Mapping[str, Scheme], steps: int
 ) -> Tensor | None:
     """Return the best scale per channel of the smooth layer, float32, or None where none is better than no scale."""
-    repeats, row_groups = repeats_of(block, pair), sample_rows(block, pair, schemes)
-    applied = block.input_scales.get(pair.balance_layers[0], torch.ones(()))
+    repeats, row_groups = grouped_heads(block, pair), sample_rows(block, pair, schemes)
+    applied = block.smoothing_scales.get(pair.balance_layers[0], torch.ones(()))
     importance = repeats.pool(_importance(block, pair, schemes)).clamp_(min=1e-4)
     magnitude = repeats.pool(statistics.mean_abs())
 

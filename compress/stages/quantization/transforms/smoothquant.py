@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.engine.hessian import NO_HESSIAN, HessianRequest
+from compress.engine.hessian import DIAGONAL_ONLY, HessianRequest
 from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.grids import Scheme, grid, resolve_group_size
-from compress.stages.blockwise.block import BlockWeights, Repeats, input_max, input_square, movable, move, repeats_of
+from compress.stages.blockwise.block import BlockWeights, GroupedHeads, fold_scale, foldable, grouped_heads, input_max, input_square
 from compress.stages.quantization.transforms.scale_search import (
     CHUNK_ELEMENTS,
     GridPoint,
@@ -46,18 +46,18 @@ class SmoothQuant:
     def request(self, schemes: Collection[Scheme]) -> HessianRequest:
         """Return that it reads only magnitudes and the Hessian's diagonal."""
         del schemes
-        return NO_HESSIAN
+        return DIAGONAL_ONLY
 
-    def move(
+    def apply(
         self, block: BlockWeights, pair: ScalePair, statistics: Mapping[str, InputStatistics], schemes: Mapping[str, Scheme]
     ) -> None:
         """Compute the pair's scale and move it.
 
         A pair with an ignored layer, or without activation quantization, stays as it is.
         """
-        if not movable(block, pair) or any(schemes[name].activations is None for name in pair.balance_layers):
+        if not foldable(block, pair) or any(schemes[name].activations is None for name in pair.balance_layers):
             return
-        repeats = repeats_of(block, pair)
+        repeats = grouped_heads(block, pair)
         inputs = statistics[pair.balance_layers[0]]
         activation_max = repeats.pool_max(input_max(block, pair.balance_layers[0], inputs))
         if self.strength is not None:
@@ -65,14 +65,14 @@ class SmoothQuant:
         else:
             scale = _search(block, pair, inputs, schemes, self.steps)
         if scale is not None:
-            move(block, pair, repeats, scale)
+            fold_scale(block, pair, repeats, scale)
 
 
 def _search(
     block: BlockWeights, pair: ScalePair, statistics: InputStatistics, schemes: Mapping[str, Scheme], steps: int
 ) -> Tensor | None:
     """Return the best scale per channel of the smooth layer, float32, or None where none is better than no scale."""
-    repeats, row_groups = repeats_of(block, pair), sample_rows(block, pair, schemes)
+    repeats, row_groups = grouped_heads(block, pair), sample_rows(block, pair, schemes)
     ranges, squares = input_max(block, pair.balance_layers[0], statistics), input_square(block, pair.balance_layers[0], statistics)
     activation_max, weight_max = repeats.pool_max(ranges), _weight_max(block, pair, repeats)
 
@@ -111,7 +111,7 @@ def _rounding_variance(scheme: Scheme, ranges: Tensor, deviations: Tensor) -> fl
     return (largest / _CODES) ** 2 / 12
 
 
-def _weight_max(block: BlockWeights, pair: ScalePair, repeats: Repeats) -> Tensor:
+def _weight_max(block: BlockWeights, pair: ScalePair, repeats: GroupedHeads) -> Tensor:
     chunks = (chunk for name in pair.balance_layers for chunk in block.chunks(name, CHUNK_ELEMENTS))
     return repeats.pool_max(torch.stack([chunk.abs_().amax(dim=0) for chunk in chunks]).amax(dim=0))
 

@@ -46,7 +46,7 @@ _OUT_OF_MEMORY = (
 )
 
 
-class LadderStep(Frozen):
+class MemoryFallback(Frozen):
     """One setting that was lowered because a server ran out of memory while loading."""
 
     rung: Rung
@@ -66,7 +66,7 @@ class LadderStep(Frozen):
     """The line of the server's log that reports the lack of memory."""
 
 
-def ignore_step(step: LadderStep) -> None:
+def ignore_fallback(step: MemoryFallback) -> None:
     """Do nothing: the default callback."""
     del step
 
@@ -101,7 +101,7 @@ def memory_fault(log: str) -> str | None:
     return log[start : end if end >= 0 else len(log)].strip()
 
 
-def step_down(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
+def step_down(memory: Memory, log: str) -> tuple[Memory, MemoryFallback] | None:
     """Return the next settings to try after a server exited with this log; None if memory was not the cause or no rung is left.
 
     The rungs are taken in the order share, context, sequences, without those that cannot help: a lower share leaves even less for
@@ -132,7 +132,7 @@ def sequences_of(arguments: tuple[str, ...]) -> int | None:
     return sequences
 
 
-def settings_after(settings: Mapping[str, Any], steps: Sequence[LadderStep]) -> dict[str, Any]:
+def settings_after(settings: Mapping[str, Any], steps: Sequence[MemoryFallback]) -> dict[str, Any]:
     """Return the runtime's fields that differ from `settings` after these steps, to start the next server with."""
     changed: dict[str, Any] = {}
     for step in steps:
@@ -143,24 +143,24 @@ def settings_after(settings: Mapping[str, Any], steps: Sequence[LadderStep]) -> 
     return changed
 
 
-def _lower_share(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
+def _lower_share(memory: Memory, log: str) -> tuple[Memory, MemoryFallback] | None:
     del log
     if memory.on_gpu:
         lower = round(memory.share * _SHARE_FACTOR, 2)
         if lower < _MIN_SHARE:
             return None
         before, after = f"{memory.share:g} of the GPU", f"{lower:g} of the GPU"
-        step = LadderStep(rung="memory share", setting="gpu_memory_utilization", value=lower, before=before, after=after)
+        step = MemoryFallback(rung="memory share", setting="gpu_memory_utilization", value=lower, before=before, after=after)
         return replace(memory, share=lower), step
     cache = memory.cache_gib // 2
     if cache < 1:
         return None
     before, after = f"{memory.cache_gib} GiB of cache", f"{cache} GiB of cache"
-    step = LadderStep(rung="memory share", setting="kv_cache_gib", value=cache, before=before, after=after)
+    step = MemoryFallback(rung="memory share", setting="kv_cache_gib", value=cache, before=before, after=after)
     return replace(memory, cache_gib=cache), step
 
 
-def _shorten_context(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
+def _shorten_context(memory: Memory, log: str) -> tuple[Memory, MemoryFallback] | None:
     estimate = _ESTIMATED_CONTEXT.search(log)
     shorter = memory.context // 2
     if estimate and _MIN_CONTEXT <= int(estimate[1]) < memory.context:
@@ -168,16 +168,16 @@ def _shorten_context(memory: Memory, log: str) -> tuple[Memory, LadderStep] | No
     if shorter < _MIN_CONTEXT:
         return None
     before, after = f"{memory.context:,} tokens", f"{shorter:,} tokens"
-    step = LadderStep(rung="context", setting="max_model_len", value=shorter, before=before, after=after)
+    step = MemoryFallback(rung="context", setting="max_model_len", value=shorter, before=before, after=after)
     return replace(memory, context=shorter), step
 
 
-def _lower_sequences(memory: Memory, log: str) -> tuple[Memory, LadderStep] | None:
+def _lower_sequences(memory: Memory, log: str) -> tuple[Memory, MemoryFallback] | None:
     del log
     current = memory.sequences or _DEFAULT_SEQUENCES
     fewer = next((number for number in _SEQUENCES if number < current), None)
     if fewer is None:
         return None
     before = f"{memory.sequences} at once" if memory.sequences else "vLLM's own choice"
-    step = LadderStep(rung="sequences", setting=_MAX_NUM_SEQS, value=fewer, before=before, after=f"{fewer} at once")
+    step = MemoryFallback(rung="sequences", setting=_MAX_NUM_SEQS, value=fewer, before=before, after=f"{fewer} at once")
     return replace(memory, sequences=fewer), step

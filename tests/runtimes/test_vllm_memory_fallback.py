@@ -12,7 +12,7 @@ import pytest
 from compress.data.prompts import Prompt
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext
-from compress.runtimes.vllm.ladder import LadderStep, Memory, memory_fault, sequences_of, settings_after, step_down
+from compress.runtimes.vllm.memory_fallback import Memory, MemoryFallback, memory_fault, sequences_of, settings_after, step_down
 from compress.runtimes.vllm.runtime import Vllm
 from compress.workers.environment import install
 
@@ -77,7 +77,7 @@ def test_other_faults_are_not_taken_for_memory(log: str) -> None:
 
 
 def test_ladder_goes_from_share_to_context_to_sequences_and_ends() -> None:
-    memory, taken = GPU, list[LadderStep]()
+    memory, taken = GPU, list[MemoryFallback]()
     while (lower := step_down(memory, ALLOCATION)) is not None:
         memory, step = lower
         taken.append(step)
@@ -124,13 +124,13 @@ def test_sequences_are_read_from_the_arguments() -> None:
 
 def test_steps_carry_over_to_the_next_server() -> None:
     runtime = Vllm(runtime="vllm", arguments=("--limit-mm-per-prompt", '{"image": 2}'))
-    memory, steps = replace(GPU, share=0.6, context=1024), list[LadderStep]()
+    memory, steps = replace(GPU, share=0.6, context=1024), list[MemoryFallback]()
     for _ in range(2):
         lower = step_down(memory, SAMPLER)
         assert lower is not None
         memory = lower[0]
         steps.append(lower[1])
-    steps.append(LadderStep(rung="context", setting="max_model_len", value=2048, before="", after=""))
+    steps.append(MemoryFallback(rung="context", setting="max_model_len", value=2048, before="", after=""))
     lowered = runtime.model_copy(update=settings_after(runtime.model_dump(), steps))
     assert lowered.max_model_len == 2048
     assert sequences_of(lowered.arguments) == 16
@@ -146,9 +146,9 @@ def test_server_that_cannot_hold_its_context_comes_up_with_a_shorter_one(tmp_pat
     config = json.loads((model / "config.json").read_text(encoding="utf-8"))
     config.get("text_config", config)["max_position_embeddings"] = 2_000_000
     (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
-    steps: list[LadderStep] = []
+    steps: list[MemoryFallback] = []
     runtime = Vllm(runtime="vllm", kv_cache_gib=1, max_model_len=2_000_000)
-    context = replace(OpenContext.at(model, tmp_path / "logs", Silent()), on_ladder_step=steps.append)
+    context = replace(OpenContext.at(model, tmp_path / "logs", Silent()), on_fallback=steps.append)
     with runtime.open(context) as session:
         (answer,) = session.answer([Prompt("one", "Is there a circle?")], 2, Silent())
     assert answer.fault is None
