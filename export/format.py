@@ -100,6 +100,7 @@ class Export(Frozen, ABC):
     @classmethod
     def files(cls, folder: Path) -> list[Path]:
         """Return an artifact's files: config, weights, and the files of tokenizer and processor; other files do not count."""
+        # README.md and compress.json are written at publishing: counting them would change an artifact's size by being published.
         named = [folder / name for name in ("config.json", *cls.own_files) if (folder / name).is_file()]
         return sorted([*named, *cls.weight_files(folder), *(folder / name for name in side_files(folder))])
 
@@ -136,6 +137,7 @@ class Export(Frozen, ABC):
         """
         return [self.revision, self.versions()]
 
+    # The libraries are in the key because a new release may compute other buffers or write other headers from the same settings.
     def versions(self) -> dict[str, str]:
         """Return the versions, by distribution, that affect the result; imports nothing heavy.
 
@@ -193,6 +195,7 @@ class VerifiedExport(Export, ABC):
 
     def verification_shaping(self) -> list[Any]:
         """Return what shapes a verification's result beside the artifact, as JSON values for its key; graphs run on the CPU."""
+        # The processor decides which kernels ONNX Runtime picks, and with them the last bits that are held against the limits.
         return [self.verification_revision, self.verification_versions(), processor()]
 
     @abstractmethod
@@ -211,6 +214,7 @@ def format_named(name: str) -> type[Export]:
 
 def format_name(folder: Path) -> str:
     """Return the name of the format of a folder that this run has not made, by its files."""
+    # The last format recognises every folder, so there is always one.
     return next(name for name in FORMATS if format_named(name).recognises(folder))
 
 

@@ -41,6 +41,7 @@ class OnnxExport(Export, ABC):
     @classmethod
     def weight_files(cls, folder: Path) -> list[Path]:
         """Return the graphs and their external data."""
+        # `NAME.onnx_data` is written here, `model.onnx.data` by onnxruntime-genai's model builder.
         return sorted(path for pattern in ("*.onnx", "*.onnx_data", "*.onnx.data") for path in folder.glob(pattern))
 
     @classmethod
@@ -50,6 +51,7 @@ class OnnxExport(Export, ABC):
         Raises:
             CheckpointError: a file is missing, truncated, or no graph.
         """
+        # The package onnx is an optional dependency: without it the runtime itself reports a damaged graph, only later.
         if find_spec("onnx") is None:
             return
         from compress.export.onnx.files import check_artifact

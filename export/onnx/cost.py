@@ -45,8 +45,10 @@ def cost_notes(settings: OnnxExport, spec: CheckpointSpec, original_bytes: int |
 def _embeddings_and_head_saving(settings: OnnxExport, spec: CheckpointSpec, total: int) -> int:
     """Return the bytes saved by 8-bit embeddings and output head where they are floats."""
     quantized = spec.family.head in {spec.family.module_name(f"{name}.weight")[: -len(".weight")] for name in spec.schemes}
+    # `head_bits` on a head that a stage has quantized is refused in the plan, so it is not proposed either.
     head = settings.head_bits or (None if spec.family.head is None or quantized else 8)
     smaller = settings.model_copy(update={"head_bits": head, "embedding_bits": 8})
+    # Rows that MatMulNBits' blocks do not divide cannot be rounded: such a setting must not be recommended.
     return 0 if smaller.check(spec) else total - smaller.predict_bytes(spec)
 
 
@@ -57,6 +59,7 @@ def _vision_saving(settings: OnnxExport, spec: CheckpointSpec) -> int:
         owner, _, suffix = name.rpartition(".")
         module = spec.family.module_name(name)
         inside = any(within(module, block) for block in spec.family.vision_blocks)
+        # Matrices alone: no stage quantizes the patch convolution, whose kernel has four or five dimensions.
         if inside and suffix == "weight" and len(entry.shape) == 2 and owner not in spec.schemes and block_size(entry.shape[1]):
             rows, columns = entry.shape
             saved += rows * columns * float_bytes - linear_bytes((rows, columns), Scheme(8, -1, symmetric=True), float_bytes)

@@ -65,6 +65,7 @@ class Onnx(OnnxExport, VerifiedExport):
         checkpoint = self.open_supported(context)
         precision = Precision(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
         write_graphs(Source.of(checkpoint, context.family), precision, context.target, context.progress)
+        # No quantized tensor is left in the folder: with that section transformers would look for them when it reads the config.
         config = {key: value for key, value in written_config(checkpoint, context.family).items() if key != "quantization_config"}
         with disk_errors(context.target):
             write_json(context.target / "config.json", config)
@@ -79,6 +80,7 @@ class Onnx(OnnxExport, VerifiedExport):
         """
         from compress.runtimes.onnxruntime.runtime import Onnxruntime
 
+        # Through the runtime, which knows whether onnxruntime or onnxruntime-gpu is installed.
         return Onnxruntime(runtime="onnxruntime").versions()
 
     def verify(self, context: VerifyContext) -> Verification:
@@ -94,6 +96,7 @@ class Onnx(OnnxExport, VerifiedExport):
 
         settings = ExportPrecision(self.dtype, self.accuracy_level, self.head_bits, self.embedding_bits)
         limits = limits_of(settings, open_checkpoint(context.source), context.family)
+        # On the CPU even where there is a GPU: the limits are set for its arithmetic, and CUDA lacks operators of float32 graphs.
         return verify_graphs(context, Onnxruntime(runtime="onnxruntime", providers=("cpu",)), limits)
 
 

@@ -17,10 +17,11 @@ if TYPE_CHECKING:
     from compress.export.onnx.apply import OnnxExport
 
 MAX_BLOCK, MIN_BLOCK = 256, 16
-"""The largest and the smallest block size of MatMulNBits."""
+"""The largest and the smallest block size of MatMulNBits: its documented sizes are the powers of two between them."""
 
 EXPORT_GROUP_SIZE = 32
-"""The group size of an output head or embeddings that the export itself quantizes."""
+"""The group size of an output head or embeddings that the export itself quantizes: small, as they are rounded to nearest without
+calibration; with float32 scales it costs 1 bit per weight."""
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn", "dynamic")
 """The RoPE types that the decoder graphs support; the frequencies of `dynamic` change with the length."""
@@ -40,6 +41,7 @@ def block_size(group_size: int) -> int:
 
     The blocks of one group have the same scale.
     """
+    # x & -x is the largest power of two that divides x: 192 becomes blocks of 64, three of which repeat one scale.
     block = min(group_size & -group_size, MAX_BLOCK)
     return block if block >= MIN_BLOCK else 0
 
@@ -76,6 +78,7 @@ def _reason(scheme: Scheme, columns: int) -> str | None:
         return "8-bit floats have no operator on CPUs; use stage: int8, awq or gptq, or format: vllm"
     if scheme.bits not in _WIDTHS:
         return f"MatMulNBits holds 4 or 8 bits, not {scheme.bits}; set bits: 4 or 8, or format: vllm"
+    # W8A8 has a scale per output channel and becomes MatMulInteger or MatMul, which have no blocks.
     if scheme.activations is None and not block_size(columns if scheme.group_size == -1 else scheme.group_size):
         return (
             f"groups of {columns if scheme.group_size == -1 else scheme.group_size} input channels are made of no power of two "
@@ -86,8 +89,10 @@ def _reason(scheme: Scheme, columns: int) -> str | None:
 
 def _rope_faults(spec: CheckpointSpec) -> list[str]:
     text = spec.text_config
+    # transformers 5 writes rope_parameters; configs of earlier versions have rope_scaling, and some of those `type`.
     rope = cast("Mapping[str, Any]", text.get("rope_parameters") or text.get("rope_scaling") or {})
     kind = str(rope.get("rope_type") or rope.get("type") or "default")
+    # "mrope" in old Qwen-VL configs names the three axes, not a scaling: transformers reads it as "default".
     if kind in (*ROPE_TYPES, "mrope"):
         return []
     return [f"positions of rope_type {kind!r} are not in the graphs, which know {', '.join(ROPE_TYPES)}; use format: vllm"]
@@ -96,6 +101,7 @@ def _rope_faults(spec: CheckpointSpec) -> list[str]:
 def _embedding_and_head_faults(settings: OnnxExport, spec: CheckpointSpec) -> list[str]:
     """Return why the output head or the embeddings cannot be quantized by the export."""
     family, lines = spec.family, list[str]()
+    # Schemes are by name on disk, `family.head` is a name in memory; for Qwen2.5-VL, LLaVA and others the two differ.
     quantized = {family.module_name(f"{name}.weight").removesuffix(".weight") for name in spec.schemes}
     if settings.head_bits and family.head is None:
         lines.append(f"{family.name} has no output head; remove head_bits")
@@ -126,6 +132,7 @@ def expected_bytes(settings: OnnxExport, spec: CheckpointSpec, *, built: bool = 
     total, counted = 0, set[str]()
     for name, scheme in spec.schemes.items():
         total += linear_bytes(spec.shape(name), scheme, float_bytes)
+        # Both names: a checkpoint on disk has a linear's packed tensors, a planned spec may still have its dense weight.
         counted.update((*linear_tensors(name), f"{name}.weight"))
     total += _rope_table_bytes(spec.text_config, float_bytes) if built else 0
     stored_bits = _embedding_and_head_bits(settings, spec, separate=built)
@@ -154,12 +161,14 @@ def _embedding_and_head_bits(
     embedding, head = settings.embedding_bits, settings.head_bits
     if family.head is None or not spec.tied:
         return [(family.embeddings, [embedding]), (family.head, [head])]
+    # A tied matrix is stored once only if both ends read the same bytes: the embeddings' folder data serves the decoder too.
     copies: list[int | None] = [embedding] if embedding == head and not separate else [embedding, head]
     return [(family.embeddings, copies), (family.head, [])]
 
 
 def _matrix_bytes(shape: tuple[int, ...], bits: int | None, float_bytes: int) -> int:
     count = math.prod(shape)
+    # Symmetric: a scale per group and no zero points.
     return count * float_bytes if bits is None else count * bits // 8 + count // EXPORT_GROUP_SIZE * float_bytes
 
 
@@ -167,7 +176,9 @@ def linear_bytes(shape: tuple[int, int], scheme: Scheme, float_bytes: int) -> in
     """Return the size of a quantized linear [out, in] in a graph whose floats have `float_bytes` bytes."""
     rows, columns = shape
     if scheme.activations is not None:
+        # DequantizeLinear wants a zero point per channel (one byte each); MatMulInteger takes a scalar, which is a constant.
         return rows * columns + rows * (float_bytes + (scheme.activations == "tensor"))
     blocks = columns // block_size(columns if scheme.group_size == -1 else scheme.group_size)
+    # MatMulNBits pads each row's packed zero points to whole bytes.
     zero_points = 0 if scheme.symmetric else rows * -(-blocks * scheme.bits // 8)
     return rows * columns * scheme.bits // 8 + rows * blocks * float_bytes + zero_points

@@ -28,11 +28,13 @@ if TYPE_CHECKING:
 
 _ENVIRONMENT = "onnxruntime-genai"
 _MODULE = "onnxruntime_genai.models.builder"
+# The builder's name of the head's node, by which its `nodes_to_exclude` leaves it in floats.
 _HEAD = "/lm_head/MatMul"
 _BUILDER_VARIABLES = {
     "HF_HUB_OFFLINE": "1",
     "ORT_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
+    # The builder computes on the CPU, and takes no memory of a GPU that another process uses.
     "CUDA_VISIBLE_DEVICES": "",
 }
 _EMBEDDINGS = "inputs_embeds"
@@ -51,11 +53,14 @@ def build_decoder(export: OnnxGenai, context: ExportContext, spec: CheckpointSpe
     require(_ENVIRONMENT)  # before its input is written
     schemes = decoder_schemes(spec)
     source = context.source.absolute()
+    # Unquantized checkpoints are read where they are: only a quantized one needs a copy in a layout that the builder knows.
     if schemes:
         source = (work / "quantized").absolute()
         source.mkdir()
+        # Without the vision tower's schemes: the builder reads one `quantization_config` for the whole decoder.
         write_builder_input(context, replace(spec, quantized={name: spec.quantized[name] for name in schemes}), source)
     built = (work / "built").absolute()
+    # Absolute, as the builder's process does not run in this folder; its cache lies in the work folder, not in the user's home.
     paths = ("-i", str(source), "-o", str(built), "-c", str((work / "cache").absolute()))
     command = python_command(_ENVIRONMENT, "-m", _MODULE, *paths)
     _run([*command, *arguments(export, spec)], context, work)
@@ -65,6 +70,7 @@ def build_decoder(export: OnnxGenai, context: ExportContext, spec: CheckpointSpe
     if levels:
         add_levels(model, levels)
     onnx.save_model(model, str(path))
+    # The data before the graph, so that a graph in the target never lacks its weights.
     for file in (path.with_name(f"{path.name}.data"), path):
         file.replace(context.target / file.name)
 
@@ -74,11 +80,14 @@ def arguments(export: OnnxGenai, spec: CheckpointSpec) -> list[str]:
     schemes = decoder_schemes(spec)
     bits = next(iter(schemes.values())).bits if schemes else None
     precision = f"int{bits}" if bits else {"float32": "fp32", "float16": "fp16"}[export.dtype]
+    # Images enter as embeddings, so the decoder must take these; sharing a tied matrix needs the embeddings that are excluded.
     options = ["exclude_embeds=true", f"accuracy_level={export.accuracy_level}", "shared_embeddings=false"]
+    # With `-p int4` the builder quantizes the head too, by its own round-to-nearest.
     if bits and export.head_bits is None:
         options.append(f"nodes_to_exclude={_HEAD}")
     elif bits and export.head_bits != bits:
         options.append(f"matmul_mixed_precision=last_matmul:int{export.head_bits}")
+    # The builder takes the float type of quantized decoders from the provider: float32 for cpu, float16 for cuda.
     provider = "cpu" if export.dtype == "float32" else "cuda"
     return ["-p", precision, "-e", provider, "--extra_options", *options]
 
@@ -92,6 +101,7 @@ def write_builder_input(context: ExportContext, spec: CheckpointSpec, target: Pa
     """
     family = context.family
     layout = layout_of(next(iter(spec.schemes.values())))
+    # The builder makes text decoders only, and reads no vision weights.
     names = [name for name in sorted(spec.tensors) if not family.inside_vision(family.module_name(name))]
     layout_target = LayoutTarget(layout, f"{_ENVIRONMENT}'s builder reads", "decoder: own", "export: lay out for the builder")
     write_tensors(replace(context, target=target), spec, layout_target, names)
@@ -112,7 +122,7 @@ def _run(command: Sequence[str], context: ExportContext, work: Path) -> None:
         run_worker(_ENVIRONMENT, command, variables_with(_BUILDER_VARIABLES), work.absolute() / "builder.log") as server,
     ):
         server.process.wait()
-        if not (work / "built" / "genai_config.json").is_file():  # the builder writes this last
+        if not (work / "built" / "genai_config.json").is_file():  # written after the graph and its data
             raise _failure(context, server)
         advance(1)
 
@@ -163,12 +173,14 @@ def add_levels(model: ModelProto, levels: int) -> None:
     for level, norm in enumerate(norms, start=1):
         assert norm is not None, "checked above"
         node, index = norm, 1
+        # In float16 the builder casts around its norms: the sum is added before the cast, in the decoder's own type.
         while (producer := producers.get(node.input[index])) is not None and producer.op_type == "Cast":
             node, index = producer, 0
         total = f"/levels.{level}/Add"
         add = helper.make_node("Add", [node.input[index], _column(level)], [total], name=total)
         node.input[index] = total
         graph.node.insert(list(graph.node).index(node), add)
+    # In front, as nodes of an ONNX graph must be in topological order.
     for node in reversed(slices):
         graph.node.insert(0, node)
 

@@ -42,6 +42,7 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
     path = context.source / "generation_config.json"
     generation = read_json_object(path) if path.is_file() else {}
 
+    # generation_config.json first: chat models end answers with other tokens than the base model's config.json names.
     def token(name: str) -> Any:
         candidates = (generation.get(name), getattr(text, name, None), getattr(config, name, None))
         return next((candidate for candidate in candidates if candidate is not None), None)
@@ -55,6 +56,7 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
     pad = token("pad_token_id")
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
+        # float16 graphs are for GPUs; without CUDA the runtime here clears the providers.
         "provider_options": [{"cuda": {}}] if export.dtype == "float16" else [],
         "session.x64quantprecision": "1",  # on CPUs without VNNI, int8 products would saturate in 16 bits
     }
@@ -63,6 +65,7 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
         "type": MODEL_TYPES[context.family.name].type,
         "bos_token_id": token("bos_token_id"),
         "eos_token_id": eos,
+        # onnxruntime-genai wants a pad token; padded positions are masked, so that any id serves.
         "pad_token_id": first_eos if pad is None else int(pad),
         "image_token_id": int(config.image_token_id),
         "video_token_id": int(config.video_token_id),
@@ -73,6 +76,7 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
             "filename": decoder,
             "session_options": session,
             "head_size": int(getattr(text, "head_dim", None) or text.hidden_size // heads),
+            # The width of the embeddings between the graphs, DeepStack columns included: the library allocates them by this number.
             "hidden_size": width,
             "num_attention_heads": heads,
             "num_hidden_layers": int(text.num_hidden_layers),
@@ -101,6 +105,7 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
         },
     }
     search = {name: generation.get(name, default) for name, default in _SEARCH_DEFAULTS.items()}
+    # One buffer for past and present keys: nothing is copied from step to step.
     lengths = {"max_length": int(text.max_position_embeddings), "past_present_share_buffer": True}
     if model["bos_token_id"] is None:
         del model["bos_token_id"]
@@ -114,6 +119,7 @@ def processor_config(processor: Any, source: Path) -> dict[str, Any]:
         CheckpointError: the processor does something for which there is no operation.
     """
     path = f"{source}/preprocessor_config.json"
+    # A step that is left out there changes every pixel: refused, as no difference would be seen before answers differ.
     disabled = [name for name in ("do_resize", "do_rescale", "do_normalize") if not getattr(processor, name, True)]
     if disabled:
         raise CheckpointError(f"{path}: {disabled[0]} is false, and onnxruntime-genai always does it; use format: onnx")
@@ -127,6 +133,7 @@ def processor_config(processor: Any, source: Path) -> dict[str, Any]:
         (
             "Resize",
             {
+                # Qwen's rule: sides become multiples of patch · merge, within the two limits on pixels.
                 "smart_resize": 1,
                 "interpolation": _INTERPOLATIONS[resample],
                 "min_pixels": int(size["shortest_edge"]),

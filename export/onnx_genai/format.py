@@ -79,6 +79,7 @@ class OnnxGenai(OnnxExport, VerifiedExport):
 
         if self.decoder == "own":
             return super().versions()
+        # The builder decides names, fusions and rounding of the decoder, so that its versions belong in the artifact's key.
         builder = OnnxruntimeGenai(runtime="onnxruntime-genai").versions()
         return super().versions() | {f"{ENVIRONMENT}/{name}": version for name, version in builder.items()}
 

@@ -39,10 +39,12 @@ class GenaiGraph(Graph):
         """Declare an input, or emit its replacement."""
         match name:
             case "num_logits_to_keep":
+                # 0 keeps all logits: the library slices the last position itself.
                 return self.const(0)
             case "pixel_values":
                 return self._patches(dtype, shape)
             case "image_grid_thw":
+                # Declared by `_patches`, together with the padded patches.
                 return name
             case "inputs_embeds" if self.levels:
                 wide = super().input(name, dtype, [*shape[:-1], self.width])
@@ -77,6 +79,7 @@ class GenaiGraph(Graph):
         )
         image = self.op("ReduceSum", self.cast(passed, np.int64), self.const([1]), keepdims=0)
         first = self.op("Gather", self.op("Sub", ends, counts), image)
+        # The library's image processor pads each image to the batch's longest, and tells nothing but the grids.
         longest = self.op("ReduceMax", counts, keepdims=0)
         rows = self.op("Add", self.op("Mul", image, longest), self.op("Sub", indices, first))
         return self.op("Gather", padded, rows, axis=0)
@@ -95,8 +98,10 @@ def embedding(image_token: int) -> Callable[[LayerBuilder], None]:
         features = graph.input("image_features", graph.dtype, ["image_tokens", graph.width])
         embeds = builder.embed(ids, builder.source.family.embeddings)
         if graph.levels:
+            # Pads are begins, then ends, per axis: only the end of the last axis grows.
             embeds = graph.op("Pad", embeds, graph.const([0, 0, 0, 0, 0, graph.width - graph.hidden]))
         image_indices = graph.transpose(graph.op("NonZero", graph.op("Equal", ids, graph.const(image_token))), [1, 0])
+        # Rows of `features` in the order of the image tokens, which NonZero returns row by row.
         merged = graph.op("ScatterND", embeds, image_indices, features)
         graph.output("inputs_embeds", merged, graph.dtype, ["batch_size", "sequence_length", graph.width])
 

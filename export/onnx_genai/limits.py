@@ -86,6 +86,7 @@ def _builder_faults(spec: CheckpointSpec) -> list[str]:
             f"{unquantized[0]}{others}: not quantized, and onnxruntime-genai's builder "
             f"takes either all linears of the decoder's blocks quantized or none; {_USE_OWN_DECODER}"
         )
+    # Its input leaves the head out: AWQ's and GPTQ's layouts hold one scheme, and heads are often quantized by another.
     if family.head in {family.module_name(name) for name in spec.schemes}:
         lines.append(f"onnxruntime-genai's builder is not given a quantized output head; {_USE_OWN_DECODER}")
     return lines
@@ -96,6 +97,7 @@ def _reason(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
         return "onnxruntime-genai's builder reads no linears whose inputs are rounded to 8 bits"
     if layout_of(scheme) == "gptq" and not scheme.symmetric:
         return "onnxruntime-genai's builder reads 8 bits as GPTQ lays them out, symmetric, and this grid is asymmetric"
+    # This package's own graphs split such a group into several blocks; the builder does not.
     group = spec.shape(name)[1] if scheme.group_size == -1 else scheme.group_size
     if group not in _BUILDER_BLOCKS:
         sizes = ", ".join(map(str, _BUILDER_BLOCKS))

@@ -51,6 +51,7 @@ def embeddings(graph: GraphSession, references: Sequence[Reference]) -> Iterator
     """Yield the merged embeddings of each prompt's tokens and the checkpoint's image features."""
     width = int(graph.inputs["image_features"].shape[1])
     for reference in references:
+        # Prompts without images are compared too: the scatter must then leave every row alone.
         features = _wide(reference) if reference.features else np.zeros((0, width), np.float32)
         expected = np.zeros((len(reference.ids), width), np.float32)
         expected[:, : reference.embeddings.shape[1]] = reference.embeddings
@@ -82,6 +83,7 @@ def _padded(reference: Reference) -> NDArray[np.float32]:
     """Return a prompt's patches as onnxruntime-genai's image processor does: each image padded to the longest."""
     patches = reference.images["pixel_values"]
     counts = reference.images["image_grid_thw"].prod(axis=1)
+    # NaN, not zero: a graph that reads a padded patch fails the comparison instead of passing by luck.
     padded = np.full((len(counts), int(counts.max()), patches.shape[1]), np.nan, np.float32)
     for index, image in enumerate(np.split(patches, np.cumsum(counts)[:-1])):
         padded[index, : len(image)] = image

@@ -60,6 +60,7 @@ def write_folder(export: OnnxGenai, context: ExportContext, checkpoint: Checkpoi
         spec = spec_of(checkpoint, context.family)
         work = context.target / _WORK
         with disk_errors(context.target):
+            # Left by a run that was killed here: the builder must not find its own old files.
             shutil.rmtree(work, ignore_errors=True)
             work.mkdir()
             build_decoder(export, context, spec, work, levels)

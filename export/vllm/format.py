@@ -106,12 +106,14 @@ class VllmExport(Export):
             return spec.weight_bytes
         replaced = {tensor for name in spec.quantized for tensor in linear_tensors(name)}
         unchanged = sum(tensor.bytes for name, tensor in spec.tensors.items() if name not in replaced)
+        # Other sizes than compressed-tensors': scales are float16, and symmetric grids have zero points too.
         return unchanged + sum(map(self._linear_bytes, spec.quantized.values()))
 
     def _linear_bytes(self, linear: QuantizedLinear) -> int:
         """Return the size of codes, zero points, float16 scales and, in GPTQ's layout, `g_idx`."""
         groups = linear.rows * linear.scheme.groups(linear.columns)
         index = _INDEX_BYTES * linear.columns if self.layout == "gptq" else 0
+        # Codes and zero points have `bits` each; a scale has two bytes.
         return (linear.columns * linear.rows + groups) * linear.scheme.bits // 8 + groups * 2 + index
 
     def apply(self, context: ExportContext) -> None:
@@ -123,6 +125,7 @@ class VllmExport(Export):
         from compress.export.vllm.writer import link_packed, write_laid_out
 
         checkpoint = open_checkpoint(context.source)
+        # NVFP4, MXFP4 and the like reach vLLM byte for byte: nothing here could write them again.
         if foreign := foreign_format(checkpoint.config):
             self._link_foreign(context, checkpoint, foreign)
             return

@@ -72,6 +72,7 @@ def _must_stay_dense(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | N
 
 def _requantized(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     del spec
+    # A scale per tensor only: a fused layer has one, so vLLM takes the largest and rounds the other shards again.
     if scheme.block_rows != -1 or not any(name.rpartition(".")[2] in fused for fused in FUSED.values()):
         return None
     return (
@@ -100,6 +101,7 @@ def _fused_faults(spec: CheckpointSpec) -> list[str]:
         parent, _, leaf = name.rpartition(".")
         for fused in (fused for fused in FUSED.values() if leaf in fused):
             siblings = [f"{parent}.{sibling}" for sibling in fused]
+            # Linears of these names need not be fused: an `o_proj` without siblings, or mllama's `q_proj` alone, is no fused layer.
             complete = all(sibling in spec.schemes or f"{sibling}.weight" in spec.tensors for sibling in siblings)
             if complete and len({spec.schemes.get(sibling) for sibling in siblings}) > 1:
                 reason = (
@@ -114,6 +116,8 @@ def _fused_faults(spec: CheckpointSpec) -> list[str]:
 
 def _zero_points_fill_words(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     rows, _ = spec.shape(name)
+    # compressed-tensors packs zero points along the outputs and pads the last word; vLLM's loader computes their number without
+    # rounding up.
     if scheme.symmetric or rows * scheme.bits % 32 == 0:
         return None
     return (
@@ -126,6 +130,7 @@ def _integer_activations_need_8_bits(spec: CheckpointSpec, name: str, scheme: Sc
     del spec, name
     if scheme.type == "float" or scheme.activations is None:
         return None
+    # The int8 GEMM multiplies by both scales after the sum, which needs one scale per output channel and no zero point of weights.
     if scheme.bits == 8 and scheme.symmetric and scheme.group_size == -1:
         return None
     return (
@@ -139,7 +144,9 @@ def _blocks_align_with_fused(spec: CheckpointSpec, name: str, scheme: Scheme) ->
     if scheme.block_rows != BLOCK:
         return None
     leaf = name.rpartition(".")[2]
+    # A `qkv` of the checkpoint is split into three: each third must be whole blocks.
     rows = spec.shape(name)[0] // _FUSED_IN_CHECKPOINT.get(leaf, 1)
+    # The last of the fused linears may end within a block: nothing lies behind it.
     followed = leaf in _FUSED_IN_CHECKPOINT or any(leaf in fused[:-1] for fused in FUSED.values())
     if not followed or rows % BLOCK == 0:
         return None
@@ -170,6 +177,7 @@ def _awq_rows(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
     rows, _ = spec.shape(name)
     return (
         f"layout awq holds outputs by eights, not {rows}; {_ALTERNATIVE}, or leave the layer out"
+        # A word holds eight neighbouring outputs of one input channel.
         if rows % _AWQ_PACK_FACTOR
         else None
     )
@@ -207,6 +215,7 @@ def _gptq_words(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
 
 
 def _one_width(spec: CheckpointSpec) -> Reason:
+    # The most common one is taken as meant, so that the message names the few linears that deviate.
     common = Counter(scheme.bits for scheme in spec.schemes.values()).most_common(1)[0][0]
 
     def reason(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
@@ -238,6 +247,7 @@ def _needs_a_gpu(spec: CheckpointSpec, name: str, scheme: Scheme) -> str | None:
         return (
             f"vLLM's build for CPUs runs 8-bit floats without {unsupported}, or on processors with AMX: this artifact needs a GPU"
         )
+    # int-quantized (W8A8) runs on CPUs in any shape, through oneDNN.
     if scheme.format != "pack-quantized":
         return None
     if scheme.bits != _CPU_BITS:

@@ -67,9 +67,11 @@ def gptq_config(spec: CheckpointSpec) -> dict[str, Any]:
     return {
         "bits": scheme.bits,
         "checkpoint_format": "gptq",
+        # Groups are neighbouring columns whatever order a stage rounded in; vLLM refuses `desc_act` with groups.
         "desc_act": False,
         "group_size": scheme.group_size,
         "lm_head": _quantizes_head(spec),
+        # Under every name that a reader may match: vLLM maps names on disk, transformers its own in memory.
         "modules_in_block_to_quantize": all_names(spec.family, sorted(spec.schemes)),
         "quant_method": "gptq",
         "sym": True,
@@ -87,6 +89,7 @@ def awq_config(spec: CheckpointSpec) -> dict[str, Any]:
         "modules_to_not_convert": all_names(family, unquantized_linears(spec, family, spec.schemes)),
         "quant_method": "awq",
         "version": "gemm",
+        # One flag for all linears, some of which may be asymmetric: zero points are always stored, 8 where a grid is symmetric.
         "zero_point": True,
     }
 
@@ -128,6 +131,7 @@ def write_tensors(context: ExportContext, spec: CheckpointSpec, target: LayoutTa
             owner = owners.get(name)
             if owner is None:
                 writer.add(name, weights.disk_tensor(name))
+            # Once per linear, at its codes: scales, zero points and shape are read with them.
             elif name == f"{owner}.weight_packed":
                 weight = read_linear(owner, spec.schemes[owner], weights.disk_tensor)
                 scales = float16_scales(owner, weight, target, scale_error)
@@ -153,7 +157,9 @@ def gptq_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
     bits, columns = weight.scheme.bits, weight.codes.shape[1]
     return {
         f"{name}.qweight": pack_gptq(weight.codes, bits),
+        # The first version of GPTQ's format stores zero points minus one, which readers add again: 8 is the nibble 7.
         f"{name}.qzeros": pack_words((weight.zero_points - 1).t(), bits),
+        # vLLM does not need it without `desc_act`; other GPTQ loaders index scales by it.
         f"{name}.g_idx": torch.arange(columns, dtype=torch.int32) // weight.scheme.group_size,
     }
 
@@ -165,6 +171,7 @@ def float16_scales(name: str, weight: QuantizedWeight, target: LayoutTarget, sca
         CheckpointError: a scale is too large for float16.
     """
     exact = weight.scales.to(torch.float32)
+    # Checked, as the cast would store infinity without an error, and the layer would return NaN.
     if bool((exact.abs() > _FLOAT16_MAX).any()):
         raise CheckpointError(
             f"{name}: has scales up to {float(exact.abs().max()):.4g}, and {target.reader} them as float16, which ends at "
@@ -189,6 +196,7 @@ def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[st
     """
     config = written_config(checkpoint, context.family)
     if quantization := config.get("quantization_config"):
+        # With `targets: Linear` vLLM takes every linear that `ignore` does not list as quantized, and misses a dense one's codes.
         missing = sorted(set(ignored) - set(quantization.get("ignore", [])))
         if missing and any("Linear" in group["targets"] for group in quantization["config_groups"].values()):
             raise CheckpointError(
@@ -207,6 +215,7 @@ def link_packed(context: ExportContext, checkpoint: Checkpoint, ignored: list[st
 
 def _link(source: Path, target: Path) -> None:
     try:
+        # A link costs neither disk nor time, and the bytes are the same. `resolve`: a hub's snapshot holds symbolic links to blobs.
         os.link(source.resolve(), target)
     except OSError:  # another file system, or one without hard links
         shutil.copyfile(source, target)

@@ -45,6 +45,7 @@ def _tower_block(builder: LayerBuilder, value: str, name: str, config: Any) -> s
 
 def _query_states(builder: LayerBuilder, states: str, config: Any) -> str:
     """Return the Q-Former's output for each image's states, [images, query tokens, hidden]."""
+    # Normed once, before they are repeated per image: the queries are the same for all.
     queries = builder.layer_norm(builder.tensor("query_tokens"), f"{_QFORMER}.layernorm", float(config.layer_norm_eps))
     value = builder.per_image(queries, states)
     for layer in range(int(config.num_hidden_layers)):
@@ -64,6 +65,7 @@ def _attention(builder: LayerBuilder, value: str, context: str, name: str, confi
     if context == value:
         query, key, content = builder.linears(value, names)
     else:
+        # In cross-attention only keys and values have a common input, and may be fused.
         query, (key, content) = builder.linear(value, names[0]), builder.linears(context, names[1:])
     attended = builder.attention(query, key, content, int(config.num_attention_heads))
     return _output(builder, attended, value, f"{name}.output", config)

@@ -45,6 +45,7 @@ def clip_embeddings(builder: LayerBuilder, pixels: str, prefix: str, config: Any
         token = builder.tensor(f"{name}.class_embedding", lambda token: token.view(1, 1, -1), "_row")
         value = graph.op("Concat", builder.per_image(token, pixels), value, axis=1)
     value = graph.op("Add", value, builder.tensor(f"{name}.position_embedding.weight"))
+    # "layrnorm" is the name in the published checkpoints; SigLIP has no such norm, and no class token.
     if builder.has(f"{prefix}.pre_layrnorm.weight"):
         value = builder.layer_norm(value, f"{prefix}.pre_layrnorm", float(config.layer_norm_eps))
     return value
@@ -80,6 +81,7 @@ def _block(builder: LayerBuilder, value: str, name: str, config: Any, positions:
     """Return a pre-norm block at the selected positions."""
     graph, epsilon, attention = builder.graph, float(config.layer_norm_eps), f"{name}.self_attn"
     normed = builder.layer_norm(value, f"{name}.layer_norm1", epsilon)
+    # Queries at all positions share their input with keys and values, and may be fused with them; at few they have another input.
     if positions.select is _all:
         query, key, states = builder.linears(normed, [f"{attention}.{kind}_proj" for kind in "qkv"])
     else:
@@ -103,6 +105,7 @@ def _quantized_kernel(builder: LayerBuilder, name: str) -> str:
         return quantize(builder.source.reader.tensor(name).float().flatten(1), _PER_CHANNEL, torch.float32)
 
     def codes() -> Iterable[NDArray[Any]]:
+        # ^ 128 subtracts 128 modulo 256: the same bits read as int8 are the signed codes, and need no zero point.
         yield (quantized().codes ^ _SIGN_BIT).view(torch.int8).numpy()
 
     def scales() -> Iterable[NDArray[Any]]:
@@ -112,4 +115,5 @@ def _quantized_kernel(builder: LayerBuilder, name: str) -> str:
     stored_scales = graph.weight(
         f"{name}.scales8", Weight(f"{name}.scales8:{graph.dtype.name}", graph.dtype, (shape[0], *([1] * (len(shape) - 1))), scales)
     )
+    # Dequantized in the graph: Conv has no weight-only form for 8 bits in ONNX Runtime, and the kernel is small.
     return graph.op("Mul", graph.cast(stored_codes, graph.dtype), stored_scales)

@@ -115,6 +115,7 @@ def sequence_lengths(graph: Graph) -> SequenceLengths:
     """Declare `attention_mask` and return the rows' lengths."""
     mask = graph.input("attention_mask", np.int64, ["batch_size", "total_sequence_length"])
     count = graph.op("ReduceSum", mask, graph.const([-1]), keepdims=0)
+    # GroupQueryAttention's `seqlens_k` is the number of tokens minus one, by its documentation.
     last = graph.cast(graph.op("Sub", count, graph.const(1)), np.int32)
     return SequenceLengths(last, graph.cast(graph.op("Squeeze", graph.extent(mask, 1)), np.int32))
 
@@ -133,17 +134,22 @@ def rotary_tables(builder: LayerBuilder, text: Any) -> RotaryTables:
             f"{builder.source.checkpoint.folder}/config.json: rope_type {rope_type!r} is not in the graphs, which know "
             f"{', '.join(ROPE_TYPES)}; use format: vllm"
         )
+    # Cosines and sines are computed per token from `position_ids`: M-RoPE has three axes and `dynamic` changes with the length;
+    # GroupQueryAttention's own rotation (one axis, counted from its lengths) covers neither.
     axes = _frequency_axes(rotary)
     extents: list[int | str] = ["batch_size", "sequence_length"]
     positions = graph.input("position_ids", np.int64, extents if axes is None else [3, *extents])
     angles = _angles(builder, positions, rotary, text)
     tables: list[str] = []
+    # Angles are float32 in float16 graphs too: an angle of some thousand radians has hardly a fraction left in float16.
     for function in ("Cos", "Sin"):
         table = graph.op(function, angles)
+        # YaRN's temperature: transformers scales both tables, which scales the products of queries and keys by its square.
         if rotary.attention_scaling != 1.0:
             table = graph.op("Mul", table, graph.const(float(rotary.attention_scaling), np.float32))
         tables.append(table if graph.dtype == np.float32 else graph.cast(table, graph.dtype))
     batch = graph.op("Shape", positions, start=0 if axes is None else 1)
+    # The tables have a row per token of this batch, so a token's row is its own index, not its position.
     indices = graph.op("Range", graph.const(0), graph.op("ReduceProd", batch, keepdims=0), graph.const(1))
     rows = graph.op("Reshape", indices, batch)
     return RotaryTables(tables[0], tables[1], rows)
@@ -191,6 +197,8 @@ def _frequency_axes(rotary: Any) -> NDArray[np.int64] | None:
     import torch
 
     half = len(rotary.inv_freq)
+    # The model's own function rearranges the axes' numbers themselves: which axis a pair of channels takes differs between Qwen2-VL
+    # (sections side by side) and Qwen3-VL (interleaved).
     axes = torch.arange(3.0).view(3, 1, 1, 1).repeat(1, 1, 1, half)
     return rotary.recomposition_frequencies(axes).flatten()[:half].to(torch.int64).numpy()
 
@@ -210,6 +218,7 @@ def self_attention(builder: LayerBuilder, value: str, layer: int, inputs: Decode
     graph, size, name = builder.graph, inputs.size, f"{builder.source.family.blocks}.{layer}.self_attn"
     query, key, content = builder.linears(value, [f"{name}.q_proj", f"{name}.k_proj", f"{name}.v_proj"])
     if builder.has(f"{name}.q_norm.weight"):
+        # Qwen3 norms each head's queries and keys, before RoPE, as the weights differ between the two channels of a RoPE pair.
         epsilon = float(builder.source.config.get_text_config().rms_norm_eps)
         query = head_norm(builder, query, f"{name}.q_norm", epsilon, size.width)
         key = head_norm(builder, key, f"{name}.k_norm", epsilon, size.width)
@@ -230,8 +239,10 @@ def self_attention(builder: LayerBuilder, value: str, layer: int, inputs: Decode
         outputs=3,
         num_heads=size.heads,
         kv_num_heads=size.kv_heads,
+        # The cache keeps all tokens; the window limits which of them are read.
         local_window_size=window(builder.source.config.get_text_config(), layer),
     )
+    # `present` has the type and, bound to one buffer with `past`, the storage of `past`: nothing is copied from step to step.
     graph.typed(attended, graph.dtype, ("batch_size", "sequence_length", size.heads * size.width))
     for kind, states in zip(("key", "value"), present, strict=True):
         extent = ("batch_size", size.kv_heads, "total_sequence_length", size.width)
@@ -249,6 +260,7 @@ def head_norm(builder: LayerBuilder, value: str, name: str, epsilon: float, widt
 def window(text: Any, layer: int) -> int | None:
     """Return a layer's sliding window in tokens, the current one included (arXiv 2310.06825); None for full attention."""
     kinds = getattr(text, "layer_types", None)
+    # Qwen2 configs give `sliding_window` even where no layer uses it; `layer_types` says which do.
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
     return getattr(text, "sliding_window", None)
@@ -256,6 +268,7 @@ def window(text: Any, layer: int) -> int | None:
 
 def feed_forward(builder: LayerBuilder, value: str, name: str, activation: str) -> str:
     """Return the gated feed-forward `name` (arXiv 2002.05202) of a value."""
+    # One product for both where they share a scheme: they read the same input.
     gate, up = builder.linears(value, [f"{name}.gate_proj", f"{name}.up_proj"])
     return builder.linear(builder.graph.op("Mul", builder.activation(gate, activation), up), f"{name}.down_proj")
 
@@ -265,7 +278,10 @@ def logits(builder: LayerBuilder, value: str) -> None:
     graph = builder.graph
     count = graph.input("num_logits_to_keep", np.int64, [])
     first = graph.op("Neg", graph.reshape(count, [1]))
+    # Sliced before the head: of a prompt only the last position's logits are needed, and the head is the widest matrix. -0 is 0, so
+    # that a count of 0 keeps all.
     last = graph.op("Slice", value, first, graph.const([np.iinfo(np.int64).max]), graph.const([1]))
     scores = builder.head(last)
+    # Logits are compared and turned into probabilities in float32, whatever the graph computes in.
     exact = scores if graph.dtype == np.float32 else graph.cast(scores, np.float32)
     graph.output("logits", exact, np.float32, ["batch_size", "kept_length", builder.vocabulary], first=True)

@@ -26,7 +26,7 @@ from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 from compress.files import disk_errors
 
 OPSET = 23
-"""The opset of the standard operators; 23 is the first with RMSNormalization."""
+"""The opset of the standard operators; 23 is the first with RMSNormalization, for which ONNX Runtime 1.23 or later is needed."""
 
 IR_VERSION = 10
 """The version of the ONNX file format."""
@@ -46,7 +46,7 @@ _PAGE = 4096
 """The alignment of tensors of at least a page: they can be memory-mapped."""
 
 _CACHE_LINE = 64
-"""The alignment of smaller tensors."""
+"""The alignment of smaller tensors, so that vector loads do not straddle cache lines where the data are mapped."""
 
 _END = np.iinfo(np.int64).max
 
@@ -122,6 +122,7 @@ class Graph:
 
     def output(self, name: str, value: str, dtype: DTypeLike, shape: Shape, *, first: bool = False) -> None:
         """Declare a value as the output `name`, after the present outputs or, with `first`, before them."""
+        # A value that became an output has that output's name from then on: `value` may still be the former one.
         value = self._aliases.get(value, value)
         if not self._rename(value, name):
             self.nodes.append(helper.make_node("Identity", [value], [name], name=f"/{name}"))
@@ -139,11 +140,13 @@ class Graph:
         self._add(kind, name, inputs, results, attributes)
         return results
 
+    # Shared by value: thousands of shapes and axes recur, and each initializer costs a protobuf record and a lookup at load.
     def const(self, value: Any, dtype: DTypeLike | None = None) -> str:
         """Return a small constant, shared by value: by default floats are of the graph's type, integers int64."""
         array = np.asarray(value)
         if dtype is None and array.dtype.kind in "fiu":
             dtype = self.dtype if array.dtype.kind == "f" else np.int64
+        # `ascontiguousarray` makes a scalar one-dimensional: the reshape restores rank 0, which Range and QuantizeLinear need.
         array = np.ascontiguousarray(array, dtype=dtype).reshape(array.shape)
         key = (array.dtype.name, array.shape, array.tobytes())
         if key not in self._constants:
@@ -158,7 +161,8 @@ class Graph:
 
     def typed(self, value: str, dtype: DTypeLike, shape: Shape) -> str:
         """Declare a value's type for shape inference, which does not know com.microsoft; return the value."""
-        if value not in self._aliases:  # outputs are declared already
+        # A second declaration of an output's type fails onnx's checker.
+        if value not in self._aliases:  # outputs declare their own type
             self._value_info.append(helper.make_tensor_value_info(value, _onnx_type(dtype), list(shape)))
         return value
 
@@ -185,6 +189,7 @@ class Graph:
 
     def extent(self, value: str, axis: int) -> str:
         """Return the size of an axis, int64 [1]."""
+        # For the last axis `end` is left out: -1 + 1 = 0 would be an empty range.
         return self.op("Shape", value, start=axis, **({} if axis == -1 else {"end": axis + 1}))
 
     def arange(self, count: str) -> str:
@@ -205,12 +210,14 @@ class Graph:
         new: list[tuple[Stored, Weight]] = []
         for name, weight in self.weights.items():
             if weight.key not in stored:
+                # The ONNX format recommends page-aligned offsets for external data, as mmap accepts no others.
                 offset += -offset % (_PAGE if weight.bytes >= _PAGE else _CACHE_LINE)
                 stored[weight.key] = Stored(data, offset, weight.bytes)
                 offset += weight.bytes
                 new.append((stored[weight.key], weight))
             locations[name] = stored[weight.key]
         with disk_errors(folder):
+            # Data first: a graph file then never points to data that are not there yet.
             if new:
                 _write_data(folder / data, new)
             onnx.save_model(self._model(locations), str(path))
@@ -221,9 +228,11 @@ class Graph:
         graph = helper.make_graph(
             self.nodes, self.name, self.inputs, self.outputs, [*self._constants.values(), *external], value_info=self._value_info
         )
+        # A graph of standard operators alone (float embeddings) must not demand Microsoft's domain.
         domains = [helper.make_opsetid("", OPSET)]
         if any(node.domain == MICROSOFT for node in self.nodes):
             domains.append(helper.make_opsetid(MICROSOFT, 1))
+        # `ir_version` is given because onnx writes its own newest by default, which an older ONNX Runtime refuses to load.
         model = helper.make_model(graph, opset_imports=domains, ir_version=IR_VERSION, producer_name="vlm-compress")
         helper.set_model_props(model, self.metadata)
         return model
@@ -247,7 +256,9 @@ class Graph:
         return f"{base}_{count}" if count else base
 
     def _add(self, kind: str, name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Mapping[str, Any]) -> None:
+        # RotaryEmbedding exists in both domains: com.microsoft's derives the head size from the tables, opset 23's needs num_heads.
         domain = MICROSOFT if kind in _MICROSOFT_OPERATORS else None
+        # None means the operator's default, such as no sliding window: ONNX has no attribute without a value.
         present = {key: value for key, value in attributes.items() if value is not None}
         current = [self._aliases.get(value, value) for value in inputs]
         self.nodes.append(helper.make_node(kind, current, list(outputs), name=name, domain=domain, **present))
@@ -274,10 +285,12 @@ def _write_data(path: Path, weights: Sequence[tuple[Stored, Weight]]) -> None:
             for chunk in weight.read():
                 if chunk.dtype != weight.dtype:
                     raise ValueError(f"{weight.key}: read {chunk.dtype}, said {weight.dtype}")
+                # One write is pending at most: two chunks in memory, however slow the disk is.
                 if pending is not None:
                     pending.result()
                 pending = executor.submit(_write_at, file, end, np.ascontiguousarray(chunk))
                 end += chunk.nbytes
+            # Offsets were laid out from shapes before anything was read: other bytes would overlap the next tensor silently.
             if end != location.offset + location.length:
                 raise ValueError(f"{weight.key}: read {end - location.offset} bytes, said {location.length}")
         if pending is not None:

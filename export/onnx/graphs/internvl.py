@@ -37,9 +37,11 @@ def _tower(builder: LayerBuilder, pixels: str) -> str:
     config, tower = builder.source.config, builder.source.config.vision_config
     blocks = hidden_state(builder.source, config.vision_feature_layer)
     value = _embeddings(builder, pixels)
+    # Blocks above the chosen hidden state are not emitted.
     for layer in range(blocks):
         with builder.graph.scope(f"layers.{layer}"):
             value = _block(builder, value, f"{_TOWER}.encoder.layer.{layer}")
+    # transformers norms the tower's output only: the last hidden state is that output, an inner one is not.
     if config.vision_feature_layer == -1 and builder.has(f"{_TOWER}.layernorm.weight"):
         value = builder.layer_norm(value, f"{_TOWER}.layernorm", float(tower.layer_norm_eps))
     return value
@@ -50,6 +52,7 @@ def _embeddings(builder: LayerBuilder, pixels: str) -> str:
     graph, name = builder.graph, f"{_TOWER}.embeddings"
     value = builder.patches(pixels, f"{name}.patch_embeddings.projection")
     value = graph.op("Concat", builder.per_image(builder.tensor(f"{name}.cls_token"), pixels), value, axis=1)
+    # `use_absolute_position_embeddings` in the config; the tensor is there exactly where it is true.
     if builder.has(f"{name}.position_embeddings"):
         value = graph.op("Add", value, builder.tensor(f"{name}.position_embeddings"))
     return value
@@ -62,6 +65,7 @@ def _block(builder: LayerBuilder, value: str, name: str) -> str:
     normed = _norm(builder, value, f"{name}.layernorm_before")
     query, key, states = builder.linears(normed, [f"{attention}.{kind}_proj" for kind in "qkv"])
     if builder.has(f"{attention}.q_norm.weight"):
+        # Over the whole width, not per head: InternViT-6B norms queries before they are split.
         query = builder.rms_norm(query, f"{attention}.q_norm", _QUERY_EPSILON)
         key = builder.rms_norm(key, f"{attention}.k_norm", _QUERY_EPSILON)
     attended = builder.attention(query, key, states, int(tower.num_attention_heads))
@@ -92,8 +96,10 @@ def _pixel_shuffle(builder: LayerBuilder, value: str) -> str:
             f"{config.vision_feature_select_strategy!r} and downsample_ratio {config.downsample_ratio} leave no whole squares of a "
             f"tile of {grid} by {grid} patches"
         )
+    # "default" cuts the class token: pixel shuffle needs a square of patches.
     patches = graph.slice(value, 1, None, 1)
     squares = graph.reshape(patches, [-1, grid // factor, factor, grid // factor, factor, hidden])
+    # One reshape and transpose: neighbouring patches of a square become channels of one token, in transformers' order.
     return graph.reshape(graph.transpose(squares, [0, 1, 3, 2, 4, 5]), [0, -1, factor * factor * hidden])
 
 

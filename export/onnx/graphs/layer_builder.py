@@ -64,6 +64,7 @@ class Source:
             family.module_name(f"{name}.weight").removesuffix(".weight"): QuantizedLinear(name, scheme)
             for name, scheme in schemes.items()
         }
+        # float32: RoPE frequencies are buffers, and a bfloat16 model would compute them with 8 bits of mantissa.
         model = build_skeleton(checkpoint.folder, torch.float32, torch.device("cpu"), trust_remote_code)
         return Source(checkpoint, family, model, WeightReader(checkpoint, family), quantized)
 
@@ -85,6 +86,7 @@ def hidden_state(source: Source, layer: Any) -> int:
             f"{source.checkpoint.folder}/config.json: vision_feature_layer is {source.config.vision_feature_layer}, "
             f"of a tower of {count} blocks; fetch the checkpoint again"
         )
+    # transformers' hidden states are the embeddings and one per block: -1 is state `count`, and -2, LLaVA's usual, the one before.
     return layer % (count + 1)
 
 
@@ -142,10 +144,12 @@ class LayerBuilder:
 
         def read() -> Iterable[NDArray[Any]]:
             mapped = self.mapped(name)
+            # In pieces: an embedding matrix in bfloat16 becomes twice as large in float32.
             for chunk in torch.split((mapped if transform is None else transform(mapped)).reshape(-1), CHUNK):
                 yield self.floats(name, chunk)
 
         if transform is not None:
+            # On the meta device: shapes are needed when the graph is laid out, long before the bytes are read.
             shape = tuple(transform(torch.empty(shape, device="meta")).shape)
         key = f"{name}{suffix}:{dtype.name}"
         return self.graph.weight(f"{name}{suffix}", Weight(key, dtype, shape, read))
@@ -156,6 +160,7 @@ class LayerBuilder:
         Raises:
             CheckpointError: it has NaN or infinite values, or values that overflow the type.
         """
+        # A NaN in a weight survives every export and shows up only as empty answers; one value is checked where it is written.
         converted = tensor.to(self.float_type)
         if not is_finite(converted):
             if converted.dtype == torch.float16 and is_finite(tensor):
@@ -184,6 +189,7 @@ class LayerBuilder:
         graph, (hidden, _, *extent) = self.graph, self.shape(f"{name}.weight")
         inputs = [kernel or self.tensor(f"{name}.weight"), *([self.tensor(f"{name}.bias")] if self.has(f"{name}.bias") else [])]
         grid = graph.op("Conv", pixels, *inputs, kernel_shape=extent, strides=extent)
+        # 0 keeps the number of images dynamic; -1 is then the one extent that may be inferred.
         return graph.transpose(graph.reshape(grid, [0, hidden, -1]), [0, 2, 1])
 
     def per_image(self, value: str, images: str) -> str:
@@ -243,8 +249,11 @@ class LayerBuilder:
         """Return RMSNorm `name` of the sum of two values [batch, sequence, width], and the sum."""
         graph = self.graph
         inputs = (value, residual, self.tensor(f"{name}.weight"))
+        # ONNX Runtime does not fuse an Add with opset 23's RMSNormalization, so the fused operator is emitted. Its outputs 1 and 2
+        # (mean, inverse deviation) exist for training; output 3 is the sum.
         outputs = graph.ops("SkipSimplifiedLayerNormalization", *inputs, outputs=4, unused=(1, 2), epsilon=epsilon)
         shape = ("batch_size", "sequence_length", width)
+        # onnx's shape inference stops at com.microsoft: without declared types the operators after it would have none.
         return graph.typed(outputs[0], graph.dtype, shape), graph.typed(outputs[3], graph.dtype, shape)
 
     def activation(self, value: str, kind: str) -> str:
@@ -257,10 +266,12 @@ class LayerBuilder:
         match kind:
             case "relu":
                 return graph.op("Relu", value)
+            # "gelu" is the exact one with erf in transformers; the tanh approximation has names of its own.
             case "gelu":
                 return graph.op("Gelu", value)
             case "gelu_pytorch_tanh" | "gelu_new":
                 return graph.op("Gelu", value, approximate="tanh")
+            # ONNX has Swish from opset 24 on. ONNX Runtime fuses the pair to QuickGelu, as it does the next.
             case "silu" | "swish":
                 return graph.op("Mul", value, graph.op("Sigmoid", value))
             case "quick_gelu":
@@ -276,6 +287,8 @@ class LayerBuilder:
 
         `bias` [batch or 1, heads or 1, queries, keys] is added to the scores; `scale` is 1/√width by default.
         """
+        # The empty inputs are a fused bias and a key padding mask: any mask turns off the CPU's tiled kernel, and all scores are
+        # then in memory at once. Towers therefore mask by marks where they can (see `qwen_vision`).
         return self.graph.op("MultiHeadAttention", query, key, value, "", "", bias, num_heads=heads, scale=scale)
 
     def rotated(self, value: str, tables: RotaryTables) -> str:

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from compress.export.onnx.graphs.layer_builder import LayerBuilder
 
 CHUNK = 1 << 22
-"""Elements of a weight that are converted and written at once."""
+"""Elements of a weight that are converted and written at once: 16 MiB in float32, whatever the matrix."""
 
 _MAX_CODE = 127.0
 """The code of a token's largest magnitude."""
@@ -57,6 +57,7 @@ class LinearWriter:
         linear = self.builder.source.quantized.get(name)
         if linear is None:
             return ("dense", self.builder.shape(f"{name}.weight")[1])
+        # The schemes must be equal and the inputs as wide; a static input scale must be the same number, as a product has one.
         columns = self.builder.quantized_shape(name)[1]
         static_scale = float(self.builder.input_scale(name)) if linear.scheme.activations == "tensor" else None
         return (linear.scheme, columns, static_scale)
@@ -85,6 +86,7 @@ class LinearWriter:
 
         def read() -> Iterable[NDArray[Any]]:
             for name in names:
+                # In a fused matrix where only some linears have a bias, the others add zeros: one Add for all.
                 bias = builder.mapped(f"{name}.bias") if f"{name}.bias" in biased else torch.zeros(self._rows(name))
                 yield builder.floats(f"{name}.bias", bias)
 
@@ -99,6 +101,7 @@ class LinearWriter:
 
         def read() -> Iterable[NDArray[Any]]:
             matrices = [builder.mapped(f"{name}.weight") for name in names]
+            # Transposed when written: MatMul wants [in, out], and constant folding of a Transpose holds both copies at load.
             for chunk in _concatenated_transposes(matrices, torch.float32):
                 yield builder.floats(names[0], chunk)
 
@@ -123,12 +126,14 @@ class LinearWriter:
         def scales() -> Iterable[NDArray[Any]]:
             for name in names:
                 group_scales = builder.packed(name).scales
+                # A group that is no power of two becomes several blocks of one scale: the same numbers, a few bytes more.
                 yield builder.floats(name, group_scales.repeat_interleave(blocks // group_scales.shape[1], dim=1))
 
         def zero_points() -> Iterable[NDArray[Any]]:
             for name in names:
                 group_points = builder.packed(name).zero_points
                 block_points = group_points.repeat_interleave(blocks // group_points.shape[1], dim=1)
+                # Words are 32 bits, MatMulNBits' rows of zero points whole bytes: what the last word has beyond them is cut.
                 yield _bytes(pack_words(block_points, scheme.bits))[:, :point_bytes]
 
         point_bytes = -(-blocks * scheme.bits // 8)
@@ -137,6 +142,7 @@ class LinearWriter:
             self._weight(names, "codes", byte, (rows, blocks, block * scheme.bits // 8), codes),
             self._weight(names, "scales", graph.dtype, (rows * blocks,), scales),
         ]
+        # Without zero points MatMulNBits takes 2^(bits - 1), which is the symmetric grids' unsigned zero.
         if not scheme.symmetric:
             inputs.append(self._weight(names, "zero_points", byte, (rows * point_bytes,), zero_points))
         level = builder.accuracy_level
@@ -164,18 +170,22 @@ class LinearWriter:
         if activations == "tensor":
             scale = graph.const(builder.input_scale(names[0]), graph.dtype)
             zero = graph.const(_ZERO_POINT, np.uint8)
+            # Shared: queries, keys and values read one input, which is rounded once.
             quantized = builder.shared(value, f"fixed {scale}", lambda: graph.op("QuantizeLinear", value, scale, zero))
             dense = builder.shared(quantized, "back", lambda: graph.op("DequantizeLinear", quantized, scale, zero))
             zeros = self._weight(names, "zero_points", np.dtype(np.uint8), (rows,), lambda: [np.full(rows, _ZERO_POINT, np.uint8)])
+            # Q/DQ around a MatMul: ONNX Runtime fuses it to one integer product, and accelerators read this form.
             return graph.op("MatMul", dense, graph.op("DequantizeLinear", codes, scales, zeros, axis=1))
         return self._per_token(value, codes, scales)
 
     def _per_token(self, value: str, codes: str, scales: str) -> str:
         """Return a product with 8-bit codes and a dynamic scale per token; in float32, as the sums overflow float16."""
         builder, graph = self.builder, self.builder.graph
+        # uint8 with zero point 128 on both sides: MatMulInteger with signed inputs has no fast CPU kernel in ONNX Runtime.
         zero = graph.const(_ZERO_POINT, np.uint8)
         wide = builder.shared(value, "wide", lambda: self._as(value, np.float32))
         scale = builder.shared(wide, "step", lambda: self._token_scales(wide))
+        # QuantizeLinear's own scale is per tensor or per axis, not per token: the input is divided first and rounded with scale 1.
         one = graph.const(1.0, np.float32)
         quantized = builder.shared(wide, "codes", lambda: graph.op("QuantizeLinear", graph.op("Div", wide, scale), one, zero))
         product = graph.cast(graph.op("MatMulInteger", quantized, codes, zero, zero), np.float32)
@@ -190,6 +200,7 @@ class LinearWriter:
         graph = self.builder.graph
         maximum = graph.op("ReduceMax", graph.op("Abs", value), graph.const([-1]), keepdims=1)
         scales = graph.op("Div", maximum, graph.const(_MAX_CODE, np.float32))
+        # A token of zeros (padding behind a mask) would divide 0 by 0, and a NaN spreads through attention.
         is_zero = graph.op("Equal", scales, graph.const(0.0, np.float32))
         return graph.op("Where", is_zero, graph.const(1.0, np.float32), scales)
 
@@ -207,6 +218,7 @@ class LinearWriter:
 
 def _concatenated_transposes(matrices: Sequence[Tensor], dtype: torch.dtype) -> Iterable[Tensor]:
     """Yield the transposes of matrices [out, in], concatenated to [in, sum of out], some rows at a time."""
+    # Contiguous once: a strided read of each chunk from the mapped file would touch every page of the matrix again and again.
     transposed = [matrix.t().contiguous() for matrix in matrices]
     width = sum(matrix.shape[1] for matrix in transposed)
     step = max(1, CHUNK // width)

@@ -47,6 +47,7 @@ def tile_tokens(builder: LayerBuilder) -> int:
     """Return the number of image tokens per tile."""
     config = builder.source.config
     grid = int(config.vision_config.image_size) // int(config.vision_config.patch_size)
+    # CLIP's tower has a class token, SigLIP's none: with "default" transformers cuts the first token of either.
     has_class_token = builder.has(f"{_TOWER}.embeddings.class_embedding")
     return grid**2 + int(has_class_token) - int(config.vision_feature_select_strategy == "default")
 
@@ -57,6 +58,7 @@ def _layers(builder: LayerBuilder, pixels: str) -> list[str]:
     setting = config.vision_feature_layer
     layers = [hidden_state(builder.source, layer) for layer in ([setting] if isinstance(setting, int) else setting)]
     with builder.graph.scope("vision"):
+        # Blocks above the highest layer asked for are not emitted: LLaVA reads the one before the last, and needs no last block.
         states = {0: clip_embeddings(builder, pixels, _TOWER, tower)}
         first = 0
         for layer in sorted(set(layers) - {0}):

@@ -89,6 +89,7 @@ def vision_encoder(builder: LayerBuilder) -> None:
     with graph.scope("tiles"):
         owners = Owners.of(graph, layout.tiles)
         flat = graph.op("Add", graph.op("Mul", owners.image, graph.extent(pixels, 1)), owners.index)
+        # The processor pads every image to the most tiles of the batch: padding is dropped before the tower computes it.
         tiles = graph.op("Gather", graph.reshape(pixels, [-1, channels, side, side]), flat, axis=0)
     width = hidden_size(config)
     features = graph.reshape(tile_features(builder, tiles), [-1, width])
@@ -102,13 +103,16 @@ def vision_encoder(builder: LayerBuilder) -> None:
 def image_layout(graph: Graph, sizes: str, config: Any, grid: int) -> Layout:
     """Return the layout of images of these sizes."""
     pixels = np.asarray(config.image_grid_pinpoints, np.int64)
+    # By area, so that ArgMax, which takes the first maximum, prefers the smaller of resolutions that keep as many pixels.
     resolutions = pixels[np.argsort(pixels.prod(axis=1), kind="stable")]
     best = _best_resolution(graph, sizes, resolutions)
+    # In the graph, not in the caller: every client would have to copy the rules by which a resolution follows from a size.
     counts = graph.op("Gather", graph.const(resolutions // int(config.vision_config.image_size)), best, axis=0)  # [images, 2]
     original, tiled = (graph.split(value, [1, 1], axis=1) for value in (sizes, counts))
     high, wide = (graph.op("Squeeze", value, graph.const([1])) for value in original)
     rows, columns = (graph.op("Squeeze", value, graph.const([1])) for value in tiled)
     height, width = (graph.op("Mul", value, graph.const(grid)) for value in (rows, columns))
+    # Aspect ratios are compared as products of integers: a quotient of floats could differ from transformers' in the last bit.
     crosswise = (graph.op("Mul", wide, height), graph.op("Mul", high, width))
     wider = graph.op("Greater", *crosswise)
     none = graph.const(0)
@@ -117,6 +121,7 @@ def image_layout(graph: Graph, sizes: str, config: Any, grid: int) -> Layout:
     beside = _padding(graph, width, graph.op("Div", crosswise[0], high))
     top, left = graph.op("Where", wider, above, none), graph.op("Where", wider, none, beside)
     return Layout(
+        # 1 for the resized image, which comes first.
         tiles=graph.op("Add", graph.op("Mul", rows, columns), graph.const(1)),
         columns=columns,
         top=top,
@@ -141,7 +146,9 @@ def _best_resolution(graph: Graph, sizes: str, resolutions: Any) -> str:
     scale = graph.op("ReduceMin", scales, graph.const([-1]), keepdims=1)
     scaled = graph.cast(graph.op("Mul", exact, scale), np.int64)
     effective = graph.op("ReduceProd", scaled, graph.const([-1]), keepdims=0)  # [images, resolutions]
+    # Enlarging an image adds no pixels of information, so at most the image's own count.
     effective = graph.op("Min", effective, graph.op("ReduceProd", sizes, graph.const([-1]), keepdims=1))
+    # As float64, which holds these integers exactly.
     return graph.op("ArgMax", graph.cast(effective, np.float64), axis=1, keepdims=0)
 
 
@@ -169,4 +176,5 @@ def token_rows(graph: Graph, layout: Layout, grid: int) -> str:
     is_resized = graph.op("Less", owners.index, patches)
     rows = graph.op("Add", first, graph.op("Where", is_resized, owners.index, tiled))
     newline = graph.op("And", ends, graph.op("Not", is_resized))
+    # Gather counts negative indices from the end, where the newline's row was appended.
     return graph.op("Where", newline, graph.const(-1), rows)

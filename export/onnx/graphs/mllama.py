@@ -97,6 +97,7 @@ def _tower(builder: LayerBuilder, pixels: str, ratios: str, mask: str) -> str:
     tokens = (int(config.image_size) // int(config.patch_size)) ** 2 + 1
     padding = -tokens % _MULTIPLE
     padded = [-1, tiles, tokens + padding, width]
+    # The padding below comes after this norm, so that padded rows are exactly 0 as in transformers.
     value = builder.layer_norm(_patches(builder, pixels, ratios, config), f"{_TOWER}.layernorm_pre", _TOWER_EPSILON)
     value = graph.op("Pad", value, graph.const([0, 0, 0, 0, 0, 0, padding, 0]), graph.const(0.0))
     value = graph.reshape(value, [-1, tiles * (tokens + padding), width])
@@ -115,7 +116,9 @@ def _tower(builder: LayerBuilder, pixels: str, ratios: str, mask: str) -> str:
             value = _block(builder, value, f"{_TOWER}.global_transformer.layers.{layer}", marks, config, gated=True)
 
     chosen = [graph.reshape(inner[int(index)], [*padded, 1]) for index in config.intermediate_layers_indices]
+    # Stacked on a new last axis: transformers interleaves the layers channel by channel, and the projector's columns expect that.
     intermediate = graph.reshape(graph.op("Concat", *chosen, axis=-1), [*padded[:3], width * len(chosen)])
+    # Padding is cut after the last block, not before: patches attend to it.
     features = graph.slice(graph.op("Concat", graph.reshape(value, padded), intermediate, axis=-1), 0, tokens, 2)
     return graph.reshape(features, [-1, tiles * tokens, width * (1 + len(chosen))])
 
@@ -162,6 +165,7 @@ def _marks(builder: LayerBuilder, mask: str, tokens: int, padding: int) -> Marks
     is_token = graph.op("And", graph.cast(graph.op("Unsqueeze", mask, graph.const([-1])), np.bool_), graph.const(real, np.bool_))
     empty = graph.reshape(graph.cast(graph.op("Not", is_token), graph.dtype), [0, -1, 1, 1])
     row = np.zeros((1, 1, heads, _MULTIPLE))
+    # One channel carries the mark, seven are 0: they only fill the head size to a multiple of eight.
     row[..., 0] = _MARK
     query, key, states = (graph.op("Mul", empty, graph.const(mark)) for mark in (row, -row, 0 * row))
     return Marks(query, key, states)
@@ -190,6 +194,7 @@ def _tower_attention(builder: LayerBuilder, value: str, name: str, marks: Marks,
         graph.reshape(graph.op("Concat", graph.reshape(states, [0, 0, heads, width]), mark, axis=-1), [0, 0, -1])
         for states, mark in zip(qkv, (marks.query, marks.key, marks.value), strict=True)
     )
+    # By the head size without marks: with the marks' channels the operator would scale by another root.
     attended = builder.attention(query, key, content, heads, scale=width**-0.5)
     attended = graph.slice(graph.reshape(attended, [0, 0, heads, width + _MULTIPLE]), 0, width, 3)
     return builder.linear(graph.reshape(attended, [0, 0, heads * width]), f"{name}.o_proj")
@@ -222,6 +227,7 @@ def decoder(builder: LayerBuilder) -> None:
             return self_attention(builder, value, layer, inputs)
         size, tiles = inputs.size, int(builder.source.config.vision_config.max_num_tiles)
         past = [graph.input(f"past_key_values.{layer}.{kind}", graph.dtype, _cache_extent(size)) for kind in ("key", "value")]
+        # Built in the first cross-attention layer, as its extents follow from that layer's keys; the others reuse it.
         cross_mask = cross_mask or _cross_mask(graph, mask, past[0], size.heads // size.kv_heads, tiles)
         attended = _cross_attention(builder, value, f"{blocks}.{layer}.cross_attn", past, size, cross_mask)
         return _gate(builder, graph.op("Mul", attended, cross_mask.rows), f"{blocks}.{layer}.cross_attn_attn_gate")
@@ -241,6 +247,7 @@ def _cross_mask(graph: Graph, mask: str, keys: str, group: int, tiles: int) -> C
     tokens, rows, tile = (
         graph.op("Greater", graph.op("ReduceSum", mask, graph.const(axes), keepdims=1), zero) for axes in ([2], [1, 2], [1])
     )
+    # Images behind a row's last one are padding of the batch: an image is real if it, or one after it, has a tile.
     first = graph.op("Mul", graph.op("Div", graph.arange(graph.extent(mask, 2)), graph.const(tiles)), graph.const(tiles))
     later = graph.op("CumSum", graph.cast(tile, np.int64), graph.const(2), reverse=1)
     real = graph.op("Or", graph.op("Greater", graph.op("Gather", later, first, axis=2), zero), graph.op("Not", rows))
@@ -249,6 +256,7 @@ def _cross_mask(graph: Graph, mask: str, keys: str, group: int, tiles: int) -> C
     queries = graph.arange(graph.op("Mul", graph.extent(mask, 1), graph.const([group])))
     bias = graph.op("Gather", bias, graph.op("Div", queries, graph.const(group)), axis=2)
     states = graph.extent(keys, 2)
+    # At least 1: a prompt without images may give keys of length 0, and nothing may divide by zero.
     states_per_tile = graph.op("Max", graph.op("Div", states, graph.op("Max", graph.extent(mask, 2), one)), one)
     bias = graph.op("Gather", bias, graph.op("Div", graph.arange(states), states_per_tile), axis=3)
     return CrossMask(bias, graph.cast(rows, graph.dtype), graph.cast(tokens, graph.dtype))
@@ -264,6 +272,7 @@ def _cross_attention(builder: LayerBuilder, value: str, name: str, past: list[st
     query = head_norm(builder, builder.linear(value, f"{name}.q_proj"), f"{name}.q_norm", epsilon, size.width)
     query = graph.transpose(graph.reshape(query, [0, 0, size.kv_heads, group, size.width]), [0, 1, 3, 2, 4])
     query = graph.reshape(query, [0, -1, size.kv_heads * size.width])
+    # No GroupQueryAttention: it is causal, and these keys are an image's, all of which every token may see.
     attended = builder.attention(query, past[0], past[1], size.kv_heads, mask.bias)
     attended = graph.transpose(graph.reshape(attended, [0, -1, group, size.kv_heads, size.width]), [0, 1, 3, 2, 4])
     return builder.linear(graph.reshape(attended, [0, 0, size.heads * size.width]), f"{name}.o_proj")

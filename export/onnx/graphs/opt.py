@@ -8,7 +8,7 @@ from compress.export.onnx.graphs.decoder import DecoderInputs, logits, self_atte
 from compress.export.onnx.graphs.layer_builder import LayerBuilder
 
 _FIRST_POSITION = 2
-"""The row of the position embeddings for a text's first token."""
+"""The row of the position embeddings for a text's first token: transformers' OPT adds this offset to every position."""
 
 _EPSILON = 1e-5
 """The epsilon of the norms: torch's default for LayerNorm, which the model's code leaves."""
@@ -22,8 +22,10 @@ def decoder(builder: LayerBuilder) -> None:
     value = graph.input("inputs_embeds", graph.dtype, ["batch_size", "sequence_length", width])
     positions = graph.input("position_ids", np.int64, ["batch_size", "sequence_length"])
     inputs = DecoderInputs.of(builder, rotary=False)
+    # OPT-350m embeds in 512 dimensions and computes in 1,024; the other sizes have no such projections.
     if builder.has_linear(f"{owner}.project_in"):
         value = builder.linear(value, f"{owner}.project_in")
+    # Cut at export: positions then start at 0 as in every other decoder, without an Add in the graph.
     table = builder.tensor(f"{owner}.embed_positions.weight", lambda rows: rows[_FIRST_POSITION:], "_of_texts")
     value = graph.op("Add", value, graph.op("Gather", table, positions, axis=0))
     for layer in range(inputs.size.layers):
@@ -33,6 +35,7 @@ def decoder(builder: LayerBuilder) -> None:
             value = graph.op("Add", value, self_attention(builder, normed, layer, inputs))
             normed = builder.layer_norm(value, f"{block}.final_layer_norm", _EPSILON)
             value = graph.op("Add", value, builder.mlp(normed, f"{block}.fc1", f"{block}.fc2", str(text.activation_function)))
+    # `_remove_final_layer_norm` in the configs of early OPT checkpoints: they have none.
     if builder.has(f"{owner}.final_layer_norm.weight"):
         value = builder.layer_norm(value, f"{owner}.final_layer_norm", _EPSILON)
     if builder.has_linear(f"{owner}.project_out"):

@@ -9,7 +9,7 @@ import numpy as np
 from compress.export.onnx.graphs.graph import Graph
 
 CODES = 16
-"""The most groups in one row: a group's code is an index below this."""
+"""The most groups in one row: a group's code is an index below this. Each bit of it costs two channels of every query and key."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +38,7 @@ class Groups:
         """Return the groups for each patch's row and slot (`position`); `extents` are the numbers of rows and slots, [1] each."""
         row, slot = position
         slots = graph.op("Add", graph.op("Mul", row, extents[1]), slot)
+        # -1 marks a slot that no patch was scattered to; it becomes patch 0, so that Gather has a valid index, and is masked.
         empty = graph.op("Expand", graph.const([-1]), graph.op("Mul", *extents))
         patches = graph.op("ScatterElements", empty, slots, graph.arange(graph.extent(row, 0)), axis=0)
         patches = graph.op("Reshape", patches, graph.op("Concat", *extents, axis=0))
@@ -75,11 +76,13 @@ class PatchGrid:
         frames, rows, columns = (graph.reshape(axis, [-1]) for axis in graph.split(grids, [1, 1, 1], axis=1))
         ends = graph.op("CumSum", graph.op("Mul", frames, graph.op("Mul", rows, columns)), graph.const(0))
         patch = graph.arange(count)
+        # How many images end at or before a patch is its image's index: ONNX has no operator for a sorted search.
         passed = graph.op("GreaterOrEqual", graph.reshape(patch, [-1, 1]), graph.reshape(ends, [1, -1]))
         image = graph.op("ReduceSum", graph.cast(passed, np.int64), graph.const([1]), keepdims=0)
         heights, widths = (graph.op("Gather", size, image) for size in (rows, columns))
         start = graph.op("Gather", _exclusive(graph, ends), image)
         frame, index = _divmod(graph, graph.op("Sub", patch, start), graph.op("Mul", heights, widths))
+        # The processor orders patches by squares of `merge` by `merge`, so that the merger reads neighbours: undone here.
         square, inside = _divmod(graph, index, graph.const(merge * merge))
         square_row, square_column = _divmod(graph, square, graph.op("Div", widths, graph.const(merge)))
         row, column = _divmod(graph, inside, graph.const(merge))
@@ -97,8 +100,10 @@ class PatchGrid:
         number = graph.op("Add", self._offsets(frames)[0], self.frame)
         patch = graph.arange(graph.extent(self.index, 0))
         stretch = graph.op("Div", graph.op("Sub", patch, self.index), largest)
+        # A row begins where a patch lies in another stretch than the one before it.
         former = graph.op("Concat", graph.const([-1]), graph.slice(stretch, 0, -1, 0), axis=0)
         codes = graph.op("Mod", number, graph.const(CODES))
+        # Also at the first patch of every 16th frame, where codes start again: two frames of one code may not share a row.
         first_of_codes = graph.op("Equal", graph.op("Add", codes, self.index), graph.const(0))
         begins = graph.op("Or", graph.op("Not", graph.op("Equal", stretch, former)), first_of_codes)
         row = graph.op("Sub", graph.op("CumSum", graph.cast(begins, np.int64), graph.const(0)), graph.const(1))
@@ -118,6 +123,7 @@ class PatchGrid:
         left = graph.op("Add", graph.op("Mul", above, self._windows_along(self.widths, side)), window_column)
         index = graph.op("Add", graph.op("Mul", row, length), column)
         position = (graph.op("Add", first, left), index)
+        # A row per window: all have the same number of slots, and with one group to a row no codes are needed.
         return Groups.of(graph, position, (count, graph.const([side * side])), ("windows", side * side))
 
     def _windows_along(self, extent: str, side: int) -> str:

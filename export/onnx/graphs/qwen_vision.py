@@ -60,7 +60,9 @@ class Tower:
         """Return the dimensions in a checkpoint's config."""
         config = builder.source.config.vision_config
         blocks, merge = int(config.depth), int(config.spatial_merge_size)
+        # `window_size` is in pixels. Windows hold whole squares of `merge`, as transformers divides by the merged patch's side.
         window = int(getattr(config, "window_size", 0)) // merge // int(config.patch_size) * merge
+        # Qwen2-VL's config calls the width `embed_dim` and the output's `hidden_size`; later: `hidden_size`, `out_hidden_size`.
         features = getattr(config, "out_hidden_size", None)
         return Tower(
             name=builder.source.family.vision[0],
@@ -96,6 +98,7 @@ class Attention:
     def of(builder: LayerBuilder, groups: Groups, heads: int) -> Attention:
         """Return the marks for `groups`."""
         graph = builder.graph
+        # A bit and its complement: the bit alone could not tell a query of code 0 from any key.
         bits = np.arange(CODES)[:, None] >> np.arange(_MARKS // 2) & 1
         codes = graph.op("Gather", groups.codes, groups.patches)
         shape = graph.op("Concat", graph.op("Shape", codes), graph.const([heads, _MARKS]), axis=0)
@@ -119,6 +122,7 @@ def vision_encoder(builder: LayerBuilder) -> None:
     patches = PatchGrid.of(graph, grids, graph.extent(pixels, 0), tower.merge)
     value = _embed(builder, tower, pixels, patches)
     tables = _rotary_tables(builder, tower, patches)
+    # Once for the whole tower: groups and marks depend on the images' grids, not on the block.
     full = Attention.of(builder, patches.frames(), tower.heads)
     windowed = Attention.of(builder, patches.windows(tower.window), tower.heads) if tower.window else full
     levels: list[str] = []
@@ -149,6 +153,7 @@ def _embed(builder: LayerBuilder, tower: Tower, pixels: str, patches: PatchGrid)
 def _positions(builder: LayerBuilder, name: str, patches: PatchGrid) -> str:
     """Return position embeddings [patches, hidden]: a learned square grid, interpolated bilinearly to each image."""
     graph = builder.graph
+    # Qwen3-VL's config has no side: its learned positions are a square grid of this many rows.
     side = int(builder.shape(name)[0] ** 0.5)
     table = builder.tensor(name)
     rows = _nearest(builder, patches.row, patches.heights, side)
@@ -167,6 +172,7 @@ def _nearest(builder: LayerBuilder, index: str, length: str, side: int) -> list[
     """Return the two neighbours in a grid of `side` of each index of an axis of `length`, int64, with their weights, float32."""
     graph = builder.graph
     gaps = graph.op("Max", graph.op("Sub", length, graph.const(1)), graph.const(1))
+    # As torch.linspace(0, side - 1, length): a single row or column lies at 0, hence at least one gap.
     scaled = graph.op("Mul", graph.cast(index, np.float32), graph.const(side - 1, np.float32))
     exact = graph.op("Div", scaled, graph.cast(gaps, np.float32))
     floor = graph.op("Floor", exact)
@@ -202,7 +208,9 @@ def _attention(builder: LayerBuilder, tower: Tower, states: str, tables: RotaryT
     query, key, content = graph.split(states, [tower.hidden] * 3)
     query = _marked(builder, tower, _rotated(builder, tower, query, tables), groups, attention.queries)
     key = _marked(builder, tower, _rotated(builder, tower, key, tables), groups, attention.keys)
+    # Values need no marks: MultiHeadAttention takes values of another head size than queries.
     content = graph.op("Gather", content, groups.patches, axis=0)
+    # The scale is given, as the operator would take it from the head size with the marks.
     attended = builder.attention(query, key, content, tower.heads, scale=tower.width**-0.5)
     attended = graph.reshape(graph.typed(attended, graph.dtype, (*groups.shape, tower.hidden)), [-1, tower.hidden])
     return graph.op("Gather", attended, groups.slots, axis=0)
@@ -238,6 +246,7 @@ def _merged(builder: LayerBuilder, tower: Tower, name: str, value: str) -> str:
         value = _norm(builder, builder.graph.reshape(value, [-1, width]), norm)
     else:
         value = builder.graph.reshape(_norm(builder, value, norm), [-1, width])
+    # The mergers' activation is nn.GELU in transformers' code, whatever the config's `hidden_act`.
     return builder.mlp(value, f"{name}.{first}", f"{name}.{second}", "gelu")
 
 

@@ -52,6 +52,8 @@ def embed(builder: LayerBuilder, ids: str, name: str) -> str:
     matrix = _rounded_matrix(builder, name, builder.embedding_bits)
     codes = graph.op("Gather", _codes(builder, matrix, (matrix.rows, matrix.blocks, matrix.block)), ids, axis=0)
     scales = graph.op("Gather", _scales(builder, matrix, (matrix.rows, matrix.blocks)), ids, axis=0)
+    # After the Gather: only the rows of the prompt's tokens are dequantized. MatMulNBits implies the same zero point, so
+    # that a tied head reads the same codes.
     centred = graph.op("Sub", graph.cast(codes, graph.dtype), graph.const(float(_ZERO_POINT)))
     rows = graph.op("Mul", centred, graph.op("Unsqueeze", scales, graph.const([-1])))
     extents = graph.op("Concat", graph.op("Shape", ids), graph.const([matrix.columns]), axis=0)
@@ -62,6 +64,7 @@ def head_name(builder: LayerBuilder) -> str:
     """Return the module that has the output head's matrix: the head, or the embeddings where the two are tied."""
     family = builder.source.family
     assert family.head is not None, "only generative models have an output head"
+    # Decided from the tensors, not by `tie_word_embeddings` alone: some checkpoints claim a tie and ship a head of their own.
     return family.embeddings if head_is_tied(builder.source.checkpoint, family) else family.head
 
 
@@ -69,6 +72,7 @@ def head(builder: LayerBuilder, value: str) -> str:
     """Return the logits of a value [batch, length, hidden]."""
     graph, name = builder.graph, head_name(builder)
     if name in builder.source.quantized:
+        # By the head's own scheme: a stage has rounded it, and it is not rounded again.
         return builder.linear(value, name)
     if builder.head_bits is not None:
         matrix = _rounded_matrix(builder, name, builder.head_bits)
@@ -86,6 +90,7 @@ def head(builder: LayerBuilder, value: str) -> str:
     if name != builder.source.family.embeddings:
         return builder.linear(value, name)
     rows, columns = builder.shape(f"{name}.weight")  # tied and stored once, in the embeddings' layout
+    # Gemm, as MatMul cannot transpose: the matrix stays [vocabulary, hidden], as Gather reads it for the embeddings.
     flat = graph.op("Gemm", graph.reshape(value, [-1, columns]), builder.tensor(f"{name}.weight"), transB=1)
     extents = graph.op("Concat", graph.op("Shape", value, end=2), graph.const([rows]), axis=0)
     return graph.op("Reshape", flat, extents)
@@ -93,6 +98,7 @@ def head(builder: LayerBuilder, value: str) -> str:
 
 def _rounded_matrix(builder: LayerBuilder, name: str, bits: int) -> RoundedMatrix:
     rows, columns = builder.shape(f"{name}.weight")
+    # A width that 32 does not divide gets blocks of 16.
     return RoundedMatrix(name, bits, min(EXPORT_GROUP_SIZE, block_size(columns)), rows, columns)
 
 

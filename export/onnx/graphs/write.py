@@ -35,6 +35,7 @@ def write_graphs(source: Source, precision: Precision, target: Path, progress: P
         CheckpointError: the checkpoint is not supported.
         StoreError: the folder cannot be written.
     """
+    # One table for all graphs of the folder: a tied head in the decoder finds the embeddings' bytes in embed_tokens.onnx_data.
     stored: dict[str, Stored] = {}
     written: list[Path] = []
     graphs: Mapping[str, str] = GRAPHS[source.family.name]
