@@ -31,17 +31,21 @@ def observe_cache_ranges(module: nn.Module) -> Generator[dict[str, CacheRange]]:
     """
     ranges: dict[str, CacheRange] = {}
     modules = list(module.modules())
+    # the attention interface hands over the module, not its name
     names = dict(zip(modules, (name for name, _ in cast("Any", module).named_modules()), strict=True))
+    # by identity: submodules share their config, whose setting must be saved once, before it is changed
     configs = {id(config): config for submodule in modules if (config := getattr(submodule, "config", None)) is not None}
     implementations = {key: config._attn_implementation for key, config in configs.items()}
     registry = cast("Any", ALL_ATTENTION_FUNCTIONS)
 
     def observed(attention: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # reduced in the attention's type, which is exact for a maximum; a float32 copy of long keys would be large
         maxima = [tensor.detach().abs().amax().to(torch.float32) for tensor in (key, value)]
         earlier = ranges.get(names[attention])
         if earlier is not None:
             maxima = [torch.maximum(maxima[0], earlier.keys), torch.maximum(maxima[1], earlier.values)]
         ranges[names[attention]] = CacheRange(*maxima)
+        # any implementation would do: a visit's output is not used while ranges are observed
         return registry["sdpa"](attention, query, key, value, *args, **kwargs)
 
     registry[_NAME] = observed

@@ -42,10 +42,12 @@ class HessianRequest:
     def __or__(self, other: HessianRequest) -> HessianRequest:
         """Return a request for what both read."""
         full = self.full or other.full
+        # blocks of the common multiple contain both sizes; a full Hessian contains blocks of any size
         return HessianRequest(full, self.sketch or other.sketch, 1 if full else math.lcm(self.block, other.block))
 
     def start(self, channels: int, device: torch.device) -> FullHessian | HessianSketch:
         """Return an accumulator without tokens."""
+        # blocks that do not divide the channels cannot tile the diagonal
         if self.full or channels % self.block or (self.sketch and channels <= FULL_HESSIAN_CHANNELS):
             return FullHessian(channels, device)
         return HessianSketch(channels, SKETCH_ROWS if self.sketch else 0, self.block, device)
@@ -66,6 +68,7 @@ class FullHessian:
         """Add tokens [tokens, in], float32."""
         for start in range(0, rows.shape[1], PANEL):
             panel = slice(start, start + PANEL)
+            # xᵀx is symmetric: computing it on and below the diagonal alone saves almost half of the multiplications
             self.lower[start:, panel].addmm_(rows[:, start:].t(), rows[:, panel])
 
     def add_weighted(self, other: FullHessian | HessianSketch, self_weight: float, other_weight: float) -> None:
@@ -79,6 +82,7 @@ class FullHessian:
 
     def blocks(self, size: int) -> Tensor:
         """Return the blocks along the diagonal, float32 [in / size, size, size]."""
+        # what lies above the diagonal of `lower` is not valid: mirrored from below
         blocks = diagonal_blocks(self.lower, size).tril()
         return blocks + blocks.tril(-1).transpose(1, 2)
 
@@ -97,6 +101,7 @@ class HessianSketch:
     def __init__(self, channels: int, count: int, block: int, device: torch.device) -> None:
         self.rows = torch.zeros(count, channels, device=device)
         self.diagonal_blocks = torch.zeros(channels // block, block, block, device=device)
+        # a CPU generator, whatever the device: CUDA's gives other signs
         self._signs = torch.Generator().manual_seed(_SEED)
         self._next = 0
 
@@ -108,8 +113,11 @@ class HessianSketch:
         start = 0
         while len(self.rows) and start < len(rows):
             tokens = rows[start : start + len(self.rows) - self._next]
+            # random signs make the products of different tokens in one row cancel in expectation; without them the estimate is
+            # biased
             signs = torch.randint(0, 2, (len(tokens), 1), generator=self._signs).mul_(2).sub_(1).to(tokens)
             self.rows[self._next : self._next + len(tokens)].addcmul_(tokens, signs)
+            # goes on where the last chunk ended: up to `count` tokens each has a row of its own, and the estimate is exact
             self._next = (self._next + len(tokens)) % len(self.rows)
             start += len(tokens)
 
@@ -117,6 +125,7 @@ class HessianSketch:
         """Replace it by the weighted sum of both; it then has the rows of both."""
         assert isinstance(other, HessianSketch)
         self.diagonal_blocks.mul_(self_weight).add_(other.diagonal_blocks, alpha=other_weight)
+        # roots, as the rows enter the estimate squared; concatenated, since adding them would mix tokens of both
         self.rows = torch.cat([self.rows.mul_(self_weight**0.5), other.rows.mul_(other_weight**0.5)])
 
     def diagonal(self) -> Tensor:
@@ -129,6 +138,7 @@ class HessianSketch:
 
     def output_error(self, error: Tensor) -> Tensor:
         """Return an estimate of the squared output error, summed over tokens, for a weight error [out, in]."""
+        # tr(ΔW H ΔWᵀ) = ‖ΔW xᵀ‖² with the sketched rows in place of all tokens
         return (error @ self.rows.t()).square_().sum()
 
 

@@ -37,9 +37,12 @@ class HostMemory:
         """
         strides, extent = _layout(tensor)
         size = extent * tensor.element_size()
+        # an empty file cannot be mapped
         if size == 0 or self.resident + size <= self.limit:
+            # detached: a stored activation must not keep the graph that computed it
             copy = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype).copy_(tensor.detach())
             self.resident += size
+            # the budget is returned when the last reference goes, wherever the walk drops it
             weakref.finalize(copy, self._release, size)
             return copy
         return self._spill(tensor, strides, size)
@@ -55,6 +58,7 @@ class HostMemory:
         try:
             with tempfile.TemporaryFile(dir=self.scratch) as file:
                 file.truncate(size)
+                # the mapping outlives the file, which has no name: after a kill nothing is left in the scratch folder
                 _reserve(file.fileno(), size)
                 view = mmap.mmap(file.fileno(), size)
         except OSError as error:
@@ -95,7 +99,9 @@ def map_tensors(tree: Any, function: Callable[[Tensor], Any]) -> Any:
         return function(tree)
     if isinstance(tree, dict):
         items = {key: map_tensors(value, function) for key, value in cast("dict[Any, Any]", tree).items()}
+        # transformers' ModelOutput is a dict whose constructor takes its items as keywords
         return items if type(cast("object", tree)) is dict else cast("Any", type(cast("object", tree)))(**items)
+    # a named tuple's constructor takes its fields one by one, not a sequence
     if isinstance(tree, tuple) and hasattr(cast("object", tree), "_fields"):
         return cast("Any", type(cast("object", tree)))(*(map_tensors(value, function) for value in cast("tuple[Any, ...]", tree)))
     if isinstance(tree, (tuple, list)):

@@ -61,6 +61,7 @@ class PlannedShards:
                 spec = group[name]
                 entries[name] = TensorEntry(spec.dtype, spec.shape, name, file, start, start + spec.bytes)
                 start += spec.bytes
+        # in the planned order again, in which `missing` lists them
         return cls(folder, {name: entries[name] for name in tensors}, headers)
 
     def create(self, target: Path) -> None:
@@ -75,6 +76,7 @@ class PlannedShards:
                 (target / name).replace(self.folder / name)
         if all(self._fits(self.folder / name) for name in self.headers):
             return
+        # the files are those of another plan: its commits would vouch for bytes that are about to be overwritten
         for commit in self.folder.glob(f"*{_COMMIT}"):
             commit.unlink()
         for name, header in self.headers.items():
@@ -93,8 +95,10 @@ class PlannedShards:
         for name, tensor in tensors.items():
             entry = self.entries.get(name)
             if entry is None or DTYPES[entry.dtype] != tensor.dtype or entry.shape != tuple(tensor.shape):
+                # a tensor of another size would overwrite its neighbour
                 planned = "not planned" if entry is None else f"planned as {entry.dtype} {list(entry.shape)}"
                 raise CheckpointError(f"{name}: is {tensor.dtype} {list(tensor.shape)}, and {planned}; report this")
+            # not "wb", which would truncate the file and lose every earlier block
             with entry.file.open("r+b") as file:
                 file.seek(entry.start)
                 file.write(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
@@ -102,6 +106,7 @@ class PlannedShards:
     def commit(self, unit: str, names: Iterable[str]) -> None:
         """Record that a unit's tensors are written."""
         written = sorted(names)
+        # the bytes before the record that vouches for them
         self._sync({self.entries[name].file for name in written})
         write_json(self._path(unit), written)
 
@@ -122,12 +127,15 @@ class PlannedShards:
         """Move the files into the checkpoint's folder and write its index."""
         self._sync({self.folder / name for name in self.headers})
         for name in self.headers:
+            # renames within one file system are atomic: a killed run leaves each file in one of the two folders, where `create`
+            # finds it
             (self.folder / name).replace(target / name)
         if len(self.headers) > 1:
             index = {
                 "metadata": {"total_size": sum(entry.bytes for entry in self.entries.values())},
                 "weight_map": {name: entry.file.name for name, entry in sorted(self.entries.items())},
             }
+            # last: a folder with an index has all of its shards
             write_json(target / INDEX, index)
         sync_folder(target)
 
@@ -150,6 +158,7 @@ class PlannedShards:
         header = self.headers[path.name]
         try:
             with path.open("rb") as file:
+                # the header names every tensor with its type, shape and place: equal headers are the same plan
                 return path.stat().st_size == self._size(path.name) and file.read(len(header)) == header
         except OSError:
             return False
@@ -164,6 +173,7 @@ def _reserve(file: IO[bytes], size: int) -> None:
     """Give a file its full size, with its blocks on the disk where the system can."""
     reserve: Callable[[int, int, int], None] | None = getattr(os, "posix_fallocate", None)
     if reserve is not None and size:
+        # a sparse file would pass here and fail with a full disk hours later
         reserve(file.fileno(), 0, size)
     else:
         file.truncate(size)

@@ -55,14 +55,18 @@ class Recorder(TorchDispatchMode):
 
         def run(*args: Any, **kwargs: Any) -> Any:
             arguments = (args, kwargs)
+            # the next unit is expected to read this output; only a read by anything else forbids feeding it directly
             map_tensors(arguments, lambda tensor: None if tensor is self._previous else self._mark_read(tensor))
+            # the first unit has nothing before it: its arguments never depend on the units
             if not self.order or self._fed_directly(arguments):
                 self.calls[name] = map_tensors(arguments, self._store)
             self.order.append(name)
+            # zeros suffice: this pass learns which units read which outputs, not their values
             output = self._run_untracked(forward, arguments) if forward else _zeros_like(hidden_states(args, kwargs))
             returned: list[Tensor] = []
             map_tensors(output, returned.append)
             self._previous = output if isinstance(output, Tensor) else None
+            # weak references: a tensor that is still alive at the end may be read later (deepstack, skip connections)
             self._returned[name] = [ref(tensor) for tensor in returned]
             self._owners |= {id(tensor): (name, ref(tensor)) for tensor in returned}
             return output
@@ -98,6 +102,7 @@ class Recorder(TorchDispatchMode):
             self._tracking = True
 
     def _mark_read(self, tensor: Tensor) -> None:
+        # an id may belong to a later tensor by now, so the reference is compared as well
         name, returned = self._owners.get(id(tensor), ("", None))
         if returned is not None and returned() is tensor:
             self._read.add(name)
@@ -109,6 +114,7 @@ class Recorder(TorchDispatchMode):
         return reads_previous and all(tensor is self._previous or id(tensor) in self._seen for tensor in tensors)
 
     def _store(self, tensor: Tensor) -> Any:
+        # not stored: the real output is only known when the previous unit is visited with its compressed weights
         if tensor is self._previous:
             return _PREVIOUS
         if id(tensor) not in self._seen:
@@ -142,6 +148,8 @@ def replace_forwards(model: nn.Module, stubs: Mapping[str, Forward]) -> Generato
     """Replace the forwards of modules, by name, inside the context."""
     modules = {model.get_submodule(name): stub for name, stub in stubs.items()}
     for module, stub in modules.items():
+        # an attribute of the instance hides the class's forward from `__call__`; hooks still run, and deleting it restores the
+        # class's
         module.forward = stub
     try:
         yield

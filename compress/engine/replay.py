@@ -27,7 +27,7 @@ from compress.errors import CheckpointError
 from compress.families import Family, within
 
 HOST_BYTES = 16 << 30
-"""The limit of activations in host memory; beyond it they spill to disk."""
+"""The limit of activations in host memory; beyond it they spill to disk, which costs time and changes no result."""
 
 
 class BatchInputs(Protocol):
@@ -171,29 +171,34 @@ class Replay:
         """
         self.current = units[0]
         inside_vision = self._inside_vision(units[0])
+        # the vision tower cannot be recorded as a whole while its blocks are being visited
         frontends = (self.family.embeddings,) if inside_vision else self.family.frontends
         self._chain = self._chained(units)
         for name in self._tensors_between(units):
             self.reader.load_tensor(self.model, name, name, self.config.device)
         self._first_pass(units, frontends)
+        # their outputs are recorded, so that the visits need no weights but those of the visited unit
         for name in (*frontends, *self._chain):
             unload(self.model.get_submodule(name))
         units = self._in_order(units)
         for index, name in enumerate(units):
             yield from self._visit(units, index, frontends)
             unload(self.model.get_submodule(name))
+        # the patch embedding and the merger as well: the decoder's walk replays their recorded outputs
         if inside_vision:
             for name in self.family.vision:
                 unload(self.model.get_submodule(name))
 
     def _visit(self, units: Sequence[str], index: int, frontends: Sequence[str]) -> Iterator[BlockVisit]:
         self.current = name = units[index]
+        # before the unit is loaded: a replay then never shares the device with the unit's weights
         calls = [self._call(batch, units, index, frontends) for batch in range(len(self._traces))]
         module = self.model.get_submodule(name)
         self.reader.load(module, name, self.config.device)
         readers = self.family.cross_attention_linears if within(name, self.family.blocks) else ()
         visit = BlockVisit(name, module, [call for call in calls if call is not None], self.config.device, readers)
         yield visit
+        # nothing reads the last decoder unit's output; the last vision block's feeds the decoder's walk
         if index + 1 == len(units) and not self._inside_vision(name):
             return
         for trace, call in zip(self._traces, calls, strict=True):
@@ -205,6 +210,7 @@ class Replay:
         if name in self._chain and name not in trace.order:
             return None
         if name in trace.calls:
+            # taken out, so that the host memory of arguments is free once their unit has been visited
             args, kwargs = trace.calls.pop(name)
             previous = _previous_unit(trace, name)
             output = trace.outputs[previous] if previous else None
@@ -224,6 +230,7 @@ class Replay:
             trace.frontends.clear()
             trace.outputs.clear()
         elif previous in trace.read_by_next:
+            # replays still need the shape: a stub returns zeros of it
             trace.outputs[previous] = map_tensors(trace.outputs[previous], _without_data)
 
     def _replays(self, trace: _Trace, units: Sequence[str]) -> bool:
@@ -237,6 +244,7 @@ class Replay:
 
     def _in_order(self, units: Sequence[str]) -> list[str]:
         """Return the units in the order of the batch that calls most of them; each other one follows its predecessor in `units`."""
+        # a text-only batch skips blocks of cross-attention, so one that calls most units gives the order
         ordered = list(max((trace.order for trace in self._traces), key=len, default=list[str]()))
         for index, name in enumerate(units):
             if name not in ordered:
@@ -277,6 +285,7 @@ class Replay:
             recorder.finish()
             trace.outputs.clear()
             trace.calls, trace.read_by_next, trace.order = recorder.calls, recorder.read_by_next, recorder.order
+            # where every unit is fed directly, no replay reads the embeddings and image features: not kept
             if self._replays(trace, units):
                 trace.frontends = outputs
 
@@ -313,6 +322,7 @@ class Replay:
 
         stubs = self._output_stubs(batch, self.family.frontends) | {self.family.head: stop}
         stubs |= {name: _stub_with_gradients(output) for name, output in outputs.items()}
+        # a stage runs under no_grad as a whole
         with torch.enable_grad():
             self._forward(self.config.batches[batch].inputs(), stubs)
         return recorded[0]
@@ -346,12 +356,14 @@ class Replay:
         with replace_forwards(self.model, stubs):
             try:
                 entry = self.model.get_submodule(self.family.entry(inputs))
+                # without a cache: stubs would not fill it, and blocks with weights would keep keys and values on the device
                 entry(**{name: move(value) for name, value in inputs.items()}, use_cache=False)
             except ReachedError:
                 return
 
     def _token_positions(self, inputs: Mapping[str, Tensor]) -> Positions:
         tokens = inputs["input_ids"]
+        # with cross-attention an image token is a token like any other in the decoder: the features enter beside it
         placeholders = () if self.family.cross_attention_linears else self.family.placeholders(self.config.checkpoint.config)
         vision = torch.isin(tokens, torch.tensor(placeholders, dtype=tokens.dtype)).reshape(-1)
         mask = inputs.get("attention_mask")
@@ -373,6 +385,7 @@ class Replay:
 
 def _previous_unit(trace: _Trace, name: str) -> str:
     """Return the unit that a batch called before this one, empty for the first."""
+    # a unit that is not in the order is the head or a projection: they run after all blocks
     index = trace.order.index(name) if name in trace.order else len(trace.order)
     return trace.order[index - 1] if index else ""
 
@@ -389,6 +402,7 @@ def _without_padding(positions: Positions | None, mask: Any, rows: int) -> Posit
     """Return positions without the padding rows of a vision block: those that its attention mask hides even from themselves."""
     if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[0] * mask.shape[-1] != rows:
         return positions
+    # a token always sees itself, unless it is padding: the diagonal tells them apart, in boolean and additive masks alike
     diagonal = mask[:, 0].diagonal(dim1=-2, dim2=-1).reshape(-1)
     vision = diagonal if diagonal.dtype == torch.bool else diagonal == 0
     if positions is not None:
@@ -432,6 +446,7 @@ def _stub_with_gradients(output: Any) -> Forward:
 
 
 def _stub_per_call(name: str, outputs: list[Any], device: str) -> Forward:
+    # by call, since a module may run several times in one forward, as Qwen's tower does for images and for videos
     remaining = iter(outputs)
 
     def run(*args: Any, **kwargs: Any) -> Any:

@@ -59,6 +59,7 @@ class Sensitivity:
 
 
 def _loss(error: Tensor, sensitivity: Tensor, inputs: TokenStatistics) -> float:
+    # Σ_r s_r ΔW_r H ΔW_rᵀ is the output error of rows scaled by √s_r, which full and sketched Hessians both compute
     weighted = error * sensitivity.to(error).sqrt().unsqueeze(1)
     return float(inputs.hessian.output_error(weighted) / inputs.tokens)
 
@@ -81,6 +82,7 @@ def balance(statistics: InputStatistics, sensitivities: Iterable[Sensitivity]) -
     total = sum(count * value for count, value in zip(counts, sums, strict=True))
     if total == 0:
         return 1.0, 1.0
+    # with a mean weight of 1 the sums stay comparable with unweighted ones
     scale = sum(counts) / total
     return sums[0] * scale, sums[1] * scale
 
@@ -114,6 +116,7 @@ class _Sums:
     def add_rows(self, rows: Tensor, *, vision: bool) -> None:
         """Add gradients [tokens, out] of tokens of one modality."""
         if rows.shape[0]:
+            # float64 over batches: a float32 sum would lose what small gradients add to large ones
             squares = rows.square().sum(dim=0).to(torch.float64)
             before = self.squares[vision]
             self.squares[vision] = squares if before is None else before + squares
@@ -144,6 +147,7 @@ def measure_sensitivity(
             f"{config.checkpoint.folder}: {config.family.name} has no output head, so nothing tells what its predictions depend "
             "on; give bits and balance as numbers"
         )
+    # seeded on the device that draws: the same settings give the same labels there, not across devices
     return _ReverseWalk(
         Replay(config), config.family.head, names, torch.Generator(config.device).manual_seed(seed), advance
     ).measure()
@@ -174,6 +178,7 @@ class _ReverseWalk:
             self.advance(1)
             if visit.name == units[-1]:
                 self._start(visit)
+                # the head's own weights are used through `_head_weight`, so it need not be visited
                 break
         for name in reversed(units):
             self._backward(name)
@@ -185,6 +190,7 @@ class _ReverseWalk:
 
     def _start(self, last: BlockVisit) -> None:
         """Compute the gradients at the last block's output, with the rest of the model in float32."""
+        # in bfloat16 the gradient p - 1 of a label is 0 from p = 0.998 on
         self.replay.model.float()
         weight = self._head_weight()
         for call in last.calls:
@@ -200,6 +206,7 @@ class _ReverseWalk:
     def _head_weight(self) -> Tensor:
         reader = self.replay.reader
         family = self.replay.family
+        # a tied head has no tensor on disk
         owner = family.embeddings if head_is_tied(reader.checkpoint, family) else self.head
         return reader.tensor(f"{owner}.weight", self.device).to(torch.float32)
 
@@ -212,31 +219,37 @@ class _ReverseWalk:
         bias = cast("Tensor | None", getattr(self.replay.model.get_submodule(self.head), "bias", None))
         if bias is not None:
             bias = self.replay.reader.tensor(f"{self.head}.bias", self.device).to(torch.float32)
+        # only text positions: a language model's loss is never taken after an image's placeholder tokens
         for chunk in torch.split(text, max(1, _HEAD_CHUNK // weight.shape[0])):
             error = nn.functional.linear(rows[chunk], weight, bias).softmax(dim=-1)
             noise = torch.empty_like(error).exponential_(generator=self.generator)
             labels = (error / noise).argmax(dim=-1, keepdim=True)  # a sample of softmax by the Gumbel-max trick, with exponentials
+            # the gradient of cross-entropy at the logits is p minus the label's one-hot vector; formed in place, logits are large
             error.scatter_(1, labels, error.gather(1, labels) - 1)
             if self.head in self.linears:
                 self._sums(self.head).add_rows(error, vision=False)
             gradient[chunk] = error @ weight
+        # each text token predicts the next one, the last of a sample included: labels are drawn, not read from the text
         self.predicted += len(text)
         return gradient.view(hidden.shape)
 
     def _backward(self, name: str) -> None:
         """Propagate every batch's gradient from a block's output to its input, and accumulate it at the block's linears."""
         module = self.replay.model.get_submodule(name)
+        # loaded again in float32: the walk has freed it, and the model's type has changed since
         self.replay.reader.load(module, name, self.device)
         local = {linear.removeprefix(f"{name}."): linear for linear in self.linears if within(linear, name)}
         for call in self.calls.pop(name):
             args, kwargs = self._to_device(call.args), self._to_device(call.kwargs)
             states = _hidden_states(args, kwargs)
+            # a leaf per block: the graph never spans two blocks, so one block's activations are all that is kept
             leaf = states.detach().requires_grad_()
             with _OutputGradients(module, local, self._accumulator(call.positions)), self._attention(), torch.enable_grad():
                 output = _hidden_states(
                     (module(*_replace_tensor(args, states, leaf), **_replace_tensor(kwargs, states, leaf)),), {}
                 )
                 output.backward(self.gradients[call.batch].to(self.device))
+            # the gradient at this block's input is the one at the previous block's output
             self.gradients[call.batch] = self.replay.host.offload(cast("Tensor", leaf.grad))
         unload(module)
 

@@ -31,9 +31,11 @@ class TokenStatistics:
     def add(self, rows: Tensor) -> None:
         """Add tokens [tokens, in]."""
         for chunk in in_chunks(rows):
+            # squares of float16 overflow beyond 256, and sums in bfloat16 stop growing after a few hundred tokens
             values = chunk.to(torch.float32)
             self.hessian.add(values)
             self.abs_sum += _norms(values, 1)
+            # never weighted by modality: a static scale has to cover the largest value of any token
             self.abs_max = torch.maximum(self.abs_max, _norms(values, math.inf))
         self.tokens += rows.shape[0]
 
@@ -84,6 +86,7 @@ class InputStatistics:
         for sums, weight in others:
             lower.add_(sums.lower, alpha=weight)
         for sums, _ in self._full_hessians():
+            # frees the other modality's matrix, and makes a second use of the sums fail instead of returning an overwritten one
             sums.lower = sums.lower.new_empty(0, 0)
         return _mirror(lower).div_(self._weight())
 
@@ -155,6 +158,7 @@ class InputStatistics:
         for kind, mask in (("text", positions.text), ("vision", positions.vision)):
             count = int(mask.sum())
             if count:
+                # indexing by a mask copies the rows: avoided where all of them count
                 tokens = rows if count == rows.shape[0] else rows[mask.to(rows.device)]
                 setattr(self, kind, self._added(getattr(self, kind), tokens))
 
@@ -195,6 +199,7 @@ class Observer:
         self._module = module
         self._linears = tuple(linears)
         self._hooks: list[RemovableHandle] = []
+        # by linear, the first one that received the same input tensor
         self._leader: dict[str, str] = {}
         self._seen: set[str] = set()
         self._last: tuple[str, Tensor] | None = None
@@ -213,12 +218,15 @@ class Observer:
         def count(module: nn.Module, args: tuple[Any, ...]) -> None:
             del module
             inputs: Tensor = args[0]
+            # decided at the first call alone: which linears share an input follows from the model's code, not from the sample
             if name not in self._leader:
+                # by identity of the tensor object, which `_last` keeps alive, so that its memory cannot be given to another one
                 shared = self._last is not None and self._last[1] is inputs
                 self._leader[name] = self._last[0] if shared and self._last is not None else name
                 self.statistics.setdefault(self._leader[name], InputStatistics(requested=self._requested))
                 self.statistics[name] = self.statistics[self._leader[name]]
             leader = self._leader[name]
+            # counted once for all linears that share the input: q, k and v would triple the most expensive product of the pass
             if leader == name:
                 self._last = (name, inputs)
                 self.statistics[name].add(inputs, self._rows(name, inputs))
@@ -257,6 +265,7 @@ def observe(visit: BlockVisit, linears: Iterable[str], requested: HessianRequest
     if missing:
         raise CheckpointError(f"{visit.name}.{missing[0]}: its block ran without calling it; leave it out of the stage")
     for name in names:
+        # checked here, where layer, type and remedy are known: a solver would only find that its Hessian is not finite
         if not bool(observer.statistics[name].mean_abs().isfinite().all()):
             dtype = visit.module.get_parameter(f"{name}.weight").dtype
             raise CheckpointError(

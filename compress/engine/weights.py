@@ -140,6 +140,7 @@ def quantize_inputs(linear: nn.Module, scheme: Scheme, scale: Tensor | None) -> 
         inputs = args[0]
         rounded = fake_quantize_activations(inputs.detach(), scheme, scale)
         if inputs.requires_grad and torch.is_grad_enabled():
+            # the value of `rounded` with the gradient of `inputs`; only a sensitivity measurement asks for gradients
             rounded = inputs + (rounded - inputs.detach())
         return (rounded, *args[1:])
 
@@ -152,6 +153,7 @@ def set_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     owner = module.get_submodule(owner_name)
     value = value.to(cast("Tensor", getattr(owner, leaf)).dtype)
     if leaf in owner._parameters:  # pyright: ignore[reportPrivateUsage]
+        # no weight ever needs a gradient here: sensitivities are those of activations
         owner.register_parameter(leaf, nn.Parameter(value, requires_grad=False))
     else:
         owner.register_buffer(leaf, value)
@@ -168,13 +170,16 @@ def map_tensor(entry: TensorEntry) -> Tensor:
     dtype = DTYPES[entry.dtype]
     if entry.bytes == 0:
         return torch.empty(entry.shape, dtype=dtype)
+    # a mapping must begin at a page; the tensor lies wherever the header ended
     first = entry.start - entry.start % mmap.ALLOCATIONGRANULARITY
     try:
         with entry.file.open("rb") as file:
+            # copy on write: torch wants a writable buffer, and a mistaken write must not reach the checkpoint
             view = mmap.mmap(file.fileno(), entry.end - first, access=mmap.ACCESS_COPY, offset=first)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"{entry.file}: {entry.name} cannot be read ({error}); fetch the file again") from error
     flat = torch.frombuffer(view, dtype=torch.uint8, count=entry.bytes, offset=entry.start - first)
+    # some writers do not align their data, and torch cannot view bytes at an odd offset as wider numbers
     if (entry.start - first) % dtype.itemsize:
         flat = flat.clone()
     return flat.view(dtype).view(entry.shape)
@@ -242,15 +247,18 @@ class ShardWriter:
         """
         if any(name in shard.entries for shard in self._shards):
             raise StoreError(f"{self.folder}: {name} is written twice; remove one of the two from the checkpoint")
+        # safetensors has no strides: a transposed view would be written in the wrong order
         value = tensor.detach().contiguous()
         size = value.numel() * value.element_size()
         header = len(json.dumps(name)) + HEADER_SLACK
         shard = self._shards[-1] if self._shards else None
+        # a tensor larger than the limit still gets a file, of its own
         if shard is None or (shard.entries and shard.bytes + size + shard.header + header > self.limit):
             shard = self._open()
         try:
             assert self._file is not None
             if size:
+                # as bytes, because numpy has neither bfloat16 nor float8
                 self._file.write(value.cpu().reshape(-1).view(torch.uint8).numpy().data)
         except OSError as error:
             raise self._full(error, size) from error
@@ -309,14 +317,18 @@ def shard_header(tensors: Mapping[str, TensorSpec]) -> tuple[bytes, list[str]]:
 
     The widest types come first, so that every tensor is aligned, then names decide.
     """
+    # the order of safetensors' own writer, so that equal tensors give equal files
     order = sorted(tensors, key=lambda name: (-DTYPES[tensors[name].dtype].itemsize, name))
+    # transformers 4 refuses a file whose metadata names no framework
     table: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name in order:
         tensor = tensors[name]
         table[name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [offset, offset + tensor.bytes]}
+        # without gaps: safetensors rejects offsets that do not join
         offset += tensor.bytes
     header = json.dumps(table, separators=(",", ":"), ensure_ascii=False).encode()
+    # padded by spaces, as the format allows, so that the data begin at a multiple of the widest type
     header += b" " * (-len(header) % 8)
     return len(header).to_bytes(8, "little") + header, order
 
@@ -327,10 +339,12 @@ def _assemble(shard: _Shard, path: Path) -> None:
     try:
         with shard.data.open("rb") as source, temporary.open("wb") as target:
             target.write(header)
+            # the kernel copies by file descriptor: the header must not still be in Python's buffer
             target.flush()
             for start, end in _runs([(start, start + spec.bytes) for spec, start in map(shard.entries.__getitem__, order)]):
                 _copy_range(source, target, start, end)
             target.flush()
+            # before the rename, which may reach the disk first: after a power cut the name would belong to an empty file
             os.fsync(target.fileno())
         temporary.replace(path)
     finally:
@@ -358,12 +372,14 @@ def _copy_range(source: IO[bytes], target: IO[bytes], start: int, end: int) -> N
             try:
                 done = os.copy_file_range(source.fileno(), target.fileno(), size, start)
             except OSError as error:
+                # anything else says that this file system or kernel cannot copy inside the kernel: read and write instead
                 if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
                     raise
             in_kernel = done > 0
         if not done:
             source.seek(start)
             data = source.read(size)
+            # the two ways may alternate: Python's buffer must not hold bytes back from the next copy inside the kernel
             target.write(data)
             target.flush()
             done = len(data)

@@ -27,6 +27,7 @@ def fake_quantize_activations(inputs: Tensor, scheme: Scheme, scale: Tensor | No
     Raises:
         ValueError: the scheme needs a static scale, and `scale` is None.
     """
+    # a quotient in bfloat16 has 8 significant bits: near 127 it is rounded to half steps first, so that codes are rounded twice
     values = inputs.float()
     if scheme.activations == "tensor":
         if scale is None:
@@ -41,6 +42,7 @@ def fake_quantize_activations(inputs: Tensor, scheme: Scheme, scale: Tensor | No
 def _dynamic_scale(values: Tensor, scheme: Scheme) -> Tensor:
     """Return the dynamic scale of each row [..., 1]; 1 for a row of zeros."""
     scale = values.abs().max(dim=-1, keepdim=True).values / _LARGEST[scheme.type]
+    # a row of zeros would give 0 / 0, and attention carries a NaN to other tokens
     return scale.masked_fill(scale == 0, 1.0)
 
 
@@ -48,5 +50,7 @@ def _round(values: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     codes = values.div(scale)
     if scheme.type == "float":
         largest = _LARGEST["float"]
+        # clamped before the cast: beyond 448 torch's cast is NaN in some supported versions
         return codes.clamp(-largest, largest).to(torch.float8_e4m3fn).to(torch.float32).mul(scale)
+    # a static scale meets larger values than those of calibration: kernels saturate at -128, a code that calibration never gives
     return codes.round().clamp(-_LARGEST["int"] - 1, _LARGEST["int"]).mul(scale)

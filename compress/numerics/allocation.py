@@ -51,6 +51,7 @@ def allocate(groups: Mapping[str, Sequence[WidthOption]], budget: int) -> dict[s
     smallest = sum(options[0].cost for options in candidates.values())
     if smallest > budget:
         raise BudgetError(smallest, budget)
+    # the best of every group fits; past this line some group has two options, so that `unit` is above 0
     if sum(options[-1].cost for options in candidates.values()) <= budget:
         return {name: options[-1] for name, options in candidates.items()}
     # costs are counted from each group's cheapest option and in their greatest common divisor: the solver sees small numbers
@@ -68,6 +69,7 @@ def allocate(groups: Mapping[str, Sequence[WidthOption]], budget: int) -> dict[s
 def _undominated(options: Sequence[WidthOption]) -> list[WidthOption]:
     """Return the options on the Pareto front of cost and loss, the cheapest first."""
     front: list[WidthOption] = []
+    # the width decides between equals, so that the result does not depend on the order of the recipe's widths
     for option in sorted(options, key=lambda option: (option.cost, option.loss, option.width)):
         if not front or option.loss < front[-1].loss:
             front.append(option)
@@ -76,6 +78,7 @@ def _undominated(options: Sequence[WidthOption]) -> list[WidthOption]:
 
 def _solve(costs: list[list[int]], losses: list[list[float]], limit: int) -> list[int]:
     """Return the index picked in each group: one binary variable per option, of which each group has exactly one at 1."""
+    # imported here: every plan loads this module, and scipy is slow to import
     import numpy as np
     from scipy import optimize, sparse
 
@@ -87,6 +90,7 @@ def _solve(costs: list[list[int]], losses: list[list[float]], limit: int) -> lis
     flat_losses = np.array([loss for group in losses for loss in group])
     library: Any = optimize
     result = library.milp(
+        # above 0: on each front the loss falls strictly, and it was shifted by the group's smallest
         flat_losses * (_SCALE / flat_losses.max()),
         integrality=np.ones(count),
         bounds=library.Bounds(0, 1),
@@ -94,12 +98,15 @@ def _solve(costs: list[list[int]], losses: list[list[float]], limit: int) -> lis
             library.LinearConstraint(one_each, 1, 1),
             library.LinearConstraint(sparse.csr_array(flat_costs[None, :]), -np.inf, limit),
         ],
+        # by default HiGHS stops within 1e-4 of the optimum: the widths would then depend on the order of its search
         options={"mip_rel_gap": 0},
     )
     if result.x is None:
         raise ArithmeticError(f"the solver gave no widths: {result.message}")
     starts = np.concatenate([[0], np.cumsum(sizes)])
+    # a binary variable is integral within the solver's tolerance only: 0.9999999 is a pick
     picks = [int(np.argmax(result.x[start:end])) for start, end in pairwise(starts)]
+    # the solver may exceed a constraint by its tolerance too; in whole units that is checked exactly
     if sum(group[pick] for group, pick in zip(costs, picks, strict=True)) > limit:
         raise ArithmeticError("the solver's widths do not fit the budget; report this as a bug of the solver")
     return picks

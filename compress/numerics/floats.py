@@ -23,6 +23,7 @@ def float_scales(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Ten
     """
     rows, columns = weight.shape
     height, width = _block_shape(scheme, rows, columns)
+    # zeros never are the largest magnitude, so partial blocks need no case of their own
     padded = pad(weight.to(torch.float32).abs(), (0, -columns % width, 0, -rows % height))
     blocks = padded.view(padded.shape[0] // height, height, padded.shape[1] // width, width)
     scales = (blocks.amax(dim=(1, 3)) * shrink / FLOAT8_MAX).to(dtype)
@@ -43,6 +44,7 @@ def expand_scales(scales: Tensor, scheme: Scheme, shape: tuple[int, int]) -> Ten
 
 def to_float8(values: Tensor) -> Tensor:
     """Return the nearest float8 e4m3fn numbers, ties to even, clamped to ±448."""
+    # e4m3fn has no infinity, and torch's cast of larger values is NaN in some supported versions and 448 in others
     return values.clamp(-FLOAT8_MAX, FLOAT8_MAX).to(FLOAT8)
 
 

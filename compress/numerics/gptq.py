@@ -17,7 +17,10 @@ from compress.numerics.cholesky import factor, permute
 from compress.numerics.grids import Grid, QuantizedWeight
 
 _BLOCK = 64
-"""Columns whose errors are compensated one by one; those of earlier columns are, in one matrix product per block."""
+"""Columns whose errors are compensated one by one; those of earlier columns are, in one matrix product per block.
+
+At another size only the order of float32 sums changes; the paper takes 128.
+"""
 
 _DAMPING_GROWTH = 10.0
 """How much more is added to the diagonal of a Hessian that could not be factored."""
@@ -56,15 +59,22 @@ class Feedback:
         Raises:
             CheckpointError: the Hessian is not finite, or cannot be factored at any damping.
         """
+        # a copy: `diagonal()` is a view, and the Hessian is permuted and factored in place below
         diagonal = hessian.diagonal().clone()
         mean_diagonal = float(diagonal.mean())
+        # written as a negation because NaN compares False with everything
         if not mean_diagonal < float("inf"):
             raise CheckpointError("the second moment of its inputs is not finite; convert the checkpoint to bfloat16")
         order = torch.arange(len(hessian), device=hessian.device)
         if options.actorder:
+            # stable: channels of equal diagonal (dead ones are all 0) keep their order, on every device
             order = diagonal.argsort(descending=True, stable=True)
+        # the Cholesky factor is lower triangular; of the reversed matrix it is the upper factor that the order of rounding needs
         permute(hessian, order.flip(0))
+        # an input that is always zero has no diagonal to take a share of; any positive damping makes this rounding to nearest
         damping = options.dampening_frac * (mean_diagonal or 1.0)
+        # with fewer calibration tokens than channels H is singular, and float32 can make it slightly indefinite: retried with more
+        # damping
         for _ in range(_ATTEMPTS):
             if factor(hessian, damping):
                 break
@@ -73,6 +83,7 @@ class Feedback:
             raise CheckpointError(
                 f"the second moment of its inputs cannot be factored, not even with {damping:.3g} on its diagonal"
             )
+        # D drops out of the feedback, only the unit factor is needed; cloned because the view would change under the division
         hessian.div_(hessian.diagonal().clone())
         return cls(order, hessian)
 
@@ -98,17 +109,22 @@ def round_columns(weight: Tensor, feedback: Feedback, grid: Grid, kept: Tensor |
     step_sizes, zeros, transposed = grid.scales.to(torch.float32).t().contiguous(), grid.zero_points.t().contiguous(), weight.t()
     for start in range(0, columns, _BLOCK):
         stop = min(start + _BLOCK, columns)
+        # `original` is kept beside `compensated`: without the inverse Hessian, errors are measured against the original weight
         original = transposed[order[start:stop]]
+        # errors of all earlier blocks enter in one product here, so that the loop below only updates its own block
         compensated = original.addmm(feedback.block(0, start, start, stop).t(), errors[:start]) if start else original.clone()
         within = feedback.block(start, stop, start, stop)
         step, zero = step_sizes[group_of[start:stop]], zeros[group_of[start:stop]]
         levels = torch.empty_like(original)
         kept_columns = None if kept is None else kept.t()[order[start:stop]].to(original)
+        # levels count from the zero point, so that dequantizing inside the loop is one multiplication
         columns_of_block = (compensated, original, step, -zero, scheme.levels - 1 - zero, levels, errors[start:stop], within)
+        # unbound once: indexing eight tensors at every column costs twice as much on a CPU
         by_column = enumerate(zip(*map(torch.unbind, columns_of_block), strict=True))
         for index, (target, weights, size, lowest, highest, level, error, effect) in by_column:
             torch.div(target, size, out=level).round_()
             torch.clamp(level, lowest, highest, out=level)
+            # before the error is taken, so that a pruned weight's whole value is fed back
             if kept_columns is not None:
                 level.mul_(kept_columns[index])
             torch.addcmul(weights, level, size, value=-1, out=error)

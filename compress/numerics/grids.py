@@ -44,6 +44,7 @@ class QuantizedWeight:
         step = max(1, _CHUNK // columns)
         for start in range(0, rows, step):
             chunk = slice(start, start + step)
+            # in float32 even for bfloat16 results: code - zero point is exact there, and the product is rounded once
             groups = self.codes[chunk].view(-1, columns // self.scheme.group_size, self.scheme.group_size).to(torch.float32)
             groups.sub_(self.zero_points[chunk].unsqueeze(-1)).mul_(self.scales[chunk].unsqueeze(-1).to(torch.float32))
             matrix[chunk] = groups.view(-1, columns)
@@ -88,11 +89,15 @@ def grid(groups: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | fl
     An asymmetric grid spans from the lowest to the highest value and always includes zero; a symmetric one reaches half a step
     past its outermost codes. `shrink` multiplies the range, by a number or by one per group. A group of zeros has the scale 1.
     """
+    # a range that excludes zero would put the zero point outside of the codes, which no packed layout can store
     low = groups.amin(dim=-1).clamp_(max=0)
+    # symmetric: 2·max|W| over 2^bits - 1 steps, as compressed-tensors computes it (the negative side has one code more)
     extent = groups.abs().amax(dim=-1) * 2 if scheme.symmetric else groups.amax(dim=-1).clamp_(min=0) - low
     scales = (extent * shrink / (scheme.levels - 1)).to(dtype)
+    # after the rounding to `dtype`: a tiny range underflows to 0 in float16, and dividing by it would give NaN
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     if scheme.symmetric:
         return scales, torch.full_like(scales, scheme.levels // 2, dtype=torch.float32)
+    # from the rounded scale, since that is the one a runtime multiplies by
     zero_points = (-low * shrink / scales.to(torch.float32)).round_().clamp_(0, scheme.levels - 1)
     return scales, zero_points

@@ -13,7 +13,10 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)
-"""AutoAWQ's GEMM layout: nibble i of a word, lowest first, is column 8·word + AWQ_ORDER[i]."""
+"""AutoAWQ's GEMM layout: nibble i of a word, lowest first, is column 8·word + AWQ_ORDER[i].
+
+Its kernels convert nibbles i and i + 4 with one mask (0x000f000f) into a pair of float16 values: two neighbouring columns.
+"""
 
 _CHUNK = 1 << 24
 """Codes that are packed at once, so that intermediate copies stay small whatever the matrix's size."""
@@ -25,7 +28,9 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
     Code i of a row takes the bits i·bits and up of its words, lowest first, across the words' borders; unused bits are zero.
     """
     rows, columns = codes.shape
+    # 32 codes of any width fill whole words, so that each row starts at a word
     padded = pad(codes, (0, -columns % 32)) if columns % 32 else codes
+    # bytes are reinterpreted, not shifted: right on little-endian hosts alone, the byte order of safetensors' data
     words = torch.cat([_pack_bytes(chunk, bits) for chunk in _row_chunks(padded)]).view(torch.int32)
     return words.view(rows, -1)[:, : -(-columns * bits // 32)].contiguous()
 
@@ -33,6 +38,7 @@ def pack_words(codes: Tensor, bits: int) -> Tensor:
 def unpack_words(words: Tensor, bits: int, columns: int) -> Tensor:
     """Return the uint8 codes [rows, columns] which `pack_words` packed."""
     rows, count = words.shape
+    # `bits` words hold 32 codes: the unit that the bytes below divide into
     padded = pad(words, (0, -count % bits)) if count % bits else words.contiguous()
     codes = torch.cat([_unpack_bytes(chunk, bits) for chunk in _row_chunks(padded.view(torch.uint8))])
     return codes.view(rows, -1)[:, :columns].contiguous()
@@ -74,6 +80,7 @@ def _pack_bytes(codes: Tensor, bits: int) -> Tensor:
     packed = torch.zeros(eights.shape[0], bits, dtype=torch.uint8, device=codes.device)
     for index in range(8):
         byte, shift = divmod(index * bits, 8)
+        # a uint8 shift drops the bits above the byte; the next line puts them into the following one
         packed[:, byte] |= eights[:, index] << shift
         if shift + bits > 8:
             packed[:, byte + 1] |= eights[:, index] >> (8 - shift)
@@ -89,6 +96,7 @@ def _unpack_bytes(packed: Tensor, bits: int) -> Tensor:
         byte, shift = divmod(index * bits, 8)
         code = eighths[:, byte] >> shift
         if shift + bits > 8:
+            # whole bytes are combined and masked at the end, so that codes may cross their borders (3 bits do)
             code = code | (eighths[:, byte + 1] << (8 - shift))
         codes[:, index] = code & mask
     return codes.view(-1)

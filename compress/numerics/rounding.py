@@ -9,7 +9,10 @@ from compress.numerics.floats import expand_scales, float_scales, to_float8
 from compress.numerics.grids import Grid, QuantizedWeight, Scheme, full_range, grid, resolve_group_size
 
 PANEL = 256
-"""Columns of a symmetric matrix that are computed at once; above the diagonal only their own square block is."""
+"""Columns of a symmetric matrix that are computed at once; above the diagonal only their own square block is.
+
+`FullHessian.add` fills the squares that `output_error` reads, so both take this one constant.
+"""
 
 _CHUNK = 1 << 24
 """Elements whose clipping range is searched at once: a float32 copy of them takes 64 MiB."""
@@ -21,6 +24,7 @@ def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor 
     `shrink` multiplies each range, by a number or by one per scale.
     """
     if scheme.type == "float":
+        # codes divide by the scale as stored: one rounded afterwards would leave every weight of its group off by the same factor
         scales = float_scales(weight, scheme, dtype, shrink)
         codes = to_float8(weight.to(torch.float32) / expand_scales(scales, scheme, (weight.shape[0], weight.shape[1])))
         return QuantizedWeight(codes, scales, None, scheme)
@@ -37,6 +41,7 @@ def round_nearest(weight: Tensor, grid: Grid) -> QuantizedWeight:
 def round_to(groups: Tensor, scales: Tensor, zero_points: Tensor, scheme: Scheme) -> Tensor:
     """Return the nearest codes, float32 [out, groups, group_size], for values of that shape and grids [out, groups]."""
     steps = scales.to(torch.float32).unsqueeze(-1)
+    # ties to even, as torch, compressed-tensors and the kernels round; `groups` is a view of the weight, so not in place
     return (groups / steps).round_().add_(zero_points.unsqueeze(-1)).clamp_(0, scheme.levels - 1)
 
 
@@ -61,6 +66,7 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
     for start in range(0, hessian.shape[0], PANEL):
         panel, below = slice(start, start + PANEL), slice(start + PANEL, None)
         columns = error[:, panel]
+        # the part above the diagonal is the mirror image of the part below: counted twice instead of read
         product = (error[:, below] @ hessian[below, panel]).mul_(2).addmm_(columns, hessian[panel, panel])
         total += torch.einsum("oi,oi->", product, columns)
     return total
@@ -80,6 +86,7 @@ def clip(weight: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, ste
     """
     columns = weight.shape[1]
     scheme = resolve_group_size(scheme, columns)
+    # rows are independent: each chunk's copies of errors and losses are freed before the next
     chunks = torch.split(weight.to(torch.float32), max(1, _CHUNK // columns))
     return torch.cat([_clip_rows(rows.reshape(len(rows), -1, scheme.group_size), blocks, scheme, dtype, steps) for rows in chunks])
 
@@ -88,6 +95,7 @@ def _clip_rows(groups: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtyp
     best = torch.full(groups.shape[:2], torch.inf, device=groups.device)
     shrink = torch.ones_like(best)
     for step in range(steps):
+        # starts at the full range: a group is only shrunk where that is strictly better
         factor = 1 - step / (2 * steps)
         scales, zero_points = grid(groups, scheme, dtype, factor)
         codes = round_to(groups, scales, zero_points, scheme)

@@ -13,7 +13,10 @@ Strategy = Literal["tensor", "channel", "group", "block"]
 """Which weights share a scale, in the words of compressed-tensors."""
 
 BLOCK = 128
-"""The side of the square blocks that share a scale in fine-grained FP8; compressed-tensors' `block_structure` is the same."""
+"""The side of the square blocks that share a scale in fine-grained FP8; compressed-tensors' `block_structure` is the same.
+
+DeepSeek-V3 (arXiv 2412.19437, section 3.3) introduced it, with activations in groups of 128 channels of a token.
+"""
 
 
 @dataclass(frozen=True)
@@ -63,10 +66,12 @@ class Scheme:
         """The format name that compressed-tensors gives such weights."""
         if self.type == "float":
             return "float-quantized"
+        # 8-bit weights without 8-bit inputs are packed as well: vLLM chooses its weight-only kernels by this format's name
         return "pack-quantized" if self.activations is None else "int-quantized"
 
     def groups(self, columns: int) -> int:
         """Return how many groups a row of so many input channels has."""
+        # rounded up for FP8 blocks, partial at the edges; integer groups divide the row, which the plan checks
         return 1 if self.group_size == -1 else -(-columns // self.group_size)
 
     def scale_rows(self, rows: int) -> int:

@@ -97,6 +97,7 @@ class DataFlow(TorchDispatchMode):
         Returns its name and, for each of its input channels [in], the channel of `tensor` that it contains; None where other
         operations are applied on the way.
         """
+        # the attention's own reshapes are repeated on channel numbers, which float32 holds exactly up to 2^24
         numbers = torch.arange(tensor.shape[-1], dtype=torch.float32).expand(tensor.shape).clone()
         pending: list[tuple[Tensor, Tensor]] = [(tensor, numbers)]
         reached: dict[str, Tensor] = {}
@@ -107,6 +108,7 @@ class DataFlow(TorchDispatchMode):
                 reached |= {name: channels.reshape(-1, channels.shape[-1])[0] for name in fed}
                 continue
             following = [_apply(operation, values, channels) for operation in self.readers(values)]
+            # one unknown reader is enough: a scale would change what it computes
             if not following or any(pair is None for pair in following):
                 return None
             pending += [pair for pair in following if pair is not None]
@@ -138,8 +140,10 @@ def _apply(operation: Operation, values: Tensor, channels: Tensor) -> tuple[Tens
     if operation.name in _SAME_CHANNELS:
         return operation.outputs[0], operation.function(channels, *operation.args[1:], **operation.kwargs)
     if "scaled_dot_product" in operation.name and len(operation.args) > 2 and operation.args[2] is values:
+        # grouped-query attention may be inside the kernel (enable_gqa): the output has more heads than the values
         heads = operation.outputs[0].shape[1] // channels.shape[1]
         return operation.outputs[0], channels.repeat_interleave(heads, dim=1)
+    # eager attention: probabilities times values; as the right factor the values keep their channels
     if operation.name in ("bmm", "matmul") and [argument is values for argument in operation.args] == [False, True]:
         return operation.outputs[0], channels
     return None
@@ -161,7 +165,9 @@ def divides(norm: nn.Module) -> bool:
         return False
     generator = torch.Generator().manual_seed(0)
     width = shapes["weight"][0]
+    # the model's norm is on the meta device and computes nothing
     copy = deepcopy(norm).to_empty(device="cpu").to(torch.float32)
+    # away from zero, so that a relative tolerance is meaningful for every channel
     values = {name: torch.rand(width, generator=generator) + 0.5 for name in shapes}
     scale = torch.rand(width, generator=generator) + 0.5
     states = torch.randn(4, width, generator=generator)
@@ -171,4 +177,5 @@ def divides(norm: nn.Module) -> bool:
             for name, value in values.items():
                 cast("Tensor", copy.get_parameter(name)).copy_(value / divisor)
             outputs.append(cast("Tensor", copy(states)))
+    # wide enough for float32 rounding, far below the difference of a norm that multiplies by 1 + weight
     return bool(torch.allclose(outputs[0] / scale, outputs[1], rtol=1e-4, atol=1e-5))

@@ -56,6 +56,7 @@ def derive_family(checkpoint: Checkpoint, misfit: str, trust_remote_code: bool =
     return _derive(checkpoint.folder, json.dumps(checkpoint.config, sort_keys=True), shapes, misfit, trust_remote_code)
 
 
+# whoever has only a folder resolves its family again (`family_at`); the arguments are texts and tuples so that they can be hashed
 @lru_cache(maxsize=4)
 def _derive(
     folder: Path, config: str, shapes: tuple[tuple[str, tuple[int, ...]], ...], misfit: str, trust_remote_code: bool
@@ -82,7 +83,9 @@ class _Inspection:
         Raises:
             CheckpointError: the model has another structure.
         """
+        # before the run: config.json alone decides how large its random activations are
         self._check_widths()
+        # the model's own code runs here, and may raise anything
         with self._refusing("it is built otherwise than models that are known"):
             return self._family()
 
@@ -185,7 +188,9 @@ class _Inspection:
             name = f"{blocks}.{index}"
             self._check_block(flow, name, block)
             by_block[name] = list(self._block_pairs(flow, name, block))
+        # in the order of the first block: a dict keeps it, a set would not
         candidates = dict.fromkeys(pair for scale_pairs in by_block.values() for pair in scale_pairs)
+        # blocks may differ (cross-attention): a pair counts if it holds wherever all its modules exist
         return tuple(
             pair for pair in candidates if all(pair in pairs or not self._has(name, pair) for name, pairs in by_block.items())
         )
@@ -201,6 +206,7 @@ class _Inspection:
                 self._refuse(f"{name}.{local} is a weight of more than one dimension that belongs to no linear layer")
         for local in linears:
             calls = len(flow.called[f"{name}.{local}"].inputs) if f"{name}.{local}" in flow.called else 0
+            # the statistics of a linear that runs several times would mix different inputs
             if calls != 1:
                 self._refuse(f"{name}.{local} runs {calls} times for a text, not once")
         norms = [
@@ -218,6 +224,7 @@ class _Inspection:
             (local, module), output = modules[full], called.outputs[0]
             if not isinstance(module, nn.Linear):
                 fed = self._linears(flow.fed(output), name)
+                # dividing the weight of a norm that multiplies by 1 + weight (Gemma) does not divide its output
                 if fed and divides(module):
                     yield ScalePair(local, fed)
                 continue
@@ -225,6 +232,7 @@ class _Inspection:
             fed = self._linears(flow.fed(product), name) if product is not None else ()
             if fed:
                 yield ScalePair(local, fed)
+            # only the first name is the linear; "grouped" marks repeated key-value heads
             elif (values := self._attended(flow, name, output)) is not None:
                 yield ScalePair(local, values[:1], grouped=values[1:] == ("grouped",))
 
@@ -284,12 +292,15 @@ class _Inspection:
             free = unmatched.get((name.rpartition(".")[2], shape), [])  # empty for a tensor of a packed weight
             target = max(free, key=partial(_similarity, name), default="")
             if target:
+                # each parameter stands for one tensor on disk
                 free.remove(target)
                 matches[name] = target
                 disk, module = _differing_prefixes(name, target)
                 rules[disk] = module
+        # the first rule that matches is applied, so longer, more specific prefixes come first
         ordered = sorted(rules.items(), key=lambda rule: -len(rule[0]))
         renames = tuple((rf"^{re.escape(disk)}(?=\.|$)", module) for disk, module in ordered if disk != module)
+        # the rules are tried together: one found for a tensor must not rename another wrongly
         probe = Family("", "", "", renames, (), (), (), "", "", None, (), (), ())
         owners = {probe.module_name(name).rpartition(".")[0] for name in self.shapes}
         modules = {"", *(name for name, _ in _modules(self.model))}
@@ -312,6 +323,7 @@ def _without_weights(decoder: nn.Module) -> Generator[None]:
             stubs[name] = partial(_random, generator, module.embedding_dim, 0)
         else:
             for leaf, parameter in list(module.named_parameters(recurse=False)):
+                # an expanded scalar takes no memory, whatever the width
                 module.register_parameter(leaf, nn.Parameter(torch.ones(()).expand(parameter.shape), requires_grad=False))
     with replace_forwards(decoder, stubs):
         yield
