@@ -22,11 +22,12 @@ from compress.runtimes.unpack import open_tensors, settings_of
 from compress.untrusted.reading import library_errors
 
 _GROUP = 128
-"""Channels per scale of `strategy: group`."""
+"""Channels per scale of `strategy: group`: vLLM's FP8 block kernels quantize inputs in such groups."""
 
 _FLOAT8_MAX = 448.0
 """The largest float8 e4m3fn."""
 
+# A context variable: hooks cannot be given an argument, and a comparison of weights must not switch off another thread's rounding.
 _ENABLED: ContextVar[bool] = ContextVar("rounding", default=True)
 
 
@@ -42,10 +43,12 @@ def fake_quantize_activations(
     `kind` is the strategy: a scale per `token`, per `group` of 128 channels of a token, or the static `scale` [1] of the `tensor`.
     Floats are 8 bits (e4m3fn), integers `bits`.
     """
+    # In float32, as the kernels do: a bfloat16 quotient would move codes by its own rounding.
     values = inputs.to(torch.float32)
     max_code = _FLOAT8_MAX if type == "float" else 2.0 ** (bits - 1) - 1
     columns = values.shape[-1]
     if kind == "group":
+        # Zeros do not change a group's largest magnitude, so that the last, shorter group gets its own scale.
         values = pad(values, (0, -columns % _GROUP)).view(*values.shape[:-1], -1, _GROUP)
     if kind == "tensor":
         if scale is None:
@@ -53,11 +56,14 @@ def fake_quantize_activations(
         scales = scale.to(values)
     else:
         scales = values.abs().amax(dim=-1, keepdim=True) / max_code
+        # A token of zeros: 0 / 0 would be NaN.
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     codes = values / scales
     if type == "float":
+        # e4m3fn has no infinity: a value beyond 448 would become NaN in the cast.
         codes = codes.clamp(-max_code, max_code).to(torch.float8_e4m3fn).to(torch.float32)
     else:
+        # -128 is reached with a static scale only; a dynamic scale maps the largest magnitude to 127.
         codes = codes.round().clamp(-max_code - 1, max_code)
     dequantized = codes * scales
     if kind == "group":
@@ -88,6 +94,7 @@ def fake_quantize_inputs(checkpoint: Checkpoint, family: Family, modules: Mappin
     with library_errors(where, remedy="export the artifact again"), open_tensors(checkpoint, device) as read:
         for name in checkpoint.tensors:
             owner, _, suffix = name.rpartition(".")
+            # Every quantized linear has one `weight_scale`, whatever its format: counted by it, each is hooked once.
             settings = settings_of(quantization, owner)["input_activations"] if suffix == "weight_scale" else None
             if not settings:
                 continue

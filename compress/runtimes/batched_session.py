@@ -14,6 +14,7 @@ from compress.runtimes.runtime import Answer
 class BatchedSession(ABC):
     """A generative model loaded in this process."""
 
+    # Resuming keeps whole blocks: batch composition changes the last bits, so that half a block answered again may differ.
     block: int | None = 64
 
     def __init__(self, encoder: Encoder) -> None:

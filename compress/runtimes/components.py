@@ -25,7 +25,7 @@ from compress.runtimes.transformers.model import choose_device, choose_dtype, lo
 ComponentName = Literal["vision", "projector", "prefill", "decode"]
 
 DECODED = 8
-"""Decode steps per repeat; the repeat's decode time is their mean."""
+"""Decode steps per repeat; the repeat's decode time is their mean: one step is as short as jitter."""
 
 
 def measure_components(runtime: Runtime, context: OpenContext, point: LoadPoint, prompt: Prompt, repeats: int) -> ComponentTable:
@@ -42,6 +42,7 @@ def measure_components(runtime: Runtime, context: OpenContext, point: LoadPoint,
     dtype, family = choose_dtype("auto", context.artifact, device), context.family
     encoder = Encoder.of(context, 1)
     model = load_model(context, dtype, device)
+    # One more than the decode steps: the first token comes from the prefill. With the minimum no end of sequence ends it early.
     neutral = GenerationConfig(do_sample=False, max_new_tokens=DECODED + 1, min_new_tokens=DECODED + 1, pad_token_id=0)
     for module in model.modules():  # models ship sampling and penalties, to which `generate` falls back
         if getattr(module, "generation_config", None) is not None:
@@ -49,6 +50,7 @@ def measure_components(runtime: Runtime, context: OpenContext, point: LoadPoint,
     rows: list[dict[ComponentName, float]] = []
     with torch.inference_mode(), context.progress.task("time components", repeats, "repeats") as advance:
         inputs = _inputs(encoder, context, prompt, device)
+        # Run 0 warms up: it allocates, and picks kernels.
         for repeat in range(repeats + 1):
             clock = _Clock(device)
             with _hooked(model, family, clock):
@@ -80,6 +82,7 @@ class _Clock:
 
     def now(self) -> float:
         if self.device.type == "cuda":
+            # Kernels are launched asynchronously: without it the hooks would time launches.
             torch.cuda.synchronize(self.device)
         return time.perf_counter()
 
@@ -93,6 +96,7 @@ class _Clock:
 
         def after(module: nn.Module, args: Any, output: Any) -> None:
             del module, args, output
+            # A stack, as a module may be called again within its own call.
             self.spent[kind] += self.now() - began.pop()
 
         return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
@@ -100,6 +104,7 @@ class _Clock:
     def milliseconds(self) -> dict[ComponentName, float]:
         """Return the time per component in milliseconds, the vision tower without a projector inside it."""
         seconds: dict[ComponentName, float] = {
+            # In Qwen's families the merger is a child of the tower, whose hook has timed it too.
             "vision": self.spent["vision"] - self.spent["projector in vision"],
             "projector": self.spent["projector"] + self.spent["projector in vision"],
             "prefill": self.steps[0] if self.steps else 0.0,
@@ -180,5 +185,6 @@ def _run(model: Any, family: Family, inputs: dict[str, Any], settings: Generatio
 
 def component_of(name: ComponentName, milliseconds: Sequence[float]) -> Component:
     """Return a component's row from its time in each repeat."""
+    # The median, as one descheduled repeat would move a mean; the least is the machine at its quietest.
     median = statistics.median(milliseconds)
     return Component(component=name, median_ms=median, least_ms=min(milliseconds), repeats=len(milliseconds))

@@ -45,6 +45,7 @@ def towers_of(model: Any, device: torch.device) -> Towers:
     def images(pixels: Tensor) -> Tensor:
         return model.get_image_features(pixel_values=pixels.to(device, model.dtype)).pooler_output
 
+    # CLIP learns the scale's logarithm.
     return Towers(texts, images, float(model.logit_scale.detach().exp().to(torch.float32)))
 
 
@@ -73,6 +74,7 @@ class EmbeddingSession:
         with progress.task("embed texts", len(classes), "classes") as advance:
             prototypes = torch.stack([self._class_embedding(texts, advance) for texts in classes])
         rows = [
+            # float64: with a scale of 100 the log-softmax of close classes would lose digits in float32.
             (self.towers.scale * batch @ prototypes.t()).to(torch.float64).log_softmax(dim=1).cpu()
             for batch in self._batches(images, prototypes.shape[1], progress, faults)
         ]
@@ -108,9 +110,11 @@ class EmbeddingSession:
         """Return the normalised mean of the normalised embeddings of a class's texts."""
         batches = [self._texts(texts[first : first + _BATCH_SIZE]) for first in range(0, len(texts), _BATCH_SIZE)]
         advance(1)
+        # Normalised before and after the mean, as in CLIP's own zero-shot code: each template weighs the same whatever its norm.
         return _normalised(torch.cat(batches).mean(dim=0))
 
     def _texts(self, texts: Sequence[str]) -> Tensor:
+        # Not truncated: a cut class name would be measured as if it were the class.
         encoded = self.encoder.processor.tokenizer(list(texts), padding=True, truncation=False, return_tensors="pt")
         for text, mask in zip(texts, encoded["attention_mask"], strict=True):
             length, limit = int(mask.sum()), self.encoder.max_length
@@ -130,6 +134,7 @@ class EmbeddingSession:
                 faults[index] = str(error)
             else:
                 pixels[index] = prepared["pixel_values"]
+        # NaN rather than a missing row: rows stay aligned with the items, and no metric can mistake one for an answer.
         rows = torch.full((len(images), width), torch.nan)
         if pixels:
             embeds = _normalised(self.towers.images(torch.cat(list(pixels.values()))).to(torch.float32))

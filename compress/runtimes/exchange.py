@@ -42,6 +42,7 @@ _KEEPALIVE_SECONDS = 5.0
 _MAPPED_ERRORS = (
     httpcore.TimeoutException, httpcore.NetworkError, httpcore.ProtocolError, httpcore.ProxyError, httpcore.UnsupportedProtocol
 )  # fmt: skip
+# One for the process: the memory that it bounds is the process's.
 _large_lock = threading.Lock()
 
 
@@ -86,6 +87,7 @@ class Response:
             AnswerError: it has too many values.
             ValueError, RecursionError: it is no JSON, or nests too deep.
         """
+        # An upper bound of the values in one pass over the bytes: parsed, a list of empty lists takes many times its bytes.
         values = sum(self.content.count(mark) for mark in (b",", b"[", b"{"))
         if values > limits().answer_values:
             raise AnswerError(f"its answer holds about {values:,} values ({limits().set_by('answer_values')})")
@@ -104,13 +106,16 @@ def exchange(client: httpx.Client, method: str, path: str, seconds: float, conte
     """
     limit = limits().answer_bytes
     headers = {"Content-Type": "application/json"} if content is not None else {}
+    # Monotonic: a clock that is set must not end a request, or keep it waiting.
     allowance = _Allowance(time.monotonic() + seconds, limit + limits().head_bytes)
     with ExitStack() as stack:
         token = _current_allowance.set(allowance)
         try:
             with client.stream(method, path, content=content, headers=headers) as response:
                 body = bytearray()
+                # `iter_raw`: httpx's own decoders unpack a chunk as a whole, and 32 KB of gzip may become 33 MB.
                 for chunk in _decompressed(_until_deadline(response.iter_raw(), allowance), response.headers, limit):
+                    # Taken in the middle of a body, as Content-Length is the server's word and may be missing.
                     if len(body) <= _LARGE_BYTES < len(body) + len(chunk):
                         _lock_large(stack, allowance)
                     body += chunk
@@ -118,6 +123,7 @@ def exchange(client: httpx.Client, method: str, path: str, seconds: float, conte
                         raise AnswerError(_too_large(limit))
                 answer = Response(response.status_code, response.headers, bytes(body))
         finally:
+            # Before the caller parses: the deadline is the network's alone.
             _current_allowance.reset(token)
         yield answer
 
@@ -146,6 +152,7 @@ def open_http(url: str, headers: dict[str, str], connections: int, *, trust_env:
     pool: dict[str, Any] = {
         "ssl_context": context,
         "max_connections": connections,
+        # httpx keeps 20 by default: with more threads than that, requests would open connections again and again.
         "max_keepalive_connections": connections,
         "keepalive_expiry": _KEEPALIVE_SECONDS,
         "network_backend": (network := _Network()),
@@ -154,9 +161,12 @@ def open_http(url: str, headers: dict[str, str], connections: int, *, trust_env:
     return httpx.Client(
         base_url=url,
         headers={"Accept-Encoding": "gzip, deflate", **headers},
+        # Requests must not depend on those before them, and a cookie would let a server answer by what it was asked.
         cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
         transport=_Transport(connected, network),
+        # What is wanted of the environment, proxy and certificates, is in the pool already.
         trust_env=False,
+        # The network backend below keeps the deadline.
         timeout=httpx.Timeout(None),
     )
 
@@ -164,6 +174,7 @@ def open_http(url: str, headers: dict[str, str], connections: int, *, trust_env:
 def _proxy(url: str) -> httpx.Proxy | None:
     """Return the environment's proxy for a URL."""
     parsed = httpx.URL(url)
+    # The standard library's reading of NO_PROXY and of system settings, rather than a second one.
     if urllib.request.proxy_bypass(parsed.host):
         return None
     proxies = urllib.request.getproxies()
@@ -201,11 +212,13 @@ def _decompressed(chunks: Iterable[bytes], headers: httpx.Headers, limit: int) -
         return
     if encoding not in _COMPRESSIONS:
         raise AnswerError(f"its answer is packed as {encoding[:40]}, which was not asked for; have it sent plainly")
+    # | 32 tells gzip from zlib by their headers, whichever the server named.
     decompressor = zlib.decompressobj(wbits=zlib.MAX_WBITS | 32)
     for chunk in chunks:
         rest = chunk
         while rest:
             try:
+                # One byte past the limit is enough to see that it is exceeded.
                 yield decompressor.decompress(rest, min(limit + 1, _LARGE_BYTES))
             except zlib.error as error:
                 raise httpx.DecodingError(f"its answer cannot be unpacked ({error})") from error
@@ -228,6 +241,7 @@ class _Stream(httpcore.NetworkStream):
         content = self._stream.read(max_bytes, _within(timeout, httpcore.ReadTimeout))
         allowance = _current_allowance.get()
         if allowance is not None:
+            # Below the protocol: endless headers or chunk extensions count too, which never reach the body.
             allowance.bytes_left -= len(content)
             if allowance.bytes_left < 0:
                 raise AnswerError(_too_large(limits().answer_bytes))
@@ -243,6 +257,7 @@ class _Stream(httpcore.NetworkStream):
         self, ssl_context: ssl.SSLContext, server_hostname: str | None = None, timeout: float | None = None
     ) -> httpcore.NetworkStream:
         secured = self._stream.start_tls(ssl_context, server_hostname, _within(timeout, httpcore.ConnectTimeout))
+        # The TLS stream must count as well: it replaces this one.
         return _Stream(secured, self._network)
 
     def get_extra_info(self, info: str) -> Any:
@@ -254,6 +269,7 @@ class _Network(httpcore.NetworkBackend):
 
     def __init__(self) -> None:
         self._backend = httpcore.SyncBackend()
+        # Weak: httpcore owns the streams, and closed ones must not pile up over a long evaluation.
         self._streams: weakref.WeakSet[_Stream] = weakref.WeakSet()
         self._changing = threading.Lock()
         self._closed = False
@@ -278,6 +294,7 @@ class _Network(httpcore.NetworkBackend):
             streams = list(self._streams)
         for stream in streams:
             with suppress(OSError):  # it is closed already
+                # `close` alone does not wake a thread that is blocked in `recv` on the same socket; `shutdown` does.
                 stream.get_extra_info("socket").shutdown(socket.SHUT_RDWR)
             stream.close()
 

@@ -20,6 +20,7 @@ def in_format_of(runtime: Runtime, context: OpenContext, settings: Mapping[str, 
         CheckpointError: the checkpoint cannot be exported.
         StoreError: the disk is too full for the export.
     """
+    # Only the original is exported here: an artifact that the runtime does not run is refused in the plan.
     if runtime.runs(format_name(context.artifact)):
         return context.artifact
     export = cast("Export", load_row(FORMATS, settings["format"]).model_validate(settings))

@@ -27,10 +27,10 @@ from compress.runtimes.runtime import Passage, passages_digest
 
 _FILES: Any = safetensors.torch
 _MAX_LOGITS = 1 << 25
-"""Logits in memory at once: 128 MiB in float32."""
+"""Logits in memory at once: 128 MiB in float32, of which the softmax of two models holds a few copies."""
 
 _VOCABULARY_CHUNK = 1 << 14
-"""Rows of the head that are converted to float32 at once."""
+"""Rows of the head that are converted to float32 at once: a bfloat16 head of 152,000 × 8,192 has 5 GB in float32."""
 
 _SCHEMA = 2
 """The version of the record's format: records of another one are refused."""
@@ -50,6 +50,7 @@ class Head:
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Return the float32 logits [positions, vocabulary] of hidden states [positions, hidden]."""
+        # float32 products: bfloat16 logits have 8 bits, so that top tokens tie and a small KL is their rounding.
         inputs = hidden.to(torch.float32)
         chunks = [inputs @ rows.to(torch.float32).t() for rows in torch.split(self.weight, _VOCABULARY_CHUNK)]
         logits = torch.cat(chunks, 1)
@@ -69,6 +70,7 @@ class HeadCache:
             digest = hashlib.sha256()
             for tensor in (head.weight, *(() if head.bias is None else (head.bias,))):
                 contiguous = tensor.detach().cpu().contiguous()
+                # With type and shape: equal bytes of another type are another head.
                 digest.update(f"{contiguous.dtype} {list(contiguous.shape)}".encode())
                 digest.update(contiguous.view(torch.uint8).numpy().data)
             self._digest = digest.hexdigest()
@@ -111,6 +113,7 @@ def predict(hidden: Tensor, head: Head, tokens: Tensor, original: tuple[Tensor, 
         if original is not None:
             log_p = original[1].logits(original[0][chunk]).log_softmax(1)
             same_top.append((log_p.argmax(1) == log_q.argmax(1)).to("cpu", torch.float64))
+            # Summed in float64: the terms of 150,000 tokens have both signs, and cancel to a KL of 1e-6.
             divergence = (log_p.exp() * (log_p - log_q)).sum(1, dtype=torch.float64)
             kl.append(divergence.clamp_min(0).cpu())  # below zero only by rounding
     likelihood = torch.cat(nll).numpy()
@@ -136,6 +139,7 @@ class RecordWriter:
         except OSError as error:
             raise StoreError(f"{self._partial}: cannot be made ({error}); choose a folder that can be written to") from error
         self._head_digest = heads.digest(head)
+        # The head is the bulk of a record (over a gigabyte in large vocabularies), and the same for every task of one model.
         self._head = _neighbouring_head(folder, self._head_digest)
         if self._head is None:
             self._save("head", {"weight": head.weight} | ({} if head.bias is None else {"bias": head.bias}))
@@ -160,6 +164,7 @@ class RecordWriter:
             "files": self._files,
         }
         try:
+            # Last before the rename: a record without it is none.
             (self._partial / "record.json").write_text(json.dumps(record), encoding="utf-8")
             self._partial.rename(self._folder)
         except OSError as error:
@@ -188,6 +193,7 @@ class Record:
         self._files = cast("dict[str, str]", content["files"])
         self._loaded: tuple[str, dict[str, Tensor]] = ("", {})
         self._device = device
+        # Relative in the record, so that a run folder can be moved; resolved, so that tasks that share a head read it once.
         self.head = heads.read((folder / str(content["head"])).resolve(), device)
 
     def __contains__(self, index: int) -> bool:

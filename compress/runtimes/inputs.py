@@ -82,6 +82,7 @@ class Encoder:
         folder, tokens = context.artifact, special_tokens(context.artifact, context.family)
         processor = load_processor(folder, context.trust_remote_code, context.family)
         generation = read_if_there(folder, "generation_config.json")
+        # Padding is masked, so that any id serves; 0 is in every vocabulary.
         pads = (generation.get("pad_token_id"), processor.tokenizer.pad_token_id, *tokens.stops, 0)
         pad_id = int(next(value for value in pads if value is not None))
         return Encoder(processor, context.family, pad_id, tokens_per_batch, longest_input(folder), tokens)
@@ -91,6 +92,7 @@ class Encoder:
 
         A prompt that the model cannot take is left out, with its fault in `faults` under its index.
         """
+        # Longest first: a batch that does not fit into memory fails at once, not after hours. The index decides ties.
         order = sorted(range(len(prompts)), key=lambda index: (*_length_key(prompts[index]), index), reverse=True)
         samples = _encodable(order, lambda index: self._prompt(index, prompts[index], new_tokens=new_tokens), faults)
         return self._batches(samples, new_tokens)
@@ -127,6 +129,7 @@ class Encoder:
         longest = 0
         for sample in samples:
             longest = max(longest, sample.length + new_tokens)
+            # Padded size, not the sum of lengths: memory is taken by the padding too.
             if batch and (longest * (len(batch) + 1) > self.tokens_per_batch or sample.kind != batch[0].kind):
                 yield batch
                 batch, longest = [], sample.length + new_tokens
@@ -137,6 +140,7 @@ class Encoder:
     def _prompt(self, index: int, prompt: Prompt, continuation: tuple[int, ...] = (), new_tokens: int = 0) -> Encoded:
         check_image_count(self.family, prompt)
         text, images = write_prompt(self.processor, prompt), open_images(prompt) or None
+        # The chat template writes special tokens: a second BOS would change every answer. Truncation would cut image tokens.
         values = run_processor(
             self.processor, prompt.id, text=[text], images=images, add_special_tokens=False, truncation=False, return_tensors="pt"
         )
@@ -176,6 +180,8 @@ def _encodable(order: Sequence[int], encode: Callable[[int], Encoded], faults: d
 
 def _is_sequence(key: str, value: Tensor, length: int) -> bool:
     """Return whether a processor's tensor has an entry per token: [1, tokens], or a mask [1, tokens, …]."""
+    # By shape: processors name these inputs differently. Only masks have a third dimension (mllama's cross-attention); pixels may
+    # happen to be as long as the prompt.
     return value.shape[:2] == (1, length) and (value.dim() == _SEQUENCE_DIMS or key.endswith(_MASKS))
 
 
@@ -185,6 +191,7 @@ def _continuation(key: str, value: Tensor, continuation: tuple[int, ...]) -> Ten
         return torch.tensor([continuation]).to(value)
     if key.endswith(_MASKS):
         return value[:, -1:].expand(-1, len(continuation), *value.shape[2:])
+    # Token types: 0 is text in every family's `token_type_ids` and `mm_token_type_ids`.
     return torch.zeros(1, len(continuation)).to(value)
 
 

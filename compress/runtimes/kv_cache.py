@@ -41,15 +41,18 @@ def fake_quantize_cache(modules: Mapping[str, nn.Module], scales: Mapping[str, T
             raise CheckpointError(f"{name}: its scales for keys and values do not belong to this model; export the artifact again")
         attention.cache_scales = pair
         attention.config = copy(attention.config)  # a copy: masks are built by the model's own config
+        # transformers looks the function up by this name at each call: no forward method has to be replaced.
         attention.config._attn_implementation = _NAME
 
 
 def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
     key_scale, value_scale = cast("list[Tensor]", module.cache_scales)
+    # The hook sits behind RoPE and before the product, where a runtime writes its cache.
     inner = cast("Any", ALL_ATTENTION_FUNCTIONS)["sdpa"]
     return inner(module, query, _fake_quantize(key, key_scale), _fake_quantize(value, value_scale), *args, **kwargs)
 
 
 def _fake_quantize(states: Tensor, scale: Tensor) -> Tensor:
+    # Clamped as vLLM's cache kernel saturates; e4m3fn's cast would give NaN beyond 448.
     codes = (states.to(torch.float32) / scale).clamp(_FLOAT8.min, _FLOAT8.max).to(torch.float8_e4m3fn)
     return (codes.to(torch.float32) * scale).to(states.dtype)

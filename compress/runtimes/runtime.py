@@ -429,6 +429,7 @@ def runtimes_for(*formats: str) -> list[str]:
     """Return the names of the runtimes that run any of these formats, for messages; a server elsewhere is the last."""
     rows = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
     usable = [name for name, row in rows.items() if any(map(row.runs, formats))]
+    # An endpoint last: a message should propose what a reader can install before a server that someone must run.
     return sorted(usable, key=lambda name: (name == "endpoint", name))
 
 
@@ -447,6 +448,7 @@ def passages_digest(passages: Sequence[Passage]) -> str:
     for passage in passages:
         digest.update(json.dumps([passage.id, passage.token_ids, passage.prompt and passage.prompt.text]).encode())
         for image in passage.prompt.images if passage.prompt else ():
+            # By image, so that two images can never be told apart only by where one ends.
             digest.update(hashlib.sha256(image).digest())
     return digest.hexdigest()
 

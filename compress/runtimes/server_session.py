@@ -63,6 +63,7 @@ class RequestOrder:
 
 def alternative_concurrency(concurrency: int) -> int:
     """Return a concurrency at which the server computes other batches, and so by other kernels."""
+    # Batch composition changes the shapes of matrix products and with them the order of sums: that is the noise to be measured.
     return 1 if concurrency > 1 else _ALTERNATIVE_CONCURRENCY
 
 
@@ -75,6 +76,7 @@ class ServerSession:
         self.endpoint = endpoint
         self._concurrency = settings.concurrency
         self._order: RequestOrder | None = None  # None for the items' own order
+        # One client per session and its copies: an outage that one thread has seen is an outage for all.
         self._client = RetryingClient(endpoint.client, endpoint.address, retry_policy(settings), endpoint.check)
 
     def close(self) -> None:
@@ -88,6 +90,7 @@ class ServerSession:
         return other
 
     def _body(self, max_tokens: int) -> dict[str, Any]:
+        # Temperature 0 is greedy decoding in vLLM; the seed is for servers that only promise to try.
         return {"model": self.endpoint.model, "max_tokens": max_tokens, "temperature": 0.0, "seed": 0}
 
     def _each(
@@ -100,6 +103,7 @@ class ServerSession:
         """Send each item, and return the results in the items' own order; see `RetryingClient.each`."""
         order = list(range(len(items))) if self._order is None else self._order.of(len(items))
         results = self._client.each([items[index] for index in order], call, on_failure, self._concurrency, on_result)
+        # Results are put back in the items' order, so that two sessions compare item by item.
         by_index = dict(zip(order, results, strict=True))
         return [by_index[index] for index in range(len(items))]
 
@@ -136,6 +140,7 @@ def answer_text(content: object, max_tokens: int) -> str:
     if content is not None and not isinstance(content, str):
         raise TypeError("the answer is no text")
     text = content or ""
+    # A server could answer with any amount of text, which would be scored, journalled and shown.
     if len(text) > max_tokens * limits().answer_characters:
         raise ValueError(
             f"it has {len(text):,} characters where {max_tokens:,} tokens were asked for ({limits().set_by('answer_characters')})"
@@ -163,6 +168,7 @@ def token_ids(content: object, limit: int) -> list[int]:
 def messages(prompt: Prompt) -> list[dict[str, Any]]:
     """Return a prompt in the OpenAI API's format: one user turn, images first, as data URIs, then the text."""
     images = [{"type": "image_url", "image_url": {"url": _data_uri(image)}} for image in prompt.images]
+    # Images first, as `write_prompt` renders them in process: the same tokens in every runtime.
     return [{"role": "user", "content": [*images, {"type": "text", "text": prompt.text}]}]
 
 

@@ -20,9 +20,11 @@ def strip_activation_quantization(path: Path) -> bytes:
     `MatMulNBits` gets accuracy level 0. `MatMulInteger` becomes a `MatMul` of the unquantized input and the same weight codes; a
     `QuantizeLinear` followed by `DequantizeLinear` becomes an `Identity`.
     """
+    # The graph alone is changed in memory; its weights stay in their files, to which ONNX Runtime is pointed.
     model = onnx.load(path, load_external_data=False)
     graph = model.graph
     for level in _accuracy_levels(graph):
+        # Level 4 lets MatMulNBits round its input to 8 bits on CPUs.
         level.i = 0
     quantized = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
     if quantized:
@@ -50,6 +52,7 @@ def _without_quantization(node: NodeProto, quantized: dict[str, str], graph: Gra
         return [helper.make_node("Identity", [value], list(node.output), name=node.name)]
     if node.op_type != "MatMulInteger":
         raise ValueError(f"{node.name}: {node.op_type} of rounded inputs is not known here")
+    # The type that the integer product is cast to next is the one in which the dense product must be computed.
     kind = next(_cast_to(other) for other in graph.node if other.op_type == "Cast" and other.input[0] == node.output[0])
     codes, zero, centred = (f"{node.name}:{suffix}" for suffix in ("codes", "zero", "centred"))
     return [

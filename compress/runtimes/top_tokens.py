@@ -22,7 +22,7 @@ _TOKEN_LIMIT = 1 << 31
 """The bound on token ids: records store them as 32-bit integers."""
 
 _MAX_LOG_PROBABILITY = 1e-3
-"""How far above 0 rounding may put a log-probability."""
+"""How far above 0 rounding may put a log-probability: float32 errs by far less, a server's nonsense by more."""
 
 _MIN_REST = 1e-6
 """The floor of the probability of all other tokens: below it, 1 minus a sum of float32 probabilities is rounding error."""
@@ -60,9 +60,11 @@ def position_of(name: str, token: int, row: Mapping[str, Mapping[str, Any]] | No
         0 <= token_id < _TOKEN_LIMIT and -math.inf < value <= _MAX_LOG_PROBABILITY for token_id, value in log_probabilities.items()
     ):
         raise ValueError("a position holds what is no token, or no log-probability")
+    # vLLM appends the actual token where it is none of the top ones: removed, so that every position lists as many tokens.
     top_tokens = dict(log_probabilities)
     if len(top_tokens) > top:
         del top_tokens[token]
+    # By id among equals: the first is compared as the top token, and JSON objects have no order to rely on.
     ordered = sorted(top_tokens.items(), key=lambda pair: (-pair[1], pair[0]))
     return Position(token=token, log_probability=log_probabilities[token], top=tuple(ordered))
 
@@ -91,10 +93,13 @@ def divergence(original: Position, other: Position) -> float:
 
     Each position lists its top tokens and the actual one. Merging the others only lowers KL: the result is a lower bound.
     """
+    # The actual token is known for both models even where it is in neither's top.
     p = dict(original.top) | {original.token: original.log_probability}
     q = dict(other.top) | {other.token: other.log_probability}
+    # Tokens that only one model lists go into the bucket of both: a partition must be the same on both sides for KL to be defined.
     shared = sorted(p.keys() & q.keys())
     total = sum(math.exp(p[token]) * (p[token] - q[token]) for token in shared)
+    # `fsum`: 1 minus a sum near 1 loses every digit that the sum's rounding takes.
     p_rest = max(1.0 - math.fsum(math.exp(p[token]) for token in shared), _MIN_REST)
     q_rest = max(1.0 - math.fsum(math.exp(q[token]) for token in shared), _MIN_REST)
     return max(total + p_rest * math.log(p_rest / q_rest), 0.0)
@@ -109,6 +114,7 @@ def write_record(folder: Path, passages: Sequence[Passage], positions: Sequence[
     partial = folder.with_name(f".{folder.name}.partial")
     flat = [position for passage_positions in positions for position in passage_positions]
     width = max((len(position.top) for position in flat), default=0)
+    # -1 is no token: positions of fewer tokens are padded, and unpadded when they are read.
     ids = np.full((len(flat), width), -1, dtype=np.int32)
     logs = np.full((len(flat), width), -np.inf, dtype=np.float32)
     for row, position in enumerate(flat):
@@ -127,6 +133,7 @@ def write_record(folder: Path, passages: Sequence[Passage], positions: Sequence[
             top_log_probabilities=logs,
         )
         (partial / "record.json").write_text(json.dumps(content), encoding="utf-8")
+        # Renamed when complete: a killed run leaves no record that looks whole.
         partial.rename(folder)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)

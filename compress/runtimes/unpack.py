@@ -75,8 +75,10 @@ def dense_tensors(checkpoint: Checkpoint, dtype: torch.dtype, device: torch.devi
         )
     check_packed_config(checkpoint)
     with open_tensors(checkpoint, device) as read:
+        # In file order: a memory-mapped shard is read once, front to back.
         for entry in sorted(checkpoint.tensors.values(), key=lambda entry: (entry.file, entry.start)):
             owner, _, suffix = entry.name.rpartition(".")
+            # Only in quantized artifacts: a dense model may have a parameter of its own called `scales`.
             if method and suffix in _AUXILIARY_TENSORS:
                 continue
             with refused(f"{entry.file}: {entry.name} cannot be read as config.json says", remedy="export the artifact again"):
@@ -131,6 +133,7 @@ def settings_of(quantization: Mapping[str, Any], name: str) -> Mapping[str, Any]
     groups = cast("Iterable[Mapping[str, Any]]", quantization.get("config_groups", {}).values())
     for group in groups:
         for target in group["targets"]:
+            # compressed-tensors matches regular expressions from the start of the name, not in the middle.
             if target in ("Linear", name) or (target.startswith("re:") and re.match(target[3:], name)):
                 return group
     raise CheckpointError(f"config.json: quantization_config has no group for {name}, which is packed; export the artifact again")
@@ -142,16 +145,19 @@ def _unpack_compressed(name: str, settings: Mapping[str, Any], read: Read) -> Te
     rows, columns = cast("list[int]", read(f"{name}.weight_shape").tolist())
     scales = read(f"{name}.weight_scale").to(torch.float32)
     if settings["symmetric"]:
+        # Signed codes are stored with 2^(bits - 1) added, so that the words hold unsigned fields.
         zero_points = torch.full_like(scales, 2 ** (bits - 1))
     else:
         zero_points = _bit_fields(read(f"{name}.weight_zero_point").t(), bits, rows).t()
     packed = read(f"{name}.weight_packed")
+    # Shape and words come from two tensors of an untrusted file: without this a mismatch would be an out-of-range view.
     if tuple(packed.shape) != (rows, -(-columns * bits // 32)):
         raise CheckpointError(
             f"{name}: its packed weight {list(packed.shape)} holds no matrix [{rows}, {columns}] of {bits} bits; export it again"
         )
     dense = torch.empty(rows, columns, device=scales.device)
     step = max(1, _CHUNK // columns)
+    # In pieces of rows: the codes are float32 while they are unpacked, eight times the bytes of 4-bit words.
     for first in range(0, rows, step):
         chunk = slice(first, first + step)
         codes = _bit_fields(packed[chunk], bits, columns)
@@ -172,6 +178,7 @@ def _bit_fields(words: Tensor, bits: int, count: int) -> Tensor:
     for field in range(fields):
         word, start = divmod(field * bits, 32)
         inside = min(bits, 32 - start)
+        # The mask also removes the sign bits that an int32 shift copies in.
         value = (padded[:, :, word] >> start) & ((1 << inside) - 1)
         if inside < bits:
             value |= (padded[:, :, word + 1] & ((1 << (bits - inside)) - 1)) << inside
@@ -208,10 +215,12 @@ def _unpack_gptq(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
     packed, zeros, scales = read(f"{name}.qweight"), read(f"{name}.qzeros"), read(f"{name}.scales").to(torch.float32)
     columns, rows = packed.shape[0] * 32 // bits, packed.shape[1]
     group = columns // scales.shape[0]
+    # Modulo: a zero point of 0 is stored as -1, which is all ones in its field.
     zero_points = ((_bit_fields(zeros, bits, rows) + 1) % 2**bits).t()
     dense = torch.empty(rows, columns, device=scales.device)
     for offset in range(32 // bits):
         codes = ((packed >> (bits * offset)) & (2**bits - 1)).to(torch.float32)
+        # One field of every word at a time: it holds each (32 / bits)-th input.
         groups = torch.arange(offset, columns, 32 // bits, device=scales.device) // group
         dense[:, offset :: 32 // bits] = (codes.t() - zero_points[:, groups]) * scales.t()[:, groups]
     return dense

@@ -16,6 +16,7 @@ from compress.runtimes.vllm.runtime import Vllm
 if TYPE_CHECKING:
     from compress.runtimes.endpoint.session import ServerCapabilities
 
+# The original is named like an artifact in keys, logs and reports, so that no artifact may have its name.
 ORIGINAL = "original"
 
 
@@ -38,6 +39,7 @@ class Endpoint(ServingRuntime):
     revision: ClassVar[int] = 2
     formats: ClassVar[frozenset[str]] = frozenset({"onnx", "vllm"})
     kl_definition: ClassVar[str] = Vllm.kl_definition
+    # `concurrency` is in the key: it decides how the server batches, and batching moves the last bits of logits.
     not_in_key: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds", "key_variable"})
     opener: ClassVar[str] = "compress.runtimes.endpoint.session:open_session"
     server: ClassVar[str] = "compress.runtimes.endpoint.session:serve"
@@ -96,6 +98,7 @@ class Endpoint(ServingRuntime):
         if name is None:
             return fields
         shared = {key: value for key, value in fields.items() if key not in ("original", "artifacts")}
+        # Only this artifact's server: another URL for one of them must not measure the others again.
         return shared | self.served_model(name).model_dump()
 
     def faults(self, artifacts: Sequence[str]) -> list[str]:
@@ -138,6 +141,7 @@ class Endpoint(ServingRuntime):
         """
         return f"{self.runtime} ({self.versions()[name]})"
 
+    # Plan and run ask for versions, capabilities and notes: without the cache each would query every server anew.
     @cached_property
     def capabilities(self) -> dict[str, ServerCapabilities]:
         """Each server's capabilities, by the artifact's name; queried once."""

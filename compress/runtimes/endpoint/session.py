@@ -107,6 +107,7 @@ def serve(runtime: Endpoint, context: OpenContext) -> Generator[RunningServer]:
     address = _address(runtime, served)
     with open_client(address, 1) as client:
         _check_model(client, address, runtime, context)
+    # No process: memory and load of a server elsewhere cannot be read from here.
     yield RunningServer(address.url.rstrip("/").removesuffix("/v1"), served.model, address.key)
 
 
@@ -129,6 +130,7 @@ def _address(runtime: Endpoint, served: EndpointModel) -> Address:
 def _capabilities(runtime: Endpoint, endpoint: ServedModel) -> ServerCapabilities:
     content = get_json(endpoint.client, endpoint.address, "/version", runtime.request_seconds)
     version = cast("dict[str, Any]", content).get("version") if isinstance(content, dict) else None
+    # OpenAI's API has no /version. The list of models is asked for too: a wrong URL or key fails here, not at the first item.
     if not isinstance(version, str):
         get_json(endpoint.client, endpoint.address, "/v1/models", runtime.request_seconds)
         return ServerCapabilities(_PLAIN, scores=False)
@@ -140,12 +142,14 @@ def _capabilities(runtime: Endpoint, endpoint: ServedModel) -> ServerCapabilitie
 def _supports_scores(client: RetryingClient, model: str, top: int) -> bool:
     """Return whether a server has vLLM's token endpoints, and returns `prompt_logprobs` on a trial prompt."""
     prompt = Prompt("trial", "What is it?")
+    # `top` of the recipe: a server whose --max-logprobs is lower refuses this one request instead of every passage.
     sampling = {"max_tokens": 1, "temperature": 0.0, "seed": 0, "prompt_logprobs": top, "detokenize": False}
     try:
         rendering = {"model": model, "max_tokens": 1, "messages": messages(prompt)}
         ids = client.post("/v1/chat/completions/render", rendering, lambda content: [int(token) for token in content["token_ids"]])
         body = {"model": model, "sampling_params": sampling, "token_ids": ids}
         return client.post("/inference/v1/generate", body, lambda content: len(content["prompt_logprobs"] or ())) > 0
+    # A refusal means that the endpoints are off or missing: such a server still generates.
     except ItemError:
         return False
 
@@ -158,6 +162,7 @@ def _check_model(client: httpx.Client, address: Address, runtime: Endpoint, cont
     """
     model = runtime.served_model(context.name).model
     content = get_json(client, address, "/v1/models", runtime.request_seconds)
+    # Some gateways hide /v1/models: there is nothing to compare with, and the recipe names the model.
     if content is None:
         context.progress.warn(f"{address.url}: does not tell which models it serves; that it serves {model} is taken on trust")
         return

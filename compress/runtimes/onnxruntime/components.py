@@ -42,6 +42,7 @@ def measure_components(
         capable(session, Generates)
         assert isinstance(session, OnnxruntimeSession)
         preparer, faults = session.preparer, dict[int, str]()
+        # Room for the same tokens as transformers' components are timed with: the two tables compare.
         batches = list(preparer.encoder.prompts([prompt], DECODED + 1, faults))
         if not batches:
             raise DataError(f"{context.artifact}: the parts of the model cannot be timed: {faults[0]}")
@@ -69,6 +70,7 @@ def measure_components(
 def _times(preparer: Preparer, batch: Sequence[Encoded]) -> dict[str, float]:
     """Return the milliseconds of each component in one run."""
     milliseconds: dict[str, float] = {}
+    # Timed apart and handed on, as `prepare` would compute them within the prefill's time.
     features, seconds = _timed(lambda: preparer.features(batch))
     if features:
         milliseconds["vision"] = 1000 * seconds

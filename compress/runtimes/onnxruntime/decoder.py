@@ -30,11 +30,13 @@ class BatchDecoder:
             if name.startswith(PRESENT):
                 declared = decoder.inputs[name.replace(PRESENT, PAST, 1)]
                 _, heads, _, width = declared.shape
+                # Zeros, not empty memory: a NaN in an unused slot times a weight of 0 is NaN.
                 cache[name] = decoder.to_device(np.zeros((len(self._lengths), int(heads), capacity, int(width)), declared.dtype))
         cache_inputs = {name.replace(PRESENT, PAST, 1): value for name, value in cache.items()}
         cache_inputs |= {
             name: decoder.to_device(value.astype(decoder.inputs[name].dtype)) for name, value in prepared.states.items()
         }
+        # One buffer is input and output: GroupQueryAttention writes in place when the two are the same memory.
         self._bound = decoder.bind(cache_inputs, cache)
 
     def begin(self) -> NDArray[np.float32]:
@@ -54,6 +56,7 @@ class BatchDecoder:
         prepared = self._prepared
         feeds: dict[str, Any] = {
             _EMBEDS: prepared.embeds,
+            # Ones on the left: GroupQueryAttention reads each row's number of tokens from the sum alone.
             "attention_mask": np.arange(prepared.padded_length) < prepared.lengths[:, None],
             "position_ids": prepared.positions,
         }
@@ -66,13 +69,16 @@ class BatchDecoder:
     def step(self, tokens: NDArray[np.int64], active: NDArray[np.bool_]) -> NDArray[np.float32]:
         """Append a token to each active row and return the logits of the next [samples, vocabulary]; others are meaningless."""
         prepared, indices = self._prepared, self._lengths
+        # With images M-RoPE's positions run behind the index: an image of many tokens advances them by its longer side only.
         positions = (indices + prepared.offsets)[:, None]
         feeds: dict[str, Any] = {
             _EMBEDS: self._graphs.embed.run({"input_ids": tokens[:, None]}, on_device=(_EMBEDS,))[_EMBEDS],
             "position_ids": np.broadcast_to(positions, (*prepared.positions.shape[:-1], 1)),
         }
         if prepared.deepstack is not None:
+            # New tokens are text, to which no image feature is added.
             feeds[DEEPSTACK_INPUT] = np.zeros_like(prepared.deepstack[:, :, :1])
+        # A finished row keeps its length: its further tokens overwrite one slot, and the buffer cannot overflow.
         self._lengths = indices + active
         return self._append(feeds, indices)
 
@@ -81,6 +87,7 @@ class BatchDecoder:
         prepared = self._prepared
         feeds["attention_mask"] = np.arange(indices.max() + 1) <= indices[:, None]
         if prepared.cross_mask is not None:
+            # A new token sees the images that the prompt's last token saw, as in transformers.
             feeds[CROSS_MASK] = prepared.cross_mask[np.arange(len(indices)), prepared.lengths - 1][:, None]
         return self._run(feeds, 1)[:, 0]
 

@@ -19,6 +19,7 @@ from compress.runtimes.onnxruntime.runtime import Provider
 from compress.runtimes.strip_activation_quantization import strip_activation_quantization
 
 _ORT: Any = onnxruntime
+# ONNX Runtime's exceptions are in its compiled module alone, and share no base class but Exception.
 _RAISED: Any = importlib.import_module("onnxruntime.capi.onnxruntime_pybind11_state")
 _PROVIDERS: dict[Provider, str] = {
     "cpu": "CPUExecutionProvider",
@@ -41,6 +42,7 @@ _TYPES: dict[str, type[np.generic]] = {
 _FATAL = 4
 """ONNX Runtime's log level: errors are raised, so that they need no log."""
 
+# Only the message tells a graph that is too new from one that is damaged; the wording differs between releases.
 _UNSUPPORTED = (
     "opset",
     "IR_VERSION",
@@ -130,6 +132,7 @@ class GraphSession:
             options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(path.parent))
         with self._mapped_errors("cannot load it"):
             self._session: Any = _ORT.InferenceSession(model, options, providers=providers)
+        # Where a provider's libraries do not load ONNX Runtime falls back to the CPU without an error: other kernels, other speed.
         active: list[str] = self._session.get_providers()
         for name in engine.providers:
             if _PROVIDERS[name] not in active:
@@ -174,13 +177,16 @@ class GraphSession:
         for name, value in feeds.items():
             if isinstance(value, np.ndarray):
                 array = np.ascontiguousarray(value, dtype=self.inputs[name].dtype)
+                # Without a copy: ONNX Runtime reads numpy's memory, which `alive` keeps.
                 value = _ORT.OrtValue.ortvalue_from_numpy(array)
             alive.append(value)
             binding.bind_ortvalue_input(name, value)
+        # The vector below has the outputs in the order of their binding: those of `bound` first.
         unbound = [name for name in self.outputs if name not in bound.outputs]
         for name in unbound:
             binding.bind_output(name, self.device if name in on_device else "cpu")
         with self._mapped_errors("cannot run it"):
+            # On CUDA copies to the device are asynchronous: without this a run may read what has not arrived.
             binding.synchronize_inputs()
             self._session.run_with_iobinding(binding)
             binding.synchronize_outputs()

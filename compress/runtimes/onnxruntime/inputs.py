@@ -27,7 +27,7 @@ _PATCH_DIMS = 2
 """Dimensions of pixels that are the patches of all images in one sequence: [patches, pixels]."""
 
 _MAX_PATCHES = 256
-"""Patches in one run of the vision encoder; see `_groups`."""
+"""Patches in one run of the vision encoder: about one image of 224 × 224 (patches of 14); see `_groups`."""
 
 _CPU = torch.device("cpu")
 
@@ -108,6 +108,7 @@ class Preparer:
         image_features = features.get(FEATURES)
         image_mask = np.zeros_like(ids, dtype=np.bool_)
         if image_features is not None:
+            # Without the padding, whose id may be a placeholder's.
             image_mask = np.isin(ids, self.encoder.tokens.placeholders) & (mask > 0)
         text_ids = np.where(image_mask, self.encoder.pad_id, ids)  # the embedding matrix may have no row for an image token
         embeds: NDArray[Any] = self.graphs.embed.run({"input_ids": text_ids})["inputs_embeds"]
@@ -141,6 +142,7 @@ class Preparer:
     def _insert(self, embeds: NDArray[Any], image_mask: NDArray[np.bool_], features: NDArray[Any]) -> None:
         """Replace the embeddings of image tokens with image features."""
         flat = features.reshape(-1, embeds.shape[2])
+        # numpy would raise for most mismatches and broadcast a single row over all image tokens.
         if len(flat) != image_mask.sum():
             raise CheckpointError(
                 f"{self.graphs.vision.path}: gives {len(flat)} features for {image_mask.sum()} image tokens; its processor does "
@@ -155,6 +157,7 @@ class Preparer:
         if self.rope is None:
             return indices, no_offsets
         if _PIXELS not in inputs:
+            # Text has the same position on all three axes.
             return np.broadcast_to(indices, (3, samples, tokens)), no_offsets
         positions, offsets = self.rope(inputs)
         return positions.numpy(), offsets.reshape(samples).to(torch.int64).numpy()
@@ -169,6 +172,7 @@ class Preparer:
         empty: dict[str, NDArray[Any]] = {}
         for name in names:
             _, heads, _, width = decoder.inputs[name].shape
+            # One state, not none: attention over no keys would divide by a sum of zero. The mask hides it.
             empty[name] = np.zeros((samples, int(heads), 1, int(width)), decoder.inputs[name].dtype)
         return empty
 
@@ -184,6 +188,7 @@ class Preparer:
         if DEEPSTACK_INPUT not in self.graphs.decoder.inputs:
             return None
         declared = self.graphs.decoder.inputs[DEEPSTACK_INPUT]
+        # Zeros at text tokens: the graph adds the levels to all positions.
         levels = np.zeros((int(declared.shape[0]), *embeds.shape), declared.dtype)
         if features is not None:
             levels[:, image_mask] = features
@@ -196,6 +201,7 @@ def find_rope(folder: Path, decoder: GraphSession, trust_remote_code: bool) -> R
     Raises:
         CheckpointError: config.json describes another model than the graph.
     """
+    # By the graph, not by the family: the graph is what is run.
     if len(decoder.inputs["position_ids"].shape) == 2:
         return None
     model = build_skeleton(folder, torch.float32, _CPU, trust_remote_code)
@@ -205,6 +211,7 @@ def find_rope(folder: Path, decoder: GraphSession, trust_remote_code: bool) -> R
 
     def positions(inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
         keys = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+        # The model's own code, as positions of images follow rules that differ between Qwen-VL's generations.
         return owner.get_rope_index(**{key: inputs[key] for key in keys})
 
     return positions

@@ -25,6 +25,7 @@ Provider = Literal["cpu", "cuda", "tensorrt"]
 """ONNX Runtime's execution providers, by their names in recipes."""
 
 _DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
+# In the key: another release may resize images or build prompts differently, and the answers are then others.
 _INPUT_LIBRARIES = ("onnx", "torch", "transformers", "tokenizers", "torchvision", "pillow")
 
 
@@ -45,6 +46,7 @@ class Onnxruntime(ServingRuntime):
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise), the "
         f"token that stands there, and one bucket for all others. {LOWER_BOUND}"
     )
+    # `tokens_per_batch` is in the key: padding and batch sizes move the last bits of the logits.
     not_in_key: ClassVar[frozenset[str]] = frozenset({"threads", "port", "startup_seconds", "request_seconds"})
     speed_fields: ClassVar[frozenset[str]] = frozenset({"threads"})
 

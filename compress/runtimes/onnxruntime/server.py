@@ -32,10 +32,11 @@ KEY = "COMPRESS_SERVER_KEY"
 """The environment variable that holds the server's API key."""
 
 _DEFAULT_MAX_TOKENS = 256
-"""The length limit of an answer where the request has none."""
+"""The length limit of an answer where the request has none: vLLM's is the rest of the context, which would block this server for
+hours, as it answers one request at a time."""
 
 _MAX_BODY_BYTES = 1 << 30
-"""The largest accepted request body: images are in it, in base64."""
+"""The largest accepted request body: images are in it, in base64. A body is read whole before it is parsed."""
 
 _DATA_URL = "data:"
 _REPLACEMENT = "\ufffd"
@@ -91,11 +92,14 @@ def read_request(body: object, model: str) -> ServerRequest:
     if not isinstance(body, dict):
         raise RequestError(400, "the body is no JSON object")
     fields = cast("dict[str, Any]", body)
+    # As vLLM answers: a load generator that was given another model's name must not measure this one.
     if fields.get("model", model) != model:
         raise RequestError(404, f"the model {fields['model']!r} is not served here, only {model}")
+    # Refused rather than ignored: figures of sampled answers would be taken for what was asked.
     for key, supported in {"temperature": 0, "n": 1, "logprobs": False, "tools": None}.items():
         if fields.get(key) not in (supported, None):
             raise RequestError(400, f"{key}: {fields[key]!r} is not offered: answers are greedy, one each; leave it out")
+    # OpenAI has replaced max_tokens by max_completion_tokens; vLLM takes both, and so do clients send either.
     max_tokens = fields.get("max_completion_tokens") or fields.get("max_tokens") or _DEFAULT_MAX_TOKENS
     if not isinstance(max_tokens, int) or isinstance(max_tokens, bool) or max_tokens < 1:
         raise RequestError(400, f"max_tokens: {max_tokens!r} is no number of tokens")
@@ -127,6 +131,7 @@ def _prompt(messages: object) -> Prompt:
 
 def _image(url: str) -> bytes:
     head, _, data = url.partition(",")
+    # A server that fetched URLs could be made to ask this machine's own network (SSRF).
     if not head.startswith(_DATA_URL) or not head.endswith(";base64"):
         raise RequestError(400, "image_url: give images as data URLs in base64; nothing is fetched here")
     try:
@@ -151,7 +156,9 @@ class Detokenizer:
         """
         self.tokens.append(token)
         prefix = self._session.decode(self.tokens[self._start : self._end])
+        # From the last two pieces on, not from the start: decoding all tokens each time would cost the square of the length.
         text = self._session.decode(self.tokens[self._start :])
+        # A character may be spread over several byte tokens: held back until it is complete.
         if text.endswith(_REPLACEMENT) or len(text) <= len(prefix):
             return ""
         self._start, self._end = self._end, len(self.tokens)
@@ -188,7 +195,9 @@ class ServedArtifact:
 class ArtifactServer(ThreadingHTTPServer):
     """An HTTP server with a thread per connection, for one artifact."""
 
+    # A thread that generates must not keep the process alive when the server is ended.
     daemon_threads = True
+    # The kernel's backlog: a load generator opens all its connections at once, and the default of 5 would have them retried by TCP.
     request_queue_size = 1024
 
     def __init__(self, served: ServedArtifact, port: int) -> None:
@@ -201,6 +210,7 @@ class Handler(BaseHTTPRequestHandler):
 
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True  # a token is sent as soon as it is generated
+    # An idle connection holds a thread.
     timeout: ClassVar[float | None] = 300.0
 
     @property
@@ -227,6 +237,7 @@ class Handler(BaseHTTPRequestHandler):
         """Answer `/v1/chat/completions`."""
         try:
             self._check_key()
+            # Read before the path is looked at: what is left of a body would be parsed as the connection's next request.
             body = self._body()
             if self.path != "/v1/chat/completions":
                 raise RequestError(404, f"{self.path}: nothing is served there")
@@ -240,12 +251,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def _check_key(self) -> None:
         key = self.headers.get("Authorization", "").removeprefix("Bearer ")
+        # In constant time: `==` would tell other users of this machine how many characters they have right.
         if not hmac.compare_digest(key.encode(), self._served.key.encode()):
+            # The body has not been read, so that the connection cannot be used for another request.
             self.close_connection = True
             raise RequestError(401, "the key is not the one that this server was started with")
 
     def _body(self) -> object:
         length = self.headers.get("Content-Length", "")
+        # A chunked body has no length, and is refused: it could be endless.
         if not length.isdigit() or int(length) > _MAX_BODY_BYTES:
             self.close_connection = True
             raise RequestError(413 if length.isdigit() else 411, f"a body of {length or 'unknown'} bytes is not read")
@@ -286,6 +300,7 @@ class Handler(BaseHTTPRequestHandler):
                 count += 1
                 text = "" if finish == "stop" else detokenizer.add(token)
                 delta = {"content": text + detokenizer.flush() if finish else text}
+                # Only now: an earlier fault still becomes a status, and the time to the first event is that of the first token.
                 if count == 1:
                     self._begin_stream()
                     delta |= {"role": "assistant"}
@@ -293,12 +308,14 @@ class Handler(BaseHTTPRequestHandler):
         except CompressError as error:
             if not count:
                 raise RequestError(500, str(error)) from error
+            # Status 200 has been sent: vLLM, too, reports such an error as an event.
             self._event({"error": _fault(500, str(error))})
         else:
             if request.usage:
                 self._event(head | {"choices": [], "usage": _usage(streamed.prompt_tokens, count)})
             self._event("[DONE]")
         finally:
+            # A client that went away ends the generation: the next request is waiting for the lock.
             streamed.tokens.close()
         self.wfile.write(b"0\r\n\r\n")
 
@@ -348,9 +365,11 @@ def main(arguments: Sequence[str]) -> None:
         CompressError: it cannot be loaded.
     """
     job = ServerJob(**json.loads(arguments[0]))
+    # Popped, so that no child process inherits it; not an argument, as any user can read a process's command line.
     key = os.environ.pop(KEY)
     graphs, artifact = Path(job.graphs), Path(job.artifact)
     context = OpenContext.at(artifact, graphs, Silent(), job.trust_remote_code, job.model)
+    # Before the port is opened: the first answer to /health means that requests can be served.
     session = load_session(Onnxruntime(**job.settings), context, graphs)
     assert isinstance(session, OnnxruntimeSession), "a model that writes no text is refused before its server is started"
     with ArtifactServer(ServedArtifact(session, job.artifact, job.model, key, threading.Lock()), job.port) as server:

@@ -37,7 +37,7 @@ _MAX_LOGITS = 2**27
 """Logits of a scored batch in memory at once: 512 MiB in float32."""
 
 _SOFTMAX_ROWS = 64
-"""Rows of logits that are converted to float64 at once."""
+"""Rows of logits that are converted to float64 at once: 78 MB for a vocabulary of 152,000."""
 
 
 class GeneratedToken(NamedTuple):
@@ -75,6 +75,7 @@ def open_session(runtime: Onnxruntime, context: OpenContext) -> Generator[Onnxru
         yield session
     finally:
         session.close()
+        # Sessions are in reference cycles: without it the next artifact would be loaded beside this one.
         gc.collect()
 
 
@@ -107,6 +108,7 @@ def load_session(runtime: Onnxruntime, context: OpenContext, folder: Path) -> On
     if context.family.head is None:
         return EmbeddingSession(_towers(folder, engine), encoder)
     graphs = Graphs.load(folder, engine)
+    # The type of the cache is that of the graph, which config.json does not tell.
     cached = {value.dtype for name, value in graphs.decoder.inputs.items() if name.startswith(PAST)}
     if engine.device != "cpu" and np.dtype(np.float32) in cached:
         context.progress.warn(
@@ -147,6 +149,7 @@ class OnnxruntimeSession(BatchedSession):
         faults = dict[int, str]()
         batches = list(self.encoder.prompts([prompt], max_new_tokens, faults))
         if not batches:
+            # Before anything is generated, so that the server can still answer with a status.
             raise DataError(faults[0])
         (batch,) = batches
 
@@ -204,6 +207,7 @@ class OnnxruntimeSession(BatchedSession):
             for batch in self._scoring_encoder().passages(subset, {}):
                 for index, logits in _scored_logits(self.preparer, batch, subset):
                     requested = [(at, token) for at, (passage, token) in enumerate(positions) if passage == indices[index]]
+                    # float64: errors of a float32 sum over 150,000 terms would be of the size of the KL of a good artifact.
                     rows = torch.from_numpy(logits[[token for _, token in requested]]).to(torch.float64).log_softmax(dim=1)
                     distributions |= {at: row.to(torch.float32).numpy() for (at, _), row in zip(requested, rows, strict=True)}
                     advance(len(requested))
@@ -228,11 +232,13 @@ class OnnxruntimeSession(BatchedSession):
         prepared = self.preparer.prepare(batch)
         decoder = BatchDecoder(self.preparer.graphs, prepared, prepared.padded_length + max_new_tokens)
         logits = decoder.begin()
+        # A head may have fewer rows than the tokenizer has tokens (mllama's image token has none).
         suppressed = [token for token in self.encoder.tokens.placeholders if token < logits.shape[1]]
         active = np.ones(len(batch), dtype=np.bool_)
         for count in range(1, max_new_tokens + 1):
             logits[:, suppressed] = -np.inf
             tokens = logits.argmax(axis=1)
+            # The stop token is no part of the answer, so a row is inactive in the step that generates it.
             active = active & ~np.isin(tokens, stops)
             yield tokens, active
             if count == max_new_tokens or not active.any():
@@ -248,6 +254,7 @@ class OnnxruntimeSession(BatchedSession):
             best = logs.topk(min(self._top, logs.shape[1]), dim=1)
             for row, (ids, values) in enumerate(zip(_rows(best.indices), _rows(best.values), strict=True)):
                 top = dict(zip(map(int, ids), values, strict=True))
+                # This model's log-probabilities of the original's top tokens, wherever it ranks them: the rest's bucket is smaller.
                 for token, _ in original[first + row].top if original else ():
                     if token < logs.shape[1]:
                         top.setdefault(token, float(logs[row, token]))
@@ -268,6 +275,7 @@ def _scored_logits(
     counts = [len(scored_tokens(passages[sample.index])) for sample in batch]
     firsts = [sample.length - 1 - count for sample, count in zip(batch, counts, strict=True)]
     start = min(firsts)
+    # Only from the first scored position on: the head is not computed for prompts, image tokens included.
     logits = BatchDecoder(preparer.graphs, prepared, prepared.padded_length).prefill(prepared.padded_length - start)
     for row, (sample, first, count) in enumerate(zip(batch, firsts, counts, strict=True)):
         yield sample.index, logits[row, first - start : first - start + count]

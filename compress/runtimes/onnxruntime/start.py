@@ -47,6 +47,8 @@ def serve(runtime: Onnxruntime, context: OpenContext) -> Generator[RunningServer
             f"{context.artifact}: latency is measured of answers, and {family.name} compares images with texts and writes none; "
             "leave out eval.latency"
         )
+    # The exported graphs are removed at the end of the inner block, when the server has them in memory; it lives as long as the
+    # outer stack.
     with ExitStack() as stack:
         with (
             graphs_of(runtime, context, engine_of(runtime)) as graphs,
@@ -61,10 +63,13 @@ def serve(runtime: Onnxruntime, context: OpenContext) -> Generator[RunningServer
 @contextmanager
 def _run(runtime: Onnxruntime, context: OpenContext, graphs: Path) -> Generator[tuple[Worker, RunningServer]]:
     port = choose_port(runtime.port, _NAME)
+    # A random name: another server on this port, by mistake, refuses it. A random key: loopback is open to every user of the
+    # machine.
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
     artifact = str(context.artifact.absolute())
     job = ServerJob(artifact, str(graphs.absolute()), model, port, runtime.model_dump(mode="json"), context.trust_remote_code)
+    # -P keeps the working directory off the module path: a file `json.py` there would be imported.
     command = [sys.executable, "-P", "-m", _MODULE, json.dumps(asdict(job))]
     variables = plain_environment() | {name: os.environ[name] for name in _PYTHON_VARIABLES if name in os.environ} | {KEY: key}
     with run_worker(f"{_NAME}, serving {artifact},", command, variables, context.logs / "onnxruntime.log") as server:

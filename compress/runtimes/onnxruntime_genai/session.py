@@ -86,11 +86,14 @@ def open_session(runtime: OnnxruntimeGenai, context: OpenContext) -> Generator[O
         temporary = Path(resources.enter_context(tempfile.TemporaryDirectory(prefix="compress-genai-")))
         folder = in_format_of(runtime, context, _original_settings(context.family), temporary / "original")
         for path in sorted(folder.glob("*.onnx")):
+            # A truncated file is found here, before a process is started that may load for minutes.
             check_files(path)
         listener = resources.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        # A socket, not a pipe: whatever a library prints goes to the log and cannot mix with replies.
         address = temporary / "socket"
         listener.bind(str(address))
         listener.listen(1)
+        # So that the wait for the worker can see that it has died.
         listener.setblocking(False)
         command = python_command(ENVIRONMENT, str(_WORKER), str(folder.absolute()), str(address))
         variables = variables_with(_WORKER_VARIABLES)
@@ -103,6 +106,7 @@ def open_session(runtime: OnnxruntimeGenai, context: OpenContext) -> Generator[O
             )
         image_folder = temporary / "images"
         image_folder.mkdir()
+        # From the exported folder: the library reads that tokenizer, too.
         encoder = Encoder.of(replace(context, artifact=folder), 1)
         yield OnnxruntimeGenaiSession(worker, encoder, image_folder, runtime)
 
@@ -184,11 +188,13 @@ class WorkerProcess:
         """
         limit, searched = limits().reply_bytes, 0
         while (end := self._buffer.find(b"\n", searched)) < 0:
+            # What has been searched is not searched again: replies of whole distributions have hundreds of megabytes.
             searched = len(self._buffer)
             if searched > limit:
                 raise unreadable(ValueError(f"more than {limit:,} bytes, {limits().set_by('reply_bytes')}"))
             if (seconds := deadline - time.monotonic()) <= 0:
                 raise TimeoutError
+            # What is left of the deadline: a timeout per read would start anew with each byte.
             self._connection.settimeout(seconds)
             if not (chunk := self._connection.recv(_CHUNK_BYTES)):
                 raise self._exited()
@@ -236,6 +242,7 @@ def read_positions(reply: Mapping[str, Any], tokens: Sequence[int], top: int) ->
     """
     try:
         rows = cast("list[tuple[int, float, list[tuple[int, float]]]]", reply["positions"])
+        # Another tokenizer inside the library would score other tokens, whose likelihoods say nothing here.
         if [token for token, _, _ in rows] != list(tokens):
             raise ValueError("other tokens than it was given")
         top_ids = [token_ids([token for token, _ in best], top) for _, _, best in rows]
@@ -344,6 +351,7 @@ class OnnxruntimeGenaiSession:
             for index, image in enumerate(open_images(prompt)):
                 paths.append(self._image_folder / f"{index}.png")
                 with disk_errors(self._image_folder):
+                    # PNG is lossless, and level 1 the fastest: the file lives for one prompt.
                     image.save(paths[-1], compress_level=1)
             text = write_prompt(self._encoder.processor, prompt)
             return self._worker.ask(GenaiRequest(kind, text, [str(path) for path in paths], **settings))
@@ -357,6 +365,7 @@ class OnnxruntimeGenaiSession:
         if "fault" in reply:
             return Answer(id=prompt.id, text="", token_ids=(), fault=_named(prompt.id, str(reply["fault"])))
         ids = read_tokens(reply, max_new_tokens)
+        # The library returns the end-of-sequence token as part of the sequence.
         end = next((index for index, token in enumerate(ids) if token in self._encoder.tokens.stops), len(ids))
         text = self._encoder.processor.tokenizer.decode(ids[:end], skip_special_tokens=True)
         return Answer(id=prompt.id, text=text, token_ids=tuple(ids[:end]))

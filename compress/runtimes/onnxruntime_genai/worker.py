@@ -24,6 +24,7 @@ _GREEDY_OPTIONS = {
     "num_beams": 1,
     "num_return_sequences": 1,
     "min_length": 0,
+    # genai_config.json carries the model's own penalties and sampling: each is set to neutral, or it would apply here.
     "repetition_penalty": 1.0,
     "no_repeat_ngram_size": 0,
     "temperature": 1.0,
@@ -95,7 +96,9 @@ class LoadedModel:
         self._check_length(length, len(tokens))
         sequence = np.concatenate([prompt, np.array([tokens], dtype=prompt.dtype)], axis=1)
         inputs["input_ids"] = _GENAI.Tensor(np.ascontiguousarray(sequence))
+        # Room for one token more: the library refuses a prompt as long as max_length.
         logits = self._generator(inputs, sequence.shape[1] + 1).get_output("logits")[0].astype(np.float64)
+        # Position i predicts token i + 1: the last position predicts nothing that was given.
         return logits[length - 1 if length else 0 : -1]
 
     def _inputs(self, request: dict[str, Any]) -> tuple[Any, int]:
@@ -121,6 +124,7 @@ class LoadedModel:
 
 def _position(row: np.ndarray[Any, Any], token: int, top: int) -> list[Any]:
     logs = _log_softmax(row)
+    # Stable: equal log-probabilities keep the order of their ids, whatever the sort's algorithm.
     top_ids = np.argsort(-logs, kind="stable")[:top]
     return [token, float(logs[token]), [[int(top_id), float(logs[top_id])] for top_id in top_ids]]
 
@@ -142,6 +146,7 @@ def main(folder: str, address: str) -> None:
             stream.flush()
 
         try:
+            # After connecting: a model that cannot be loaded is a reply, not a process that is waited for in vain.
             worker = LoadedModel(Path(folder))
         except (OSError, LookupError, *_FAULTS) as error:
             send({"failed": str(error)})

@@ -39,7 +39,9 @@ def choose_dtype(setting: str, artifact: Path, device: torch.device) -> torch.dt
         checkpoint = open_checkpoint(artifact)
         sources = (checkpoint.config, checkpoint.text_config)
         dtypes = [source.get(key) for source in sources for key in ("dtype", "torch_dtype")]
+        # transformers 5 writes `dtype`, earlier versions `torch_dtype`; many composite configs give it in text_config alone.
         setting = next((str(name) for name in dtypes if name), "bfloat16")
+    # float32 on CPUs: bfloat16 is emulated on many of them, and its rounding would be part of every comparison.
     return cast("torch.dtype", getattr(torch, "float32" if setting == "auto" else setting))
 
 
@@ -62,9 +64,11 @@ def load_model(context: OpenContext, dtype: torch.dtype, device: torch.device) -
             if leaf not in derived:  # old checkpoints have `position_ids` buffers too
                 _assign(artifact, name, modules[path], leaf, tensor)
             advance(1)
+    # After loading: the head is then the embeddings' own parameter, not a second copy.
     if head_is_tied(checkpoint, family):
         model.tie_weights()
     for name, parameter in cast("nn.Module", model).named_parameters():
+        # A parameter that no tensor was assigned to would compute nothing on the meta device, far from its cause.
         if parameter.is_meta:
             raise CheckpointError(f"{artifact}: holds no weight for {name}; fetch or export it again")
     fake_quantize_as_served(checkpoint, family, cast("nn.Module", model), device)
@@ -102,6 +106,7 @@ def _assign(artifact: Path, name: str, module: nn.Module, leaf: str, tensor: Ten
             f"{artifact}: {name} has the shape {tuple(tensor.shape)}, the model {expected}; config.json does not fit"
         )
     if isinstance(current, nn.Parameter):
+        # To the module's own type: some models keep single modules in float32.
         setattr(module, leaf, nn.Parameter(tensor.to(current.dtype), requires_grad=False))
     else:
         setattr(module, leaf, tensor.to(current.dtype))

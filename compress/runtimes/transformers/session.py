@@ -47,6 +47,7 @@ def open_session(
     model = loader(context, dtype, device)
     generates = context.family.head is not None
     session = TransformersSession(model, encoder, device) if generates else EmbeddingSession(towers_of(model, device), encoder)
+    # The session holds the only reference, so that `close` frees the memory.
     del model
     try:
         if isinstance(session, TransformersSession):
@@ -55,6 +56,7 @@ def open_session(
         yield session
     finally:
         session.close()
+        # A model's modules and hooks are in reference cycles: before the cache is emptied, they must be collected.
         gc.collect()
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -101,8 +103,10 @@ class TransformersSession(BatchedSession):
             pad_token_id=self.encoder.pad_id,
             suppress_tokens=list(self.encoder.tokens.placeholders) or None,
         )
+        # Left: `generate` appends to the last column of every row.
         inputs = self.encoder.collate(batch, "left", self._device)
         sequences = self._entry(inputs).generate(**inputs, generation_config=greedy)
+        # One transfer for the batch: each `.item()` would wait for the device.
         new = cast("list[list[int]]", sequences[:, inputs["input_ids"].shape[1] :].tolist())
         return [list(itertools.takewhile(lambda token: token not in stops, ids)) for ids in new]
 
@@ -114,6 +118,7 @@ class TransformersSession(BatchedSession):
             UsageError: `reference` was recorded on other passages, or by a model of another vocabulary.
             StoreError: the record cannot be written.
         """
+        # Hidden states are recorded instead of logits: a few thousand numbers per token instead of 150,000.
         output = self._model.get_output_embeddings()
         head = Head(output.weight, getattr(output, "bias", None))
         original = Record(reference, passages, self._device, self._heads) if reference is not None else None
@@ -128,6 +133,7 @@ class TransformersSession(BatchedSession):
                     if recorder is not None:
                         recorder.add(hidden)
                     comparable = {index: states for index, states in hidden.items() if original is None or index in original}
+                    # Only passages that both models scored are compared: otherwise their means would be over different tokens.
                     faults |= dict.fromkeys(hidden.keys() - comparable.keys(), UNSCORED)
                     for index, score in self._scores(comparable, passages, head, original):
                         scores[index] = score
@@ -151,11 +157,13 @@ class TransformersSession(BatchedSession):
         def stop(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             del module
             captured.append(args[0])
+            # The head over all positions of a batch would be the largest tensor of the pass: it is applied later, in pieces.
             raise ReachedError
 
         handle = self._model.get_output_embeddings().register_forward_pre_hook(stop)
         try:
             with suppress(ReachedError):
+                # Scoring reads each token once: a cache would only take memory.
                 self._entry(inputs)(**inputs, use_cache=False)
         finally:
             handle.remove()
@@ -163,11 +171,13 @@ class TransformersSession(BatchedSession):
 
     def _hidden(self, batch: Sequence[Encoded], passages: Sequence[Passage]) -> dict[int, Tensor]:
         """Return, by the passages' indices, the hidden states that predict their scored tokens."""
+        # Right: positions then start at 0 in every row, whatever the model computes them from.
         inputs = self.encoder.collate(batch, "right", self._device)
         states = self._head_input(inputs)
         rows: dict[int, Tensor] = {}
         for row, sample in enumerate(batch):
             last = sample.length - 1
+            # Up to the token before the last: a position predicts its successor.
             rows[sample.index] = states[row, last - len(scored_tokens(passages[sample.index])) : last]
         return rows
 

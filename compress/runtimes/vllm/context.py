@@ -16,6 +16,7 @@ _UNSCALED_ROPE_TYPES = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "de
 
 def default_context(config: Mapping[str, Any]) -> int:
     """Return the default `max_model_len` of a model: its position count, at most `CONTEXT`."""
+    # A plan must know the context without vLLM: a prompt that will not fit is refused before hours of compression.
     return min(positions_of(config) or CONTEXT, CONTEXT)
 
 

@@ -1,4 +1,4 @@
-"""The fallback ladder for a vLLM server that runs out of memory while loading: less memory, a shorter context, fewer sequences."""
+"""Lower settings for a vLLM server that runs out of memory while loading: less memory, a shorter context, fewer sequences."""
 
 from __future__ import annotations
 
@@ -12,19 +12,21 @@ from compress.recipe.schema import Frozen
 Rung = Literal["memory share", "context", "sequences"]
 
 _SHARE_FACTOR = 0.8
-"""Each step takes a fifth less of the GPU's memory: 0.85, 0.68, 0.54."""
+"""Each step takes a fifth less of the GPU's memory: 0.85, 0.68, 0.54. Smaller steps would cost a start of the server each, a minute
+or more."""
 
 _MIN_SHARE = 0.5
-"""Below this share of the GPU, the next rung is tried."""
+"""Below this share of the GPU, the next setting is lowered."""
 
 _MIN_CONTEXT = 1024
-"""The shortest context that is tried, in tokens."""
+"""The shortest context that is tried, in tokens: less hardly holds an image (640 × 480 pixels are 391 tokens in Qwen2.5-VL)
+beside a question and an answer."""
 
 _SEQUENCES = (64, 16, 4)
-"""The steps of `--max-num-seqs`."""
+"""The steps of `--max-num-seqs`, a quarter each: activations and the sampler's logits grow with it."""
 
 _DEFAULT_SEQUENCES = 256
-"""vLLM's own default of `--max-num-seqs`."""
+"""A stand-in for vLLM's default of `--max-num-seqs`, which is 128 on CPUs and 256 or 1,024 on GPUs: all above the first step."""
 
 _MAX_NUM_SEQS = "--max-num-seqs"
 _CAUSE_LENGTH = 500
@@ -37,11 +39,13 @@ _SAMPLER_OUT_OF_MEMORY = re.compile(r"out of memory occurred when warming up sam
 _OUT_OF_MEMORY = (
     re.compile(r"is less than desired (?:GPU|CPU) memory utilization"),
     re.compile(r"allocation is less than requested memory for kv"),
+    # Of vLLM's own checks before it allocates, on GPUs and on CPUs; then torch's and the C++ library's errors.
     re.compile(r"less than (?:the )?requested memory", re.IGNORECASE),
     re.compile(r"\bCUDA out of memory\b|torch\.(?:cuda\.)?OutOfMemoryError|CUDA error: out of memory|CUBLAS_STATUS_ALLOC_FAILED"),
     re.compile(r"can't allocate memory: you tried to allocate|DefaultCPUAllocator: not enough memory"),
     re.compile(r"^(?:\S*: )?MemoryError\b|\bMemoryError:|std::bad_alloc|Cannot allocate memory", re.MULTILINE),
     re.compile(r"Failed core proc\(s\): \{[^}]*: -9\b"),
+    # Linux's out-of-memory killer sends SIGKILL, and nothing is logged but the signal.
     re.compile(r"signal 9 \(SIGKILL\)|exit code 137\b|exitcode: -9\b|died with signal SIGKILL"),
 )
 
@@ -96,6 +100,7 @@ def memory_fault(log: str) -> str | None:
     first = next((match for match in matches if match), None)
     if first is None:
         return None
+    # The whole line, as the pattern may match in its middle.
     start = log.rfind("\n", 0, first.start()) + 1
     end = log.find("\n", first.end())
     return log[start : end if end >= 0 else len(log)].strip()
@@ -110,8 +115,10 @@ def step_down(memory: Memory, log: str) -> tuple[Memory, MemoryFallback] | None:
     cause = memory_fault(log)
     if cause is None:
         return None
+    # The cache was too small: a lower share would leave it even less, a shorter context needs less of it.
     rungs = [_shorten_context, _lower_sequences]
     if not (_CACHE_TOO_SMALL.search(log) or _NO_CACHE.search(log)):
+        # The sampler's memory is the logits of all sequences at once: their number comes first.
         rungs = [_lower_sequences, _lower_share, _shorten_context] if _SAMPLER_OUT_OF_MEMORY.search(log) else [_lower_share, *rungs]
     for rung in rungs:
         result = rung(memory, log)
@@ -128,6 +135,7 @@ def sequences_of(arguments: tuple[str, ...]) -> int | None:
         name, _, value = argument.partition("=")
         if name == _MAX_NUM_SEQS:
             text = value or next(iter(arguments[index + 1 : index + 2]), "")
+            # argparse takes the last of several; what is no number is vLLM's to refuse.
             sequences = int(text) if text.isdigit() else sequences
     return sequences
 
@@ -137,6 +145,7 @@ def settings_after(settings: Mapping[str, Any], steps: Sequence[MemoryFallback])
     changed: dict[str, Any] = {}
     for step in steps:
         if step.setting == _MAX_NUM_SEQS:
+            # Appended: the last of several counts.
             changed["arguments"] = (*settings["arguments"], _MAX_NUM_SEQS, str(int(step.value)))
         else:
             changed[step.setting] = step.value if step.setting == "gpu_memory_utilization" else int(step.value)
@@ -163,6 +172,7 @@ def _lower_share(memory: Memory, log: str) -> tuple[Memory, MemoryFallback] | No
 def _shorten_context(memory: Memory, log: str) -> tuple[Memory, MemoryFallback] | None:
     estimate = _ESTIMATED_CONTEXT.search(log)
     shorter = memory.context // 2
+    # vLLM logs what would fit: one start instead of several halvings.
     if estimate and _MIN_CONTEXT <= int(estimate[1]) < memory.context:
         shorter = int(estimate[1])
     if shorter < _MIN_CONTEXT:

@@ -34,6 +34,7 @@ _REMEDY = "measure on another machine, or set kernels: reference beside runtime:
 
 def lacks(features: frozenset[str]) -> bool:
     """Return whether this is an x86 processor with none of the features."""
+    # Empty where the features are not known, as on Arm: then nothing is held against the processor.
     available = processor_features()
     return bool(available) and not available & features
 
@@ -54,6 +55,7 @@ class Vllm(ServingRuntime):
     )
 
     not_in_key: ClassVar[frozenset[str]] = frozenset(
+        # The cache's size bounds how many requests run at once, not what is computed for each; `concurrency` stays in the key.
         {"startup_seconds", "request_seconds", "port", "key_variable", "kv_cache_gib", "gpu_memory_utilization"}
     )
 
@@ -66,6 +68,7 @@ class Vllm(ServingRuntime):
     max_model_len: PositiveInt | None = None
     """The context length in tokens; by default the model's own, at most 8,192."""
 
+    # Below vLLM's own 0.92: a start that fails for want of memory costs a minute, and ends in a lower setting anyway.
     gpu_memory_utilization: Annotated[float, Field(gt=0, le=1)] = 0.85
     """The share of GPU memory that vLLM may take; ignored on a CPU."""
 
@@ -81,6 +84,7 @@ class Vllm(ServingRuntime):
     concurrency: PositiveInt = 8
     """How many requests are in flight at once. Above 1 the server batches them as they arrive, which can change the last bits."""
 
+    # By default on: capturing CUDA graphs takes a minute or more at every start, and accuracy does not need them.
     eager: bool = True
     """Whether CUDA graphs are off (`--enforce-eager`)."""
 
@@ -108,6 +112,7 @@ class Vllm(ServingRuntime):
             raise ValueError("kernels are those of a server that is started here: leave out kernels, or leave out url")
         if self.url is None and self.key_variable is not None:
             raise ValueError("key_variable belongs to url: add url, or leave it out")
+        # argparse of vLLM takes `--api_key` for `--api-key`, with the value after a `=` or as the next argument.
         argument_names = [argument.partition("=")[0].replace("_", "-") for argument in self.arguments]
         if secret_names := [name for name in argument_names if name in _SECRET_ARGUMENTS]:
             raise ValueError(f"arguments: {secret_names[0]} is followed by a secret, and a recipe is kept and shown; leave it out")
@@ -117,6 +122,7 @@ class Vllm(ServingRuntime):
         """Return a fault if `max_model_len` exceeds the model's context length, or the longest passage does not fit."""
         if self.url is not None:
             return []
+        # The server inherits this variable, so that the plan must heed it as well.
         positions, allowed = positions_of(config), os.environ.get(_LONG_CONTEXT_VARIABLE) in ("1", "true", "True")
         if self.max_model_len is not None and positions is not None and self.max_model_len > positions and not allowed:
             return [
@@ -124,6 +130,7 @@ class Vllm(ServingRuntime):
                 f"lower it, or set {_LONG_CONTEXT_VARIABLE}=1"
             ]
         context = self.max_model_len or default_context(config)
+        # `>=`: a scoring request generates one token, as vLLM does not take max_tokens 0.
         if longest >= context:
             return [
                 f"windows of {longest:,} tokens and the one that vLLM adds do not fit into {context:,}; give smaller windows, or "
@@ -178,6 +185,7 @@ class Vllm(ServingRuntime):
 
     def latency_notes(self, *, components: bool) -> list[str]:
         """Return a note, too, where CUDA graphs are off."""
+        # On CPUs there are no CUDA graphs to be without.
         slower = self.url is None and self.eager and gpus()
         eager = ["The server ran with eager: true, without CUDA graphs; eager: false is what a deployment would set."]
         return [*(eager if slower else []), *super().latency_notes(components=components)]

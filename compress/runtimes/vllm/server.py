@@ -103,6 +103,7 @@ def _remote_model(runtime: Vllm, client: httpx.Client, artifact: Path) -> str:
         rows = models_of(_get(client, runtime, "/v1/models"))
     except ValueError as error:
         raise ServerError(f"{runtime.url}: does not tell which model it serves ({error}); start it, or correct url") from error
+    # vLLM reports the folder it was started with as `root`, whatever name it serves it under.
     roots = {str(row["id"]): str(row.get("root", "")) for row in rows}
     for name, root in roots.items():
         if _is_folder_of(root, artifact):
@@ -114,6 +115,7 @@ def _remote_model(runtime: Vllm, client: httpx.Client, artifact: Path) -> str:
 def _is_folder_of(root: str, artifact: Path) -> bool:
     """Return whether the model root that a server reports is the artifact's folder."""
     try:
+        # The server's word may be any text, of which `resolve` can raise for a NUL or a loop of links.
         return Path(root).resolve() == artifact.resolve()
     except (OSError, RuntimeError, ValueError):
         return False

@@ -20,7 +20,7 @@ from compress.runtimes.top_tokens import Position, TopRecord, position_of, score
 from compress.untrusted.limits import limits
 
 _MAX_LOG_PROBABILITY = 1e-3
-"""How far above 0 rounding may put a log-probability."""
+"""How far above 0 rounding may put a log-probability: float32 errs by far less, a server's nonsense by more."""
 
 
 class ScoringSession(ServerSession):
@@ -31,6 +31,7 @@ class ScoringSession(ServerSession):
         self._top = settings.top_logprobs
         self.whole_tokens = settings.whole_tokens
         self._stops = tokens.stops
+        # -100 is the strongest bias of OpenAI's API, and vLLM clamps to it: a placeholder's logit is far below any other then.
         self._bias = {str(token): -100 for token in tokens.placeholders}
 
     def score(self, passages: Sequence[Passage], record: Path | None, reference: Path | None, progress: Progress) -> list[Score]:
@@ -63,6 +64,7 @@ class ScoringSession(ServerSession):
             return self._distribution(passages[position[0]], position[1])
 
         try:
+            # One request alone first: a server that refuses whole distributions does so once, not hundreds of times.
             first = request(positions[0])
         except ItemError as error:
             progress.warn(
@@ -87,6 +89,7 @@ class ScoringSession(ServerSession):
         body = self._prefix_request(passage, len(tokens), sampling)
 
         def parse(content: dict[str, Any]) -> list[Position]:
+            # From the end: before the scored tokens come the prompt's and its image tokens', which differ in number by model.
             rows = cast("list[dict[str, Any] | None]", content["prompt_logprobs"] or [])[-len(tokens) :]
             if len(rows) != len(tokens):
                 raise ServerError(f"{passage.id}: vLLM gave no log-probabilities of its tokens; this version cannot score")
@@ -99,13 +102,16 @@ class ScoringSession(ServerSession):
         body: dict[str, Any] = {"model": self.endpoint.model, "sampling_params": sampling}
         tokens = scored_tokens(passage)[:count]
         if passage.prompt is None:
+            # The first token is context: nothing predicts it.
             return body | {"token_ids": [*passage.token_ids[:1], *tokens]}
         rendering = self._body(1) | {"messages": messages(passage.prompt)}
+        # Rendered by the server: its own tokens and image features, and the scored tokens appended to exactly those.
         ids, features = self._client.post("/v1/chat/completions/render", rendering, self._rendered)
         return body | {"token_ids": [*ids, *tokens], "features": features}
 
     def _distribution(self, passage: Passage, count: int) -> NDArray[np.float32]:
         """Request the distribution after the first `count` scored tokens of a passage."""
+        # -1 asks for the whole vocabulary. With `ignore_eos` an end of sequence is a token like others, and has its distribution.
         sampling = {"max_tokens": 1, "temperature": 0.0, "seed": 0, "logprobs": -1, "detokenize": False, "ignore_eos": True}
         return self._client.post("/inference/v1/generate", self._prefix_request(passage, count, sampling), _full_distribution)
 
@@ -131,6 +137,7 @@ class VllmSession(ScoringSession):
             if self._bias:
                 body |= {"logit_bias": self._bias}
             if self._stops:
+                # The same stops as in every other runtime, whatever the server reads from tokenizer and generation config.
                 body |= {"stop_token_ids": list(self._stops), "ignore_eos": True}
             return self._client.post(
                 "/v1/chat/completions", body, lambda content: self._parse_answer(prompt, content["choices"][0], max_new_tokens)
@@ -155,6 +162,7 @@ def _full_distribution(content: dict[str, Any]) -> NDArray[np.float32]:
     logs = np.array([float(row["logprob"]) for row in rows])
     if not ids or sorted(ids) != list(range(len(ids))) or not np.isfinite(logs).all() or logs.max() > _MAX_LOG_PROBABILITY:
         raise ValueError("the distribution is not over the whole vocabulary")
+    # The rows come by probability; a copy, as indexed assignment reads what it overwrites.
     logs[ids] = logs.copy()
     return logs.astype(np.float32)
 

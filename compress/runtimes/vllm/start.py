@@ -32,6 +32,7 @@ _REMOVED = ("VLLM_API_KEY", "OPENAI_API_KEY", "HF_TOKEN", "HUGGING_FACE_HUB_TOKE
 _KERNELS = Path(__file__).with_name("kernels")
 _SERVER_VARIABLES = {
     "DO_NOT_TRACK": "1",
+    # The artifact is complete: without this vLLM asks the hub for files it lacks, such as a processor's config.
     "HF_HUB_OFFLINE": "1",
     "NO_COLOR": "1",
     "VLLM_NO_USAGE_STATS": "1",
@@ -53,9 +54,9 @@ def plain_environment() -> dict[str, str]:
 
 @contextmanager
 def start_server(runtime: Vllm, context: OpenContext) -> Generator[StartedServer]:
-    """Start a server for the artifact; where it runs out of memory while loading, retry with lower settings, see `vllm_ladder`.
+    """Start a server for the artifact; where it runs out of memory while loading, retry with lower settings, see `memory_fallback`.
 
-    `context.on_ladder_step` is called with each step, and a warning is shown.
+    `context.on_fallback` is called with each step, and a warning is shown.
 
     Raises:
         MissingError: vLLM is not installed, or has no kernel here for what the artifact needs.
@@ -63,6 +64,7 @@ def start_server(runtime: Vllm, context: OpenContext) -> Generator[StartedServer
         ServerError: the server did not start.
     """
     environment, config = require("vllm"), read_config(context.artifact)
+    # Also checked in the plan; an artifact given to `compress eval` may come from elsewhere.
     if faults := runtime.kernel_faults(kernel_kinds_in(config)):
         raise MissingError("\n".join(f"{context.artifact}: {fault}" for fault in faults))
     memory = Memory(
@@ -85,6 +87,7 @@ def _start_with_fallback(stack: ExitStack, runtime: Vllm, context: OpenContext, 
                 with context.progress.task("start vllm", 1, "servers") as advance:
                     await_service(started.server, started.served, runtime.startup_seconds)
                     advance(1)
+            # Only a process that has exited tells of memory: one that is still loading when the time is over may be slow.
             except ServerError as error:
                 has_exited, log = started.server.process.poll() is not None, started.server.read_log()
                 next_step = step_down(memory, log) if has_exited else None
@@ -94,6 +97,7 @@ def _start_with_fallback(stack: ExitStack, runtime: Vllm, context: OpenContext, 
                         raise
                     raise fault from error
             else:
+                # The server outlives this block from here on; a failed attempt has been ended by its own stack.
                 stack.push(attempt.pop_all())
                 return started
         memory, step = next_step
@@ -109,8 +113,10 @@ def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Start
     port = choose_port(runtime.port, "vLLM")
     model, key = f"compress-{secrets.token_hex(4)}", secrets.token_hex(16)
     remember_secret(key)
+    # A random name: another server on this port, by mistake, refuses it.
     arguments = ("--port", str(port), "--served-model-name", model, *_chat_template(context))
     variables = plain_environment() | ({"PYTHONPATH": str(_KERNELS)} if runtime.kernels == "reference" else {})
+    # In the environment, not as --api-key: any user can read a process's command line.
     variables |= {"VLLM_API_KEY": key, "VLLM_CPU_KVCACHE_SPACE": str(memory.cache_gib)}
     with ExitStack() as stack:
         command = _command(runtime, context, stack.enter_context(uncut_folder(context.artifact)), memory, arguments)
@@ -121,6 +127,7 @@ def _run(runtime: Vllm, context: OpenContext, memory: Memory) -> Generator[Start
 
 def _command(runtime: Vllm, context: OpenContext, folder: Path, memory: Memory, arguments: tuple[str, ...]) -> list[str]:
     environment: Environment = require("vllm")
+    # The module rather than the script `vllm`, whose first line names the Python of the place it was installed to.
     command = [str(environment.python), "-m", "vllm.entrypoints.cli.main", "serve", str(folder)]
     command += ["--host", "127.0.0.1", *arguments, "--dtype", runtime.dtype, "--seed", "0"]
     command += ["--max-model-len", str(memory.context)]
@@ -133,6 +140,7 @@ def _command(runtime: Vllm, context: OpenContext, folder: Path, memory: Memory, 
     command += ["--worker-extension-cls", "reference_kernels.ReferenceKernels"] if runtime.kernels == "reference" else []
     command += ["--trust-remote-code"] if context.trust_remote_code else []
     sequences_lowered = memory.sequences is not None and memory.sequences != sequences_of(runtime.arguments)
+    # The recipe's arguments after ours, so that they win; a lowered --max-num-seqs after theirs.
     return [*command, *runtime.arguments, *(["--max-num-seqs", str(memory.sequences)] if sequences_lowered else [])]
 
 
@@ -141,6 +149,7 @@ def _chat_template(context: OpenContext) -> tuple[str, ...]:
     artifact, template = context.artifact, context.family.chat_template
     tokenizer_config = artifact / "tokenizer_config.json"
     has_template_file = any((artifact / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
+    # vLLM refuses chat requests without a template, and some older checkpoints (LLaVA 1.5, BLIP-2) ship none.
     if (
         not template
         or has_template_file

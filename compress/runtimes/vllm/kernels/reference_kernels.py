@@ -24,6 +24,7 @@ _EXACT = 512
 
 def _unpack(words: torch.Tensor) -> torch.Tensor:
     """Return the codes [rows, 8 · words] of 32-bit words [rows, words], the lowest bits first."""
+    # An int32 shift copies the sign bit in; the mask removes it.
     shifts = torch.arange(0, 32, _BITS, dtype=torch.int32)
     return ((words.unsqueeze(-1) >> shifts) & (2**_BITS - 1)).flatten(1)
 
@@ -46,6 +47,7 @@ def cpu_gemm_wna16(
     groups, outputs = scales.shape
     words = _BLOCK * _BITS // 32
     inputs = q_weight.shape[1] // words
+    # Blocks of 16 outputs lie one after the other, each [inputs, 2 words]: blocks become columns again.
     codes = _unpack(q_weight.view(-1, inputs, words).permute(1, 0, 2).reshape(inputs, -1))
     zero = torch.tensor(2 ** (_BITS - 1)) if zeros is None else _unpack(zeros).unsqueeze(1)
     weight = (codes.view(groups, -1, outputs) - zero).float() * scales.float().unsqueeze(1)
@@ -92,12 +94,14 @@ def onednn_scaled_mm(
         raise NotImplementedError("the reference kernel of W8A8 has no zero points of inputs")
     del input_zp_adj  # needed for zero points of inputs only
     product = torch.zeros(len(x), dnnl_handler.n, dtype=torch.int32)
+    # A float32 product of 512 terms is exact and runs on the fast GEMM; torch's integer matrix products have none on CPUs.
     for first in range(0, dnnl_handler.k, _EXACT):
         partial = x[:, first : first + _EXACT].float() @ dnnl_handler.weight[first : first + _EXACT].float()
         product += partial.to(torch.int32)
     scaled = product.float() * dnnl_handler.scales
     if input_scale is not None:
         scaled = scaled * input_scale.float()
+    # Both scales after the exact sum, as in vLLM's GPU kernels.
     return output.copy_(scaled if bias is None else scaled + bias.float())
 
 
