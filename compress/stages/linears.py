@@ -52,12 +52,14 @@ def select(before: CheckpointSpec, targets: Iterable[Target], ignore: Iterable[s
     faults: list[str] = []
     targeted: list[Linear] = []
     for target in targets:
+        # codes for a tied head would be codes for the embeddings as well, which a lookup cannot read
         tied = target == "lm_head" and before.tied
         linears = [linear for linear in _linears(before) if not tied and linear.component == target]
         if not linears:
             reason = "its output head is the embedding's own matrix" if target == "lm_head" else "it has no such linear layers"
             faults.append(f"targets: {target} matches nothing in {before.source}: {reason}; remove it")
         targeted += linears
+    # a pattern that matches nothing is mostly a mistyped one, and the layer would be quantized in silence
     faults += [
         f"ignore: {pattern!r} matches none of the targeted layers, such as {targeted[0].name}; mend or remove it"
         for pattern in patterns
@@ -73,6 +75,7 @@ def _linears(before: CheckpointSpec) -> Iterable[Linear]:
     """Yield the linears of all components, those included that are quantized already."""
     for tensor, spec in before.tensors.items():
         disk_name, _, suffix = tensor.rpartition(".")
+        # selected all the same, so that a stage can say which of its layers an earlier one has quantized
         packed = suffix == "weight_packed"
         if packed or (suffix == "weight" and len(spec.shape) == _MATRIX):
             name = before.family.module_name(f"{disk_name}.weight").removesuffix(".weight")

@@ -55,7 +55,9 @@ class BlockWeights:
 
     def unmasked_weight(self, name: str, rows: slice | Tensor = _ALL) -> Tensor:
         """Return `weight` without the mask: what was pruned is an error that a method may compensate."""
+        # a copy even of float32: it is scaled in place, and the original may be a view of the mapped file
         weight = self.weights[name][rows].to(torch.float32, copy=True)
+        # a linear can be both in two pairs: its rows are divided as smooth layer, its columns multiplied as balance layer
         if name in self.output_scales:
             weight.div_(self.output_scales[name][rows].unsqueeze(1))
         return weight.mul_(self.smoothing_scales[name]) if name in self.smoothing_scales else weight
@@ -79,6 +81,7 @@ class BlockWeights:
     def precision(self, name: str) -> torch.dtype:
         """Return the type that new values of a parameter are rounded to, exact in both its stored and its running type."""
         stored, running = self.current(name).dtype, self.module.get_parameter(name).dtype
+        # the narrower of both: a value that only the wider one holds would differ between the file and the walk
         return running if torch.promote_types(stored, running) == stored else stored
 
 
@@ -86,6 +89,7 @@ def foldable(block: BlockWeights, pair: ScalePair) -> bool:
     """Return whether a scale can move between a pair's layers: the block has all of them, and its linears are being quantized."""
     if any(name not in block.weights for name in pair.balance_layers) or not _present(block.module, pair.smooth_layer):
         return False
+    # a smooth linear outside of the block's targets keeps its codes or its own type; a norm can always be rewritten
     return pair.smooth_layer in block.weights or not isinstance(block.module.get_submodule(pair.smooth_layer), nn.Linear)
 
 
@@ -95,6 +99,7 @@ def fold_scale(block: BlockWeights, pair: ScalePair, repeats: GroupedHeads, scal
     The factor is the effective one: the quotient of the old and new values after rounding to the type they are stored in.
     """
     linear = isinstance(block.module.get_submodule(pair.smooth_layer), nn.Linear)
+    # the stored values round the scale: multiplying by the one asked for would leave that rounding as an error of every token
     effective = repeats.expand(
         divide_linear(block, pair.smooth_layer, scale) if linear else divide_norm(block, pair.smooth_layer, scale)
     )
@@ -107,6 +112,7 @@ def take_hessian(block: BlockWeights, name: str, statistics: InputStatistics) ->
     hessian = statistics.take_hessian()
     if name in block.smoothing_scales:
         scale = block.smoothing_scales[name]
+        # inputs are x / s after the fold, so Σ xᵀx loses s on both sides; in place, it may be gigabytes
         hessian.div_(scale).div_(scale.unsqueeze(1))
     return hessian
 
@@ -169,9 +175,11 @@ def divide_norm(block: BlockWeights, name: str, scale: Tensor) -> Tensor:
     Channels whose weight is zero keep the scale 1, as do those whose quotient overflows or underflows the stored type.
     """
     old, new, usable = _divided(block, f"{name}.weight", scale)
+    # 0 / 0 for a zero weight, infinite for an underflow: such channels are not scaled at all
     effective = torch.where(usable, old.to(torch.float32) / new.to(torch.float32), 1.0)
     if _has(block.module, f"{name}.bias"):
         bias, divided, _ = _divided(block, f"{name}.bias", effective)
+        # weight and bias are divided by one scale: where the bias overflows, the weight's channel is given up too
         usable &= divided.isfinite()
         effective = torch.where(usable, effective, 1.0)
         block.changed[f"{name}.bias"] = torch.where(usable, divided, bias)

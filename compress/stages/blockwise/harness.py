@@ -105,7 +105,9 @@ class Blockwise(Generic[Result]):
         vision, decoder = replay.vision_units(), replay.decoder_units()
         head = self.run.family.head
         if head is not None and head in self.linears:
+            # visited after the blocks, whose compressed output it reads
             decoder.append(head)
+        # the vision tower first, so that decoder blocks are calibrated on the features that the compressed tower gives
         return [units for units in (vision, decoder) if any(self._names(unit) or self.method.observes(unit) for unit in units)]
 
     def _names(self, unit: str) -> list[str]:
@@ -117,6 +119,7 @@ class Blockwise(Generic[Result]):
             return
         finished = self.shards.committed(visit.name)
         if finished is not None:
+            # the walk has to pass through finished blocks too: later ones are calibrated on their outputs
             self._load_committed(visit, names, finished)
             return
         written: list[str] = []
@@ -126,9 +129,11 @@ class Blockwise(Generic[Result]):
             statistics = {} if request is None else observe(context.visit, context.local.values(), request)
             written += self._solve(context, statistics)
         if observes:
+            # after the solving, so that what is observed is the quantized block that a runtime runs
             observed = self.method.observe(visit)
             self.shards.write(observed)
             written += observed
+        # one commit for all of a block's tensors: a killed run does a block again as a whole, or not at all
         self.shards.commit(visit.name, written)
 
     def _solve(self, context: BlockContext, statistics: Mapping[str, InputStatistics]) -> list[str]:
@@ -140,11 +145,13 @@ class Blockwise(Generic[Result]):
             raise CheckpointError(f"{visit.name}: {error}") from error
         written: list[str] = []
         for name, local in context.local.items():
+            # taken out, so that each linear's codes are freed once they are written
             result = results.pop(name)
             tensors = self.method.pack(self.linears[name], result)
             self.shards.write(tensors)
             self.method.load(visit.module.get_submodule(local), result)
             written += tensors
+        # norms and biases into which scales were folded: without them the scaled weights would compute another function
         for local, value in block.changed.items():
             disk_name = self.run.reader.disk_names[f"{visit.name}.{local}"]
             self.shards.write({disk_name: value})
@@ -157,6 +164,7 @@ class Blockwise(Generic[Result]):
         for name in names:
             result = self.method.unpack(self.linears[name], self.shards.read)
             self.method.load(visit.module.get_submodule(relative(name, visit.name)), result)
+        # unpacked codes are stored as `.weight` too: loaded as a plain weight they would lack their scales
         weights = {f"{self.linears[name]}.weight" for name in names}
         for local in visit.module.state_dict():
             disk_name = self.run.reader.disk_names.get(f"{visit.name}.{local}")  # none for what an earlier stage has packed
@@ -169,16 +177,19 @@ class Blockwise(Generic[Result]):
         missing = self.shards.missing()
         with self.run.context.progress.task(f"{self.run.stage}: write", len(missing), "tensors") as advance:
             for name in missing:
+                # a new tensor (codes, scales) has no source to be copied from
                 if name not in self.run.checkpoint.tensors:
                     raise CheckpointError(f"{name}: no block gave it; report this, with the model's config.json")
                 self.shards.write({name: self.run.reader.disk_tensor(name)})
                 advance(1)
+        # before the side files: what a killed write has left might belong to an older plan
         self._clear()
         copy_side_files(self.run.context.source, target)
         for name, record in records.items():
             write_json(target / name, record)
         write_json(target / "config.json", dict(config))
         self.shards.publish(target)
+        # last: until here a killed run finds its commits
         shutil.rmtree(self.run.work)
 
     def _clear(self) -> None:
@@ -197,6 +208,7 @@ def returning_memory(device: str) -> Generator[None]:
         yield
     finally:
         if torch.device(device).type == "cuda":
+            # frees the tensors that reference cycles hold; the cache can only give back what nothing references
             gc.collect()
             torch.cuda.empty_cache()
 
@@ -207,10 +219,12 @@ def deterministic() -> Generator[None]:
 
     Torch then also fills new memory with NaN to expose reads of it, which takes half as long as the work itself: switched off.
     """
+    # without a fixed workspace cuBLAS may sum in another order from call to call
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     before, warn_only = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     settings = cast("Any", torch.utils).deterministic
     fill_before = settings.fill_uninitialized_memory
+    # models contain operations without a deterministic form: warned of, since refusing them would refuse the models
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = False
     try:

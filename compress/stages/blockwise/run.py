@@ -53,6 +53,7 @@ class BlockContext:
     def weights(self) -> BlockWeights:
         """Return the linears' weights, not yet scaled, with the masks of those that are sparse."""
         block = BlockWeights.of(self.visit.module, self.local.values(), self.heads, self.stored)
+        # the zeros on disk are the mask: a checkpoint has no other record of its sparsity pattern
         block.masks = {name: block.weights[name] != 0 for name in block.weights if name in self.sparse}
         return block
 
@@ -110,6 +111,7 @@ class StageRun:
         """Return the context of a visited block; a visited linear is wrapped into a module, so that it has a name."""
         stored = self._stored(visit)
         local = {name: relative(name, visit.name) for name in names}
+        # the output head is visited as a linear itself, and methods name linears by their place within a module
         if "" in local.values():
             visit = BlockVisit(visit.name, nn.Sequential(OrderedDict(linear=visit.module)), visit.calls, visit.device)
             local = dict.fromkeys(local, "linear")
@@ -120,6 +122,7 @@ class StageRun:
 
     def open_alone(self, name: str) -> BlockContext:
         """Return the context of a linear without calibration samples, its weight in the type it is stored in."""
+        # a place for the weight alone: nothing runs it, so the model is never built
         linear = nn.Linear(1, 1, bias=False, device="meta")
         weight = self.reader.disk_tensor(f"{self.targeted[name].disk_name}.weight", self.context.device)
         linear.weight = nn.Parameter(weight, requires_grad=False)
@@ -133,6 +136,7 @@ class StageRun:
                 continue  # it stays as the earlier stage left it
             disk_name = self.reader.disk_names[full]
             if DTYPES[self.checkpoint.tensors[disk_name].dtype] != running.dtype:
+                # the running copy has been rounded to the model's type: writing that back would lose bits of a float32 norm
                 stored[name] = self.reader.disk_tensor(disk_name, visit.device)
         return stored
 

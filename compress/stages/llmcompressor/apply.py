@@ -73,6 +73,7 @@ def apply(stage: Llmcompressor, context: StageContext) -> None:
 
 def write_samples(calibration: Path, context: StageContext, folder: Path) -> None:
     """Write each sample's inputs to a file of its own, without padding, which the library would count as tokens."""
+    # one position per batch at most: each sample comes alone, and so without padding
     batches: Sequence[Batch] = load_batches(calibration, context.source, 1, context.trust_remote_code)
     if context.family.cross_attention_linears:
         batches = _with_images(batches, context.progress)
@@ -122,6 +123,7 @@ def _run(stage: Llmcompressor, context: StageContext, checkpoint: Checkpoint, wo
         "rotation": defaults.rotation,
     }
     log = (context.logs or context.target.parent) / _LOG
+    # the library takes any GPU that it sees: on the CPU it must see none
     variables = variables_with(_VARIABLES | ({"CUDA_VISIBLE_DEVICES": ""} if context.device == "cpu" else {}), _REMOVED)
     outcome = run_job(WorkerJob(ENVIRONMENT, _WORKER, job, variables, log, _BARS), work, context.progress)
     if outcome:
@@ -163,6 +165,7 @@ class _OutputConversion:
         """The names on disk of the source's modules, including those without weights, by their names in transformers."""
         disk_names: dict[str, str] = {}
         for name in self.source.tensors:
+            # a rename changes the front of a name: walking up from the tensor gives every parent both of its names
             module, disk = self.family.module_name(name), name
             while module.rpartition(".")[2] == disk.rpartition(".")[2] and "." in module and "." in disk:
                 module, disk = module.rpartition(".")[0], disk.rpartition(".")[0]
@@ -216,6 +219,7 @@ class _OutputConversion:
             name = self.names[written_name]
             tensor = map_tensor(entry)
             source = self.source.tensors.get(name)
+            # the library may save in another type: compared in that type, and the source's bytes are kept
             if source is not None and source.shape == entry.shape and name.rpartition(".")[0] not in self.quantized:
                 original = map_tensor(source)
                 if torch.equal(original.to(DTYPES[entry.dtype]), tensor):
@@ -225,6 +229,7 @@ class _OutputConversion:
 
     def _config(self) -> dict[str, Any]:
         """Return the source's config with the library's `quantization_config`, and whether the head is still tied."""
+        # the library unties a head that it changes: the written tensors decide, not the source's config
         config = config_with_stated_tie(self.source.config, self.family, head_is_tied(self.written, self.family))
         settings = cast("Mapping[str, Any]", self.written.config.get("quantization_config") or {})
         if self.quantized or _is_online(settings):
@@ -234,10 +239,13 @@ class _OutputConversion:
     def _settings(self, settings: Mapping[str, Any]) -> dict[str, Any]:
         """Return `quantization_config` with the source's names, patterns expanded, and all unquantized linears in `ignore`."""
         unquantized = unquantized_linears(self.source, self.family, self.quantized)
+        # names on disk, which vLLM maps to its own; names in transformers would only be right for transformers
         ignored = {self._disk_module(name) for name in cast("list[str]", settings.get("ignore") or [])}
         config_groups = cast("Mapping[str, Mapping[str, Any]]", settings.get("config_groups") or {})
         groups = {name: {**group, "targets": self._targets(group["targets"])} for name, group in config_groups.items()}
+        # all unquantized linears, not only those it was told of: a linear that no list names counts as quantized
         ignore = sorted({*unquantized, *ignored} - set(self.quantized))
+        # rotations that are already in the weights must not be applied again by a runtime
         transforms = {} if _is_online(settings) else {"transform_config": cast("dict[str, Any]", {})}
         return {**settings, "config_groups": groups, "ignore": ignore, **transforms}
 
@@ -247,6 +255,7 @@ class _OutputConversion:
             if not target.startswith("re:"):
                 names.append(self._disk_module(target))
                 continue
+            # patterns match names in transformers: expanded here to the linears that they have matched
             pattern = re.compile(target.removeprefix("re:"))
             modules = {name: self.family.module_name(f"{name}.weight").removesuffix(".weight") for name in self.quantized}
             names += [name for name, module in modules.items() if pattern.match(module)]

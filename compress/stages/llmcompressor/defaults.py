@@ -42,6 +42,7 @@ class Defaults:
         smoothquant: list[Any] = []
         for pair in self._family.scale_pairs:
             modules = (pair.smooth_layer, *pair.balance_layers)
+            # blocks may differ: a pattern that matches a norm without its linears makes the library fail
             complete = [block for block in self._blocks if all(self._shape(block, module) for module in modules)]
             if not complete:
                 continue
@@ -59,6 +60,7 @@ class Defaults:
         """
         family, norm = self._family, f"{self._family.blocks.rpartition('.')[0]}.norm"
         layers = (_QUERY, _KEY, _VALUE, _OUT, *_MLP_IN, _MLP_OUT)
+        # whatever else reads or writes the rotated states would have to be rotated too
         rotatable = (family.embeddings, family.blocks, norm, *family.vision, *([family.head] if family.head else []))
         complete = all(self._shape(block, layer) for block in self._blocks for layer in layers)
         others = [name for name in self._shapes if not any(within(name, module) for module in rotatable)]
@@ -93,14 +95,17 @@ class Defaults:
         return self._shapes.get(f"{self._family.blocks}.{block}.{module}.weight", ())
 
     def _pattern(self, blocks: list[int], module: str) -> str:
+        # the whole name: the library searches all modules, and a vision block may have layers of the same names
         return rf"re:{re.escape(self._family.blocks)}\.({'|'.join(map(str, blocks))})\.{re.escape(module)}$"
 
     def _last_linear(self, module: str) -> str:
         """Return the linear of a projector's module whose output the decoder reads."""
         width = int(self._text["hidden_size"])
+        # its width tells it from a projector's inner linears, which families name differently; of several the last one
         names = [name for name, shape in self._shapes.items() if within(name, module) and len(shape) == 2 and shape[0] == width]
         return max(names, key=_natural).removesuffix(".weight")
 
 
 def _natural(name: str) -> list[tuple[int, str]]:
+    # numbers as numbers: "10" sorts before "2" as text
     return [(int(piece), "") if piece.isdigit() else (-1, piece) for piece in re.split(r"(\d+)", name)]

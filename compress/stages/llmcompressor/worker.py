@@ -29,6 +29,7 @@ class Samples:
     """
 
     def __init__(self, folder: Path, *, same_inputs: bool) -> None:
+        # by their numbers: the order of samples is part of the result
         files = sorted(folder.glob("*.safetensors"))
         inputs = [set(_load(file)) for file in files]
         self.common = sorted(set[str]().union(*inputs)) if same_inputs else []
@@ -45,6 +46,7 @@ class Samples:
 def main(job: dict[str, Any]) -> None:
     """Run one job; it ends with a checkpoint in the job's `output`."""
     modifiers = make_modifiers(job)
+    # some modifiers draw random numbers when they start (rotations)
     transformers.set_seed(job["seed"])
     model = load_model(job)
     samples = Samples(Path(job["samples"]), same_inputs=job["pipeline"] != "basic")
@@ -55,7 +57,7 @@ def main(job: dict[str, Any]) -> None:
         recipe=modifiers,
         dataset=loader,
         num_calibration_samples=len(samples),
-        sequential_targets=block_classes(model, job["blocks"]),
+        sequential_targets=block_classes(model, job["blocks"]),  # else the vision tower's blocks too
         trust_remote_code_model=job["trust_remote_code"],
         pipeline=job["pipeline"],
     )
@@ -69,6 +71,7 @@ def make_modifiers(job: dict[str, Any]) -> list[Any]:
         UnknownNameError: there is no such modifier, or it does not take such arguments.
     """
     classes = import_module(_MODIFIERS).ModifierFactory.load_from_package(_MODIFIERS)
+    # the abstract base is found among the modifiers as well
     classes.pop(_BASE, None)
     return [_make_modifier(classes, name, arguments, job) for name, arguments in job["modifiers"]]
 
@@ -82,6 +85,7 @@ def _make_modifier(classes: dict[str, Any], name: str, arguments: dict[str, Any]
     arguments = dict(arguments)
     if "ignore" in kind.model_fields:
         arguments.setdefault("ignore", job["ignore"])
+    # a modifier may be a subclass of AWQ's or SmoothQuant's, with the same mappings
     for ancestor in kind.__mro__:
         if ancestor.__name__ in job["mappings"]:
             arguments.setdefault("mappings", job["mappings"][ancestor.__name__])
@@ -91,6 +95,7 @@ def _make_modifier(classes: dict[str, Any], name: str, arguments: dict[str, Any]
             fill_rotations(modifier, job["rotation"])
         return modifier
     except (ValueError, TypeError, NotImplementedError) as error:
+        # the rest of the fields schedules training steps, and names in `_` are the library's own state
         accepted = sorted(set(kind.model_fields) - {"index", "group", "start", "end", "update"})
         accepted = [field for field in accepted if not field.endswith("_")]
         raise UnknownNameError(f"{name}: {_error_message(error)}; the arguments it takes: {', '.join(accepted)}") from error
@@ -134,6 +139,7 @@ def _error_message(error: Exception) -> str:
 def load_model(job: dict[str, Any]) -> Any:
     """Return the model in its stored type, on the CPU: the library moves each block to the device."""
     remote = job["trust_remote_code"]
+    # the record's class first: the automatic one only knows models that write text (not CLIP)
     kind: Any = getattr(transformers, job["architecture"], None)
     if kind is None or remote:
         kind = transformers.AutoModelForImageTextToText

@@ -18,7 +18,7 @@ class Awq(IntegerQuantizer):
     revision: ClassVar[int] = 6
 
     stage: Literal["awq"]
-    symmetric: bool = False
+    symmetric: bool = False  # AWQ's layout stores zero points in any case
 
     clip: bool = True
     """Whether each group's clipping range is searched."""

@@ -18,7 +18,7 @@ class Gptq(IntegerQuantizer):
     revision: ClassVar[int] = 3
 
     stage: Literal["gptq"]
-    symmetric: bool = True
+    symmetric: bool = True  # vLLM reads GPTQ's layout with symmetric grids only
 
     scales: Literal["none", "awq"] = "none"
     """Whether AWQ's scales are moved between layers before rounding."""

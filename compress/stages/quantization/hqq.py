@@ -67,12 +67,16 @@ class HalfQuadratic:
             distances = round_to(groups, scales, grid.zero_points, grid.scheme).sub_(zeros)
             residual = groups - distances * scales.float().unsqueeze(-1)
             error = residual.abs().mean(dim=-1)
+            # by the mean |W - Ŵ|, as the published solver measures its progress
             gains = error < least
             if not gains.any():
                 break
+            # -inf for a group without a gain: nothing is less, so it never moves again
             least, best = error.where(gains, float("-inf")), scales.where(gains, best)
             target = groups - self._shrink(residual, beta)
+            # distances are integers: the sum of squares is 0 or at least 1, and 0 only for a group of zero points
             fitted = (target * distances).sum(dim=-1) / distances.square().sum(dim=-1).clamp_(min=1)
+            # least squares may give a scale that is negative or underflows: such a group keeps the one it has
             scales = fitted.to(dtype).where(fitted.to(dtype) > 0, scales)
             beta *= self.kappa
         return replace(grid, scales=best)
@@ -92,7 +96,7 @@ class Hqq(IntegerQuantizer):
     symmetric: bool = False
 
     lp_norm: Annotated[float, Field(gt=0, lt=1)] = 0.7
-    """The exponent p of the error that is minimized."""
+    """The exponent p of the error that is minimized; it and the three below are the published solver's defaults."""
 
     beta: PositiveFloat = 10.0
     """The weight of the split at the start: how closely E has to follow the residual."""

@@ -58,9 +58,11 @@ def solve(
     Raises:
         CheckpointError: a Hessian is not finite, or cannot be factored.
     """
+    # all scales before any rounding: a linear may be in two pairs, and is rounded once
     for pair in scale_pairs:
         for transform in method.transforms:
             transform.apply(block, pair, statistics, schemes)
+    # the order of the module is kept for the result, so that files do not depend on the order of solving
     groups, order = _group_by_input(block, statistics), list(block.weights)
     quantized: dict[str, QuantizedWeight] = {}
     for names in groups:
@@ -76,7 +78,9 @@ def _group_by_input(block: BlockWeights, statistics: Mapping[str, InputStatistic
     """Return the linears grouped by input and input scale; the widest input first, so that its Hessian is freed soon."""
     groups: dict[tuple[int, int], list[str]] = {}
     for name in block.weights:
+        # without statistics each linear is a group of its own
         inputs = statistics.get(name, name)
+        # linears of one pair have the same scale object: one Hessian, scaled once, serves them all
         groups.setdefault((id(inputs), id(block.smoothing_scales.get(name))), []).append(name)
     if len({inputs for inputs, _ in groups}) < len(groups):  # several groups read the same statistics, which must not be used up
         for shared in statistics.values():
@@ -97,6 +101,7 @@ def _round_linears(group: LinearGroup, rounder: Rounder) -> dict[str, QuantizedW
             quantized |= batches.round(alike, schemes[alike[0]])
     quantized |= round_floats(block, [name for name in group.names if name not in quantized], schemes)
     for name in group.names:
+        # exact: they were rounded to a narrower or the same type before the codes were chosen
         scales = quantized[name].scales.to(block.current(f"{name}.weight").dtype)
         quantized[name] = replace(quantized[name], scales=scales, input_scale=_input_scale(schemes[name], activation_max))
     return quantized
@@ -106,6 +111,7 @@ def _group_by_scheme(block: BlockWeights, names: Sequence[str], schemes: Mapping
     """Return linears grouped by scheme and type: a group is rounded as one matrix, its columns in fewer, larger steps."""
     groups: dict[tuple[Scheme, torch.dtype], list[str]] = {}
     for name in names:
+        # the type belongs to it, because scales are rounded to it before the codes are chosen
         groups.setdefault((schemes[name], block.precision(f"{name}.weight")), []).append(name)
     return groups.values()
 
@@ -124,13 +130,15 @@ class _RowBatches:
         chunks: dict[str, list[QuantizedWeight]] = {name: [] for name in names}
         masked = any(name in self.block.masks for name in names)
         for rows_of_linears in self._batches(names):
+            # with pruned values: error feedback compensates what they would have contributed
             weights = [self.block.unmasked_weight(name, rows) for name, rows in rows_of_linears]
             masks = [self.block.mask(name, rows) for name, rows in rows_of_linears] if masked else []
+            # a grid is searched for what stays: pruned outliers must not widen its range
             remaining = [weight * mask for weight, mask in zip(weights, masks, strict=True)] if masked else weights
             grids = [
                 self.search_grid(name, weight, scheme, dtype) for (name, _), weight in zip(rows_of_linears, remaining, strict=True)
             ]
-            del remaining
+            del remaining  # float32 copies of the rows: a whole batch of them at a time
             stacked, counts = _stack(weights), [len(weight) for weight in weights]
             del weights
             quantized = self.round_rows(stacked, _stack_grids(grids), _stack(masks) if masked else None)
@@ -187,7 +195,8 @@ def _input_scale(scheme: Scheme, activation_max: Tensor | None) -> Tensor | None
     """Return the static scale of a linear's input activations, float32 [1], from their largest magnitude."""
     if scheme.activations != "tensor":
         return None
-    assert activation_max is not None
+    assert activation_max is not None  # `_round_linears` computes it wherever a scheme is static
+    # of the largest value that any token had: kernels saturate what lies beyond
     scale = activation_max / _LARGEST_CODE[scheme.type]
     usable = scale >= torch.finfo(torch.float32).tiny  # kernels multiply by the inverse, which overflows for subnormals
     return torch.where(usable, scale, 1.0).reshape(1)

@@ -44,12 +44,14 @@ def quantize_linears(stage: Quantizer, context: StageContext, sparse: frozenset[
     if stage.calibrated and context.calibration is None:
         raise DataError(f"{stage.stage}: needs calibration samples; add calibration.sets to the recipe")
     before = spec_of(checkpoint, context.family)
+    # again: the plan may have been made before an earlier stage wrote this checkpoint
     if faults := stage.plan(before).faults:
         raise CheckpointError("\n".join(faults))
     selection = stage.select(before)
     with disk_errors(context.target), returning_memory(context.device), deterministic(), torch.no_grad():
         run = StageRun(stage.stage, context, checkpoint, {linear.name: linear for linear in selection.linears}, sparse)
         run.work.mkdir(parents=True, exist_ok=True)
+        # before the files are laid out: the chosen widths decide their sizes
         analysis = analyze_sensitivity(stage, run, stage.mixed_precision(before, selection))
         schemes = _schemes(stage, run, analysis)
         linears = {name: run.targeted[name].disk_name for name in schemes}
@@ -73,6 +75,7 @@ def _schemes(stage: Quantizer, run: StageRun, analysis: SensitivityAnalysis) -> 
         name: replace(by_component[linear.component], bits=widths.get(linear.disk_name, by_component[linear.component].bits))
         for name, linear in run.targeted.items()
     }
+    # a layer at 16 bits is copied byte for byte, and stays in `ignore`
     return {name: scheme for name, scheme in schemes.items() if scheme.bits != UNQUANTIZED_WIDTH}
 
 
@@ -81,6 +84,7 @@ def _in_order(before: CheckpointSpec, after: CheckpointSpec) -> dict[str, Tensor
     order: dict[str, None] = {}
     for name in before.tensors:
         linear = name.removesuffix(".weight")
+        # where its weight was, so that a block's tensors stay in few files: a commit syncs each of them
         order |= dict.fromkeys(linear_tensors(linear) if linear in after.quantized else (name,))
     return {name: after.tensors[name] for name in (*order, *sorted(after.tensors)) if name in after.tensors}
 
@@ -111,8 +115,10 @@ class BlockQuantization:
         """Return the linears' quantized weights."""
         schemes = {local: self.schemes[name] for name, local in context.local.items()}
         sensitivities = {local: self.analysis.sensitivities.get(name) for name, local in context.local.items()}
+        # before the merge, which needs the weights and ends the separation of text and vision
         set_modality_weights(statistics, self.stage.balance, sensitivities)
         for inputs in statistics.values():
+            # halves the memory of Hessians; of an input that linears share, the second call finds nothing left to merge
             inputs.merge()
             inputs.may_overwrite = True
         quantized = solve(block, context.scale_pairs, statistics, schemes, self.method)
@@ -129,12 +135,14 @@ class BlockQuantization:
     def load(self, module: nn.Module, result: QuantizedWeight) -> None:
         """Give a running linear the rounded weight, and make it quantize its input activations."""
         device = cast("Tensor", module.weight).device
+        # rounded to the scales' type, in which runtimes dequantize: later blocks see their values bit for bit
         set_tensor(module, "weight", result.dequantize(result.scales.dtype).to(device))
         if result.scheme.activations is not None:
             quantize_inputs(module, result.scheme, None if result.input_scale is None else result.input_scale.to(device))
 
     def observes(self, unit: str) -> bool:
         """Return whether a unit is a block whose keys and values a runtime caches as 8-bit floats."""
+        # only the decoder's blocks: a vision tower runs once per image and caches nothing
         return self.stage.kv_cache is not None and within(unit, self.family.blocks)
 
     def observe(self, visit: BlockVisit) -> dict[str, Tensor]:
@@ -150,7 +158,9 @@ class BlockQuantization:
             raise CheckpointError(f"{visit.name}: what its attention caches cannot be seen; set kv_cache to null")
         tensors: dict[str, Tensor] = {}
         for name, cache_range in ranges.items():
+            # the scales have no counterpart in the source: the disk name of any parameter beside them gives their prefix
             leaf = next(leaf for leaf, _ in visit.module.get_submodule(name).named_parameters())
             attention = self.reader.disk_names[f"{visit.name}.{name}.{leaf}"].removesuffix(f".{leaf}")
+            # the full range is mapped to e4m3's largest number: beyond it a cached value would saturate
             tensors |= kv_cache_tensors(attention, cache_range.keys / _FLOAT8_MAX, cache_range.values / _FLOAT8_MAX)
         return tensors

@@ -85,6 +85,7 @@ def distinct(targets: tuple[Target | Component, ...]) -> tuple[Target | Componen
 class Quantizer(Stage):
     """A method that quantizes linears; its fields are the settings that all such methods share."""
 
+    # the tokenizer and the image libraries as well: they decide what the calibration samples are
     libraries: ClassVar[tuple[str, ...]] = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
 
     ignore: tuple[str, ...] = ()
@@ -157,6 +158,7 @@ class Quantizer(Stage):
         schemes = self.component_schemes()
         faults = list(selection.faults)
         indivisible: dict[tuple[int, int], list[Linear]] = {}
+        # first and alone: of a layer without a plain weight no other check makes sense
         if quantized := [linear.name for linear in selection.linears if linear.disk_name in before.quantized]:
             others = f" (and {len(quantized) - 1} more)" if len(quantized) > 1 else ""
             remedy = "start from the model's original, target other components, or remove one of the two stages"
@@ -165,8 +167,11 @@ class Quantizer(Stage):
             scheme = schemes[linear.component]
             if linear.dtype not in FLOATS:
                 faults.append(f"{linear.name}: its weights are {linear.dtype}; convert the checkpoint to BF16, F16 or F32 first")
+            # FP8 blocks may be partial at the edges; integer layouts store whole groups only
             elif scheme.type == "int" and scheme.group_size != -1 and linear.columns % scheme.group_size:
+                # one message per width and group size: a model has hundreds of such layers
                 indivisible.setdefault((linear.columns, scheme.group_size), []).append(linear)
+        # an embedding model runs each text once and caches nothing
         if self.kv_cache and before.family.head is None:
             faults.append("kv_cache: this model generates nothing and keeps no keys and values; remove the key")
         elif self.kv_cache and not caching_attentions(before):
@@ -237,6 +242,7 @@ class IntegerQuantizer(Quantizer):
 
     def versions(self) -> dict[str, str]:
         """Return the versions of the distributions that shape the result, with the solver's where the run chooses widths."""
+        # its solver decides between allocations of equal loss, so another version may choose other widths
         solver = {"scipy": version("scipy")} if self.bits == "auto" else {}
         return super().versions() | solver
 
@@ -247,6 +253,7 @@ class IntegerQuantizer(Quantizer):
 
     def _faults(self, before: CheckpointSpec, selection: LinearSelection) -> list[str]:
         """Return the incompatibilities, a budget that is too small included."""
+        # the budget is only checked for a selection that can be quantized: costs are those of whole groups
         faults = super()._faults(before, selection)
         if faults or self.bits != "auto":
             return faults
@@ -271,6 +278,7 @@ class IntegerQuantizer(Quantizer):
         (schemes,) = super()._schemes(selection)
         if not any(scheme.bits == _TO_BE_CHOSEN for scheme in schemes.values()):
             return [schemes]
+        # examples for the exports' checks: a format that takes every width alone takes any mixture of them
         widths = sorted(set(self.widths) - {UNQUANTIZED_WIDTH})
         return [{name: _with_width(scheme, width) for name, scheme in schemes.items()} for width in widths]
 
@@ -283,6 +291,7 @@ class IntegerQuantizer(Quantizer):
             return None
         fixed = {linear.disk_name: all_schemes[linear.component] for linear in selection.linears if linear.component not in schemes}
         rest = quantized_spec(before, fixed, self.kv_cache is not None)
+        # `rest` still has the plain weights of the layers whose width is open
         other_bytes = rest.weight_bytes - sum(before.tensors[f"{linear.disk_name}.weight"].bytes for linear in auto)
         return MixedPrecision(auto, sorted(set(self.widths)), schemes, self.budget, other_bytes)
 
@@ -306,6 +315,7 @@ def _indivisible(linears: list[Linear], group_size: int, selected: tuple[Linear,
     divisors = [size for size in range(1, columns + 1) if columns % size == 0]
     below = max((size for size in divisors if size < group_size), default=1)
     above = min((size for size in divisors if size > group_size), default=columns)
+    # kernels exist for few sizes: a common one is suggested beside the nearest divisors
     common = next((size for size in _COMMON_GROUP_SIZES if size < group_size and columns % size == 0), None)
     choices = sorted({below, above} | ({common} if common else set()))
     others = f" (and {len(linears) - 1} more layers as wide)" if len(linears) > 1 else ""

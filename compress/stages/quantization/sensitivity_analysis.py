@@ -72,6 +72,7 @@ def _linears_to_measure(stage: Quantizer, run: StageRun, mixed_precision: MixedP
     names = [linear.name for linear in mixed_precision.linears] if mixed_precision else []
     if stage.balance == "auto" and run.family.head is not None:
         names += [name for name, linear in run.targeted.items() if linear.component in ("decoder", "lm_head")]
+    # without repetition, in a fixed order: a set's order changes from process to process
     return list(dict.fromkeys(names))
 
 
@@ -81,12 +82,14 @@ def _sensitivities(run: StageRun, names: Sequence[str]) -> dict[str, Sensitivity
     if tensors is None:
         batches = subsample(run.batches, SENSITIVITY_TOKENS)
         config = replace(run.walk_config, batches=batches)
+        # a forward walk and one in reverse
         blocks = 2 * int(run.checkpoint.text_config["num_hidden_layers"])
         with run.context.progress.task(f"{run.stage}: sensitivity", blocks, "blocks") as advance:
             try:
                 measured = measure_sensitivity(config, names, run.context.seed, advance)
             except torch.OutOfMemoryError as error:
                 raise run.out_of_memory("a decoder block in float32 and its gradients") from error
+        # float32 on disk and read back even in this process: a resumed run computes with the same bytes
         write_bytes(path, save({name: tensor.contiguous() for name, tensor in _to_tensors(measured).items()}))
         tensors = _read_tensors(path)
         assert tensors is not None
@@ -103,6 +106,7 @@ def subsample(batches: Sequence[Batch], tokens: int) -> list[Batch]:
     for kind in (WindowBatch, QuestionBatch):
         members = [batch for batch in batches if isinstance(batch, kind)]
         count = min(len(members), max(1, round(len(members) * tokens / total)))
+        # questions are sorted by length: the middles of equal parts represent short and long ones
         chosen += [members[(2 * index + 1) * len(members) // (2 * count)] for index in range(count)]
     return chosen
 
@@ -131,6 +135,7 @@ def set_modality_weights(
     """
     if setting == "tokens":
         return
+    # by identity: linears that share an input share one Hessian, which can have one weighting only
     by_input: dict[int, tuple[InputStatistics, list[Sensitivity]]] = {}
     for name, inputs in statistics.items():
         _, of_readers = by_input.setdefault(id(inputs), (inputs, []))
@@ -179,6 +184,7 @@ class BitAllocation:
 
     def _predict(self, visit: BlockVisit, names: list[str]) -> dict[str, dict[int, float]]:
         """Return the predicted loss of a block's linears, by names on disk, at each width."""
+        # names come from a set: sorted, because the order of linears is that of rounding in batches
         context = self.run.open(visit, sorted(names))
         statistics = observe(context.visit, context.local.values())
         set_modality_weights(
@@ -188,8 +194,10 @@ class BitAllocation:
         for width in self.mixed_precision.quantized_widths:
             block = context.weights()
             schemes = {local: self.mixed_precision.scheme(self.run.targeted[name], width) for name, local in context.local.items()}
+            # no `may_overwrite`: every width reads the same Hessians
             quantized = solve(block, (), statistics, schemes, self.stage.method())
             for name, local in context.local.items():
+                # rounded to the stored type, as a runtime's weight is
                 weight = quantized[local].dequantize(quantized[local].scales.dtype).to(torch.float32)
                 loss = self.sensitivities[name].predicted_loss(weight.sub_(block.weights[local]), statistics[local])
                 losses[self._disk_name(name)][width] = loss

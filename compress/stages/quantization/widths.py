@@ -133,6 +133,7 @@ class MixedPrecision:
         if self.budget.bytes is not None:
             return self.budget.bytes - self.other_bytes
         assert self.budget.bits_per_weight is not None
+        # rounded down: a budget is a limit
         return int(self.budget.bits_per_weight * self.weights / 8)
 
     @property
@@ -156,6 +157,7 @@ class MixedPrecision:
             fused = next((names for names in FUSED_LINEARS if leaf in names), (leaf,))
             members = groups.setdefault(f"{parent}.{'/'.join(fused)}", [])
             members.append(linear)
+            # in the order of the fused matrix, whatever the order on disk, so that files and messages do not depend on it
             members.sort(key=lambda linear: fused.index(linear.disk_name.rpartition(".")[2]))
         return groups
 
@@ -167,6 +169,7 @@ class MixedPrecision:
         if self.budget.bytes is not None:
             minimum = f"{smallest + self.other_bytes} bytes, all other tensors counted"
         else:
+            # rounded up to two digits, so that the number in the message is enough
             minimum = f"{-(-smallest * 800 // self.weights) / 100:g} bits per weight, scales and zero points counted"
         budget = self.budget.bytes if self.budget.bytes is not None else self.budget.bits_per_weight
         return (
@@ -181,6 +184,7 @@ class MixedPrecision:
             CheckpointError: the budget is too small, or so large that nothing would be quantized.
         """
         groups = self.groups()
+        # fused layers share a width, so their losses are summed
         totals = {
             name: {width: sum(losses[linear.disk_name][width] for linear in members) for width in losses[members[0].disk_name]}
             for name, members in groups.items()
@@ -196,6 +200,7 @@ class MixedPrecision:
             chosen = allocate(options, self.limit)
         except BudgetError as error:
             raise CheckpointError(f"budget: {error}; raise it") from error
+        # a stage that changes nothing is an error
         if all(choice.width == UNQUANTIZED_WIDTH for choice in chosen.values()):
             raise CheckpointError("budget: leaves every layer as it is; lower it, or remove the stage")
         return Widths(

@@ -36,6 +36,7 @@ class ClipSearch:
         """Return that it reads one block along the Hessian's diagonal per group."""
         sizes = {scheme.group_size for scheme in schemes if scheme.type == "int"}
         block = math.lcm(*(size for size in sizes if size > 0))
+        # one group per row needs the whole matrix
         full = -1 in sizes or block > _MAX_BLOCK
         return HessianRequest(full=full, sketch=False, block=1 if full else block)
 
@@ -48,6 +49,7 @@ class ClipSearch:
             for name in group.names
             if name.rpartition(".")[2] not in _ATTENTION_SCORE_LINEARS
         }
+        # computed now, before a rounder that uses up the Hessian; linears of one group size share them
         blocks = {size: input_blocks(group.block, group.names[0], group.statistics, size) for size in set(sizes.values())}
 
         def search(name: str, weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Grid:

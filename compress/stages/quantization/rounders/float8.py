@@ -29,6 +29,7 @@ def _group_by_scale(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iter
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
+        # by the module that contains them: another attention's q_proj is not fused with this one's
         fused = next((linears for linears in FUSED_LINEARS if leaf in linears), None)
         shares_scale = fused is not None and schemes[name].strategy == "tensor"
         groups.setdefault((parent, *fused) if fused and shares_scale else (name,), []).append(name)
@@ -41,6 +42,7 @@ def _round_group(block: BlockWeights, names: Sequence[str], scheme: Scheme) -> d
         return {names[0]: quantize(block.weight(names[0]), scheme, dtype)}
     stacked = quantize(torch.cat([block.weight(name) for name in names]), scheme, dtype)
     codes = torch.split(stacked.codes, [len(block.weights[name]) for name in names])
+    # in memory of their own: each view would keep all rows alive
     return {
         name: replace(stacked, codes=rows.clone(), scales=stacked.scales.clone()) for name, rows in zip(names, codes, strict=True)
     }

@@ -30,6 +30,7 @@ class GptqRounder:
     def prepare(self, group: LinearGroup) -> RoundRows:
         """Factor the Hessian, in its own memory, and return the rounding."""
         assert group.statistics is not None
+        # factored once for all linears that read the input, in the memory of the sums: the largest matrix of a block
         return partial(_round, Feedback.of(take_hessian(group.block, group.names[0], group.statistics), self.options))
 
 

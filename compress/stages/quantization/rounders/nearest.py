@@ -31,6 +31,7 @@ class Nearest:
 
 
 def _round(weight: Tensor, grid: Grid, kept: Tensor | None) -> QuantizedWeight:
+    # zero is on every grid, so a pruned weight rounds to exactly zero
     return round_nearest(weight if kept is None else weight * kept, grid)
 
 

@@ -48,7 +48,9 @@ def _search(
 ) -> Tensor | None:
     """Return the best scale per channel of the smooth layer, float32, or None where none is better than no scale."""
     repeats, row_groups = grouped_heads(block, pair), sample_rows(block, pair, schemes)
+    # the Hessian is that of the inputs before earlier scales; an error of the scaled weight is brought back to them
     applied = block.smoothing_scales.get(pair.balance_layers[0], torch.ones(()))
+    # a column of zeros would give an infinite scale; AutoAWQ adds the same 1e-4
     importance = repeats.pool(_importance(block, pair, schemes)).clamp_(min=1e-4)
     magnitude = repeats.pool(statistics.mean_abs())
 
@@ -56,6 +58,7 @@ def _search(
         scale = repeats.expand(point.scale(magnitude, importance))
         return sum(group.sample_weight * statistics.output_error(group.error(scale).div_(applied)) for group in row_groups)
 
+    # the first point is no scale at all, and wins a tie
     best = best_point((GridPoint(0.0, duo=False), GridPoint(0.0, duo=True)), loss, steps)
     return None if best == GridPoint(0.0, duo=False) else best.scale(magnitude, importance)
 
@@ -68,6 +71,7 @@ def _importance(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Sche
         size = resolve_group_size(schemes[name], columns).group_size
         for chunk in block.chunks(name, CHUNK_ELEMENTS):
             groups = chunk.abs_().view(len(chunk), -1, size)
+            # relative to the group's largest, which sets the group's steps; 1e-12 for groups of zeros
             total += groups.div_(groups.amax(dim=-1, keepdim=True).clamp_(min=1e-12)).view(chunk.shape).sum(dim=0)
             rows += len(chunk)
     return total.div_(rows)

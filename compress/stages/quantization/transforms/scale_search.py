@@ -32,7 +32,7 @@ _SEED = 0
 """Seed of the sample of rows: the same weights always give the same scales."""
 
 _MAX_SCALE = 1e4
-"""Scales are clamped to its inverse and to it."""
+"""Scales are clamped to its inverse, the lower bound in AWQ's own code, and to it."""
 
 _DEAD_CHANNEL = 1e-3
 """Channels with less than this share of the median scale do not take part in the normalization: (nearly) no input reaches them."""
@@ -66,7 +66,9 @@ def sample_rows(block: BlockWeights, pair: ScalePair, schemes: Mapping[str, Sche
     row_groups: list[RowGroup] = []
     for scheme, names in by_scheme.items():
         counts = [len(block.weights[name]) for name in names]
+        # the same share of each linear's rows, so that losses of several linears add up as they would in full
         sample_weight = max(1.0, sum(counts) / max(MIN_SAMPLE_ROWS, SAMPLE_ELEMENTS // block.weights[names[0]].shape[1]))
+        # on the CPU: the same rows on every device
         generator = torch.Generator().manual_seed(_SEED)
         sampled: list[Tensor] = []
         for name, count in zip(names, counts, strict=True):
@@ -103,8 +105,10 @@ def best_point(starts: Iterable[GridPoint], loss: Callable[[GridPoint], float], 
         return losses[point]
 
     coarse = [GridPoint(step / steps, start.duo) for start in starts for step in range(0, steps + 1, _STRIDE)]
+    # of equal losses the first, so the smaller exponent: weaker scaling
     coarse_best = min(coarse, key=cached)
     around = range(1 - _STRIDE, _STRIDE)
+    # from whole steps again: sums of fractions would miss the cached points by a last digit
     fine = [GridPoint(round(coarse_best.exponent * steps + step) / steps, coarse_best.duo) for step in around]
     return min((point for point in fine if 0 <= point.exponent <= 1), key=cached)
 
@@ -114,5 +118,7 @@ def normalize(scale: Tensor) -> Tensor:
     positive = scale[scale > 0]
     if not positive.numel():
         return torch.ones_like(scale)
+    # a dead channel's tiny scale would otherwise set the mid-range for all others
     scale = scale.clamp(min=float(torch.maximum(positive.min(), positive.median() * _DEAD_CHANNEL)))
+    # around 1, as in AWQ's own code, so that norm weights stay in the middle of their type's range
     return (scale / (scale.max() * scale.min()).sqrt()).clamp_(1 / _MAX_SCALE, _MAX_SCALE)

@@ -55,10 +55,12 @@ class SmoothQuant:
 
         A pair with an ignored layer, or without activation quantization, stays as it is.
         """
+        # with weights alone quantized, moving outliers into them only makes their steps coarser
         if not foldable(block, pair) or any(schemes[name].activations is None for name in pair.balance_layers):
             return
         repeats = grouped_heads(block, pair)
         inputs = statistics[pair.balance_layers[0]]
+        # a shared key-value channel must cover all query heads that read it, so the maximum and not the mean
         activation_max = repeats.pool_max(input_max(block, pair.balance_layers[0], inputs))
         if self.strength is not None:
             scale = _scale(self.strength, activation_max, _weight_max(block, pair, repeats))
@@ -89,6 +91,7 @@ def _search(
         [GridPoint(0.0, duo=True)], lambda point: loss(repeats.expand(_scale(point.exponent, activation_max, weight_max))), steps
     )
     scale = _scale(best.exponent, activation_max, weight_max)
+    # strength 0 is not "no scale": it is 1 / max|W|, so both are compared
     return scale if loss(repeats.expand(scale)) < loss(torch.ones_like(ranges)) else None
 
 
@@ -117,4 +120,5 @@ def _weight_max(block: BlockWeights, pair: ScalePair, repeats: GroupedHeads) -> 
 
 
 def _scale(strength: float, activation_max: Tensor, weight_max: Tensor) -> Tensor:
+    # 1e-5, as in SmoothQuant's own code: a channel of zeros would divide by zero
     return normalize(activation_max.clamp(min=1e-5).pow(strength) / weight_max.clamp(min=1e-5).pow(1 - strength))
