@@ -25,6 +25,7 @@ def mcnemar_gain(gained: int, lost: int) -> float:
     """Return the exact one-sided McNemar p-value: the chance that flips, each as likely lost as gained, gain at least as many."""
     from scipy.special import bdtrc
 
+    # P(X ≥ gained) for a binomial: bdtrc is the mass above its argument.
     return float(bdtrc(gained - 1, gained + lost, 0.5)) if gained > 0 else 1.0
 
 
@@ -33,6 +34,7 @@ def sign_flip_tail(differences: Floats) -> float:
 
     The differences are of independent clusters. With differences of −1, 0 and 1 this is McNemar's exact test.
     """
+    # Equal sizes are one distribution: its power by the number of draws is one Fourier transform. Zeros have no sign to flip.
     sizes, counts = np.unique(np.round(np.abs(differences), 12), return_counts=True)
     distributions = [
         (np.array([-size, size]), np.array([0.5, 0.5]), int(count)) for size, count in zip(sizes, counts, strict=True) if size > 0
@@ -44,6 +46,7 @@ def share_interval(count: float, items: float, confidence: float) -> tuple[float
     """Return the exact bounds of a proportion, each with `confidence` (Clopper and Pearson, Biometrika 26, 1934)."""
     from scipy.special import betaincinv
 
+    # `count` and `items` need not be whole: the effective sample size of clustered items is not.
     low = float(betaincinv(count, items - count + 1, 1 - confidence)) if count > 0 else 0.0
     high = float(betaincinv(count + 1, items - count, confidence)) if count < items else 1.0
     return low, high
@@ -57,11 +60,13 @@ def effective_items(flipped: NDArray[np.bool_], clusters: NDArray[np.int64]) -> 
     """
     codes, sizes = np.unique(clusters, return_inverse=True, return_counts=True)[1:]
     items, share, cluster_count = len(flipped), float(flipped.mean()), len(sizes)
+    # The design effect where all items of a cluster flip together.
     full_effect = float((sizes.astype(np.float64) ** 2).sum() / items)
     if share in {0.0, 1.0} or cluster_count < 2:
         return items / full_effect
     residuals = np.bincount(codes, flipped - share)
     effect = cluster_count / (cluster_count - 1) * float((residuals**2).sum()) / (items * share * (1 - share))
+    # Not below 1 (an estimate by chance must not claim more information than independent items hold), nor above full correlation.
     return items / min(max(effect, 1.0), max(full_effect, 1.0))
 
 
@@ -95,6 +100,7 @@ def count_flips(pairs: Pairs, confidence: float) -> Flips:
     lost, gained = pairs.artifact < pairs.original, pairs.artifact > pairs.original
     items = effective_items(lost | gained, pairs.clusters)
     share = float((lost | gained).mean())
+    # McNemar is exact for single right/wrong items; with clusters or graded scores the unit whose sign may flip is the cluster.
     if pairs.independent and pairs.binary:
         p_value = mcnemar(int(lost.sum()), int(gained.sum()))
     else:
@@ -106,6 +112,7 @@ def count_flips(pairs: Pairs, confidence: float) -> Flips:
         gained=int(gained.sum()),
         items=pairs.items,
         share=share,
+        # Clopper-Pearson, not Wald: with no flip in 100 items the upper bound is 3 %, not 0.
         interval=share_interval(share * items, items, confidence),
         p_value=p_value,
         level=two_sided(confidence),
@@ -123,6 +130,7 @@ def judge_flips(flips: Flips, limit: float) -> Finding:
     items_needed = None
     if outcome == "inconclusive" and abs(flips.share - limit) > 1e-12:
         bound = high if flips.share < limit else low
+        # Intervals shrink with the root of the number of items.
         ratio = (bound - flips.share) / (limit - flips.share)
         items_needed = max(math.ceil(flips.items * ratio**2), flips.items + 1)
     return Finding(flips.share, flips.interval, outcome, items_needed, level=flips.level)

@@ -51,6 +51,7 @@ class Definition(Frozen):
         if kind in {"vqa", "choice"} and columns.question is None:
             raise ValueError("question is null: name the column with the questions")
         if kind == "choice" and columns.options is None:
+            # The usual name, as in AI2D's published files: a definition need not repeat it.
             return columns.model_copy(update={"options": "options"})
         if kind in {"vqa", "caption"} and columns.options is not None:
             raise ValueError(f"options are those of a choice, and this is a {kind}; remove them, or write task: choice")
@@ -145,6 +146,7 @@ def read_definition(path: Path) -> Definition:
 @cache
 def _read(path: Path, changed: int, size: int) -> Definition:
     del changed, size
+    # As recipes are: limits on YAML, and faults with file and line.
     document = read_document(path)
     try:
         definition = Definition.model_validate(document.data, context={"base": path.parent})

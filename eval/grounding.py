@@ -47,8 +47,10 @@ def measure_grounding(check: GroundingCheck, task: QuestionTask, context: TaskCo
     """
     all_questions = task.questions(context.files)
     questions = [question for question in all_questions if question.images]
+    # The seed is the recipe's, so that original and artifacts are asked the same questions with the same wrong images.
     sample = random.Random(check.seed).sample(questions, min(check.samples, len(questions)))  # noqa: S311 - no secret
     pairs = _pair_with_others(task.name, sample, questions)
+    # By all questions: CIDEr's word frequencies of a sample would be other scores than the task's.
     scorer = task.scorer(all_questions)
     own_answers = _generate_answers(task, [question for question, _ in pairs], "own", context)
     other_answers = _generate_answers(

@@ -33,7 +33,8 @@ from compress.runtimes.runtime import UNSCORED, Answer, Generates, Passage, Scor
 
 _FLUSH_ROWS = 64
 _FLUSH_SECONDS = 2.0
-"""Answers are written to disk after so many, or so long: the most that a killed measurement loses."""
+"""Answers are written to disk after so many, or so long: the most that a killed measurement loses. A file per answer would be
+thousands of small files."""
 
 _CHUNK_PASSAGES = 128
 _CHUNK_TOKENS = 32_768
@@ -71,6 +72,7 @@ def answer_all(
     """
     journal = folder / "journal" / name
     keys = [_key(prompt, max_new_tokens) for prompt in prompts]
+    # A server's failed items are requested again; in this process a fault is the item's own, and would come again.
     journalled = _read_answers(journal, with_faults=session.block is not None)
     answers = {index: journalled[key] for index, key in enumerate(keys) if key in journalled}
     blocks = _blocks(len(prompts), answers, session.block)
@@ -78,6 +80,7 @@ def answer_all(
         advance(len(prompts) - sum(len(indices) for indices in blocks))
         for indices in blocks:
             batch = [prompts[index] for index in indices]
+            # An early answer is known by its id alone: prompts that share one are journalled at the end of the batch.
             index_of = _unique_ids({index: prompts[index].id for index in indices})
             written: set[int] = set()
 
@@ -135,6 +138,7 @@ def report_faults(name: str, verb: str, faults: Sequence[tuple[str, str]], items
     if not faults:
         return
     examples = "; ".join(f"{item}: {fault.removeprefix(f'{item}: ')}" for item, fault in faults[:_NAMED_FAULTS])
+    # A score of 0 from a server that answered nothing would be judged as if the model were bad.
     if len(faults) == items:
         raise ServerError(f"task {name}: none of its {items:,} items could be {verb}; the first: {examples}")
     progress.warn(f"task {name}: {len(faults):,} of {items:,} items could not be {verb} and count as wrong; the first: {examples}")
@@ -160,6 +164,7 @@ class _SubProgress:
 
 def _key(prompt: Prompt, max_new_tokens: int) -> str:
     """Return the digest of a request, which is an answer's key in the journal."""
+    # By content, not by position: a journal of other questions, or of another prompt, matches nothing.
     digest = hashlib.sha256(json.dumps([prompt.id, prompt.text, len(prompt.images), max_new_tokens]).encode())
     for image in prompt.images:
         digest.update(hashlib.sha256(image).digest())
@@ -175,6 +180,7 @@ def _blocks(count: int, answers: dict[int, Answer], block: int | None) -> list[l
     if block is None:
         missing = [index for index in range(count) if index not in answers]
         return [missing] if missing else []
+    # Cut by index, not among what is missing: the batches of a resumed run are those of an uninterrupted one.
     blocks = [list(range(start, min(start + block, count))) for start in range(0, count, block)]
     return [indices for indices in blocks if any(index not in answers for index in indices)]
 
@@ -214,6 +220,7 @@ def _write_answers(folder: Path, rows: Sequence[dict[str, object]]) -> None:
 
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        # A new file each time: parquet cannot be appended to, and a killed write damages no earlier answers.
         last = max((int(path.stem.rpartition("-")[2]) for path in folder.glob("answers-*.parquet")), default=-1)
         write_bytes(folder / f"answers-{last + 1:05d}.parquet", parquet_of(rows))
 
@@ -255,6 +262,7 @@ def _score_chunk(session: Scores, passages: Sequence[Passage], journal: Journal,
     against = None if journal.against is None else journal.against / chunk
     journal_path = journal.folder / "journal" / journal.name / f"scores-{chunk}.npz"
     digest = passages_digest(passages)
+    # Both must be there: scores without the record that artifacts are compared with are of no use.
     if (record is None or record.is_dir()) and (journalled := _read_scores(journal_path, passages, digest)) is not None:
         progress.advance(sum(len(scored_tokens(passage)) for passage in passages))
         return journalled

@@ -65,6 +65,7 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
     """
     context.output_dir.mkdir(parents=True, exist_ok=True)
     measurements: list[TaskMeasurement] = []
+    # First: an artifact that ignores the image has failed, and hours of further questions would not change that.
     grounding, ungrounded = _measure_grounding(session, tasks, context)
     skipped_before = read_measurement(context.original_measurement).skipped if context.original_measurement else dict[str, str]()
     skipped: dict[str, str] = {}
@@ -72,6 +73,7 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
         for task in tasks:
             if ungrounded:
                 skipped[task.name] = "answers do not depend on the image, so nothing else was asked"
+            # Nothing to compare with: an artifact's figure alone decides nothing here.
             elif task.name in skipped_before:
                 skipped[task.name] = f"of the original neither: {skipped_before[task.name]}"
             elif lacking := [CAPABILITIES[need] for need in task.needs if not isinstance(session, need)]:
@@ -85,6 +87,7 @@ def measure(session: Session, tasks: Sequence[Task], context: MeasureContext) ->
     measurement = Measurement(tasks=tuple(measurements), grounding=grounding, skipped=skipped)
     from compress.eval.journal import remove_journal
 
+    # Before the journal is removed: killed between the two, the measurement is complete.
     write_measurement(context.output_dir, measurement)
     remove_journal(context.output_dir)
     return measurement
@@ -122,4 +125,5 @@ def _measure_grounding(session: Session, tasks: Sequence[Task], context: Measure
         return grounding, False
     original = image_gain_of(read_grounding(context.original_measurement), context.grounding_confidence)
     artifact = image_gain_of(items, context.grounding_confidence)
+    # Only beside an original that is grounded itself: otherwise the questions do not need their images.
     return grounding, original is not None and artifact is not None and original.outcome == "pass" and artifact.outcome == "fail"

@@ -443,6 +443,7 @@ def check_pairs(
     """
     before = [(item.id, item.digest) for item in original]
     after = list(artifact)
+    # Not strict: the first item that differs says more than the lengths, which are compared below.
     for (original_id, original_digest), (artifact_id, artifact_digest) in zip(before, after, strict=False):
         if original_id != artifact_id or original_digest != artifact_digest:
             difference = (

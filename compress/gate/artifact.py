@@ -71,8 +71,10 @@ class ArtifactChecks:
         """
         artifact_items = self.artifact.measurement.scored(task)
         original_items = self.original.measurement.scored(task)
+        # A stopped task has fewer items than the original's, which is measured on all: they are the first of the same order.
         if self.artifact.measurement.tasks[task].look is not None:
             original_items = original_items[: len(artifact_items)]
+        # Paired tests on other items would give tight intervals around nothing: content is compared, not only names.
         check_pairs(task, original_items, ((item.id, item.digest) for item in artifact_items))
         return pairs_of(original_items, artifact_items)
 

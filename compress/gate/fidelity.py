@@ -92,8 +92,10 @@ def _p99(limit: float, fidelity: Fidelity) -> _Judgement:
     value, full = fidelity.kl_p99, fidelity.whole
     if not fidelity.at_least:
         figure = f"KL at most {value:.5f} nats for 99 % of {fidelity.unit}s"
+        # An exact percentile has no bounds here: it is compared as a fact about these tokens.
         return _Judgement(Finding(value, None, "pass" if value <= limit else "fail", None), figure)
     figure = f"99th percentile of KL at least {value:.5f} nats"
+    # A lower bound above the limit decides: the exact figure can only be larger. The reverse proves nothing.
     if value > limit:
         return _Judgement(Finding(value, None, "fail", None), figure, at_least=True)
     if full is None or full.kl_p99_at_most is None:
@@ -124,12 +126,14 @@ def _mean_finding(fidelity: Fidelity, limit: float) -> tuple[Finding, str]:
     """Judge the mean KL; a lower bound may fail the limit, and only full-vocabulary KL may pass it."""
     value, full = fidelity.kl_mean, fidelity.whole
     if not fidelity.at_least:
+        # These limits have no confidence of their own: an exact mean is compared as it is, and its interval reported.
         outcome: Outcome = "pass" if value <= limit else "fail"
         return Finding(value, fidelity.kl_interval, outcome, None, level=fidelity.interval_level), ""
     if full is None:
         outcome = "fail" if value > limit else "inconclusive"
         finding = Finding(value, fidelity.kl_interval, outcome, None, level=fidelity.interval_level)
         return finding, "" if outcome == "fail" else _no_upper_bound_remark(full)
+    # Either of two bounds from below: of all tokens over the top tokens, or of the sample over the whole vocabulary.
     if value > limit or (full.kl_interval is not None and full.kl_interval[0] > limit):
         return Finding(full.kl_mean, full.kl_interval, "fail", None, level=full.interval_level), ""
     if full.kl_interval is None:

@@ -145,6 +145,7 @@ class Gate(GateLimits):
         limit = self.at(target).accuracy
         if limit is None or limit.sequential is None:
             return {}
+        # By the number of tasks: a failure at an interim look must stand after Holm's correction over all of them.
         plan = Sequential.even(limit.sequential, limit.confidence, max(len(tasks), 1))
         return {task: AccuracyStoppingRule(limit.of(task), plan) for task in tasks}
 
@@ -250,4 +251,6 @@ def worst(outcomes: Sequence[Outcome]) -> Outcome:
 
 def pairs_of(original: Sequence[ScoredItem], items: Sequence[ScoredItem]) -> Pairs:
     """Pair the scores of the same items in the same order, clustered by image."""
+    # Clusters are images: answers to several questions about one image err together; as independent items they would make intervals
+    # too narrow.
     return Pairs.of([item.score for item in original], [item.score for item in items], [item.cluster for item in original])

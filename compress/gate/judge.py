@@ -25,6 +25,7 @@ def judge(gate: Gate, original: MeasuredModel, artifacts: Sequence[MeasuredModel
     checks: list[Check] = []
     outcomes: dict[str, Outcome] = {}
     for artifact in artifacts:
+        # Each for itself: Holm's correction is over one artifact's tasks, not over artifacts, which are published one by one.
         artifact_checks = list(checks_of(gate.at(target), original, artifact, target))
         outcomes[artifact.artifact] = worst([check.verdict for check in artifact_checks])
         checks += artifact_checks

@@ -27,6 +27,7 @@ def latency_checks(checks: ArtifactChecks, limit: LatencyLimit) -> Iterator[Chec
     figures = limited_figures()
     for row in model.points:
         failed, requests = row.pooled.failed, row.pooled.requests
+        # First: percentiles are over answered requests, so a server that drops slow ones would look fast.
         if failed / requests > limit.max_failed_share:
             fault = next(iter(row.pooled.faults), "")
             reason = f"{failed:,} of {requests:,} requests had no answer ({fault}); {limit.max_failed_share:.1%} may"
@@ -77,6 +78,7 @@ def _no_load(checks: ArtifactChecks, check: str) -> Check:
 
 def _estimate(check: str, limited: LimitedFigure, row: PointLatency, original: PointLatency | None) -> Estimate | str:
     """Return the figure that a limit is on, or why there is none."""
+    # The original's failed requests have no times, and it would look slower or faster than it is.
     if check.endswith("_ratio") and original is not None and original.pooled.failed:
         missing = f"{original.pooled.failed:,} of the original's {original.pooled.requests:,} requests had no answer"
         return f"{missing}, so there is nothing sound to compare with"
@@ -87,6 +89,7 @@ def _estimate(check: str, limited: LimitedFigure, row: PointLatency, original: P
 
 def _outcome(estimate: Estimate, limit: float, *, is_upper: bool) -> Outcome:
     """Return pass where the whole interval meets the limit, fail where none of it does, else inconclusive."""
+    # Without an interval a figure decides nothing: two rounds may differ by more than the limit's margin.
     if estimate.interval is None:
         return "inconclusive"
     low, high = estimate.interval

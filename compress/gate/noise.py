@@ -45,6 +45,7 @@ class NoiseFloor:
         """
         test = "" if self.p_value is None else f" (p = {self.p_value:.2g})"
         if self.floor > limit:
+            # What exceeds the floor is the artifact's own part: where that alone is above the limit, the failure is not noise.
             if finding.outcome == "fail" and self.excess > limit:
                 return finding, ""
             remark = f": that is beyond what the original itself keeps to when it is asked again; {remedy}"

@@ -71,8 +71,10 @@ def _run(bench: Bench, served: RunningServer, command: list[str], rounds: float)
     Raises:
         ServerError: it failed, or did not end.
     """
+    # A proxy would add its own latency, or not reach the loopback interface.
     variables = plain_environment() | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
     variables |= {"OPENAI_API_KEY": served.key} if served.key else {}
+    # The longest a load can take: every round of concurrent requests at its own time limit.
     limit = _STARTUP_SECONDS + math.ceil(rounds) * bench.request_seconds
     try:
         run = subprocess.run(
@@ -113,6 +115,7 @@ def read_bench(path: Path) -> Load:
 
 def _sample(ttft: float, gaps: list[float], tokens: int, fault: str) -> RequestTiming:
     if fault or not tokens:
+        # vLLM's client keeps a traceback as the error; its last line says what happened.
         lines = [line for line in fault.splitlines() if line.strip()]
         return RequestTiming(0.0, (), 0, printable(redact(lines[-1].strip()))[:_MAX_FAULT] if lines else "no answer")
     return RequestTiming(float(ttft), tuple(float(gap) for gap in gaps), int(tokens))
@@ -123,7 +126,9 @@ def _command(bench: Bench, served: RunningServer, point: LoadPoint, requests: in
     command += ["--base-url", served.url, "--endpoint", "/v1/chat/completions"]
     command += ["--model", served.model, "--served-model-name", served.model, "--tokenizer", str(bench.artifact)]
     command += ["--random-input-len", str(point.prompt_tokens), "--random-output-len", str(point.output_tokens)]
+    # Ratio 0: every prompt has the same length, so that loads of two models are equal.
     command += ["--random-range-ratio", "0", "--num-prompts", str(requests), "--max-concurrency", str(point.concurrency)]
+    # --ignore-eos: answers of equal length, or a model that stops early would look faster.
     command += ["--seed", str(seed), "--ignore-eos", "--temperature", "0", "--disable-tqdm"]
     command += ["--trust-remote-code"] if bench.trust_remote_code else []
     if not point.images:

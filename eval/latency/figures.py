@@ -56,10 +56,12 @@ def times_of(load: Load, goal: LatencyGoal | None) -> RequestTimes:
     tokens = np.array([sample.tokens for sample in load.samples], dtype=np.float64)
     ttft = np.array([sample.ttft for sample in load.samples]) * _MILLISECONDS
     e2el = np.array([sample.seconds for sample in load.samples]) * _MILLISECONDS
+    # The first token's time is TTFT's: TPOT is over the others, as in `vllm bench serve`.
     further = np.where(tokens > 1, tokens - 1, np.nan)
     tpot = (e2el - ttft) / further
     good = None
     if goal is not None:
+        # A single token has no TPOT, and so none that could miss the goal.
         figures = {"ttft": ttft, "tpot": np.nan_to_num(tpot), "e2el": e2el}
         good = answered & np.all([figures[name] <= limit for name, limit in goal.limits.items()], axis=0)
     total = float(e2el[answered].sum())
@@ -75,6 +77,7 @@ def summarize(load: Load, goal: LatencyGoal | None) -> LoadResult:
     answered = int(times.answered.sum())
     good = None if times.good is None else int(times.good.sum())
     faults = Counter(sample.fault for sample in load.samples if sample.fault is not None)
+    # The whole load's duration, not the sum of the requests': rates are what the server gave.
     seconds = max(load.seconds, _EPSILON)
     return LoadResult(
         requests=len(load.samples),
@@ -101,6 +104,7 @@ def pool(loads: Sequence[Load]) -> Load:
 
 def estimates(loads: Sequence[Load], goal: LatencyGoal | None, confidence: float) -> dict[str, Estimate]:
     """Return every figure of a model over its rounds, with its interval, by name: `ttft_p50`, …, the rates, `goodput`."""
+    # Logarithms: ratios become differences, intervals cannot fall below zero, and times are skewed to the right.
     rounds = [_logs(times_of(load, goal), _resample(load, number)) for number, load in enumerate(loads)]
     values = _values(summarize(pool(loads), goal))
     return {name: _estimate(values[name], [logs.get(name) for logs in rounds], confidence) for name in values}
@@ -119,6 +123,7 @@ def ratios(original: Sequence[Load], artifact: Sequence[Load], goal: LatencyGoal
         with np.errstate(invalid="ignore"):  # where both are zero or missing, there is no ratio
             rounds.append({name: artifact_logs[name] - original_logs[name] for name in original_logs.keys() & artifact_logs.keys()})
     original_values, artifact_values = _values(summarize(pool(original), goal)), _values(summarize(pool(artifact), goal))
+    # A ratio over 0 (no goodput at all) is none.
     names = [name for name in original_values if name in artifact_values and original_values[name] > 0]
     return {
         name: _estimate(artifact_values[name] / original_values[name], [logs.get(name) for logs in rounds], confidence)
@@ -139,16 +144,20 @@ def _estimate(value: float, rounds: Sequence[Floats | None], confidence: float) 
 
     count = len(complete)
     within = float(np.mean([logs[1:].var() for logs in complete]))
+    # Rounds differ by what their requests' scatter explains, too: only what is beyond that is between starts of a server.
     between = max(float(np.var([logs[0] for logs in complete], ddof=1)) - within, 0.0)
     total = within + between
     degrees = (count - 1) * (total / between) ** 2 if between > _EPSILON else math.inf
+    # Few rounds: with three and all of the variance between them, t has 2 degrees of freedom (2.9 instead of 1.64).
     reach = float(stdtrit(min(degrees, 1e6), confidence)) * math.sqrt(total / count)
+    # At most e^50, which JSON and tables can hold: such an interval says nothing anyway.
     return Estimate(value=value, interval=(value * math.exp(-min(reach, 50.0)), value * math.exp(min(reach, 50.0))))
 
 
 def _resample(load: Load, number: int) -> NDArray[np.int64]:
     """Return the resampled indices [replicates + 1, requests]; the first row is the requests themselves."""
     count = len(load.samples)
+    # Seeded by round and size: both models' requests are drawn alike, which pairs them, and the report can be reproduced.
     random = np.random.default_rng([number, count])
     return np.vstack([np.arange(count), random.integers(0, count, (_REPLICATES, count))])
 
@@ -184,6 +193,7 @@ def _gap_logs(times: RequestTimes, indices: NDArray[np.int64]) -> dict[str, Floa
 
 def _statistics(rows: Floats) -> dict[str, Floats]:
     """Return the mean and the percentiles of each row, ignoring NaN; NaN where a row has nothing else."""
+    # One sort for all percentiles; numpy's nanpercentile loops over rows in Python.
     rows = np.sort(rows, axis=1)  # NaN last
     if not rows.shape[1]:
         return {name: np.full(len(rows), np.nan) for name in STATISTICS}

@@ -28,7 +28,7 @@ _SLICE = 16_384
 """Bytes that are parsed at once: limits that are judged between them are exceeded by less than that."""
 
 _MAX_INTERIM = 16
-"""Interim responses (1xx) that may precede the final one."""
+"""Interim responses (1xx) that may precede the final one: HTTP bounds them by nothing, and each is parsed in vain."""
 
 _PIECES_PER_TOKEN = 8
 """Accepted pieces per requested token: vLLM sends one, and each takes memory of its own."""
@@ -37,7 +37,7 @@ _SPARE_BYTES, _SPARE_PIECES = 65_536, 64
 """Accepted beside the tokens: headers, usage, the end of the stream."""
 
 _CONNECT_SECONDS = 30
-"""The time limit of a connection; a request's own limit is its caller's."""
+"""The time limit of a connection; a request's own limit is its caller's. A server under load may be slow to accept."""
 
 
 class StreamError(Exception):
@@ -91,16 +91,19 @@ class Reply:
             StreamError: they are no HTTP/1.1 response, or exceed the limits.
         """
         self._received += len(data)
+        # Also by pieces: each is a Python object, so that a server sending byte by byte would take a hundred times its bytes.
         if self._received > self.limits.bytes or len(self.pieces) >= self.limits.pieces:
             raise StreamError(
                 f"the answer has more than {self.limits.bytes:,} bytes or {self.limits.pieces:,} pieces "
                 f"({limits().set_by('stream_bytes')} a token)"
             )
         message = self._message
+        # In slices, as limits on heads and empty chunks are judged between them.
         for start in range(0, len(data), _SLICE):
             self._parse(data[start : start + _SLICE])
         self.status, self.complete, self.reusable = message.status, message.complete, message.reusable
         if message.content:
+            # The time of reception, taken before parsing: what is measured is the server, not this parser.
             self.pieces.append((time_received, b"".join(message.content)))
             message.content.clear()
 
@@ -148,6 +151,7 @@ class _Message:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Store a header, not a trailer."""
+        # After the head come trailers, which must not change how the body is read.
         if not self.status:
             self._headers[name.decode("latin-1").lower()] = value.decode("latin-1").strip().lower()
 
@@ -166,6 +170,7 @@ class _Message:
             self.fault = f"no HTTP answer: its status is {status}, of HTTP/{version}"
         elif transfer not in ("", "chunked", "identity") or content not in ("", "identity"):
             self.fault = f"the answer is packed as {(transfer or content)[:40]!r}, which was not asked for"
+        # HTTP/1.1, section 6.3: a body without a length or chunks ends where the connection does.
         self.ends_with_connection = transfer != "chunked" and "content-length" not in self._headers
         self.reusable = self.parser.should_keep_alive()
 
@@ -200,9 +205,11 @@ class Connection(asyncio.Protocol):
         """
         lines = [f"POST {self._prefix}{path} HTTP/1.1", f"Host: {self._name}", f"Content-Length: {len(body)}"]
         lines += [f"{name}: {value}" for name, value in headers.items()]
+        # A key read from a file often ends with a line break, which would split the request (header injection).
         if any("\r" in line or "\n" in line for line in lines):
             raise UsageError("a header holds a line's end; correct the key or the address of the server")
         head = "\r\n".join(lines).encode("latin-1", errors="replace") + _HEAD_END
+        # Before connecting: a client's first request pays for that, as `vllm bench serve` counts it.
         sent = time.perf_counter()
         if self._transport is None or self._transport.is_closing():
             await self._connect()

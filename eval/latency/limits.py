@@ -47,6 +47,7 @@ class LatencyLimit(Frozen):
     max_tpot_p95_ms: Annotated[Limit, LimitedFigure("tpot_p95", "95th percentile of the time per further token")] = None
     min_output_tokens_per_second: Annotated[Limit, LimitedFigure("output_token_rate", "output tokens per second")] = None
     min_goodput: Annotated[Limit, LimitedFigure("goodput", "requests per second that keep the goal")] = None
+    # 0 by default: percentiles are of answered requests, so that failures must not go unnoticed.
     max_failed_share: Share = 0.0
 
     @model_validator(mode="after")

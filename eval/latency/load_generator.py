@@ -33,7 +33,7 @@ _MAX_FAULT = 200
 """Characters of a request's error that are kept."""
 
 _ATTEMPTS = 10
-"""How often a text is decoded and encoded until it has the requested number of tokens."""
+"""How often a text is decoded and encoded until it has the requested number of tokens: as often as `vllm bench serve` does."""
 
 _END = re.compile(rb"\r?\n\r?\n")
 """The end of a server-sent event."""
@@ -72,6 +72,7 @@ class RequestTiming:
     @property
     def between_tokens(self) -> tuple[float, ...]:
         """The gaps between two tokens, without the one after a chunk with only the role."""
+        # vLLM's first chunk has the role alone: with it there are as many gaps as tokens, not one fewer.
         return self.gaps[1:] if len(self.gaps) >= self.tokens > 0 else self.gaps
 
 
@@ -110,6 +111,7 @@ class Dialect:
         return options | ({"stream_options": {"include_usage": True}} if self.usage else {})
 
 
+# The most precise first: answers of a fixed length compare best, and a server's own count beats counting chunks.
 DIALECTS = (Dialect(), Dialect(fixed_length=False), Dialect("max_tokens", fixed_length=False, usage=False))
 """Tried in this order: vLLM's, that of servers with the current OpenAI API, that of older ones."""
 
@@ -174,9 +176,11 @@ def warm_up(served: RunningServer, requests: Requests, request_seconds: float) -
         if sample.fault is None:
             others = Requests(requests.point, requests.messages[1:])
             point = requests.point
+            # At the load's own concurrency: batch sizes, too, are compiled or tuned at their first use.
             run_load(served, others.bodies(served.model, dialect), point.concurrency, request_seconds, point.output_tokens)
             return dialect
         fault = sample.fault
+        # Only a refused option is worth another dialect; a timeout or a wrong key would come again.
         if not fault.startswith(("400", "422")):
             break
     raise ServerError(f"{served.url}: does not answer a request of the load ({fault}); {_remedy(fault)}")
@@ -193,9 +197,11 @@ def _remedy(fault: str) -> str:
 async def _run_load(
     served: RunningServer, bodies: Sequence[bytes], concurrency: int, request_seconds: float, response_limits: ResponseLimits
 ) -> Load:
+    # Identity: compressing a stream holds pieces back.
     headers = {"Content-Type": "application/json", "Accept": "text/event-stream", "Accept-Encoding": "identity"}
     headers |= {"Authorization": f"Bearer {served.key}"} if served.key else {}
     answers: list[AnswerStream | str] = [""] * len(bodies)
+    # One iterator for all workers: a closed loop, in which a request begins when another ends.
     queue = iter(enumerate(bodies))
 
     async def worker() -> None:
@@ -270,6 +276,7 @@ def read_stream(stream: AnswerStream) -> RequestTiming:
                 return RequestTiming(0.0, (), 0, _error_message(data))
             if choices:
                 times.append(time_received)
+                # Only where the server reports no usage: several tokens may come in one chunk.
                 content_chunks += bool(choices[0].get("delta", {}).get("content"))
                 ended = ended or choices[0].get("finish_reason") is not None
         except (ValueError, AttributeError, KeyError, TypeError, IndexError, OverflowError, RecursionError):
@@ -305,6 +312,7 @@ def _data_of(event: bytes) -> str:
 
 def _image(random: np.random.Generator, width: int, height: int) -> bytes:
     buffer = io.BytesIO()
+    # Random pixels: no two images are equal, so that a server's image cache never helps.
     Image.fromarray(random.integers(0, 256, (height, width, 3), dtype=np.uint8)).save(buffer, format="JPEG")
     return buffer.getvalue()
 
@@ -316,9 +324,11 @@ def _texts(artifact: Path, tokens: int, count: int, random: np.random.Generator)
     path = artifact / "tokenizer.json"
     if not path.is_file():
         raise MissingError(f"{path}: is not there, and load is made of its tokens; fetch the model again")
+    # `tokenizers` alone: it reads no code of the model's.
     tokenizer: Any = Tokenizer.from_file(str(path))
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    # Without special tokens: an image placeholder in a text would ask for an image.
     special_ids = set(tokenizer.get_added_tokens_decoder())
     ordinary_ids = np.array(
         [token_id for token_id in range(tokenizer.get_vocab_size(with_added_tokens=False)) if token_id not in special_ids]

@@ -41,6 +41,7 @@ class _Model:
     telemetry: dict[LoadPoint, list[Telemetry]] = field(default_factory=lambda: dict[LoadPoint, list[Telemetry]]())
     best: list[Best] = field(default_factory=lambda: list[Best]())
 
+    # What was measured with more memory does not compare with what follows.
     def discard(self) -> None:
         self.loads.clear()
         self.telemetry.clear()
@@ -115,6 +116,7 @@ class _LatencyMeasurement:
         rounds = self._settings.rounds
         with self._context.progress.task("measure latency", rounds * len(self._models) * len(points), "loads") as advance:
             for number in range(rounds):
+                # Reversed every second round: a machine that warms up slows whatever is measured last.
                 for model in self._models if number % 2 == 0 else reversed(self._models):
                     with self._serving(model) as server:
                         for point in points:
@@ -139,8 +141,10 @@ class _LatencyMeasurement:
                     for shape in self._settings.shapes:
                         model.best.append(find_best(shape, self._settings.max_concurrency, measure))
                 advance(1)
+        # Every model is measured at every model's best: a figure at one's own best alone could not be compared.
         for index, shape in enumerate(self._settings.shapes):
             best = {model.best[index].concurrency or 1 for model in self._models}
+            # 1 as well: the latency that a single user sees.
             points += [shape.at(concurrency) for concurrency in sorted({1, *best})]
         return tuple(points)
 
@@ -154,6 +158,7 @@ class _LatencyMeasurement:
             if steps:
                 self._steps += steps
                 self._runtime = self._runtime.lowered(steps)
+                # The lowered settings stay for all: a smaller cache or batch is another server.
                 if any(other.loads or other.best for other in self._models):
                     context.progress.warn("the models measured so far are measured anew, with as little memory as this one has")
                     raise _LoweredError
@@ -166,6 +171,7 @@ class _LatencyMeasurement:
 
     def _model_latency(self, model: _Model, original: ModelLatency | None) -> ModelLatency:
         points = tuple(self._point_latency(model, point, compared=original is not None) for point in model.loads)
+        # The highest over all points: a limit on memory is about what a machine must have.
         peaks = [row.telemetry.memory_bytes for row in points if row.telemetry and row.telemetry.memory_bytes]
         memory = max(peaks, default=None)
         original_memory = original.memory_bytes if original is not None else None

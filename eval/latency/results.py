@@ -101,6 +101,7 @@ class Telemetry(Frozen):
         """The server's peak memory: on the device without its KV cache, which takes the share it is given; else in host memory."""
         if self.peak_device_bytes is None:
             return self.peak_host_bytes
+        # vLLM fills its share of the GPU with cache whatever the weights: with it, all artifacts would have the original's size.
         return max(self.peak_device_bytes - (self.cache_bytes or 0), 0)
 
 

@@ -50,12 +50,14 @@ class ServerUnderLoad:
             self._check(point)
             raise
         count, seed = settings.requests_at(point), settings.seed_of(point, label)
+        # vLLM's client where it can be used: its figures are the ones that others publish. It takes no other dialect.
         if self.bench is not None and dialect == DIALECTS[0]:
             load = bench_serve(self.bench, self.served, point, count, seed)
         else:
             bodies = make_requests(artifact, point, count, seed).bodies(self.served.model, dialect)
             load = run_load(self.served, bodies, point.concurrency, self.request_seconds, point.output_tokens)
         self._check(point)
+        # Energy per answered request: failed ones cost energy, too, and gave nothing.
         answered = sum(sample.fault is None for sample in load.samples)
         return load, self.monitor.during(load.began, load.seconds, answered)
 
@@ -70,6 +72,7 @@ class ServerUnderLoad:
 def _has_ended(process: int) -> bool:
     """Return whether a child process has ended; it stays as a zombie until it is waited for."""
     try:
+        # The worker's own thread waits for it later: until then its id is still taken.
         return psutil.Process(process).status() == psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return True
@@ -83,6 +86,7 @@ def serve_under_load(runtime: ServingRuntime, context: OpenContext, settings: La
         MissingError: it is not installed, or the server did not come up.
     """
     seconds = float(getattr(runtime, "request_seconds", _REQUEST_SECONDS))
+    # Whatever the runtime: the client only needs vLLM's environment, not its server.
     environment = find("vllm")
     bench = None
     if environment is not None:

@@ -153,9 +153,11 @@ class LatencySettings(Frozen):
 
     def requests_at(self, point: LoadPoint) -> int:
         """Return the number of requests of a load."""
+        # With as many requests as slots a closed loop would be ramp-up and drain alone.
         return max(self.requests, _REQUESTS_PER_SLOT * point.concurrency) if self.concurrency == "auto" else self.requests
 
     def seed_of(self, point: LoadPoint, label: str) -> int:
         """Return the seed of one load: equal for all models, different for every load of a server, so that none share an image."""
         text = f"{self.seed}/{label}/{point.model_dump_json()}"
+        # Four bytes: numpy's legacy generators, which vLLM's client seeds, take no larger seed.
         return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big")

@@ -17,7 +17,7 @@ import psutil
 from compress.eval.latency.results import Telemetry
 
 INTERVAL = 0.2
-"""Seconds between two samples; a shorter peak can be missed."""
+"""Seconds between two samples; a shorter peak can be missed, and more samples would take time from the server's machine."""
 
 _CACHE = re.compile(r"Available KV cache memory: ([\d.]+) GiB")
 """vLLM's log line with the size of its KV cache, one for each worker."""
@@ -52,6 +52,7 @@ class ServerMonitor:
         self._cache_bytes = cache_bytes
         self._gpus = Gpus.open() if process is not None else None
         self._readings: list[ResourceSample] = []
+        # By process: one that has ended keeps what it used, or the sum would fall.
         self._cpu_seconds: dict[int, float] = {}
         self._lock = threading.Lock()
         self._stop = threading.Event()
@@ -69,6 +70,7 @@ class ServerMonitor:
         self._sample()
         with self._lock:
             readings = list(self._readings)
+        # Counters of CPU and energy only mean something as differences over the load.
         before = [reading for reading in readings if reading.moment <= began][-1:]
         within = [reading for reading in readings if began < reading.moment < began + seconds]
         after = [reading for reading in readings if reading.moment >= began + seconds][:1]
@@ -93,6 +95,7 @@ class ServerMonitor:
             for process in processes:
                 with suppress(psutil.Error), process.oneshot():
                     memory: Any = process.memory_info()
+                    # Processes of one server share mapped libraries and weights, which a plain sum would count several times.
                     shared_bytes = int(getattr(memory, "shared", 0))
                     private, shared = private + int(memory.rss) - shared_bytes, max(shared, shared_bytes)
                     times = process.cpu_times()
@@ -110,6 +113,7 @@ def _summarize(readings: Sequence[ResourceSample], seconds: float, requests: int
     watts = _mean([reading.watts for reading in readings if reading.watts is not None])
     joules = last.joules - first.joules if first.joules is not None and last.joules is not None else None
     if joules is None and watts is not None:
+        # Older GPUs have no energy counter (before Volta): mean power times time stands in.
         joules = watts * seconds
     return Telemetry(
         seconds=seconds,

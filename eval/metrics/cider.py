@@ -15,10 +15,10 @@ _MAX_NGRAM = 4
 """CIDEr averages over n-grams of 1 to 4 words."""
 
 _SIGMA = 6.0
-"""The standard deviation of CIDEr-D's length penalty, in bigrams."""
+"""The standard deviation of CIDEr-D's length penalty, in bigrams: the paper's σ, and the COCO evaluation's."""
 
 _SCALE = 10.0
-"""CIDEr-D is ten times the mean cosine."""
+"""CIDEr-D is ten times the mean cosine: the COCO evaluation's factor."""
 
 _TOKEN = re.compile(
     r"\d+(?:[.,:]\d+)*|\w+(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:-\w+)*|[^\w\s]",
@@ -54,6 +54,7 @@ class Cider:
         """Count the images whose references contain each n-gram; `references` has one entry for each image."""
         self._frequency = Counter[NGram]()
         for captions in references:
+            # A set: an image counts once, however many of its captions hold the n-gram.
             self._frequency.update({ngram for caption in captions for ngram in _ngrams(tokens(caption))})
         self._images = math.log(len(references)) if references else 0.0
 
@@ -73,6 +74,7 @@ class Cider:
         vectors = list[_Vector]()
         for length in range(1, _MAX_NGRAM + 1):
             weights = {
+                # n-grams that no reference holds weigh as if one image had them, as in the COCO evaluation.
                 ngram: count * (self._images - math.log(max(1, self._frequency[ngram])))
                 for ngram, count in counts.items()
                 if len(ngram) == length
@@ -102,6 +104,7 @@ def _similarity(caption: _Caption, reference: _Caption) -> float:
     for candidate_vector, reference_vector in zip(caption.vectors, reference.vectors, strict=True):
         common = candidate_vector.weights.keys() & reference_vector.weights.keys()
         shared = math.fsum(
+            # Clipped: the D of CIDEr-D, against captions that repeat a word of great weight.
             min(candidate_vector.weights[ngram], reference_vector.weights[ngram]) * reference_vector.weights[ngram]
             for ngram in common
         )

@@ -12,7 +12,7 @@ LETTERS = string.ascii_uppercase
 """The options' letters, in order."""
 
 _EDGES = string.punctuation + string.whitespace
-"""Stripped from an answer before it is compared with a letter or an option."""
+"""Stripped from an answer before it is compared with a letter or an option: models answer `B.`, `(B)` or `B `."""
 
 _SHORT_ANSWER_WORDS = 5
 """MMMU's limit: only longer answers are searched for an option's text."""
@@ -50,9 +50,11 @@ def _named_letter(answer: str, count: int) -> int | None:
     letters, single = LETTERS[:count], _single_letter(answer, count)
     if single is not None:
         return single
+    # Brackets first: "A photo shows (C)" names C. Capitals alone, as "a" is an article; none after an apostrophe, as in "I'D".
     for pattern in (rf"\(([{letters}])\)", rf"(?<![\w'])([{letters}])(?![\w'])"):
         matches = re.findall(pattern, answer)
         if matches:
+            # The last: models reason before they conclude.
             return letters.index(matches[-1])
     return None
 

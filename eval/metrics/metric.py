@@ -18,6 +18,7 @@ Answers = Sequence[tuple[str | None, Sequence[str]]]
 
 def mean_score(items: Sequence[Any]) -> float:
     """Return the mean of items' scores."""
+    # fsum: exact, so that the order of items cannot move a figure.
     return math.fsum(item.score for item in items) / len(items)
 
 

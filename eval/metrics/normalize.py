@@ -36,6 +36,7 @@ def _spellings(word: str) -> list[str]:
 _APOSTROPHES = {spelling: word for word in _CONTRACTIONS for spelling in _spellings(word)}
 """Contractions with missing apostrophes → with all of them."""
 
+# Before other punctuation: "1,000" must become 1000, not two words.
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 _PERIOD = re.compile(r"\.(?!\d)")
 _PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
@@ -48,6 +49,7 @@ def normalize(answer: str) -> str:
     colons becomes a space (signs such as `$` and `%` mean something and stay); number words up to ten become digits;
     articles vanish; contractions get the apostrophes they lack; single spaces.
     """
+    # Models write the typographic apostrophe, the reference answers the plain one.
     text = answer.lower().replace("\u2019", "'")
     text = _PUNCTUATION.sub(" ", _PERIOD.sub("", _THOUSANDS.sub("", text)))
     words = (_NUMBERS.get(word, word) for word in text.split() if word not in _ARTICLES)

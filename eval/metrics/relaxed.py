@@ -22,6 +22,7 @@ def relaxed(answer: str, accepted: Sequence[str]) -> float:
 
 def _agrees(answer: str, reference: str) -> bool:
     value, expected = _number(answer), _number(reference)
+    # A relative tolerance of 0 is 0: an accepted 0 is compared as text.
     if value is None or not expected:
         return answer.casefold() == reference.casefold()
     return abs(value - expected) / abs(expected) <= _TOLERANCE
@@ -32,6 +33,7 @@ def _number(text: str) -> float | None:
         value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
     except ValueError:
         return None
+    # Python reads "nan" and "infinity" as floats; as answers they are words.
     return value if math.isfinite(value) else None
 
 

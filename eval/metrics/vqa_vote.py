@@ -20,11 +20,13 @@ def vqa_vote(answer: str, accepted: Sequence[str]) -> float:
     normalization; annotators whose answer is blank, and so is not among the accepted ones, disagree. A single accepted answer
     counts as that of all ten.
     """
+    # Data sets with one reference use this metric, too: a right answer must reach the full score.
     accepted = list(accepted) * (_ANNOTATORS if len(accepted) == 1 else 1)
     normalized = normalize(answer)
     agreeing = sum(normalize(reference) == normalized for reference in accepted)
     others = max(_ANNOTATORS, len(accepted)) - agreeing
     without_agreeing, without_other = min((agreeing - 1) / _FULL_SCORE_VOTES, 1.0), min(agreeing / _FULL_SCORE_VOTES, 1.0)
+    # In closed form: leaving out one who agrees, or one who does not, gives one of two scores.
     return (agreeing * without_agreeing + others * without_other) / (agreeing + others)
 
 

@@ -26,6 +26,7 @@ def yes_no_figures(answers: Sequence[tuple[str | None, Sequence[str]]]) -> dict[
     pairs = list[tuple[bool, bool]]()
     for answer, accepted in answers:
         expected = says_yes(accepted[0])
+        # A missing answer counts as the wrong one, so that a failing server cannot raise precision.
         pairs.append((not expected if answer is None else says_yes(answer), expected))
     hits = sum(answer and expected for answer, expected in pairs)
     spoken, right = sum(answer for answer, _ in pairs), sum(expected for _, expected in pairs)

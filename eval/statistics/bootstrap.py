@@ -26,10 +26,10 @@ from compress.eval.statistics.estimates import crossing
 Floats = NDArray[np.float64]
 
 _GRID = 2**14
-"""Points of the grid, a power of two for the Fourier transform; fewer blur the tails (see `sum_tails`)."""
+"""Points of the grid, a power of two for the Fourier transform; fewer blur the tails (see `sum_tails`), more take longer."""
 
 _MIN_TAIL = 1e-14
-"""Smaller tail probabilities are rounding errors of the transform."""
+"""Smaller tail probabilities are rounding errors of the transform, and would become an infinite quantile."""
 
 _ROUNDING = 1e-12
 """A smaller remainder of the probabilities is a rounding error: taken for a probability, it would make the grid coarser."""
@@ -55,6 +55,7 @@ class Totals:
     @cached_property
     def distinct(self) -> tuple[Floats, Floats, Floats]:
         """The distinct pairs of sums (original, artifact), and the share of the clusters with each."""
+        # Rounded: sums of scores such as 0.3 differ in their last bit by the order of addition, and would count as different pairs.
         pairs, counts = np.unique(np.round(np.column_stack([self.original, self.artifact]), 12), axis=0, return_counts=True)
         return pairs[:, 0], pairs[:, 1], counts / self.clusters
 
@@ -67,6 +68,7 @@ class Totals:
         """
         total = float(self.original.sum())
         loss = float((self.original**2).sum()) / total if total else 0.0
+        # A random item's cluster, not a random cluster: Σ size² / Σ size is its mean size.
         return loss, self.largest * float((self.sizes**2).sum() / self.sizes.sum())
 
 
@@ -107,8 +109,10 @@ def tilted(totals: Totals, recovery: float) -> tuple[Floats, Floats]:
 def _multiplier(differences: Floats, shares: Floats, low: float, high: float) -> float:
     """Solve Σ share·D / (1 + λ·D) = 0; the sum falls with λ between its poles, or stays on one side of 0."""
     mean = float((shares * differences).sum())
+    # The observed recovery is the hypothesis: equal weights are its maximum-likelihood probabilities.
     if abs(mean) <= 1e-12 * max(high, -low, 1e-300):
         return 0.0
+    # Just inside the pole, where 1 + λ·D of the extreme difference is still positive.
     edge = (-1 / low if mean > 0 else -1 / high) * (1 - 1e-12)
     return edge * crossing(
         lambda part: mean * float((shares * differences / (1 + part * edge * differences)).sum()), 0.0, 1.0, precision=1e-15
@@ -128,6 +132,7 @@ def bootstrap_tails(totals: Totals, recovery: float) -> Tails:
     observed = float(totals.artifact.sum() - recovery * totals.original.sum())
     if totals.clusters < 2 or spread == 0:
         return Tails(1.0, 1.0, spread)
+    # As many draws as clusters: the distribution that resampling clusters would have without end.
     larger, smaller = sum_tails([(values, probabilities, totals.clusters)], observed)
     degrees = min(totals.clusters - 1, 2 * totals.clusters / max(_variance_uncertainty(values / spread, probabilities), 1e-9))
     return Tails(_widen(larger, totals.clusters, degrees), _widen(smaller, totals.clusters, degrees), spread)
@@ -150,6 +155,7 @@ def sum_tails(distributions: Sequence[tuple[Floats, Floats, int]], observed: flo
     split between them so that the mean stays; sums that this may have moved across `observed` count in both tails. The grid spans
     ten standard deviations and four of the largest steps to either side; the mass beyond is below the transform's rounding error.
     """
+    # The values have mean 0 under the hypothesis, so that their square is the variance.
     variance = sum(draws * float((probabilities * values**2).sum()) for values, probabilities, draws in distributions)
     largest = max(float(np.abs(values[probabilities > 0]).max()) for values, probabilities, _ in distributions)
     reach = 10 * math.sqrt(variance) + 4 * largest
@@ -159,12 +165,15 @@ def sum_tails(distributions: Sequence[tuple[Floats, Floats, int]], observed: flo
     for values, probabilities, draws in distributions:
         below = np.floor(values / step)
         share = values / step - below
+        # Modulo the grid: negative values wrap to its upper half, as `fftfreq` reads it below.
         indices = below.astype(np.int64)
         mass_below, next_indices = np.bincount(indices % _GRID, probabilities * (1 - share), _GRID), (indices + 1) % _GRID
         spectrum *= np.fft.rfft(mass_below + np.bincount(next_indices, probabilities * share, _GRID)) ** draws
         blurred += draws * float((probabilities * share * (1 - share)).sum())
     masses = np.maximum(np.fft.irfft(spectrum, _GRID), 0.0)
     sums = np.fft.fftfreq(_GRID, 1 / _GRID) * step
+    # Four standard deviations of what splitting values between grid points adds: counted in both tails, it can only make a test
+    # more conservative.
     blur = 4 * step * math.sqrt(blurred) + 1e-9 * reach
     return min(float(masses[sums >= observed - blur].sum()), 1.0), min(float(masses[sums <= observed + blur].sum()), 1.0)
 
@@ -173,4 +182,5 @@ def _widen(tail: float, clusters: int, degrees: float) -> float:
     from scipy.special import ndtri, stdtr
 
     normal = float(ndtri(min(max(tail, _MIN_TAIL), 1.0)))
+    # The plug-in variance divides by the number of clusters, Student's t by one less.
     return float(stdtr(degrees, normal * math.sqrt((clusters - 1) / clusters)))

@@ -23,7 +23,7 @@ _CONTINUITY = 0.5
 """The correction for continuity, in items: the statistic moves by whole items; see `_score_bounds`."""
 
 _MAX_SAMPLE = 10**12
-"""Findings that need more items are reported as undecidable."""
+"""Findings that need more items are reported as undecidable: no benchmark has a trillion."""
 
 
 @dataclass(frozen=True)
@@ -129,6 +129,7 @@ def constrained_flips(counts: PairedCounts, ratio: float) -> tuple[float, float]
     )
     c = counts.gained * offset * ratio * share
     root = (-b - math.sqrt(max(b * b - 4 * a * c, 0.0))) / (2 * a)
+    # All four shares must be at least 0: rounding may put the root just outside.
     gained = min(max(root, 0.0, -offset / ratio), ratio * share / (1 + ratio))
     return ratio * gained + offset, gained
 
@@ -140,6 +141,7 @@ def recovery_score(counts: PairedCounts, ratio: float, shift: float = 0.0) -> fl
     flipped. `shift` items are added to the artifact's right ones, as a correction for continuity.
     """
     lost, gained = constrained_flips(counts, ratio)
+    # The variance under the hypothesis: with no flips observed, an estimated one would be 0 and any artifact would pass.
     spread = math.sqrt(counts.items * ratio * (lost + gained))
     distance = counts.artifact - ratio * counts.original + shift
     if spread == 0:
@@ -157,8 +159,10 @@ def _score_bounds(counts: PairedCounts, levels: Levels) -> tuple[float, float]:
     estimate = counts.artifact / counts.original
     low = 0.0
     if counts.artifact > _CONTINUITY:
+        # Bounds by inverting the test itself: they agree with the verdict at every limit, which Wald's bounds do not.
         low = crossing(lambda ratio: recovery_score(counts, ratio, -_CONTINUITY) - z_low, 1e-9, max(estimate, 1e-9))
     upper = max(2 * estimate, 2.0)
+    # Few right items of the original's make the upper bound arbitrarily large.
     while recovery_score(counts, upper, _CONTINUITY) > -z_high:
         upper *= 2
     return low, crossing(lambda ratio: recovery_score(counts, ratio, _CONTINUITY) + z_high, max(estimate, 1e-9), upper)
@@ -167,6 +171,7 @@ def _score_bounds(counts: PairedCounts, levels: Levels) -> tuple[float, float]:
 def score_tails(counts: PairedCounts, limit: float) -> tuple[float, float]:
     """Return the score test's one-sided p-values, for passing and for failing the limit."""
     above, below = recovery_score(counts, limit, -_CONTINUITY), recovery_score(counts, limit, _CONTINUITY)
+    # erfc keeps tails as small as 1e-300, where 1 minus a cumulative probability would be 0: sequential looks need them.
     return 0.5 * math.erfc(above / math.sqrt(2)), 0.5 * math.erfc(-below / math.sqrt(2))
 
 
@@ -178,6 +183,7 @@ def judge_counts(counts: PairedCounts, limit: float, levels: Levels) -> Recovery
     p_pass, p_fail = score_tails(counts, limit)
     outcome = levels.outcome(p_pass, p_fail)
     value = counts.artifact / counts.original
+    # More items would move the outcome to the side on which the value is.
     level = levels.passing if value > limit else levels.failing
     return Recovery(
         value=value,
@@ -219,6 +225,7 @@ def clustered_mean(sums: NDArray[np.float64], sizes: NDArray[np.float64]) -> tup
     mean = float(sums.sum()) / total
     if clusters < 2:
         return mean, math.nan
+    # Per cluster: tokens of one window are conditioned on each other, and as independent ones would make errors too small.
     residuals = sums - mean * sizes
     return mean, math.sqrt(clusters / (clusters - 1) * float((residuals**2).sum())) / total
 
@@ -244,6 +251,7 @@ def judge_perplexity(
 
     `original` and `artifact` are the negative log-likelihoods in nats summed over each window, `sizes` the tokens scored in it.
     """
+    # Paired: hard windows are hard for both models, and their spread cancels.
     differences = artifact - original
     mean, error = clustered_mean(differences, sizes)
     interval = mean_interval(differences, sizes, confidence)
@@ -298,15 +306,18 @@ def above_floor(
     for sums, tokens in (artifact, floor):
         total = float(tokens.sum())
         means.append(float(sums.sum()) / total)
+        # The second run covers a subset of the items: clusters outside it contribute to one side only.
         residuals.append(np.bincount(codes, sums - means[-1] * tokens).astype(np.float64) / total)
         cluster_counts.append(int((np.bincount(codes, tokens) > 0).sum()))
     cluster_count = min(cluster_counts)
     difference = means[0] - means[1]
     if cluster_count < 2:
         return Excess(means[0], means[1], None, 1.0, above=False)
+    # Of the difference, cluster by cluster: both figures come from the same items and are not independent.
     error = math.sqrt(cluster_count / (cluster_count - 1) * float(((residuals[0] - residuals[1]) ** 2).sum()))
     reach = student_quantile(confidence, cluster_count - 1) * error
     above = difference > reach
+    # Without any spread the sign alone decides.
     p_value = 1.0 if difference <= 0 else 0.0
     if error > 0:
         from scipy.special import stdtr

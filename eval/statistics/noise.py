@@ -39,10 +39,12 @@ def _excess(
     """Compare the artifact's mean over its items with the original's over the second run, clustered by image."""
     repeated: Mapping[str, AnyItem] = {item.id: item for item in original.repeated_items.get(task, ())}
     artifact_values = [statistic(item) or (0.0, 0.0) for item in items]
+    # A weight of 0 keeps both arrays aligned with the artifact's items without counting what was not repeated.
     noise_values = [statistic(repeated[item.id]) or (0.0, 0.0) if item.id in repeated else (0.0, 0.0) for item in items]
     artifact, floor = np.array(artifact_values, dtype=np.float64), np.array(noise_values, dtype=np.float64)
     if not artifact.size or not artifact[:, 1].any() or not floor[:, 1].any():
         return None
+    # Windows of a text have no cluster and are their own.
     clusters = np.unique([getattr(item, "cluster", item.id) for item in items], return_inverse=True)[1]
     excess = above_floor((artifact[:, 0], artifact[:, 1]), (floor[:, 0], floor[:, 1]), clusters, confidence)
     return excess if excess.interval is not None else None

@@ -31,7 +31,7 @@ from compress.eval.statistics.estimates import (
 Floats = NDArray[np.float64]
 
 _MIN_RATIO, _MAX_RATIO = 1e-9, 1e6
-"""The range in which the bounds of a recovery are searched."""
+"""The range in which the bounds of a recovery are searched: not 0, by which the hypothesis would say nothing of the original."""
 
 _FIRST_STEP = 0.02
 """The first step of the outward search for a bound, smaller than most intervals; it doubles until the bound is passed."""
@@ -55,6 +55,7 @@ class Pairs:
         if len(self.original) == 0:
             raise ValueError("there is no item to compare")
         scores = np.concatenate([self.original, self.artifact])
+        # A negative score would make a ratio of means meaningless.
         if not np.isfinite(scores).all() or scores.min() < 0:
             raise ValueError("a score is negative or not finite")
 
@@ -201,7 +202,9 @@ def holm(p_values: Mapping[str, float]) -> dict[str, float]:
     """
     adjusted: dict[str, float] = {}
     worst = 0.0
+    # By name among equal p-values: the result must not depend on the order of the recipe's tasks.
     for rank, name in enumerate(sorted(p_values, key=lambda name: (p_values[name], name))):
+        # Monotone: a larger p-value must not be adjusted to less than a smaller one.
         worst = max(worst, min((len(p_values) - rank) * p_values[name], 1.0))
         adjusted[name] = worst
     return adjusted
@@ -220,6 +223,7 @@ def judge_family(recoveries: Mapping[str, Recovery], failing: float) -> dict[str
     for name, recovery in recoveries.items():
         recovery_corrected = replace(recovery, p_fail=adjusted[name])
         if recovery.outcome == "fail" and adjusted[name] > failing:
+            # At the strictest of Holm's levels: what suffices there suffices at any.
             ratio = normal_quantile(level) / normal_quantile(recovery.p_fail)
             items_needed = max(math.ceil(recovery.items * ratio**2), recovery.items + 1)
             recovery_corrected = replace(recovery_corrected, outcome="inconclusive", items_needed=items_needed)
@@ -241,9 +245,11 @@ def overall_recovery(recoveries: Sequence[Recovery], limit: float) -> Finding | 
     bounded = [interval for interval in intervals if interval is not None]
     if len(bounded) < len(intervals):
         return Finding(value, None, "inconclusive", None)
+    # Lower and upper distances apart: intervals of ratios are uneven.
     reach_below = math.hypot(*(recovery.value - bounds[0] for recovery, bounds in zip(recoveries, bounded, strict=True)))
     reach_above = math.hypot(*(bounds[1] - recovery.value for recovery, bounds in zip(recoveries, bounded, strict=True)))
     interval = (value - reach_below / len(bounded), value + reach_above / len(bounded))
+    # The lowest: tasks that stopped early have intervals of other confidence.
     level = min((recovery.level for recovery in recoveries if recovery.level is not None), default=None)
     if interval[0] >= limit:
         return Finding(value, interval, "pass", None, level=level)

@@ -43,6 +43,7 @@ class AssumedFlips:
 
         A normal approximation of the score test; of several looks, `passing` is the level of the last one.
         """
+        # No more than there are right, and wrong, items to flip.
         half_flips = min(self.changed / 2, self.score, 1 - self.score)
         shares = (self.score - half_flips, half_flips, half_flips, 1 - self.score - half_flips)
         counts = PairedCounts(*(round(share * _SCALE) for share in shares))
@@ -50,6 +51,7 @@ class AssumedFlips:
         variance_at_limit = limit * sum(constrained_flips(counts, limit))
         variance = (1 - limit) ** 2 * shares[0] + (limit**2 + 1) * half_flips - distance**2
         reach = normal_quantile(passing) * math.sqrt(items * variance_at_limit * self.design)
+        # The half item is the test's correction for continuity.
         surplus = items * distance - 0.5 - reach
         spread = math.sqrt(max(items * variance * self.design, 1e-12))
         return NormalDist().cdf(surplus / spread)
@@ -86,6 +88,7 @@ class AssumedChanges:
         """
         loss, variance = (1 - limit) * self.score, self.changed * self.step**2 * self.design
         fallen = items * variance / 2
+        # The mean size of a loss: of those observed, and of the one unobserved cluster that the bootstrap allows for.
         step = (fallen + self.cluster_items**2) / (fallen / self.step + self.cluster_items)
         at_limit = (variance + math.hypot(variance, 2 * loss * step)) / 2
         surplus = items * loss - normal_quantile(passing) * math.sqrt(items * at_limit)

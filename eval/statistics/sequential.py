@@ -26,7 +26,8 @@ Decision = Literal["pass", "fail", "inconclusive", "go on"]
 Floats = NDArray[np.float64]
 
 _POINTS = 301
-"""Grid points of the numerical integration; an odd number, for Simpson's rule. More are slower and more accurate."""
+"""Grid points of the numerical integration; an odd number, for Simpson's rule. More are slower and more accurate: each look costs
+their square."""
 
 _MIN_Z = -9.0
 """The grid's lower end in standard deviations: the normal density below has a mass under 1e-18."""
@@ -39,6 +40,7 @@ def error_spent(fraction: float, alpha: float) -> float:
     """Return the part of the one-sided error `alpha` that the spending function allows up to this fraction of the items."""
     from scipy.special import ndtr
 
+    # At fraction 1 it is `alpha`: the error is spent in full by the last look.
     return float(2 * ndtr(-normal_quantile(alpha / 2) / math.sqrt(fraction)))
 
 
@@ -54,6 +56,7 @@ def boundaries(fractions: Sequence[float], alpha: float) -> tuple[float, ...]:
     return _boundaries(tuple(fractions), alpha)
 
 
+# Every judgement asks for the same boundaries, and a later look's are built on the earlier ones'.
 @lru_cache(maxsize=4096)
 def _boundaries(fractions: tuple[float, ...], alpha: float) -> tuple[float, ...]:
     if len(fractions) == 1:
@@ -89,6 +92,7 @@ class ScoreProcess:
         """Advance to this fraction with the mass below the bound; integrates by Simpson's rule."""
         increment = fraction - self._fraction
         low = _MIN_Z * math.sqrt(fraction)
+        # Cut at the bound: evaluations above it have stopped and contribute to no later look.
         high = min(bound, -_MIN_Z) * math.sqrt(fraction)
         grid = np.linspace(low, max(high, low), _POINTS)
         weights = np.full(_POINTS, 2.0)
@@ -105,6 +109,7 @@ def repeated_p(fractions: Sequence[float], p_value: float) -> float:
 
     It is the smallest error over all looks at which this look would have rejected (Jennison and Turnbull, 2000, section 9.3).
     """
+    # On the wrong side of the hypothesis no boundary is met at any error.
     if p_value >= 0.5:
         return 1.0
     nominal = max(p_value, 1e-300)
@@ -135,6 +140,7 @@ class Sequential:
     def even(cls, looks: int, confidence: float, tasks: int = 1) -> Sequential:
         """Plan looks with an equal number of new items each, for one of `tasks` tasks that are judged together."""
         alpha = 1 - confidence
+        # Bonferroni's level for failing, which Holm's step-down then upholds; passing on all tasks needs no correction.
         return cls(tuple((look + 1) / looks for look in range(looks)), Levels(alpha, alpha / tasks))
 
     def items(self, budget: int) -> tuple[int, ...]:
