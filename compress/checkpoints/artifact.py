@@ -52,6 +52,7 @@ def is_side_file(name: str) -> bool:
 
 def is_terms(name: str) -> bool:
     """Return whether a file, by its name, is a licence, a notice, or a use policy."""
+    # a module or weights may be called licence-something too; code is copied by rules of its own
     return _TERMS.match(name) is not None and not name.endswith((".py", ".safetensors"))
 
 
@@ -70,6 +71,7 @@ def copy_side_files(source: Path, target: Path) -> None:
     Raises:
         CheckpointError: a link leads out of the source's folder.
     """
+    # a link in a downloaded folder could put any file of this machine into an artifact that is published
     check_folder(source)
     for name in side_files(source):
         (target / name).parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +115,14 @@ def file_digest(path: Path) -> str:
 
 def folder_digests(folder: Path) -> dict[str, str]:
     """Return the SHA-256 of every file below a folder by its relative POSIX path, in order of the paths."""
+    # sorted, because the order of a folder's entries differs between file systems
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return {path.relative_to(folder).as_posix(): file_digest(path) for path in files}
 
 
 def write_record(folder: Path, record: Mapping[str, object]) -> None:
     """Write `compress.json` into an artifact: `record`, and the digest of every other file."""
+    # the record cannot contain its own digest
     (folder / RECORD).unlink(missing_ok=True)
     write_json(folder / RECORD, {"schema": 1, **redact_value(record), "files": folder_digests(folder)})
 
@@ -126,6 +130,7 @@ def write_record(folder: Path, record: Mapping[str, object]) -> None:
 def source_commit() -> str | None:
     """Return the git commit of this package's source; None where it is not installed from a git checkout."""
     package = Path(__file__).resolve().parents[1]
+    # git looks in all parent folders: an installed package would report the commit of whatever project contains it
     if not (package.parent / ".git").exists():
         return None
     command = ["git", "-C", str(package), "rev-parse", "HEAD"]

@@ -44,7 +44,9 @@ def check_packed_config(checkpoint: Checkpoint) -> None:
 def _supported_values(method: str) -> Mapping[str, tuple[object, ...]]:
     """Return the supported values of the keys that determine how packed words are read."""
     if method == AWQ:
+        # other versions (gemv, marlin) order nibbles otherwise; GEMM always subtracts zero points
         return {"bits": _WIDTHS[AWQ], "version": ("gemm", "GEMM"), "zero_point": (True,)}
+    # "gptq_v2" stores zero points that are one larger, and `dynamic` gives single layers other widths
     return {"bits": _WIDTHS[GPTQ], "checkpoint_format": ("gptq", "", None), "dynamic": (None, {}, [])}
 
 
@@ -61,6 +63,7 @@ def _check_shapes(checkpoint: Checkpoint, name: str, settings: Mapping[str, Any]
     columns, rows = (
         (words[0], words[1] * codes_per_word) if settings["quant_method"] == AWQ else (words[0] * codes_per_word, words[1])
     )
+    # 0 for a size that does not divide the width: it equals no shape below, so that the one message serves
     groups = 1 if size == -1 else columns // size if size > 0 and columns % size == 0 else 0
     if tuple(scales) != (groups, rows) or tuple(zeros) != (groups, -(-rows // codes_per_word)):
         raise CheckpointError(

@@ -167,12 +167,14 @@ def _check_depth(checkpoint: Checkpoint) -> None:
         CheckpointError: one does.
     """
     limit = max(len(checkpoint.tensors), _MIN_DEPTH_LIMIT)
+    # without quantization_config: its `ignore` may have several names and patterns for a linear, more entries than tensors
     settings: list[tuple[str, object]] = [
         (name, value) for name, value in checkpoint.config.items() if name != "quantization_config"
     ]
     while settings:
         name, value = settings.pop()
         extent = len(cast("list[object]", value)) if isinstance(value, list) else value
+        # lists too: some architectures build a stage for each entry (depths)
         if isinstance(extent, int) and extent > limit and (isinstance(value, list) or _DEPTH.search(name)):
             raise CheckpointError(
                 f"{checkpoint.folder}/config.json: {printable(name)} is {'a list of ' if isinstance(value, list) else ''}"
@@ -192,6 +194,7 @@ def check_names(where: str, tensors: Collection[str]) -> None:
     if unmerged is not None:
         raise CheckpointError(f"{where}: holds {unmerged}, a part of a PEFT adapter that is not merged; {_MERGE}")
     for prefix, (wrapper, remedy) in _WRAPPERS.items():
+        # all of them: a model may have a module of that name among others
         if tensors and all(name.startswith(prefix) for name in tensors):
             raise CheckpointError(f"{where}: all names of its tensors begin with {prefix!r}, as {wrapper} leaves them; {remedy}")
 
@@ -246,6 +249,7 @@ def read_index(index: Path) -> dict[str, str]:
         raise CheckpointError(f"{index}: has no weight_map; fetch the file again")
     shards = cast("dict[str, object]", weight_map)
     for name, shard in shards.items():
+        # "../x" or an absolute path would read any safetensors file of this machine
         if not isinstance(shard, str) or Path(shard).name != shard or not shard:
             raise CheckpointError(
                 f"{index}: {printable(name)} points to {shard!r}, outside the checkpoint's folder; do not use this checkpoint"
@@ -260,6 +264,7 @@ def _read_sharded(folder: Path) -> dict[str, TensorEntry]:
     shards = read_index(index)
     check_count(len(shards), index)
     for name, shard in shards.items():
+        # a shard's header has all of its tensors: read once, not per tensor
         if shard not in headers:
             headers[shard] = read_header(folder / shard)
         if name not in headers[shard]:
@@ -278,12 +283,14 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     """
     try:
         state = inside(path.parent, path).stat()
+        # reading a pipe would wait forever
         if not stat.S_ISREG(state.st_mode):
             raise CheckpointError(f"{path}: is no regular file; fetch the checkpoint again")
         size = state.st_size
         with path.open("rb") as file:
             start = file.read(8)
             length = int.from_bytes(start, "little")
+            # the length comes from the file: 2^63 must not be allocated
             if length <= min(limits().json_bytes, size):
                 start += file.read(length)
     except FileNotFoundError as error:
@@ -302,6 +309,7 @@ def parse_header(path: Path, start: bytes, size: int) -> dict[str, TensorEntry]:
         CheckpointError: the file is truncated or corrupt.
     """
     length = int.from_bytes(start[:8], "little")
+    # too large for this package, though a valid file: told apart from a truncated one
     if limits().json_bytes < length <= size - 8:
         raise CheckpointError(f"{path}: its header has {length:,} bytes ({limits().set_by('json_bytes')})")
     if not 0 < length <= min(size - 8, len(start) - 8):
@@ -312,6 +320,7 @@ def parse_header(path: Path, start: bytes, size: int) -> dict[str, TensorEntry]:
     rows = cast("dict[str, object]", header)
     check_count(len(rows), path)
     entries = {name: _entry(path, name, row, 8 + length, size) for name, row in rows.items() if name != "__metadata__"}
+    # as safetensors requires: bytes of no tensor could hide another file, and overlapping tensors multiply what a file declares
     expected_start = 8 + length
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.end)):
         if entry.start != expected_start:
@@ -345,6 +354,7 @@ def _entry(path: Path, name: str, row: object, start: int, size: int) -> TensorE
         )
     first, last = offsets
     expected = math.prod(shape) * _DTYPE_BITS[dtype] // 8
+    # readers trust the shape: a larger one would read past the tensor
     if last - first != expected:
         problem = f"{printable(name)} has {last - first} bytes, its shape {shape} needs {expected}"
         raise CheckpointError(f"{path}: {problem}; fetch the file again")
@@ -357,6 +367,7 @@ def _entry(path: Path, name: str, row: object, start: int, size: int) -> TensorE
 def _counts(value: object) -> tuple[int, ...] | None:
     """Return a short list of non-negative integers as a tuple; None for any other value."""
     items = cast("list[object]", value) if isinstance(value, list) else None
+    # by type and not isinstance, since JSON's true is an int to Python; few dimensions bound the product
     if items is None or len(items) > _MAX_DIMENSIONS or not {type(item) for item in items} <= {int}:
         return None
     counts = tuple(cast("list[int]", items))

@@ -1,4 +1,4 @@
-"""What types the keys of a config.json that this package reads must have, told at once rather than where they are used."""
+"""The types of the keys of config.json that this package reads, checked when it is read rather than where they are used."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from compress.errors import CheckpointError
 from compress.untrusted.reading import printable
 
 _LARGEST = 2**53
-"""Numbers of a model's parts lie far below; past it they are no longer whole as floats."""
+"""Sizes and counts of a model lie far below; floats represent whole numbers exactly up to it."""
 
 
 def _is_count(value: object) -> bool:
+    # not isinstance: true and false are integers to Python
     return type(value) is int and 0 < value <= _LARGEST
 
 
 def _is_token(value: object) -> bool:
+    # negative ids occur: -1 for none, -200 for images in LLaVA's original code
     return type(value) is int and abs(value) <= _LARGEST
 
 
@@ -59,6 +61,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
         prefix, part = parts.pop()
         for key, value in part.items():
             name = f"{prefix}{key}"
+            # null means the default, as in files that transformers writes
             if value is None:
                 continue
             fits, kind = _TYPES.get(key, (_fits_anything, ""))
@@ -67,6 +70,7 @@ def check_config(config: Mapping[str, Any], where: str) -> None:
                 fits, kind = _is_table, "a table"
             if not fits(value):
                 raise CheckpointError(f"{where}: {printable(name)} must be {kind}, not {_shown(value)}; fetch the file again")
+            # its keys have types of their own, checked below
             if part_of_it and key != "quantization_config":
                 parts.append((f"{name}.", value))
     check_quantization(config.get("quantization_config"), where)
@@ -91,6 +95,7 @@ def check_quantization(settings: Mapping[str, Any] | None, where: str) -> None:
     for key in ("quant_method", "format"):
         if not isinstance(settings.get(key) or "", str):
             refuse(key, "a text")
+    # read before anything is matched: a text in place of a list would be taken for a list of letters
     if not _is_texts(settings.get("ignore") or []):
         refuse("ignore", "a list of texts")
     groups: object = settings.get("config_groups") or {}

@@ -74,14 +74,17 @@ def linear_specs(name: str, shape: tuple[int, int], scheme: Scheme, dtype: str) 
         specs = {
             _PACKED: TensorSpec("I32", (rows, _words(columns, scheme.bits))),
             _SCALE: TensorSpec(dtype, scales),
+            # words are padded to whole ones: without the shape a width that does not fill its last word is lost
             _SHAPE: TensorSpec("I64", (2,)),
         }
         if not scheme.symmetric:
+            # packed along the outputs, as compressed-tensors does (packed_dim 0); codes are packed along the inputs
             specs[_ZERO_POINT] = TensorSpec("I32", (_words(rows, scheme.bits), scales[1]))
     else:
         codes = "F8_E4M3" if scheme.type == "float" else "I8"
         specs = {
             _WEIGHT: TensorSpec(codes, shape),
+            # compressed-tensors stores one scale as a vector of one, not as a matrix
             _SCALE: TensorSpec(dtype, (1,) if scheme.strategy == "tensor" else scales),
         }
         if scheme.activations == "tensor":
@@ -112,6 +115,7 @@ def pack_linear(name: str, weight: QuantizedWeight) -> dict[str, Tensor]:
         return tensors
     codes = weight.codes.contiguous()
     tensors = {
+        # unsigned codes around 128 are what the numerics use; the format stores them around 0
         f"{name}.{_WEIGHT}": codes if scheme.type == "float" else (codes ^ _SIGN).view(torch.int8),
         f"{name}.{_SCALE}": scales.view(1) if scheme.strategy == "tensor" else scales,
     }
@@ -150,6 +154,7 @@ def read_packed(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> Pac
     words, scales = read(f"{name}.{_PACKED}"), read(f"{name}.{_SCALE}")
     rows, columns = cast("list[int]", read(f"{name}.{_SHAPE}").tolist())
     groups = scheme.groups(columns)
+    # the shape comes from the file: without this check unpacking would read past a row, or return too little
     if tuple(words.shape) != (rows, _words(columns, scheme.bits)) or tuple(scales.shape) != (rows, groups):
         raise CheckpointError(
             f"{name}: its packed tensors {tuple(words.shape)} and {tuple(scales.shape)} do not hold a matrix [{rows}, {columns}] "
@@ -174,6 +179,7 @@ def read_linear(name: str, scheme: Scheme, read: Callable[[str], Tensor]) -> Qua
     if scheme.format != "pack-quantized":
         return _read_unpacked(name, scheme, read)
     packed = read_packed(name, scheme, read)
+    # one group per row has the size of the row from here on: -1 would divide nothing
     resolved = replace(scheme, group_size=packed.columns // packed.scales.shape[1])
     codes = unpack_words(packed.words, scheme.bits, packed.columns)
     return QuantizedWeight(codes, packed.scales, packed.zero_points, resolved)
@@ -242,6 +248,7 @@ def quantized_names(checkpoint: Checkpoint) -> list[str]:
     names: list[str] = []
     for name, entry in checkpoint.tensors.items():
         linear, _, suffix = name.rpartition(".")
+        # int8 or float8 alone may be a weight of another kind; with a scale beside it, it is codes
         unpacked = suffix == _WEIGHT and entry.dtype in _CODE_TYPES and f"{linear}.{_SCALE}" in checkpoint.tensors
         if suffix == _PACKED or unpacked:
             names.append(linear)
@@ -258,6 +265,7 @@ def linear_shape(checkpoint: Checkpoint, name: str) -> tuple[int, int]:
         rows, columns = weight.shape
         return rows, columns
     entry = checkpoint.tensors.get(f"{name}.{_SHAPE}")
+    # before reading: a header may declare any tensor under that name
     if entry is None or entry.bytes != _SHAPE_BYTES:
         raise CheckpointError(f"{checkpoint.folder}: {name} has no shape of a matrix; fetch the checkpoint again")
     with entry.file.open("rb") as file:
@@ -274,6 +282,7 @@ def unquantized_linears(checkpoint: Checkpoint | CheckpointSpec, family: Family,
         for name, entry in checkpoint.tensors.items()
         if name.endswith(".weight") and len(entry.shape) == 2 and family.module_name(name) != f"{family.embeddings}.weight"
     ]
+    # a tied head has no tensor, but is a Linear of the model: unnamed, it would be looked for as a quantized one
     if family.head is not None and family.head not in {family.module_name(name) for name in [*names, *quantized_set]}:
         names.append(family.head)
     return sorted(name for name in names if name not in quantized_set)

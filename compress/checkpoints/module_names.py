@@ -66,6 +66,7 @@ def _groups(settings: Mapping[str, Any]) -> Mapping[str, Mapping[str, Any]]:
 
 def _targets(targets: Sequence[str], family: Family, all_linears: set[str]) -> list[str]:
     exact = _exact(targets, all_linears)
+    # a derived family knows no names of vLLM: exact ones stay, for vLLM's own mapping
     unchanged = [target for target in targets if family.derived or target not in exact]
     return list(dict.fromkeys([*unchanged, *_patterns(exact, family, all_linears)]))
 
@@ -88,8 +89,10 @@ _Kinds = Mapping[tuple[str, ...], set[str]]
 def _kinds(names: Iterable[str], family: Family) -> _Kinds:
     kinds_of_blocks: dict[tuple[str, ...], set[str]] = {}
     for name in names:
+        # wrappers are matched by the pattern's beginning, so that names that differ in them alone are one
         cores = dict.fromkeys(re.sub(f"^{_WRAPPERS}", "", form) for form in _forms(family, name))
         number = _NUMBER.search(name)
+        # the first number only: an index within a block (a layer of a projector) belongs to the kind
         kinds = tuple(_NUMBER.sub("#", core, count=1) for core in cores)
         kinds_of_blocks.setdefault(kinds, set()).add(number.group() if number else "")
     return kinds_of_blocks
@@ -97,6 +100,7 @@ def _kinds(names: Iterable[str], family: Family) -> _Kinds:
 
 def _pattern(kinds: tuple[str, ...], chosen: _Kinds, existing: _Kinds) -> str:
     alternatives = [_alternative(kind, chosen[kinds], existing[kinds]) for kind in kinds]
+    # vLLM looks up the fused module's name: it is matched where all of its parts are chosen
     for fused, (first, *others) in FUSED.items():
         if kinds[0].rpartition(".")[2] == first:
             siblings = [tuple(_sibling(kind, other) for kind in kinds) for other in others]
@@ -111,6 +115,7 @@ def _sibling(kind: str, name: str) -> str:
 
 
 def _alternative(kind: str, numbers: set[str], existing: set[str]) -> str:
+    # by number where only some blocks have the linear in this group, as mixed precision gives
     choice = _ANY if numbers == existing else f"(?:{'|'.join(sorted(numbers, key=int))})"
     return re.escape(kind).replace(re.escape("#"), choice)
 

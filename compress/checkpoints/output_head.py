@@ -40,8 +40,9 @@ def head_is_tied(checkpoint: Checkpoint, family: Family) -> bool:
     if not family.says_tied(checkpoint.config):
         return False
     head, embeddings = _matrix(checkpoint, family, family.head), _matrix(checkpoint, family, family.embeddings)
-    if head is None:
+    if head is None:  # not on disk, so tied; a quantized head has codes in place of a matrix
         return not _has_quantized_head(checkpoint, family)
+    # equal matrices count as tied: some writers save both, and transformers ties them again
     return embeddings is None or _equal(checkpoint, head, embeddings)
 
 
@@ -133,6 +134,7 @@ def _has_quantized_head(checkpoint: Checkpoint, family: Family) -> bool:
 def _equal(checkpoint: Checkpoint, one: TensorEntry, other: TensorEntry) -> bool:
     if one.shape != other.shape or one.elements == 0:
         return one.shape == other.shape
+    # gigabytes that a plan would fetch for one comparison: samples tell a trained head from the embeddings
     if checkpoint.read_range is not None and not (one.file.is_file() and other.file.is_file()):
         return _equal_samples(checkpoint, one, other)
     return _equal_files(one, other, _state(one), _state(other))
@@ -149,6 +151,7 @@ def _equal_files(one: TensorEntry, other: TensorEntry, *states: tuple[int, int, 
     """Compare two matrices, which may be gigabytes; cached for the state of their files."""
     del states
     count = one.elements
+    # of the widest type, so that a chunk is small whatever the type; both files are read in the same elements
     step = _CHUNK // 8
     with one.file.open("rb") as first, other.file.open("rb") as second:
         for start in range(0, count, step):
@@ -189,4 +192,5 @@ def _values(entry: TensorEntry, data: bytes) -> NDArray[Any]:
     values = np.frombuffer(data, _FLOATS[entry.dtype])
     if entry.dtype != "BF16":
         return values
+    # compared as numbers, since head and embeddings may have different types
     return (values.astype(np.uint32) << 16).view(np.float32)

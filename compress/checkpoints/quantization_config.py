@@ -38,6 +38,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv
     groups: dict[Scheme, list[str]] = {}
     for name, scheme in schemes.items():
         groups.setdefault(scheme, []).append(name)
+    # with several, readers go by each group's own `format`
     formats = sorted({scheme.format for scheme in groups})
     return {
         "config_groups": {
@@ -49,6 +50,7 @@ def quantization_config(schemes: Mapping[str, Scheme], ignore: Iterable[str], kv
         "ignore": sorted(ignore),
         "kv_cache_scheme": _arguments(8, "float", "tensor", dynamic=False) if kv_cache else None,
         "quant_method": METHOD,
+        # says that files hold codes; transformers takes any other status for weights still to be compressed
         "quantization_status": "compressed",
     }
 
@@ -57,6 +59,7 @@ def is_readable(config: Mapping[str, Any]) -> bool:
     """Return whether this package reads a config.json's weights linear by linear: those that are not quantized, and `FORMATS`."""
     settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
     ours = settings.get("quant_method") == METHOD and settings.get("format") in FORMATS
+    # scales of another cache would be read as FP8's, by the same names
     return not settings or (ours and caches_as_fp8(settings))
 
 
@@ -75,6 +78,7 @@ def foreign_format(config: Mapping[str, Any]) -> str:
     settings = cast("Mapping[str, Any]", config.get("quantization_config") or {})
     if settings.get("quant_method") != METHOD:
         return ""
+    # weights alone do not give the model: inputs have to be rotated too
     if settings.get("transform_config"):
         return "rotated where it runs"
     groups = cast("Mapping[str, Any]", settings.get("config_groups") or {}).values()
@@ -165,11 +169,13 @@ def _group(scheme: Scheme, targets: list[str]) -> dict[str, Any]:
 
 def _arguments(bits: int, kind: str, strategy: str, dynamic: bool, group_size: int | None = None) -> dict[str, Any]:
     return {
+        # groups are neighbouring columns even where GPTQ rounds in another order, so there is no g_idx to announce
         "actorder": None,
         "block_structure": None,
         "dynamic": dynamic,
         "group_size": group_size,
         "num_bits": bits,
+        # a dynamic scale is computed from each input, with nothing observed before
         "observer": None if dynamic else "minmax",
         "observer_kwargs": {},
         "strategy": strategy,

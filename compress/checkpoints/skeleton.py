@@ -31,8 +31,10 @@ def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust
     """
     config = load_config(folder, trust_remote_code)
     with library_errors(f"{folder}/config.json: transformers cannot build this model"):
+        # parameters without memory: a model of any size is built in the time that its Python takes
         with torch.device("meta"):
             model = _class_for(config).from_config(config, dtype=dtype, trust_remote_code=trust_remote_code)
+        # before they are filled: config.json alone decides how large these are
         _check_buffers(model, folder)
         _keep_precise(model, dtype)
         _fill_buffers(model, model, device)
@@ -41,6 +43,7 @@ def build_skeleton(folder: Path, dtype: torch.dtype, device: torch.device, trust
 
 def _check_buffers(model: torch.nn.Module, folder: Path) -> None:
     """Check the size of what is computed from the config alone before it is computed."""
+    # persistent buffers are in the checkpoint, and get their values from there
     held = set(model.state_dict())
     size = sum(buffer.nbytes for name, buffer in model.named_buffers() if name not in held)
     if size > limits().buffer_bytes:
@@ -59,11 +62,13 @@ def _fill_buffers(module: torch.nn.Module, model: Any, device: torch.device) -> 
         setattr(module, name, torch.empty_like(getattr(module, name), device=device))
     if lost:
         with torch.no_grad():
+            # transformers' own hook for what `from_pretrained` finds in no file; the weights stay on the meta device
             model._init_weights(module)  # pyright: ignore[reportPrivateUsage]
 
 
 def _class_for(config: Any) -> Any:
     """Return what builds the model of a config: one that writes text, or the architecture's only one (CLIP)."""
+    # a model with code of its own is in no mapping: its config names the classes
     own: dict[str, Any] = getattr(config, "auto_map", None) or {}
     if type(config) in _GENERATIVE._model_mapping or "AutoModelForImageTextToText" in own:
         return _GENERATIVE
@@ -72,6 +77,7 @@ def _class_for(config: Any) -> Any:
 
 def _keep_precise(model: Any, dtype: torch.dtype) -> None:
     """Give the modules that their author keeps in float32 that type, as transformers does when it loads a model."""
+    # transformers keeps the strict ones in float32 under both half types, the others only under float16, whose range is short
     kept: set[str] = set(model._keep_in_fp32_modules_strict or ()) if dtype in (torch.float16, torch.bfloat16) else set()
     if dtype == torch.float16:
         kept |= set(model._keep_in_fp32_modules or ())
@@ -96,6 +102,7 @@ def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
                 raise CheckpointError(why) from error
             raise
     if hasattr(config, "quantization_config"):
+        # `from_pretrained` would ask for the quantizer's library and expect codes; here weights arrive dequantized
         del config.quantization_config
     return config
 

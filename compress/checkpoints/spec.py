@@ -109,6 +109,7 @@ def quantized_spec(before: CheckpointSpec, schemes: Mapping[str, Scheme], has_kv
     tensors = dict(before.tensors)
     added: dict[str, QuantizedLinear] = {}
     for name, scheme in schemes.items():
+        # removed first: int8 and FP8 codes come back under the same name with another type
         weight = tensors.pop(f"{name}.weight")
         rows, columns = weight.shape
         added[name] = QuantizedLinear(scheme, rows, columns)
@@ -117,6 +118,7 @@ def quantized_spec(before: CheckpointSpec, schemes: Mapping[str, Scheme], has_kv
         tensors |= {f"{name}.{suffix}": TensorSpec("F32", (1,)) for name in caching_attentions(before) for suffix in KV_SCALES}
     quantized = {**before.quantized, **added}
     spec = replace(before, tensors=tensors, quantized=quantized)
+    # of the tensors before: packed ones no longer look like matrices of weights
     ignore = unquantized_linears(before, before.family, quantized)
     all_schemes = {name: linear.scheme for name, linear in quantized.items()}
     settings = quantization_config(all_schemes, ignore, has_kv_scales or before.has_kv_scales)

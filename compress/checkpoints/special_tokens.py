@@ -40,6 +40,7 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
         CheckpointError: config.json is missing, or a file is no JSON object.
     """
     config = read_config(folder)
+    # the order in which transformers' generate looks: instruction-tuned models often have their end-of-turn token there alone
     sections = (read_if_there(folder, "generation_config.json"), cast("dict[str, Any]", config.get("text_config") or {}), config)
     named: object = next((section["eos_token_id"] for section in sections if section.get("eos_token_id") is not None), None)
     if named is None:

@@ -13,10 +13,10 @@ from compress.checkpoints.checkpoint import read_json_object
 from compress.files import disk_errors, write_text
 
 CALL_SETTINGS = ("max_length", "padding", "truncation")
-"""What transformers' processors take from a tokenizer's settings as if it were said in each call."""
+"""Settings of a tokenizer that transformers' processors take as arguments of every call."""
 
 _FURTHER = ("is_split_into_words", "pad_to_multiple_of", "stride", "truncation_strategy")
-"""What else they take so, and what has an effect together with the above alone."""
+"""Further such settings, which have an effect only together with those above."""
 
 
 def never_cut(tokenizer: Any) -> None:
@@ -25,6 +25,7 @@ def never_cut(tokenizer: Any) -> None:
         tokenizer.init_kwargs.pop(name, None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None:
+        # the Rust tokenizer has settings of its own, which the Python object does not show
         backend.no_truncation()
         backend.no_padding()
 
@@ -71,6 +72,7 @@ def uncut_folder(folder: Path) -> Generator[Path]:
         target = Path(name)
         with disk_errors(target):
             for path in folder.iterdir():
+                # links: a model's weights are not copied for the sake of two small files
                 (target / path.name).symlink_to(path.resolve())
             write_uncut(folder, target)
         yield target

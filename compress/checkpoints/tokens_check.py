@@ -22,6 +22,7 @@ def check_tokens(checkpoint: Checkpoint, family: Family) -> None:
     rows = next((entry.shape[0] for disk, entry in checkpoint.tensors.items() if family.module_name(disk) == name), None)
     if rows is None:
         return
+    # image features replace these tokens' embeddings before anything reads them
     standing = family.placeholders(checkpoint.config)
     beyond = {number: token for number, token in _tokens(checkpoint.folder) if number >= rows and number not in standing}
     if not beyond:
@@ -40,9 +41,11 @@ def _tokens(folder: Path) -> Iterator[tuple[int, str]]:
     if (folder / "tokenizer.json").is_file():
         whole = _table(folder, "tokenizer.json")
         yield from _vocabulary(cast("Mapping[str, object]", whole.get("model") or {}).get("vocab"))
+        # added tokens may be missing from the vocabulary, and mostly have the highest numbers
         for entry in cast("list[Mapping[str, object]]", whole.get("added_tokens") or []):
             if isinstance(number := entry.get("id"), int):
                 yield number, str(entry.get("content"))
+    # tokenizer.json contains the vocabulary: the slow tokenizer's file counts only without it
     elif (folder / "vocab.json").is_file():
         yield from _vocabulary(_table(folder, "vocab.json"))
     if (folder / "added_tokens.json").is_file():

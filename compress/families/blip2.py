@@ -50,7 +50,9 @@ BLIP2 = Family(
     served_unquantized=("qformer", "language_projection"),
     requires=(
         ("text_config.model_type", "opt"),
+        # with the norm after the block (OPT-350m) the scale pairs do not hold
         ("text_config.do_layer_norm_before", True),
+        # the pair fc1 → fc2 holds for a ReLU alone
         ("text_config.activation_function", "relu"),
     ),
     defaults=(("max_position_embeddings", 2048),),

@@ -14,6 +14,7 @@ CLIP = Family(
     architecture="CLIPModel",
     renames=(),
     vision=("vision_model", "visual_projection"),
+    # text_projection is none of `vision`: it runs after the text tower's blocks, which stand in the decoder's place
     projector=("visual_projection", "text_projection"),
     vision_blocks=("vision_model.encoder.layers",),
     embeddings="text_model.embeddings.token_embedding",

@@ -135,11 +135,13 @@ class Family:
 
     def says_tied(self, config: Mapping[str, Any]) -> bool:
         """Return whether a config ties the output head to the embeddings; the weights may contradict it."""
+        # absent keys do not count as false: the architecture's default then decides
         stated = [value for value in (config_value(config, key) for key in self.tied_by) if value is not None]
         return self.head is not None and (any(stated) if stated else self.tied_default)
 
     def module_name(self, disk_name: str) -> str:
         """Return the name in transformers of a tensor or module with the name `disk_name` on disk."""
+        # only the first match: a second rule could rename the result of the first
         for pattern, replacement in self.renames:
             renamed, count = re.subn(pattern, replacement, disk_name, count=1)
             if count:

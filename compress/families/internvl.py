@@ -21,5 +21,6 @@ INTERNVL3 = replace(
     requires=(("text_config.model_type", ("qwen2", "qwen3", "llama")), ("vision_config.model_type", ("internvl_vision",))),
     defaults=(),
     tied_by=("tie_word_embeddings",),
+    # InternVLConfig's default, unlike that of the architectures it is derived from
     tied_default=True,
 )

@@ -22,6 +22,7 @@ LLAVA = Family(
     embeddings="model.language_model.embed_tokens",
     blocks="model.language_model.layers",
     head="lm_head",
+    # older files have the first, transformers 5 writes the second
     image_token_keys=("image_token_index", "image_token_id"),
     scale_pairs=DECODER_PAIRS,
     vision_scale_pairs=(
@@ -29,10 +30,13 @@ LLAVA = Family(
         ScalePair("self_attn.v_proj", ("self_attn.out_proj",)),
         ScalePair("layer_norm2", ("mlp.fc1",)),
     ),
+    # decoders whose blocks have Llama's module names, towers whose blocks have CLIP's
     requires=(
         ("text_config.model_type", ("llama", "mistral", "qwen2", "qwen3")),
         ("vision_config.model_type", ("clip_vision_model", "siglip_vision_model")),
     ),
+    # LlamaConfig's: published files name only what differs from them
     defaults=(("num_attention_heads", 32), ("num_hidden_layers", 32)),
+    # files from before transformers 5 have it in the text section, which transformers 5 still honours
     tied_by=("tie_word_embeddings", "text_config.tie_word_embeddings"),
 )

@@ -10,8 +10,11 @@ QWEN3_VL = replace(
     name="qwen3-vl",
     model_type="qwen3_vl",
     architecture="Qwen3VLForConditionalGeneration",
+    # its published checkpoints have the module names of transformers 5
     renames=(),
+    # in the order they run: the deepstack mergers between the blocks, the merger after them
     projector=("model.visual.deepstack_merger_list", "model.visual.merger"),
     vision_scale_pairs=(ScalePair("norm1", ("attn.qkv",)), ScalePair("norm2", ("mlp.linear_fc1",))),
+    # transformers 5 reads no other key for this architecture
     tied_by=("tie_word_embeddings",),
 )

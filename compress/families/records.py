@@ -36,6 +36,7 @@ def matching_record(config: Mapping[str, Any]) -> tuple[Family | None, str]:
     for key, required in family.requires:
         value = config_value(config, key)
         allowed = required if isinstance(required, tuple) else (required,)
+        # an absent key means transformers' default, which is an allowed value
         if value is not None and value not in allowed:
             choices = " or ".join(map(repr, allowed))
             return None, f"{key} is {value!r}; of {family.model_type} only checkpoints with {choices} there are supported"

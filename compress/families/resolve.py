@@ -26,6 +26,7 @@ def family_of(
     family, misfit = matching_record(config)
     if family is not None:
         return family
+    # files in an author's own form fit no class of transformers: their message says what to convert
     if checkpoint is not None and (trust_remote_code or config.get("model_type") not in OTHER_FORMATS):
         from compress.engine.derive.derived import derive_family
 
