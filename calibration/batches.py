@@ -63,8 +63,10 @@ class WindowBatch:
         """Return token ids and masks, int64 of rows × tokens."""
         token_ids = torch.from_numpy(self.token_ids.astype(np.int64))
         if self.special_tokens is not None:
+            # CLIP pools a text at its end token: windows of running text have none of their own
             first, last = (torch.full_like(token_ids[:, :1], token) for token in self.special_tokens)
             token_ids = torch.cat([first, token_ids, last], dim=1)
+        # windows have one length, so nothing is padded
         inputs = {"input_ids": token_ids, "attention_mask": torch.ones_like(token_ids)}
         return inputs | ({"mm_token_type_ids": torch.zeros_like(token_ids)} if self.token_types else {})
 
@@ -159,7 +161,9 @@ def load_processor(model: Path, trust_remote_code: bool = False) -> Any:
     if processor.chat_template is None and family_at(model, trust_remote_code).head is not None:
         raise CheckpointError(f"{model}: has no chat template; use an instruction-tuned checkpoint, or add chat_template.jinja")
     tokenizer = processor.tokenizer
+    # tokens then have the positions that they have alone; at the left every batch would shift them
     tokenizer.padding_side = "right"
+    # any token would do: padding is masked, and never counts in statistics
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     return processor
@@ -179,6 +183,7 @@ def process(processor: Any, exchanges: Sequence[Exchange]) -> dict[str, torch.Te
         text=[write_prompt(processor, exchange.prompt, exchange.answer) for exchange in exchanges],
         images=images if any(images) else None,
         padding=True,
+        # a cut prompt may lose image tokens, whose number then differs from that of the image's features
         truncation=False,
         add_special_tokens=processor.chat_template is None,  # a chat template adds them itself
         return_tensors="pt",
@@ -192,6 +197,7 @@ def _window_batches(folder: Path, processor: Any, tokens_per_batch: int, family:
     token_types = "mm_token_type_ids" in processor.model_input_names
     tokenizer = processor.tokenizer
     special_tokens = None if family.head is not None else (int(tokenizer.bos_token_id), int(tokenizer.eos_token_id))
+    # by name: the order of samples shapes float32 sums, so it must not depend on the file's
     for name, windows in sorted(tensors.load_file(folder / WINDOWS).items()):
         rows = max(1, tokens_per_batch // windows.shape[1])
         for start in range(0, len(windows), rows):
@@ -231,6 +237,7 @@ def _read_exchanges(folder: Path) -> list[Exchange]:
     if not path.is_file():
         return []
     try:
+        # not splitlines: it also breaks at U+2028 and others, which JSON allows within a text
         rows = [cast("dict[str, Any]", json.loads(line)) for line in path.read_text(encoding="utf-8").split("\n") if line]
         return [
             Exchange(
@@ -246,4 +253,5 @@ def _read_exchanges(folder: Path) -> list[Exchange]:
 
 
 def _with_length(exchange: Exchange, processor: Any) -> Exchange:
+    # the processor is asked: the number of an image's tokens depends on its size
     return replace(exchange, length=int(process(processor, [exchange])["attention_mask"].sum()))

@@ -68,6 +68,7 @@ def collect(
     samples, windows, rows = list[dict[str, Any]](), dict[str, NDArray[np.int32]](), list[dict[str, Any]]()
     texts = dict[int, str]()
     for index, pinned in enumerate(selection.sets):
+        # by set, so that two sets of one file do not draw the same rows
         seed, name = f"{selection.seed}:{index}", f"calibration.sets.{index}"
         if isinstance(pinned.spec, VqaSet):
             check = _question_check(model, set(tokenizer.all_special_tokens), trust_remote_code)
@@ -89,6 +90,7 @@ def collect(
         tensors.save_file(_shingles_of(texts), target / SHINGLES)
     if rows:
         write_text(target / QUESTIONS, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+    # of contents, not of files: the same samples from a renamed or converted file have the same digest
     digest = hashlib.sha256("\n".join([str(selection.seed), *(sample["sha256"] for sample in samples)]).encode()).hexdigest()
     write_json(target / MANIFEST, {"schema": 2, "seed": selection.seed, "digest": digest, "samples": samples})
 
@@ -113,6 +115,7 @@ def _window_entry(pinned: PinnedSet, name: str, number: int, window: Window) -> 
         "kind": "text",
         "id": f"{name}:{number}",
         "origin": _origin(pinned, window.first if window.first == window.last else f"{window.first} to {window.last}"),
+        # bytes of one order, so that the digest is the same on every machine
         "sha256": hashlib.sha256(window.token_ids.astype("<i4").tobytes()).hexdigest(),
     }
 
@@ -122,6 +125,7 @@ def _shingles_of(texts: Mapping[int, str]) -> dict[str, NDArray[Any]]:
     hashes = WordHashes()
     by_sample = {index: shingles(hashes.of(words_of(text))) for index, text in texts.items()}
     owners = np.concatenate([np.full(len(values), index, dtype=np.int64) for index, values in by_sample.items()])
+    # sorted, as the overlap check finds them by bisection
     distinct, first = np.unique(np.concatenate(list(by_sample.values())), return_index=True)
     return {"hashes": distinct, "samples": owners[first]}
 
@@ -191,9 +195,11 @@ def _write_question(
         DataError: an image cannot be decoded, or `check` fails.
     """
     prompt = cast("VqaSet", pinned.spec).prompt.replace("{question}", question.question)
+    # of several annotators' answers (VQAv2 has ten) the most frequent; a model's training target is one
     answer = Counter(question.answers).most_common(1)[0][0] if question.answers else None
     origin = _origin(pinned, question.origin)
     fingerprints = [fingerprint_of(image, origin) for image in question.images]  # decodes each image completely
+    # before its images are written, so that a refused question leaves no file behind
     check(Prompt(question.id, prompt, question.images), answer, origin)
     images = [_write_image(image, digest, target) for image, digest in zip(question.images, question.image_digests, strict=True)]
     content = json.dumps([prompt, answer, *question.image_digests], ensure_ascii=False)
@@ -212,6 +218,7 @@ def _write_question(
 
 def _write_image(data: bytes, digest: str, target: Path) -> str:
     """Write an image, which has been decoded, under its digest; return its path relative to `target`."""
+    # by content: an image that many questions share is stored once, and no name from the file becomes a path
     path = target / IMAGES / f"{digest}.{media_type(data).rpartition('/')[2]}"
     path.parent.mkdir(exist_ok=True)
     path.write_bytes(data)

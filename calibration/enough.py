@@ -21,6 +21,7 @@ def enough_for(spec: TextSet | WikitextSet | VqaSet) -> Callable[[Sequence[Path]
     required = spec.samples * spec.tokens * REACH * _BYTES_PER_TOKEN
 
     def are_enough(paths: Sequence[Path]) -> bool:
+        # of the text column alone, unpacked: a parquet file's own size says little about its text
         sizes = (parquet_bytes(path, spec.column) if path.suffix == ".parquet" else path.stat().st_size for path in paths)
         return sum(sizes) >= required
 

@@ -70,6 +70,7 @@ def _turns(value: object, where: str) -> list[_Turn]:
     turns = list[_Turn]()
     for turn in cast("list[object]", value):
         fields = cast("dict[str, Any]", turn) if isinstance(turn, dict) else {}
+        # `role` and `content` in ms-swift's files, `from` and `value` in LLaVA's
         role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
         if not isinstance(role, str):
             raise DataError(f"{where} has a turn without a speaker; write each as {{role, content}} or {{from, value}}")
@@ -108,6 +109,7 @@ def _images(row: Row, turns: Sequence[_Turn], first: int, where: str) -> list[ob
     if not placed:
         return row_images
     placeholders = sum(image is None for image in placed)
+    # which image belongs to which placeholder could only be guessed
     if placeholders != len(row_images):
         raise DataError(
             f"{where}: has {placeholders} marks {PLACEHOLDER} and {len(row_images)} images; "

@@ -68,6 +68,7 @@ _CHARACTERS = _NormalizedCharacters()
 
 def words_of(text: str) -> list[str]:
     """Return a text's normalized words: NFKC, case-folded, without punctuation and invisible characters."""
+    # normalized again, since folding case may leave a text that is not in NFKC
     return unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).translate(_CHARACTERS).split()
 
 
@@ -78,6 +79,7 @@ def fingerprint_of(image: bytes, name: str) -> ImageFingerprint:
         DataError: it cannot be decoded; `name` identifies it in the message.
     """
     decoded = decode_image(image, name)
+    # with the size: images of other proportions may have the same bytes (one colour)
     pixels = hashlib.sha256(f"{decoded.width}x{decoded.height}:".encode() + decoded.tobytes())
     return ImageFingerprint(pixels.hexdigest(), np.concatenate([_phash(decoded), _colours(decoded)]))
 
@@ -85,6 +87,7 @@ def fingerprint_of(image: bytes, name: str) -> ImageFingerprint:
 def are_similar(image: NDArray[np.uint8], others: NDArray[np.uint8]) -> NDArray[np.bool_]:
     """Return which of the hashes `others` [images, bytes] are of images similar to `image`, by its hash [bytes]."""
     bits = np.unpackbits(image[:8] ^ others[:, :8], axis=1).sum(axis=1)
+    # uint8 differences would wrap around
     colours = np.abs(image[8:].astype(np.int16) - others[:, 8:]).max(axis=1)
     return (bits <= _MAX_BITS) & (colours <= _MAX_COLOUR)
 
@@ -95,6 +98,7 @@ def _phash(image: Image.Image) -> NDArray[np.uint8]:
     positions, frequencies = np.arange(_PHASH_SIZE), np.arange(_PHASH_FREQUENCIES)[:, None]
     cosines = np.cos(np.pi * (2 * positions + 1) * frequencies / (2 * _PHASH_SIZE))
     spectrum = (cosines @ small @ cosines.T).ravel().round(6)  # so that rounding errors of the products do not decide
+    # without the first coefficient, the mean brightness, which is far larger than the others
     return np.packbits(spectrum > np.median(spectrum[1:]))
 
 
@@ -112,6 +116,7 @@ class WordHashes:
         """Return each word's hash."""
         for word in words:
             if word not in self._hashes:
+                # not hash(), which is salted anew in each process
                 self._hashes[word] = int.from_bytes(hashlib.blake2b(word.encode(), digest_size=8).digest(), "little")
         return np.fromiter((self._hashes[word] for word in words), np.uint64, len(words))
 
@@ -121,5 +126,6 @@ def shingles(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
     count = max(0, len(words) - SHINGLE + 1)
     hashes = np.zeros(count, dtype=np.uint64)
     for offset in range(SHINGLE):
+        # modulo 2^64 by overflow, as numpy's uint64 does it: 13 multiplications per word and no text is built
         hashes = hashes * _FACTOR + words[offset : offset + count]
     return hashes

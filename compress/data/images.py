@@ -147,11 +147,13 @@ def _opened(data: bytes) -> Generator[Image.Image]:
     most = limits()
     if len(data) > most.image_bytes:
         raise ValueError(f"it has {len(data):,} bytes; {most.set_by('image_bytes')}")
+    # before Pillow opens it, as opening already reads every tag into Python objects
     _check_tags(data)
     with Image.open(_Counted(data), formats=FORMATS) as image:
         pixels, size = image.width * image.height, f"{image.width:,} × {image.height:,} pixels"
         if pixels > most.image_pixels:
             raise ValueError(f"it has {size}; {most.set_by('image_pixels')}")
+        # each scan of a progressive JPEG is decoded over the whole image: a small file may hold thousands
         scans = data.count(_SCAN) if image.format in ("JPEG", _MPO) else 0
         if pixels * scans > most.jpeg_scan_pixels:
             raise ValueError(f"it has {size} in {scans:,} scans; {most.set_by('jpeg_scan_pixels')}")
@@ -204,6 +206,7 @@ def _on_white(image: Image.Image) -> Image.Image:
         return image
     if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
         return image.convert("RGB")
+    # palettes and greys with one transparent colour get an alpha channel by conversion
     if image.mode != "RGBA":
         image = image.convert("RGBA")
     ground = Image.new("RGB", image.size, "white")

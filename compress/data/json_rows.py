@@ -76,6 +76,7 @@ class JsonRows:
         where, limit = f"{self._path}:{number}", limits()
         if len(text) > limit.line_bytes:
             raise DataError(f"{printable(where)}: has {len(text):,} bytes ({limit.set_by('line_bytes')}); remove it")
+        # counted before parsing, whose objects take many times the bytes of the text
         if text.count(b",") + text.count(b"[") + text.count(b"{") > limit.row_values:
             self._refuse_values(number)
         value: object = parse_json(text, where, DataError, _REMEDIES[self._path.suffix == ".json"])
@@ -86,6 +87,7 @@ class JsonRows:
     @cached_property
     def _spans(self) -> _Spans:
         start = len(_BYTE_ORDER_MARK) if self._content.startswith(_BYTE_ORDER_MARK) else 0
+        # by content, not by suffix: files named .jsonl hold one list now and then
         listed = re.compile(rb"\s*+\[").match(self._content, start)
         return self._entries(listed.end()) if listed else self._lines(start)
 
@@ -166,6 +168,7 @@ def file_state(path: Path) -> FileState:
         raise DataError(
             f"{printable(str(path))}: cannot be read ({printable(str(error))}); check the path in the recipe"
         ) from error
+    # ctime as well: tools that restore a file's mtime cannot set it
     return str(path.absolute()), state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, state.st_ctime_ns
 
 
@@ -179,6 +182,7 @@ def read_json_rows(path: Path) -> JsonRows:
     """
     key, limit = file_state(path), limits().rows_file_bytes
     if key not in _CACHE:
+        # evicted before reading: the cache and the new file stay within the limit together
         while _CACHE and sum(rows.size for rows in _CACHE.values()) + key[3] > limit:
             _CACHE.popitem(last=False)
         try:
@@ -196,6 +200,7 @@ _CACHE: OrderedDict[FileState, JsonRows] = OrderedDict()
 
 
 def _no_spans() -> _Spans:
+    # 24 bytes per row; lists of Python integers would take several times that
     return array("q"), array("q"), array("q")
 
 

@@ -67,6 +67,7 @@ def _check_questions(calibration: Samples, questions: Iterable[Question]) -> lis
         pixels, words = {image.pixels for image in fingerprints}, " ".join(words_of(question.question))
         for sample in by_words.get(words, ()):
             sample_pixels = {image["pixels"] for image in sample["looks"]}
+            # equal words with another image are another question ("What is this?")
             if pixels & sample_pixels or not (pixels or sample_pixels):
                 raise DataError(
                     f"question {question.id} ({question.origin}) of the evaluation is calibration sample {sample['id']} "
@@ -113,6 +114,7 @@ def _check_text(folder: Path, samples: Samples, documents: Iterable[Document]) -
         return
     for passage in _passages(documents):
         passage_hashes = shingles(passage.words)
+        # clipped: a hash beyond the last has its place behind the end
         indices = np.minimum(np.searchsorted(hashes, passage_hashes), len(hashes) - 1)
         hits = hashes[indices] == passage_hashes
         shared = _covered_words(hits, len(passage.words))
@@ -131,7 +133,9 @@ def _first_overlap(ends: NDArray[np.int64], shared: NDArray[np.bool_]) -> int | 
     cumulative = np.concatenate([[0], shared.cumsum()])
     first = np.concatenate([[0], ends[:-1]])
     sizes, counts = ends - first, cumulative[ends] - cumulative[first]
+    # a shorter line contains no whole shingle of its own
     mostly_shared = (sizes >= SHINGLE) & (counts >= _SHARE * sizes)
+    # sentinels before the first and after the last word, so that runs at either end count
     gaps = np.concatenate([[-1], np.flatnonzero(~shared), [len(shared)]])
     runs = np.flatnonzero(np.diff(gaps) - 1 >= _RUN)
     lines = [int(np.flatnonzero(mostly_shared)[0])] if mostly_shared.any() else []
@@ -169,6 +173,7 @@ def _covered_words(hits: NDArray[np.bool_], count: int) -> NDArray[np.bool_]:
     """Return which words are in a common shingle, from the hits of the shingles by first word."""
     steps = np.zeros(count + 1, dtype=np.int64)
     first = np.flatnonzero(hits)
+    # a difference array: +1 where a shingle begins, -1 behind it; the running sum is the number of shingles over a word
     np.add.at(steps, first, 1)
     np.add.at(steps, first + SHINGLE, -1)
     return steps[:count].cumsum() > 0

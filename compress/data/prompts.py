@@ -62,6 +62,7 @@ def load_processor(folder: Path, trust_remote_code: bool = False, family: Family
 
     check_side_files(folder)
     with library_errors(f"{folder}: its processor cannot be loaded", remedy="fetch or export it again"):
+        # never from the network, whatever repository the folder's files refer to
         processor = cast("Any", AutoProcessor).from_pretrained(folder, trust_remote_code=trust_remote_code, local_files_only=True)
         never_cut(getattr(processor, "tokenizer", processor))  # where nothing but a tokenizer is there, it is that
     if getattr(processor, "chat_template", None) is None:
@@ -135,8 +136,10 @@ def check_template(processor: Any, folder: Path) -> None:
     others = (messages(Prompt("trial", "What is it?", images)) for images in ((), (b"", b"")))
     with library_errors(f"{folder}: its tokenizer cannot be loaded"):
         tokens = {**processor.tokenizer.special_tokens_map}
+    # in a process with limits first: Jinja's sandbox stops access to Python, not endless loops
     try_template(processor.chat_template, [turns, turns[:1], *others], tokens, str(folder))
     with library_errors(f"{folder}: its chat template cannot be used", remedy="correct it, or fetch it again"):
+        # with and without an answer, the two ways in which prompts are written
         for shown, begun in ((turns, False), (turns[:1], True)):
             processor.apply_chat_template(shown, tokenize=False, add_generation_prompt=begun)
 
@@ -148,6 +151,7 @@ def check_reserved(texts: Iterable[str], reserved: Iterable[str], name: str) -> 
         DataError: one is there; `name` says in which question.
     """
     held = list(texts)
+    # sorted, so that the message is the same in each process
     for token in sorted(reserved):
         if any(token in text for text in held):
             raise DataError(f"{name}: holds {token!r}, a special token of the model; remove the row")

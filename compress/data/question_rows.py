@@ -62,6 +62,7 @@ class QuestionRows:
             DataError: a row cannot be read, or is a conversation without a question.
         """
         needed = self._all_fields() if fields is None else set(fields)
+        # images make up most of a file: not read where only ids or questions are asked for
         with_images = not needed.isdisjoint(self.columns.named("image"))
         if self.path.suffix in SUFFIXES:
             for number, row in read_json_rows(self.path).read(chosen):

@@ -57,6 +57,7 @@ class Question:
     @cached_property
     def digest(self) -> str:
         """The SHA-256 of the question, its images' digests and its options, whatever the file's format."""
+        # white space and case differ between copies of one dataset; the question is the same
         normalized = " ".join(self.question.split()).casefold()
         options = [list(self.options)] if self.options else []
         return hashlib.sha256(json.dumps([normalized, *self.image_digests, *options]).encode()).hexdigest()
@@ -130,6 +131,7 @@ def open_questions(files: Sequence[Path], columns: Columns, rows: RowFilter = _A
     key = (*map(file_state, files), columns, rows.model_dump_json(), limits())
     if key not in _OPEN:
         opened = QuestionFiles(tuple(_opened_files(files, columns, rows)), rows)
+        # oldest first, before the new one is added: never more than one file's limit of rows in memory
         while _OPEN and sum(map(len, _OPEN.values())) + len(opened) > limits().rows:
             _OPEN.popitem(last=False)
         _OPEN[key] = opened
@@ -159,6 +161,7 @@ def source_digest(
                 image: object = cast("dict[str, Any]", value).get("path") if isinstance(value, dict) else value
                 if isinstance(image, str) and image.strip() and not is_encoded(image):
                     image_path = folders.resolve(image, image_name(image, index, f"{path}:{number}"))
+                    # the images' content as well: a question file may stay the same while an image behind it changes
                     digest.update(fingerprint(image_path).encode())
     return digest.hexdigest()
 
@@ -234,6 +237,7 @@ def _read_answers(values: Sequence[object], where: str) -> tuple[str, ...]:
     answers = list[str]()
     for answer in values:
         text: object = cast("dict[str, Any]", answer).get("answer") if isinstance(answer, dict) else answer
+        # JSON's true is an int to Python: an answer "True" would be made up
         if isinstance(text, bool) or not isinstance(text, str | int | float):
             raise DataError(f"{where}: an answer is neither text nor number ({_excerpt(text)}); write it as text")
         if str(text).strip():
@@ -259,6 +263,7 @@ def _parse_list(text: str) -> object:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about invalid escapes: backslashes of formulas are literal
+            # literals only, no code; nesting that is too deep for the parser is caught below
             return cast("object", ast.literal_eval(text.strip()))
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None

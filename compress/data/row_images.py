@@ -42,6 +42,7 @@ class ImageFolders:
         Raises:
             DataError: there is no such file, or it is outside of the folder; the message names the recipe's key that allows it.
         """
+        # an untrusted file must not make this machine fetch addresses (internal ones included)
         if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", text):
             raise DataError(f"{name}: is an address, and nothing is fetched from there; store the image, and write its path")
         if self.beside is None:
@@ -50,6 +51,7 @@ class ImageFolders:
         candidates = [base / text for base in dict.fromkeys((allowed, self.beside))]
         try:
             path = next((path for path in candidates if path.exists()), candidates[0])
+            # after links are resolved: "../" and links would otherwise read any file, and its content reach a model or a report
             real = inside(allowed, path, DataError)
         except (OSError, ValueError) as error:
             reason = getattr(error, "strerror", None) or "it is no path"
@@ -88,6 +90,7 @@ def read_images(values: Sequence[object], folders: ImageFolders, where: str) -> 
             data = read_bytes(folders.resolve(value, name), limits().image_bytes, DataError, name="image_bytes")
         if data is None:
             raise DataError(f"{name}: holds no image's bytes; store the image in the file, or use JSONL with paths")
+        # headers only: images are decoded where they are used, one at a time
         check_image(data, name)
         images.append(data)
     return tuple(images)
@@ -104,6 +107,7 @@ def is_encoded(text: str) -> bool:
     """Return whether a text is an encoded image, not a path."""
     if text[:5].lower() == "data:":
         return True
+    # 16 characters are 12 bytes, the longest signature; white space may be anywhere in base64
     return _BASE64.fullmatch(text) is not None and _SIGNATURES.match(base64.b64decode("".join(text[:40].split())[:16])) is not None
 
 
@@ -115,9 +119,11 @@ def _encoded(value: object, name: str) -> bytes | None:
     if not isinstance(value, str) or not is_encoded(value):
         return None
     head, comma, data = value.partition(",") if value[:5].lower() == "data:" else ("", "", value)
+    # before decoding, which makes a copy
     _check_size(len(data) * 3 // 4, name)
     if comma and not head.lower().endswith(";base64"):
         return unquote_to_bytes(data)
+    # padding is added anew: many writers leave it out
     data = "".join(data.split()).rstrip("=")
     try:
         return base64.b64decode(data + "=" * (-len(data) % 4), validate=True)

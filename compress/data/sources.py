@@ -41,6 +41,7 @@ class Columns(Frozen):
 
 def _as_texts(value: Any) -> Any:
     values = list(cast("list[object]", value)) if isinstance(value, list | tuple) else [value]
+    # YAML reads 2 and 2.0 as numbers, and values are compared as texts; true and false stay an error
     return [str(entry) if isinstance(entry, int | float) and not isinstance(entry, bool) else entry for entry in values]
 
 

@@ -57,6 +57,7 @@ def read_text(path: Path) -> str:
     """
     check_file(path)
     try:
+        # utf-8-sig, because some editors begin a file with a byte order mark, which would be part of the first word
         text = read_bytes(path, limits().text_bytes, DataError, name="text_bytes").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(_no_utf8(path, error.start)) from error
@@ -80,6 +81,7 @@ def read_lines(path: Path) -> Iterator[tuple[int, str]]:
 def _lines(path: Path, file: BinaryIO) -> Iterator[tuple[int, str]]:
     where, limit = printable(str(path)), limits()
     number, offset = 0, 0
+    # one byte more than allowed tells a long line apart without reading it whole
     while line := file.readline(limit.line_bytes + 1):
         number += 1
         if number > limit.rows:
@@ -166,6 +168,7 @@ def _group_rows(
         selected = [number for number in in_batch if chosen is None or number in chosen]
         if not selected:
             continue
+        # selected before the conversion: Python objects take many times the memory of arrow's
         rows: list[dict[str, Any]] = batch.take([number - in_batch.start for number in selected]).to_pylist()
         for number, row in zip(selected, rows, strict=True):
             yield number, tuple(row[column] for column in columns)
@@ -185,7 +188,9 @@ def _group_bytes(path: Path, metadata: Any, index: int, columns: Container[str])
     """
     group, limit = metadata.row_group(index), limits()
     chunks = [group.column(number) for number in range(group.num_columns)]
+    # a nested column (a struct of bytes and path) has a chunk per leaf, all read with it
     chunks = [chunk for chunk in chunks if str(chunk.path_in_schema).split(".")[0] in columns]
+    # as declared in the footer, before anything is unpacked: compressed zeros expand a thousandfold
     total = sum(int(chunk.total_uncompressed_size) for chunk in chunks)
     where = f"{printable(str(path))}: row group {index + 1}"
     if total > limit.parquet_group_bytes:
@@ -198,6 +203,7 @@ def _group_bytes(path: Path, metadata: Any, index: int, columns: Container[str])
                 f"{where}: declares {chunk.num_values:,} values of {printable(str(chunk.path_in_schema))} "
                 f"({limit.set_by('parquet_group_values')}); write the file with smaller row groups"
             )
+    # negative sizes would pass every limit above
     if min([0, int(group.num_rows), *(int(chunk.total_uncompressed_size) for chunk in chunks)]) < 0:
         raise DataError(f"{where}: declares a size below 0; fetch the file again")
     return total
@@ -228,6 +234,7 @@ def _open_parquet(path: Path) -> Any:
         raise DataError(
             f"{where}: declares {chunks:,} chunks of columns ({limit.set_by('parquet_chunks')}); write fewer row groups"
         )
+    # rows are tables by column name: one of the two would silently win
     if len(set(schema_names)) < len(schema_names):
         raise DataError(f"{where}: has two columns of one name; rename one of {names(schema_names)}")
     return file

@@ -63,6 +63,7 @@ def read_joined(path: Path, column: str = "text") -> str:
         DataError: as `read_documents`.
     """
     if path.suffix == ".parquet":
+        # by the declared size, before anything is unpacked: a small file may unpack to any amount of text
         size = parquet_bytes(path, column)
         if size > limits().text_bytes:
             raise DataError(f"{path}: declares {size:,} bytes of text ({limits().set_by('text_bytes')}); name a part of it")

@@ -28,6 +28,7 @@ def numeric_bytes(data: bytes, start: int = 0) -> int:
     entry = struct.Struct(f"{order}HHQQ" if big else f"{order}HHLL")
     count = struct.Struct(f"{order}Q" if big else f"{order}H")
     total, waiting = 0, [first]
+    # a fixed number of rounds, because tables may point at each other in a circle
     for _ in range(_DEEPEST):
         found = [_read_table(data, start + place, count, entry) for place in waiting]
         total += sum(numbers for numbers, _ in found)
@@ -41,6 +42,7 @@ def _read_table(data: bytes, place: int, count: struct.Struct, entry: struct.Str
         return 0, []
     (entries,) = count.unpack_from(data, place)
     rows = memoryview(data)[place + count.size :]
+    # the count comes from the file: no more entries than there are bytes for
     rows = rows[: min(entries, len(rows) // entry.size) * entry.size]
     total, tables = 0, dict[int, int]()
     for tag, kind, values, value in entry.iter_unpack(rows):

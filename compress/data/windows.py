@@ -58,6 +58,7 @@ class WindowRequest:
 
 def draw_indices(total: int, samples: int, seed: str) -> list[int]:
     """Return `samples` distinct indices below `total`, sorted; the same for the same seed on every machine."""
+    # by hashes rather than a random generator, whose sequence may change with the library's version
     ranked = sorted(range(total), key=lambda index: hashlib.sha256(f"{seed}:{index}".encode()).digest())
     return sorted(ranked[:samples])
 
@@ -72,6 +73,7 @@ def encoder(tokenizer: Any) -> Encode:
             split_special_tokens=True,  # an image token's spelling in a text is plain text
             truncation=False,
             return_attention_mask=False,
+            # else it warns of texts longer than the model takes, which are cut into windows anyway
             verbose=False,
         )
         return cast("list[list[int]]", encoded["input_ids"])
@@ -118,6 +120,7 @@ def _encode_all(documents: Iterable[Document], encode: Encode) -> Iterator[tuple
 
 
 def _window(stream: NDArray[np.int32], lines: list[Piece], ends: NDArray[np.int64], start: int, tokens: int) -> Window:
+    # side=right, because the token at index `ends[i]` is the first one of the next line
     first, last = np.searchsorted(ends, [start, start + tokens - 1], side="right")
     inside = lines[int(first) : int(last) + 1]
     return Window(

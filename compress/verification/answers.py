@@ -85,7 +85,7 @@ def _match(session: Embeds, reference: AnswerSet | None, progress: Progress) -> 
     rows = np.arange(len(images))
     likelihoods: dict[Shown, list[float]] = {
         "right image": log_probabilities[rows, scored].tolist(),
-        "wrong image": log_probabilities[rows - len(rows) + 1, scored].tolist(),
+        "wrong image": log_probabilities[rows - len(rows) + 1, scored].tolist(),  # negative indices wrap: the next image
     }
     return AnswerSet({"right image": answers, "wrong image": answers[1:] + answers[:1]}, likelihoods)
 
@@ -108,6 +108,7 @@ def judge_answers(reference: AnswerSet, artifact: AnswerSet, limits: DifferenceL
     grounded = [index for index, change in enumerate(reference_changes) if change > _MIN_IMAGE_EFFECT]
     return Answers(
         agreement=tuple(agreement),
+        # a number that the artifact could not give is beyond every limit; `max` would drop a NaN
         likelihood=max((value if np.isfinite(value) else float("inf") for value in differences), default=0.0),
         likelihood_limit=limits.likelihood,
         least_agreement=limits.agreement,
@@ -119,6 +120,7 @@ def judge_answers(reference: AnswerSet, artifact: AnswerSet, limits: DifferenceL
 
 
 def _is_same(expected: Answer, actual: Answer) -> bool:
+    # ids and text: tokenizers may write one text in several ways, and other ids may decode to the same text
     return actual.fault == expected.fault and actual.token_ids == expected.token_ids and actual.text == expected.text
 
 

@@ -40,7 +40,9 @@ def largest_difference(compared: Iterator[Compared]) -> tuple[int, float, float,
     for count, output in enumerate(compared, 1):  # noqa: B007 - it is returned
         if output.actual.shape == output.expected.shape:
             absolute = float(np.abs(output.actual.astype(np.float32) - output.expected).max(initial=0.0))
+            # NaN would lose every comparison with `max`, and a broken output would pass
             absolute = absolute if math.isfinite(absolute) else math.inf
+            # to the largest magnitude of the output: a relative difference of numbers near zero says nothing
             relative = absolute / max(float(np.abs(output.expected).max(initial=0.0)), _TINY)
             description = output.description
         else:
@@ -107,9 +109,11 @@ def _decode(graph: GraphSession, batch: Sequence[Reference], *, decoding: bool) 
     spans = [(0, length) for length in lengths]
     outputs = graph.run({**_inputs(graph, batch, spans), **cross_states, **cache})
     rows = [[outputs["logits"][row, reference.first : reference.prompt_length]] for row, reference in enumerate(batch)]
+    # rows of a batch decode together, so as many steps as the shortest continuation has
     steps = min(len(reference.ids) - reference.prompt_length for reference in batch) if decoding else 0
     for step in range(steps):
         cache = {name: outputs[name.replace("past_key_values", "present", 1)] for name in cache}
+        # each row's own position: rows of different lengths share a step, not a position
         spans = [(length + step, length + step + 1) for length in lengths]
         outputs = graph.run({**_inputs(graph, batch, spans, max(lengths) + step), **cross_states, **cache})
         for row in range(len(batch)):
@@ -131,6 +135,7 @@ def _inputs(graph: GraphSession, batch: Sequence[Reference], spans: Sequence[tup
     levels = int(graph.inputs["deepstack_embeds"].shape[0]) if "deepstack_embeds" in graph.inputs else 0
     deepstack = np.zeros((levels, rows, longest, hidden), np.float32)
     tiles = max((_tiles(reference).shape[1] for reference in batch), default=0)
+    # rows with fewer tiles see none of the padded ones
     cross_mask = np.zeros((rows, longest, tiles), np.int64)
     for row, (reference, (start, end)) in enumerate(zip(batch, spans, strict=True)):
         embeds[row, : end - start] = reference.decoder_inputs[start:end]

@@ -34,6 +34,7 @@ def load_independently(context: OpenContext, dtype: torch.dtype, device: torch.d
     """
     folder, trust_remote_code = context.artifact, context.trust_remote_code
     checkpoint = open_checkpoint(folder)
+    # the class alone: names of parameters and ties are what is to be checked, so they are left to transformers
     architecture: Any = type(build_skeleton(folder, dtype, device, trust_remote_code))
     config = load_config(folder, trust_remote_code)
     settings: dict[str, Any] = {"config": config, "dtype": dtype, "output_loading_info": True, "local_files_only": True}
@@ -47,6 +48,7 @@ def load_independently(context: OpenContext, dtype: torch.dtype, device: torch.d
             source, settings["state_dict"] = None, dict(dense_tensors(checkpoint, dtype, device))
         model, loading_info = architecture.from_pretrained(source, **settings)
         advance(1)
+    # from_pretrained initializes what it does not find at random, and only warns
     if missing := sorted(cast("set[str]", loading_info["missing_keys"])):
         raise CheckpointError(f"{folder}: transformers finds no weight for {missing[0]}; fetch the checkpoint again")
     fake_quantize_as_served(checkpoint, context.family, cast("nn.Module", model), device)

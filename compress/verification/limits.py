@@ -98,6 +98,7 @@ class DifferenceLimits:
         """Return the limit of a component's relative difference; `exact` for comparisons without activation quantization."""
         vision = component in ("vision encoder", "image encoder")
         roundings = self.embeddings if component == "embeddings" else self.vision if vision else self.decoder
+        # the coarsest decides: the finer ones are small beside it
         return max(COMPONENTS[rounding] for rounding in roundings if not (exact and rounding.startswith("inputs")))
 
     @property
@@ -120,6 +121,7 @@ def limits_of(settings: ExportPrecision, checkpoint: Checkpoint, family: Family)
     embeddings: set[Rounding] = {settings.dtype}
     decoder = _roundings(settings, (scheme for name, scheme in schemes.items() if name not in vision_linears))
     vision = _roundings(settings, (schemes[name] for name in vision_linears))
+    # CLIP's graphs include their first matrices, so that their rounding is seen at the end of a tower only
     if settings.embedding_bits and family.head is None:
         for roundings in (vision, decoder):
             roundings.add("words and patches in 8 bits")
@@ -142,4 +144,4 @@ def _input_roundings(settings: ExportPrecision, scheme: Scheme) -> tuple[Roundin
     """Return the rounding of a linear's input by its scheme, if any."""
     if scheme.activations is not None:
         return ("inputs to 8 bits",)
-    return ("inputs in blocks",) if settings.accuracy_level == 4 else ()
+    return ("inputs in blocks",) if settings.accuracy_level == 4 else ()  # 4: int8 products

@@ -115,6 +115,7 @@ def references(session: TransformersSession, samples: Sequence[VerificationPromp
     Raises:
         DataError: it can take none.
     """
+    # one prompt per batch: the reference has no padding, so that faults in the artifact's masks show
     encoder = replace(session.encoder, tokens_per_batch=1)
     continuation = _continuation(encoder)
     passages = [Passage(sample.prompt.id, continuation, sample.prompt) for sample in samples]
@@ -134,6 +135,7 @@ def references(session: TransformersSession, samples: Sequence[VerificationPromp
 
 def _continuation(encoder: Encoder) -> tuple[int, ...]:
     """Return the tokens that continue every prompt."""
+    # a special token in the middle of a conversation would not continue it
     ids = cast("list[int]", encoder.processor.tokenizer(_CONTINUATION, add_special_tokens=False)["input_ids"])
     return tuple(ids[:_CONTINUATION_TOKENS])
 
@@ -142,10 +144,12 @@ def _reference(model: Any, encoder: Encoder, encoded: Encoded, description: str,
     family = encoder.family
     inputs = encoder.collate([encoded], "right", torch.device("cpu"))
     with _capturing(model, family) as captured:
+        # without a cache, all positions at once: the artifact's decoding with its cache is held against it
         logits = model.get_submodule(family.entry(inputs))(**inputs, use_cache=False).logits[0]
     assert captured.embeddings is not None
     decoder_inputs = captured.embeddings if captured.decoder_inputs is None else captured.decoder_inputs
     ids = inputs["input_ids"][0]
+    # with cross-attention an image token has an embedding of its own, which the artifact must give as well
     placeholders = () if family.cross_attention_linears else encoder.tokens.placeholders
     image_mask = torch.isin(ids, torch.tensor(placeholders, dtype=ids.dtype))
     mask = inputs.get(family.image_mask) if family.image_mask else None
@@ -184,6 +188,7 @@ def _positions(position_ids: Tensor | None, length: int) -> NDArray[np.int64]:
 
 
 def _array(tensor: Tensor) -> NDArray[np.float32]:
+    # copied: a slice would keep the whole tensor alive, logits of all positions for instance
     return tensor.detach().to(torch.float32).numpy().copy()
 
 
@@ -224,6 +229,7 @@ def _cross_hooks(model: Any, family: Family, captured: _Captured) -> list[Any]:
 
         key, value = f"past_key_values.{number}.key", f"past_key_values.{number}.value"
         split = (1, -1, attention.num_key_value_heads, attention.head_dim)
+        # keys are cached after their norm, values as they are projected
         handles.append(attention.k_norm.register_forward_hook(_capture(captured, key, lambda output: output)))
         handles.append(
             attention.v_proj.register_forward_hook(
@@ -250,6 +256,7 @@ def towers(session: EmbeddingSession) -> ReferenceTowers:
     rows: list[Tensor] = []
     for text in texts:
         ids = torch.tensor([cast("list[int]", processor.tokenizer(text)["input_ids"])])
+        # each alone, without padding: the graph's padded batch has to give the same
         rows.append(session.towers.texts(ids, torch.ones_like(ids))[0])
     padded = processor.tokenizer(texts, padding=True, return_tensors="np")
     return ReferenceTowers(

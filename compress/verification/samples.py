@@ -49,6 +49,7 @@ class VerificationPrompt:
 def draw(seed: int, width: int, height: int) -> bytes:
     """Return a PNG of a few coloured shapes on a background of another colour; deterministic in its arguments."""
     generator = random.Random(seed)  # noqa: S311 - no secret
+    # without repetition: every shape differs from the background and from the others
     background, *colours = generator.sample(sorted(_COLOURS), 5)
     image = Image.new("RGB", (width, height), _COLOURS[background])
     canvas = ImageDraw.Draw(image)
@@ -94,6 +95,7 @@ def questions(family: Family, seed: int = 100) -> list[Prompt]:
     Another `seed` gives the same questions about images of the same sizes with other content.
     """
     images = [draw(seed + index, *size) for index, size in enumerate(_SIZES)]
+    # several images of different sizes in one prompt exercise their order and the features' places
     pairs = 0 if family.single_image else 2
     attached = [(images[index], *([images[0]] if index >= len(images) - pairs else [])) for index in range(len(images))]
     return [Prompt(f"question {index}", text, attached[index]) for index, text in enumerate(_QUESTIONS)]

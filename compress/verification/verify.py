@@ -60,6 +60,7 @@ def verify_graphs(context: VerifyContext, runtime: Runtime, limits: DifferenceLi
         VerificationError: a difference exceeds its limit; the first component is named.
         CheckpointError: the checkpoint, or a graph, cannot be loaded or run.
     """
+    # float32 on the CPU whatever the artifact's device: the reference is then the same on every machine
     reader = Transformers(runtime="transformers", dtype="float32", device="cpu", tokens_per_batch=_TOKENS_PER_BATCH)
     opening = OpenContext(context.source, context.logs, context.progress, context.family, context.trust_remote_code, "checkpoint")
     with open_session(reader, opening, load_independently) as session:
@@ -106,11 +107,13 @@ def _differences(artifact: Path, expected: _ReferenceValues, limits: DifferenceL
     """
     for component, (name, compare_exact, compare) in table.items():
         path = artifact / f"{name}.onnx"
+        # a graph names its weights' files by any path: checked before the runtime maps them
         check_files(path)
         for exact in (True, False) if quantizes_activations(path) else (False,):
             graph: Any = GraphSession(path, _ENGINE, exact=exact)
             compared = compare_exact(graph, expected.exact) if exact else compare(graph, expected.quantized)
             outputs, absolute, relative, worst = graphs.largest_difference(compared)
+            # freed before the next is loaded: two decoders may not fit in memory
             del graph
             difference = Difference(
                 component=component,
@@ -121,6 +124,7 @@ def _differences(artifact: Path, expected: _ReferenceValues, limits: DifferenceL
                 limit=limits.of(component, exact=exact),
                 worst=worst,
             )
+            # stops at the first: later components are fed by this one in use
             check_component(path, difference)
             yield difference
 
@@ -150,6 +154,7 @@ def check_answers(artifact: Path, answers: Answers) -> None:
             f"{artifact}: not grounded in its images: for {answers.ungrounded} of {answers.seeing} prompts another image changes "
             f"what the checkpoint finds likely, and not what the artifact does, though each part alone agrees; {_REMEDY}"
         )
+    # written as a negation because NaN compares False with everything
     if not answers.likelihood <= answers.likelihood_limit:
         raise VerificationError(
             f"{artifact}: finds an answer of the checkpoint more or less likely by {answers.likelihood:.3g} nats per token "
