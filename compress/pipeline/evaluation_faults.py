@@ -27,6 +27,7 @@ def task_faults(evaluation: AnyEvaluation, document: RecipeDocument, family: Fam
     for position, task in enumerate(evaluation.eval.tasks):
         key = ("eval", "tasks", position)
         where = f"{document.whereabouts(key)}: {dotted(key)}"
+        # What a task needs tells its kind: only comparisons of images with texts need embeddings.
         if generates != (Embeds not in task.needs):
             does, alternative = ("writes text", "vqa or perplexity") if generates else ("compares images with texts", "zero-shot")
             faults.append(f"{where}: {family.name} {does}, which {task.task} does not measure; use {alternative}")
@@ -44,6 +45,7 @@ def task_faults(evaluation: AnyEvaluation, document: RecipeDocument, family: Fam
 def length_faults(evaluation: AnyEvaluation, document: RecipeDocument, config: Mapping[str, Any]) -> list[str]:
     """Return the faults of runtimes whose context is shorter than the recipe's settings or its tasks' windows."""
     windows = (getattr(task, "window", None) for task in evaluation.eval.tasks)
+    # Perplexity windows alone have a length that is known before a tokenizer runs.
     longest = max((window for window in windows if isinstance(window, int)), default=0)
     faults: list[str] = []
     for position, target in enumerate(evaluation.eval.places):

@@ -41,9 +41,11 @@ class EventLog:
 
     def write(self, event: str, **fields: object) -> None:
         """Append one event with its time; whatever it is told, no secret is written."""
+        # Through JSON first: paths and tuples become plain values, which redaction can walk.
         content = json.loads(json.dumps(fields, default=str))
         about = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}
         line = json.dumps(about | redact_value(content))
+        # Opened for each event: what a killed run has written is on disk, and the file can be followed.
         with disk_errors(self._path), self._path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
@@ -62,6 +64,7 @@ class EventLog:
     def warn(self, message: str) -> None:
         """Record a warning; the report repeats each once."""
         message = redact(message)
+        # A cached step repeats its warnings in every run, and several steps may give the same one.
         if message not in self.warnings:
             self.warnings.append(message)
         self._collected.append(message)

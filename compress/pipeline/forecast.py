@@ -67,6 +67,7 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
     for position, export in enumerate(recipe.export):
         export_faults = list(dict.fromkeys(fault for spec in before for fault in export.check(spec)))
         faults += located(document, ("export", position), export_faults)
+        # Only a size that will be met is stated: the gate's size limits are held against it.
         if not faults and exact:
             sizes[position] = export.predict_bytes(before[0])
     if faults:

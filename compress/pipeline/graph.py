@@ -73,12 +73,14 @@ def compression(recipe: Recipe, inputs: Inputs, sets: tuple[DataPin, ...], outlo
     calibration = None
     if recipe.calibration is not None:
         calibration = Calibrate(recipe.calibration, sets, inputs.model, inputs.weights)
+        # Before any stage: hours of compression on samples that are also evaluated would be worth nothing.
         before += [calibration, CheckOverlap(calibration, inputs.tasks)]
     names = [stage.stage for stage in recipe.stages]
     checkpoint, stages = inputs.weights, list[ApplyStage]()
     for position, stage in enumerate(recipe.stages):
         plan = outlook.stages[position] if outlook.stages else None
         step = ApplyStage(
+            # Names are keys of events and reports: two stages of one kind need different ones.
             name=names[position] if names.count(names[position]) == 1 else f"{names[position]} {position}",
             stage=stage,
             before=checkpoint,
@@ -118,6 +120,7 @@ def measurements(evaluation: AnyEvaluation, inputs: Inputs, artifacts: Sequence[
         return Measure(name, evaluation, inputs.tasks, target, inputs.family, inputs.devices, inputs.weights, artifact, original)
 
     models = {target.name: {ORIGINAL: measure(index, ORIGINAL, None, None)} for index, target in enumerate(targets)}
+    # The original first: artifacts are compared with its records, and a model that cannot be measured is found before exports are.
     steps: list[Step] = [by_model[ORIGINAL] for by_model in models.values()]
     for artifact in artifacts:
         if isinstance(artifact, ExportArtifact):
@@ -135,6 +138,7 @@ def measurements(evaluation: AnyEvaluation, inputs: Inputs, artifacts: Sequence[
             latencies[target.name] = MeasureLatency(
                 name, evaluation.eval.latency, target.runtime, inputs.family, inputs.weights, runnable
             )
+    # Latency last, when nothing else of this run uses the machine.
     return Measurements((*steps, *latencies.values()), models, latencies)
 
 

@@ -27,6 +27,7 @@ class Meter:
     def __enter__(self) -> Meter:
         with contextlib.suppress(OSError):  # not Linux, or not allowed: the peak so far stands
             Path("/proc/self/clear_refs").write_text(_CLEAR_PEAK, encoding="ascii")
+        # Not imported here: most steps need no torch, and importing it takes seconds and memory that would be measured.
         torch = sys.modules.get("torch")
         if torch and torch.cuda.is_available():
             torch.cuda.reset_peak_memory_stats()
@@ -46,4 +47,5 @@ def _peak_host() -> int:
         for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
             if line.startswith("VmHWM:"):
                 return int(line.split()[1]) * 1024
+    # Kilobytes on Linux.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

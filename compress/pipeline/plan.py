@@ -114,6 +114,7 @@ class Plan:
         if self.compression is None or not self.compression.stages:
             return ()
         checkpoint = open_checkpoint(self.compression.stages[-1].at(run))
+        # Such a checkpoint has no spec of ours: the plan's own notes stand.
         if foreign_format(checkpoint.config):
             return self.notes
         return export_notes(self.exports, spec_of(checkpoint, self.family))
@@ -183,6 +184,7 @@ def plan_evaluation(path: Path, settings: Mapping[str, Any], store: Store, *, ar
     """
     existing: list[ExistingArtifact] = []
     for folder in (artifact.expanduser().resolve() for artifact in artifacts):
+        # Reports, records and the gate name artifacts by their folders.
         if folder.name in (ORIGINAL, *(other.artifact for other in existing)):
             raise UsageError(f"{folder}: a second artifact called {folder.name}; reports name them by their folders: rename one")
         export_format = format_name(folder)
@@ -261,6 +263,7 @@ def _inputs(evaluation: AnyEvaluation, original: _Original, store: Store) -> Inp
         family=original.family,
         tasks=tuple((task, None if task.data is None else pin_data(task.data, store)) for task in evaluation.eval.tasks),
         device=device,
+        # The GPU's model is in the keys: another one has other kernels, which round differently.
         devices=(device, *gpus()[:1]),
         weights=Convert(original.model) if original.model.pin.pickled else original.model,
     )
@@ -301,5 +304,6 @@ def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, input
 
 def _artifact_key(artifact: Path, export_format: str, store: Store) -> str:
     """Return a digest of everything in an existing artifact that shapes its measurements."""
+    # The format's files only: a README or log beside them must not make a measurement stale.
     files = format_named(export_format).files(artifact)
     return digest_of({path.relative_to(artifact).as_posix(): store.fingerprint(path) for path in files})

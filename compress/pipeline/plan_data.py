@@ -40,6 +40,7 @@ def count_items(tasks: Sequence[PinnedTask]) -> dict[str, int]:
             counts[task.name] = _count_questions(task, task.data, files)
         else:
             _, documents = task.contents(files)
+            # The first document alone, which shows whether the column and the file's form are right.
             next(iter(documents), None)
     return counts
 

@@ -21,7 +21,7 @@ from compress.report.figures import size as shown_size
 from compress.runtimes.runtime import Served
 
 _BYTES_PER_TOKEN = 66
-"""Of a server's answer for each token of the vocabulary: 10 MB at 152,000."""
+"""Of a server's answer for each token of the vocabulary, as vLLM writes it: 10 MB at 152,000."""
 
 _MUCH = 1_000_000_000
 """Bytes of answers from which on a plan notes them: below, they take less than a task's own questions."""
@@ -37,6 +37,7 @@ def outlook_notes(recipe: Recipe, outlooks: Sequence[CheckpointSpec], original_b
     """
     notes_by_outlook = [export_notes(recipe.export, outlook, original_bytes) for outlook in outlooks]
     all_notes = dict.fromkeys(note for notes in notes_by_outlook for note in notes)
+    # A stage such as `bits: auto` chooses in the run: what holds for some of its outcomes only is marked.
     return tuple(
         note if all(note in notes for notes in notes_by_outlook) else f"where the stage chooses so: {note}" for note in all_notes
     )
@@ -116,6 +117,7 @@ def power(evaluation: AnyEvaluation, items: Mapping[str, int]) -> tuple[str, ...
     if limit is None:
         return ()
     plan = Sequential.even(limit.sequential, limit.confidence) if limit.sequential else None
+    # Of the last look: an artifact without loss usually reaches it, and its level is a little stricter than a single test's.
     level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
     notes: list[str] = []
     for task in evaluation.eval.tasks:

@@ -75,6 +75,7 @@ def published_files(folder: Path, digest: Callable[[Path], str] = file_digest) -
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         published = name in folders if path.is_dir() else path.is_file() and (name in listed or name == RECORD)
+        # Links count as foreign: removing through one would reach outside the folder.
         if path.is_symlink() or not published:
             raise StoreError(f"{printable(str(path))}: was not published by this program, and would be lost; {_REMEDY}")
         if path.is_dir():
@@ -108,17 +109,21 @@ def replace_folder(folder: Path) -> Generator[Path]:
     with disk_errors(folder), one_error():
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.parent / _LOCK):
+            # Under the lock no publication is active, so that any working folder is a killed one's.
             for leftover in folder.parent.glob(f"{_WORK}*"):
                 _clean_up(leftover)
             published_files(folder)
+            # Beside the target, on its file system: only there a rename is atomic.
             work = folder.with_name(f"{_WORK}{secrets.token_hex(16)}")
             work.mkdir()
             try:
+                # Before anything else: it tells a later call whose folder this is, and that it may clean up.
                 write_json(work / _MARK, {"place": folder.name, "work": work.name})
                 (work / "new").mkdir()
                 yield work / "new"
                 files = published_files(folder)  # again: it may have changed during the copy
                 if folder.exists():
+                    # Two renames: a reader may find nothing for a moment, and never half an artifact.
                     folder.replace(work / "old")
                 (work / "new").replace(folder)
                 _remove(work / "old", files)
@@ -138,6 +143,7 @@ def _clean_up(work: Path) -> None:
             work.rmdir()
         return
     name = str(mark.get("place"))
+    # A mark that was copied, or names a path: deleting by it could remove a folder of the user's.
     if mark.get("work") != work.name or Path(name).name != name:
         return
     old, folder = work / "old", work.with_name(name)

@@ -50,7 +50,7 @@ _DAMAGED = "damaged.json"
 """The record of a damaged entry, renamed from `entry.json`."""
 
 _MIN_CACHED_BYTES = 1_000_000
-"""Digests of smaller files are not cached."""
+"""Digests of smaller files are not cached: hashing a megabyte takes a millisecond, reading the cache about as long."""
 
 
 def default_store() -> Path:
@@ -96,11 +96,13 @@ class Store:
             warn(f"{entry.step}: {damage}; the step is made again")
             return None
         with contextlib.suppress(OSError):  # a read-only store can be used
+            # The record's modification time is when the entry was last used, by which `prune` chooses.
             os.utime(entry.folder.parent / ENTRY)
         return entry
 
     def distrust(self, key: str) -> None:
         """Mark an entry as damaged, so that `find` no longer returns it."""
+        # Renamed, not deleted: the entry is gone for `find` in one atomic step, and its files stay for a look.
         record = self._entries / key / ENTRY
         with contextlib.suppress(OSError):  # removed meanwhile, or a read-only store
             record.rename(record.with_name(_DAMAGED))
@@ -146,11 +148,13 @@ class Store:
                 write_json(aside / STARTED, {"step": step, **asdict(origin)})
                 yield data
                 now = time.time()
+                # `files_of` syncs the data before the record is written: after a power failure no record describes lost data.
                 entry = Entry(key, step, data, files_of(data), tuple(warnings), now, now, origin)
                 write_json(aside / ENTRY, record_of(entry))
                 (aside / STARTED).unlink()
                 self._publish(aside, key)
         except (KeyboardInterrupt, StoreError, MissingError):
+            # A stop, a full disk or a small device says nothing against the work so far; another error may have spoilt it.
             keep = resume
             raise
         finally:
@@ -230,9 +234,11 @@ class Store:
         removed: list[StoreItem] = []
         items = self.items()
         total = sum(item.bytes for item in items)
+        # The longest unused first.
         for item in reversed(items):
             stale = unused_for <= 0 or time.time() - item.used >= unused_for
             surplus = keep_bytes is not None and total > keep_bytes
+            # A key with a suffix is an entry whose deletion was killed: it goes whatever the limits are.
             being_deleted = item.kind == "unfinished" and "." in item.key
             if (being_deleted or (item.key not in protected and (stale or surplus))) and self._remove(item, dry=dry):
                 total -= item.bytes
@@ -244,9 +250,11 @@ class Store:
         folder = (self._aside if item.kind == "unfinished" else self._entries) / item.key
         key = item.key.partition(".")[0]
         try:
+            # Not waited for: whoever holds the lock is writing this entry.
             with FileLock(self._locks / f"{key}.lock", timeout=0), disk_errors(self.folder):
                 if not dry:
                     old = self._aside / f"{key}.{secrets.token_hex(4)}"
+                    # Out of `entries` in one rename: a killed deletion leaves no entry with half of its files.
                     folder.replace(old)
                     shutil.rmtree(old)
         except (Timeout, FileNotFoundError):  # or another process removed it meanwhile
@@ -288,6 +296,7 @@ class Store:
             status = path.stat()
             if status.st_size < _MIN_CACHED_BYTES:
                 return file_digest(path)
+            # The change time too: tools that restore modification times (rsync, tar) cannot set it.
             state = [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
             row = self._fingerprints().get(str(path))
             if isinstance(row, list) and row[:-1] == state and isinstance(row[-1], str):

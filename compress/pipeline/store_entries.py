@@ -139,6 +139,7 @@ def read_entry(folder: Path) -> Entry | None:
         used = path.stat().st_mtime
     except (OSError, StoreError, ValidationError):
         return None
+    # A folder that was copied or renamed by hand is another key's output.
     if record.key != folder.name:
         return None
     origin = Origin(record.model, record.recipe)
@@ -175,6 +176,7 @@ def damage_of(entry: Entry, *, thorough: bool) -> str | None:
             return f"{path} is missing"
         except OSError as error:
             return f"{path} cannot be read ({error.strerror})"
+    # Files that were added count as damage: a reader that lists the folder would take them for part of the output.
     unexpected = sorted(_names(entry.folder) - set(entry.files))
     return f"{entry.folder / unexpected[0]} is no part of it" if unexpected else None
 

@@ -143,6 +143,7 @@ def near(figure: float) -> Callable[[Point], float]:
     """Return a worth function where positive figures are better the nearer their ratio to `figure` is to 1."""
 
     def worth(point: Point) -> float:
+        # On a log scale: a perplexity of half and one of twice the original's are as far from it.
         return -abs(math.log(point.y / figure)) if point.y > 0 and figure > 0 and math.isfinite(point.y) else -math.inf
 
     return worth
@@ -152,6 +153,7 @@ def ticks(low: float, high: float, count: int = _TICKS) -> list[float]:
     """Return about `count` ticks from `low` to `high`, at multiples of 1, 2 or 5 times a power of ten."""
     rough = (high - low) / max(count, 1)
     power = 10.0 ** math.floor(math.log10(rough))
+    # The tolerance keeps a step that is exactly 1, 2 or 5 from being skipped by a rounding error.
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [number * step for number in range(first, last + 1)]
@@ -261,6 +263,7 @@ def _tick_labels(axis: Axis, values: Sequence[float]) -> list[str]:
     if axis.log or axis.at_data or len(scaled) < 2:
         return [f"{value:.3g}{axis.unit.suffix}" for value in scaled]
     decimals = max(0, -math.floor(math.log10(scaled[1] - scaled[0]) + 1e-9))
+    # + 0.0 turns -0.0 into 0: no axis should begin at "-0".
     return [f"{value + 0.0:,.{decimals}f}{axis.unit.suffix}" for value in scaled]
 
 
@@ -301,6 +304,7 @@ def _draw_front(front: Sequence[Point], x: _Scale, y: _Scale) -> str:
     if len(front) < 2:
         return ""
     path = f"M{x.pixel(front[0].x):.1f} {y.pixel(front[0].y):.1f}"
+    # Steps, not slanted lines: between two artifacts there is none that could be had.
     path += "".join(f"H{x.pixel(point.x):.1f}V{y.pixel(point.y):.1f}" for point in front[1:])
     return f'<path class="front" d="{path}"/>'
 

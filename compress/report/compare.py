@@ -129,6 +129,7 @@ def read_report(path: Path) -> Report:
     """
     file = path / REPORT if path.is_dir() else path
     try:
+        # A report to compare may come from anyone.
         content = read_bytes(file, limits().json_bytes, DataError)
     except FileNotFoundError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}); name a run's folder or its {REPORT}") from error
@@ -192,6 +193,7 @@ def _names(reports: Sequence[Report]) -> list[str]:
 
 def _original_key(report: Report) -> str:
     digest = report.digests.get(ORIGINAL)
+    # Reports of versions without digests: source and size stand in.
     return digest or _digest(report.source, [row.bytes for row in report.rows if row.artifact == ORIGINAL])
 
 
@@ -311,12 +313,14 @@ def _equal_values(one: Line, other: Line) -> bool:
 def _mark_front(lines: Sequence[Line], measures: Sequence[Measure]) -> Iterator[Line]:
     tasks = [measure for measure in measures if measure.task]
     for line in lines:
+        # The originals are among the others: an artifact that is larger and worse than its original is not in front.
         yield replace(line, front=not any(_dominates(other, line, tasks) for other in lines))
 
 
 def _dominates(other: Line, line: Line, tasks: Sequence[Measure]) -> bool:
     """Return whether `other` dominates `line`: it has all its tasks, is nowhere worse, and better in size or a task."""
     shared = [measure for measure in tasks if measure.key in line.values]
+    # A line that lacks a task cannot be said to be as good in it.
     if not shared or any(measure.key not in other.values for measure in shared):
         return False
     gains = [float(line.bytes - other.bytes)]

@@ -29,7 +29,7 @@ SUFFIXES: dict[str, Format] = {".md": "markdown", ".csv": "csv", ".html": "html"
 """File name suffix → format."""
 
 _TEXT_WIDTH = 400
-"""Columns of the plain text, so that no table is broken."""
+"""Columns of the plain text, so that no table is broken: it is written for files and pipes, which wrap nothing."""
 
 _FRONT = "in front"
 _NOTE = (
@@ -149,6 +149,7 @@ def as_csv(comparison: Comparison) -> str:
                 value = line.values.get(key)
                 second = "" if value is None or value.kept is None else value.kept
                 if value is not None and key.endswith("/KL"):
+                    # CSV keeps numbers plain: "at least" would make the column text.
                     second = int(value.at_least)
                 figures += ["", ""] if value is None else [value.figure, second]
             writer.writerow([*plain, line.bytes, line.size_ratio, line.bits_per_weight, int(line.front), *figures])

@@ -17,6 +17,7 @@ _PERCENT_CHECKS = ("size.max_ratio", "memory.max_ratio", "grounding")
 
 def size(count: float) -> str:
     """Return a number of bytes with its unit, in powers of 1000."""
+    # Powers of 1000, as hubs and disks state sizes.
     for unit in ("B", "kB", "MB", "GB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.3g} {unit}"
@@ -99,6 +100,7 @@ def recovery(original: Metrics, artifact: Metrics) -> float | None:
 
     That is so where the artifact was measured on fewer items, because its verdict was decided early.
     """
+    # A mean over fewer items over a mean over all of them is no recovery: the gate has the paired one.
     comparable = original.task == artifact.task and original.count == artifact.count
     return artifact.figure / original.figure if comparable and original.figure > 0 else None
 

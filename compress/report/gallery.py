@@ -116,6 +116,7 @@ def make_gallery(tasks: Iterable[TaskFlips], limit: int = LIMIT) -> Gallery:
     lost = [[card for card in cards if card.kind == "lost"] for _, cards in flips.values()]
     gained = [[card for card in cards if card.kind == "gained"] for _, cards in flips.values()]
     count_lost, count_gained = sum(map(len, lost)), sum(map(len, gained))
+    # Losses say what an artifact broke; gains beside them show that flips go both ways.
     lost_limit = max(limit - limit // 3, limit - count_gained)
     chosen = _interleave(lost)[:lost_limit]
     chosen += _interleave(gained)[: limit - len(chosen)]
@@ -174,6 +175,7 @@ def accepted_answers(answers: Sequence[str]) -> tuple[tuple[str, int], ...]:
 
 def _interleave(cards: Sequence[Sequence[Card]]) -> list[Card]:
     """Return the cards of all tasks, one of each task after the other."""
+    # In turn, so that one task with many flips does not fill the page.
     return [card for card in chain.from_iterable(zip_longest(*cards)) if card is not None]
 
 
@@ -207,6 +209,7 @@ def thumbnail(image: bytes, name: str) -> Thumbnail:
     Raises:
         DataError: it cannot be decoded; the message begins with `name`.
     """
+    # As for the models, with the same limits: what a reader sees is what was asked about.
     small = decode_image(image, name)
     small.thumbnail((_THUMBNAIL_SIDE, _THUMBNAIL_SIDE))
     buffer = io.BytesIO()

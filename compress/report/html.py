@@ -236,4 +236,5 @@ def _provenance(report: Report) -> Iterator[Part]:
 
 def recipe_text(recipe: Mapping[str, Any]) -> str:
     """Return a recipe as YAML, with its order of keys."""
+    # Unsorted: the recipe's own order is how its author reads it.
     return yaml.safe_dump(dict(recipe), sort_keys=False, allow_unicode=True, width=100)

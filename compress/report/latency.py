@@ -42,6 +42,7 @@ def lowest_load(latency: Latency) -> LoadPoint | None:
     """Return the load at which models are compared: the first kind of requests at the lowest concurrency."""
     shape = next(iter(shapes_of(latency)), None)
     concurrencies = [row.point.concurrency for row in latency.original.points if row.point.shape == shape]
+    # The lowest load is measured of every model and hardly queues: differences there are the model's own.
     return shape.at(min(concurrencies)) if shape is not None else None
 
 

@@ -78,6 +78,7 @@ class Published(Frozen):
 class Report(Frozen):
     """All results of one run, with their provenance: the content of `report.json`."""
 
+    # `schema` as a field would hide a method of pydantic's: the JSON key is an alias.
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
     schema_version: Literal[1] = Field(default=1, alias="schema")

@@ -42,6 +42,7 @@ class Figure:
 
 def render_page(template: str, **content: object) -> str:
     """Return a page with the style sheet inlined; everything in `content` is escaped except Markup."""
+    # Answers of models and texts of data sets are in the page: unescaped they could run scripts in a reader's browser.
     environment = Environment(
         loader=FileSystemLoader(TEMPLATES), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )

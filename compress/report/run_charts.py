@@ -32,6 +32,7 @@ def size_axis(sizes: Iterable[int]) -> Axis:
     """Return an axis of bytes from zero, in the unit that fits the largest of them."""
     largest = max(sizes, default=0)
     scale, suffix = next(((scale, suffix) for scale, suffix in _BYTES if largest >= scale), (1.0, " B"))
+    # From zero: half the size should look like half.
     return Axis("size on disk", size, Unit(1 / scale, suffix), zero=True)
 
 
@@ -124,6 +125,7 @@ def _bounds(report: Report, row: Row, task: str, original_metrics: Metrics | Non
     check = _check(report, row.target, task, row.artifact)
     if check is None or check.interval is None or original_metrics is None or original_metrics.count != row.metrics[task].count:
         return None
+    # The gate's interval is of a ratio; its variance already includes the original's, which is why the original has no bars.
     return check.interval[0] * original_metrics.figure, check.interval[1] * original_metrics.figure
 
 

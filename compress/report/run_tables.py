@@ -152,6 +152,7 @@ def checks_table(checks: Sequence[Check]) -> Table:
 
 
 def _severity(check: Check) -> int:
+    # `sorted` is stable: within a verdict checks keep the gate's order.
     return _WORST_FIRST.index(check.verdict)
 
 

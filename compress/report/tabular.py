@@ -53,4 +53,5 @@ def markdown(table: Table) -> str:
 
 
 def _line(cells: Sequence[str]) -> str:
+    # A line break or a bar in a cell (a model's answer, a fault) would break the table.
     return "| " + " | ".join(" ".join(cell.split()).replace("|", "\\|") for cell in cells) + " |"

@@ -62,6 +62,7 @@ def _row_by_row(table: Table) -> Iterator[RenderableType]:
     for row in table.rows:
         cells = [(column, cell) for column, cell in zip(table.columns, row, strict=True) if cell]
         yield Text("  ").join(_cell(*pair) for pair in cells if pair[0].kind not in ("number", "mark"))
+        # No-break spaces keep a head and its figure on one line.
         figures = [f"{column.head}\u00a0{cell.replace(' ', chr(160))}" for column, cell in cells if column.kind == "number"]
         marks = [column.head for column, _ in cells if column.kind == "mark"]
         if figures or marks:

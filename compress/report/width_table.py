@@ -44,6 +44,7 @@ def width_map(widths: Widths) -> WidthMap:
 def _short(kind: str, kinds: Iterable[str]) -> str:
     """Return a kind without its blocks' prefix, unless another kind has the same name."""
     name = kind.partition(": ")[2]
+    # Vision and language blocks of some families have layers of the same names.
     return name if [other.partition(": ")[2] for other in kinds].count(name) == 1 else kind
 
 

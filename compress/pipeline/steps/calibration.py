@@ -65,6 +65,7 @@ class Calibrate(Step):
             [entry.model_dump(mode="json", exclude=_PLACES), pin.digest]
             for entry, pin in zip(self.calibration.sets, self.sets, strict=True)
         ]
+        # Versions, as chat templates and image sizes are rendered by these libraries.
         return [sets, self.seed, self.model.side_key, versions_of("transformers", "tokenizers")]
 
     def make(self, run: StepContext, target: Path) -> None:

@@ -52,6 +52,7 @@ class Lineage:
                 "seed": self.calibration.seed,
                 "digest": manifest["digest"],
                 "manifest_sha256": file_digest(folder / MANIFEST),
+                # Digests, not contents: calibration data may not be published, yet anyone who has it can check that it is the same.
                 "samples": [sample["sha256"] for sample in cast("list[dict[str, Any]]", manifest["samples"])],
             }
         return record

@@ -53,6 +53,7 @@ class MeasureLatency(Step):
             self.settings.revision,
             runtime.revision,
             runtime.versions(),
+            # The whole machine: a latency of another processor, memory size or GPU is another figure.
             describe(),
         ]
 

@@ -65,13 +65,16 @@ class Measure(Step):
     @property
     def noise_samples(self) -> int:
         """How many items of each task are asked again: of the original alone, at a server."""
+        # In process the same batches give the same bits: there is no noise to measure.
         return self.evaluation.eval.noise if self.original is None and Served in self.target.runtime.offers else 0
 
     def key_fields(self) -> object:
         """Return the tasks, what is compared and when it stops, the runtime with its settings and versions, and the devices."""
         stopping = self.gate.stopping(self.target.name, self.evaluation.eval.judged_tasks)
+        # Of the original only how many looks there are shapes its records; it is measured on all items, whatever the limits.
         looks = {name: rule.looks if self.original is None else rule.describe() for name, rule in stopping.items()}
         check = self.evaluation.eval.grounding
+        # An artifact that fails grounding is measured on nothing else, so that this limit shapes its measurement.
         confidence = None if self.original is None else self.gate.grounding_confidence(self.target.name)
         comparison = [looks, self.noise_samples, None if check is None else check.model_dump(mode="json"), confidence]
         runtime = self.target.runtime

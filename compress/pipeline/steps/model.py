@@ -27,6 +27,7 @@ class PublishedModel:
 
     def at(self, run: StepContext) -> Path:
         """Return its folder; what a hub's cache lacks is fetched."""
+        # Once per run: a hub that is asked for every step would slow cached ones.
         if self.key not in run.fetched:
             fetched = fetch_model(self.pin, run.progress, allow_pickle=self.allow_pickle, trust_remote_code=run.trust_remote_code)
             run.fetched[self.key] = fetched

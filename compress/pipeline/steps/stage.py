@@ -65,6 +65,7 @@ class ApplyStage(Step):
         )
         self.stage.apply(context)
         if self.plan is not None and self.plan.exact and self.plan.after:
+            # A warning, not an error: the output is what the stage made; the fault is in its plan.
             found = difference(self.plan.after[0], spec_of(open_checkpoint(target), self.family))
             if found:
                 run.progress.warn(f"{self.name}: the checkpoint is another one than was planned: {found}; please report this")

@@ -21,6 +21,7 @@ ORIGINAL = "original"
 
 def digest_of(*parts: object) -> str:
     """Return the SHA-256 of plain JSON values."""
+    # Sorted keys: the order in which fields were added must not change a key.
     return hashlib.sha256(json.dumps(parts, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
 
 
@@ -116,8 +117,10 @@ class Step(ABC):
         """The key of its output in the store."""
         return self._key
 
+    # Versions of other environments and servers are in it: computed once, a plan and its run cannot disagree.
     @cached_property
     def _key(self) -> str:
+        # The kind first: two steps with equal settings and inputs must not share an output.
         return digest_of(type(self).__name__, self.revision, self.input_keys(), self.key_fields())
 
     def input_keys(self) -> list[str]:
