@@ -17,6 +17,7 @@ from compress.report.tabular import Table
 from compress.report.terminal import aligned_lines, as_renderables
 from compress.untrusted.reading import printable
 
+# For logs of hours: a line every ten seconds shows life without filling them.
 _SECONDS_BETWEEN_LINES = 10.0
 
 _ALREADY_THERE = 0.1

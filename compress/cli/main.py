@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> NoReturn:
 
 
 def _attempt(options: argparse.Namespace) -> int:
-    """Run one command, tell what stopped it, and return the exit code.
+    """Run one command, report what stopped it, and return the exit code.
 
     Raises:
         BrokenPipeError: whoever read the output has gone.
@@ -69,6 +69,7 @@ def _attempt(options: argparse.Namespace) -> int:
     except BrokenPipeError:
         raise
     except Exception:
+        # A traceback may show a URL with credentials or a foreign file's text.
         print(printable(redact(traceback.format_exc())), end="", file=sys.stderr)
         print("this is a fault of compress itself; please report it with the lines above", file=sys.stderr)
         code = _OWN_FAULT
@@ -92,6 +93,7 @@ def build_parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"compress {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    # Only the named command's module is imported: `--help` of one must not wait for another's libraries.
     named = next((argument for argument in arguments if not argument.startswith("-")), None)
     for name, (_, help_text) in COMMANDS.items():
         command_parser = commands.add_parser(name, help=help_text)

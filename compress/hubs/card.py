@@ -12,6 +12,7 @@ from compress.untrusted.reading import read_bytes
 CARD = "README.md"
 _FRONT = re.compile(r"\A---[ \t]*\n(.*?)\n---[ \t]*$", re.DOTALL | re.MULTILINE)
 _LICENCE_LINE = re.compile(r"(?m)^(license|license_name|license_link):[ \t]*(['\"]?)([^\n'\"#]{1,300}?)\2[ \t]*$")
+# Values go into the front matter of a published card: a colon or a line break could add keys of a stranger's choice.
 _NAME = re.compile(r"\w[\w .+-]*")
 _LINK = re.compile(r"https://[\w./%~+#?=&:-]+|[\w.-]+")
 

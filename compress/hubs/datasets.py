@@ -20,6 +20,7 @@ from compress.untrusted.limits import limits
 from compress.untrusted.reading import read_bytes
 from compress.untrusted.yaml import YamlError, parse_yaml
 
+# No loading scripts: a dataset's own Python is never run.
 READABLE = (".parquet", ".jsonl", ".json", ".txt")
 """The formats of data files that can be read."""
 
@@ -57,6 +58,7 @@ def resolve_dataset(source: str, subset: str | None, split: str, revision: str) 
         MissingError: the hub has no such dataset, subset or split (the message lists them), wants a token, or cannot be reached.
     """
     repository = huggingface.list_files("dataset", source, revision)
+    # The card first, as the hub's own loader reads it; file names are what is left where it says nothing.
     configs = _card_configs(repository)
     files = _by_card(repository, configs, subset, split) or _by_name(repository, subset, split)
     if not files and revision == "main" and _has_converted(configs, subset):
@@ -84,6 +86,7 @@ def fetch_dataset_files(pin: DatasetPin, enough: Enough | int | None, progress: 
     paths = list[Path]()
     for file in pin.files:
         with progress.task(f"fetch {pin.repository.source}/{file.name}", file.size, "B") as advance:
+            # File by file: 128 calibration samples need one of hundreds of shards.
             paths.append(huggingface.fetch(pin.repository, [file], advance) / file.name)
         if satisfied(paths):
             break
@@ -157,6 +160,7 @@ def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
         pairs = [(fields["split"], fields.get("path"))] if "split" in fields else list(fields.items())
         for name, paths in pairs:
             for path in cast("list[object]", paths if isinstance(paths, list) else [paths]):
+                # fnmatch has no "**": its "*" already crosses slashes.
                 pattern = str(path).removeprefix("./").replace("**/", "*")
                 yield str(name), f"{folder}/{pattern}" if folder else pattern
 

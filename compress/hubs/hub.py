@@ -47,7 +47,8 @@ __all__ = [
 
 _CONFIG = "config.json"
 _FIRST_READ = 1 << 16
-"""Bytes that are read of a remote safetensors file at first; most headers fit, others need a second request."""
+"""Bytes that are read of a remote safetensors file at first; most headers fit, others need a second request. The first eight bytes
+are the header's length."""
 
 Fingerprint = Callable[[Path], str]
 """Returns a file's SHA-256, possibly from a cache."""
@@ -91,6 +92,7 @@ class ModelPin:
         Raises:
             CheckpointError: there are none, or an index names a missing file.
         """
+        # The single file before the index, as transformers chooses where a repository has both.
         if SINGLE in self.names:
             return (SINGLE,)
         if not self.pickled and INDEX not in self.names:
@@ -109,6 +111,7 @@ class ModelPin:
     def digest(self, fingerprint: Fingerprint) -> str:
         """Return one SHA-256 over everything that shapes a result: weights, config, tokenizer, processor, code."""
         index = {INDEX, PICKLE_INDEX} if len(self.weights) > 1 else set[str]()
+        # The index only of several shards: a single file is read without it, and a stale one beside it must not change the key.
         others = sorted(name for name in self.names if _is_side(name) or name.endswith(".py") or name in index)
         return self._digest([*others, *self.weights], fingerprint)
 
@@ -199,6 +202,7 @@ def fetch_model(pin: ModelPin, progress: Progress, *, allow_pickle: bool = False
     _refuse_pickle(pin, allow_pickle)
     if pin.repository is None:
         return Path(pin.source)
+    # Before the weights: a gated or broken repository fails within seconds.
     fetch_metadata(pin)
     weights = [pin.repository.by_name[name] for name in pin.weights]
     small = _small_files(pin.repository, trust_remote_code)
@@ -233,6 +237,7 @@ def open_pinned(pin: ModelPin, *, allow_pickle: bool = False, trust_remote_code:
                 )
             tensors[name] = headers[shard][name]
     check_names(pin.source, tensors)
+    # A plan asks for the same few bytes more than once (tied heads, scales): each would be a request.
     read_range = lru_cache(maxsize=256)(partial(_read_range, pin))
     return checked(Checkpoint(folder=folder, config=pin.config, tensors=tensors, read_range=read_range))
 

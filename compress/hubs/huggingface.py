@@ -34,6 +34,7 @@ def list_files(kind: Kind, source: str, revision: str) -> Repository:
             api = HfApi()
             request_info = api.model_info if kind == "model" else api.dataset_info
             with valid_response(source, "try another endpoint (HF_ENDPOINT)"):
+                # With the files' metadata: their SHA-256 are the model's digest, without fetching a weight.
                 info = request_info(source, revision=revision, files_metadata=True, timeout=limits().hub_seconds)
         except (httpx.TransportError, OfflineModeIsEnabled):
             cached = _cached(kind, source, revision)
@@ -46,6 +47,7 @@ def list_files(kind: Kind, source: str, revision: str) -> Repository:
         RemoteFile(
             name=entry.rfilename,
             size=entry.size or 0,
+            # Small files have no SHA-256 on the hub: git's blob id is a digest of their content as well.
             content=f"sha256:{entry.lfs.sha256}" if entry.lfs else f"git:{entry.blob_id}",
         )
         for entry in info.siblings or ()
@@ -69,6 +71,7 @@ def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -
         for file in files:
             if cached(repository, file) is not None:
                 report(file.size)
+            # Once more: a connection that broke in a proxy may leave a file of the right name and the wrong bytes.
             elif not _download(repository, file, report) and not _download(repository, file, lambda count: None):
                 raise MissingError(f"{repository.source}: {file.name} arrived damaged twice; check the network or HF_ENDPOINT")
         return _snapshot(repository)
@@ -93,6 +96,7 @@ def _download(repository: Repository, file: RemoteFile, report: Report) -> bool:
     )
     if _is_intact(path, file):
         return True
+    # Link and blob: the client would otherwise take the damaged blob for fetched.
     path.resolve().unlink()
     path.unlink(missing_ok=True)
     return False
@@ -112,6 +116,7 @@ def read_range(repository: Repository, name: str, start: int, end: int) -> bytes
             file.seek(start)
             return file.read(end - start)
     url = hf_hub_url(repository.source, name, revision=repository.commit, endpoint=HfApi().endpoint)
+    # Identity: a compressed body's bytes are not the file's.
     headers = {**utils.build_hf_headers(), "Range": f"bytes={start}-{end - 1}", "Accept-Encoding": "identity"}
     deadline = range_deadline()
     with (
@@ -209,6 +214,7 @@ def _cache_commit(kind: Kind, source: str, revision: str, commit: str) -> None:
 
     A read-only cache is left alone: missing files raise an error when they are fetched.
     """
+    # The client reads `refs` when it is offline: requests by commit, which are the only ones made here, would leave none.
     path = _storage(kind, source) / "refs" / revision
     if revision == commit or _commit_of(path) == commit:
         return

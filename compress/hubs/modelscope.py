@@ -36,6 +36,7 @@ def list_files(source: str, revision: str) -> Repository:
         raise MissingError(
             f"{source}: the hub gives no SHA-256 of {without_digest[0]}, so it cannot be pinned; use a local copy as source"
         )
+    # The pin must not move: a branch that is pushed to meanwhile gives files whose SHA-256 the client then refuses.
     commit = content_digest({file.name: file.content for file in files})
     return Repository(kind="model", source=source, revision=revision, commit=commit, files=files)
 
@@ -60,6 +61,7 @@ def fetch(repository: Repository, files: Sequence[RemoteFile], report: Report) -
                 file_size=file.size,
                 progress_callbacks=[bar],
             )
+            # A cached file is not reported by the client's bar.
             report(max(0, file.size - sum(reported)))
             folder = path.parents[len(PurePosixPath(file.name).parts) - 1]
     return folder

@@ -59,6 +59,7 @@ def _load(path: Path) -> dict[str, Tensor]:
     with library_errors(f"{path}: cannot be read", remedy="fetch the checkpoint again"):
         try:
             # files from before torch 1.6 are no zip archives and cannot be mapped
+            # weights_only: unpickling otherwise runs whatever code the file names.
             loaded: object = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
         except pickle.UnpicklingError as error:
             raise CheckpointError(
@@ -74,6 +75,7 @@ def _unshare(tensors: Mapping[str, Tensor], *, tied: bool) -> dict[str, Tensor]:
     separate: dict[str, Tensor] = {}
     storages = [tensor.untyped_storage().data_ptr() for tensor in tensors.values()]
     for name, tensor in tensors.items():
+        # safetensors refuses tensors that share memory.
         shared = storages.count(tensor.untyped_storage().data_ptr()) > 1
         if shared and tied and name.endswith("lm_head.weight"):
             continue

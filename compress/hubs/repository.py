@@ -65,6 +65,7 @@ class Repository:
                 raise MissingError(f"{self.source}: the hub lists a file without name or size; use another source")
         for name in (self.commit, *(file.name for file in self.files)):
             path = PurePosixPath(name)
+            # Names become paths in the cache: a hostile mirror could otherwise write anywhere this user can.
             if not path.parts or path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
                 raise MissingError(
                     f"{self.source}: the hub lists {printable(repr(name))}, which leads out of a folder; use another source"
@@ -94,6 +95,7 @@ def take_range(source: str, chunks: Iterable[bytes], skipped: int, count: int, d
     """
     data = bytearray()
     for chunk in chunks:
+        # Cut as it arrives: a server without ranges would send gigabytes for a header.
         data += chunk[skipped : skipped + count - len(data)]
         skipped = max(0, skipped - len(chunk))
         if len(data) == count:

@@ -39,6 +39,7 @@ class RecipeDocument:
 
     def whereabouts(self, place: Place) -> str:
         """Return how a message names the place: the override that set it, or `file:line`."""
+        # The nearest that is known: a missing key has no line, and is reported at the table that lacks it.
         beginnings = [place[:end] for end in range(len(place), -1, -1)]
         for beginning in beginnings:
             if beginning in self.overridden:
@@ -79,10 +80,12 @@ def _note_lines(node: yaml.Node, place: Place, lines: dict[Place, int], faults: 
     if isinstance(node, yaml.MappingNode):
         for key, value in cast("list[tuple[yaml.Node, yaml.Node]]", node.value):
             line = key.start_mark.line + 1
+            # YAML reads `on`, `no` and 1 as booleans and numbers: as keys they would never match a field.
             if key.tag != _TEXT:
                 faults.append(f"{line}: {dotted((*place, _shown(key)))}: is no text, and keys are texts; put quotes around it")
                 continue
             here = (*place, str(key.value))
+            # PyYAML keeps the last of two equal keys without an error.
             if here in lines:
                 faults.append(f"{line}: {dotted(here)}: stands twice; keep one")
             lines[here] = line
@@ -110,6 +113,7 @@ def override(document: RecipeDocument, settings: Mapping[str, Any]) -> None:
     faults: list[str] = []
     for path, given in settings.items():
         value = str(given) if isinstance(given, Path) else given
+        # Digits are positions: no key of a recipe is a number.
         place = tuple(int(part) if part.isdigit() else part for part in str(path).split("."))
         fault = _assign(document.data, place, _from_here(place, value, document.path.parent))
         if fault:

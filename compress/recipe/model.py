@@ -1,4 +1,4 @@
-"""The recipe: the YAML file parsed to a frozen, fully checked model; every fault is told at once with its line."""
+"""The recipe: the YAML file parsed to a frozen, fully checked model; all faults are reported at once, each with its line."""
 
 from __future__ import annotations
 
@@ -66,6 +66,7 @@ class Model(Frozen):
 
     source: Source
     hub: Literal["huggingface", "modelscope"] = "huggingface"
+    # ModelScope's default branch is master.
     revision: str = Field(default_factory=lambda data: "master" if data.get("hub") == "modelscope" else "main")
     allow_pickle: bool = False
     trust_remote_code: bool = False
@@ -117,6 +118,7 @@ class Eval(Frozen):
 
 
 def _folder(value: str) -> str:
+    # "hf://…" would become a folder called `hf:`.
     if "://" in value:
         raise ValueError(f"{value} is no folder; artifacts are published to folders, upload from there")
     return value
@@ -171,6 +173,7 @@ def read_recipe(path: Path, settings: Mapping[str, Any]) -> tuple[Recipe, Recipe
     try:
         recipe = Recipe.model_validate(document.data, context={"base": path.resolve().parent})
     except ValidationError as error:
+        # Without pydantic's links: a reader's next step is the recipe, not pydantic's documentation.
         details = [detail for detail in error.errors(include_url=False) if not _follows(detail)]
         raise RecipeError(_faults(document, details)) from error
     faults = _cross_check(document, recipe)

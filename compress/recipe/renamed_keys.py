@@ -1,4 +1,4 @@
-"""Keys of recipes that had another name once: the old one is still read, and the plan and the run tell the new one."""
+"""Keys of recipes that had another name once: the old one is still read, and the plan and the run name the new one."""
 
 from __future__ import annotations
 
@@ -41,6 +41,7 @@ def rename_keys(document: RecipeDocument) -> list[str]:
     notes: list[str] = []
     faults: list[str] = []
     for key in RENAMED_KEYS:
+        # A list first: the tables change while they are walked.
         for place, parent in list(_tables_with(document.data, key.path, ())):
             old, new = (*place, key.path[-1]), (*place, key.name)
             where = f"{document.whereabouts(old)}: {dotted(old)}"
@@ -51,6 +52,7 @@ def rename_keys(document: RecipeDocument) -> list[str]:
             parent[key.name] = key.values.get(value, value) if isinstance(value, str) else value
             changed = f": {parent[key.name]}" if parent[key.name] != value else ""
             notes.append(f"{where}: is called {key.name}{changed} now; the old name is read, write the new one")
+            # Faults found later name the new key: its line must be known.
             _move(document.lines, old, new)
             _move(document.overridden, old, new)
     if faults:

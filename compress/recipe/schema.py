@@ -30,7 +30,9 @@ def resolve_source(value: str, info: ValidationInfo) -> str:
     path = Path(value).expanduser()
     full = path if path.is_absolute() else Path(context.get("base", ".")) / path
     if full.exists():
+        # Resolved when it is read: a run that changes its folder, or another that reads the record, still finds it.
         return str(full.resolve())
+    # A mistyped path must not be asked for on a hub: "./models/qwen" is no id.
     if is_path(value) or value.count("/") > 1 or not value.strip():
         raise ValueError(f"no file or folder at {full}; name an existing path or a hub id such as org/name")
     return value

@@ -21,6 +21,7 @@ from compress.untrusted.limits import limits
 _FLOAT_BITS = 1024
 """How many bits a whole number has that the largest float holds. Python writes none of more than 4,300 digits."""
 _AGAIN = "fetch the file again"
+# A library's message may quote a file of megabytes; its first line says what is wrong.
 _MOST_SAID = 300
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and line feed, marks that turn the direction of writing, line separators, lone surrogates."""
@@ -33,6 +34,7 @@ _HUGE = re.compile(r"[eE]\+?[0-9]{3}")
 
 def printable(text: str) -> str:
     """Return foreign text as it may be shown: what would steer a terminal or cannot be encoded is written as an escape."""
+    # A terminal obeys escape sequences in whatever is printed: a file's name could rewrite lines above it, or hide what it is.
     return _UNPRINTABLE.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode("ascii"), text)
 
 
@@ -46,10 +48,12 @@ def inside(folder: Path, path: Path, error: type[CompressError] = CheckpointErro
         CompressError: of the type given: it leads out of the folder, or round in a circle.
     """
     try:
+        # Links are resolved before they are compared: "folder/../../etc" and a link to /etc begin with the folder's own name.
         real, base = path.resolve(), folder.resolve()
     except (OSError, RuntimeError, ValueError) as fault:
         raise error(f"{printable(str(path))}: leads nowhere ({printable(str(fault))}); do not use this folder") from fault
     blobs = [parent.parent.parent / "blobs" for parent in (base, *base.parents) if parent.parent.name == "snapshots"]
+    # A model's folder could otherwise link to ~/.ssh or to a token's file, which would be read, and published with the artifact.
     if any(real.is_relative_to(place) for place in (base, *blobs)) or _in_hub_cache(real):
         return real
     raise error(f"{printable(str(path))}: leads out of its folder, to {printable(str(real))}; put a copy there if you trust it")
@@ -86,6 +90,7 @@ def _entries(folder: Path) -> Iterator[os.DirEntry[str]]:
     with os.scandir(folder) as top:
         for entry in top:
             yield entry
+            # A linked folder is judged as a link: following it could lead out, or round in a circle.
             if entry.is_dir(follow_symlinks=False):
                 with os.scandir(entry.path) as below:
                     yield from below
@@ -134,11 +139,13 @@ def read_bytes(
     try:
         descriptor = os.open(place, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
         with os.fdopen(descriptor, "rb") as file:
+            # Of the open file: the path may be another file by now.
             state = os.fstat(file.fileno())
             if not stat.S_ISREG(state.st_mode):
                 raise error(f"{printable(str(path))}: is no regular file; put a copy of it there")
             if state.st_size > most:
                 raise error(f"{printable(str(path))}: has {state.st_size:,} bytes ({limits().set_by(name)})")
+            # One byte more shows that there is more, whatever size the file system gave.
             content = file.read(most + 1)
     except FileNotFoundError:
         raise
@@ -190,11 +197,14 @@ def parse_json(text: str | bytes, where: str, error: type[CompressError] = Check
     """
     try:
         content = text.decode("utf-8-sig") if isinstance(text, bytes) else text
+        # Before parsing: Python builds objects of up to a hundred times a text's bytes. Marks within strings are counted too, which
+        # errs on the safe side.
         items = content.count(",") + content.count("[") + content.count("{")
         if items > limits().json_items:
             raise error(f"{printable(where)}: has about {items:,} values ({limits().set_by('json_items')})")
         most = limits().integer_digits
         long = most < _LONG or _DIGITS.search(content) is not None  # looking at every integer is slow
+        # Python's parser takes NaN and Infinity, which no other JSON reader does and every comparison with fails silently.
         value: object = json.loads(content, parse_int=_integers(most) if long else None, parse_constant=_refuse)
         _check(value, scalars=_suspect(content))
     except json.JSONDecodeError as fault:
@@ -237,6 +247,7 @@ def check_plain(value: object) -> None:
 
 
 def _check(value: object, *, scalars: bool) -> None:
+    # Level by level, not recursively: the depth is what is in question.
     level: list[object] = [[value]]
     for _ in range(limits().json_depth + 1):
         parts: list[object] = []
@@ -256,8 +267,10 @@ def _check(value: object, *, scalars: bool) -> None:
 
 def _check_scalar(value: object) -> None:
     if isinstance(value, str):
+        # The system's calls end a path at NUL, so that a checked name and an opened one would differ.
         if "\0" in value:
             raise ValueError("a text holds a NUL character")
+        # Half of a surrogate pair cannot be encoded as UTF-8: it would raise where the text is written, far from its source.
         if _SURROGATE.search(value):
             raise ValueError("a text holds half of a surrogate pair")
     elif isinstance(value, int) and value.bit_length() > _FLOAT_BITS:

@@ -38,6 +38,7 @@ _PARAMETERS = re.compile(
     re.IGNORECASE,
 )
 
+# A dict, which keeps the order of noting: the cache of compiled patterns is keyed by the tuple of secrets.
 _noted: dict[str, None] = {}
 
 
@@ -50,6 +51,7 @@ def remember_secret(value: str) -> None:
 def secrets_known() -> tuple[str, ...]:
     """Return every secret that is known now."""
     named = (value.strip() for name, value in os.environ.items() if _NAMES.search(name))
+    # huggingface_hub sends it with every request, so that an error message of a mirror may repeat it.
     stored = _stored_token()
     found = [*_noted, *(value for value in (*named, stored) if len(value) >= _SHORTEST_VALUE)]
     return tuple(dict.fromkeys(found))
@@ -83,6 +85,7 @@ def redact_value(value: Any) -> Any:
 def forms(secret: str) -> tuple[str, ...]:
     """Return the texts in which a secret may stand, the longest first."""
     content = secret.encode("utf-8", "surrogateescape")
+    # Servers repeat keys in JSON errors, in URLs, in HTML error pages and in Python tracebacks.
     found = {secret, quote(secret), quote(secret, safe=""), json.dumps(secret)[1:-1], html.escape(secret), repr(secret)[1:-1]}
     if len(secret) >= _SHORTEST_VALUE:
         found |= {content.hex(), *_in_base64(content)}
@@ -92,6 +95,7 @@ def forms(secret: str) -> tuple[str, ...]:
 def _in_base64(content: bytes) -> set[str]:
     """Return what base64 makes of the bytes wherever among others they stand: only whole characters of theirs."""
     found: set[str] = set()
+    # base64 encodes three bytes at a time: a secret within a longer text has one of three spellings (`user:key` of Basic, say).
     for before in range(3):
         encoded = base64.b64encode(b"\0" * before + content).decode()
         whole = encoded[-(-before * 4 // 3) : (before + len(content)) * 8 // 6]
@@ -110,6 +114,7 @@ def _replaced(text: str, secrets: tuple[str, ...]) -> str:
             continue
         parts += [text[place : match.start()], MARK]
         rests = (form for form in whole if form.casefold().startswith(match.group().casefold()))
+        # Up to where the text still agrees with the secret: one that a server cut short leaves no remainder.
         place = max(match.start() + _shared(text, match.start(), form) for form in rests)
     return "".join([*parts, text[place:]]) if parts else text
 

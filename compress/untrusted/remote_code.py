@@ -48,6 +48,7 @@ def _named(folder: Path) -> Iterable[str]:
         for value in cast("Mapping[str, object]", table).values() if isinstance(table, dict) else ():
             for each in cast("list[object]", value) if isinstance(value, list) else [value]:  # of tokenizers, slow and fast
                 module, _, owner = str(each).rpartition(".")
+                # An identifier: a module called `../../x` would be a path out of the folder.
                 if owner and "--" not in module and module.isidentifier():
                     yield module
 
@@ -56,6 +57,7 @@ def _imported(folder: Path, name: str) -> Iterable[str]:
     """Give the files beside or below a Python file that it imports by relative imports."""
     path = folder / name
     try:
+        # Parsed, not imported: the code may be anyone's, and which files belong to a model must be known before it is trusted.
         tree = ast.parse(inside(folder, path).read_bytes(), str(path))
     except (OSError, SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise CheckpointError(f"{path}: cannot be read as Python ({error}); fetch the file again") from error

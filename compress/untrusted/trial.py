@@ -21,7 +21,7 @@ from compress.untrusted.trial_worker import NO_MEMORY
 
 _WORKER = Path(__file__).with_name("trial_worker.py")
 _PATIENCE = 20
-"""How many times its CPU time a trial may take by the clock, on a machine that has other work."""
+"""How many times its CPU time a trial may take by the clock, on a machine that has other work: only one that sleeps meets it."""
 
 
 def try_template(template: object, conversations: Sequence[object], tokens: Mapping[str, object], where: str) -> None:
@@ -41,6 +41,7 @@ def try_template(template: object, conversations: Sequence[object], tokens: Mapp
             raise CheckpointError(
                 f"{printable(where)}: its chat template has {len(text):,} bytes ({limits().set_by('template_bytes')})"
             )
+    # Texts alone go to the other process: templates name tokens by their text.
     plain = {name: token for name, token in tokens.items() if isinstance(token, str)}
     job = {"templates": templates, "conversations": list(conversations), "tokens": plain}
     _tell(job, f"{printable(where)}: its chat template", "do not use it")
@@ -67,12 +68,15 @@ def _tell(job: Mapping[str, Any], what: str, remedy: str) -> None:
 @lru_cache(maxsize=64)
 def _limit_met(job: str) -> str:
     """Return the limit that a job meets, empty where none."""
+    # -I: neither the working directory nor PYTHONPATH may put another `json` in its way.
     command = [sys.executable, "-I", str(_WORKER)]
     patience = _PATIENCE * limits().trial_seconds
     try:
         done = subprocess.run(command, input=job.encode(), capture_output=True, timeout=patience, check=False)
     except subprocess.TimeoutExpired:
         return "trial_seconds"
+    # SIGXCPU at the soft limit, SIGKILL at the hard one, a second later.
     if done.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
         return "trial_seconds"
+    # With little memory C code may fail before Python can raise MemoryError.
     return "trial_bytes" if done.returncode in (NO_MEMORY, -signal.SIGSEGV, -signal.SIGABRT) else ""

@@ -22,8 +22,10 @@ _ORDINARY = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeE
 def main() -> None:
     """Do the job."""
     job: dict[str, Any] = json.load(sys.stdin)
+    # CPU time, not the clock: a busy machine must not make a good template fail.
     resource.setrlimit(resource.RLIMIT_CPU, (job["seconds"], job["seconds"] + 1))
     resource.setrlimit(resource.RLIMIT_AS, (job["bytes"], job["bytes"]))
+    # No core file of what a foreign template filled the memory with.
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     try:
         for template in job.get("templates", ()):
@@ -65,6 +67,7 @@ def _write(template: str, job: dict[str, Any]) -> None:
     def now(form: str) -> str:
         return datetime.now().astimezone().strftime(form)
 
+    # As transformers configures it: another setting would try another program.
     environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
     environment.filters["tojson"] = to_json
     cast("dict[str, Any]", environment.globals).update(raise_exception=refuse, strftime_now=now)

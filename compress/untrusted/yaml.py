@@ -74,6 +74,7 @@ class _Loader(yaml.SafeLoader):
             MarkedYAMLError: it goes past a limit, or an alias stands within what it stands for.
         """
         mark = cast("Any", self.peek_event()).start_mark
+        # While nodes are composed: once an aliased tree is constructed, the memory is taken.
         aliased = self.check_event(yaml.AliasEvent)
         before = self._values
         self._depth += 1
@@ -83,6 +84,7 @@ class _Loader(yaml.SafeLoader):
         self._depth -= 1
         if aliased and id(node) not in self._sizes:
             raise yaml.MarkedYAMLError(problem="an alias stands within what it stands for", problem_mark=mark)
+        # An alias counts as all that it stands for: nine lists of nine aliases each are a "billion laughs" of 400 million values.
         self._values += self._sizes[id(node)] if aliased else 1
         if self._values > self._limits.yaml_values:
             problem = f"has too many values, aliases counted ({self._limits.set_by('yaml_values')})"

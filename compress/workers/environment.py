@@ -112,6 +112,7 @@ def find(name: str) -> Environment | None:
     if _is_complete(folder):
         return Environment(name=name, python=folder / "bin" / "python", versions=_versions([_site_packages(folder)], row))
     if importlib.util.find_spec(row.module) is not None:
+        # Without the empty entry, which is the working directory: what lies there is no installed runtime.
         search_path = [Path(entry) for entry in sys.path if entry]
         return Environment(name=name, python=Path(sys.executable), versions=_versions(search_path, row))
     return None
@@ -147,6 +148,7 @@ def install(name: str, progress: Progress) -> Environment:
     folder = _folder(name, row)
     try:
         home.mkdir(parents=True, exist_ok=True)
+        # uv is safe against itself, but two installs into one folder would remove each other's files.
         with FileLock(home / f".{name}.lock"):
             if not _is_complete(folder):
                 shutil.rmtree(folder, ignore_errors=True)
@@ -166,6 +168,7 @@ def _row(name: str) -> Lock:
 
 
 def _lock_file(row: Lock) -> Path:
+    # vLLM's builds for GPUs and for CPUs are different distributions.
     return _LOCKS / (row.cuda if gpus() else row.cpu)
 
 
@@ -216,6 +219,7 @@ def _add_alias(packages: Path, name: str, alias: str) -> None:
     distribution = next((row for row in importlib.metadata.distributions(name=name, path=[str(packages)])), None)
     if distribution is None:
         return
+    # vLLM tells its platform by this local version: "cpu" in the version of `vllm` selects the CPU backend.
     folder = packages / f"{alias}-{distribution.version}+cpu.dist-info"
     folder.mkdir(exist_ok=True)
     metadata = f"Metadata-Version: 2.1\nName: {alias}\nVersion: {distribution.version}+cpu\nSummary: stands for {name}\n"

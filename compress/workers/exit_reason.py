@@ -12,7 +12,7 @@ from compress.untrusted.reading import printable
 from compress.untrusted.redaction import redact
 
 _TAIL_LINES = 20
-"""Log lines in a message where no reason was found."""
+"""Log lines in a message where no reason was found: a traceback's last frames fit."""
 
 _TAIL_LINES_WITH_REASON = 6
 """Log lines in a message where the reason is known: the rest is in the log."""
@@ -45,6 +45,7 @@ def read_log(log: Path, start: int) -> str:
         file.seek(start)
         if size <= limit:
             return file.read(limit).decode(errors="replace")
+        # Both ends: the root error is often early (a worker that died), its consequences last.
         first = file.read(limit // 2)
         file.seek(start + size - limit // 2)
         return (first + b"\n[...]\n" + file.read(limit // 2)).decode(errors="replace")
@@ -55,6 +56,7 @@ def reason_of(log: str) -> str | None:
 
     Errors that only refer to others ("see stack trace above") count only where there is no other.
     """
+    # Before any other error: when memory runs out, what follows is noise.
     if (memory := memory_fault(log)) is not None:
         return printable(redact(_PREFIX.sub("", memory)[:_REASON_CHARACTERS]))
     errors = list(_errors([line.rstrip() for line in log.splitlines() if line.strip()]))

@@ -32,6 +32,7 @@ class Log:
     """Copies a pipe to standard output, line by line, redacted."""
 
     def __init__(self, pipe: int, redact: Callable[[str], str]) -> None:
+        # The loop below watches standard input as well, and must not wait for a silent server.
         os.set_blocking(pipe, False)
         self.pipe = pipe
         self._redact = redact
@@ -43,6 +44,7 @@ class Log:
             content = os.read(self.pipe, _CHUNK_BYTES)
         except BlockingIOError:
             return False
+        # Whole lines, as a secret may be split between two reads; progress bars end theirs with a carriage return.
         end = max(content.rfind(b"\n"), content.rfind(b"\r")) + 1
         if end:
             self.write(self._unfinished + content[:end])
@@ -77,7 +79,9 @@ def main(grace: float, command: list[str]) -> None:
             line = stdin.readline()
         redact = _redaction(json.loads(line) if line else [])
         pipe, output = os.pipe()
+        # In the guard's own process group: one signal reaches the server and all its children.
         server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=output, stderr=output)
+        # Or the pipe would never end: it ends when the last writer has closed it.
         os.close(output)
         log = Log(pipe, redact)
         _follow(server, log, grace)
@@ -87,6 +91,7 @@ def main(grace: float, command: list[str]) -> None:
         if server.returncode is not None:
             log.write(f"The server ended with {_exit_status(server.returncode)}.\n".encode())
     finally:
+        # Engine processes may survive their parent; the guard is in the group and ends with it.
         os.killpg(0, signal.SIGKILL)
 
 

@@ -22,10 +22,12 @@ def main(script: Path, job_file: Path, outcome: Path) -> None:
     module: Any = _load(script)
 
     def hook(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        # The traceback still goes to the log: the outcome has only the message.
         sys.__excepthook__(kind, error, trace)
         failed, message = module.describe(error, job)
         _write(outcome, {"failed": failed, "message": message})
 
+    # A hook, not an except: whatever ends the process is described, and nothing is caught.
     sys.excepthook = hook
     _write(outcome, module.main(job) or {})
 
@@ -43,6 +45,7 @@ def _load(script: Path) -> ModuleType:
 def _write(path: Path, outcome: Mapping[str, Any]) -> None:
     temporary = path.with_name(f".{path.name}")
     temporary.write_text(json.dumps(outcome), encoding="utf-8")
+    # A reader that finds the file finds all of it.
     temporary.replace(path)
 
 

@@ -32,6 +32,7 @@ def await_service(server: Worker, served: RunningServer, seconds: float) -> None
         except (httpx.HTTPError, AnswerError, ValueError, RecursionError) as error:
             reason = printable(redact(str(error)))
             raise ServerError(f"{served.url}: does not tell which model it serves ({reason}); run it again") from error
+        # Another program may have taken the port between its choice and the server's start: its answers would be measured.
         if names != [served.model]:
             raise ServerError(f"{served.url} serves another model, not the server that was started; run it again")
 
@@ -53,6 +54,7 @@ def choose_port(port: int | None, name: str) -> int:
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
+            # Port 0: the system chooses a free one. It may be taken before the server binds it, which `await_service` finds out.
             probe.bind(("127.0.0.1", port or 0))
         except OSError as error:
             raise ServerError(

@@ -28,7 +28,7 @@ from compress.workers.exit_reason import describe_exit, read_log
 _GUARD = Path(__file__).with_name("guard.py")
 _JOB = Path(__file__).with_name("job.py")
 _GRACE = 10.0
-"""Seconds between SIGTERM and SIGKILL."""
+"""Seconds between SIGTERM and SIGKILL: vLLM needs some to end its engine processes and to free GPU memory."""
 
 _POLL_SECONDS = 0.25
 """Seconds between two looks at a worker: whether it is ready, how far it is."""
@@ -100,10 +100,12 @@ def launch_guarded(command: Sequence[str], variables: Mapping[str, str], sink: B
     """
     return subprocess.Popen(
         [sys.executable, "-I", str(_GUARD), str(_GRACE), *command],
+        # The lifeline: when this process ends in any way, even by kill -9, the pipe closes and the guard ends its group.
         stdin=subprocess.PIPE,
         stdout=sink,
         stderr=subprocess.STDOUT,
         env=dict(variables),
+        # A group of its own: Ctrl-C at the terminal goes to this process alone, which then ends workers in order.
         start_new_session=True,
     )
 
@@ -136,6 +138,7 @@ def run_worker(
         if process.stdin is not None:
             with suppress(BrokenPipeError):
                 process.stdin.close()
+        # The guard has killed its group by then, so that the next server finds the GPU's memory free.
         process.wait()
         with suppress(ProcessLookupError):  # the group is gone, unless the guard was killed
             os.killpg(process.pid, signal.SIGKILL)
@@ -206,6 +209,7 @@ def run_job(job: WorkerJob, folder: Path, progress: Progress) -> dict[str, Any]:
         ServerError: it was killed.
     """
     path, outcome = folder.absolute() / "job.json", folder.absolute() / "outcome.json"
+    # A file, not an argument: command lines are limited, and any user can read them.
     write_json(path, job.content)
     command = python_command(job.environment, str(_JOB), str(job.script), str(path), str(outcome))
     with run_worker(job.environment, command, job.variables, job.log.absolute()) as worker:
@@ -224,10 +228,12 @@ def _follow(worker: Worker, job: WorkerJob, progress: Progress) -> None:
     with ExitStack() as tasks, worker.log.open("rb") as log:
         advance = tasks.enter_context(progress.task(f"{worker.name}: load", 1, bars.loading))
         while True:
+            # Before the log is read: what the worker wrote last is then still reported.
             ended = worker.process.poll() is not None
             job.check()
             log.seek(offset)
             new = log.read()
+            # Whole lines only: half a progress bar would match as another number.
             offset += max(new.rfind(b"\r"), new.rfind(b"\n")) + 1
             for match in bars.pattern.finditer(new):
                 count, of = int(match.group(1)), int(match.group(2))

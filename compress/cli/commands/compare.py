@@ -15,6 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     forms = ("table", "markdown", "csv", "html", "json")
     parser.add_argument("--format", choices=forms, help="default: what the output's name says, otherwise table")
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="write there, not to standard output")
+    # The shared console asks for it; JSON is a format of this command.
     parser.set_defaults(json=False)
 
 

@@ -55,6 +55,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _days(text: str) -> float:
     days = float(text)
+    # argparse turns a ValueError into a usage error; NaN fails both comparisons.
     if not 0 <= days < float("inf"):
         raise ValueError
     return days
@@ -130,6 +131,7 @@ def _verify(options: argparse.Namespace, console: Console) -> Outcome:
 def _prune(options: argparse.Namespace, console: Console) -> Outcome:
     from compress.report.figures import size
 
+    # Powers of 1000, as the sizes that are shown.
     keep = None if options.keep is None else round(options.keep * 1e9)
     removed = _open(options).prune(unused_for=options.unused_for * _DAY, keep_bytes=keep, dry=options.dry_run)
     console.print(f"{'would remove' if options.dry_run else 'removed'} {_count(removed)}", highlight=False)
