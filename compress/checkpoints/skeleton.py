@@ -54,7 +54,7 @@ def _check_buffers(model: torch.nn.Module, folder: Path) -> None:
 
 
 def _fill_buffers(module: torch.nn.Module, model: Any, device: torch.device) -> None:
-    """Give the buffers that were made without memory their values, by the hook of the innermost model that holds them."""
+    """Compute the buffers that were created without memory, by the `_init_weights` of the innermost model that contains them."""
     for child in module.children():
         _fill_buffers(child, child if isinstance(child, PreTrainedModel) else model, device)
     lost = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
@@ -87,7 +87,7 @@ def _keep_precise(model: Any, dtype: torch.dtype) -> None:
 
 
 def load_config(folder: Path, trust_remote_code: bool = False) -> Any:
-    """Return transformers' config object of a checkpoint, without what it says of quantization.
+    """Return transformers' config object of a checkpoint, without its `quantization_config`.
 
     Raises:
         CheckpointError: transformers knows no such model.

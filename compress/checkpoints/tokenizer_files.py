@@ -1,4 +1,4 @@
-"""Settings in a tokenizer's files that cut or fill every prompt, as tools leave them there when they save it after training."""
+"""Settings in a tokenizer's files that truncate or pad every prompt, as tools leave them when they save it after training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _FURTHER = ("is_split_into_words", "pad_to_multiple_of", "stride", "truncation_s
 
 
 def never_cut(tokenizer: Any) -> None:
-    """Make a loaded tokenizer give every token of a text and no other, whatever its files say of lengths."""
+    """Make a loaded tokenizer neither truncate nor pad, whatever its files configure."""
     for name in (*CALL_SETTINGS, *_FURTHER):
         tokenizer.init_kwargs.pop(name, None)
     backend = getattr(tokenizer, "backend_tokenizer", None)
@@ -31,10 +31,10 @@ def never_cut(tokenizer: Any) -> None:
 
 
 def cutting_settings(folder: Path) -> dict[str, list[str]]:
-    """Return, by file, what settings of a folder's tokenizer cut prompts or fill them up to a length; empty where none does.
+    """Return, by file, the settings of a folder's tokenizer that truncate prompts or pad them to a length; empty where none does.
 
-    With them vLLM fails ("Mismatch in image token count"), and transformers cuts the ends of questions without a word. Filling up
-    to the longest text of a batch is harmless: prompts are asked one by one.
+    With them vLLM fails ("Mismatch in image token count"), and transformers silently truncates questions. Padding to the longest
+    text of a batch is harmless: prompts are asked one by one.
 
     Raises:
         CheckpointError: a file is there and cannot be read.
@@ -44,7 +44,7 @@ def cutting_settings(folder: Path) -> dict[str, list[str]]:
 
 
 def write_uncut(folder: Path, target: Path) -> None:
-    """Write those files of a folder's tokenizer that cut prompts without what does so, below `target`; which may be the folder.
+    """Write the files of a folder's tokenizer that truncate or pad, without those settings, to `target`, which may be the folder.
 
     Raises:
         CheckpointError: a file cannot be read.
@@ -59,7 +59,7 @@ def write_uncut(folder: Path, target: Path) -> None:
 
 @contextmanager
 def uncut_folder(folder: Path) -> Generator[Path]:
-    """Give the folder itself or, where its tokenizer cuts prompts, one of links to its files with a tokenizer that does not.
+    """Yield the folder itself or, where its tokenizer truncates, a folder of links to its files with a tokenizer that does not.
 
     Raises:
         CheckpointError: a file of the tokenizer cannot be read.

@@ -13,7 +13,7 @@ from compress.untrusted.reading import printable, read_json
 
 
 def check_tokens(checkpoint: Checkpoint, family: Family) -> None:
-    """Check that every token has a row; those that only stand for images need none, as images' features take their places.
+    """Check that every token has a row; placeholders of images need none, since image features replace their embeddings.
 
     Raises:
         CheckpointError: one has none, as after adding tokens to the tokenizer alone; or a tokenizer's file cannot be read.

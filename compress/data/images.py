@@ -1,4 +1,4 @@
-"""The one way to see a picture, which is vLLM's: the first frame, upright as its EXIF says, on white where it is transparent."""
+"""Decoding of images as vLLM decodes them: the first frame, rotated by its EXIF orientation, transparent parts on white."""
 
 from __future__ import annotations
 
@@ -39,24 +39,24 @@ _STARTS = {
 """How a file of each format begins, by the second half of its media type."""
 
 _MPO = "MPO"
-"""What Pillow calls a JPEG with further pictures behind it, as phones write them; the first is a JPEG like any other."""
+"""Pillow's name for a JPEG followed by further images, as phones write them; the first is read like any other JPEG."""
 
 _FAULTS = (
     *(ArithmeticError, AssertionError, AttributeError, EOFError, LookupError, OSError, RuntimeError, SyntaxError, TypeError),
     *(ValueError, struct.error),
     MemoryError,  # of a buffer as large as a header claims
 )
-"""What Pillow and the libraries below it raise on bytes that are no whole picture."""
+"""Exceptions that Pillow and its libraries raise on damaged images."""
 
 _QUIET = threading.Lock()
 """Held while Pillow's warnings are off, which is a setting of the whole process."""
 
 _SCAN = b"\xff\xda"
-"""What begins a scan of a JPEG; coded data hold it nowhere."""
+"""The marker that begins a scan of a JPEG; it cannot occur in entropy-coded data."""
 
 
 class _Counted(io.BytesIO):
-    """A picture's bytes that are given out in no more than a number of parts.
+    """An image's bytes, readable in a limited number of parts.
 
     Pillow reads headers in Python, one chunk, segment or block after the other: millions of empty ones would take minutes.
     """
@@ -73,7 +73,7 @@ class _Counted(io.BytesIO):
 
 
 def decode_image(data: bytes, name: str) -> Image.Image:
-    """Return an encoded image as RGB: its first frame, turned as its EXIF says, transparent parts on white.
+    """Return an encoded image as RGB: its first frame, rotated by its EXIF orientation, transparent parts on white.
 
     This is pixel for pixel what vLLM makes of the same bytes (`vllm/multimodal/media/image.py`), so what it does not do is not
     done here either: an RGB image with one transparent colour keeps that colour.
@@ -84,7 +84,7 @@ def decode_image(data: bytes, name: str) -> Image.Image:
     with _telling(name, data):
         with _opened(data) as image:
             upright: Image.Image = image
-            with suppress(*_FAULTS):  # vLLM passes over what is wrong with EXIF data, and shows the picture as it lies
+            with suppress(*_FAULTS):  # vLLM ignores damaged EXIF data, and leaves the image unrotated
                 image.load()
                 if image.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # a copy of what stands upright is spared
                     upright = ImageOps.exif_transpose(image)
@@ -120,10 +120,10 @@ def media_type(data: bytes) -> str:
 
 @contextmanager
 def _telling(name: str, data: bytes) -> Generator[None]:
-    """Make of what Pillow raises an error that says which image cannot be read."""
+    """Translate Pillow's errors into one that names the image."""
     try:
         with _QUIET, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # they tell of damage that is passed over, or of sizes that are refused here
+            warnings.simplefilter("ignore")  # about damage that is ignored, or sizes that are refused here
             yield
     except UnidentifiedImageError as error:
         why = f"is none of {', '.join(FORMATS)}); convert the file" if data else "has no bytes); fetch the file again"
@@ -139,7 +139,7 @@ def _telling(name: str, data: bytes) -> Generator[None]:
 
 @contextmanager
 def _opened(data: bytes) -> Generator[Image.Image]:
-    """Open an image after checking what its header says; nothing is decoded yet.
+    """Open an image after checking its header; nothing is decoded yet.
 
     Raises:
         ValueError: it exceeds a limit.

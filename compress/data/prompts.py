@@ -1,4 +1,4 @@
-"""The one place that says how a prompt becomes what a model reads, for calibration and the in-process runtime alike."""
+"""How a prompt becomes a model's input: one implementation for calibration and the in-process runtime."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def longest_input(model: Path) -> int | None:
 
 
 def run_processor(processor: Any, name: str, **given: Any) -> Any:
-    """Return what a model's processor, or a part of it, makes of texts or images; `name` says of which.
+    """Return the outputs of a model's processor, or of a part of it, for texts or images; `name` identifies these in messages.
 
     Raises:
         RefusedError: it does not take them.

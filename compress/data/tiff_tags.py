@@ -1,4 +1,4 @@
-"""How much a TIFF file's tags, or EXIF data, which are held the same way, would take to read; by their tables alone."""
+"""The size of the numbers in the tags of a TIFF file, or of EXIF data, which have the same layout; from their tables alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ _SIZES = {3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8,
 """Bytes of one value of each type that becomes an object in memory; texts and plain bytes (1, 2 and 7) stay what they are."""
 
 _TABLES = (0x8769, 0x8825, 0xA005)
-"""The tags that say where a further table lies: of EXIF, of GPS and of interoperability."""
+"""Tags with the offset of a further table: of EXIF, of GPS and of interoperability."""
 
 _DEEPEST = 3
 

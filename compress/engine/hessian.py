@@ -113,8 +113,7 @@ class HessianSketch:
         start = 0
         while len(self.rows) and start < len(rows):
             tokens = rows[start : start + len(self.rows) - self._next]
-            # random signs make the products of different tokens in one row cancel in expectation; without them the estimate is
-            # biased
+            # random signs: the products of different tokens in one row cancel in expectation, without them the estimate is biased
             signs = torch.randint(0, 2, (len(tokens), 1), generator=self._signs).mul_(2).sub_(1).to(tokens)
             self.rows[self._next : self._next + len(tokens)].addcmul_(tokens, signs)
             # goes on where the last chunk ended: up to `count` tokens each has a row of its own, and the estimate is exact

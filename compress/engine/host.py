@@ -58,8 +58,8 @@ class HostMemory:
         try:
             with tempfile.TemporaryFile(dir=self.scratch) as file:
                 file.truncate(size)
-                # the mapping outlives the file, which has no name: after a kill nothing is left in the scratch folder
                 _reserve(file.fileno(), size)
+                # the mapping outlives the file, which has no name: after a kill nothing is left in the scratch folder
                 view = mmap.mmap(file.fileno(), size)
         except OSError as error:
             cause = "is full" if error.errno in (errno.ENOSPC, errno.EDQUOT) else f"cannot be written ({error})"

@@ -127,8 +127,7 @@ class PlannedShards:
         """Move the files into the checkpoint's folder and write its index."""
         self._sync({self.folder / name for name in self.headers})
         for name in self.headers:
-            # renames within one file system are atomic: a killed run leaves each file in one of the two folders, where `create`
-            # finds it
+            # a rename is atomic: a killed run leaves each file in one of the two folders, and `create` looks into both
             (self.folder / name).replace(target / name)
         if len(self.headers) > 1:
             index = {

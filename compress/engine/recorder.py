@@ -148,8 +148,7 @@ def replace_forwards(model: nn.Module, stubs: Mapping[str, Forward]) -> Generato
     """Replace the forwards of modules, by name, inside the context."""
     modules = {model.get_submodule(name): stub for name, stub in stubs.items()}
     for module, stub in modules.items():
-        # an attribute of the instance hides the class's forward from `__call__`; hooks still run, and deleting it restores the
-        # class's
+        # an instance attribute hides the class's forward from `__call__`, whose hooks still run; deleting it restores the forward
         module.forward = stub
     try:
         yield

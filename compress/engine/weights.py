@@ -379,7 +379,7 @@ def _copy_range(source: IO[bytes], target: IO[bytes], start: int, end: int) -> N
         if not done:
             source.seek(start)
             data = source.read(size)
-            # the two ways may alternate: Python's buffer must not hold bytes back from the next copy inside the kernel
+            # the next range is tried inside the kernel again, by file descriptor: nothing may stay in Python's buffer
             target.write(data)
             target.flush()
             done = len(data)

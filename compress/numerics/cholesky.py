@@ -34,8 +34,7 @@ def factor(matrix: Tensor, damping: float) -> bool:
     matrix.diagonal().add_(damping)
     for start in starts:
         stop = min(start + _BLOCK, size)
-        # `cholesky_ex` reports an indefinite block in `info` instead of raising: here it is expected, and answered with more
-        # damping
+        # `cholesky_ex` reports an indefinite block in `info` instead of raising: it is expected here, more damping follows
         block, info = cast("tuple[Tensor, Tensor]", torch.linalg.cholesky_ex(matrix[start:stop, start:stop]))
         if int(info):
             _restore(matrix, diagonal_blocks)

@@ -73,8 +73,7 @@ class Feedback:
         permute(hessian, order.flip(0))
         # an input that is always zero has no diagonal to take a share of; any positive damping makes this rounding to nearest
         damping = options.dampening_frac * (mean_diagonal or 1.0)
-        # with fewer calibration tokens than channels H is singular, and float32 can make it slightly indefinite: retried with more
-        # damping
+        # with fewer tokens than channels H is singular, and in float32 perhaps slightly indefinite: retried with more damping
         for _ in range(_ATTEMPTS):
             if factor(hessian, damping):
                 break

@@ -41,7 +41,7 @@ def round_nearest(weight: Tensor, grid: Grid) -> QuantizedWeight:
 def round_to(groups: Tensor, scales: Tensor, zero_points: Tensor, scheme: Scheme) -> Tensor:
     """Return the nearest codes, float32 [out, groups, group_size], for values of that shape and grids [out, groups]."""
     steps = scales.to(torch.float32).unsqueeze(-1)
-    # ties to even, as torch, compressed-tensors and the kernels round; `groups` is a view of the weight, so not in place
+    # ties to even, as compressed-tensors rounds; `groups` is a view of the weight, so it is not divided in place
     return (groups / steps).round_().add_(zero_points.unsqueeze(-1)).clamp_(0, scheme.levels - 1)
 
 
