@@ -100,7 +100,7 @@ class Export(Frozen, ABC):
     @classmethod
     def files(cls, folder: Path) -> list[Path]:
         """Return an artifact's files: config, weights, and the files of tokenizer and processor; other files do not count."""
-        # README.md and compress.json are written at publishing: counting them would change an artifact's size by being published.
+        # Not README.md and compress.json, which publishing writes and extends: a size would change by being published.
         named = [folder / name for name in ("config.json", *cls.own_files) if (folder / name).is_file()]
         return sorted([*named, *cls.weight_files(folder), *(folder / name for name in side_files(folder))])
 

@@ -77,6 +77,7 @@ def _accuracy(checks: ArtifactChecks, limit: AccuracyLimit) -> Iterator[Check]:
             )
         else:
             recoveries[task] = recovery
+    # Over the tasks that could be judged: Holm's correction is for failures, and passing on all of them needs none.
     corrected = judge_family(recoveries, 1 - limit.confidence)
     for task, finding in corrected.items():
         yield checks.decide(check_name, limit.of(task), finding, _recovery_reason(checks, task, pairs[task], finding, limit), task)
@@ -86,6 +87,7 @@ def _accuracy(checks: ArtifactChecks, limit: AccuracyLimit) -> Iterator[Check]:
 
 def _recovery(task: TaskMeasurement, pairs: Pairs, limit: AccuracyLimit, task_count: int) -> Recovery | None:
     if task.look is None or limit.sequential is None:
+        # Measured in one go: its whole error is spent at once.
         return judge_pairs(pairs, limit.of(task.name), Levels.at(limit.confidence))
     interim = Sequential.even(limit.sequential, limit.confidence, task_count).judge(pairs, task.look - 1, limit.of(task.name))
     return interim.recovery if interim is not None else None
@@ -95,6 +97,7 @@ def _recovery_reason(checks: ArtifactChecks, name: str, pairs: Pairs, finding: R
     flips = count_flips(pairs, limit.confidence)
     interval = _percent_interval(finding)
     task = checks.artifact.measurement.tasks[name]
+    # Not strict: the artifact may have stopped early; `pairs` has checked that both begin with the same items.
     item_pairs = zip(checks.original.measurement.scored(name), checks.artifact.measurement.scored(name), strict=False)
     failed = sum(before.fault is not None or after.fault is not None for before, after in item_pairs)
     failed_note = f", {failed} of them failed and count 0" if failed else ""
@@ -112,6 +115,7 @@ def _recovery_reason(checks: ArtifactChecks, name: str, pairs: Pairs, finding: R
 def _overall(checks: ArtifactChecks, limit: float, recoveries: Mapping[str, Recovery], tasks: list[str]) -> Check:
     check_name = "accuracy.overall"
     finding = overall_recovery(list(recoveries.values()), limit)
+    # A mean over the tasks that happen to be there is another figure, and could pass where the missing task would fail.
     if finding is None or len(recoveries) < len(tasks):
         return checks.inconclusive(check_name, limit, "not every task could be judged, so their mean cannot be")
     interval = _percent_interval(finding)
@@ -140,6 +144,7 @@ def _perplexity(checks: ArtifactChecks, limit: PerplexityLimit) -> Iterator[Chec
             for original, artifact in zip(original_windows, artifact_windows, strict=True)
             if not original.fault and not artifact.fault
         ]
+        # Inconclusive, not a mean over the rest: the windows that fail may be the hard ones.
         if len(scored) < len(original_windows):
             yield checks.inconclusive(
                 check_name,
@@ -179,6 +184,7 @@ def _flips(checks: ArtifactChecks, limit: FlipsLimit) -> Iterator[Check]:
             yield checks.inconclusive(check_name, limit.max_share, reason, task)
             continue
         flips = count_flips(checks.pairs(task), limit.confidence)
+        # Each task for itself: flips are an upper limit on change, of which any task may have too much.
         finding = judge_flips(flips, limit.max_share)
         noise = flips_above_noise(checks.original.measurement, checks.artifact.measurement, task, limit.confidence)
         noise_note, note = "", _items_needed_note(finding, "items")
@@ -204,6 +210,7 @@ def _grounding(checks: ArtifactChecks, limit: GroundingLimit) -> Check:
     artifact_gain = image_gain_of(checks.artifact.measurement.grounding_items, limit.confidence)
     if original_gain is None or artifact_gain is None:
         return checks.inconclusive(check_name, 0.0, "every question that was to show it failed", artifact.task)
+    # Where even the original needs no image, an artifact's answers prove nothing either way.
     if original_gain.outcome != "pass":
         return checks.inconclusive(
             check_name,
@@ -224,6 +231,7 @@ def _grounding(checks: ArtifactChecks, limit: GroundingLimit) -> Check:
 
 def _size(checks: ArtifactChecks, limit: SizeLimit) -> Iterator[Check]:
     original_bytes, artifact_bytes, bits = checks.original.bytes, checks.artifact.bytes, checks.artifact.bits_per_weight
+    # Sizes are facts: compared as they are, without bounds.
     ratio = artifact_bytes / original_bytes
     rows = (
         ("max_ratio", ratio, f"{artifact_bytes:,} bytes, {100 * ratio:.2f} % of the original's {original_bytes:,}"),

@@ -51,8 +51,10 @@ def publish(report: Report, artifacts: Sequence[tuple[Export, Path]], to: Path, 
 
 def _fill(copy: Path, folder: Path, export: Export, report: Report) -> None:
     """Copy an artifact, and write its card and record."""
+    # Copied, not linked: a published folder is the user's to edit, and must not share bytes with the store.
     shutil.copytree(folder, copy, dirs_exist_ok=True)
     record = read_json_object(copy / RECORD)
+    # The copy is checked, not the source: what is published is what was read.
     _check_unchanged(copy, record, folder)
     write_text(copy / _CARD, card(report, export))
     record |= {"recipe": report.recipe, "gate": report.gate.model_dump(mode="json"), "hardware": report.hardware}
@@ -95,6 +97,7 @@ def card(report: Report, export: Export) -> str:
     source = str(report.source["source"])
     source_name = Path(source).name if is_local(source) else source
     forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
+    # A local path means nothing on a hub, and would show the author's folders.
     base = [] if is_local(source) else [f"base_model: {source}"]
     kind = "zero-shot-image-classification" if _compares(report) else "image-text-to-text"
     licence = [f"{key}: {report.source[key]}" for key in _LICENCE if key in report.source]

@@ -130,6 +130,7 @@ def _record_stop(events: EventLog) -> Generator[None]:
 
 
 def _make_folder(runs: Path, name: str) -> Path:
+    # With random digits behind it: two runs may begin within one second.
     stamp = datetime.now(UTC).strftime("%Y%m%d-%H%M%S")
     folder = (runs / f"{name}-{stamp}-{secrets.token_hex(2)}").absolute()
     with disk_errors(folder, making=True):
@@ -183,8 +184,10 @@ class _Run:
         entry = None if self.fresh else self._find(step)
         meter = Meter()
         if entry is None:
+            # Only before something is made of them: cached results need no intact inputs.
             self._check_inputs(step)
             entry, meter = self._compute(step)
+        # A meter that measured nothing: the step was found, or another run has made it meanwhile.
         cached = meter.seconds == 0
         for warning in entry.warnings if cached else ():
             self.events.warn(warning)
@@ -222,6 +225,7 @@ class _Run:
                 self.entries[source.name], _ = self._compute(source)
 
     def _compute(self, step: Step) -> tuple[Entry, Meter]:
+        # Remembered before the lock is waited for: with --fresh only an entry that appears meanwhile is new enough.
         before = self.store.find(step.key, _ignore_warning)
         with self.store.lock(step.key, lambda: self.events.say(f"{step.name}: another run is making this; waiting for it")):
             entry = self.store.find(step.key, _ignore_warning)
@@ -232,6 +236,7 @@ class _Run:
             warnings: list[str] = []
             origin = Origin(self.plan.settings.source, self.plan.name)
             writing = self.store.write(step.key, step.name, origin, resume=resume, warnings=warnings)
+            # The step's warnings are stored with its output: a run that finds it cached repeats them.
             with Meter() as meter, writing as target, self.events.collecting(warnings):
                 step.make(self.context, target)
             entry = self.store.find(step.key, self.events.warn)

@@ -32,7 +32,7 @@ _MAX_PAUSE = 30.0
 """Seconds at which the doubling pause between attempts ends."""
 
 _MAX_TIMEOUTS = 2
-"""How many requests of one item may time out: each costs `request_seconds`."""
+"""How many requests of one item may time out: each costs `request_seconds`, and greedy decoding takes as long the next time."""
 
 _MAX_OUTAGES = 3
 """During how many outages one item may be retried: an item that crashes the server each time must fail."""
@@ -44,7 +44,7 @@ _ERROR_BODY_CHARACTERS = 65_536
 """Characters of an error response that are parsed."""
 
 _MIN_CONSECUTIVE_FAILURES = 16
-"""From how many failed items in a row on the server is at fault, at low concurrency."""
+"""From how many failed items in a row on the server is at fault, at low concurrency: so many bad items seldom follow each other."""
 
 _DENIED = {401, 403}
 _ABSENT = {404, 405, 501}
@@ -148,6 +148,7 @@ class RetryingClient:
         self._check = check
         self._closing = threading.Event()
         self._probing = threading.Lock()
+        # Jitter, so that threads which failed together do not come back together; seeded, as all else here.
         self._jitter: Final = random.Random(0)  # noqa: S311 - no secret
         self._last_success = time.monotonic()
         self._outage_end = float("-inf")
@@ -179,9 +180,11 @@ class RetryingClient:
                 return outcome
             if self._closing.is_set():
                 raise ServerError(f"{self._address.url}: was not asked to the end; {RESUMES}")
+            # 429 is flow control, not a failure: it must not use up an item's attempts.
             if outcome.busy:
                 self._pause_all(outcome, failed)
                 continue
+            # An outage is the server's fault: the item is sent again without counting, except one that may be what crashes it.
             if outcome.away and self._was_away(began) and outages < _MAX_OUTAGES:
                 outages += 1
                 continue
@@ -207,6 +210,7 @@ class RetryingClient:
             ServerError: the server is lost, or so many items in a row fail that the items are not at fault.
         """
         results: dict[int, Result] = {}
+        # Twice the concurrency: one crash fails all requests that are in flight.
         limit = max(_MIN_CONSECUTIVE_FAILURES, 2 * concurrency)
         consecutive = 0
         workers = _Workers(items, call, min(concurrency, len(items)))
@@ -242,6 +246,7 @@ class RetryingClient:
         except AnswerError as error:
             raise ItemError(excerpt(str(error))) from error
         except httpx.TimeoutException as error:
+            # A server that does not accept connections is away; one that accepts and is slow has timed out on this item.
             connecting = isinstance(error, httpx.ConnectTimeout)
             return _Failure(f"no answer within {self._policy.request_seconds:g} seconds", timed_out=not connecting, away=connecting)
         except httpx.HTTPError as error:
@@ -260,6 +265,7 @@ class RetryingClient:
         message = excerpt(f"{status}: {error_message(response)}")
         if status in _DENIED:
             raise ServerError(denied_message(self._address, message))
+        # vLLM's words when its token endpoints are off: no item could ever be scored.
         if "scale-out" in message.lower():
             raise ServerError(f"{self._address.url}: {message}; start the server with --enable-scale-out")
         if (status < 500 and status != _BUSY and status not in _RETRIED) or status == _NOT_IMPLEMENTED:
@@ -292,6 +298,7 @@ class RetryingClient:
         with self._probing:
             if self._lost is not None:
                 raise ServerError(self._lost)
+            # Another request succeeded since: the server is there, and only an outage that ended meanwhile explains this failure.
             if self._last_success > began:
                 return self._outage_end > began
             deadline = time.monotonic() + self._policy.away_seconds
@@ -317,6 +324,7 @@ class RetryingClient:
             raise ServerError(self._lost) from error
         try:
             with exchange(self.client, "GET", "/v1/models", _PROBE_SECONDS) as response:
+                # Even a refusal shows that the server, and not only its proxy, answers.
                 return response.status < 500
         except (httpx.HTTPError, AnswerError, RuntimeError):
             return False
@@ -341,6 +349,7 @@ class _Workers(Generic[Item]):
         self._stopped = False
         self._outcomes: queue.SimpleQueue[tuple[int, Any]] = queue.SimpleQueue()
         for _ in range(count):
+            # Daemons: an interrupted run must end although a thread waits in the middle of a request.
             threading.Thread(target=self._run, daemon=True).start()
 
     def next(self) -> tuple[int, Any]:
@@ -371,6 +380,7 @@ class _Workers(Generic[Item]):
             finished = True
         finally:
             if not finished:
+                # A fault of this program in a thread would otherwise leave `next` waiting for ever.
                 self._outcomes.put((-1, sys.exception()))
 
     def _take(self) -> tuple[int, Item] | None:
@@ -438,6 +448,7 @@ def error_message(response: Response) -> str:
     if response.status in _REDIRECTS:
         location = response.headers.get("Location", "another address")
         return f"it sends to {location}, which is not followed; name the server that answers"
+    # Error pages of proxies can be large, and only a message of a few hundred characters is shown.
     text = response.text[:_ERROR_BODY_CHARACTERS]
     try:
         content: Any = json.loads(text)

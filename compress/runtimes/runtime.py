@@ -448,7 +448,7 @@ def passages_digest(passages: Sequence[Passage]) -> str:
     for passage in passages:
         digest.update(json.dumps([passage.id, passage.token_ids, passage.prompt and passage.prompt.text]).encode())
         for image in passage.prompt.images if passage.prompt else ():
-            # By image, so that two images can never be told apart only by where one ends.
+            # A digest per image: bytes that run together could be split elsewhere.
             digest.update(hashlib.sha256(image).digest())
     return digest.hexdigest()
 

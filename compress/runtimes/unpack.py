@@ -150,7 +150,7 @@ def _unpack_compressed(name: str, settings: Mapping[str, Any], read: Read) -> Te
     else:
         zero_points = _bit_fields(read(f"{name}.weight_zero_point").t(), bits, rows).t()
     packed = read(f"{name}.weight_packed")
-    # Shape and words come from two tensors of an untrusted file: without this a mismatch would be an out-of-range view.
+    # Shape and words come from two tensors of an untrusted file: a mismatch would be wrong rows, or an error deep in torch.
     if tuple(packed.shape) != (rows, -(-columns * bits // 32)):
         raise CheckpointError(
             f"{name}: its packed weight {list(packed.shape)} holds no matrix [{rows}, {columns}] of {bits} bits; export it again"

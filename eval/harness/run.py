@@ -73,6 +73,7 @@ def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
         score=sum(item.score for item in items) / len(items),
         items=len(items),
         failed=failed,
+        # By what came: another harness's metric does not say.
         binary=all(item.score in (0.0, 1.0) for item in items),
         details=outcome["details"],
     )
@@ -88,7 +89,9 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
         "url": str(client.base_url).rstrip("/"),
         "model": str(endpoint.model),
         "seconds": task.request_seconds,
+        # The original's for every artifact: prompts and their cuts are then the same.
         "tokenizer": str(context.original_checkpoint.absolute()),
+        # lm-eval assumes 2,048 tokens for API models otherwise, and cuts longer prompts on the left without an error.
         "max_length": _context_length(client, str(endpoint.model)),
         "journal": str((context.output_dir / "journal" / f"{task.name}.harness.jsonl").absolute()),
         "items": str(items),
@@ -115,6 +118,7 @@ def _run(task: Adapter, context: TaskContext, endpoint: Any, folder: Path) -> tu
 
 def _items(path: Path, name: str) -> list[AdapterItem]:
     """Return the items that a harness wrote, with secrets redacted: they contain the server's replies."""
+    # Not `splitlines`, which also splits at separators that JSON leaves unescaped within strings (U+2028).
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     try:
         return [AdapterItem.model_validate(redact_value(json.loads(line))) for line in lines if line]

@@ -36,7 +36,7 @@ _BACKOFF_SECONDS = 0.5
 """The pause before the second attempt; doubled before each further one."""
 
 _BOOTSTRAPS = 1000
-"""Bootstrap iterations of the harness's own standard errors."""
+"""Bootstrap iterations of the harness's own standard errors, which are only shown; its default is 100,000."""
 
 _SUGGESTIONS = 6
 """How many similar task names a message lists."""
@@ -158,6 +158,7 @@ def lm_model(job: dict[str, Any]) -> Any:
                 return answers
             except (errors, TimeoutError, LookupError, TypeError, ValueError) as error:
                 fault = f"{type(error).__name__}: {error}"
+        # As answers, which the harness scores like others: one failed request costs one item, not the run.
         return [FAILED + fault if generate else (-math.inf, False)] * len(messages)
 
     client: Any = type("Client", (base,), {"api_key": os.environ.get(_KEY_VARIABLE, ""), "amodel_call": ask})
@@ -166,6 +167,7 @@ def lm_model(job: dict[str, Any]) -> Any:
         model=job["model"],
         base_url=f"{job['url']}/v1/{path}",
         num_concurrent=max(2, job["concurrency"]),
+        # Retries are this script's: lm-eval's end the whole run when they are used up.
         max_retries=1,
         timeout=job["seconds"],
         **({} if job["chat"] else {"tokenizer": job["tokenizer"], "tokenizer_backend": "huggingface"}),
@@ -190,8 +192,10 @@ def run_lmms(job: dict[str, Any]) -> HarnessResults:
         adaptive_max_concurrency=job["concurrency"],
         max_retries=_ATTEMPTS,
         retry_backoff_s=_BACKOFF_SECONDS,
+        # A proxy of the environment may not reach the loopback interface.
         httpx_trust_env=urlsplit(job["url"]).hostname != "127.0.0.1",
     )
+    # The client's own retries are off: lmms-eval retries as well, and both would multiply.
     model.client = journaled(model.client.with_options(timeout=job["seconds"], max_retries=0), AnswerLog(Path(job["journal"])))
     outcome = evaluator.simple_evaluate(
         model=model,
@@ -203,6 +207,7 @@ def run_lmms(job: dict[str, Any]) -> HarnessResults:
         log_samples=True,
     )
     for name, task in leaves.items():
+        # Digests are of the files' bytes: decoded pixels depend on Pillow's version and take memory for every item.
         docs = undecoded(task.eval_docs)
         for sample in outcome["samples"][name]:
             sample["doc"] = docs[sample["doc_id"]]
@@ -289,6 +294,7 @@ def _filtered_samples(samples: Iterable[dict[str, Any]], job: dict[str, Any]) ->
     for sample in samples:
         filters[str(sample.get("filter"))] = None
         if job["filter"] in (None, sample.get("filter")):
+            # lm-eval logs a sample per filter and item: the first filter is the task's main one.
             chosen.setdefault(sample["doc_id"], sample)
     if filters and not chosen:
         raise UnknownNameError("metric", f"the task's filters are {', '.join(filters)}, and not {job['filter']}")
@@ -308,6 +314,7 @@ def item(name: str, task: Any, sample: dict[str, Any], metrics: list[str]) -> tu
     row = {
         "id": f"{name}-{sample['doc_id']}",
         "digest": digest,
+        # Items about the same images are one cluster, as in this package's own tasks.
         "cluster": _sha("\n".join(images).encode()) if images else digest,
         "accepted": _accepted(sample),
         "said": "" if fault else _answer_text(sample),
@@ -321,6 +328,7 @@ def canonical(value: Any, images: list[str]) -> Any:
     """Return a document as plain JSON values, its images as digests, which are added to `images`."""
     if isinstance(value, dict):
         mapping = cast("dict[Any, Any]", value)
+        # datasets' undecoded form; the path is of the machine that it was cached on, and must not be in a digest.
         if set(mapping) == {"bytes", "path"} and isinstance(mapping["bytes"], bytes):
             return canonical(mapping["bytes"], images)
         return {str(key): canonical(each, images) for key, each in mapping.items()}

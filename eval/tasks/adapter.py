@@ -107,6 +107,7 @@ class Adapter(Task):
         """
         from compress.workers.environment import require
 
+        # The folder counts by its content (below), not by its path; a timeout shapes no answer.
         fields = self.model_dump(mode="json", exclude={"include_path", "request_seconds"})
         include_digest = None if self.include_path is None else _digest(Path(self.include_path))
         versions = require(ENVIRONMENTS[self.harness]).versions
@@ -156,6 +157,7 @@ def _digest(folder: Path) -> str:
     rows = [
         f"{path.relative_to(folder).as_posix()} {file_digest(path)}"
         for path in sorted(folder.rglob("*"))
+        # Bytecode and editors' files change without the task's changing.
         if path.is_file() and not any(part.startswith((".", "__pycache__")) for part in path.relative_to(folder).parts)
     ]
     return hashlib.sha256("\n".join(rows).encode()).hexdigest()

@@ -79,6 +79,7 @@ class Choice(QuestionTask):
             "index": tuple(map(str, range(option_count))),
             "text": question.options,
         }[label_kind]
+        # Exactly once: of two options with the same text, the label would not say which is right.
         if answer is None or list(names).count(answer) != 1:
             answers = ", ".join(map(repr, question.answers)) or "nothing"
             raise DataError(
@@ -147,6 +148,7 @@ class Choice(QuestionTask):
         encode = encoder(load_tokenizer(context.original_checkpoint))
         passages = list[Passage]()
         for question, prompt in zip(question_set.questions, self.prompts(question_set), strict=True):
+            # Letters where the prompt shows the options: they are equally long, so that no length decides.
             texts = list(LETTERS[: len(question.options)]) if self._shows_options() else list(question.options)
             for letter, token_ids in zip(LETTERS, encode(texts), strict=False):
                 if not token_ids:
@@ -162,8 +164,10 @@ class Choice(QuestionTask):
         for index, question in enumerate(question_set.questions):
             options = slice(start, start := start + len(question.options))
             option_scores, tokens = scores[options], [passage.token_ids for passage in passages[options]]
+            # One option without a score makes the question unanswered: the others' argmax would be biased against it.
             fault = next((score.fault for score in option_scores if score.fault), None)
             best = 0 if fault else int(np.argmax([self._likelihood(score) for score in option_scores]))
+            # KL is taken along the original's choice for every artifact: along each one's own it would be of different tokens.
             original_best = best if question_set.original is None else self._option_index(question_set.original[index])
             answer = Answer(id=question.id, text="" if fault else LETTERS[best], token_ids=(), fault=fault)
             score = replace(option_scores[original_best], id=question.id)

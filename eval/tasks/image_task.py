@@ -214,6 +214,7 @@ def _compare(pool: Pool, predictions: Predictions, faults: Faults) -> tuple[list
         if row in faults:
             scores.append(unscored(question.id, faults[row], compared=original is not None))
             continue
+        # Several captions may be right: their probabilities add up.
         nll = -np.logaddexp.reduce(log_probs[matches], keepdims=True)
         if original is None or not np.isfinite(original).all():  # the image failed with the original
             scores.append(Score(question.id, nll))

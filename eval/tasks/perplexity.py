@@ -162,7 +162,9 @@ class Perplexity(Task):
         from compress.data.texts import SEPARATOR, read_joined
         from compress.data.windows import encoder
 
+        # Joined and tokenized as one, as the papers do (GPTQ, AWQ): per-document windows give other figures, which do not compare.
         text = SEPARATOR.join(read_joined(path, self.column) for path in files)
+        # The original's tokenizer for every artifact: perplexities per token compare only over the same tokens.
         (ids,) = encoder(load_tokenizer(original))([text])
         window_count = len(ids) // self.window
         if window_count == 0:
@@ -192,4 +194,5 @@ def _items(scores: Sequence[Score], digests: Sequence[str]) -> list[WindowItem]:
 
 
 def _digest(token_ids: Sequence[int]) -> str:
+    # Of the tokens, not the text: another tokenizer version makes other windows of the same text. Little-endian on every machine.
     return hashlib.sha256(np.asarray(token_ids, dtype="<i8").tobytes()).hexdigest()

@@ -207,6 +207,7 @@ class QuestionTask(Task, ABC):
     def settings(self) -> dict[str, Any]:
         """Return the definition's content, the columns, the sampling, and the task's revision; see `Task.settings`."""
         shared = {"name", "version", "task", "prompt", "max_new_tokens", "metric", "labels"}
+        # Paths and places are left out: the digest of the data's content is in the key beside these settings.
         excluded = {"definition", "source", "subset", "split", "revision", "columns", "image_folder", *_OVERRIDES}
         fields = self.model_dump(mode="json", exclude=excluded)
         return fields | {
@@ -270,6 +271,7 @@ class QuestionTask(Task, ABC):
         )
         ends = read_end_tokens(context.original_checkpoint)
         own_tokens = [_with_end(answer, limit, ends) for answer in answers]
+        # Artifacts score the original's answers, not their own: KL needs both models' predictions of the same tokens.
         scored_tokens = own_tokens if question_set.original is None else [item.token_ids for item in question_set.original]
         passages = [Passage(id=prompt.id, token_ids=ids, prompt=prompt) for prompt, ids in zip(prompts, scored_tokens, strict=True)]
         scores = score_passages(context, question_set.name, passages)
@@ -332,6 +334,7 @@ class QuestionTask(Task, ABC):
 
     def _question_sets(self, questions: Sequence[Question], context: TaskContext) -> list[QuestionSet]:
         """Return the questions of each look: one in the files' order without a stopping rule, else several in random order."""
+        # Data files are often sorted (by category, by difficulty): a first look must be a random sample of all.
         ordered = list(questions) if context.stopping is None else _shuffle_clusters(questions, self.seed)
         ends = [len(ordered)] if context.stopping is None else list(context.stopping.cumulative_items(len(ordered)))
         original = self._original_items(ordered, context)
@@ -352,6 +355,7 @@ class QuestionTask(Task, ABC):
         original = list[QuestionItem]()
         for look, question_set in enumerate(question_sets, 1):
             answered += self.ask(question_set, context) if question_set.questions else []
+            # The original is measured on all items: artifacts may stop at different looks.
             if context.stopping is None or question_set.original is None:
                 continue
             original += question_set.original
@@ -429,12 +433,14 @@ def _with_end(answer: Answer, limit: int, end_tokens: tuple[int, ...]) -> tuple[
     ids = answer.token_ids
     if answer.fault or (answer.text and not ids):
         return ()
+    # Shorter than allowed means that it ended by itself: whether a model stops is part of what it predicts.
     ended = len(ids) < limit and not (ids and ids[-1] in end_tokens)
     return (*ids, end_tokens[0]) if ended else ids
 
 
 def _shuffle_clusters(questions: Sequence[Question], seed: int) -> list[Question]:
     """Return the questions in random order by clusters: those about the same images stay together."""
+    # By clusters: a look that splits one would count its items as independent of those in the next.
     clusters: dict[str, list[Question]] = {}
     for question in questions:
         clusters.setdefault(cluster_of(question), []).append(question)

@@ -72,6 +72,7 @@ class Retrieval(ImageTask):
     def predict(self, pool: Pool, pictures: Sequence[ImageInput], context: TaskContext, faults: Faults) -> Predictions:
         """Embed images and captions, and rank them among each other; see `ImageTask.predict`."""
         embeddings = capable(context.session, Embeds).embed(pictures, pool.texts, context.progress, faults)
+        # Failed images have NaN rows on purpose, which must not be taken for an overflow.
         embedded = np.delete(embeddings.images, list(faults), axis=0)
         if not all(np.isfinite(values).all() for values in (embedded, embeddings.texts, embeddings.scale)):
             raise CheckpointError(
@@ -93,6 +94,7 @@ class Retrieval(ImageTask):
 def ranks(pool: Pool, embeddings: Embeddings) -> tuple[Counts, Counts]:
     """Return for each image the number of other images' captions at least as near as its own nearest; likewise for each caption."""
     failed = cast("NDArray[np.bool_]", np.isnan(embeddings.images).any(axis=1))  # images that failed: nothing is near them
+    # Zeros, as a NaN in a matrix product spreads to its whole column; their cosines become -inf below.
     directions = np.where(failed[:, None], np.float32(0), embeddings.images)
     captions, images = np.zeros(len(pool.questions), dtype=np.int64), np.zeros(len(pool.texts), dtype=np.int64)
     for start in range(0, len(captions), _BLOCK_ROWS):
@@ -110,6 +112,7 @@ def ranks(pool: Pool, embeddings: Embeddings) -> tuple[Counts, Counts]:
 
 def _nearer(cosines: NDArray[np.float32], own: NDArray[np.bool_]) -> Counts:
     best = np.where(own, cosines, -np.inf).max(axis=1, keepdims=True)
+    # Ties count against the match: a model whose embeddings are all equal must not have a recall of 1.
     return ((cosines >= best) & ~own).sum(axis=1)
 
 

@@ -193,6 +193,7 @@ def score_passages(
     reference = None if context.original_measurement is None else context.original_measurement / "record" / name
     if against is not None:
         reference = context.output_dir / "record" / against
+    # A server may have lost its token endpoints since: then there is nothing to compare, and answers are still measured.
     if not isinstance(context.session, Scores) or (reference is not None and passages and not reference.is_dir()):
         return [unscored(passage.id, None, compared=False) for passage in passages]
     journal = Journal(context.output_dir, name, None if reference is not None else record, reference)
@@ -215,6 +216,7 @@ def score_twice(context: TaskContext, name: str, passages: Sequence[Passage]) ->
     Raises:
         CheckpointError: as `score_passages` does.
     """
+    # Recorded anew: the first measurement's record is in chunks of all items, and a record is read for the same passages.
     score_passages(context, f"{name}@noise", passages)
     return score_passages(context, repeat_name(name), passages, f"{name}@noise", _reordered_scores(context))
 
@@ -243,6 +245,7 @@ def draw_questions(
     questions, indices = open_questions(files, data.columns, rows), None
     if samples is not None:
         available = len(questions)
+        # By position: drawing from the data themselves would read every image first.
         indices = set(random.Random(seed).sample(range(available), min(available, samples)))  # noqa: S311 - no secret
     folder = None if data.image_folder is None else Path(data.image_folder)
     return list(questions.read(indices, folder))
@@ -284,6 +287,7 @@ def compare_answers(
 
 def cluster_of(question: Question) -> str:
     """Return the cluster id of a question: questions about the same images share it; without images it is the question's own."""
+    # By the images' content: two rows with the same picture under different names are dependent as well.
     return digest_text("\n".join(question.image_digests)) if question.images else f"id:{question.id}"
 
 
@@ -335,6 +339,7 @@ def fidelity_of(scores: Sequence[Score], unit: Unit = "token") -> Fidelity | Non
         tokens=len(kls),
         kl_mean=float(kls.mean()),
         kl_p99=float(np.quantile(kls, 0.99)),
+        # Clustered by window or answer: neighbouring tokens share their context, and with it their divergence.
         kl_interval=_clip_at_zero(mean_interval(sums, sizes, FIDELITY_CONFIDENCE)),
         top1_agreement=float(np.concatenate([same for _, same in compared]).mean()),
         at_least=lower_bound,

@@ -86,6 +86,7 @@ class ZeroShot(ImageTask):
         label = question.answers[0] if len(question.answers) == 1 else None
         if label in self.classes:
             return self.classes.index(label)
+        # After names: a class may be called "7".
         if label is not None and label.isdecimal() and int(label) < len(self.classes):
             return int(label)
         raise DataError(

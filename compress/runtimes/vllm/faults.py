@@ -25,6 +25,7 @@ class _Sign:
     error: type[CompressError] = RecipeError
 
 
+# vLLM has no error codes: a message's wording is all that tells a wrong setting from a damaged artifact. The first match counts.
 _SIGNS = (
     _Sign(
         re.compile(r"max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(\d+)"),

@@ -242,7 +242,6 @@ def self_attention(builder: LayerBuilder, value: str, layer: int, inputs: Decode
         # The cache keeps all tokens; the window limits which of them are read.
         local_window_size=window(builder.source.config.get_text_config(), layer),
     )
-    # `present` has the type and, bound to one buffer with `past`, the storage of `past`: nothing is copied from step to step.
     graph.typed(attended, graph.dtype, ("batch_size", "sequence_length", size.heads * size.width))
     for kind, states in zip(("key", "value"), present, strict=True):
         extent = ("batch_size", size.kv_heads, "total_sequence_length", size.width)

@@ -35,7 +35,7 @@ def decoder(builder: LayerBuilder) -> None:
             value = graph.op("Add", value, self_attention(builder, normed, layer, inputs))
             normed = builder.layer_norm(value, f"{block}.final_layer_norm", _EPSILON)
             value = graph.op("Add", value, builder.mlp(normed, f"{block}.fc1", f"{block}.fc2", str(text.activation_function)))
-    # `_remove_final_layer_norm` in the configs of early OPT checkpoints: they have none.
+    # Checkpoints with `_remove_final_layer_norm` in their config have none.
     if builder.has(f"{owner}.final_layer_norm.weight"):
         value = builder.layer_norm(value, f"{owner}.final_layer_norm", _EPSILON)
     if builder.has_linear(f"{owner}.project_out"):
