@@ -197,7 +197,7 @@ def _window_batches(folder: Path, processor: Any, tokens_per_batch: int, family:
     token_types = "mm_token_type_ids" in processor.model_input_names
     tokenizer = processor.tokenizer
     special_tokens = None if family.head is not None else (int(tokenizer.bos_token_id), int(tokenizer.eos_token_id))
-    # by name: the order of samples shapes float32 sums, so it must not depend on the file's
+    # by name: the order of samples shapes float32 sums, so it must not depend on that of the file
     for name, windows in sorted(tensors.load_file(folder / WINDOWS).items()):
         rows = max(1, tokens_per_batch // windows.shape[1])
         for start in range(0, len(windows), rows):

@@ -195,7 +195,7 @@ def _write_question(
         DataError: an image cannot be decoded, or `check` fails.
     """
     prompt = cast("VqaSet", pinned.spec).prompt.replace("{question}", question.question)
-    # of several annotators' answers (VQAv2 has ten) the most frequent; a model's training target is one
+    # of several annotators' answers (VQAv2 has ten) the most frequent
     answer = Counter(question.answers).most_common(1)[0][0] if question.answers else None
     origin = _origin(pinned, question.origin)
     fingerprints = [fingerprint_of(image, origin) for image in question.images]  # decodes each image completely

@@ -32,7 +32,7 @@ class QuantizedLinear:
 class CheckpointSpec:
     """The config, tensors and schemes of a checkpoint, on disk or planned. Two are equal where all of these are."""
 
-    source: str = field(compare=False)
+    source: str = field(compare=False)  # a planned and a written checkpoint lie in different folders
     """The folder or hub id that messages name."""
 
     family: Family

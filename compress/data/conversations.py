@@ -105,6 +105,7 @@ def _content_image(item: Mapping[str, Any]) -> object:
 def _images(row: Row, turns: Sequence[_Turn], first: int, where: str) -> list[object]:
     """Return the images of the first question; all of the row's where the conversation has no placeholders."""
     row_images = [image for name in IMAGES for image in as_list(row.get(name))]
+    # of all turns: the row's images belong to the placeholders in order, those of later questions included
     placed = [image for turn in turns if turn.role in _USER_ROLES for image in turn.images]
     if not placed:
         return row_images

@@ -87,6 +87,7 @@ class QuestionRows:
         required = [() if rows.text_only else columns.named("image"), columns.named("question")]
         required += [(column,) for column in (() if self.numbered else columns.named("id"))]
         required += [columns.named("options"), columns.named("category"), *((column,) for column in rows.where)]
+        # rows of JSON may each have other fields, so that only reading them can tell
         if self.path.suffix != ".parquet":
             return [alternatives for alternatives in required if alternatives]
         available = _available_fields(self.path, self.fields)
@@ -120,6 +121,7 @@ class QuestionRows:
     def _parquet_columns(self, needed: Iterable[str], with_images: bool) -> list[str]:
         columns = set(needed)
         if _may_have_conversations(self.path, self.fields) and not columns.isdisjoint(STANDARD_FIELDS):
+            # a standard field may have to be made from a conversation, which is then read in its place
             columns |= {next(field for field in FIELDS if field in self.fields), *(IMAGES if with_images else ())}
         return [column for column in parquet_columns(self.path) if column in columns]
 

@@ -67,6 +67,7 @@ def read_joined(path: Path, column: str = "text") -> str:
         size = parquet_bytes(path, column)
         if size > limits().text_bytes:
             raise DataError(f"{path}: declares {size:,} bytes of text ({limits().set_by('text_bytes')}); name a part of it")
+        # empty rows stay: joined, they are the blank lines of the published text
         return SEPARATOR.join(str(text or "") for _, (text,) in read_parquet(path, [column]))
     if path.suffix in SUFFIXES:
         return SEPARATOR.join(_text_field(row, column, f"{path}:{number}") for number, row in read_json_rows(path).read())

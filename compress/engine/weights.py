@@ -25,7 +25,7 @@ from compress.numerics.grids import QuantizedWeight
 from compress.numerics.scheme import Scheme
 
 SHARD_BYTES = 5_000_000_000
-"""The largest shard of a checkpoint, in bytes."""
+"""The largest shard of a checkpoint, in bytes: the default of transformers 4, which the hubs' files have."""
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,

@@ -5,6 +5,7 @@ from compress.families.family import Family, ScalePair
 _PAIRS = (
     ScalePair("layer_norm1", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
     ScalePair("self_attn.v_proj", ("self_attn.out_proj",)),
+    # none from fc1 to fc2: between them is a GELU, which passes no scale
     ScalePair("layer_norm2", ("mlp.fc1",)),
 )
 

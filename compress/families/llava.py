@@ -22,7 +22,7 @@ LLAVA = Family(
     embeddings="model.language_model.embed_tokens",
     blocks="model.language_model.layers",
     head="lm_head",
-    # older files have the first, transformers 5 writes the second
+    # transformers takes either key for the same setting
     image_token_keys=("image_token_index", "image_token_id"),
     scale_pairs=DECODER_PAIRS,
     vision_scale_pairs=(

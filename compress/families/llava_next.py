@@ -10,5 +10,6 @@ LLAVA_NEXT = replace(
     model_type="llava_next",
     architecture="LlavaNextForConditionalGeneration",
     tied_by=("tie_word_embeddings",),
+    # a parameter of the model itself, which no prefix above covers
     renames=(*RENAMES, (r"^image_newline$", "model.image_newline")),
 )

@@ -21,6 +21,7 @@ MLLAMA = Family(
     scale_pairs=(
         ScalePair("input_layernorm", ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")),
         ScalePair("self_attn.v_proj", ("self_attn.o_proj",), grouped=True),
+        # the queries alone: keys and values of cross-attention read the image features, not this norm's output
         ScalePair("input_layernorm", ("cross_attn.q_proj",)),
         ScalePair("cross_attn.v_proj", ("cross_attn.o_proj",), grouped=True),
         ScalePair("post_attention_layernorm", ("mlp.gate_proj", "mlp.up_proj")),

@@ -60,7 +60,7 @@ def verify_graphs(context: VerifyContext, runtime: Runtime, limits: DifferenceLi
         VerificationError: a difference exceeds its limit; the first component is named.
         CheckpointError: the checkpoint, or a graph, cannot be loaded or run.
     """
-    # float32 on the CPU whatever the artifact's device: the reference is then the same on every machine
+    # float32 on the CPU whatever the artifact's device: the reference does not depend on a GPU and its kernels
     reader = Transformers(runtime="transformers", dtype="float32", device="cpu", tokens_per_batch=_TOKENS_PER_BATCH)
     opening = OpenContext(context.source, context.logs, context.progress, context.family, context.trust_remote_code, "checkpoint")
     with open_session(reader, opening, load_independently) as session:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 Granularity = Literal["channel", "tensor", "block"]
 
 _SCHEMES: Mapping[Granularity, Scheme] = {
+    # the pairs that compressed-tensors has presets of: FP8_DYNAMIC, FP8 and FP8_BLOCK, which runtimes have kernels for
     "channel": Scheme(bits=8, group_size=-1, symmetric=True, type="float", activations="token"),
     "tensor": Scheme(bits=8, group_size=-1, symmetric=True, type="float", block_rows=-1, activations="tensor"),
     "block": Scheme(bits=8, group_size=BLOCK, symmetric=True, type="float", block_rows=BLOCK, activations="group"),

@@ -15,6 +15,7 @@ from compress.stages.quantization.quantizer import Component, Quantizer, distinc
 if TYPE_CHECKING:
     from compress.stages.quantization.method import Method
 
+# per output channel: such a scale factors out of the int32 sum over the inputs, which one per group of inputs would not
 _SCHEME = Scheme(bits=8, group_size=-1, symmetric=True)
 
 ActivationStrategy = Literal["none", "token", "tensor"]

@@ -29,9 +29,9 @@ def _group_by_scale(names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iter
     groups: dict[tuple[str, ...], list[str]] = {}
     for name in names:
         parent, _, leaf = name.rpartition(".")
-        # by the module that contains them: another attention's q_proj is not fused with this one's
         fused = next((linears for linears in FUSED_LINEARS if leaf in linears), None)
         shares_scale = fused is not None and schemes[name].strategy == "tensor"
+        # keyed by the module that contains them: another attention's q_proj is not fused with this one's
         groups.setdefault((parent, *fused) if fused and shares_scale else (name,), []).append(name)
     return groups.values()
 
