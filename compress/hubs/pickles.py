@@ -19,6 +19,7 @@ from compress.untrusted.reading import inside, library_errors
 if TYPE_CHECKING:
     from torch import Tensor
 
+# transformers' names before safetensors.
 PICKLE = "pytorch_model.bin"
 PICKLE_INDEX = "pytorch_model.bin.index.json"
 

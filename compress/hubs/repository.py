@@ -19,6 +19,7 @@ from compress.untrusted.reading import printable, reason
 Report = Callable[[int], None]
 """A progress callback: takes the number of bytes received since the last call."""
 
+# Their own errors are translated by their callers; some derive from ValueError as a parser's errors do.
 _CLIENTS = ("huggingface_hub", "modelscope_hub", "requests", "httpx")
 
 

@@ -15,11 +15,12 @@ from compress.interrupts import check as check_interrupts
 from compress.progress import Progress
 from compress.untrusted.redaction import redact, redact_value
 
+# A decoding loop reports every token: a line for each would make the log larger than the answers.
 _SECONDS_BETWEEN = 1.0
 
 
 class Watcher(Progress, Protocol):
-    """Progress that is also told where a run stands among its steps."""
+    """Progress that also receives the steps of a run."""
 
     def step_started(self, name: str, position: int, count: int) -> None:
         """Say that step `position` of `count` (from 1) began."""
@@ -40,7 +41,7 @@ class EventLog:
         self._collected: list[str] = []
 
     def write(self, event: str, **fields: object) -> None:
-        """Append one event with its time; whatever it is told, no secret is written."""
+        """Append one event with its time; secrets are redacted."""
         # Through JSON first: paths and tuples become plain values, which redaction can walk.
         content = json.loads(json.dumps(fields, default=str))
         about = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event}

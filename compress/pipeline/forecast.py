@@ -45,8 +45,8 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
     source = spec_of(checkpoint, family)
     faults: list[str] = []
     plans: list[StagePlan] = []
-    exact, assumed = True, False  # assumed: that a stage of which only the run can tell left the tensors as they were
-    known = before = (source,)  # after a stage of which only the run can tell, the last specs that were known
+    exact, assumed = True, False  # assumed: that a stage whose result only the run knows left the tensors unchanged
+    known = before = (source,)  # after a stage whose result only the run knows, the last known specs
     for position, stage in enumerate(recipe.stages):
         each = [stage.plan(spec) for spec in known]
         stage_faults = list(dict.fromkeys(fault for plan in each for fault in plan.faults))

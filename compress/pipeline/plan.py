@@ -277,7 +277,7 @@ def _plan(evaluation: AnyEvaluation, settings: Model, original: _Original, input
     before = made.compression.before if made.compression is not None else ()
     steps = (*inputs.conversion, *before, *measured.steps)
     for step in steps:
-        _ = step.key  # has the versions of every environment in it: one that is missing is told now
+        _ = step.key  # covers every environment's versions: a missing one is reported now, not in the run
     return Plan(
         evaluation=evaluation,
         settings=settings,

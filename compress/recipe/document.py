@@ -24,6 +24,7 @@ _SPECIAL = tuple("*&!%@`")
 
 _TEXT = "tag:yaml.org,2002:str"
 
+# Keys whose values are read. `publish.to` is written to, and needs no file that is there.
 _READ_FROM_HERE = ("source", "definition", "image_folder")
 
 

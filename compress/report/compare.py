@@ -115,7 +115,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Runs grouped by original; `notes` tell which figures are not comparable."""
+    """Runs grouped by original; `notes` name the figures that are not comparable."""
 
     groups: tuple[Group, ...]
     notes: tuple[str, ...]

@@ -27,7 +27,7 @@ _JPEG_QUALITY = 75
 """Pixels and JPEG quality of a thumbnail: they bound the page's size, for images are in it as data URIs."""
 
 _MAX_IMAGES = 4
-"""Thumbnails per item; a card tells how many more there are."""
+"""Thumbnails per item; a card states how many more there are."""
 
 Kind = Literal["lost", "gained"]
 

@@ -35,6 +35,7 @@ CONNECT_SECONDS = 10.0
 _LARGE_BYTES = 4_000_000
 """From this size on responses are read one at a time, so that many connections do not hold as many large bodies in memory."""
 
+# What zlib alone can unpack in steps of a bounded size; brotli and zstd would need other libraries.
 _COMPRESSIONS = {"gzip", "x-gzip", "deflate"}
 _KEEPALIVE_SECONDS = 5.0
 """How long an idle connection is kept open: httpx's default."""

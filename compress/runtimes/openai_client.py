@@ -55,6 +55,7 @@ _RETRIED = {408, 409, 425}
 """Client errors that may pass: request timeout, conflict, too early."""
 
 _BUSY = 429
+# A server error by its class, yet no retry can mend it.
 _NOT_IMPLEMENTED = 501
 _UNREADABLE = (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
 """What parsing a malformed response raises."""
@@ -62,6 +63,7 @@ _UNREADABLE = (KeyError, IndexError, TypeError, ValueError, AttributeError, Over
 _AWAY = {502, 503, 504}
 """Statuses of a proxy whose server does not answer."""
 
+# Nine digits at most: a header may say anything, and the pause is bounded by the policy besides.
 _SECONDS = re.compile(r"[0-9]{1,9}(?:\.[0-9]*)?")
 
 Item = TypeVar("Item")

@@ -17,6 +17,7 @@ from compress.checkpoints.checkpoint import read_json_object
 from compress.errors import ServerError, StoreError, UsageError
 from compress.runtimes.runtime import UNSCORED, Passage, Score, passages_digest, unscored
 
+# Not a number: records over the whole vocabulary have numbers, and the two must not be taken for each other.
 _SCHEMA = "top-tokens-1"
 _TOKEN_LIMIT = 1 << 31
 """The bound on token ids: records store them as 32-bit integers."""

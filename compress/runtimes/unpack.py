@@ -30,6 +30,7 @@ _COMPRESSED_TENSORS = "compressed-tensors"
 _COLUMNS_OF_NIBBLES = (0, 2, 4, 6, 1, 3, 5, 7)
 """AutoAWQ's interleaving: the column, among eight, of each nibble of a word."""
 
+# Read with the codes that they belong to: as tensors of their own the model has no place for them.
 _AUXILIARY_TENSORS = (
     "weight_scale",
     "weight_shape",

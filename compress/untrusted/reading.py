@@ -26,9 +26,12 @@ _MOST_SAID = 300
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 """Control characters but tab and line feed, marks that turn the direction of writing, line separators, lone surrogates."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
+# JSON may write a surrogate or a NUL as an escape, which no look at the raw text would find.
 _ESCAPED = re.compile(r"\\u(?:[dD][89a-fA-F]|0000)")
 _LONG = 300
+# Shorter integers are within any float: texts without such a run need no reader of their own for integers.
 _DIGITS = re.compile("[0-9]{300}")
+# 1e999 parses to infinity.
 _HUGE = re.compile(r"[eE]\+?[0-9]{3}")
 
 
@@ -109,7 +112,7 @@ def library_errors(what: str, error: type[CompressError] = CheckpointError, reme
     try:
         yield
     # What such libraries raise is listed nowhere, changes from one version to the next, and depends on the content: a list would
-    # have holes, and each would be a traceback. PanicException, of those in Rust, says that it is no Exception.
+    # have holes, and each would be a traceback. PanicException, which libraries in Rust raise, is no subclass of Exception.
     except BaseException as fault:
         is_theirs = isinstance(fault, Exception) or type(fault).__name__ == "PanicException"
         if isinstance(fault, CompressError) or not is_theirs:

@@ -27,12 +27,14 @@ _SHORTEST_VALUE = 8
 Servers without keys are given words such as EMPTY or none, and answers may hold those."""
 _HEAD = 12
 """Characters by which a longer secret is known, so that one which a server cuts short is found too."""
+# By the end of a name: TOKENIZERS_PARALLELISM and MAX_TOKENS hold no secret.
 _NAMES = re.compile(
     r"(?:^|_)(?:(?:API|ACCESS|AUTH)_?TOKEN|(?:HUB|HF|GH|GITHUB|MODELSCOPE)_TOKEN|API_?KEY|SECRET|SECRET_(?:ACCESS_)?KEY|PASSWORD)$",
     re.IGNORECASE,
 )
 _CREDENTIALS = re.compile(r"(?<=://)[^/\s@'\"<>]+@")
 _AUTHORIZATION = re.compile(r"(authorization\W{1,6}(?:bearer|basic|token)\s+)[^\s'\"<>,;]+", re.IGNORECASE)
+# Signed URLs of object stores carry their credentials as parameters.
 _PARAMETERS = re.compile(
     r"([?&](?:api[-_]?key|key|token|access[-_]token|password|signature|sig|x-amz-(?:signature|credential|security-token))=)[^&\s'\"<>]+",
     re.IGNORECASE,

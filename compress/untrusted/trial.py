@@ -25,7 +25,7 @@ _PATIENCE = 20
 
 
 def try_template(template: object, conversations: Sequence[object], tokens: Mapping[str, object], where: str) -> None:
-    """Write conversations with a chat template, or each of several by name, and tell where it goes past a limit.
+    """Write conversations with a chat template, or each of several by name; raises where that exceeds a limit.
 
     A template that does not work passes: what is wrong with it is told by who uses it. `tokens` are the special tokens that
     templates can name; `where` is the folder that an error names.
@@ -48,7 +48,7 @@ def try_template(template: object, conversations: Sequence[object], tokens: Mapp
 
 
 def try_patterns(patterns: Iterable[str], names: Iterable[str], where: str) -> None:
-    """Match regular expressions with names, as is done afterwards, and tell where that goes past a limit.
+    """Match regular expressions with names, as is done afterwards; raises where that exceeds a limit.
 
     Raises:
         CheckpointError: it does.

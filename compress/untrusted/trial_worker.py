@@ -14,6 +14,7 @@ import sys
 from datetime import datetime
 from typing import Any, cast
 
+# Not 1, with which Python itself ends after an error.
 NO_MEMORY = 3
 _ORDINARY = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 """What a template that does not work raises beside jinja's own errors; that is told where it is used, with its conversation."""

@@ -30,6 +30,7 @@ _MARKER = "compress-environment.json"
 _TAIL_LINES = 12
 """Lines of uv's output in an error message."""
 
+# uv has one exit code for all failures: its words tell a network fault from a package that does not build.
 _NETWORK_SIGNS = ("error sending request", "dns error", "connection", "timed out", "failed to fetch", "could not connect")
 
 

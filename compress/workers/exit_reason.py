@@ -26,12 +26,14 @@ _REASON_CHARACTERS = 4000
 _PREFIX = re.compile(r"^\s*(?:\([^()]*\bpid=\d+\)\s*)?(?:(?:ERROR|CRITICAL)\s+\S+ \S+ \[[^\]]*\]\s*)?(?:E\s+)?")
 """vLLM's log prefix: process, level, time and source line."""
 
+# Libraries log caught exceptions at these levels: such a line did not end the process.
 _HARMLESS = re.compile(r"\b(?:DEBUG|INFO|WARNING|Warning)\b")
 _NAMED = re.compile(r"(?:[\w.]+\.)?(\w*(?:Error|Exception)): (.+)")
 _BARE = re.compile(r"(?:[\w.]+\.)?(\w*(?:Error|Exception))")
 _USAGE = re.compile(r"\S+(?: \w+)*: error: (.+)")
 _VALIDATION = re.compile(r"\d+ validation errors? for \w+")
 _TYPE_SUFFIX = re.compile(r"\s*\[type=\w+, input_value=.*")
+# vLLM's API server reports that its engine died; the engine's own error stands further up.
 _VAGUE = re.compile(
     r"see (?:the )?(?:root cause|stack trace|above)|Engine core initialization failed|worker process died", re.IGNORECASE
 )

@@ -31,7 +31,7 @@ _GRACE = 10.0
 """Seconds between SIGTERM and SIGKILL: vLLM needs some to end its engine processes and to free GPU memory."""
 
 _POLL_SECONDS = 0.25
-"""Seconds between two looks at a worker: whether it is ready, how far it is."""
+"""Seconds between two polls of a worker: whether it is ready, how far it is."""
 
 _PYTHON_VARIABLES = ("PYTHONHOME", "PYTHONPATH", "VIRTUAL_ENV")
 """Would make another environment's interpreter import packages of this one."""

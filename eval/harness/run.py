@@ -54,7 +54,7 @@ _MAX_MESSAGE = 1200
 
 
 _JOB_FIELDS = {"harness", "benchmark", "metric", "filter", "samples", "fewshot", "chat", "include_path", "concurrency"}
-"""The fields of a task that its worker is told."""
+"""The fields of a task that its worker's job holds."""
 
 
 def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:

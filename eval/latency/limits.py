@@ -16,7 +16,7 @@ Limit = Positive | None
 
 @dataclass(frozen=True)
 class LimitedFigure:
-    """The figure that a limit is on; the limit's name tells the rest."""
+    """The figure that a limit is on; the limit's name has the rest: direction, unit, ratio."""
 
     figure: str
     """Its name in `PointLatency.figures` and `ratios`."""

@@ -23,6 +23,7 @@ _SCALE = 10.0
 _TOKEN = re.compile(
     r"\d+(?:[.,:]\d+)*|\w+(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\w+(?:-\w+)*|[^\w\s]",
 )
+# The COCO evaluation drops these tokens after tokenizing; the curly forms are what models write for them.
 _PUNCTUATION = frozenset("'`\".?!,:-;()[]{}\u2026\u2018\u201c\u201d\u2013\u2014")
 
 NGram = tuple[str, ...]

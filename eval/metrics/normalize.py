@@ -39,6 +39,7 @@ _APOSTROPHES = {spelling: word for word in _CONTRACTIONS for spelling in _spelli
 # Before other punctuation: "1,000" must become 1000, not two words.
 _THOUSANDS = re.compile(r"(?<=\d),(?=\d)")
 _PERIOD = re.compile(r"\.(?!\d)")
+# The list of VQA v2's script; a period is punctuation only where no digit follows.
 _PUNCTUATION = re.compile(r"""[;/\[\]"{}()=+\\_\-><@`,?!]""")
 
 

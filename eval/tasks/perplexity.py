@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from compress.data.questions import Question
     from compress.data.texts import Document
 
+# The raw version, as in the quantization papers: the other one has rare words replaced by <unk>.
 _WIKITEXT = ("Salesforce/wikitext", "wikitext-2-raw-v1")
 
 

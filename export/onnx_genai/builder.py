@@ -38,6 +38,7 @@ _BUILDER_VARIABLES = {
     "CUDA_VISIBLE_DEVICES": "",
 }
 _EMBEDDINGS = "inputs_embeds"
+# A full disk and a lack of memory are the machine's faults: they must not be reported as the checkpoint's.
 _DISK_FULL, _KILLED = "No space left on device", "(SIGKILL)"
 
 

@@ -32,6 +32,7 @@ from compress.files import disk_errors, write_json
 if TYPE_CHECKING:
     from compress.export.onnx_genai.format import OnnxGenai
 
+# Below the target, on its file system: gigabytes are then moved by renaming.
 _WORK = ".onnxruntime-genai"
 
 

@@ -16,6 +16,7 @@ Layout = Literal["awq", "gptq", "compressed-tensors"]
 _FUSED_IN_CHECKPOINT = {"qkv": 3}
 """Linears that are fused in checkpoints and that vLLM splits: into how many."""
 
+# vLLM's AutoAWQ loader maps 4 bits alone to a kernel's type, and its GPTQ loader symmetric 4 and 8 bits.
 _AWQ_BITS = 4
 _AWQ_PACK_FACTOR = 8
 """4-bit outputs in a 32-bit word."""
@@ -24,6 +25,7 @@ _GPTQ_BITS = (4, 8)
 _GPTQ_GROUP_SIZES = (-1, 32, 64, 128)
 """The group sizes of vLLM's GPTQ kernels."""
 
+# `CPUWNA16LinearKernel` (mixed_precision/cpu.py) takes uint4 and uint4b8.
 _CPU_BITS = 4
 _CPU_TILE = 32
 """The sides of a weight in vLLM's CPU kernel for 4 bits are multiples of this."""

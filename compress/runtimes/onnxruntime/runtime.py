@@ -24,6 +24,7 @@ from compress.runtimes.runtime import (
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """ONNX Runtime's execution providers, by their names in recipes."""
 
+# The GPU build first: where both are installed it is the one that was added on purpose.
 _DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
 # In the key: another release may resize images or build prompts differently, and the answers are then others.
 _INPUT_LIBRARIES = ("onnx", "torch", "transformers", "tokenizers", "torchvision", "pillow")
@@ -85,7 +86,7 @@ class Onnxruntime(ServingRuntime):
 
     def open(self, context: OpenContext) -> AbstractContextManager[Any]:
         """Load the artifact into this process; a checkpoint without graphs is exported first. See `Runtime.open`."""
-        self.versions()  # says what is not installed before anything is imported
+        self.versions()  # a missing package is reported before anything is imported
         return super().open(context)
 
     def serve(self, context: OpenContext) -> AbstractContextManager[RunningServer]:

@@ -31,6 +31,7 @@ _GREEDY_OPTIONS = {
 }
 """Search options for greedy decoding, over those in the model's own config."""
 
+# What the library's binding makes of C++ exceptions: a prompt that fails must not end the worker.
 _FAULTS = (RuntimeError, ValueError, IndexError)
 
 

@@ -32,6 +32,7 @@ _MAX_NUM_SEQS = "--max-num-seqs"
 _CAUSE_LENGTH = 500
 """Characters of the log line that a report shows as the cause."""
 
+# vLLM raises ValueError or RuntimeError for all of these: only the wording of its messages tells which setting would help.
 _CACHE_TOO_SMALL = re.compile(r"KV cache is needed, which is larger than the available KV cache memory")
 _ESTIMATED_CONTEXT = re.compile(r"estimated maximum model length is (\d+)")
 _NO_CACHE = re.compile(r"No available memory for the cache blocks")
@@ -107,10 +108,10 @@ def memory_fault(log: str) -> str | None:
 
 
 def step_down(memory: Memory, log: str) -> tuple[Memory, MemoryFallback] | None:
-    """Return the next settings to try after a server exited with this log; None if memory was not the cause or no rung is left.
+    """Return the next settings to try after a server exited with this log; None if it was not memory or nothing is left to lower.
 
-    The rungs are taken in the order share, context, sequences, without those that cannot help: a lower share leaves even less for
-    a KV cache that was too small.
+    Settings are lowered in the order share, context, sequences, without those that cannot help: a lower share leaves even less
+    for a KV cache that was too small.
     """
     cause = memory_fault(log)
     if cause is None:

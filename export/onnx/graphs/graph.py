@@ -48,6 +48,7 @@ _PAGE = 4096
 _CACHE_LINE = 64
 """The alignment of smaller tensors, so that vector loads do not straddle cache lines where the data are mapped."""
 
+# ONNX's Slice cuts an end beyond the axis to its extent: the largest integer means "to the end".
 _END = np.iinfo(np.int64).max
 
 Float = Literal["float32", "float16"]
