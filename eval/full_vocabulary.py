@@ -122,7 +122,7 @@ def kl_divergence(original: NDArray[np.float32], other: NDArray[np.float32]) -> 
     Both are normalized first: as float32, their probabilities do not sum to exactly 1.
     """
     original_log_probs, other_log_probs = original.astype(np.float64), other.astype(np.float64)
-    # In float64: 150,000 float32 probabilities sum to 1 within some 1e-4, which is the size of a good artifact's KL.
+    # In float64: the float32 probabilities of 152,000 tokens sum to 1 within some 1e-5 only, which would enter KL.
     original_log_probs -= np.logaddexp.reduce(original_log_probs)
     other_log_probs -= np.logaddexp.reduce(other_log_probs)
     return max(float((np.exp(original_log_probs) * (original_log_probs - other_log_probs)).sum()), 0.0)

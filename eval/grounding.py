@@ -84,13 +84,16 @@ def _pair_with_others(name: str, sample: Sequence[Question], questions: Sequence
     pairs: list[tuple[Question, Question]] = []
     for question in sample:
         start = questions.index(question)
+        # From the question on, in the data's order: the same pairs for every model, without another draw.
         candidates = [*questions[start + 1 :], *questions[:start]]
         suitable = [
             other
             for other in candidates
+            # By content: another file with the same picture would be the right image.
             if len(other.images) == len(question.images) and not set(other.image_digests) & set(question.image_digests)
         ]
         accepted = set(map(normalize, question.answers))
+        # With an equal answer, a model that reads the wrong image correctly would score as if it had seen its own.
         with_other_answers = (other for other in suitable if not accepted & set(map(normalize, other.answers)))
         replacement = next(with_other_answers, suitable[0] if suitable else None)
         if replacement is not None:

@@ -133,6 +133,7 @@ class Gate(GateLimits):
             for name in GateLimits.model_fields
             if overrides is not None and getattr(overrides, name) is not None
         }
+        # Both parts have been validated; their union needs no second check.
         return GateLimits.model_construct(**limits)
 
     def grounding_confidence(self, target: str) -> float | None:

@@ -60,7 +60,7 @@ def fake_quantize_activations(
         scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     codes = values / scales
     if type == "float":
-        # e4m3fn has no infinity: a value beyond 448 would become NaN in the cast.
+        # Clamped as vLLM's kernels saturate, whatever torch's cast does beyond 448: e4m3fn has no infinity.
         codes = codes.clamp(-max_code, max_code).to(torch.float8_e4m3fn).to(torch.float32)
     else:
         # -128 is reached with a static scale only; a dynamic scale maps the largest magnitude to 127.

@@ -53,6 +53,6 @@ def _attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 def _fake_quantize(states: Tensor, scale: Tensor) -> Tensor:
-    # Clamped as vLLM's cache kernel saturates; e4m3fn's cast would give NaN beyond 448.
+    # Clamped as vLLM's cache kernel saturates, whatever torch's cast does beyond 448.
     codes = (states.to(torch.float32) / scale).clamp(_FLOAT8.min, _FLOAT8.max).to(torch.float8_e4m3fn)
     return (codes.to(torch.float32) * scale).to(states.dtype)

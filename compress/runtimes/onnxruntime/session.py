@@ -207,7 +207,7 @@ class OnnxruntimeSession(BatchedSession):
             for batch in self._scoring_encoder().passages(subset, {}):
                 for index, logits in _scored_logits(self.preparer, batch, subset):
                     requested = [(at, token) for at, (passage, token) in enumerate(positions) if passage == indices[index]]
-                    # float64: errors of a float32 sum over 150,000 terms would be of the size of the KL of a good artifact.
+                    # float64: KL is a small difference of large sums, and a float32 softmax's error would enter each term.
                     rows = torch.from_numpy(logits[[token for _, token in requested]]).to(torch.float64).log_softmax(dim=1)
                     distributions |= {at: row.to(torch.float32).numpy() for (at, _), row in zip(requested, rows, strict=True)}
                     advance(len(requested))

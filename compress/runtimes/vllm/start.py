@@ -149,7 +149,7 @@ def _chat_template(context: OpenContext) -> tuple[str, ...]:
     artifact, template = context.artifact, context.family.chat_template
     tokenizer_config = artifact / "tokenizer_config.json"
     has_template_file = any((artifact / name).is_file() for name in ("chat_template.jinja", "chat_template.json"))
-    # vLLM refuses chat requests without a template, and some older checkpoints (LLaVA 1.5, BLIP-2) ship none.
+    # vLLM refuses chat requests without a template, and some older checkpoints, as BLIP-2's, ship none.
     if (
         not template
         or has_template_file

@@ -162,7 +162,6 @@ class Graph:
 
     def typed(self, value: str, dtype: DTypeLike, shape: Shape) -> str:
         """Declare a value's type for shape inference, which does not know com.microsoft; return the value."""
-        # A second declaration of an output's type fails onnx's checker.
         if value not in self._aliases:  # outputs declare their own type
             self._value_info.append(helper.make_tensor_value_info(value, _onnx_type(dtype), list(shape)))
         return value
