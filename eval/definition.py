@@ -146,7 +146,6 @@ def read_definition(path: Path) -> Definition:
 @cache
 def _read(path: Path, changed: int, size: int) -> Definition:
     del changed, size
-    # As recipes are: limits on YAML, and faults with file and line.
     document = read_document(path)
     try:
         definition = Definition.model_validate(document.data, context={"base": path.parent})

@@ -214,7 +214,6 @@ def format_named(name: str) -> type[Export]:
 
 def format_name(folder: Path) -> str:
     """Return the name of the format of a folder that this run has not made, by its files."""
-    # The last format recognises every folder, so there is always one.
     return next(name for name in FORMATS if format_named(name).recognises(folder))
 
 

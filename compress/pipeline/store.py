@@ -234,7 +234,6 @@ class Store:
         removed: list[StoreItem] = []
         items = self.items()
         total = sum(item.bytes for item in items)
-        # The longest unused first.
         for item in reversed(items):
             stale = unused_for <= 0 or time.time() - item.used >= unused_for
             surplus = keep_bytes is not None and total > keep_bytes

@@ -221,7 +221,6 @@ def _unpack_gptq(name: str, settings: Mapping[str, Any], read: Read) -> Tensor:
     dense = torch.empty(rows, columns, device=scales.device)
     for offset in range(32 // bits):
         codes = ((packed >> (bits * offset)) & (2**bits - 1)).to(torch.float32)
-        # One field of every word at a time: it holds each (32 / bits)-th input.
         groups = torch.arange(offset, columns, 32 // bits, device=scales.device) // group
         dense[:, offset :: 32 // bits] = (codes.t() - zero_points[:, groups]) * scales.t()[:, groups]
     return dense

@@ -27,7 +27,6 @@ def _plain(text: str) -> str:
 
 def _similarity(answer: str, accepted: str) -> float:
     longest = max(len(answer), len(accepted))
-    # Two empty texts are equal.
     distance = edit_distance(answer, accepted) / longest if longest else 0.0
     return 1 - distance if distance < _THRESHOLD else 0.0
 

@@ -101,7 +101,6 @@ def memory_fault(log: str) -> str | None:
     first = next((match for match in matches if match), None)
     if first is None:
         return None
-    # The whole line, as the pattern may match in its middle.
     start = log.rfind("\n", 0, first.start()) + 1
     end = log.find("\n", first.end())
     return log[start : end if end >= 0 else len(log)].strip()

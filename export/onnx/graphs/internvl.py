@@ -37,7 +37,6 @@ def _tower(builder: LayerBuilder, pixels: str) -> str:
     config, tower = builder.source.config, builder.source.config.vision_config
     blocks = hidden_state(builder.source, config.vision_feature_layer)
     value = _embeddings(builder, pixels)
-    # Blocks above the chosen hidden state are not emitted.
     for layer in range(blocks):
         with builder.graph.scope(f"layers.{layer}"):
             value = _block(builder, value, f"{_TOWER}.encoder.layer.{layer}")
