@@ -76,8 +76,7 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
             "filename": decoder,
             "session_options": session,
             "head_size": int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-            # The width of the embeddings between the graphs, DeepStack columns included: the library allocates them by this number.
-            "hidden_size": width,
+            "hidden_size": width,  # the library allocates the embeddings between the graphs by this number
             "num_attention_heads": heads,
             "num_hidden_layers": int(text.num_hidden_layers),
             "num_key_value_heads": int(getattr(text, "num_key_value_heads", None) or heads),
