@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from compress.errors import DataError, ServerError
 from compress.eval.results import (
@@ -24,6 +24,7 @@ from compress.runtimes.runtime import CAPABILITIES, Session
 
 if TYPE_CHECKING:
     from compress.eval.grounding import GroundingCheck
+    from compress.eval.tasks.question_task import QuestionTask
 
 
 @dataclass(frozen=True)
@@ -115,10 +116,8 @@ def _measure_grounding(session: Session, tasks: Sequence[Task], context: Measure
     if context.grounding is None:
         return None, False
     from compress.eval.grounding import image_gain_of, measure_grounding
-    from compress.eval.tasks.question_task import QuestionTask
 
-    task = next(task for task in tasks if task.name == context.grounding.task)
-    assert isinstance(task, QuestionTask)
+    task = cast("QuestionTask", next(task for task in tasks if task.asks and task.name == context.grounding.task))
     grounding, items = measure_grounding(context.grounding, task, _task_context(task, session, context))
     write_items(context.output_dir, GROUNDING_ITEMS, items)
     if context.original_measurement is None or context.grounding_confidence is None:

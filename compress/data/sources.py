@@ -73,6 +73,11 @@ Without it images must be inside the question file's own folder: an untrusted fi
 """
 
 
+def source_fields(record: Frozen, source: type[TextSource] | type[QuestionSource]) -> dict[str, Any]:
+    """Return the fields of a record that a source has too, without those that are None."""
+    return {name: value for name, value in record if name in source.model_fields and value is not None}
+
+
 class TextSource(Frozen):
     """The source of running text: a local text, parquet or JSONL file, or a hub dataset."""
 

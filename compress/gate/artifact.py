@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from compress.eval.results import check_pairs
@@ -62,6 +62,15 @@ class ArtifactChecks:
         if task in self.artifact.measurement.tasks:
             return None
         return f"{task}: not measured: {self.artifact.measurement.skipped.get(task, 'the task is missing')}"
+
+    def of_each_task(self, check: str, limit: float, judge: Callable[[str], Check]) -> Iterator[Check]:
+        """Yield a limit's check of each task, from `judge` where the artifact was measured on it; a check begins with its limit."""
+        tasks = self.task_names(check.partition(".")[0])
+        if not tasks:
+            yield self.unmeasured(check, limit)
+        for task in tasks:
+            reason = self.skip_reason(task)
+            yield judge(task) if reason is None else self.inconclusive(check, limit, reason, task)
 
     def pairs(self, task: str) -> Pairs:
         """Return the paired scores on the items that the artifact was measured on.

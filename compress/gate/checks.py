@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 
 import numpy as np
 
@@ -28,6 +29,9 @@ from compress.gate.gate import (
 from compress.gate.latency import latency_checks, memory_checks
 from compress.gate.noise import NoiseFloor
 
+_PERPLEXITY, _FLIPS = "perplexity.max_ratio", "flips.max_share"
+"""The names of checks in reports."""
+
 
 def checks_of(limits: GateLimits, original: MeasuredModel, artifact: MeasuredModel, target: str) -> Iterator[Check]:
     """Yield every check of one artifact, in the order of the gate's fields.
@@ -39,11 +43,11 @@ def checks_of(limits: GateLimits, original: MeasuredModel, artifact: MeasuredMod
     if limits.accuracy is not None:
         yield from _accuracy(checks, limits.accuracy)
     if limits.perplexity is not None:
-        yield from _perplexity(checks, limits.perplexity)
+        yield from checks.of_each_task(_PERPLEXITY, limits.perplexity.max_ratio, partial(_perplexity, checks, limits.perplexity))
     if limits.fidelity is not None:
         yield from fidelity_checks(checks, limits.fidelity)
     if limits.flips is not None:
-        yield from _flips(checks, limits.flips)
+        yield from checks.of_each_task(_FLIPS, limits.flips.max_share, partial(_flips, checks, limits.flips))
     if limits.grounding is not None:
         yield _grounding(checks, limits.grounding)
     if limits.size is not None:
@@ -128,77 +132,51 @@ def _overall(checks: ArtifactChecks, limit: float, recoveries: Mapping[str, Reco
     )
 
 
-def _perplexity(checks: ArtifactChecks, limit: PerplexityLimit) -> Iterator[Check]:
-    check_name = "perplexity.max_ratio"
-    tasks = checks.task_names("perplexity")
-    if not tasks:
-        yield checks.unmeasured(check_name, limit.max_ratio)
-    for task in tasks:
-        if (reason := checks.skip_reason(task)) is not None:
-            yield checks.inconclusive(check_name, limit.max_ratio, reason, task)
-            continue
-        original_windows, artifact_windows = checks.original.measurement.windows(task), checks.artifact.measurement.windows(task)
-        check_pairs(task, original_windows, ((item.id, item.digest) for item in artifact_windows))
-        scored = [
-            (original, artifact)
-            for original, artifact in zip(original_windows, artifact_windows, strict=True)
-            if not original.fault and not artifact.fault
-        ]
-        # Inconclusive, not a mean over the rest: the windows that fail may be the hard ones.
-        if len(scored) < len(original_windows):
-            yield checks.inconclusive(
-                check_name,
-                limit.max_ratio,
-                f"{task}: {len(original_windows) - len(scored)} of {len(original_windows):,} windows could not be scored",
-                task,
-            )
-            continue
-        finding = judge_perplexity(
-            np.array([original.nll for original, _ in scored]),
-            np.array([artifact.nll for _, artifact in scored]),
-            np.array([original.tokens for original, _ in scored], dtype=np.float64),
-            limit.max_ratio,
-            limit.confidence,
-        )
-        interval = format_interval(finding.interval, finding.level, lambda value: f"{value:.4f}")
-        note = (
-            _items_needed_note(finding, "windows") if finding.interval else ": a single window has no spread; measure more of them"
-        )
-        yield checks.decide(
-            check_name,
-            limit.max_ratio,
-            finding,
-            f"{task}: {finding.value:.4f} times the original's perplexity{interval} over {len(original_windows):,} windows; "
-            f"the limit is {limit.max_ratio:g}{note}",
-            task,
-        )
+def _perplexity(checks: ArtifactChecks, limit: PerplexityLimit, task: str) -> Check:
+    original_windows, artifact_windows = checks.original.measurement.windows(task), checks.artifact.measurement.windows(task)
+    check_pairs(task, original_windows, ((item.id, item.digest) for item in artifact_windows))
+    scored = [
+        (original, artifact)
+        for original, artifact in zip(original_windows, artifact_windows, strict=True)
+        if not original.fault and not artifact.fault
+    ]
+    # Inconclusive, not a mean over the rest: the windows that fail may be the hard ones.
+    if len(scored) < len(original_windows):
+        unscored = f"{task}: {len(original_windows) - len(scored)} of {len(original_windows):,} windows could not be scored"
+        return checks.inconclusive(_PERPLEXITY, limit.max_ratio, unscored, task)
+    finding = judge_perplexity(
+        np.array([original.nll for original, _ in scored]),
+        np.array([artifact.nll for _, artifact in scored]),
+        np.array([original.tokens for original, _ in scored], dtype=np.float64),
+        limit.max_ratio,
+        limit.confidence,
+    )
+    interval = format_interval(finding.interval, finding.level, lambda value: f"{value:.4f}")
+    note = _items_needed_note(finding, "windows") if finding.interval else ": a single window has no spread; measure more of them"
+    reason = (
+        f"{task}: {finding.value:.4f} times the original's perplexity{interval} over {len(original_windows):,} windows; "
+        f"the limit is {limit.max_ratio:g}{note}"
+    )
+    return checks.decide(_PERPLEXITY, limit.max_ratio, finding, reason, task)
 
 
-def _flips(checks: ArtifactChecks, limit: FlipsLimit) -> Iterator[Check]:
-    check_name = "flips.max_share"
-    tasks = checks.task_names("flips")
-    if not tasks:
-        yield checks.unmeasured(check_name, limit.max_share)
-    for task in tasks:
-        if (reason := checks.skip_reason(task)) is not None:
-            yield checks.inconclusive(check_name, limit.max_share, reason, task)
-            continue
-        flips = count_flips(checks.pairs(task), limit.confidence)
-        # Each task for itself: flips are an upper limit on change, of which any task may have too much.
-        finding = judge_flips(flips, limit.max_share)
-        noise = flips_above_noise(checks.original.measurement, checks.artifact.measurement, task, limit.confidence)
-        noise_note, note = "", _items_needed_note(finding, "items")
-        if noise is not None:
-            floor = NoiseFloor.of(noise.value, noise.floor, f"{100 * noise.floor:.2f} %", noise)
-            noise_note = f" (the original asked again: {floor.text})"
-            finding, remark = floor.hold(finding, limit.max_share, f"raise it above {floor.text}")
-            note = remark or note
-        interval = _percent_interval(finding)
-        reason = (
-            f"{task}: {flips.lost} lost and {flips.gained} gained of {flips.items:,} items, {100 * flips.share:.2f} %{interval}"
-            f"{noise_note}; the limit is {100 * limit.max_share:g} %{note}"
-        )
-        yield checks.decide(check_name, limit.max_share, finding, reason, task)
+def _flips(checks: ArtifactChecks, limit: FlipsLimit, task: str) -> Check:
+    flips = count_flips(checks.pairs(task), limit.confidence)
+    # Each task for itself: flips are an upper limit on change, of which any task may have too much.
+    finding = judge_flips(flips, limit.max_share)
+    noise = flips_above_noise(checks.original.measurement, checks.artifact.measurement, task, limit.confidence)
+    noise_note, note = "", _items_needed_note(finding, "items")
+    if noise is not None:
+        floor = NoiseFloor.of(noise.value, noise.floor, f"{100 * noise.floor:.2f} %", noise)
+        noise_note = f" (the original asked again: {floor.text})"
+        finding, remark = floor.hold(finding, limit.max_share, f"raise it above {floor.text}")
+        note = remark or note
+    interval = _percent_interval(finding)
+    reason = (
+        f"{task}: {flips.lost} lost and {flips.gained} gained of {flips.items:,} items, {100 * flips.share:.2f} %{interval}"
+        f"{noise_note}; the limit is {100 * limit.max_share:g} %{note}"
+    )
+    return checks.decide(_FLIPS, limit.max_share, finding, reason, task)
 
 
 def _grounding(checks: ArtifactChecks, limit: GroundingLimit) -> Check:

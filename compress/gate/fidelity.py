@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 from compress.eval.results import Fidelity, WholeKl
 from compress.eval.statistics.estimates import Finding, Outcome
@@ -35,23 +36,14 @@ def fidelity_checks(checks: ArtifactChecks, limit: FidelityLimit) -> Iterator[Ch
         limit_value: float | None = getattr(limit, name)
         if limit_value is None:
             continue
-        check_name = f"fidelity.{name}"
-        tasks = checks.task_names("fidelity")
-        if not tasks:
-            yield checks.unmeasured(check_name, limit_value)
-        for task in tasks:
-            measurement = checks.artifact.measurement.tasks.get(task)
-            if measurement is None or measurement.fidelity is None:
-                reason = (
-                    checks.skip_reason(task)
-                    or f"{task}: was not compared with the original; measure it against the original's record"
-                )
-                yield checks.inconclusive(check_name, limit_value, reason, task)
-            else:
-                yield _check(checks, name, limit_value, task, measurement.fidelity)
+        yield from checks.of_each_task(f"fidelity.{name}", limit_value, partial(_check, checks, name, limit_value))
 
 
-def _check(checks: ArtifactChecks, name: str, limit: float, task: str, fidelity: Fidelity) -> Check:
+def _check(checks: ArtifactChecks, name: str, limit: float, task: str) -> Check:
+    fidelity = checks.artifact.measurement.tasks[task].fidelity
+    if fidelity is None:
+        reason = f"{task}: was not compared with the original; measure it against the original's record"
+        return checks.inconclusive(f"fidelity.{name}", limit, reason, task)
     judgement = _JUDGES[name](limit, fidelity)
     figure, remark, finding = judgement.figure, judgement.remark, judgement.finding
     floor = _noise_floor(checks, name, task, fidelity)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 from compress.export.format import Export
 from compress.families import Family
 from compress.recipe.document import RecipeDocument, dotted
 from compress.recipe.model import AnyEvaluation
-from compress.recipe.schema import load_row
-from compress.runtimes import RUNTIMES
-from compress.runtimes.runtime import Capability, Embeds, Runtime, Served
+from compress.runtimes.runtime import Capability, Embeds, Served, runtimes_for, runtimes_that
 
 
 def task_faults(evaluation: AnyEvaluation, document: RecipeDocument, family: Family, exports: Sequence[Export]) -> list[str]:
@@ -44,9 +42,8 @@ def task_faults(evaluation: AnyEvaluation, document: RecipeDocument, family: Fam
 
 def length_faults(evaluation: AnyEvaluation, document: RecipeDocument, config: Mapping[str, Any]) -> list[str]:
     """Return the faults of runtimes whose context is shorter than the recipe's settings or its tasks' windows."""
-    windows = (getattr(task, "window", None) for task in evaluation.eval.tasks)
     # Perplexity windows alone have a length that is known before a tokenizer runs.
-    longest = max((window for window in windows if isinstance(window, int)), default=0)
+    longest = max(task.text_tokens for task in evaluation.eval.tasks)
     faults: list[str] = []
     for position, target in enumerate(evaluation.eval.places):
         key = ("eval", "runtime") if evaluation.eval.targets is None else ("eval", "targets", position)
@@ -57,10 +54,9 @@ def length_faults(evaluation: AnyEvaluation, document: RecipeDocument, config: M
 
 def _remedy(exports: Sequence[Export], needs: Iterable[Capability]) -> str:
     """Return the sentence that names the runtimes which offer what is needed and run the exported formats."""
-    runtimes = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
-    supporting = [name for name in sorted(runtimes, reverse=True) if runtimes[name].offers.issuperset(needs)]
+    supporting = sorted(runtimes_that(lambda runtime: runtime.offers.issuperset(needs)), reverse=True)
     formats = sorted({export.format for export in exports})
-    usable = [name for name in supporting if not formats or any(map(runtimes[name].runs, formats))]
+    usable = [name for name in supporting if not formats or name in runtimes_for(*formats)]
     if usable:
         return f"set eval.runtime to {' or '.join(usable)}"
     return f"what does ({', '.join(supporting)}) runs no {' or '.join(formats)}; use another format, or leave the task out"

@@ -19,12 +19,6 @@ _FULL_CHECK = 1000
 """Up to so many questions are read with images and answers, which takes about a second; of more, only the rows are counted."""
 
 
-def sample_limit(task: Task) -> int | None:
-    """Return a task's `samples`; None where it has none."""
-    samples: object = getattr(task, "samples", None)
-    return samples if isinstance(samples, int) else None
-
-
 def count_items(tasks: Sequence[PinnedTask]) -> dict[str, int]:
     """Return the number of items of each task whose data are questions on this machine.
 
@@ -46,8 +40,8 @@ def count_items(tasks: Sequence[PinnedTask]) -> dict[str, int]:
 
 
 def _count_questions(task: Task, data: QuestionSource, files: Sequence[Path]) -> int:
-    available, samples = len(open_questions(files, data.columns, task.rows)), sample_limit(task)
-    count = available if samples is None else min(available, samples)
+    available = len(open_questions(files, data.columns, task.rows))
+    count = available if task.samples is None else min(available, task.samples)
     if count <= _FULL_CHECK:
         questions, _ = task.contents(files)
         count = sum(1 for _ in questions)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from compress.checkpoints.artifact import side_files
 from compress.checkpoints.checkpoint import Checkpoint, text_config
@@ -14,11 +14,11 @@ from compress.checkpoints.spec import CheckpointSpec
 from compress.checkpoints.tokenizer_files import cutting_settings
 from compress.export.format import Export
 from compress.gate.gate import SizeLimit
-from compress.pipeline.plan_data import sample_limit
 from compress.recipe.model import AnyEvaluation, Recipe
 from compress.report.figures import counted
 from compress.report.figures import size as shown_size
 from compress.runtimes.runtime import Served
+from compress.runtimes.top_tokens_runtime import TopTokensRuntime
 
 _BYTES_PER_TOKEN = 66
 """Of a server's answer for each token of the vocabulary, as vLLM writes it: 10 MB at 152,000."""
@@ -80,9 +80,9 @@ def full_vocabulary(evaluation: AnyEvaluation, config: Mapping[str, Any]) -> tup
     vocabulary: object = text_config(config).get("vocab_size")
     size = _BYTES_PER_TOKEN * vocabulary if isinstance(vocabulary, int) else 0
     asked = {
-        target.name: cast("int", getattr(target.runtime, "whole_tokens", 0))
+        target.name: target.runtime.whole_tokens
         for target in evaluation.eval.places
-        if Served in target.runtime.offers
+        if Served in target.runtime.offers and isinstance(target.runtime, TopTokensRuntime)
     }
     return tuple(
         f"at {name} every model scores {tokens:,} tokens of each task over the whole vocabulary, in about "
@@ -121,8 +121,7 @@ def power(evaluation: AnyEvaluation, items: Mapping[str, int]) -> tuple[str, ...
     level = plan.nominal(limit.sequential - 1).passing if plan and limit.sequential else 1 - limit.confidence
     notes: list[str] = []
     for task in evaluation.eval.tasks:
-        samples = sample_limit(task)
-        available = items.get(task.name, samples)
+        samples, available = task.samples, items.get(task.name, task.samples)
         assumed = load_metric(task.metric_name).assumed
         if "accuracy" not in task.judged_by() or assumed is None or available is None:
             continue

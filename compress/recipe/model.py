@@ -25,7 +25,7 @@ from compress.recipe.document import Place, RecipeDocument, dotted, override, re
 from compress.recipe.renamed_keys import rename_keys
 from compress.recipe.schema import Frozen, Source, union_of
 from compress.runtimes import RUNTIMES
-from compress.runtimes.runtime import ServingRuntime, runtimes_for
+from compress.runtimes.runtime import ServingRuntime, runtimes_for, runtimes_that
 from compress.stages import STAGES
 
 
@@ -261,9 +261,8 @@ def _eval_faults(document: RecipeDocument, recipe: AnyEvaluation, artifacts: Map
             faults += [f"{where}: {fault}" for fault in target.runtime.faults(here)]
     if recipe.eval.latency is not None and not any(isinstance(target.runtime, ServingRuntime) for target in recipe.eval.places):
         where = document.whereabouts(("eval", "latency"))
-        faults.append(
-            f"{where}: eval.latency: is measured of a server, and no target has one; set a runtime to vllm, onnxruntime or endpoint"
-        )
+        serving = " or ".join(runtimes_that(lambda runtime: issubclass(runtime, ServingRuntime)))
+        faults.append(f"{where}: eval.latency: is measured of a server, and no target has one; set a runtime to {serving}")
     check = recipe.eval.grounding
     if check is not None and not any(task.name == check.task and task.asks for task in recipe.eval.tasks):
         asking = ", ".join(task.name for task in recipe.eval.tasks if task.asks) or "none"

@@ -11,6 +11,7 @@ from compress.report.charts import Axis, Chart, Point, Series, Unit
 from compress.report.figures import level_name, milliseconds, rate, size
 from compress.report.run_tables import ORIGINAL
 from compress.report.tabular import Column, Table
+from compress.runtimes.runtime import runtime_named
 
 _RATIOS = {
     "ttft_p50": "TTFT p50",
@@ -140,9 +141,8 @@ def components_table(latency: Latency) -> Table:
     for name, table in timed.items():
         medians = {row.component: milliseconds(row.median_ms) for row in table.components}
         lines.append((name, *(medians.get(component, "") for component in components), f"{table.device}, {table.dtype}"))
-    dense = any(table.runtime == "transformers" for table in timed.values())
-    method = "with dense weights" if dense else "by ONNX Runtime; the projector is part of vision"
-    note = f"Medians, computed in one process {method}; decode is one further token."
+    methods = " or ".join(dict.fromkeys(runtime_named(table.runtime).components_note for table in timed.values()))
+    note = f"Medians, computed in one process {methods}; decode is one further token."
     return Table("Where the time goes in the model", columns, tuple(lines), note).without_empty()
 
 

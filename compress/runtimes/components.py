@@ -38,7 +38,7 @@ def measure_components(runtime: Runtime, context: OpenContext, point: LoadPoint,
         CheckpointError: the artifact cannot be read.
         DataError: the model cannot take the prompt.
     """
-    device = choose_device(str(getattr(runtime, "device", "auto")))
+    device = choose_device(runtime.component_device())
     dtype, family = choose_dtype("auto", context.artifact, device), context.family
     encoder = Encoder.of(context, 1)
     model = load_model(context, dtype, device)

@@ -319,6 +319,12 @@ class Runtime(Frozen, ABC):
     """The function `module:name` that times the model's components; see `time_components`. By default by transformers, with dense
     weights."""
 
+    components_note: ClassVar[str] = "with dense weights"
+    """How the components of `component_timer` run, for the report."""
+
+    elsewhere: ClassVar[bool] = False
+    """Whether it measures what others have deployed, not what the run has made."""
+
     offers: ClassVar[frozenset[Capability]] = frozenset({Generates, Scores})
     """What its sessions implement for some model and server; a session may have less."""
 
@@ -368,6 +374,10 @@ class Runtime(Frozen, ABC):
             MissingError: a server does not answer.
         """
         return {}
+
+    def component_device(self) -> str:
+        """Return the device, or `auto`, on which the components are timed."""
+        return "auto"
 
     def lowered(self, steps: Sequence[MemoryFallback]) -> Self:
         """Return the runtime with the settings that a server came up with after it ran out of memory."""
@@ -425,12 +435,20 @@ class ServingRuntime(Runtime, ABC):
         return cast("AbstractContextManager[RunningServer]", load_attribute(self.server)(self, context))
 
 
+def runtime_named(name: str) -> type[Runtime]:
+    """Return the runtime of a name in the table `RUNTIMES`."""
+    return cast("type[Runtime]", load_row(RUNTIMES, name))
+
+
+def runtimes_that(fits: Callable[[type[Runtime]], bool]) -> list[str]:
+    """Return the names of the runtimes that fit, for messages; those with servers elsewhere are the last."""
+    # Elsewhere last: a message should propose what a reader can install before a server that someone must run.
+    return sorted((name for name in RUNTIMES if fits(runtime_named(name))), key=lambda name: (runtime_named(name).elsewhere, name))
+
+
 def runtimes_for(*formats: str) -> list[str]:
-    """Return the names of the runtimes that run any of these formats, for messages; a server elsewhere is the last."""
-    rows = {name: cast("type[Runtime]", load_row(RUNTIMES, name)) for name in RUNTIMES}
-    usable = [name for name, row in rows.items() if any(map(row.runs, formats))]
-    # An endpoint last: a message should propose what a reader can install before a server that someone must run.
-    return sorted(usable, key=lambda name: (name == "endpoint", name))
+    """Return the names of the runtimes that run any of these formats, for messages; see `runtimes_that`."""
+    return runtimes_that(lambda runtime: any(map(runtime.runs, formats)))
 
 
 @dataclass(frozen=True)
@@ -457,16 +475,6 @@ def scored_tokens(passage: Passage) -> tuple[int, ...]:
     """Return the tokens of a passage that are scored: all after a prompt, all but the first without one."""
     return passage.token_ids if passage.prompt is not None else passage.token_ids[1:]
 
-
-WHOLE_TOKENS = 320
-"""How many of a task's scored tokens are sampled to be compared over the full vocabulary, one request each. From 299 on, the
-largest KL of the sample bounds the 99th percentile of all tokens with 95 % confidence (0.99 ** 299 < 0.05)."""
-
-LOWER_BOUND = (
-    "Merging tokens only lowers KL: such a figure is a lower bound, reported as `at least`. At tokens drawn at random (320 of each "
-    "task unless whole_tokens says otherwise) it is taken over the full vocabulary too, where the runtime gives that"
-)
-"""The report's text on KL over the top tokens alone."""
 
 UNSCORED = "the original could not be scored here, so that there is nothing to compare with"
 """The fault of a passage for which the original recorded no predictions."""

@@ -66,17 +66,9 @@ def measure(task: Adapter, context: TaskContext) -> TaskMeasurement:
         original = [item for item in read_items(context.original_measurement, task.name) if isinstance(item, AdapterItem)]
         check_pairs(task.name, original, ((item.id, item.digest) for item in items))
     write_items(context.output_dir, task.name, items)
-    failed = sum(item.fault is not None for item in items)
-    metrics = ScoreMetrics(
-        task="adapter",
-        metric=outcome["metric"],
-        score=sum(item.score for item in items) / len(items),
-        items=len(items),
-        failed=failed,
-        # By what came: another harness's metric does not say.
-        binary=all(item.score in (0.0, 1.0) for item in items),
-        details=outcome["details"],
-    )
+    # By what came: another harness's metric does not say.
+    binary = all(item.score in (0.0, 1.0) for item in items)
+    metrics = ScoreMetrics.of(task.task, outcome["metric"], items, binary=binary, details=outcome["details"])
     return TaskMeasurement(name=task.name, metrics=metrics)
 
 

@@ -154,12 +154,14 @@ class Component(Frozen):
 
 
 class ComponentTable(Frozen):
-    """The time of each component of the model, run in this process by transformers with dense weights, or by ONNX Runtime.
+    """The time of each component of the model, run in this process; see `Runtime.time_components`.
 
     `prefill` is the decoder over the prompt, without the vision tower and the projector; `decode` is one further token.
     """
 
-    runtime: Literal["transformers", "onnxruntime"] = "transformers"
+    runtime: str = "transformers"
+    """What ran them."""
+
     device: str
     dtype: str
     point: LoadPoint

@@ -6,7 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, model_validator
 
@@ -52,9 +52,6 @@ class Adapter(Task):
     filter: str | None = None
     """Of lm-eval: the filter whose reading of the answers counts, by default the task's first."""
 
-    samples: PositiveInt | None = None
-    """The first so many items of the task, or of each task of a group; None takes all."""
-
     fewshot: NonNegativeInt | None = None
     """Replaces the task's number of examples before a question."""
 
@@ -68,12 +65,9 @@ class Adapter(Task):
     concurrency: PositiveInt = 8
     request_seconds: PositiveInt = 600
 
-    @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        fields = cast("dict[str, Any]", data)
+    def filled_in(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with the benchmark's name."""
         return {"name": re.sub(r"[^A-Za-z0-9._-]+", "-", str(fields.get("benchmark", ""))).lstrip("-._"), **fields}
 
     @model_validator(mode="after")

@@ -10,7 +10,6 @@ from compress.errors import DataError
 from compress.eval.definition import Kind
 from compress.eval.metrics.cider import tokens
 from compress.eval.tasks.question_task import QuestionTask, Scorer
-from compress.eval.tasks.task import sampling_note
 
 if TYPE_CHECKING:
     from compress.data.questions import Question
@@ -45,7 +44,7 @@ class Caption(QuestionTask):
         """Return how captions are generated and scored."""
         limit = self.resolved_definition().max_new_tokens
         return (
-            f"mean CIDEr-D over images{sampling_note(self.samples, self.seed)} beside their reference captions, 1.0 being the "
+            f"mean CIDEr-D over images{self.drawn_note()} beside their reference captions, 1.0 being the "
             f"usual 100; greedy, at most {limit} tokens, {self.prompt_note()}; KL and top-1 are of the original's own captions"
         )
 

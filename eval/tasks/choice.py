@@ -16,7 +16,7 @@ from compress.eval.full_vocabulary import compare_full_vocabulary
 from compress.eval.metrics.letter import LETTERS, named_option
 from compress.eval.results import QuestionItem
 from compress.eval.tasks.question_task import QuestionSet, QuestionTask, ScoredAnswer, Scorer, look_count
-from compress.eval.tasks.task import TaskContext, sampling_note, score_passages, score_twice
+from compress.eval.tasks.task import TaskContext, score_passages, score_twice
 from compress.runtimes.runtime import Answer, Capability, Generates, Passage, Score, Scores
 
 if TYPE_CHECKING:
@@ -98,7 +98,7 @@ class Choice(QuestionTask):
 
     def note(self) -> str:
         """Return how an option is chosen."""
-        definition, sampled = self.resolved_definition(), sampling_note(self.samples, self.seed)
+        definition, sampled = self.resolved_definition(), self.drawn_note()
         prompt_note = self.prompt_note()
         if self.by == "generation":
             return (
@@ -152,8 +152,9 @@ class Choice(QuestionTask):
             texts = list(LETTERS[: len(question.options)]) if self._shows_options() else list(question.options)
             for letter, token_ids in zip(LETTERS, encode(texts), strict=False):
                 if not token_ids:
-                    location = f"task {self.name}: {question.origin}: question {question.id}"
-                    raise DataError(f"{location}: option {letter} is empty; write its text, or show {{options}} in the prompt")
+                    raise DataError(
+                        f"{self.location(question)}: option {letter} is empty; write its text, or show {{options}} in the prompt"
+                    )
                 passages.append(Passage(id=f"{question.id}#{letter}", token_ids=tuple(token_ids), prompt=prompt))
         return passages
 

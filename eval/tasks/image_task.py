@@ -12,24 +12,19 @@ from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import PositiveInt, model_validator
 
-from compress.data.sources import Columns, ImageFolder, QuestionSource
+from compress.data.sources import Columns, QuestionSource, source_fields
 from compress.errors import DataError
 from compress.eval.journal import report_faults
 from compress.eval.results import AnyItem, ImageItem, ScoreMetrics, TaskMeasurement, write_items
+from compress.eval.tasks.drawn_task import DrawnTask
 from compress.eval.tasks.task import (
-    Task,
     TaskContext,
     cluster_of,
     compare_answers,
-    count_or_none,
-    draw_questions,
     fidelity_of,
     original_items,
-    sampling_note,
-    sum_or_none,
-    warn_if_fewer,
+    token_sums,
 )
 from compress.files import write_bytes
 from compress.recipe.schema import Source
@@ -72,28 +67,20 @@ class Predictions:
     details: Mapping[str, float] = field(default_factory=lambda: dict[str, float]())
 
 
-class ImageTask(Task, ABC):
+class ImageTask(DrawnTask, ABC):
     """Images, each with one or more right texts in the answer column, that a model compares with all texts of the task."""
 
     item_type: ClassVar[type[AnyItem]] = ImageItem
+    row_noun: ClassVar[str] = "image"
 
     source: Source
-    subset: str | None = None
     split: str = "test"
     revision: str = "main"
     columns: Columns = Columns(question=None)
-    image_folder: ImageFolder | None = None
-    samples: PositiveInt | None = None
-    """At most so many images, drawn at random with `seed`; None takes all. Retrieval is easier among fewer."""
 
-    seed: int = 0
-
-    @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        fields = cast("dict[str, Any]", data)
+    def filled_in(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with the kind of task as its name."""
         return {"name": fields.get("task", ""), **fields}
 
     @property
@@ -104,20 +91,9 @@ class ImageTask(Task, ABC):
     @property
     def data(self) -> QuestionSource:
         """The source of the images; they have answers and no questions."""
-        return QuestionSource.model_construct(
-            source=str(self.source),
-            subset=self.subset,
-            split=self.split,
-            revision=self.revision,
-            columns=self.columns.model_copy(update={"question": None}),
-            image_folder=self.image_folder,
-        )
-
-    def settings(self) -> dict[str, Any]:
-        """Return the texts, the columns, the sampling, and the task's revision; see `Task.settings`."""
-        where = {"source", "subset", "split", "revision", "columns", "image_folder"}
-        columns = self.data.columns.model_dump(mode="json")
-        return self.model_dump(mode="json", exclude=where) | {"revision": self.task_revision, "columns": columns}
+        fields = source_fields(self, QuestionSource)
+        fields["columns"] = self.columns.model_copy(update={"question": None})
+        return QuestionSource.model_construct(**fields)
 
     def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:
         """Return the images; see `Task.contents`."""
@@ -154,24 +130,16 @@ class ImageTask(Task, ABC):
         Raises:
             DataError: a file or image cannot be used, there is none, or a row has several.
         """
-        questions = draw_questions(files, self.data, self.samples, self.seed)
+        questions = self.draw(files)
         for question in questions:
             if len(question.images) != 1:
                 raise DataError(f"{self.location(question)}: has {len(question.images)} images; give each {noun} its one")
         return questions
 
-    def location(self, question: Question) -> str:
-        """Return where an image stands, for a message."""
-        return f"task {self.name}: {question.origin}: image {question.id}"
-
-    def drawn_note(self) -> str:
-        """Return the clause of a report that says that the images are a sample."""
-        return sampling_note(self.samples, self.seed)
-
     def measure(self, context: TaskContext) -> TaskMeasurement:
         """Compare the images with the texts, and the distributions over the texts with the original's; see `Task.measure`."""
         pool = self.pool(context.files)
-        warn_if_fewer(context, self.name, self.samples, len(pool.questions), "images")
+        self.warn_if_fewer(len(pool.questions), "images", context.progress)
         digests = [(question.id, self.digest(question)) for question in pool.questions]
         original = original_items(context, self.name, ImageItem, digests)
         pictures = [ImageInput(question.id, question.images[0]) for question in pool.questions]
@@ -190,9 +158,7 @@ class ImageTask(Task, ABC):
                 said="" if score.fault else pool.texts[best],
                 score=0.0 if score.fault else float(hit),
                 fault=score.fault,
-                nll=float(score.negative_log_likelihood.sum()),
-                kl=sum_or_none(score.kl),
-                same_top=count_or_none(score.same_top),
+                **token_sums(score),
             )
             for question, (_, digest), best, hit, score in zip(pool.questions, digests, likeliest, hits, scores, strict=True)
         ]

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, cast
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 import numpy as np
-from pydantic import Field, PositiveInt, model_validator
+from pydantic import Field, model_validator
 
-from compress.data.sources import TextSource
+from compress.data.sources import TextSource, source_fields
 from compress.errors import DataError
 from compress.eval.full_vocabulary import compare_full_vocabulary
 from compress.eval.metrics import load_metric
@@ -27,13 +27,11 @@ from compress.eval.results import (
 from compress.eval.tasks.task import (
     Task,
     TaskContext,
-    count_or_none,
     fidelity_of,
     original_items,
     score_passages,
     score_twice,
-    sum_or_none,
-    warn_if_fewer,
+    token_sums,
 )
 from compress.recipe.schema import Source
 from compress.runtimes.runtime import Capability, Passage, Score, Scores
@@ -67,15 +65,9 @@ class Perplexity(Task):
     window: int = Field(ge=2)
     """Tokens per window."""
 
-    samples: PositiveInt | None = None
-    """At most so many windows, from the text's start; None takes all."""
-
-    @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        fields = cast("dict[str, Any]", data)
+    def filled_in(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with the data set's name, and Wikitext's with its place on the hub."""
         if fields.get("dataset") == "wikitext":
             source = {"source": _WIKITEXT[0], "subset": _WIKITEXT[1]} if fields.get("source") is None else {}
             return {"name": "wikitext"} | source | {key: value for key, value in fields.items() if value is not None}
@@ -98,11 +90,14 @@ class Perplexity(Task):
         return (Scores,)
 
     @property
+    def text_tokens(self) -> int:
+        """The tokens of a window."""
+        return self.window
+
+    @property
     def data(self) -> TextSource:
         """The source of the text."""
-        return TextSource.model_construct(
-            source=str(self.source), subset=self.subset, split=self.split, revision=self.revision, column=self.column
-        )
+        return TextSource.model_construct(**source_fields(self, TextSource))
 
     def settings(self) -> dict[str, Any]:
         """Return the window, the number of windows, and the task's revision; see `Task.settings`."""
@@ -127,7 +122,7 @@ class Perplexity(Task):
     def measure(self, context: TaskContext) -> TaskMeasurement:
         """Score the text's windows; see `Task.measure`."""
         passages = self.windows(context.files, context.original_checkpoint)
-        warn_if_fewer(context, self.name, self.samples, len(passages), "windows")
+        self.warn_if_fewer(len(passages), "windows", context.progress)
         digests = [_digest(passage.token_ids) for passage in passages]
         original_items(context, self.name, WindowItem, zip((passage.id for passage in passages), digests, strict=True))
         scores = compare_full_vocabulary(context, self.name, passages, score_passages(context, self.name, passages))
@@ -185,10 +180,8 @@ def _items(scores: Sequence[Score], digests: Sequence[str]) -> list[WindowItem]:
             id=score.id,
             digest=digest,
             tokens=len(score.negative_log_likelihood),
-            nll=float(score.negative_log_likelihood.sum()),
-            kl=sum_or_none(score.kl),
-            same_top=count_or_none(score.same_top),
             fault=score.fault,
+            **token_sums(score),
         )
         for score, digest in zip(scores, digests, strict=True)
     ]

@@ -15,8 +15,9 @@ from pydantic import PositiveInt, ValidationInfo, field_validator, model_validat
 
 from compress.checkpoints.special_tokens import end_tokens
 from compress.data.prompts import Prompt
-from compress.data.sources import Columns, ImageFolder, QuestionSource, RowFilter
+from compress.data.sources import Columns, QuestionSource, RowFilter, source_fields
 from compress.errors import CheckpointError, DataError, RecipeError
+from compress.eval import TASKS
 from compress.eval.definition import Definition, Kind, find_definition, read_definition
 from compress.eval.full_vocabulary import compare_full_vocabulary
 from compress.eval.journal import answer_all
@@ -31,22 +32,19 @@ from compress.eval.results import (
     repeat_name,
     write_items,
 )
+from compress.eval.tasks.drawn_task import DrawnTask
 from compress.eval.tasks.task import (
-    Task,
     TaskContext,
     cluster_of,
     compare_answers,
-    count_or_none,
-    draw_questions,
     fidelity_of,
     original_items,
     reordered_session,
     score_passages,
     score_twice,
-    sum_or_none,
-    warn_if_fewer,
+    token_sums,
 )
-from compress.recipe.schema import Source
+from compress.recipe.schema import Source, load_row
 from compress.runtimes.runtime import Answer, Generates, Passage, Score, capable
 
 if TYPE_CHECKING:
@@ -78,7 +76,7 @@ ScoredAnswer = tuple[QuestionItem, Score]
 """An item, and the per-token scores of the original's answer to it."""
 
 
-class QuestionTask(Task, ABC):
+class QuestionTask(DrawnTask, ABC):
     """Questions about images with the prompt, data and metric of a definition, which the recipe's keys may override.
 
     A `source` in the recipe replaces the definition's data as a whole: its `subset`, `split`, `revision`, `columns`, `where` and
@@ -88,30 +86,23 @@ class QuestionTask(Task, ABC):
     item_type: ClassVar[type[AnyItem]] = QuestionItem
     asks: ClassVar[bool] = True
     kind: ClassVar[Kind]
-    """The kind of task that its definitions must be of."""
+    """What the definitions that it takes are of."""
+
+    row_noun: ClassVar[str] = "question"
 
     definition: str
     """The name of a shipped definition, or a file relative to the recipe."""
 
     source: Source | None = None
-    subset: str | None = None
     split: str | None = None
     revision: str | None = None
     columns: Columns | None = None
-    image_folder: ImageFolder | None = None
     prompt: str | None = None
     max_new_tokens: PositiveInt | None = None
-    samples: PositiveInt | None = None
-    """At most so many questions, drawn at random with `seed`; None takes all."""
 
-    seed: int = 0
-
-    @model_validator(mode="before")
     @classmethod
-    def _fill_in(cls, data: Any) -> Any:
-        if not isinstance(data, dict):
-            return data
-        fields = cast("dict[str, Any]", data)
+    def filled_in(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return the fields with the definition's name."""
         default = cls.model_fields["definition"].get_default()
         definition = str(fields.get("definition", default if isinstance(default, str) else ""))
         return {"name": Path(definition).stem, **fields}
@@ -126,7 +117,8 @@ class QuestionTask(Task, ABC):
         except RecipeError as error:
             raise ValueError("; ".join(error.faults)) from error
         if definition.task != cls.kind:
-            raise ValueError(f"the definition {definition.name} is of a {definition.task}; write task: {definition.task}")
+            tasks = " or ".join(_tasks_taking(definition.task))
+            raise ValueError(f"the definition {definition.name} is of a {definition.task}; write task: {tasks}")
         return str(path)
 
     @model_validator(mode="after")
@@ -187,16 +179,10 @@ class QuestionTask(Task, ABC):
     def data(self) -> QuestionSource:
         """The source of the questions: the recipe's, else the definition's."""
         definition = self.resolved_definition()
-        defaults = QuestionSource.model_construct(source=str(self.source), split="test", columns=self._default_columns())
-        base = definition if self._uses_definition_source(definition) else defaults
-        return QuestionSource.model_construct(
-            source=str(self.source or definition.source),
-            subset=self.subset or base.subset,
-            split=self.split or base.split,
-            revision=self.revision or base.revision,
-            columns=self.columns or base.columns,
-            image_folder=self.image_folder,
-        )
+        defaults: dict[str, Any] = {"split": "test", "columns": self._default_columns()}
+        if self._uses_definition_source(definition):
+            defaults = source_fields(definition, QuestionSource)
+        return QuestionSource.model_construct(**defaults | source_fields(self, QuestionSource))
 
     @property
     def rows(self) -> RowFilter:
@@ -207,13 +193,9 @@ class QuestionTask(Task, ABC):
     def settings(self) -> dict[str, Any]:
         """Return the definition's content, the columns, the sampling, and the task's revision; see `Task.settings`."""
         shared = {"name", "version", "task", "prompt", "max_new_tokens", "metric", "labels"}
-        # Paths and places are left out: the digest of the data's content is in the key beside these settings.
-        excluded = {"definition", "source", "subset", "split", "revision", "columns", "image_folder", *_OVERRIDES}
-        fields = self.model_dump(mode="json", exclude=excluded)
+        fields = {name: value for name, value in super().settings().items() if name not in _OVERRIDES}
         return fields | {
-            "revision": self.task_revision,
             "definition": self.resolved_definition().model_dump(mode="json", include=shared),
-            "columns": self.data.columns.model_dump(mode="json"),
             "rows": self.rows.model_dump(mode="json"),
         }
 
@@ -223,12 +205,12 @@ class QuestionTask(Task, ABC):
         Raises:
             DataError: a file or question cannot be used, there is none, or one has no accepted answer.
         """
-        questions = draw_questions(files, self.data, self.samples, self.seed, self.rows)
+        questions = self.draw(files)
         for question in questions:
             try:
                 self.accepted(question)
             except DataError as error:
-                raise DataError(f"task {self.name}: {question.origin}: question {question.id} {error}") from error
+                raise DataError(f"{self.location(question)} {error}") from error
         return questions
 
     def contents(self, files: Sequence[Path]) -> tuple[Iterable[Question], Iterable[Document]]:
@@ -238,7 +220,7 @@ class QuestionTask(Task, ABC):
     def measure(self, context: TaskContext) -> TaskMeasurement:
         """Generate the answers, and score the original's answers token by token; see `Task.measure`."""
         questions = self.questions(context.files)
-        warn_if_fewer(context, self.name, self.samples, len(questions), "questions")
+        self.warn_if_fewer(len(questions), "questions", context.progress)
         self._check_reserved_tokens(questions, context.original_checkpoint)
         question_sets = self._question_sets(questions, context)
         answers, look = self._measure_looks(question_sets, context)
@@ -329,8 +311,7 @@ class QuestionTask(Task, ABC):
 
         reserved = load_tokenizer(original).all_special_tokens
         for question in questions:
-            name = f"task {self.name}: {question.origin}: question {question.id}"
-            check_reserved((self.prompt_text(question),), reserved, name)
+            check_reserved((self.prompt_text(question),), reserved, self.location(question))
 
     def _question_sets(self, questions: Sequence[Question], context: TaskContext) -> list[QuestionSet]:
         """Return the questions of each look: one in the files' order without a stopping rule, else several in random order."""
@@ -387,14 +368,12 @@ class QuestionTask(Task, ABC):
             fault=answer.fault,
             token_ids=token_ids,
             tokens=len(score.negative_log_likelihood),
-            nll=float(score.negative_log_likelihood.sum()),
-            kl=sum_or_none(score.kl),
-            same_top=count_or_none(score.same_top),
+            **token_sums(score),
         )
 
     def _metrics(self, questions: Sequence[Question], items: Sequence[QuestionItem]) -> ScoreMetrics:
         version, details = self.resolved_definition().version, self.figures(questions, items)
-        return ScoreMetrics.of(self.kind, self.metric_name, items, definition_version=version, details=details)
+        return ScoreMetrics.of(self.task, self.metric_name, items, definition_version=version, details=details)
 
     def _noise(self, question_sets: Sequence[QuestionSet], items: Sequence[QuestionItem], context: TaskContext) -> Fidelity | None:
         """Return how much the original's answers and predictions change in a second run, None where none is asked for."""
@@ -410,6 +389,12 @@ class QuestionTask(Task, ABC):
         repeated_items = [item for item, _ in answers]
         write_items(context.output_dir, repeat_name(self.name), repeated_items)
         return compare_answers(fidelity, first_items, repeated_items, self.same)
+
+
+def _tasks_taking(kind: Kind) -> list[str]:
+    """Return the names of the tasks that take definitions of a kind."""
+    rows = {name: load_row(TASKS, name) for name in TASKS}
+    return [name for name, row in rows.items() if issubclass(row, QuestionTask) and row.kind == kind]
 
 
 def look_count(context: TaskContext) -> int:

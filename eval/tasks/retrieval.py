@@ -29,7 +29,8 @@ Counts = NDArray[np.int64]
 class Retrieval(ImageTask):
     """Images with their captions, in the answer column, retrieved among each other by the cosine of their embeddings.
 
-    An image's score is the mean of image-to-text recall@1 (0 or 1) and of the text-to-image recall@1 of its captions.
+    An image's score is the mean of image-to-text recall@1 (0 or 1) and of the text-to-image recall@1 of its captions. It is easier
+    among fewer images.
     """
 
     task_revision: ClassVar[int] = 1

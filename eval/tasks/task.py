@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Protocol, TypeVar, c
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field
+from pydantic import Field, PositiveInt, model_validator
 
 from compress.data.sources import QuestionSource, RowFilter, TextSource
 from compress.errors import CheckpointError
@@ -116,10 +116,24 @@ class Task(Frozen, ABC):
     """What its items are, which tells whether fidelity to the original can be judged."""
 
     asks: ClassVar[bool] = False
-    """Whether it asks questions about images and scores the answers."""
+    """Whether it is a `QuestionTask`: asks questions about images and scores the answers."""
 
     name: Annotated[str, Field(pattern=r"^([A-Za-z0-9][A-Za-z0-9._-]*)?$")] = ""
     """The name in reports and of its files, unique in a recipe; the default is the definition's or data set's name."""
+
+    samples: PositiveInt | None = None
+    """At most so many items, None takes all. Questions and images are drawn at random with `seed`, windows of a text are its first,
+    and so are the items of another harness, of each task of a group."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_in(cls, data: Any) -> Any:
+        return cls.filled_in(cast("dict[str, Any]", data)) if isinstance(data, dict) else data
+
+    @classmethod
+    @abstractmethod
+    def filled_in(cls, fields: dict[str, Any]) -> dict[str, Any]:
+        """Return a recipe's fields with defaults that depend on others, such as the name."""
 
     @classmethod
     def judged_by(cls) -> frozenset[str]:
@@ -140,6 +154,11 @@ class Task(Frozen, ABC):
     @abstractmethod
     def data(self) -> TextSource | QuestionSource | None:
         """The source of the data; None where another harness reads its data itself."""
+
+    @property
+    def text_tokens(self) -> int:
+        """How many tokens the longest text has that it scores without a prompt; 0 where it scores none."""
+        return 0
 
     @property
     def rows(self) -> RowFilter:
@@ -170,6 +189,13 @@ class Task(Frozen, ABC):
             DataError: the data cannot be used, or are not those the original was measured on.
             CheckpointError: the model gives no finite predictions; names the item.
         """
+
+    def warn_if_fewer(self, available: int, noun: str, progress: Progress) -> None:
+        """Warn where the data hold fewer items than `samples`; all of them are used."""
+        if self.samples is not None and available < self.samples:
+            progress.warn(
+                f"task {self.name}: the data hold {available:,} {noun}, samples asks for {self.samples:,}; all of them are used"
+            )
 
 
 def kinds_judged_by(check: str) -> list[str]:
@@ -251,11 +277,6 @@ def draw_questions(
     return list(questions.read(indices, folder))
 
 
-def sampling_note(samples: int | None, seed: int) -> str:
-    """Return the clause of a report that says that the items are a sample."""
-    return f", at most {samples:,} drawn with seed {seed}," if samples else ""
-
-
 def original_items(context: TaskContext, name: str, item_type: type[Item], digests: Iterable[tuple[str, str]]) -> list[Item] | None:
     """Return the original's items of a task, whose ids and digests must be `digests`; None where the original is measured.
 
@@ -296,14 +317,6 @@ def digest_text(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def warn_if_fewer(context: TaskContext, name: str, requested: int | None, available: int, noun: str) -> None:
-    """Warn where the data hold fewer items than the recipe's `samples`; all of them are used."""
-    if requested is not None and available < requested:
-        context.progress.warn(
-            f"task {name}: the data hold {available:,} {noun}, samples asks for {requested:,}; all of them are used"
-        )
-
-
 def _not_finite_message(task: str, item: str) -> str:
     return (
         f"task {task}: item {item}: the model's predictions are not finite; its weights overflow in this runtime's dtype: set "
@@ -311,14 +324,13 @@ def _not_finite_message(task: str, item: str) -> str:
     )
 
 
-def sum_or_none(values: NDArray[np.float64] | NDArray[np.bool_] | None) -> float | None:
-    """Return the sum of an item's per-token values, None where there are none."""
-    return None if values is None else float(values.sum())
-
-
-def count_or_none(values: NDArray[np.bool_] | None) -> int | None:
-    """Return the number of an item's tokens that are true, None where there are no values."""
-    return None if values is None else int(values.sum())
+def token_sums(score: Score) -> dict[str, Any]:
+    """Return the sums over an item's tokens, by the fields that hold them; those of a comparison are None without one."""
+    return {
+        "nll": float(score.negative_log_likelihood.sum()),
+        "kl": None if score.kl is None else float(score.kl.sum()),
+        "same_top": None if score.same_top is None else int(score.same_top.sum()),
+    }
 
 
 def fidelity_of(scores: Sequence[Score], unit: Unit = "token") -> Fidelity | None:

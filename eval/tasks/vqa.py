@@ -9,7 +9,6 @@ from pydantic import Field
 from compress.eval.definition import Kind
 from compress.eval.metrics import load_metric
 from compress.eval.tasks.question_task import QuestionTask
-from compress.eval.tasks.task import sampling_note
 
 
 class Vqa(QuestionTask):
@@ -27,7 +26,7 @@ class Vqa(QuestionTask):
     def note(self) -> str:
         """Return how the questions are prompted and scored."""
         definition = self.resolved_definition()
-        score_note = load_metric(definition.metric).note.replace("{drawn}", sampling_note(self.samples, self.seed))
+        score_note = load_metric(definition.metric).note.replace("{drawn}", self.drawn_note())
         return (
             f"{score_note}; greedy, at most {definition.max_new_tokens} tokens, {self.prompt_note()}; KL and top-1 are of the "
             "original's own answers"

@@ -3,19 +3,23 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, ClassVar, Literal, cast
 
 import numpy as np
 import pytest
 import safetensors.torch
 import torch
+from pydantic import ValidationError
 
 from compress.data.tables import parquet_of, read_rows
 from compress.errors import CheckpointError, DataError
+from compress.eval import TASKS
+from compress.eval.definition import Kind
 from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import AdapterItem, Measurement, QuestionItem, read_items, read_measurement
+from compress.eval.tasks.choice import Choice
 from compress.eval.tasks.perplexity import Perplexity
-from compress.eval.tasks.question_task import read_end_tokens
+from compress.eval.tasks.question_task import QuestionTask, read_end_tokens
 from compress.eval.tasks.vqa import Vqa
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Session
@@ -34,6 +38,18 @@ class Listener(Silent):
 
     def warn(self, message: str) -> None:
         self.warnings.append(message)
+
+
+class Puzzle(QuestionTask):
+    """A second task that takes definitions of the kind `vqa`."""
+
+    task_revision: ClassVar[int] = 1
+    kind: ClassVar[Kind] = "vqa"
+
+    task: Literal["puzzle"]
+
+    def note(self) -> str:
+        return ""
 
 
 @dataclass(frozen=True)
@@ -110,6 +126,17 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 @pytest.fixture(scope="module")
 def original(world: World) -> Measurement:
     return measure(world.original, world.tasks, world.context("original", None))
+
+
+def test_figures_and_messages_name_tasks_not_the_kind_of_their_definitions(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    task = Puzzle.model_validate({"task": "puzzle", "definition": "scenes", "source": str(world.data["scenes"][0])})
+    measurement = measure(world.original, [task], world.context("puzzle", None))
+    assert [(each.name, each.metrics.task, each.metrics.metric) for each in measurement.tasks] == [
+        ("scenes", "puzzle", "exact_match")
+    ]
+    monkeypatch.setitem(TASKS, "puzzle", f"{__name__}:Puzzle")
+    with pytest.raises(ValidationError, match="the definition scenes is of a vqa; write task: vqa or puzzle"):
+        Choice.model_validate({"task": "choice", "definition": "scenes", "by": "generation"})
 
 
 @pytest.fixture(scope="module")

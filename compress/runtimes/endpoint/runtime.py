@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, cast
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from compress.errors import UsageError
 from compress.recipe.schema import Frozen, load_attribute
-from compress.runtimes.runtime import CAPABILITIES, WHOLE_TOKENS, Capability, Generates, Scores, Served, ServingRuntime
-from compress.runtimes.vllm.runtime import Vllm
+from compress.runtimes.runtime import CAPABILITIES, Capability, Generates, Scores, Served, ServingRuntime
+from compress.runtimes.top_tokens_runtime import TopTokensRuntime
 
 if TYPE_CHECKING:
     from compress.runtimes.endpoint.session import ServerCapabilities
@@ -30,7 +30,7 @@ class EndpointModel(Frozen):
     """The name under which the server lists the model."""
 
 
-class Endpoint(ServingRuntime):
+class Endpoint(ServingRuntime, TopTokensRuntime):
     """Greedy answers from servers that are already running, by the OpenAI API; from vLLM with its token endpoints, scores too.
 
     What is deployed there is measured, whatever the run has exported here.
@@ -38,7 +38,7 @@ class Endpoint(ServingRuntime):
 
     revision: ClassVar[int] = 2
     formats: ClassVar[frozenset[str]] = frozenset({"onnx", "vllm"})
-    kl_definition: ClassVar[str] = Vllm.kl_definition
+    elsewhere: ClassVar[bool] = True
     # `concurrency` is in the key: it decides how the server batches, and batching moves the last bits of logits.
     not_in_key: ClassVar[frozenset[str]] = frozenset({"startup_seconds", "request_seconds", "key_variable"})
     opener: ClassVar[str] = "compress.runtimes.endpoint.session:open_session"
@@ -64,12 +64,6 @@ class Endpoint(ServingRuntime):
 
     startup_seconds: PositiveInt = 300
     """How long an unreachable server is waited for."""
-
-    top_logprobs: PositiveInt = 20
-    """As in `vllm`."""
-
-    whole_tokens: NonNegativeInt = WHOLE_TOKENS
-    """As in `vllm`."""
 
     @model_validator(mode="after")
     def _check_names(self) -> Endpoint:

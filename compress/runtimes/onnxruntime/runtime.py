@@ -6,12 +6,10 @@ from contextlib import AbstractContextManager
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt
+from pydantic import Field, PositiveInt
 
 from compress.errors import MissingError
 from compress.runtimes.runtime import (
-    LOWER_BOUND,
-    WHOLE_TOKENS,
     Capability,
     Embeds,
     Generates,
@@ -20,6 +18,7 @@ from compress.runtimes.runtime import (
     Scores,
     ServingRuntime,
 )
+from compress.runtimes.top_tokens_runtime import LOWER_BOUND, TopTokensRuntime
 
 Provider = Literal["cpu", "cuda", "tensorrt"]
 """ONNX Runtime's execution providers, by their names in recipes."""
@@ -30,7 +29,7 @@ _DISTRIBUTIONS = ("onnxruntime-gpu", "onnxruntime")
 _INPUT_LIBRARIES = ("onnx", "torch", "transformers", "tokenizers", "torchvision", "pillow")
 
 
-class Onnxruntime(ServingRuntime):
+class Onnxruntime(ServingRuntime, TopTokensRuntime):
     """Greedy answers, scores and embeddings by ONNX Runtime.
 
     The original is exported first, to a temporary folder, so that both are measured in one runtime. Latency is measured with a
@@ -42,6 +41,7 @@ class Onnxruntime(ServingRuntime):
     opener: ClassVar[str] = "compress.runtimes.onnxruntime.session:open_session"
     server: ClassVar[str] = "compress.runtimes.onnxruntime.start:serve"
     component_timer: ClassVar[str] = "compress.runtimes.onnxruntime.components:measure_components"
+    components_note: ClassVar[str] = "by ONNX Runtime; the projector is part of vision"
     offers: ClassVar[frozenset[Capability]] = frozenset({Generates, Scores, Embeds})
     kl_definition: ClassVar[str] = (
         "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise), the "
@@ -63,12 +63,6 @@ class Onnxruntime(ServingRuntime):
 
     tokens_per_batch: PositiveInt = 4096
     """The most tokens in a batch, prompts and answers together; a single prompt may be longer."""
-
-    top_logprobs: PositiveInt = 20
-    """How many of the original's top tokens KL is taken over; all others are merged into one bucket."""
-
-    whole_tokens: NonNegativeInt = WHOLE_TOKENS
-    """At how many of a task's tokens KL is over the full vocabulary too."""
 
     port: Annotated[int, Field(ge=1, le=65535)] | None = None
     """The server's port; by default a free one."""

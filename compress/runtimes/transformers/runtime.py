@@ -31,6 +31,10 @@ class Transformers(Runtime):
         """Return the versions of the model code, torch, and the libraries that prepare its inputs."""
         return {name: version(name) for name in ("torch", "transformers", "tokenizers", "torchvision", "pillow")}
 
+    def component_device(self) -> str:
+        """Return the device of its settings."""
+        return self.device
+
     def loaded_with(self, name: str) -> str:
         """Return how an artifact is loaded, as text for its model card."""
         note = "in process, from weights that compress itself unpacked: nothing of `from_pretrained` was tried"

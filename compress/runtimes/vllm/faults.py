@@ -15,7 +15,7 @@ _RUNTIME = "runtime vllm"
 class _Sign:
     """One of vLLM's error messages and how to report it."""
 
-    pattern: re.Pattern[str]
+    pattern: str
     setting: str
     """The runtime's field at fault; empty where the artifact is."""
 
@@ -28,57 +28,55 @@ class _Sign:
 # vLLM has no error codes: a message's wording is all that tells a wrong setting from a damaged artifact. The first match counts.
 _SIGNS = (
     _Sign(
-        re.compile(r"max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(\d+)"),
+        r"max_model_len \(\d+\) is greater than the derived max_model_len \(\w+=(\d+)",
         "max_model_len",
         "set it to at most {1}, or leave it out",
     ),
     _Sign(
-        re.compile(r"estimated maximum model length is (\d+)"),
+        r"estimated maximum model length is (\d+)",
         "max_model_len",
         "set it to at most {1}, or give more memory (gpu_memory_utilization on a GPU, kv_cache_gib on a CPU)",
         MissingError,
     ),
-    _Sign(re.compile(r"unrecognized arguments: (.+)"), "arguments", "leave out {1}, or install a vLLM that knows it"),
-    _Sign(re.compile(r"argument (--[\w-]+)[^:]*: "), "arguments", "correct {1}"),
+    _Sign(r"unrecognized arguments: (.+)", "arguments", "leave out {1}, or install a vLLM that knows it"),
+    _Sign(r"argument (--[\w-]+)[^:]*: ", "arguments", "correct {1}"),
     _Sign(
-        re.compile(r"max_num_batched_tokens \(?\d+\)? is smaller than"),
+        r"max_num_batched_tokens \(?\d+\)? is smaller than",
         "arguments",
         "raise --max-num-batched-tokens, or leave it out",
     ),
     _Sign(
-        re.compile(r"Quantization method specified in the model config \(([\w-]+)\) does not match"),
+        r"Quantization method specified in the model config \(([\w-]+)\) does not match",
         "arguments",
         "leave out --quantization: vLLM takes {1} from the artifact",
     ),
     _Sign(
-        re.compile(r"(\S+) is not supported for quantization method (\S+)\. Supported dtypes: (.+)"),
+        r"(\S+) is not supported for quantization method (\S+)\. Supported dtypes: (.+)",
         "dtype",
         "set one of {3}, which {2} takes",
     ),
-    _Sign(re.compile(r"does not support float16|Bfloat16 is only supported|Unknown dtype"), "dtype", "set another one, or auto"),
+    _Sign(r"does not support float16|Bfloat16 is only supported|Unknown dtype", "dtype", "set another one, or auto"),
     _Sign(
-        re.compile(r"quantization method (\S+) is not supported for the current GPU"),
+        r"quantization method (\S+) is not supported for the current GPU",
         "",
         "serve it on a newer GPU, or export another layout than {1}",
         MissingError,
     ),
     _Sign(
-        re.compile(r"Unknown quantization method: ([\w-]+)"),
+        r"Unknown quantization method: ([\w-]+)",
         "",
         "vLLM knows no {1}: correct quantization_config in the artifact's config.json, or export it again",
         CheckpointError,
     ),
     _Sign(
-        re.compile(r"Model architectures \[.*\] (?:are not supported|failed to be inspected)"),
+        r"Model architectures \[.*\] (?:are not supported|failed to be inspected)",
         "",
         "this vLLM does not serve such a model: install a newer one, or measure in runtime transformers",
         CheckpointError,
     ),
     _Sign(
-        re.compile(
-            r"assert \w+\.(?:shape|size\(\)) == loaded_weight\.|size mismatch for "
-            r"|start \(\d+\) \+ length \(\d+\) exceeds dimension"
-        ),
+        r"assert \w+\.(?:shape|size\(\)) == loaded_weight\.|size mismatch for "
+        r"|start \(\d+\) \+ length \(\d+\) exceeds dimension",
         "",
         "its weights have other shapes than its config.json gives: export it again",
         CheckpointError,
@@ -97,7 +95,7 @@ def fault_of(name: str, log: str, path: str) -> CompressError | None:
     if reason is None:
         return None
     for sign in _SIGNS:
-        if (match := sign.pattern.search(reason)) is not None:
+        if (match := re.search(sign.pattern, reason)) is not None:
             setting = f"{sign.setting} of {_RUNTIME}: " if sign.setting else ""
             error, remedy = sign.error, sign.remedy.format(match.group(0), *match.groups())
             break

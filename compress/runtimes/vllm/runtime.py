@@ -6,12 +6,13 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self, cast
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from compress.checkpoints.quantization_config import KernelKind
 from compress.hardware import gpus, processor_features
 from compress.recipe.schema import load_attribute
-from compress.runtimes.runtime import LOWER_BOUND, WHOLE_TOKENS, Capability, Generates, Scores, Served, ServingRuntime
+from compress.runtimes.runtime import Capability, Generates, Scores, Served, ServingRuntime
+from compress.runtimes.top_tokens_runtime import TopTokensRuntime
 from compress.runtimes.vllm.context import default_context, positions_of
 from compress.runtimes.vllm.memory_fallback import MemoryFallback, settings_after
 from compress.workers.environment import require
@@ -39,7 +40,7 @@ def lacks(features: frozenset[str]) -> bool:
     return bool(available) and not available & features
 
 
-class Vllm(ServingRuntime):
+class Vllm(ServingRuntime, TopTokensRuntime):
     """Greedy answers and scores of given tokens by vLLM, with real images.
 
     The server is started in vLLM's own environment and ended with the measurement; with `url`, a running server that serves the
@@ -48,12 +49,6 @@ class Vllm(ServingRuntime):
 
     revision: ClassVar[int] = 3
     formats: ClassVar[frozenset[str]] = frozenset({"vllm"})
-    kl_definition: ClassVar[str] = (
-        "KL(original ‖ artifact) per token in nats, over the original's top tokens (20 unless top_logprobs says otherwise) and one "
-        "bucket for all others; top tokens of the original that the artifact does not have among its own are in that bucket for "
-        f"both. {LOWER_BOUND}"
-    )
-
     not_in_key: ClassVar[frozenset[str]] = frozenset(
         # The cache's size bounds how many requests run at once, not what is computed for each; `concurrency` stays in the key.
         {"startup_seconds", "request_seconds", "port", "key_variable", "kv_cache_gib", "gpu_memory_utilization"}
@@ -75,12 +70,6 @@ class Vllm(ServingRuntime):
     kv_cache_gib: PositiveInt = 2
     """The size of the KV cache on a CPU; ignored on a GPU."""
 
-    top_logprobs: PositiveInt = 20
-    """How many of the original's top tokens KL is taken over; all others are merged into one bucket."""
-
-    whole_tokens: NonNegativeInt = WHOLE_TOKENS
-    """At how many of a task's tokens KL is over the full vocabulary too; 0 for none. Servers at `url` need `--max-logprobs -1`."""
-
     concurrency: PositiveInt = 8
     """How many requests are in flight at once. Above 1 the server batches them as they arrive, which can change the last bits."""
 
@@ -99,7 +88,7 @@ class Vllm(ServingRuntime):
     """More arguments for `vllm serve`."""
 
     url: Annotated[str, Field(pattern=r"^https?://[^\s@?#]+$")] | None = None
-    """A running server to use instead of starting one."""
+    """A running server to use instead of starting one; with `whole_tokens` it needs `--max-logprobs -1`."""
 
     key_variable: str | None = None
     """The environment variable that holds the API key of the server at `url`."""
