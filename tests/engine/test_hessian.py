@@ -90,6 +90,10 @@ def test_what_a_method_reads_is_what_is_kept() -> None:
     awq, clipped = (AwqScaling(),), Nearest(ClipSearch())
     assert Method(awq, clipped).hessian_request([four, eight]) == HessianRequest(full=False, sketch=True, block=192)
     assert Method(awq).hessian_request([four]) == HessianRequest(full=False, sketch=True, block=1)
-    assert Method().hessian_request([four]) == HessianRequest(full=False, sketch=False, block=1)
-    assert Method(rounder=clipped).hessian_request([Scheme(4, -1, symmetric=False)]).full
+    assert Method().hessian_request([four]) is None
+    static = Scheme(8, -1, symmetric=True, activations="tensor")
+    assert Method().hessian_request([four, static]) == HessianRequest(full=False, sketch=False, block=1)
+    channel = Method(rounder=clipped).hessian_request([Scheme(4, -1, symmetric=False)])
+    assert channel is not None
+    assert channel.full
     assert Method(rounder=GptqRounder(GptqOptions(), ClipSearch())).hessian_request([four]) == HessianRequest(True, False, 1)

@@ -7,23 +7,17 @@ from torch import Tensor
 from compress.numerics.gptq import GptqOptions
 from compress.numerics.scheme import Scheme
 from compress.stages.blockwise.block import BlockWeights
-from compress.stages.quantization.hqq import HalfQuadratic
 from compress.stages.quantization.method import Method, solve
 from compress.stages.quantization.parts import Rounder, Transform
-from compress.stages.quantization.rounders.clip import ClipSearch
 from compress.stages.quantization.rounders.gptq import GptqRounder
-from compress.stages.quantization.rounders.nearest import NEAREST, Nearest
+from compress.stages.quantization.rounders.nearest import NEAREST
 from compress.stages.quantization.transforms.awq import AwqScaling
-from compress.stages.quantization.transforms.smoothquant import SmoothQuant
 from tests.stages.toy import HEADS, NAMES, PAIRS, Block, alike, observed_inputs, samples
+from tests.stages.variants import quantizers
 
-ROUNDERS = {
-    "nearest": NEAREST,
-    "clip": Nearest(ClipSearch(8)),
-    "hqq": Nearest(HalfQuadratic(0.7, 10.0, 1.01, 20)),
-    "gptq": GptqRounder(GptqOptions()),
-    "gptq-clip": GptqRounder(GptqOptions(), ClipSearch(8)),
-}
+METHODS = [stage.method() for stage in quantizers()]
+ROUNDERS = list(dict.fromkeys(method.rounder for method in METHODS))
+TRANSFORMS = list(dict.fromkeys(method.transforms for method in METHODS))
 SCHEMES = {
     "asymmetric": Scheme(3, 8, symmetric=False),
     "symmetric": Scheme(4, 16, symmetric=True),
@@ -43,14 +37,15 @@ def half_masks(block: Block) -> dict[str, Tensor]:
     return masks
 
 
-@pytest.mark.parametrize("rounder", ROUNDERS.values(), ids=ROUNDERS)
+@pytest.mark.parametrize("rounder", ROUNDERS, ids=repr)
 @pytest.mark.parametrize(
     ("scheme", "transforms"),
     [
         (scheme, transforms)
         for scheme in SCHEMES
-        for transforms in ((), (AwqScaling(8),), (SmoothQuant(0.5),))
-        if transforms != (AwqScaling(8),) or not scheme.startswith("float")  # AWQ's scales are for integers
+        for transforms in TRANSFORMS
+        if not scheme.startswith("float")
+        or not any(isinstance(transform, AwqScaling) for transform in transforms)  # is for integers
     ],
 )
 def test_a_pruned_weight_is_exactly_zero(rounder: Rounder, scheme: str, transforms: tuple[Transform, ...]) -> None:
@@ -70,7 +65,7 @@ def test_a_pruned_weight_is_exactly_zero(rounder: Rounder, scheme: str, transfor
 def test_without_a_mask_nothing_changes() -> None:
     block, schemes = Block(), alike(Scheme(3, 8, symmetric=False))
     inputs = observed_inputs(block, samples())
-    for rounder in ROUNDERS.values():
+    for rounder in ROUNDERS:
         results: list[dict[str, Tensor]] = []
         for masks in ({}, {name: torch.ones_like(block.get_parameter(f"{name}.weight"), dtype=torch.bool) for name in NAMES}):
             state = BlockWeights.of(block, NAMES, HEADS)

@@ -2,7 +2,7 @@
 
 import shutil
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
 import torch
@@ -10,31 +10,31 @@ from safetensors.torch import save_file  # pyright: ignore[reportUnknownVariable
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.spec import difference, spec_of
-from compress.recipe.schema import load_row
+from compress.numerics.scheme import Scheme
 from compress.stages import STAGES
+from compress.stages.llmcompressor.stage import Llmcompressor
+from compress.stages.quantization.quantizer import Quantizer
 from compress.stages.stage import Stage
 from tests.stages.bench import Bench, dense, prepare, tensors_of
+from tests.stages.variants import quantizers, stage_named, stage_of
 from tests.tiny import BUILDERS
 
-INTEGERS = {"bits": 4, "group_size": 32}
 VISION = {"component": "vision", "bits": 8, "group_size": -1, "symmetric": True}
 CHEAP: dict[str, tuple[dict[str, Any], ...]] = {
     "rtn": (
-        INTEGERS | {"symmetric": True, "kv_cache": "fp8"},
+        {"symmetric": True, "kv_cache": "fp8"},
         {"bits": 3, "group_size": -1},
-        INTEGERS | {"targets": ["decoder", VISION]},
+        {"targets": ["decoder", VISION]},
     ),
     "fp8": ({"granularity": "tensor"}, {"granularity": "channel"}, {"granularity": "block"}),
-    "hqq": (INTEGERS,),
     "int8": ({"smoothing": "none", "rounding": "nearest", "activations": "tensor"}, {"rounding": "nearest", "smoothing": 0.5}),
-    "awq": (INTEGERS | {"grid": 1, "targets": ["decoder", "lm_head", "projector"]},),
-    "gptq": (INTEGERS | {"scales": "awq", "grid": 1},),
+    "awq": ({"grid": 1, "targets": ["decoder", "lm_head", "projector"]},),
+    "gptq": ({"scales": "awq", "grid": 1},),
 }
-"""Settings of each stage: every storage format, strategy and scale."""
+"""Settings of stages that are tried beside their defaults, or in their place: every storage format, strategy and scale."""
 
-
-def stage_of(stage: str, **fields: Any) -> Stage:
-    return cast("type[Stage]", load_row(STAGES, stage)).model_validate({"stage": stage, **fields})
+PLANNED = [name for name in STAGES if stage_named(name) is not Llmcompressor]
+"""The stages whose result a plan knows."""
 
 
 def check(bench: Bench, target: Path, *stages: Stage) -> None:
@@ -53,11 +53,13 @@ def check(bench: Bench, target: Path, *stages: Stage) -> None:
         source = Bench(folder, bench.calibration)
 
 
-def test_every_stage_of_this_package_is_here() -> None:
-    assert CHEAP.keys() == STAGES.keys() - {"llmcompressor"}  # only whose run can tell
+@pytest.mark.parametrize("stage", list(quantizers()), ids=repr)
+def test_a_plan_asks_for_samples_where_the_method_reads_them(stage: Quantizer) -> None:
+    read = stage.method().hessian_request([Scheme(4, 32, symmetric=True)])
+    assert stage.uses_statistics() == (read is not None)
 
 
-@pytest.mark.parametrize(("name", "fields"), [(name, fields) for name, variants in CHEAP.items() for fields in variants])
+@pytest.mark.parametrize(("name", "fields"), [(name, fields) for name in PLANNED for fields in CHEAP.get(name, ({},))])
 def test_what_a_stage_leaves_is_what_was_planned(bench: Bench, tmp_path: Path, name: str, fields: dict[str, Any]) -> None:
     check(bench, tmp_path, stage_of(name, **fields))
 
@@ -66,7 +68,7 @@ def test_what_a_stage_leaves_is_what_was_planned(bench: Bench, tmp_path: Path, n
 def test_every_family_keeps_to_the_plan(tmp_path: Path, family: str) -> None:
     bench = prepare(tmp_path, BUILDERS[family](tmp_path / "model"))
     kv_cache = None if bench.family.head is None else "fp8"
-    check(bench, tmp_path, stage_of("rtn", **INTEGERS, kv_cache=kv_cache, targets=["decoder", VISION]))
+    check(bench, tmp_path, stage_of("rtn", kv_cache=kv_cache, targets=["decoder", VISION]))
 
 
 CHAIN: tuple[dict[str, Any], ...] = (
@@ -107,7 +109,7 @@ def test_a_second_quantizer_sees_what_the_first_one_made(bench: Bench, tmp_path:
         plain / "model.safetensors",
         metadata={"format": "pt"},
     )
-    gptq = stage_of("gptq", bits=4, group_size=32)
+    gptq = stage_of("gptq")
     chained = tensors_of(Bench(rounded, bench.calibration).apply(tmp_path / "chained", gptq))
     alone = tensors_of(Bench(plain, bench.calibration).apply(tmp_path / "alone", gptq))
     decoder = [name for name in alone if ".layers." in name and "visual" not in name]
@@ -117,7 +119,7 @@ def test_a_second_quantizer_sees_what_the_first_one_made(bench: Bench, tmp_path:
 
 def test_a_difference_is_named(bench: Bench) -> None:
     spec = spec_of(bench.checkpoint, bench.family)
-    (four,) = stage_of("rtn", **INTEGERS).plan(spec).after
-    (eight,) = stage_of("rtn", bits=8, group_size=32).plan(spec).after
+    (four,) = stage_of("rtn").plan(spec).after
+    (eight,) = stage_of("rtn", bits=8).plan(spec).after
     assert "weight_packed was planned as TensorSpec(dtype='I32'" in (difference(four, eight) or "")
     assert difference(four, four) is None

@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from compress.engine.hessian import HessianRequest
     from compress.numerics.grids import Grid
     from compress.numerics.scheme import Scheme
     from compress.stages.quantization.method import Method
@@ -39,12 +38,9 @@ class HalfQuadratic:
     kappa: float
     iters: int
 
-    def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return the request for the diagonal alone, which every method gets: it reads no Hessian."""
-        from compress.engine.hessian import DIAGONAL_ONLY
-
+    def request(self, schemes: Collection[Scheme]) -> None:
+        """Return that it reads nothing."""
         del schemes
-        return DIAGONAL_ONLY
 
     def prepare(self, group: LinearGroup) -> SearchGrid:
         """Return the search."""

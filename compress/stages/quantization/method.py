@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import cast
 
 import torch
@@ -35,12 +36,13 @@ class Method:
     rounder: Rounder = NEAREST
     """How integer weights are rounded; 8-bit floats are always rounded to nearest."""
 
-    def hessian_request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return what it reads of the Hessians of linears with these schemes."""
-        request = DIAGONAL_ONLY
-        for part in (*self.transforms, self.rounder.grid, self.rounder):
-            request |= part.request(schemes)
-        return request
+    def hessian_request(self, schemes: Collection[Scheme]) -> HessianRequest | None:
+        """Return what it reads of the Hessians of linears with these schemes, for static scales too; None for no statistics."""
+        parts = (*self.transforms, self.rounder.grid, self.rounder)
+        requests = [request for part in parts if (request := part.request(schemes)) is not None]
+        if any(scheme.activations == "tensor" for scheme in schemes):
+            requests.append(DIAGONAL_ONLY)
+        return reduce(HessianRequest.__or__, requests) if requests else None
 
 
 def solve(

@@ -9,7 +9,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from compress.engine.hessian import DIAGONAL_ONLY, HessianRequest
+from compress.engine.hessian import HessianRequest
 from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
 from compress.numerics.grids import Grid, QuantizedWeight, Scheme, full_range
@@ -38,8 +38,8 @@ class LinearGroup:
 class Transform(Protocol):
     """Folds a scale into a pair of layers, so that rounding costs less while the block computes the same."""
 
-    def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return what it reads of the Hessians of linears with these schemes."""
+    def request(self, schemes: Collection[Scheme]) -> HessianRequest | None:
+        """Return what it reads of the Hessians of linears with these schemes; None where it reads no statistics at all."""
         ...
 
     def apply(
@@ -52,8 +52,8 @@ class Transform(Protocol):
 class GridSearch(Protocol):
     """Chooses the scales and zero points of integer weights."""
 
-    def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return what it reads of the Hessians of linears with these schemes."""
+    def request(self, schemes: Collection[Scheme]) -> HessianRequest | None:
+        """Return what it reads of the Hessians of linears with these schemes; None where it reads no statistics at all."""
         ...
 
     def prepare(self, group: LinearGroup) -> SearchGrid:
@@ -69,8 +69,8 @@ class Rounder(Protocol):
         """The search for the grids."""
         ...
 
-    def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return what it reads of the Hessians of linears with these schemes, beyond what its search does."""
+    def request(self, schemes: Collection[Scheme]) -> HessianRequest | None:
+        """Return what it reads of the Hessians beyond what its search does; None where it reads no statistics at all."""
         ...
 
     def prepare(self, group: LinearGroup) -> RoundRows:
@@ -82,10 +82,9 @@ class Rounder(Protocol):
 class FullRange:
     """Grids that span each group's range."""
 
-    def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return the request for the diagonal alone, which every method gets: it reads no Hessian."""
+    def request(self, schemes: Collection[Scheme]) -> None:
+        """Return that it reads nothing."""
         del schemes
-        return DIAGONAL_ONLY
 
     def prepare(self, group: LinearGroup) -> SearchGrid:
         """Return the range's grid."""

@@ -105,9 +105,7 @@ class BlockQuantization:
 
     def request(self, names: Sequence[str]) -> HessianRequest | None:
         """Return what the method reads, or static scales of activations need; None for neither."""
-        schemes = [self.schemes[name] for name in names]
-        observed = self.stage.uses_statistics() or any(scheme.activations == "tensor" for scheme in schemes)
-        return self.method.hessian_request(schemes) if observed else None
+        return self.method.hessian_request([self.schemes[name] for name in names])
 
     def solve(
         self, context: BlockContext, block: BlockWeights, statistics: Mapping[str, InputStatistics]

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from compress.engine.hessian import DIAGONAL_ONLY, HessianRequest
 from compress.numerics.grids import Grid, QuantizedWeight, Scheme
 from compress.numerics.rounding import round_nearest
 from compress.stages.quantization.parts import FULL_RANGE, GridSearch, LinearGroup, RoundRows
@@ -19,10 +18,9 @@ class Nearest:
 
     grid: GridSearch = FULL_RANGE
 
-    def request(self, schemes: Collection[Scheme]) -> HessianRequest:
-        """Return the request for the diagonal alone, which every method gets: it reads no Hessian."""
+    def request(self, schemes: Collection[Scheme]) -> None:
+        """Return that it reads nothing."""
         del schemes
-        return DIAGONAL_ONLY
 
     def prepare(self, group: LinearGroup) -> RoundRows:
         """Return the rounding."""
