@@ -19,7 +19,7 @@ from compress.runtimes.runtime import Environment, RunningServer
 from compress.runtimes.vllm.start import plain_environment
 from compress.untrusted.reading import printable
 from compress.untrusted.redaction import redact
-from compress.workers.exit_reason import describe_exit
+from compress.workers.worker import Worker, run_worker
 
 _STARTUP_SECONDS = 600
 """Added to the requests' own time limits: the client's start."""
@@ -53,48 +53,40 @@ def bench_serve(bench: Bench, served: RunningServer, point: LoadPoint, requests:
         ServerError: the client failed; its last lines are in the message.
     """
     name = f"bench-{secrets.token_hex(4)}"
-    with disk_errors(bench.logs):
-        bench.logs.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix="compress-bench-") as folder:
         result_options = ("--save-result", "--save-detailed", "--result-dir", folder, "--result-filename", f"{name}.json")
-        _run(bench, served, [*_command(bench, served, point, requests, seed), *result_options], requests / point.concurrency)
         path = Path(folder) / f"{name}.json"
+        # The longest a load can take: every round of concurrent requests at its own time limit.
+        limit = _STARTUP_SECONDS + math.ceil(requests / point.concurrency) * bench.request_seconds
+        command = [*_command(bench, served, point, requests, seed), *result_options]
+        with run_worker("vllm bench serve", command, _variables(served), bench.logs / f"{name}.log") as client:
+            _wait(client, served, path, limit)
         load = read_bench(path)
         with disk_errors(bench.logs):  # redacted: it contains the server's messages
             write_text(bench.logs / path.name, redact(path.read_text(encoding="utf-8", errors="replace")))
     return load
 
 
-def _run(bench: Bench, served: RunningServer, command: list[str], rounds: float) -> None:
-    """Run the client to its end.
+def _variables(served: RunningServer) -> dict[str, str]:
+    # A proxy would add its own latency, or not reach the loopback interface.
+    variables = plain_environment() | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
+    return variables | ({"OPENAI_API_KEY": served.key} if served.key else {})
+
+
+def _wait(client: Worker, served: RunningServer, result: Path, limit: float) -> None:
+    """Wait until the client has written its result and ended.
 
     Raises:
         ServerError: it failed, or did not end.
     """
-    # A proxy would add its own latency, or not reach the loopback interface.
-    variables = plain_environment() | {"NO_PROXY": "127.0.0.1", "no_proxy": "127.0.0.1"}
-    variables |= {"OPENAI_API_KEY": served.key} if served.key else {}
-    # The longest a load can take: every round of concurrent requests at its own time limit.
-    limit = _STARTUP_SECONDS + math.ceil(rounds) * bench.request_seconds
     try:
-        run = subprocess.run(
-            command,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=limit,
-            check=False,
-        )
+        client.process.wait(limit)
     except subprocess.TimeoutExpired as error:
         raise ServerError(
-            f"{served.url}: vllm bench serve did not end within {limit:g} seconds; look into the server's log"
+            f"{served.url}: {client.name} did not end within {limit:g} seconds; look into the server's log"
         ) from error
-    if run.returncode != 0:
-        raise ServerError(
-            f"{served.url}: vllm bench serve ended with exit code {run.returncode}{describe_exit(run.stdout + run.stderr, None)}"
-        )
+    if not result.is_file():
+        raise ServerError(f"{served.url}: {client.name} ended without a result{client.exit_reason()}")
 
 
 def read_bench(path: Path) -> Load:
