@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from compress.checkpoints.checkpoint import read_config, read_json_object
+from compress.errors import CheckpointError
 from compress.families import Family
 
 
@@ -46,6 +47,17 @@ def end_tokens(folder: Path) -> tuple[int, ...]:
     if named is None:
         return _tokenizer_end(folder)
     return tuple(cast("list[int]", named)) if isinstance(named, list) else (cast("int", named),)
+
+
+def required_end_tokens(folder: Path) -> tuple[int, ...]:
+    """Return the end-of-sequence tokens of a checkpoint; see `end_tokens`.
+
+    Raises:
+        CheckpointError: no file names one.
+    """
+    if tokens := end_tokens(folder):
+        return tokens
+    raise CheckpointError(f"{folder}: no eos_token_id in generation_config.json or config.json; add it, so that answers can end")
 
 
 def read_if_there(folder: Path, name: str) -> dict[str, Any]:

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, ClassVar, Self, cast
 
 from pydantic import PositiveInt, ValidationInfo, field_validator, model_validator
 
-from compress.checkpoints.special_tokens import end_tokens
+from compress.checkpoints.special_tokens import required_end_tokens
 from compress.data.prompts import Prompt
 from compress.data.sources import Columns, QuestionSource, RowFilter, source_fields
-from compress.errors import CheckpointError, DataError, RecipeError
+from compress.errors import DataError, RecipeError
 from compress.eval import TASKS
 from compress.eval.definition import Definition, Kind, find_definition, read_definition
 from compress.eval.full_vocabulary import compare_full_vocabulary
@@ -251,7 +251,7 @@ class QuestionTask(DrawnTask, ABC):
         answers = answer_all(
             capable(context.session, Generates), prompts, limit, context.output_dir, question_set.name, context.progress
         )
-        ends = read_end_tokens(context.original_checkpoint)
+        ends = required_end_tokens(context.original_checkpoint)
         own_tokens = [_with_end(answer, limit, ends) for answer in answers]
         # Artifacts score the original's answers, not their own: KL needs both models' predictions of the same tokens.
         scored_tokens = own_tokens if question_set.original is None else [item.token_ids for item in question_set.original]
@@ -400,17 +400,6 @@ def _tasks_taking(kind: Kind) -> list[str]:
 def look_count(context: TaskContext) -> int:
     """Return the number of looks at a task's items: 1 without a stopping rule."""
     return 1 if context.stopping is None else context.stopping.looks
-
-
-def read_end_tokens(folder: Path) -> tuple[int, ...]:
-    """Return the end-of-sequence tokens of a checkpoint; see `special_tokens.end_tokens`.
-
-    Raises:
-        CheckpointError: no file names one.
-    """
-    if tokens := end_tokens(folder):
-        return tokens
-    raise CheckpointError(f"{folder}: no eos_token_id in generation_config.json or config.json; add it, so that answers can end")
 
 
 def _with_end(answer: Answer, limit: int, end_tokens: tuple[int, ...]) -> tuple[int, ...]:

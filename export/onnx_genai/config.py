@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from compress.checkpoints.checkpoint import read_json_object
+from compress.checkpoints.special_tokens import read_if_there, required_end_tokens
 from compress.errors import CheckpointError
 from compress.export.format import ExportContext
 from compress.export.onnx_genai.limits import MODEL_TYPES
@@ -36,24 +36,17 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
     `decoder` is the decoder's file name, `width` that of the embeddings between the graphs, DeepStack columns included.
 
     Raises:
-        CheckpointError: no config names an end-of-sequence token.
+        CheckpointError: no file names an end-of-sequence token.
     """
     text, vision = config.get_text_config(), config.vision_config
-    path = context.source / "generation_config.json"
-    generation = read_json_object(path) if path.is_file() else {}
+    generation = read_if_there(context.source, "generation_config.json")
 
     # generation_config.json first: chat models end answers with other tokens than the base model's config.json names.
     def token(name: str) -> Any:
         candidates = (generation.get(name), getattr(text, name, None), getattr(config, name, None))
         return next((candidate for candidate in candidates if candidate is not None), None)
 
-    eos = token("eos_token_id")
-    if eos is None:
-        raise CheckpointError(
-            f"{context.source}: no eos_token_id says which token ends an answer; add it to generation_config.json"
-        )
-    first_eos = cast("list[int]", eos)[0] if isinstance(eos, list) else int(eos)
-    pad = token("pad_token_id")
+    ends, pad = required_end_tokens(context.source), token("pad_token_id")
     session: dict[str, Any] = {
         "log_id": "onnxruntime-genai",
         # float16 graphs are for GPUs; without CUDA the runtime here clears the providers.
@@ -64,9 +57,9 @@ def genai_config(export: OnnxGenai, context: ExportContext, config: Any, decoder
     model: dict[str, Any] = {
         "type": MODEL_TYPES[context.family.name].type,
         "bos_token_id": token("bos_token_id"),
-        "eos_token_id": eos,
+        "eos_token_id": ends[0] if len(ends) == 1 else list(ends),
         # onnxruntime-genai wants a pad token; padded positions are masked, so that any id serves.
-        "pad_token_id": first_eos if pad is None else int(pad),
+        "pad_token_id": ends[0] if pad is None else int(pad),
         "image_token_id": int(config.image_token_id),
         "video_token_id": int(config.video_token_id),
         "vision_start_token_id": int(config.vision_start_token_id),

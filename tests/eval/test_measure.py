@@ -11,6 +11,7 @@ import safetensors.torch
 import torch
 from pydantic import ValidationError
 
+from compress.checkpoints.special_tokens import required_end_tokens
 from compress.data.tables import parquet_of, read_rows
 from compress.errors import CheckpointError, DataError
 from compress.eval import TASKS
@@ -19,7 +20,7 @@ from compress.eval.measure import MeasureContext, measure
 from compress.eval.results import AdapterItem, Measurement, QuestionItem, read_items, read_measurement
 from compress.eval.tasks.choice import Choice
 from compress.eval.tasks.perplexity import Perplexity
-from compress.eval.tasks.question_task import QuestionTask, read_end_tokens
+from compress.eval.tasks.question_task import QuestionTask
 from compress.eval.tasks.vqa import Vqa
 from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Session
@@ -182,10 +183,10 @@ def test_an_answer_that_ended_is_scored_with_its_end_token(world: World, origina
 
 def test_a_checkpoint_without_an_end_token_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"text_config": {"eos_token_id": 7}}))
-    assert read_end_tokens(tmp_path) == (7,)
+    assert required_end_tokens(tmp_path) == (7,)
     (tmp_path / "config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"no eos_token_id in generation_config.json or config.json"):
-        read_end_tokens(tmp_path)
+        required_end_tokens(tmp_path)
 
 
 def test_perplexity_is_that_of_the_windows_each_on_its_own(world: World, original: Measurement) -> None:
