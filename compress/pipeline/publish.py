@@ -16,9 +16,9 @@ from compress.checkpoints.artifact import (
 )
 from compress.checkpoints.checkpoint import read_json_object
 from compress.errors import StoreError
-from compress.export.format import Export
 from compress.files import write_text
 from compress.pipeline.publish_folders import publish_folder, replace_folder
+from compress.pipeline.steps.export import ExportArtifact
 from compress.progress import Progress
 from compress.recipe.schema import is_local
 from compress.report.model import Published, Report, Row, checks_of, fidelity_table, table
@@ -30,33 +30,35 @@ _LICENCE = ("license", "license_name", "license_link")
 """The keys of a card's front matter that a hub reads a model's licence from."""
 
 
-def publish(report: Report, artifacts: Sequence[tuple[Export, Path]], to: Path, progress: Progress) -> tuple[Published, ...]:
+def publish(
+    report: Report, artifacts: Sequence[tuple[ExportArtifact, Path]], to: Path, progress: Progress
+) -> tuple[Published, ...]:
     """Copy each artifact to `to/<recipe>/<artifact>` with its card and record; an artifact published there before is replaced.
 
-    `artifacts` are the exports and the folders that they wrote.
+    `artifacts` are the exports, each with the folder that it wrote.
 
     Raises:
         StoreError: the folder cannot be written, or has something that was not published by this program.
     """
     published: list[Published] = []
     with progress.task("publishing", total=len(artifacts), unit="artifacts") as advance:
-        for export, folder in artifacts:
-            target = publish_folder(to, report.name, export.artifact)
+        for artifact, folder in artifacts:
+            target = publish_folder(to, report.name, artifact.artifact)
             with replace_folder(target) as copy:
-                _fill(copy, folder, export, report)
-            published.append(Published(artifact=export.artifact, path=str(target), forced=report.gate.verdict != "pass"))
+                _fill(copy, folder, artifact, report)
+            published.append(Published(artifact=artifact.artifact, path=str(target), forced=report.gate.verdict != "pass"))
             advance(1)
     return tuple(published)
 
 
-def _fill(copy: Path, folder: Path, export: Export, report: Report) -> None:
+def _fill(copy: Path, folder: Path, artifact: ExportArtifact, report: Report) -> None:
     """Copy an artifact, and write its card and record."""
     # Copied, not linked: a published folder is the user's to edit, and must not share bytes with the store.
     shutil.copytree(folder, copy, dirs_exist_ok=True)
     record = read_json_object(copy / RECORD)
     # The copy is checked, not the source: what is published is what was read.
     _check_unchanged(copy, record, folder)
-    write_text(copy / _CARD, card(report, export))
+    write_text(copy / _CARD, card(report, artifact))
     record |= {"recipe": report.recipe, "gate": report.gate.model_dump(mode="json"), "hardware": report.hardware}
     write_record(copy, {**record, "git_commit": source_commit()})
 
@@ -66,11 +68,6 @@ def _check_unchanged(copy: Path, record: Mapping[str, Any], folder: Path) -> Non
     del digests[RECORD]
     if digests != record["files"]:
         raise StoreError(f"{folder}: is not what was measured any more; run `compress store verify`, then this command again")
-
-
-def _compares(report: Report) -> bool:
-    """Return whether the model compares images with texts and generates none."""
-    return all(task["task"] in ("zero-shot", "retrieval") for task in report.recipe["eval"]["tasks"])
 
 
 def _terms(report: Report, folder: Path) -> str:
@@ -90,16 +87,16 @@ def _loaded(rows: Sequence[Row], name: str) -> str:
     return f"\nTo be measured it was loaded with:\n\n{lines}\n\nThe evaluation tried no other program and no other version.\n"
 
 
-def card(report: Report, export: Export) -> str:
-    """Return the model card of an export's artifact, in Markdown: results, verdict, usage and provenance."""
-    name, usage = export.artifact, export.usage
+def card(report: Report, artifact: ExportArtifact) -> str:
+    """Return the model card of an artifact, in Markdown: results, verdict, usage and provenance."""
+    name, usage = artifact.artifact, artifact.export.usage
     rows = tuple(row for row in report.rows if row.artifact in ("original", name))
     source = str(report.source["source"])
     source_name = Path(source).name if is_local(source) else source
     forced = "" if report.gate.verdict == "pass" else f"\n> **Published by force: the gate's verdict was {report.gate.verdict}.**\n"
     # A local path means nothing on a hub, and would show the author's folders.
     base = [] if is_local(source) else [f"base_model: {source}"]
-    kind = "zero-shot-image-classification" if _compares(report) else "image-text-to-text"
+    kind = "zero-shot-image-classification" if artifact.family.head is None else "image-text-to-text"
     licence = [f"{key}: {report.source[key]}" for key in _LICENCE if key in report.source]
     front = "\n".join(
         ["---", *licence, *base, f"library_name: {usage.library}", f"pipeline_tag: {kind}", "tags: [compress]", "---"]

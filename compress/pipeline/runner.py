@@ -167,7 +167,7 @@ class _Run:
         self._write(report, gallery)
         recipe, compression = self.plan.recipe, self.plan.compression
         if recipe is not None and compression is not None and recipe.publish and (report.gate.verdict == "pass" or force):
-            artifacts = [(artifact.export, artifact.at(self.context)) for artifact in compression.artifacts]
+            artifacts = [(artifact, artifact.at(self.context)) for artifact in compression.artifacts]
             published = publish(report, artifacts, Path(recipe.publish.to), self.events)
             report = report.model_copy(update={"published": published})
             self._write(report, gallery)
