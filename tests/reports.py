@@ -167,7 +167,9 @@ def latency(concurrencies: tuple[int, ...] = (1, 4, 16, 64)) -> Latency:
             Component(component="prefill", median_ms=33.7, least_ms=33.1, repeats=5),
             Component(component="decode", median_ms=11.1, least_ms=10.8, repeats=5),
         )
-        components = ComponentTable(device="cuda", dtype="bfloat16", point=shape(), sequence_tokens=512, components=timed)
+        components = ComponentTable(
+            runtime="transformers", device="cuda", dtype="bfloat16", point=shape(), sequence_tokens=512, components=timed
+        )
         models[name] = ModelLatency(
             name=name, points=tuple(points), best=(best,), memory_bytes=int(60e9 * speed), memory_ratio=speed, components=components
         )

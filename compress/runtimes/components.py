@@ -60,6 +60,7 @@ def measure_components(runtime: Runtime, context: OpenContext, point: LoadPoint,
                 advance(1)
     order: Sequence[ComponentName] = ("vision", "projector", "prefill", "decode")
     return ComponentTable(
+        runtime="transformers",
         device=str(device),
         dtype=str(dtype).removeprefix("torch."),
         point=point,

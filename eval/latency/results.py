@@ -159,7 +159,7 @@ class ComponentTable(Frozen):
     `prefill` is the decoder over the prompt, without the vision tower and the projector; `decode` is one further token.
     """
 
-    runtime: str = "transformers"
+    runtime: str
     """What ran them."""
 
     device: str

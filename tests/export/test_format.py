@@ -10,7 +10,7 @@ from compress.export.format import Export, format_name, format_of
 from compress.numerics.scheme import Scheme
 from compress.recipe.schema import load_row
 from compress.runtimes import RUNTIMES
-from compress.runtimes.runtime import Runtime, runtimes_for
+from compress.runtimes.runtime import runtime_named, runtimes_for
 from tests.tiny.qwen2_5_vl import build_qwen2_5_vl
 
 
@@ -31,12 +31,16 @@ def test_a_folder_is_of_one_format(files: tuple[str, ...], name: str, tmp_path: 
 
 
 def test_every_format_is_run_somewhere_and_every_runtime_runs_known_ones() -> None:
+    runtimes = {name: runtime_named(name) for name in RUNTIMES}
     for name in FORMATS:
-        assert runtimes_for(name)
-    assert runtimes_for("onnx", "onnx-genai") == ["onnxruntime", "onnxruntime-genai", "endpoint"]
-    assert runtimes_for("vllm") == ["transformers", "vllm", "endpoint"]
-    for name in RUNTIMES:
-        assert cast("type[Runtime]", load_row(RUNTIMES, name)).formats <= FORMATS.keys()
+        usable = runtimes_for(name)
+        assert usable
+        assert set(usable) == {runtime for runtime, row in runtimes.items() if name in row.formats}
+        assert usable == sorted(usable, key=lambda runtime: (runtimes[runtime].elsewhere, runtime))
+    assert runtimes_for("onnx", "vllm")[-1] == "endpoint"
+    assert set(runtimes_for("onnx", "vllm")) == {*runtimes_for("onnx"), *runtimes_for("vllm")}
+    for row in runtimes.values():
+        assert row.formats <= FORMATS.keys()
 
 
 def test_only_what_a_format_names_counts_as_its_files(tmp_path: Path) -> None:

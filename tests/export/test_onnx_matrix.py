@@ -11,7 +11,7 @@ from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
 from compress.export.format import ExportContext, VerifyContext, format_of
 from compress.export.onnx.format import Onnx
-from compress.families import FAMILIES
+from compress.export.onnx.graphs import GRAPHS
 from compress.families.resolve import family_at
 from compress.numerics.scheme import Scheme
 from compress.progress import Silent
@@ -39,7 +39,7 @@ class Made:
     export: Onnx
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
+@pytest.fixture(scope="module", params=GRAPHS)
 def source(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return BUILDERS[request.param](tmp_path_factory.mktemp("onnx") / "model")
 

@@ -13,10 +13,10 @@ from compress.progress import Silent
 from compress.runtimes.runtime import OpenContext, Passage
 from compress.runtimes.transformers.runtime import Transformers
 from tests.families.samples import LONG, ONE_IMAGE, SHORT, load_plain
-from tests.tiny import BUILDERS, picture
+from tests.tiny import BUILDERS, picture, writes
 
 TOKENS = 5
-WRITING = [name for name in FAMILIES if name != "clip"]
+WRITING = [name for name in FAMILIES if writes(name)]
 
 
 def prompts(family: Family) -> list[Prompt]:

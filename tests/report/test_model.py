@@ -5,6 +5,7 @@ import pytest
 from compress.eval.results import PerplexityMetrics, ScoreMetrics, WholeKl
 from compress.report.figures import check_values, format_recovery, milliseconds, size
 from compress.report.html import render_html
+from compress.report.latency import components_table
 from compress.report.model import Report, render
 from compress.report.run_tables import checks_table, results_table
 from compress.report.tabular import Column, Table, markdown
@@ -43,6 +44,16 @@ def test_the_page_tells_fidelity_grounding_and_latency(page: str) -> None:
     assert "| vllm-awq | 16 | 268 ms | 428 ms | 11.8 ms | 18.8 ms | 1,764 ms | 2,822 ms | 9.07 | 1,161 | 8.44 |" in page
     assert "| vllm-awq | 64 | ×0.62 (0.60–0.64) |" in page
     assert "- context lowered from 8192 to 4096: the cache did not fit" in page
+
+
+def test_the_times_of_components_say_how_they_were_run() -> None:
+    (measured,) = report().latency.values()
+    assert components_table(measured).note.startswith("Medians, computed in one process with dense weights; decode is")
+    timed = measured.original.components
+    assert timed is not None
+    graphs = measured.original.model_copy(update={"components": timed.model_copy(update={"runtime": "onnxruntime"})})
+    table = components_table(measured.model_copy(update={"original": graphs, "artifacts": {}}))
+    assert "in one process by ONNX Runtime; the projector is part of vision; decode" in table.note
 
 
 def test_targets_are_told_only_where_there_are_several() -> None:

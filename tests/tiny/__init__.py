@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
+from compress.families import FAMILIES, Family
+from compress.recipe.schema import load_attribute
 from tests.tiny.blip2 import build_blip2
 from tests.tiny.clip import build_clip
 from tests.tiny.internvl import build_internvl
@@ -33,6 +35,7 @@ __all__ = [
     "build_qwen3_vl",
     "build_tokenizer",
     "picture",
+    "writes",
 ]
 
 
@@ -56,3 +59,8 @@ BUILDERS: dict[str, Builder] = {
     "clip": build_clip,
 }
 """A builder for every family, by the family's name."""
+
+
+def writes(family: str) -> bool:
+    """Return whether models of a family generate text."""
+    return cast("Family", load_attribute(FAMILIES[family])).head is not None
