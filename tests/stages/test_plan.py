@@ -36,6 +36,8 @@ CHEAP: dict[str, tuple[dict[str, Any], ...]] = {
 PLANNED = [name for name in STAGES if stage_named(name) is not Llmcompressor]
 """The stages whose result a plan knows."""
 
+SWITCHED = list(quantizers())
+
 
 def check(bench: Bench, target: Path, *stages: Stage) -> None:
     """Apply stages one after the other, and check that each leaves what was planned before the first ran."""
@@ -53,7 +55,7 @@ def check(bench: Bench, target: Path, *stages: Stage) -> None:
         source = Bench(folder, bench.calibration)
 
 
-@pytest.mark.parametrize("stage", list(quantizers()), ids=repr)
+@pytest.mark.parametrize("stage", SWITCHED, ids=[stage.stage for stage in SWITCHED])
 def test_a_plan_asks_for_samples_where_the_method_reads_them(stage: Quantizer) -> None:
     read = stage.method().hessian_request([Scheme(4, 32, symmetric=True)])
     assert stage.uses_statistics() == (read is not None)

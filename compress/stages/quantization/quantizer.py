@@ -111,7 +111,10 @@ class Quantizer(Stage):
 
     @abstractmethod
     def uses_statistics(self) -> bool:
-        """Return whether the method itself reads statistics of input activations; static activation scales need their own."""
+        """Return whether the parts of `method()` request statistics of input activations, for plans, which cannot import torch.
+
+        What a run observes is what the parts request; static activation scales need their own statistics.
+        """
 
     @property
     def calibrated(self) -> bool:
