@@ -126,6 +126,8 @@ def test_large_pictures_are_seen_in_seconds(harness: Harness, tmp_path: Path) ->
         assert outcome.grown < MOST_BYTES, name
 
 
+PRELOADED = ("vllm",)
+
 VLLM = """
 import sys
 from pathlib import Path

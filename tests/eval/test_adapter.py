@@ -29,6 +29,8 @@ from compress.runtimes.vllm.runtime import Vllm
 from compress.workers.environment import install
 from tests.tiny import build_qwen2_5_vl
 
+PRELOADED = ("vllm", "lmms-eval", "lm-eval")
+
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
 COLOURS = ("red", "blue", "green")
 
@@ -284,6 +286,7 @@ def test_what_the_harness_does_not_have_is_told(
 
 @pytest.mark.slow
 def test_data_that_are_not_there_offline_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COMPRESS_RUNTIMES")  # the hub's library reads the two variables when it is imported
     install("lm-eval", Silent())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))

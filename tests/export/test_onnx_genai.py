@@ -30,6 +30,8 @@ from tests.quantized import exact_weights, round_checkpoint, scheme
 from tests.specs import planned
 from tests.tiny import BUILDERS, build_qwen2_5_vl, build_qwen2_vl, build_qwen3_vl
 
+PRELOADED = ("onnxruntime-genai",)
+
 ORT: Any = onnxruntime
 NUMPY: Any = numpy_helper
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"

@@ -17,6 +17,8 @@ from compress.report.model import Report
 from compress.workers.environment import install
 from tests.runtimes.agreement import KERNELS
 
+PRELOADED = ("vllm",)
+
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "recipes" / "demo.yaml"
 MODEL = DEMO.parent / "demo" / "model"

@@ -25,6 +25,8 @@ from compress.runtimes.transformers.runtime import Transformers
 from tests.quantized import round_checkpoint, scheme
 from tests.tiny import build_qwen2_vl, build_qwen3_vl
 
+PRELOADED = ("onnxruntime-genai",)
+
 PARQUET: Any = parquet
 SILENT = Silent()
 DEMO = Path(__file__).parents[2] / "recipes" / "demo"
@@ -227,8 +229,11 @@ def test_the_process_ends_with_the_session(demo: Path, prompts: list[Prompt], tm
             session.answer(prompts[:1], NEW_TOKENS, SILENT)
 
 
-def test_a_process_that_does_not_answer_is_given_up(demo: Path, prompts: list[Prompt], tmp_path: Path) -> None:
+def test_a_process_that_does_not_answer_is_given_up(
+    demo: Path, prompts: list[Prompt], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It is stopped: it cannot answer, however fast the machine is."""
+    monkeypatch.delenv("COMPRESS_RUNTIMES")  # the worker itself is to be stopped
     with opened(demo, in_genai(), tmp_path) as session:
         (worker,) = psutil.Process(session._worker._server.process.pid).children()
         session._worker._seconds = 0.1

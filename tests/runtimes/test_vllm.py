@@ -28,6 +28,8 @@ from compress.workers.environment import install
 from tests.raw_server import absent_server
 from tests.tiny import build_qwen2_5_vl, picture
 
+PRELOADED = ("vllm",)
+
 SILENT = Silent()
 
 

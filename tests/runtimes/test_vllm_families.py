@@ -19,6 +19,8 @@ from tests.quantized import scheme
 from tests.runtimes.agreement import SILENT, TOKEN, Case, compare, make_artifact, serving
 from tests.tiny import BUILDERS, build_clip, picture
 
+PRELOADED = ("vllm",)
+
 AWQ = Case("awq", scheme(4, 32), "float16")
 GPTQ = Case("gptq", scheme(4, 32, symmetric=True), "float16")
 PACKED = Case("compressed-tensors", scheme(4, 32), "float16")

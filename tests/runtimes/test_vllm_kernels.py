@@ -28,6 +28,8 @@ from tests.quantized import round_checkpoint, scheme
 from tests.runtimes.agreement import SILENT, TOKEN
 from tests.tiny import build_qwen2_5_vl
 
+PRELOADED = ("vllm",)
+
 FOUR: frozenset[KernelKind] = frozenset({"4-bit weights"})
 NONE: frozenset[KernelKind] = frozenset()
 EIGHT: frozenset[KernelKind] = frozenset({"8-bit inputs"})

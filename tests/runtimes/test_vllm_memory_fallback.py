@@ -16,6 +16,8 @@ from compress.runtimes.vllm.memory_fallback import Memory, MemoryFallback, memor
 from compress.runtimes.vllm.runtime import Vllm
 from compress.workers.environment import install
 
+PRELOADED = ("vllm",)
+
 DEMO = Path(__file__).parents[2] / "recipes" / "demo" / "model"
 GPU = Memory(share=0.85, cache_gib=2, context=8192, on_gpu=True)
 CPU = Memory(share=0.85, cache_gib=8, context=8192)

@@ -24,6 +24,8 @@ from compress.runtimes.vllm.runtime import Vllm
 from compress.workers.environment import install
 from tests.pictures import encoded, everyday
 
+PRELOADED = ("vllm",)
+
 DEMO = Path(__file__).parent.parent.parent / "recipes" / "demo"
 MODEL = DEMO / "model"
 COUNT = 48

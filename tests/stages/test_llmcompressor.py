@@ -45,6 +45,8 @@ from tests.jobs import Job, content, make_job
 from tests.stages.bench import Bench, dense, logits, prepare, tensors_of
 from tests.tiny import BUILDERS, build_qwen2_5_vl
 
+PRELOADED = ("llmcompressor",)
+
 GROUPS = {"group_0": {"targets": ["Linear"], "weights": {"num_bits": 4, "strategy": "group", "group_size": 32, "symmetric": True}}}
 GPTQ = {"GPTQModifier": {"config_groups": GROUPS}}
 
