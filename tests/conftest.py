@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Generator
+from typing import cast
 
 import pytest
 
@@ -23,7 +24,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="module", autouse=True)
 def preloaded_environments(request: pytest.FixtureRequest) -> Generator[None]:
     """Run the commands of the environments that a test file names in `PRELOADED` with their imports done; see `tests/preloaded`."""
-    names: tuple[str, ...] = getattr(request.module, "PRELOADED", ())
+    names: tuple[str, ...] = getattr(cast("object", request.module), "PRELOADED", ())
     with pytest.MonkeyPatch.context() as patch:
         for name in names:
             preloaded.add(name)

@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -22,6 +21,7 @@ from compress.checkpoints.layouts import linear_shape
 from compress.data.prompts import load_processor
 from compress.errors import CheckpointError
 from compress.runtimes.unpack import dense_tensors
+from tests.preloaded import command_line
 from tests.tiny import build_qwen2_5_vl
 
 TWO = {"a": {"dtype": "F32", "shape": [1], "data_offsets": [0, 4]}, "b": {"dtype": "F32", "shape": [1], "data_offsets": [4, 8]}}
@@ -244,9 +244,7 @@ def test_json_output_ends_with_1_for_nothing_but_the_verdict(tmp_path: Path, sec
         ["plan", str(tmp_path / "recipe.yaml")],
         ["eval", str(folder), "--against", str(folder), "--by", str(secret)],
     ):
-        done = subprocess.run(
-            [sys.executable, "-m", "compress.cli", *arguments, "--json"], capture_output=True, text=True, check=False
-        )
+        done = subprocess.run(command_line(*arguments, "--json"), capture_output=True, text=True, check=False)
         assert done.returncode == 2, done.stderr
         assert json.loads(done.stdout)["exit_code"] == 2
         assert "Traceback" not in done.stderr

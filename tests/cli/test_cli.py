@@ -9,12 +9,11 @@ import pytest
 
 from compress.cli.commands import COMMANDS
 from tests.jobs import Job, make_job
-
-COMPRESS = [sys.executable, "-m", "compress.cli"]
+from tests.preloaded import command_line
 
 
 def compress(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*COMPRESS, *arguments], capture_output=True, text=True, check=False, env={**os.environ, **environment})
+    return subprocess.run(command_line(*arguments), capture_output=True, text=True, check=False, env={**os.environ, **environment})
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +58,7 @@ def test_a_reader_that_goes_early_is_no_verdict(tmp_path: Path, command: list[st
     os.close(read)
     errors = write if errors_too else subprocess.DEVNULL
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run([*COMPRESS, *command], stdout=write, stderr=errors, cwd=tmp_path, env=environment, check=False)
+    done = subprocess.run(command_line(*command), stdout=write, stderr=errors, cwd=tmp_path, env=environment, check=False)
     os.close(write)
     assert done.returncode == (2 if "none.yaml" in command and not errors_too else 141)
 
@@ -206,7 +205,20 @@ def in_own_mounts(mount: str, *arguments: str) -> subprocess.CompletedProcess[st
     """Run a command in a mount namespace of its own, after a mount that nobody else sees."""
     script = f'{mount} && exec "$@"'
     return subprocess.run(
-        ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", script, "sh", *COMPRESS, *arguments],
+        [
+            "unshare",
+            "--user",
+            "--map-root-user",
+            "--mount",
+            "sh",
+            "-c",
+            script,
+            "sh",
+            sys.executable,
+            "-m",
+            "compress.cli",
+            *arguments,
+        ],
         capture_output=True,
         text=True,
         check=False,
@@ -290,7 +302,7 @@ def test_an_artifact_that_changed_after_it_was_measured_is_not_published(job: Jo
 
 def test_an_interrupt_ends_with_130_and_leaves_nothing_half_done(job: Job, tmp_path: Path) -> None:
     arguments = ["run", str(job.recipe), "--runs", str(tmp_path / "runs"), "--store", str(tmp_path / "store")]
-    process = subprocess.Popen([*COMPRESS, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(command_line(*arguments), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     for line in process.stderr:
         if "awq" in line:

@@ -3,7 +3,6 @@
 import json
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import compress
 from compress.errors import CheckpointError, RecipeError, UsageError
 from compress.report.model import Report
 from tests.jobs import Job, content, make_job
+from tests.preloaded import command_line
 
 EVALUATION: dict[str, Any] = {
     "name": "check",
@@ -159,15 +159,7 @@ def test_an_artifact_that_is_none_and_two_of_one_name_are_refused(made: tuple[Jo
 
 def test_the_command_ends_with_the_gates_verdict(made: tuple[Job, Report]) -> None:
     job, report = made
-    command = [
-        sys.executable,
-        "-m",
-        "compress.cli",
-        "eval",
-        str(path_of(report, "vllm-awq")),
-        "--against",
-        str(job.folder / "model"),
-    ]
+    command = command_line("eval", str(path_of(report, "vllm-awq")), "--against", str(job.folder / "model"))
     command += ["--by", str(job.folder / "check.yaml"), "--runs", str(job.runs), "--store", str(job.store)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -22,6 +22,7 @@ from compress.progress import Silent
 from compress.report.model import Report
 from compress.workers.environment import install
 from tests.jobs import Job, make_job, sentences
+from tests.preloaded import command_line
 
 OPENED: list[str] = []
 """The question files that were opened since the first run began, each time."""
@@ -30,9 +31,6 @@ OPENED: list[str] = []
 def _note_opened(event: str, arguments: tuple[Any, ...]) -> None:
     if event == "open" and str(arguments[0]).endswith(".jsonl") and "/store/" not in str(arguments[0]):
         OPENED.append(Path(arguments[0]).name)
-
-
-COMPRESS = [sys.executable, "-m", "compress.cli"]
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +164,7 @@ def test_a_sample_in_calibration_and_evaluation_stops_the_run(finished: tuple[Jo
     job, _ = finished
     shared = {"eval.tasks.0.source": str(job.folder / "calibration.jsonl")}
     done = subprocess.run(
-        [*COMPRESS, *job.arguments(*(f"--set={path}={value}" for path, value in shared.items()))],
+        command_line(*job.arguments(*(f"--set={path}={value}" for path, value in shared.items()))),
         capture_output=True,
         text=True,
         check=False,
@@ -253,9 +251,7 @@ def test_runs_that_are_killed_ten_times_end_as_one_that_was_not(finished: tuple[
     shutil.rmtree(job.published)
     chance = random.Random(20240917)
     killed = 0
-    arguments = [
-        *COMPRESS, "run", str(job.recipe), "--runs", str(tmp_path / "runs"), "--store", str(tmp_path / "store")
-    ]  # fmt: skip
+    arguments = command_line("run", str(job.recipe), "--runs", str(tmp_path / "runs"), "--store", str(tmp_path / "store"))
     while killed < 10:
         extra = ["--fresh"] if killed % 3 == 2 else []
         process = subprocess.Popen([*arguments, *extra], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, start_new_session=True)

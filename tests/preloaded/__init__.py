@@ -7,7 +7,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from compress.progress import Silent
@@ -56,15 +56,20 @@ def add(name: str) -> None:
     for entry in real.parents[1].iterdir():
         if entry.name != "bin":
             (replaced / entry.name).symlink_to(entry)
-    _serve(real, MODULES[name], replaced / "bin" / "python")
+    _serve(real, MODULES[name], replaced / "bin" / "python", _VARIABLES)
 
 
 @functools.cache
 def own_python() -> str:
     """Return the command that stands in for this interpreter, with `OWN_MODULES` imported."""
     command = Path(_temporary().name) / "python"
-    _serve(Path(sys.executable), OWN_MODULES, command)
+    _serve(Path(sys.executable), OWN_MODULES, command, {})
     return str(command)
+
+
+def command_line(*arguments: str) -> list[str]:
+    """Return the command that runs this package's command line, as `python -m compress.cli` does."""
+    return [own_python(), "-m", "compress.cli", *arguments]
 
 
 @functools.cache
@@ -72,14 +77,14 @@ def _temporary() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="preloaded-")  # kept until this process ends
 
 
-def _serve(python: Path, modules: Sequence[str], command: Path) -> None:
+def _serve(python: Path, modules: Sequence[str], command: Path, variables: Mapping[str, str]) -> None:
     """Start a server, which ends with this process, and write the command that stands in for its Python."""
     here = Path(__file__).parent
     socket = command.with_name("socket")
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {here / "client.py"} {socket} {python} "$@"\n', encoding="utf-8")
     command.chmod(0o755)
     start = [str(python), "-I", str(here / "server.py"), str(socket), *modules]
-    server = subprocess.Popen(start, stdin=subprocess.PIPE, env=variables_with(_VARIABLES))
+    server = subprocess.Popen(start, stdin=subprocess.PIPE, env=variables_with(variables))
     _servers.append(server)
     while not socket.exists():
         assert server.poll() is None, f"{python}: {', '.join(modules)} cannot be imported"

@@ -57,9 +57,9 @@ class _Server:
             if self.woken in ready:
                 os.read(self.woken, 1 << 12)
                 self._collect()
-            for number in ready:
-                if number in clients and clients[number] in self.commands:
-                    self._pass_on(clients[number])
+            for number, pid in clients.items():
+                if number in ready and pid in self.commands:
+                    self._pass_on(pid)
             if 0 in ready and not os.read(0, 1 << 12):
                 for pid in self.commands:
                     _kill_group(pid, signal.SIGKILL)
@@ -123,7 +123,7 @@ def _run(command: dict[str, Any]) -> None:
     os.chdir(command["folder"])
     # A child that is spawned imports everything anew; a fork of this process has it.
     forking = multiprocessing.get_context("fork")
-    multiprocessing.get_context = lambda method=None: forking
+    multiprocessing.get_context = lambda *_: forking
     arguments: list[str] = command["arguments"]
     is_isolated = False
     while arguments[0] in ("-I", "-B", "-u"):

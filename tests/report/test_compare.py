@@ -2,7 +2,6 @@ import csv
 import io
 import json
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +13,9 @@ from compress.report.compare import Comparison, compare, read_report
 from compress.report.compare_formats import FORMATS, as_csv, as_json, charts, group_table, render
 from compress.report.model import Report, Row
 from compress.report.run_charts import size_charts
+from tests.preloaded import command_line
 from tests.reports import report, rows
 
-COMPRESS = [sys.executable, "-m", "compress.cli", "compare"]
 SAME = {"original": "3b1f" * 16, "textvqa": "77ad" * 16}
 
 
@@ -40,6 +39,10 @@ def write(folder: Path, report: Report) -> Path:
 
 def columns(comparison: Comparison) -> list[str]:
     return [measure.head for group in comparison.groups for measure in group.measures]
+
+
+def compare_command(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command_line("compare", *arguments), capture_output=True, text=True, check=False, env=environment)
 
 
 def test_runs_of_one_original_share_a_table_and_its_row() -> None:
@@ -192,24 +195,24 @@ def test_points_are_labelled_by_run_and_artifact() -> None:
 def test_a_folder_without_a_report_is_passed_over_with_a_warning(tmp_path: Path) -> None:
     folder, unfinished = write(tmp_path, run("first")), tmp_path / "killed-20250112-101500-77c1"
     unfinished.mkdir()
-    done = subprocess.run([*COMPRESS, str(unfinished), str(folder)], capture_output=True, text=True, check=False)
+    done = compare_command(str(unfinished), str(folder))
     assert done.returncode == 0
     assert done.stderr == f"compress: warning: {unfinished}: has no report.json and is passed over; a run has one once it is done\n"
     assert "vllm-awq" in done.stdout
-    done = subprocess.run([*COMPRESS, str(unfinished)], capture_output=True, text=True, check=False)
+    done = compare_command(str(unfinished))
     assert (done.returncode, done.stdout) == (2, "")
     assert "none of the 1 folders has a report.json; name runs that are done" in done.stderr
 
 
 def test_an_ending_that_is_not_written_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     output = tmp_path / "comparison.pdf"
-    done = subprocess.run([*COMPRESS, str(tmp_path / "nowhere"), "-o", str(output)], capture_output=True, text=True, check=False)
+    done = compare_command(str(tmp_path / "nowhere"), "-o", str(output))
     assert (done.returncode, done.stdout) == (2, "")
     message = f"{output}: .pdf is none of the endings that are written, .md, .csv, .html, .json; change it, or say --format"
     assert message in done.stderr
     assert not output.exists()
     folder = str(write(tmp_path, run("first")))
-    done = subprocess.run([*COMPRESS, folder, "-o", str(output), "--format", "csv"], capture_output=True, text=True, check=False)
+    done = compare_command(folder, "-o", str(output), "--format", "csv")
     assert done.returncode == 0 and output.read_text(encoding="utf-8").startswith("original,run")
 
 
@@ -267,7 +270,7 @@ def test_the_command_writes_what_the_files_name_says(tmp_path: Path) -> None:
         ("a", "Qwen"),
     ):
         output = tmp_path / name
-        done = subprocess.run([*COMPRESS, *folders, "-o", str(output)], capture_output=True, text=True, check=False)
+        done = compare_command(*folders, "-o", str(output))
         assert (done.returncode, done.stderr, done.stdout.strip()) == (0, "", str(output))
         assert output.read_text(encoding="utf-8").startswith(start)
 
@@ -275,9 +278,7 @@ def test_the_command_writes_what_the_files_name_says(tmp_path: Path) -> None:
 def test_the_command_prints_a_table_or_where_that_is_too_wide_a_list(tmp_path: Path) -> None:
     folder = str(write(tmp_path, run("first")))
     for width, heads in (("200", 1), ("60", 0)):
-        done = subprocess.run(
-            [*COMPRESS, folder], capture_output=True, text=True, check=False, env={"COLUMNS": width, "PATH": "/usr/bin:/bin"}
-        )
+        done = compare_command(folder, environment={"COLUMNS": width, "PATH": "/usr/bin:/bin"})
         assert done.returncode == 0, done.stderr
         assert [line.split()[:3] for line in done.stdout.splitlines()].count(["run", "artifact", "verdict"]) == heads
         assert "79.05%" in done.stdout
@@ -286,11 +287,11 @@ def test_the_command_prints_a_table_or_where_that_is_too_wide_a_list(tmp_path: P
 
 def test_the_command_prints_one_format_alone_and_tells_what_it_cannot_read(tmp_path: Path) -> None:
     folder = str(write(tmp_path, run("first")))
-    done = subprocess.run([*COMPRESS, folder, "--format", "json"], capture_output=True, text=True, check=False)
+    done = compare_command(folder, "--format", "json")
     assert json.loads(done.stdout)["schema"] == 1
-    done = subprocess.run([*COMPRESS, folder, folder], capture_output=True, text=True, check=False)
+    done = compare_command(folder, folder)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "compress: compare: the run first-20250112-101500-3fa9 is given twice; name each once\n"
-    done = subprocess.run([*COMPRESS, folder, "-o", str(tmp_path / "no" / "a.md")], capture_output=True, text=True, check=False)
+    done = compare_command(folder, "-o", str(tmp_path / "no" / "a.md"))
     assert done.returncode == 3
     assert "name a folder you can write" in done.stderr
