@@ -10,6 +10,9 @@ _SIZES = {3: 2, 4: 4, 5: 8, 6: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12: 8, 13: 4, 16: 8,
 _TABLES = (0x8769, 0x8825, 0xA005)
 """Tags with the offset of a further table: of EXIF, of GPS and of interoperability."""
 
+_OFFSETS = {3: "H", 4: "L", 13: "L", 16: "Q", 18: "Q"}
+"""The struct format of each type that a further table's offset may have; a short one leaves the rest of its field unused."""
+
 _DEEPEST = 3
 
 
@@ -25,7 +28,7 @@ def numeric_bytes(data: bytes, start: int = 0) -> int:
         (first,) = struct.unpack_from(f"{order}Q" if big else f"{order}L", data, start + (8 if big else 4))
     except struct.error:
         return 0
-    entry = struct.Struct(f"{order}HHQQ" if big else f"{order}HHLL")
+    entry = struct.Struct(f"{order}HHQ8s" if big else f"{order}HHL4s")
     count = struct.Struct(f"{order}Q" if big else f"{order}H")
     total, waiting = 0, [first]
     # a fixed number of rounds, because tables may point at each other in a circle
@@ -48,5 +51,7 @@ def _read_table(data: bytes, place: int, count: struct.Struct, entry: struct.Str
     for tag, kind, values, value in entry.iter_unpack(rows):
         total += values * _SIZES.get(kind, 0)
         if tag in _TABLES:
-            tables.setdefault(tag, value if entry.size > 12 or kind != 3 else value & 0xFFFF)
+            offset = struct.Struct(f"{entry.format[0]}{_OFFSETS.get(kind, '')}")
+            if 0 < offset.size <= len(value):
+                tables.setdefault(tag, offset.unpack_from(value)[0])
     return total, list(tables.values())

@@ -25,6 +25,7 @@ from torch.utils.hooks import RemovableHandle
 
 from compress.checkpoints.output_head import head_is_tied
 from compress.engine.host import map_tensors
+from compress.engine.recorder import hidden_states
 from compress.engine.replay import BlockVisit, Call, Positions, Replay, WalkConfig
 from compress.engine.statistics import InputStatistics, TokenStatistics
 from compress.engine.weights import unload
@@ -196,7 +197,7 @@ class _ReverseWalk:
         for call in last.calls:
             with torch.no_grad():
                 output = last.module(*self._to_device(call.args), **self._to_device(call.kwargs))
-            leaf = _hidden_states((output,), {}).detach().requires_grad_()
+            leaf = hidden_states((output,), {}).detach().requires_grad_()
             hidden = self.replay.head_input(call.batch, {last.name: _replace_hidden_states(output, leaf)})
             positions = cast("Positions", call.positions)
             gradient = self._head_gradient(hidden.detach(), weight, positions)
@@ -241,13 +242,11 @@ class _ReverseWalk:
         local = {linear.removeprefix(f"{name}."): linear for linear in self.linears if within(linear, name)}
         for call in self.calls.pop(name):
             args, kwargs = self._to_device(call.args), self._to_device(call.kwargs)
-            states = _hidden_states(args, kwargs)
+            states = hidden_states(args, kwargs)
             # a leaf per block: the graph never spans two blocks, so one block's activations are all that is kept
             leaf = states.detach().requires_grad_()
             with _OutputGradients(module, local, self._accumulator(call.positions)), self._attention(), torch.enable_grad():
-                output = _hidden_states(
-                    (module(*_replace_tensor(args, states, leaf), **_replace_tensor(kwargs, states, leaf)),), {}
-                )
+                output = hidden_states((module(*_replace_tensor(args, states, leaf), **_replace_tensor(kwargs, states, leaf)),), {})
                 output.backward(self.gradients[call.batch].to(self.device))
             # the gradient at this block's input is the one at the previous block's output
             self.gradients[call.batch] = self.replay.host.offload(cast("Tensor", leaf.grad))
@@ -305,19 +304,10 @@ class _OutputGradients:
         return watch
 
 
-def _hidden_states(args: Any, kwargs: dict[str, Any]) -> Tensor:
-    """Return the hidden states among a block's arguments, or in its output."""
-    if "hidden_states" in kwargs:
-        return kwargs["hidden_states"]
-    tensors: list[Tensor] = []
-    map_tensors(args, tensors.append)
-    return tensors[0]
-
-
 def _replace_tensor(tree: Any, old: Tensor, new: Tensor) -> Any:
     return map_tensors(tree, lambda tensor: new if tensor is old else tensor)
 
 
 def _replace_hidden_states(output: Any, leaf: Tensor) -> Any:
     """Return a block's output with its hidden states replaced."""
-    return _replace_tensor(output, _hidden_states((output,), {}), leaf)
+    return _replace_tensor(output, hidden_states((output,), {}), leaf)

@@ -78,7 +78,7 @@ class InputStatistics:
         return _mirror(lower).div_(self._weight())
 
     def take_hessian(self) -> Tensor:
-        """Return `mean_hessian`, computed in the memory of the sums where they are disposable: a matrix may take gigabytes."""
+        """Return `mean_hessian`, computed in the memory of the sums where that is allowed: a matrix may take gigabytes."""
         if not self.may_overwrite:
             return self.mean_hessian()
         (first, weight), *others = self._full_hessians()

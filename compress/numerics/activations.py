@@ -15,7 +15,7 @@ from torch import Tensor
 
 from compress.numerics.scheme import BLOCK, Scheme
 
-_LARGEST = {"int": 127.0, "float": 448.0}
+LARGEST_CODE = {"int": 127.0, "float": 448.0}
 """The code that the largest magnitude is mapped to: the largest of int8, and of float8 e4m3fn."""
 
 
@@ -41,7 +41,7 @@ def fake_quantize_activations(inputs: Tensor, scheme: Scheme, scale: Tensor | No
 
 def _dynamic_scale(values: Tensor, scheme: Scheme) -> Tensor:
     """Return the dynamic scale of each row [..., 1]; 1 for a row of zeros."""
-    scale = values.abs().max(dim=-1, keepdim=True).values / _LARGEST[scheme.type]
+    scale = values.abs().max(dim=-1, keepdim=True).values / LARGEST_CODE[scheme.type]
     # a row of zeros would give 0 / 0, and attention carries a NaN to other tokens
     return scale.masked_fill(scale == 0, 1.0)
 
@@ -49,8 +49,8 @@ def _dynamic_scale(values: Tensor, scheme: Scheme) -> Tensor:
 def _round(values: Tensor, scale: Tensor, scheme: Scheme) -> Tensor:
     codes = values.div(scale)
     if scheme.type == "float":
-        largest = _LARGEST["float"]
+        largest = LARGEST_CODE["float"]
         # clamped before the cast: beyond 448 torch's cast is NaN in some supported versions
         return codes.clamp(-largest, largest).to(torch.float8_e4m3fn).to(torch.float32).mul(scale)
     # a static scale meets larger values than those of calibration: kernels saturate at -128, a code that calibration never gives
-    return codes.round().clamp(-_LARGEST["int"] - 1, _LARGEST["int"]).mul(scale)
+    return codes.round().clamp(-LARGEST_CODE["int"] - 1, LARGEST_CODE["int"]).mul(scale)

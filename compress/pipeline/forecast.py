@@ -68,7 +68,7 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
         export_faults = list(dict.fromkeys(fault for spec in before for fault in export.check(spec)))
         faults += located(document, ("export", position), export_faults)
         # Only a size that will be met is stated: the gate's size limits are held against it.
-        if not faults and exact:
+        if not faults and exact and not assumed:
             sizes[position] = export.predict_bytes(before[0])
     if faults:
         raise RecipeError(faults)

@@ -15,11 +15,9 @@ from compress.data.prompts import Prompt
 from compress.progress import Progress
 from compress.runtimes.openai_client import Item, Result, RetryingClient, RetryPolicy, ServedModel
 from compress.runtimes.runtime import Answer
+from compress.runtimes.top_tokens import TOKEN_LIMIT
 from compress.untrusted.limits import limits
 from compress.untrusted.redaction import redact_answer
-
-TOKEN_LIMIT = 1 << 31
-"""The bound on token ids: records store them as 32-bit integers."""
 
 _ALTERNATIVE_CONCURRENCY = 8
 """The concurrency of a reordered session where the original one is 1: enough that requests share batches."""

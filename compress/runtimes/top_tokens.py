@@ -19,10 +19,10 @@ from compress.runtimes.runtime import UNSCORED, Passage, Score, passages_digest,
 
 # Not a number: records over the whole vocabulary have numbers, and the two must not be taken for each other.
 _SCHEMA = "top-tokens-1"
-_TOKEN_LIMIT = 1 << 31
+TOKEN_LIMIT = 1 << 31
 """The bound on token ids: records store them as 32-bit integers."""
 
-_MAX_LOG_PROBABILITY = 1e-3
+MAX_LOG_PROBABILITY = 1e-3
 """How far above 0 rounding may put a log-probability: float32 errs by far less, a server's nonsense by more."""
 
 _MIN_REST = 1e-6
@@ -58,7 +58,7 @@ def position_of(name: str, token: int, row: Mapping[str, Mapping[str, Any]] | No
         raise ValueError(f"{len(row):,} tokens at a position where {top} were asked for")
     log_probabilities = {int(key): float(value["logprob"]) for key, value in row.items()}
     if not all(
-        0 <= token_id < _TOKEN_LIMIT and -math.inf < value <= _MAX_LOG_PROBABILITY for token_id, value in log_probabilities.items()
+        0 <= token_id < TOKEN_LIMIT and -math.inf < value <= MAX_LOG_PROBABILITY for token_id, value in log_probabilities.items()
     ):
         raise ValueError("a position holds what is no token, or no log-probability")
     # vLLM appends the actual token where it is none of the top ones: removed, so that every position lists as many tokens.

@@ -22,7 +22,7 @@ class OnnxGenai(OnnxExport, VerifiedExport):
     Linears of 4 or 8 bits have the integers that the stages chose. Vision encoder and embeddings are always this package's graphs.
     """
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
     libraries: ClassVar[tuple[str, ...]] = ("torch", "transformers", "onnx")
     usage: ClassVar[Usage] = Usage(
         "onnxruntime-genai", '```python\nimport onnxruntime_genai\n\nmodel = onnxruntime_genai.Model("FOLDER")\n```'

@@ -77,6 +77,11 @@ def test_numbers_of_tags_are_counted_without_reading_them() -> None:
     assert numeric_bytes(b"before" + strips, 6) == numeric_bytes(strips)
     nested = b"MM\0*\0\0\0\x08" + struct.pack(">HHHII4x", 1, 0x8769, 4, 1, 26) + struct.pack(">HHHII4x", 1, 0x9000, 5, 77, 0)
     assert numeric_bytes(nested) == 4 + 8 * 77
+    short = nested.replace(struct.pack(">HII", 4, 1, 26), struct.pack(">HIHH", 3, 1, 26, 0xFFFF))
+    assert numeric_bytes(short) == 2 + 8 * 77
+    assert (
+        numeric_bytes(nested.replace(struct.pack(">HII", 4, 1, 26), struct.pack(">HII", 5, 1, 26))) == 8
+    )  # a fraction is no offset
     big = b"MM\0+\0\x08\0\0" + struct.pack(">QQHHQQ8x", 16, 1, 273, 16, 500, 0)
     assert numeric_bytes(big) == 8 * 500
     circle = b"MM\0*\0\0\0\x08" + struct.pack(">HHHII4x", 1, 0x8769, 4, 1, 8)

@@ -16,11 +16,8 @@ from compress.progress import Progress
 from compress.runtimes.openai_client import ItemError, ServedModel
 from compress.runtimes.runtime import Answer, Passage, Score, scored_tokens
 from compress.runtimes.server_session import ServerSession, ServerSettings, answer_text, messages, token_ids
-from compress.runtimes.top_tokens import Position, TopRecord, position_of, score_top
+from compress.runtimes.top_tokens import MAX_LOG_PROBABILITY, Position, TopRecord, position_of, score_top
 from compress.untrusted.limits import limits
-
-_MAX_LOG_PROBABILITY = 1e-3
-"""How far above 0 rounding may put a log-probability: float32 errs by far less, a server's nonsense by more."""
 
 
 class ScoringSession(ServerSession):
@@ -160,7 +157,7 @@ def _full_distribution(content: dict[str, Any]) -> NDArray[np.float32]:
     rows = cast("list[dict[str, Any]]", content["choices"][0]["logprobs"]["content"][0]["top_logprobs"])
     ids = token_ids([row["token_id"] for row in rows], len(rows))
     logs = np.array([float(row["logprob"]) for row in rows])
-    if not ids or sorted(ids) != list(range(len(ids))) or not np.isfinite(logs).all() or logs.max() > _MAX_LOG_PROBABILITY:
+    if not ids or sorted(ids) != list(range(len(ids))) or not np.isfinite(logs).all() or logs.max() > MAX_LOG_PROBABILITY:
         raise ValueError("the distribution is not over the whole vocabulary")
     # The rows come by probability; a copy, as indexed assignment reads what it overwrites.
     logs[ids] = logs.copy()

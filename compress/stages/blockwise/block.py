@@ -108,7 +108,7 @@ def fold_scale(block: BlockWeights, pair: ScalePair, repeats: GroupedHeads, scal
 
 
 def take_hessian(block: BlockWeights, name: str, statistics: InputStatistics) -> Tensor:
-    """Return the mean Hessian of a linear's scaled input activations, float32 [in, in]; disposable statistics are used up."""
+    """Return the mean Hessian of a linear's scaled input activations, float32 [in, in]; it uses statistics up that allow it."""
     hessian = statistics.take_hessian()
     if name in block.smoothing_scales:
         scale = block.smoothing_scales[name]

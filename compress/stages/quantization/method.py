@@ -13,6 +13,7 @@ from torch import Tensor
 from compress.engine.hessian import DIAGONAL_ONLY, HessianRequest
 from compress.engine.statistics import InputStatistics
 from compress.families import ScalePair
+from compress.numerics.activations import LARGEST_CODE
 from compress.numerics.grids import Grid, QuantizedWeight, Scheme
 from compress.stages.blockwise.block import BlockWeights, input_max
 from compress.stages.quantization.parts import LinearGroup, Rounder, RoundRows, SearchGrid, Transform
@@ -21,9 +22,6 @@ from compress.stages.quantization.rounders.nearest import NEAREST
 
 MAX_ELEMENTS = {"cpu": 1 << 22, "cuda": 1 << 27}
 """How many weights are rounded at once; on a GPU each step of GPTQ's loop over columns is a kernel launch: more rows are faster."""
-
-_LARGEST_CODE = {"int": 127.0, "float": 448.0}
-"""The code that the largest activation is mapped to: the largest of int8, and of float8 e4m3fn."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +53,7 @@ def solve(
     """Return each linear's quantized weight, with scales in the type that its weight is stored in.
 
     `block.changed` then has the norms and biases that go with them. Names are relative to the block. Statistics that are
-    `disposable` are used up, and the weights with them.
+    `may_overwrite` are used up, and the weights with them.
 
     Raises:
         CheckpointError: a Hessian is not finite, or cannot be factored.
@@ -199,6 +197,6 @@ def _input_scale(scheme: Scheme, activation_max: Tensor | None) -> Tensor | None
         return None
     assert activation_max is not None  # `_round_linears` computes it wherever a scheme is static
     # of the largest value that any token had: kernels saturate what lies beyond
-    scale = activation_max / _LARGEST_CODE[scheme.type]
+    scale = activation_max / LARGEST_CODE[scheme.type]
     usable = scale >= torch.finfo(torch.float32).tiny  # kernels multiply by the inverse, which overflows for subnormals
     return torch.where(usable, scale, 1.0).reshape(1)

@@ -21,6 +21,7 @@ from compress.engine.weights import WeightReader, quantize_inputs, set_tensor
 from compress.errors import CheckpointError, DataError
 from compress.families import Family, within
 from compress.files import disk_errors
+from compress.numerics.floats import FLOAT8_MAX
 from compress.stages.blockwise.block import BlockWeights
 from compress.stages.blockwise.harness import Blockwise, deterministic, returning_memory
 from compress.stages.blockwise.run import BlockContext, StageRun
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
     from compress.numerics.grids import QuantizedWeight
     from compress.numerics.scheme import Scheme
     from compress.stages.quantization.quantizer import Quantizer
-
-_FLOAT8_MAX = 448.0
-"""The largest float8 e4m3fn number, which the largest key and value are mapped to."""
 
 
 def quantize_linears(stage: Quantizer, context: StageContext, sparse: frozenset[str] = frozenset()) -> None:
@@ -160,5 +158,5 @@ class BlockQuantization:
             leaf = next(leaf for leaf, _ in visit.module.get_submodule(name).named_parameters())
             attention = self.reader.disk_names[f"{visit.name}.{name}.{leaf}"].removesuffix(f".{leaf}")
             # the full range is mapped to e4m3's largest number: beyond it a cached value would saturate
-            tensors |= kv_cache_tensors(attention, cache_range.keys / _FLOAT8_MAX, cache_range.values / _FLOAT8_MAX)
+            tensors |= kv_cache_tensors(attention, cache_range.keys / FLOAT8_MAX, cache_range.values / FLOAT8_MAX)
         return tensors

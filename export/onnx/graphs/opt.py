@@ -28,6 +28,7 @@ def decoder(builder: LayerBuilder) -> None:
     # Cut at export: positions then start at 0 as in every other decoder, without an Add in the graph.
     table = builder.tensor(f"{owner}.embed_positions.weight", lambda rows: rows[_FIRST_POSITION:], "_of_texts")
     value = graph.op("Add", value, graph.op("Gather", table, positions, axis=0))
+    # The norm comes first: the family takes no checkpoint with `do_layer_norm_before: false`, as OPT-350m's is.
     for layer in range(inputs.size.layers):
         block = f"{family.blocks}.{layer}"
         with graph.scope(f"layers.{layer}"):
