@@ -123,7 +123,11 @@ def _run(command: dict[str, Any]) -> None:
     os.chdir(command["folder"])
     # A child that is spawned imports everything anew; a fork of this process has it.
     forking = multiprocessing.get_context("fork")
-    setattr(multiprocessing, "get_context", lambda *_: forking)  # noqa: B010 - its type has overloads
+
+    def context(_: str | None = None) -> object:
+        return forking
+
+    setattr(multiprocessing, "get_context", context)  # noqa: B010 - the function's type has overloads
     arguments: list[str] = command["arguments"]
     is_isolated = False
     while arguments[0] in ("-I", "-B", "-u"):
