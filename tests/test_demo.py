@@ -23,6 +23,8 @@ from tests.tiny import build_qwen2_5_vl, build_qwen2_vl
 RECIPE = Path(__file__).parent.parent / "recipes" / "demo.yaml"
 MODEL = RECIPE.parent / "demo" / "model"
 
+PRELOADED = ("vllm",)
+
 pytestmark = pytest.mark.slow
 
 
@@ -76,7 +78,9 @@ def test_no_more_is_asked_once_it_is_settled(report: Report, folders: RunFolders
 def test_vllm_answers_as_the_in_process_runtime_does(
     report: Report, folders: RunFolders, tmp_path: Path, layout: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")  # as users start it: a worker in a process of its own
+    if layout == "awq":  # as users start it: every process imports vLLM, and the worker has one of its own
+        monkeypatch.delenv("COMPRESS_RUNTIMES")
+        monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
     install("vllm", Silent())
     task = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, VqaTask)

@@ -68,6 +68,7 @@ def test_the_script_answers_what_the_demo_model_has_learnt(dtype: str, tmp_path:
     artifact = export(DEMO / "model", tmp_path / "artifact", dtype=dtype)
     rows = PARQUET.read_table(DEMO / "test.parquet").slice(0, 4).to_pylist()
     shown = tmp_path / "picture.png"
+    assert len(rows) == 4
     for row in rows:
         shown.write_bytes(row["image"]["bytes"])
         assert say("answer.py", str(artifact), str(shown), row["question"]) == f"{row['answer']}\n"
@@ -98,6 +99,7 @@ def test_the_script_for_clip_ranks_texts_as_the_runtime_does(tmp_path: Path, say
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_tables_name_what_the_graphs_have(name: str, tmp_path: Path) -> None:
     artifact = export(BUILDERS[name](tmp_path / "model"), tmp_path / "artifact")
+    assert len(GRAPHS[name]) > 0
     for graph in GRAPHS[name]:
         model: Any = onnx.load(artifact / f"{graph}.onnx", load_external_data=False).graph
         assert declared(model.input) == described(name, graph)[0]

@@ -13,7 +13,8 @@ import math
 import os
 import threading
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -118,9 +119,11 @@ def run_lm(job: dict[str, Any]) -> HarnessResults:
     """Run a task of lm-evaluation-harness."""
     tasks: Any = import_module("lm_eval.tasks")
     evaluator: Any = import_module("lm_eval.evaluator")
-    manager = tasks.TaskManager(include_path=job["include_path"])
-    _check_name(job, manager)
-    loaded = _load_tasks(job, lambda: manager.load([job["benchmark"]]))
+    manager, loaded = _find_tasks(
+        job,
+        lambda defaults: tasks.TaskManager(include_path=job["include_path"], include_defaults=defaults),
+        lambda manager: manager.load([job["benchmark"]]),
+    )
     group = loaded["groups"].get(job["benchmark"])
     outcome = evaluator.simple_evaluate(
         model=lm_model(job),
@@ -180,9 +183,13 @@ def run_lmms(job: dict[str, Any]) -> HarnessResults:
     tasks: Any = import_module("lmms_eval.tasks")
     evaluator: Any = import_module("lmms_eval.evaluator")
     client: Any = import_module("lmms_eval.models.chat.openai").OpenAICompatible
-    manager = tasks.TaskManager("INFO", include_path=job["include_path"], model_name="openai")
-    _check_name(job, manager)
-    loaded = _load_tasks(job, lambda: tasks.get_task_dict([job["benchmark"]], manager, "chat"))
+    manager, loaded = _find_tasks(
+        job,
+        lambda defaults: tasks.TaskManager(
+            "INFO", include_path=job["include_path"], include_defaults=defaults, model_name="openai"
+        ),
+        lambda manager: tasks.get_task_dict([job["benchmark"]], manager, "chat"),
+    )
     leaves = dict(_leaves(loaded))
     model = client(
         model=job["model"],
@@ -257,6 +264,23 @@ def _check_name(job: dict[str, Any], manager: Any) -> None:
     similar = difflib.get_close_matches(str(job["benchmark"]), names, n=_SUGGESTIONS)
     hint = f"; near it are {', '.join(similar)}" if similar else ""
     raise UnknownNameError("name", f"no task is called {job['benchmark']}{hint}")
+
+
+def _find_tasks(job: dict[str, Any], index: Callable[[bool], Any], load: Callable[[Any], Any]) -> tuple[Any, Any]:
+    """Return the harness's index of tasks, and the job's task or group with its data.
+
+    `index` takes whether the harness's own tasks are in it: thousands of files, which lm-eval reads for a quarter of a minute. They
+    are left out where the user's are enough.
+    """
+    if job["include_path"]:
+        own = index(False)
+        if job["benchmark"] in own.all_tasks:
+            # A group of the user's may name tasks of the harness, which this index does not find.
+            with suppress(LookupError, TypeError, ValueError):
+                return own, _load_tasks(job, lambda: load(own))
+    manager = index(True)
+    _check_name(job, manager)
+    return manager, _load_tasks(job, lambda: load(manager))
 
 
 def _load_tasks(job: dict[str, Any], load: Any) -> Any:

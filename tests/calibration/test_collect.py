@@ -169,6 +169,7 @@ def test_the_model_takes_every_batch_and_padding_changes_nothing(collected: Path
     network: Any = AutoModelForImageTextToText.from_pretrained(model, dtype=torch.float32)
     alone = {batch.ids[0]: batch for batch in load_batches(collected, model, 1)}
     batch = max(load_batches(collected, model, 2000), key=lambda batch: int((batch.inputs()["attention_mask"] == 0).sum()))
+    assert len(batch.ids) > 1
     with torch.no_grad():
         logits = network(**batch.inputs()).logits
         for row, name in enumerate(batch.ids):
@@ -181,7 +182,9 @@ def test_special_tokens_in_text_stay_text(model: Path, tmp_path: Path) -> None:
     path.write_text("An <|image_pad|> in the middle . " * 200)
     collect(selection(path, None), model, tmp_path / "out", Silent())
     image_token = json.loads((model / "config.json").read_text())["image_token_id"]
-    for batch in load_batches(tmp_path / "out", model, 512):
+    batches = load_batches(tmp_path / "out", model, 512)
+    assert len(batches) > 0
+    for batch in batches:
         assert not bool((batch.inputs()["input_ids"] == image_token).any())
 
 

@@ -35,7 +35,9 @@ def test_a_window_knows_the_lines_in_it() -> None:
     documents = [Document(f"{number}{'x' * 99}", f"a:{number}") for number in range(40)]
     text = "".join(blocks(documents))
     ends = [sum(map(len, blocks(documents[: index + 1]))) for index in range(40)]
-    for window in pack_windows(documents, encode, wanted(samples=3, tokens=150)):
+    windows = pack_windows(documents, encode, wanted(samples=3, tokens=150))
+    assert len(windows) == 3
+    for window in windows:
         start = text.index(bytes(window.token_ids.tolist()).decode())
         inside = [index for index in range(40) if ends[index] > start and (ends[index - 1] if index else 0) < start + 150]
         assert window.text == "".join(blocks([documents[index] for index in inside]))

@@ -286,13 +286,14 @@ def test_what_the_harness_does_not_have_is_told(
 
 @pytest.mark.slow
 def test_data_that_are_not_there_offline_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a task of the harness in a group of the user's own."""
     monkeypatch.delenv("COMPRESS_RUNTIMES")  # the hub's library reads the two variables when it is imported
     install("lm-eval", Silent())
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hub"))
     message_pattern = r"Rowan/hellaswag.*\n.*HF_HUB_OFFLINE is set: the data must be in the hub's cache"
     with nowhere() as session, pytest.raises(MissingError, match=message_pattern):
-        adapter("lm", "hellaswag").measure(context(session, tmp_path))
+        adapter("lm", "demo_mixed", include_path=str(write_texts(tmp_path / "lm"))).measure(context(session, tmp_path))
 
 
 @pytest.mark.slow
@@ -420,4 +421,5 @@ filter_list:
     (folder / "tells.yaml").write_text("task: demo_tells\n" + data + answer + exact)
     (folder / "worse.yaml").write_text("task: demo_worse\n" + data + answer + worse)
     (folder / "said.yaml").write_text("group: demo_said\ntask: [demo_says, demo_tells]\n")
+    (folder / "mixed.yaml").write_text("group: demo_mixed\ntask: [demo_tells, hellaswag]\n")
     return folder

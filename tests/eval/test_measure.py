@@ -234,6 +234,7 @@ def test_an_artifact_is_compared_item_by_item(world: World, original: Measuremen
 
 def test_the_original_against_itself_has_no_divergence(world: World, original: Measurement) -> None:
     same = measure(world.original, world.tasks, world.context("again", world.folder / "original"))
+    assert len(same.tasks) == len(world.tasks) > 0
     for task, first in zip(same.tasks, original.tasks, strict=True):
         assert task.metrics == first.metrics
         assert task.fidelity is not None

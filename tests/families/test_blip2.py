@@ -115,10 +115,13 @@ def test_the_parts_that_stay_in_float32_do_so_in_the_walk(tmp_path: Path) -> Non
     calibration = batches(tmp_path)[1:2]
     replay = Replay(WalkConfig(checkpoint, family_of(checkpoint.config), calibration, "cpu", tmp_path, 1 << 30))
     expected = plain_outputs(tmp_path, calibration, ["qformer", "language_projection"])
+    seen: set[str] = set()
     for visit in replay.walk(replay.vision_units()):
         if visit.name in expected:
+            seen.add(visit.name)
             dtype = torch.float32 if visit.name == "qformer" else torch.float16
             assert {parameter.dtype for parameter in visit.module.parameters()} == {dtype}
             actual = [tensors_of(visit.run(call)) for call in visit.calls]
             assert len(actual) == 1
             assert all(torch.equal(one, other) for one, other in zip(actual[0], expected[visit.name][0], strict=True))
+    assert seen == expected.keys()

@@ -69,6 +69,7 @@ def test_every_linear_of_the_decoder_is_as_sensitive_as_autograd_says(name: str,
     expected, predicted = by_autograd(tmp_path, family, calibration, linears)
     actual = measure_sensitivity(WalkConfig(checkpoint, family, calibration, "cpu", tmp_path), linears, seed=0)
     largest = max(float(part.max()) for parts in expected.values() for part in parts) / predicted
+    assert expected.keys() == set(linears) != set()
     for linear, (text, vision) in expected.items():
         measured = actual[linear]
         for values, share, total in zip((measured.text, measured.vision), measured.per_token, (text, vision), strict=True):

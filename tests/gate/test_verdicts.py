@@ -29,10 +29,17 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]  # a server starts ni
 EVALUATION = {
     "name": "verdicts",
     "eval": {
-        "runtime": {"runtime": "vllm", "dtype": "float16", "max_model_len": 512, "kv_cache_gib": 1, "kernels": KERNELS},
+        "runtime": {
+            "runtime": "vllm",
+            "dtype": "float16",
+            "max_model_len": 512,
+            "kv_cache_gib": 1,
+            "kernels": KERNELS,
+            "whole_tokens": 96,
+        },
         "tasks": [
-            {"task": "vqa", "definition": "scenes", "source": str(QUESTIONS), "samples": 200},
-            {"task": "perplexity", "dataset": "text", "source": str(TEXT), "window": 256, "samples": 16},
+            {"task": "vqa", "definition": "scenes", "source": str(QUESTIONS), "samples": 120},
+            {"task": "perplexity", "dataset": "text", "source": str(TEXT), "window": 256, "samples": 12},
         ],
         "grounding": {"task": "scenes", "samples": 32},
     },

@@ -22,7 +22,7 @@ from compress.progress import Silent
 from compress.report.model import Report
 from compress.workers.environment import install
 from tests.jobs import Job, make_job, sentences
-from tests.preloaded import command_line
+from tests.preloaded import command_line, wait_for_killed_commands
 
 OPENED: list[str] = []
 """The question files that were opened since the first run began, each time."""
@@ -261,6 +261,7 @@ def test_runs_that_are_killed_ten_times_end_as_one_that_was_not(finished: tuple[
                 break
         os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        wait_for_killed_commands()
         process.stderr.close()
         killed += 1
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)

@@ -10,6 +10,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import psutil
+
 from compress.progress import Silent
 from compress.workers.environment import install, runtimes_home
 from compress.workers.worker import variables_with
@@ -70,6 +72,13 @@ def own_python() -> str:
 def command_line(*arguments: str) -> list[str]:
     """Return the command that runs this package's command line, as `python -m compress.cli` does."""
     return [own_python(), "-m", "compress.cli", *arguments]
+
+
+def wait_for_killed_commands() -> None:
+    """Wait for the ends of the commands of clients that were killed, which the servers kill."""
+    commands = [child for server in _servers for child in psutil.Process(server.pid).children()]
+    _, alive = psutil.wait_procs(commands, timeout=60)
+    assert not alive
 
 
 @functools.cache

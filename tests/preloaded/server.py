@@ -100,8 +100,11 @@ class _Server:
 
     def _collect(self) -> None:
         """Send back the exit statuses of the commands that have ended."""
-        while self.commands:
-            pid, status = os.waitpid(-1, os.WNOHANG)
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return
             if not pid:
                 return
             _kill_group(pid, signal.SIGKILL)

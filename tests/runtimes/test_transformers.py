@@ -173,6 +173,7 @@ def test_an_answer_after_images_is_scored_as_the_model_predicts_it(original: Pat
 
 
 def test_the_batch_does_not_change_scores(original: Path, passages: list[Passage]) -> None:
+    assert len(passages) > 1
     with opened(original) as together, opened(original, 1) as alone:
         for first, second in zip(score(together, passages), score(alone, passages), strict=True):
             assert first.negative_log_likelihood == pytest.approx(second.negative_log_likelihood, rel=1e-5)

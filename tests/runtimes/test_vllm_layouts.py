@@ -11,6 +11,8 @@ from tests.quantized import scheme
 from tests.runtimes.agreement import TOKEN, Case, compare, make_artifact, serving
 from tests.tiny import build_qwen2_5_vl
 
+PRELOADED = ("vllm",)
+
 CASES = {
     "gptq": Case("gptq", scheme(4, 32, symmetric=True), "float16"),
     "W8A8, inputs rounded token by token": Case("compressed-tensors", TOKEN, "float32"),

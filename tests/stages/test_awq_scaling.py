@@ -230,6 +230,7 @@ def test_rows_are_rounded_a_few_at_a_time_as_all_at_once(method: Method, monkeyp
     for elements in (1 << 20, 5 * WIDTH):  # 5 rows of q, then of q and v together
         monkeypatch.setitem(quantization.MAX_ELEMENTS, "cpu", elements)
         actual.append(solve(BlockWeights.of(block, NAMES, HEADS), (), inputs, schemes, method))
+    assert actual[0].keys() == actual[1].keys() == set(NAMES)
     for name, full in actual[0].items():
         batched = actual[1][name]
         assert torch.equal(batched.codes, full.codes)
