@@ -92,7 +92,7 @@ def _serve(python: Path, modules: Sequence[str], command: Path, variables: Mappi
     socket = command.with_name("socket")
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {here / "client.py"} {socket} {python} "$@"\n', encoding="utf-8")
     command.chmod(0o755)
-    start = [str(python), "-I", str(here / "server.py"), str(socket), *modules]
+    start = [str(python), "-P", str(here / "server.py"), str(socket), *modules]
     server = subprocess.Popen(start, stdin=subprocess.PIPE, env=variables_with(variables))
     _servers.append(server)
     while not socket.exists():
