@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 import subprocess
 import sys
 import tempfile
@@ -58,14 +59,14 @@ def add(name: str) -> None:
     for entry in real.parents[1].iterdir():
         if entry.name != "bin":
             (replaced / entry.name).symlink_to(entry)
-    _serve(real, MODULES[name], replaced / "bin" / "python", _VARIABLES)
+    _serve(real, MODULES[name], replaced / "bin" / "python", variables_with(_VARIABLES))
 
 
 @functools.cache
 def own_python() -> str:
     """Return the command that stands in for this interpreter, with `OWN_MODULES` imported."""
     command = Path(_temporary().name) / "python"
-    _serve(Path(sys.executable), OWN_MODULES, command, {})
+    _serve(Path(sys.executable), OWN_MODULES, command, os.environ)
     return str(command)
 
 
@@ -93,7 +94,7 @@ def _serve(python: Path, modules: Sequence[str], command: Path, variables: Mappi
     command.write_text(f'#!/bin/sh\nexec {sys.executable} -IS {here / "client.py"} {socket} {python} "$@"\n', encoding="utf-8")
     command.chmod(0o755)
     start = [str(python), "-P", str(here / "server.py"), str(socket), *modules]
-    server = subprocess.Popen(start, stdin=subprocess.PIPE, env=variables_with(variables))
+    server = subprocess.Popen(start, stdin=subprocess.PIPE, env=variables)
     _servers.append(server)
     while not socket.exists():
         assert server.poll() is None, f"{python}: {', '.join(modules)} cannot be imported"
