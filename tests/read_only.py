@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import subprocess
-import sys
 from pathlib import Path
+
+from tests.preloaded import own_python
 
 _PROGRAM = """
 import errno, os, sys
@@ -33,5 +34,6 @@ main()
 
 def compress_with_read_only(folder: Path, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process that the system refuses, as of a file system mounted read-only, to change the folder."""
-    command = [sys.executable, "-c", _PROGRAM, str(folder), *arguments]
+    # not transformers, which reads the hub's variables when it is imported
+    command = [own_python("torch", "scipy.stats", "pydantic"), "-c", _PROGRAM, str(folder), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

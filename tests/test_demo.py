@@ -84,7 +84,7 @@ def test_vllm_answers_as_the_in_process_runtime_does(
     install("vllm", Silent())
     task = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, VqaTask)
-    questions = task.questions([Path(task.data.source)])
+    questions = task.questions([Path(task.data.source)])[::4]
     prompts = [
         Prompt(question.id, task.resolved_definition().format_prompt(question.question), question.images) for question in questions
     ]
@@ -96,8 +96,8 @@ def test_vllm_answers_as_the_in_process_runtime_does(
     runtime = Vllm(runtime="vllm", dtype="float16", max_model_len=512, kv_cache_gib=1, kernels=KERNELS)
     with runtime.open(OpenContext.at(Path(row.path), tmp_path, Silent())) as session:
         there = {answer.id: answer.text for answer in session.answer(prompts, task.resolved_definition().max_new_tokens, Silent())}
-    assert len(there) == 400
-    assert sum(here[name] == said for name, said in there.items()) >= 0.98 * 400
+    assert len(there) == 100
+    assert sum(here[name] == said for name, said in there.items()) >= 98
 
 
 @pytest.mark.parametrize("build", [build_qwen2_5_vl, build_qwen2_vl])

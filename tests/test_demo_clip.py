@@ -63,7 +63,8 @@ def test_two_encoders_in_integers_find_the_same_and_are_published(report: Report
 def classify(runtime: Runtime, artifact: Path, logs: Path) -> NDArray[np.float64]:
     task: Any = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, ZeroShot)
-    pictures = [ImageInput(question.id, question.images[0]) for question in task.images([Path(task.data.source)], "class")]
+    questions = task.images([Path(task.data.source)], "class")[::4]
+    pictures = [ImageInput(question.id, question.images[0]) for question in questions]
     with runtime.open(OpenContext.at(artifact, logs, Silent())) as session:
         return session.classify(pictures, [task.class_texts(name) for name in task.classes], Silent())
 

@@ -67,8 +67,7 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
     for position, export in enumerate(recipe.export):
         export_faults = list(dict.fromkeys(fault for spec in before for fault in export.check(spec)))
         faults += located(document, ("export", position), export_faults)
-        # Only a size that will be met is stated: the gate's size limits are held against it.
-        if not faults and exact and not assumed:
+        if not faults and exact:
             sizes[position] = export.predict_bytes(before[0])
     if faults:
         raise RecipeError(faults)
@@ -77,7 +76,8 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
         stages=tuple(plans),
         export_bytes=sizes,
         notes=outlook_notes(recipe, before or (source,), source.weight_bytes),
-        gate_notes=size_notes(recipe, checkpoint, sizes),
+        # Only a size that will be met says that a limit cannot be.
+        gate_notes=size_notes(recipe, checkpoint, {} if assumed else sizes),
         kernel_kinds={export.artifact: export.kernel_kinds(schemes) for export in recipe.export},
     )
 

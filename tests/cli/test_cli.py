@@ -58,7 +58,8 @@ def test_a_reader_that_goes_early_is_no_verdict(tmp_path: Path, command: list[st
     os.close(read)
     errors = write if errors_too else subprocess.DEVNULL
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
-    done = subprocess.run(command_line(*command), stdout=write, stderr=errors, cwd=tmp_path, env=environment, check=False)
+    arguments = [sys.executable, "-m", "compress.cli", *command]
+    done = subprocess.run(arguments, stdout=write, stderr=errors, cwd=tmp_path, env=environment, check=False)
     os.close(write)
     assert done.returncode == (2 if "none.yaml" in command and not errors_too else 141)
 

@@ -116,6 +116,8 @@ def report(folder: Path) -> Report:
             "export": [{"format": "vllm", "layout": layout}],
             "eval": {"runtime": {"runtime": "transformers"}, "tasks": few},
             "gate": {"size": {"max_ratio": 0.9}},
+            "calibration.sets.0.samples": 16,
+            "calibration.sets.1.samples": 16,
             "publish.to": str(folder / "published"),
         }
         (published,) = compress.run(DEMO, set=changes, **places).published

@@ -63,10 +63,10 @@ def add(name: str) -> None:
 
 
 @functools.cache
-def own_python() -> str:
-    """Return the command that stands in for this interpreter, with `OWN_MODULES` imported."""
-    command = Path(_temporary().name) / "python"
-    _serve(Path(sys.executable), OWN_MODULES, command, os.environ)
+def own_python(*modules: str) -> str:
+    """Return the command that stands in for this interpreter, with the modules imported, `OWN_MODULES` by default."""
+    command = Path(tempfile.mkdtemp(dir=_temporary().name)) / "python"
+    _serve(Path(sys.executable), modules or OWN_MODULES, command, os.environ)
     return str(command)
 
 

@@ -142,6 +142,7 @@ class _RowBatches:
             stacked, counts = _stack(weights), [len(weight) for weight in weights]
             del weights
             quantized = self.round_rows(stacked, _stack_grids(grids), _stack(masks) if masked else None)
+            del stacked, masks  # before the next batch's copies are made
             for (name, _), chunk in zip(rows_of_linears, _split(quantized, counts), strict=True):
                 chunks[name].append(chunk)
         return {name: _concatenate(parts) for name, parts in chunks.items()}
