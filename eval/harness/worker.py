@@ -278,6 +278,7 @@ def _find_tasks(job: dict[str, Any], index: Callable[[bool], Any], load: Callabl
             # A group of the user's may name tasks of the harness, which this index does not find.
             with suppress(LookupError, TypeError, ValueError):
                 return own, _load_tasks(job, lambda: load(own))
+            job["loading"] = False
     manager = index(True)
     _check_name(job, manager)
     return manager, _load_tasks(job, lambda: load(manager))

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +11,7 @@ from compress.eval.metrics import METRICS, load_metric, metrics_of
 from compress.eval.metrics.anls import anls, edit_distance
 from compress.eval.metrics.cider import Cider, tokens
 from compress.eval.metrics.letter import letter, named_option
+from compress.eval.metrics.metric import mean_score
 from compress.eval.metrics.relaxed import relaxed
 from compress.eval.metrics.vqa_vote import vqa_vote
 from compress.eval.metrics.yes_no import says_yes, yes_no, yes_no_figures
@@ -27,6 +29,10 @@ def test_every_row_is_a_metric_of_that_name() -> None:
 
 
 OPTIONS = ("a red fox", "a blue whale", "7", "none of these")
+
+
+def test_a_mean_is_over_all_items() -> None:
+    assert mean_score([SimpleNamespace(score=score) for score in (1.0, 0.5, 0.0)]) == 0.5
 
 
 def test_every_metric_gives_scores_from_0_to_1_and_binary_ones_nothing_between() -> None:

@@ -51,7 +51,8 @@ def test_only_what_a_format_names_counts_as_its_files(tmp_path: Path) -> None:
     (folder / "vision_processor.json").write_text("{}")  # of another format
     assert export_format.total_bytes(folder) == before
     names = {path.name for path in export_format.files(folder)}
-    assert {"config.json", "tokenizer.json", "model.safetensors"} <= names
+    assert names == {path.name for path in folder.iterdir()} - {"notes.bin", "vision_processor.json"}
+    assert before == sum((folder / name).stat().st_size for name in names)
     assert export_format.weight_bytes(folder) < (folder / "model.safetensors").stat().st_size  # tensors, without the header
 
 

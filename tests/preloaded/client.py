@@ -22,7 +22,9 @@ def main(path: str, python: str, arguments: list[str]) -> None:
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, lambda number, frame: server.sendall(bytes([number])))
         status = server.recv(16)
-    code = int(status or b"1")
+    if not status:
+        sys.exit("the server of preloaded modules ended")
+    code = int(status)
     if code < 0:
         signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)

@@ -22,6 +22,7 @@ from compress.pipeline.store import Store
 from compress.runtimes.runtime import OpenContext
 from compress.runtimes.vllm import runtime as vllm
 from compress.runtimes.vllm.runtime import Vllm
+from compress.runtimes.vllm.start import plain_environment
 from compress.workers.environment import install
 from tests.jobs import make_job
 from tests.quantized import round_checkpoint, scheme
@@ -128,3 +129,10 @@ def test_a_server_that_could_not_multiply_is_not_started(processor: None, tmp_pa
     with pytest.raises(MissingError, match="no kernel for 4-bit weights"), Vllm(runtime="vllm").open(context):
         pass
     assert not (tmp_path / "logs").exists()
+
+
+def test_a_server_reports_nothing_and_fetches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_TOKEN", "a secret")
+    variables = plain_environment()
+    assert {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}.items() <= variables.items()
+    assert "HF_TOKEN" not in variables
