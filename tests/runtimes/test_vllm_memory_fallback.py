@@ -78,7 +78,7 @@ def test_other_faults_are_not_taken_for_memory(log: str) -> None:
     assert step_down(GPU, log) is None
 
 
-def test_ladder_goes_from_share_to_context_to_sequences_and_ends() -> None:
+def test_memory_is_lowered_from_share_to_context_to_sequences_and_ends() -> None:
     memory, taken = GPU, list[MemoryFallback]()
     while (lower := step_down(memory, ALLOCATION)) is not None:
         memory, step = lower
