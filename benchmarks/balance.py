@@ -1,6 +1,6 @@
 """Text-only and image-only calibration, and calibration on both with each balance of the two, side by side.
 
-    python benchmarks/balance.py --model recipes/demo/model \
+    python -m benchmarks.balance --model recipes/demo/model \
         --calibration-text recipes/demo/calibration.txt --calibration-questions recipes/demo/calibration.parquet \
         --test-text recipes/demo/test.txt wiki.test.tokens --test-questions recipes/demo/test.parquet \
         --output benchmarks/results/balance.json
@@ -19,26 +19,20 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from benchmarks.quality import Judge, add_test_options
 from compress.calibration.collect import CalibrationSelection, PinnedSet, collect
 from compress.calibration.sets import TextSet, VqaSet
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import Measurement
-from compress.eval.tasks.perplexity import Perplexity
-from compress.eval.tasks.task import Task
-from compress.eval.tasks.vqa import Vqa as Questions
 from compress.families.resolve import family_of
 from compress.files import write_json
 from compress.hardware import describe
 from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext
 from compress.runtimes.transformers.runtime import Transformers
 from compress.stages.quantization.awq import Awq
 from compress.stages.quantization.gptq import Gptq
@@ -60,7 +54,7 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory() as name:
-        rows = _Bench(arguments, Path(name)).rows()
+        rows = _Bench(arguments, Path(name), Judge.of(arguments, Path(name))).rows()
     result = {
         "what": "calibration on text, images and both, by balance: accuracy and KL of held-out questions and texts",
         "model": arguments.model.name,
@@ -82,15 +76,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     parser.add_argument("--calibration-text", type=Path, required=True)
     parser.add_argument("--calibration-questions", type=Path, required=True, help="JSONL or parquet")
-    parser.add_argument("--test-text", type=Path, nargs="+", required=True)
-    parser.add_argument("--test-questions", type=Path, required=True, help="JSONL or parquet")
+    add_test_options(parser)
     parser.add_argument("--methods", nargs="+", choices=sorted(STAGES), default=["gptq", "awq"])
     parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--group-size", type=int, default=64)
     parser.add_argument("--samples", type=int, default=64, help="of questions; a quarter as many windows of text")
     parser.add_argument("--tokens", type=int, default=256, help="per window of text")
-    parser.add_argument("--windows", type=int, default=32, help="of each test text")
-    parser.add_argument("--questions", type=int, default=400, help="asked of the model")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path)
@@ -101,10 +92,10 @@ def _arguments() -> argparse.Namespace:
 class _Bench:
     arguments: argparse.Namespace
     folder: Path
+    judge: Judge
 
     def rows(self) -> list[dict[str, Any]]:
-        """Measure the original, then every setting."""
-        self._measure(self.arguments.model, "original")
+        """Measure every setting."""
         rows: list[dict[str, Any]] = []
         for method in self.arguments.methods:
             for bits in self.arguments.bits:
@@ -127,7 +118,7 @@ class _Bench:
             family = family_of(open_checkpoint(self.arguments.model).config)
             device = "cuda" if torch.cuda.is_available() else "cpu"
             stage.apply(StageContext(self.arguments.model, target, calibration, family, device, seed, Silent()))
-            return _figures(self._measure(target, f"{Path(name).name}/measured"))
+            return dict(self.judge.measure(target).figures)
 
     def _calibration(self, samples: str, seed: int) -> Path:
         folder = self.folder / f"calibration {samples} {seed}"
@@ -144,40 +135,6 @@ class _Bench:
                 sets.append(PinnedSet(VqaSet(dataset="vqa", source=str(questions), samples=count), (questions,)))
             collect(CalibrationSelection(seed, tuple(sets)), self.arguments.model, folder, Silent())
         return folder
-
-    def _measure(self, artifact: Path, name: str) -> Measurement:
-        tasks: list[Task] = [self._questions()]
-        data: dict[str, Sequence[Path]] = {"questions": (self.arguments.test_questions.resolve(),)}
-        for path in self.arguments.test_text:
-            fields = {"dataset": "text", "source": str(path.resolve()), "window": self.arguments.tokens, "name": path.stem}
-            tasks.append(Perplexity.model_validate({"task": "perplexity", "samples": self.arguments.windows, **fields}))
-            data[path.stem] = (path.resolve(),)
-        original = self.folder / "original"
-        context = MeasureContext(
-            original_checkpoint=self.arguments.model,
-            data=data,
-            output_dir=self.folder / name,
-            original_measurement=None if name == "original" else original,
-            progress=Silent(),
-            logs=self.folder,
-        )
-        with Transformers(runtime="transformers").open(OpenContext.at(artifact, self.folder, Silent())) as session:
-            return measure(session, tasks, context)
-
-    def _questions(self) -> Questions:
-        source = str(self.arguments.test_questions.resolve())
-        fields = {"definition": "scenes", "source": source, "name": "questions", "samples": self.arguments.questions}
-        return Questions.model_validate({"task": "vqa", **fields})
-
-
-def _figures(measurement: Measurement) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for task in measurement.tasks:
-        assert task.fidelity is not None
-        if task.metrics.task == "vqa":
-            figures["accuracy"] = task.metrics.score
-        figures[f"kl {task.name}"] = task.fidelity.kl_mean
-    return figures
 
 
 def _joined(found: list[dict[str, float]]) -> dict[str, Any]:

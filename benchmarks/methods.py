@@ -1,13 +1,17 @@
-"""Every method of compress on the demo model beside llm-compressor's and round-to-nearest: what each loses, same samples for all.
+"""Every method on one model beside llm-compressor's, AutoRound and rounding to nearest: what each loses, same samples for all.
 
     compress runtime install llmcompressor      # prints that environment's python
     python -m benchmarks.methods --model recipes/demo/model --peer PYTHON --group-size 64 \
         --calibration-text wiki.valid.tokens --calibration-questions recipes/demo/calibration.parquet \
         --test-text wiki.test.tokens --test-questions recipes/demo/test.parquet --output benchmarks/results/methods.json
 
-All are measured by this package's in-process runtime, which reads both sides' checkpoints: the share of questions answered right,
-and KL(original ‖ artifact) in nats per token of the original's own answers and of held-out text. `ratio` is a method's KL over the
-lowest of llm-compressor's same method and rounding to nearest.
+All are measured by this package's in-process runtime, which reads every side's checkpoints: the share of questions answered right,
+and KL(original ‖ artifact) in nats per token of the original's own answers and of held-out text. Each row is the mean over
+`--seeds` draws of calibration samples. `ratios` has each of this package's rows over each other side's row of the same comparison,
+and over rounding to nearest in the same layout, with an interval over draws and items; `processor_ratio` is our processor time
+over theirs.
+`--autoround` is the python of an environment with auto-round 0.16.1, torch 2.13.0 and transformers 5.17.0.
+`benchmarks/real_weights.py` makes a model with really trained weights.
 """
 
 from __future__ import annotations
@@ -16,51 +20,62 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.sides import Samples, run_ours, run_peer, take_samples, versions
+from benchmarks.quality import Judge, Quality, add_test_options, kl_ratio, mean_figures
+from benchmarks.sides import Samples, run_autoround, run_ours, run_peer, take_samples, versions
 from compress.checkpoints.checkpoint import open_checkpoint
-from compress.eval.measure import MeasureContext, measure
-from compress.eval.results import Measurement
-from compress.eval.tasks.perplexity import Perplexity
-from compress.eval.tasks.task import Task
-from compress.eval.tasks.vqa import Vqa as Questions
 from compress.files import write_json
 from compress.hardware import describe
-from compress.progress import Silent
-from compress.runtimes.runtime import OpenContext
-from compress.runtimes.transformers.runtime import Transformers
+
+OURS = "compress"
+NEAREST = "rtn"
+PEERS = {"llm-compressor": run_peer, "auto-round": run_autoround}
 
 
-def rows_of(group_size: int) -> list[tuple[str, str, dict[str, Any] | list[str]]]:
-    """Return what is compared: the comparison a row belongs to, the side, and its settings."""
-    rows: list[tuple[str, str, dict[str, Any] | list[str]]] = []
-    for bits in (4, 3):
+@dataclass(frozen=True)
+class Row:
+    """One method of one side."""
+
+    comparison: str
+    """Rows of one comparison have the same bits and layout: their KLs can be set against each other."""
+
+    side: str
+    method: str
+    settings: dict[str, Any] | list[str]
+
+
+def rows_of(group_size: int, widths: list[int], iterations: int) -> list[Row]:
+    """Return what is compared."""
+    rows: list[Row] = []
+    for bits in widths:
         shape: dict[str, Any] = {"bits": bits, "group_size": group_size}
         options = ["--bits", str(bits), "--group-size", str(group_size)]
-        for symmetric, method, flags in ((False, "awq", []), (True, "gptq", ["--symmetric"])):
-            kind = f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}"
-            rows.append((f"rtn, {kind}", "compress", {"stage": "rtn", **shape, "symmetric": symmetric}))
-            rows.append((f"{method}, {kind}", "compress", {"stage": method, **shape}))
-            rows.append((f"{method}, {kind}", "llm-compressor", ["--method", method, *options, *flags]))
-            own = {"stage": "gptq", **shape, "symmetric": symmetric, "scales": "awq"}
-            rows.append((f"gptq with awq's scales, {kind}", "compress", own))
-        rows.append((f"gptq, {bits} bits, asymmetric", "compress", {"stage": "gptq", **shape, "symmetric": False}))
-    rows.append(("rtn, int8", "compress", {"stage": "int8", "smoothing": "none", "rounding": "nearest"}))
-    rows.append(("int8", "compress", {"stage": "int8"}))
-    rows.append(("int8", "llm-compressor", ["--method", "int8"]))
-    rows.append(("int8 without smoothing", "compress", {"stage": "int8", "smoothing": "none"}))
-    rows.append(("int8 without smoothing", "llm-compressor", ["--method", "int8-plain"]))
-    rows.append(("int8, fixed input scales", "compress", {"stage": "int8", "activations": "tensor"}))
-    rows.append(("fp8", "compress", {"stage": "fp8"}))
-    rows.append(("fp8", "llm-compressor", ["--method", "fp8"]))
+        for symmetric in (False, True):
+            comparison = f"{bits} bits, {'symmetric' if symmetric else 'asymmetric'}"
+            grid = {**shape, "symmetric": symmetric}
+            flags = [*options, *(["--symmetric"] if symmetric else [])]
+            rows.append(Row(comparison, OURS, NEAREST, {"stage": "rtn", **grid}))
+            rows.append(Row(comparison, OURS, "awq", {"stage": "awq", **grid}))
+            rows.append(Row(comparison, OURS, "gptq", {"stage": "gptq", **grid, "scales": "none"}))
+            rows.append(Row(comparison, OURS, "gptq with awq's scales", {"stage": "gptq", **grid, "scales": "awq"}))
+            rows += [Row(comparison, "llm-compressor", method, ["--method", method, *flags]) for method in ("awq", "gptq")]
+            rows.append(Row(comparison, "auto-round", f"auto-round, {iterations} steps", [*flags, "--iterations", str(iterations)]))
+    rows.append(Row("int8", OURS, NEAREST, {"stage": "int8", "smoothing": "none", "rounding": "nearest"}))
+    rows.append(Row("int8", OURS, "int8", {"stage": "int8"}))
+    rows.append(Row("int8", OURS, "int8 without smoothing", {"stage": "int8", "smoothing": "none"}))
+    rows.append(Row("int8", OURS, "int8, fixed input scales", {"stage": "int8", "activations": "tensor"}))
+    rows.append(Row("int8", "llm-compressor", "int8", ["--method", "int8"]))
+    rows.append(Row("int8", "llm-compressor", "int8 without smoothing", ["--method", "int8-plain"]))
+    rows.append(Row("fp8", OURS, "fp8", {"stage": "fp8"}))
+    rows.append(Row("fp8", "llm-compressor", "fp8", ["--method", "fp8"]))
     for method in ("awq", "gptq"):
-        own = {"stage": method, "bits": "auto", "group_size": group_size, "budget": {"bits_per_weight": 4.25}}
-        rows.append((f"{method}, auto at 4.25 bits", "compress", own))
+        budget = {"bits": "auto", "group_size": group_size, "symmetric": False, "budget": {"bits_per_weight": 4.25}}
+        rows.append(Row("auto at 4.25 bits", OURS, f"{method}, auto", {"stage": method, **budget}))
     return rows
 
 
@@ -68,26 +83,19 @@ def main() -> None:
     arguments = _arguments()
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
-        folder = Path(name)
-        samples = take_samples(
-            arguments.model,
-            arguments.calibration_text,
-            arguments.calibration_questions,
-            arguments.samples,
-            arguments.tokens,
-            folder,
-        )
-        bench = _Bench(arguments, folder, samples)
+        bench = _Bench(arguments, Path(name))
         rows = bench.rows()
     result = {
-        "what": "what each method loses on the demo model: questions answered right, KL of answers and of held-out text",
-        "model": {"name": arguments.model.name, "bytes": open_checkpoint(arguments.model).weight_bytes},
+        "what": "what each method loses: questions answered right, KL of answers and of held-out text",
+        "model": {"name": arguments.name or arguments.model.name, "bytes": open_checkpoint(arguments.model).weight_bytes},
         "group_size": arguments.group_size,
-        "calibration_tokens": samples.tokens,
+        "draws": arguments.seeds,
+        "calibration_tokens": bench.samples[0].tokens,
+        "original": dict(bench.judge.original.figures),
         "rows": rows,
-        "ratios": _ratios(rows),
+        "ratios": bench.ratios(),
         "machine": describe(),
-        "versions": versions(arguments.peer),
+        "versions": versions(arguments.peer) | versions(arguments.autoround, "auto-round"),
     }
     print(json.dumps(result["ratios"], indent=2))
     if arguments.output:
@@ -98,105 +106,104 @@ def main() -> None:
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, required=True)
-    parser.add_argument("--peer", type=Path, required=True, help="python of the environment that has llm-compressor")
+    parser.add_argument("--name", help="of the model, in the results")
+    parser.add_argument("--peer", type=Path, help="python of the environment that has llm-compressor")
+    parser.add_argument("--autoround", type=Path, help="python of an environment that has auto-round")
+    parser.add_argument("--iterations", type=int, default=200, help="of auto-round, per block; 200 is its default")
     parser.add_argument("--calibration-text", type=Path, required=True)
-    parser.add_argument("--calibration-questions", type=Path, required=True, help="JSONL or parquet")
-    parser.add_argument("--test-text", type=Path, required=True)
-    parser.add_argument("--test-questions", type=Path, required=True, help="JSONL or parquet")
+    parser.add_argument("--calibration-questions", type=Path, help="JSONL or parquet; none for text alone")
+    add_test_options(parser)
     parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4, 3])
     parser.add_argument("--samples", type=int, default=64, help="of each kind of calibration sample")
-    parser.add_argument("--tokens", type=int, default=512, help="per window of text")
-    parser.add_argument("--windows", type=int, default=64, help="of test text")
-    parser.add_argument("--questions", type=int, default=400)
-    parser.add_argument("--only", help="a part of the names of the comparisons to make")
+    parser.add_argument("--tokens", type=int, default=512, help="per window of calibration text")
+    parser.add_argument("--seeds", type=int, default=1, help="draws of calibration samples")
+    parser.add_argument("--only", nargs="+", help="parts of the names of the comparisons or methods to make")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--work", type=Path, help="where what is made lies meanwhile")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
 
 
+@dataclass
 class _Bench:
-    def __init__(self, arguments: argparse.Namespace, folder: Path, samples: Samples) -> None:
-        self.arguments = arguments
-        self.folder = folder
-        self.samples = samples
-        text, questions = (str(path.resolve()) for path in (arguments.test_text, arguments.test_questions))
-        self.tasks: list[Task] = [
-            Questions.model_validate(
-                {"task": "vqa", "definition": "scenes", "source": questions, "samples": arguments.questions, "name": "questions"}
-            ),
-            Perplexity.model_validate(
-                {
-                    "task": "perplexity",
-                    "dataset": "text",
-                    "source": text,
-                    "window": 512,
-                    "samples": arguments.windows,
-                    "name": "text",
-                }
-            ),
+    arguments: argparse.Namespace
+    folder: Path
+    judge: Judge = field(init=False)
+    samples: list[Samples] = field(init=False)
+    made: list[tuple[Row, list[Quality], list[dict[str, float]]]] = field(default_factory=list[Any])
+
+    def __post_init__(self) -> None:
+        options = self.arguments
+        self.judge = Judge.of(options, self.folder)
+        self.samples = [
+            take_samples(
+                options.model,
+                options.calibration_text,
+                options.calibration_questions,
+                options.samples,
+                options.tokens,
+                self.folder / f"draw {seed}",
+                seed,
+            )
+            for seed in range(options.seeds)
         ]
-        self.data: dict[str, Sequence[Path]] = {"questions": (Path(questions),), "text": (Path(text),)}
 
     def rows(self) -> list[dict[str, Any]]:
-        """Measure the original, then every row."""
-        original = self._measure(self.arguments.model, "original")
-        rows = [{"comparison": "original", **_figures(original), "bits_per_weight": 16.0}]
-        threads, model = self.arguments.threads, self.arguments.model
-        for place, (comparison, side, settings) in enumerate(rows_of(self.arguments.group_size)):
-            if self.arguments.only and self.arguments.only not in comparison:
+        """Make and measure every row."""
+        pythons = {"llm-compressor": self.arguments.peer, "auto-round": self.arguments.autoround}
+        rows: list[dict[str, Any]] = []
+        for row in rows_of(self.arguments.group_size, self.arguments.bits, self.arguments.iterations):
+            wanted = self.arguments.only
+            if wanted and not any(part in f"{row.comparison}: {row.method}" for part in wanted):
                 continue
+            if row.side != OURS and pythons[row.side] is None:
+                continue
+            qualities: list[Quality] = []
+            runs: list[dict[str, float]] = []
             output = self.folder / "artifact"
-            if isinstance(settings, dict):
-                run = run_ours(settings, model, self.samples, output, threads)
-            else:
-                run = run_peer(self.arguments.peer, settings, model, self.samples, output, threads)
-            found = _figures(self._measure(output, str(place)))
-            row = {"comparison": comparison, "side": side, "settings": settings, "seconds": run["seconds"], **found}
-            rows.append({**row, "weight_bytes": open_checkpoint(output).weight_bytes})
+            for samples in self.samples:
+                if isinstance(row.settings, dict):
+                    run = run_ours(row.settings, self.arguments.model, samples, output, self.arguments.threads)
+                else:
+                    run = PEERS[row.side](
+                        pythons[row.side], row.settings, self.arguments.model, samples, output, self.arguments.threads
+                    )
+                runs.append(run)
+                qualities.append(self.judge.measure(output))
+            self.made.append((row, qualities, runs))
+            figures = mean_figures(qualities) | {"processor_seconds": _processor_seconds(runs)}
+            described = {"comparison": row.comparison, "side": row.side, "method": row.method, "settings": row.settings, **figures}
+            # what auto-round's side writes are plain weights
+            size = {} if row.side == "auto-round" else {"weight_bytes": open_checkpoint(output).weight_bytes}
+            rows.append(described | size)
             print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
         return rows
 
-    def _measure(self, artifact: Path, name: str) -> Measurement:
-        target = self.folder / "measured" / name
-        against = None if name == "original" else self.folder / "measured" / "original"
-        runtime = Transformers(runtime="transformers")
-        with runtime.open(OpenContext.at(artifact=artifact, logs=self.folder, progress=Silent())) as session:
-            context = MeasureContext(
-                original_checkpoint=self.arguments.model,
-                data=self.data,
-                output_dir=target,
-                original_measurement=against,
-                progress=Silent(),
-                logs=target,
-            )
-            return measure(session, self.tasks, context)
+    def ratios(self) -> list[dict[str, Any]]:
+        """Return each of our rows over the others' rows of its comparison, and over rounding to nearest."""
+        found: list[dict[str, Any]] = []
+        for ours, qualities, runs in self.made:
+            for other, other_qualities, other_runs in self.made:
+                nearest = other.side == OURS and other.method == NEAREST
+                if ours.side != OURS or other is ours or ours.method == NEAREST or ours.comparison != other.comparison:
+                    continue
+                if other.side == OURS and not nearest:
+                    continue
+                found.append(
+                    {
+                        "comparison": ours.comparison,
+                        "ours": ours.method,
+                        "theirs": other.method if nearest else f"{other.side}'s {other.method}",
+                        **{f"{task}_kl": kl_ratio(qualities, other_qualities, task) for task in qualities[0].kls},
+                        "processor_ratio": _processor_seconds(runs) / _processor_seconds(other_runs),
+                    }
+                )
+        return found
 
 
-def _figures(measurement: Measurement) -> dict[str, float]:
-    figures: dict[str, float] = {}
-    for task in measurement.tasks:
-        metrics = task.metrics
-        figures |= {"accuracy": metrics.score} if metrics.task == "vqa" else {}
-        figures |= {"perplexity": metrics.perplexity} if metrics.task == "perplexity" else {}
-        if task.fidelity:
-            figures[f"{task.name}_kl"] = task.fidelity.kl_mean
-    return figures
-
-
-def _ratios(rows: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Return, by comparison, our KL over the lower of llm-compressor's and of rounding to nearest at the same widths."""
-    found: dict[str, dict[str, float]] = {}
-    for row in rows:
-        if row.get("side") != "compress":
-            continue
-        name = str(row["comparison"])
-        nearest = "rtn, int8" if name.startswith("int8") else "rtn, " + name.partition(", ")[2]
-        others = [other for other in rows if other.get("side") == "llm-compressor" and other["comparison"] == name]
-        others += [other for other in rows if other["comparison"] == nearest and other is not row]
-        if others:
-            found[name] = {kind: row[kind] / min(other[kind] for other in others) for kind in ("text_kl", "questions_kl")}
-    return found
+def _processor_seconds(runs: list[dict[str, float]]) -> float:
+    return sum(run["processor_seconds"] for run in runs) / len(runs)
 
 
 if __name__ == "__main__":

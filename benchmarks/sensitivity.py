@@ -1,6 +1,6 @@
 """Predicted beside measured loss: one layer at a time is rounded, and the model's predictions are compared with the original's.
 
-    python benchmarks/sensitivity.py --model recipes/demo/model \
+    python -m benchmarks.sensitivity --model recipes/demo/model \
         --calibration-text recipes/demo/calibration.txt --calibration-questions recipes/demo/calibration.parquet \
         --test-text recipes/demo/test.txt --test-questions recipes/demo/test.parquet --output benchmarks/results/sensitivity.json
 
@@ -72,7 +72,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--model", type=Path, required=True)
     for kind in ("calibration", "test"):
         parser.add_argument(f"--{kind}-text", type=Path, required=True)
-        parser.add_argument(f"--{kind}-questions", type=Path, required=True, help="JSONL or parquet")
+        parser.add_argument(f"--{kind}-questions", type=Path, help="JSONL or parquet; none for text alone")
     parser.add_argument("--samples", type=int, default=48, help="of questions; a quarter as many windows of text")
     parser.add_argument("--tokens", type=int, default=256, help="per window of text")
     parser.add_argument("--group-size", type=int, default=64)
@@ -83,12 +83,13 @@ def _arguments() -> argparse.Namespace:
 
 
 def _samples(arguments: argparse.Namespace, kind: str, folder: Path) -> Sequence[Batch]:
-    text, questions = (getattr(arguments, f"{kind}_{part}").resolve() for part in ("text", "questions"))
-    sets = (
-        PinnedSet(TextSet(dataset="text", source=str(text), samples=arguments.samples // 4, tokens=arguments.tokens), (text,)),
-        PinnedSet(VqaSet(dataset="vqa", source=str(questions), samples=arguments.samples), (questions,)),
-    )
-    collect(CalibrationSelection(0, sets), arguments.model, folder / kind, Silent())
+    text = getattr(arguments, f"{kind}_text").resolve()
+    own = TextSet(dataset="text", source=str(text), samples=arguments.samples // 4, tokens=arguments.tokens)
+    sets = [PinnedSet(own, (text,))]
+    if getattr(arguments, f"{kind}_questions"):
+        questions = getattr(arguments, f"{kind}_questions").resolve()
+        sets.append(PinnedSet(VqaSet(dataset="vqa", source=str(questions), samples=arguments.samples), (questions,)))
+    collect(CalibrationSelection(0, tuple(sets)), arguments.model, folder / kind, Silent())
     return load_batches(folder / kind, arguments.model, TOKENS_PER_BATCH)
 
 

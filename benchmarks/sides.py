@@ -35,7 +35,7 @@ from compress.stages import STAGES
 from compress.stages.stage import Stage, StageContext
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor")
+PACKAGES = ("torch", "transformers", "compressed-tensors", "llmcompressor", "auto-round")
 TOKENS_PER_BATCH = 4096
 
 
@@ -48,14 +48,14 @@ class Samples:
     tokens: Mapping[str, int]
 
 
-def take_samples(model: Path, text: Path, questions: Path | None, count: int, tokens: int, folder: Path) -> Samples:
-    """Draw `count` windows of text and, where there are any, as many questions, and save them for both sides."""
+def take_samples(model: Path, text: Path, questions: Path | None, count: int, tokens: int, folder: Path, seed: int = 0) -> Samples:
+    """Draw `count` windows of text and, where there are any, as many questions, and save them for all sides."""
     source = text.resolve()
     sets = [PinnedSet(TextSet(dataset="text", source=str(source), samples=count, tokens=tokens), (source,))]
     if questions is not None:
         source = questions.resolve()
         sets.append(PinnedSet(VqaSet(dataset="vqa", source=str(source), samples=count), (source,)))
-    collect(CalibrationSelection(0, tuple(sets)), model, folder / "calibration", Silent())
+    collect(CalibrationSelection(seed, tuple(sets)), model, folder / "calibration", Silent())
     batches = [batch.inputs() for batch in load_batches(folder / "calibration", model, TOKENS_PER_BATCH)]
     if any(not batch["attention_mask"].all() for batch in batches):  # the other side counts padding, so it gets none
         singles = [batch.inputs() for batch in load_batches(folder / "calibration", model, 1)]
@@ -85,7 +85,20 @@ def run_ours(fields: Mapping[str, Any], model: Path, samples: Samples, output: P
 
 def run_peer(python: Path, options: Sequence[str], model: Path, samples: Samples, output: Path, threads: int) -> dict[str, float]:
     """Apply one of llm-compressor's methods in a fresh process; return its seconds and peaks."""
-    command = [str(python), str(ROOT / "benchmarks" / "peer.py"), *options, "--model", str(model.resolve())]
+    return _run_script("peer.py", python, options, model, samples, output, threads)
+
+
+def run_autoround(
+    python: Path, options: Sequence[str], model: Path, samples: Samples, output: Path, threads: int
+) -> dict[str, float]:
+    """Apply AutoRound in a fresh process; return its seconds and peaks."""
+    return _run_script("autoround_peer.py", python, options, model, samples, output, threads)
+
+
+def _run_script(
+    script: str, python: Path, options: Sequence[str], model: Path, samples: Samples, output: Path, threads: int
+) -> dict[str, float]:
+    command = [str(python), str(ROOT / "benchmarks" / script), *options, "--model", str(model.resolve())]
     found = _run([*command, "--batches", str(samples.batches), "--output", str(output), "--threads", str(threads)], output, threads)
     copy_side_files(model, output)
     return found
@@ -101,7 +114,7 @@ def _run(command: list[str], output: Path, threads: int) -> dict[str, float]:
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def versions(peer: Path | None) -> dict[str, dict[str, str]]:
+def versions(peer: Path | None, name: str = "llm-compressor") -> dict[str, dict[str, str]]:
     """Return the versions on both sides."""
     code = (
         "import importlib.metadata as m, json; "
@@ -112,7 +125,7 @@ def versions(peer: Path | None) -> dict[str, dict[str, str]]:
     found["compress"]["python"] = sys.version.split()[0]
     if peer is not None:
         done = subprocess.run([str(peer), "-c", code], capture_output=True, text=True, check=True)
-        found["llm-compressor"] = json.loads(done.stdout)
+        found[name] = json.loads(done.stdout)
     return found
 
 

@@ -1,4 +1,4 @@
-"""AWQ, GPTQ and INT8 of compress beside llm-compressor's on one shape with random weights: seconds, peak memory, output error.
+"""AWQ, GPTQ and INT8 of compress beside llm-compressor's on one shape or checkpoint: seconds, peak memory, error.
 
     compress runtime install llmcompressor      # prints that environment's python
     python -m benchmarks.speed --shape qwen2.5-vl-3b --layers 1 --samples 32 --tokens 512 --peer PYTHON \
@@ -51,7 +51,7 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder = Path(name)
-        model = build_qwen2_5_vl(folder / "model", **shape, spread=0.02)
+        model = arguments.model or build_qwen2_5_vl(folder / "model", **shape, spread=0.02)
         samples = take_samples(model, arguments.calibration_text, None, arguments.samples, arguments.tokens, folder)
         judge = _Judge(model, arguments.test_text, arguments.tokens)
         rows: dict[str, Any] = {}
@@ -71,8 +71,8 @@ def main() -> None:
             rows[method] = {"runs": runs, "output_error": errors, **_ratios(runs, errors)}
             print(method, json.dumps(_ratios(runs, errors)), file=sys.stderr)
     result = {
-        "what": "quantizing the decoder's linears of random weights: seconds, peak memory, output error on held-out text",
-        "shape": {"name": arguments.shape, **shape},
+        "what": "quantizing the decoder's linears: seconds, peak memory, output error on held-out text",
+        "model": {"name": arguments.name or arguments.model.name} if arguments.model else {"random": arguments.shape, **shape},
         "group_size": arguments.group_size,
         "calibration_tokens": samples.tokens,
         "threads": arguments.threads,
@@ -88,6 +88,8 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint; without one random weights of `--shape`")
+    parser.add_argument("--name", help="of the model, in the results")
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-3b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from compress.checkpoints.checkpoint import Checkpoint
 from compress.checkpoints.skeleton import build_skeleton
 from compress.engine.host import HostMemory, map_tensors
+from compress.engine.products import float32_products
 from compress.engine.recorder import Forward, ReachedError, Recorder, hidden_states, insert_previous, replace_forwards
 from compress.engine.weights import DTYPES, WeightReader, unload
 from compress.errors import CheckpointError
@@ -130,7 +131,8 @@ class BlockVisit:
     def run(self, call: Call) -> Any:
         """Return the module's output for one recorded call."""
         move = _to_device(self.device)
-        return self.module(*map_tensors(call.args, move), **map_tensors(call.kwargs, move))
+        with float32_products(self.device):
+            return self.module(*map_tensors(call.args, move), **map_tensors(call.kwargs, move))
 
 
 class Replay:
@@ -353,7 +355,7 @@ class Replay:
 
     def _forward(self, inputs: Mapping[str, Tensor], stubs: Mapping[str, Forward]) -> None:
         move = _to_device(self.config.device)
-        with replace_forwards(self.model, stubs):
+        with replace_forwards(self.model, stubs), float32_products(self.config.device):
             try:
                 entry = self.model.get_submodule(self.family.entry(inputs))
                 # without a cache: stubs would not fill it, and blocks with weights would keep keys and values on the device

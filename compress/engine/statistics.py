@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -34,15 +33,11 @@ class TokenStatistics:
             # squares of float16 overflow beyond 256, and sums in bfloat16 stop growing after a few hundred tokens
             values = chunk.to(torch.float32)
             self.hessian.add(values)
-            self.abs_sum += _norms(values, 1)
+            magnitudes = values.abs()  # `vector_norm` needs no copy, but takes eight times as long over columns
+            self.abs_sum += magnitudes.sum(dim=0)
             # never weighted by modality: a static scale has to cover the largest value of any token
-            self.abs_max = torch.maximum(self.abs_max, _norms(values, math.inf))
+            self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
         self.tokens += rows.shape[0]
-
-
-def _norms(values: Tensor, order: float) -> Tensor:
-    """Return the norm of each column, without a copy of the magnitudes."""
-    return cast("Tensor", torch.linalg.vector_norm(values, ord=order, dim=0))
 
 
 @dataclass

@@ -89,10 +89,22 @@ def grid(groups: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | fl
     An asymmetric grid spans from the lowest to the highest value and always includes zero; a symmetric one reaches half a step
     past its outermost codes. `shrink` multiplies the range, by a number or by one per group. A group of zeros has the scale 1.
     """
+    return grid_of_range(*group_range(groups, scheme), scheme, dtype, shrink)
+
+
+def group_range(groups: Tensor, scheme: Scheme) -> tuple[Tensor, Tensor]:
+    """Return the lowest value that each group's grid reaches, and the grid's extent: both [...], for values [..., group_size]."""
     # a range that excludes zero would put the zero point outside of the codes, which no packed layout can store
     low = groups.amin(dim=-1).clamp_(max=0)
+    high = groups.amax(dim=-1).clamp_(min=0)
     # symmetric: 2·max|W| over 2^bits - 1 steps, as compressed-tensors computes it (the negative side has one code more)
-    extent = groups.abs().amax(dim=-1) * 2 if scheme.symmetric else groups.amax(dim=-1).clamp_(min=0) - low
+    return low, torch.maximum(-low, high) * 2 if scheme.symmetric else high - low
+
+
+def grid_of_range(
+    low: Tensor, extent: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Return `grid` for groups whose `group_range` is known."""
     scales = (extent * shrink / (scheme.levels - 1)).to(dtype)
     # after the rounding to `dtype`: a tiny range underflows to 0 in float16, and dividing by it would give NaN
     scales = torch.where(scales == 0, torch.ones_like(scales), scales)

@@ -6,7 +6,16 @@ import torch
 from torch import Tensor
 
 from compress.numerics.floats import expand_scales, float_scales, to_float8
-from compress.numerics.grids import Grid, QuantizedWeight, Scheme, full_range, grid, resolve_group_size
+from compress.numerics.grids import (
+    Grid,
+    QuantizedWeight,
+    Scheme,
+    full_range,
+    grid,
+    grid_of_range,
+    group_range,
+    resolve_group_size,
+)
 
 PANEL = 256
 """Columns of a symmetric matrix that are computed at once; above the diagonal only their own square block is.
@@ -14,8 +23,14 @@ PANEL = 256
 `FullHessian.add` fills the squares that `output_error` reads, so both take this one constant.
 """
 
-_CHUNK = 1 << 24
-"""Elements whose clipping range is searched at once: a float32 copy of them takes 64 MiB."""
+_TILE_COLUMNS = 2048
+"""Columns whose clipping ranges are searched at once: the blocks of the Hessian that belong to them stay in the cache."""
+
+_TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
+"""Elements whose clipping ranges are searched at once: on a CPU their copies stay in the cache, which is four times as fast."""
+
+_STRIDE = 2
+"""Steps between the first candidates of a clipping range; the next are half as far from the best, and so on."""
 
 
 def quantize(weight: Tensor, scheme: Scheme, dtype: torch.dtype, shrink: Tensor | float = 1.0) -> QuantizedWeight:
@@ -68,7 +83,7 @@ def output_error(error: Tensor, hessian: Tensor) -> Tensor:
         columns = error[:, panel]
         # the part above the diagonal is the mirror image of the part below: counted twice instead of read
         product = (error[:, below] @ hessian[below, panel]).mul_(2).addmm_(columns, hessian[panel, panel])
-        total += torch.einsum("oi,oi->", product, columns)
+        total += product.mul_(columns).sum()  # an einsum multiplies rows one by one, ten times as slow on a CPU
     return total
 
 
@@ -81,27 +96,51 @@ def diagonal_blocks(matrix: Tensor, size: int) -> Tensor:
 def clip(weight: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:
     """Return the shrink factor of each group's range, [out, in / group_size], of the least output error.
 
-    Minimizes ΔW_g H_gg ΔW_gᵀ for each row and group over `steps` factors from 1 down to above 0.5 (arXiv 2306.00978, section 3.2).
-    H_gg are the blocks along the Hessian's diagonal: `blocks` [in / group_size, group_size, group_size].
+    Minimizes ΔW_g H_gg ΔW_gᵀ for each row and group over `steps` factors from 1 down to above 0.5 (arXiv 2306.00978, section 3.2),
+    in passes that halve their stride around each group's best. H_gg are the blocks along the Hessian's diagonal: `blocks`
+    [in / group_size, group_size, group_size].
     """
-    columns = weight.shape[1]
+    rows, columns = weight.shape
     scheme = resolve_group_size(scheme, columns)
-    # rows are independent: each chunk's copies of errors and losses are freed before the next
-    chunks = torch.split(weight.to(torch.float32), max(1, _CHUNK // columns))
-    return torch.cat([_clip_rows(rows.reshape(len(rows), -1, scheme.group_size), blocks, scheme, dtype, steps) for rows in chunks])
-
-
-def _clip_rows(groups: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:
-    best = torch.full(groups.shape[:2], torch.inf, device=groups.device)
-    shrink = torch.ones_like(best)
-    for step in range(steps):
-        # starts at the full range: a group is only shrunk where that is strictly better
-        factor = 1 - step / (2 * steps)
-        scales, zero_points = grid(groups, scheme, dtype, factor)
-        codes = round_to(groups, scales, zero_points, scheme)
-        error = codes.sub_(zero_points.unsqueeze(-1)).mul_(scales.to(torch.float32).unsqueeze(-1)).sub_(groups).transpose(0, 1)
-        loss = (torch.bmm(error, blocks) * error).sum(dim=-1).t()
-        better = loss < best
-        best = torch.where(better, loss, best)
-        shrink = torch.where(better, factor, shrink)
+    size = scheme.group_size
+    groups_at_once = max(1, _TILE_COLUMNS // size)
+    rows_at_once = max(1, _TILE["cuda" if weight.is_cuda else "cpu"] // min(columns, groups_at_once * size))
+    shrink = torch.empty(rows, columns // size, device=weight.device)
+    # rows and groups are independent of each other
+    for first in range(0, columns // size, groups_at_once):
+        groups = slice(first, first + groups_at_once)
+        for start in range(0, rows, rows_at_once):
+            chunk = slice(start, start + rows_at_once)
+            values = weight[chunk, first * size : (first + groups_at_once) * size].to(torch.float32)
+            # groups first, as the batched product wants them
+            values = values.view(len(values), -1, size).transpose(0, 1).contiguous()
+            shrink[chunk, groups] = _clip_groups(values, blocks[groups], scheme, dtype, steps).t()
     return shrink
+
+
+def _clip_groups(groups: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, steps: int) -> Tensor:
+    """Return the best factors [groups, out] for values [groups, out, group_size]."""
+    low, extent = group_range(groups, scheme)
+    codes, product = torch.empty_like(groups), torch.empty_like(groups)
+
+    def loss(step: Tensor | int) -> Tensor:
+        scales, zero_points = grid_of_range(low, extent, scheme, dtype, 1 - step / (2 * steps))
+        sizes, zeros = scales.to(torch.float32).unsqueeze(-1), zero_points.unsqueeze(-1)
+        torch.div(groups, sizes, out=codes).round_().add_(zeros).clamp_(0, scheme.levels - 1)
+        error = codes.sub_(zeros).mul_(sizes).sub_(groups)
+        return torch.bmm(error, blocks, out=product).mul_(error).sum(dim=-1)
+
+    # starts at the full range: a group is only shrunk where that is strictly better
+    best, best_step = loss(0), torch.zeros_like(low)
+    stride = min(_STRIDE, steps - 1)
+    candidates: list[Tensor | int] = list(range(stride, steps, max(1, stride)))
+    while candidates:
+        for step in candidates:
+            found = loss(step)
+            better = found < best
+            best = torch.where(better, found, best)
+            best_step = torch.where(better, step, best_step)
+        stride //= 2
+        # from each group's best so far; both sides of it before it may move again
+        candidates = [(best_step + side * stride).clamp_(0, steps - 1) for side in (-1, 1)] if stride else []
+    return 1 - best_step / (2 * steps)

@@ -10,6 +10,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Qwen3VLConf
 
 from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.data.images import decode_image
+from compress.engine.products import float32_products
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.engine.weights import WeightReader, map_tensor
@@ -97,7 +98,7 @@ def plain_outputs(
 
     for name in names:
         model.get_submodule(name).register_forward_hook(keep(name))
-    with torch.no_grad():
+    with torch.no_grad(), float32_products("cpu"):  # the kernels that the walk takes here
         for batch in calibration:
             model(**batch.inputs(), use_cache=False)
     return outputs
@@ -242,7 +243,7 @@ def test_later_blocks_see_what_was_changed_in_earlier_ones(tmp_path: Path) -> No
         expected.append(output)
 
     model.get_submodule(units[-1]).register_forward_hook(keep)
-    with torch.no_grad():
+    with torch.no_grad(), float32_products("cpu"):  # the kernels that the walk takes here
         for batch in calibration:
             model(**batch.inputs(), use_cache=False)
     last: list[bool] = []

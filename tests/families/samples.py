@@ -16,6 +16,7 @@ from compress.checkpoints.checkpoint import open_checkpoint
 from compress.data.images import decode_image
 from compress.data.prompts import Prompt, messages
 from compress.engine.host import map_tensors
+from compress.engine.products import float32_products
 from compress.families import Family
 from compress.families.resolve import family_at
 from tests.tiny import picture
@@ -102,7 +103,7 @@ def plain_outputs(folder: Path, calibration: Sequence[Fixed], names: Sequence[st
 
     for name in names:
         model.get_submodule(name).register_forward_hook(keep(name))
-    with torch.no_grad():
+    with torch.no_grad(), float32_products("cpu"):  # the kernels that the walk takes here
         for batch in calibration:
             inputs = batch.inputs()
             model.get_submodule(family.entry(inputs))(**inputs, use_cache=False)

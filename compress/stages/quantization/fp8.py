@@ -38,7 +38,7 @@ class Fp8Component(Component):
 class Fp8(Quantizer):
     """Quantize weights and activations to 8-bit floats."""
 
-    revision: ClassVar[int] = 2
+    revision: ClassVar[int] = 3
 
     stage: Literal["fp8"]
     granularity: Granularity = "channel"

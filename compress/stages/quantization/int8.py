@@ -40,7 +40,7 @@ class Int8Component(Component):
 class Int8(Quantizer):
     """Quantize weights per output channel, and activations per token (dynamic) or per tensor (static)."""
 
-    revision: ClassVar[int] = 3
+    revision: ClassVar[int] = 4
 
     stage: Literal["int8"]
     activations: ActivationStrategy = "token"

@@ -19,7 +19,7 @@ from compress.stages.blockwise.block import BlockWeights
 _STRIDE = 4
 """The grid's first pass tries every fourth step; the loss is smooth, so that the best step is near the best of them."""
 
-SAMPLE_ELEMENTS = 1 << 22
+SAMPLE_ELEMENTS = 1 << 19
 """How many weights of a pair's linears the search rounds at each grid point; more rows cost more and change the choice little."""
 
 MIN_SAMPLE_ROWS = 256
