@@ -39,6 +39,13 @@ class GptqOptions:
     actorder: bool = True
     """Whether columns are rounded by falling H_jj, those with the largest activations first; their groups stay the same."""
 
+    shrinkage: float = 0.0
+    """By what share the Hessian's elements beside its diagonal are made smaller.
+
+    A covariance that is estimated from few samples has too large ones (J. Schäfer and K. Strimmer 2005, doi 10.2202/1544-6115.1175,
+    target D), and error feedback that follows them fits the calibration samples alone.
+    """
+
 
 @dataclass(frozen=True)
 class Feedback:
@@ -65,6 +72,9 @@ class Feedback:
         # written as a negation because NaN compares False with everything
         if not mean_diagonal < float("inf"):
             raise CheckpointError("the second moment of its inputs is not finite; convert the checkpoint to bfloat16")
+        if options.shrinkage:
+            hessian.mul_(1 - options.shrinkage)
+            hessian.diagonal().copy_(diagonal)
         order = torch.arange(len(hessian), device=hessian.device)
         if options.actorder:
             # stable: channels of equal diagonal (dead ones are all 0) keep their order, on every device

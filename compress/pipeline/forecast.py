@@ -75,7 +75,10 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
     return Forecast(
         stages=tuple(plans),
         export_bytes=sizes,
-        notes=outlook_notes(recipe, before or (source,), source.weight_bytes),
+        notes=(
+            *dict.fromkeys(note for plan in plans for note in plan.notes),
+            *outlook_notes(recipe, before or (source,), source.weight_bytes),
+        ),
         # Only a size that will be met says that a limit cannot be.
         gate_notes=size_notes(recipe, checkpoint, {} if assumed else sizes),
         kernel_kinds={export.artifact: export.kernel_kinds(schemes) for export in recipe.export},
@@ -85,7 +88,12 @@ def forecast(recipe: Recipe, document: RecipeDocument, checkpoint: Checkpoint, f
 def _joined(plans: list[StagePlan], after: tuple[CheckpointSpec, ...], exact: bool) -> StagePlan:
     """Return the one plan of a stage that was planned for each example of the checkpoint before it."""
     sizes = [plan.max_bytes for plan in plans if plan.max_bytes is not None]
-    return StagePlan(after=after, exact=exact, max_bytes=max(sizes) if len(sizes) == len(plans) and sizes else None)
+    return StagePlan(
+        after=after,
+        exact=exact,
+        max_bytes=max(sizes) if len(sizes) == len(plans) and sizes else None,
+        notes=tuple(dict.fromkeys(note for plan in plans for note in plan.notes)),
+    )
 
 
 def _calibrates_with_images(recipe: Recipe) -> bool:

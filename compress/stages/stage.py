@@ -37,6 +37,9 @@ class StagePlan:
     reads_images: bool = False
     """Whether its calibration samples must contain images."""
 
+    notes: tuple[str, ...] = ()
+    """What a user should know of its settings."""
+
 
 @dataclass(frozen=True)
 class StageContext:

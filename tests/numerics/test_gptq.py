@@ -70,6 +70,35 @@ def test_it_loses_far_less_than_the_nearest_codes() -> None:
     assert error_of(weight, actual, hessian) < 0.6 * error_of(weight, nearest, hessian)
 
 
+def test_shrinkage_makes_the_second_moment_smaller_beside_its_diagonal() -> None:
+    weight, hessian = problem()
+    scheme = Scheme(3, 32, symmetric=False)
+    smaller = hessian * 0.7 + 0.3 * torch.diag(hessian.diagonal())
+    grid_of_weight = full_range(weight, scheme, torch.float32)
+    actual = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions(shrinkage=0.3)), grid_of_weight)
+    expected = round_columns(weight, Feedback.of(smaller, GptqOptions()), grid_of_weight)
+    assert (actual.codes == expected.codes).float().mean() > 0.98
+    plain = round_columns(weight, Feedback.of(hessian.clone(), GptqOptions()), grid_of_weight)
+    assert (plain.codes == expected.codes).float().mean() < 0.9
+
+
+def test_with_few_samples_shrinkage_loses_less_on_others() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight, mixing = torch.randn(48, 192, generator=generator), torch.randn(192, 192, generator=generator) / 192**0.5
+    # tokens of very unlike size, as language models have them: the largest decide the second moment
+    few, many = (
+        torch.randn(tokens, 1, generator=generator).mul_(1.5).exp_() * torch.randn(tokens, 192, generator=generator) @ mixing
+        for tokens in (1000, 50_000)
+    )
+    grid_of_weight = full_range(weight, Scheme(3, 32, symmetric=False), torch.float32)
+    errors: list[float] = []
+    for shrinkage in (0.0, 0.1):
+        feedback = Feedback.of(few.t() @ few / len(few), GptqOptions(shrinkage=shrinkage))
+        rounded = round_columns(weight, feedback, grid_of_weight).dequantize()
+        errors.append(error_of(weight, rounded, many.t() @ many / len(many)))
+    assert errors[1] < 0.95 * errors[0]
+
+
 def test_scales_are_those_that_are_stored() -> None:
     weight, hessian = problem()
     actual = round_columns(

@@ -65,16 +65,16 @@ def test_the_vision_tower_and_projector_take_schemes_of_their_own(bench: Bench, 
         for part in ("model.", "visual.blocks.", "visual.merger.")
     }
     assert by_part == {
-        "model.": {Scheme(4, 32, symmetric=True)},
+        "model.": {Scheme(4, 32, symmetric=False)},
         "visual.blocks.": {Scheme(8, -1, symmetric=True, activations="token")},
-        "visual.merger.": {Scheme(3, 64, symmetric=True)},
+        "visual.merger.": {Scheme(3, 64, symmetric=False)},
     }
     assert bench.plan(stage).max_bytes == open_checkpoint(tmp_path / "out").weight_bytes
     assert divergence(bench, tmp_path / "out") < 0.5
 
 
 def test_what_is_not_targeted_stays_bit_for_bit(bench: Bench, tmp_path: Path) -> None:
-    bench.apply(tmp_path / "out", gptq())
+    bench.apply(tmp_path / "out", gptq(scales="none"))  # else they would move into the norms
     before, after = tensors_of(bench.folder), tensors_of(tmp_path / "out")
     quantized = quantized_linears(open_checkpoint(tmp_path / "out"))
     unchanged = [name for name in before if name.removesuffix(".weight") not in quantized]

@@ -18,9 +18,9 @@ class Gptq(IntegerQuantizer):
     revision: ClassVar[int] = 4
 
     stage: Literal["gptq"]
-    symmetric: bool = True  # vLLM reads GPTQ's layout with symmetric grids only
+    symmetric: bool = False
 
-    scales: Literal["none", "awq"] = "none"
+    scales: Literal["none", "awq"] = "awq"
     """Whether AWQ's scales are moved between layers before rounding."""
 
     actorder: Literal["static", "none"] = "static"
@@ -28,6 +28,9 @@ class Gptq(IntegerQuantizer):
 
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     """The share of the Hessian's mean diagonal that is added to its diagonal."""
+
+    shrinkage: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """By what share the Hessian's elements beside its diagonal are made smaller: few samples make them too large."""
 
     clip: bool = False
     """Whether each group's clipping range is searched: a closer fit to the calibration samples, and a worse one to unlike data."""
@@ -48,6 +51,6 @@ class Gptq(IntegerQuantizer):
         from compress.stages.quantization.rounders.gptq import GptqRounder
         from compress.stages.quantization.transforms.awq import AwqScaling
 
-        options = GptqOptions(dampening_frac=self.dampening_frac, actorder=self.actorder == "static")
+        options = GptqOptions(self.dampening_frac, self.actorder == "static", self.shrinkage)
         transforms = (AwqScaling(self.grid),) if self.scales == "awq" else ()
         return Method(transforms, GptqRounder(options, ClipSearch(self.grid) if self.clip else FULL_RANGE))

@@ -54,6 +54,9 @@ class Int8(Quantizer):
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     """The share of the Hessian's mean diagonal that is added to its diagonal."""
 
+    shrinkage: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    """By what share the Hessian's elements beside its diagonal are made smaller: few samples make them too large."""
+
     grid: PositiveInt = 20
     """Grid steps of the search of the migration strength."""
 
@@ -78,5 +81,5 @@ class Int8(Quantizer):
         strength = self.smoothing if isinstance(self.smoothing, float) else None
         return Method(
             () if self.smoothing == "none" else (SmoothQuant(strength, self.grid),),
-            GptqRounder(GptqOptions(dampening_frac=self.dampening_frac)) if self.rounding == "gptq" else NEAREST,
+            GptqRounder(GptqOptions(self.dampening_frac, shrinkage=self.shrinkage)) if self.rounding == "gptq" else NEAREST,
         )

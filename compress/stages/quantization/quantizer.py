@@ -23,6 +23,9 @@ from compress.stages.stage import Stage, StageContext, StagePlan
 if TYPE_CHECKING:
     from compress.stages.quantization.method import Method
 
+_FEW_BITS = 4
+"""From so many bits down the lack of zero points costs much; at 8 it does not show."""
+
 _COMMON_GROUP_SIZES = (256, 128, 64, 32, 16, 8)
 """Group sizes that a message suggests before unusual ones."""
 
@@ -66,7 +69,9 @@ class IntegerComponent(Component):
     activations: Literal["token", "tensor"] | None = None
 
     def scheme(self, default: Scheme) -> Scheme:
-        """Return the stage's scheme with the component's overrides."""
+        """Return the stage's scheme with the component's overrides; symmetric by default where activations are quantized."""
+        # kernels for integers on both sides multiply by the scales after the sum, and know no zero points of weights
+        default = replace(default, symmetric=True) if self.activations else default
         return replace(default, **self.model_dump(exclude={"component"}, exclude_none=True))
 
 
@@ -155,7 +160,12 @@ class Quantizer(Stage):
             exact=mixed_precision is None,
             max_bytes=after[0].weight_bytes if mixed_precision is None else mixed_precision.max_bytes,
             reads_images=self._reads_images(before.family),
+            notes=self._notes(),
         )
+
+    def _notes(self) -> tuple[str, ...]:
+        """Return what a user should know of the settings."""
+        return ()
 
     def _faults(self, before: CheckpointSpec, selection: LinearSelection) -> list[str]:
         schemes = self.component_schemes()
@@ -275,6 +285,16 @@ class IntegerQuantizer(Quantizer):
                 faults.append(f"targets: with activations {component} has to have 8 bits, not auto; give them ({{…, bits: 8}})")
         fault = mixed_precision.fault()
         return faults or ([fault] if fault else [])
+
+    def _notes(self) -> tuple[str, ...]:
+        """Return what symmetric grids cost where they have few codes."""
+        if not any(scheme.symmetric and scheme.bits <= _FEW_BITS for scheme in self.component_schemes().values()):
+            return ()
+        return (
+            f"{self.stage}: symmetric grids of 4 bits or fewer; with zero points (symmetric: false) the KL from the original was "
+            "about half as large on the models measured, for 0.03 bits per weight at groups of 128. Layout gptq has no zero "
+            "points; compressed-tensors, awq and onnx do",
+        )
 
     def _schemes(self, selection: LinearSelection) -> list[dict[str, Scheme]]:
         """Return the schemes of the linears; with `bits: auto` those that they would have if all had the same width, per width."""
