@@ -24,7 +24,6 @@ from compress.engine.replay import BlockVisit, Positions
 from compress.errors import CheckpointError
 from compress.numerics.rounding import PANEL
 
-
 RESIDUAL_WRITERS = frozenset(
     {"o_proj", "out_proj", "down_proj", "fc2", "linear_fc2", "proj", "projection", "projection_layer", "dense"}
 )
@@ -190,7 +189,8 @@ class InputStatistics:
 def _mean_square(states: Tensor) -> Tensor:
     """Return the mean square of each row [..., n]: float32 [rows]."""
     rows = states.reshape(-1, states.shape[-1])
-    return torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).square() / rows.shape[1]
+    norms = cast("Tensor", torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
+    return norms.square() / rows.shape[1]
 
 
 def _mirror(lower: Tensor) -> Tensor:
@@ -277,7 +277,7 @@ class Observer:
         # features of images in cross-attention, for example, are other rows than the stream's
         if len(before) != len(rows) or weight.is_meta:
             return None
-        gain = torch.linalg.vector_norm(weight, dtype=torch.float32).square() / weight.shape[0]
+        gain = cast("Tensor", torch.linalg.vector_norm(weight, dtype=torch.float32)).square() / weight.shape[0]
         return 1 / (before + gain * rows).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _rows(self, name: str, inputs: Tensor) -> Positions | None:

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, cast
 
@@ -109,8 +110,12 @@ def test_a_walked_block_counts_text_and_vision_tokens_and_no_padding(leaf: str, 
     name = "model.language_model.layers.1"
     linear = model.get_submodule(f"{name}.mlp.{leaf}")
     seen: dict[str, Tensor] = {}
-    model.get_submodule(name).register_forward_pre_hook(lambda module, args: seen.update(residual=args[0]))
-    linear.register_forward_pre_hook(lambda module, args: seen.update(inputs=args[0]))
+
+    def see(key: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
+        return lambda module, args: seen.update({key: args[0]})
+
+    model.get_submodule(name).register_forward_pre_hook(see("residual"))
+    linear.register_forward_pre_hook(see("inputs"))
     # what is added to the residual stream is weighed by the stream's mean square, before it and by the matrix's own gain
     gain = linear.weight.detach().square().sum() / linear.weight.shape[0]
     expected_inputs: dict[str, list[Tensor]] = {"text": [], "vision": []}
