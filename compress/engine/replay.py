@@ -127,9 +127,6 @@ class BlockVisit:
     cross_attention_linears: tuple[str, ...] = ()
     """Its linears whose input is the image features (cross-attention)."""
 
-    is_block: bool = False
-    """Whether it is a block, with a residual stream, rather than a module of the projector or the head."""
-
     @torch.no_grad()
     def run(self, call: Call) -> Any:
         """Return the module's output for one recorded call."""
@@ -201,8 +198,7 @@ class Replay:
         module = self.model.get_submodule(name)
         self.reader.load(module, name, self.config.device)
         readers = self.family.cross_attention_linears if within(name, self.family.blocks) else ()
-        is_block = any(within(name, container) for container in (self.family.blocks, *self.family.vision_blocks))
-        visit = BlockVisit(name, module, [call for call in calls if call is not None], self.config.device, readers, is_block)
+        visit = BlockVisit(name, module, [call for call in calls if call is not None], self.config.device, readers)
         yield visit
         # nothing reads the last decoder unit's output; the last vision block's feeds the decoder's walk
         if index + 1 == len(units) and not self._inside_vision(name):

@@ -1,40 +1,25 @@
-"""Statistics of linears' input activations over the calibration tokens: Hessians and magnitudes, text and vision apart.
-
-Of linears that write to the residual stream a token counts by the inverse of the square that the stream then has: the norm before
-the next layer divides by its root, so that what is left of an error is its share of the stream. A few tokens of a sequence, the
-first above all, have activations that are thousands of times as large as the others' (arXiv 2402.17762); with equal weights these
-alone decide how such a layer is rounded, and every other token bears the error. That tokens should not count alike in GPTQ's
-Hessian is shown in arXiv 2503.01820, which weights them by what attention gives them.
-"""
+"""Statistics of linears' input activations over the calibration tokens: Hessians and magnitudes, text and vision apart."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any, Self, cast
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from compress.engine.hessian import FULL_HESSIAN, FullHessian, HessianRequest, in_chunks
-from compress.engine.recorder import ReachedError, hidden_states
+from compress.engine.recorder import ReachedError
 from compress.engine.replay import BlockVisit, Positions
 from compress.errors import CheckpointError
 from compress.numerics.rounding import PANEL
 
-RESIDUAL_WRITERS = frozenset(
-    {"o_proj", "out_proj", "down_proj", "fc2", "linear_fc2", "proj", "projection", "projection_layer", "dense"}
-)
-"""The names of a block's linears whose outputs are added to the residual stream, in the families that there are."""
-
 
 class TokenStatistics:
-    """Statistics over the tokens of one modality, each with its weight w: all float32.
-
-    `hessian` Σ w xᵀx, `abs_sum` Σ w |x| [in], `abs_max` max |x| [in] whatever the weights, `tokens` Σ w.
-    """
+    """Statistics over the tokens of one modality: `hessian` Σ xᵀx, `abs_sum` Σ |x| [in], `abs_max` max |x| [in], all float32."""
 
     def __init__(self, channels: int, device: torch.device, requested: HessianRequest = FULL_HESSIAN) -> None:
         self.hessian = requested.start(channels, device)
@@ -42,24 +27,17 @@ class TokenStatistics:
         self.abs_max = torch.zeros(channels, device=device)
         self.tokens: float = 0
 
-    def add(self, rows: Tensor, weights: Tensor | None = None) -> None:
-        """Add tokens [tokens, in] with weights, float32 [tokens], or each with the weight 1."""
-        start = 0
+    def add(self, rows: Tensor) -> None:
+        """Add tokens [tokens, in]."""
         for chunk in in_chunks(rows):
             # squares of float16 overflow beyond 256, and sums in bfloat16 stop growing after a few hundred tokens
             values = chunk.to(torch.float32)
+            self.hessian.add(values)
             magnitudes = values.abs()  # `vector_norm` needs no copy, but takes eight times as long over columns
-            # never weighted: a static scale has to cover the largest value of any token
+            self.abs_sum += magnitudes.sum(dim=0)
+            # never weighted by modality: a static scale has to cover the largest value of any token
             self.abs_max = torch.maximum(self.abs_max, magnitudes.amax(dim=0))
-            if weights is None:
-                self.abs_sum += magnitudes.sum(dim=0)
-                self.hessian.add(values)
-            else:
-                of_chunk = weights[start : start + len(chunk)]
-                self.abs_sum += of_chunk @ magnitudes
-                self.hessian.add(values * of_chunk.sqrt().unsqueeze(1))
-            start += len(chunk)
-        self.tokens += rows.shape[0] if weights is None else float(weights.sum(dtype=torch.float64))
+        self.tokens += rows.shape[0]
 
 
 @dataclass
@@ -83,7 +61,7 @@ class InputStatistics:
 
     @property
     def tokens(self) -> float:
-        """The sum of the tokens' weights; with those of the modalities after `merge`."""
+        """The number of tokens, weighted after `merge`."""
         return sum(sums.tokens for sums, _ in self._weighted())
 
     def mean_hessian(self) -> Tensor:
@@ -166,31 +144,23 @@ class InputStatistics:
     def _full_hessians(self) -> list[tuple[FullHessian, float]]:
         return [(sums.hessian, weight) for sums, weight in self._weighted() if isinstance(sums.hessian, FullHessian)]
 
-    def add(self, inputs: Tensor, positions: Positions | None, weights: Tensor | None = None) -> None:
-        """Add a linear's input [..., in] with a weight per row, 1 without; without positions every row is a vision token."""
+    def add(self, inputs: Tensor, positions: Positions | None) -> None:
+        """Add a linear's input [..., in]; without positions every row is a vision token."""
         rows = inputs.reshape(-1, inputs.shape[-1])
         if positions is None:
-            self.vision = self._added(self.vision, rows, weights)
+            self.vision = self._added(self.vision, rows)
             return
         for kind, mask in (("text", positions.text), ("vision", positions.vision)):
             count = int(mask.sum())
             if count:
                 # indexing by a mask copies the rows: avoided where all of them count
-                chosen = slice(None) if count == rows.shape[0] else mask.to(rows.device)
-                of_tokens = None if weights is None else weights[chosen]
-                setattr(self, kind, self._added(getattr(self, kind), rows[chosen], of_tokens))
+                tokens = rows if count == rows.shape[0] else rows[mask.to(rows.device)]
+                setattr(self, kind, self._added(getattr(self, kind), tokens))
 
-    def _added(self, current: TokenStatistics | None, rows: Tensor, weights: Tensor | None) -> TokenStatistics:
+    def _added(self, current: TokenStatistics | None, rows: Tensor) -> TokenStatistics:
         sums = current or TokenStatistics(rows.shape[-1], rows.device, self.requested)
-        sums.add(rows, weights)
+        sums.add(rows)
         return sums
-
-
-def _mean_square(states: Tensor) -> Tensor:
-    """Return the mean square of each row [..., n]: float32 [rows]."""
-    rows = states.reshape(-1, states.shape[-1])
-    norms = cast("Tensor", torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32))
-    return norms.square() / rows.shape[1]
 
 
 def _mirror(lower: Tensor) -> Tensor:
@@ -219,9 +189,6 @@ class Observer:
     ) -> None:
         self.statistics: dict[str, InputStatistics] = {}
         self.positions: Positions | None = None
-        self.residual: Tensor | None = None
-        """The residual stream at the module's input [..., hidden]; None for modules without one, where all tokens count alike."""
-
         self._vision_readers = frozenset(cross_attention_linears)
         self._requested = requested
         self._module = module
@@ -244,6 +211,7 @@ class Observer:
 
     def _hook(self, name: str) -> Any:
         def count(module: nn.Module, args: tuple[Any, ...]) -> None:
+            del module
             inputs: Tensor = args[0]
             # decided at the first call alone: which linears share an input follows from the model's code, not from the sample
             if name not in self._leader:
@@ -256,29 +224,13 @@ class Observer:
             # counted once for all linears that share the input: q, k and v would triple the most expensive product of the pass
             if leader == name:
                 self._last = (name, inputs)
-                self.statistics[name].add(inputs, self._rows(name, inputs), self._weights(name, module, inputs))
+                self.statistics[name].add(inputs, self._rows(name, inputs))
             self._seen.add(name)
             if len(self._seen) == len(self._linears):
                 self._seen.clear()
                 raise ReachedError  # the rest of the forward would be wasted work
 
         return count
-
-    def _weights(self, name: str, module: nn.Module, inputs: Tensor) -> Tensor | None:
-        """Return the weight of each row of a linear that writes to the residual stream, float32; None for other linears.
-
-        It is one over the mean square of the stream after the write. The write's is estimated from its input's, for a matrix with
-        the weight's Frobenius norm and no direction of its own: the product would cost as much as the linear itself.
-        """
-        if self.residual is None or name.rpartition(".")[2] not in RESIDUAL_WRITERS:
-            return None
-        before, rows = _mean_square(self.residual), _mean_square(inputs)
-        weight = cast("Tensor", module.weight)
-        # features of images in cross-attention, for example, are other rows than the stream's
-        if len(before) != len(rows) or weight.is_meta:
-            return None
-        gain = cast("Tensor", torch.linalg.vector_norm(weight, dtype=torch.float32)).square() / weight.shape[0]
-        return 1 / (before + gain * rows).clamp(min=torch.finfo(torch.float32).tiny)
 
     def _rows(self, name: str, inputs: Tensor) -> Positions | None:
         if self.positions is None or name not in self._vision_readers:
@@ -302,7 +254,6 @@ def observe(visit: BlockVisit, linears: Iterable[str], requested: HessianRequest
     with Observer(visit.module, names, visit.cross_attention_linears, requested) as observer:
         for call in visit.calls:
             observer.positions = call.positions
-            observer.residual = hidden_states(call.args, call.kwargs).to(visit.device) if visit.is_block else None
             with suppress(ReachedError):
                 visit.run(call)
     missing = [name for name in names if name not in observer.statistics]

@@ -31,7 +31,7 @@ _ATTEMPTS = 8
 
 @dataclass(frozen=True)
 class GptqOptions:
-    """Settings of GPTQ, as in llm-compressor."""
+    """Settings of GPTQ; all but `shrinkage` as in llm-compressor."""
 
     dampening_frac: float = 0.01
     """The share of the Hessian's mean diagonal that is added to its diagonal."""
