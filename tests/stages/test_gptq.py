@@ -14,11 +14,14 @@ from compress.stages.blockwise.block import BlockWeights
 from compress.stages.quantization.gptq import Gptq
 from compress.stages.quantization.method import Method, solve
 from compress.stages.quantization.parts import FULL_RANGE
+from compress.stages.quantization.quantizer import Quantizer
 from compress.stages.quantization.rounders.clip import ClipSearch
 from compress.stages.quantization.rounders.gptq import GptqRounder
 from compress.stages.quantization.rtn import Rtn
+from compress.stages.quantization.transforms.awq import AwqScaling
 from tests.stages.bench import Bench, divergence, tensors_of
 from tests.stages.toy import HEADS, Block, alike, observed_inputs, samples
+from tests.stages.variants import stage_of
 
 
 def gptq(**fields: Any) -> Gptq:
@@ -71,6 +74,21 @@ def test_the_vision_tower_and_projector_take_schemes_of_their_own(bench: Bench, 
     }
     assert bench.plan(stage).max_bytes == open_checkpoint(tmp_path / "out").weight_bytes
     assert divergence(bench, tmp_path / "out") < 0.5
+
+
+@pytest.mark.parametrize("name", ["gptq", "int8"])
+def test_settings_reach_the_rounding(name: str) -> None:
+    stage = stage_of(name, dampening_frac=0.5, shrinkage=0.25)
+    assert isinstance(stage, Quantizer)
+    rounder = stage.method().rounder
+    assert isinstance(rounder, GptqRounder)
+    assert (rounder.options.dampening_frac, rounder.options.shrinkage) == (0.5, 0.25)
+
+
+def test_by_default_there_are_zero_points_and_scales_of_awq() -> None:
+    stage = gptq()
+    assert not stage.symmetric
+    assert [type(transform) for transform in stage.method().transforms] == [AwqScaling]
 
 
 def test_what_is_not_targeted_stays_bit_for_bit(bench: Bench, tmp_path: Path) -> None:

@@ -55,6 +55,24 @@ def check(bench: Bench, target: Path, *stages: Stage) -> None:
         source = Bench(folder, bench.calibration)
 
 
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({"symmetric": True}, True),
+        ({"symmetric": True, "bits": "auto", "budget": {"bits_per_weight": 6}}, True),
+        ({"targets": ["decoder", {"component": "projector", "symmetric": True}]}, True),
+        ({"symmetric": True, "bits": 8}, False),
+        ({}, False),
+    ],
+)
+@pytest.mark.parametrize("name", ["gptq", "rtn"])
+def test_what_symmetric_grids_of_few_bits_cost_is_noted(bench: Bench, name: str, fields: dict[str, Any], told: bool) -> None:
+    plan = stage_of(name, **fields).plan(spec_of(bench.checkpoint, bench.family))
+    assert plan.faults == ()
+    assert [note for note in plan.notes if "symmetric: false" in note] == list(plan.notes)
+    assert bool(plan.notes) == told
+
+
 @pytest.mark.parametrize("stage", SWITCHED, ids=[stage.stage for stage in SWITCHED])
 def test_a_plan_asks_for_samples_where_the_method_reads_them(stage: Quantizer) -> None:
     read = stage.method().hessian_request([Scheme(4, 32, symmetric=True)])
