@@ -150,7 +150,7 @@ def limits() -> Limits:
     Raises:
         UsageError: a variable with the prefix names no limit, or holds no positive whole number.
     """
-    return _read(tuple(sorted((name, value) for name, value in os.environ.items() if name.startswith(PREFIX))))
+    return _read(tuple((name, os.environ[name]) for name in sorted(os.environ) if name.startswith(PREFIX)))
 
 
 @cache

@@ -52,7 +52,7 @@ def remember_secret(value: str) -> None:
 
 def secrets_known() -> tuple[str, ...]:
     """Return every secret that is known now."""
-    named = (value.strip() for name, value in os.environ.items() if _NAMES.search(name))
+    named = (os.environ[name].strip() for name in os.environ if _NAMES.search(name))
     # huggingface_hub sends it with every request, so that an error message of a mirror may repeat it.
     stored = _stored_token()
     found = [*_noted, *(value for value in (*named, stored) if len(value) >= _SHORTEST_VALUE)]
