@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import gc
 import importlib
 import json
 import os
@@ -120,6 +121,7 @@ def main() -> None:
     watch = _Watch(Path(sys.argv[1]))
     for module in sys.argv[2:]:
         importlib.import_module(module)
+    gc.freeze()  # a collection in a fork would copy all the pages that they share
     replies = os.fdopen(os.dup(1), "w", encoding="utf-8")
     for line in sys.stdin:
         replies.write(json.dumps(_serve(json.loads(line), watch)) + "\n")
