@@ -9,10 +9,12 @@ import random
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
+import pytest
 from rich.console import Console
 
 from compress.cli.display import Display
@@ -21,8 +23,9 @@ from compress.errors import CompressError
 from compress.eval.latency.load_generator import Requests, run_load, warm_up
 from compress.eval.latency.settings import LoadPoint
 from compress.pipeline.events import EventLog
+from compress.runtimes import server_session
 from compress.runtimes.endpoint.runtime import Endpoint
-from compress.runtimes.openai_client import read_key
+from compress.runtimes.openai_client import RetryPolicy, read_key
 from compress.runtimes.runtime import OpenContext, Passage, RunningServer
 from compress.runtimes.vllm.runtime import Vllm
 from compress.runtimes.vllm.session import VllmSession
@@ -45,6 +48,9 @@ CLIENTS = {
     "start": ("/health", "/v1/models"),
 }
 """What is asked of a server, and the paths that it asks for. Most of a run's time goes into the first two."""
+_PAUSE = 0.01
+"""Seconds before the second attempt of a request, which every behaviour would otherwise wait for; the attempts are as many."""
+
 _DRAWN = ("answers", "answers", "answers", "scores", "scores", "scores", "told", "url", "load", "load", "start")
 _PROMPTS = (Prompt("a", "What is it?"), Prompt("b", "What else?"))
 _PASSAGES = (Passage("t", (5, 6, 7)), Passage("p", (5, 6), _PROMPTS[0]))
@@ -123,7 +129,9 @@ def consume(client: str, url: str, folder: str, target: str) -> int:
     place = Path(target)
     progress = EventLog(place / "events.jsonl", Display(Console(stderr=True, soft_wrap=True)))
     try:
-        found = _ask(client, url, Path(folder), place, progress)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(server_session, "RetryPolicy", partial(RetryPolicy, pause=_PAUSE))
+            found = _ask(client, url, Path(folder), place, progress)
     except CompressError as error:
         sys.stderr.write(f"error: {error}\n")
         progress.write("run-finished", error=str(error))
