@@ -7,6 +7,9 @@ from pathlib import Path
 
 from tests.preloaded import own_python
 
+_MODULES = ("torch._dynamo", "torch.distributed.tensor.parallel", "torchvision", "scipy.stats", "pyarrow.dataset", "pydantic")
+"""What a run imports, but not transformers, which reads the hub's variables when it is imported."""
+
 _PROGRAM = """
 import errno, os, sys
 
@@ -34,6 +37,5 @@ main()
 
 def compress_with_read_only(folder: Path, *arguments: str, environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     """Run the command line in a process that the system refuses, as of a file system mounted read-only, to change the folder."""
-    # not transformers, which reads the hub's variables when it is imported
-    command = [own_python("torch", "scipy.stats", "pydantic"), "-c", _PROGRAM, str(folder), *arguments]
+    command = [own_python(*_MODULES), "-c", _PROGRAM, str(folder), *arguments]
     return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)

@@ -7,6 +7,7 @@ its own. `client.py` stands in for the environment's `python` and asks for it. T
 
 from __future__ import annotations
 
+import atexit
 import gc
 import importlib
 import json
@@ -17,8 +18,9 @@ import select
 import signal
 import socket
 import sys
+import threading
 from contextlib import suppress
-from typing import Any
+from typing import Any, NoReturn
 
 _LENGTH = 8
 """Bytes of a request's length, which its file descriptors come with."""
@@ -34,7 +36,13 @@ def main(path: str, modules: list[str]) -> None:
         listener.listen()
         command = _Server(listener).serve()
     if command is not None:
-        _run(command)
+        try:
+            _run(command)
+        except SystemExit as error:
+            if error.code is None or isinstance(error.code, int):
+                _end(error.code or 0)
+            raise
+        _end(0)
 
 
 class _Server:
@@ -151,6 +159,15 @@ def _run(command: dict[str, Any]) -> None:
         exec(compile(code, "<string>", "exec"), {"__name__": "__main__"})
     else:
         runpy.run_path(sys.argv[0], run_name="__main__")
+
+
+def _end(code: int) -> NoReturn:
+    """End as the interpreter does, without freeing the preloaded modules: a fork would copy them for that."""
+    threading._shutdown()  # pyright: ignore[reportAttributeAccessIssue]
+    atexit._run_exitfuncs()  # pyright: ignore[reportPrivateUsage]
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":
