@@ -11,6 +11,8 @@ from tests import preloaded
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 # vLLM's worker is then in its engine's process: a server imports vLLM twice instead of three times, which is most of its start with
 # a tiny model. tests/test_demo.py starts servers as users do.
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+# vLLM compiles one small function, which finds tokens' ranks: in each server anew, in more time than it takes to load a tiny model.
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -81,6 +81,7 @@ def test_vllm_answers_as_the_in_process_runtime_does(
     if layout == "awq":  # as users start it: every process imports vLLM, and the worker has one of its own
         monkeypatch.delenv("COMPRESS_RUNTIMES")
         monkeypatch.delenv("VLLM_ENABLE_V1_MULTIPROCESSING")
+        monkeypatch.delenv("TORCHDYNAMO_DISABLE")
     install("vllm", Silent())
     task = read_recipe(RECIPE, {})[0].eval.tasks[0]
     assert isinstance(task, VqaTask)

@@ -27,6 +27,7 @@ from compress.runtimes.runtime import OpenContext, Session
 from compress.runtimes.transformers.runtime import Transformers
 from compress.runtimes.vllm.runtime import Vllm
 from compress.workers.environment import install
+from tests.runtimes.agreement import FEW_BLOCKS
 from tests.tiny import build_qwen2_5_vl
 
 PRELOADED = ("vllm", "lmms-eval", "lm-eval")
@@ -185,7 +186,7 @@ def bench(tmp_path_factory: pytest.TempPathFactory) -> Generator[Bench]:
     for name in ("vllm", "lmms-eval", "lm-eval"):
         install(name, Silent())
     folder = tmp_path_factory.mktemp("bench")
-    runtime = Vllm(runtime="vllm", dtype="float32", kv_cache_gib=1, max_model_len=512)
+    runtime = Vllm(runtime="vllm", dtype="float32", kv_cache_gib=1, max_model_len=512, arguments=FEW_BLOCKS)
     with runtime.open(OpenContext.at(DEMO / "model", folder / "logs", Silent())) as session:
         client = session.endpoint.client
         key = str(client.headers["Authorization"]).removeprefix("Bearer ")

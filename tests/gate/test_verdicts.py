@@ -15,7 +15,7 @@ import compress
 from compress.progress import Silent
 from compress.report.model import Report
 from compress.workers.environment import install
-from tests.runtimes.agreement import KERNELS
+from tests.runtimes.agreement import FEW_BLOCKS, KERNELS
 
 PRELOADED = ("vllm",)
 
@@ -34,6 +34,7 @@ EVALUATION = {
             "dtype": "float16",
             "max_model_len": 512,
             "kv_cache_gib": 1,
+            "arguments": list(FEW_BLOCKS),
             "kernels": KERNELS,
             "whole_tokens": 96,
         },

@@ -24,6 +24,12 @@ MODULES: dict[str, Sequence[str]] = {
         "vllm.v1.engine.async_llm",
         "vllm.v1.engine.core",
         "vllm.v1.worker.cpu_worker",
+        "vllm.entrypoints.generate.structured_decisions.api_router",
+        "vllm.model_executor.layers.quantization.auto_gptq",
+        "vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors",
+        "vllm.model_executor.layers.quantization.fp_quant",
+        "model_hosting_container_standards.sagemaker",
+        "transformers.tokenization_mistral_common",
     ),
     "llmcompressor": ("llmcompressor", "transformers.models.auto.modeling_auto"),
     "lmms-eval": ("lmms_eval.evaluator", "lmms_eval.models"),
@@ -32,7 +38,12 @@ MODULES: dict[str, Sequence[str]] = {
 }
 """The modules that the commands of each environment import, by its name."""
 
-OWN_MODULES = ("torch", "transformers.models.auto.modeling_auto", "compress.pipeline.runner", "compress.cli.commands.run")
+OWN_MODULES = (
+    "torch",
+    "transformers.models.auto.modeling_auto",
+    "compress.pipeline.runner",
+    "compress.cli.commands.run",
+)
 """Those that a run imports in this interpreter."""
 
 _VARIABLES = {"DO_NOT_TRACK": "1", "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}

@@ -41,6 +41,9 @@ TOKENS = 8
 CLEAR = 0.5
 """Nats by which the in-process model must prefer its own token over vLLM's for a disagreement."""
 
+FEW_BLOCKS = ("--num-gpu-blocks-override", "256")
+"""Arguments of a server for some dozens of sequences: vLLM fills its cache with zeros, which for a gigabyte takes long."""
+
 KERNELS: Literal["vllm", "reference"] = "reference" if lacks(WNA16_FEATURES) or lacks(VNNI_FEATURES) else "vllm"
 """Those by which vLLM's build for CPUs multiplies quantized linears rightly on this processor."""
 
@@ -94,7 +97,8 @@ def make_artifact(source: Path, folder: Path, case: Case) -> Path:
 def serving(case: Case) -> Vllm:
     """Return the runtime that serves a case, installed where it is not."""
     install("vllm", SILENT)
-    return Vllm(runtime="vllm", dtype=case.dtype, kv_cache_gib=1, max_model_len=512, top_logprobs=128, kernels=KERNELS)
+    settings: dict[str, Any] = {"kv_cache_gib": 1, "max_model_len": 512, "top_logprobs": 128, "arguments": FEW_BLOCKS}
+    return Vllm(runtime="vllm", dtype=case.dtype, kernels=KERNELS, **settings)
 
 
 def compare(artifact: Path, runtime: Vllm, logs: Path, prompts: Sequence[Prompt] = PROMPTS) -> Agreement:

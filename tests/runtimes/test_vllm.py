@@ -26,6 +26,7 @@ from compress.runtimes.vllm.runtime import Vllm
 from compress.runtimes.vllm.session import VllmSession
 from compress.workers.environment import install
 from tests.raw_server import absent_server
+from tests.runtimes.agreement import FEW_BLOCKS
 from tests.tiny import build_qwen2_5_vl, picture
 
 PRELOADED = ("vllm",)
@@ -66,7 +67,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def runtime() -> Vllm:
     install("vllm", SILENT)
-    return Vllm(runtime="vllm", dtype="float32", kv_cache_gib=1, max_model_len=512, top_logprobs=128)
+    return Vllm(runtime="vllm", dtype="float32", kv_cache_gib=1, max_model_len=512, top_logprobs=128, arguments=FEW_BLOCKS)
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from compress.runtimes.runtime import ImageInput, OpenContext
 from compress.runtimes.transformers.runtime import Transformers
 from compress.runtimes.vllm.session import VllmSession
 from tests.quantized import scheme
-from tests.runtimes.agreement import SILENT, TOKEN, Case, compare, make_artifact, serving
+from tests.runtimes.agreement import FEW_BLOCKS, SILENT, TOKEN, Case, compare, make_artifact, serving
 from tests.tiny import BUILDERS, build_clip, picture
 
 PRELOADED = ("vllm",)
@@ -61,7 +61,7 @@ def test_vllm_embeds_as_the_in_process_runtime(case: Case, tmp_path: Path) -> No
     context = OpenContext.at(artifact, tmp_path / "logs", SILENT)
     with Transformers(runtime="transformers", dtype="float32", device="cpu").open(context) as inside:
         expected = inside.classify(PICTURES, [[text] for text in TEXTS], SILENT)
-    pooling = serving(case).model_copy(update={"max_model_len": None, "arguments": ("--runner", "pooling")})
+    pooling = serving(case).model_copy(update={"max_model_len": None, "arguments": (*FEW_BLOCKS, "--runner", "pooling")})
     with pooling.open(context) as served:
         assert isinstance(served, VllmSession)
         texts = embed(served, {"input": list(TEXTS)})

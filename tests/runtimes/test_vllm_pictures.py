@@ -23,6 +23,7 @@ from compress.runtimes.transformers.runtime import Transformers
 from compress.runtimes.vllm.runtime import Vllm
 from compress.workers.environment import install
 from tests.pictures import encoded, everyday
+from tests.runtimes.agreement import FEW_BLOCKS
 
 PRELOADED = ("vllm",)
 
@@ -71,7 +72,8 @@ def test_48_pictures_of_every_kind_are_answered_alike(tmp_path: Path) -> None:
     stored = [encoded(Image.open(io.BytesIO(image)).convert("RGBA").convert("RGB")) for image in images]
     inside = measured(IN_PROCESS, task, tmp_path / "inside")
     careless = measured(IN_PROCESS, write_task(tmp_path / "stored", rows, stored), tmp_path / "careless")
-    served = measured(Vllm(runtime="vllm", dtype="float32", max_model_len=512, kv_cache_gib=1), task, tmp_path / "served")
+    vllm = Vllm(runtime="vllm", dtype="float32", max_model_len=512, kv_cache_gib=1, arguments=FEW_BLOCKS)
+    served = measured(vllm, task, tmp_path / "served")
     assert len(answers(inside)) == COUNT
     assert answers(served) == answers(inside)
     assert served.tasks["scenes"].metrics == inside.tasks["scenes"].metrics
