@@ -41,6 +41,8 @@ MODULES: dict[str, Sequence[str]] = {
 OWN_MODULES = (
     "torch",
     "transformers.models.auto.modeling_auto",
+    "scipy.stats",
+    "pyarrow.dataset",
     "compress.pipeline.runner",
     "compress.cli.commands.run",
 )
