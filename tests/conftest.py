@@ -1,5 +1,6 @@
 """The order of the tests, slow files first, so that workers that share them end at about the same time; and how vLLM starts."""
 
+import gc
 import os
 from collections.abc import Generator
 from typing import cast
@@ -21,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         slow[item.path.name] = slow.get(item.path.name, 0) + (item.get_closest_marker("slow") is not None)
     first = {"test_verdicts.py": 1000}  # a handful of tests on nine starts of a server
     items.sort(key=lambda item: -first.get(item.path.name, slow[item.path.name]))
+
+
+def pytest_collection_finish() -> None:
+    """Leave modules and tests out of garbage collections, of which a runtime makes one whenever it closes a model."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="module", autouse=True)
