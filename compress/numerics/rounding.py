@@ -29,6 +29,9 @@ _TILE_COLUMNS = 2048
 _TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements whose clipping ranges are searched at once: on a CPU their copies stay in the cache, which is four times as fast."""
 
+_TILE_ROWS = 128
+"""At least so many rows at once, of groups as long as whole rows too: fewer would read their block of the Hessian more than use it."""
+
 _STRIDE = 2
 """Steps between the first candidates of a clipping range; the next are half as far from the best, and so on."""
 
@@ -104,7 +107,7 @@ def clip(weight: Tensor, blocks: Tensor, scheme: Scheme, dtype: torch.dtype, ste
     scheme = resolve_group_size(scheme, columns)
     size = scheme.group_size
     groups_at_once = max(1, _TILE_COLUMNS // size)
-    rows_at_once = max(1, _TILE["cuda" if weight.is_cuda else "cpu"] // min(columns, groups_at_once * size))
+    rows_at_once = max(_TILE_ROWS, _TILE["cuda" if weight.is_cuda else "cpu"] // min(columns, groups_at_once * size))
     shrink = torch.empty(rows, columns // size, device=weight.device)
     # rows and groups are independent of each other
     for first in range(0, columns // size, groups_at_once):
