@@ -30,7 +30,7 @@ _TILE = {"cpu": 1 << 18, "cuda": 1 << 24}
 """Elements whose clipping ranges are searched at once: on a CPU their copies stay in the cache, which is four times as fast."""
 
 _TILE_ROWS = 128
-"""At least so many rows at once, of groups as long as whole rows too: fewer would read their block of the Hessian more than use it."""
+"""At least so many rows at once, of groups as long as whole rows too: with fewer, reading the Hessian is most of the work."""
 
 _STRIDE = 2
 """Steps between the first candidates of a clipping range; the next are half as far from the best, and so on."""
