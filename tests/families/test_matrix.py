@@ -33,7 +33,7 @@ from tests.tiny import BUILDERS, picture
 
 METHODS: dict[str, tuple[dict[str, Any], str]] = {
     "awq": ({"bits": 4, "group_size": 32, "grid": 4}, "awq"),
-    "gptq": ({"bits": 4, "group_size": 32, "grid": 4}, "gptq"),
+    "gptq": ({"bits": 4, "group_size": 32, "grid": 4, "symmetric": True}, "gptq"),
     "int8": ({"grid": 4}, "compressed-tensors"),
 }
 """The settings of each method, and the layout that its result is exported in."""
