@@ -241,7 +241,7 @@ def test_commands_that_a_recipe_shows_are_right(path: Path, server: str, tmp_pat
             r"mlp.down_proj \(and 31 more layers as wide\): .* 3420 .* add 'model.visual.blocks.\*.mlp.down_proj' to ignore",
         ),
         ("qwen3-vl-gptq", "stages.0.targets", ["vision"], r"blocks.0.mlp.linear_fc2 \(and 26 more layers as wide\): .* 4304"),
-        ("qwen2-vl-gptq", "stages.0.symmetric", False, r"export.0: model.layers.0.self_attn.q_proj \(and 195 more\): .* symmetric"),
+        ("qwen2-vl-gptq", "export.0.layout", "gptq", r"export.0: model.layers.0.self_attn.q_proj \(and 195 more\): .* symmetric"),
         ("llava-int8", "export.0.layout", "gptq", r"\(and 223 more\): layout gptq holds integer weights alone"),
         ("internvl3-awq", "stages.0.targets", ["lm_head"], "language_model.lm_head: .* by eights, not 151674"),
         ("blip-2-awq", "stages.0.targets", ["lm_head"], "its output head is the embedding's own matrix"),

@@ -12,6 +12,7 @@ from compress.checkpoints.checkpoint import Checkpoint, open_checkpoint
 from compress.checkpoints.layouts import quantized_linears
 from compress.checkpoints.spec import spec_of
 from compress.data.prompts import Prompt
+from compress.engine.products import float32_products
 from compress.engine.replay import Replay, WalkConfig
 from compress.engine.statistics import observe
 from compress.export.format import ExportContext
@@ -127,7 +128,7 @@ def test_statistics_are_those_of_the_layer_of_that_name(source: Bench, tmp_path:
 
     for name in names:
         model.get_submodule(name).register_forward_pre_hook(counting(name))
-    with torch.no_grad():
+    with torch.no_grad(), float32_products("cpu"):  # the kernels that the walk takes here
         for batch in calibration:
             model(**batch.inputs())
     replay = Replay(WalkConfig(checkpoint, family, calibration, "cpu", tmp_path))

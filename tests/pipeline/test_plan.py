@@ -41,13 +41,21 @@ def plan_with(job: Job, **settings: object) -> tuple[Plan, str]:
 
 
 def test_what_needs_a_gpu_is_said_once_in_the_plan(job: Job) -> None:
-    plan, output = plan_with(job)
+    zero_points = {"stages.0.symmetric": False}
+    plan, output = plan_with(job, **zero_points)
     assert plan.notes == ()
     assert "note:" not in output
-    plan, output = plan_with(job, **{"stages.0.bits": 3})
+    plan, output = plan_with(job, **zero_points, **{"stages.0.bits": 3})
     (note,) = plan.notes
     assert note.endswith("(and 6 more): vLLM's build for CPUs runs weights of 4 bits, not 3: this artifact needs a GPU")
     assert output.count(f"note: {note}") == 1
+
+
+def test_what_a_stage_says_of_its_settings_is_in_the_plan(job: Job) -> None:
+    plan, output = plan_with(job, **{"stages.0.symmetric": True})
+    (note,) = plan.notes
+    assert note.startswith("awq: symmetric grids of 4 bits or fewer")
+    assert " ".join(output.split()).count(f"note: {note}") == 1  # the terminal breaks its lines
 
 
 @pytest.mark.parametrize(("vocabulary", "told"), [(152_064, 1), (600, 0)])
@@ -68,7 +76,6 @@ def test_what_depends_on_the_widths_a_run_chooses_is_said_so(job: Job) -> None:
         "budget": {"bits_per_weight": 6},
         "group_size": 32,
         "widths": [4, 8],
-        "symmetric": True,
     }
     plan, _ = plan_with(job, stages=[stage])
     (note,) = plan.notes
@@ -77,7 +84,7 @@ def test_what_depends_on_the_widths_a_run_chooses_is_said_so(job: Job) -> None:
 
 
 def test_the_last_vllm_that_serves_a_model_is_said_in_the_plan(job: Job, tmp_path: Path) -> None:
-    plan, output = plan_with(job, **{"model.source": str(build_mllama(tmp_path / "model"))})
+    plan, output = plan_with(job, **{"model.source": str(build_mllama(tmp_path / "model")), "stages.0.symmetric": False})
     (note,) = plan.notes
     assert note.startswith(
         "vLLM served MllamaForConditionalGeneration up to version 0.10.2 and no later one does: serve it with that"
