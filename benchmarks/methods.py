@@ -20,6 +20,7 @@ import argparse
 import json
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -84,7 +85,16 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         bench = _Bench(arguments, Path(name))
-        rows = bench.rows()
+        for row in bench.rows():
+            print(json.dumps(row), file=sys.stderr, flush=True)
+            _write(bench)  # after every row: a run takes hours
+    print(json.dumps(bench.ratios(), indent=2))
+
+
+def _write(bench: _Bench) -> None:
+    arguments = bench.arguments
+    if not arguments.output:
+        return
     result = {
         "what": "what each method loses: questions answered right, KL of answers and of held-out text",
         "model": {"name": arguments.name or arguments.model.name, "bytes": open_checkpoint(arguments.model).weight_bytes},
@@ -92,15 +102,13 @@ def main() -> None:
         "draws": arguments.seeds,
         "calibration_tokens": bench.samples[0].tokens,
         "original": dict(bench.judge.original.figures),
-        "rows": rows,
+        "rows": bench.described,
         "ratios": bench.ratios(),
         "machine": describe(),
         "versions": versions(arguments.peer) | versions(arguments.autoround, "auto-round"),
     }
-    print(json.dumps(result["ratios"], indent=2))
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        write_json(arguments.output, result)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    write_json(arguments.output, result)
 
 
 def _arguments() -> argparse.Namespace:
@@ -132,6 +140,7 @@ class _Bench:
     judge: Judge = field(init=False)
     samples: list[Samples] = field(init=False)
     made: list[tuple[Row, list[Quality], list[dict[str, float]]]] = field(default_factory=list[Any])
+    described: list[dict[str, Any]] = field(default_factory=list[Any])
 
     def __post_init__(self) -> None:
         options = self.arguments
@@ -149,10 +158,9 @@ class _Bench:
             for seed in range(options.seeds)
         ]
 
-    def rows(self) -> list[dict[str, Any]]:
-        """Make and measure every row."""
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Make, measure and yield every row."""
         pythons = {"llm-compressor": self.arguments.peer, "auto-round": self.arguments.autoround}
-        rows: list[dict[str, Any]] = []
         for row in rows_of(self.arguments.group_size, self.arguments.bits, self.arguments.iterations):
             wanted = self.arguments.only
             if wanted and not any(part in f"{row.comparison}: {row.method}" for part in wanted):
@@ -176,9 +184,8 @@ class _Bench:
             described = {"comparison": row.comparison, "side": row.side, "method": row.method, "settings": row.settings, **figures}
             # what auto-round's side writes are plain weights
             size = {} if row.side == "auto-round" else {"weight_bytes": open_checkpoint(output).weight_bytes}
-            rows.append(described | size)
-            print(json.dumps(rows[-1]), file=sys.stderr, flush=True)
-        return rows
+            self.described.append(described | size)
+            yield self.described[-1]
 
     def ratios(self) -> list[dict[str, Any]]:
         """Return each of our rows over the others' rows of its comparison, and over rounding to nearest."""
