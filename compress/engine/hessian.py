@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from compress.numerics.rounding import PANEL, diagonal_blocks, output_error
+from compress.numerics.rounding import PANEL, diagonal_blocks, output_errors
 
 SKETCH_ROWS = 1024
 """Rows of a count sketch. More rows estimate the output error more exactly; to rank two roundings far fewer are enough."""
@@ -86,9 +86,9 @@ class FullHessian:
         blocks = diagonal_blocks(self.lower, size).tril()
         return blocks + blocks.tril(-1).transpose(1, 2)
 
-    def output_error(self, error: Tensor) -> Tensor:
-        """Return the squared output error, summed over tokens, for a weight error [out, in]."""
-        return output_error(error, self.lower)
+    def output_errors(self, error: Tensor) -> Tensor:
+        """Return the squared error of each output channel, summed over tokens, for a weight error [out, in]: float32 [out]."""
+        return output_errors(error, self.lower)
 
 
 class HessianSketch:
@@ -135,10 +135,10 @@ class HessianSketch:
         """Return the blocks along the diagonal, float32 [in / size, size, size]; `size` has to divide the requested block size."""
         return torch.cat([diagonal_blocks(block, size) for block in self.diagonal_blocks])
 
-    def output_error(self, error: Tensor) -> Tensor:
-        """Return an estimate of the squared output error, summed over tokens, for a weight error [out, in]."""
-        # tr(ΔW H ΔWᵀ) = ‖ΔW xᵀ‖² with the sketched rows in place of all tokens
-        return (error @ self.rows.t()).square_().sum()
+    def output_errors(self, error: Tensor) -> Tensor:
+        """Return an estimate of the squared error of each output channel, summed over tokens, for a weight error [out, in]."""
+        # diag(ΔW H ΔWᵀ) is the squared length of ΔW xᵀ's rows, with the sketched rows in place of all tokens
+        return (error @ self.rows.t()).square_().sum(dim=1)
 
 
 def in_chunks(rows: Tensor) -> tuple[Tensor, ...]:

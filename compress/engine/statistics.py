@@ -87,7 +87,7 @@ class InputStatistics:
 
     def output_error(self, error: Tensor) -> float:
         """Return the squared output error, summed over all tokens with their weights, for a weight error [out, in]."""
-        return float(sum(sums.hessian.output_error(error) * weight for sums, weight in self._weighted()))
+        return float(sum(sums.hessian.output_errors(error).sum() * weight for sums, weight in self._weighted()))
 
     def blocks(self, size: int) -> Tensor:
         """Return the weighted sum's blocks of `size` channels along the diagonal, float32 [in / size, size, size]."""

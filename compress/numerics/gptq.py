@@ -7,6 +7,7 @@ column k is rounded from W_k + Σ_{i<k} (W_i - Ŵ_i) U_ik. So one Cholesky facto
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +25,9 @@ At another size only the order of float32 sums changes; the paper takes 128.
 
 _DAMPING_GROWTH = 10.0
 """How much more is added to the diagonal of a Hessian that could not be factored."""
+
+_MOST_FITTED = 0.9
+"""The largest ratio of channels to tokens of which `optimism` is told; with as many channels as tokens the fit is perfect."""
 
 _ATTEMPTS = 8
 """How often: from the default of 0.01 up to 10^5 times the mean diagonal."""
@@ -100,6 +104,18 @@ class Feedback:
         """Return rows `first` to `last` of columns `start` to `stop` of U + I; elements below its diagonal are undefined."""
         size = len(self.order)
         return self.factor[size - last : size - first, size - stop : size - start].flip(0, 1)
+
+
+def optimism(channels: int, tokens: float) -> float:
+    """Return by what factor the output error of GPTQ on other tokens exceeds that on the tokens of its Hessian.
+
+    The error of a column is fitted by the p columns after it, by least squares on n tokens: of independent normal inputs the
+    residual is (1 - p/n) of its expectation on those tokens, and 1 / (1 - p/n) of it on others (Hastie, Tibshirani and Friedman,
+    The Elements of Statistical Learning, 2nd edition, section 7.4, on the optimism of the training error). Both are averaged over
+    p from 0 to the number of channels.
+    """
+    share = min(channels / max(tokens, 1.0), _MOST_FITTED)
+    return -math.log1p(-share) / share / (1 - share / 2)
 
 
 def round_columns(weight: Tensor, feedback: Feedback, grid: Grid, kept: Tensor | None = None) -> QuantizedWeight:

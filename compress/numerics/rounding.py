@@ -20,7 +20,7 @@ from compress.numerics.grids import (
 PANEL = 256
 """Columns of a symmetric matrix that are computed at once; above the diagonal only their own square block is.
 
-`FullHessian.add` fills the squares that `output_error` reads, so both take this one constant.
+`FullHessian.add` fills the squares that `output_errors` reads, so both take this one constant.
 """
 
 _TILE_COLUMNS = 2048
@@ -75,18 +75,18 @@ def rounding_error(weight: Tensor, scheme: Scheme, dtype: torch.dtype) -> Tensor
     return codes.sub_(zero_points.unsqueeze(-1)).mul_(scales.to(torch.float32).unsqueeze(-1)).sub_(groups).view(rows, columns)
 
 
-def output_error(error: Tensor, hessian: Tensor) -> Tensor:
-    """Return tr(ΔW H ΔWᵀ), the squared error of a linear's output summed over tokens, for ΔW [out, in] and H = Σ xᵀx [in, in].
+def output_errors(error: Tensor, hessian: Tensor) -> Tensor:
+    """Return diag(ΔW H ΔWᵀ), the squared error of each output channel summed over tokens: [out].
 
-    Of H only the `PANEL`-wide blocks along the diagonal and the elements below them are read.
+    ΔW is [out, in] and H = Σ xᵀx [in, in]. Of H only the `PANEL`-wide blocks along the diagonal and the elements below are read.
     """
-    total = torch.zeros((), device=error.device)
+    total = torch.zeros(len(error), device=error.device)
     for start in range(0, hessian.shape[0], PANEL):
         panel, below = slice(start, start + PANEL), slice(start + PANEL, None)
         columns = error[:, panel]
         # the part above the diagonal is the mirror image of the part below: counted twice instead of read
         product = (error[:, below] @ hessian[below, panel]).mul_(2).addmm_(columns, hessian[panel, panel])
-        total += product.mul_(columns).sum()  # an einsum multiplies rows one by one, ten times as slow on a CPU
+        total += product.mul_(columns).sum(dim=1)  # an einsum multiplies rows one by one, ten times as slow on a CPU
     return total
 
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForImageTextToText
 
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.engine.replay import Positions, WalkConfig
-from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
+from compress.engine.sensitivity import Forward, OutputErrors, Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import InputStatistics, TokenStatistics
 from compress.errors import CheckpointError
 from compress.families.resolve import family_of
@@ -24,16 +24,21 @@ def plan(folder: Path, calibration: list[Fixed]) -> WalkConfig:
     return WalkConfig(checkpoint, family_of(checkpoint.config), calibration, "cpu", folder)
 
 
-def keeping(outputs: dict[str, Tensor], name: str) -> Any:
-    def hook(module: nn.Module, args: object, output: Tensor) -> None:
+def keeping(outputs: dict[str, tuple[Tensor, Tensor]], name: str) -> Any:
+    def hook(module: nn.Module, args: tuple[Tensor], output: Tensor) -> None:
         output.retain_grad()
-        outputs[name] = output
+        outputs[name] = (output, args[0].detach())
 
     return hook
 
 
-def by_autograd(folder: Path, calibration: list[Fixed], linears: list[str], seed: int) -> dict[str, dict[str, Tensor]]:
-    """Return the mean squares by plain autograd through the whole model, by transformers alone, on the same drawn labels."""
+def by_autograd(
+    folder: Path, calibration: list[Fixed], linears: list[str], seed: int, errors: dict[str, Tensor] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """Return mean squares by plain autograd through the whole model, by transformers alone, on the same drawn labels.
+
+    They are those of the gradients by channel, or, with errors of the weights, of what these cost at each token.
+    """
     model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(folder, dtype=torch.float32).eval()
     generator = torch.Generator().manual_seed(seed)
     gradients: dict[str, dict[str, list[Tensor]]] = {name: {"text": [], "vision": []} for name in linears}
@@ -42,7 +47,7 @@ def by_autograd(folder: Path, calibration: list[Fixed], linears: list[str], seed
         tokens = inputs["input_ids"].reshape(-1)
         image = tokens == model.config.image_token_id
         valid = inputs.get("attention_mask", torch.ones_like(inputs["input_ids"])).reshape(-1).bool()
-        outputs: dict[str, Tensor] = {}
+        outputs: dict[str, tuple[Tensor, Tensor]] = {}
 
         handles = [model.get_submodule(name).register_forward_hook(keeping(outputs, name)) for name in linears]
         logits = model(**inputs, use_cache=False).logits.view(len(tokens), -1)[valid & ~image]
@@ -51,8 +56,10 @@ def by_autograd(folder: Path, calibration: list[Fixed], linears: list[str], seed
         nn.functional.cross_entropy(logits, labels, reduction="sum").backward()
         for handle in handles:
             handle.remove()
-        for name, output in outputs.items():
+        for name, (output, given) in outputs.items():
             rows = cast("Tensor", output.grad).view(len(tokens), -1)
+            if errors is not None:
+                rows = (rows * (given.view(len(tokens), -1) @ errors[name].t())).sum(1, keepdim=True)
             gradients[name]["text"].append(rows[valid & ~image])
             gradients[name]["vision"].append(rows[valid & image])
     return {
@@ -117,7 +124,7 @@ def test_the_predicted_loss_is_that_of_the_measured_divergence(tmp_path: Path) -
             after = (before + inputs[-1].view(len(tokens), -1)[text] @ error.t()).log_softmax(-1)
             divergence += float((before.exp() * (before - after)).sum())
             predicted += int(text.sum())
-    assert measured.predicted_loss(error, statistics) == pytest.approx(divergence / predicted, rel=0.15)
+    assert measured.predicted_loss(OutputErrors.of(error, statistics)) == pytest.approx(divergence / predicted, rel=0.15)
 
 
 def one_kind(rows: Tensor) -> TokenStatistics:
@@ -135,9 +142,50 @@ def test_the_predicted_loss_is_its_formula() -> None:
     sensitivity = Sensitivity(squares[0], squares[1], (1.0, 2.5))
     expected = ((text @ error.t()).square().mean(0) * squares[0]).sum() / 2
     expected += 2.5 * ((vision @ error.t()).square().mean(0) * squares[1]).sum() / 2
-    assert sensitivity.predicted_loss(error, statistics) == pytest.approx(float(expected), rel=1e-5)
-    assert sensitivity.predicted_loss(2 * error, statistics) == pytest.approx(4 * float(expected), rel=1e-5)
-    assert Sensitivity(squares[0], None, (1.0, 0.0)).predicted_loss(error, statistics) < float(expected)
+    errors, doubled = OutputErrors.of(error, statistics), OutputErrors.of(2 * error, statistics)
+    assert sensitivity.predicted_loss(errors) == pytest.approx(float(expected), rel=1e-5)
+    assert sensitivity.predicted_loss(doubled) == pytest.approx(4 * float(expected), rel=1e-5)
+    assert Sensitivity(squares[0], None, (1.0, 0.0)).predicted_loss(errors) < float(expected)
+
+
+def test_other_errors_relate_to_the_measured_loss_of_the_reference() -> None:
+    generator = torch.Generator().manual_seed(0)
+    statistics = InputStatistics(text=one_kind(torch.randn(20, 6, generator=generator)), vision=one_kind(torch.ones(9, 6)))
+    error = torch.randn(4, 6, generator=generator)
+    reference, other = OutputErrors.of(error, statistics), OutputErrors.of(3 * error, statistics)
+    sensitivity = Sensitivity(torch.rand(4, generator=generator), torch.rand(4, generator=generator), (1.0, 2.0), (0.3, 0.07))
+    assert sensitivity.predicted_loss(reference, reference) == pytest.approx((0.3 + 2 * 0.07) / 2)
+    assert sensitivity.predicted_loss(other, reference) == pytest.approx(9 * (0.3 + 2 * 0.07) / 2, rel=1e-5)
+    unread = Sensitivity(torch.zeros(4), torch.zeros(4), (1.0, 2.0), (0.0, 0.0))
+    assert unread.predicted_loss(other, reference) == 0
+
+
+def test_the_reference_error_is_measured_token_by_token(tmp_path: Path) -> None:
+    """What a change costs at each token, by plain autograd through the whole model, on the same drawn labels."""
+    calibration = batches(build_qwen2_5_vl(tmp_path, dtype=torch.float32))
+    linears = [f"{BLOCKS}.1.{kind}" for kind in KINDS] + ["lm_head"]
+    generator = torch.Generator().manual_seed(5)
+    model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(tmp_path, dtype=torch.float32)
+    errors = {name: torch.randn(model.get_submodule(name).weight.shape, generator=generator) for name in linears}
+    seen: list[str] = []
+
+    def reference(name: str, weight: Tensor) -> Tensor:
+        assert torch.equal(weight, model.get_submodule(name).weight)
+        seen.append(name)
+        return errors[name]
+
+    visited: list[str] = []
+    forward = Forward(lambda visit: visited.append(visit.name), [1], reference)
+    measured = measure_sensitivity(plan(tmp_path, calibration), linears, 3, forward=forward)
+    assert visited == [f"{BLOCKS}.{block}" for block in range(3)] + ["lm_head"]
+    assert sorted(seen) == sorted(linears)
+    expected = by_autograd(tmp_path, [calibration[1]], linears, 3, errors)
+    for name in linears:
+        found = measured[name].reference
+        assert found is not None
+        assert found[0] == pytest.approx(float(expected[name]["text"]), rel=1e-3)
+        if "vision" in expected[name]:
+            assert found[1] == pytest.approx(float(expected[name]["vision"]), rel=1e-3, abs=1e-12)
 
 
 def test_weights_of_the_modalities() -> None:

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
-from compress.numerics.gptq import Feedback, GptqOptions, round_columns
+from compress.numerics.gptq import Feedback, GptqOptions, optimism, round_columns
 from compress.numerics.grids import full_range, grid
-from compress.numerics.rounding import output_error, quantize
+from compress.numerics.rounding import output_errors, quantize
 from compress.numerics.scheme import Scheme
 
 
@@ -41,7 +41,7 @@ def as_in_the_paper(weight: Tensor, hessian: Tensor, scheme: Scheme, dampening_f
 
 
 def error_of(weight: Tensor, rounded: Tensor, hessian: Tensor) -> float:
-    return float(output_error(rounded - weight, hessian))
+    return float(output_errors(rounded - weight, hessian).sum())
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -149,3 +149,20 @@ def test_a_matrix_with_a_negative_direction_is_told() -> None:
     hessian[0, 1] = hessian[1, 0] = 1e12
     with pytest.raises(CheckpointError, match="cannot be factored"):
         round_columns(weight, Feedback.of(hessian, GptqOptions()), full_range(weight, Scheme(4, 32, symmetric=True), torch.float32))
+
+
+@pytest.mark.parametrize("tokens", [96, 160, 320])
+def test_the_error_on_other_tokens_is_larger_by_the_optimism(tokens: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    given, others = (torch.randn(count, 64, generator=generator) for count in (tokens, 20_000))
+    weight = torch.randn(256, 64, generator=generator)
+    # without damping, which makes the fit weaker than least squares
+    feedback = Feedback.of(given.t() @ given / tokens, GptqOptions(dampening_frac=1e-6))
+    error = round_columns(weight, feedback, full_range(weight, Scheme(4, 32, symmetric=False), torch.float32)).dequantize() - weight
+    seen, unseen = (float(output_errors(error, rows.t() @ rows).sum()) / len(rows) for rows in (given, others))
+    assert unseen / seen == pytest.approx(optimism(64, tokens), rel=0.15)
+
+
+def test_optimism_of_few_tokens_is_finite() -> None:
+    assert optimism(64, 1e9) == pytest.approx(1)
+    assert optimism(64, 10) == optimism(64, 0) < 5

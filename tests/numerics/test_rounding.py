@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 
 from compress.numerics.grids import grid
-from compress.numerics.rounding import clip, diagonal_blocks, output_error, quantize, rounding_error
+from compress.numerics.rounding import clip, diagonal_blocks, output_errors, quantize, rounding_error
 from compress.numerics.scheme import Scheme
 
 
@@ -70,9 +70,9 @@ def test_rounding_error_is_what_quantize_loses() -> None:
         torch.testing.assert_close(rounding_error(weight, scheme, torch.bfloat16), expected, rtol=0, atol=1e-7)
 
 
-def test_output_error_is_the_squared_error_of_the_output() -> None:
+def test_output_errors_are_the_squared_errors_of_the_output() -> None:
     inputs, error = matrix(100, 48, seed=3), matrix(seed=4)
-    torch.testing.assert_close(output_error(error, inputs.t() @ inputs), (inputs @ error.t()).square().sum())
+    torch.testing.assert_close(output_errors(error, inputs.t() @ inputs), (inputs @ error.t()).square().sum(dim=0))
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -6,7 +6,7 @@ from compress.engine.hessian import HessianRequest, HessianSketch
 from compress.families import ScalePair
 from compress.numerics.gptq import GptqOptions
 from compress.numerics.grids import QuantizedWeight
-from compress.numerics.rounding import output_error, quantize, rounding_error
+from compress.numerics.rounding import output_errors, quantize, rounding_error
 from compress.numerics.scheme import Scheme
 from compress.stages.blockwise.block import BlockWeights, divide_linear, divide_norm
 from compress.stages.quantization import method as quantization
@@ -147,7 +147,7 @@ def test_the_output_error_is_below_rounding_to_nearest(bits: int) -> None:
 
     def loss(name: str, weight: Tensor) -> float:
         original = block.get_parameter(f"{name}.weight").float()
-        return float(output_error(weight - original, block_statistics[name].mean_hessian()))
+        return float(output_errors(weight - original, block_statistics[name].mean_hessian()).sum())
 
     total, nearest = 0.0, 0.0
     for name in ("q", "o", "down"):

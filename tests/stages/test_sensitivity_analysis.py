@@ -1,14 +1,16 @@
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
 import torch
 from pydantic import ValidationError
+from torch import Tensor
+from transformers import AutoModelForImageTextToText
 
-from compress.calibration.batches import Exchange, QuestionBatch, WindowBatch
+from compress.calibration.batches import Exchange, QuestionBatch, WindowBatch, load_batches
 from compress.checkpoints.checkpoint import open_checkpoint
 from compress.checkpoints.layouts import linear_shape, quantized_linears
 from compress.checkpoints.spec import spec_of
@@ -17,6 +19,7 @@ from compress.errors import CheckpointError, RecipeError
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.progress import Silent
+from compress.stages.blockwise.run import TOKENS_PER_BATCH
 from compress.stages.quantization.awq import Awq
 from compress.stages.quantization.gptq import Gptq
 from compress.stages.quantization.quantizer import IntegerQuantizer
@@ -24,6 +27,7 @@ from compress.stages.quantization.rtn import Rtn
 from compress.stages.quantization.sensitivity_analysis import subsample
 from compress.stages.quantization.widths import WIDTHS, Widths, read_widths
 from compress.stages.stage import StageContext
+from tests.engine.test_sensitivity import by_autograd
 from tests.stages.bench import Bench, prepare, tensors_of
 from tests.tiny import Builder, build_blip2, build_mllama, build_qwen2_5_vl, build_qwen3_vl
 
@@ -85,6 +89,36 @@ def test_the_predicted_loss_is_below_that_of_one_width_for_all(bench: Bench, tmp
         assert group.losses[2] > group.losses[3] > group.losses[4] > group.losses[8] > group.losses[16] == 0
 
 
+def test_the_predicted_losses_are_what_autograd_finds(tmp_path: Path) -> None:
+    """At the width nearest to the budget a loss is measured token by token: here by transformers, autograd and plain rounding."""
+    bench = prepare(tmp_path, build_qwen2_5_vl(tmp_path / "model", dtype=torch.float32))
+    actual = widths_of(bench.apply(tmp_path / "out", auto("rtn", budget=5, targets=("decoder", "lm_head"))))
+    model: Any = cast("Any", AutoModelForImageTextToText).from_pretrained(bench.folder, dtype=torch.float32)
+    errors: dict[str, Tensor] = {}
+    for layer in actual.by_layer:
+        name = bench.family.module_name(f"{layer}.weight").removesuffix(".weight")
+        groups = model.get_submodule(name).weight.detach().unflatten(1, (-1, 32))
+        low, high = groups.amin(-1, keepdim=True).clamp(max=0), groups.amax(-1, keepdim=True).clamp(min=0)
+        step = (high - low) / 15
+        zero = (-low / step).round()
+        errors[name] = (((groups / step).round() + zero).clamp(0, 15) - zero).mul(step).sub(groups).flatten(1)
+    batches = load_batches(bench.calibration, bench.folder, TOKENS_PER_BATCH)
+    means = by_autograd(bench.folder, cast("Any", batches), list(errors), 0, errors)
+    text, vision = 0, 0
+    for batch in batches:
+        image = batch.inputs()["input_ids"] == model.config.image_token_id
+        text += int((batch.inputs()["attention_mask"].bool() & ~image).sum())
+        vision += int(image.sum())
+    for group in actual.groups:
+        expected = 0.0
+        for layer in group.layers:
+            of_layer = means[bench.family.module_name(f"{layer}.weight").removesuffix(".weight")]
+            expected += float(of_layer["text"]) / 2
+            if "lm_head" not in layer:
+                expected += float(of_layer["vision"]) * vision / text / 2
+        assert group.losses[4] == pytest.approx(expected, rel=1e-3)
+
+
 def test_layers_that_a_runtime_joins_have_one_width_and_others_are_fixed(bench: Bench, tmp_path: Path) -> None:
     targets = ("decoder", {"component": "vision", "bits": 8, "group_size": 16})
     stage = auto(budget=3.6, targets=targets, ignore=("*.layers.0.*",), widths=(3, 4))
@@ -142,16 +176,20 @@ def test_a_killed_run_does_not_measure_again_and_ends_the_same(bench: Bench, tmp
     stage, target = auto(balance="auto"), tmp_path / "killed"
     full = bench.apply(tmp_path / "whole", stage)
     target.mkdir()
-    work = ["awq: sensitivity", "awq: widths", "awq", "awq: write"]
-    kills = [(work[0], 4, work[:1]), (work[1], 2, work[:2]), (work[2], 2, work[1:3]), (work[3], 5, work[2:])]
+    work = ["awq: sensitivity", "awq", "awq: write"]
+    kills = [(work[0], 2, work[:1]), (work[0], 5, work[:1]), (work[1], 2, work[:2]), (work[2], 5, work[1:])]
+    rounded: dict[Path, int] = {}
     for last, steps, begun in kills:
         watching = Watching(last, steps)
         with pytest.raises(KilledError):
             stage.apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, watching))
         assert watching.begun == begun
+        errors = {path: path.stat().st_mtime_ns for path in target.glob(".blocks/preparation/*.layers.*")}
+        assert errors.items() >= rounded.items() and len(errors) >= 2
+        rounded = errors
     last = Watching()
     stage.apply(StageContext(bench.folder, target, bench.calibration, bench.family, "cpu", 0, last))
-    assert last.begun == work[2:]
+    assert last.begun == work[1:]
     for name in ("model.safetensors", "config.json", WIDTHS):
         assert (target / name).read_bytes() == (full / name).read_bytes()
 
@@ -159,10 +197,9 @@ def test_a_killed_run_does_not_measure_again_and_ends_the_same(bench: Bench, tmp
 def test_sensitivities_are_measured_on_samples_of_each_kind() -> None:
     windows = [WindowBatch((str(number),), np.zeros((2, 50), dtype=np.int32), token_types=False) for number in range(20)]
     questions = [QuestionBatch((Exchange(Prompt("q", "What?", ()), None, 100),), None)]
-    assert subsample([*windows, *questions], 10_000) == [*windows, *questions]
-    taken = subsample([*windows, *questions], 400)
-    assert [batch.ids[0] for batch in taken] == ["2", "7", "12", "17", "q"]
-    assert subsample(windows, 1) == [windows[10]]
+    assert subsample([*windows, *questions], 10_000) == list(range(21))
+    assert subsample([*windows, *questions], 400) == [2, 7, 12, 17, 20]
+    assert subsample(windows, 1) == [10]
 
 
 @pytest.mark.parametrize("build", [build_mllama, build_blip2, build_qwen3_vl])

@@ -85,6 +85,13 @@ class BlockWeights:
         return running if torch.promote_types(stored, running) == stored else stored
 
 
+def unscale(weight: Tensor, smoothing_scale: Tensor | None, output_scale: Tensor | None) -> Tensor:
+    """Take a linear's scales back from a weight [out, in], in its own memory: what it is to the block as it was."""
+    if output_scale is not None:
+        weight.mul_(output_scale.unsqueeze(1))
+    return weight if smoothing_scale is None else weight.div_(smoothing_scale)
+
+
 def foldable(block: BlockWeights, pair: ScalePair) -> bool:
     """Return whether a scale can move between a pair's layers: the block has all of them, and its linears are being quantized."""
     if any(name not in block.weights for name in pair.balance_layers) or not _present(block.module, pair.smooth_layer):

@@ -58,20 +58,45 @@ def solve(
     Raises:
         CheckpointError: a Hessian is not finite, or cannot be factored.
     """
-    # all scales before any rounding: a linear may be in two pairs, and is rounded once
-    for pair in scale_pairs:
-        for transform in method.transforms:
-            transform.apply(block, pair, statistics, schemes)
+    move_scales(block, scale_pairs, statistics, schemes, method)
     # the order of the module is kept for the result, so that files do not depend on the order of solving
     groups, order = _group_by_input(block, statistics), list(block.weights)
     quantized: dict[str, QuantizedWeight] = {}
     for names in groups:
         inputs = statistics.get(names[0])
-        quantized |= _round_linears(LinearGroup(block, names, schemes, inputs), method.rounder)
+        (rounded,) = _round_linears(LinearGroup(block, names, schemes, inputs), [schemes], method.rounder)
+        quantized |= rounded
         if inputs is not None and inputs.may_overwrite:
             for name in names:
                 del block.weights[name]
     return {name: quantized[name] for name in order}
+
+
+def move_scales(
+    block: BlockWeights,
+    scale_pairs: Sequence[ScalePair],
+    statistics: Mapping[str, InputStatistics],
+    schemes: Mapping[str, Scheme],
+    method: Method,
+) -> None:
+    """Apply a method's transforms to a block, all before any rounding: a linear may be in two pairs, and is rounded once."""
+    for pair in scale_pairs:
+        for transform in method.transforms:
+            transform.apply(block, pair, statistics, schemes)
+
+
+def alternatives(
+    block: BlockWeights, statistics: Mapping[str, InputStatistics], schemes: Sequence[Mapping[str, Scheme]], method: Method
+) -> Iterator[list[dict[str, QuantizedWeight]]]:
+    """Yield, for linears that share an input, what a method makes of them by each of several schemes, which differ in width alone.
+
+    What it computes of their statistics, GPTQ's factorization above all, is computed once. Nothing is used up.
+
+    Raises:
+        CheckpointError: a Hessian is not finite, or cannot be factored.
+    """
+    for names in _group_by_input(block, statistics):
+        yield _round_linears(LinearGroup(block, names, schemes[0], statistics.get(names[0])), schemes, method.rounder)
 
 
 def _group_by_input(block: BlockWeights, statistics: Mapping[str, InputStatistics]) -> list[list[str]]:
@@ -88,23 +113,28 @@ def _group_by_input(block: BlockWeights, statistics: Mapping[str, InputStatistic
     return sorted(groups.values(), key=lambda names: -block.weights[names[0]].shape[1])
 
 
-def _round_linears(group: LinearGroup, rounder: Rounder) -> dict[str, QuantizedWeight]:
+def _round_linears(
+    group: LinearGroup, alternative_schemes: Sequence[Mapping[str, Scheme]], rounder: Rounder
+) -> list[dict[str, QuantizedWeight]]:
+    """Return the quantized weights of linears that share an input, by each of several schemes of one type and group size."""
     block, statistics, schemes = group.block, group.statistics, group.schemes
     static = statistics is not None and any(schemes[name].activations == "tensor" for name in group.names)
     activation_max = input_max(block, group.names[0], statistics).max() if static and statistics is not None else None
-    quantized: dict[str, QuantizedWeight] = {}
+    results: list[dict[str, QuantizedWeight]] = [{} for _ in alternative_schemes]
     if integers := [name for name in group.names if schemes[name].type == "int"]:
         group_of_integers = replace(group, names=integers)
         search = rounder.grid.prepare(group_of_integers)  # before the rounder, which may use up the Hessian
         batches = _RowBatches(block, search, rounder.prepare(group_of_integers))
-        for alike in _group_by_scheme(block, integers, schemes):
-            quantized |= batches.round(alike, schemes[alike[0]])
-    quantized |= round_floats(block, [name for name in group.names if name not in quantized], schemes)
-    for name in group.names:
-        # exact: they were rounded to a narrower or the same type before the codes were chosen
-        scales = quantized[name].scales.to(block.current(f"{name}.weight").dtype)
-        quantized[name] = replace(quantized[name], scales=scales, input_scale=_input_scale(schemes[name], activation_max))
-    return quantized
+        for quantized, chosen in zip(results, alternative_schemes, strict=True):
+            for alike in _group_by_scheme(block, integers, chosen):
+                quantized |= batches.round(alike, chosen[alike[0]])
+    for quantized, chosen in zip(results, alternative_schemes, strict=True):
+        quantized |= round_floats(block, [name for name in group.names if name not in quantized], chosen)
+        for name in group.names:
+            # exact: they were rounded to a narrower or the same type before the codes were chosen
+            scales = quantized[name].scales.to(block.current(f"{name}.weight").dtype)
+            quantized[name] = replace(quantized[name], scales=scales, input_scale=_input_scale(chosen[name], activation_max))
+    return results
 
 
 def _group_by_scheme(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:

@@ -77,6 +77,10 @@ class Rounder(Protocol):
         """Return the rounding for some linears, whose statistics may be used up."""
         ...
 
+    def optimism(self, channels: int, tokens: float) -> float:
+        """Return by what factor the output error on other tokens exceeds that on the tokens whose Hessian it has followed."""
+        ...
+
 
 @dataclass(frozen=True)
 class FullRange:

@@ -5,10 +5,10 @@ Results are committed in the stage's folder, so that a killed stage does not com
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -18,18 +18,21 @@ from torch import Tensor
 
 from compress.calibration.batches import Batch, QuestionBatch, WindowBatch
 from compress.checkpoints.checkpoint import read_header
-from compress.engine.replay import BlockVisit, Replay
-from compress.engine.sensitivity import Sensitivity, balance, measure_sensitivity, share
+from compress.checkpoints.layouts import pack_linear, read_linear
+from compress.engine.hessian import HessianRequest
+from compress.engine.replay import BlockVisit
+from compress.engine.sensitivity import Forward, OutputErrors, Sensitivity, balance, measure_sensitivity, share
 from compress.engine.statistics import InputStatistics, observe
 from compress.engine.weights import map_tensor
 from compress.errors import CheckpointError
-from compress.families import within
-from compress.files import write_bytes, write_json
-from compress.stages.blockwise.run import StageRun
-from compress.stages.quantization.method import solve
+from compress.files import write_bytes
+from compress.stages.blockwise.block import unscale
+from compress.stages.blockwise.run import BlockContext, StageRun
+from compress.stages.quantization.method import alternatives, move_scales
 from compress.stages.quantization.widths import UNQUANTIZED_WIDTH, MixedPrecision, Widths
 
 if TYPE_CHECKING:
+    from compress.numerics.grids import QuantizedWeight
     from compress.stages.quantization.quantizer import Quantizer
 
 SENSITIVITY_TOKENS = 16384
@@ -37,6 +40,12 @@ SENSITIVITY_TOKENS = 16384
 
 _FOLDER = "preparation"
 """The folder of committed results beside the commits of blocks."""
+
+_SMOOTHING, _OUTPUT = "smoothing", "output"
+"""The suffixes of the scales that were moved into a linear's input and output channels."""
+
+_OPTIMISM = "optimism"
+"""The suffix of the factor from the loss on the calibration samples to that on others."""
 
 
 @dataclass(frozen=True)
@@ -61,10 +70,9 @@ def analyze_sensitivity(stage: Quantizer, run: StageRun, mixed_precision: MixedP
     if not names:
         return SensitivityAnalysis()
     (run.work / _FOLDER).mkdir(parents=True, exist_ok=True)
-    sensitivities = _sensitivities(run, names)
-    if mixed_precision is None:
-        return SensitivityAnalysis(sensitivities)
-    return SensitivityAnalysis(sensitivities, BitAllocation(stage, run, mixed_precision, sensitivities).widths())
+    allocation = BitAllocation(stage, run, mixed_precision) if mixed_precision is not None else None
+    sensitivities = _sensitivities(run, names, allocation)
+    return SensitivityAnalysis(sensitivities, allocation.widths(sensitivities) if allocation is not None else None)
 
 
 def _linears_to_measure(stage: Quantizer, run: StageRun, mixed_precision: MixedPrecision | None) -> list[str]:
@@ -76,35 +84,42 @@ def _linears_to_measure(stage: Quantizer, run: StageRun, mixed_precision: MixedP
     return list(dict.fromkeys(names))
 
 
-def _sensitivities(run: StageRun, names: Sequence[str]) -> dict[str, Sensitivity]:
+def _sensitivities(run: StageRun, names: Sequence[str], allocation: BitAllocation | None) -> dict[str, Sensitivity]:
     path = run.work / _FOLDER / "sensitivities.safetensors"
     tensors = _read_tensors(path)
-    if tensors is None:
-        batches = subsample(run.batches, SENSITIVITY_TOKENS)
+    if tensors is None or (allocation is not None and not allocation.complete):
+        batches = run.batches
+        measured = subsample(batches, SENSITIVITY_TOKENS)
+        forward = Forward(measured=measured)
+        if allocation is None:
+            # nothing but the sensitivities reads the forward walk
+            batches, forward = [batches[index] for index in measured], Forward()
+        else:
+            forward = Forward(allocation.visit, measured, allocation.reference_error)
         config = replace(run.walk_config, batches=batches)
         # a forward walk and one in reverse
         blocks = 2 * int(run.checkpoint.text_config["num_hidden_layers"])
         with run.context.progress.task(f"{run.stage}: sensitivity", blocks, "blocks") as advance:
             try:
-                measured = measure_sensitivity(config, names, run.context.seed, advance)
+                found = measure_sensitivity(config, names, run.context.seed, advance, forward)
             except torch.OutOfMemoryError as error:
                 raise run.out_of_memory("a decoder block in float32 and its gradients") from error
         # float32 on disk and read back even in this process: a resumed run computes with the same bytes
-        write_bytes(path, save({name: tensor.contiguous() for name, tensor in _to_tensors(measured).items()}))
+        write_bytes(path, save({name: tensor.contiguous() for name, tensor in _to_tensors(found).items()}))
         tensors = _read_tensors(path)
         assert tensors is not None
     return {name: _from_tensors(name, tensors) for name in names}
 
 
-def subsample(batches: Sequence[Batch], tokens: int) -> list[Batch]:
-    """Return evenly spaced batches of about so many tokens: the same share of text windows and of image questions.
+def subsample(batches: Sequence[Batch], tokens: int) -> list[int]:
+    """Return the indices of evenly spaced batches of about so many tokens: the same share of text windows and of image questions.
 
-    At least one batch of each kind is returned where there is any.
+    At least one batch of each kind is chosen where there is any.
     """
     total = sum(batch.tokens for batch in batches)
-    chosen: list[Batch] = []
+    chosen: list[int] = []
     for kind in (WindowBatch, QuestionBatch):
-        members = [batch for batch in batches if isinstance(batch, kind)]
+        members = [index for index, batch in enumerate(batches) if isinstance(batch, kind)]
         count = min(len(members), max(1, round(len(members) * tokens / total)))
         # questions are sorted by length: the middles of equal parts represent short and long ones
         chosen += [members[(2 * index + 1) * len(members) // (2 * count)] for index in range(count)]
@@ -115,6 +130,8 @@ def _to_tensors(sensitivities: Mapping[str, Sensitivity]) -> dict[str, Tensor]:
     tensors: dict[str, Tensor] = {}
     for name, sensitivity in sensitivities.items():
         tensors[f"{name}.per_token"] = torch.tensor(sensitivity.per_token, dtype=torch.float64)
+        if sensitivity.reference is not None:
+            tensors[f"{name}.reference"] = torch.tensor(sensitivity.reference, dtype=torch.float64)
         for kind, values in (("text", sensitivity.text), ("vision", sensitivity.vision)):
             if values is not None:
                 tensors[f"{name}.{kind}"] = values
@@ -123,7 +140,11 @@ def _to_tensors(sensitivities: Mapping[str, Sensitivity]) -> dict[str, Tensor]:
 
 def _from_tensors(name: str, tensors: Mapping[str, Tensor]) -> Sensitivity:
     text, vision = cast("list[float]", tensors[f"{name}.per_token"].tolist())
-    return Sensitivity(tensors.get(f"{name}.text"), tensors.get(f"{name}.vision"), (text, vision))
+    reference = None
+    if f"{name}.reference" in tensors:
+        of_text, of_vision = cast("list[float]", tensors[f"{name}.reference"].tolist())
+        reference = (of_text, of_vision)
+    return Sensitivity(tensors.get(f"{name}.text"), tensors.get(f"{name}.vision"), (text, vision), reference)
 
 
 def set_modality_weights(
@@ -149,77 +170,122 @@ def set_modality_weights(
 class BitAllocation:
     """Chooses widths by the predicted loss of each layer at each width, from the method's own rounding of the original weights.
 
-    Scales that the method moves between layers are not applied: they depend on the widths of all layers of a block.
+    While the model is walked forward, each block is rounded at every width, with scales moved as for the width that is nearest to
+    the budget, the reference. Of each rounding its output errors are kept, and of the reference its codes: what they cost is
+    measured token by token in the walk in reverse.
     """
 
     stage: Quantizer
     run: StageRun
     mixed_precision: MixedPrecision
-    sensitivities: Mapping[str, Sensitivity]
 
-    def widths(self) -> Widths:
+    @cached_property
+    def complete(self) -> bool:
+        """Whether the errors of all layers are committed."""
+        return all(_read_tensors(self._path(unit)) is not None for unit in self._units)
+
+    @cached_property
+    def _units(self) -> dict[str, list[str]]:
+        """The linears whose width is chosen by the block, or head, that they are in; both by their names in the model."""
+        units: dict[str, list[str]] = {}
+        # sorted, because the order of linears is that of rounding in batches
+        for name in sorted(linear.name for linear in self.mixed_precision.linears):
+            units.setdefault(self._unit(name), []).append(name)
+        return units
+
+    def visit(self, visit: BlockVisit) -> None:
+        """Round a block's linears at every width, and commit their errors at its outputs."""
+        names = self._units.get(visit.name, [])
+        if names and _read_tensors(self._path(visit.name)) is None:
+            write_bytes(self._path(visit.name), save(self._errors(self.run.open(visit, names))))
+
+    def _errors(self, context: BlockContext) -> dict[str, Tensor]:
+        """Return the errors, and the reference's codes and scales."""
+        method, widths = self.stage.method(), self.mixed_precision.quantized_widths
+        reference = self.mixed_precision.reference_width
+        schemes = [
+            {local: self.mixed_precision.scheme(self.run.targeted[name], width) for name, local in context.local.items()}
+            for width in widths
+        ]
+        request = HessianRequest(full=False, sketch=True)
+        of_method = method.hessian_request([scheme for of_width in schemes for scheme in of_width.values()])
+        statistics = observe(context.visit, context.local.values(), request if of_method is None else request | of_method)
+        # sensitivities are not known yet: with `balance: auto` every token counts the same here
+        set_modality_weights(statistics, self.stage.balance, dict.fromkeys(context.local.values()))
+        block = context.weights()
+        move_scales(block, context.scale_pairs, statistics, schemes[widths.index(reference)], method)
+        names = {local: name for name, local in context.local.items()}
+        tensors: dict[str, Tensor] = {}
+        for rounded_by_width in alternatives(block, statistics, schemes, method):
+            for width, rounded in zip(widths, rounded_by_width, strict=True):
+                for local, quantized in rounded.items():
+                    name, inputs = names[local], statistics[local]
+                    scales = (block.smoothing_scales.get(local), block.output_scales.get(local))
+                    errors = OutputErrors.of(_error(quantized, block.weights[local], *scales), inputs)
+                    for kind, values in (("text", errors.text), ("vision", errors.vision)):
+                        if values is not None:
+                            tensors[f"{name}.{width}.{kind}"] = values
+                    if width == reference:
+                        tensors |= pack_linear(name, quantized)
+        for local, name in names.items():
+            optimism = method.rounder.optimism(block.weights[local].shape[1], statistics[local].tokens)
+            tensors[f"{name}.{_OPTIMISM}"] = torch.tensor(optimism, dtype=torch.float64)
+        for kind, scales in ((_SMOOTHING, block.smoothing_scales), (_OUTPUT, block.output_scales)):
+            tensors |= {f"{names[local]}.{kind}": scale for local, scale in scales.items() if local in names}
+        # copies: tensors that share memory cannot be saved
+        return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
+
+    def reference_error(self, name: str, weight: Tensor) -> Tensor:
+        """Return the reference error ΔW of a linear, float32 [out, in], from its name in the model and its original weight."""
+        tensors = self._committed(self._unit(name))
+        scales = (tensors.get(f"{name}.{kind}") for kind in (_SMOOTHING, _OUTPUT))
+        scheme = self.mixed_precision.scheme(self.run.targeted[name], self.mixed_precision.reference_width)
+        quantized = read_linear(name, scheme, lambda tensor: tensors[tensor].to(weight.device))
+        return _error(quantized, weight, *(None if scale is None else scale.to(weight.device) for scale in scales))
+
+    def widths(self, sensitivities: Mapping[str, Sensitivity]) -> Widths:
         """Return the widths of the smallest predicted loss."""
         losses: dict[str, dict[int, float]] = {}
-        replay = Replay(self.run.walk_config)
-        names = {linear.name for linear in self.mixed_precision.linears}
-        units = [*replay.decoder_units(), *([self.run.family.head] if self.run.family.head in names else [])]
-        targeted = [unit for unit in units if any(within(name, unit) for name in names)]
-        by_unit = {unit: _read_losses(self._path(unit)) for unit in targeted}
-        if any(unit_losses is None for unit_losses in by_unit.values()):
-            with self.run.context.progress.task(f"{self.run.stage}: widths", len(units), "blocks") as advance:
-                try:
-                    for visit in replay.walk(units):
-                        if visit.name in by_unit and by_unit[visit.name] is None:
-                            by_unit[visit.name] = self._predict(visit, [name for name in names if within(name, visit.name)])
-                            write_json(self._path(visit.name), by_unit[visit.name])
-                        advance(1)
-                except torch.OutOfMemoryError as error:
-                    raise self.run.out_of_memory(replay.current) from error
-        for unit_losses in by_unit.values():
-            losses |= unit_losses or {}
+        for unit, names in self._units.items():
+            tensors = self._committed(unit)
+            for name in names:
+                errors = {
+                    width: OutputErrors(*(tensors.get(f"{name}.{width}.{kind}") for kind in ("text", "vision")))
+                    for width in self.mixed_precision.quantized_widths
+                }
+                reference = errors[self.mixed_precision.reference_width]
+                optimism = float(tensors[f"{name}.{_OPTIMISM}"])
+                of_linear = {
+                    width: optimism * sensitivities[name].predicted_loss(error, reference) for width, error in errors.items()
+                }
+                if UNQUANTIZED_WIDTH in self.mixed_precision.widths:
+                    of_linear[UNQUANTIZED_WIDTH] = 0.0
+                losses[self.run.targeted[name].disk_name] = of_linear
         return self.mixed_precision.choose(losses)
 
+    def _unit(self, name: str) -> str:
+        blocks = f"{self.run.family.blocks}."
+        # what is outside of the blocks, the head, is visited alone
+        return blocks + name.removeprefix(blocks).partition(".")[0] if name.startswith(blocks) else name
+
+    def _committed(self, unit: str) -> dict[str, Tensor]:
+        tensors = _read_tensors(self._path(unit))
+        assert tensors is not None  # read once every unit has been visited
+        return tensors
+
     def _path(self, unit: str) -> Path:
-        return self.run.work / _FOLDER / f"{unit}.json"
+        return self.run.work / _FOLDER / f"{unit}.safetensors"
 
-    def _predict(self, visit: BlockVisit, names: list[str]) -> dict[str, dict[int, float]]:
-        """Return the predicted loss of a block's linears, by names on disk, at each width."""
-        # names come from a set: sorted, because the order of linears is that of rounding in batches
-        context = self.run.open(visit, sorted(names))
-        statistics = observe(context.visit, context.local.values())
-        set_modality_weights(
-            statistics, self.stage.balance, {local: self.sensitivities[name] for name, local in context.local.items()}
-        )
-        losses: dict[str, dict[int, float]] = {self._disk_name(name): {} for name in context.local}
-        for width in self.mixed_precision.quantized_widths:
-            block = context.weights()
-            schemes = {local: self.mixed_precision.scheme(self.run.targeted[name], width) for name, local in context.local.items()}
-            # no `may_overwrite`: every width reads the same Hessians
-            quantized = solve(block, (), statistics, schemes, self.stage.method())
-            for name, local in context.local.items():
-                # rounded to the stored type, as a runtime's weight is
-                weight = quantized[local].dequantize(quantized[local].scales.dtype).to(torch.float32)
-                loss = self.sensitivities[name].predicted_loss(weight.sub_(block.weights[local]), statistics[local])
-                losses[self._disk_name(name)][width] = loss
-        if UNQUANTIZED_WIDTH in self.mixed_precision.widths:
-            for by_width in losses.values():
-                by_width[UNQUANTIZED_WIDTH] = 0.0
-        return losses
 
-    def _disk_name(self, name: str) -> str:
-        return self.run.targeted[name].disk_name
+def _error(quantized: QuantizedWeight, weight: Tensor, smoothing: Tensor | None, output: Tensor | None) -> Tensor:
+    """Return by how much a quantized weight, its scales taken back, differs from the original one: float32 [out, in]."""
+    # rounded to the stored type, as a runtime's weight is
+    rounded = quantized.dequantize(quantized.scales.dtype).to(torch.float32)
+    return unscale(rounded, smoothing, output).sub_(weight)
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor] | None:
     """Return committed tensors; None where they are missing or damaged."""
     with suppress(CheckpointError):
         return {name: map_tensor(entry) for name, entry in read_header(path).items()}
-    return None
-
-
-def _read_losses(path: Path) -> dict[str, dict[int, float]] | None:
-    """Return the committed losses of a block; None where they are missing or damaged."""
-    with suppress(OSError, ValueError, AttributeError):
-        content = cast("dict[str, dict[str, float]]", json.loads(path.read_text(encoding="utf-8")))
-        return {name: {int(width): loss for width, loss in losses.items()} for name, losses in content.items()}
     return None

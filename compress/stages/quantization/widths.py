@@ -118,6 +118,12 @@ class MixedPrecision:
         """The widths at which a layer is quantized."""
         return [width for width in self.widths if width != UNQUANTIZED_WIDTH]
 
+    @property
+    def reference_width(self) -> int:
+        """The width at which a layer is quantized that would come nearest to the budget if all layers had it."""
+        sizes = {width: sum(self.cost(linear, width) for linear in self.linears) for width in self.quantized_widths}
+        return min(sizes, key=lambda width: abs(sizes[width] - self.limit))
+
     def scheme(self, linear: Linear, width: int) -> Scheme:
         """Return a layer's scheme at a width other than 16."""
         return replace(self.schemes[linear.component], bits=width)

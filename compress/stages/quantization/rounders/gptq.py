@@ -9,7 +9,7 @@ from functools import partial
 from torch import Tensor
 
 from compress.engine.hessian import HessianRequest
-from compress.numerics.gptq import Feedback, GptqOptions, round_columns
+from compress.numerics.gptq import Feedback, GptqOptions, optimism, round_columns
 from compress.numerics.grids import Grid, QuantizedWeight, Scheme
 from compress.stages.blockwise.block import take_hessian
 from compress.stages.quantization.parts import FULL_RANGE, GridSearch, LinearGroup, RoundRows
@@ -32,6 +32,10 @@ class GptqRounder:
         assert group.statistics is not None
         # factored once for all linears that read the input, in the memory of the sums: the largest matrix of a block
         return partial(_round, Feedback.of(take_hessian(group.block, group.names[0], group.statistics), self.options))
+
+    def optimism(self, channels: int, tokens: float) -> float:
+        """Return that of a least-squares fit: `compress.numerics.gptq.optimism`."""
+        return optimism(channels, tokens)
 
 
 def _round(feedback: Feedback, weight: Tensor, grid: Grid, kept: Tensor | None) -> QuantizedWeight:

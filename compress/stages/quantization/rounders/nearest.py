@@ -27,6 +27,11 @@ class Nearest:
         del group
         return _round
 
+    def optimism(self, channels: int, tokens: float) -> float:
+        """Return 1: no weight is fitted to the tokens."""
+        del channels, tokens
+        return 1.0
+
 
 def _round(weight: Tensor, grid: Grid, kept: Tensor | None) -> QuantizedWeight:
     # zero is on every grid, so a pruned weight rounds to exactly zero
