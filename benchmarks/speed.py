@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoTokenizer
 
@@ -38,6 +39,18 @@ SHAPES: dict[str, dict[str, int]] = {
     "qwen2.5-vl-7b": {"hidden": 3584, "intermediate": 18944, "heads": 28, "kv_heads": 4, "layers": 28},
     "qwen2.5-vl-72b": {"hidden": 8192, "intermediate": 29568, "heads": 64, "kv_heads": 8, "layers": 80},
 }
+VISION: dict[str, Any] = {
+    "tied": True,
+    "vision_hidden": 1280,
+    "vision_intermediate": 3420,
+    "vision_heads": 16,
+    "vision_blocks": 32,
+}
+"""The vision tower of the published 3B model, which `--whole` gives any shape."""
+
+VOCABULARY = 151936
+"""The rows of its embeddings; the tokens of the random model are the first of them."""
+
 METHODS: dict[str, dict[str, Any]] = {
     "awq": {"stage": "awq", "bits": 4},
     "gptq": {"stage": "gptq", "bits": 4, "symmetric": True},
@@ -48,10 +61,13 @@ METHODS: dict[str, dict[str, Any]] = {
 def main() -> None:
     arguments = _arguments()
     shape = {**SHAPES[arguments.shape], **({"layers": arguments.layers} if arguments.layers else {})}
+    shape |= VISION if arguments.whole else {}
     torch.set_num_threads(arguments.threads)
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder = Path(name)
         model = arguments.model or build_qwen2_5_vl(folder / "model", **shape, spread=0.02)
+        if arguments.whole:
+            _enlarge_embeddings(model)
         samples = take_samples(model, arguments.calibration_text, None, arguments.samples, arguments.tokens, folder)
         judge = _Judge(model, arguments.test_text, arguments.tokens)
         rows: dict[str, Any] = {}
@@ -92,6 +108,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--name", help="of the model, in the results")
     parser.add_argument("--shape", choices=SHAPES, default="qwen2.5-vl-3b")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
+    parser.add_argument("--whole", action="store_true", help="with embeddings and a vision tower of full size")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--group-size", type=int, default=128)
     parser.add_argument("--calibration-text", type=Path, required=True)
@@ -104,6 +121,17 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--work", type=Path, help="where the model and what is made of it lie meanwhile")
     parser.add_argument("--output", type=Path)
     return parser.parse_args()
+
+
+def _enlarge_embeddings(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["vocab_size"] = VOCABULARY
+    write_json(model / "config.json", config)
+    tensors = load_file(model / "model.safetensors")
+    (name,) = [name for name in tensors if name.endswith("embed_tokens.weight")]
+    few = tensors[name]
+    tensors[name] = torch.cat([few, torch.randn(VOCABULARY - len(few), few.shape[1], dtype=few.dtype) * 0.02])
+    save_file(tensors, model / "model.safetensors", metadata={"format": "pt"})
 
 
 class _Judge:

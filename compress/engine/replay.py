@@ -10,7 +10,7 @@ A unit is what the walk visits: a block, a module of the projector, or the outpu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NoReturn, Protocol
@@ -176,8 +176,7 @@ class Replay:
         # the vision tower cannot be recorded as a whole while its blocks are being visited
         frontends = (self.family.embeddings,) if inside_vision else self.family.frontends
         self._chain = self._chained(units)
-        for name in self._tensors_between(units):
-            self.reader.load_tensor(self.model, name, name, self.config.device)
+        self._load(name for name in self._tensors_between(units) if not any(within(name, module) for module in frontends))
         self._first_pass(units, frontends)
         # their outputs are recorded, so that the visits need no weights but those of the visited unit
         for name in (*frontends, *self._chain):
@@ -266,9 +265,27 @@ class Replay:
         excluded = (*stubbed, *visited, *self._blocks(self.family.blocks), *self._projections(), *self._heads())
         return [name for name in self.model.state_dict() if not any(within(name, module) for module in excluded)]
 
+    def _load(self, tensors: Iterable[str]) -> None:
+        for name in tensors:
+            self.reader.load_tensor(self.model, name, name, self.config.device)
+
+    def _loaded_when_called(self, name: str, units: Sequence[str]) -> Forward:
+        """Return the forward of a module before the blocks, which loads its tensors first: text needs no vision tower."""
+        forward = self.model.get_submodule(name).forward
+        # now: which tensors a pass needs depends on what was visited before it
+        missing = [tensor for tensor in self._tensors_between(units) if within(tensor, name)]
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            self._load(missing)
+            missing.clear()
+            return forward(*args, **kwargs)
+
+        return run
+
     def _first_pass(self, units: Sequence[str], frontends: Sequence[str]) -> None:
         """Run each batch with a recording stub for every unit, to learn their order and which are fed directly."""
         first = not self._traces
+        loading = {name: self._loaded_when_called(name, units) for name in frontends}
         for index, batch in enumerate(self.config.batches):
             inputs = batch.inputs()
             if first:
@@ -280,8 +297,7 @@ class Replay:
             stubs |= dict.fromkeys(self._units_to_stop_at(units), recorder.stop)
             outputs: dict[str, list[Any]] = {name: [] for name in frontends}
             for name in frontends:
-                forward = stubs.get(name, self.model.get_submodule(name).forward)
-                stubs[name] = _with_recorded_outputs(forward, outputs[name], self.host)
+                stubs[name] = _with_recorded_outputs(stubs.get(name, loading[name]), outputs[name], self.host)
             with recorder:
                 self._forward(inputs, stubs)
             recorder.finish()

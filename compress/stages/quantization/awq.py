@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Awq(IntegerQuantizer):
     """Quantize weights to integers after scaling up the input channels with large activations, whose errors matter most."""
 
-    revision: ClassVar[int] = 7
+    revision: ClassVar[int] = 8
 
     stage: Literal["awq"]
     symmetric: bool = False  # AWQ's layout stores zero points in any case

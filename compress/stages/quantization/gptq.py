@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Gptq(IntegerQuantizer):
     """Round weights column by column; each column's error is compensated in the columns not yet rounded."""
 
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
 
     stage: Literal["gptq"]
     symmetric: bool = False

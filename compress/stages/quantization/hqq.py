@@ -86,7 +86,7 @@ class HalfQuadratic:
 class Hqq(IntegerQuantizer):
     """Round to nearest on grids that are fitted to the weights without their outliers; no sample is read."""
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     stage: Literal["hqq"]
     symmetric: bool = False

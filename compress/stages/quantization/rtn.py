@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 class Rtn(IntegerQuantizer):
     """Round each weight to the nearest code of its group's full range."""
 
-    revision: ClassVar[int] = 1
+    revision: ClassVar[int] = 2
 
     stage: Literal["rtn"]
     symmetric: bool = False
