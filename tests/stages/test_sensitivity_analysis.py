@@ -16,16 +16,18 @@ from compress.checkpoints.layouts import linear_shape, quantized_linears
 from compress.checkpoints.spec import spec_of
 from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, RecipeError
+from compress.numerics.scheme import Scheme
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
 from compress.progress import Silent
 from compress.stages.blockwise.run import TOKENS_PER_BATCH
+from compress.stages.linears import Linear, Target
 from compress.stages.quantization.awq import Awq
 from compress.stages.quantization.gptq import Gptq
 from compress.stages.quantization.quantizer import IntegerQuantizer
 from compress.stages.quantization.rtn import Rtn
 from compress.stages.quantization.sensitivity_analysis import subsample
-from compress.stages.quantization.widths import WIDTHS, Widths, read_widths
+from compress.stages.quantization.widths import WIDTHS, Budget, MixedPrecision, Widths, read_widths
 from compress.stages.stage import StageContext
 from tests.engine.test_sensitivity import by_autograd
 from tests.stages.bench import Bench, prepare, tensors_of
@@ -280,3 +282,17 @@ def test_a_layout_that_cannot_hold_a_width_is_refused_in_the_plan(tmp_path: Path
     expected = sizes["awq"]
     assert expected is not None
     assert sizes["export vllm-awq"] is None
+
+
+@pytest.mark.parametrize(("loss", "widths"), [(1.0, {4}), (5.0, {3, 4, 8})])
+def test_one_width_for_all_is_kept_where_little_is_gained(loss: float, widths: set[int]) -> None:
+    names = [f"blocks.{number}.o_proj" for number in range(40)]
+    linears = [Linear("decoder", name, name, 256, 256, "BF16") for name in names]
+    schemes: dict[Target, Scheme] = {"decoder": Scheme(0, 64, symmetric=False)}
+    mixed_precision = MixedPrecision(linears, (3, 4, 8), schemes, Budget(bits_per_weight=4.4), other_bytes=0)
+    losses = {name: {3: 1.05, 4: 1.0, 8: 0.99} for name in names}
+    # eight bits for this one are paid for by three bits for a few others: 2 or 12 % of all losses
+    losses[names[0]] = {3: 60.0, 4: loss, 8: 0.0}
+    chosen = mixed_precision.choose(losses)
+    assert set(chosen.by_layer.values()) == widths
+    assert chosen.by_layer[names[0]] == max(widths)

@@ -30,6 +30,13 @@ UNQUANTIZED_WIDTH = 16
 FUSED_LINEARS = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Linears that runtimes fuse into one, which need one scheme."""
 
+_NO_GAIN = 0.05
+"""A smaller predicted gain over one width for all is none.
+
+Measured one by one, layers lose 0.79 to 1.27 times what is predicted (a standard deviation of 0.24 in the logarithm, of GPTQ at
+3 bits on SmolLM2-135M): over a hundred groups of layers that is an error of two to three percent in the difference of two sums.
+"""
+
 FLOATS = ("F16", "BF16", "F32")
 """The types of weights that can be quantized; scales are stored in the same type."""
 
@@ -94,6 +101,17 @@ def read_widths(folder: Path) -> Widths | None:
         return Widths.model_validate_json((folder / WIDTHS).read_bytes())
     except (OSError, ValidationError):
         return None
+
+
+def _worth_it(chosen: dict[str, WidthOption], options: Mapping[str, Sequence[WidthOption]], limit: int) -> dict[str, WidthOption]:
+    """Return the chosen widths, or one width for all that fits the limit and is predicted to lose hardly more."""
+    loss = sum(choice.loss for choice in chosen.values())
+    for width in sorted({option.width for of_group in options.values() for option in of_group}):
+        uniform = {name: option for name, of_group in options.items() for option in of_group if option.width == width}
+        fits = sum(option.cost for option in uniform.values()) <= limit
+        if fits and sum(option.loss for option in uniform.values()) <= loss * (1 + _NO_GAIN):
+            return uniform
+    return chosen
 
 
 @dataclass(frozen=True)
@@ -186,6 +204,8 @@ class MixedPrecision:
     def choose(self, losses: Mapping[str, Mapping[int, float]]) -> Widths:
         """Return the widths of the smallest predicted loss, from the losses of each layer (by its name on disk) at each width.
 
+        One width for all is kept where its predicted loss is nearly as small: `_NO_GAIN`.
+
         Raises:
             CheckpointError: the budget is too small, or so large that nothing would be quantized.
         """
@@ -203,7 +223,7 @@ class MixedPrecision:
             for name, members in groups.items()
         }
         try:
-            chosen = allocate(options, self.limit)
+            chosen = _worth_it(allocate(options, self.limit), options, self.limit)
         except BudgetError as error:
             raise CheckpointError(f"budget: {error}; raise it") from error
         # a stage that changes nothing is an error
