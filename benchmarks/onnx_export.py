@@ -85,12 +85,13 @@ OPTIONS = {
     "fp32": ["exclude_embeds=true"],
     "int4": ["exclude_embeds=true", "nodes_to_exclude=/lm_head/MatMul", "shared_embeddings=false"],
 }
-SCHEME = Scheme(4, 128, symmetric=False)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="a checkpoint; without one random weights of Qwen2.5-VL-3B's shape")
     parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--group-size", type=int, default=128, help="of the integers")
     parser.add_argument("--precisions", nargs="+", choices=OPTIONS, default=list(OPTIONS))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--alone", action="store_true", help="without the builder")
@@ -101,14 +102,16 @@ def main() -> None:
     rows: dict[str, Any] = {}
     with tempfile.TemporaryDirectory(dir=arguments.work) as name:
         folder = Path(name)
-        model = build_qwen2_5_vl(folder / "model", **shape, spread=0.02)
+        model = arguments.model or build_qwen2_5_vl(folder / "model", **shape, spread=0.02)
         for precision in arguments.precisions:
-            rows[precision] = measure(model, folder, precision, 1 if arguments.alone else arguments.rounds, alone=arguments.alone)
+            scheme = Scheme(4, arguments.group_size, symmetric=False)
+            rounds = 1 if arguments.alone else arguments.rounds
+            rows[precision] = measure(model, folder, precision, scheme, rounds, alone=arguments.alone)
             told = {key: value for key, value in rows[precision].items() if key != "runs"}
             print(precision, json.dumps(told), file=sys.stderr)
     result = {
-        "what": "exporting a decoder of random weights to ONNX: seconds and peak memory",
-        "shape": {"name": "qwen2.5-vl-3b", **shape},
+        "what": "exporting a decoder to ONNX: seconds and peak memory",
+        "model": {"name": arguments.model.name} if arguments.model else {"random": "qwen2.5-vl-3b", **shape},
         "precisions": rows,
         "machine": describe(),
         "versions": {
@@ -121,12 +124,12 @@ def main() -> None:
         write_json(arguments.output, result)
 
 
-def measure(model: Path, folder: Path, precision: str, rounds: int, *, alone: bool) -> dict[str, Any]:
+def measure(model: Path, folder: Path, precision: str, scheme: Scheme, rounds: int, *, alone: bool) -> dict[str, Any]:
     """Export one precision on both sides, in turn; return every run, and medians of the ratios."""
     source = theirs = model
     if precision == "int4":
         source, theirs = folder / "quantized", folder / "awq"
-        round_checkpoint(model, source, SCHEME)
+        round_checkpoint(model, source, scheme)
         theirs.mkdir()
         family = family_of(open_checkpoint(source).config)
         VllmExport(format="vllm", layout="awq").apply(ExportContext(source, theirs, family, Silent()))

@@ -68,6 +68,7 @@ Run = Callable[[], tuple[float, float]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["demo", "qwen2.5-vl-3b"])
+    parser.add_argument("--model", type=Path, help="a checkpoint instead of random weights of shapes")
     parser.add_argument("--layers", type=int, default=1, help="blocks of a shape other than the demo's")
     parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--new", type=int, default=64)
@@ -79,10 +80,14 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     work = Work(arguments.prompt, arguments.new)
     shapes: dict[str, Any] = {}
-    for name in arguments.shapes:
-        shape = SHAPES[name] if name == "demo" else {**SHAPES[name], "layers": arguments.layers}
+    for name in [arguments.model.name] if arguments.model else arguments.shapes:
         with tempfile.TemporaryDirectory() as folder:
-            runs = make_runs(Path(folder), shape, work, arguments.threads, builder=not arguments.no_builder)
+            if arguments.model:
+                model, shape = arguments.model, shape_of(arguments.model)
+            else:
+                shape = SHAPES[name] if name == "demo" else {**SHAPES[name], "layers": arguments.layers}
+                model = build_qwen2_5_vl(Path(folder) / "model", **shape, spread=0.02)
+            runs = make_runs(model, Path(folder), shape, work, arguments.threads, builder=not arguments.no_builder)
             shapes[name] = {"shape": shape, **measure(runs, work, arguments.rounds)}
         print(name, json.dumps(shapes[name]["ratios"], indent=2), file=sys.stderr)
     result = {
@@ -103,9 +108,20 @@ def main() -> None:
         write_json(arguments.output, result)
 
 
-def make_runs(folder: Path, shape: Mapping[str, int], work: Work, threads: int, *, builder: bool) -> dict[str, Run]:
-    """Make every decoder of a shape: ours, the builder's, PyTorch's."""
-    model = build_qwen2_5_vl(folder / "model", **shape, spread=0.02)
+def shape_of(model: Path) -> dict[str, int]:
+    """Return the shape of a checkpoint's decoder, under the names of `SHAPES`."""
+    config = open_checkpoint(model).text_config
+    return {
+        "hidden": config["hidden_size"],
+        "intermediate": config["intermediate_size"],
+        "heads": config["num_attention_heads"],
+        "kv_heads": config["num_key_value_heads"],
+        "layers": config["num_hidden_layers"],
+    }
+
+
+def make_runs(model: Path, folder: Path, shape: Mapping[str, int], work: Work, threads: int, *, builder: bool) -> dict[str, Run]:
+    """Make every decoder of a model: ours, the builder's, PyTorch's."""
     sources = {"fp32": model}
     for name, scheme in SCHEMES.items():
         sources[name] = folder / name.replace(" ", "-")

@@ -4,8 +4,8 @@
     compress runtime install lmms-eval          # prints that environment's python
     python -m benchmarks.throughput --peer PYTHON --output benchmarks/results/throughput.json
 
-One server with the demo's model; the 400 questions of the demo's test set; the same number of requests at once and at most the
-same number of tokens, greedy. Each side is timed from its task in memory to all answers in memory: for lmms-eval that is
+One server with the demo's model and the 400 questions of its test set, or with `--model` and `--questions`; the same number of
+requests at once and at most the same number of tokens, greedy. Each side is timed from its task in memory to all answers in memory: for lmms-eval that is
 `generate_until` of its class for OpenAI-compatible servers, for this package reading the questions and `answer_all`, with its
 journal of answers on disk. Starting Python, importing and loading the data set is left out, which is in lmms-eval's favour. The
 sides take turns, and change who is first; each row has the median of its rounds, and `ratio` is the median of the ratios of the
@@ -52,29 +52,38 @@ def main() -> None:
     parser.add_argument("--peer", type=Path, required=True, help="python of lmms-eval's environment")
     parser.add_argument("--concurrency", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--model", type=Path, default=DEMO / "model")
+    parser.add_argument("--questions", type=Path, default=DEMO / "test.parquet")
     parser.add_argument("--output", type=Path, required=True)
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = [measure(given.peer, concurrency, given.rounds, Path(folder)) for concurrency in given.concurrency]
+        rows = [measure(given, concurrency, Path(folder)) for concurrency in given.concurrency]
     versions = {**require("vllm").versions, **require("lmms-eval").versions, "python": platform.python_version()}
     loads = [round(each, 1) for each in os.getloadavg()]  # over 1, 5 and 15 minutes, what was measured among it
-    report = {"rows": rows, "load_average": loads, "max_new_tokens": MAX_NEW_TOKENS, "versions": versions, "hardware": describe()}
+    report = {
+        "model": given.model.name,
+        "rows": rows,
+        "load_average": loads,
+        "max_new_tokens": MAX_NEW_TOKENS,
+        "versions": versions,
+        "hardware": describe(),
+    }
     write_json(given.output, report)
     for row in rows:
         print(row["concurrency"], row["compress"]["items_per_second"], row["lmms-eval"]["items_per_second"], row["ratio"])
 
 
-def measure(python: Path, concurrency: int, rounds: int, folder: Path) -> dict[str, Any]:
+def measure(given: argparse.Namespace, concurrency: int, folder: Path) -> dict[str, Any]:
     """Return both sides' figures with so many requests at once; a first round warms up."""
     runtime = Vllm(runtime="vllm", max_model_len=512, concurrency=concurrency)
-    opening = OpenContext.at((DEMO / "model").absolute(), folder / "logs", Silent())
+    opening = OpenContext.at(given.model.absolute(), folder / "logs", Silent())
     seconds: dict[str, list[float]] = {"compress": [], "lmms-eval": []}
     with runtime.open(opening) as session:
         assert isinstance(session, VllmSession)
-        with peer(python, session, concurrency, folder) as ask:
-            said = {"compress": ask_ourselves(session, folder), "lmms-eval": ask()}
-            for number in range(rounds):
-                sides = [("compress", lambda: ask_ourselves(session, folder)), ("lmms-eval", ask)]
+        with peer(given, session, concurrency, folder) as ask:
+            said = {"compress": ask_ourselves(session, given.questions, folder), "lmms-eval": ask()}
+            for number in range(given.rounds):
+                sides = [("compress", lambda: ask_ourselves(session, given.questions, folder)), ("lmms-eval", ask)]
                 for name, side in sides if number % 2 else sides[::-1]:
                     seconds[name].append(side()[0])
     ours, theirs = said["compress"][1], said["lmms-eval"][1]
@@ -83,7 +92,7 @@ def measure(python: Path, concurrency: int, rounds: int, folder: Path) -> dict[s
     return {
         "concurrency": concurrency,
         "items": len(ours),
-        "rounds": rounds,
+        "rounds": given.rounds,
         "same_answers": sum(one.strip() == other.strip() for one, other in zip(ours, theirs, strict=True)),
         **{name: figures(values) for name, values in rates.items()},
         "ratio": round(statistics.median(ratios), 3),
@@ -100,11 +109,11 @@ def figures(rates: list[float]) -> dict[str, float]:
     }
 
 
-def ask_ourselves(session: VllmSession, folder: Path) -> tuple[float, list[str]]:
+def ask_ourselves(session: VllmSession, source: Path, folder: Path) -> tuple[float, list[str]]:
     """Return the seconds from the file of questions to all answers, and what was said."""
     target = folder / "measurement"
     began = time.perf_counter()
-    questions = draw_questions([DEMO / "test.parquet"], QuestionSource(source=str(DEMO / "test.parquet")), None, 0)
+    questions = draw_questions([source], QuestionSource(source=str(source)), None, 0)
     prompts = [Prompt(id=question.id, text=question.question, images=question.images) for question in questions]
     answers = answer_all(session, prompts, MAX_NEW_TOKENS, target, "scenes", Silent())
     taken = time.perf_counter() - began
@@ -114,13 +123,13 @@ def ask_ourselves(session: VllmSession, folder: Path) -> tuple[float, list[str]]
 
 
 @contextmanager
-def peer(python: Path, session: VllmSession, concurrency: int, folder: Path) -> Generator[Any]:
+def peer(given: argparse.Namespace, session: VllmSession, concurrency: int, folder: Path) -> Generator[Any]:
     """Start lmms-eval beside the server, its task loaded; give what asks all of it once more."""
     client = session.endpoint.client
     job = {
         "url": str(client.base_url).rstrip("/"),
         "model": session.endpoint.model,
-        "data": str((DEMO / "test.parquet").absolute()),
+        "data": str(given.questions.absolute()),
         "concurrency": concurrency,
         "max_new_tokens": MAX_NEW_TOKENS,
         "folder": str(folder / "task"),
@@ -129,7 +138,8 @@ def peer(python: Path, session: VllmSession, concurrency: int, folder: Path) -> 
     with (
         (folder / "peer.log").open("a") as log,
         subprocess.Popen(
-            [str(python), "-I", str(PEER), json.dumps(job)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
+            [str(given.peer), "-I", str(PEER), json.dumps(job)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True,
             env=os.environ | {KEY: key, "CUDA_VISIBLE_DEVICES": ""},
         ) as process,
     ):  # fmt: skip
