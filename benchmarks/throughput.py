@@ -5,11 +5,11 @@
     python -m benchmarks.throughput --peer PYTHON --output benchmarks/results/throughput.json
 
 One server with the demo's model and the 400 questions of its test set, or with `--model` and `--questions`; the same number of
-requests at once and at most the same number of tokens, greedy. Each side is timed from its task in memory to all answers in memory: for lmms-eval that is
-`generate_until` of its class for OpenAI-compatible servers, for this package reading the questions and `answer_all`, with its
-journal of answers on disk. Starting Python, importing and loading the data set is left out, which is in lmms-eval's favour. The
-sides take turns, and change who is first; each row has the median of its rounds, and `ratio` is the median of the ratios of the
-two sides' rates in the same round.
+requests at once and at most the same number of tokens, greedy. Each side is timed from its task in memory to all answers in
+memory: for lmms-eval that is `generate_until` of its class for OpenAI-compatible servers, for this package reading the questions
+and `answer_all`, with its journal of answers on disk. Starting Python, importing and loading the data set is left out, which is in
+lmms-eval's favour. The sides take turns, and change who is first; each row has the median of its rounds, and `ratio` is the median
+of the ratios of the two sides' rates in the same round.
 """
 
 from __future__ import annotations
