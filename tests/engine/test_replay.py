@@ -269,6 +269,27 @@ def test_only_one_block_has_weights_at_a_time(tmp_path: Path) -> None:
     assert max(live) < total / 6
 
 
+def test_an_image_tower_is_read_once_and_only_for_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mixed, text = batches(build_qwen2_5_vl(tmp_path))
+    read: list[str] = []
+    disk_tensor = WeightReader.disk_tensor
+
+    def watched(reader: WeightReader, name: str, device: str = "cpu") -> Tensor:
+        read.append(name)
+        return disk_tensor(reader, name, device)
+
+    monkeypatch.setattr(WeightReader, "disk_tensor", watched)
+    replay = open_walk(tmp_path, [text, text])
+    next(iter(replay.walk(replay.decoder_units())))
+    assert read.count("model.embed_tokens.weight") == 1
+    assert not any("visual" in name for name in read)
+    read.clear()
+    replay = open_walk(tmp_path, [text, mixed, mixed])
+    next(iter(replay.walk(replay.decoder_units())))
+    tower = [name for name in read if "visual" in name]
+    assert len(set(tower)) == len(tower) == sum("visual" in name for name in open_checkpoint(tmp_path).tensors)
+
+
 def test_an_image_tower_that_no_sample_reaches_is_an_error(tmp_path: Path) -> None:
     calibration = batches(build_qwen2_5_vl(tmp_path))[1:]
     replay = open_walk(tmp_path, calibration)

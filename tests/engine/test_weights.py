@@ -189,6 +189,18 @@ def test_values_whose_sum_overflows_are_finite() -> None:
     assert is_finite(torch.full((1000,), 3e38))
     assert not is_finite(torch.tensor([1.0, float("inf"), float("-inf")]))
     assert is_finite(torch.tensor([1], dtype=torch.int64))
+    assert is_finite(torch.empty(0))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.float8_e4m3fn])
+def test_one_value_anywhere_makes_a_tensor_not_finite(dtype: torch.dtype) -> None:
+    for place in (0, 1, 17, 1000, 1999):
+        # the 8-bit type has no infinity
+        for bad in (float("nan"), *(() if dtype == torch.float8_e4m3fn else (float("inf"), float("-inf")))):
+            values = torch.linspace(-3, 3, 2000)
+            assert is_finite(values.to(dtype).view(40, 50))
+            values[place] = bad
+            assert not is_finite(values.to(dtype).view(40, 50))
 
 
 def test_a_tensor_the_model_lacks_is_named(tmp_path: Path) -> None:

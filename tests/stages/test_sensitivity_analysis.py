@@ -16,6 +16,7 @@ from compress.checkpoints.layouts import linear_shape, quantized_linears
 from compress.checkpoints.spec import spec_of
 from compress.data.prompts import Prompt
 from compress.errors import CheckpointError, RecipeError
+from compress.numerics.gptq import optimism
 from compress.numerics.scheme import Scheme
 from compress.pipeline.plan import make_plan
 from compress.pipeline.store import Store
@@ -25,6 +26,7 @@ from compress.stages.linears import Linear, Target
 from compress.stages.quantization.awq import Awq
 from compress.stages.quantization.gptq import Gptq
 from compress.stages.quantization.quantizer import IntegerQuantizer
+from compress.stages.quantization.rounders.gptq import GptqRounder
 from compress.stages.quantization.rtn import Rtn
 from compress.stages.quantization.sensitivity_analysis import subsample
 from compress.stages.quantization.widths import WIDTHS, Budget, MixedPrecision, Widths, read_widths
@@ -119,6 +121,24 @@ def test_the_predicted_losses_are_what_autograd_finds(tmp_path: Path) -> None:
             if "lm_head" not in layer:
                 expected += float(of_layer["vision"]) * vision / text / 2
         assert group.losses[4] == pytest.approx(expected, rel=1e-3)
+
+
+def test_scales_that_move_and_the_fit_to_the_samples_are_part_of_the_prediction(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    nearest = widths_of(bench.apply(tmp_path / "rtn", auto("rtn", budget=5)))
+    scaled = widths_of(bench.apply(tmp_path / "awq", auto("awq", budget=5, clip=False)))
+    ratios = [one.losses[4] / other.losses[4] for one, other in zip(scaled.groups, nearest.groups, strict=True)]
+    # near those of plain rounding, as scales taken back leave the weight as it was; not equal, as they were chosen
+    assert all(0.4 < ratio < 1.3 for ratio in ratios)
+    assert sum(abs(ratio - 1) > 0.01 for ratio in ratios) > len(ratios) / 2
+    fitted = widths_of(bench.apply(tmp_path / "gptq", auto("gptq", budget=5)))
+    monkeypatch.setattr(GptqRounder, "optimism", lambda *_: 1.0)
+    as_seen = widths_of(bench.apply(tmp_path / "seen", auto("gptq", budget=5)))
+    tokens = sum(batch.tokens for batch in load_batches(bench.calibration, bench.folder, TOKENS_PER_BATCH))
+    for one, other in zip(fitted.groups, as_seen.groups, strict=True):
+        channels = 256 if "down_proj" in one.layers[0] else 128
+        assert one.losses[3] / other.losses[3] == pytest.approx(optimism(channels, tokens), rel=0.1)
 
 
 def test_layers_that_a_runtime_joins_have_one_width_and_others_are_fixed(bench: Bench, tmp_path: Path) -> None:
