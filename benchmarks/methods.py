@@ -8,10 +8,9 @@
 All are measured by this package's in-process runtime, which reads every side's checkpoints: the share of questions answered right,
 and KL(original ‖ artifact) in nats per token of the original's own answers and of held-out text. Each row is the mean over
 `--seeds` draws of calibration samples. `ratios` has each of this package's rows over each other side's row of the same comparison,
-and over rounding to nearest in the same layout, with an interval over draws and items; `processor_ratio` is our processor time
-over theirs.
-`--autoround` is the python of an environment with auto-round 0.16.1, torch 2.13.0 and transformers 5.17.0.
-`benchmarks/real_weights.py` makes a model with really trained weights.
+and over rounding to nearest in the same layout (`bits: auto`: over one width for all at the same size), with an interval over
+draws and items; `processor_ratio` is our processor time over theirs. `--autoround` is the python of an environment with auto-round
+0.16.1, torch 2.13.0 and transformers 5.17.0. `benchmarks/real_weights.py` makes a model with really trained weights.
 """
 
 from __future__ import annotations
@@ -35,6 +34,10 @@ from compress.hardware import describe
 
 OURS = "compress"
 NEAREST = "rtn"
+FIXED = "gptq, one width"
+BASELINES = (NEAREST, FIXED)
+"""Rows of this package that its other rows of a comparison are set against; `FIXED` has the size of `bits: auto`."""
+
 PEERS = {"llm-compressor": run_peer, "auto-round": run_autoround}
 
 
@@ -74,9 +77,15 @@ def rows_of(group_size: int, widths: list[int], iterations: int) -> list[Row]:
     rows.append(Row("int8", "llm-compressor", "int8 without smoothing", ["--method", "int8-plain"]))
     rows.append(Row("fp8", OURS, "fp8", {"stage": "fp8"}))
     rows.append(Row("fp8", "llm-compressor", "fp8", ["--method", "fp8"]))
-    for method in ("awq", "gptq"):
-        budget = {"bits": "auto", "group_size": group_size, "symmetric": False, "budget": {"bits_per_weight": 4.25}}
-        rows.append(Row("auto at 4.25 bits", OURS, f"{method}, auto", {"stage": method, **budget}))
+    for bits in widths:
+        # half the group size costs about a quarter of a bit at 64; that is what a width per layer may cost instead
+        small = group_size // 2
+        comparison = f"{bits} bits in groups of {small}, or as many bytes"
+        size = {"bits_per_weight": bits + (16 + bits) / small}
+        shape = {"bits": bits, "group_size": small, "symmetric": False}
+        rows.append(Row(comparison, OURS, FIXED, {"stage": "gptq", **shape}))
+        auto = {"bits": "auto", "group_size": group_size, "symmetric": False, "budget": size}
+        rows.append(Row(comparison, OURS, "gptq, auto", {"stage": "gptq", **auto}))
     return rows
 
 
@@ -182,26 +191,27 @@ class _Bench:
             self.made.append((row, qualities, runs))
             figures = mean_figures(qualities) | {"processor_seconds": _processor_seconds(runs)}
             described = {"comparison": row.comparison, "side": row.side, "method": row.method, "settings": row.settings, **figures}
+            described["draws"] = len(qualities)
             # what auto-round's side writes are plain weights
             size = {} if row.side == "auto-round" else {"weight_bytes": open_checkpoint(output).weight_bytes}
             self.described.append(described | size)
             yield self.described[-1]
 
     def ratios(self) -> list[dict[str, Any]]:
-        """Return each of our rows over the others' rows of its comparison, and over rounding to nearest."""
+        """Return each of our rows over the others' rows of its comparison, and over the baselines."""
         found: list[dict[str, Any]] = []
         for ours, qualities, runs in self.made:
             for other, other_qualities, other_runs in self.made:
-                nearest = other.side == OURS and other.method == NEAREST
-                if ours.side != OURS or other is ours or ours.method == NEAREST or ours.comparison != other.comparison:
+                baseline = other.side == OURS and other.method in BASELINES
+                if ours.side != OURS or other is ours or ours.method in BASELINES or ours.comparison != other.comparison:
                     continue
-                if other.side == OURS and not nearest:
+                if other.side == OURS and not baseline:
                     continue
                 found.append(
                     {
                         "comparison": ours.comparison,
                         "ours": ours.method,
-                        "theirs": other.method if nearest else f"{other.side}'s {other.method}",
+                        "theirs": other.method if baseline else f"{other.side}'s {other.method}",
                         **{f"{task}_kl": kl_ratio(qualities, other_qualities, task) for task in qualities[0].kls},
                         "processor_ratio": _processor_seconds(runs) / _processor_seconds(other_runs),
                     }

@@ -8,7 +8,7 @@ column k is rounded from W_k + Σ_{i<k} (W_i - Ŵ_i) U_ik. So one Cholesky facto
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,6 +25,16 @@ At another size only the order of float32 sums changes; the paper takes 128.
 
 _DAMPING_GROWTH = 10.0
 """How much more is added to the diagonal of a Hessian that could not be factored."""
+
+_SHRINKAGE_PER_RATIO = 0.5
+"""Shrinkage for as many channels as tokens.
+
+Measured: at 0.14 to 0.38 channels per token (SmolLM2-135M) the KL is the same from 0.1 to 0.3 and larger without any; at 0.01 to
+0.02 (the demo model) it is smaller without any than at 0.1.
+"""
+
+_MOST_SHRUNK = 0.3
+"""The most, for fewer tokens than channels."""
 
 _MOST_FITTED = 0.9
 """The largest ratio of channels to tokens of which `optimism` is told; with as many channels as tokens the fit is perfect."""
@@ -43,12 +53,12 @@ class GptqOptions:
     actorder: bool = True
     """Whether columns are rounded by falling H_jj, those with the largest activations first; their groups stay the same."""
 
-    shrinkage: float = 0.0
-    """By what share the Hessian's elements beside its diagonal are made smaller.
+    shrinkage: float | None = 0.0
+    """By what share the Hessian's elements beside its diagonal are made smaller; None: by its tokens, as `shrinkage` says."""
 
-    A covariance that is estimated from few samples has too large ones (J. Schäfer and K. Strimmer 2005, doi 10.2202/1544-6115.1175,
-    target D), and error feedback that follows them fits the calibration samples alone.
-    """
+    def of(self, channels: int, tokens: float) -> GptqOptions:
+        """Return the options for a Hessian of so many tokens."""
+        return self if self.shrinkage is not None else replace(self, shrinkage=shrinkage(channels, tokens))
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,7 @@ class Feedback:
         # written as a negation because NaN compares False with everything
         if not mean_diagonal < float("inf"):
             raise CheckpointError("the second moment of its inputs is not finite; convert the checkpoint to bfloat16")
+        assert options.shrinkage is not None  # `GptqOptions.of` sets it
         if options.shrinkage:
             hessian.mul_(1 - options.shrinkage)
             hessian.diagonal().copy_(diagonal)
@@ -104,6 +115,16 @@ class Feedback:
         """Return rows `first` to `last` of columns `start` to `stop` of U + I; elements below its diagonal are undefined."""
         size = len(self.order)
         return self.factor[size - last : size - first, size - stop : size - start].flip(0, 1)
+
+
+def shrinkage(channels: int, tokens: float) -> float:
+    """Return by what share a Hessian's elements beside its diagonal are made smaller.
+
+    A covariance that is estimated from few samples has too large ones, and error feedback that follows them fits the calibration
+    samples alone. The best share falls with the number of samples (J. Schäfer and K. Strimmer 2005, doi 10.2202/1544-6115.1175,
+    target D: the elements' variance over their squares, which for d channels grows like d / n).
+    """
+    return min(_SHRINKAGE_PER_RATIO * channels / max(tokens, 1.0), _MOST_SHRUNK)
 
 
 def optimism(channels: int, tokens: float) -> float:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.errors import CheckpointError
-from compress.numerics.gptq import Feedback, GptqOptions, optimism, round_columns
+from compress.numerics.gptq import Feedback, GptqOptions, optimism, round_columns, shrinkage
 from compress.numerics.grids import full_range, grid
 from compress.numerics.rounding import output_errors, quantize
 from compress.numerics.scheme import Scheme
@@ -92,11 +92,32 @@ def test_with_few_samples_shrinkage_loses_less_on_others() -> None:
     )
     grid_of_weight = full_range(weight, Scheme(3, 32, symmetric=False), torch.float32)
     errors: list[float] = []
-    for shrinkage in (0.0, 0.1):
-        feedback = Feedback.of(few.t() @ few / len(few), GptqOptions(shrinkage=shrinkage))
+    for options in (GptqOptions(), GptqOptions(shrinkage=None).of(192, len(few))):
+        feedback = Feedback.of(few.t() @ few / len(few), options)
         rounded = round_columns(weight, feedback, grid_of_weight).dequantize()
         errors.append(error_of(weight, rounded, many.t() @ many / len(many)))
     assert errors[1] < 0.95 * errors[0]
+
+
+def test_shrinkage_follows_the_number_of_tokens() -> None:
+    assert shrinkage(1536, 4096) == pytest.approx(0.1875)
+    assert shrinkage(384, 17_513) == pytest.approx(0.011, abs=1e-4)
+    assert shrinkage(11_008, 2300) == shrinkage(1, 0) == 0.3
+    assert GptqOptions(shrinkage=None).of(192, 1000) == GptqOptions(shrinkage=0.096)
+    assert GptqOptions(shrinkage=0.2).of(192, 1000) == GptqOptions(shrinkage=0.2)
+
+
+def test_with_many_samples_the_default_shrinks_less_and_loses_less() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, mixing = torch.randn(48, 192, generator=generator), torch.randn(192, 192, generator=generator) / 192**0.5
+    many = torch.randn(20_000, 192, generator=generator) @ mixing
+    hessian = many.t() @ many / len(many)
+    grid_of_weight = full_range(weight, Scheme(3, 32, symmetric=False), torch.float32)
+    errors: list[float] = []
+    for options in (GptqOptions(shrinkage=0.1), GptqOptions(shrinkage=None).of(192, len(many))):
+        rounded = round_columns(weight, Feedback.of(hessian.clone(), options), grid_of_weight).dequantize()
+        errors.append(error_of(weight, rounded, mixing.t() @ mixing))
+    assert errors[1] < 0.99 * errors[0]
 
 
 def test_scales_are_those_that_are_stored() -> None:

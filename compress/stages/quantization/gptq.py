@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, PositiveInt
 
-from compress.stages.quantization.quantizer import IntegerQuantizer
+from compress.stages.quantization.quantizer import IntegerQuantizer, Shrinkage
 
 if TYPE_CHECKING:
     from compress.stages.quantization.method import Method
@@ -29,8 +29,11 @@ class Gptq(IntegerQuantizer):
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     """The share of the Hessian's mean diagonal that is added to its diagonal."""
 
-    shrinkage: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """By what share the Hessian's elements beside its diagonal are made smaller: few samples make them too large."""
+    shrinkage: Shrinkage = "auto"
+    """By what share the Hessian's elements beside its diagonal are made smaller: few samples make them too large.
+
+    `auto`: half the ratio of channels to tokens, at most 0.3.
+    """
 
     clip: bool = False
     """Whether each group's clipping range is searched: a closer fit to the calibration samples, and a worse one to unlike data."""
@@ -51,6 +54,6 @@ class Gptq(IntegerQuantizer):
         from compress.stages.quantization.rounders.gptq import GptqRounder
         from compress.stages.quantization.transforms.awq import AwqScaling
 
-        options = GptqOptions(self.dampening_frac, self.actorder == "static", self.shrinkage)
+        options = GptqOptions(self.dampening_frac, self.actorder == "static", None if self.shrinkage == "auto" else self.shrinkage)
         transforms = (AwqScaling(self.grid),) if self.scales == "awq" else ()
         return Method(transforms, GptqRounder(options, ClipSearch(self.grid) if self.clip else FULL_RANGE))

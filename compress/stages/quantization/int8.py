@@ -10,7 +10,7 @@ from pydantic import AfterValidator, Field, PositiveInt
 
 from compress.numerics.scheme import Scheme
 from compress.stages.linears import Target
-from compress.stages.quantization.quantizer import Component, Quantizer, distinct, schemes_of
+from compress.stages.quantization.quantizer import Component, Quantizer, Shrinkage, distinct, schemes_of
 
 if TYPE_CHECKING:
     from compress.stages.quantization.method import Method
@@ -40,7 +40,7 @@ class Int8Component(Component):
 class Int8(Quantizer):
     """Quantize weights per output channel, and activations per token (dynamic) or per tensor (static)."""
 
-    revision: ClassVar[int] = 4
+    revision: ClassVar[int] = 5
 
     stage: Literal["int8"]
     activations: ActivationStrategy = "token"
@@ -54,8 +54,8 @@ class Int8(Quantizer):
     dampening_frac: Annotated[float, Field(gt=0, le=1)] = 0.01
     """The share of the Hessian's mean diagonal that is added to its diagonal."""
 
-    shrinkage: Annotated[float, Field(ge=0, lt=1)] = 0.1
-    """By what share the Hessian's elements beside its diagonal are made smaller: few samples make them too large."""
+    shrinkage: Shrinkage = "auto"
+    """By what share the Hessian's elements beside its diagonal are made smaller, as for `gptq`."""
 
     grid: PositiveInt = 20
     """Grid steps of the search of the migration strength."""
@@ -78,8 +78,9 @@ class Int8(Quantizer):
         from compress.stages.quantization.rounders.nearest import NEAREST
         from compress.stages.quantization.transforms.smoothquant import SmoothQuant
 
+        shrinkage = None if self.shrinkage == "auto" else self.shrinkage
         strength = self.smoothing if isinstance(self.smoothing, float) else None
         return Method(
             () if self.smoothing == "none" else (SmoothQuant(strength, self.grid),),
-            GptqRounder(GptqOptions(self.dampening_frac, shrinkage=self.shrinkage)) if self.rounding == "gptq" else NEAREST,
+            GptqRounder(GptqOptions(self.dampening_frac, shrinkage=shrinkage)) if self.rounding == "gptq" else NEAREST,
         )

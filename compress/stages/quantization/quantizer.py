@@ -45,6 +45,9 @@ Bits = Literal[2, 3, 4, 8]
 Balance = Literal["tokens", "auto"] | Annotated[float, Field(ge=0, le=1)]
 """How text and vision tokens are weighted in statistics: as they come, by text's share, or by the model's sensitivity."""
 
+Shrinkage = Literal["auto"] | Annotated[float, Field(ge=0, lt=1)]
+"""The shrinkage of a Hessian: a share, or one that follows from the number of calibration tokens."""
+
 _ALL_WIDTHS: tuple[Width, ...] = (2, 3, 4, 8, 16)
 _TO_BE_CHOSEN = 0
 """The `bits` of a scheme whose width is chosen in the run (`bits: auto`)."""

@@ -31,7 +31,8 @@ class GptqRounder:
         """Factor the Hessian, in its own memory, and return the rounding."""
         assert group.statistics is not None
         # factored once for all linears that read the input, in the memory of the sums: the largest matrix of a block
-        return partial(_round, Feedback.of(take_hessian(group.block, group.names[0], group.statistics), self.options))
+        options = self.options.of(group.block.weights[group.names[0]].shape[1], group.statistics.tokens)
+        return partial(_round, Feedback.of(take_hessian(group.block, group.names[0], group.statistics), options))
 
     def optimism(self, channels: int, tokens: float) -> float:
         """Return that of a least-squares fit: `compress.numerics.gptq.optimism`."""
