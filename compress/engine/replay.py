@@ -176,7 +176,8 @@ class Replay:
         # the vision tower cannot be recorded as a whole while its blocks are being visited
         frontends = (self.family.embeddings,) if inside_vision else self.family.frontends
         self._chain = self._chained(units)
-        self._load(name for name in self._tensors_between(units) if not any(within(name, module) for module in frontends))
+        later = self._loaded_later(frontends)
+        self._load(name for name in self._tensors_between(units) if not any(within(name, module) for module in later))
         self._first_pass(units, frontends)
         # their outputs are recorded, so that the visits need no weights but those of the visited unit
         for name in (*frontends, *self._chain):
@@ -269,8 +270,15 @@ class Replay:
         for name in tensors:
             self.reader.load_tensor(self.model, name, name, self.config.device)
 
+    def _loaded_later(self, frontends: Sequence[str]) -> list[str]:
+        """Return the modules that are loaded when they are called, as text needs no vision tower.
+
+        Not for a family without a record: Idefics3, for one, asks its first parameter for its device before any call.
+        """
+        return [] if self.family.derived else [name for name in frontends if name != self.family.embeddings]
+
     def _loaded_when_called(self, name: str, units: Sequence[str]) -> Forward:
-        """Return the forward of a module before the blocks, which loads its tensors first: text needs no vision tower."""
+        """Return the forward of a module before the blocks, which loads its tensors first."""
         forward = self.model.get_submodule(name).forward
         # now: which tensors a pass needs depends on what was visited before it
         missing = [tensor for tensor in self._tensors_between(units) if within(tensor, name)]
@@ -285,7 +293,9 @@ class Replay:
     def _first_pass(self, units: Sequence[str], frontends: Sequence[str]) -> None:
         """Run each batch with a recording stub for every unit, to learn their order and which are fed directly."""
         first = not self._traces
-        loading = {name: self._loaded_when_called(name, units) for name in frontends}
+        later = self._loaded_later(frontends)
+        forwards = {name: self.model.get_submodule(name).forward for name in frontends}
+        forwards |= {name: self._loaded_when_called(name, units) for name in later}
         for index, batch in enumerate(self.config.batches):
             inputs = batch.inputs()
             if first:
@@ -297,7 +307,7 @@ class Replay:
             stubs |= dict.fromkeys(self._units_to_stop_at(units), recorder.stop)
             outputs: dict[str, list[Any]] = {name: [] for name in frontends}
             for name in frontends:
-                stubs[name] = _with_recorded_outputs(stubs.get(name, loading[name]), outputs[name], self.host)
+                stubs[name] = _with_recorded_outputs(stubs.get(name, forwards[name]), outputs[name], self.host)
             with recorder:
                 self._forward(inputs, stubs)
             recorder.finish()
@@ -324,6 +334,10 @@ class Replay:
         )
         self._forward(self.config.batches[batch].inputs(), stubs)
         return recorded[0] if recorded else None
+
+    def release(self) -> None:
+        """Free what visits still need: none is possible afterwards."""
+        self._traces.clear()
 
     def head_input(self, batch: int, outputs: Mapping[str, Any]) -> Tensor:
         """Return the output head's input for a batch, with gradients, where the blocks return `outputs`.

@@ -90,8 +90,9 @@ class Sensitivity:
                 of_reference = (reference.text, reference.vision)[index]
                 assert of_reference is not None  # both come from the same statistics
                 independent = float(sensitivity.to(of_reference).dot(of_reference))
-                # 0 where no gradient reaches the linear: then any error costs nothing
-                loss *= self.reference[index] / independent if independent else 0.0
+                # 0 where no gradient reaches the linear, so that `loss` is 0 as well, or where the reference changes nothing
+                if independent:
+                    loss *= self.reference[index] / independent
             total += self.per_token[index] * loss
         return total / 2
 
@@ -184,8 +185,11 @@ class Forward:
     measured: Collection[int] | None = None
     """The indices of the batches that sensitivities are measured on; None: all of them."""
 
-    reference: Callable[[str, Tensor], Tensor] | None = None
-    """Returns a linear's reference error ΔW, float32 [out, in], by its name in the model and its weight, once all is visited."""
+    reference: Callable[[str, Tensor], Tensor | None] | None = None
+    """Returns a linear's reference error ΔW, float32 [out, in], by its name in the model and its weight, once all is visited.
+
+    None for a linear without one, whose sensitivity alone is measured.
+    """
 
 
 def measure_sensitivity(
@@ -235,6 +239,19 @@ class _ReverseWalk:
 
     def measure(self) -> dict[str, Sensitivity]:
         units = self.replay.decoder_units()
+        self._forward(units)
+        # in a method of its own, so that what it held is free
+        self.replay.release()
+        for name in reversed(units):
+            self._backward(name)
+            self.advance(1)
+        missing = [name for name in self.linears if name not in self.sums]
+        if missing:
+            raise CheckpointError(f"{missing[0]}: no calibration sample calls it; leave it out of the stage")
+        return {name: self.sums[name].result(self.predicted) for name in self.linears}
+
+    def _forward(self, units: Sequence[str]) -> None:
+        """Walk forward, keep the measured batches' calls, and compute the gradients at the last block's output."""
         measured = self.forward.measured
         for visit in self.replay.walk([*units, self.head]):
             if self.forward.visit is not None:
@@ -246,14 +263,7 @@ class _ReverseWalk:
                     self._visit_head(visit, self.forward.visit)
                 self._start(visit)
                 # the head's own weights are used through `_head_weight`, so it need not be visited
-                break
-        for name in reversed(units):
-            self._backward(name)
-            self.advance(1)
-        missing = [name for name in self.linears if name not in self.sums]
-        if missing:
-            raise CheckpointError(f"{missing[0]}: no calibration sample calls it; leave it out of the stage")
-        return {name: self.sums[name].result(self.predicted) for name in self.linears}
+                return
 
     def _visit_head(self, last: BlockVisit, use: Callable[[BlockVisit], None]) -> None:
         """Visit the head while the rest of the model is in the type it runs in."""
@@ -271,13 +281,14 @@ class _ReverseWalk:
         # in bfloat16 the gradient p - 1 of a label is 0 from p = 0.998 on
         self.replay.model.float()
         weight = self._head_weight()
+        reference = self._reference(self.head, weight) if self.head in self.linears else None
         for call in self.calls[last.name]:
             with torch.no_grad():
                 output = last.module(*self._to_device(call.args), **self._to_device(call.kwargs))
             leaf = hidden_states((output,), {}).detach().requires_grad_()
             hidden = self.replay.head_input(call.batch, {last.name: _replace_hidden_states(output, leaf)})
             positions = cast("Positions", call.positions)
-            gradient = self._head_gradient(hidden.detach(), weight, positions)
+            gradient = self._head_gradient(hidden.detach(), weight, reference, positions)
             hidden.backward(gradient)
             self.gradients[call.batch] = self.replay.host.offload(cast("Tensor", leaf.grad))
 
@@ -289,11 +300,10 @@ class _ReverseWalk:
         return reader.tensor(f"{owner}.weight", self.device).to(torch.float32)
 
     @torch.no_grad()
-    def _head_gradient(self, hidden: Tensor, weight: Tensor, positions: Positions) -> Tensor:
+    def _head_gradient(self, hidden: Tensor, weight: Tensor, reference: Tensor | None, positions: Positions) -> Tensor:
         """Return the gradient, at the head's input [samples, tokens, hidden], of the loss of labels sampled from its logits."""
         rows = hidden.reshape(-1, hidden.shape[-1])
         gradient = torch.zeros_like(rows)
-        reference = self._reference(self.head, weight) if self.head in self.linears else None
         text = positions.text.to(rows.device).nonzero().squeeze(1)
         bias = cast("Tensor | None", getattr(self.replay.model.get_submodule(self.head), "bias", None))
         if bias is not None:

@@ -290,6 +290,18 @@ def test_an_image_tower_is_read_once_and_only_for_images(tmp_path: Path, monkeyp
     assert len(set(tower)) == len(tower) == sum("visual" in name for name in open_checkpoint(tmp_path).tensors)
 
 
+def test_the_image_tower_of_a_model_without_a_record_is_loaded_in_any_case(tmp_path: Path) -> None:
+    text = batches(build_qwen2_5_vl(tmp_path))[1:]
+    derived = replace(family_of(open_checkpoint(tmp_path).config), derived="from its modules")
+    replay = open_walk(tmp_path, text, derived)
+    devices: list[torch.device] = []
+    entry = replay.model.get_submodule(derived.entry({}))
+    entry.register_forward_pre_hook(lambda module, _: devices.append(next(module.parameters()).device))
+    next(iter(replay.walk(replay.decoder_units())))
+    # as Idefics3's own forward asks, before it calls anything
+    assert devices == [torch.device("cpu")]
+
+
 def test_an_image_tower_that_no_sample_reaches_is_an_error(tmp_path: Path) -> None:
     calibration = batches(build_qwen2_5_vl(tmp_path))[1:]
     replay = open_walk(tmp_path, calibration)

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -158,6 +159,10 @@ def test_other_errors_relate_to_the_measured_loss_of_the_reference() -> None:
     assert sensitivity.predicted_loss(other, reference) == pytest.approx(9 * (0.3 + 2 * 0.07) / 2, rel=1e-5)
     unread = Sensitivity(torch.zeros(4), torch.zeros(4), (1.0, 2.0), (0.0, 0.0))
     assert unread.predicted_loss(other, reference) == 0
+    # a reference that rounds without an error tells nothing of others
+    exact = OutputErrors.of(torch.zeros(4, 6), statistics)
+    lossless = replace(sensitivity, reference=(0.0, 0.0))
+    assert lossless.predicted_loss(other, exact) == sensitivity.predicted_loss(other) > 0
 
 
 def test_the_reference_error_is_measured_token_by_token(tmp_path: Path) -> None:

@@ -155,6 +155,16 @@ def test_layers_that_a_runtime_joins_have_one_width_and_others_are_fixed(bench: 
     assert not any(".layers.0." in layer for layer in schemes)
 
 
+@pytest.mark.parametrize("fixed", ["lm_head", "decoder"])
+def test_a_component_with_bits_of_its_own_is_no_part_of_the_choice(bench: Bench, tmp_path: Path, fixed: str) -> None:
+    targets = tuple({"component": name, "bits": 8} if name == fixed else name for name in ("decoder", "lm_head"))
+    stage = auto("gptq", balance="auto", targets=targets, budget=5)
+    out = bench.apply(tmp_path / "out", stage)
+    chosen = widths_of(out).by_layer
+    assert ("lm_head" in chosen) == (fixed == "decoder")
+    assert {scheme.bits for layer, scheme in quantized_linears(open_checkpoint(out)).items() if layer not in chosen} == {8}
+
+
 def test_a_budget_in_bytes_is_for_the_whole_checkpoint(bench: Bench, tmp_path: Path) -> None:
     limit = bench.checkpoint.weight_bytes * 6 // 10
     stage = stage_of("awq", bits="auto", budget={"bytes": limit})

@@ -87,7 +87,7 @@ def move_scales(
 
 def alternatives(
     block: BlockWeights, statistics: Mapping[str, InputStatistics], schemes: Sequence[Mapping[str, Scheme]], method: Method
-) -> Iterator[list[dict[str, QuantizedWeight]]]:
+) -> Iterator[Iterator[dict[str, QuantizedWeight]]]:
     """Yield, for linears that share an input, what a method makes of them by each of several schemes, which differ in width alone.
 
     What it computes of their statistics, GPTQ's factorization above all, is computed once. Nothing is used up.
@@ -115,26 +115,28 @@ def _group_by_input(block: BlockWeights, statistics: Mapping[str, InputStatistic
 
 def _round_linears(
     group: LinearGroup, alternative_schemes: Sequence[Mapping[str, Scheme]], rounder: Rounder
-) -> list[dict[str, QuantizedWeight]]:
-    """Return the quantized weights of linears that share an input, by each of several schemes of one type and group size."""
+) -> Iterator[dict[str, QuantizedWeight]]:
+    """Yield the quantized weights of linears that share an input, by each of several schemes of one type and group size."""
     block, statistics, schemes = group.block, group.statistics, group.schemes
     static = statistics is not None and any(schemes[name].activations == "tensor" for name in group.names)
     activation_max = input_max(block, group.names[0], statistics).max() if static and statistics is not None else None
-    results: list[dict[str, QuantizedWeight]] = [{} for _ in alternative_schemes]
+    batches: _RowBatches | None = None
     if integers := [name for name in group.names if schemes[name].type == "int"]:
         group_of_integers = replace(group, names=integers)
         search = rounder.grid.prepare(group_of_integers)  # before the rounder, which may use up the Hessian
         batches = _RowBatches(block, search, rounder.prepare(group_of_integers))
-        for quantized, chosen in zip(results, alternative_schemes, strict=True):
-            for alike in _group_by_scheme(block, integers, chosen):
-                quantized |= batches.round(alike, chosen[alike[0]])
-    for quantized, chosen in zip(results, alternative_schemes, strict=True):
+    for chosen in alternative_schemes:
+        quantized: dict[str, QuantizedWeight] = {}
+        for alike in _group_by_scheme(block, integers, chosen):
+            assert batches is not None  # made for any integers
+            quantized |= batches.round(alike, chosen[alike[0]])
         quantized |= round_floats(block, [name for name in group.names if name not in quantized], chosen)
         for name in group.names:
             # exact: they were rounded to a narrower or the same type before the codes were chosen
             scales = quantized[name].scales.to(block.current(f"{name}.weight").dtype)
             quantized[name] = replace(quantized[name], scales=scales, input_scale=_input_scale(chosen[name], activation_max))
-    return results
+        # one after another: the codes of all widths of a large head would not fit beside each other
+        yield quantized
 
 
 def _group_by_scheme(block: BlockWeights, names: Sequence[str], schemes: Mapping[str, Scheme]) -> Iterable[list[str]]:

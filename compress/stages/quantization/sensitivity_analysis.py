@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from compress.stages.quantization.quantizer import Quantizer
 
 SENSITIVITY_TOKENS = 16384
-"""Tokens of the calibration samples that sensitivities are measured on. More make them more exact and the two walks longer."""
+"""Tokens of the calibration samples that sensitivities are measured on: more are more exact, and the walk in reverse is longer."""
 
 _FOLDER = "preparation"
 """The folder of committed results beside the commits of blocks."""
@@ -103,7 +103,7 @@ def _sensitivities(run: StageRun, names: Sequence[str], allocation: BitAllocatio
             try:
                 found = measure_sensitivity(config, names, run.context.seed, advance, forward)
             except torch.OutOfMemoryError as error:
-                raise run.out_of_memory("a decoder block in float32 and its gradients") from error
+                raise run.out_of_memory("a decoder block in float32, its gradients and its roundings") from error
         # float32 on disk and read back even in this process: a resumed run computes with the same bytes
         write_bytes(path, save({name: tensor.contiguous() for name, tensor in _to_tensors(found).items()}))
         tensors = _read_tensors(path)
@@ -197,7 +197,11 @@ class BitAllocation:
         """Round a block's linears at every width, and commit their errors at its outputs."""
         names = self._units.get(visit.name, [])
         if names and _read_tensors(self._path(visit.name)) is None:
-            write_bytes(self._path(visit.name), save(self._errors(self.run.open(visit, names))))
+            try:
+                errors = self._errors(self.run.open(visit, names))
+            except CheckpointError as error:
+                raise CheckpointError(f"{visit.name}: {error}") from error
+            write_bytes(self._path(visit.name), save(errors))
 
     def _errors(self, context: BlockContext) -> dict[str, Tensor]:
         """Return the errors, and the reference's codes and scales."""
@@ -235,8 +239,13 @@ class BitAllocation:
         # copies: tensors that share memory cannot be saved
         return {name: tensor.cpu().contiguous().clone() for name, tensor in tensors.items()}
 
-    def reference_error(self, name: str, weight: Tensor) -> Tensor:
-        """Return the reference error ΔW of a linear, float32 [out, in], from its name in the model and its original weight."""
+    def reference_error(self, name: str, weight: Tensor) -> Tensor | None:
+        """Return the reference error ΔW of a linear, float32 [out, in], from its name in the model and its original weight.
+
+        None for a linear with a width of its own, whose sensitivity is measured for `balance: auto`.
+        """
+        if name not in self._units.get(self._unit(name), ()):
+            return None
         tensors = self._committed(self._unit(name))
         scales = (tensors.get(f"{name}.{kind}") for kind in (_SMOOTHING, _OUTPUT))
         scheme = self.mixed_precision.scheme(self.run.targeted[name], self.mixed_precision.reference_width)
