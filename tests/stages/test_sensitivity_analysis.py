@@ -133,7 +133,12 @@ def test_scales_that_move_and_the_fit_to_the_samples_are_part_of_the_prediction(
     assert all(0.4 < ratio < 1.3 for ratio in ratios)
     assert sum(abs(ratio - 1) > 0.01 for ratio in ratios) > len(ratios) / 2
     fitted = widths_of(bench.apply(tmp_path / "gptq", auto("gptq", budget=5)))
-    monkeypatch.setattr(GptqRounder, "optimism", lambda *_: 1.0)
+
+    def as_on_the_samples(rounder: GptqRounder, channels: int, tokens: float) -> float:
+        del rounder, channels, tokens
+        return 1.0
+
+    monkeypatch.setattr(GptqRounder, "optimism", as_on_the_samples)
     as_seen = widths_of(bench.apply(tmp_path / "seen", auto("gptq", budget=5)))
     tokens = sum(batch.tokens for batch in load_batches(bench.calibration, bench.folder, TOKENS_PER_BATCH))
     for one, other in zip(fitted.groups, as_seen.groups, strict=True):
