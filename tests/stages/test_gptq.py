@@ -85,8 +85,9 @@ def test_settings_reach_the_rounding(name: str) -> None:
     assert (rounder.options.dampening_frac, rounder.options.shrinkage) == (0.5, 0.25)
     by_default = stage_of(name)
     assert isinstance(by_default, Quantizer)
-    assert isinstance(by_default.method().rounder, GptqRounder)
-    assert by_default.method().rounder.options.shrinkage is None  # by the number of tokens
+    rounder = by_default.method().rounder
+    assert isinstance(rounder, GptqRounder)
+    assert rounder.options.shrinkage is None  # by the number of tokens
 
 
 def test_by_default_there_are_zero_points_and_scales_of_awq() -> None:
